@@ -1,0 +1,63 @@
+# What a contributor does, each in one word. Everything is installed into $(VENV), at the versions in constraints.txt,
+# once: a stamp file per extra says what is there, and is out of date when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Processes and strategy of `make train`, and what `train`, `test` and `bench` hand on to their command.
+NPROC ?= 2
+STRATEGY ?= ddp
+ARGS ?=
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+# A half-made environment must not look like a whole one, and two pips must not write into one environment.
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train test lint format bench hooks dev clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test and bench'
+	@echo '  make train NPROC=4 STRATEGY=ddp        more processes, another strategy'
+	@echo '  make test PYTHON=python3.12            which Python makes the environment (only the first time)'
+
+train: $(VENV)/.stamp-digits ## Train a CNN on real images under two data-parallel processes
+	$(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py strategy=$(STRATEGY) $(ARGS)
+
+test: $(VENV)/.stamp-test ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-lint ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itself
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.stamp-bench ## Measure distrain against a bare loop and its peers
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+hooks: $(VENV)/.stamp-lint ## Check every commit before it is made
+	$(BIN)/pre-commit install
+
+dev: $(VENV)/.stamp-dev ## Install everything and run nothing
+
+clean: ## Remove the environment and what was built or cached; runs and data sets stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
+
+# The Python is checked first: pip would refuse it too, but only once the environment is made with it.
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v[:2] <= (3, 13) else "distrain needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# The name of the stamp is the name of the extra. Only the environment's existence counts, not its date.
+$(VENV)/.stamp-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@

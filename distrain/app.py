@@ -1,0 +1,173 @@
+"""From a checked configuration to a finished run: the steps that every command shares, in their order."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrain import callbacks, losses, loggers, models, optimizers, schedulers, strategies  # noqa: F401
+from distrain import config as configuration
+from distrain.config import Config, ConfigError, choices
+from distrain.data.base import DataSource, Images, Splits
+from distrain.data.loader import Loader, prefetch_depth
+from distrain.precision import Precision
+from distrain.runtime import Runtime, World, choose_backend, choose_device, seed_everything, write_yaml
+from distrain.strategies import base as strategy_base
+from distrain.strategies.base import Strategy
+from distrain.trainer import Trainer, total_steps
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, world: World | None = None) -> dict[str, Any]:
+    """Checks, loads, trains, and returns what ``summary.json`` holds.
+
+    Args:
+        config: The run's configuration.
+        world: This rank's place; by default from the launcher's environment.
+
+    Raises:
+        ConfigError: The configuration can't run; raised before any process group forms.
+        Failed: The run failed; which rank, where and why was said.
+    """
+    world = world or World.from_environment()
+    check(config, world)
+    splits = source(config).load()
+    check_sizes(config, splits)
+    with Runtime(config, world) as runtime:
+        if runtime.is_main:
+            write_yaml(runtime.run_dir / "config.yaml", configuration.to_container(config))
+            log.info("run folder: %s", runtime.run_dir)
+        trainer = build_trainer(config, runtime, splits)
+        summary = trainer.fit()
+        if runtime.is_main:
+            log.info("%s", closing_line(summary))
+    return summary
+
+
+def source(config: Config) -> DataSource:
+    """The data set that the configuration names."""
+    made: DataSource = choices("data")[config.data.name].target(config.data)
+    return made
+
+
+def check(config: Config, world: World) -> None:
+    """All that can be refused without loading data or talking to other ranks.
+
+    Raises:
+        ConfigError: One line that names the key, the value and the choices.
+    """
+    if config.data.batch_size < world.size and config.strategy.name != "single":
+        raise ConfigError("data.batch_size", config.data.batch_size, f"the global batch is smaller than the {world.size} ranks that share it")
+    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+        raise ConfigError("resume", config.resume, "is neither a checkpoint's folder nor one of the", ["auto", "never"])
+    device = choose_device(config, world)
+    choose_backend(config, device)
+    choices("strategy")[config.strategy.name].target.check(config, world.size)
+    spec = source(config).describe()
+    models.check(
+        config.model,
+        in_channels=spec.channels,
+        num_classes=len(spec.classes),
+        image_size=(spec.height, spec.width),
+    )
+
+
+def check_sizes(config: Config, splits: Splits) -> None:
+    """What can be refused only when the number of images is known.
+
+    Raises:
+        ConfigError: As :func:`check`.
+    """
+    if not len(splits.train):
+        raise configuration.missing("data", "there is no image to train on")
+    if not len(splits.test):
+        raise configuration.missing("data", "there is no image to test on")
+    steps_per_epoch = -(-len(splits.train) // config.data.batch_size)
+    schedulers.build(config.scheduler, steps_per_epoch, total_steps(config, steps_per_epoch))
+
+
+def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """The layout of images and convolution weights."""
+    wanted = config.trainer.memory_format
+    if wanted == "auto":
+        pays = config.trainer.precision != "fp64" and (device.type == "cpu" or config.trainer.precision != "fp32")
+        wanted = "channels_last" if pays else "contiguous"
+    return torch.channels_last if wanted == "channels_last" else torch.contiguous_format
+
+
+def make_loader(
+    config: Config, strategy: Strategy, splits: Splits, images: Images, *, training: bool
+) -> Loader:
+    """This rank's shard of one split."""
+    device = strategy.runtime.device
+    return Loader(
+        images,
+        batch_size=config.data.batch_size if training else config.data.eval_batch_size,
+        shard=strategy.data_shard,
+        mean=splits.mean,
+        std=splits.std,
+        device=device,
+        dtype=Precision(config.trainer.precision, device).dtype,
+        memory_format=memory_format(config, device),
+        seed=config.seed,
+        shuffle=training,
+        augment=config.data.augment if training else None,
+        prefetch=prefetch_depth(config.data, splits, device),
+    )
+
+
+def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Module:
+    """The model on its device, in its format, with initial parameters that depend on the seed alone."""
+    seed_everything(config.seed)
+    spec = splits.spec
+    model = models.build(
+        config.model,
+        in_channels=spec.channels,
+        num_classes=len(spec.classes),
+        image_size=(spec.height, spec.width),
+    )
+    dtype = Precision(config.trainer.precision, runtime.device).dtype
+    return model.to(runtime.device, dtype, memory_format=memory_format(config, runtime.device))
+
+
+def build_strategy(config: Config, runtime: Runtime, splits: Splits) -> Strategy:
+    """The strategy, set up with model, loss and optimizer."""
+    strategy = strategy_base.build(config, runtime)
+    model = build_model(config, runtime, splits)
+    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
+    return strategy
+
+
+def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
+    """All parts of a run, put together."""
+    strategy = build_strategy(config, runtime, splits)
+    loaders = {
+        "train": make_loader(config, strategy, splits, splits.train, training=True),
+        "val": make_loader(config, strategy, splits, splits.val, training=False),
+        "test": make_loader(config, strategy, splits, splits.test, training=False),
+    }
+    steps_per_epoch = len(loaders["train"])
+    return Trainer(
+        config,
+        runtime,
+        strategy,
+        splits,
+        loaders,
+        schedulers.build(config.scheduler, steps_per_epoch, total_steps(config, steps_per_epoch)),
+        loggers.build(config, runtime.run_dir) if runtime.is_main else loggers.Logger(),
+        callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
+    )
+
+
+def closing_line(summary: dict[str, Any]) -> str:
+    """What a user wants to know at the end of a run, in one line."""
+    shares = summary["time_share"]
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return (
+        f"test_accuracy {summary['test_accuracy']:.4f}, test_loss {summary['test_loss']:.4f} | "
+        f"{summary['steps']} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | {parts}"
+    )

@@ -1,0 +1,123 @@
+"""The few collectives distrain uses, over an explicit group of ranks, with every byte counted.
+
+A :class:`Communicator` of one rank needs no process group and does nothing, so that code written for many ranks runs
+unchanged on one. Tensors only: nothing is pickled, so nothing that a peer sends can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Reduction = Literal["sum", "max", "min"]
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class Pending(Protocol):
+    """A collective that was started and must be waited for before its tensor is read."""
+
+    def wait(self) -> object:
+        """Blocks until done; on a GPU only the current stream waits."""
+
+
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+DONE: Pending = _Done()
+
+
+class Ledger:
+    """Bytes this rank put on the wire, by kind of collective.
+
+    The count follows the algorithms the backends use between hosts: a ring for all-reduce, reduce-scatter and
+    all-gather, a binomial tree for broadcast. Headers are not counted.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+
+    def total(self) -> int:
+        """Bytes this rank has sent so far."""
+        return sum(self.sent.values())
+
+
+def ring_all_reduce_bytes(size: int, ranks: int) -> int:
+    """Bytes each rank sends in a ring all-reduce of ``size`` bytes: a reduce-scatter, then an all-gather."""
+    return 2 * (ranks - 1) * size // ranks
+
+
+def _tree_children(rank: int, source: int, ranks: int) -> int:
+    """How many ranks this one sends to in a binomial-tree broadcast."""
+    virtual, children, step = (rank - source) % ranks, 0, 1
+    while step < ranks:
+        if virtual < step and virtual + step < ranks:
+            children += 1
+        step *= 2
+    return children
+
+
+class Communicator:
+    """The collectives of one group of ranks.
+
+    Args:
+        group: The process group; ``None`` for a group of this rank alone.
+        ledger: Where the bytes are counted; shared between communicators of one strategy.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, ledger: Ledger | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.ledger = ledger if ledger is not None else Ledger()
+
+    def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Reduces ``tensor`` over the group, in place, and returns it."""
+        self.start_all_reduce(tensor, reduction).wait()
+        return tensor
+
+    def start_all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Pending:
+        """Starts an in-place all-reduce; the tensor must not be touched until the result was waited for."""
+        if self.size == 1:
+            return DONE
+        self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
+        work: Pending = dist.all_reduce(tensor, op=_OPS[reduction], group=self.group, async_op=True)
+        return work
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Copies ``tensor`` from the group's rank ``source`` to all, in place, and returns it."""
+        if self.size == 1:
+            return tensor
+        sends = _tree_children(self.rank, source, self.size)
+        self.ledger.sent["broadcast"] += sends * tensor.numel() * tensor.element_size()
+        dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's ``tensor`` (all of one shape and dtype), in order of rank."""
+        if self.size == 1:
+            return [tensor]
+        self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
+
+    def barrier(self) -> None:
+        """Waits until all ranks of the group are here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+def digest(tensors: Iterable[Tensor]) -> Tensor:
+    """A 63-bit hash of the tensors' bits as an int64 scalar on the CPU, for comparing ranks."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return torch.tensor(int.from_bytes(total.digest()[:8], "little") >> 1, dtype=torch.int64)

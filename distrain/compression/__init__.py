@@ -1,0 +1,1 @@
+"""Gradient compression: one file a compressor, orthogonal to the strategies."""

@@ -1,0 +1,464 @@
+"""What may be configured, and the checks that refuse the rest in one line.
+
+The YAML files below ``conf/`` hold the values, one file a choice; the dataclasses registered here hold the types and
+the limits. Each part of distrain registers the schema of its own choices beside its code (:func:`register`), so that a
+new strategy, model or data set is one Python file and one YAML file. :func:`load` turns what Hydra composed into these
+dataclasses, checked; everything behind it works with typed Python, never with a ``DictConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """What a user configured can't run; the message is one line that names the key, the value and the choices."""
+
+    def __init__(self, key: str, value: object, problem: str, choices: Iterable[object] = ()) -> None:
+        shown = list(choices)
+        message = f"{key}={_show(value)}: {problem}" if value is not _ABSENT else f"{key}: {problem}"
+        if shown:
+            close = difflib.get_close_matches(str(value), [str(choice) for choice in shown], n=1)
+            message += f"; choices: {', '.join(str(choice) for choice in shown)}"
+            message += f" (did you mean {close[0]}?)" if close else ""
+        super().__init__(" ".join(message.split()))
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "???"
+
+
+_ABSENT = _Absent()
+
+
+def missing(key: str, problem: str, choices: Iterable[object] = ()) -> ConfigError:
+    """A :class:`ConfigError` about a key that has no value to show."""
+    return ConfigError(key, _ABSENT, problem, choices)
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def setting(
+    doc: str,
+    *,
+    choices: Iterable[Any] = (),
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    default: Any = dataclasses.MISSING,
+    default_factory: Any = dataclasses.MISSING,
+) -> Any:
+    """A dataclass field with its meaning and its limits.
+
+    Args:
+        doc: What the key means, with its unit.
+        choices: The only values allowed, where they can be listed.
+        above: Exclusive lower limit (of each element, where the field is a list).
+        at_least: Inclusive lower limit.
+        below: Exclusive upper limit.
+        at_most: Inclusive upper limit.
+        default: Value where the YAML file gives none; normally the YAML files hold all values.
+        default_factory: The same, made anew each time.
+    """
+    metadata = {
+        "doc": doc,
+        "choices": tuple(choices),
+        "above": above,
+        "at_least": at_least,
+        "below": below,
+        "at_most": at_most,
+    }
+    if default_factory is not dataclasses.MISSING:
+        return field(metadata=metadata, default_factory=default_factory)
+    return field(metadata=metadata, default="???" if default is dataclasses.MISSING else default)
+
+
+# --- the groups: each choice's schema and the class or function that builds it ---------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of a group: its schema, and what it builds."""
+
+    group: str
+    name: str
+    schema: type[Any]
+    target: Callable[..., Any]
+
+
+_CHOICES: dict[str, dict[str, Choice]] = {}
+#: Where each group's choices register themselves; importing the package imports every file in it.
+_GROUPS = {
+    "strategy": "distrain.strategies",
+    "compression": "distrain.compression",
+    "model": "distrain.models",
+    "data": "distrain.data",
+    "loss": "distrain.losses",
+    "optimizer": "distrain.optimizers",
+    "scheduler": "distrain.schedulers",
+    "logger": "distrain.loggers",
+}
+
+
+def register(group: str, name: str, schema: type[Any]) -> Callable[[T], T]:
+    """Class or function decorator: ``name`` is a choice of ``group``, checked by the dataclass ``schema``.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def decorate(target: T) -> T:
+        names = _CHOICES.setdefault(group, {})
+        if name in names and names[name].target is not target:
+            raise ValueError(f"{group}={name} is registered twice: {names[name].target} and {target}")
+        names[name] = Choice(group, name, schema, cast(Callable[..., Any], target))
+        return target
+
+    return decorate
+
+
+def choices(group: str) -> dict[str, Choice]:
+    """All choices of a group by name; imports the group's package, so that every file of it has registered."""
+    package = importlib.import_module(_GROUPS[group])
+    for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return _CHOICES[group]
+
+
+# --- schemas -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StrategyConfig:
+    """How the work is divided. Each strategy's own keys are in its file below ``distrain/strategies``."""
+
+    name: str = setting("Which strategy.")
+
+
+@dataclass
+class CompressionConfig:
+    """How gradients travel. Each compressor's own keys are in its file below ``distrain/compression``."""
+
+    name: str = setting("Which compressor.")
+
+
+@dataclass
+class ModelConfig:
+    """What is trained. Each model's own keys are in its file below ``distrain/models``."""
+
+    name: str = setting("Which model; `custom` takes any importable one by `_target_`.")
+    _target_: str = setting("Dotted path of the nn.Module to build.")
+
+
+@dataclass
+class AugmentConfig:
+    """Whole-batch augmentation of training images; each sample's draw depends on (seed, epoch, sample index) alone."""
+
+    flip: bool = setting("Mirror left and right with probability 1/2.")
+    crop_padding: int = setting("Zero-pad each side by this many pixels and crop back at random; 0 for none.", at_least=0)
+    cutout: int = setting("Side in pixels of a square set to the mean at a random place; 0 for none.", at_least=0)
+
+
+@dataclass
+class DataConfig:
+    """What is trained on. Each data set's own keys are in its file below ``distrain/data``."""
+
+    name: str = setting("Which data set.")
+    root: str | None = setting("Folder that holds the data; null where the data set needs none.")
+    batch_size: int = setting("Global batch: samples a training step sees over all ranks.", at_least=1)
+    eval_batch_size: int = setting("Samples an evaluation step sees over all ranks.", at_least=1)
+    val_fraction: float = setting("Share of the training images kept for validation.", at_least=0, below=1)
+    split_seed: int = setting("Fixes which images are kept; not the run's seed, so that runs compare.", at_least=0)
+    limit: int | None = setting("Use only this many training images (null: all); for trying things out.", at_least=1)
+    mean: list[float] | None = setting("Channel means in [0, 1] for normalising; null: measured on the training images.")
+    std: list[float] | None = setting("Channel standard deviations; null: measured.", above=0)
+    augment: AugmentConfig = setting("Augmentation.", default_factory=AugmentConfig)
+    memory_limit_mb: int = setting("Images that take more stream from the memory map, prefetched.", at_least=0)
+    prefetch: int | None = setting("Batches made ready in the background; null: 0 for CPU and images in memory, else 2.", at_least=0)
+
+
+@dataclass
+class LossConfig:
+    """What is minimised; always a mean over samples, computed as a global sum over a global count."""
+
+    name: str = setting("Which loss.")
+
+
+@dataclass
+class OptimizerConfig:
+    """How parameters are updated."""
+
+    name: str = setting("Which optimizer.")
+    lr: float = setting("Base learning rate; the scheduler multiplies it.", above=0)
+    weight_decay: float = setting("Weight decay.", at_least=0)
+    fused: bool = setting("Use torch's fused kernel where it has one for the device.")
+
+
+@dataclass
+class SchedulerConfig:
+    """How the learning rate changes; a pure function of the step, so that it needs no state of its own."""
+
+    name: str = setting("Which schedule.")
+    warmup_epochs: float = setting("The rate rises linearly from 0 over this many epochs.", at_least=0)
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides the terminal, ``metrics.jsonl`` and ``summary.json``."""
+
+    name: str = setting("Which logger.")
+
+
+@dataclass
+class TrainerConfig:
+    """The loop."""
+
+    epochs: int = setting("Passes over the training images.", at_least=1)
+    max_steps: int | None = setting("End the run after this many steps, with its evaluation, checkpoint and summary.", at_least=1)
+    micro_batch_size: int | None = setting(
+        "Samples a rank runs forward and backward at once; a larger share is accumulated. null: all at once.", at_least=1
+    )
+    grad_clip_norm: float | None = setting("Scale gradients whose norm over the whole model exceeds this; null: don't.", above=0)
+    precision: str = setting(
+        "fp32; bf16 and fp16 are mixed (float32 parameters, fp16 with loss scaling); fp64 is all double.",
+        choices=("fp32", "bf16", "fp16", "fp64"),
+    )
+    compile: bool = setting("torch.compile the model.")
+    memory_format: str = setting(
+        "Layout of images and convolution weights; auto: channels_last where it pays.",
+        choices=("auto", "contiguous", "channels_last"),
+    )
+    deterministic: bool = setting("Only deterministic kernels; an operation that has none is an error.")
+    log_every_steps: int = setting("Steps between logged metrics (each costs one small all-reduce).", at_least=1)
+    progress: str = setting("Live bar, plain lines, or neither; auto: a bar in a terminal.", choices=("auto", "bar", "lines", "off"))
+    profile_steps: int = setting("Write a profiler trace of this many steps to TensorBoard; 0 for none.", at_least=0)
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state is saved below ``run_dir/checkpoints``."""
+
+    every_epochs: int = setting("Save at the end of every so many epochs; the end of the run always saves.", at_least=1)
+    every_steps: int | None = setting("Also save every so many steps; null: only at epochs.", at_least=1)
+    keep: int = setting("How many of the newest to keep; the best by validation accuracy is kept besides.", at_least=1)
+
+
+@dataclass
+class RuntimeConfig:
+    """Processes and devices."""
+
+    device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    backend: str = setting("Process group backend; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl"))
+    threads: int | None = setting("CPU threads a rank; null: the host's cores shared among its ranks.", at_least=1)
+    setup_timeout_seconds: float = setting("Ranks that don't meet within this time end with an error.", above=0)
+    timeout_seconds: float = setting("A collective that takes longer ends the run.", above=0)
+
+
+@dataclass
+class Config:
+    """A whole run's configuration."""
+
+    strategy: StrategyConfig
+    compression: CompressionConfig
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    logger: LoggerConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    runtime: RuntimeConfig
+    seed: int = setting("Fixes initial parameters, the order of samples, augmentation and dropout.", at_least=0)
+    resume: str = setting("auto: the newest checkpoint of run_dir if there is one; never; or a checkpoint's path.")
+    run_dir: str | None = setting("Folder of this run; null: outputs/<date>/<time>, chosen once by rank 0.")
+    experiment: str | None = setting("Name of the experiment file the values came from.", default=None)
+
+
+# --- from what Hydra composed to checked dataclasses -------------------------------------------------------------------
+
+
+def load(composed: DictConfig | Mapping[str, Any]) -> Config:
+    """Checks a composed configuration against the schemas.
+
+    Args:
+        composed: What Hydra composed, or the content of a run's ``config.yaml``.
+
+    Returns:
+        The same as dataclasses; groups are instances of the schema their ``name`` chose.
+
+    Raises:
+        ConfigError: An unknown key or choice, a wrong type, a value outside its limits.
+    """
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    if not isinstance(node, DictConfig):
+        raise missing("configuration", "is not a mapping of keys to values")
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for key in node:
+        if key not in fields:
+            raise missing(str(key), "no such key", fields)
+    values: dict[str, Any] = {}
+    try:
+        for key, spec in fields.items():
+            if key in _GROUPS:
+                group = node.get(key)
+                if not isinstance(group, DictConfig):
+                    raise ConfigError(key, group, f"needs one of the choices of conf/{key}", choices(key))
+                name = group.get("name")
+                if name not in choices(key):
+                    raise ConfigError(f"{key}.name", name, "unknown choice", choices(key))
+                values[key] = _typed(key, choices(key)[name].schema, group)
+            elif key in _SECTIONS:
+                values[key] = _typed(key, _SECTIONS[key], node.get(key))
+            elif key in node:
+                values[key] = node[key]
+            elif spec.default is None:
+                values[key] = None
+            else:
+                raise missing(key, "has no value")
+        top = _typed("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
+    except OmegaConfBaseException as error:
+        raise one_line(error) from error
+    return Config(**{**values, **{k: getattr(top, k) for k in _TOP_KEYS}})
+
+
+@dataclass
+class _Top:
+    seed: int = 0
+    resume: str = "auto"
+    run_dir: str | None = None
+    experiment: str | None = None
+
+
+_TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
+_SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
+
+
+def _typed(key: str, schema: type[Any], node: Any) -> Any:
+    if not isinstance(node, DictConfig):
+        raise ConfigError(key, node, "must be a mapping of keys to values")
+    names = [f.name for f in dataclasses.fields(schema)]
+    for name in node:
+        if name not in names:
+            raise missing(_join(key, str(name)), "no such key", names)
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except OmegaConfBaseException as error:
+        raise one_line(error, prefix=key, schema=schema) from error
+    _check_limits(key, value)
+    return value
+
+
+def _check_limits(prefix: str, value: Any) -> None:
+    for spec in dataclasses.fields(value):
+        key, item = _join(prefix, spec.name), getattr(value, spec.name)
+        if dataclasses.is_dataclass(item):
+            _check_limits(key, item)
+            continue
+        limits = spec.metadata
+        allowed = limits.get("choices", ())
+        for element in item if isinstance(item, list) else [item]:
+            if isinstance(element, float) and not math.isfinite(element):
+                raise ConfigError(key, element, "must be a finite number")
+            if allowed and element not in allowed:
+                raise ConfigError(key, element, "unknown choice", allowed)
+            if isinstance(element, bool) or not isinstance(element, int | float):
+                continue
+            for name, holds, words in (
+                ("above", lambda x, y: x > y, "greater than"),
+                ("at_least", lambda x, y: x >= y, "at least"),
+                ("below", lambda x, y: x < y, "less than"),
+                ("at_most", lambda x, y: x <= y, "at most"),
+            ):
+                limit = limits.get(name)
+                if limit is not None and not holds(element, limit):
+                    raise ConfigError(key, item, f"must be {words} {limit}")
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def one_line(error: BaseException, prefix: str = "", schema: type[Any] | None = None) -> ConfigError:
+    """Turns OmegaConf's several lines into one that names the key, the value and what was expected."""
+    full_key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
+    key = _join(prefix, full_key) if full_key and not full_key.startswith(prefix + ".") else full_key or prefix
+    text = str(getattr(error, "msg", "") or error).splitlines()[0]
+    if isinstance(error, MissingMandatoryValue):
+        return missing(key, "has no value")
+    if isinstance(error, ConfigKeyError):
+        names = [f.name for f in dataclasses.fields(schema)] if schema else ()
+        return missing(key, "no such key", names)
+    if isinstance(error, ValidationError):
+        return missing(key or "configuration", text)
+    return missing(key or "configuration", text)
+
+
+def to_container(config: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars, as ``config.yaml`` holds it."""
+    return dataclasses.asdict(config)
+
+
+def fingerprint(container: Mapping[str, Any]) -> str:
+    """A hash of a resolved configuration (see :func:`to_container`); equal on all ranks or the run is refused."""
+    return hashlib.sha256(json.dumps(container, sort_keys=True).encode()).hexdigest()
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, each as ``key: mine ≠ theirs``."""
+    found = []
+    for key in sorted({*mine, *theirs}):
+        a, b = mine.get(key, _ABSENT), theirs.get(key, _ABSENT)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += difference(a, b, _join(prefix, key))
+        elif a != b:
+            found.append(f"{_join(prefix, key)}: {_show(a)} ≠ {_show(b)}")
+    return found
+
+
+# --- building what the configuration names -----------------------------------------------------------------------------
+
+
+def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
+    """The object at a dotted path.
+
+    Args:
+        key: The configuration key that holds the path, for the error.
+        path: ``package.module.Name``.
+        allowed: Prefixes a path may have, where the configuration comes from a stranger's run folder (nothing else is
+            imported, since importing runs code); ``None`` trusts the path, as typed by the user.
+
+    Raises:
+        ConfigError: Not allowed, not a dotted path, not importable, or no such name.
+    """
+    if allowed is not None:
+        prefixes = list(allowed)
+        if not any(path == prefix or path.startswith(prefix.rstrip(".") + ".") for prefix in prefixes):
+            raise ConfigError(key, path, "is outside what may be built from a run folder; allow=[...] adds to", prefixes)
+    module, dot, name = path.rpartition(".")
+    if not dot or not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(key, path, "is not a dotted path like package.module.Name")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(key, path, f"can't be imported ({error})") from error
+    except AttributeError:
+        raise ConfigError(key, path, f"module {module} has no {name}") from None

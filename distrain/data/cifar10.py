@@ -1,0 +1,178 @@
+"""CIFAR-10 (Krizhevsky, "Learning multiple layers of features from tiny images", 2009) in its official binary files."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import tarfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distrain.config import ConfigError, DataConfig, missing, register, setting
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
+from distrain.data.files import building, publish
+
+_log = logging.getLogger(__name__)
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+FOLDER = "cifar-10-batches-bin"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_SHAPE = (3, 32, 32)
+_RECORD = 1 + 3 * 32 * 32  # a label byte, then the planes of red, green and blue
+#: Images a file holds.
+BATCH_IMAGES = 10_000
+_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+_TEST = "test_batch.bin"
+_NAMES = "batches.meta.txt"
+_FILES = (*_TRAIN, _TEST, _NAMES)
+_LARGEST_TEXT = 1 << 16
+_LARGEST_ARCHIVE = 1 << 28
+_BLOCK = 1 << 20
+_TIMEOUT_SECONDS = 60
+
+
+@dataclass
+class Cifar10Config(DataConfig):
+    """Where the files are, and whether they may be fetched."""
+
+    download: bool = setting("Fetch the files (170 MB) if they are not there.")
+
+
+@register("data", "cifar10", Cifar10Config)
+class Cifar10(DataSource):
+    """50,000 training and 10,000 test images, 3x32x32, ten classes; always in memory (184 MB)."""
+
+    def __init__(self, config: Cifar10Config) -> None:
+        self._config = config
+        if config.root is None:
+            raise ConfigError("data.root", None, f"needs the folder that holds {FOLDER}")
+        self._root = Path(config.root).expanduser()
+
+    def describe(self) -> DataSpec:
+        """3x32x32 and the ten classes.
+
+        Raises:
+            ConfigError: A file is missing and may not be downloaded, or has the wrong size.
+        """
+        folder = self._complete()
+        if folder is None and not self._config.download:
+            problem = f"lacks {FOLDER} or one of its files; type data.root=FOLDER that has them, or data.download=true"
+            raise ConfigError("data.root", self._config.root, f"{problem} to fetch them (170 MB)")
+        classes = CLASSES if folder is None else self._classes(folder / _NAMES)
+        return checked(self._config, DataSpec(*_SHAPE, classes))
+
+    def load(self) -> Splits:
+        """Reads the files; downloads them first, if they are missing and it is allowed.
+
+        Raises:
+            ConfigError: The download failed, or a file is broken.
+        """
+        if self._complete() is None and self._config.download:
+            self._download()
+        spec, folder = self.describe(), self._complete()
+        assert folder is not None
+        train = [self._read(folder / name) for name in _TRAIN]
+        images = Images(torch.cat([part.images for part in train]), torch.cat([part.labels for part in train]))
+        return assemble(self._config, spec, images, self._read(folder / _TEST))
+
+    def _complete(self) -> Path | None:
+        """The folder that holds all files, each of the right size; ``None`` where one is missing."""
+        for folder in (self._root / FOLDER, self._root):
+            if not all((folder / name).is_file() for name in _FILES):
+                continue
+            for name in (*_TRAIN, _TEST):
+                size, right = (folder / name).stat().st_size, BATCH_IMAGES * _RECORD
+                if size != right:
+                    problem = f"{name} has {size} bytes, not {right}; delete it and fetch it anew"
+                    raise ConfigError("data.root", folder, problem)
+            return folder
+        return None
+
+    @staticmethod
+    def _classes(path: Path) -> tuple[str, ...]:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_TEXT).decode("utf-8", errors="replace")
+        names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if len(names) != len(CLASSES):
+            raise missing("data.root", f"{path} names {len(names)} classes, not {len(CLASSES)}")
+        return names
+
+    @staticmethod
+    def _read(path: Path) -> Images:
+        records = np.fromfile(path, dtype=np.uint8)
+        if records.size != BATCH_IMAGES * _RECORD:
+            raise missing("data.root", f"{path} changed while it was read")
+        records = records.reshape(-1, _RECORD)
+        if records[:, 0].max() >= len(CLASSES):
+            row = int(records[:, 0].argmax())
+            problem = f"{path.name} is broken: record {row} has label {records[row, 0]}, and labels go from 0 to 9"
+            raise ConfigError("data.root", path.parent, problem)
+        pixels = torch.from_numpy(records[:, 1:].reshape(-1, *_SHAPE))
+        return Images(pixels, torch.from_numpy(records[:, 0].astype(np.int64)))
+
+    def _download(self) -> None:
+        with building("data.root", self._root) as temporary:
+            if self._complete() is not None:
+                return  # another process was faster
+            archive = temporary / "archive.tar.gz"
+            _fetch(archive)
+            unpacked = _unpack(archive, temporary / "files")
+            target = self._root / FOLDER
+            target.mkdir(exist_ok=True)
+            for path in unpacked:
+                publish(path, target / path.name)
+            _log.info("CIFAR-10 is in %s", target)
+
+
+def _fetch(archive: Path) -> None:
+    """Downloads to a file and compares its checksum."""
+    digest = hashlib.md5(usedforsecurity=False)  # the checksum that its publisher gives
+    try:
+        with urllib.request.urlopen(URL, timeout=_TIMEOUT_SECONDS) as response, archive.open("wb") as file:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            with tqdm(desc="CIFAR-10", total=total, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(_BLOCK):
+                    if file.tell() + len(block) > _LARGEST_ARCHIVE:
+                        raise ConfigError("data.download", True, f"{URL} sends more than {_LARGEST_ARCHIVE} bytes")
+                    file.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ConfigError("data.download", True, f"{URL} can't be fetched ({reason})") from error
+    if digest.hexdigest() != MD5:
+        raise ConfigError("data.download", True, f"{URL} has MD5 {digest.hexdigest()}, not {MD5}; nothing was unpacked")
+
+
+def _unpack(archive: Path, folder: Path) -> list[Path]:
+    """Takes the known files out of the archive, and nothing else; a name never decides where a file goes."""
+    folder.mkdir()
+    found: dict[str, Path] = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                name = member.name.rpartition("/")[2]
+                if member.name != f"{FOLDER}/{name}" or name not in _FILES:
+                    continue
+                largest = _LARGEST_TEXT if name == _NAMES else BATCH_IMAGES * _RECORD
+                content = tar.extractfile(member) if member.isreg() and member.size <= largest else None
+                if content is None:
+                    problem = f"{URL} holds {member.name}, which is not a plain file of the known size"
+                    raise ConfigError("data.download", True, problem)
+                found[name] = folder / name
+                found[name].write_bytes(content.read())
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ConfigError("data.download", True, f"{URL} can't be unpacked ({error})") from error
+    if lost := [name for name in _FILES if name not in found]:
+        raise ConfigError("data.download", True, f"{URL} lacks {', '.join(lost)}")
+    return list(found.values())

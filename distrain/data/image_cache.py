@@ -1,0 +1,236 @@
+"""Image files decoded once, into a memory-mapped cache that all ranks and jobs of a host share.
+
+A cache is a folder, named by a hash of everything its content depends on::
+
+    images.u8     uint8 [N, C, H, W], one image after the other; zeros for a broken one
+    moments.i64   int64 [N, C, 2], sums and sums of squares of each image's pixels, for the channel statistics
+    meta.json     what it was made from, its shape, and the broken images with the reasons
+
+It is built in a temporary folder under a lock and renamed when all of it is on the disk: it is there completely or
+not at all. Old ones are never removed; any may be deleted when no run uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import distrain
+from distrain.config import ConfigError
+from distrain.data import decode
+from distrain.data.files import building, publish
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+_IMAGES, _MOMENTS, _META = "images.u8", "moments.i64", "meta.json"
+_MOMENT_BYTES = 2 * 8
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file as it was listed: its path below the root, size in bytes, and time of change in nanoseconds."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a cache's content depends on."""
+
+    root: Path
+    files: Sequence[ImageFile]
+    channels: int
+    height: int
+    width: int
+    skip_broken: bool
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one decoded image."""
+        return self.channels * self.height * self.width
+
+    def digest(self, folder: Path) -> str:
+        """The name of this cache below ``folder``.
+
+        A cache that lies below the root it was made from stays valid when both are moved; elsewhere, where several
+        roots may share the folder, the root counts too.
+        """
+        root = "" if folder.resolve().is_relative_to(self.root.resolve()) else os.fspath(self.root.resolve())
+        digest = hashlib.sha256()
+        head = [_FORMAT, root, self.channels, self.height, self.width, self.skip_broken]
+        digest.update(json.dumps(head).encode())
+        for file in self.files:
+            # The separators can't be part of a path, so that no two lists look alike.
+            digest.update(os.fsencode(file.path) + b"\0%d\0%d\0" % (file.size, file.mtime_ns))
+        return digest.hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A complete cache.
+
+    Attributes:
+        images: uint8 [N, C, H, W], a read-only memory map of the file.
+        moments: int64 [N, C, 2].
+        broken: Positions of the files that could not be decoded.
+    """
+
+    images: Tensor
+    moments: Tensor
+    broken: tuple[int, ...]
+
+
+def open_or_build(recipe: Recipe, folder: Path, workers: int | None) -> Cache:
+    """The cache of these files; made now if it isn't there.
+
+    One of the processes that ask at the same time makes it, the others wait.
+
+    Args:
+        recipe: What to decode, and how.
+        folder: Where caches lie.
+        workers: Processes that decode; ``None``: one for each core this process may use.
+
+    Raises:
+        ConfigError: A broken image that may not be skipped, too little space, a folder that can't be written.
+    """
+    target = folder / recipe.digest(folder)
+    cache = _open(recipe, target)
+    if cache is None:
+        with building("data.cache", folder) as temporary:
+            cache = _open(recipe, target)  # another process may have been faster
+            if cache is None:
+                if target.exists():
+                    _log.warning("removing %s, which is damaged", target)
+                    shutil.rmtree(target)
+                built = temporary / "cache"
+                _build(recipe, built, workers or _cores())
+                publish(built, target)
+                cache = _open(recipe, target)
+    assert cache is not None
+    return cache
+
+
+def _open(recipe: Recipe, target: Path) -> Cache | None:
+    """The cache if it is complete; its files' sizes are compared, their content is trusted."""
+    count, shape = len(recipe.files), (recipe.channels, recipe.height, recipe.width)
+    try:
+        meta = json.loads((target / _META).read_text())
+        whole = (target / _IMAGES).stat().st_size == count * recipe.image_bytes
+        whole = whole and (target / _MOMENTS).stat().st_size == count * recipe.channels * _MOMENT_BYTES
+        broken = tuple(int(position) for position in meta["broken"])
+    except (OSError, ValueError, KeyError):
+        return None
+    if not whole or any(not 0 <= position < count for position in broken):
+        return None
+    # Not torch.from_file, whose private map may not be larger than the host's memory.
+    pixels = np.memmap(target / _IMAGES, dtype=np.uint8, mode="r", shape=(count, *shape))
+    moments = torch.from_numpy(np.fromfile(target / _MOMENTS, dtype=np.int64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it can't be written is meant
+        images = torch.from_numpy(pixels)
+    return Cache(images, moments.view(count, recipe.channels, 2), broken)
+
+
+def _build(recipe: Recipe, built: Path, workers: int) -> None:
+    built.mkdir()
+    sizes = {_IMAGES: recipe.image_bytes, _MOMENTS: recipe.channels * _MOMENT_BYTES}
+    needed, free = len(recipe.files) * sum(sizes.values()), shutil.disk_usage(built).free
+    if needed > free:
+        problem = f"the cache takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
+        raise ConfigError("data.cache", built.parent.parent, problem)
+    for name, size in sizes.items():
+        with (built / name).open("wb") as file:
+            file.truncate(len(recipe.files) * size)
+    job = built.parent / "job.json"
+    job.write_text(
+        json.dumps(
+            {
+                "root": os.fspath(recipe.root),
+                "files": [file.path for file in recipe.files],
+                "height": recipe.height,
+                "width": recipe.width,
+                "channels": recipe.channels,
+                "images": os.fspath(built / _IMAGES),
+                "moments": os.fspath(built / _MOMENTS),
+            }
+        )
+    )
+    count = min(workers, -(-len(recipe.files) // decode.CHUNK))
+    _log.info("decoding %d images into %s with %d processes", len(recipe.files), built.parent.parent, count)
+    broken = _decode(recipe, job, count)
+    meta = {
+        "format": _FORMAT,
+        "images": len(recipe.files),
+        "shape": [recipe.channels, recipe.height, recipe.width],
+        "broken": broken,
+        "broken_files": {recipe.files[position].path: reason for position, reason in broken.items()},
+    }
+    (built / _META).write_text(json.dumps(meta, indent=1))
+
+
+def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
+    """Runs the workers; returns the broken files' positions and reasons, in their order."""
+    reader, writer = os.pipe()
+    # This very package, whatever the current folder holds.
+    source = os.fspath(Path(distrain.__file__).resolve().parent.parent)
+    paths = os.pathsep.join(part for part in (source, os.environ.get("PYTHONPATH")) if part)
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    workers: list[subprocess.Popen[bytes]] = []
+    with os.fdopen(reader, "rb") as lines:
+        try:
+            try:
+                for index in range(count):
+                    command = [sys.executable, "-m", decode.__name__, os.fspath(job), str(index), str(count)]
+                    workers.append(
+                        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, env=environment)  # noqa: S603
+                    )
+            finally:
+                os.close(writer)
+            broken = _follow(recipe, lines)
+            codes = [worker.wait() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    if any(codes):
+        raise ConfigError("data.workers", count, f"a decoding process ended with code {next(filter(None, codes))}")
+    return dict(sorted(broken.items()))
+
+
+def _follow(recipe: Recipe, lines: IO[bytes]) -> dict[int, str]:
+    """Reads what the workers report until all of them have ended."""
+    broken: dict[int, str] = {}
+    with tqdm(desc="decoding", total=len(recipe.files), unit="image", disable=None) as bar:
+        for line in lines:
+            message: dict[str, Any] = json.loads(line)
+            bar.update(message.get("done", 0))
+            if "failed" in message:
+                raise ConfigError("data.cache", recipe.root, f"a decoding process failed ({message['failed']})")
+            if "broken" in message:
+                broken[message["broken"]] = message["reason"]
+                if not recipe.skip_broken:
+                    path = recipe.root / recipe.files[message["broken"]].path
+                    problem = f"{path} can't be decoded ({message['reason']}); data.on_error=skip leaves such files out"
+                    raise ConfigError("data.on_error", "stop", problem)
+    return broken
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

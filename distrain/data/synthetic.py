@@ -1,0 +1,73 @@
+"""Made-up images of any shape: a smooth prototype a class, plus noise. Learnable, and needs no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distrain.config import ConfigError, DataConfig, register, setting
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
+
+_CHUNK_VALUES = 1 << 22
+_COARSE = 4
+
+
+@dataclass
+class SyntheticConfig(DataConfig):
+    """Shape, sizes and difficulty."""
+
+    channels: int = setting("Channels of an image.", at_least=1)
+    height: int = setting("Rows of an image.", at_least=1)
+    width: int = setting("Columns of an image.", at_least=1)
+    classes: int = setting("How many classes.", at_least=2)
+    train_size: int = setting("Images for training and validation.", at_least=2)
+    test_size: int = setting("Images for testing.", at_least=1)
+    noise: float = setting("Standard deviation of the noise, in units of the whole range of values.", at_least=0)
+    generator_seed: int = setting("Fixes the images; not the run's seed, so that runs compare.", at_least=0)
+
+
+@register("data", "synthetic", SyntheticConfig)
+class Synthetic(DataSource):
+    """Image i belongs to class i modulo the number of classes: its class's prototype plus Gaussian noise.
+
+    Prototypes are coarse random patterns, enlarged, so that convolution and pooling don't destroy them.
+    """
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        self._config = config
+
+    def describe(self) -> DataSpec:
+        """The configured shape.
+
+        Raises:
+            ConfigError: The images take more memory than allowed.
+        """
+        c = self._config
+        megabytes = (c.train_size + c.test_size) * c.channels * c.height * c.width / 2**20
+        if megabytes > c.memory_limit_mb:
+            problem = f"synthetic images lie in memory, and these take {megabytes:.0f} MiB"
+            raise ConfigError("data.memory_limit_mb", c.memory_limit_mb, problem)
+        return checked(c, DataSpec(c.channels, c.height, c.width, tuple(str(i) for i in range(c.classes))))
+
+    def load(self) -> Splits:
+        """Makes the images."""
+        c, spec = self._config, self.describe()
+        generator = torch.Generator().manual_seed(c.generator_seed)
+        shape = (c.classes, c.channels, -(-c.height // _COARSE), -(-c.width // _COARSE))
+        coarse = torch.rand(shape, generator=generator)
+        prototypes = F.interpolate(coarse, (c.height, c.width), mode="bilinear", align_corners=False)
+        train, test = (self._draw(prototypes, size, generator) for size in (c.train_size, c.test_size))
+        return assemble(c, spec, train, test)
+
+    def _draw(self, prototypes: Tensor, size: int, generator: torch.Generator) -> Images:
+        labels = torch.arange(size) % len(prototypes)
+        images = torch.empty((size, *prototypes.shape[1:]), dtype=torch.uint8)
+        chunk = max(1, _CHUNK_VALUES // prototypes[0].numel())
+        for start in range(0, size, chunk):
+            values = prototypes[labels[start : start + chunk]]
+            values += self._config.noise * torch.randn(values.shape, generator=generator)
+            images[start : start + chunk] = values.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+        return Images(images, labels)

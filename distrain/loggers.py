@@ -1,0 +1,162 @@
+"""Where metrics go. The base class does nothing and so is the logger of ranks that must not write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distrain.config import Config, LoggerConfig, choices, register, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Scalars = Mapping[str, float]
+
+
+@register("logger", "none", LoggerConfig)
+class Logger:
+    """Takes everything and does nothing.
+
+    Args:
+        config: The logger's keys.
+        run_dir: The run's folder.
+    """
+
+    def __init__(self, config: LoggerConfig | None = None, run_dir: Path | None = None) -> None:
+        self.config = config
+
+    def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
+        """Takes named numbers at a step.
+
+        Args:
+            step: Updates done so far.
+            values: By name; ``group/name`` where they belong together.
+            kind: ``step`` or ``epoch``.
+        """
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Takes a picture."""
+
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
+        """Takes the run's configuration with what it came to."""
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+
+
+class InMemoryLogger(Logger):
+    """Keeps everything in lists; for tests and notebooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+        self.figures: list[tuple[int, str]] = []
+        self.final: dict[str, float] = {}
+
+    def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
+        """Appends a row."""
+        self.rows.append({"kind": kind, "step": step, **values})
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Notes the picture's name."""
+        self.figures.append((step, name))
+
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
+        """Keeps the metrics."""
+        self.final = dict(metrics)
+
+
+class MetricsFile(Logger):
+    """``metrics.jsonl``: one JSON object a logged step or epoch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("a", buffering=1)
+
+    def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
+        """Writes one line."""
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+@dataclass
+class TensorBoardConfig(LoggerConfig):
+    """Keys of ``logger=tensorboard``."""
+
+    flush_seconds: int = setting("Longest time that a value stays in memory.", at_least=1)
+
+
+@register("logger", "tensorboard", TensorBoardConfig)
+class TensorBoardLogger(Logger):
+    """Event files below ``run_dir/tensorboard``, written by one rank."""
+
+    def __init__(self, config: TensorBoardConfig, run_dir: Path) -> None:
+        super().__init__(config)
+        # Imported here: it takes a second that ranks without a writer need not spend.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=config.flush_seconds)  # type: ignore[no-untyped-call]
+
+    def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
+        """Adds one point to each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Adds a picture."""
+        self._writer.add_figure(name, figure, step)  # type: ignore[no-untyped-call]
+
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
+        """Fills the HParams page with this run, in the run's own event file."""
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in parameters.items()}
+        for summary in hparams(flat, dict(metrics)):  # type: ignore[no-untyped-call]
+            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, 0)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class Loggers(Logger):
+    """Several loggers as one."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        super().__init__()
+        self._loggers = list(loggers)
+
+    def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
+        """Hands the values to each."""
+        for logger in self._loggers:
+            logger.scalars(step, values, kind=kind)
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Hands the picture to each."""
+        for logger in self._loggers:
+            logger.figure(step, name, figure)
+
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
+        """Hands the configuration to each."""
+        for logger in self._loggers:
+            logger.hyperparameters(parameters, metrics)
+
+    def close(self) -> None:
+        """Closes each."""
+        for logger in self._loggers:
+            logger.close()
+
+
+def build(config: Config, run_dir: Path) -> Logger:
+    """The loggers of the rank that writes."""
+    chosen: Logger = choices("logger")[config.logger.name].target(config.logger, run_dir)
+    return Loggers([MetricsFile(run_dir / "metrics.jsonl"), chosen])

@@ -1,0 +1,184 @@
+"""What a model is here, and how the configured one is built and tried out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from distrain.config import ConfigError, ModelConfig, choices, locate, register, setting
+
+
+class BlockSequence(nn.Sequential):
+    """A model whose named children run one after the other.
+
+    Each child is a block: a pipeline may split the model between any two of them. Parameters are named
+    ``<block>.<layer>.<parameter>``, and a slice of the model keeps the names of its blocks.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+        super().__init__(OrderedDict(blocks))
+
+    # Not redundant: torch.compile skips the forward that a bare nn.Sequential defines, and says nothing.
+    def forward(self, input: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` to logits ``[N, num_classes]``, or what lies between where the sequence is a part."""
+        for block in self:
+            input = block(input)
+        return input
+
+    def __getitem__(self, idx: slice | int) -> Any:
+        """The block at a position, or the blocks of a slice as a :class:`BlockSequence` that shares them."""
+        if isinstance(idx, slice):
+            return BlockSequence(dict(list(self.named_children())[idx]))
+        return super().__getitem__(idx)
+
+
+@dataclass
+class CustomConfig(ModelConfig):
+    """Any importable model."""
+
+    kwargs: dict[str, Any] = setting("Arguments passed on to the target, besides those that the data set fixes.")
+
+
+# The choice `custom` builds what its `_target_` says: any module.
+register("model", "custom", CustomConfig)(nn.Module)
+
+
+def build(
+    config: ModelConfig,
+    *,
+    in_channels: int,
+    num_classes: int,
+    image_size: tuple[int, int],
+    allowed: Sequence[str] | None = None,
+) -> nn.Module:
+    """Builds the configured model.
+
+    Args:
+        config: Its keys besides ``name``, ``_target_`` and ``kwargs`` are passed to the model as arguments.
+        in_channels: Channels of the images. This and the next two are passed where the model takes them by name.
+        num_classes: Number of logits a sample.
+        image_size: Height and width of the images in pixels.
+        allowed: Prefixes that the ``_target_`` of a ``custom`` model may have, where the configuration comes from a
+            run folder; ``None`` trusts it.
+
+    Returns:
+        The model, on torch's current default device, its parameters drawn from torch's global generator.
+
+    Raises:
+        ConfigError: The target is not allowed, can't be imported, is no ``nn.Module`` nor makes one, doesn't take the
+            arguments, fails to build (the images are too small for it, say), or has lazy parameters.
+    """
+    target = _target(config, allowed)
+    offered = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    kwargs = own.pop("kwargs", {})
+    own = {name: value for name, value in own.items() if name not in ("name", "_target_")}
+    model = _call(config._target_, target, offered, {**own, **kwargs})
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model._target_", config._target_, f"makes a {type(model).__name__}, not an nn.Module")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ConfigError("model._target_", config._target_, "has lazy parameters; give every layer its input size")
+    return model
+
+
+def check(
+    config: ModelConfig,
+    *,
+    in_channels: int,
+    num_classes: int,
+    image_size: tuple[int, int],
+    allowed: Sequence[str] | None = None,
+) -> None:
+    """Builds the model without memory (on the meta device) and runs a batch of images through.
+
+    A ``custom`` model that meta tensors can't run (its forward depends on values, say) is tried on CPU instead.
+
+    Args:
+        config: As for :func:`build`, and so are the others.
+        in_channels: Channels of the images.
+        num_classes: Number of logits a sample.
+        image_size: Height and width of the images in pixels.
+        allowed: Prefixes that the ``_target_`` of a ``custom`` model may have.
+
+    Raises:
+        ConfigError: What :func:`build` raises, or the model fails on such images, or returns anything else than
+            ``[N, num_classes]``.
+    """
+
+    def attempt(device: str) -> None:
+        # The generators stay as they were: trying a model must not change the run's initial parameters.
+        with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
+            model = build(
+                config, in_channels=in_channels, num_classes=num_classes, image_size=image_size, allowed=allowed
+            )
+            _try_out(config, model, torch.zeros(2, in_channels, *image_size), num_classes)
+
+    try:
+        attempt("meta")
+    except ConfigError:
+        if not isinstance(config, CustomConfig):
+            raise
+        attempt("cpu")
+
+
+def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[..., Any]:
+    path = config._target_
+    if not isinstance(config, CustomConfig):
+        registered = choices("model")[config.name].target
+        expected = f"{registered.__module__}.{registered.__qualname__}"
+        if path != expected:
+            raise ConfigError(
+                "model._target_", path, f"model={config.name} is {expected}; for another class use model=custom"
+            )
+        return registered
+    target = locate("model._target_", path, allowed=allowed)
+    if allowed is not None:
+        # A name that an allowed module merely imported is as foreign as where it comes from.
+        home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+        locate("model._target_", home, allowed=allowed)
+    if not callable(target) or (isinstance(target, type) and not issubclass(target, nn.Module)):
+        raise ConfigError("model._target_", path, "is neither an nn.Module class nor a function that makes one")
+    return target  # type: ignore[no-any-return]
+
+
+def _call(path: str, target: Callable[..., Any], offered: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    signature = inspect.signature(target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    arguments = {name: value for name, value in offered.items() if takes_any or name in signature.parameters}
+    arguments.update(given)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            "model.kwargs", dict(given), f"{path} {error}; its arguments: {', '.join(signature.parameters)}"
+        ) from error
+    try:
+        return target(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's constructor raises
+        raise ConfigError("model._target_", path, f"fails to build ({type(error).__name__}: {error})") from error
+
+
+def _try_out(config: ModelConfig, model: nn.Module, images: Tensor, num_classes: int) -> None:
+    shape = list(images.shape)
+    try:
+        logits = model(images)
+    except Exception as error:  # whatever a user's forward raises
+        raise ConfigError(
+            "model._target_", config._target_, f"fails on images {shape} ({type(error).__name__}: {error})"
+        ) from error
+    expected = [len(images), num_classes]
+    found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != expected:
+        raise ConfigError(
+            "model._target_", config._target_, f"returns {found} for images {shape}; logits {expected} are needed"
+        )

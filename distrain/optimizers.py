@@ -1,0 +1,101 @@
+"""Optimizers, with torch's fused kernels where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import ConfigError, OptimizerConfig, choices, register, setting
+
+Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
+
+
+@dataclass
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent; plain gradient descent where ``momentum`` is 0."""
+
+    momentum: float = setting("Share of the last update direction that is kept.", at_least=0, below=1)
+    nesterov: bool = setting("Nesterov's variant of momentum (Sutskever et al. 2013).")
+
+    def __post_init__(self) -> None:
+        """Refuses Nesterov without momentum.
+
+        Raises:
+            ConfigError: ``nesterov`` is set and ``momentum`` is 0.
+        """
+        if self.nesterov and not self.momentum:
+            raise ConfigError("optimizer.nesterov", self.nesterov, "needs optimizer.momentum above 0")
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """Adam (Kingma & Ba 2014, arXiv:1412.6980)."""
+
+    betas: list[float] = setting("Decay rates of the gradient's first and second moment.", at_least=0, below=1)
+    eps: float = setting("Added to the root of the second moment.", above=0)
+
+    def __post_init__(self) -> None:
+        """Refuses anything but two decay rates.
+
+        Raises:
+            ConfigError: ``betas`` has not two elements.
+        """
+        if len(self.betas) != 2:
+            raise ConfigError("optimizer.betas", self.betas, "must be two numbers")
+
+
+@register("optimizer", "sgd", SGDConfig)
+def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
+    """Stochastic gradient descent; ``weight_decay`` is added to the gradient."""
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+@register("optimizer", "adam", AdamConfig)
+def adam(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
+    """Adam; ``weight_decay`` is added to the gradient."""
+    return torch.optim.Adam(parameters, **_adam_arguments(config), fused=fused)
+
+
+@register("optimizer", "adamw", AdamConfig)
+def adamw(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
+    """Adam with weight decay apart from the gradient (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    return torch.optim.AdamW(parameters, **_adam_arguments(config), fused=fused)
+
+
+def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
+    first, second = config.betas
+    return {"lr": config.lr, "betas": (first, second), "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def build(
+    config: OptimizerConfig, params: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """The configured optimizer.
+
+    Args:
+        config: Its ``lr`` is the base rate, which the scheduler's factor multiplies.
+        params: Parameters, or pairs of name and parameter, on the device they will be trained on.
+
+    Returns:
+        The optimizer in one parameter group; fused where the configuration asks for it and torch can for all of the
+        parameters, otherwise what torch would choose.
+    """
+    parameters = cast(Parameters, list(params))
+    fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
+    # fused=False would also rule out torch's foreach kernels; None leaves the choice to torch.
+    return cast(torch.optim.Optimizer, choices("optimizer")[config.name].target(config, parameters, fused or None))
+
+
+def _has_fused(parameter: Tensor) -> bool:
+    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()

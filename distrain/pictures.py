@@ -1,0 +1,72 @@
+"""Pictures for TensorBoard, drawn by matplotlib on no screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_LABELS = 30
+
+
+def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
+    """True classes by row, predicted classes by column, coloured by the row's share.
+
+    Args:
+        confusion: int64 ``[classes, classes]`` counts.
+        classes: Their names.
+    """
+    figure = _figure(max(4.0, min(12.0, 1.8 + 0.55 * len(classes))))
+    axes = figure.subplots()
+    counts = confusion.numpy()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(classes) <= _MOST_LABELS:
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in np.ndindex(*counts.shape):
+            if counts[row, column]:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> Figure:
+    """A grid of images with what was predicted; what was wrong is red and also says the truth.
+
+    Args:
+        images: uint8 ``[N, C, H, W]`` with 1 or 3 channels.
+        labels: int64 ``[N]``.
+        predicted: int64 ``[N]``.
+        classes: Class names.
+    """
+    columns = min(8, max(1, len(images)))
+    rows = -(-len(images) // columns)
+    figure = _figure(1.3 * columns, 1.6 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, label, guess in zip(grid, images, labels.tolist(), predicted.tolist(), strict=False):
+        pixels = image.permute(1, 2, 0).numpy()
+        axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
+        right = label == guess
+        title = classes[guess] if right else f"{classes[guess]}\n(is {classes[label]})"
+        axes.set_title(title, fontsize=8, color="green" if right else "red")
+    return figure
+
+
+def _figure(width: float, height: float | None = None) -> Figure:
+    # Made without pyplot: no global state, no backend that looks for a screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height or width), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    return figure

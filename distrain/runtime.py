@@ -1,0 +1,475 @@
+"""The life of a rank: where it is, its device and process group, the shared run folder, its log, and its failures."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+
+from distrain import config as configuration
+from distrain.collectives import Communicator
+from distrain.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all, as the launcher's environment says."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Reads torchrun's variables; without them this is the only rank.
+
+        Raises:
+            ConfigError: A variable is not a number.
+        """
+
+        def number(name: str, default: int) -> int:
+            text = os.environ.get(name, str(default))
+            if not text.isdigit():
+                raise ConfigError(name, text, "the launcher's environment variable must be a whole number")
+            return int(text)
+
+        size = number("WORLD_SIZE", 1)
+        return cls(
+            rank=number("RANK", 0),
+            size=size,
+            local_rank=number("LOCAL_RANK", 0),
+            local_size=number("LOCAL_WORLD_SIZE", size),
+            host=socket.gethostname(),
+        )
+
+
+class Terminated(Exception):
+    """The process was asked to end by a signal."""
+
+
+class Failed(Exception):
+    """The run failed and all was said; the process ends with a code that is not zero."""
+
+
+@dataclass
+class Failure:
+    """What ``failure.json`` holds.
+
+    Attributes:
+        rank: The rank that failed first.
+        host: Its host.
+        step: The training step it was in.
+        error: Kind and message in one line.
+        traceback: Where, as Python prints it; empty for a process that vanished.
+    """
+
+    rank: int
+    host: str
+    step: int
+    error: str
+    traceback: str = ""
+
+    def line(self) -> str:
+        """The last line that a user reads."""
+        return f"rank {self.rank} on {self.host} failed at step {self.step}: {self.error}"
+
+
+class Runtime:
+    """A context in which the ranks of one run can talk.
+
+    On entering: threads, device and seeds are set, the ranks meet, compare their configurations, agree on one run
+    folder and form the process group. On leaving after an error every rank says who failed where, the first to know
+    writes ``failure.json``, and :class:`Failed` is raised.
+
+    Args:
+        config: The checked configuration.
+        world: This rank's place.
+
+    Attributes:
+        device: Where this rank computes.
+        run_dir: The folder that all ranks share; made by rank 0.
+        step: The step in progress, kept up to date by the trainer for failure reports.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.device = choose_device(config, world)
+        self.step = 0
+        self.run_dir = Path()
+        self.backend = choose_backend(config, self.device)
+        self._store: dist.Store | None = None
+        self._handlers: list[logging.Handler] = []
+        self._previous_signal: Any = None
+        self._failing = False
+
+    # --- set-up and tear-down ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Runtime:
+        try:
+            self._set_threads()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            if self.world.size > 1:
+                self._store = self._meet()
+                self._compare_configurations(self._store)
+            self.run_dir = self._agree_on_run_dir()
+            self._start_logging()
+            if self.world.size > 1 or self.backend == "nccl":
+                self._form_group()
+            self._set_determinism()
+            if threading.current_thread() is threading.main_thread():
+                self._previous_signal = signal.signal(signal.SIGTERM, self._on_sigterm)
+        except ConfigError:
+            self._close()
+            raise
+        except BaseException as error:
+            self._fail(error)
+            self._close()
+            raise Failed from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self._fail(error)
+            self._close()
+            raise Failed from error
+        # Nobody leaves while another still talks: a store or a connection that vanishes early reads as a failure.
+        self.communicator().barrier()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._close()
+
+    def _close(self) -> None:
+        if self._previous_signal is not None:
+            signal.signal(signal.SIGTERM, self._previous_signal)
+            self._previous_signal = None
+        root = logging.getLogger("distrain")
+        for handler in self._handlers:
+            root.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+
+    def _set_threads(self) -> None:
+        threads = self.config.runtime.threads
+        if threads is None:
+            # torchrun sets OMP_NUM_THREADS=1 for every worker, which wastes most of a machine with more cores than
+            # ranks, so the share is taken from the cores that this process may use.
+            threads = max(1, available_cores() // self.world.local_size)
+        torch.set_num_threads(threads)
+
+    def _set_determinism(self) -> None:
+        seed_everything(self.config.seed)
+        if self.config.trainer.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        else:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cudnn.benchmark = True
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+
+    def _meet(self) -> dist.Store:
+        """The store that the launcher gave an address for, fresh for each restart of the job.
+
+        A restarted job's default store still holds the addresses of dead ranks; a prefix by attempt leaves them behind.
+        """
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
+        if not port.isdigit():
+            raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={self.world.size} needs the port at which ranks meet")
+        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
+        try:
+            store = dist.TCPStore(
+                address,
+                int(port),
+                self.world.size,
+                is_master=self.world.rank == 0 and not agent_serves,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+        except dist.DistError as error:
+            raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
+        prefixed = dist.PrefixStore(f"distrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        here = {"host": self.world.host, "pid": os.getpid()}
+        prefixed.set(f"here/{self.world.rank}", json.dumps(here))
+        missing = []
+        deadline = time.monotonic() + timeout.total_seconds()
+        for rank in range(self.world.size):
+            left = max(deadline - time.monotonic(), 0.1)
+            try:
+                prefixed.wait([f"here/{rank}"], datetime.timedelta(seconds=left))
+            except dist.DistError:
+                missing.append(rank)
+        if missing:
+            raise RuntimeError(
+                f"ranks {missing} did not come within runtime.setup_timeout_seconds={timeout.total_seconds():g}"
+            )
+        return prefixed
+
+    def _compare_configurations(self, store: dist.Store) -> None:
+        mine = configuration.to_container(self.config)
+        if self.world.rank == 0:
+            store.set("config", json.dumps(mine))
+        theirs = json.loads(store.get("config"))
+        if configuration.fingerprint(mine) != configuration.fingerprint(theirs):
+            found = configuration.difference(mine, theirs)
+            store.set("config_differs", f"rank {self.world.rank} on {self.world.host} (≠ rank 0): {'; '.join(found)}")
+        store.add("config_compared", 1)
+        while int(store.add("config_compared", 0)) < self.world.size:
+            time.sleep(0.005)
+        if store.check(["config_differs"]):
+            raise configuration.missing("configuration", f"differs between ranks: {store.get('config_differs').decode()}")
+
+    def _agree_on_run_dir(self) -> Path:
+        if self.world.rank == 0:
+            path = make_run_dir(self.config.run_dir)
+            if self._store is not None:
+                self._store.set("run_dir", str(path))
+        else:
+            assert self._store is not None
+            path = Path(self._store.get("run_dir").decode())
+        path.joinpath("logs").mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _start_logging(self) -> None:
+        root = logging.getLogger("distrain")
+        root.setLevel(logging.INFO)
+        root.propagate = False
+        to_file: logging.Handler = logging.FileHandler(self.run_dir / "logs" / f"rank_{self.world.rank}.log")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handlers.append(to_file)
+        if self.world.rank == 0:
+            to_terminal = _AboveTheBar()
+            to_terminal.setFormatter(logging.Formatter("%(message)s"))
+            self._handlers.append(to_terminal)
+        for handler in self._handlers:
+            root.addHandler(handler)
+
+    def _form_group(self) -> None:
+        if self._store is None:
+            self._store = dist.HashStore()
+        dist.init_process_group(
+            self.backend,
+            store=dist.PrefixStore("group", self._store),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            timeout=datetime.timedelta(seconds=self.config.runtime.timeout_seconds),
+            device_id=self.device if self.backend == "nccl" else None,
+        )
+
+    # --- what strategies and the trainer ask for ----------------------------------------------------------------------
+
+    def communicator(self) -> Communicator:
+        """All ranks; its bytes are counted for itself alone."""
+        return Communicator(dist.group.WORLD if dist.is_initialized() else None)
+
+    def mesh(self, shape: Mapping[str, int]) -> DeviceMesh | None:
+        """The ranks as named dimensions, slowest first; ``None`` without a process group."""
+        if not dist.is_initialized():
+            return None
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.world.rank == 0
+
+    # --- failures --------------------------------------------------------------------------------------------------
+
+    def _on_sigterm(self, *_: int | FrameType | None) -> None:
+        # The launcher ends the others when one rank fails; that one's failure is being told already.
+        if not self._failing:
+            raise Terminated("ended by SIGTERM")
+
+    def _fail(self, error: BaseException) -> None:
+        self._failing = True
+        own = Failure(
+            self.world.rank,
+            self.world.host,
+            self.step,
+            _first_line(error) if isinstance(error, Terminated) else f"{type(error).__name__}: {_first_line(error)}",
+            "".join(traceback.format_exception(error)),
+        )
+        failure = self._first_failure(own, error)
+        if failure.rank == own.rank:
+            log.error("%s\n%s", failure.error, failure.traceback)
+            _say(f"distrain: {failure.line()}")
+        else:
+            log.error("stopped because %s\n%s", failure.line(), own.traceback)
+            _say(f"distrain: rank {own.rank} stopped because {failure.line()}")
+
+    def _first_failure(self, own: Failure, error: BaseException) -> Failure:
+        """Who failed first: the first to claim it in the store writes ``failure.json``, the others read the claim."""
+        if self._store is None or self.world.size == 1:
+            self._write_failure(own)
+            return own
+        try:
+            # A collective that breaks off is most often a peer's failure: give that peer the time to say so.
+            if isinstance(error, dist.DistError | Terminated) or _broken_connection(error):
+                deadline = time.monotonic() + 2
+                while time.monotonic() < deadline and not self._store.check(["failure"]):
+                    time.sleep(0.05)
+                own = self._vanished() or own
+            claim = json.dumps(asdict(own))
+            winner: str = self._store.compare_set("failure", "", claim).decode()
+        except RuntimeError:
+            # The store went with its host; what this rank knows is all there is.
+            winner = claim = json.dumps(asdict(own))
+        if winner == claim:
+            self._write_failure(own)
+        return Failure(**json.loads(winner))
+
+    def _vanished(self) -> Failure | None:
+        """A rank of this host whose process is gone, if nobody has claimed the failure."""
+        assert self._store is not None
+        if self._store.check(["failure"]):
+            return None
+        for rank in range(self.world.size):
+            there = json.loads(self._store.get(f"here/{rank}"))
+            if there["host"] == self.world.host and rank != self.world.rank and not _alive(there["pid"]):
+                return Failure(rank, there["host"], self.step, "the process is gone without a word (killed?)")
+        return None
+
+    def _write_failure(self, failure: Failure) -> None:
+        if self.run_dir.joinpath("logs").is_dir() and self.run_dir != Path():
+            self.run_dir.joinpath("failure.json").write_text(json.dumps(asdict(failure), indent=2) + "\n")
+
+
+class _AboveTheBar(logging.Handler):
+    """Prints log lines without tearing a live progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def choose_device(config: Config, world: World) -> torch.device:
+    """The device the configuration asks for.
+
+    Raises:
+        ConfigError: There is no such device, or fewer of them than ranks on this host.
+    """
+    wanted = config.runtime.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device", wanted, "torch sees no GPU here", ["auto", "cpu"])
+    if world.local_size > torch.cuda.device_count():
+        raise ConfigError(
+            "runtime.device",
+            wanted,
+            f"{world.local_size} ranks on this host share {torch.cuda.device_count()} GPUs; start fewer, or use cpu",
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def choose_backend(config: Config, device: torch.device) -> str:
+    """The process group backend for a device.
+
+    Raises:
+        ConfigError: The backend doesn't serve the device.
+    """
+    wanted = config.runtime.backend
+    if wanted == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    if wanted == "nccl" and device.type != "cuda":
+        raise ConfigError("runtime.backend", wanted, "needs runtime.device=cuda", ["auto", "gloo"])
+    return wanted
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's random numbers."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_run_dir(wanted: str | None) -> Path:
+    """Makes the run folder: the one wanted, or a new ``outputs/<date>/<time>`` that nobody else got.
+
+    Raises:
+        ConfigError: The folder can't be made.
+    """
+    now = datetime.datetime.now()
+    base = Path(wanted) if wanted else Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}")
+    try:
+        if wanted:
+            base.mkdir(parents=True, exist_ok=True)
+            return base.resolve()
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):
+            path = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path.resolve()
+    except OSError as error:
+        raise ConfigError("run_dir", base, f"can't be made: {error.strerror}") from error
+    raise ConfigError("run_dir", base, "a thousand runs have this name already")
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes plain data as YAML, keys in their order."""
+    path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def _broken_connection(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "socket"))
+
+
+def _alive(pid: int) -> bool:
+    stat = Path("/proc", str(pid), "stat")
+    if not Path("/proc/self").exists():
+        with contextlib.suppress(OSError):
+            os.kill(pid, 0)
+            return True
+        return False
+    # A killed child stays as a zombie (state Z) until its launcher has read its exit code.
+    with contextlib.suppress(OSError):
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

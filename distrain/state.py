@@ -1,0 +1,81 @@
+"""Model and optimizer state by the unsplit model's parameter names, so that any strategy reads what any other wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimizer keeps.
+
+    Returns:
+        Tensors as ``<parameter name>/<what>`` and non-tensors in the same way.
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for parameter, kept in optimizer.state.items():
+        for what, value in kept.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[parameter]}/{what}"] = value
+            elif value is not None:
+                scalars[f"{names[parameter]}/{what}"] = value
+    return tensors, scalars
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[nn.Parameter, str],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> None:
+    """Gives an optimizer what :func:`optimizer_state` took; state of parameters held elsewhere is left out.
+
+    Raises:
+        ValueError: A tensor's shape differs from its parameter's.
+    """
+    held = {name: parameter for parameter, name in names.items()}
+    for key, value in {**tensors, **scalars}.items():
+        name, _, what = key.rpartition("/")
+        if name not in held:
+            continue
+        parameter = held[name]
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if value.shape != parameter.shape:
+                raise ValueError(f"optimizer state {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+            # Same device and strides as the parameter, as the fused kernels want it.
+            kept = torch.empty_like(parameter, dtype=value.dtype)
+            kept.copy_(value)
+            value = kept
+        elif isinstance(value, Tensor):
+            value = value.clone()
+            if any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
+                value = value.to(parameter.device)
+        optimizer.state[parameter][what] = value
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies parameters and buffers into the model, in place.
+
+    Raises:
+        ValueError: A name is missing or too many, or a shape differs; the first few are named.
+    """
+    held = model.state_dict()
+    problems = [f"{name} is missing" for name in held if name not in tensors]
+    problems += [f"{name} is not in the model" for name in tensors if name not in held]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(held[name].shape)}"
+        for name in held
+        if name in tensors and tensors[name].shape != held[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("the saved model is not this model: " + "; ".join(problems[:3]) + more)
+    for name, tensor in held.items():
+        tensor.copy_(tensors[name])

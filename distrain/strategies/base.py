@@ -1,0 +1,128 @@
+"""What the trainer asks of a strategy, and what a strategy gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.collectives import Ledger
+from distrain.config import Config, choices
+from distrain.metrics import Stopwatch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from distrain.data.loader import Batch
+    from distrain.runtime import Runtime
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+@dataclass
+class StepResult:
+    """Sums and counts of one step over this rank's share of the batch; never means, so that they add up exactly.
+
+    Attributes:
+        loss_sum: Sum of the samples' losses, a scalar on the device.
+        correct: How many samples were classified right, an int64 scalar on the device.
+        count: Samples in this rank's share.
+        predictions: The class predicted for each of them, int64 ``[count]``; only from :meth:`Strategy.eval_step`.
+    """
+
+    loss_sum: Tensor
+    correct: Tensor
+    count: int
+    predictions: Tensor | None = None
+
+
+class Strategy(ABC):
+    """How one training step is divided among the ranks.
+
+    Attributes:
+        mesh: Named dimensions of the ranks (data, pipeline, …); ``None`` for one rank.
+        data_shard: ``(index, count)``: which share of each global batch this rank works on.
+        ledger: Bytes this rank has sent.
+        stopwatch: Time this rank's steps took, and how much of it was exposed communication.
+        optimizer: What :meth:`setup` made; the trainer sets its learning rate.
+    """
+
+    mesh: DeviceMesh | None = None
+    data_shard: tuple[int, int] = (0, 1)
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.ledger = Ledger()
+        self.stopwatch = Stopwatch(runtime.device)
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuses what this strategy can't run, before any process group forms.
+
+        Raises:
+            ConfigError: One line naming the key, the value and the choices.
+        """
+
+    @abstractmethod
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer) -> None:
+        """Wraps or splits the model, then builds the optimizer over this rank's part.
+
+        Args:
+            model: The whole model, on this rank's device, equal on all ranks.
+            loss_fn: ``(logits, labels)`` to the sum of the samples' losses.
+            make_optimizer: Builds the optimizer from ``(name, parameter)`` pairs; names are the unsplit model's.
+        """
+
+    @abstractmethod
+    def train_step(self, batch: Batch) -> StepResult:
+        """Forward, backward, synchronisation, clipping and update for one global batch."""
+
+    @abstractmethod
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Forward only; ``predictions`` are given."""
+
+    @abstractmethod
+    def gradient_norm(self) -> Tensor:
+        """Norm over the whole model of the last step's gradient, before clipping; a scalar, equal on all ranks."""
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by the unsplit model's names."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All there is to continue: ``model`` and ``optimizer`` tensors by unsplit names, and scalars."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave, under this or another strategy.
+
+        Raises:
+            ValueError: Names or shapes differ from the model's.
+        """
+
+    def uncompressed_bytes_per_step(self) -> int:
+        """Bytes this rank would send in a step without compression."""
+        return 0
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the rate of the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def run(self, fit: Callable[[], None]) -> None:
+        """Runs the training loop; a strategy whose ranks have other work (a parameter server) does it here."""
+        fit()
+
+
+def build(config: Config, runtime: Runtime) -> Strategy:
+    """The strategy that the configuration names."""
+    strategy: Strategy = choices("strategy")[config.strategy.name].target(config, runtime)
+    return strategy

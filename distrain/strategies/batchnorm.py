@@ -1,0 +1,101 @@
+"""BatchNorm over the global batch, for replicas that each see a share of it.
+
+Ioffe & Szegedy 2015 (arXiv 1502.03167) §3: mean and variance are those of the whole batch. A replica knows only its
+share, so the sums, and in the backward pass the two sums of the gradient, are added over the replicas. Works on CPUs and
+GPUs, with uneven shares and with empty ones, and gives what one process gives up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distrain.collectives import Communicator
+
+
+class _Normalise(torch.autograd.Function):
+    """``(x - mean) / sqrt(variance + eps)`` with statistics summed over the replicas; also returns them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, communicator: Communicator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = [d for d in range(x.dim()) if d != 1]
+        channels = x.shape[1]
+        # In float32 at least, as BatchNorm does under autocast. Two passes (mean, then centred squares) because the
+        # difference of large sums would lose the digits that the comparison with one process needs.
+        wide = x if x.dtype == torch.float64 else x.float()
+        sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() // channels)])
+        communicator.all_reduce(sums)
+        count = sums[-1]
+        mean = sums[:-1] / count
+        shape = [1, channels] + [1] * (x.dim() - 2)
+        centred = wide - mean.view(shape)
+        variance = communicator.all_reduce(centred.square().sum(dims)) / count
+        inverse = torch.rsqrt(variance + eps)
+        normalised = centred * inverse.view(shape)
+        ctx.save_for_backward(normalised, inverse, count)
+        ctx.communicator, ctx.dims, ctx.shape, ctx.dtype = communicator, dims, shape, x.dtype
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalised.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        normalised, inverse, count = ctx.saved_tensors
+        grad = gradients[0].to(normalised.dtype)
+        sums = torch.stack([grad.sum(ctx.dims), (grad * normalised).sum(ctx.dims)])
+        ctx.communicator.all_reduce(sums)
+        mean_grad, mean_product = (sums / count).view(2, *ctx.shape)
+        result = (grad - mean_grad - normalised * mean_product) * inverse.view(ctx.shape)
+        return result.to(ctx.dtype), None, None
+
+
+class SyncBatchNorm(_BatchNorm):
+    """A BatchNorm layer whose training statistics are those of all replicas' samples together."""
+
+    communicator: Communicator
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected [N, C, ...], got {input.dim()}-dimensional input")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input`` ``[N, C, ...]``; N may differ among replicas and be 0."""
+        if not self.training and self.track_running_stats:
+            return super().forward(input)
+        output, mean, variance, count = _Normalise.apply(input, self.eps, self.communicator)
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            self._update_running(mean, variance, count)
+        if self.affine:
+            shape = [1, self.num_features] + [1] * (input.dim() - 2)
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        # The running variance is the unbiased one, as in torch's own layer.
+        unbiased = variance * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+
+
+def synchronise(model: nn.Module, communicator: Communicator) -> int:
+    """Replaces the model's BatchNorm layers, in place, by ones that see all replicas; names and tensors stay.
+
+    Returns:
+        How many layers were replaced.
+    """
+    count = 0
+    for name, child in list(model.named_children()):
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            child.__class__ = SyncBatchNorm
+        if isinstance(child, SyncBatchNorm):
+            child.communicator = communicator
+            count += 1
+        else:
+            count += synchronise(model.get_submodule(name), communicator)
+    return count

@@ -1,0 +1,121 @@
+"""Data parallelism: every rank holds the model, sees a share of each batch, and gradients are summed over the ranks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distrain.collectives import Communicator, digest
+from distrain.config import Config, StrategyConfig, register, setting
+from distrain.strategies import batchnorm
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult
+from distrain.strategies.gradients import Gradients
+from distrain.strategies.single import Single
+
+if TYPE_CHECKING:
+    from distrain.data.loader import Batch
+    from distrain.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class DDPConfig(StrategyConfig):
+    """Keys of ``strategy=ddp``."""
+
+    batchnorm: str = setting("Statistics of BatchNorm layers.", choices=("sync", "local"))
+    first_bucket_mb: float = setting("Size of the first gradient bucket in MiB.", above=0)
+    bucket_mb: float = setting("Size of the other gradient buckets in MiB.", above=0)
+
+
+@register("strategy", "ddp", DDPConfig)
+class DDP(Single):
+    """One process's training step with the gradients summed over all ranks while the backward pass runs.
+
+    Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704). Unlike torch's DistributedDataParallel the mean is over
+    the global batch's samples, not over ranks, and a rank without samples contributes zeros.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        self.mesh = runtime.mesh({"data": runtime.world.size})
+        self.replicas = Communicator(self.mesh.get_group("data") if self.mesh else None, self.ledger)
+        self.data_shard = (self.replicas.rank, self.replicas.size)
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Any number of ranks will do."""
+
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer) -> None:
+        """Makes sure that all ranks start from the same model; see the base class."""
+        self._agree_on(model)
+        assert isinstance(self.config.strategy, DDPConfig)
+        if self.config.strategy.batchnorm == "sync" and self.replicas.size > 1:
+            layers = batchnorm.synchronise(model, self.replicas)
+            self._needs_every_piece = layers > 0
+            if layers:
+                log.info(
+                    "%d BatchNorm layers take their statistics over all ranks (%d small collectives a step); "
+                    "strategy.batchnorm=local is faster but not what one process computes",
+                    layers,
+                    3 * layers,
+                )
+                if self.config.trainer.micro_batch_size is not None:
+                    log.warning(
+                        "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
+                        "they depend on the number of ranks; model.norm=group does not"
+                    )
+        super().setup(model, loss_fn, make_optimizer)
+        diverging = not self._needs_every_piece and self.replicas.size > 1
+        self._diverging = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if diverging else []
+        self._settled = True
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One update from all ranks' shares; see the base class."""
+        self._settled = False
+        return super().train_step(batch)
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Forward only; see the base class."""
+        self._settle()
+        return super().eval_step(batch)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name; all ranks call it together."""
+        self._settle()
+        return super().model_state()
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Averages buffers that each rank updated from its own share (BatchNorm's with ``batchnorm=local``)."""
+        if not self._settled:
+            for buffer in self._diverging:
+                self.replicas.all_reduce(buffer).div_(self.replicas.size)
+        self._settled = True
+
+    def _make_gradients(self) -> Gradients:
+        options = self.config.strategy
+        assert isinstance(options, DDPConfig)
+        return Gradients(
+            self.model.named_parameters(),
+            self.replicas,
+            self.compressor,
+            self.stopwatch,
+            options.first_bucket_mb,
+            options.bucket_mb,
+        )
+
+    @torch.no_grad()
+    def _agree_on(self, model: nn.Module) -> None:
+        """Compares the initial parameters and buffers by hash; where a rank's differ, rank 0's are taken."""
+        device = self.runtime.device
+        hashes = [int(each) for each in self.replicas.all_gather(digest(model.state_dict().values()).to(device))]
+        strays = [rank for rank, each in enumerate(hashes) if each != hashes[0]]
+        if strays:
+            log.warning("initial parameters of ranks %s differ from rank 0's, which are taken", strays)
+            for tensor in model.state_dict().values():
+                self.replicas.broadcast(tensor)

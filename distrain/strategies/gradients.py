@@ -1,0 +1,144 @@
+"""Gradients in flat buckets that are exchanged while the backward pass still runs.
+
+Every strategy that reduces gradients among replicas uses this one part: ddp over all ranks, a pipeline stage over its
+replicas, and one process over nobody. Buckets are made once, in the reverse order of the model's parameters (about the
+order in which the backward pass finishes them), so they are the same on every rank and in every run, a compressor may
+store by parameter name, and nothing is ever rebuilt (Li et al. 2020, arXiv 2006.15704, §3.2, without the rebuilding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from distrain.collectives import Communicator, Pending, ring_all_reduce_bytes
+from distrain.compression.base import Bucket, Compressor
+from distrain.metrics import Stopwatch
+
+MB = 1024 * 1024
+
+
+class Gradients:
+    """The gradients of a set of parameters: zeroed, accumulated, reduced, measured and clipped together.
+
+    ``parameter.grad`` of each is a view into a bucket and stays so.
+
+    Args:
+        parameters: ``(name, parameter)`` pairs in the model's order; those that need no gradient are left out.
+        communicator: The replicas to reduce among.
+        compressor: How the buckets travel.
+        stopwatch: Where the exposed communication is booked.
+        first_bucket_mb: Size at which the first bucket is closed, in MiB.
+        bucket_mb: The same for the others.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        communicator: Communicator,
+        compressor: Compressor,
+        stopwatch: Stopwatch,
+        first_bucket_mb: float = 1,
+        bucket_mb: float = 25,
+    ) -> None:
+        self._communicator = communicator
+        self._compressor = compressor
+        self._stopwatch = stopwatch
+        self._armed = False
+        self._next = 0
+        self._pending: list[Pending] = []
+        self.buckets: list[Bucket] = []
+        self._missing: list[int] = []
+        self._handles = []
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        for index, part in enumerate(_partition(trained[::-1], first_bucket_mb * MB, bucket_mb * MB)):
+            self.buckets.append(_make_bucket(part))
+            self._missing.append(0)
+            if communicator.size > 1:
+                for _, parameter in part:
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready_hook(index)))
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes this rank sends to reduce all buckets once, uncompressed."""
+        return sum(ring_all_reduce_bytes(bucket.bytes, self._communicator.size) for bucket in self.buckets)
+
+    def zero(self) -> None:
+        """Starts a new sum; call before the first backward pass of a step."""
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+
+    def arm(self) -> None:
+        """From now on a bucket is sent off as soon as it is complete; call before the last backward pass of a step."""
+        self._armed = True
+        self._next = 0
+        for index, bucket in enumerate(self.buckets):
+            self._missing[index] = len(bucket.tensors)
+
+    def finish(self) -> None:
+        """Sends what the backward pass did not complete (unused parameters, an empty share) and waits for all."""
+        if self._communicator.size == 1:
+            return
+        with self._stopwatch.communication():
+            while self._next < len(self.buckets):
+                self._launch()
+            for pending in self._pending:
+                pending.wait()
+        self._pending.clear()
+        self._armed = False
+
+    def norm(self) -> Tensor:
+        """Euclidean norm over all gradients, a scalar."""
+        norms = [torch.linalg.vector_norm(bucket.flat) for bucket in self.buckets]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies all gradients by a scalar."""
+        for bucket in self.buckets:
+            bucket.flat.mul_(factor)
+
+    def _ready_hook(self, index: int) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            if self._armed:
+                self._missing[index] -= 1
+                # In order, so that all ranks issue the same collectives whatever their backward passes finish first.
+                while self._next < len(self.buckets) and self._missing[self._next] == 0:
+                    self._launch()
+
+        return hook
+
+    def _launch(self) -> None:
+        self._pending.append(self._compressor.aggregate(self.buckets[self._next], self._communicator))
+        self._next += 1
+
+
+def _partition(
+    parameters: list[tuple[str, nn.Parameter]], first_bytes: float, bytes_: float
+) -> list[list[tuple[str, nn.Parameter]]]:
+    parts: list[list[tuple[str, nn.Parameter]]] = []
+    filled = float("inf")
+    for name, parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        limit = first_bytes if len(parts) == 1 else bytes_
+        last = parts[-1][-1][1] if parts else None
+        alike = last is not None and (last.dtype, last.device) == (parameter.dtype, parameter.device)
+        if not alike or filled + size > limit:
+            parts.append([])
+            filled = 0
+        parts[-1].append((name, parameter))
+        filled += size
+    return parts
+
+
+def _make_bucket(part: list[tuple[str, nn.Parameter]]) -> Bucket:
+    first = part[0][1]
+    flat = torch.zeros(sum(p.numel() for _, p in part), dtype=first.dtype, device=first.device)
+    tensors, offset = {}, 0
+    for name, parameter in part:
+        # The parameter's own strides (channels-last weights), so that fused optimizers see one layout.
+        view = flat.as_strided(parameter.size(), parameter.stride(), offset)
+        parameter.grad = tensors[name] = view
+        offset += parameter.numel()
+    return Bucket(flat, tensors)

@@ -1,0 +1,154 @@
+"""One process: the training that every other strategy must equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain import state
+from distrain.collectives import Communicator
+from distrain.compression.base import Compressor
+from distrain.config import Config, ConfigError, StrategyConfig, choices, register
+from distrain.precision import Precision
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
+from distrain.strategies.gradients import Gradients
+
+if TYPE_CHECKING:
+    from distrain.data.loader import Batch
+    from distrain.runtime import Runtime
+
+
+@register("strategy", "single", StrategyConfig)
+class Single(Strategy):
+    """The whole model on every replica, each replica on its share of the batch; here there is one replica.
+
+    The loss of a batch is a global sum over a global count, so uneven shares, a ragged last batch and accumulation
+    change nothing but the order in which numbers are added.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        self.replicas = Communicator(ledger=self.ledger)
+        self.precision = Precision(config.trainer.precision, runtime.device)
+        self._clip = config.trainer.grad_clip_norm
+        self._norm: Tensor | None = None
+        # A layer that communicates in the forward pass needs every replica in every piece, even without samples.
+        self._needs_every_piece = False
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuses more than one rank."""
+        if world_size > 1:
+            others = [name for name in choices("strategy") if name != "single"]
+            raise ConfigError("strategy", "single", f"runs on 1 rank, but {world_size} were started", others)
+
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer) -> None:
+        """Lays the gradients out in buckets and builds the optimizer; see the base class."""
+        self.model = model
+        self._loss_fn = loss_fn
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self.compressor: Compressor = choices("compression")[self.config.compression.name].target(
+            self.config.compression
+        )
+        self.gradients = self._make_gradients()
+        self.optimizer = make_optimizer(model.named_parameters())
+        self._forward: nn.Module = model
+        if self.config.trainer.compile:
+            model.compile()
+
+    def _make_gradients(self) -> Gradients:
+        return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One update from this replica's share of a global batch; see the base class."""
+        with self.stopwatch.step():
+            self._forward.train()
+            self.gradients.zero()
+            pieces = self._pieces(batch)
+            losses, correct = [], []
+            for index, (images, labels) in enumerate(pieces):
+                if index == len(pieces) - 1:
+                    self.gradients.arm()
+                with self.precision.autocast():
+                    logits = self._forward(images)
+                    loss_sum = self._loss_fn(logits, labels)
+                self.precision.scale(loss_sum / batch.global_count).backward()  # type: ignore[no-untyped-call]
+                losses.append(loss_sum.detach())
+                correct.append((logits.detach().argmax(1) == labels).sum())
+            if not pieces:
+                self.gradients.arm()
+            self.gradients.finish()
+            self._update()
+        return StepResult(_total(losses, batch), _total(correct, batch).long(), len(batch.labels))
+
+    def _pieces(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """The share in as many near-equal pieces as the largest share needs, so that all replicas have as many."""
+        size = self.config.trainer.micro_batch_size
+        largest = math.ceil(batch.global_count / self.data_shard[1])
+        count = 1 if size is None else math.ceil(largest / size)
+        if count == 1:
+            pieces = [(batch.images, batch.labels)]
+        else:
+            pieces = list(zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True))
+        return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[1])]
+
+    def _update(self) -> None:
+        found_inf = self.precision.unscale(self.gradients)
+        self._norm = None
+        if self._clip is not None:
+            self._norm = self.gradients.norm()
+            # torch.nn.utils.clip_grad_norm_'s formula, so that a run moved here from plain PyTorch is the same run.
+            self.gradients.scale((self._clip / (self._norm + 1e-6)).clamp(max=1.0))
+        self.precision.step(self.optimizer, found_inf)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the last step's gradient before clipping; see the base class."""
+        return self._norm if self._norm is not None else self.gradients.norm()
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Forward only; see the base class."""
+        if not len(batch.labels):
+            nothing = torch.zeros((), device=self.runtime.device)
+            return StepResult(nothing, nothing.long(), 0, batch.labels)
+        self._forward.eval()
+        with self.precision.autocast():
+            logits = self._forward(batch.images)
+            loss_sum = self._loss_fn(logits, batch.labels)
+        predictions = logits.argmax(1)
+        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+
+    def uncompressed_bytes_per_step(self) -> int:
+        """Bytes this rank would send in a step without compression."""
+        return self.gradients.bytes_per_step
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return self.model.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer and loss scale; see the base class."""
+        tensors, scalars = state.optimizer_state(self.optimizer, self._names)
+        return {
+            "model": self.model_state(),
+            "optimizer": tensors,
+            "compressor": self.compressor.state_dict(),
+            "scalars": {"optimizer": scalars, "precision": self.precision.state_dict()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave; see the base class."""
+        state.load_model(self.model, saved["model"])
+        state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        self.compressor.load_state_dict(saved["compressor"])
+        self.precision.load_state_dict(saved["scalars"]["precision"])
+
+
+def _total(parts: list[Tensor], batch: Batch) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).sum() if parts else torch.zeros((), device=batch.labels.device)

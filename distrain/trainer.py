@@ -1,0 +1,340 @@
+"""The training loop. It asks the strategy for steps and knows no strategy by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrain import checkpoint, pictures
+from distrain.callbacks import Callback
+from distrain.config import Config, ConfigError, to_container
+from distrain.data.base import Splits
+from distrain.data.loader import Batch, Loader
+from distrain.evaluation import Evaluation, evaluate
+from distrain.loggers import Logger
+from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
+from distrain.runtime import Runtime
+from distrain.strategies.base import Strategy
+
+log = logging.getLogger(__name__)
+
+_WATCHED = 32
+_WARMUP = 10
+
+
+@dataclass
+class Progress:
+    """How far the run has come; all that the trainer itself needs to go on.
+
+    Attributes:
+        step: Updates done.
+        epoch: Epochs finished.
+        epoch_samples: Samples of the current epoch that all ranks together have consumed.
+        samples: Samples consumed since the start.
+        epoch_sums: Loss, correct and count of this epoch's samples so far.
+        train_loss: Mean loss of the last whole epoch.
+        val_accuracy: Validation accuracy after it.
+        best_accuracy: Best validation accuracy so far.
+        best_step: The step it was reached at.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_samples: int = 0
+    samples: int = 0
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    train_loss: float | None = None
+    val_accuracy: float | None = None
+    best_accuracy: float | None = None
+    best_step: int | None = None
+
+
+class Trainer:
+    """Trains, evaluates, saves and reports.
+
+    Args:
+        config: The run's configuration.
+        runtime: This rank's surroundings.
+        strategy: Set up with model and optimizer.
+        splits: The data.
+        loaders: This rank's shards: ``train``, ``val`` and ``test``.
+        schedule: Factor of the learning rate for a step.
+        logger: Takes the metrics; the base class on ranks that don't write.
+        callbacks: Called at fixed points, on this rank.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        strategy: Strategy,
+        splits: Splits,
+        loaders: dict[str, Loader],
+        schedule: Callable[[int], float],
+        logger: Logger,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.strategy = strategy
+        self.splits = splits
+        self.progress = Progress()
+        self.total_steps = total_steps(config, len(loaders["train"]))
+        self._loaders = loaders
+        self._schedule = schedule
+        self._logger = logger
+        self._callbacks = list(callbacks)
+        self._everyone = runtime.communicator()
+        self._window = Totals(runtime.device)
+        self._bytes = 0
+        self._started = time.perf_counter()
+        self._saved_step: int | None = None
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end and returns what ``summary.json`` holds."""
+        self._resume()
+        self._clock = StepClock(self.strategy.stopwatch, min(_WARMUP, (self.total_steps - self._first_step) // 2))
+        self._notify("on_fit_start")
+        try:
+            self.strategy.run(self._train)
+        finally:
+            self._notify("on_fit_end")
+        return self._finish()
+
+    def _train(self) -> None:
+        while not self._done():
+            loader = self._loaders["train"]
+            for batch in self._clock.steps(loader.epoch(self.progress.epoch, self.progress.epoch_samples)):
+                self._seed_step()
+                self.strategy.set_learning_rate(self._learning_rate())
+                sent = self.strategy.ledger.total()
+                result = self.strategy.train_step(batch)
+                self._bytes += self.strategy.ledger.total() - sent
+                self._window.add(result.loss_sum, result.correct, result.count)
+                self._advance(batch)
+                self._notify("on_step_end")
+                if self.progress.step % self.config.trainer.log_every_steps == 0:
+                    self._log()
+                if self.config.checkpoint.every_steps and self.progress.step % self.config.checkpoint.every_steps == 0:
+                    with self._clock.paused():
+                        self._save()
+                if self.progress.step == self.config.trainer.max_steps:
+                    break
+            if self.progress.epoch_samples == len(self.splits.train):
+                self._end_epoch()
+
+    def _done(self) -> bool:
+        at_limit = self.progress.step == self.config.trainer.max_steps
+        return at_limit or self.progress.epoch >= self.config.trainer.epochs
+
+    def _advance(self, batch: Batch) -> None:
+        self.progress.step += 1
+        self.progress.epoch_samples += batch.global_count
+        self.progress.samples += batch.global_count
+        self.runtime.step = self.progress.step
+
+    def _learning_rate(self) -> float:
+        return self.config.optimizer.lr * self._schedule(self.progress.step)
+
+    def _seed_step(self) -> None:
+        # Dropout's draws depend on (seed, step, shard) alone, so a resumed run needs no saved generator states.
+        torch.manual_seed((self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.strategy.data_shard[0])
+
+    # --- between steps -----------------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        norm = self.strategy.gradient_norm()
+        sums = self._take_window()
+        lap = self._clock.lap()
+        values = {
+            "train/loss": sums[0] / sums[2],
+            "train/accuracy": sums[1] / sums[2],
+            "train/gradient_norm": float(norm),
+            "train/learning_rate": self.strategy.optimizer.param_groups[0]["lr"],
+            "speed/images_per_second": lap.samples_per_second,
+            "speed/step_ms": lap.step_ms,
+            **{f"time/{name}": share for name, share in lap.time.shares().items()},
+            "communication/bytes_per_step": float(self._bytes / max(self.progress.step - self._first_step, 1)),
+        }
+        self._logger.scalars(self.progress.step, values)
+        self._notify("on_log", values)
+
+    def _take_window(self) -> list[float]:
+        taken: list[float] = self._everyone.all_reduce(self._window.take()).tolist()
+        self.progress.epoch_sums = [a + b for a, b in zip(self.progress.epoch_sums, taken, strict=True)]
+        return taken
+
+    def _end_epoch(self) -> None:
+        self._clock.lap()
+        self._take_window()
+        loss, correct, count = self.progress.epoch_sums
+        self.progress.epoch_sums = [0.0, 0.0, 0.0]
+        self.progress.epoch += 1
+        self.progress.epoch_samples = 0
+        self.progress.train_loss = loss / count
+        values = {
+            "epoch/number": float(self.progress.epoch),
+            "epoch/train_loss": loss / count,
+            "epoch/train_accuracy": correct / count,
+            "epoch/images_per_second": self._clock.epoch.samples_per_second,
+        }
+        self._clock.epoch = Stretch()
+        if len(self.splits.val):
+            found = self._evaluate("val")
+            values |= {"epoch/val_loss": found.loss, "epoch/val_accuracy": found.accuracy}
+            self.progress.val_accuracy = found.accuracy
+            if self.progress.best_accuracy is None or found.accuracy > self.progress.best_accuracy:
+                self.progress.best_accuracy, self.progress.best_step = found.accuracy, self.progress.step
+        self._logger.scalars(self.progress.step, values, kind="epoch")
+        if self.progress.epoch % self.config.checkpoint.every_epochs == 0:
+            self._save()
+        self._notify("on_epoch_end", values)
+
+    def _evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
+        classes = len(self.splits.spec.classes)
+        return evaluate(self.strategy, self._loaders[split], self._everyone, classes, watch)
+
+    # --- saving and going on -----------------------------------------------------------------------------------------
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.runtime.run_dir / "checkpoints"
+
+    def _save(self) -> None:
+        if self._saved_step == self.progress.step:
+            return
+        self._take_window()
+        state = self.strategy.state_dict()
+        if self.runtime.is_main:
+            checkpoint.save(self._checkpoints, state, asdict(self.progress))
+            checkpoint.prune(self._checkpoints, self.config.checkpoint.keep, self.progress.best_step)
+        self._saved_step = self.progress.step
+
+    def _resume(self) -> None:
+        self._first_step = 0
+        found = self._checkpoint_to_resume()
+        if found is None:
+            return
+        state, progress = checkpoint.load(found)
+        try:
+            self.strategy.load_state_dict(state)
+        except ValueError as error:
+            raise ConfigError("resume", found, str(error)) from error
+        self.progress = Progress(**progress)
+        self._first_step = self._saved_step = self.runtime.step = self.progress.step
+        log.info("resumed from %s: step %d, epoch %d", found, self.progress.step, self.progress.epoch)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """Rank 0 chooses, so that all ranks go on from the same one."""
+        wanted = self.config.resume
+        if wanted == "never":
+            return None
+        if wanted != "auto":
+            return Path(wanted)
+        newest = checkpoint.newest_valid(self._checkpoints) if self.runtime.is_main else None
+        step = int(newest.name[5:]) if newest else -1
+        step = int(self._everyone.broadcast(torch.tensor(step, device=self.runtime.device)))
+        return None if step < 0 else self._checkpoints / f"step_{step:08d}"
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        self._clock.lap()
+        self._save()
+        watch = range(min(_WATCHED, len(self.splits.test)))
+        test = self._evaluate("test", watch)
+        summary = self._summary(test)
+        if self.runtime.is_main:
+            self._draw(test)
+            numbers = ("train_loss", "val_accuracy", "test_accuracy", "test_loss", "images_per_second")
+            final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
+            self._logger.hyperparameters(flatten(to_container(self.config)), final)
+            path = self.runtime.run_dir / "summary.json"
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+        self._logger.close()
+        return summary
+
+    def _summary(self, test: Evaluation) -> dict[str, Any]:
+        world, device = self.runtime.world, self.runtime.device
+        steps = max(self.progress.step - self._first_step, 1)
+        sent = torch.tensor([self._bytes, self.strategy.uncompressed_bytes_per_step()], dtype=torch.int64, device=device)
+        sent_per_step, uncompressed = self._everyone.all_reduce(sent).tolist()
+        shares = self._clock.overall.time.shares()
+        summed = self._everyone.all_reduce(torch.tensor(list(shares.values()), dtype=torch.float64, device=device))
+        memory = self._everyone.all_reduce(torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=device), "max")
+        mesh = self.strategy.mesh
+        return {
+            "strategy": self.config.strategy.name,
+            "world_size": world.size,
+            "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
+            "compression": self.config.compression.name,
+            "epochs": self.progress.epoch,
+            "steps": self.progress.step,
+            "samples": self.progress.samples,
+            "train_loss": self.progress.train_loss if self.progress.epoch else self._partial_train_loss(),
+            "val_accuracy": self.progress.val_accuracy,
+            "test_accuracy": test.accuracy,
+            "test_loss": test.loss,
+            "test_correct": test.correct,
+            "test_count": test.count,
+            "images_per_second": self._clock.overall.samples_per_second,
+            "step_ms": self._clock.step_ms(),
+            "time_share": {name: share / world.size for name, share in zip(shares, summed.tolist(), strict=True)},
+            "bytes_sent_per_step": round(sent_per_step / steps),
+            "bytes_uncompressed_per_step": uncompressed,
+            "peak_memory_mb": round(float(memory), 1),
+            "wall_seconds": round(self.seconds(), 3),
+        }
+
+    def _partial_train_loss(self) -> float | None:
+        loss, _, count = self.progress.epoch_sums
+        return loss / count if count else None
+
+    def _draw(self, test: Evaluation) -> None:
+        if type(self._logger) is Logger:
+            return
+        classes = self.splits.spec.classes
+        shown = slice(0, len(test.watched))
+        labels = self.splits.test.labels[shown]
+        self._logger.figure(
+            self.progress.step,
+            "test/predictions",
+            pictures.predictions(self.splits.test.images[shown], labels, test.watched, classes),
+        )
+        self._logger.figure(
+            self.progress.step, "test/confusion_matrix", pictures.confusion_matrix(test.confusion, classes)
+        )
+
+    def seconds(self) -> float:
+        """Seconds since the trainer was made."""
+        return time.perf_counter() - self._started
+
+    def _notify(self, event: str, *args: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, event)(self, *args)
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Updates of the whole run."""
+    steps = config.trainer.epochs * steps_per_epoch
+    return steps if config.trainer.max_steps is None else min(steps, config.trainer.max_steps)
+
+
+def flatten(container: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in container.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

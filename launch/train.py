@@ -1,0 +1,18 @@
+"""Trains: ``torchrun --nproc-per-node 2 launch/train.py strategy=ddp``, or ``python launch/train.py`` on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distrain import app, cli, config
+
+
+def task(composed: DictConfig) -> None:
+    """Runs one training."""
+    app.train(config.load(composed))
+
+
+if __name__ == "__main__":
+    cli.main(task, Path(__file__).parent.parent / "conf", "config")
