@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distrain import callbacks, losses, loggers, models, optimizers, schedulers, strategies  # noqa: F401
+from distrain import callbacks, loggers, losses, models, optimizers, schedulers, strategies  # noqa: F401
 from distrain import config as configuration
 from distrain.config import Config, ConfigError, choices
 from distrain.data.base import DataSource, Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.precision import Precision
-from distrain.runtime import Runtime, World, choose_backend, choose_device, seed_everything, write_yaml
+from distrain.runtime import Runtime, World, choose_backend, choose_device, seed_everything, write_json, write_yaml
 from distrain.strategies import base as strategy_base
 from distrain.strategies.base import Strategy
 from distrain.trainer import Trainer, total_steps
@@ -40,12 +41,18 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
     with Runtime(config, world) as runtime:
         if runtime.is_main:
             write_yaml(runtime.run_dir / "config.yaml", configuration.to_container(config))
+            write_json(runtime.run_dir / "data.json", described(splits))
             log.info("run folder: %s", runtime.run_dir)
         trainer = build_trainer(config, runtime, splits)
         summary = trainer.fit()
         if runtime.is_main:
             log.info("%s", closing_line(summary))
     return summary
+
+
+def described(splits: Splits) -> dict[str, Any]:
+    """What somebody who has the run but not the data must know to use the model; the content of ``data.json``."""
+    return {**asdict(splits.spec), "mean": list(splits.mean), "std": list(splits.std)}
 
 
 def source(config: Config) -> DataSource:
@@ -55,25 +62,31 @@ def source(config: Config) -> DataSource:
 
 
 def check(config: Config, world: World) -> None:
-    """All that can be refused without loading data or talking to other ranks.
+    """Refuses all that can be refused without loading data or talking to other ranks, and names unused parameters.
 
     Raises:
         ConfigError: One line that names the key, the value and the choices.
     """
     if config.data.batch_size < world.size and config.strategy.name != "single":
-        raise ConfigError("data.batch_size", config.data.batch_size, f"the global batch is smaller than the {world.size} ranks that share it")
+        raise ConfigError(
+            "data.batch_size",
+            config.data.batch_size,
+            f"the global batch is smaller than the {world.size} ranks that share it",
+        )
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         raise ConfigError("resume", config.resume, "is neither a checkpoint's folder nor one of the", ["auto", "never"])
     device = choose_device(config, world)
     choose_backend(config, device)
-    choices("strategy")[config.strategy.name].target.check(config, world.size)
+    strategy_base.chosen(config).check(config, world.size)
     spec = source(config).describe()
-    models.check(
+    unused = models.check(
         config.model,
         in_channels=spec.channels,
         num_classes=len(spec.classes),
         image_size=(spec.height, spec.width),
     )
+    if unused and world.rank == 0:
+        log.warning("the loss doesn't depend on parameters %s; they get no gradient", ", ".join(unused))
 
 
 def check_sizes(config: Config, splits: Splits) -> None:
@@ -90,17 +103,30 @@ def check_sizes(config: Config, splits: Splits) -> None:
     schedulers.build(config.scheduler, steps_per_epoch, total_steps(config, steps_per_epoch))
 
 
-def memory_format(config: Config, device: torch.device) -> torch.memory_format:
-    """The layout of images and convolution weights."""
+def memory_format(config: Config, device: torch.device, model: torch.nn.Module) -> torch.memory_format:
+    """The layout of images and convolution weights.
+
+    ``auto`` follows measurements of forward and backward passes of this project's models: on CPUs channels-last gains
+    up to 160 % with convolutions, except with GroupNorm, where torch's kernel loses up to 30 %; GPUs gain in 16 bits.
+    """
     wanted = config.trainer.memory_format
     if wanted == "auto":
-        pays = config.trainer.precision != "fp64" and (device.type == "cpu" or config.trainer.precision != "fp32")
+        kinds = {type(module) for module in model.modules()}
+        pays = torch.nn.Conv2d in kinds and torch.nn.GroupNorm not in kinds
+        if device.type == "cuda":
+            pays = pays and config.trainer.precision in ("bf16", "fp16")
         wanted = "channels_last" if pays else "contiguous"
     return torch.channels_last if wanted == "channels_last" else torch.contiguous_format
 
 
 def make_loader(
-    config: Config, strategy: Strategy, splits: Splits, images: Images, *, training: bool
+    config: Config,
+    strategy: Strategy,
+    splits: Splits,
+    images: Images,
+    layout: torch.memory_format,
+    *,
+    training: bool,
 ) -> Loader:
     """This rank's shard of one split."""
     device = strategy.runtime.device
@@ -112,7 +138,7 @@ def make_loader(
         std=splits.std,
         device=device,
         dtype=Precision(config.trainer.precision, device).dtype,
-        memory_format=memory_format(config, device),
+        memory_format=layout,
         seed=config.seed,
         shuffle=training,
         augment=config.data.augment if training else None,
@@ -131,24 +157,21 @@ def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Mo
         image_size=(spec.height, spec.width),
     )
     dtype = Precision(config.trainer.precision, runtime.device).dtype
-    return model.to(runtime.device, dtype, memory_format=memory_format(config, runtime.device))
-
-
-def build_strategy(config: Config, runtime: Runtime, splits: Splits) -> Strategy:
-    """The strategy, set up with model, loss and optimizer."""
-    strategy = strategy_base.build(config, runtime)
-    model = build_model(config, runtime, splits)
-    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
-    return strategy
+    model.to(device=runtime.device, dtype=dtype)
+    # One call can't change type and layout: nn.Module.to has no overload for both.
+    return model.to(memory_format=memory_format(config, runtime.device, model))  # type: ignore[call-overload,no-any-return]
 
 
 def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
     """All parts of a run, put together."""
-    strategy = build_strategy(config, runtime, splits)
+    strategy = strategy_base.build(config, runtime)
+    model = build_model(config, runtime, splits)
+    layout = memory_format(config, runtime.device, model)
+    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     loaders = {
-        "train": make_loader(config, strategy, splits, splits.train, training=True),
-        "val": make_loader(config, strategy, splits, splits.val, training=False),
-        "test": make_loader(config, strategy, splits, splits.test, training=False),
+        name: make_loader(config, strategy, splits, images, layout, training=name == "train")
+        for name, images in parts.items()
     }
     steps_per_epoch = len(loaders["train"])
     return Trainer(
@@ -168,6 +191,6 @@ def closing_line(summary: dict[str, Any]) -> str:
     shares = summary["time_share"]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return (
-        f"test_accuracy {summary['test_accuracy']:.4f}, test_loss {summary['test_loss']:.4f} | "
-        f"{summary['steps']} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | {parts}"
+        f"test_accuracy {summary['test_accuracy']:.4f}, test_loss {summary['test_loss']:.4f} | {summary['steps']} steps "
+        f"in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | {parts}"
     )

@@ -26,6 +26,8 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distrain.runtime import write_json
+
 log = logging.getLogger(__name__)
 
 _PARTS = ("model", "optimizer", "compressor")
@@ -52,9 +54,9 @@ def save(folder: Path, state: Mapping[str, Any], progress: Mapping[str, Any]) ->
     temporary.mkdir(parents=True)
     for part in _PARTS:
         save_file(_plain(state[part]), temporary / f"{part}.safetensors")
-    _write_json(temporary / "state.json", {"progress": dict(progress), "scalars": state["scalars"]})
+    write_json(temporary / "state.json", {"progress": dict(progress), "scalars": state["scalars"]})
     files = sorted(path for path in temporary.iterdir())
-    _write_json(
+    write_json(
         temporary / "manifest.json",
         {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
     )
@@ -144,7 +146,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Copies, because safetensors refuses strided layouts (channels-last) and memory that two names share (tied weights).
+    # Copies: safetensors refuses strided layouts (channels-last) and memory that two names share (tied weights).
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -153,10 +155,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except safetensors.SafetensorError as error:
         raise DamagedCheckpoint(f"{path} is no safetensors file: {error}") from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _sha256(path: Path) -> str:

@@ -37,6 +37,8 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         conf: The folder of YAML files.
         config_name: The primary file, without ``.yaml``.
     """
+    # Where the user stands, so that `model._target_=my_package.Net` finds what lies there; last, so it hides nothing.
+    sys.path.append(str(Path.cwd()))
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -93,7 +95,11 @@ def keys_of(parent: str, conf: Path, config_name: str, overrides: Sequence[str])
             override = parser.parse_overrides([text])[0]
             picked.append(str(override.input_line))
     try:
-        node = OmegaConf.select(compose(conf, config_name, picked), parent) if parent else compose(conf, config_name, picked)
+        node = (
+            OmegaConf.select(compose(conf, config_name, picked), parent)
+            if parent
+            else compose(conf, config_name, picked)
+        )
     except (HydraException, OmegaConfBaseException):
         return []
     return [str(key) for key in node] if isinstance(node, DictConfig) else []

@@ -119,5 +119,5 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
     """A 63-bit hash of the tensors' bits as an int64 scalar on the CPU, for comparing ranks."""
     total = hashlib.sha256()
     for tensor in tensors:
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return torch.tensor(int.from_bytes(total.digest()[:8], "little") >> 1, dtype=torch.int64)

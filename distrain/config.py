@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import math
+import operator
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ class ConfigError(ValueError):
         shown = list(choices)
         message = f"{key}={_show(value)}: {problem}" if value is not _ABSENT else f"{key}: {problem}"
         if shown:
-            close = difflib.get_close_matches(str(value), [str(choice) for choice in shown], n=1)
+            wrong = key.rpartition(".")[2] if value is _ABSENT else str(value)
+            close = difflib.get_close_matches(wrong, [str(choice) for choice in shown], n=1)
             message += f"; choices: {', '.join(str(choice) for choice in shown)}"
             message += f" (did you mean {close[0]}?)" if close else ""
         super().__init__(" ".join(message.split()))
@@ -143,7 +145,7 @@ def choices(group: str) -> dict[str, Choice]:
     return _CHOICES[group]
 
 
-# --- schemas -----------------------------------------------------------------------------------------------------------
+# --- schemas ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -173,7 +175,9 @@ class AugmentConfig:
     """Whole-batch augmentation of training images; each sample's draw depends on (seed, epoch, sample index) alone."""
 
     flip: bool = setting("Mirror left and right with probability 1/2.")
-    crop_padding: int = setting("Zero-pad each side by this many pixels and crop back at random; 0 for none.", at_least=0)
+    crop_padding: int = setting(
+        "Zero-pad each side by this many pixels and crop back at random; 0 for none.", at_least=0
+    )
     cutout: int = setting("Side in pixels of a square set to the mean at a random place; 0 for none.", at_least=0)
 
 
@@ -188,11 +192,15 @@ class DataConfig:
     val_fraction: float = setting("Share of the training images kept for validation.", at_least=0, below=1)
     split_seed: int = setting("Fixes which images are kept; not the run's seed, so that runs compare.", at_least=0)
     limit: int | None = setting("Use only this many training images (null: all); for trying things out.", at_least=1)
-    mean: list[float] | None = setting("Channel means in [0, 1] for normalising; null: measured on the training images.")
+    mean: list[float] | None = setting(
+        "Channel means in [0, 1] for normalising; null: measured on the training images."
+    )
     std: list[float] | None = setting("Channel standard deviations; null: measured.", above=0)
     augment: AugmentConfig = setting("Augmentation.", default_factory=AugmentConfig)
     memory_limit_mb: int = setting("Images that take more stream from the memory map, prefetched.", at_least=0)
-    prefetch: int | None = setting("Batches made ready in the background; null: 0 for CPU and images in memory, else 2.", at_least=0)
+    prefetch: int | None = setting(
+        "Batches made ready in the background; null: 0 for CPU and images in memory, else 2.", at_least=0
+    )
 
 
 @dataclass
@@ -232,11 +240,16 @@ class TrainerConfig:
     """The loop."""
 
     epochs: int = setting("Passes over the training images.", at_least=1)
-    max_steps: int | None = setting("End the run after this many steps, with its evaluation, checkpoint and summary.", at_least=1)
-    micro_batch_size: int | None = setting(
-        "Samples a rank runs forward and backward at once; a larger share is accumulated. null: all at once.", at_least=1
+    max_steps: int | None = setting(
+        "End the run after this many steps, with its evaluation, checkpoint and summary.", at_least=1
     )
-    grad_clip_norm: float | None = setting("Scale gradients whose norm over the whole model exceeds this; null: don't.", above=0)
+    micro_batch_size: int | None = setting(
+        "Samples a rank runs forward and backward at once; a larger share is accumulated. null: all at once.",
+        at_least=1,
+    )
+    grad_clip_norm: float | None = setting(
+        "Scale gradients whose norm over the whole model exceeds this; null: don't.", above=0
+    )
     precision: str = setting(
         "fp32; bf16 and fp16 are mixed (float32 parameters, fp16 with loss scaling); fp64 is all double.",
         choices=("fp32", "bf16", "fp16", "fp64"),
@@ -248,7 +261,9 @@ class TrainerConfig:
     )
     deterministic: bool = setting("Only deterministic kernels; an operation that has none is an error.")
     log_every_steps: int = setting("Steps between logged metrics (each costs one small all-reduce).", at_least=1)
-    progress: str = setting("Live bar, plain lines, or neither; auto: a bar in a terminal.", choices=("auto", "bar", "lines", "off"))
+    progress: str = setting(
+        "Live bar, plain lines, or neither; auto: a bar in a terminal.", choices=("auto", "bar", "lines", "off")
+    )
     profile_steps: int = setting("Write a profiler trace of this many steps to TensorBoard; 0 for none.", at_least=0)
 
 
@@ -293,7 +308,7 @@ class Config:
     experiment: str | None = setting("Name of the experiment file the values came from.", default=None)
 
 
-# --- from what Hydra composed to checked dataclasses -------------------------------------------------------------------
+# --- from what Hydra composed to checked dataclasses -----------------------------------------------------------------
 
 
 def load(composed: DictConfig | Mapping[str, Any]) -> Config:
@@ -367,6 +382,14 @@ def _typed(key: str, schema: type[Any], node: Any) -> Any:
     return value
 
 
+_LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "above": (operator.gt, "greater than"),
+    "at_least": (operator.ge, "at least"),
+    "below": (operator.lt, "less than"),
+    "at_most": (operator.le, "at most"),
+}
+
+
 def _check_limits(prefix: str, value: Any) -> None:
     for spec in dataclasses.fields(value):
         key, item = _join(prefix, spec.name), getattr(value, spec.name)
@@ -382,12 +405,7 @@ def _check_limits(prefix: str, value: Any) -> None:
                 raise ConfigError(key, element, "unknown choice", allowed)
             if isinstance(element, bool) or not isinstance(element, int | float):
                 continue
-            for name, holds, words in (
-                ("above", lambda x, y: x > y, "greater than"),
-                ("at_least", lambda x, y: x >= y, "at least"),
-                ("below", lambda x, y: x < y, "less than"),
-                ("at_most", lambda x, y: x <= y, "at most"),
-            ):
+            for name, (holds, words) in _LIMITS.items():
                 limit = limits.get(name)
                 if limit is not None and not holds(element, limit):
                     raise ConfigError(key, item, f"must be {words} {limit}")
@@ -434,7 +452,7 @@ def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str =
     return found
 
 
-# --- building what the configuration names -----------------------------------------------------------------------------
+# --- building what the configuration names ---------------------------------------------------------------------------
 
 
 def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
@@ -452,13 +470,18 @@ def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
     if allowed is not None:
         prefixes = list(allowed)
         if not any(path == prefix or path.startswith(prefix.rstrip(".") + ".") for prefix in prefixes):
-            raise ConfigError(key, path, "is outside what may be built from a run folder; allow=[...] adds to", prefixes)
+            names = ", ".join(prefixes)
+            raise ConfigError(
+                key, path, f"is not below {names}, and a run folder may build nothing else; allow=[…] adds to that"
+            )
     module, dot, name = path.rpartition(".")
     if not dot or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(key, path, "is not a dotted path like package.module.Name")
     try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(key, path, f"can't be imported ({error})") from error
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise ConfigError(key, path, f"can't be imported ({type(error).__name__}: {error})") from error
+    try:
+        return getattr(found, name)
     except AttributeError:
         raise ConfigError(key, path, f"module {module} has no {name}") from None

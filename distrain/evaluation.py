@@ -70,6 +70,4 @@ def evaluate(
     loss, correct, count = communicator.all_reduce(totals.take()).tolist()
     communicator.all_reduce(confusion)
     communicator.all_reduce(watched)
-    return Evaluation(
-        loss / count, int(correct), int(count), confusion.view(classes, classes).cpu(), watched.cpu()
-    )
+    return Evaluation(loss / count, int(correct), int(count), confusion.view(classes, classes).cpu(), watched.cpu())

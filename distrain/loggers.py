@@ -102,30 +102,32 @@ class TensorBoardLogger(Logger):
         # Imported here: it takes a second that ranks without a writer need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=config.flush_seconds)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=config.flush_seconds)
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Adds one point to each curve."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
         """Adds a picture."""
-        self._writer.add_figure(name, figure, step)  # type: ignore[no-untyped-call]
+        self._writer.add_figure(name, figure, step)
 
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         """Fills the HParams page with this run, in the run's own event file."""
         from torch.utils.tensorboard.summary import hparams
 
-        flat = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in parameters.items()}
-        for summary in hparams(flat, dict(metrics)):  # type: ignore[no-untyped-call]
-            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        flat = {
+            name: value if isinstance(value, bool | int | float) else str(value) for name, value in parameters.items()
+        }
+        for summary in hparams(flat, dict(metrics)):
+            self._writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, 0)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, 0)
 
     def close(self) -> None:
         """Writes what is still in memory."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Loggers(Logger):

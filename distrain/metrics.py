@@ -147,7 +147,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-
 @dataclass
 class Stretch:
     """A number of steps, timed together.

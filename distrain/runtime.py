@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from distrain import config as configuration
@@ -111,6 +112,8 @@ class Runtime:
     Args:
         config: The checked configuration.
         world: This rank's place.
+        keep_logs: Make the run folder and write ``logs/`` below it; a command that only reads a run does neither, and
+            ``run_dir`` is then the configuration's.
 
     Attributes:
         device: Where this rank computes.
@@ -118,19 +121,20 @@ class Runtime:
         step: The step in progress, kept up to date by the trainer for failure reports.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, *, keep_logs: bool = True) -> None:
         self.config = config
+        self._keep_logs = keep_logs
         self.world = world
         self.device = choose_device(config, world)
         self.step = 0
         self.run_dir = Path()
         self.backend = choose_backend(config, self.device)
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._handlers: list[logging.Handler] = []
         self._previous_signal: Any = None
         self._failing = False
 
-    # --- set-up and tear-down ------------------------------------------------------------------------------------------
+    # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Runtime:
         try:
@@ -140,7 +144,7 @@ class Runtime:
             if self.world.size > 1:
                 self._store = self._meet()
                 self._compare_configurations(self._store)
-            self.run_dir = self._agree_on_run_dir()
+            self.run_dir = self._agree_on_run_dir() if self._keep_logs else Path(self.config.run_dir or ".")
             self._start_logging()
             if self.world.size > 1 or self.backend == "nccl":
                 self._form_group()
@@ -197,7 +201,7 @@ class Runtime:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
 
-    def _meet(self) -> dist.Store:
+    def _meet(self) -> Store:
         """The store that the launcher gave an address for, fresh for each restart of the job.
 
         A restarted job's default store still holds the addresses of dead ranks; a prefix by attempt leaves them behind.
@@ -208,7 +212,7 @@ class Runtime:
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 address,
                 int(port),
                 self.world.size,
@@ -218,7 +222,7 @@ class Runtime:
             )
         except dist.DistError as error:
             raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
-        prefixed = dist.PrefixStore(f"distrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        prefixed = PrefixStore(f"distrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         here = {"host": self.world.host, "pid": os.getpid()}
         prefixed.set(f"here/{self.world.rank}", json.dumps(here))
         missing = []
@@ -235,7 +239,7 @@ class Runtime:
             )
         return prefixed
 
-    def _compare_configurations(self, store: dist.Store) -> None:
+    def _compare_configurations(self, store: Store) -> None:
         mine = configuration.to_container(self.config)
         if self.world.rank == 0:
             store.set("config", json.dumps(mine))
@@ -247,7 +251,9 @@ class Runtime:
         while int(store.add("config_compared", 0)) < self.world.size:
             time.sleep(0.005)
         if store.check(["config_differs"]):
-            raise configuration.missing("configuration", f"differs between ranks: {store.get('config_differs').decode()}")
+            raise configuration.missing(
+                "configuration", f"differs between ranks: {store.get('config_differs').decode()}"
+            )
 
     def _agree_on_run_dir(self) -> Path:
         if self.world.rank == 0:
@@ -264,9 +270,10 @@ class Runtime:
         root = logging.getLogger("distrain")
         root.setLevel(logging.INFO)
         root.propagate = False
-        to_file: logging.Handler = logging.FileHandler(self.run_dir / "logs" / f"rank_{self.world.rank}.log")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._handlers.append(to_file)
+        if self._keep_logs:
+            to_file = logging.FileHandler(self.run_dir / "logs" / f"rank_{self.world.rank}.log")
+            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            self._handlers.append(to_file)
         if self.world.rank == 0:
             to_terminal = _AboveTheBar()
             to_terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -276,17 +283,17 @@ class Runtime:
 
     def _form_group(self) -> None:
         if self._store is None:
-            self._store = dist.HashStore()
+            self._store = HashStore()
         dist.init_process_group(
             self.backend,
-            store=dist.PrefixStore("group", self._store),
+            store=PrefixStore("group", self._store),
             rank=self.world.rank,
             world_size=self.world.size,
             timeout=datetime.timedelta(seconds=self.config.runtime.timeout_seconds),
             device_id=self.device if self.backend == "nccl" else None,
         )
 
-    # --- what strategies and the trainer ask for ----------------------------------------------------------------------
+    # --- what strategies and the trainer ask for ---------------------------------------------------------------------
 
     def communicator(self) -> Communicator:
         """All ranks; its bytes are counted for itself alone."""
@@ -305,7 +312,7 @@ class Runtime:
         """Whether this rank writes what is written once."""
         return self.world.rank == 0
 
-    # --- failures --------------------------------------------------------------------------------------------------
+    # --- failures ----------------------------------------------------------------------------------------------------
 
     def _on_sigterm(self, *_: int | FrameType | None) -> None:
         # The launcher ends the others when one rank fails; that one's failure is being told already.
@@ -362,8 +369,8 @@ class Runtime:
         return None
 
     def _write_failure(self, failure: Failure) -> None:
-        if self.run_dir.joinpath("logs").is_dir() and self.run_dir != Path():
-            self.run_dir.joinpath("failure.json").write_text(json.dumps(asdict(failure), indent=2) + "\n")
+        if self._keep_logs and self.run_dir != Path():
+            write_json(self.run_dir / "failure.json", asdict(failure))
 
 
 class _AboveTheBar(logging.Handler):
@@ -417,7 +424,7 @@ def available_cores() -> int:
 def seed_everything(seed: int) -> None:
     """Seeds Python's, NumPy's and torch's random numbers."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - user code may draw from the global generator
     torch.manual_seed(seed)
 
 
@@ -442,6 +449,11 @@ def make_run_dir(wanted: str | None) -> Path:
     except OSError as error:
         raise ConfigError("run_dir", base, f"can't be made: {error.strerror}") from error
     raise ConfigError("run_dir", base, "a thousand runs have this name already")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes plain data as JSON that people can read too."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What an optimizer keeps.
 
@@ -30,7 +30,7 @@ def optimizer_state(
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    names: Mapping[nn.Parameter, str],
+    names: Mapping[Tensor, str],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
@@ -47,7 +47,9 @@ def load_optimizer(
         parameter = held[name]
         if isinstance(value, Tensor) and value.dim() > 0:
             if value.shape != parameter.shape:
-                raise ValueError(f"optimizer state {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"optimizer state {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                )
             # Same device and strides as the parameter, as the fused kernels want it.
             kept = torch.empty_like(parameter, dtype=value.dtype)
             kept.copy_(value)

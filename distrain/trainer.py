@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from distrain.data.loader import Batch, Loader
 from distrain.evaluation import Evaluation, evaluate
 from distrain.loggers import Logger
 from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
-from distrain.runtime import Runtime
+from distrain.runtime import Runtime, write_json
 from distrain.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class Trainer:
         self._loaders = loaders
         self._schedule = schedule
         self._logger = logger
-        self._callbacks = list(callbacks)
+        self.callbacks = list(callbacks)
         self._everyone = runtime.communicator()
         self._window = Totals(runtime.device)
         self._bytes = 0
@@ -258,19 +257,22 @@ class Trainer:
             numbers = ("train_loss", "val_accuracy", "test_accuracy", "test_loss", "images_per_second")
             final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
             self._logger.hyperparameters(flatten(to_container(self.config)), final)
-            path = self.runtime.run_dir / "summary.json"
-            path.write_text(json.dumps(summary, indent=2) + "\n")
+            write_json(self.runtime.run_dir / "summary.json", summary)
         self._logger.close()
         return summary
 
     def _summary(self, test: Evaluation) -> dict[str, Any]:
         world, device = self.runtime.world, self.runtime.device
         steps = max(self.progress.step - self._first_step, 1)
-        sent = torch.tensor([self._bytes, self.strategy.uncompressed_bytes_per_step()], dtype=torch.int64, device=device)
+        sent = torch.tensor(
+            [self._bytes, self.strategy.uncompressed_bytes_per_step()], dtype=torch.int64, device=device
+        )
         sent_per_step, uncompressed = self._everyone.all_reduce(sent).tolist()
         shares = self._clock.overall.time.shares()
         summed = self._everyone.all_reduce(torch.tensor(list(shares.values()), dtype=torch.float64, device=device))
-        memory = self._everyone.all_reduce(torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=device), "max")
+        memory = self._everyone.all_reduce(
+            torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=device), "max"
+        )
         mesh = self.strategy.mesh
         return {
             "strategy": self.config.strategy.name,
@@ -308,7 +310,7 @@ class Trainer:
         self._logger.figure(
             self.progress.step,
             "test/predictions",
-            pictures.predictions(self.splits.test.images[shown], labels, test.watched, classes),
+            pictures.predictions(self.splits.test.pick(torch.arange(len(test.watched))), labels, test.watched, classes),
         )
         self._logger.figure(
             self.progress.step, "test/confusion_matrix", pictures.confusion_matrix(test.confusion, classes)
@@ -319,7 +321,7 @@ class Trainer:
         return time.perf_counter() - self._started
 
     def _notify(self, event: str, *args: Any) -> None:
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             getattr(callback, event)(self, *args)
 
 

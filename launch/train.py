@@ -1,4 +1,4 @@
-"""Trains: ``torchrun --nproc-per-node 2 launch/train.py strategy=ddp``, or ``python launch/train.py`` on one process."""
+"""Trains: ``torchrun --nproc-per-node 2 launch/train.py strategy=ddp``, or ``python launch/train.py`` on one rank."""
 
 from __future__ import annotations
 

@@ -85,9 +85,10 @@ class Augmentation:
         """
         if not self._side:
             return images
-        rows = self._covered(draws[3], self._height).unsqueeze(2)
-        columns = self._covered(draws[4], self._width).unsqueeze(1)
-        return images.masked_fill_((rows & columns).unsqueeze(1), 0)
+        rows = self._covered(draws[3], self._height).to(images.dtype).unsqueeze(2)
+        columns = self._covered(draws[4], self._width).to(images.dtype).unsqueeze(1)
+        # Multiplying by exactly 0 or 1 is several times faster on CPU than filling under a broadcast mask.
+        return images.mul_((1 - rows * columns).unsqueeze(1))
 
     def _covered(self, centres: Tensor, size: int) -> Tensor:
         """Which of ``size`` lines the squares cover: bool [n, size]."""

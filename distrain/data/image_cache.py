@@ -198,9 +198,8 @@ def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
             try:
                 for index in range(count):
                     command = [sys.executable, "-m", decode.__name__, os.fspath(job), str(index), str(count)]
-                    workers.append(
-                        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, env=environment)  # noqa: S603
-                    )
+                    worker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, env=environment)  # noqa: S603
+                    workers.append(worker)
             finally:
                 os.close(writer)
             broken = _follow(recipe, lines)

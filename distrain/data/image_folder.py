@@ -114,7 +114,7 @@ class ImageFolder(DataSource):
             start = len(listing.files)
             for label, name in enumerate(classes):
                 before = len(listing.files)
-                listing.files.extend(_image_files(self._root, os.path.join(folder, name)))
+                listing.files.extend(_image_files(self._root, Path(folder, name)))
                 listing.labels.extend([label] * (len(listing.files) - before))
                 if part == _TRAIN and len(listing.files) == before:
                     raise ConfigError("data.root", self._config.root, f"{folder}/{name} has no JPEG or PNG files")
@@ -137,14 +137,14 @@ def _folders(root: Path, part: str) -> list[str]:
     return [entry.name for entry in _entries(root, folder) if entry.is_dir()]
 
 
-def _image_files(root: Path, folder: str) -> Iterator[ImageFile]:
+def _image_files(root: Path, folder: Path) -> Iterator[ImageFile]:
     """The images of a class, in the order of their names."""
     if not (root / folder).is_dir():
         return
     for entry in _entries(root, root / folder):
         if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
             status = entry.stat()
-            yield ImageFile(os.path.normpath(os.path.join(folder, entry.name)), status.st_size, status.st_mtime_ns)
+            yield ImageFile(os.fspath(folder / entry.name), status.st_size, status.st_mtime_ns)
 
 
 def _entries(root: Path, folder: Path) -> list[os.DirEntry[str]]:

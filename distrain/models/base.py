@@ -96,7 +96,7 @@ def check(
     num_classes: int,
     image_size: tuple[int, int],
     allowed: Sequence[str] | None = None,
-) -> None:
+) -> list[str]:
     """Builds the model without memory (on the meta device) and runs a batch of images through.
 
     A ``custom`` model that meta tensors can't run (its forward depends on values, say) is tried on CPU instead.
@@ -108,25 +108,45 @@ def check(
         image_size: Height and width of the images in pixels.
         allowed: Prefixes that the ``_target_`` of a ``custom`` model may have.
 
+    Returns:
+        Names of the trainable parameters that the logits don't depend on.
+
     Raises:
         ConfigError: What :func:`build` raises, or the model fails on such images, or returns anything else than
             ``[N, num_classes]``.
     """
 
-    def attempt(device: str) -> None:
+    def attempt(device: str) -> list[str]:
         # The generators stay as they were: trying a model must not change the run's initial parameters.
-        with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.device(device), torch.random.fork_rng(devices=[]):
             model = build(
                 config, in_channels=in_channels, num_classes=num_classes, image_size=image_size, allowed=allowed
             )
-            _try_out(config, model, torch.zeros(2, in_channels, *image_size), num_classes)
+            logits = _try_out(config, model, torch.zeros(2, in_channels, *image_size), num_classes)
+            return _unused(model, logits)
 
     try:
-        attempt("meta")
+        return attempt("meta")
     except ConfigError:
         if not isinstance(config, CustomConfig):
             raise
-        attempt("cpu")
+        return attempt("cpu")
+
+
+def _unused(model: nn.Module, logits: Tensor) -> list[str]:
+    """Walks the graph behind the logits; cheaper than a backward pass, and no values are needed."""
+    reached: set[int] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
 
 
 def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[..., Any]:
@@ -168,10 +188,10 @@ def _call(path: str, target: Callable[..., Any], offered: Mapping[str, Any], giv
         raise ConfigError("model._target_", path, f"fails to build ({type(error).__name__}: {error})") from error
 
 
-def _try_out(config: ModelConfig, model: nn.Module, images: Tensor, num_classes: int) -> None:
+def _try_out(config: ModelConfig, model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     shape = list(images.shape)
     try:
-        logits = model(images)
+        logits: Any = model(images)
     except Exception as error:  # whatever a user's forward raises
         raise ConfigError(
             "model._target_", config._target_, f"fails on images {shape} ({type(error).__name__}: {error})"
@@ -182,3 +202,5 @@ def _try_out(config: ModelConfig, model: nn.Module, images: Tensor, num_classes:
         raise ConfigError(
             "model._target_", config._target_, f"returns {found} for images {shape}; logits {expected} are needed"
         )
+    result: Tensor = logits
+    return result

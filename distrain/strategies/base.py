@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,11 @@ class Strategy(ABC):
         fit()
 
 
+def chosen(config: Config) -> type[Strategy]:
+    """The class of the strategy that the configuration names."""
+    return cast(type[Strategy], choices("strategy")[config.strategy.name].target)
+
+
 def build(config: Config, runtime: Runtime) -> Strategy:
     """The strategy that the configuration names."""
-    strategy: Strategy = choices("strategy")[config.strategy.name].target(config, runtime)
-    return strategy
+    return chosen(config)(config, runtime)

@@ -1,8 +1,8 @@
 """BatchNorm over the global batch, for replicas that each see a share of it.
 
 Ioffe & Szegedy 2015 (arXiv 1502.03167) §3: mean and variance are those of the whole batch. A replica knows only its
-share, so the sums, and in the backward pass the two sums of the gradient, are added over the replicas. Works on CPUs and
-GPUs, with uneven shares and with empty ones, and gives what one process gives up to rounding.
+share, so the sums, and in the backward pass the two sums of the gradient, are added over the replicas. Works on CPUs
+and GPUs, with uneven shares and with empty ones, and gives what one process gives up to rounding.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class SyncBatchNorm(_BatchNorm):
         """Normalises ``input`` ``[N, C, ...]``; N may differ among replicas and be 0."""
         if not self.training and self.track_running_stats:
             return super().forward(input)
-        output, mean, variance, count = _Normalise.apply(input, self.eps, self.communicator)
+        normalised: tuple[Tensor, ...] = _Normalise.apply(input, self.eps, self.communicator)  # type: ignore[no-untyped-call]
+        output, mean, variance, count = normalised
         if self.training and self.running_mean is not None and self.running_var is not None:
             self._update_running(mean, variance, count)
         if self.affine:

@@ -91,8 +91,9 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar."""
-        norms = [torch.linalg.vector_norm(bucket.flat) for bucket in self.buckets]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        norms: list[Tensor] = [torch.linalg.vector_norm(bucket.flat) for bucket in self.buckets]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return whole
 
     def scale(self, factor: Tensor) -> None:
         """Multiplies all gradients by a scalar."""

@@ -50,7 +50,7 @@ class Single(Strategy):
         """Lays the gradients out in buckets and builds the optimizer; see the base class."""
         self.model = model
         self._loss_fn = loss_fn
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.compressor: Compressor = choices("compression")[self.config.compression.name].target(
             self.config.compression
         )
@@ -76,7 +76,7 @@ class Single(Strategy):
                 with self.precision.autocast():
                     logits = self._forward(images)
                     loss_sum = self._loss_fn(logits, labels)
-                self.precision.scale(loss_sum / batch.global_count).backward()  # type: ignore[no-untyped-call]
+                self.precision.scale(loss_sum / batch.global_count).backward()
                 losses.append(loss_sum.detach())
                 correct.append((logits.detach().argmax(1) == labels).sum())
             if not pieces:

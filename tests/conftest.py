@@ -1,0 +1,25 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """Environment, working directory, threads and default dtype are after a test what they were before."""
+    environment, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
+    deterministic, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    assert torch.get_default_dtype() == dtype
+    assert not torch.distributed.is_initialized(), "a test left its process group behind"

@@ -1,0 +1,47 @@
+"""Building configurations and small files for the tests of the data package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from distrain.config import AugmentConfig, DataConfig, choices
+from distrain.data.base import DataSource, Images
+
+ROOT = Path(__file__).parents[2]
+
+
+def source(choice: str, **changes: Any) -> DataSource:
+    """The data set as its YAML file configures it, with changes; dots in keys are written as double underscores."""
+    node = OmegaConf.load(ROOT / "conf" / "data" / f"{choice}.yaml")
+    for key, value in changes.items():
+        OmegaConf.update(node, key.replace("__", "."), value)
+    chosen = choices("data")[choice]
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(chosen.schema), node))
+    return cast(DataSource, chosen.target(config))
+
+
+def data_config(**changes: Any) -> DataConfig:
+    """The keys that all data sets share, from a YAML file without statistics."""
+    return cast(DataConfig, source("synthetic", **changes)._config)  # type: ignore[attr-defined]
+
+
+def augment(*, flip: bool = False, crop_padding: int = 0, cutout: int = 0) -> AugmentConfig:
+    return AugmentConfig(flip=flip, crop_padding=crop_padding, cutout=cutout)
+
+
+def random_images(count: int, channels: int = 3, height: int = 8, width: int = 6, seed: int = 0) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.arange(count) % 5)
+
+
+def write_image(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

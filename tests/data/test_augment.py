@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distrain.data.augment import Augmentation
+from tests.data.helpers import augment, random_images
+
+HEIGHT, WIDTH = 8, 6
+
+
+def test_each_sample_is_what_its_draws_say() -> None:
+    augmentation = Augmentation(augment(flip=True, crop_padding=2, cutout=3), HEIGHT, WIDTH, seed=1)
+    images = random_images(60).images
+    draws = augmentation.draws(0, torch.arange(60))
+    moved = augmentation.move(images, draws)
+    cut = augmentation.cut_(moved.float() + 1, draws)
+    for i, (flip, top, left, row, column) in enumerate(draws.T.tolist()):
+        expected = images[i].flip(2) if flip else images[i]
+        expected = F.pad(expected, (2, 2, 2, 2))[:, top : top + HEIGHT, left : left + WIDTH]
+        assert moved[i].equal(expected)
+        expected = expected.float() + 1
+        expected[:, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = 0
+        assert cut[i].equal(expected)
+
+
+def test_channels_last_images_are_augmented_alike() -> None:
+    augmentation = Augmentation(augment(flip=True, crop_padding=2), HEIGHT, WIDTH, seed=1)
+    images = random_images(20).images
+    draws = augmentation.draws(0, torch.arange(20))
+    moved = augmentation.move(images.contiguous(memory_format=torch.channels_last), draws)
+    assert moved.equal(augmentation.move(images, draws))
+
+
+def test_draws_depend_on_seed_epoch_and_position_alone() -> None:
+    augmentation = Augmentation(augment(flip=True, crop_padding=4, cutout=2), HEIGHT, WIDTH, seed=1)
+    draws = augmentation.draws(3, torch.arange(100))
+    chosen = torch.tensor([17, 99, 0])
+    assert augmentation.draws(3, chosen).equal(draws[:, chosen])
+    assert not augmentation.draws(4, torch.arange(100)).equal(draws)
+    other = Augmentation(augment(flip=True, crop_padding=4, cutout=2), HEIGHT, WIDTH, seed=2)
+    assert not other.draws(3, torch.arange(100)).equal(draws)
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    augmentation = Augmentation(augment(flip=True, crop_padding=1, cutout=2), HEIGHT, WIDTH, seed=0)
+    draws = augmentation.draws(0, torch.arange(24_000))
+    for row, limit in zip(draws, (2, 3, 3, HEIGHT, WIDTH), strict=True):
+        counts = row.bincount(minlength=limit)
+        assert len(counts) == limit
+        assert (counts / 24_000 * limit - 1).abs().max() < 0.08
+    correlation = torch.corrcoef(draws.double()) - torch.eye(5)
+    assert correlation.abs().max() < 0.04
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_share_may_be_empty(count: int) -> None:
+    augmentation = Augmentation(augment(flip=True, crop_padding=1, cutout=2), HEIGHT, WIDTH, seed=0)
+    images = random_images(count).images
+    draws = augmentation.draws(0, torch.arange(count))
+    assert augmentation.cut_(augmentation.move(images, draws).float(), draws).shape == (count, 3, HEIGHT, WIDTH)
+
+
+def test_nothing_configured_is_not_active() -> None:
+    assert not Augmentation(augment(), HEIGHT, WIDTH, seed=0).active
+    assert Augmentation(augment(cutout=1), HEIGHT, WIDTH, seed=0).active

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from distrain.config import ConfigError
+from distrain.data.files import building, publish
+
+
+def test_only_one_builds_at_a_time(tmp_path: Path) -> None:
+    inside, most = 0, 0
+    guard = threading.Lock()
+
+    def build() -> None:
+        nonlocal inside, most
+        with building("data.cache", tmp_path) as temporary:
+            with guard:
+                inside += 1
+                most = max(most, inside)
+            (temporary / "file").write_text("x" * 1000)
+            time.sleep(0.02)
+            with guard:
+                inside -= 1
+
+    threads = [threading.Thread(target=build) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_builder_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".build-old" / "cache").mkdir(parents=True)
+    (tmp_path / "complete").mkdir()
+    with building("data.cache", tmp_path):
+        assert not (tmp_path / ".build-old").exists()
+    assert (tmp_path / "complete").exists()
+
+
+def test_publish_moves_a_whole_folder(tmp_path: Path) -> None:
+    with building("data.cache", tmp_path) as temporary:
+        (temporary / "new" / "deep").mkdir(parents=True)
+        (temporary / "new" / "deep" / "file").write_text("content")
+        publish(temporary / "new", tmp_path / "new")
+    assert (tmp_path / "new" / "deep" / "file").read_text() == "content"
+
+
+def test_a_folder_that_can_not_be_written_names_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"data\.cache=.*file/cache: can't be written"),
+        building("data.cache", tmp_path / "file" / "cache"),
+    ):
+        pass

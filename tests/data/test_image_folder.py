@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distrain.config import ConfigError
+from distrain.data import image_cache
+from distrain.data.base import Splits
+from distrain.data.files import building
+from tests.data.helpers import ROOT, source, write_image
+
+
+def load(root: Path, **changes: object) -> Splits:
+    return source("image_folder", root=str(root), height=5, width=4, **{"workers": 1, **changes}).load()
+
+
+def values(images: torch.Tensor) -> list[int]:
+    """The one value that all pixels of each image have."""
+    assert images.flatten(1).amin(1).equal(images.flatten(1).amax(1))
+    return images[:, 0, 0, 0].tolist()
+
+
+def caches(root: Path) -> list[Path]:
+    return sorted(path for path in (root / ".distrain-cache").iterdir() if not path.name.startswith("."))
+
+
+def test_folders_are_splits_and_classes(tree: Path) -> None:
+    splits = load(tree, workers=2)
+    assert splits.spec.classes == ("a", "b")
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (14, 2, 8)
+    assert splits.resident
+    assert values(splits.test.images) == [0, 10, 20, 30, 100, 110, 120, 130]
+    assert splits.test.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    together = values(splits.train.images) + values(splits.val.images)
+    assert sorted(together) == [*range(0, 80, 10), *range(100, 180, 10)]
+    assert [int(value >= 100) for value in values(splits.train.images)] == splits.train.labels.tolist()
+
+
+def test_a_val_folder_is_the_validation_split(tree: Path) -> None:
+    write_image(tree / "val" / "b" / "x.png", np.full((5, 4, 3), 222, dtype=np.uint8))
+    splits = load(tree)
+    assert (len(splits.train), values(splits.val.images), splits.val.labels.tolist()) == (16, [222], [1])
+
+
+def test_classes_directly_below_the_root_get_a_test_split(tree: Path) -> None:
+    splits = load(tree / "train", test_fraction=0.25, val_fraction=0.0)
+    assert splits.spec.classes == ("a", "b")
+    assert (len(splits.train), len(splits.test)) == (12, 4)
+    assert sorted(values(splits.train.images) + values(splits.test.images)) == [
+        *range(0, 80, 10),
+        *range(100, 180, 10),
+    ]
+    # The cache that now lies below the root is no class.
+    assert load(tree / "train", test_fraction=0.25).test.labels.equal(splits.test.labels)
+
+
+def test_images_above_the_memory_limit_stream_from_the_map(tree: Path) -> None:
+    resident, mapped = load(tree), load(tree, memory_limit_mb=0)
+    assert not mapped.resident
+    assert (mapped.mean, mapped.std) == (resident.mean, resident.std)
+    for name in ("train", "val", "test"):
+        one, other = getattr(mapped, name), getattr(resident, name)
+        assert one.rows is not None
+        assert one.pick(torch.arange(len(one))).equal(other.images)
+        assert one.labels.equal(other.labels)
+
+
+def test_statistics_come_from_the_training_images(tree: Path) -> None:
+    splits = load(tree)
+    pixels = splits.train.images.double() / 255
+    assert splits.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert splits.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+
+
+def test_images_are_decoded_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(tree)
+    monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("decoded again"))
+    assert load(tree).train.images.equal(first.train.images)
+
+
+def test_a_changed_file_or_size_gets_a_cache_of_its_own(tree: Path) -> None:
+    load(tree)
+    assert len(caches(tree)) == 1
+    load(tree, channels=1)
+    assert len(caches(tree)) == 2
+    write_image(tree / "test" / "a" / "0.png", np.full((5, 4, 3), 99, dtype=np.uint8))
+    assert values(load(tree).test.images)[0] == 99
+    assert len(caches(tree)) == 3
+    # The same bytes at another time count as a change.
+    os.utime(tree / "test" / "a" / "1.png", ns=(0, 12345))
+    load(tree)
+    assert len(caches(tree)) == 4
+
+
+def test_a_cache_moves_with_its_tree(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(tree)
+    moved = tree.rename(tree.parent / "moved")
+    monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("decoded again"))
+    assert len(load(moved).train) == 14
+
+
+def test_a_damaged_cache_is_built_again(tree: Path) -> None:
+    expected = load(tree).train.images
+    path = caches(tree)[0] / "images.u8"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert load(tree).train.images.equal(expected)
+
+
+def test_a_read_only_tree_is_cached_for_the_user(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert len(load(tree).train) == 14
+    assert not (tree / ".distrain-cache").exists()
+    assert len([path for path in (tmp_path / "user" / "distrain").iterdir() if path.is_dir()]) == 1
+
+
+def break_one(tree: Path) -> Path:
+    path = tree / "train" / "a" / "3.png"
+    path.write_bytes(path.read_bytes()[:40])
+    return path
+
+
+def test_a_broken_image_ends_the_run_and_is_named(tree: Path) -> None:
+    path = break_one(tree)
+    with pytest.raises(ConfigError) as caught:
+        load(tree)
+    assert str(path) in str(caught.value)
+    assert "data.on_error=skip" in str(caught.value)
+    assert caches(tree) == []
+
+
+def test_broken_images_are_left_out_and_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    break_one(tree)
+    (tree / "test" / "b" / "9.jpg").write_bytes(b"no image")
+    for _ in range(2):  # decoded, and from the cache
+        caplog.clear()
+        splits = load(tree, on_error="skip", val_fraction=0.0)
+        assert "left out 2 of 25 images" in caplog.text
+        assert values(splits.train.images) == [0, 10, 20, 40, 50, 60, 70, *range(100, 180, 10)]
+        assert len(splits.test) == 8
+
+
+def test_links_that_leave_the_root_are_not_followed(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "outside" / "secret.png", np.full((5, 4, 3), 1, dtype=np.uint8))
+    (tree / "test" / "a" / "link.png").symlink_to(tmp_path / "outside" / "secret.png")
+    (tree / "train" / "c").symlink_to(tmp_path / "outside")
+    (tree / "test" / "a" / "inside.png").symlink_to(tree / "test" / "b" / "0.png")
+    splits = load(tree)
+    assert splits.spec.classes == ("a", "b")
+    assert values(splits.test.images)[:5] == [0, 10, 20, 30, 100]
+    assert "not following 1 symbolic links" in caplog.text
+
+
+def test_other_files_are_ignored(tree: Path) -> None:
+    (tree / "train" / "a" / "notes.txt").write_text("x")
+    (tree / "train" / "a" / ".hidden.png").write_text("x")
+    (tree / "train" / "list.csv").write_text("x")
+    assert len(load(tree, val_fraction=0.0).train) == 16
+
+
+def test_wrong_folders_are_refused_before_anything_is_decoded(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root=.*nowhere: is not a folder"):
+        source("image_folder", root=str(tmp_path / "nowhere")).describe()
+    with pytest.raises(ConfigError, match=r"data\.root=null: needs the folder"):
+        source("image_folder", root=None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="two or more classes"):
+        source("image_folder", root=str(tmp_path / "empty")).describe()
+    (tree / "test" / "zebra").mkdir()
+    with pytest.raises(ConfigError, match="test has a class that training lacks: zebra"):
+        source("image_folder", root=str(tree)).describe()
+
+
+def test_a_class_without_images_is_refused(tree: Path) -> None:
+    (tree / "train" / "c").mkdir()
+    with pytest.raises(ConfigError, match="train/c has no JPEG or PNG files"):
+        load(tree)
+
+
+def test_too_little_space_is_said_beforehand(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tree)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ConfigError, match=r"data\.cache=.*: the cache takes .* MiB, and 0 MiB are free"):
+        load(tree)
+
+
+BUILD = """
+import logging, sys
+from tests.data.helpers import source
+logging.basicConfig(level=logging.INFO)
+print(len(source("image_folder", root=sys.argv[1], height=5, width=4, workers=1).load().train), flush=True)
+"""
+
+
+def builder(tree: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILD, str(tree)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_jobs_that_race_one_builds_and_the_others_wait(tree: Path) -> None:
+    with building("data.cache", tree / ".distrain-cache"):
+        jobs = [builder(tree) for _ in range(3)]
+        for job in jobs:
+            assert job.stderr is not None
+            assert "waiting for another process" in job.stderr.readline()
+    results = [job.communicate(timeout=60) for job in jobs]
+    assert [out for out, _ in results] == ["14\n"] * 3
+    assert sum("decoding 24 images" in log for _, log in results) == 1
+    assert len(caches(tree)) == 1
+    assert not list((tree / ".distrain-cache").glob(".build-*"))
+
+
+def test_a_killed_builder_leaves_nothing_that_counts(tree: Path) -> None:
+    for i in range(3000):
+        os.link(tree / "train" / "a" / "0.png", tree / "train" / "a" / f"copy{i}.png")
+    job = builder(tree)
+    deadline = time.monotonic() + 60
+    while not list(tree.glob(".distrain-cache/.build-*/cache/images.u8")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate()
+    assert caches(tree) == []
+    assert len(load(tree, val_fraction=0.0).train) == 3016
+    assert len(caches(tree)) == 1
+    assert not list((tree / ".distrain-cache").glob(".build-*"))

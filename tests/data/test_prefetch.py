@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import pytest
+
+from distrain.data.prefetch import prefetched
+
+
+def background_threads() -> int:
+    return sum(thread.name == "distrain-prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 50])
+def test_yields_the_same_items_in_the_same_order(depth: int) -> None:
+    assert list(prefetched(iter(range(20)), depth)) == list(range(20))
+    assert background_threads() == 0
+
+
+def test_stays_at_most_depth_items_ahead() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    stream = prefetched(items(), 3)
+    assert next(stream) == 0
+    time.sleep(0.1)
+    assert made == [0, 1, 2, 3]
+    stream.close()
+
+
+def test_items_are_made_while_the_consumer_works() -> None:
+    second_made = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        second_made.set()
+        yield 1
+
+    stream = prefetched(items(), 1)
+    next(stream)
+    assert second_made.wait(5)
+    stream.close()
+
+
+def broken() -> Iterator[int]:
+    yield 1
+    raise ValueError("the third image is broken")
+
+
+def test_an_error_reaches_the_consumer_with_its_traceback() -> None:
+    stream = prefetched(broken(), 2)
+    assert next(stream) == 1
+    with pytest.raises(ValueError, match="the third image is broken") as caught:
+        next(stream)
+    assert "in broken" in "".join(traceback.format_tb(caught.value.__traceback__))
+    assert background_threads() == 0
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread() -> None:
+    def endless() -> Iterator[int]:
+        while True:
+            yield 0
+
+    stream = prefetched(endless(), 2)
+    next(stream)
+    assert background_threads() == 1
+    started = time.monotonic()
+    stream.close()
+    assert background_threads() == 0
+    assert time.monotonic() - started < 1
+
+
+def test_a_stream_that_is_never_read_starts_no_thread() -> None:
+    stream = prefetched(iter(range(3)), 2)
+    assert background_threads() == 0
+    stream.close()

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distrain.data.sampler import epoch_order, shard_bounds
+
+
+def test_order_is_a_permutation_fixed_by_seed_epoch_and_count() -> None:
+    order = epoch_order(1, 2, 500)
+    assert order.dtype == torch.int64
+    assert order.sort().values.equal(torch.arange(500))
+    torch.manual_seed(99)
+    assert epoch_order(1, 2, 500).equal(order)
+    assert not epoch_order(1, 3, 500).equal(order)
+    assert not epoch_order(2, 2, 500).equal(order)
+
+
+def test_order_does_not_change_between_versions() -> None:
+    # A checkpoint in the middle of an epoch goes on in this order: changing it breaks resuming.
+    assert epoch_order(0, 0, 8).tolist() == [3, 4, 2, 0, 5, 6, 1, 7]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 100])
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
+def test_shards_are_contiguous_and_differ_by_at_most_one(count: int, shards: int) -> None:
+    bounds = [shard_bounds(count, index, shards) for index in range(shards)]
+    assert [low for low, _ in bounds] == [0, *(high for _, high in bounds[:-1])]
+    assert bounds[-1][1] == count
+    sizes = [high - low for low, high in bounds]
+    assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distrain.config import ConfigError
+from tests.data.helpers import source
+
+SMALL = {"channels": 2, "height": 9, "width": 7, "classes": 3, "train_size": 200, "test_size": 50}
+
+
+def test_shapes_are_as_configured() -> None:
+    splits = source("synthetic", **SMALL).load()
+    assert splits.train.images.shape == (180, 2, 9, 7)
+    assert (len(splits.val), len(splits.test)) == (20, 50)
+    assert splits.test.labels.bincount().tolist() == [17, 17, 16]
+    assert splits.spec.classes == ("0", "1", "2")
+
+
+def test_images_are_fixed_by_their_own_seed() -> None:
+    first = source("synthetic", **SMALL).load()
+    torch.manual_seed(1)
+    assert source("synthetic", **SMALL).load().train.images.equal(first.train.images)
+    assert not source("synthetic", generator_seed=1, **SMALL).load().train.images.equal(first.train.images)
+
+
+def test_classes_can_be_learned_from_the_training_images() -> None:
+    splits = source("synthetic", **SMALL).load()
+    train, test = splits.train.images.flatten(1).float(), splits.test.images.flatten(1).float()
+    means = torch.stack([train[splits.train.labels == label].mean(0) for label in range(3)])
+    nearest = torch.cdist(test, means).argmin(1)
+    assert (nearest == splits.test.labels).float().mean() > 0.9
+
+
+def test_more_than_the_memory_limit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.memory_limit_mb=1: .* take 35 MiB"):
+        source("synthetic", memory_limit_mb=1).describe()

@@ -1,0 +1,134 @@
+"""Residual networks have the published sizes and strides, in all variants, and train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distrain.models import check
+from distrain.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet34, ResNet50, ResNetConfig
+
+
+def make(kind: Any = ResNet18, *, stem: str = "cifar", norm: str = "batch", num_classes: int = 10) -> ResNet:
+    model: ResNet = kind(in_channels=3, num_classes=num_classes, stem=stem, norm=norm)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "count"), [(ResNet18, 11_689_512), (ResNet34, 21_797_672), (ResNet50, 25_557_032)])
+def test_parameter_counts_are_the_published_ones(kind: type[ResNet], count: int) -> None:
+    with torch.device("meta"):
+        model = make(kind, stem="imagenet", num_classes=1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "depths"), [(ResNet18, (2, 2, 2, 2)), (ResNet34, (3, 4, 6, 3)), (ResNet50, (3, 4, 6, 3))]
+)
+def test_every_residual_block_is_a_block_to_split_at(kind: type[ResNet], depths: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        names = [name for name, _ in make(kind).named_children()]
+    blocks = [f"layer{layer}_{index}" for layer, depth in enumerate(depths, start=1) for index in range(depth)]
+    assert names == ["stem", *blocks, "head"]
+
+
+@pytest.mark.parametrize(("stem", "sides"), [("cifar", (64, 32, 16, 8)), ("imagenet", (16, 8, 4, 2))])
+@pytest.mark.parametrize("kind", [ResNet18, ResNet50])
+def test_each_layer_but_the_first_halves_the_image(kind: type[ResNet], stem: str, sides: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        model, images = make(kind, stem=stem), torch.zeros(2, 3, 64, 64)
+    found = {}
+    for name, block in model.named_children():
+        images = block(images)
+        if name.startswith("layer"):
+            found[name[:6]] = images.shape[-1]
+    assert tuple(found.values()) == sides
+    assert images.shape == (2, 10)
+
+
+def test_a_bottleneck_has_its_stride_in_the_3x3_convolution() -> None:
+    block = Bottleneck(256, 128, 2, "batch")
+    assert [block.conv1.stride, block.conv2.stride, block.conv3.stride] == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_initial_weights_keep_the_scale_of_gradients() -> None:
+    torch.manual_seed(0)
+    weights = [module.weight for module in make(stem="imagenet").modules() if isinstance(module, nn.Conv2d)]
+    for weight in weights:
+        fan_out = weight[:, 0].numel()
+        assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_each_convolution_has_a_normalisation_or_a_bias(norm: str) -> None:
+    with torch.device("meta"):
+        modules = list(make(ResNet50, norm=norm).modules())
+    convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
+    kind = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm, "none": nn.Identity}[norm]
+    assert all((conv.bias is not None) == (norm == "none") for conv in convolutions)
+    if norm != "none":
+        assert sum(isinstance(module, kind) for module in modules) == len(convolutions)
+    assert all(module.num_groups == 32 for module in modules if isinstance(module, nn.GroupNorm))
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_without_normalisation_a_block_starts_as_its_shortcut(block: type[BasicBlock | Bottleneck]) -> None:
+    torch.manual_seed(0)
+    model = ResNet(block, (1, 1), in_channels=3, num_classes=10, stem="cifar", norm="none")
+    residual = model[2]
+    images = torch.randn(2, residual.conv1.in_channels, 8, 8)
+    out = residual(images)
+    assert torch.equal(out, torch.relu(residual.shortcut(images)))
+    out.sum().backward()
+    last = residual.conv2 if block is BasicBlock else residual.conv3
+    assert last.weight.grad.any(), "the branch must be able to leave zero"
+
+
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_a_sample_s_logits_do_not_depend_on_the_others(norm: str) -> None:
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, (1, 1), in_channels=3, num_classes=10, stem="cifar", norm=norm).double()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_the_check_passes_on_the_smallest_digits(name: str, stem: str, norm: str) -> None:
+    target = f"distrain.models.resnet.ResNet{name.removeprefix('resnet')}"
+    config = ResNetConfig(name=name, _target_=target, stem=stem, norm=norm)
+    check(config, in_channels=1, num_classes=10, image_size=(8, 8))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_lowers_the_loss(
+    block: type[BasicBlock | Bottleneck], norm: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    model = ResNet(block, (1, 1), in_channels=3, num_classes=10, stem="cifar", norm=norm)
+    model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    images = torch.rand(6, 3, 12, 12, dtype=dtype).contiguous(memory_format=layout)
+    labels = torch.arange(6)
+    before = F.cross_entropy(model(images), labels)
+    before.backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    after = F.cross_entropy(model(images), labels)
+    assert after.dtype == dtype
+    assert after < before
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_an_empty_batch_gives_zero_gradients(stem: str, norm: str) -> None:
+    model = ResNet(BasicBlock, (1, 1), in_channels=3, num_classes=10, stem=stem, norm=norm)
+    logits = model(torch.zeros(0, 3, 16, 16))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -1,0 +1,71 @@
+"""Promise 1: the parallel run is the serial run. Parameters are compared after 50 steps, counts as integers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.runs import relative_difference, small, train_on_rank
+
+STEPS = 50
+#: Named ways of training that must not depend on the number of ranks; the sizes don't divide by 2 or 3.
+VARIANTS = {
+    "plain": (),
+    "momentum": ("optimizer=sgd", "optimizer.lr=0.05", "optimizer.momentum=0.9", "optimizer.weight_decay=0.01"),
+    "augmented": ("data.augment.flip=true", "data.augment.crop_padding=2", "data.augment.cutout=3"),
+    "accumulated": ("trainer.micro_batch_size=2", "data.augment.flip=true"),
+    "clipped": ("trainer.grad_clip_norm=0.1", "trainer.micro_batch_size=3", "scheduler=cosine"),
+    "one ragged sample": ("data.batch_size=23",),
+    "batch norm": ("model=resnet18", "model.norm=batch"),
+    "group norm": ("model=resnet18", "model.norm=group", "trainer.micro_batch_size=3"),
+    "many buckets": (),
+}
+BOUNDS = {"fp32": 1e-5, "fp64": 1e-12}
+
+
+def overrides(variant: str, precision: str) -> tuple[str, ...]:
+    # Plain SGD unless the variant says otherwise: Adam divides by the root of the squared gradient, which turns the
+    # rounding of a gradient that is zero but for rounding into a step of full size, whatever the strategy.
+    steps = 12 if variant.endswith("norm") else STEPS
+    return (
+        "optimizer=sgd",
+        "optimizer.lr=0.05",
+        f"trainer.precision={precision}",
+        f"trainer.max_steps={steps}",
+        "trainer.epochs=100",
+        "resume=never",
+        *VARIANTS[variant],
+    )
+
+
+@functools.cache
+def serial(variant: str, precision: str, folder: Path) -> dict[str, Any]:
+    run: dict[str, Any] = run_ranks(train_on_rank, 1, small(*overrides(variant, precision), f"run_dir={folder}"))[0]
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ddp_is_the_serial_run(variant: str, ranks: int, precision: str, folder: Path) -> None:
+    options = [*overrides(variant, precision), "strategy=ddp", f"run_dir={folder}/ddp"]
+    if variant == "many buckets":
+        options += ["strategy.first_bucket_mb=0.001", "strategy.bucket_mb=0.01"]
+    expected = serial(variant, precision, folder)
+    runs = run_ranks(train_on_rank, ranks, small(*options))
+    for run in runs:
+        assert relative_difference(run["model"], expected["model"]) <= BOUNDS[precision]
+        for count in ("test_correct", "test_count", "samples", "steps"):
+            assert run["summary"][count] == expected["summary"][count]
+        assert run["summary"]["test_loss"] == pytest.approx(expected["summary"]["test_loss"], rel=1e-4)
+    for run in runs[1:]:
+        assert relative_difference(run["model"], runs[0]["model"]) == 0
