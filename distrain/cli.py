@@ -6,27 +6,32 @@ failed has said so itself; its exit code is 1.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distrain.config import ConfigError, missing, one_line
-from distrain.runtime import Failed
 
 #: Exit code of a configuration that can't run.
 REFUSED = 2
 #: Exit code of a run that failed.
 FAILED = 1
+#: How long the other ranks of a host leave the word to its first.
+_PATIENCE_SECONDS = 2
 
 
 def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> None:
@@ -42,64 +47,102 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(task)
+    composing = True
+
+    # Hydra names the job after the module that the task comes from.
+    @functools.wraps(task)
+    def guarded(composed: DictConfig) -> object:
+        nonlocal composing
+        composing = False
+        # Imports torch, which --help, completion and most mistakes need not wait for.
+        from distrain.runtime import Failed
+
+        # Ended here, because Hydra adds lines of its own to what comes out of a task.
+        try:
+            return task(composed)
+        except ConfigError as error:
+            if wants_traceback:
+                raise
+            refuse(error)
+        except Failed:
+            # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)
+
+    decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(guarded)
     try:
+        _check_options(sys.argv[1:])
         decorated()
-    except (ConfigError, HydraException, OmegaConfBaseException, MissingConfigException) as error:
-        if wants_traceback:
+    except Exception as error:  # Hydra and YAML have many kinds for what is wrong with the user's words
+        if wants_traceback or not composing:
             raise
         refuse(error if isinstance(error, ConfigError) else explain(error, conf, config_name, sys.argv[1:]))
-    except Failed:
-        # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(FAILED)
 
 
-def refuse(error: ConfigError) -> None:
+def refuse(error: ConfigError) -> NoReturn:
     """Prints the line, once a host, and ends the process."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"distrain: {error}", file=sys.stderr, flush=True)
-    else:
-        # The launcher ends all ranks as soon as one is gone, so the one that speaks goes first.
-        time.sleep(2)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The launcher ends all ranks as soon as one is gone, so rank 0 of the host goes first and speaks for all. A
+        # rank that outlives the wait found a mistake that rank 0 did not.
+        time.sleep(_PATIENCE_SECONDS)
+    print(f"distrain: {error}", file=sys.stderr, flush=True)
     sys.exit(REFUSED)
 
 
-def explain(error: BaseException, conf: Path, config_name: str, overrides: Sequence[str]) -> ConfigError:
+def _check_options(arguments: Sequence[str]) -> None:
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        options, unknown = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise missing("command line", str(error)) from error
+    if unknown and not unknown[0].startswith("-"):
+        raise missing(f"argument '{unknown[0]}'", "options such as --multirun stand before all settings or after them")
+    if unknown:
+        raise missing(f"argument '{unknown[0]}'", "no such option; settings are key=value, without dashes; see --help")
+    if options.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun", options.experimental_rerun, "reads a pickle, which could run any code"
+        )
+
+
+def explain(error: BaseException, conf: Path, config_name: str, arguments: Sequence[str]) -> ConfigError:
     """Turns Hydra's and OmegaConf's errors into one line with key, value and choices."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
         options = [str(option) for option in error.options or ()] or _files(conf / group)
         return ConfigError(group or config_name, name, "no such choice", options)
     if isinstance(error, OverrideParseException):
-        return ConfigError("argument", error.override, "is not of the form key=value")
+        return missing(f"argument '{error.override}'", "is not of the form key=value, or a bracket or quote is open")
+    overrides = _overrides(arguments)
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if not key:
+            return missing(f"argument '{override.input_line}'", "is not of the form key=value")
+        if key in _groups(conf) and not override.is_delete() and not isinstance(value, str | dict | Sweep):
+            return ConfigError(key, value, "needs the name of a choice", _files(conf / key))
+        if override.is_sweep_override() and "Ambiguous" in str(error):
+            text = str(override.input_line).partition("=")[2]
+            return ConfigError(key, text, f"a list is written [{text}]; for a run with each value add --multirun")
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = str(cause.full_key or cause.key)
-        parent, _, name = key.rpartition(".")
-        return missing(key, "no such key", keys_of(parent, conf, config_name, overrides))
+        parent, _, _ = key.rpartition(".")
+        known = keys_of(parent, conf, config_name, overrides)
+        return missing(key, "no such key" if known else f"no such key; to add one write +{key}=…", known)
     if isinstance(cause, OmegaConfBaseException):
         return one_line(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return missing("configuration", lines[0] if lines else type(error).__name__)
+    return missing("configuration", str(error) or type(error).__name__)
 
 
-def keys_of(parent: str, conf: Path, config_name: str, overrides: Sequence[str]) -> list[str]:
+def keys_of(parent: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str]:
     """The keys below ``parent``, composed with the groups that the command line picked and without its values."""
-    parser = OverridesParser.create()
-    groups = {path.relative_to(conf).as_posix() for path in conf.rglob("*") if path.is_dir()}
-    picked = []
-    for text in overrides:
-        if "=" in text and text.split("=", 1)[0].lstrip("+") in groups:
-            override = parser.parse_overrides([text])[0]
-            picked.append(str(override.input_line))
+    groups = _groups(conf)
+    picked = [str(override.input_line) for override in overrides if override.key_or_group in groups]
     try:
-        node = (
-            OmegaConf.select(compose(conf, config_name, picked), parent)
-            if parent
-            else compose(conf, config_name, picked)
-        )
+        composed = compose(conf, config_name, picked)
+        node = OmegaConf.select(composed, parent) if parent else composed
     except (HydraException, OmegaConfBaseException):
         return []
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
@@ -110,6 +153,17 @@ def compose(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> Dict
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         return hydra.compose(config_name, list(overrides))
+
+
+def _overrides(arguments: Sequence[str]) -> list[Override]:
+    overrides: list[Override] = OverridesParser.create().parse_overrides(
+        get_args_parser().parse_known_args(list(arguments))[0].overrides
+    )
+    return overrides
+
+
+def _groups(conf: Path) -> set[str]:
+    return {path.relative_to(conf).as_posix() for path in conf.rglob("*") if path.is_dir()}
 
 
 def _files(folder: Path) -> list[str]:

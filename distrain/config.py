@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import pkgutil
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -39,6 +40,9 @@ class ConfigError(ValueError):
             message += f" (did you mean {close[0]}?)" if close else ""
         super().__init__(" ".join(message.split()))
 
+    def __reduce__(self) -> tuple[Callable[[str], ConfigError], tuple[str]]:
+        return refused, (str(self),)
+
 
 class _Absent:
     def __repr__(self) -> str:
@@ -51,6 +55,11 @@ _ABSENT = _Absent()
 def missing(key: str, problem: str, choices: Iterable[object] = ()) -> ConfigError:
     """A :class:`ConfigError` about a key that has no value to show."""
     return ConfigError(key, _ABSENT, problem, choices)
+
+
+def refused(line: str) -> ConfigError:
+    """The :class:`ConfigError` that another process raised, from its line."""
+    return ConfigError.__new__(ConfigError, line)
 
 
 def _show(value: object) -> str:
@@ -302,7 +311,9 @@ class Config:
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
     runtime: RuntimeConfig
-    seed: int = setting("Fixes initial parameters, the order of samples, augmentation and dropout.", at_least=0)
+    seed: int = setting(
+        "Fixes initial parameters, the order of samples, augmentation and dropout.", at_least=0, at_most=2**32 - 1
+    )
     resume: str = setting("auto: the newest checkpoint of run_dir if there is one; never; or a checkpoint's path.")
     run_dir: str | None = setting("Folder of this run; null: outputs/<date>/<time>, chosen once by rank 0.")
     experiment: str | None = setting("Name of the experiment file the values came from.", default=None)
@@ -348,11 +359,13 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
             elif spec.default is None:
                 values[key] = None
             else:
-                raise missing(key, "has no value")
+                raise missing(key, f"needs a value: {spec.metadata['doc']}")
         top = _typed("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
     except OmegaConfBaseException as error:
         raise one_line(error) from error
-    return Config(**{**values, **{k: getattr(top, k) for k in _TOP_KEYS}})
+    config = Config(**{**values, **{k: getattr(top, k) for k in _TOP_KEYS}})
+    _check_limits("", config)
+    return config
 
 
 @dataclass
@@ -375,11 +388,33 @@ def _typed(key: str, schema: type[Any], node: Any) -> Any:
         if name not in names:
             raise missing(_join(key, str(name)), "no such key", names)
     try:
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except ValidationError as error:
+        raise _wrong_type(error, key, schema, node) from error
     except OmegaConfBaseException as error:
         raise one_line(error, prefix=key, schema=schema) from error
-    _check_limits(key, value)
-    return value
+
+
+def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: DictConfig) -> ConfigError:
+    path = str(error.full_key or "")
+    wanted: Any = schema
+    for name in path.partition("[")[0].split("."):
+        wanted = typing.get_type_hints(wanted).get(name) if dataclasses.is_dataclass(wanted) else None
+    if wanted is None:
+        return one_line(error, prefix=prefix, schema=schema)
+    # The whole list, where it is one of its elements that is wrong.
+    key = path.partition("[")[0]
+    return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {_in_words(wanted)}")
+
+
+def _in_words(wanted: Any) -> str:
+    arguments = typing.get_args(wanted)
+    if type(None) in arguments:
+        return f"{_in_words(arguments[0])}, or null"
+    if typing.get_origin(wanted) is list:
+        return f"a list, each element {_in_words(arguments[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(wanted, "a mapping of keys to values")
 
 
 _LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
@@ -421,12 +456,11 @@ def one_line(error: BaseException, prefix: str = "", schema: type[Any] | None = 
     key = _join(prefix, full_key) if full_key and not full_key.startswith(prefix + ".") else full_key or prefix
     text = str(getattr(error, "msg", "") or error).splitlines()[0]
     if isinstance(error, MissingMandatoryValue):
-        return missing(key, "has no value")
+        meanings = {_join(prefix, f.name): f.metadata.get("doc") for f in dataclasses.fields(schema)} if schema else {}
+        return missing(key, f"needs a value: {meanings[key]}" if meanings.get(key) else "needs a value")
     if isinstance(error, ConfigKeyError):
         names = [f.name for f in dataclasses.fields(schema)] if schema else ()
         return missing(key, "no such key", names)
-    if isinstance(error, ValidationError):
-        return missing(key or "configuration", text)
     return missing(key or "configuration", text)
 
 

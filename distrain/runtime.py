@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
+
+#: Numbers the meetings of this process; all ranks count alike.
+_MEETINGS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,12 @@ class Runtime:
             self._close()
             raise Failed from error
         # Nobody leaves while another still talks: a store or a connection that vanishes early reads as a failure.
-        self.communicator().barrier()
+        try:
+            self.communicator().barrier()
+        except BaseException as broken:
+            self._fail(broken)
+            self._close()
+            raise Failed from broken
         if dist.is_initialized():
             dist.destroy_process_group()
         self._close()
@@ -222,7 +231,9 @@ class Runtime:
             )
         except dist.DistError as error:
             raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
-        prefixed = PrefixStore(f"distrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # So do the earlier runs of this process (Hydra's --multirun).
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefixed = PrefixStore(f"distrain/{attempt}/{next(_MEETINGS)}", store)
         here = {"host": self.world.host, "pid": os.getpid()}
         prefixed.set(f"here/{self.world.rank}", json.dumps(here))
         missing = []
@@ -248,7 +259,10 @@ class Runtime:
             found = configuration.difference(mine, theirs)
             store.set("config_differs", f"rank {self.world.rank} on {self.world.host} (≠ rank 0): {'; '.join(found)}")
         store.add("config_compared", 1)
+        deadline = time.monotonic() + self.config.runtime.setup_timeout_seconds
         while int(store.add("config_compared", 0)) < self.world.size:
+            if time.monotonic() > deadline:
+                raise RuntimeError("not all ranks compared their configurations within runtime.setup_timeout_seconds")
             time.sleep(0.005)
         if store.check(["config_differs"]):
             raise configuration.missing(
@@ -256,13 +270,20 @@ class Runtime:
             )
 
     def _agree_on_run_dir(self) -> Path:
-        if self.world.rank == 0:
+        if self._store is None:
             path = make_run_dir(self.config.run_dir)
-            if self._store is not None:
-                self._store.set("run_dir", str(path))
         else:
-            assert self._store is not None
-            path = Path(self._store.get("run_dir").decode())
+            if self.world.rank == 0:
+                # The others hear of a refusal too, or they would wait in vain.
+                try:
+                    answer = {"path": str(make_run_dir(self.config.run_dir))}
+                except ConfigError as error:
+                    answer = {"refused": str(error)}
+                self._store.set("run_dir", json.dumps(answer))
+            answer = json.loads(self._store.get("run_dir"))
+            if "refused" in answer:
+                raise configuration.refused(answer["refused"])
+            path = Path(answer["path"])
         path.joinpath("logs").mkdir(parents=True, exist_ok=True)
         return path
 
@@ -429,7 +450,7 @@ def seed_everything(seed: int) -> None:
 
 
 def make_run_dir(wanted: str | None) -> Path:
-    """Makes the run folder: the one wanted, or a new ``outputs/<date>/<time>`` that nobody else got.
+    """Makes the run folder with ``logs`` in it: the one wanted, or a new ``outputs/<date>/<time>`` nobody else got.
 
     Raises:
         ConfigError: The folder can't be made.
@@ -438,13 +459,14 @@ def make_run_dir(wanted: str | None) -> Path:
     base = Path(wanted) if wanted else Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}")
     try:
         if wanted:
-            base.mkdir(parents=True, exist_ok=True)
+            base.joinpath("logs").mkdir(parents=True, exist_ok=True)
             return base.resolve()
         base.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):
             path = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
+                path.joinpath("logs").mkdir()
                 return path.resolve()
     except OSError as error:
         raise ConfigError("run_dir", base, f"can't be made: {error.strerror}") from error
