@@ -63,11 +63,14 @@ def save(folder: Path, state: Mapping[str, Any], progress: Mapping[str, Any]) ->
     for path in temporary.iterdir():
         _sync(path)
     _sync(temporary)
+    # The same step saved again (a resumed run): the old one moves away whole, since a rename needs the name free and
+    # a folder that is being deleted must not be taken for a checkpoint.
+    replaced = folder / f"{temporary.name}.replaced"
     if final.exists():
-        # The same step saved again (a resumed run): the old one moves away first, since a rename needs the name free.
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
     _sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -81,11 +84,15 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         DamagedCheckpoint: A file is missing, cut, or changed.
     """
     verify(path)
-    held = json.loads((path / "state.json").read_text())
-    state: dict[str, Any] = {"scalars": held["scalars"]}
+    state: dict[str, Any] = {}
+    try:
+        held = json.loads((path / "state.json").read_text())
+        state["scalars"], progress = dict(held["scalars"]), dict(held["progress"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{path / 'state.json'} can't be read") from error
     for part in _PARTS:
         state[part] = _load_tensors(path / f"{part}.safetensors")
-    return state, held["progress"]
+    return state, progress
 
 
 def load_model(path: Path) -> dict[str, Tensor]:

@@ -130,22 +130,25 @@ def explain(error: BaseException, conf: Path, config_name: str, arguments: Seque
         key = str(cause.full_key or cause.key)
         parent, _, _ = key.rpartition(".")
         known = keys_of(parent, conf, config_name, overrides)
-        return missing(key, "no such key" if known else f"no such key; to add one write +{key}=…", known)
+        return missing(key, "no such key" if known != [] else f"no such key; to add it write +{key}=…", known or ())
     if isinstance(cause, OmegaConfBaseException):
         return one_line(cause)
     return missing("configuration", str(error) or type(error).__name__)
 
 
-def keys_of(parent: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str]:
-    """The keys below ``parent``, composed with the groups that the command line picked and without its values."""
+def keys_of(parent: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str] | None:
+    """The keys below ``parent``, composed with the groups that the command line picked and without its values.
+
+    ``None`` where ``parent`` is not there or holds no keys.
+    """
     groups = _groups(conf)
     picked = [str(override.input_line) for override in overrides if override.key_or_group in groups]
     try:
         composed = compose(conf, config_name, picked)
         node = OmegaConf.select(composed, parent) if parent else composed
     except (HydraException, OmegaConfBaseException):
-        return []
-    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+        return None
+    return [str(key) for key in node] if isinstance(node, DictConfig) else None
 
 
 def compose(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

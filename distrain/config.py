@@ -343,6 +343,8 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
             raise missing(str(key), "no such key", fields)
     values: dict[str, Any] = {}
     try:
+        # While the whole is there to refer to: a group by itself can't follow ${…} to another.
+        node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(node, resolve=True)))
         for key, spec in fields.items():
             if key in _GROUPS:
                 group = node.get(key)
@@ -381,18 +383,24 @@ _SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime"
 
 
 def _typed(key: str, schema: type[Any], node: Any) -> Any:
-    if not isinstance(node, DictConfig):
-        raise ConfigError(key, node, "must be a mapping of keys to values")
-    names = [f.name for f in dataclasses.fields(schema)]
-    for name in node:
-        if name not in names:
-            raise missing(_join(key, str(name)), "no such key", names)
+    _check_keys(key, schema, node)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except ValidationError as error:
         raise _wrong_type(error, key, schema, node) from error
     except OmegaConfBaseException as error:
         raise one_line(error, prefix=key, schema=schema) from error
+
+
+def _check_keys(key: str, schema: type[Any], node: Any) -> None:
+    if not isinstance(node, DictConfig):
+        raise ConfigError(key, node, "must be a mapping of keys to values")
+    wanted = typing.get_type_hints(schema)
+    for name in map(str, node):
+        if name not in wanted:
+            raise missing(_join(key, name), "no such key", wanted)
+        if dataclasses.is_dataclass(wanted[name]):
+            _check_keys(_join(key, name), wanted[name], node[name])
 
 
 def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: DictConfig) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,12 @@ class Logger:
     Args:
         config: The logger's keys.
         run_dir: The run's folder.
+
+    Attributes:
+        takes_figures: Whether drawing pictures for it is worth the time.
     """
+
+    takes_figures: bool = False
 
     def __init__(self, config: LoggerConfig | None = None, run_dir: Path | None = None) -> None:
         self.config = config
@@ -51,6 +57,8 @@ class Logger:
 class InMemoryLogger(Logger):
     """Keeps everything in lists; for tests and notebooks."""
 
+    takes_figures = True
+
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict[str, Any]] = []
@@ -71,7 +79,7 @@ class InMemoryLogger(Logger):
 
 
 class MetricsFile(Logger):
-    """``metrics.jsonl``: one JSON object a logged step or epoch."""
+    """``metrics.jsonl``: one JSON object a logged step or epoch; a number that is not finite is ``null``."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -79,7 +87,10 @@ class MetricsFile(Logger):
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Writes one line."""
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        # JSON has no NaN; what Python would write in its place no other reader takes.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -96,6 +107,8 @@ class TensorBoardConfig(LoggerConfig):
 @register("logger", "tensorboard", TensorBoardConfig)
 class TensorBoardLogger(Logger):
     """Event files below ``run_dir/tensorboard``, written by one rank."""
+
+    takes_figures = True
 
     def __init__(self, config: TensorBoardConfig, run_dir: Path) -> None:
         super().__init__(config)
@@ -136,6 +149,7 @@ class Loggers(Logger):
     def __init__(self, loggers: Sequence[Logger]) -> None:
         super().__init__()
         self._loggers = list(loggers)
+        self.takes_figures = any(logger.takes_figures for logger in self._loggers)
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Hands the values to each."""

@@ -208,7 +208,8 @@ class StepClock:
 
     def steps(self, batches: Iterator[BatchT]) -> Iterator[BatchT]:
         """Yields the batches; a step lasts until the loop asks for the next one."""
-        self._skip(time.perf_counter() - self._stopped)
+        self._last = time.perf_counter()
+        self._began += self._last - self._stopped
         try:
             while True:
                 start = time.perf_counter()
@@ -233,9 +234,7 @@ class StepClock:
         self._stopwatch.flush()
         start = time.perf_counter()
         yield
-        self._skip(time.perf_counter() - start)
-
-    def _skip(self, seconds: float) -> None:
+        seconds = time.perf_counter() - start
         self._began += seconds
         self._last += seconds
 
@@ -253,7 +252,9 @@ class StepClock:
         wall = now - self._began
         stretch, self._now = self._now, Stretch()
         stretch.time = TimeShares.of(wall, step, communication, self._data, max(wall - host_step - self._data, 0.0))
-        self._began, self._data = now, 0.0
+        # Between epochs, what comes until the next step counts for neither stretch.
+        self._began = self._stopped = now
+        self._data = 0.0
         return stretch
 
     def step_ms(self) -> dict[str, float]:

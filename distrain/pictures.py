@@ -42,7 +42,7 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
     """A grid of images with what was predicted; what was wrong is red and also says the truth.
 
     Args:
-        images: uint8 ``[N, C, H, W]`` with 1 or 3 channels.
+        images: uint8 ``[N, C, H, W]``; 3 channels are shown in colour, of another number the first one in grey.
         labels: int64 ``[N]``.
         predicted: int64 ``[N]``.
         classes: Class names.
@@ -54,8 +54,8 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
     for axes in grid:
         axes.axis("off")
     for axes, image, label, guess in zip(grid, images, labels.tolist(), predicted.tolist(), strict=False):
-        pixels = image.permute(1, 2, 0).numpy()
-        axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
+        pixels = image.permute(1, 2, 0) if len(image) == 3 else image[0]
+        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255)
         right = label == guess
         title = classes[guess] if right else f"{classes[guess]}\n(is {classes[label]})"
         axes.set_title(title, fontsize=8, color="green" if right else "red")

@@ -66,10 +66,10 @@ class Precision:
                 self._scale, self._good_steps = self._scale * 2, 0
 
     def state_dict(self) -> dict[str, float]:
-        """The loss scale and how long it has held."""
-        return {"scale": self._scale, "good_steps": self._good_steps}
+        """The loss scale and how long it has held; empty where losses aren't scaled."""
+        return {"scale": self._scale, "good_steps": self._good_steps} if self.name == "fp16" else {}
 
     def load_state_dict(self, saved: Mapping[str, float]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        if self.name == "fp16" and saved["scale"] > 1:
+        """Takes back what :meth:`state_dict` gave; what another precision gave is left out."""
+        if self.name == "fp16" and saved:
             self._scale, self._good_steps = float(saved["scale"]), int(saved["good_steps"])

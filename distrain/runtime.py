@@ -346,7 +346,9 @@ class Runtime:
             self.world.rank,
             self.world.host,
             self.step,
-            _first_line(error) if isinstance(error, Terminated) else f"{type(error).__name__}: {_first_line(error)}",
+            _first_line(error)
+            if isinstance(error, Terminated)
+            else f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "),
             "".join(traceback.format_exception(error)),
         )
         failure = self._first_failure(own, error)

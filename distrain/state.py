@@ -45,15 +45,14 @@ def load_optimizer(
         if name not in held:
             continue
         parameter = held[name]
-        if isinstance(value, Tensor) and value.dim() > 0:
+        # A count of steps is a scalar that stays on the CPU; a scalar parameter's moments go where it is.
+        if isinstance(value, Tensor) and (value.dim() > 0 or (parameter.dim() == 0 and what != "step")):
             if value.shape != parameter.shape:
                 raise ValueError(
                     f"optimizer state {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
                 )
-            # Same device and strides as the parameter, as the fused kernels want it.
-            kept = torch.empty_like(parameter, dtype=value.dtype)
-            kept.copy_(value)
-            value = kept
+            # Same type, device and strides as the parameter, as the fused kernels want it.
+            value = torch.empty_like(parameter).copy_(value)
         elif isinstance(value, Tensor):
             value = value.clone()
             if any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):

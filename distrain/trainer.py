@@ -25,6 +25,8 @@ from distrain.strategies.base import Strategy
 log = logging.getLogger(__name__)
 
 _WATCHED = 32
+#: Keys that say how or where a run ran, not what it trained.
+_NOT_HYPERPARAMETERS = ("run_dir", "resume", "experiment", "runtime.", "checkpoint.", "logger.", "trainer.progress")
 _WARMUP = 10
 
 
@@ -101,7 +103,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns what ``summary.json`` holds."""
         self._resume()
-        self._clock = StepClock(self.strategy.stopwatch, min(_WARMUP, (self.total_steps - self._first_step) // 2))
+        left = max(self.total_steps - self._first_step, 0)
+        self._clock = StepClock(self.strategy.stopwatch, min(_WARMUP, left // 2))
         self._notify("on_fit_start")
         try:
             self.strategy.run(self._train)
@@ -126,14 +129,18 @@ class Trainer:
                 if self.config.checkpoint.every_steps and self.progress.step % self.config.checkpoint.every_steps == 0:
                     with self._clock.paused():
                         self._save()
-                if self.progress.step == self.config.trainer.max_steps:
+                if self._at_limit():
                     break
-            if self.progress.epoch_samples == len(self.splits.train):
+            # More than all where a resumed run has fewer samples than the one that was saved.
+            if self.progress.epoch_samples >= len(self.splits.train):
                 self._end_epoch()
 
     def _done(self) -> bool:
-        at_limit = self.progress.step == self.config.trainer.max_steps
-        return at_limit or self.progress.epoch >= self.config.trainer.epochs
+        return self._at_limit() or self.progress.epoch >= self.config.trainer.epochs
+
+    def _at_limit(self) -> bool:
+        limit = self.config.trainer.max_steps
+        return limit is not None and self.progress.step >= limit
 
     def _advance(self, batch: Batch) -> None:
         self.progress.step += 1
@@ -146,7 +153,8 @@ class Trainer:
 
     def _seed_step(self) -> None:
         # Dropout's draws depend on (seed, step, shard) alone, so a resumed run needs no saved generator states.
-        torch.manual_seed((self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.strategy.data_shard[0])
+        mixed = (self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.strategy.data_shard[0]
+        torch.manual_seed(mixed % 2**63)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -162,7 +170,7 @@ class Trainer:
             "speed/images_per_second": lap.samples_per_second,
             "speed/step_ms": lap.step_ms,
             **{f"time/{name}": share for name, share in lap.time.shares().items()},
-            "communication/bytes_per_step": float(self._bytes / max(self.progress.step - self._first_step, 1)),
+            "speed/bytes_sent_per_step": float(self._bytes / max(self.progress.step - self._first_step, 1)),
         }
         self._logger.scalars(self.progress.step, values)
         self._notify("on_log", values)
@@ -181,7 +189,7 @@ class Trainer:
         self.progress.epoch_samples = 0
         self.progress.train_loss = loss / count
         values = {
-            "epoch/number": float(self.progress.epoch),
+            "epoch": float(self.progress.epoch),
             "epoch/train_loss": loss / count,
             "epoch/train_accuracy": correct / count,
             "epoch/images_per_second": self._clock.epoch.samples_per_second,
@@ -256,7 +264,9 @@ class Trainer:
             self._draw(test)
             numbers = ("train_loss", "val_accuracy", "test_accuracy", "test_loss", "images_per_second")
             final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
-            self._logger.hyperparameters(flatten(to_container(self.config)), final)
+            chosen = flatten(to_container(self.config))
+            told = {key: value for key, value in chosen.items() if not key.startswith(_NOT_HYPERPARAMETERS)}
+            self._logger.hyperparameters(told, final)
             write_json(self.runtime.run_dir / "summary.json", summary)
         self._logger.close()
         return summary
@@ -302,7 +312,7 @@ class Trainer:
         return loss / count if count else None
 
     def _draw(self, test: Evaluation) -> None:
-        if type(self._logger) is Logger:
+        if not self._logger.takes_figures:
             return
         classes = self.splits.spec.classes
         shown = slice(0, len(test.watched))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from omegaconf import DictConfig
 
@@ -28,7 +28,8 @@ def load(schema: type[T], composed: DictConfig) -> T:
     Raises:
         ConfigError: An unknown key, a wrong type, a value outside its limits.
     """
-    settings: T = configuration.checked(schema, composed)
+    settings = cast(T, configuration._typed("", schema, composed))
+    configuration._check_limits("", settings)
     return settings
 
 

@@ -29,6 +29,9 @@ class _Normalise(torch.autograd.Function):
         sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() // channels)])
         communicator.all_reduce(sums)
         count = sums[-1]
+        # Looked at only where it may be: on a GPU the host would wait for it.
+        if x.numel() <= channels and count <= 1:
+            raise ValueError(f"BatchNorm needs more than one value a channel to train on, got {list(x.shape)}")
         mean = sums[:-1] / count
         shape = [1, channels] + [1] * (x.dim() - 2)
         centred = wide - mean.view(shape)
@@ -62,11 +65,12 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` ``[N, C, ...]``; N may differ among replicas and be 0."""
-        if not self.training and self.track_running_stats:
+        self._check_input_dim(input)
+        if not self.training and self.running_mean is not None:
             return super().forward(input)
         normalised: tuple[Tensor, ...] = _Normalise.apply(input, self.eps, self.communicator)  # type: ignore[no-untyped-call]
         output, mean, variance, count = normalised
-        if self.training and self.running_mean is not None and self.running_var is not None:
+        if self.training and self.track_running_stats:
             self._update_running(mean, variance, count)
         if self.affine:
             shape = [1, self.num_features] + [1] * (input.dim() - 2)

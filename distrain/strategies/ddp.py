@@ -57,6 +57,9 @@ class DDP(Single):
         if self.config.strategy.batchnorm == "sync" and self.replicas.size > 1:
             layers = batchnorm.synchronise(model, self.replicas)
             self._needs_every_piece = layers > 0
+            self._evaluates_together = any(
+                isinstance(layer, batchnorm.SyncBatchNorm) and layer.running_mean is None for layer in model.modules()
+            )
             if layers:
                 log.info(
                     "%d BatchNorm layers take their statistics over all ranks (%d small collectives a step); "
@@ -64,6 +67,11 @@ class DDP(Single):
                     layers,
                     3 * layers,
                 )
+                if self.config.trainer.compile:
+                    log.warning(
+                        "trainer.compile: the graph breaks at each synchronised BatchNorm layer, which costs more than "
+                        "it gains; strategy.batchnorm=local and model.norm=group compile whole"
+                    )
                 if self.config.trainer.micro_batch_size is not None:
                     log.warning(
                         "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
@@ -94,7 +102,8 @@ class DDP(Single):
         """Averages buffers that each rank updated from its own share (BatchNorm's with ``batchnorm=local``)."""
         if not self._settled:
             for buffer in self._diverging:
-                self.replicas.all_reduce(buffer).div_(self.replicas.size)
+                # In float64, so that a buffer that is the same everywhere (a constant) stays what it is.
+                buffer.copy_(self.replicas.all_reduce(buffer.double()).div_(self.replicas.size))
         self._settled = True
 
     def _make_gradients(self) -> Gradients:

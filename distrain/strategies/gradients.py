@@ -138,8 +138,10 @@ def _make_bucket(part: list[tuple[str, nn.Parameter]]) -> Bucket:
     flat = torch.zeros(sum(p.numel() for _, p in part), dtype=first.dtype, device=first.device)
     tensors, offset = {}, 0
     for name, parameter in part:
-        # The parameter's own strides (channels-last weights), so that fused optimizers see one layout.
-        view = flat.as_strided(parameter.size(), parameter.stride(), offset)
+        # The parameter's own strides (channels-last weights), so that fused optimizers see one layout; those of a
+        # copy where it is a view with gaps, which the bucket has not.
+        strides = torch.empty_like(parameter, device="meta").stride()
+        view = flat.as_strided(parameter.size(), strides, offset)
         parameter.grad = tensors[name] = view
         offset += parameter.numel()
     return Bucket(flat, tensors)

@@ -38,6 +38,8 @@ class Single(Strategy):
         self._norm: Tensor | None = None
         # A layer that communicates in the forward pass needs every replica in every piece, even without samples.
         self._needs_every_piece = False
+        # The same in evaluation, where few layers communicate, and a model may not be able to run without samples.
+        self._evaluates_together = False
 
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
@@ -112,7 +114,7 @@ class Single(Strategy):
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         """Forward only; see the base class."""
-        if not len(batch.labels):
+        if not len(batch.labels) and not self._evaluates_together:
             nothing = torch.zeros((), device=self.runtime.device)
             return StepResult(nothing, nothing.long(), 0, batch.labels)
         self._forward.eval()

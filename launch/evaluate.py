@@ -1,0 +1,21 @@
+"""Evaluates a run: ``python launch/evaluate.py run=DIR``, or under torchrun with the same counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distrain import cli
+
+
+def task(composed: DictConfig) -> None:
+    """Evaluates one run."""
+    # Imports torch, which --help and most mistakes need not wait for.
+    from distrain.commands import evaluate, settings
+
+    evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
+
+
+if __name__ == "__main__":
+    cli.main(task, Path(__file__).parent.parent / "conf", "evaluate")

@@ -1,0 +1,21 @@
+"""Exports a run's model: ``python launch/export.py run=DIR format=safetensors output=FILE``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distrain import cli
+
+
+def task(composed: DictConfig) -> None:
+    """Exports once."""
+    # Imports torch, which --help and most mistakes need not wait for.
+    from distrain.commands import export, settings
+
+    export.run(settings.load(export.ExportSettings, composed))
+
+
+if __name__ == "__main__":
+    cli.main(task, Path(__file__).parent.parent / "conf", "export")

@@ -1,0 +1,21 @@
+"""Predicts the classes of images: ``python launch/predict.py run=DIR input=PATH output=FILE``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distrain import cli
+
+
+def task(composed: DictConfig) -> None:
+    """Predicts once."""
+    # Imports torch, which --help and most mistakes need not wait for.
+    from distrain.commands import predict, settings
+
+    predict.run(settings.load(predict.PredictSettings, composed))
+
+
+if __name__ == "__main__":
+    cli.main(task, Path(__file__).parent.parent / "conf", "predict")

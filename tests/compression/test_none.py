@@ -1,0 +1,34 @@
+"""compression=none: gradients travel as they are, and nothing is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distrain.collectives import Communicator
+from distrain.compression.base import Bucket
+from distrain.compression.none import NoCompression
+from distrain.config import CompressionConfig
+
+
+def compressor() -> NoCompression:
+    return NoCompression(CompressionConfig(name="none"))
+
+
+def test_one_rank_keeps_its_gradients() -> None:
+    flat, alone = torch.tensor([1.0, 2.0, 3.0]), Communicator()
+    compressor().aggregate(Bucket(flat, {"weight": flat[:2], "bias": flat[2:]}), alone).wait()
+    assert flat.tolist() == [1.0, 2.0, 3.0]
+    assert alone.ledger.total() == 0
+
+
+def test_a_bucket_s_bytes_are_those_of_its_elements() -> None:
+    assert Bucket(torch.zeros(3), {}).bytes == 12
+    assert Bucket(torch.zeros(3, dtype=torch.float64), {}).bytes == 24
+
+
+def test_nothing_is_kept_and_another_compressor_s_state_is_refused_by_name() -> None:
+    assert compressor().state_dict() == {}
+    compressor().load_state_dict({})
+    with pytest.raises(ValueError, match=r"compression=none keeps no state, but was given.*residual/weight"):
+        compressor().load_state_dict({"residual/weight": torch.zeros(1)})

@@ -1,0 +1,253 @@
+"""``launch/train.py`` as users start it: alone and under the real torchrun, finished, stopped, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distrain import config
+from tests.harness import run_ranks
+from tests.runs import LAUNCH, compose, train_on_rank
+
+SMALL = (
+    "data=synthetic",
+    "data.height=8",
+    "data.width=8",
+    "data.train_size=53",
+    "data.test_size=31",
+    "data.batch_size=9",
+    "data.augment.flip=true",
+    "optimizer.lr=0.01",
+    # Decays over all epochs, so a run that stops early is the beginning of the longer one.
+    "scheduler=step",
+    "scheduler.milestones=[1.0]",
+    "trainer.epochs=3",
+    "trainer.log_every_steps=2",
+    "runtime.threads=1",
+)
+SUMMARY = {
+    "strategy",
+    "world_size",
+    "mesh",
+    "compression",
+    "epochs",
+    "steps",
+    "samples",
+    "train_loss",
+    "val_accuracy",
+    "test_accuracy",
+    "test_loss",
+    "images_per_second",
+    "step_ms",
+    "time_share",
+    "bytes_sent_per_step",
+    "bytes_uncompressed_per_step",
+    "peak_memory_mb",
+    "wall_seconds",
+}
+STRATEGIES = {"single": 1, "ddp": 2}
+
+
+@dataclass
+class Ended:
+    """A command that has ended: its exit code and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(ranks: int, *arguments: str) -> list[str]:
+    start = [sys.executable, "-W", "ignore"]
+    if ranks > 1:
+        # A port of the system's choice, so that tests may run beside each other.
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, str(LAUNCH / "train.py"), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: Path, ranks: int, *arguments: str) -> Ended:
+    found = subprocess.run(
+        command(ranks, *arguments),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return Ended(found.returncode, found.stdout, found.stderr)
+
+
+def options(strategy: str, run: Path, steps: int) -> tuple[str, ...]:
+    return (f"strategy={strategy}", *SMALL, f"run_dir={run}", f"trainer.max_steps={steps}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below ``<strategy>/``: ``whole``, 10 steps in one go; ``parts``, ended after 5 and then resumed up to 10.
+
+    Neither 5 nor 10 ends an epoch.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+
+    def whole(strategy: str) -> None:
+        ended = start(folder, STRATEGIES[strategy], *options(strategy, folder / strategy / "whole", 10))
+        assert ended.code == 0, ended.err
+
+    def parts(strategy: str) -> None:
+        run = folder / strategy / "parts"
+        run_ranks(train_on_rank, STRATEGIES[strategy], compose(*options(strategy, run, 5), "logger=none"))
+        ended = start(folder, STRATEGIES[strategy], *options(strategy, run, 10), "logger=none")
+        assert ended.code == 0, ended.err
+        assert "step_00000005: step 5, epoch 0" in ended.err
+
+    for strategy in STRATEGIES:
+        parts(strategy)
+        whole(strategy)
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(checkpoint / f"{part}.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_run_folder_holds_what_the_design_lists(strategy: str, runs: Path) -> None:
+    folder, ranks = runs / strategy / "whole", STRATEGIES[strategy]
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+        "checkpoints",
+        "logs",
+    }
+    assert {path.name for path in folder.joinpath("logs").iterdir()} == {f"rank_{rank}.log" for rank in range(ranks)}
+    assert len(list(folder.joinpath("tensorboard").rglob("*tfevents*"))) == 1
+    assert folder.joinpath("checkpoints", "step_00000010").is_dir()
+    assert set(json.loads(folder.joinpath("data.json").read_text())) >= {"channels", "height", "width", "classes"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_summary_says_what_the_run_came_to(strategy: str, runs: Path) -> None:
+    summary = json.loads((runs / strategy / "whole" / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    # 48 images an epoch in 5 batches of 9 and one of 3: the tenth step is the second epoch's fourth.
+    assert (summary["strategy"], summary["world_size"]) == (strategy, STRATEGIES[strategy])
+    assert (summary["epochs"], summary["steps"], summary["samples"]) == (1, 10, 48 + 4 * 9)
+    assert summary["test_count"] == 31
+    assert summary["test_accuracy"] == summary["test_correct"] / 31
+    assert set(summary["step_ms"]) == {"mean", "p50", "p95"}
+    assert set(summary["time_share"]) == {"compute", "communication", "data", "other"}
+    assert sum(summary["time_share"].values()) == pytest.approx(1, abs=1e-6)
+    assert (summary["bytes_sent_per_step"] > 0) == (strategy == "ddp")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_metrics_are_one_object_a_logged_step_or_epoch(strategy: str, runs: Path) -> None:
+    rows = lines(runs / strategy / "whole" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [2, 4, 6, 8, 10]
+    assert [row["step"] for row in rows if row["kind"] == "epoch"] == [6]
+    assert all(row["train/loss"] > 0 for row in rows if row["kind"] == "step")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_written_configuration_is_the_runs_and_loads_again(strategy: str, runs: Path) -> None:
+    held = yaml.safe_load((runs / strategy / "whole" / "config.yaml").read_text())
+    loaded = config.load(held)
+    assert config.to_container(loaded) == held
+    assert (loaded.strategy.name, loaded.optimizer.lr, loaded.trainer.max_steps) == (strategy, 0.01, 10)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stopped_run_goes_on_bit_for_bit(strategy: str, part: str, runs: Path) -> None:
+    whole, parts = (
+        tensors(runs / strategy / run / "checkpoints" / "step_00000010", part) for run in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert whole
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stopped_run_ends_with_the_same_figures(strategy: str, runs: Path) -> None:
+    whole, parts = (json.loads((runs / strategy / run / "summary.json").read_text()) for run in ("whole", "parts"))
+    for key in ("epochs", "steps", "samples", "train_loss", "val_accuracy", "test_correct", "test_loss"):
+        assert parts[key] == whole[key], key
+
+
+def test_both_strategies_trained_the_same_model(runs: Path) -> None:
+    single, ddp = (
+        tensors(runs / strategy / "whole" / "checkpoints" / "step_00000010", "model") for strategy in STRATEGIES
+    )
+    for name, tensor in single.items():
+        torch.testing.assert_close(ddp[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_mistakes_under_torchrun_are_one_line_of_ours_and_exit_code_2(tmp_path: Path) -> None:
+    typed = {
+        "optimizer.lrr=0.1": "distrain: optimizer.lrr: no such key; choices: ",
+        "data.batch_size=1": "distrain: data.batch_size=1: the global batch is smaller than the 2 ranks that share it",
+        "model=nope": "distrain: model=nope: no such choice; choices: ",
+    }
+    with ThreadPoolExecutor(2) as pool:
+        endings = list(pool.map(lambda argument: start(tmp_path, 2, "strategy=ddp", argument), typed))
+    for ended, expected in zip(endings, typed.values(), strict=True):
+        ours = [line for line in ended.err.splitlines() if line.startswith("distrain:")]
+        assert len(ours) == 1, ended.err
+        assert ours[0].startswith(expected)
+        # torchrun's own exit code is 1; the rank's is in its report, where its own traceback stands too.
+        assert re.search(r"Root Cause[\s\S]*exitcode  : 2 ", ended.err)
+        assert ended.err.count("Traceback (most recent call last)") == 1
+        assert ended.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_that_is_asked_to_end_says_so_and_leaves_a_report(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ("strategy=ddp", *SMALL, f"run_dir={run}", "trainer.epochs=100000", "logger=none")
+    process = subprocess.Popen(
+        command(2, *arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not run.joinpath("metrics.jsonl").exists() or not run.joinpath("metrics.jsonl").read_text():
+            assert time.monotonic() < deadline, "the run never logged a step"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    report = json.loads(run.joinpath("failure.json").read_text())
+    assert report["error"] == "ended by SIGTERM"
+    assert report["step"] > 0
+    named = rf"rank {report['rank']} on {re.escape(report['host'])} failed at step {report['step']}: ended by SIGTERM"
+    assert len(re.findall(rf"^distrain: (?:rank \d stopped because )?{named}$", said, re.MULTILINE)) == 2

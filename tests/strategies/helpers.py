@@ -1,0 +1,49 @@
+"""What tests of strategies share: a strategy around a model, and batches to feed it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from distrain import losses, optimizers
+from distrain.config import Config
+from distrain.data.loader import Batch
+from distrain.data.sampler import shard_bounds
+from distrain.runtime import Runtime, World
+from distrain.strategies import base
+from distrain.strategies.single import Single
+from tests.runs import small
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
+
+
+def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> Single:
+    """The configured strategy around a model; alone unless a runtime is given."""
+    strategy = cast(Single, base.build(config, runtime or Runtime(config, ALONE)))
+    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
+    return strategy
+
+
+def single(model: nn.Module, *overrides: str) -> Single:
+    """``strategy=single`` around a model, with plain SGD unless the overrides say otherwise."""
+    return set_up(model, small("optimizer=sgd", *overrides))
+
+
+def batch(images: Tensor, labels: Tensor, shard: tuple[int, int] = (0, 1)) -> Batch:
+    """A shard's share of a global batch."""
+    start, end = shard_bounds(len(labels), *shard)
+    return Batch(images[start:end], labels[start:end], torch.arange(start, end), len(labels))
+
+
+def drawn(count: int, *shape: int, seed: int = 0, classes: int = 4, dtype: torch.dtype = torch.float32) -> Batch:
+    """A whole batch of normal noise with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return batch(images, torch.randint(classes, (count,), generator=generator))
+
+
+def parameters(model: nn.Module) -> Tensor:
+    """All parameters as one vector, copied."""
+    return torch.cat([parameter.detach().clone().flatten() for parameter in model.parameters()])
