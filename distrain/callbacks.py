@@ -42,6 +42,7 @@ class ProgressBar(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Draws the empty bar."""
         self._bar = tqdm(
+            desc=_title(trainer),
             total=trainer.total_steps,
             initial=trainer.progress.step,
             unit="step",
@@ -51,11 +52,6 @@ class ProgressBar(Callback):
             smoothing=0.05,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
-        self._title(trainer)
-
-    def _title(self, trainer: Trainer) -> None:
-        epoch = min(trainer.progress.epoch + 1, trainer.config.trainer.epochs)
-        self._bar.set_description_str(f"epoch {epoch}/{trainer.config.trainer.epochs}", refresh=False)
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Moves the bar on; tqdm redraws a few times a second at most."""
@@ -63,7 +59,7 @@ class ProgressBar(Callback):
 
     def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Shows the newest figures."""
-        self._title(trainer)
+        self._bar.set_description_str(_title(trainer), refresh=False)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.4f}, acc {values['train/accuracy']:.3f}, "
             f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}",
@@ -72,8 +68,8 @@ class ProgressBar(Callback):
 
     def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Leaves one line an epoch above the bar."""
+        self._bar.set_description_str(_title(trainer), refresh=False)
         tqdm.write(_epoch_line(trainer, values), file=self._stream or sys.stderr)
-        self._title(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Leaves the bar as it stands."""
@@ -110,6 +106,11 @@ class PlainProgress(Callback):
         """Prints the epoch's line."""
         self._last = trainer.seconds()
         print(_epoch_line(trainer, values), file=self._stream or sys.stderr, flush=True)
+
+
+def _title(trainer: Trainer) -> str:
+    epochs = trainer.config.trainer.epochs
+    return f"epoch {min(trainer.progress.epoch + 1, epochs)}/{epochs}"
 
 
 def _epoch_line(trainer: Trainer, values: Mapping[str, float]) -> str:

@@ -42,8 +42,6 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         conf: The folder of YAML files.
         config_name: The primary file, without ``.yaml``.
     """
-    # Where the user stands, so that `model._target_=my_package.Net` finds what lies there; last, so it hides nothing.
-    sys.path.append(str(Path.cwd()))
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -16,9 +16,11 @@ import json
 import math
 import operator
 import pkgutil
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -519,6 +521,10 @@ def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
     module, dot, name = path.rpartition(".")
     if not dot or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(key, path, "is not a dotted path like package.module.Name")
+    # Where the user stands, so that `my_package.Net` finds what lies there; last, so that it hides nothing. Not before
+    # it is asked for: Hydra and torch import optional packages wherever they find them.
+    if path.partition(".")[0] != __package__ and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever a user's module raises while it is imported

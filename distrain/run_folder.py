@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from distrain.data.base import DataSpec
 #: What a run may build unless the user allows more.
 TRUSTED = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
-_LARGEST_CONFIG = 1 << 20
+_LARGEST_CONFIG = 1 << 17
 _LARGEST_DATA = 1 << 24
 #: A running run may remove a checkpoint while it is read; it does not do so again and again.
 _ATTEMPTS = 3
@@ -134,8 +133,6 @@ class RunFolder:
         Raises:
             ConfigError: The target is not allowed or fails to build, or the weights are another model's.
         """
-        if allow and str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
         model = models.build(
             self.config.model,
             in_channels=self.spec.channels,

@@ -23,7 +23,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # The server imports torch once; each rank is forked from it before any thread exists there.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distrain.app", "torch.distributed.device_mesh"])
+# torch._dynamo is what the first optimizer step imports, and takes longest.
+_CONTEXT.set_forkserver_preload(["distrain.app", "torch.distributed.device_mesh", "torch._dynamo"])
 
 
 class RankFailed(AssertionError):

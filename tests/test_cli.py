@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "loss=focal": ("loss=focal: no such choice", "cross_entropy"),
     "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
     "compression=zip": ("compression=zip: no such choice", "choices: none"),
-    "experiment=unheard_of": ("experiment=unheard_of: no such choice",),
+    "experiment=unheard_of": ("experiment", "no such"),
     "--config-name=other": ("config=other: no such choice", "choices: config"),
     "data=null": ("data=null: needs the name of a choice", "choices: cifar10, digits"),
     "data=3": ("data=3: needs the name of a choice", "choices: cifar10, digits"),

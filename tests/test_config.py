@@ -188,8 +188,8 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_difference_names_each_key_with_both_values() -> None:
-    mine, theirs = container(), container(optimizer__lr=0.5, seed=3)
-    assert config.difference(mine, theirs) == ["optimizer.lr: 0.001 ≠ 0.5", "seed: 0 ≠ 3"]
+    mine, theirs = container(optimizer__lr=0.25, seed=0), container(optimizer__lr=0.5, seed=3)
+    assert config.difference(mine, theirs) == ["optimizer.lr: 0.25 ≠ 0.5", "seed: 0 ≠ 3"]
     assert config.difference(mine, mine) == []
     assert config.difference({"a": None}, {}) == ["a: null ≠ ???"]
 
@@ -241,6 +241,19 @@ def test_allowed_prefix_ends_at_a_dot(path: str) -> None:
 def test_allowed_prefix_lets_through_what_lies_below_it() -> None:
     found = config.locate("key", "distrain.models.cnn.SimpleCNN", allowed=["distrain.models"])
     assert found.__name__ == "SimpleCNN"
+
+
+def test_folder_of_the_user_is_searched_last_and_only_for_what_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.joinpath("json.py").write_text("raise SystemExit('hides the standard library')\n")
+    tmp_path.joinpath("lies_beside_the_user.py").write_text("Net = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    config.locate("key", "distrain.models.cnn.SimpleCNN")
+    assert str(tmp_path) not in sys.path
+    assert config.locate("key", "lies_beside_the_user.Net") == 3
+    assert sys.path[-1] == str(tmp_path)
 
 
 def test_code_of_the_user_that_fails_on_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_what_the_user_allows_is_built(run: Path, planted: Path, monkeypatch: py
         ("? [1]\n: 2", "is not plain YAML"),
         ("1: 2", "is no name of a key"),
         ("x: &many [a, a]\ny: [*many, *many]", "has YAML aliases"),
-        ("x: " + "[" * 5000, "is not plain YAML"),
+        ("x: " + "[" * 1500, "is not plain YAML"),
         ("x: [", "is not plain YAML"),
         ("sed: 1", "sed: no such key"),
         ("seed: ???", "config.yaml says seed"),
@@ -147,7 +147,7 @@ def test_a_file_that_is_no_text_of_a_run_is_refused(run: Path, name: str) -> Non
         (b"\xff\xfe\x00", f"{name} "),
         (b"- 1", f"{name} is not"),
         (b"", f"{name} is not"),
-        (b"#" * (1 << 24) + b"##", "has more than"),
+        (b"#" * ((1 << 24) + 1), "has more than"),
     ]:
         (run / name).write_bytes(content)
         assert said in refused(run)
@@ -244,11 +244,12 @@ def test_a_checkpoint_that_a_running_run_removes_meanwhile_is_no_mistake(
 def test_where_a_checkpoint_stands_is_checked(run: Path, progress: object) -> None:
     last = checkpoint.all_in(run / "checkpoints")[-1]
     (last / "state.json").write_text(json.dumps({"progress": progress}))
-    with pytest.raises(ConfigError, match=r"state\.json (can't be read|has steps that are no whole numbers|has \d+ bytes)"):
+    with pytest.raises(ConfigError, match=r"state\.json (can't be read|has steps that are no whole numbers)"):
         weights(run, str(last))
 
 
 def test_another_models_weights_are_refused(run: Path) -> None:
-    change_config(run, model={"name": "cifar_cnn", "_target_": "distrain.models.cnn.CifarCNN"})
-    with pytest.raises(ConfigError, match=r"checkpoint=.*the saved model is not this model|model\._target_=.*fails"):
+    data = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**data, "classes": ["a", "b", "c"]}))
+    with pytest.raises(ConfigError, match=r"checkpoint=.*: the saved model is not this model: output\.weight is \(4, "):
         newest(run)

@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 
 from distrain import app
-from distrain.config import Config
+from distrain.config import Config, to_container
 from tests.harness import run_ranks
-from tests.runs import LAUNCH, small
+from tests.runs import LAUNCH, compose, small
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -59,6 +59,13 @@ def change_config(run: Path, **sections: dict[str, Any]) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(content))
 
 
+def replace_section(run: Path, section: str, *overrides: str) -> None:
+    """Puts a section of another command line into ``config.yaml``."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content[section] = to_container(compose(*overrides))[section]
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+
+
 def launch(script: str, *arguments: str) -> None:
     """Runs a file of ``launch/`` in this process, as ``python`` would."""
     before, sys.argv = sys.argv, [f"launch/{script}.py", *arguments]
@@ -77,6 +84,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def call(script: str, *arguments: str) -> str:
+        # The command sets it for itself, and stays in this process.
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as ended:
             launch(script, *arguments)
         said = capfd.readouterr()

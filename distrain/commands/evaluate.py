@@ -74,12 +74,11 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         # Ranks that were started with different settings would add up different images.
         if found.count != len(images):
             raise RuntimeError(f"{found.count} images were evaluated, not the {len(images)} of the split")
-        result = _result(settings.split, weights, folder.spec, found)
-        if runtime.is_main:
-            text = json.dumps(result, indent=2) + "\n"
-            if target is not None:
-                print(_table(result), flush=True)
-            output.write_text(target, text)
+    result = _result(settings.split, weights, folder.spec, found)
+    if runtime.is_main:
+        output.write_text(target, json.dumps(result, indent=2) + "\n")
+        if target is not None:
+            print(_table(result), flush=True)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from distrain import cli
 from distrain.commands import evaluate, settings
 from distrain.commands.evaluate import EvaluateSettings
-from distrain.config import ConfigError
+from distrain.config import Config, ConfigError
+from distrain.data.base import Images, Splits
 from distrain.data.cifar10 import Cifar10
+from distrain.runtime import Runtime
 from tests.data.helpers import write_image
 from tests.harness import run_ranks
 from tests.runs import CONF, small
-from tests.trained import change_config, train
+from tests.trained import change_config, replace_section, train
 
 
 def configured(run: Path, *overrides: str) -> EvaluateSettings:
@@ -32,6 +34,16 @@ def on_rank(configuration: EvaluateSettings) -> dict[str, Any]:
 
 def files(run: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*") if path.is_file()}
+
+
+class NoRuntime:
+    """Stands for the ranks where a test stays in one process."""
+
+    def __init__(self, *arguments: object, **options: object) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 def counts(result: dict[str, Any]) -> list[tuple[int, int]]:
@@ -65,7 +77,7 @@ def test_any_number_of_ranks_counts_what_training_counted(run: Path, tmp_path: P
 
 def test_a_run_of_another_strategy_with_batchnorm(tmp_path: Path) -> None:
     folder = tmp_path / "ddp"
-    options = ("strategy=ddp", "model=resnet18", "model.norm=batch", "trainer.max_steps=2", f"run_dir={folder}")
+    options = ("strategy=ddp", "model=resnet18", "model.norm=batch", "trainer.max_steps=1", f"run_dir={folder}")
     summary = run_ranks(train, 2, small(*options))[0]
     result = run_ranks(on_rank, 1, configured(folder))[0]
     assert (result["correct"], result["count"]) == (summary["test_correct"], summary["test_count"])
@@ -79,8 +91,8 @@ def test_each_split_from_the_chosen_checkpoint(run: Path) -> None:
     options = ("split=val", f"checkpoint={first}")
     result = run_ranks(on_rank, 1, configured(run, *options))[0]
     assert result["accuracy"] == accuracies[0]
-    assert (result["checkpoint"], result["count"]) == (first.name, 6)
-    assert run_ranks(on_rank, 1, configured(run, "split=train"))[0]["count"] == 47
+    assert (result["checkpoint"], result["count"]) == (first.name, 5)
+    assert run_ranks(on_rank, 1, configured(run, "split=train"))[0]["count"] == 48
     assert (run / "evaluation_val.json").exists()
     assert (run / "evaluation_train.json").exists()
 
@@ -93,25 +105,71 @@ def test_an_empty_split_is_refused(run: Path) -> None:
 
 def test_other_data_than_the_runs_is_refused(run: Path) -> None:
     change_config(run, data={"classes": 5})
-    with pytest.raises(ConfigError, match=r"holds 3x8x8 images of 5 classes \(0, 1, 2, 3, 4\); the run was trained on "):
+    with pytest.raises(
+        ConfigError, match=r"holds 3x8x8 images of 5 classes \(0, 1, 2, 3, 4\); the run was trained on "
+    ):
         evaluate.run(configured(run))
 
 
-def folder_run(run: Path, root: Path) -> None:
-    """Makes it a run on an image folder of the same classes."""
-    data = dataclasses.asdict(small("data=image_folder", "data.height=8", "data.width=8", f"data.root={root}").data)
-    change_config(run, data={key: None for key in ("classes", "noise")})
-    content = (run / "config.yaml").read_text()
-    import yaml
+@pytest.fixture
+def trees(run: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A dark and a bright image folder of the run's classes; the run is made one on the dark one."""
+    for name, value in (("dark", 0), ("bright", 200)):
+        for part in ("train", "test"):
+            for place in range(8):
+                pixels = np.full((8, 8, 3), value + 5 * place, dtype=np.uint8)
+                write_image(tmp_path / name / part / str(place % 4) / f"{place}.png", pixels)
+    options = ("data.height=8", "data.width=8", f"data.root={tmp_path}/dark", f"data.cache={tmp_path}/dark-cache")
+    replace_section(run, "data", "data=image_folder", *options)
+    return tmp_path / "dark", tmp_path / "bright"
 
-    whole = yaml.safe_load(content)
-    whole["data"] = data
-    (run / "config.yaml").write_text(yaml.safe_dump(whole))
+
+def test_moved_data_is_normalised_as_in_training(
+    run: Path, trees: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dark, bright = trees
+    seen: list[Splits] = []
+
+    def stop(config: Config, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Any:
+        seen.append(splits)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_evaluate", stop)
+    monkeypatch.setattr(evaluate, "Runtime", NoRuntime)
+    for root in (dark, bright):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(configured(run, f"data_root={root}"))
+    data = json.loads((run / "data.json").read_text())
+    for splits in seen:
+        assert [list(splits.mean), list(splits.std)] == [data["mean"], data["std"]]
+    assert seen[0].test.images.max() < seen[1].test.images.min()
+    # The run's cache is for the run's own folder.
+    assert not (dark.parent / "dark-cache").exists()
 
 
-def tree(root: Path, value: int) -> None:
-    for part in ("train", "test"):
-        for label in range(4):
-            for i in range(2):
-                pixels = np.full((8, 8, 3), value + 9 * label + i, dtype=np.uint8)
-                write_image(root / part / str(label) / f"{i}.png", pixels)
+def test_missing_data_is_not_fetched_and_the_key_is_said(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cifar10, "_download", lambda self: pytest.fail("a run's folder made it download"))
+    replace_section(run, "data", "data=cifar10", f"data.root={tmp_path}", "data.download=true")
+    with pytest.raises(ConfigError, match=r"^data\.root=.*lacks .*; data_root=FOLDER names the run's data"):
+        evaluate.run(configured(run))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output=nowhere/x\.json: there is no folder nowhere"):
+        evaluate.run(configured(run, "output=nowhere/x.json"))
+
+
+def test_table_has_a_line_for_each_class_and_no_control_characters() -> None:
+    classes = [
+        {"class": "cat\x1b[2J", "accuracy": 0.5, "correct": 1, "count": 2},
+        {"class": "dog", "accuracy": None, "correct": 0, "count": 0},
+    ]
+    result = {"split": "test", "checkpoint": "step_00000001", "accuracy": 0.5, "correct": 1, "count": 2, "loss": 1.25}
+    assert evaluate._table({**result, "classes": classes}).splitlines() == [
+        "test of step_00000001: accuracy 0.5000 (1 of 2), loss 1.2500",
+        "class    accuracy  correct  count",
+        "cat\ufffd[2J    0.5000        1      2",
+        "dog             -        0      0",
+    ]

@@ -41,7 +41,7 @@ def test_a_link_under_the_name_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_place_that_takes_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="there is no folder .*nowhere"):
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
         output.check(tmp_path / "nowhere" / "x.json")
     with pytest.raises(ConfigError, match="is not a plain file"):
         output.check(tmp_path)

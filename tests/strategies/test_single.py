@@ -166,7 +166,11 @@ def test_another_process_goes_on_from_the_state_as_if_nothing_happened(optimizer
 
 def test_the_model_is_compiled_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+
+    def compile_it(self: nn.Module) -> None:
+        compiled.append(self)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_it)
     model = network()
     single(model)
     assert compiled == []

@@ -1,0 +1,76 @@
+"""Pictures say what they should, and can be drawn without a screen."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from distrain import pictures
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_the_confusion_matrix_counts_true_classes_by_row() -> None:
+    confusion = torch.tensor([[90, 10, 0], [0, 5, 0], [0, 0, 0]])
+    figure = pictures.confusion_matrix(confusion, ("cat", "dog", "eel"))
+    (axes,) = figure.axes
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
+    # Colours are shares of a row; a class without samples has none.
+    (image,) = axes.images
+    shares = image.get_array()
+    assert shares is not None
+    np.testing.assert_allclose(shares, [[0.9, 0.1, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "90", (1, 0): "10", (1, 1): "5"}
+    figure.canvas.draw()
+
+
+def test_many_classes_are_drawn_without_words() -> None:
+    figure = pictures.confusion_matrix(torch.eye(200, dtype=torch.int64), [str(i) for i in range(200)])
+    assert texts(figure) == []
+    assert max(figure.get_size_inches()) <= 12
+
+
+def test_what_was_predicted_wrong_is_red_and_says_the_truth() -> None:
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    figure = pictures.predictions(images, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), ("cat", "dog"))
+    titles = [(axes.get_title(), axes.title.get_color()) for axes in figure.axes]
+    assert titles == [("cat", "green"), ("cat\n(is dog)", "red"), ("dog", "green")]
+    assert to_rgba("red")
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_images_of_any_number_of_channels_are_shown(channels: int) -> None:
+    images = torch.arange(2 * channels * 6).remainder(256).to(torch.uint8).view(2, channels, 2, 3)
+    figure = pictures.predictions(images, torch.tensor([0, 0]), torch.tensor([0, 0]), ("cat",))
+    shown = figure.axes[1].images[0].get_array()
+    assert shown is not None
+    expected = images[1].permute(1, 2, 0) if channels == 3 else images[1, 0]
+    np.testing.assert_array_equal(shown, expected.numpy())
+
+
+@pytest.mark.parametrize(("count", "grid"), [(1, 1), (8, 8), (9, 16), (32, 32)])
+def test_the_grid_is_eight_wide_and_its_rest_empty(count: int, grid: int) -> None:
+    labels = torch.zeros(count, dtype=torch.int64)
+    figure = pictures.predictions(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), labels, labels, ("cat",))
+    assert len(figure.axes) == grid
+    assert sum(bool(axes.images) for axes in figure.axes) == count
+    assert not any(axes.axison for axes in figure.axes)
+
+
+def test_no_global_state_and_no_screen_are_needed() -> None:
+    pictures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b"))
+    assert "matplotlib.pyplot" not in vars(pictures)
+    figure = pictures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b"))
+    assert type(figure.canvas).__name__ == "FigureCanvasAgg"
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
