@@ -11,8 +11,8 @@ in memory, for global batches of 32 and 256:
 ``accelerate`` ``accelerator.prepare`` with a DataLoader, as Accelerate's documentation does it
 =============  =======================================================================================================
 
-Every contender times the same steps after the same warm-up in a process group of its own; contenders take turns, several
-rounds, so that a machine whose speed drifts treats all alike. Prints medians and ratios as a table, and as JSON with
+Every contender times the same steps after the same warm-up in a process group of its own; contenders take turns,
+several rounds, so that a machine whose speed drifts treats all alike. Prints medians and ratios as a table, and as JSON with
 ``--json``.
 
     python benchmarks/overhead.py [--rounds 5] [--steps 200] [--ranks 2] [--batches 32 256] [--only bare distrain]
@@ -235,11 +235,11 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> float:
         command += ["--contender", name, "--batches", str(batch), "--steps", str(arguments.steps), "--result", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCHMARK_FOLDER": f"{folder}/run"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-        results = [json.loads(path.read_text()) for path in Path(folder).glob("rank_*.json")]
+        results = [float(json.loads(path.read_text())) for path in Path(folder).glob("rank_*.json")]
     if done.returncode or len(results) != arguments.ranks:
         raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
     # The job is as fast as its slowest rank.
-    return batch * arguments.steps / max(float(seconds) for seconds in results)
+    return batch * arguments.steps / max(results)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distrain import callbacks, loggers, losses, models, optimizers, schedulers, strategies  # noqa: F401
+from distrain import callbacks, checkpoint, loggers, losses, models, optimizers, schedulers, strategies  # noqa: F401
 from distrain import config as configuration
 from distrain.config import Config, ConfigError, choices
 from distrain.data.base import DataSource, Images, Splits
@@ -73,8 +73,13 @@ def check(config: Config, world: World) -> None:
             config.data.batch_size,
             f"the global batch is smaller than the {world.size} ranks that share it",
         )
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
-        raise ConfigError("resume", config.resume, "is neither a checkpoint's folder nor one of the", ["auto", "never"])
+    if config.resume not in ("auto", "never"):
+        if not Path(config.resume).is_dir():
+            raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
+        try:
+            checkpoint.verify(Path(config.resume))
+        except checkpoint.DamagedCheckpoint as error:
+            raise ConfigError("resume", config.resume, str(error)) from error
     device = choose_device(config, world)
     choose_backend(config, device)
     strategy_base.chosen(config).check(config, world.size)
@@ -191,6 +196,7 @@ def closing_line(summary: dict[str, Any]) -> str:
     shares = summary["time_share"]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return (
-        f"test_accuracy {summary['test_accuracy']:.4f}, test_loss {summary['test_loss']:.4f} | {summary['steps']} steps "
-        f"in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | {parts}"
+        f"test_accuracy {summary['test_accuracy']:.4f}, test_loss {summary['test_loss']:.4f} | "
+        f"{summary['steps']} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | "
+        f"{parts}"
     )

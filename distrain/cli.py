@@ -57,16 +57,15 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
 
         # Ended here, because Hydra adds lines of its own to what comes out of a task.
         try:
-            return task(composed)
+            done = task(composed)
         except ConfigError as error:
             if wants_traceback:
                 raise
             refuse(error)
         except Failed:
             # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(FAILED)
+            _leave(FAILED)
+        return done
 
     decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(guarded)
     try:
@@ -76,6 +75,17 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         if wants_traceback or not composing:
             raise
         refuse(error if isinstance(error, ConfigError) else explain(error, conf, config_name, sys.argv[1:]))
+    if not composing and os.environ.get("WORLD_SIZE", "1") != "1":
+        # All is written and said. Destructors that run while torch's communication threads end bring down about 3 % of
+        # runs of several ranks with "terminate called without an active exception", so they are not run.
+        _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once, without destructors."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def refuse(error: ConfigError) -> NoReturn:

@@ -372,6 +372,17 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
     return config
 
 
+def checked(schema: type[T], composed: DictConfig) -> T:
+    """A composed configuration of another command, checked against its schema.
+
+    Raises:
+        ConfigError: An unknown key, a wrong type, a value outside its limits.
+    """
+    settings = cast(T, _typed("", schema, composed))
+    _check_limits("", settings)
+    return settings
+
+
 @dataclass
 class _Top:
     seed: int = 0

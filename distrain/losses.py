@@ -39,6 +39,10 @@ class Loss(ABC):
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The same, for logits of at least 32 bits."""
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What the outputs of a model trained by this loss mean: each class's probability, ``[N, C]``."""
+        return logits.softmax(1)
+
 
 @dataclass
 class CrossEntropyConfig(LossConfig):
@@ -69,6 +73,10 @@ class BinaryCrossEntropy(Loss):
         targets = _one_hot(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Each class's own probability; they need not add up to 1."""
+        return logits.sigmoid()
+
 
 @register("loss", "mean_squared_error", LossConfig)
 class MeanSquaredError(Loss):
@@ -76,6 +84,10 @@ class MeanSquaredError(Loss):
 
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits, _one_hot(logits, labels), reduction="sum") / logits.shape[1]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The least squares fit to one-hot labels is the class's probability (Bishop 2006, §4.1.3), if a rough one."""
+        return logits.clamp(0, 1)
 
 
 def build(config: LossConfig) -> Loss:

@@ -188,6 +188,8 @@ class Runtime:
         for handler in self._handlers:
             root.removeHandler(handler)
             handler.close()
+        if self._handlers:
+            root.propagate = self._propagated
         self._handlers.clear()
 
     def _set_threads(self) -> None:
@@ -290,7 +292,7 @@ class Runtime:
     def _start_logging(self) -> None:
         root = logging.getLogger("distrain")
         root.setLevel(logging.INFO)
-        root.propagate = False
+        self._propagated, root.propagate = root.propagate, False
         if self._keep_logs:
             to_file = logging.FileHandler(self.run_dir / "logs" / f"rank_{self.world.rank}.log")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import app, cli, config
+from distrain import cli
 
 
 def task(composed: DictConfig) -> None:
     """Runs one training."""
+    # Imports torch, which --help, completion and most mistakes need not wait for.
+    from distrain import app, config
+
     app.train(config.load(composed))
 
 

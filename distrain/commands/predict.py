@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distrain import app
+from distrain import app, losses
 from distrain.commands import output
 from distrain.commands.settings import RunSettings, one_process
 from distrain.config import ConfigError, setting
@@ -149,7 +149,7 @@ class Predictor:
         self._folder, self._settings = folder, settings
         self._device = choose_device(config, world)
         self._precision = Precision(config.trainer.precision, self._device)
-        self._probabilities = _PROBABILITIES.get(config.loss.name, _softmax)
+        self._probabilities = losses.build(config.loss).probabilities
         model = folder.model(folder.weights(settings.checkpoint), settings.allow)
         self._layout = app.memory_format(config, self._device, model)
         model.to(device=self._device, dtype=self._precision.dtype)
@@ -223,22 +223,6 @@ class Predictor:
         with self._precision.autocast():
             parts = [self._model(batch.images) for batch in loader.epoch(0)]
         return torch.cat(parts).double().cpu()
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(1)
-
-
-def _clamped(outputs: Tensor) -> Tensor:
-    # The least squares fit to one-hot labels is the class's probability (Bishop 2006, section 4.1.3), if a rough one.
-    return outputs.clamp(0, 1)
-
-
-#: What the model's outputs mean as probabilities, where it was not trained by cross-entropy.
-_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "binary_cross_entropy": torch.sigmoid,
-    "mean_squared_error": _clamped,
-}
 
 
 def to_json(found: Sequence[Prediction]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from omegaconf import DictConfig
 
@@ -28,9 +28,7 @@ def load(schema: type[T], composed: DictConfig) -> T:
     Raises:
         ConfigError: An unknown key, a wrong type, a value outside its limits.
     """
-    settings = cast(T, configuration._typed("", schema, composed))
-    configuration._check_limits("", settings)
-    return settings
+    return configuration.checked(schema, composed)
 
 
 def one_process(command: str, world: World) -> None:

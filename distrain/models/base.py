@@ -170,6 +170,9 @@ def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[...,
 
 
 def _call(path: str, target: Callable[..., Any], offered: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    if isinstance(target, type) and getattr(target, "__init__", None) is nn.Module.__init__:
+        # A module without a constructor of its own: nn.Module's says **kwargs, but takes none.
+        offered = {}
     signature = inspect.signature(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     arguments = {name: value for name, value in offered.items() if takes_any or name in signature.parameters}
