@@ -12,8 +12,8 @@ in memory, for global batches of 32 and 256:
 =============  =======================================================================================================
 
 Every contender times the same steps after the same warm-up in a process group of its own; contenders take turns,
-several rounds, so that a machine whose speed drifts treats all alike. Prints medians and ratios as a table, and as JSON with
-``--json``.
+several rounds, so that a machine whose speed drifts treats all alike. Prints medians and ratios as a table, and as JSON
+with ``--json``.
 
     python benchmarks/overhead.py [--rounds 5] [--steps 200] [--ranks 2] [--batches 32 256] [--only bare distrain]
 """
@@ -239,7 +239,7 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> float:
     if done.returncode or len(results) != arguments.ranks:
         raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
     # The job is as fast as its slowest rank.
-    return batch * arguments.steps / max(results)
+    return float(batch * arguments.steps / max(results))
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ failed has said so itself; its exit code is 1.
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
+import logging
 import os
 import sys
 import time
@@ -49,7 +51,7 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
 
     # Hydra names the job after the module that the task comes from.
     @functools.wraps(task)
-    def guarded(composed: DictConfig) -> object:
+    def guarded(composed: DictConfig) -> None:
         nonlocal composing
         composing = False
         # Imports torch, which --help, completion and most mistakes need not wait for.
@@ -57,7 +59,7 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
 
         # Ended here, because Hydra adds lines of its own to what comes out of a task.
         try:
-            done = task(composed)
+            task(composed)
         except ConfigError as error:
             if wants_traceback:
                 raise
@@ -65,7 +67,6 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         except Failed:
             # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
             _leave(FAILED)
-        return done
 
     decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(guarded)
     try:
@@ -75,14 +76,16 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         if wants_traceback or not composing:
             raise
         refuse(error if isinstance(error, ConfigError) else explain(error, conf, config_name, sys.argv[1:]))
-    if not composing and os.environ.get("WORLD_SIZE", "1") != "1":
+    runtime = sys.modules.get("distrain.runtime")
+    if runtime is not None and runtime.has_talked:
         # All is written and said. Destructors that run while torch's communication threads end bring down about 3 % of
         # runs of several ranks with "terminate called without an active exception", so they are not run.
-        _leave(0)
+        atexit.register(_leave, 0)
 
 
 def _leave(code: int) -> NoReturn:
     """Ends the process at once, without destructors."""
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -7,6 +7,7 @@ import datetime
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
+
+#: Whether this process was ever part of a process group; what is left of one makes ending delicate.
+has_talked = False
 
 #: Numbers the meetings of this process; all ranks count alike.
 _MEETINGS = itertools.count()
@@ -305,6 +309,8 @@ class Runtime:
             root.addHandler(handler)
 
     def _form_group(self) -> None:
+        global has_talked
+        has_talked = True
         if self._store is None:
             self._store = HashStore()
         dist.init_process_group(
@@ -478,8 +484,16 @@ def make_run_dir(wanted: str | None) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as JSON that people can read too."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Writes plain data as JSON that people can read too; a number that is not finite, which JSON lacks, is null."""
+    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:

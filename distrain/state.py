@@ -28,6 +28,17 @@ def optimizer_state(
     return tensors, scalars
 
 
+def check_optimizer(name: str, scalars: Mapping[str, Any]) -> None:
+    """Compares the optimizer with the one that was saved.
+
+    Raises:
+        ValueError: It is another kind, whose state means something else.
+    """
+    saved = scalars["optimizer_name"]
+    if saved != name:
+        raise ValueError(f"it was saved with optimizer={saved}, and this run has optimizer={name}")
+
+
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     names: Mapping[Tensor, str],

@@ -188,6 +188,7 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.epoch_samples = 0
         self.progress.train_loss = loss / count
+        saves = self.progress.epoch % self.config.checkpoint.every_epochs == 0
         values = {
             "epoch": float(self.progress.epoch),
             "epoch/train_loss": loss / count,
@@ -199,10 +200,12 @@ class Trainer:
             found = self._evaluate("val")
             values |= {"epoch/val_loss": found.loss, "epoch/val_accuracy": found.accuracy}
             self.progress.val_accuracy = found.accuracy
-            if self.progress.best_accuracy is None or found.accuracy > self.progress.best_accuracy:
+            best = self.progress.best_accuracy
+            # Only what is saved can be kept as the best.
+            if saves and (best is None or found.accuracy > best):
                 self.progress.best_accuracy, self.progress.best_step = found.accuracy, self.progress.step
         self._logger.scalars(self.progress.step, values, kind="epoch")
-        if self.progress.epoch % self.config.checkpoint.every_epochs == 0:
+        if saves:
             self._save()
         self._notify("on_epoch_end", values)
 

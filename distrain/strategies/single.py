@@ -139,11 +139,16 @@ class Single(Strategy):
             "model": self.model_state(),
             "optimizer": tensors,
             "compressor": self.compressor.state_dict(),
-            "scalars": {"optimizer": scalars, "precision": self.precision.state_dict()},
+            "scalars": {
+                "optimizer_name": self.config.optimizer.name,
+                "optimizer": scalars,
+                "precision": self.precision.state_dict(),
+            },
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave; see the base class."""
+        state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         state.load_model(self.model, saved["model"])
         state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         self.compressor.load_state_dict(saved["compressor"])
