@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +90,7 @@ def check(config: Config, world: World) -> None:
         in_channels=spec.channels,
         num_classes=len(spec.classes),
         image_size=(spec.height, spec.width),
+        also=functools.partial(strategy_base.chosen(config).check_model, config),
     )
     if unused and world.rank == 0:
         log.warning("the loss doesn't depend on parameters %s; they get no gradient", ", ".join(unused))
@@ -172,12 +174,15 @@ def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
     strategy = strategy_base.build(config, runtime)
     model = build_model(config, runtime, splits)
     layout = memory_format(config, runtime.device, model)
-    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     loaders = {
         name: make_loader(config, strategy, splits, images, layout, training=name == "train")
         for name, images in parts.items()
     }
+    first = next(loaders["train"].epoch(0))
+    strategy.setup(
+        model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), first.images
+    )
     steps_per_epoch = len(loaders["train"])
     return Trainer(
         config,

@@ -7,9 +7,10 @@ unchanged on one. Tensors only: nothing is pickled, so nothing that a peer sends
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable
-from typing import Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -108,6 +109,51 @@ class Communicator:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(gathered, tensor, group=self.group)
         return gathered
+
+    def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
+        """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; it must live until waited for.
+
+        The receiver must expect the same size and type: the backend doesn't check.
+        """
+        self.ledger.sent["send"] += tensor.numel() * tensor.element_size()
+        work = dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
+        assert work is not None, "a rank outside the group sends"
+        return work
+
+    def start_receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
+        """Starts receiving into ``tensor`` (contiguous) what the group's rank ``source`` sends with the same tag."""
+        work = dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
+        assert work is not None, "a rank outside the group receives"
+        return work
+
+    def share(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """Every rank's plain data (what JSON can hold), in order of rank."""
+        if self.size == 1:
+            return [dict(mine)]
+        text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8).to(device)
+        lengths = torch.stack(self.all_gather(torch.tensor(len(text), device=device))).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+        padded[: len(text)] = text
+        gathered = self.all_gather(padded)
+        return [json.loads(bytes(each[:length].tolist())) for each, length in zip(gathered, lengths, strict=True)]
+
+    def share_tensors(self, mine: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """All ranks' named tensors together; a name that several ranks hold is the first one's."""
+        if self.size == 1:
+            return dict(mine)
+        described = self.share(
+            {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in mine.items()},
+            device,
+        )
+        found: dict[str, Tensor] = {}
+        for rank, names in enumerate(described):
+            for name, (shape, dtype) in names.items():
+                if name not in found:
+                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                    if rank == self.rank:
+                        tensor.copy_(mine[name])
+                    found[name] = self.broadcast(tensor, rank)
+        return found
 
     def barrier(self) -> None:
         """Waits until all ranks of the group are here."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from distrain.strategies.gradients import Gradients
+    from distrain.strategies.gradients import Scalable
 
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +43,7 @@ class Precision:
         """The loss to call ``backward()`` on."""
         return loss * self._scale if self.name == "fp16" else loss
 
-    def unscale(self, gradients: Gradients) -> bool:
+    def unscale(self, gradients: Scalable) -> bool:
         """Takes the scale out of the gradients.
 
         Returns:
@@ -51,7 +51,7 @@ class Precision:
         """
         if self.name != "fp16":
             return False
-        gradients.scale(torch.tensor(1.0 / self._scale, device=gradients.buckets[0].flat.device))
+        gradients.scale(torch.tensor(1.0 / self._scale, device=self._device))
         return not bool(gradients.norm().isfinite())
 
     def step(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:

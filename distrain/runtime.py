@@ -336,6 +336,14 @@ class Runtime:
 
         return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
+    def twin_group(self, mesh: DeviceMesh, dimension: str) -> dist.ProcessGroup:
+        """Another group of the ranks along a dimension, whose messages don't queue behind those of the mesh's own."""
+        position = (mesh.mesh_dim_names or ()).index(dimension)
+        rows = mesh.mesh.movedim(position, -1).reshape(-1, mesh.mesh.shape[position]).tolist()
+        # Every rank makes every group, in the same order, as torch wants it.
+        groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(row): dist.new_group(row) for row in rows}
+        return next(group for row, group in groups.items() if self.world.rank in row)
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,24 @@ def load_optimizer(
         optimizer.state[parameter][what] = value
 
 
+def check_names(held: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Compares the names of two models.
+
+    Raises:
+        ValueError: A name is missing or too many; the first few are named.
+    """
+    names = set(held)
+    problems = [f"{name} is missing" for name in sorted(names) if name not in tensors]
+    problems += [f"{name} is not in the model" for name in tensors if name not in names]
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("the saved model is not this model: " + "; ".join(problems[:3]) + more)
+
+
 @torch.no_grad()
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies parameters and buffers into the model, in place.
@@ -79,15 +97,13 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         ValueError: A name is missing or too many, or a shape differs; the first few are named.
     """
     held = model.state_dict()
-    problems = [f"{name} is missing" for name in held if name not in tensors]
-    problems += [f"{name} is not in the model" for name in tensors if name not in held]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(held[name].shape)}"
-        for name in held
-        if name in tensors and tensors[name].shape != held[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError("the saved model is not this model: " + "; ".join(problems[:3]) + more)
+    check_names(held, tensors)
+    _refuse(
+        [
+            f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(held[name].shape)}"
+            for name in held
+            if tensors[name].shape != held[name].shape
+        ]
+    )
     for name, tensor in held.items():
         tensor.copy_(tensors[name])

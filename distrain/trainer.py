@@ -265,6 +265,8 @@ class Trainer:
         summary = self._summary(test)
         if self.runtime.is_main:
             self._draw(test)
+            for name, figure in self.strategy.figures().items():
+                self._logger.figure(self.progress.step, name, figure)
             numbers = ("train_loss", "val_accuracy", "test_accuracy", "test_loss", "images_per_second")
             final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
             chosen = flatten(to_container(self.config))
@@ -308,6 +310,7 @@ class Trainer:
             "bytes_uncompressed_per_step": uncompressed,
             "peak_memory_mb": round(float(memory), 1),
             "wall_seconds": round(self.seconds(), 3),
+            **self.strategy.report(),
         }
 
     def _partial_train_loss(self) -> float | None:

@@ -146,9 +146,12 @@ def _evaluate(config: Config, runtime: Runtime, splits: Splits, images: Images, 
     layout = app.memory_format(config, runtime.device, model)
     model.to(device=runtime.device, dtype=Precision(config.trainer.precision, runtime.device).dtype)
     model.to(memory_format=layout)  # type: ignore[call-overload]
-    # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
-    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
     loader = app.make_loader(config, strategy, splits, images, layout, training=False)
+    first = next(loader.epoch(0))
+    # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
+    strategy.setup(
+        model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), first.images
+    )
     with torch.inference_mode():
         return evaluate(strategy, loader, runtime.communicator(), len(splits.spec.classes))
 

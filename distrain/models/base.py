@@ -96,6 +96,7 @@ def check(
     num_classes: int,
     image_size: tuple[int, int],
     allowed: Sequence[str] | None = None,
+    also: Callable[[nn.Module], None] | None = None,
 ) -> list[str]:
     """Builds the model without memory (on the meta device) and runs a batch of images through.
 
@@ -107,6 +108,7 @@ def check(
         num_classes: Number of logits a sample.
         image_size: Height and width of the images in pixels.
         allowed: Prefixes that the ``_target_`` of a ``custom`` model may have.
+        also: Another check of the model, called before the batch runs.
 
     Returns:
         Names of the trainable parameters that the logits don't depend on.
@@ -122,6 +124,8 @@ def check(
             model = build(
                 config, in_channels=in_channels, num_classes=num_classes, image_size=image_size, allowed=allowed
             )
+            if also is not None:
+                also(model)
             logits = _try_out(config, model, torch.zeros(2, in_channels, *image_size), num_classes)
             return _unused(model, logits)
 

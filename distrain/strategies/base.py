@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,15 +11,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Ledger
+from distrain.collectives import Communicator, Ledger, digest
 from distrain.config import Config, choices
 from distrain.metrics import Stopwatch
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.distributed.device_mesh import DeviceMesh
 
     from distrain.data.loader import Batch
     from distrain.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -70,14 +74,23 @@ class Strategy(ABC):
             ConfigError: One line naming the key, the value and the choices.
         """
 
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        """Refuses a model that this strategy can't train; the model has shapes but no values (the meta device).
+
+        Raises:
+            ConfigError: As :meth:`check`.
+        """
+
     @abstractmethod
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer) -> None:
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Wraps or splits the model, then builds the optimizer over this rank's part.
 
         Args:
             model: The whole model, on this rank's device, equal on all ranks.
             loss_fn: ``(logits, labels)`` to the sum of the samples' losses.
             make_optimizer: Builds the optimizer from ``(name, parameter)`` pairs; names are the unsplit model's.
+            example: This rank's images of a first batch, for a strategy that measures the model.
         """
 
     @abstractmethod
@@ -108,9 +121,28 @@ class Strategy(ABC):
             ValueError: Names or shapes differ from the model's.
         """
 
+    @torch.no_grad()
+    def agree_on(self, model: nn.Module, communicator: Communicator) -> None:
+        """Compares the initial parameters and buffers by hash; where a rank's differ, rank 0's are taken."""
+        mine = digest(model.state_dict().values()).to(self.runtime.device)
+        hashes = [int(each) for each in communicator.all_gather(mine)]
+        strays = [rank for rank, each in enumerate(hashes) if each != hashes[0]]
+        if strays:
+            log.warning("initial parameters of ranks %s differ from rank 0's, which are taken", strays)
+            for tensor in model.state_dict().values():
+                communicator.broadcast(tensor)
+
     def uncompressed_bytes_per_step(self) -> int:
         """Bytes this rank would send in a step without compression."""
         return 0
+
+    def report(self) -> dict[str, Any]:
+        """More for ``summary.json``, by the strategy's name; all ranks call it together at the end of a run."""
+        return {}
+
+    def figures(self) -> dict[str, Figure]:
+        """Pictures of what :meth:`report` found, by name; on the rank that writes."""
+        return {}
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the rate of the next update."""

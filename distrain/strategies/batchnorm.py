@@ -7,6 +7,7 @@ and GPUs, with uneven shares and with empty ones, and gives what one process giv
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -86,6 +87,75 @@ class SyncBatchNorm(_BatchNorm):
         unbiased = variance * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+
+
+class DeferredBatchNorm(_BatchNorm):
+    """A BatchNorm layer that normalises each microbatch by itself but updates its running statistics once a step.
+
+    As torchgpipe does (Kim et al. 2020, arXiv 2004.09910, §3.2): the statistics are those of the whole batch, over all
+    microbatches and replicas.
+    """
+
+    communicator: Communicator
+    sums: Tensor | None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected [N, C, ...], got {input.dim()}-dimensional input")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input`` ``[N, C, ...]``."""
+        self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
+        with torch.no_grad():
+            dims = [d for d in range(input.dim()) if d != 1]
+            wide = input.detach().double()
+            count = wide.new_full((1,), input.numel() // input.shape[1])
+            sums = torch.cat([wide.sum(dims), wide.square().sum(dims), count])
+            self.sums = sums if self.sums is None else self.sums + sums
+        return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Updates the running statistics from all microbatches of the step; all replicas call it together."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            self.sums = None
+            return
+        held = self.sums
+        if held is None:
+            held = torch.zeros(2 * self.num_features + 1, dtype=torch.float64, device=self.running_mean.device)
+        total, squares, (count,) = self.communicator.all_reduce(held).split([self.num_features, self.num_features, 1])
+        self.sums = None
+        mean = total / count
+        unbiased = (squares / count - mean.square()) * (count / (count - 1))
+        self.num_batches_tracked.add_(1)
+        factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+
+
+def defer(model: nn.Module, communicator: Communicator) -> int:
+    """Makes the model's BatchNorm layers, in place, update their running statistics only at :func:`settle`.
+
+    Returns:
+        How many layers it found.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.__class__ = DeferredBatchNorm
+        assert isinstance(layer, DeferredBatchNorm)
+        layer.communicator = communicator
+        layer.sums = None
+    return len(layers)
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Updates the running statistics of all deferred layers; once a step, on all replicas together."""
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, DeferredBatchNorm):
+                layer.settle()
 
 
 def synchronise(model: nn.Module, communicator: Communicator) -> int:

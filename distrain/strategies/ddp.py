@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, digest
+from distrain.collectives import Communicator
 from distrain.config import Config, StrategyConfig, register, setting
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult
@@ -50,9 +50,9 @@ class DDP(Single):
     def check(cls, config: Config, world_size: int) -> None:
         """Any number of ranks will do."""
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer) -> None:
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model; see the base class."""
-        self._agree_on(model)
+        self.agree_on(model, self.replicas)
         assert isinstance(self.config.strategy, DDPConfig)
         if self.config.strategy.batchnorm == "sync" and self.replicas.size > 1:
             layers = batchnorm.synchronise(model, self.replicas)
@@ -77,7 +77,7 @@ class DDP(Single):
                         "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
                         "they depend on the number of ranks; model.norm=group does not"
                     )
-        super().setup(model, loss_fn, make_optimizer)
+        super().setup(model, loss_fn, make_optimizer, example)
         diverging = not self._needs_every_piece and self.replicas.size > 1
         self._diverging = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if diverging else []
         self._settled = True
@@ -117,14 +117,3 @@ class DDP(Single):
             options.first_bucket_mb,
             options.bucket_mb,
         )
-
-    @torch.no_grad()
-    def _agree_on(self, model: nn.Module) -> None:
-        """Compares the initial parameters and buffers by hash; where a rank's differ, rank 0's are taken."""
-        device = self.runtime.device
-        hashes = [int(each) for each in self.replicas.all_gather(digest(model.state_dict().values()).to(device))]
-        strays = [rank for rank, each in enumerate(hashes) if each != hashes[0]]
-        if strays:
-            log.warning("initial parameters of ranks %s differ from rank 0's, which are taken", strays)
-            for tensor in model.state_dict().values():
-                self.replicas.broadcast(tensor)

@@ -9,6 +9,7 @@ store by parameter name, and nothing is ever rebuilt (Li et al. 2020, arXiv 2006
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ from distrain.compression.base import Bucket, Compressor
 from distrain.metrics import Stopwatch
 
 MB = 1024 * 1024
+
+
+class Scalable(Protocol):
+    """Gradients of a whole model, wherever its parts lie."""
+
+    def norm(self) -> Tensor:
+        """Euclidean norm over all of them, a scalar."""
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies all of them by a scalar."""
 
 
 class Gradients:

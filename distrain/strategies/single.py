@@ -48,7 +48,7 @@ class Single(Strategy):
             others = [name for name in choices("strategy") if name != "single"]
             raise ConfigError("strategy", "single", f"runs on 1 rank, but {world_size} were started", others)
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer) -> None:
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Lays the gradients out in buckets and builds the optimizer; see the base class."""
         self.model = model
         self._loss_fn = loss_fn

@@ -24,7 +24,8 @@ def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> 
     # Small tensors: more threads would only wait for each other.
     torch.set_num_threads(1)
     strategy = cast(Single, base.build(config, runtime or Runtime(config, ALONE)))
-    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named))
+    example = torch.zeros(0)
+    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), example)
     return strategy
 
 

@@ -1,0 +1,1 @@
+"""A model in stages on different ranks: orders of work, the split, and the stages themselves."""

@@ -1,0 +1,479 @@
+"""Model parallelism: stages of the model on different ranks, microbatches on their way through them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain import state
+from distrain.collectives import Communicator
+from distrain.compression.base import Compressor
+from distrain.config import Config, ConfigError, StrategyConfig, choices, register, setting
+from distrain.pipelining import schedule as schedules
+from distrain.pipelining import split, timeline
+from distrain.pipelining.mail import Handed, Mail
+from distrain.pipelining.schedule import SCHEDULES, Work
+from distrain.pipelining.stage import Stage
+from distrain.precision import Precision
+from distrain.runtime import write_json
+from distrain.strategies import batchnorm
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
+from distrain.strategies.gradients import Gradients
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from distrain.data.loader import Batch
+    from distrain.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+#: Receives are started for so many pieces of work ahead, so that they arrive while the rank computes.
+_LOOK_AHEAD = 3
+
+
+@dataclass
+class PipelineConfig(StrategyConfig):
+    """Keys of ``strategy=pipeline``."""
+
+    stages: int = setting("Parts that the model is cut into.", at_least=2)
+    schedule: str = setting("In which order ranks work.", choices=SCHEDULES)
+    microbatches: int = setting("Pieces that a replica's share of a batch goes through in.", at_least=1)
+    virtual_stages: int | None = setting("Stages a rank; null: the schedule's.", at_least=1)
+    boundaries: list[str] = setting("Blocks that the stages after the first begin with; none: cut by measured times.")
+    batchnorm: str = setting("Running statistics of BatchNorm layers.", choices=("deferred", "local"))
+    first_bucket_mb: float = setting("Size of the first gradient bucket in MiB.", above=0)
+    bucket_mb: float = setting("Size of the other gradient buckets in MiB.", above=0)
+
+    @property
+    def virtual(self) -> int:
+        """Stages a rank."""
+        return self.virtual_stages or SCHEDULES[self.schedule].virtual or 2
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one pipeline."""
+        return self.stages // self.virtual
+
+
+@register("strategy", "pipeline", PipelineConfig)
+class Pipeline(Strategy):
+    """Each rank holds one or more stages; replicas of the pipeline share each batch as ddp's ranks do.
+
+    Ranks of one pipeline lie next to each other, so that on several nodes activations stay inside a node where they can
+    and only gradients, once a step, travel between nodes.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        assert isinstance(config.strategy, PipelineConfig)
+        self.options = config.strategy
+        ranks = self.options.ranks
+        self.mesh = runtime.mesh({"data": runtime.world.size // ranks, "pipeline": ranks})
+        assert self.mesh is not None, "a pipeline of one rank was refused"
+        self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
+        # Activations and gradients travel in opposite directions. On a backend that keeps one queue for a pair of ranks
+        # (NCCL) they would block each other, so each direction has a group of its own.
+        self.line = Communicator(self.mesh.get_group("pipeline"), self.ledger)
+        self._forward_line = Communicator(runtime.twin_group(self.mesh, "pipeline"), self.ledger)
+        self.data_shard = (self.replicas.rank, self.replicas.size)
+        self.precision = Precision(config.trainer.precision, runtime.device)
+        self._schedule = SCHEDULES[self.options.schedule]
+        self._where = schedules.placement(self._schedule, ranks, self.options.virtual)
+        self._orders: dict[int, list[Work]] = {}
+        self._clip = config.trainer.grad_clip_norm
+        self._norm: Tensor | None = None
+        self._recorder = timeline.Recorder(runtime.device)
+        self._figures: dict[str, Figure] = {}
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuses numbers of stages and ranks that don't fit together."""
+        options = config.strategy
+        assert isinstance(options, PipelineConfig)
+        wanted = SCHEDULES[options.schedule].virtual
+        if wanted is not None and options.virtual != wanted:
+            raise ConfigError(
+                "strategy.virtual_stages",
+                options.virtual_stages,
+                f"{options.schedule} has this many stages a rank",
+                [wanted],
+            )
+        if wanted is None and options.virtual < 2:
+            raise ConfigError("strategy.virtual_stages", options.virtual, f"{options.schedule} needs at least 2")
+        if options.stages % options.virtual:
+            raise ConfigError(
+                "strategy.stages", options.stages, f"must be a multiple of the {options.virtual} stages a rank holds"
+            )
+        if options.ranks < 2:
+            raise ConfigError("strategy.stages", options.stages, f"{options.virtual} stages a rank leave a single rank")
+        if world_size % options.ranks:
+            raise ConfigError(
+                "strategy.stages",
+                options.stages,
+                f"{options.ranks} ranks hold a pipeline, and the {world_size} started are no multiple of that",
+                [ranks * options.virtual for ranks in range(2, world_size + 1) if world_size % ranks == 0],
+            )
+        if config.trainer.compile:
+            raise ConfigError("trainer.compile", True, "is not possible under strategy=pipeline", [False])
+
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        """Refuses a model that can't be split, with the reason."""
+        assert isinstance(config.strategy, PipelineConfig)
+        split.check(model, config.strategy.stages, config.strategy.boundaries)
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        """Cuts the model and keeps this rank's stages; see the base class."""
+        assert isinstance(model, nn.Sequential)
+        self.agree_on(model, self.runtime.communicator())
+        self._names_of_all = list(model.state_dict())
+        starts = self._split(model, example)
+        blocks = list(model.named_children())
+        self._shapes = self._boundary_shapes(model, example, starts)
+        self.stages: dict[int, Stage] = {}
+        self.gradients: dict[int, Gradients] = {}
+        self.compressor: Compressor = choices("compression")[self.config.compression.name].target(
+            self.config.compression
+        )
+        named: list[tuple[str, nn.Parameter]] = []
+        self._modules: dict[int, nn.Module] = {}
+        for index, owner in enumerate(self._where):
+            if owner != self.line.rank:
+                continue
+            stop = starts[index + 1] if index + 1 < len(starts) else len(blocks)
+            module = nn.Sequential()
+            for name, block in blocks[starts[index] : stop]:
+                module.add_module(name, block)
+            if self.options.batchnorm == "deferred":
+                batchnorm.defer(module, self.replicas)
+            last = index == len(self._where) - 1
+            self.stages[index] = Stage(
+                index, module, last, loss_fn, self.precision, splits_backward=self._schedule.splits_backward
+            )
+            self._modules[index] = module
+            self.stages[index].counts_memory = True
+            self.gradients[index] = Gradients(
+                module.named_parameters(),
+                self.replicas,
+                self.compressor,
+                self.stopwatch,
+                self.options.first_bucket_mb,
+                self.options.bucket_mb,
+            )
+            named += list(module.named_parameters())
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
+        self.optimizer = make_optimizer(named)
+        self._warn(model)
+        log.info("%s", self._described())
+
+    def _described(self) -> str:
+        """The split as people read it."""
+        options = self.options
+        order = schedules.orders(self._schedule, options.ranks, options.virtual, options.microbatches)
+        forward = [row["forward_ms"] for row in self.split_table]
+        backward = [row["backward_ms"] for row in self.split_table]
+        predicted = schedules.bubble(schedules.play(order, forward, backward))
+        lines = [
+            f"{options.schedule}: {options.stages} stages on {options.ranks} ranks, {self.replicas.size} replicas, "
+            f"{options.microbatches} microbatches, predicted bubble {predicted:.0%}",
+            "stage  rank  parameters  forward ms  backward ms  activation MB  blocks",
+        ]
+        for row in self.split_table:
+            blocks = row["blocks"]
+            named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)})"
+            lines.append(
+                f"{row['stage']:5}  {row['rank']:4}  {row['parameters']:10,}  {row['forward_ms']:10.2f}  "
+                f"{row['backward_ms']:11.2f}  {row['activation_mb']:13.2f}  {named}"
+            )
+        return "\n".join(lines)
+
+    def _split(self, model: nn.Sequential, example: Tensor) -> list[int]:
+        """The first block of each stage: as asked for, or by rank 0's measurement, which all ranks take."""
+        names = [name for name, _ in model.named_children()]
+        costs: list[split.BlockCost] = []
+        if self.runtime.is_main:
+            # Pieces as the schedule will make them, and no smaller than two samples, which BatchNorm needs.
+            size = max(2, len(example) // self.options.microbatches)
+            costs = split.measure(model, example[:size], self.precision.autocast)
+        rows = self.runtime.communicator().share({"costs": split.to_rows(costs)}, self.runtime.device)[0]["costs"]
+        costs = [split.BlockCost(**row) for row in rows]
+        if self.options.boundaries:
+            starts = [0, *(names.index(name) for name in self.options.boundaries)]
+        else:
+            weights = [cost.forward_ms + cost.backward_ms for cost in costs]
+            starts = split.partition(weights, [0.0] * len(costs), self.options.stages, split.allowed_cuts(model))
+        self.split_table = split.table(costs, starts, self._where)
+        return starts
+
+    def _boundary_shapes(self, model: nn.Sequential, example: Tensor, starts: list[int]) -> list[Handed]:
+        """What each stage but the last hands over."""
+        training = model.training
+        model.eval()
+        found = []
+        with torch.no_grad(), self.precision.autocast():
+            x = example[:2]
+            for position, block in enumerate(model.children()):
+                x = block(x)
+                if position + 1 in starts:
+                    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+                    found.append(Handed(x.shape[1:], x.dtype, last))
+        model.train(training)
+        return found
+
+    def _warn(self, model: nn.Module) -> None:
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            log.warning(
+                "BatchNorm layers normalise each microbatch by its own statistics, which one process, seeing the whole "
+                "batch, does not; model.norm=group is equal"
+            )
+        if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
+            log.warning("dropout draws differently on each stage; the run is not the one that one process would do")
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One update: the schedule's work in order, then the replicas' reduction; see the base class."""
+        with self.stopwatch.step():
+            for index, stage in self.stages.items():
+                stage.module.train()
+                self.gradients[index].zero()
+            images, labels = self._pieces(batch)
+            count = len(labels)
+            self._recorder.begin()
+            result = self._run(self._order(count), images, labels, batch.global_count) if count else None
+            for index in self.stages:
+                if not count or len(self.stages) > 1:
+                    self.gradients[index].arm()
+                self.gradients[index].finish()
+            batchnorm.settle(self._modules.values())
+            self._update()
+        if count == self.options.microbatches:
+            self._recorder.end()
+        for stage in self.stages.values():
+            # Counting hooks every tensor that autograd keeps, so only the first step pays for it.
+            stage.counts_memory = False
+        nothing = torch.zeros((), device=self.runtime.device)
+        if result is None or not self._is_end:
+            return StepResult(nothing, nothing.long(), 0)
+        return StepResult(result[0], result[1], len(batch.labels))
+
+    @property
+    def _is_end(self) -> bool:
+        return self._where[-1] == self.line.rank
+
+    def _pieces(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The share in microbatches of near-equal size, none of them empty; the same on all ranks of the pipeline."""
+        share = len(batch.labels)
+        count = self.options.microbatches
+        if self.config.trainer.micro_batch_size is not None:
+            count = max(count, math.ceil(share / self.config.trainer.micro_batch_size))
+        count = min(count, share)
+        if not count:
+            return (), ()
+        return batch.images.tensor_split(count), batch.labels.tensor_split(count)
+
+    def _mail(self, sizes: list[int]) -> Mail:
+        return Mail(
+            self._where,
+            self._shapes,
+            sizes,
+            self._forward_line,
+            self.line,
+            self.runtime.device,
+            self._recorder,
+            self.stopwatch,
+        )
+
+    def _order(self, microbatches: int) -> list[Work]:
+        if microbatches not in self._orders:
+            options = self.options
+            order = schedules.orders(self._schedule, options.ranks, options.virtual, microbatches)
+            self._orders[microbatches] = order[self.line.rank]
+        return self._orders[microbatches]
+
+    def _run(
+        self, order: list[Work], images: tuple[Tensor, ...], labels: tuple[Tensor, ...], global_count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Does this rank's work; receives what it needs ahead of time and sends what others need at once."""
+        last = len(self._where) - 1
+        sizes = [len(piece) for piece in labels]
+        mail = self._mail(sizes)
+        loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        left = {
+            index: sum(work.stage == index and work.kind in ("backward", "weight") for work in order)
+            for index in self.stages
+        }
+        for position, work in enumerate(order):
+            mail.expect(order[position : position + _LOOK_AHEAD])
+            stage, m = self.stages[work.stage], work.microbatch
+            if work.kind == "forward":
+                x = images[m] if stage.is_first else mail.take(work)
+                with self._recorder.span(*work):
+                    output, loss_sum = stage.forward(m, x, labels[m], global_count)
+                if stage.is_last:
+                    loss += loss_sum
+                    correct += (output.argmax(1) == labels[m]).sum()
+                else:
+                    mail.post(Work("forward", work.stage + 1, m), output)
+                continue
+            if work.kind in ("backward", "weight"):
+                left[work.stage] -= 1
+                # With several stages a rank, replicas with fewer microbatches might finish them in another order, and
+                # their collectives would not match; then all wait for the end.
+                if not left[work.stage] and len(self.stages) == 1:
+                    self.gradients[work.stage].arm()
+            if work.kind == "weight":
+                with self._recorder.span(*work):
+                    stage.backward_weight(m)
+                continue
+            gradient = None if work.stage == last else mail.take(work)
+            with self._recorder.span(*work):
+                found = stage.backward(m, gradient) if work.kind == "backward" else stage.backward_input(m, gradient)
+            if not stage.is_first:
+                assert found is not None
+                mail.post(Work(work.kind, work.stage - 1, m), found)
+        mail.wait()
+        return loss, correct
+
+    def _update(self) -> None:
+        overflowed = self.precision.unscale(self)
+        self._norm = None
+        if self._clip is not None:
+            self._norm = self.norm()
+            self.scale((self._clip / (self._norm + 1e-6)).clamp(max=1.0))
+        self.precision.step(self.optimizer, overflowed)
+
+    def norm(self) -> Tensor:
+        """Norm of the whole model's gradient; all ranks of the pipeline call it together."""
+        squares = torch.stack([gradients.norm().square() for gradients in self.gradients.values()]).sum()
+        return self.line.all_reduce(squares).sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies this rank's gradients by a scalar."""
+        for gradients in self.gradients.values():
+            gradients.scale(factor)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the last step's gradient before clipping; see the base class."""
+        return self._norm if self._norm is not None else self.norm()
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Forward only, microbatch after microbatch; the last stage's rank has the result."""
+        nothing = torch.zeros((), device=self.runtime.device)
+        images, labels = self._pieces(batch)
+        if not labels:
+            return StepResult(nothing, nothing.long(), 0)
+        mail = self._mail([len(piece) for piece in labels])
+        order = [Work("forward", stage, m) for m in range(len(labels)) for stage in self.stages]
+        logits = []
+        for position, work in enumerate(order):
+            mail.expect(order[position : position + _LOOK_AHEAD])
+            stage = self.stages[work.stage]
+            stage.module.eval()
+            x = images[work.microbatch] if stage.is_first else mail.take(work)
+            with self.precision.autocast():
+                output = stage.module(x)
+            if stage.is_last:
+                logits.append(output)
+            else:
+                mail.post(Work("forward", work.stage + 1, work.microbatch), output)
+        mail.wait()
+        if not self._is_end:
+            return StepResult(nothing, nothing.long(), 0)
+        whole = torch.cat(logits)
+        with self.precision.autocast():
+            loss_sum = self.stages[len(self._where) - 1].loss(whole, batch.labels)
+        predictions = whole.argmax(1)
+        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+
+    # --- what came of it ------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Bubble, memory and the split; also writes the timeline of one step below ``run_dir/pipeline``."""
+        steps = [[asdict(span) for span in step] for step in self._recorder.steps()]
+        peaks = {str(index): stage.peak_activation_bytes for index, stage in self.stages.items()}
+        self.runtime.communicator().barrier()
+        mine = {"clock": time.perf_counter(), "host": self.runtime.world.host, "steps": steps, "peaks": peaks}
+        everyone = self.line.share(mine, self.runtime.device)
+        options = self.options
+        order = schedules.orders(self._schedule, options.ranks, options.virtual, options.microbatches)
+        even = [1.0] * options.stages
+        forward = [row["forward_ms"] for row in self.split_table]
+        backward = [row["backward_ms"] for row in self.split_table]
+        recorded = timeline.aligned(everyone)
+        bubbles = sorted(timeline.measured_bubble(lanes) for lanes in recorded)
+        peak = {int(index): size for each in everyone for index, size in each["peaks"].items()}
+        found = {
+            "schedule": options.schedule,
+            "microbatches": options.microbatches,
+            "bubble_measured": bubbles[len(bubbles) // 2] if bubbles else None,
+            "bubble_predicted": schedules.bubble(schedules.play(order, forward, backward)),
+            "bubble_equal_stages": schedules.bubble(schedules.play(order, even, [2.0] * options.stages)),
+            "peak_activation_mb": [round(peak[index] / 2**20, 3) for index in sorted(peak)],
+            "stages": self.split_table,
+        }
+        if self.runtime.is_main:
+            folder = self.runtime.run_dir / "pipeline"
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "split.json", {"stages": self.split_table})
+            if recorded:
+                title = (
+                    f"{options.schedule}, {options.stages} stages on {options.ranks} ranks, {options.microbatches} "
+                    f"microbatches: bubble {found['bubble_measured']:.0%} measured, "
+                    f"{found['bubble_predicted']:.0%} predicted"
+                )
+                self._figures["pipeline/timeline"] = timeline.write(recorded[-1], title, folder)
+        return {"pipeline": found}
+
+    def figures(self) -> dict[str, Figure]:
+        """The timeline of one step."""
+        return self._figures
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def uncompressed_bytes_per_step(self) -> int:
+        """Bytes this rank would send to reduce its gradients without compression."""
+        return sum(gradients.bytes_per_step for gradients in self.gradients.values())
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The unsplit model's parameters and buffers; all ranks call it together."""
+        mine = {name: tensor for module in self._modules.values() for name, tensor in module.state_dict().items()}
+        shared = self.line.share_tensors(mine, self.runtime.device)
+        return {name: shared[name] for name in self._names_of_all}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The unsplit model's state; see the base class."""
+        tensors, scalars = state.optimizer_state(self.optimizer, self._names)
+        everyone = self.line.share(scalars, self.runtime.device)
+        return {
+            "model": self.model_state(),
+            "optimizer": self.line.share_tensors(tensors, self.runtime.device),
+            "compressor": self.line.share_tensors(self.compressor.state_dict(), self.runtime.device),
+            "scalars": {
+                "optimizer_name": self.config.optimizer.name,
+                "optimizer": {name: value for each in everyone for name, value in each.items()},
+                "precision": self.precision.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes this rank's part of what any strategy saved; see the base class."""
+        state.check_optimizer(self.config.optimizer.name, saved["scalars"])
+        state.check_names(self._names_of_all, saved["model"])
+        for module in self._modules.values():
+            state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
+        state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        self.compressor.load_state_dict(saved["compressor"])
+        self.precision.load_state_dict(saved["scalars"]["precision"])
