@@ -77,8 +77,8 @@ def check_names(held: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: A name is missing or too many; the first few are named.
     """
-    names = set(held)
-    problems = [f"{name} is missing" for name in sorted(names) if name not in tensors]
+    names = list(held)
+    problems = [f"{name} is missing" for name in names if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in names]
     _refuse(problems)
 
