@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain.collectives import Communicator
 from distrain.config import ConfigError, missing
+
+#: Sizes in bytes of the messages that tell a link's latency and its bandwidth.
+_MESSAGES = (4096, 4 * 2**20)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,31 @@ def measure(
     return costs
 
 
+def measure_link(line: Communicator, device: torch.device, repeats: int = 3) -> tuple[float, float]:
+    """Times messages between the first two ranks of a pipeline; all its ranks call it together.
+
+    Returns:
+        Milliseconds that any message takes, and milliseconds a byte takes besides; 0 on ranks that took no part.
+    """
+    found = []
+    for size in _MESSAGES:
+        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        best = math.inf
+        line.barrier()
+        for _ in range(repeats if line.rank < 2 else 0):
+            start = _now(device)
+            # There and back.
+            for sender in (0, 1):
+                if line.rank == sender:
+                    line.start_send(buffer, 1 - sender, tag=0).wait()
+                else:
+                    line.start_receive(buffer, sender, tag=0).wait()
+            best = min(best, 1000 * (_now(device) - start) / 2)
+        found.append(best if line.rank < 2 else 0.0)
+    a_byte = max(found[1] - found[0], 0.0) / (_MESSAGES[1] - _MESSAGES[0])
+    return max(found[0] - a_byte * _MESSAGES[0], 0.0), a_byte
+
+
 def partition(weights: Sequence[float], hand_over: Sequence[float], stages: int, cuts: Sequence[int]) -> list[int]:
     """Cuts a row of blocks so that the slowest stage is as fast as can be.
 
@@ -193,6 +223,19 @@ def table(costs: Sequence[BlockCost], starts: Sequence[int], where: Sequence[int
             }
         )
     return rows
+
+
+def described(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as people read it, one line a stage."""
+    lines = ["stage  rank  parameters  forward ms  backward ms  activation MB  blocks"]
+    for row in rows:
+        blocks = row["blocks"]
+        named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)})"
+        lines.append(
+            f"{row['stage']:5}  {row['rank']:4}  {row['parameters']:10,}  {row['forward_ms']:10.2f}  "
+            f"{row['backward_ms']:11.2f}  {row['activation_mb']:13.2f}  {named}"
+        )
+    return "\n".join(lines)
 
 
 def to_rows(costs: Sequence[BlockCost]) -> list[dict[str, Any]]:

@@ -174,28 +174,28 @@ class Pipeline(Strategy):
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self.optimizer = make_optimizer(named)
         self._warn(model)
-        log.info("%s", self._described())
+        options = self.options
+        log.info(
+            "%s: %d stages on %d ranks, %d replicas, %d microbatches, predicted bubble %.0f %%\n%s",
+            options.schedule,
+            options.stages,
+            options.ranks,
+            self.replicas.size,
+            options.microbatches,
+            100 * self._predicted,
+            split.described(self.split_table),
+        )
 
-    def _described(self) -> str:
-        """The split as people read it."""
+    def _played(self, forward: list[float], backward: list[float]) -> float:
+        """The bubble that the schedule has with these times for each stage."""
         options = self.options
         order = schedules.orders(self._schedule, options.ranks, options.virtual, options.microbatches)
-        forward = [row["forward_ms"] for row in self.split_table]
-        backward = [row["backward_ms"] for row in self.split_table]
-        predicted = schedules.bubble(schedules.play(order, forward, backward))
-        lines = [
-            f"{options.schedule}: {options.stages} stages on {options.ranks} ranks, {self.replicas.size} replicas, "
-            f"{options.microbatches} microbatches, predicted bubble {predicted:.0%}",
-            "stage  rank  parameters  forward ms  backward ms  activation MB  blocks",
-        ]
-        for row in self.split_table:
-            blocks = row["blocks"]
-            named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)})"
-            lines.append(
-                f"{row['stage']:5}  {row['rank']:4}  {row['parameters']:10,}  {row['forward_ms']:10.2f}  "
-                f"{row['backward_ms']:11.2f}  {row['activation_mb']:13.2f}  {named}"
-            )
-        return "\n".join(lines)
+        return schedules.bubble(schedules.play(order, forward, backward))
+
+    @property
+    def _predicted(self) -> float:
+        rows = self.split_table
+        return self._played([row["forward_ms"] for row in rows], [row["backward_ms"] for row in rows])
 
     def _split(self, model: nn.Sequential, example: Tensor) -> list[int]:
         """The first block of each stage: as asked for, or by rank 0's measurement, which all ranks take."""
@@ -205,13 +205,18 @@ class Pipeline(Strategy):
             # Pieces as the schedule will make them, and no smaller than two samples, which BatchNorm needs.
             size = max(2, len(example) // self.options.microbatches)
             costs = split.measure(model, example[:size], self.precision.autocast)
-        rows = self.runtime.communicator().share({"costs": split.to_rows(costs)}, self.runtime.device)[0]["costs"]
-        costs = [split.BlockCost(**row) for row in rows]
+        link = split.measure_link(self.line, self.runtime.device)
+        mine = {"costs": split.to_rows(costs), "link": link}
+        measured = self.runtime.communicator().share(mine, self.runtime.device)[0]
+        costs = [split.BlockCost(**row) for row in measured["costs"]]
+        latency, a_byte = measured["link"]
         if self.options.boundaries:
             starts = [0, *(names.index(name) for name in self.options.boundaries)]
         else:
             weights = [cost.forward_ms + cost.backward_ms for cost in costs]
-            starts = split.partition(weights, [0.0] * len(costs), self.options.stages, split.allowed_cuts(model))
+            # An activation there and its gradient back.
+            hand_over = [2 * (latency + a_byte * cost.output_bytes) for cost in costs]
+            starts = split.partition(weights, hand_over, self.options.stages, split.allowed_cuts(model))
         self.split_table = split.table(costs, starts, self._where)
         return starts
 
@@ -408,10 +413,6 @@ class Pipeline(Strategy):
         mine = {"clock": time.perf_counter(), "host": self.runtime.world.host, "steps": steps, "peaks": peaks}
         everyone = self.line.share(mine, self.runtime.device)
         options = self.options
-        order = schedules.orders(self._schedule, options.ranks, options.virtual, options.microbatches)
-        even = [1.0] * options.stages
-        forward = [row["forward_ms"] for row in self.split_table]
-        backward = [row["backward_ms"] for row in self.split_table]
         recorded = timeline.aligned(everyone)
         bubbles = sorted(timeline.measured_bubble(lanes) for lanes in recorded)
         peak = {int(index): size for each in everyone for index, size in each["peaks"].items()}
@@ -419,8 +420,8 @@ class Pipeline(Strategy):
             "schedule": options.schedule,
             "microbatches": options.microbatches,
             "bubble_measured": bubbles[len(bubbles) // 2] if bubbles else None,
-            "bubble_predicted": schedules.bubble(schedules.play(order, forward, backward)),
-            "bubble_equal_stages": schedules.bubble(schedules.play(order, even, [2.0] * options.stages)),
+            "bubble_predicted": self._predicted,
+            "bubble_equal_stages": self._played([1.0] * options.stages, [2.0] * options.stages),
             "peak_activation_mb": [round(peak[index] / 2**20, 3) for index in sorted(peak)],
             "stages": self.split_table,
         }
