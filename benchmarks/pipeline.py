@@ -10,6 +10,7 @@ are printed.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -94,7 +95,7 @@ def bare(arguments: argparse.Namespace) -> float:
     part = nn.Sequential(*list(model)[:cut]) if rank == 0 else nn.Sequential(*list(model)[cut:])
     size = arguments.batch // arguments.microbatches
     image = torch.zeros(size, 3, 32, 32, device="meta")
-    between = nn.Sequential(*list(model)[:cut]).to("meta")(image).detach().requires_grad_()
+    between = copy.deepcopy(nn.Sequential(*list(model)[:cut])).to("meta")(image).detach().requires_grad_()
     logits = torch.zeros(size, 10, device="meta").requires_grad_()
     # Shapes are given, since finding them would run the real module.
     inputs, outputs = ((image,), between) if rank == 0 else ((between,), logits)
