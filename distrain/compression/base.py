@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distrain.collectives import Communicator, Pending
-from distrain.config import CompressionConfig
+from distrain.config import CompressionConfig, choices
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,9 @@ class Compressor(ABC):
         """
         if state:
             raise ValueError(f"compression={self.config.name} keeps no state, but was given {sorted(state)}")
+
+
+def build(config: CompressionConfig) -> Compressor:
+    """The compressor that the configuration names."""
+    made: Compressor = choices("compression")[config.name].target(config)
+    return made

@@ -31,6 +31,19 @@ class Scalable(Protocol):
         """Multiplies all of them by a scalar."""
 
 
+def clip(gradients: Scalable, most: float | None) -> Tensor | None:
+    """Scales gradients whose norm exceeds ``most``, by torch.nn.utils.clip_grad_norm_'s formula.
+
+    Returns:
+        The norm before; ``None`` without a limit, where it is not computed.
+    """
+    if most is None:
+        return None
+    norm = gradients.norm()
+    gradients.scale((most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 class Gradients:
     """The gradients of a set of parameters: zeroed, accumulated, reduced, measured and clipped together.
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from distrain import state
 from distrain.collectives import Communicator
-from distrain.compression.base import Compressor
-from distrain.config import Config, ConfigError, StrategyConfig, choices, register, setting
+from distrain.compression import base as compression
+from distrain.config import Config, ConfigError, StrategyConfig, register, setting
 from distrain.pipelining import schedule as schedules
 from distrain.pipelining import split, timeline
 from distrain.pipelining.mail import Handed, Mail
@@ -25,7 +25,7 @@ from distrain.precision import Precision
 from distrain.runtime import write_json
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
-from distrain.strategies.gradients import Gradients
+from distrain.strategies.gradients import Gradients, clip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,11 +142,8 @@ class Pipeline(Strategy):
         self._shapes = self._boundary_shapes(model, example, starts)
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
-        self.compressor: Compressor = choices("compression")[self.config.compression.name].target(
-            self.config.compression
-        )
+        self.compressor = compression.build(self.config.compression)
         named: list[tuple[str, nn.Parameter]] = []
-        self._modules: dict[int, nn.Module] = {}
         for index, owner in enumerate(self._where):
             if owner != self.line.rank:
                 continue
@@ -160,7 +157,6 @@ class Pipeline(Strategy):
             self.stages[index] = Stage(
                 index, module, last, loss_fn, self.precision, splits_backward=self._schedule.splits_backward
             )
-            self._modules[index] = module
             self.stages[index].counts_memory = True
             self.gradients[index] = Gradients(
                 module.named_parameters(),
@@ -260,7 +256,7 @@ class Pipeline(Strategy):
                 if not count or len(self.stages) > 1:
                     self.gradients[index].arm()
                 self.gradients[index].finish()
-            batchnorm.settle(self._modules.values())
+            batchnorm.settle(self._modules)
             self._update()
         if count == self.options.microbatches:
             self._recorder.end()
@@ -271,6 +267,10 @@ class Pipeline(Strategy):
         if result is None or not self._is_end:
             return StepResult(nothing, nothing.long(), 0)
         return StepResult(result[0], result[1], len(batch.labels))
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [stage.module for stage in self.stages.values()]
 
     @property
     def _is_end(self) -> bool:
@@ -353,10 +353,7 @@ class Pipeline(Strategy):
 
     def _update(self) -> None:
         overflowed = self.precision.unscale(self)
-        self._norm = None
-        if self._clip is not None:
-            self._norm = self.norm()
-            self.scale((self._clip / (self._norm + 1e-6)).clamp(max=1.0))
+        self._norm = clip(self, self._clip)
         self.precision.step(self.optimizer, overflowed)
 
     def norm(self) -> Tensor:
@@ -450,7 +447,7 @@ class Pipeline(Strategy):
 
     def model_state(self) -> dict[str, Tensor]:
         """The unsplit model's parameters and buffers; all ranks call it together."""
-        mine = {name: tensor for module in self._modules.values() for name, tensor in module.state_dict().items()}
+        mine = {name: tensor for module in self._modules for name, tensor in module.state_dict().items()}
         shared = self.line.share_tensors(mine, self.runtime.device)
         return {name: shared[name] for name in self._names_of_all}
 
@@ -473,7 +470,7 @@ class Pipeline(Strategy):
         """Takes this rank's part of what any strategy saved; see the base class."""
         state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         state.check_names(self._names_of_all, saved["model"])
-        for module in self._modules.values():
+        for module in self._modules:
             state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
         state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         self.compressor.load_state_dict(saved["compressor"])

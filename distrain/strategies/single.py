@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from distrain import state
 from distrain.collectives import Communicator
-from distrain.compression.base import Compressor
+from distrain.compression import base as compression
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register
 from distrain.precision import Precision
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
-from distrain.strategies.gradients import Gradients
+from distrain.strategies.gradients import Gradients, clip
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
@@ -53,9 +53,7 @@ class Single(Strategy):
         self.model = model
         self._loss_fn = loss_fn
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self.compressor: Compressor = choices("compression")[self.config.compression.name].target(
-            self.config.compression
-        )
+        self.compressor = compression.build(self.config.compression)
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
         self._forward: nn.Module = model
@@ -100,11 +98,7 @@ class Single(Strategy):
 
     def _update(self) -> None:
         found_inf = self.precision.unscale(self.gradients)
-        self._norm = None
-        if self._clip is not None:
-            self._norm = self.gradients.norm()
-            # torch.nn.utils.clip_grad_norm_'s formula, so that a run moved here from plain PyTorch is the same run.
-            self.gradients.scale((self._clip / (self._norm + 1e-6)).clamp(max=1.0))
+        self._norm = clip(self.gradients, self._clip)
         self.precision.step(self.optimizer, found_inf)
 
     def gradient_norm(self) -> Tensor:
