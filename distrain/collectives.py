@@ -103,12 +103,18 @@ class Communicator:
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's ``tensor`` (all of one shape and dtype), in order of rank."""
+        gathered, pending = self.start_all_gather(tensor)
+        pending.wait()
+        return gathered
+
+    def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], Pending]:
+        """Starts to gather every rank's ``tensor`` (all of one shape and dtype); they are there once waited for."""
         if self.size == 1:
-            return [tensor]
+            return [tensor], DONE
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor, group=self.group)
-        return gathered
+        work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
+        return gathered, work
 
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
         """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; it must live until waited for.

@@ -29,9 +29,11 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._step_events: list[Events] = []
         self._communication_events: list[Events] = []
+        self._compression_events: list[Events] = []
         self._host_step = 0.0
         self._step = 0.0
         self._communication = 0.0
+        self._compression = 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -50,14 +52,27 @@ class Stopwatch:
         if not self._cuda:
             self._communication += time.perf_counter() - start
 
+    @contextmanager
+    def compression(self) -> Iterator[None]:
+        """A span inside a step in which the rank compresses or decompresses."""
+        start = time.perf_counter()
+        with _cuda_span(self._compression_events) if self._cuda else nullcontext():
+            yield
+        if not self._cuda:
+            self._compression += time.perf_counter() - start
+
     def flush(self) -> None:
         """Waits until the device has done what was queued, and reads its events."""
         if self._cuda:
             torch.cuda.synchronize()
-            self._step += sum(a.elapsed_time(b) for a, b in self._step_events) / 1000
-            self._communication += sum(a.elapsed_time(b) for a, b in self._communication_events) / 1000
-            self._step_events.clear()
-            self._communication_events.clear()
+            self._step += _seconds(self._step_events)
+            self._communication += _seconds(self._communication_events)
+            self._compression += _seconds(self._compression_events)
+
+    def compressing(self) -> float:
+        """Seconds spent compressing and decompressing since the start; part of compute or exposed communication."""
+        self.flush()
+        return self._compression
 
     def collect(self) -> tuple[float, float, float]:
         """Seconds since the last call: of steps, of exposed communication in them, and of the host in steps."""
@@ -74,6 +89,13 @@ def _cuda_span(spans: list[Events]) -> Iterator[None]:
     yield
     end.record()
     spans.append((start, end))
+
+
+def _seconds(spans: list[Events]) -> float:
+    """Length of all spans, which are forgotten."""
+    milliseconds = [float(start.elapsed_time(end)) for start, end in spans]
+    spans.clear()
+    return sum(milliseconds) / 1000
 
 
 @dataclass

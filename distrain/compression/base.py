@@ -1,15 +1,34 @@
-"""The contract between whoever reduces gradients and whoever decides how they travel."""
+"""The contract between whoever reduces gradients and whoever decides how they travel.
+
+A compressor is one file in this folder and one YAML in ``conf/compression``. What most of them write is two methods:
+:meth:`Compressor.take` takes out of a bucket what it sends and :meth:`Compressor.put` adds a message to a bucket. The
+base class does the rest: error feedback, small tensors that travel as they are, the exchange, and the state.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from distrain.collectives import Communicator, Pending
-from distrain.config import CompressionConfig, choices
+from distrain.compression.error_feedback import Residuals
+from distrain.compression.packing import pack, unpack
+from distrain.config import CompressionConfig, choices, setting
+
+
+@dataclass
+class LossyConfig(CompressionConfig):
+    """Keys of every compressor that loses something."""
+
+    min_elements: int = setting(
+        "Tensors with fewer elements, and vectors (biases, norms), travel as they are.", at_least=1
+    )
+    error_feedback: bool = setting("Add what was not sent to the next step's gradient.")
 
 
 @dataclass(frozen=True)
@@ -17,18 +36,50 @@ class Bucket:
     """Gradients that travel together.
 
     Attributes:
-        flat: All gradients of the bucket in one 1-D tensor.
-        tensors: The same memory as one view a parameter, by the parameter's name in the unsplit model, shaped as the
-            parameter. What a compressor keeps between steps it keeps by these names.
+        flat: All gradients of the bucket in one 1-D tensor; those worth compressing come first.
+        tensors: The same memory as one view a parameter, in the order of ``flat``, by the parameter's name in the
+            unsplit model, shaped as the parameter. What a compressor keeps between steps it keeps by these names.
+        plain: How many elements at the end of ``flat`` belong to tensors that travel as they are.
     """
 
     flat: Tensor
     tensors: Mapping[str, Tensor]
+    plain: int = 0
 
     @property
     def bytes(self) -> int:
         """Size of the bucket, uncompressed."""
         return self.flat.numel() * self.flat.element_size()
+
+    @property
+    def lossy_part(self) -> Tensor:
+        """The gradients to compress, 1-D."""
+        return self.flat[: self.flat.numel() - self.plain]
+
+    @property
+    def plain_part(self) -> Tensor:
+        """The gradients that travel as they are, 1-D."""
+        return self.flat[self.flat.numel() - self.plain :]
+
+    @property
+    def lossy(self) -> dict[str, Tensor]:
+        """The tensors to compress, by name, each as a 1-D view in memory order."""
+        found, offset, end = {}, 0, self.flat.numel() - self.plain
+        for name, tensor in self.tensors.items():
+            if offset == end:
+                break
+            found[name] = self.flat[offset : offset + tensor.numel()]
+            offset += tensor.numel()
+        return found
+
+    def like_lossy(self) -> Bucket:
+        """Zeros in the layout of the lossy part."""
+        flat, tensors = torch.zeros_like(self.lossy_part), {}
+        for name in self.lossy:
+            held = self.tensors[name]
+            offset = held.storage_offset() - self.flat.storage_offset()
+            tensors[name] = flat.as_strided(held.size(), held.stride(), offset)
+        return Bucket(flat, tensors)
 
 
 class Compressor(ABC):
@@ -36,36 +87,115 @@ class Compressor(ABC):
 
     A rank's share is its samples' gradient sum divided by the *global* count, so the mean is the sum of the shares and
     uneven shards need no care.
+
+    Args:
+        config: The compressor's keys.
+        seed: The run's seed; what a compressor draws depends on it, the step and the parameter's name.
+
+    Attributes:
+        collectives: How many collectives a bucket needs one after the other.
+        step: Steps begun since the start of the run.
+        residuals: What this rank has not sent yet; ``None`` without error feedback.
     """
 
-    def __init__(self, config: CompressionConfig) -> None:
+    collectives: ClassVar[int] = 1
+
+    def __init__(self, config: CompressionConfig, seed: int = 0) -> None:
         self.config = config
+        self.seed = seed
+        self.step = 0
+        self.residuals: Residuals | None = None
+        if isinstance(config, LossyConfig) and config.error_feedback:
+            self.residuals = Residuals()
+
+    # --- what a compressor decides -----------------------------------------------------------------------------------
+
+    def compresses(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter's gradient is worth compressing; the others are the bucket's plain part."""
+        assert isinstance(self.config, LossyConfig)
+        return parameter.dim() > 1 and parameter.numel() >= self.config.min_elements
 
     @abstractmethod
-    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Pending:
-        """Starts replacing the bucket's content, in place, by its sum over the group.
+    def take(self, owed: Bucket) -> list[Tensor]:
+        """Takes what it sends out of a bucket's lossy part, in place.
 
-        Buckets are handed over in the same order on every rank, while the backward pass still runs.
+        Args:
+            owed: What should be sent; afterwards what this message leaves out. The plain part is not looked at.
 
         Returns:
-            What to wait for before the bucket is read.
+            The message: contiguous tensors whose dtypes and sizes are those of :meth:`form`.
         """
+
+    @abstractmethod
+    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+        """Dtype and number of elements of each part of a message about this bucket in this step.
+
+        They depend on the bucket's names and sizes and on the step alone, so that all ranks know each other's.
+        """
+
+    @abstractmethod
+    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+        """Adds a message, which may be another rank's, to a bucket's lossy part, in place."""
+
+    # --- the exchange ------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Called once a step, before its first bucket."""
+        self.step += 1
+
+    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
+        """Replaces the bucket's content, in place, by its sum over the group.
+
+        A generator: it yields each collective that it has started and goes on when that is done. Buckets are handed
+        over in the same order on every rank, while the backward pass still runs, so everything before the first
+        ``yield`` delays the backward pass and the last part, after it, delays the update.
+
+        By default every rank's message goes to all others, and each adds them up in order of rank, so that all get the
+        same bits. A compressor whose messages can be summed on the way overrides this.
+        """
+        payload = self.encode(bucket)
+        gathered, pending = communicator.start_all_gather(payload)
+        yield pending
+        bucket.flat.zero_()
+        for each in gathered:
+            self.decode(each, bucket)
+
+    def encode(self, bucket: Bucket) -> Tensor:
+        """This rank's message about a bucket as uint8 ``[bytes]``; what it leaves out is kept for the next step."""
+        owed = self.residuals.add(bucket) if self.residuals is not None else bucket
+        return pack([bucket.plain_part, *self.take(owed)])
+
+    def decode(self, payload: Tensor, bucket: Bucket) -> None:
+        """Adds what a rank encoded in this step to a bucket of the same names and sizes."""
+        plain, *message = unpack(payload, [(bucket.flat.dtype, bucket.plain), *self.form(bucket)])
+        bucket.plain_part.add_(plain)
+        self.put(message, bucket)
+
+    # --- what is kept between steps ----------------------------------------------------------------------------------
+
+    def residual_norm(self) -> Tensor | None:
+        """Euclidean norm of all that this rank has not sent yet, a scalar; ``None`` without error feedback."""
+        return self.residuals.norm() if self.residuals is not None else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the compressor keeps between steps, by ``<what>/<parameter name>``."""
-        return {}
+        """What this rank keeps between steps, by ``<what>/<parameter name>``; ``step`` is the number of steps begun.
+
+        ``residual/…`` and ``velocity/…`` are shares of a sum over the ranks; everything else is the same on all ranks
+        that hold the parameter.
+        """
+        state = {"step": torch.tensor(self.step)}
+        if self.residuals is not None:
+            state |= self.residuals.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: The state is another compressor's.
-        """
-        if state:
-            raise ValueError(f"compression={self.config.name} keeps no state, but was given {sorted(state)}")
+        """Takes back what :meth:`state_dict` gave, of the parameters that this rank holds."""
+        self.step = int(state.get("step", torch.tensor(0)))
+        if self.residuals is not None:
+            self.residuals.load_state_dict(state)
 
 
-def build(config: CompressionConfig) -> Compressor:
+def build(config: CompressionConfig, seed: int = 0) -> Compressor:
     """The compressor that the configuration names."""
-    made: Compressor = choices("compression")[config.name].target(config)
+    made: Compressor = choices("compression")[config.name].target(config, seed)
     return made

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
 from distrain.collectives import Communicator, Pending
 from distrain.compression.base import Bucket, Compressor
 from distrain.config import CompressionConfig, register
@@ -11,6 +16,21 @@ from distrain.config import CompressionConfig, register
 class NoCompression(Compressor):
     """One all-reduce a bucket."""
 
-    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Pending:
-        """Starts the all-reduce of the whole bucket."""
-        return communicator.start_all_reduce(bucket.flat)
+    def compresses(self, parameter: nn.Parameter) -> bool:
+        """Nothing is."""
+        return False
+
+    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
+        """All-reduces the whole bucket."""
+        yield communicator.start_all_reduce(bucket.flat)
+
+    def take(self, owed: Bucket) -> list[Tensor]:
+        """Nothing: all is in the plain part."""
+        return []
+
+    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+        """See :meth:`take`."""
+        return []
+
+    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+        """See :meth:`take`."""

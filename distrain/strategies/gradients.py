@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, Pending, ring_all_reduce_bytes
+from distrain.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.base import Bucket, Compressor
+from distrain.compression.exchange import Exchanges
 from distrain.metrics import Stopwatch
 
 MB = 1024 * 1024
@@ -68,17 +69,16 @@ class Gradients:
         bucket_mb: float = 25,
     ) -> None:
         self._communicator = communicator
-        self._compressor = compressor
+        self._exchanges = Exchanges(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._armed = False
         self._next = 0
-        self._pending: list[Pending] = []
         self.buckets: list[Bucket] = []
         self._missing: list[int] = []
         self._handles = []
         trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         for index, part in enumerate(_partition(trained[::-1], first_bucket_mb * MB, bucket_mb * MB)):
-            self.buckets.append(_make_bucket(part))
+            self.buckets.append(_make_bucket(part, compressor))
             self._missing.append(0)
             if communicator.size > 1:
                 for _, parameter in part:
@@ -108,9 +108,7 @@ class Gradients:
         with self._stopwatch.communication():
             while self._next < len(self.buckets):
                 self._launch()
-            for pending in self._pending:
-                pending.wait()
-        self._pending.clear()
+            self._exchanges.finish()
         self._armed = False
 
     def norm(self) -> Tensor:
@@ -135,7 +133,7 @@ class Gradients:
         return hook
 
     def _launch(self) -> None:
-        self._pending.append(self._compressor.aggregate(self.buckets[self._next], self._communicator))
+        self._exchanges.start(self.buckets[self._next])
         self._next += 1
 
 
@@ -157,15 +155,17 @@ def _partition(
     return parts
 
 
-def _make_bucket(part: list[tuple[str, nn.Parameter]]) -> Bucket:
+def _make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) -> Bucket:
+    lossy = [pair for pair in part if compressor.compresses(pair[1])]
+    plain = [pair for pair in part if not compressor.compresses(pair[1])]
     first = part[0][1]
     flat = torch.zeros(sum(p.numel() for _, p in part), dtype=first.dtype, device=first.device)
     tensors, offset = {}, 0
-    for name, parameter in part:
+    for name, parameter in lossy + plain:
         # The parameter's own strides (channels-last weights), so that fused optimizers see one layout; those of a
         # copy where it is a view with gaps, which the bucket has not.
         strides = torch.empty_like(parameter, device="meta").stride()
         view = flat.as_strided(parameter.size(), strides, offset)
         parameter.grad = tensors[name] = view
         offset += parameter.numel()
-    return Bucket(flat, tensors)
+    return Bucket(flat, tensors, sum(p.numel() for _, p in plain))

@@ -142,7 +142,7 @@ class Pipeline(Strategy):
         self._shapes = self._boundary_shapes(model, example, starts)
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
-        self.compressor = compression.build(self.config.compression)
+        self.compressor = compression.build(self.config.compression, self.config.seed)
         named: list[tuple[str, nn.Parameter]] = []
         for index, owner in enumerate(self._where):
             if owner != self.line.rank:
@@ -245,6 +245,7 @@ class Pipeline(Strategy):
     def train_step(self, batch: Batch) -> StepResult:
         """One update: the schedule's work in order, then the replicas' reduction; see the base class."""
         with self.stopwatch.step():
+            self.compressor.begin_step()
             for index, stage in self.stages.items():
                 stage.module.train()
                 self.gradients[index].zero()

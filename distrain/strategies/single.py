@@ -53,7 +53,7 @@ class Single(Strategy):
         self.model = model
         self._loss_fn = loss_fn
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self.compressor = compression.build(self.config.compression)
+        self.compressor = compression.build(self.config.compression, self.config.seed)
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
         self._forward: nn.Module = model
@@ -68,6 +68,7 @@ class Single(Strategy):
         with self.stopwatch.step():
             self._forward.train()
             self.gradients.zero()
+            self.compressor.begin_step()
             pieces = self._pieces(batch)
             losses, correct = [], []
             for index, (images, labels) in enumerate(pieces):

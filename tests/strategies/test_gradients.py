@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from distrain.collectives import DONE, Communicator, Pending, ring_all_reduce_bytes
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Bucket
+from distrain.compression.none import NoCompression
 from distrain.config import CompressionConfig
 from distrain.metrics import Stopwatch
 from distrain.strategies.gradients import MB, Gradients
@@ -17,7 +18,7 @@ from distrain.strategies.gradients import MB, Gradients
 KB = 1024
 
 
-class Recorder(Compressor):
+class Recorder(NoCompression):
     """Sends nothing; notes which buckets left, in which order, and how many parameters had a gradient by then."""
 
     def __init__(self) -> None:
@@ -26,10 +27,10 @@ class Recorder(Compressor):
         self.watched: list[Tensor] = []
         self.complete: list[int] = []
 
-    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Pending:
+    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
         self.left.append(list(bucket.tensors))
         self.complete.append(sum(bool(gradient.any()) for gradient in self.watched))
-        return DONE
+        yield DONE
 
 
 def replicas(size: int) -> Communicator:
