@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from distrain.trainer import Trainer
 
 
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+
+
 class Callback:
     """Called by the trainer, on every rank, at fixed points. Subclass it and pass it to the trainer."""
 
@@ -62,7 +65,7 @@ class ProgressBar(Callback):
         self._bar.set_description_str(_title(trainer), refresh=False)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.4f}, acc {values['train/accuracy']:.3f}, "
-            f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}",
+            f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}{_sent(values)}",
             refresh=False,
         )
 
@@ -97,7 +100,7 @@ class PlainProgress(Callback):
         print(
             f"step {trainer.progress.step}/{trainer.total_steps}: loss {values['train/loss']:.4f}, "
             f"accuracy {values['train/accuracy']:.3f}, {values['speed/images_per_second']:,.0f} images/s, "
-            f"communication {values['time/communication']:.0%}",
+            f"communication {values['time/communication']:.0%}{_sent(values)}",
             file=self._stream or sys.stderr,
             flush=True,
         )
@@ -106,6 +109,18 @@ class PlainProgress(Callback):
         """Prints the epoch's line."""
         self._last = trainer.seconds()
         print(_epoch_line(trainer, values), file=self._stream or sys.stderr, flush=True)
+
+
+def _sent(values: Mapping[str, float]) -> str:
+    """What a rank sends a step, and how many times fewer bytes than without compression."""
+    size = values["speed/bytes_sent_per_step"]
+    if not size:
+        return ""
+    unit, factor = next((unit, factor) for unit, factor in _UNITS if size >= factor or factor == 1)
+    ratio = values["speed/compression_ratio"]
+    return f", sent {size / factor:.3g} {unit}" + (
+        f" ({ratio:,.{0 if ratio >= 100 else 1}f}x less)" if ratio > 1 else ""
+    )
 
 
 def _title(trainer: Trainer) -> str:

@@ -2,13 +2,13 @@
 
 A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the unsplit model's parameter names, and JSON:
 
-==========================  ==========================================================================================
-``model.safetensors``       parameters and buffers
-``optimizer.safetensors``   the optimizer's tensors as ``<parameter>/<what>``
-``compressor.safetensors``  what the compressor keeps
-``state.json``              position in the data, step, best metric, scalars
-``manifest.json``           size and SHA-256 of each of the others; written last
-==========================  ==========================================================================================
+============================  ========================================================================================
+``model.safetensors``         parameters and buffers
+``optimizer.safetensors``     the optimizer's tensors as ``<parameter>/<what>``
+``rank_XXXXX.safetensors``    what one rank alone holds (residuals of its compressor), as ``<part>/<what>/<parameter>``
+``state.json``                position in the data, step, best metric, scalars, and the layout of the ranks that saved
+``manifest.json``             size and SHA-256 of each of the others; written last
+============================  ========================================================================================
 """
 
 from __future__ import annotations
@@ -18,43 +18,96 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import safetensors
+import safetensors.torch
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distrain.collectives import Communicator
 from distrain.runtime import write_json
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("model", "optimizer", "compressor")
+_PARTS = ("model", "optimizer")
+#: Parts of which every rank has its own.
+_OWN_PARTS = ("compressor", "local")
+_SAVING = 1
+_CPU = torch.device("cpu")
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint is incomplete or differs from its manifest; the message names the file."""
 
 
-def save(folder: Path, state: Mapping[str, Any], progress: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint beside the others and then, in one step, makes it visible.
+def save(
+    folder: Path,
+    state: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    everyone: Communicator | None = None,
+    device: torch.device = _CPU,
+) -> Path:
+    """Writes a checkpoint beside the others and then, in one step, makes it visible; all ranks call it together.
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        state: A strategy's ``state_dict()``.
+        state: A strategy's ``state_dict()`` and its ``layout``; of ``model``, ``optimizer`` and ``scalars`` the first
+            rank's count, ``compressor`` and ``local`` are each rank's own.
         progress: The trainer's position; ``step`` names the checkpoint.
+        everyone: The ranks; by default this one alone.
+        device: Where ``everyone`` communicates.
 
     Returns:
         The checkpoint's folder.
     """
+    everyone = everyone if everyone is not None else Communicator()
     final = folder / f"step_{int(progress['step']):08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for part in _PARTS:
-        save_file(_plain(state[part]), temporary / f"{part}.safetensors")
-    write_json(temporary / "state.json", {"progress": dict(progress), "scalars": state["scalars"]})
+    temporary = folder / everyone.share({"name": f".{final.name}.{os.getpid()}"}, device)[0]["name"]
+    if everyone.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for part in _PARTS:
+            save_file(_plain(state[part]), temporary / f"{part}.safetensors")
+        held = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
+        write_json(temporary / "state.json", held)
+    everyone.barrier()
+    _save_own(temporary, state, everyone, device)
+    if everyone.rank == 0:
+        _complete(temporary, final)
+    return final
+
+
+def _save_own(temporary: Path, state: Mapping[str, Any], everyone: Communicator, device: torch.device) -> None:
+    """Writes what this rank alone holds; a rank that doesn't see rank 0's folder sends its file there."""
+    own = {f"{part}/{name}": tensor for part in _OWN_PARTS for name, tensor in state.get(part, {}).items()}
+    file = temporary / _own_file(everyone.rank)
+    sees = temporary.is_dir()
+    packed = b""
+    if own and sees:
+        save_file(_plain(own), file)
+    elif own:
+        packed = safetensors.torch.save(_plain(own))
+    for rank, told in enumerate(everyone.share({"sends": len(packed)}, device)):
+        if not told["sends"]:
+            continue
+        if everyone.rank == rank:
+            content = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
+            everyone.start_send(content, to=0, tag=_SAVING).wait()
+        elif everyone.rank == 0:
+            content = torch.empty(told["sends"], dtype=torch.uint8, device=device)
+            everyone.start_receive(content, rank, tag=_SAVING).wait()
+            (temporary / _own_file(rank)).write_bytes(content.cpu().numpy().data)
+    everyone.barrier()
+
+
+def _own_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _complete(temporary: Path, final: Path) -> None:
     files = sorted(path for path in temporary.iterdir())
     write_json(
         temporary / "manifest.json",
@@ -65,33 +118,72 @@ def save(folder: Path, state: Mapping[str, Any], progress: Mapping[str, Any]) ->
     _sync(temporary)
     # The same step saved again (a resumed run): the old one moves away whole, since a rename needs the name free and
     # a folder that is being deleted must not be taken for a checkpoint.
-    replaced = folder / f"{temporary.name}.replaced"
+    replaced = final.parent / f"{temporary.name}.replaced"
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _sync(folder)
+    _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
+
+
+class OwnTensors(Sequence[Mapping[str, Tensor]]):
+    """What each rank of the run that saved had for itself, in order of rank; read when asked for.
+
+    Args:
+        path: The checkpoint's folder.
+        part: ``compressor`` or ``local``.
+        ranks: How many ranks saved.
+        files: The checkpoint's files; a rank that had nothing has none.
+    """
+
+    def __init__(self, path: Path, part: str, ranks: int, files: Container[str]) -> None:
+        self._path = path
+        self._part = part
+        self._ranks = ranks
+        self._files = files
+
+    def __len__(self) -> int:
+        return self._ranks
+
+    @overload
+    def __getitem__(self, rank: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[Mapping[str, Tensor]]: ...
+    def __getitem__(self, rank: int | slice) -> Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
+        if isinstance(rank, slice):
+            return [self[each] for each in range(*rank.indices(len(self)))]
+        if not 0 <= rank < self._ranks:
+            raise IndexError(rank)
+        if _own_file(rank) not in self._files:
+            return {}
+        prefix = f"{self._part}/"
+        tensors = _load_tensors(self._path / _own_file(rank))
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a checkpoint after checking it against its manifest.
 
     Returns:
-        ``(state, progress)`` as :func:`save` was given them; tensors on the CPU.
+        ``(state, progress)`` as :func:`save` was given them, tensors on the CPU; ``compressor`` and ``local`` are
+        :class:`OwnTensors`.
 
     Raises:
         DamagedCheckpoint: A file is missing, cut, or changed.
     """
-    verify(path)
+    files = verify(path)
     state: dict[str, Any] = {}
     try:
         held = json.loads((path / "state.json").read_text())
         state["scalars"], progress = dict(held["scalars"]), dict(held["progress"])
+        state["layout"] = dict(held["layout"])
+        ranks = int(state["layout"]["world_size"])
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{path / 'state.json'} can't be read") from error
     for part in _PARTS:
         state[part] = _load_tensors(path / f"{part}.safetensors")
+    for part in _OWN_PARTS:
+        state[part] = OwnTensors(path, part, ranks, files)
     return state, progress
 
 
@@ -101,8 +193,11 @@ def load_model(path: Path) -> dict[str, Tensor]:
     return _load_tensors(path / "model.safetensors")
 
 
-def verify(path: Path) -> None:
+def verify(path: Path) -> set[str]:
     """Compares every file with the manifest.
+
+    Returns:
+        The names of the files.
 
     Raises:
         DamagedCheckpoint: Names the first file that differs.
@@ -115,8 +210,11 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DamagedCheckpoint(f"{manifest_path} can't be read") from None
-    for name in [*(f"{part}.safetensors" for part in _PARTS), "state.json"]:
+    always = [*(f"{part}.safetensors" for part in _PARTS), "state.json"]
+    for name in [*always, *(name for name in expected if name not in always)]:
         file = path / name
+        if file.name != name:
+            raise DamagedCheckpoint(f"{manifest_path} lists {name!r}, which is no file of a checkpoint")
         if name not in expected:
             raise DamagedCheckpoint(f"{manifest_path} doesn't list {name}")
         if not file.is_file():
@@ -126,6 +224,7 @@ def verify(path: Path) -> None:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, not {size}")
         if _sha256(file) != digest:
             raise DamagedCheckpoint(f"{file} differs from its checksum")
+    return set(expected)
 
 
 def all_in(folder: Path) -> list[Path]:

@@ -95,6 +95,7 @@ class Trainer:
         self._everyone = runtime.communicator()
         self._window = Totals(runtime.device)
         self._bytes = 0
+        self._logged = (0, 0)
         self._started = time.perf_counter()
         self._saved_step: int | None = None
 
@@ -170,10 +171,22 @@ class Trainer:
             "speed/images_per_second": lap.samples_per_second,
             "speed/step_ms": lap.step_ms,
             **{f"time/{name}": share for name, share in lap.time.shares().items()},
-            "speed/bytes_sent_per_step": float(self._bytes / max(self.progress.step - self._first_step, 1)),
+            **self._traffic(),
+            **self.strategy.metrics(),
         }
         self._logger.scalars(self.progress.step, values)
         self._notify("on_log", values)
+
+    def _traffic(self) -> dict[str, float]:
+        """Bytes a rank sent a step since the last log, the mean of all ranks, and how many times fewer than plain."""
+        (step, sent), self._logged = self._logged, (self.progress.step, self._bytes)
+        steps = self.progress.step - step
+        mine = torch.tensor([self._bytes - sent, steps * self.strategy.uncompressed_bytes_per_step()])
+        sent_by_all, plain = self._everyone.all_reduce(mine.to(self.runtime.device)).tolist()
+        return {
+            "speed/bytes_sent_per_step": sent_by_all / steps / self.runtime.world.size,
+            "speed/compression_ratio": plain / sent_by_all if sent_by_all else 1.0,
+        }
 
     def _take_window(self) -> list[float]:
         taken: list[float] = self._everyone.all_reduce(self._window.take()).tolist()
@@ -223,9 +236,9 @@ class Trainer:
         if self._saved_step == self.progress.step:
             return
         self._take_window()
-        state = self.strategy.state_dict()
+        state = {**self.strategy.state_dict(), "layout": self.strategy.layout}
+        checkpoint.save(self._checkpoints, state, asdict(self.progress), self._everyone, self.runtime.device)
         if self.runtime.is_main:
-            checkpoint.save(self._checkpoints, state, asdict(self.progress))
             checkpoint.prune(self._checkpoints, self.config.checkpoint.keep, self.progress.best_step)
         self._saved_step = self.progress.step
 
@@ -241,6 +254,7 @@ class Trainer:
             raise ConfigError("resume", found, str(error)) from error
         self.progress = Progress(**progress)
         self._first_step = self._saved_step = self.runtime.step = self.progress.step
+        self._logged = (self.progress.step, 0)
         log.info("resumed from %s: step %d, epoch %d", found, self.progress.step, self.progress.epoch)
 
     def _checkpoint_to_resume(self) -> Path | None:
@@ -308,6 +322,8 @@ class Trainer:
             "time_share": {name: share / world.size for name, share in zip(shares, summed.tolist(), strict=True)},
             "bytes_sent_per_step": round(sent_per_step / steps),
             "bytes_uncompressed_per_step": uncompressed,
+            "bytes_sent_per_step_per_rank": round(sent_per_step / steps / world.size),
+            "compression_ratio": uncompressed * steps / sent_per_step if sent_per_step else 1.0,
             "peak_memory_mb": round(float(memory), 1),
             "wall_seconds": round(self.seconds(), 3),
             **self.strategy.report(),

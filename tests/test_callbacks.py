@@ -20,6 +20,8 @@ STEP = {
     "train/accuracy": 0.8765,
     "speed/images_per_second": 12345.6,
     "time/communication": 0.123,
+    "speed/bytes_sent_per_step": 0.0,
+    "speed/compression_ratio": 1.0,
 }
 EPOCH = {"epoch/train_loss": 0.45678, "epoch/train_accuracy": 0.81234, "epoch/images_per_second": 23456.7}
 VALIDATED = {**EPOCH, "epoch/val_loss": 0.56789, "epoch/val_accuracy": 0.79012}
@@ -64,6 +66,27 @@ def test_the_bar_shows_epoch_steps_loss_accuracy_speed_and_communication() -> No
     line = terminal.last()
     for part in ("epoch 1/2", "25%", "5/20", "loss 0.3457", "acc 0.876", "12,346 img/s", "comm 12%"):
         assert part in line, part
+
+
+@pytest.mark.parametrize(
+    ("sent", "ratio", "expected"),
+    [
+        (0.0, 1.0, ""),
+        (1_234_567.0, 1.0, ", sent 1.23 MB"),
+        (44_000.0, 28.44, ", sent 44 kB (28.4x less)"),
+        (512.0, 1000.4, ", sent 512 B (1,000x less)"),
+        (3e9, 2.0, ", sent 3 GB (2.0x less)"),
+    ],
+)
+def test_what_a_rank_sends_a_step_is_shown_where_it_sends(sent: float, ratio: float, expected: str) -> None:
+    stream = io.StringIO()
+    plain = PlainProgress(stream=stream)
+    shown = {**STEP, "speed/bytes_sent_per_step": sent, "speed/compression_ratio": ratio}
+    watched = trainer(step=5)
+    plain.on_fit_start(watched)
+    watched.now = 10
+    plain.on_log(watched, shown)
+    assert stream.getvalue().rstrip("\n").endswith(f"communication 12%{expected}")
 
 
 def test_the_bar_leaves_one_line_an_epoch() -> None:

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from distrain import checkpoint
 from distrain.checkpoint import DamagedCheckpoint
+from distrain.runtime import Runtime, World
+from tests import runs
+from tests.harness import run_ranks
 
-FILES = ("model.safetensors", "optimizer.safetensors", "compressor.safetensors", "state.json", "manifest.json")
+FILES = ("model.safetensors", "optimizer.safetensors", "rank_00000.safetensors", "state.json", "manifest.json")
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -42,7 +45,9 @@ def state(seed: int = 0) -> dict[str, Any]:
             "part": values(6)[::2],
         },
         "optimizer": {"kernel/exp_avg": values(4, 3, 2, 2), "kernel/step": torch.tensor(5.0)},
-        "compressor": {},
+        "compressor": {"residual/kernel": values(4, 3, 2, 2), "step": torch.tensor(40)},
+        "local": {"drift/part": values(6)},
+        "layout": {"strategy": "single", "world_size": 1, "mesh": {}},
         "scalars": {"optimizer": {"kernel/generation": 3}, "precision": {"scale": 65536.0, "good_steps": 7}},
     }
 
@@ -86,17 +91,56 @@ def test_everything_comes_back_as_it_was(saved: Path) -> None:
     found, where = checkpoint.load(saved)
     assert where == progress(40)
     assert found["scalars"] == expected["scalars"]
-    for part in ("model", "optimizer", "compressor"):
-        assert found[part].keys() == expected[part].keys()
+    assert found["layout"] == expected["layout"]
+    assert len(found["compressor"]) == len(found["local"]) == 1
+    parts = {part: found[part] for part in ("model", "optimizer")}
+    own = {part: found[part][0] for part in ("compressor", "local")}
+    for part, tensors in {**parts, **own}.items():
+        assert tensors.keys() == expected[part].keys()
         for name, tensor in expected[part].items():
-            assert found[part][name].dtype == tensor.dtype, name
-            assert torch.equal(found[part][name], tensor), name
+            assert tensors[name].dtype == tensor.dtype, name
+            assert torch.equal(tensors[name], tensor), name
 
 
-def test_a_checkpoint_is_five_plain_files_named_by_the_step(saved: Path) -> None:
+def test_a_checkpoint_is_plain_files_named_by_the_step(saved: Path) -> None:
     assert saved.name == "step_00000040"
     assert sorted(path.name for path in saved.iterdir()) == sorted(FILES)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def _save_on_rank(folder: Path, apart: bool) -> list[list[float]]:
+    rank = int(os.environ["RANK"])
+    with Runtime(runs.small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
+        # Hosts that share no file system have each a folder of their own by the same name.
+        mine = folder / (f"host_{rank}" if apart else "shared")
+        own = {} if rank == 1 else {"compressor": {"residual/weight": torch.full((2,), float(rank))}}
+        layout = {"strategy": "ddp", "world_size": 3, "mesh": {"data": 3}}
+        whole = {**state(), "compressor": {}, "local": {}, "layout": layout, **own}
+        checkpoint.save(mine, whole, progress(5), runtime.communicator(), runtime.device)
+        runtime.communicator().barrier()
+        found, _ = checkpoint.load(folder / ("host_0" if apart else "shared") / "step_00000005")
+    return [each["residual/weight"].tolist() if each else [] for each in found["compressor"]]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one file system", "a host each"])
+def test_what_each_rank_has_for_itself_comes_back_by_rank(tmp_path: Path, apart: bool) -> None:
+    for found in run_ranks(_save_on_rank, 3, tmp_path, apart):
+        assert found == [[0.0, 0.0], [], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("name", ["../state.json", "logs/x"])
+def test_a_manifest_can_t_point_out_of_its_folder(saved: Path, name: str) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest[name] = manifest["state.json"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    refuses(saved, "manifest.json")
+
+
+def test_a_file_that_the_manifest_doesn_t_list_is_not_read(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    del manifest["rank_00000.safetensors"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    assert list(checkpoint.load(saved)[0]["compressor"]) == [{}]
 
 
 def test_the_model_can_be_read_alone(saved: Path) -> None:
@@ -230,7 +274,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_never_run(
     else:
         rewritten(saved, name, planted.read_bytes())
     with pytest.raises(DamagedCheckpoint, match=name):
-        checkpoint.load(saved)
+        checkpoint.load(saved)[0]["compressor"][0]
     assert not mark.exists()
     # It would have run.
     pickle.loads(pickle.dumps(Bomb(mark)))

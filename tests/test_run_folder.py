@@ -187,7 +187,9 @@ def set_progress(path: Path, **changes: Any) -> None:
     """Changes what a checkpoint says of the run, as if it had been saved so."""
     state, progress = checkpoint.load(path)
     step = int(path.name[5:])
-    saved = checkpoint.save(path.parent / "again", state, {**progress, "step": step, **changes})
+    saved = checkpoint.save(
+        path.parent / "again", {**state, "compressor": {}, "local": {}}, {**progress, "step": step, **changes}
+    )
     shutil.rmtree(path)
     saved.rename(path)
 

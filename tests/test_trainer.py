@@ -142,10 +142,17 @@ def test_steps_are_logged_at_their_interval_since_the_last(whole: Run) -> None:
     rows = whole.rows("step")
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14]
     names = ("loss", "accuracy", "gradient_norm", "learning_rate")
-    speeds = ("speed/images_per_second", "speed/step_ms", "speed/bytes_sent_per_step")
+    speeds = tuple(f"speed/{name}" for name in ("images_per_second", "step_ms", "bytes_sent_per_step"))
     times = ("time/compute", "time/communication", "time/data", "time/other")
     for row in rows:
-        assert set(row) == {"kind", "step", *(f"train/{name}" for name in names), *speeds, *times}
+        assert set(row) == {
+            "kind",
+            "step",
+            *(f"train/{name}" for name in names),
+            *speeds,
+            *times,
+            "speed/compression_ratio",
+        }
         assert sum(row[name] for name in times) == pytest.approx(1)
         assert row["speed/images_per_second"] > 0
         assert row["train/gradient_norm"] > 0

@@ -51,6 +51,13 @@ class Residuals:
             owed.flat.add_(bucket.lossy_part)
         return owed
 
+    def settle(self, bucket: Bucket) -> None:
+        """Adds to a bucket's gradients what was loaded for them, where there is nobody to owe anything."""
+        for name in list(bucket.lossy):
+            saved = self._loaded.pop(f"residual/{name}", None)
+            if saved is not None:
+                bucket.tensors[name].add_(saved.to(bucket.flat.device))
+
     def forget(self, owed: Bucket, name: str, sent: Tensor) -> None:
         """Clears the velocity of elements (int64 indices into a flat tensor) that were sent, as §3.2 masks them."""
         if self._momentum:

@@ -24,6 +24,10 @@ class NoCompression(Compressor):
         """All-reduces the whole bucket."""
         yield communicator.start_all_reduce(bucket.flat)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: no step depends on an earlier one."""
+        return {}
+
     def take(self, owed: Bucket) -> list[Tensor]:
         """Nothing: all is in the plain part."""
         return []

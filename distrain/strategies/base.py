@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.collectives import Communicator, Ledger, digest
+from distrain.compression import base as compression
+from distrain.compression import redistribute
 from distrain.config import Config, choices
 from distrain.metrics import Stopwatch
 
@@ -54,6 +57,7 @@ class Strategy(ABC):
         ledger: Bytes this rank has sent.
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: What :meth:`setup` made; the trainer sets its learning rate.
+        compressor: How what is reduced among replicas travels.
     """
 
     mesh: DeviceMesh | None = None
@@ -65,6 +69,18 @@ class Strategy(ABC):
         self.runtime = runtime
         self.ledger = Ledger()
         self.stopwatch = Stopwatch(runtime.device)
+        self.compressor = compression.build(config.compression, config.seed)
+        self._measured_from = 0
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the ranks are arranged; what each rank has for itself fits the same layout only."""
+        mesh = self.mesh
+        return {
+            "strategy": self.config.strategy.name,
+            "world_size": self.runtime.world.size,
+            "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
+        }
 
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
@@ -111,11 +127,18 @@ class Strategy(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All there is to continue: ``model`` and ``optimizer`` tensors by unsplit names, and scalars."""
+        """All there is to continue.
+
+        ``model`` and ``optimizer`` tensors by unsplit names and ``scalars``, of which the first rank's are saved, and
+        what every rank has for itself: ``compressor`` (its ``state_dict()``) and, where needed, ``local`` tensors, by
+        ``<what>/<parameter name>``.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave, under this or another strategy.
+
+        ``compressor`` and ``local`` are sequences of what each rank had, and ``layout`` is that of the run that saved.
 
         Raises:
             ValueError: Names or shapes differ from the model's.
@@ -132,13 +155,53 @@ class Strategy(ABC):
             for tensor in model.state_dict().values():
                 communicator.broadcast(tensor)
 
+    def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> None:
+        """Takes this rank's part of what the compressors of a saved run kept.
+
+        Args:
+            saved: As for :meth:`load_state_dict`.
+            names: Parameters that this rank holds.
+            replicas: How many ranks hold each of them.
+        """
+        redistribute.restore(
+            self.compressor,
+            saved["compressor"],
+            same_layout=saved["layout"] == self.layout,
+            rank=self.runtime.world.rank,
+            names=names,
+            replicas=replicas,
+        )
+        self._measured_from = self.compressor.step
+
     def uncompressed_bytes_per_step(self) -> int:
         """Bytes this rank would send in a step without compression."""
         return 0
 
+    def metrics(self) -> dict[str, float]:
+        """More scalars for the log, by tag; all ranks call it together, whenever metrics are logged.
+
+        Here it is what compression costs and keeps back: milliseconds a step that a rank compresses and decompresses,
+        the mean of all ranks, and the Euclidean norm of what all ranks together have not sent yet.
+        """
+        steps = self.compressor.step - self._measured_from
+        if self.config.compression.name == "none" or steps <= 0:
+            return {}
+        norm = self.compressor.residual_norm()
+        device = self.runtime.device
+        mine = torch.zeros(2, dtype=torch.float64, device=device)
+        mine[0] = self.stopwatch.compressing() / steps
+        if norm is not None:
+            mine[1] = norm.double().square()
+        seconds, squares = self.runtime.communicator().all_reduce(mine).tolist()
+        found = {"compression/ms_per_step": 1000 * seconds / self.runtime.world.size}
+        if norm is not None:
+            found["compression/residual_norm"] = math.sqrt(squares)
+        return found
+
     def report(self) -> dict[str, Any]:
-        """More for ``summary.json``, by the strategy's name; all ranks call it together at the end of a run."""
-        return {}
+        """More for ``summary.json``, by part; all ranks call it together at the end of a run."""
+        found = {name.removeprefix("compression/"): value for name, value in self.metrics().items()}
+        return {"compression_report": found} if found else {}
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of what :meth:`report` found, by name; on the rank that writes."""

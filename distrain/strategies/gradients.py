@@ -69,6 +69,7 @@ class Gradients:
         bucket_mb: float = 25,
     ) -> None:
         self._communicator = communicator
+        self._compressor = compressor
         self._exchanges = Exchanges(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._armed = False
@@ -104,12 +105,18 @@ class Gradients:
     def finish(self) -> None:
         """Sends what the backward pass did not complete (unused parameters, an empty share) and waits for all."""
         if self._communicator.size == 1:
+            self._settle()
             return
         with self._stopwatch.communication():
             while self._next < len(self.buckets):
                 self._launch()
             self._exchanges.finish()
         self._armed = False
+
+    def _settle(self) -> None:
+        if self._compressor.residuals is not None:
+            for bucket in self.buckets:
+                self._compressor.residuals.settle(bucket)
 
     def norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar."""

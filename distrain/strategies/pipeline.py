@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from distrain import state
 from distrain.collectives import Communicator
-from distrain.compression import base as compression
 from distrain.config import Config, ConfigError, StrategyConfig, register, setting
 from distrain.pipelining import schedule as schedules
 from distrain.pipelining import split, timeline
@@ -142,7 +141,6 @@ class Pipeline(Strategy):
         self._shapes = self._boundary_shapes(model, example, starts)
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
-        self.compressor = compression.build(self.config.compression, self.config.seed)
         named: list[tuple[str, nn.Parameter]] = []
         for index, owner in enumerate(self._where):
             if owner != self.line.rank:
@@ -434,7 +432,7 @@ class Pipeline(Strategy):
                     f"{found['bubble_predicted']:.0%} predicted"
                 )
                 self._figures["pipeline/timeline"] = timeline.write(recorded[-1], title, folder)
-        return {"pipeline": found}
+        return {"pipeline": found, **super().report()}
 
     def figures(self) -> dict[str, Figure]:
         """The timeline of one step."""
@@ -459,7 +457,7 @@ class Pipeline(Strategy):
         return {
             "model": self.model_state(),
             "optimizer": self.line.share_tensors(tensors, self.runtime.device),
-            "compressor": self.line.share_tensors(self.compressor.state_dict(), self.runtime.device),
+            "compressor": self.compressor.state_dict(),
             "scalars": {
                 "optimizer_name": self.config.optimizer.name,
                 "optimizer": {name: value for each in everyone for name, value in each.items()},
@@ -474,5 +472,5 @@ class Pipeline(Strategy):
         for module in self._modules:
             state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
         state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
-        self.compressor.load_state_dict(saved["compressor"])
+        self.restore_compressor(saved, self._names.values(), self.replicas.size)
         self.precision.load_state_dict(saved["scalars"]["precision"])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from distrain import state
 from distrain.collectives import Communicator
-from distrain.compression import base as compression
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register
 from distrain.precision import Precision
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
@@ -53,7 +52,6 @@ class Single(Strategy):
         self.model = model
         self._loss_fn = loss_fn
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self.compressor = compression.build(self.config.compression, self.config.seed)
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
         self._forward: nn.Module = model
@@ -146,7 +144,7 @@ class Single(Strategy):
         state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         state.load_model(self.model, saved["model"])
         state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
-        self.compressor.load_state_dict(saved["compressor"])
+        self.restore_compressor(saved, self._names.values(), self.replicas.size)
         self.precision.load_state_dict(saved["scalars"]["precision"])
 
 

@@ -65,7 +65,7 @@ def test_floating_point_becomes_float32_and_counters_stay(run: Path, tmp_path: P
         "half": torch.rand(3, dtype=torch.bfloat16),
         "batches": torch.tensor(7),
     }
-    checkpoint.save(last.parent, {**state, "model": model}, progress)
+    checkpoint.save(last.parent, {**state, "model": model, "compressor": {}, "local": {}}, progress)
     tensors, _ = read(export.run(configured(run, f"output={tmp_path}/m")))
     assert tensors["double"].equal(model["double"].float())
     assert tensors["half"].equal(model["half"].float())
