@@ -12,6 +12,7 @@ import torch
 
 from distrain import callbacks, checkpoint, loggers, losses, models, optimizers, schedulers, strategies  # noqa: F401
 from distrain import config as configuration
+from distrain.compression import base as compression
 from distrain.config import Config, ConfigError, choices
 from distrain.data.base import DataSource, Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
@@ -84,6 +85,9 @@ def check(config: Config, world: World) -> None:
     device = choose_device(config, world)
     choose_backend(config, device)
     strategy_base.chosen(config).check(config, world.size)
+    compression.chosen(config).check(config)
+    if world.size == 1 and config.compression.name != "none":
+        log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)
     spec = source(config).describe()
     unused = models.check(
         config.model,

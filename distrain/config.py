@@ -76,6 +76,7 @@ def setting(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    each: str | None = None,
     default: Any = dataclasses.MISSING,
     default_factory: Any = dataclasses.MISSING,
 ) -> Any:
@@ -88,6 +89,7 @@ def setting(
         at_least: Inclusive lower limit.
         below: Exclusive upper limit.
         at_most: Inclusive upper limit.
+        each: The field is a mapping whose values are choices of this group, each checked by its own schema.
         default: Value where the YAML file gives none; normally the YAML files hold all values.
         default_factory: The same, made anew each time.
     """
@@ -98,6 +100,7 @@ def setting(
         "at_least": at_least,
         "below": below,
         "at_most": at_most,
+        "each": each,
     }
     if default_factory is not dataclasses.MISSING:
         return field(metadata=metadata, default_factory=default_factory)
@@ -349,13 +352,7 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
         node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(node, resolve=True)))
         for key, spec in fields.items():
             if key in _GROUPS:
-                group = node.get(key)
-                if not isinstance(group, DictConfig):
-                    raise ConfigError(key, group, f"needs one of the choices of conf/{key}", choices(key))
-                name = group.get("name")
-                if name not in choices(key):
-                    raise ConfigError(f"{key}.name", name, "unknown choice", choices(key))
-                values[key] = _typed(key, choices(key)[name].schema, group)
+                values[key] = _choice(key, key, node.get(key))
             elif key in _SECTIONS:
                 values[key] = _typed(key, _SECTIONS[key], node.get(key))
             elif key in node:
@@ -395,14 +392,43 @@ _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 _SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
 
 
+def _choice(group: str, key: str, node: Any) -> Any:
+    """One choice of a group as the dataclass that its name picks; ``key`` is where it stands."""
+    if not isinstance(node, DictConfig):
+        raise ConfigError(key, node, f"needs one of the choices of conf/{group}", choices(group))
+    name = node.get("name")
+    if name not in choices(group):
+        raise ConfigError(f"{key}.name", name, "unknown choice", choices(group))
+    return _typed(key, choices(group)[name].schema, node)
+
+
 def _typed(key: str, schema: type[Any], node: Any) -> Any:
     _check_keys(key, schema, node)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except ValidationError as error:
         raise _wrong_type(error, key, schema, node) from error
     except OmegaConfBaseException as error:
         raise one_line(error, prefix=key, schema=schema) from error
+    for spec in dataclasses.fields(schema):
+        group = spec.metadata.get("each")
+        if group is not None:
+            held = getattr(made, spec.name)
+            for name in held:
+                held[name] = _inner_choice(group, _join(_join(key, spec.name), str(name)), node[spec.name][name])
+    return made
+
+
+def _inner_choice(group: str, key: str, node: Any) -> Any:
+    """A choice that is a value inside another one."""
+    try:
+        return _choice(group, key, node)
+    except ConfigError as error:
+        line = str(error)
+        # A schema that compares its own keys names them by its group, which is not where they stand here.
+        if line.startswith(f"{group}.") and not line.startswith(key):
+            raise refused(key + line.removeprefix(group)) from error
+        raise
 
 
 def _check_keys(key: str, schema: type[Any], node: Any) -> None:
@@ -451,6 +477,10 @@ def _check_limits(prefix: str, value: Any) -> None:
         key, item = _join(prefix, spec.name), getattr(value, spec.name)
         if dataclasses.is_dataclass(item):
             _check_limits(key, item)
+            continue
+        if spec.metadata.get("each"):
+            for name, inner in item.items():
+                _check_limits(_join(key, name), inner)
             continue
         limits = spec.metadata
         allowed = limits.get("choices", ())

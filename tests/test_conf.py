@@ -28,7 +28,10 @@ def name(path: Path) -> str:
 
 
 def read(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text())
+    # Which other files Hydra puts in; not a key of the choice.
+    content.pop("defaults", None)
+    return content
 
 
 def keys_of(schema: type[Any]) -> dict[str, Any]:

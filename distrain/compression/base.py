@@ -10,15 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distrain.collectives import Communicator, Pending
 from distrain.compression.error_feedback import Residuals
+from distrain.compression.observation import Observer
 from distrain.compression.packing import pack, unpack
-from distrain.config import CompressionConfig, choices, setting
+from distrain.config import CompressionConfig, Config, ConfigError, choices, setting
 
 
 @dataclass
@@ -96,17 +97,37 @@ class Compressor(ABC):
         collectives: How many collectives a bucket needs one after the other.
         step: Steps begun since the start of the run.
         residuals: What this rank has not sent yet; ``None`` without error feedback.
+        observer: Who is told what happens in a step, if anybody.
+        ramp_steps: So many steps at the start of a run it works otherwise than later, so they tell nothing about it.
     """
 
-    collectives: ClassVar[int] = 1
+    collectives: int = 1
+    ramp_steps: int = 0
 
     def __init__(self, config: CompressionConfig, seed: int = 0) -> None:
         self.config = config
         self.seed = seed
         self.step = 0
         self.residuals: Residuals | None = None
+        self.observer: Observer | None = None
         if isinstance(config, LossyConfig) and config.error_feedback:
             self.residuals = Residuals()
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuses what this compressor can't serve, before any process group forms.
+
+        Raises:
+            ConfigError: One line naming the key, the value and the choices.
+        """
+        chosen = config.compression
+        if config.trainer.precision == "fp16" and isinstance(chosen, LossyConfig) and chosen.error_feedback:
+            raise ConfigError(
+                "trainer.precision",
+                "fp16",
+                f"overflows now and then, which would ruin what compression={chosen.name} has not sent yet",
+                ["fp32", "bf16", "fp64"],
+            )
 
     # --- what a compressor decides -----------------------------------------------------------------------------------
 
@@ -114,6 +135,10 @@ class Compressor(ABC):
         """Whether a parameter's gradient is worth compressing; the others are the bucket's plain part."""
         assert isinstance(self.config, LossyConfig)
         return parameter.dim() > 1 and parameter.numel() >= self.config.min_elements
+
+    def place(self, parameter: nn.Parameter) -> int:
+        """Parameters lie in a bucket in this order; those of a place keep the order in which gradients are ready."""
+        return 0 if self.compresses(parameter) else 1
 
     @abstractmethod
     def take(self, owed: Bucket) -> list[Tensor]:
@@ -142,6 +167,8 @@ class Compressor(ABC):
     def begin_step(self) -> None:
         """Called once a step, before its first bucket."""
         self.step += 1
+        if self.observer is not None:
+            self.observer.begin_step()
 
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
         """Replaces the bucket's content, in place, by its sum over the group.
@@ -171,6 +198,10 @@ class Compressor(ABC):
         bucket.plain_part.add_(plain)
         self.put(message, bucket)
 
+    def report(self) -> dict[str, Any]:
+        """What came of it, as plain data for ``summary.json``."""
+        return {}
+
     # --- what is kept between steps ----------------------------------------------------------------------------------
 
     def residual_norm(self) -> Tensor | None:
@@ -193,6 +224,11 @@ class Compressor(ABC):
         self.step = int(state.get("step", torch.tensor(0)))
         if self.residuals is not None:
             self.residuals.load_state_dict(state)
+
+
+def chosen(config: Config) -> type[Compressor]:
+    """The class of the compressor that the configuration names."""
+    return cast(type[Compressor], choices("compression")[config.compression.name].target)
 
 
 def build(config: CompressionConfig, seed: int = 0) -> Compressor:

@@ -16,7 +16,7 @@ class Exchanges:
     done first would hide more, but ranks would issue their collectives in different orders, and those must match.
 
     Args:
-        compressor: How buckets travel.
+        compressor: How buckets travel; its observer, if it has one, is told what happens when.
         communicator: Among whom.
         stopwatch: Where the time spent compressing is booked.
     """
@@ -26,22 +26,45 @@ class Exchanges:
         self._communicator = communicator
         self._stopwatch = stopwatch
         self._under_way: list[_Exchange] = []
+        self._held: list[Bucket] = []
+
+    def arm(self) -> None:
+        """The last backward pass of a step begins, and with it the first bucket fills up."""
+        if self._compressor.observer is not None:
+            self._compressor.observer.armed(self._communicator)
 
     def start(self, bucket: Bucket) -> None:
         """Starts a bucket's exchange; its content must not be touched until :meth:`finish`."""
-        self._begin_next()
-        exchange = _Exchange(self._compressor.aggregate(bucket, self._communicator), self._compressor.collectives)
-        self._under_way.append(exchange)
-        self._advance(exchange)
+        observer = self._compressor.observer
+        if observer is not None:
+            observer.ready(bucket)
+            if observer.holds:
+                self._held.append(bucket)
+                return
+        self._start(bucket)
 
     def finish(self) -> None:
         """Waits until all buckets hold their sums."""
+        observer = self._compressor.observer
+        if observer is not None:
+            observer.closed()
+        for bucket in self._held:
+            self._start(bucket)
+        self._held.clear()
         while any(exchange.left for exchange in self._under_way):
             self._begin_next()
         for exchange in self._under_way:
             self._advance(exchange)
             assert exchange.pending is None, "a compressor starts more collectives than it says"
         self._under_way.clear()
+        if observer is not None:
+            observer.done()
+
+    def _start(self, bucket: Bucket) -> None:
+        self._begin_next()
+        exchange = _Exchange(self._compressor.aggregate(bucket, self._communicator), self._compressor.collectives)
+        self._under_way.append(exchange)
+        self._advance(exchange)
 
     def _begin_next(self) -> None:
         for exchange in self._under_way:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.collectives import Communicator, ring_all_reduce_bytes
+from distrain.compression import advice
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.exchange import Exchanges
 from distrain.metrics import Stopwatch
@@ -70,6 +71,8 @@ class Gradients:
     ) -> None:
         self._communicator = communicator
         self._compressor = compressor
+        if advice.wanted(compressor, communicator):
+            advice.Advisor(compressor)
         self._exchanges = Exchanges(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._armed = False
@@ -98,6 +101,7 @@ class Gradients:
     def arm(self) -> None:
         """From now on a bucket is sent off as soon as it is complete; call before the last backward pass of a step."""
         self._armed = True
+        self._exchanges.arm()
         self._next = 0
         for index, bucket in enumerate(self.buckets):
             self._missing[index] = len(bucket.tensors)
@@ -163,12 +167,11 @@ def _partition(
 
 
 def _make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) -> Bucket:
-    lossy = [pair for pair in part if compressor.compresses(pair[1])]
     plain = [pair for pair in part if not compressor.compresses(pair[1])]
     first = part[0][1]
     flat = torch.zeros(sum(p.numel() for _, p in part), dtype=first.dtype, device=first.device)
     tensors, offset = {}, 0
-    for name, parameter in lossy + plain:
+    for name, parameter in sorted(part, key=lambda pair: compressor.place(pair[1])):
         # The parameter's own strides (channels-last weights), so that fused optimizers see one layout; those of a
         # copy where it is a view with gaps, which the bucket has not.
         strides = torch.empty_like(parameter, device="meta").stride()

@@ -1,0 +1,29 @@
+"""One bit an element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distrain.compression.quantised import Quantised, QuantisedConfig
+from distrain.config import register
+
+
+@register("compression", "signsgd", QuantisedConfig)
+class SignSGD(Quantised):
+    """Sends the sign of each element and, for each group, the mean magnitude, which the signs are scaled by.
+
+    Karimireddy et al. 2019, "Error Feedback Fixes SignSGD and other Gradient Compression Schemes" (arXiv 1901.09847),
+    algorithm 1, with a scale for each group of ``bucket_size`` elements instead of one for each layer. Signs without
+    scale or error feedback are of Bernstein et al. 2018, "signSGD" (arXiv 1802.04434), one bit with error feedback of
+    Seide et al. 2014, "1-bit stochastic gradient descent". Ranks' messages are added up, not put to the vote.
+    """
+
+    bits = 1
+    lowest = -1
+    shift = 1
+
+    def quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean magnitude of each group, and 1 or -1 for each value; a zero counts by its sign bit."""
+        step = values.abs().mean(-1, keepdim=True).float()
+        return step, torch.copysign(torch.ones((), dtype=values.dtype, device=values.device), values)

@@ -1,0 +1,439 @@
+"""compression=auto finds what makes a step fastest, loses nothing on the way, and goes on with its choice."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distrain import app, config
+from distrain.collectives import Communicator, Pending, digest
+from distrain.compression import auto, base, selection
+from distrain.compression.auto import Auto, AutoConfig
+from distrain.compression.base import Bucket, Compressor, LossyConfig
+from distrain.compression.link import Link, Point
+from distrain.compression.none import NoCompression
+from distrain.compression.selection import Table, choose, turns
+from distrain.config import Choice, CompressionConfig, ConfigError
+from distrain.metrics import Stopwatch
+from distrain.runtime import Runtime, World
+from distrain.strategies.gradients import Gradients
+from tests.harness import run_ranks
+from tests.runs import compose, small, train_on_rank
+from tests.strategies.helpers import ALONE
+
+CPU = torch.device("cpu")
+LINK = Link({"all_reduce": [Point(1000, 0.0002, 0.0), Point(10_000_000, 0.8, 0.0)]})
+
+
+def table(predicted: Mapping[str, float], **measured: float) -> Table:
+    """A table of these seconds, from the least to the most lossy."""
+    zeros = dict.fromkeys(predicted, 0)
+    return Table(LINK, 0.0, zeros, dict.fromkeys(predicted, 0.0), dict(predicted), measured)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({"none": 1.0, "bf16": 0.5, "topk": 0.3}, "topk"),
+        ({"none": 1.0, "bf16": 0.305, "topk": 0.3}, "bf16"),
+        ({"none": 1.0, "bf16": 0.307, "topk": 0.3}, "topk"),
+        ({"none": 1.0, "bf16": 1.2, "topk": 1.1}, "none"),
+        ({"none": 1.01, "bf16": 1.0}, "none"),
+    ],
+    ids=["the fastest", "about as fast", "slower", "nothing pays", "hardly pays"],
+)
+def test_the_least_lossy_of_those_about_as_fast_as_the_fastest_is_chosen(
+    seconds: dict[str, float], expected: str
+) -> None:
+    assert choose(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "expected"),
+    [
+        ({"none": 9, "a": 1.0, "b": 1.2, "c": 1.3}, {}, ["a", "b"]),
+        ({"none": 1.4, "a": 1.0, "b": 1.2, "c": 1.3}, {}, ["none", "a", "b"]),
+        ({"none": 9, "a": 1.0, "b": 1.2}, {"none": 1.4}, ["none", "a", "b"]),
+        ({"none": 1, "a": 2.0, "b": 3.0}, {}, ["none"]),
+        ({"none": 9, "a": 1.0}, {}, ["a"]),
+        ({"none": 9, "a": 1.2, "b": 1.1, "c": 1.05, "d": 1.0, "e": 1.15}, {}, ["b", "c", "d", "e"]),
+    ],
+    ids=["the likeliest", "none if it may be", "none by experience", "none alone", "one alone", "not too many"],
+)
+def test_what_may_be_the_fastest_is_tried(
+    predicted: dict[str, float], measured: dict[str, float], expected: list[str]
+) -> None:
+    assert table(predicted, **measured).hopeful() == expected
+
+
+def test_candidates_take_turns_and_each_begins_a_round() -> None:
+    order = turns(["a", "b", "c"], a_round=1.0, budget=6.9)
+    assert "".join(order) == "abcbcacab" * 2 + "abc"
+    assert len(turns(["a", "b"], a_round=1.0, budget=0.001)) == 2 * (selection.FEWEST_ROUNDS + 1)
+    assert len(turns(["a", "b"], a_round=0.001, budget=100.0)) == 2 * (selection.MOST_ROUNDS + 1)
+
+
+def test_a_trial_s_median_leaves_the_first_round_out() -> None:
+    found = table({"none": 1.0, "a": 1.0})
+    found.rest = 0.5
+    found.add_trial(list("abbaab"), [9, 9, 2, 1, 3, 4])
+    assert found.measured == {"a": 2.5, "b": 3.5}
+    assert (found.expected("a"), found.expected("none")) == (2.5, 1.0)
+
+
+def test_the_table_is_plain_data_and_readable() -> None:
+    found = table({"none": 3.65, "topk": 0.0411}, topk=0.0423)
+    found.sent, found.compressing = {"none": 42_600_000, "topk": 1_065_000}, {"none": 0.0, "topk": 0.0211}
+    assert str(found).splitlines() == [
+        "candidate         MB sent  compress ms  predicted ms  measured ms",
+        "none               42.600          0.0        3650.0            -",
+        "topk                1.065         21.1          41.1         42.3",
+    ]
+    plain = found.to_plain()
+    assert plain["link"] == {"latency_ms": 0.2, "bytes_per_second": 12_503_126}
+    columns = ("candidate", "bytes_sent", "compress_ms", "predicted_ms", "measured_ms")
+    assert [tuple(row[column] for column in columns) for row in plain["candidates"]] == [
+        ("none", 42_600_000, 0.0, 3650.0, None),
+        ("topk", 1_065_000, 21.1, 41.1, 42.3),
+    ]
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def configured(*overrides: str) -> AutoConfig:
+    found = compose("compression=auto", *overrides).compression
+    assert isinstance(found, AutoConfig)
+    return found
+
+
+def test_each_candidate_has_its_own_file_s_values_and_the_command_line_s() -> None:
+    found = configured("compression.candidates.powersgd.rank=2")
+    own = compose("compression=powersgd", "compression.rank=2").compression
+    assert found.candidates["powersgd"] == own
+    assert type(found.candidates["powersgd"]) is type(own)
+    assert [found.candidates[f"qsgd{bits}"].bits for bits in (2, 4, 8)] == [2, 4, 8]
+
+
+def test_candidates_stand_in_order_and_the_cap_cuts_them() -> None:
+    every = ["none", "bf16", "fp16", "qsgd8", "powersgd", "topk", "qsgd4", "randomk", "signsgd", "qsgd2"]
+    assert list(configured("compression.most_lossy=qsgd2").allowed) == every
+    assert list(configured("compression.most_lossy=qsgd8").allowed) == every[:4]
+    assert list(configured("compression.most_lossy=none").allowed) == ["none"]
+    more = configured("+compression.candidates.topk1=${compression.candidates.topk}", "compression.most_lossy=topk1")
+    assert list(more.allowed) == [*every, "topk1"]
+    fewer = configured("~compression.candidates.powersgd")
+    assert list(fewer.allowed) == ["none", "bf16", "fp16", "qsgd8", "topk"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["compression.candidates.powersgd.rank=0"], "compression.candidates.powersgd.rank=0: must be at least 1"),
+        (["compression.candidates.powersgd.rank=x"], "compression.candidates.powersgd.rank=x: must be a whole number"),
+        (["+compression.candidates.powersgd.rnk=2"], "compression.candidates.powersgd.rnk: no such key; choices: name"),
+        (["compression.candidates.qsgd4.bits=5"], "compression.candidates.qsgd4.bits=5: unknown choice; choices: 2"),
+        (
+            ["compression.candidates.topk.momentum_correction=0.9", "compression.candidates.topk.error_feedback=false"],
+            "compression.candidates.topk.momentum_correction=0.9: needs",
+        ),
+        (["+compression.candidates.new.name=nothing"], "compression.candidates.new.name=nothing: unknown choice"),
+        (["+compression.candidates.new.name=auto"], "compression.candidates.new.name=auto: can't be a candidate"),
+        (["+compression.candidates.new=3"], "compression.candidates.new=3: needs one of the choices"),
+        (["compression.most_lossy=tpk"], "compression.most_lossy=tpk: is none of the candidates; choices: none, bf16"),
+        (["compression.trial_seconds=-1"], "compression.trial_seconds=-1.0: must be at least 0"),
+        (["compression.candidates=bf16"], "compression.candidates=bf16: must be a mapping of keys to values"),
+    ],
+)
+def test_a_mistake_in_a_candidate_is_named_by_its_full_key(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(*overrides)
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_cap_that_allows_what_can_t_serve_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^compression\.most_lossy=topk: allows powersgd, but trainer\.precision"):
+        app.check(compose("compression=auto", "trainer.precision=fp16"), ALONE)
+    app.check(compose("compression=auto", "trainer.precision=fp16", "compression.most_lossy=fp16"), ALONE)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+class Fake(Compressor):
+    """Sends the half of everything it compresses as one sum, after a sleep, and keeps the rest for the next step."""
+
+    sleeps = 0.0
+    seen: list[Bucket]
+
+    def __init__(self, config: CompressionConfig, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        self.seen = []
+
+    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
+        self.seen.append(bucket)
+        time.sleep(self.sleeps)
+        owed = self.residuals.add(bucket) if self.residuals is not None else bucket
+        bucket.lossy_part.copy_(owed.lossy_part).mul_(0.5)
+        owed.lossy_part.mul_(0.5)
+        yield communicator.start_all_reduce(bucket.flat)
+
+    def take(self, owed: Bucket) -> list[Tensor]:
+        raise NotImplementedError
+
+    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+        raise NotImplementedError
+
+    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+        raise NotImplementedError
+
+
+class Slow(Fake):
+    """The same, and slow."""
+
+    sleeps = 0.01
+
+
+class Fading(Fake):
+    """Quick at first, then slow."""
+
+    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
+        # A trial's cost is measured as of later steps, so those are quick too.
+        self.sleeps = 0.02 if 15 < self.step < 1000 else 0.0
+        return super().aggregate(bucket, communicator)
+
+
+FAKES: dict[str, type[Compressor]] = {"fake": Fake, "slow": Slow, "fading": Fading}
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in FAKES.items():
+        monkeypatch.setitem(config.choices("compression"), name, Choice("compression", name, LossyConfig, kind))
+
+
+def fake(name: str, min_elements: int = 1, error_feedback: bool = True) -> LossyConfig:
+    return LossyConfig(name=name, min_elements=min_elements, error_feedback=error_feedback)
+
+
+def choosing(most_lossy: str, trial_seconds: float, **candidates: CompressionConfig) -> AutoConfig:
+    """``compression=auto`` among these; with hardly any seconds a trial has the fewest rounds."""
+    return AutoConfig(name="auto", most_lossy=most_lossy, trial_seconds=trial_seconds, candidates=dict(candidates))
+
+
+def gradients_of(used: Compressor, replicas: Communicator | None = None, bucket_mb: float = 1) -> Gradients:
+    sizes = {"small": (2, 3), "large": (20, 30), "bias": (20,), "medium": (5, 8)}
+    named = [(name, nn.Parameter(torch.zeros(size, dtype=torch.float64))) for name, size in sizes.items()]
+    return Gradients(named, replicas or Communicator(), used, Stopwatch(CPU), bucket_mb, bucket_mb)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_each_candidate_sees_the_buckets_that_it_would_have_laid_out() -> None:
+    parts: dict[str, CompressionConfig] = {"all": fake("fake", 1), "some": fake("fake", 40), "few": fake("fake", 600)}
+    used = Auto(choosing("few", 0.0, **parts))
+    (bucket,) = gradients_of(used).buckets
+    # Last layer first where equally many compress them; vectors last.
+    assert list(bucket.tensors) == ["large", "medium", "small", "bias"]
+    for name, candidate in parts.items():
+        (own,) = gradients_of(base.build(candidate)).buckets
+        seen = used._view(name, bucket)
+        assert set(seen.lossy) == set(own.lossy)
+        assert seen.plain == own.plain
+        assert seen.flat is bucket.flat
+    assert used._view("none", bucket).plain == bucket.flat.numel()
+
+
+# --- on ranks --------------------------------------------------------------------------------------------------------
+
+
+def _force(name: str) -> None:
+    """Whatever is fastest here today, in this process this one is chosen and nothing is said against it."""
+    vars(auto)["choose"] = lambda seconds: name
+    auto.TOO_SLOW = auto.SURPRISING = 1e9
+
+
+def _exchange_on_rank(
+    chosen: AutoConfig, steps: int, prefer: str | None = None, none_sleeps: float = 0.0
+) -> dict[str, Any]:
+    """Exchanges random gradients; ``prefer`` takes the place of the measured choice."""
+    for name, kind in FAKES.items():
+        config.choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
+    if prefer is not None:
+        selection.HOPEFUL = selection.HOPEFUL_NONE = 1e9
+        _force(prefer)
+    if none_sleeps:
+        usual: Callable[..., Iterator[Pending]] = NoCompression.aggregate
+
+        def slow(self: NoCompression, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
+            time.sleep(none_sleeps)
+            return usual(self, bucket, communicator)
+
+        NoCompression.aggregate = slow  # type: ignore[method-assign]
+    lines: list[tuple[str, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append((record.levelname, record.getMessage()))
+
+    logging.getLogger("distrain").addHandler(Keep())
+    world = World.from_environment()
+    with Runtime(small("strategy=ddp"), world, keep_logs=False) as runtime:
+        everyone = runtime.communicator()
+        used = Auto(chosen, seed=3)
+        gradients = gradients_of(used, everyone, bucket_mb=0.003)
+        generator = torch.Generator().manual_seed(world.rank)
+        given, got = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for _ in range(steps):
+            gradients.zero()
+            used.begin_step()
+            gradients.arm()
+            for bucket in gradients.buckets:
+                bucket.flat.copy_(torch.randn(bucket.flat.shape, generator=generator, dtype=torch.float64))
+            given = given + torch.cat([bucket.flat for bucket in gradients.buckets])
+            gradients.finish()
+            got = got + torch.cat([bucket.flat for bucket in gradients.buckets])
+        state = used.state_dict()
+        none = {name: torch.zeros_like(t) for bucket in gradients.buckets for name, t in bucket.tensors.items()}
+        kept = torch.cat([state.get(f"residual/{name}", zeros).flatten() for name, zeros in none.items()])
+        return {
+            "digest": int(digest([got])),
+            "given": everyone.all_reduce(given),
+            "got": got,
+            "kept": everyone.all_reduce(kept.clone()),
+            "report": used.report(),
+            "state": state,
+            "lines": [line for line in lines if "auto" in line[1]],
+            "observed": used.observer is not None,
+        }
+
+
+#: Warm-up, plain and held steps, a short trial of three candidates, the check, and a trial of two.
+ENOUGH = 9 + 5 * (selection.FEWEST_ROUNDS + 1) + auto.CHECKED_STEPS
+
+
+@pytest.mark.parametrize(
+    ("none_sleeps", "candidates", "expected"),
+    [(0.0, ["slow"], "none"), (0.01, ["fake", "slow"], "fake")],
+    ids=["nothing pays", "something pays"],
+)
+def test_the_fastest_is_chosen_by_all_ranks_alike(none_sleeps: float, candidates: list[str], expected: str) -> None:
+    chosen = choosing("slow", 0.0001, **{name: fake(name) for name in candidates})
+    everyone = run_ranks(_exchange_on_rank, 2, chosen, ENOUGH, None, none_sleeps)
+    assert everyone[0]["digest"] == everyone[1]["digest"]
+    for found in everyone:
+        report = found["report"]
+        assert report["chosen"] == expected
+        rows = {row["candidate"]: row for row in report["candidates"]}
+        assert list(rows) == ["none", *candidates]
+        # Three buckets, each with a sleep.
+        assert rows["slow"]["compress_ms"] >= 30
+        assert rows["slow"]["predicted_ms"] >= 30
+        assert rows["none"]["measured_ms"] is not None
+        assert rows["none"]["bytes_sent"] == rows["slow"]["bytes_sent"] == 8 * (6 + 600 + 20 + 40)
+        assert any(f"compression=auto chooses {expected} on this link" in line for _, line in found["lines"])
+        assert not found["observed"]
+
+
+@pytest.mark.parametrize("prefer", ["none", "first", "second"])
+def test_what_candidates_that_were_tried_owe_is_not_lost(prefer: str) -> None:
+    chosen = choosing("second", 0.0001, first=fake("fake", 40), second=fake("fake"))
+    # In the midst of the trial, and after it.
+    for steps in (20, 40):
+        for found in run_ranks(_exchange_on_rank, 2, chosen, steps, prefer):
+            assert found["report"]["chosen"] == (prefer if steps == 40 else None)
+            torch.testing.assert_close(found["got"] + found["kept"], found["given"], rtol=1e-12, atol=1e-12)
+            if prefer != "none" or steps == 20:
+                assert found["kept"].abs().max() > 0.01
+            else:
+                assert not found["kept"].any()
+
+
+def test_a_choice_that_turns_out_slower_than_nothing_is_taken_back() -> None:
+    chosen = choosing("fading", 0.0001, fading=fake("fading"))
+    for found in run_ranks(_exchange_on_rank, 2, chosen, 70, None, 0.005):
+        said = [(level, line) for level, line in found["lines"] if "it goes on without" in line]
+        assert [level for level, _ in said] == ["WARNING"]
+        assert said[0][1].startswith("compression=auto chose fading, with which a step takes ")
+        assert found["report"]["chosen"] == "none"
+        torch.testing.assert_close(found["got"], found["given"], rtol=1e-12, atol=1e-12)
+
+
+def test_by_prediction_alone_nothing_is_tried() -> None:
+    chosen = choosing("fake", trial_seconds=0, fake=fake("fake"))
+    for found in run_ranks(_exchange_on_rank, 2, chosen, 10, None, 0.01):
+        assert found["report"]["chosen"] == "fake"
+        assert [row["measured_ms"] is None for row in found["report"]["candidates"]] == [False, True]
+
+
+def test_one_process_has_nothing_to_choose() -> None:
+    used = Auto(configured())
+    gradients = gradients_of(used)
+    for _ in range(12):
+        used.begin_step()
+        gradients.arm()
+        gradients.finish()
+    assert used.report() == {"chosen": None}
+    assert used.step == 12
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def _auto(run_dir: Path, *more: str, strategy: str = "ddp") -> Any:
+    return small(
+        f"strategy={strategy}",
+        "compression=auto",
+        "compression.trial_seconds=0.01",
+        "trainer.epochs=100",
+        "trainer.max_steps=50",
+        f"run_dir={run_dir}",
+        *more,
+    )
+
+
+def _log(run_dir: Path) -> str:
+    return "".join(path.read_text() for path in sorted(run_dir.glob("logs/rank_*.log")))
+
+
+def test_a_resumed_run_goes_on_with_the_choice_where_it_was_made(tmp_path: Path) -> None:
+    # Whatever is fastest here today, something that keeps a residual is chosen.
+    forced = ("compression.most_lossy=topk", "compression.candidates.topk.min_elements=8")
+    through, again, elsewhere = tmp_path / "through", tmp_path / "again", tmp_path / "elsewhere"
+    saving = ("checkpoint.every_steps=45", "checkpoint.keep=9")
+    first = run_ranks(_train_with_topk, 2, _auto(through, *forced, *saving))
+    assert all(torch.equal(first[0]["model"][name], first[1]["model"][name]) for name in first[0]["model"])
+    assert "compression=auto chooses topk" in _log(through)
+
+    resume = f"resume={through / 'checkpoints' / 'step_00000045'}"
+    for found in run_ranks(_train_with_topk, 2, _auto(again, *forced, resume)):
+        assert all(torch.equal(found["model"][name], first[0]["model"][name]) for name in found["model"])
+    assert _log(again).count("compression=auto goes on with topk") == 2
+    assert "chooses" not in _log(again)
+
+    run_ranks(_train_with_topk, 3, _auto(elsewhere, *forced, resume, "trainer.max_steps=90"))
+    assert "goes on with" not in _log(elsewhere)
+    assert _log(elsewhere).count("compression=auto chooses topk") == 3
+
+
+def _train_with_topk(configuration: Any) -> dict[str, Any]:
+    _force("topk")
+    return train_on_rank(configuration)
+
+
+def test_the_stages_of_a_pipeline_decide_for_themselves_by_prediction(tmp_path: Path) -> None:
+    net = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group", "strategy.stages=2")
+    everyone = run_ranks(train_on_rank, 4, _auto(tmp_path, *net, "trainer.max_steps=20", strategy="pipeline"))
+    for found in everyone:
+        assert all(torch.equal(found["model"][name], everyone[0]["model"][name]) for name in found["model"])
+    said = _log(tmp_path)
+    assert said.count("compression=auto chooses") == 4

@@ -1,0 +1,134 @@
+"""compression=fp16 and bf16: every gradient in 16 bits, summed in 16 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distrain.collectives import Communicator, digest, ring_all_reduce_bytes
+from distrain.compression.exchange import Exchanges
+from distrain.metrics import Stopwatch
+from distrain.runtime import Runtime, World
+from tests.compression.crowd import Crowd, Odd, bucket_for, compressor
+from tests.harness import run_ranks
+from tests.runs import small
+
+#: Of each cast its dtype, and the largest relative error of rounding once.
+CASTS = {"fp16": (torch.float16, 2**-11), "bf16": (torch.bfloat16, 2**-8)}
+both = pytest.mark.parametrize("name", CASTS)
+
+
+@both
+def test_small_tensors_and_vectors_are_cast_too(name: str) -> None:
+    bucket = bucket_for(compressor(f"compression={name}"))
+    assert bucket.plain == 0
+    assert bucket.tensors["bias"].numel() == 11
+
+
+@both
+def test_two_ranks_get_the_sum_of_the_rounded_shares_rounded(name: str) -> None:
+    dtype, _ = CASTS[name]
+    crowd = Crowd(2, f"compression={name}")
+    first, second = crowd.gradients()
+    expected = first.to(dtype) + second.to(dtype)
+    assert torch.equal(crowd.step([first, second]), expected.float())
+
+
+@both
+def test_what_16_bits_can_say_is_summed_exactly(name: str) -> None:
+    crowd = Crowd(3, f"compression={name}")
+    shares = [torch.arange(len(crowd.buckets[0].flat)).remainder(64).float() for _ in range(3)]
+    assert torch.equal(crowd.step(shares), 3 * shares[0])
+
+
+def test_fp16_overflows_to_infinity_and_underflows_to_zero() -> None:
+    crowd = Crowd(1, "compression=fp16")
+    gradient = torch.zeros_like(crowd.buckets[0].flat)
+    gradient[:5] = torch.tensor([1e5, -1e5, float("nan"), 1e-8, 6e4])
+    got = crowd.step([gradient])
+    assert got[:2].tolist() == [float("inf"), float("-inf")]
+    assert got[2].isnan()
+    assert got[3] == 0
+    assert got[4] == pytest.approx(6e4, rel=2**-11)
+
+
+def test_bf16_has_the_range_of_float32() -> None:
+    crowd = Crowd(1, "compression=bf16")
+    gradient = torch.logspace(-37, 38, len(crowd.buckets[0].flat))
+    torch.testing.assert_close(crowd.step([gradient]), gradient, rtol=2**-8, atol=0)
+
+
+@both
+def test_one_rank_s_message_takes_two_bytes_an_element_and_is_added(name: str) -> None:
+    dtype, error = CASTS[name]
+    used = compressor(f"compression={name}")
+    bucket = bucket_for(used)
+    given = torch.linspace(0.5, 2, bucket.flat.numel())
+    bucket.flat.copy_(given)
+    message = used.encode(bucket)
+    assert message.numel() == pytest.approx(2 * given.numel(), abs=7)
+    assert bucket.flat.abs().max() <= error  # what was rounded off
+    assert torch.equal(bucket.flat + given.to(dtype), given)
+    receiver = bucket_for(used)
+    receiver.flat.fill_(1)
+    used.decode(message, receiver)
+    assert torch.equal(receiver.flat, 1 + given.to(dtype).float())
+
+
+@both
+def test_double_gradients_stay_double(name: str) -> None:
+    dtype, _ = CASTS[name]
+    used = compressor(f"compression={name}")
+    bucket = bucket_for(used, Odd().double())
+    bucket.flat.fill_(1 / 3)
+    for pending in used.aggregate(bucket, Communicator()):
+        pending.wait()
+    assert bucket.flat.dtype == torch.float64
+    assert bucket.flat[0] == torch.tensor(1 / 3).to(dtype).double()
+
+
+@both
+def test_nothing_is_kept_between_steps(name: str) -> None:
+    used = compressor(f"compression={name}")
+    used.begin_step()
+    assert used.state_dict() == {"step": torch.tensor(1)}
+    assert used.residual_norm() is None
+
+
+def _on_rank() -> dict[str, Any]:
+    """Both casts among real ranks."""
+    found: dict[str, Any] = {}
+    world = World.from_environment()
+    with Runtime(small("strategy=ddp"), world, keep_logs=False) as runtime:
+        for name in CASTS:
+            everyone = runtime.communicator()
+            used = compressor(f"compression={name}")
+            bucket = bucket_for(used, nn.Linear(257, 129))
+            torch.manual_seed(world.rank)
+            bucket.flat.normal_()
+            exact = everyone.all_reduce(bucket.flat.double())
+            before = everyone.ledger.total()
+            exchanges = Exchanges(used, everyone, Stopwatch(runtime.device))
+            exchanges.start(bucket)
+            exchanges.finish()
+            found[name] = {
+                "digest": int(digest([bucket.flat])),
+                "error": float((bucket.flat - exact).abs().max()),
+                "bytes": everyone.ledger.total() - before,
+                "elements": bucket.flat.numel(),
+            }
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gloo_sums_16_bits(ranks: int) -> None:
+    everyone = run_ranks(_on_rank, ranks)
+    for name, (_, error) in CASTS.items():
+        first = everyone[0][name]
+        assert all(found[name] == first for found in everyone)
+        # Numbers up to 8, rounded once as shares and once for each addition.
+        assert 0 < first["error"] < 8 * error * ranks
+        assert first["bytes"] == ring_all_reduce_bytes(2 * first["elements"], ranks)

@@ -1,0 +1,271 @@
+"""What compressors that round to levels share: messages, groups, what is left over, and the exchange."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distrain.collectives import Communicator, digest
+from distrain.compression import quantised
+from distrain.compression.base import Bucket
+from distrain.compression.exchange import Exchanges
+from distrain.compression.qsgd import QSGD, QSGDConfig
+from distrain.compression.quantised import Quantised, QuantisedConfig
+from distrain.compression.signsgd import SignSGD
+from distrain.metrics import Stopwatch
+from distrain.runtime import Runtime, World
+from tests.harness import run_ranks
+from tests.runs import small
+
+KINDS = ("signsgd", "qsgd 2 max", "qsgd 4 max", "qsgd 4 l2", "qsgd 8 max")
+GROUP = 32
+
+
+def make(kind: str, *, error_feedback: bool = True, group: int = GROUP, seed: int = 0) -> Quantised:
+    if kind == "signsgd":
+        return SignSGD(QuantisedConfig("signsgd", 1, error_feedback, group), seed)
+    name, bits, norm = kind.split()
+    return QSGD(QSGDConfig(name, 1, error_feedback, group, int(bits), norm), seed)
+
+
+def bucket(
+    size: int, plain: int = 0, *, seed: int = 0, dtype: torch.dtype = torch.float32, name: str = "weight"
+) -> Bucket:
+    """Random gradients of magnitudes that differ from group to group; two tensors, and a plain one if asked."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(size + plain, generator=generator, dtype=dtype)
+    magnitudes = 10.0 ** torch.randint(-4, 5, (len(flat) // GROUP + 1,), generator=generator)
+    flat *= magnitudes.repeat_interleave(GROUP)[: len(flat)]
+    parts = {f"{name}.first": size // 3, f"{name}.second": size - size // 3, f"{name}.plain": plain}
+    views = flat.split(list(parts.values()))
+    return Bucket(flat, {key: view for key, view in zip(parts, views, strict=True) if len(view)}, plain)
+
+
+def copied(original: Bucket) -> Bucket:
+    flat = original.flat.clone()
+    parts = flat.split([view.numel() for view in original.tensors.values()])
+    return Bucket(flat, dict(zip(original.tensors, parts, strict=True)), original.plain)
+
+
+def said(compressor: Quantised, message: list[Tensor], about: Bucket) -> Tensor:
+    """The elements that a message stands for."""
+    heard = copied(about)
+    heard.flat.zero_()
+    compressor.put(message, heard)
+    return heard.lossy_part
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a thousand elements are several blocks."""
+    monkeypatch.setattr(quantised, "_BLOCK", 8 * GROUP + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 7, 31, 32, 33, 255, 256, 257, 513, 1024, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_owed_is_what_was_sent_and_what_is_left(
+    kind: str, size: int, dtype: torch.dtype, small_blocks: None
+) -> None:
+    compressor, original = make(kind), bucket(size, dtype=dtype)
+    owed = copied(original)
+    message = compressor.take(owed)
+    sent = said(compressor, message, original)
+    assert sent.abs().sum() > 0
+    rounding = 4 * torch.finfo(dtype).eps * torch.maximum(sent.abs(), original.flat.abs())
+    assert ((sent + owed.flat - original.flat).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 7, 513, 1500])
+def test_a_message_takes_its_bits_and_a_scale_a_group(kind: str, size: int, small_blocks: None) -> None:
+    compressor, original = make(kind), bucket(size, plain=5)
+    message = compressor.take(copied(original))
+    assert [(part.dtype, part.numel()) for part in message] == compressor.form(original)
+    steps, packed = message
+    assert (steps.dtype, len(steps)) == (torch.float32, -(-size // GROUP))
+    assert 0 <= len(packed) - size * compressor.bits / 8 < 3
+    payload = compressor.encode(copied(original))
+    assert 0 <= payload.numel() - (5 * 4 + steps.numel() * 4 + packed.numel()) < 3 * 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [7, 256, 1500])
+def test_a_gpus_large_operations_make_the_same_message(
+    kind: str, size: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = bucket(size)
+    by_rows, owed = make(kind), copied(original)
+    expected, left = by_rows.take(owed), owed.flat
+    heard = said(by_rows, expected, original)
+    monkeypatch.setattr(Quantised, "_row_by_row", lambda self, bucket: False)
+    at_once, owed = make(kind), copied(original)
+    message = at_once.take(owed)
+    assert all(torch.equal(part, wanted) for part, wanted in zip(message, expected, strict=True))
+    assert torch.equal(owed.flat, left)
+    assert torch.equal(said(at_once, message, original), heard)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_sends_what_it_no_longer_owes(kind: str, small_blocks: None) -> None:
+    original = bucket(1500)
+    flat = original.flat.cuda()
+    owed = Bucket(flat, {"weight": flat})
+    message = make(kind).take(owed)
+    sent = said(make(kind), [part.cpu() for part in message], original)
+    torch.testing.assert_close(sent + owed.flat.cpu(), original.flat, rtol=1e-5, atol=1e-2)
+    assert torch.equal(said(make(kind), message, owed).cpu(), sent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_do_not_depend_on_each_other(kind: str) -> None:
+    original = bucket(4 * GROUP)
+    original.flat[GROUP : 2 * GROUP] = 0
+    original.flat[2 * GROUP : 3 * GROUP] *= 1e6
+    message = make(kind).take(copied(original))
+    sent = said(make(kind), message, original).view(4, GROUP)
+    assert not sent[1].any()
+    for group, values in zip(sent, original.flat.view(4, GROUP), strict=True):
+        largest = values.abs().max()
+        assert group.abs().max() <= largest * (1 if "l2" not in kind else GROUP**0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-40, 1e-38])
+def test_the_smallest_numbers_stay_small(kind: str, tiny: float) -> None:
+    original = bucket(GROUP)
+    original.flat.fill_(tiny)
+    compressor, owed = make(kind), copied(original)
+    sent = said(compressor, compressor.take(owed), original)
+    assert sent.abs().max() <= 2e-38
+    assert owed.flat.abs().max() <= 2e-38
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_group_once(kind: str, bad: float) -> None:
+    compressor, original = make(kind), bucket(3 * GROUP + 1)
+    compressor.begin_step()
+    clean, spoilt = copied(original), copied(original)
+    spoilt.flat[GROUP + 3] = bad
+    expected = said(compressor, make(kind).take(clean), original)
+    payload = compressor.encode(spoilt)
+    heard = copied(original)
+    heard.flat.zero_()
+    compressor.decode(payload, heard)
+    assert not heard.flat[GROUP + 3].isfinite()
+    assert heard.flat[:GROUP].isfinite().all()
+    assert heard.flat[2 * GROUP :].isfinite().all()
+    if kind == "signsgd":  # the others draw
+        assert torch.equal(heard.flat[2 * GROUP :], expected[2 * GROUP :])
+    norm = compressor.residual_norm()
+    assert norm is not None
+    assert norm.isfinite()
+    compressor.begin_step()
+    heard.flat.zero_()
+    compressor.decode(compressor.encode(copied(original)), heard)
+    assert heard.flat.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bucket_may_hold_nothing_to_compress(kind: str) -> None:
+    compressor, original = make(kind), bucket(0, plain=3)
+    heard = copied(original)
+    heard.flat.zero_()
+    compressor.decode(compressor.encode(copied(original)), heard)
+    assert torch.equal(heard.flat, original.flat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_error_feedback_nothing_is_kept(kind: str) -> None:
+    compressor = make(kind, error_feedback=False)
+    compressor.begin_step()
+    compressor.encode(bucket(100))
+    assert compressor.state_dict() == {"step": torch.tensor(1)}
+    assert compressor.residual_norm() is None
+
+
+def _payloads(compressor: Quantised, steps: range) -> list[Tensor]:
+    found = []
+    for step in steps:
+        compressor.begin_step()
+        found += [compressor.encode(bucket(600, 3, seed=step, name=name)) for name in ("late", "early")]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_a_restored_compressor_goes_on_bit_for_bit(kind: str, error_feedback: bool) -> None:
+    through = make(kind, error_feedback=error_feedback, seed=5)
+    expected = _payloads(through, range(6))[6:]
+    stopped = make(kind, error_feedback=error_feedback, seed=5)
+    _payloads(stopped, range(3))
+    saved = {name: tensor.clone() for name, tensor in stopped.state_dict().items()}
+    again = make(kind, error_feedback=error_feedback, seed=5)
+    again.load_state_dict(saved)
+    found = _payloads(again, range(3, 6))
+    assert all(torch.equal(payload, wanted) for payload, wanted in zip(found, expected, strict=True))
+    for name, tensor in through.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def _exchange_on_rank(steps: int) -> dict[str, Any]:
+    """Exchanges three ragged buckets a step, with each kind in turn."""
+    world, found = World.from_environment(), {}
+    with Runtime(small("strategy=ddp"), world, keep_logs=False) as runtime:
+        for kind in KINDS:
+            everyone = Communicator(runtime.communicator().group)
+            compressor = make(kind)
+            exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
+            sizes = {"a": (513, 7), "b": (7, 0), "c": (1, 3)}
+            given, got, bytes_ = torch.zeros(0), torch.zeros(0), 0
+            for step in range(steps):
+                compressor.begin_step()
+                seed = step * world.size + world.rank
+                buckets = [bucket(n, p, seed=seed, dtype=torch.float64, name=name) for name, (n, p) in sizes.items()]
+                given = _plus(given, buckets)
+                for each in buckets:
+                    exchanges.start(each)
+                exchanges.finish()
+                got = _plus(got, buckets)
+                bytes_ += sum(make(kind).encode(each).numel() for each in buckets)
+            state = compressor.state_dict()
+            kept = torch.cat(
+                [
+                    state.get(f"residual/{name}", torch.zeros_like(tensor))
+                    for each in buckets
+                    for name, tensor in each.tensors.items()
+                ]
+            )
+            found[kind] = {
+                "digest": int(digest([got])),
+                "got": got,
+                "given": everyone.all_reduce(given),
+                "kept": everyone.all_reduce(kept),
+                "counted": everyone.ledger.sent["all_gather"],
+                "sent": bytes_ * (world.size - 1),
+            }
+    return found
+
+
+def _plus(total: Tensor, buckets: list[Bucket]) -> Tensor:
+    flat = torch.cat([each.flat for each in buckets]).clone()
+    return total + flat if len(total) else flat
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_get_the_same_sum_and_nothing_is_lost(ranks: int) -> None:
+    everyone = run_ranks(_exchange_on_rank, ranks, 5)
+    for kind in KINDS:
+        assert len({found[kind]["digest"] for found in everyone}) == 1
+        first = everyone[0][kind]
+        largest = float(first["given"].abs().max())
+        torch.testing.assert_close(first["got"] + first["kept"], first["given"], rtol=0, atol=1e-13 * largest)
+        assert first["kept"].any()
+        for found in everyone:
+            assert found[kind]["counted"] == found[kind]["sent"] > 0

@@ -1,0 +1,155 @@
+"""compression=topk: the largest elements of each tensor travel with their positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from distrain.compression import topk
+from distrain.compression.topk import TopK, largest
+from tests.compression.crowd import Crowd, bucket_for, compressor
+
+SAMPLED, EXACT = 1, 10**9
+
+
+def reference(tensor: Tensor, count: int) -> Tensor:
+    return tensor.abs().argsort(descending=True)[:count].sort().values
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample_above", [SAMPLED, EXACT])
+@pytest.mark.parametrize("density", [0.0001, 0.01, 0.05, 0.5, 0.99, 1])
+@pytest.mark.parametrize("size", [1, 7, 30_011])
+def test_the_largest_are_chosen_in_order(size: int, density: float, sample_above: int) -> None:
+    count = max(1, math.ceil(density * size))
+    # Heavy tails, as gradients have; no two alike.
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+    assert torch.equal(largest(tensor, count, sample_above, "key"), reference(tensor, count))
+
+
+@pytest.mark.parametrize("count", [30, 3_000, 12_000])
+def test_the_sample_spares_comparing_most_elements_and_misses_none(count: int) -> None:
+    magnitudes = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
+    for number in range(20):
+        candidates = topk._exceeding(magnitudes, count, str(number))
+        assert count <= len(candidates) < max(3 * count, 1_000)
+
+
+def test_a_sample_that_misleads_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.arange(1000.0)
+    monkeypatch.setattr(topk, "_exceeding", lambda magnitudes, count, key: torch.tensor([999]))
+    assert largest(tensor, 10, SAMPLED, "key").tolist() == list(range(990, 1000))
+
+
+@pytest.mark.parametrize("sample_above", [SAMPLED, EXACT])
+@pytest.mark.parametrize("value", [0.0, 3.0, float("nan"), float("inf")])
+def test_of_equal_elements_and_of_numbers_that_are_none_as_many_are_chosen(value: float, sample_above: int) -> None:
+    tensor = torch.full((5000,), value)
+    tensor[17] = 5.0
+    chosen = largest(tensor, 100, sample_above, "key")
+    assert len(chosen.unique()) == 100
+    assert torch.equal(chosen, chosen.sort().values)
+    if value in (0.0, 3.0):
+        assert 17 in chosen
+
+
+# --- the message -----------------------------------------------------------------------------------------------------
+
+
+def test_each_rank_sends_its_own_largest_and_keeps_the_rest() -> None:
+    crowd = Crowd(2, "compression=topk", "compression.density=0.01")
+    first, second = crowd.gradients()
+    images = slice(0, 270)  # the first tensor in the bucket, of which 3 elements are sent
+    first[images] = 0.0
+    second[images] = 0.0
+    first[[3, 5, 200]] = torch.tensor([8.0, -9.0, 7.0])
+    first[100] = 1.0
+    second[[5, 6, 269]] = torch.tensor([2.0, 3.0, 4.0])
+    got = crowd.step([first, second])[images]
+    assert got.nonzero().flatten().tolist() == [3, 5, 6, 200, 269]
+    assert got[[3, 5, 6, 200, 269]].tolist() == [8, -7, 3, 7, 4]
+    assert crowd.owed()[images].nonzero().flatten().tolist() == [100]
+
+
+def test_elements_of_a_channels_last_weight_come_back_to_their_places() -> None:
+    used = compressor("compression=topk", "compression.density=0.01")
+    bucket, receiver = bucket_for(used), bucket_for(used)
+    bucket.tensors["images"][2, 3, 1, 0] = 5.0
+    used.begin_step()
+    used.decode(used.encode(bucket), receiver)
+    assert receiver.tensors["images"][2, 3, 1, 0] == 5.0
+    assert receiver.flat.count_nonzero() == 1
+
+
+def test_what_bf16_rounds_off_is_kept() -> None:
+    crowd = Crowd(1, "compression=topk", "compression.density=0.01", "compression.values=bf16")
+    gradient = torch.zeros_like(crowd.buckets[0].flat)
+    gradient[0] = 1 + 2**-12
+    got = crowd.step([gradient])
+    assert got[0] == 1
+    assert crowd.owed()[0] == 2**-12
+
+
+def test_full_values_are_sent_whole() -> None:
+    crowd = Crowd(1, "compression=topk", "compression.density=0.01", "compression.values=full")
+    gradient = torch.zeros_like(crowd.buckets[0].flat)
+    gradient[0] = 1 + 2**-12
+    assert crowd.step([gradient])[0] == 1 + 2**-12
+    assert not crowd.owed().any()
+
+
+@pytest.mark.parametrize("values", ["bf16", "full"])
+def test_infinity_is_sent_and_not_kept(values: str) -> None:
+    crowd = Crowd(1, "compression=topk", "compression.density=0.02", f"compression.values={values}")
+    gradient = torch.zeros_like(crowd.buckets[0].flat)
+    gradient[[0, 5]] = torch.tensor([float("inf"), float("nan")])
+    got = crowd.step([gradient])
+    assert got[0].isinf()
+    assert got[5].isnan()
+    assert not crowd.owed().any()
+
+
+@pytest.mark.parametrize(("values", "bits"), [("bf16", 16), ("full", 32)])
+def test_the_message_is_values_and_six_bits_a_position(values: str, bits: int) -> None:
+    used = compressor("compression=topk", "compression.density=0.05", f"compression.values={values}")
+    assert isinstance(used, TopK)
+    bucket = bucket_for(used)
+    bucket.flat.normal_()
+    used.begin_step()
+    message = used.encode(bucket)
+    count = sum(used.counts(bucket, 1).values())
+    plain = 4 * bucket.plain
+    assert message.numel() == pytest.approx(count * (bits + 6.26) / 8 + plain, abs=4 * 8)
+    # As uint8, so that any backend carries it.
+    assert message.dtype == torch.uint8
+
+
+def test_all_messages_of_a_step_are_of_one_size() -> None:
+    sizes = set()
+    for fill in (0.0, 1.0, float("nan")):
+        used = compressor("compression=topk")
+        bucket = bucket_for(used)
+        bucket.flat.fill_(fill)
+        used.begin_step()
+        sizes.add(used.encode(bucket).numel())
+    assert len(sizes) == 1
+
+
+def test_a_message_that_is_cut_off_is_refused() -> None:
+    used = compressor("compression=topk")
+    bucket = bucket_for(used)
+    used.begin_step()
+    message = used.encode(bucket)
+    with pytest.raises(ValueError, match="bytes should have"):
+        used.decode(message[:-8], bucket)
+
+
+def test_a_bucket_with_nothing_to_compress_travels_as_it_is() -> None:
+    crowd = Crowd(2, "compression=topk", "compression.min_elements=1000000")
+    gradients = crowd.gradients()
+    assert torch.equal(crowd.step(gradients), gradients[0] + gradients[1])
