@@ -235,7 +235,7 @@ class Auto(Compressor):
         # They are as large as the model.
         copies.clear()
         names = table.hopeful()
-        if len(names) > 1 and self._steps_are_its_own:
+        if len(names) > 1 and self._tries:
             yield from self._try(names)
             self._keep(choose(table.measured))
         else:
@@ -245,8 +245,8 @@ class Auto(Compressor):
         self.observer = None
 
     @property
-    def _steps_are_its_own(self) -> bool:
-        """Whether a step's time depends on this group's exchanges alone."""
+    def _tries(self) -> bool:
+        """Whether real steps may tell: it is wanted, and their time depends on this group's exchanges alone."""
         return self.config.trial_seconds > 0 and self._communicator.size == _world_size()
 
     def _measure(self, plain: Sequence[Step], held: Sequence[Step], copies: Sequence[Bucket]) -> Table:
@@ -276,7 +276,8 @@ class Auto(Compressor):
         assert self._table is not None
         self._recorder.take()
         order = turns(names, sum(map(self._table.expected, names)), self.config.trial_seconds)
-        for self._name in order:
+        for name in order:
+            self._name = name
             yield
         self._table.add_trial(order, self._slowest(self._recorder.take()))
 
@@ -289,7 +290,7 @@ class Auto(Compressor):
             yield
         found = statistics.median(self._slowest(self._recorder.take())) + table.rest
         too_slow = name != "none" and found > (1 + TOO_SLOW) * table.expected("none")
-        if too_slow and self._steps_are_its_own:
+        if too_slow and self._tries:
             # Everything may have become slower, so both are measured again.
             yield from self._try(["none", name])
             self._name = name

@@ -58,10 +58,10 @@ class Residuals:
             if saved is not None:
                 bucket.tensors[name].add_(saved.to(bucket.flat.device))
 
-    def forget(self, owed: Bucket, name: str, sent: Tensor) -> None:
-        """Clears the velocity of elements (int64 indices into a flat tensor) that were sent, as §3.2 masks them."""
+    def forget(self, owed: Bucket, sent: Tensor) -> None:
+        """Clears the velocity of elements (int64 indices into the lossy part) that were sent, as §3.2 masks them."""
         if self._momentum:
-            self._velocities[tuple(owed.tensors)].lossy[name].index_fill_(0, sent, 0)
+            self._velocities[tuple(owed.tensors)].flat.index_fill_(0, sent, 0)
 
     def norm(self) -> Tensor | None:
         """Euclidean norm of all that is owed, a scalar; ``None`` before the first step."""

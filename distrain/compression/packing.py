@@ -1,4 +1,4 @@
-"""Several tensors as one message, and bits as bytes."""
+"""Several tensors as one message."""
 
 from __future__ import annotations
 

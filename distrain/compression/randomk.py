@@ -55,10 +55,9 @@ class RandomK(SparseCompressor):
         return joined(bucket, chosen)
 
     def _take(self, owed: Bucket, positions: Tensor) -> Tensor:
-        counts = self.counts(owed, self.step)
-        values = self.take_at(owed, positions, counts, owed.flat.dtype)
+        values = self.take_at(owed, positions, owed.flat.dtype)
         if self.residuals is None:
-            parts = values.split(list(counts.values()))
+            parts = values.split(list(self.counts(owed, self.step).values()))
             for tensor, part in zip(owed.lossy.values(), parts, strict=True):
                 part.mul_(tensor.numel() / len(part))
         return values

@@ -83,13 +83,12 @@ class SparseCompressor(Compressor):
         """What the random choices about a tensor in a step depend on."""
         return f"{self.seed}/{step}/{name}"
 
-    def take_at(self, owed: Bucket, positions: Tensor, counts: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+    def take_at(self, owed: Bucket, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Takes elements out of what is owed and, with momentum correction, clears their velocity.
 
         Args:
             owed: Left with zeros there, or with what ``dtype`` rounds off.
             positions: int64 indices into the lossy part, tensor after tensor.
-            counts: How many of each tensor.
             dtype: Of what is sent.
 
         Returns:
@@ -104,11 +103,8 @@ class SparseCompressor(Compressor):
             # What isn't finite is sent and gone; kept, it would make every later sum NaN.
             rounded_off = values.sub_(sent).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             lossy.index_copy_(0, positions, rounded_off)
-        if self.residuals is not None and self.config.momentum_correction:
-            offset = 0
-            for (name, tensor), there in zip(owed.lossy.items(), positions.split(list(counts.values())), strict=True):
-                self.residuals.forget(owed, name, there - offset)
-                offset += tensor.numel()
+        if self.residuals is not None:
+            self.residuals.forget(owed, positions)
         return sent
 
 

@@ -46,7 +46,7 @@ class TopK(SparseCompressor):
             for name, tensor in owed.lossy.items()
         }
         positions = joined(owed, chosen)
-        values = self.take_at(owed, positions, counts, self._dtype(owed))
+        values = self.take_at(owed, positions, self._dtype(owed))
         return [values, *self._code(owed).write(positions)]
 
     def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
