@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,10 @@ class Strategy(ABC):
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: What :meth:`setup` made; the trainer sets its learning rate.
         compressor: How what is reduced among replicas travels.
+        travels: What that is; what a compressor keeps back is in the same unit.
     """
 
+    travels: ClassVar[str] = "gradients"
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer
@@ -80,6 +82,7 @@ class Strategy(ABC):
             "strategy": self.config.strategy.name,
             "world_size": self.runtime.world.size,
             "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
+            "travels": self.travels,
         }
 
     @classmethod
@@ -163,6 +166,11 @@ class Strategy(ABC):
             names: Parameters that this rank holds.
             replicas: How many ranks hold each of them.
         """
+        travelled = saved["layout"].get("travels", Strategy.travels)
+        if travelled != self.travels:
+            if any(saved["compressor"]):
+                log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
+            return
         redistribute.restore(
             self.compressor,
             saved["compressor"],
@@ -200,7 +208,8 @@ class Strategy(ABC):
 
     def report(self) -> dict[str, Any]:
         """More for ``summary.json``, by part; all ranks call it together at the end of a run."""
-        found = {name.removeprefix("compression/"): value for name, value in self.metrics().items()}
+        prefix = "compression/"
+        found = {name.removeprefix(prefix): v for name, v in self.metrics().items() if name.startswith(prefix)}
         return {"compression_report": found} if found else {}
 
     def figures(self) -> dict[str, Figure]:

@@ -81,8 +81,11 @@ class Gradients:
         self._missing: list[int] = []
         self._handles = []
         trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        for index, part in enumerate(_partition(trained[::-1], first_bucket_mb * MB, bucket_mb * MB)):
-            self.buckets.append(_make_bucket(part, compressor))
+        for index, part in enumerate(partition(trained[::-1], first_bucket_mb * MB, bucket_mb * MB)):
+            bucket = make_bucket(part, compressor)
+            for name, parameter in part:
+                parameter.grad = bucket.tensors[name]
+            self.buckets.append(bucket)
             self._missing.append(0)
             if communicator.size > 1:
                 for _, parameter in part:
@@ -148,9 +151,19 @@ class Gradients:
         self._next += 1
 
 
-def _partition(
+def partition(
     parameters: list[tuple[str, nn.Parameter]], first_bytes: float, bytes_: float
 ) -> list[list[tuple[str, nn.Parameter]]]:
+    """Cuts a row of parameters into parts for one bucket each.
+
+    Args:
+        parameters: ``(name, parameter)`` pairs in the order in which they travel.
+        first_bytes: Size at which the first part is closed.
+        bytes_: The same for the others; a larger parameter is a part by itself.
+
+    Returns:
+        The parts; the parameters of each have one dtype and device.
+    """
     parts: list[list[tuple[str, nn.Parameter]]] = []
     filled = float("inf")
     for name, parameter in parameters:
@@ -166,7 +179,8 @@ def _partition(
     return parts
 
 
-def _make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) -> Bucket:
+def make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) -> Bucket:
+    """A bucket of zeros for what has the shapes of parameters of one dtype and device, laid out for a compressor."""
     plain = [pair for pair in part if not compressor.compresses(pair[1])]
     first = part[0][1]
     flat = torch.zeros(sum(p.numel() for _, p in part), dtype=first.dtype, device=first.device)
@@ -175,7 +189,6 @@ def _make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) -
         # The parameter's own strides (channels-last weights), so that fused optimizers see one layout; those of a
         # copy where it is a view with gaps, which the bucket has not.
         strides = torch.empty_like(parameter, device="meta").stride()
-        view = flat.as_strided(parameter.size(), strides, offset)
-        parameter.grad = tensors[name] = view
+        tensors[name] = flat.as_strided(parameter.size(), strides, offset)
         offset += parameter.numel()
     return Bucket(flat, tensors, sum(p.numel() for _, p in plain))

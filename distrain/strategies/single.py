@@ -64,24 +64,35 @@ class Single(Strategy):
     def train_step(self, batch: Batch) -> StepResult:
         """One update from this replica's share of a global batch; see the base class."""
         with self.stopwatch.step():
-            self._forward.train()
-            self.gradients.zero()
             self.compressor.begin_step()
-            pieces = self._pieces(batch)
-            losses, correct = [], []
-            for index, (images, labels) in enumerate(pieces):
-                if index == len(pieces) - 1:
-                    self.gradients.arm()
-                with self.precision.autocast():
-                    logits = self._forward(images)
-                    loss_sum = self._loss_fn(logits, labels)
-                self.precision.scale(loss_sum / batch.global_count).backward()
-                losses.append(loss_sum.detach())
-                correct.append((logits.detach().argmax(1) == labels).sum())
-            if not pieces:
-                self.gradients.arm()
+            result = self._accumulate(batch, batch.global_count, sends=True)
             self.gradients.finish()
             self._update()
+        return result
+
+    def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
+        """Makes the gradients those of the share's loss.
+
+        Args:
+            batch: This replica's share.
+            count: What the sum of the samples' losses is divided by.
+            sends: Send each bucket as soon as it is complete.
+        """
+        self._forward.train()
+        self.gradients.zero()
+        pieces = self._pieces(batch)
+        losses, correct = [], []
+        for index, (images, labels) in enumerate(pieces):
+            if sends and index == len(pieces) - 1:
+                self.gradients.arm()
+            with self.precision.autocast():
+                logits = self._forward(images)
+                loss_sum = self._loss_fn(logits, labels)
+            self.precision.scale(loss_sum / count).backward()
+            losses.append(loss_sum.detach())
+            correct.append((logits.detach().argmax(1) == labels).sum())
+        if sends and not pieces:
+            self.gradients.arm()
         return StepResult(_total(losses, batch), _total(correct, batch).long(), len(batch.labels))
 
     def _pieces(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
