@@ -59,7 +59,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, one_cycle, step"),
     "loss=focal": ("loss=focal: no such choice", "cross_entropy"),
     "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
-    "compression=zip": ("compression=zip: no such choice", "choices: none"),
+    "compression=zip": ("compression=zip: no such choice", "choices: auto, bf16, fp16, none, powersgd"),
     "experiment=unheard_of": ("experiment", "no such"),
     "--config-name=other": ("config=other: no such choice", "choices: config"),
     "data=null": ("data=null: needs the name of a choice", "choices: cifar10, digits"),
