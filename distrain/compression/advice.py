@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from distrain.collectives import Communicator, Pending, ring_all_reduce_bytes
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.link import Link, measure_link
 from distrain.compression.none import NoCompression
-from distrain.compression.observation import Recorder, Step
-from distrain.compression.prediction import Backdrop, BucketCost, Cost, backdrop, step_seconds
+from distrain.compression.observation import Recorder, Step, typical
+from distrain.compression.prediction import Backdrop, BucketCost, Cost, predicted
 
 log = logging.getLogger(__name__)
 
@@ -94,26 +96,34 @@ class Advisor(Recorder):
             yield
         self.holds = False
         takes, without, link = self._predict(usual, self.take())
+        error = 0.0
         if without < CLEAR * takes:
-            takes, without = yield from self._rehearse()
+            takes, without, error = yield from self._rehearse()
         self._scratch.clear()
         self._compressor.observer = None
-        slower, line = verdict(self._compressor.config.name, takes, without, link)
+        slower, line = verdict(self._compressor.config.name, takes, without, error, link)
         log.log(logging.WARNING if slower else logging.INFO, "%s", line)
 
     def _predict(self, usual: Sequence[Step], held: Sequence[Step]) -> tuple[float, float, Link]:
         """Seconds of a step as it is and without compression, and the link."""
         assert self.communicator is not None
         link = measure_link(self.communicator, self.device, max(self._sizes))
-        mine = {"backdrop": asdict(backdrop(held)), "spans": [step.span for step in usual]}
+        mine = {
+            "steps": [asdict(Backdrop.of(step)) for step in held],
+            "usual": [step.span for step in usual],
+            "rest": statistics.median(step.rest for step in [*usual, *held]),
+        }
         everyone = self.communicator.share(mine, self.device)
-        backdrops = [Backdrop(**each["backdrop"]) for each in everyone]
-        takes = _slowest([each["spans"] for each in everyone]) + max(each.rest for each in backdrops)
+        takes = typical(_slowest(everyone, "usual"))[0] + max(each["rest"] for each in everyone)
+        steps = [[Backdrop(**step) for step in each["steps"]] for each in everyone]
         costs = [uncompressed(self._sizes, self.communicator.size)] * len(everyone)
-        return takes, step_seconds(backdrops, costs, link), link
+        return takes, predicted(steps, costs, link), link
 
-    def _rehearse(self) -> Generator[None, None, tuple[float, float]]:
-        """Seconds of a step as it is and without compression, in turns, so that both meet the same conditions."""
+    def _rehearse(self) -> Generator[None, None, tuple[float, float, float]]:
+        """Seconds of a step as it is and without compression, and how far the difference may be off.
+
+        Both take turns, so that they meet the same conditions.
+        """
         assert self.communicator is not None
         usual: list[Step] = []
         rehearsed: list[Step] = []
@@ -132,13 +142,14 @@ class Advisor(Recorder):
         }
         everyone = self.communicator.share(mine, self.device)
         rest = max(each["rest"] for each in everyone)
-        takes, without = (_slowest([each[what] for each in everyone]) + rest for what in ("usual", "without"))
-        return takes, without
+        takes, error = typical(_slowest(everyone, "usual"))
+        without, other_error = typical(_slowest(everyone, "without"))
+        return takes + rest, without + rest, math.hypot(error, other_error)
 
 
-def _slowest(spans: Sequence[Sequence[float]]) -> float:
-    """Of each rank's spans, a row a rank: the median over the steps of the slowest rank's."""
-    return float(statistics.median(max(step) for step in zip(*spans, strict=True)))
+def _slowest(everyone: Sequence[Mapping[str, Any]], what: str) -> list[float]:
+    """Each step's span on the rank where it was longest."""
+    return [max(spans) for spans in zip(*(each[what] for each in everyone), strict=True)]
 
 
 def uncompressed(sizes: Sequence[int], ranks: int) -> Cost:
@@ -152,18 +163,21 @@ def uncompressed(sizes: Sequence[int], ranks: int) -> Cost:
     return Cost([BucketCost([0.0, 0.0], [each]) for each in reductions])
 
 
-def verdict(name: str, takes: float, without: float, link: Link) -> tuple[bool, str]:
+def verdict(name: str, takes: float, without: float, error: float, link: Link) -> tuple[bool, str]:
     """Whether compression makes a step too slow, and the line that says what it makes of it.
 
     Args:
         name: The compressor.
         takes: Seconds of a step with it.
-        without: Seconds of a step without, as predicted.
+        without: Seconds of a step without.
+        error: How far the difference may be off.
         link: What carries the messages.
     """
-    slower = takes > (1 + TOO_SLOW) * without
+    slower = takes - without > max(TOO_SLOW * without, error)
     told = (
         f"compression={name} makes a step {1000 * takes:.1f} ms; without it would be about {1000 * without:.1f} ms on "
         f"this link ({link})"
     )
-    return slower, f"{told}, so compression=none or compression=auto is faster" if slower else told
+    if slower:
+        return True, f"{told}, so compression=none or compression=auto is faster"
+    return False, f"{told}; steps vary too much to tell" if takes > (1 + TOO_SLOW) * without else told

@@ -19,8 +19,8 @@ from distrain.compression import base
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.error_feedback import Residuals
 from distrain.compression.link import measure_link
-from distrain.compression.observation import Recorder, Step
-from distrain.compression.prediction import Backdrop, Cost, backdrop, copied, measure_cost, step_seconds
+from distrain.compression.observation import Recorder, Step, typical
+from distrain.compression.prediction import Backdrop, Cost, copied, measure_cost, predicted
 from distrain.compression.selection import Table, choose, turns
 from distrain.config import CompressionConfig, Config, ConfigError, register, setting
 
@@ -237,9 +237,9 @@ class Auto(Compressor):
         names = table.hopeful()
         if len(names) > 1 and self._tries:
             yield from self._try(names)
-            self._keep(choose(table.measured))
+            self._keep(choose({name: table.measured[name] for name in names}, table.errors))
         else:
-            self._keep(choose({**table.predicted, "none": table.without}))
+            self._keep(choose({**table.predicted, "none": table.without}, {}))
         log.info("compression=auto chooses %s on this link (%s)\n%s", self._chosen, table.link, table)
         yield from self._check(table)
         self.observer = None
@@ -257,18 +257,18 @@ class Auto(Compressor):
             trial.step = self.step + LATER
             costs[name] = measure_cost(trial, [self._view(name, bucket) for bucket in copies], self._communicator)
         mine = {
-            "backdrop": dataclasses.asdict(backdrop(held)),
+            "steps": [dataclasses.asdict(Backdrop.of(step)) for step in held],
             "costs": {name: cost.to_plain() for name, cost in costs.items()},
         }
         everyone = self._communicator.share(mine, self._device)
-        backdrops = [Backdrop(**each["backdrop"]) for each in everyone]
-        table = Table(link, max(each.rest for each in backdrops))
+        steps = [[Backdrop(**step) for step in each["steps"]] for each in everyone]
+        table = Table(link, max(statistics.median(step.rest for step in own) for own in steps))
         for name in costs:
             each_rank = [Cost.from_plain(each["costs"][name]) for each in everyone]
             table.sent[name] = each_rank[0].sent
             table.compressing[name] = max(cost.seconds for cost in each_rank)
-            table.predicted[name] = step_seconds(backdrops, each_rank, link)
-        table.measured["none"] = statistics.median(self._slowest(plain)) + table.rest
+            table.predicted[name] = predicted(steps, each_rank, link)
+        table.add_measured("none", self._slowest(plain))
         return table
 
     def _try(self, names: Sequence[str]) -> Iterator[None]:
@@ -288,19 +288,20 @@ class Auto(Compressor):
         self._recorder.take()
         for _ in range(CHECKED_STEPS):
             yield
-        found = statistics.median(self._slowest(self._recorder.take())) + table.rest
-        too_slow = name != "none" and found > (1 + TOO_SLOW) * table.expected("none")
-        if too_slow and self._tries:
-            # Everything may have become slower, so both are measured again.
-            yield from self._try(["none", name])
-            self._name = name
-            found = table.measured[name]
-            too_slow = found > (1 + TOO_SLOW) * table.measured["none"]
+        middle, error = typical(self._slowest(self._recorder.take()))
+        found = middle + table.rest
         told = f"compression=auto chose {name}, with which a step takes {1000 * found:.1f} ms"
-        if too_slow:
-            log.warning("%s, and %.1f ms without; it goes on without", told, 1000 * table.expected("none"))
-            self._keep("none")
-        elif found > (1 + SURPRISING) * expected:
+        if name != "none" and found - error > (1 + TOO_SLOW) * table.expected("none"):
+            if self._tries:
+                # Everything may have become slower, so both are measured again.
+                yield from self._try(["none", name])
+                self._name = choose({each: table.measured[each] for each in ("none", name)}, table.errors)
+            else:
+                self._name = "none"
+            if self._name == "none":
+                log.warning("%s, and %.1f ms without; it goes on without", told, 1000 * table.expected("none"))
+                self._keep("none")
+        elif found - error > (1 + SURPRISING) * expected:
             log.warning("%s, where %.1f ms were expected", told, 1000 * expected)
 
     def _slowest(self, steps: Sequence[Step]) -> list[float]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -142,6 +145,13 @@ class Recorder(Observer):
         """The steps kept so far, which are forgotten."""
         steps, self.steps = self.steps, []
         return steps
+
+
+def typical(spans: Sequence[float]) -> tuple[float, float]:
+    """The median, and how far it may be off: two standard errors, by the median absolute deviation of normal noise."""
+    middle = statistics.median(spans)
+    deviation = 1.4826 * statistics.median(abs(span - middle) for span in spans)
+    return middle, 2 * 1.2533 * deviation / math.sqrt(len(spans))
 
 
 def now(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -151,7 +152,7 @@ def _faster(a: BucketCost, b: BucketCost) -> BucketCost:
 
 @dataclass(frozen=True)
 class Backdrop:
-    """A step without its exchanges, the median of several.
+    """A step without its exchanges, on one rank.
 
     Attributes:
         compute: For each set of buckets seconds of compute before it is armed, before each bucket is complete, and
@@ -162,14 +163,21 @@ class Backdrop:
     compute: list[list[float]]
     rest: float
 
+    @classmethod
+    def of(cls, step: Step) -> Backdrop:
+        """From a step whose exchanges were held back."""
+        return cls(step.compute(), step.rest)
 
-def backdrop(steps: Sequence[Step]) -> Backdrop:
-    """From steps whose exchanges were held back."""
-    columns = zip(*(step.compute() for step in steps), strict=True)
-    return Backdrop(
-        [np.median(np.array(segments), axis=0).tolist() for segments in columns],
-        float(np.median([step.rest for step in steps])),
-    )
+
+def predicted(steps: Sequence[Sequence[Backdrop]], costs: Sequence[Cost], link: Link) -> float:
+    """The median of :func:`step_seconds` over several steps, in each of which other ranks may be the slowest.
+
+    Args:
+        steps: For each rank its steps.
+        costs: Each rank's, of the compressor in question.
+        link: What carries the messages.
+    """
+    return statistics.median(step_seconds(step, costs, link) for step in zip(*steps, strict=True))
 
 
 def step_seconds(backdrops: Sequence[Backdrop], costs: Sequence[Cost], link: Link) -> float:

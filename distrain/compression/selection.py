@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distrain.compression.link import Link
+from distrain.compression.observation import typical
 
 #: Candidates predicted to be slower than the best by this factor are not tried, and of the others so many at most.
 HOPEFUL, TRIED = 1.25, 4
 #: The factor for none, which loses nothing and must not be missed.
 HOPEFUL_NONE = 1.5
 #: Rounds of a trial that count; the one before them, with new memory, does not.
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 #: A less lossy candidate is taken unless a more lossy one is faster by more than this.
 WORTH_IT = 0.02
 
@@ -30,6 +31,7 @@ class Table:
         compressing: Seconds of a candidate's own work in a step.
         predicted: Seconds of a step by prediction.
         measured: Seconds of real steps, of those that had any.
+        errors: How far those may be off.
     """
 
     link: Link
@@ -38,6 +40,7 @@ class Table:
     compressing: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def without(self) -> float:
@@ -60,7 +63,12 @@ class Table:
         """Takes note of a trial: who had each step, and its seconds until its last exchange was done."""
         for name in dict.fromkeys(turns):
             own = [span for turn, span in zip(turns, spans, strict=True) if turn == name]
-            self.measured[name] = statistics.median(own[1:]) + self.rest
+            self.add_measured(name, own[1:])
+
+    def add_measured(self, name: str, spans: Sequence[float]) -> None:
+        """Takes note of real steps: seconds until the last exchange was done."""
+        middle, self.errors[name] = typical(spans)
+        self.measured[name] = middle + self.rest
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data, in milliseconds."""
@@ -103,14 +111,19 @@ def turns(names: Sequence[str], a_round: float, budget: float) -> list[str]:
     return [names[(start + place) % size] for start in range(counted + 1) for place in range(size)]
 
 
-def choose(seconds: Mapping[str, float]) -> str:
-    """The least lossy candidate that is about as fast as the fastest.
+def choose(seconds: Mapping[str, float], errors: Mapping[str, float]) -> str:
+    """The least lossy candidate of those that are about as fast as the fastest, as far as that is known.
 
     Args:
         seconds: Of a step, by candidate.
+        errors: How far they may be off, where they were measured.
     """
-    best = min(seconds.values())
-    return next(name for name, each in seconds.items() if each <= (1 + WORTH_IT) * best)
+    best = min(seconds, key=lambda name: seconds[name])
+
+    def margin(name: str) -> float:
+        return max(WORTH_IT * seconds[best], math.hypot(errors.get(name, 0.0), errors.get(best, 0.0)))
+
+    return next(name for name in seconds if seconds[name] - seconds[best] <= margin(name))
 
 
 def _ms(seconds: float) -> float:

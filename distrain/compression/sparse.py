@@ -53,6 +53,7 @@ class SparseCompressor(Compressor):
 
     def __init__(self, config: SparseConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
+        self.ramp_steps = config.warmup_steps
         if self.residuals is not None:
             self.residuals = Residuals(config.momentum_correction)
 

@@ -210,7 +210,7 @@ class Strategy(ABC):
         """More for ``summary.json``, by part; all ranks call it together at the end of a run."""
         prefix = "compression/"
         found = {name.removeprefix(prefix): v for name, v in self.metrics().items() if name.startswith(prefix)}
-        return {"compression_report": found} if found else {}
+        return {"compression_report": {**found, **self.compressor.report()}} if found else {}
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of what :meth:`report` found, by name; on the rank that writes."""

@@ -12,7 +12,7 @@ from distrain.compression import observation
 from distrain.compression.base import Bucket
 from distrain.compression.exchange import Exchanges
 from distrain.compression.none import NoCompression
-from distrain.compression.observation import Observer, Recorder, Segment, Step
+from distrain.compression.observation import Observer, Recorder, Segment, Step, typical
 from distrain.config import CompressionConfig
 from distrain.metrics import Stopwatch
 
@@ -122,3 +122,16 @@ def test_a_step_without_its_exchanges() -> None:
     assert step.bare == 11
     assert step.span == 30
     assert step.rest == 5
+
+
+def test_the_typical_span_is_a_median_with_two_standard_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    medians = []
+    for _ in range(400):
+        spans = (10 + torch.randn(101, generator=generator)).tolist()
+        # One that has nothing to do with it.
+        spans[7] = 500.0
+        medians.append(typical(spans))
+    off = sum(abs(middle - 10) > error for middle, error in medians)
+    assert 0.01 * 400 < off < 0.1 * 400
+    assert typical([3.0]) == (3.0, 0.0)
