@@ -24,13 +24,20 @@ from benchmarks import network
 
 ROOT = Path(__file__).parent.parent
 TRAINING_HOSTS = 2
-#: Contenders and their command lines; the second ones only matter for steps that wait for a slow link each time.
+#: Contenders and their command lines; "late" merges travel in four parts while training goes on.
 CONTENDERS: dict[str, list[str]] = {
     "alone": ["strategy=single"],
     "ddp": ["strategy=ddp", "strategy.batchnorm=local"],
     "ddp powersgd": ["strategy=ddp", "strategy.batchnorm=local", "compression=powersgd"],
     "local_sgd 16": ["strategy=local_sgd", "strategy.sync_every=16"],
     "diloco 50": ["strategy=local_sgd", "strategy.sync_every=50", "strategy.outer_optimizer=nesterov"],
+    "diloco late": [
+        "strategy=local_sgd",
+        "strategy.sync_every=50",
+        "strategy.outer_optimizer=nesterov",
+        "strategy.fragments=4",
+        "strategy.overlap_steps=5",
+    ],
     "server sync": ["strategy=parameter_server", "strategy.mode=sync"],
     "server async": ["strategy=parameter_server", "strategy.mode=async"],
     "server ssp": ["strategy=parameter_server", "strategy.mode=ssp"],
