@@ -69,12 +69,6 @@ def check(config: Config, world: World) -> None:
     Raises:
         ConfigError: One line that names the key, the value and the choices.
     """
-    if config.data.batch_size < world.size and config.strategy.name != "single":
-        raise ConfigError(
-            "data.batch_size",
-            config.data.batch_size,
-            f"the global batch is smaller than the {world.size} ranks that share it",
-        )
     if config.resume not in ("auto", "never"):
         if not Path(config.resume).is_dir():
             raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
@@ -85,6 +79,13 @@ def check(config: Config, world: World) -> None:
     device = choose_device(config, world)
     choose_backend(config, device)
     strategy_base.chosen(config).check(config, world.size)
+    shares = strategy_base.chosen(config).shares(config, world.size)
+    if config.data.batch_size < shares:
+        raise ConfigError(
+            "data.batch_size",
+            config.data.batch_size,
+            f"the global batch is smaller than the {shares} ranks that share it",
+        )
     compression.chosen(config).check(config)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)

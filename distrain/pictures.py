@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +59,28 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
         right = label == guess
         title = classes[guess] if right else f"{classes[guess]}\n(is {classes[label]})"
         axes.set_title(title, fontsize=8, color="green" if right else "red")
+    return figure
+
+
+def histogram(counts: Mapping[str, Mapping[int, int]], values: str, what: str) -> Figure:
+    """Bars of how often whole numbers occurred, one on top of the other.
+
+    Args:
+        counts: For each part of the bars how often which number occurred.
+        values: What the numbers are.
+        what: What is counted.
+    """
+    figure = _figure(6.0, 3.5)
+    axes = figure.subplots()
+    numbers = sorted({number for part in counts.values() for number in part})
+    below = np.zeros(len(numbers))
+    for name, part in counts.items():
+        heights = np.array([part.get(number, 0) for number in numbers], dtype=float)
+        axes.bar(numbers, heights, bottom=below, label=name)
+        below += heights
+    axes.set_xlabel(values)
+    axes.set_ylabel(what)
+    axes.legend()
     return figure
 
 

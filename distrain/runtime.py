@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -83,6 +83,20 @@ class Terminated(Exception):
     """The process was asked to end by a signal."""
 
 
+class PeerLost(RuntimeError):
+    """Another rank is gone, and the run can't go on without it.
+
+    Attributes:
+        rank: Which.
+        host: Where it was.
+        reason: Why, as far as anybody knows.
+    """
+
+    def __init__(self, rank: int, host: str, reason: str) -> None:
+        super().__init__(f"rank {rank} on {host} is gone: {reason}")
+        self.rank, self.host, self.reason = rank, host, reason
+
+
 class Failed(Exception):
     """The run failed and all was said; the process ends with a code that is not zero."""
 
@@ -127,6 +141,9 @@ class Runtime:
         device: Where this rank computes.
         run_dir: The folder that all ranks share; made by rank 0.
         step: The step in progress, kept up to date by the trainer for failure reports.
+        farewell: Called by every rank at the end of a run that succeeded: nobody leaves while another still talks.
+        expendable: The others go on if this rank fails.
+        lost: Ranks that are gone and that the others did without; what ends the run later is not their failure.
     """
 
     def __init__(self, config: Config, world: World, *, keep_logs: bool = True) -> None:
@@ -141,6 +158,9 @@ class Runtime:
         self._handlers: list[logging.Handler] = []
         self._previous_signal: Any = None
         self._failing = False
+        self.farewell: Callable[[], None] = lambda: self.communicator().barrier()
+        self.expendable = False
+        self.lost: set[int] = set()
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
@@ -173,9 +193,9 @@ class Runtime:
             self._fail(error)
             self._close()
             raise Failed from error
-        # Nobody leaves while another still talks: a store or a connection that vanishes early reads as a failure.
+        # A store or a connection that vanishes early reads as a failure.
         try:
-            self.communicator().barrier()
+            self.farewell()
         except BaseException as broken:
             self._fail(broken)
             self._close()
@@ -367,6 +387,10 @@ class Runtime:
             else f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "),
             "".join(traceback.format_exception(error)),
         )
+        if self.expendable and not isinstance(error, PeerLost):
+            log.error("%s\n%s", own.error, own.traceback)
+            _say(f"distrain: {own.line()}" + ("" if isinstance(error, Terminated) else "; the others go on"))
+            return
         failure = self._first_failure(own, error)
         if failure.rank == own.rank:
             log.error("%s\n%s", failure.error, failure.traceback)
@@ -382,11 +406,11 @@ class Runtime:
             return own
         try:
             # A collective that breaks off is most often a peer's failure: give that peer the time to say so.
-            if isinstance(error, dist.DistError | Terminated) or _broken_connection(error):
+            if isinstance(error, dist.DistError | Terminated | PeerLost) or _broken_connection(error):
                 deadline = time.monotonic() + 2
                 while time.monotonic() < deadline and not self._store.check(["failure"]):
                     time.sleep(0.05)
-                own = self._vanished() or own
+                own = self._vanished(error) or _failure_of_peer(error, own)
             claim = json.dumps(asdict(own))
             winner: str = self._store.compare_set("failure", "", claim).decode()
         except RuntimeError:
@@ -396,14 +420,17 @@ class Runtime:
             self._write_failure(own)
         return Failure(**json.loads(winner))
 
-    def _vanished(self) -> Failure | None:
+    def _vanished(self, error: BaseException) -> Failure | None:
         """A rank of this host whose process is gone, if nobody has claimed the failure."""
         assert self._store is not None
         if self._store.check(["failure"]):
             return None
         for rank in range(self.world.size):
             there = json.loads(self._store.get(f"here/{rank}"))
-            if there["host"] == self.world.host and rank != self.world.rank and not _alive(there["pid"]):
+            # Where a launcher ends the others, the one that they did without is the reason after all.
+            passed_over = rank in self.lost and not isinstance(error, Terminated)
+            here = there["host"] == self.world.host and rank != self.world.rank
+            if here and not passed_over and not _alive(there["pid"]):
                 return Failure(rank, there["host"], self.step, "the process is gone without a word (killed?)")
         return None
 
@@ -512,6 +539,10 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 def _broken_connection(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "socket"))
+
+
+def _failure_of_peer(error: BaseException, own: Failure) -> Failure:
+    return Failure(error.rank, error.host, own.step, error.reason) if isinstance(error, PeerLost) else own
 
 
 def _alive(pid: int) -> bool:

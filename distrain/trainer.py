@@ -92,7 +92,7 @@ class Trainer:
         self._schedule = schedule
         self._logger = logger
         self.callbacks = list(callbacks)
-        self._everyone = runtime.communicator()
+        self._everyone = strategy.everyone
         self._window = Totals(runtime.device)
         self._bytes = 0
         self._logged = (0, 0)
@@ -102,13 +102,16 @@ class Trainer:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end and returns what ``summary.json`` holds."""
+        """Trains to the end and returns what ``summary.json`` holds; nothing on a rank that has other work."""
+        return self.strategy.run(self._fit)
+
+    def _fit(self) -> dict[str, Any]:
         self._resume()
         left = max(self.total_steps - self._first_step, 0)
         self._clock = StepClock(self.strategy.stopwatch, min(_WARMUP, left // 2))
         self._notify("on_fit_start")
         try:
-            self.strategy.run(self._train)
+            self._train()
         finally:
             self._notify("on_fit_end")
         return self._finish()
@@ -116,6 +119,7 @@ class Trainer:
     def _train(self) -> None:
         while not self._done():
             loader = self._loaders["train"]
+            loader.shard = self.strategy.agree_on_shard()
             for batch in self._clock.steps(loader.epoch(self.progress.epoch, self.progress.epoch_samples)):
                 self._seed_step()
                 self.strategy.set_learning_rate(self._learning_rate())
@@ -161,11 +165,12 @@ class Trainer:
 
     def _log(self) -> None:
         norm = self.strategy.gradient_norm()
-        sums = self._take_window()
+        sums = self._take_window(settled=False)
+        count = max(sums[2], 1)
         lap = self._clock.lap()
         values = {
-            "train/loss": sums[0] / sums[2],
-            "train/accuracy": sums[1] / sums[2],
+            "train/loss": sums[0] / count,
+            "train/accuracy": sums[1] / count,
             "train/gradient_norm": float(norm),
             "train/learning_rate": self.strategy.optimizer.param_groups[0]["lr"],
             "speed/images_per_second": lap.samples_per_second,
@@ -182,14 +187,14 @@ class Trainer:
         (step, sent), self._logged = self._logged, (self.progress.step, self._bytes)
         steps = self.progress.step - step
         mine = torch.tensor([self._bytes - sent, steps * self.strategy.uncompressed_bytes_per_step()])
-        sent_by_all, plain = self._everyone.all_reduce(mine.to(self.runtime.device)).tolist()
+        sent_by_all, plain = self.strategy.total("traffic", mine.to(self.runtime.device), settled=False).tolist()
         return {
             "speed/bytes_sent_per_step": sent_by_all / steps / self.runtime.world.size,
             "speed/compression_ratio": plain / sent_by_all if sent_by_all else 1.0,
         }
 
-    def _take_window(self) -> list[float]:
-        taken: list[float] = self._everyone.all_reduce(self._window.take()).tolist()
+    def _take_window(self, *, settled: bool = True) -> list[float]:
+        taken: list[float] = self.strategy.total("window", self._window.take(), settled=settled).tolist()
         self.progress.epoch_sums = [a + b for a, b in zip(self.progress.epoch_sums, taken, strict=True)]
         return taken
 
@@ -223,8 +228,14 @@ class Trainer:
         self._notify("on_epoch_end", values)
 
     def _evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
-        classes = len(self.splits.spec.classes)
-        return evaluate(self.strategy, self._loaders[split], self._everyone, classes, watch)
+        classes, loader = len(self.splits.spec.classes), self._loaders[split]
+        loader.shard = self.strategy.agree_on_shard()
+        while True:
+            found = evaluate(self.strategy, loader, self._everyone, classes, watch)
+            shard, loader.shard = loader.shard, self.strategy.agree_on_shard()
+            # A rank that left meanwhile took its share with it.
+            if loader.shard == shard:
+                return found
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
@@ -319,7 +330,9 @@ class Trainer:
             "test_count": test.count,
             "images_per_second": self._clock.overall.samples_per_second,
             "step_ms": self._clock.step_ms(),
-            "time_share": {name: share / world.size for name, share in zip(shares, summed.tolist(), strict=True)},
+            "time_share": {
+                name: share / self._everyone.size for name, share in zip(shares, summed.tolist(), strict=True)
+            },
             "bytes_sent_per_step": round(sent_per_step / steps),
             "bytes_uncompressed_per_step": uncompressed,
             "bytes_sent_per_step_per_rank": round(sent_per_step / steps / world.size),

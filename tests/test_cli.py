@@ -345,7 +345,10 @@ def test_multirun_stops_at_the_first_refusal(type_in: Callable[..., None], capfd
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("strategy=", {"strategy=ddp", "strategy=local_sgd", "strategy=pipeline", "strategy=single"}),
+        (
+            "strategy=",
+            {f"strategy={name}" for name in ("ddp", "local_sgd", "parameter_server", "pipeline", "single")},
+        ),
         ("strategy=d", {"strategy=ddp"}),
         ("opti", {"optimizer.", "optimizer="}),
         ("optimizer.l", {"optimizer.lr="}),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from distrain import pictures
 
@@ -74,3 +75,13 @@ def test_no_global_state_and_no_screen_are_needed() -> None:
     assert type(figure.canvas).__name__ == "FigureCanvasAgg"
     if "matplotlib.pyplot" in sys.modules:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_a_histogram_stacks_its_parts() -> None:
+    figure = pictures.histogram({"one": {0: 2, 3: 1}, "two": {0: 5}, "none": {}}, "late", "pushes")
+    (axes,) = figure.axes
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_height()]
+    found = [(round(bar.get_x() + bar.get_width() / 2), bar.get_y(), bar.get_height()) for bar in bars]
+    assert found == [(0, 0, 2), (3, 0, 1), (0, 2, 5)]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("late", "pushes")
+    figure.canvas.draw()

@@ -28,6 +28,11 @@ def pack(parts: Sequence[Tensor]) -> Tensor:
     return packed
 
 
+def packed_size(form: Sequence[tuple[torch.dtype, int]]) -> int:
+    """Bytes of what :func:`pack` makes of parts of these dtypes and numbers of elements."""
+    return sum(_padded(count * dtype.itemsize) for dtype, count in form)
+
+
 def unpack(packed: Tensor, form: Sequence[tuple[torch.dtype, int]]) -> list[Tensor]:
     """The parts of what :func:`pack` made, as views.
 
@@ -40,7 +45,7 @@ def unpack(packed: Tensor, form: Sequence[tuple[torch.dtype, int]]) -> list[Tens
     """
     parts, offset = [], 0
     sizes = [count * dtype.itemsize for dtype, count in form]
-    wanted = sum(map(_padded, sizes))
+    wanted = packed_size(form)
     if packed.numel() != wanted:
         raise ValueError(f"a message of {packed.numel()} bytes should have {wanted}")
     for (dtype, _), size in zip(form, sizes, strict=True):

@@ -65,6 +65,9 @@ class Loader:
         shuffle: Another order each epoch; else the split's own.
         augment: Augmentation; ``None`` for none.
         prefetch: Batches made ready by a background thread; 0 makes each when it is asked for.
+
+    Attributes:
+        shard: As above; may be set between epochs.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class Loader:
         prefetch: int = 0,
     ) -> None:
         height, width = images.images.shape[2:]
-        self._batch_size, self._shard, self._seed, self._shuffle = batch_size, shard, seed, shuffle
+        self._batch_size, self.shard, self._seed, self._shuffle = batch_size, shard, seed, shuffle
         self._device, self._dtype, self._memory_format, self._prefetch = device, dtype, memory_format, prefetch
         self._count, self._rows, self._labels = len(images), images.rows, images.labels.to(device)
         # A step of its own in float64 and float32; rounding before normalising would lose bits.
@@ -147,7 +150,7 @@ class Loader:
         rows = rows.to(self._pixels.device)
         for start in range(consumed, self._count, self._batch_size):
             total = min(self._batch_size, self._count - start)
-            low, high = shard_bounds(total, *self._shard)
+            low, high = shard_bounds(total, *self.shard)
             low, high = start + low, start + high
             pixels = self._take(rows[low:high])
             batch = Batch(pixels, labels[low:high], order[low:high], total)

@@ -101,6 +101,16 @@ class Strategy(ABC):
             ConfigError: As :meth:`check`.
         """
 
+    @classmethod
+    def shares(cls, config: Config, world_size: int) -> int:
+        """How many ranks share a batch."""
+        return world_size
+
+    @property
+    def everyone(self) -> Communicator:
+        """The ranks that run the training loop together."""
+        return self.runtime.communicator()
+
     @abstractmethod
     def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Wraps or splits the model, then builds the optimizer over this rank's part.
@@ -147,6 +157,21 @@ class Strategy(ABC):
             ValueError: Names or shapes differ from the model's.
         """
 
+    def agree_on_shard(self) -> tuple[int, int]:
+        """This rank's share, where ranks may leave; all ranks call it together before they go through data."""
+        return self.data_shard
+
+    def total(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
+        """Sum over the ranks of what each has counted since its last call.
+
+        Args:
+            name: What is counted.
+            counted: This rank's numbers, 1-D; may be overwritten.
+            settled: All ranks are at the same step. Where ranks don't keep step, a log need not wait for it, and gets
+                what has been counted by then.
+        """
+        return self.everyone.all_reduce(counted)
+
     @torch.no_grad()
     def agree_on(self, model: nn.Module, communicator: Communicator) -> None:
         """Compares the initial parameters and buffers by hash; where a rank's differ, rank 0's are taken."""
@@ -191,6 +216,10 @@ class Strategy(ABC):
         Here it is what compression costs and keeps back: milliseconds a step that a rank compresses and decompresses,
         the mean of all ranks, and the Euclidean norm of what all ranks together have not sent yet.
         """
+        return self.compression_metrics(self.everyone)
+
+    def compression_metrics(self, communicator: Communicator) -> dict[str, float]:
+        """What :meth:`metrics` says of compression, over these ranks."""
         steps = self.compressor.step - self._measured_from
         if self.config.compression.name == "none" or steps <= 0:
             return {}
@@ -200,16 +229,16 @@ class Strategy(ABC):
         mine[0] = self.stopwatch.compressing() / steps
         if norm is not None:
             mine[1] = norm.double().square()
-        seconds, squares = self.runtime.communicator().all_reduce(mine).tolist()
-        found = {"compression/ms_per_step": 1000 * seconds / self.runtime.world.size}
+        seconds, squares = communicator.all_reduce(mine).tolist()
+        found = {"compression/ms_per_step": 1000 * seconds / communicator.size}
         if norm is not None:
             found["compression/residual_norm"] = math.sqrt(squares)
         return found
 
     def report(self) -> dict[str, Any]:
         """More for ``summary.json``, by part; all ranks call it together at the end of a run."""
-        prefix = "compression/"
-        found = {name.removeprefix(prefix): v for name, v in self.metrics().items() if name.startswith(prefix)}
+        metrics = self.compression_metrics(self.everyone)
+        found = {name.removeprefix("compression/"): value for name, value in metrics.items()}
         return {"compression_report": {**found, **self.compressor.report()}} if found else {}
 
     def figures(self) -> dict[str, Figure]:
@@ -221,9 +250,12 @@ class Strategy(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def run(self, fit: Callable[[], None]) -> None:
-        """Runs the training loop; a strategy whose ranks have other work (a parameter server) does it here."""
-        fit()
+    def run(self, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a rank's whole part, from resuming to the summary, which is returned.
+
+        A strategy whose ranks have other work (a parameter server) does it here; what such a rank returns is empty.
+        """
+        return fit()
 
 
 def chosen(config: Config) -> type[Strategy]:

@@ -46,6 +46,38 @@ def clip(gradients: Scalable, most: float | None) -> Tensor | None:
     return norm
 
 
+class Carrier(Protocol):
+    """Takes complete buckets away."""
+
+    def arm(self) -> None:
+        """The last backward pass of a step begins."""
+
+    def start(self, bucket: Bucket) -> None:
+        """Takes a bucket, in the same order in every step."""
+
+    def finish(self) -> None:
+        """Called after the last bucket of a step."""
+
+
+class Reduced(Scalable, Protocol):
+    """Gradients that are zeroed, accumulated and reduced together; see :class:`Gradients`."""
+
+    buckets: list[Bucket]
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes this rank sends in a step, uncompressed."""
+
+    def zero(self) -> None:
+        """Starts a new sum."""
+
+    def arm(self) -> None:
+        """The last backward pass of a step comes."""
+
+    def finish(self) -> None:
+        """That was it."""
+
+
 class Gradients:
     """The gradients of a set of parameters: zeroed, accumulated, reduced, measured and clipped together.
 
@@ -58,6 +90,7 @@ class Gradients:
         stopwatch: Where the exposed communication is booked.
         first_bucket_mb: Size at which the first bucket is closed, in MiB.
         bucket_mb: The same for the others.
+        carrier: Takes the buckets instead of exchanges among the replicas.
     """
 
     def __init__(
@@ -68,12 +101,15 @@ class Gradients:
         stopwatch: Stopwatch,
         first_bucket_mb: float = 1,
         bucket_mb: float = 25,
+        carrier: Carrier | None = None,
     ) -> None:
         self._communicator = communicator
         self._compressor = compressor
         if advice.wanted(compressor, communicator):
             advice.Advisor(compressor)
-        self._exchanges = Exchanges(compressor, communicator, stopwatch)
+        self._exchanges = carrier
+        if carrier is None and communicator.size > 1:
+            self._exchanges = Exchanges(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._armed = False
         self._next = 0
@@ -87,7 +123,7 @@ class Gradients:
                 parameter.grad = bucket.tensors[name]
             self.buckets.append(bucket)
             self._missing.append(0)
-            if communicator.size > 1:
+            if self._exchanges is not None:
                 for _, parameter in part:
                     self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready_hook(index)))
 
@@ -104,14 +140,15 @@ class Gradients:
     def arm(self) -> None:
         """From now on a bucket is sent off as soon as it is complete; call before the last backward pass of a step."""
         self._armed = True
-        self._exchanges.arm()
+        if self._exchanges is not None:
+            self._exchanges.arm()
         self._next = 0
         for index, bucket in enumerate(self.buckets):
             self._missing[index] = len(bucket.tensors)
 
     def finish(self) -> None:
         """Sends what the backward pass did not complete (unused parameters, an empty share) and waits for all."""
-        if self._communicator.size == 1:
+        if self._exchanges is None:
             self._settle()
             return
         with self._stopwatch.communication():
@@ -147,6 +184,7 @@ class Gradients:
         return hook
 
     def _launch(self) -> None:
+        assert self._exchanges is not None, "buckets are sent without anybody to send them to"
         self._exchanges.start(self.buckets[self._next])
         self._next += 1
 

@@ -14,7 +14,7 @@ from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register
 from distrain.precision import Precision
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
-from distrain.strategies.gradients import Gradients, clip
+from distrain.strategies.gradients import Gradients, Reduced, clip
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
@@ -58,7 +58,7 @@ class Single(Strategy):
         if self.config.trainer.compile:
             model.compile()
 
-    def _make_gradients(self) -> Gradients:
+    def _make_gradients(self) -> Reduced:
         return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)
 
     def train_step(self, batch: Batch) -> StepResult:
