@@ -404,13 +404,15 @@ class Runtime:
         if self._store is None or self.world.size == 1:
             self._write_failure(own)
             return own
+        if isinstance(error, PeerLost):
+            own = Failure(error.rank, error.host, self.step, error.reason)
         try:
             # A collective that breaks off is most often a peer's failure: give that peer the time to say so.
             if isinstance(error, dist.DistError | Terminated | PeerLost) or _broken_connection(error):
                 deadline = time.monotonic() + 2
                 while time.monotonic() < deadline and not self._store.check(["failure"]):
                     time.sleep(0.05)
-                own = self._vanished(error) or _failure_of_peer(error, own)
+                own = self._vanished(error) or own
             claim = json.dumps(asdict(own))
             winner: str = self._store.compare_set("failure", "", claim).decode()
         except RuntimeError:
@@ -539,10 +541,6 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 def _broken_connection(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "socket"))
-
-
-def _failure_of_peer(error: BaseException, own: Failure) -> Failure:
-    return Failure(error.rank, error.host, own.step, error.reason) if isinstance(error, PeerLost) else own
 
 
 def _alive(pid: int) -> bool:

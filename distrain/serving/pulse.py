@@ -100,8 +100,11 @@ class Pulse:
                     if time.monotonic() - sent >= interval:
                         self._connection.send(Kind.BEAT)
                         sent = time.monotonic()
-                    # First look, then count: after a pause of this process what the peer sent meanwhile lies there.
-                    if selector.select(interval):
+                    # A process that was stopped finds its wait over and the peer long silent, but what the peer sent
+                    # meanwhile lies there: so it looks again before it counts.
+                    readable = selector.select(interval)
+                    silent = time.monotonic() - heard > self._silence
+                    if readable or (silent and selector.select(0)):
                         frame = self._connection.receive(Kind.BEAT, Kind.NOTICE, Kind.BYE, largest_meta=1 << 16)
                         self._connection.read(frame, 0)
                         heard = time.monotonic()
@@ -111,7 +114,7 @@ class Pulse:
                             return Word("it was done", left=True)
                         if frame.kind is Kind.NOTICE:
                             return _word(frame.meta)
-                    elif time.monotonic() - heard > self._silence:
+                    elif silent:
                         return self._silent()
             except TimeoutError:
                 return self._silent()

@@ -120,18 +120,19 @@ class Worker:
         return self.lost is None and not self.left
 
     def told(self) -> dict[str, Any]:
-        """Plain data."""
+        """All of it as plain data."""
         return {
-            "rank": self.peer.rank,
-            "host": self.peer.host,
-            "steps": self.steps,
+            **self.end(),
             "samples": self.samples,
             "staleness": {str(late): count for late, count in sorted(self.staleness.items())},
             "lead": self.lead,
             "pushed": self.pushed,
             "pulled": self.pulled,
-            "lost": self.lost,
         }
+
+    def end(self) -> dict[str, Any]:
+        """Who it is, how far it came, and why it is gone, as plain data."""
+        return {"rank": self.peer.rank, "host": self.peer.host, "steps": self.steps, "lost": self.lost}
 
 
 @dataclass
@@ -216,12 +217,14 @@ class Server:
         self._square = 0.0
         self._recent = _Recent()
         self._connections = connections
-        self._pulses = {}
-        for rank, worker in self.workers.items():
-            self._pulses[rank] = Pulse(connections[rank, "pulse"], rules.silence_seconds, self._ender(worker))
-            for channel, handler in (("work", self._work), ("talk", self._talk)):
-                arguments = (handler, worker, connections[rank, channel])
-                threading.Thread(target=self._guarded, args=arguments, daemon=True).start()
+        self._pulses: dict[int, Pulse] = {}
+        # Locked, since a worker may be gone already and its thread look for what is made here.
+        with self._changed:
+            for rank, worker in self.workers.items():
+                self._pulses[rank] = Pulse(connections[rank, "pulse"], rules.silence_seconds, self._ender(worker))
+                for channel, handler in (("work", self._work), ("talk", self._talk)):
+                    arguments = (handler, worker, connections[rank, channel])
+                    threading.Thread(target=self._guarded, args=arguments, daemon=True).start()
 
     # --- the life of the server --------------------------------------------------------------------------------------
 
@@ -332,7 +335,7 @@ class Server:
                 else:
                     waited = self._at_once(worker, push)
             with self._changed:
-                lost = [each.told() for each in self.workers.values() if each.lost]
+                lost = [each.end() for each in self.workers.values() if each.lost]
                 meta = {"version": self.version, "waited": waited, "lost": lost}
                 packed = room.pack()
             connection.send(Kind.PARAMETERS, meta, packed)

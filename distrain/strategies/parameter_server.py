@@ -97,8 +97,8 @@ class ParameterServer(Single):
       NIPS, §4.1), so gradients miss what others pushed meanwhile. What is applied is the mean gradient of the worker's
       samples, with the learning rate times their part of the global batch: the pushes of one batch move the parameters
       together about as far as ``ddp``'s one update, whatever the optimizer, and decay weights as much. That the rate
-      wants dividing by staleness, which is about the number of workers, is of Zhang et al. 2016 (arXiv 1511.05950,
-      §3.2).
+      wants dividing by staleness, which is about the number of workers, is of Zhang et al. 2016, "Staleness-aware
+      async-SGD for distributed deep learning" (arXiv 1511.05950).
     - ``ssp``: as async, but a worker starts no step that is more than ``staleness`` ahead of what the slowest living
       worker has finished (Ho et al. 2013, NIPS).
 
