@@ -48,7 +48,7 @@ WARMUP = 3
 #: Steps in which `auto` still measures.
 SETTLING = 40
 #: Of plain gradient descent: with momentum in the optimizer the sparse compressors need their own momentum correction.
-RATE = 0.05
+RATE = 0.01
 
 
 def overrides(arguments: argparse.Namespace, contender: str, folder: Path, hosts: int) -> list[str]:
@@ -322,7 +322,7 @@ def draw(rows: list[dict[str, Any]], link: str, path: Path) -> None:
         style = "--" if row["contender"].startswith("torch_") else "-"
         color = f"C{number % 10}"
         left.plot([p[0] for p in points], [p[1] for p in points], style, color=color, label=row["contender"])
-        right.plot([max(p[2], 1.0) / 1e6 for p in points], [p[1] for p in points], style, color=color)
+        right.plot([p[2] / 1e6 for p in points[1:]], [p[1] for p in points[1:]], style, color=color)
     left.set(xlabel=f"seconds at {link}", ylabel="training loss (mean of 8 steps)")
     right.set(xlabel="MB sent by a host", xscale="log")
     for axes in (left, right):
