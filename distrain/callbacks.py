@@ -119,7 +119,7 @@ def _sent(values: Mapping[str, float]) -> str:
     unit, factor = next((unit, factor) for unit, factor in _UNITS if size >= factor or factor == 1)
     ratio = values["speed/compression_ratio"]
     return f", sent {size / factor:.3g} {unit}" + (
-        f" ({ratio:,.{0 if ratio >= 100 else 1}f}x less)" if ratio > 1 else ""
+        f" ({ratio:,.{0 if ratio >= 100 else 1}f}x less)" if ratio >= 1.05 else ""
     )
 
 
