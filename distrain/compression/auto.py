@@ -20,7 +20,7 @@ from distrain.compression.base import Bucket, Compressor
 from distrain.compression.error_feedback import Residuals
 from distrain.compression.link import measure_link
 from distrain.compression.observation import Recorder, Step, typical
-from distrain.compression.prediction import Backdrop, Cost, copied, measure_cost, predicted
+from distrain.compression.prediction import Backdrop, Cost, measure_cost, predicted
 from distrain.compression.selection import Table, choose, turns
 from distrain.config import CompressionConfig, Config, ConfigError, register, setting
 
@@ -151,7 +151,7 @@ class Auto(Compressor):
         if self.residuals.state_dict():
             self.residuals.settle(bucket)
         if self._copies is not None:
-            self._copies.append(copied(bucket))
+            self._copies.append(bucket.clone())
         return self._current.aggregate(self._view(self._name, bucket), communicator)
 
     def encode(self, bucket: Bucket) -> Tensor:

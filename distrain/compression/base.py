@@ -8,7 +8,7 @@ base class does the rest: error feedback, small tensors that travel as they are,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,12 +75,21 @@ class Bucket:
 
     def like_lossy(self) -> Bucket:
         """Zeros in the layout of the lossy part."""
-        flat, tensors = torch.zeros_like(self.lossy_part), {}
-        for name in self.lossy:
-            held = self.tensors[name]
-            offset = held.storage_offset() - self.flat.storage_offset()
-            tensors[name] = flat.as_strided(held.size(), held.stride(), offset)
-        return Bucket(flat, tensors)
+        return self._over(torch.zeros_like(self.lossy_part), self.lossy, plain=0)
+
+    def clone(self) -> Bucket:
+        """The same content and layout in memory of its own."""
+        return self._over(self.flat.clone(), self.tensors, self.plain)
+
+    def _over(self, flat: Tensor, names: Iterable[str], plain: int) -> Bucket:
+        """Some of the tensors, laid out as here, in other memory."""
+        held = {name: self.tensors[name] for name in names}
+        start = self.flat.storage_offset()
+        tensors = {
+            name: flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset() - start)
+            for name, tensor in held.items()
+        }
+        return Bucket(flat, tensors, plain)
 
 
 class Compressor(ABC):

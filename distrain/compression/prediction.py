@@ -100,16 +100,6 @@ class Cost:
         )
 
 
-def copied(bucket: Bucket) -> Bucket:
-    """The same content and layout in memory of its own."""
-    flat = bucket.flat.clone()
-    tensors = {
-        name: flat.as_strided(held.size(), held.stride(), held.storage_offset() - bucket.flat.storage_offset())
-        for name, held in bucket.tensors.items()
-    }
-    return Bucket(flat, tensors, bucket.plain)
-
-
 def measure_cost(compressor: Compressor, buckets: Sequence[Bucket], like: Communicator) -> Cost:
     """Times a compressor's own work on a step's gradients, which stay as they are; nobody is talked to.
 
@@ -123,7 +113,7 @@ def measure_cost(compressor: Compressor, buckets: Sequence[Bucket], like: Commun
     while len(taken) <= _REPEATS and sum(taken) < _PATIENCE:
         begin = time.perf_counter()
         compressor.begin_step()
-        found = [_bucket_cost(compressor, copied(bucket), Loopback(like)) for bucket in buckets]
+        found = [_bucket_cost(compressor, bucket.clone(), Loopback(like)) for bucket in buckets]
         # Memory is new the first time.
         best = [_faster(a, b) for a, b in zip(best, found, strict=True)] if len(taken) > 1 else found
         taken.append(time.perf_counter() - begin)

@@ -512,16 +512,7 @@ class ParameterServer(Single):
                 scalars |= more_scalars
         # No worker pushes before that is done, or parameters and moments would be of different steps.
         self._meet()
-        return {
-            "model": model,
-            "optimizer": tensors,
-            "compressor": self.compressor.state_dict(),
-            "scalars": {
-                "optimizer_name": self.config.optimizer.name,
-                "optimizer": scalars,
-                "precision": self.precision.state_dict(),
-            },
-        }
+        return self._saved(model, tensors, scalars)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Gives the servers what any strategy saved; see the base class."""

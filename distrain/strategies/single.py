@@ -138,9 +138,12 @@ class Single(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and loss scale; see the base class."""
-        tensors, scalars = state.optimizer_state(self.optimizer, self._names)
+        return self._saved(self.model_state(), *state.optimizer_state(self.optimizer, self._names))
+
+    def _saved(self, model: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+        """The state of a model and its optimizer with what this rank has besides."""
         return {
-            "model": self.model_state(),
+            "model": model,
             "optimizer": tensors,
             "compressor": self.compressor.state_dict(),
             "scalars": {
