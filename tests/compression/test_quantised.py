@@ -44,15 +44,9 @@ def bucket(
     return Bucket(flat, {key: view for key, view in zip(parts, views, strict=True) if len(view)}, plain)
 
 
-def copied(original: Bucket) -> Bucket:
-    flat = original.flat.clone()
-    parts = flat.split([view.numel() for view in original.tensors.values()])
-    return Bucket(flat, dict(zip(original.tensors, parts, strict=True)), original.plain)
-
-
 def said(compressor: Quantised, message: list[Tensor], about: Bucket) -> Tensor:
     """The elements that a message stands for."""
-    heard = copied(about)
+    heard = about.clone()
     heard.flat.zero_()
     compressor.put(message, heard)
     return heard.lossy_part
@@ -71,7 +65,7 @@ def test_what_was_owed_is_what_was_sent_and_what_is_left(
     kind: str, size: int, dtype: torch.dtype, small_blocks: None
 ) -> None:
     compressor, original = make(kind), bucket(size, dtype=dtype)
-    owed = copied(original)
+    owed = original.clone()
     message = compressor.take(owed)
     sent = said(compressor, message, original)
     assert sent.abs().sum() > 0
@@ -83,12 +77,12 @@ def test_what_was_owed_is_what_was_sent_and_what_is_left(
 @pytest.mark.parametrize("size", [1, 7, 513, 1500])
 def test_a_message_takes_its_bits_and_a_scale_a_group(kind: str, size: int, small_blocks: None) -> None:
     compressor, original = make(kind), bucket(size, plain=5)
-    message = compressor.take(copied(original))
+    message = compressor.take(original.clone())
     assert [(part.dtype, part.numel()) for part in message] == compressor.form(original)
     steps, packed = message
     assert (steps.dtype, len(steps)) == (torch.float32, -(-size // GROUP))
     assert 0 <= len(packed) - size * compressor.bits / 8 < 3
-    payload = compressor.encode(copied(original))
+    payload = compressor.encode(original.clone())
     assert 0 <= payload.numel() - (5 * 4 + steps.numel() * 4 + packed.numel()) < 3 * 8
 
 
@@ -98,11 +92,11 @@ def test_a_gpus_large_operations_make_the_same_message(
     kind: str, size: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = bucket(size)
-    by_rows, owed = make(kind), copied(original)
+    by_rows, owed = make(kind), original.clone()
     expected, left = by_rows.take(owed), owed.flat
     heard = said(by_rows, expected, original)
     monkeypatch.setattr(Quantised, "_row_by_row", lambda self, bucket: False)
-    at_once, owed = make(kind), copied(original)
+    at_once, owed = make(kind), original.clone()
     message = at_once.take(owed)
     assert all(torch.equal(part, wanted) for part, wanted in zip(message, expected, strict=True))
     assert torch.equal(owed.flat, left)
@@ -127,7 +121,7 @@ def test_groups_do_not_depend_on_each_other(kind: str) -> None:
     original = bucket(4 * GROUP)
     original.flat[GROUP : 2 * GROUP] = 0
     original.flat[2 * GROUP : 3 * GROUP] *= 1e6
-    message = make(kind).take(copied(original))
+    message = make(kind).take(original.clone())
     sent = said(make(kind), message, original).view(4, GROUP)
     assert not sent[1].any()
     for group, values in zip(sent, original.flat.view(4, GROUP), strict=True):
@@ -140,7 +134,7 @@ def test_groups_do_not_depend_on_each_other(kind: str) -> None:
 def test_the_smallest_numbers_stay_small(kind: str, tiny: float) -> None:
     original = bucket(GROUP)
     original.flat.fill_(tiny)
-    compressor, owed = make(kind), copied(original)
+    compressor, owed = make(kind), original.clone()
     sent = said(compressor, compressor.take(owed), original)
     assert sent.abs().max() <= 2e-38
     assert owed.flat.abs().max() <= 2e-38
@@ -151,11 +145,11 @@ def test_the_smallest_numbers_stay_small(kind: str, tiny: float) -> None:
 def test_what_is_not_finite_spoils_its_group_once(kind: str, bad: float) -> None:
     compressor, original = make(kind), bucket(3 * GROUP + 1)
     compressor.begin_step()
-    clean, spoilt = copied(original), copied(original)
+    clean, spoilt = original.clone(), original.clone()
     spoilt.flat[GROUP + 3] = bad
     expected = said(compressor, make(kind).take(clean), original)
     payload = compressor.encode(spoilt)
-    heard = copied(original)
+    heard = original.clone()
     heard.flat.zero_()
     compressor.decode(payload, heard)
     assert not heard.flat[GROUP + 3].isfinite()
@@ -168,16 +162,16 @@ def test_what_is_not_finite_spoils_its_group_once(kind: str, bad: float) -> None
     assert norm.isfinite()
     compressor.begin_step()
     heard.flat.zero_()
-    compressor.decode(compressor.encode(copied(original)), heard)
+    compressor.decode(compressor.encode(original.clone()), heard)
     assert heard.flat.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bucket_may_hold_nothing_to_compress(kind: str) -> None:
     compressor, original = make(kind), bucket(0, plain=3)
-    heard = copied(original)
+    heard = original.clone()
     heard.flat.zero_()
-    compressor.decode(compressor.encode(copied(original)), heard)
+    compressor.decode(compressor.encode(original.clone()), heard)
     assert torch.equal(heard.flat, original.flat)
 
 
