@@ -211,7 +211,7 @@ def _write_own(temporary: Path, files: Mapping[str, Mapping[str, Tensor]], excha
                 everyone.start_receive(content, rank, tag=_SAVING).wait()
                 # Even if it can't be written: those who send wait for it to be taken.
                 with exchange.noting_problems():
-                    tensor_file.write(temporary / name, [memoryview(content.cpu().numpy())])
+                    tensor_file.write(temporary / name, [content.cpu().numpy().data])
     return {name: content for each in told for name, content in each["written"].items()}
 
 

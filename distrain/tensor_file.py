@@ -62,7 +62,7 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().flatten()
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def write(path: Path, content: Iterable[Chunk]) -> Content:

@@ -226,7 +226,8 @@ def test_a_save_that_fails_leaves_the_others_as_they_are(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(*BREAKABLE[broken], full_disk)
+    owner, name = BREAKABLE[broken]
+    monkeypatch.setattr(owner, name, full_disk)
     for step in (40, 50):
         with pytest.raises(NotSaved) as caught:
             checkpoint.save(saved.parent, state(seed=1), progress(step))
