@@ -7,15 +7,18 @@ under way.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +31,7 @@ from distrain.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _CPU = torch.device("cpu")
 #: How long a run that failed waits for a save that is under way.
 _PATIENCE_SECONDS = 5.0
@@ -47,6 +51,8 @@ class Saver:
             don't say which thread they are for.
         device: Where ``everyone`` communicates.
         background: Write while training goes on.
+        expected: Called at the first :meth:`poll`: tensors like those that this rank will save, for which memory is
+            made ready in the background.
 
     Attributes:
         lost: Step of the last save, if it failed; known when :meth:`wait` returns, and then the same on all ranks.
@@ -60,6 +66,7 @@ class Saver:
         device: torch.device = _CPU,
         *,
         background: bool,
+        expected: Callable[[], list[Tensor]] = list,
     ) -> None:
         self.lost: int | None = None
         self._folder = folder
@@ -67,6 +74,7 @@ class Saver:
         self._everyone = everyone if everyone is not None else Communicator()
         self._device = device
         self._staging = _Staging() if background else None
+        self._expected: Callable[[], list[Tensor]] | None = expected if background else None
         self._under_way: Future[int | None] | None = None
         self._saves = 0
         self._stalls: list[float] = []
@@ -86,14 +94,15 @@ class Saver:
         if self._staging is None:
             self.lost = self._write(state, progress)
         else:
-            self._under_way = Future()
-            arguments = (self._under_way, self._staging.copy(state), dict(progress))
-            # A thread that ends with the process: a rank that failed doesn't wait for peers that are gone.
-            threading.Thread(target=self._write_later, args=arguments, name="distrain-saver", daemon=True).start()
+            staged = self._staging.copy(state)
+            self._under_way = _in_background(functools.partial(self._write_staged, staged, dict(progress)))
         self._stalls.append(time.perf_counter() - began)
 
     def poll(self) -> None:
-        """Raises what went wrong in the background, if something has by now; costs nothing else."""
+        """Raises what went wrong in the background, if something has by now; called after every step."""
+        if self._expected is not None and self._staging is not None:
+            self._staging.prepare(self._expected())
+            self._expected = None
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
@@ -112,26 +121,23 @@ class Saver:
         """What saving cost; all ranks call it together, after :meth:`wait`.
 
         Returns:
-            ``saves``; ``failed`` among them; ``stall_ms``, how long training stood still for one, the largest and the
-            mean of the rank with the longest; ``write_seconds``, from there until it was complete, the mean.
+            ``saves``; ``failed`` among them; ``stall_ms``, how long training stood still for one, ``max`` and ``mean``;
+            ``write_seconds``, from there until it was complete, the mean. Of each the largest of all ranks.
         """
-        stalls = self._stalls or [0.0]
-        mine = torch.tensor([max(stalls), sum(stalls) / len(stalls)], dtype=torch.float64, device=self._device)
-        longest, mean = self._everyone.all_reduce(mine, "max").tolist()
+        stalls, seconds = (np.asarray(each or [0.0]) for each in (self._stalls, self._seconds))
+        mine = torch.tensor([stalls.max(), stalls.mean(), seconds.mean()], dtype=torch.float64, device=self._device)
+        longest, mean, writing = self._everyone.all_reduce(mine, "max").tolist()
         return {
             "saves": self._saves,
             "failed": self._saves - len(self._seconds),
             "stall_ms": {"max": 1000 * longest, "mean": 1000 * mean},
-            "write_seconds": sum(self._seconds) / len(self._seconds) if self._seconds else 0.0,
+            "write_seconds": writing,
         }
 
-    def _write_later(self, done: Future[int | None], state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    def _write_staged(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> int | None:
         assert self._staging is not None
-        try:
-            self._staging.wait()
-            done.set_result(self._write(state, progress))
-        except BaseException as error:  # the training thread raises it again
-            done.set_exception(error)
+        self._staging.wait()
+        return self._write(state, progress)
 
     def _write(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> int | None:
         """Writes a checkpoint and removes old ones; returns the step if it could not be written."""
@@ -148,6 +154,10 @@ class Saver:
         return None
 
 
+#: Shape, strides, type and device of a tensor.
+_Like = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
 class _Staging:
     """Copies of a state's tensors on the CPU, in memory that the next copy uses again.
 
@@ -155,11 +165,25 @@ class _Staging:
     """
 
     def __init__(self) -> None:
-        self._places: dict[str, tuple[Tensor, object]] = {}
+        self._places: dict[str, tuple[Tensor, _Like]] = {}
         self._copied: torch.cuda.Event | None = None
+        self._spare: dict[_Like, list[Tensor]] = defaultdict(list)
+        self._prepared: Future[None] | None = None
+
+    def prepare(self, tensors: list[Tensor]) -> None:
+        """Begins to make memory ready for a first copy of tensors like these."""
+
+        def make_ready() -> None:
+            for tensor in tensors:
+                self._spare[_like(tensor)].append(_place(tensor).zero_())
+
+        self._prepared = _in_background(make_ready)
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state with copies of its tensors; they count once :meth:`wait` has returned."""
+        if self._prepared is not None:
+            self._prepared.result()
+            self._prepared = None
         before, self._places = self._places, {}
         copied = dict(state)
         for part in (*checkpoint.PARTS, *checkpoint.OWN_PARTS):
@@ -167,8 +191,9 @@ class _Staging:
                 name: self._copy(f"{part}/{name}", tensor.detach(), before)
                 for name, tensor in state.get(part, {}).items()
             }
+        self._spare.clear()
         self._copied = None
-        if any(place.is_pinned() for place, _ in self._places.values()):
+        if any(device.type == "cuda" for _, (_, _, _, device) in self._places.values()):
             # Later steps are behind the copies in the device's queue, so nobody needs to wait here.
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -179,14 +204,36 @@ class _Staging:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def _copy(self, key: str, tensor: Tensor, before: Mapping[str, tuple[Tensor, object]]) -> Tensor:
-        # Strides too: a copy into another layout takes far longer, and is made when the file is written.
-        like = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    def _copy(self, key: str, tensor: Tensor, before: Mapping[str, tuple[Tensor, _Like]]) -> Tensor:
+        like = _like(tensor)
         place, of = before.get(key, (None, None))
         if place is None or of != like:
-            place = torch.empty_like(tensor, device=_CPU, pin_memory=tensor.is_cuda)
+            place = self._spare[like].pop() if self._spare[like] else _place(tensor)
         self._places[key] = place, like
         return place.copy_(tensor, non_blocking=True)
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Does something in a thread that ends with the process: a rank that failed waits for no peers that are gone."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # whoever asks for the result gets it
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="distrain-saver", daemon=True).start()
+    return done
+
+
+def _like(tensor: Tensor) -> _Like:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _place(tensor: Tensor) -> Tensor:
+    # With its strides: a copy into another layout takes far longer, and is made when the file is written.
+    return torch.empty_like(tensor.detach(), device=_CPU, pin_memory=tensor.is_cuda)
 
 
 def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
@@ -197,8 +244,18 @@ def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
     if not config.checkpoint.background or not strategy.saves_in_background:
         return Saver(folder, keep, strategy.everyone, runtime.device, background=False)
     if runtime.world.size == 1:
-        return Saver(folder, keep, background=True)
+        return Saver(folder, keep, background=True, expected=functools.partial(_to_be_saved, strategy))
     timeout = datetime.timedelta(seconds=config.runtime.timeout_seconds)
     # On GPUs too: what ranks tell each other here is in host memory, and must not wait for the device.
     group = dist.new_group(backend="gloo", timeout=timeout)
-    return Saver(folder, keep, Communicator(group), background=True)
+    everyone = Communicator(group)
+    return Saver(folder, keep, everyone, background=True, expected=functools.partial(_to_be_saved, strategy))
+
+
+def _to_be_saved(strategy: Strategy) -> list[Tensor]:
+    """Most of what this rank will save, known after a first step: optimizers begin to keep things then."""
+    if strategy.data_shard[0] != 0:
+        return []
+    optimizer = strategy.optimizer
+    kept = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, Tensor)]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]] + kept

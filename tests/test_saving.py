@@ -141,6 +141,23 @@ def test_the_same_memory_serves_every_copy(tmp_path: Path) -> None:
     assert "part" not in staging.copy(given)["model"]
 
 
+def test_memory_for_the_first_copy_is_made_ready_after_the_first_step(tmp_path: Path) -> None:
+    trained = whole_state()["model"]
+    behind = Saver(tmp_path, 1, background=True, expected=lambda: list(trained.values()))
+    behind.poll()
+    assert behind._staging is not None
+    assert behind._staging._prepared is not None
+    behind._staging._prepared.result(timeout=30)
+    ready = {place.data_ptr() for places in behind._staging._spare.values() for place in places}
+    behind.save(whole_state(), progress(1))
+    used = {name: place.data_ptr() for name, (place, _) in behind._staging._places.items()}
+    assert {used[f"model/{name}"] for name in trained} == ready
+    assert not behind._staging._spare
+    behind.poll()
+    behind.wait()
+    assert checkpoint.load_model(tmp_path / "step_00000001").keys() == trained.keys()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tensors_on_a_gpu_are_as_they_were_when_they_were_saved(tmp_path: Path) -> None:
