@@ -9,38 +9,61 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 ``state.json``                position in the data, step, best metric, scalars, and the layout of the ranks that saved
 ``manifest.json``             size and SHA-256 of each of the others; written last
 ============================  ========================================================================================
+
+Where several ranks hold parts of the model, each writes its own: ``model_XXXXX.safetensors`` and
+``optimizer_XXXXX.safetensors`` by the rank's number, each tensor in one of them. Nothing is gathered.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Container, Mapping, Sequence
+import socket
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from distrain import tensor_file
 from distrain.collectives import Communicator
+from distrain.config import ConfigError
 from distrain.runtime import write_json
+from distrain.tensor_file import Content
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("model", "optimizer")
+#: Parts of which each tensor is held by one rank that is responsible for it.
+PARTS = ("model", "optimizer")
 #: Parts of which every rank has its own.
-_OWN_PARTS = ("compressor", "local")
+OWN_PARTS = ("compressor", "local")
 _SAVING = 1
 _CPU = torch.device("cpu")
+#: A hidden folder is being written, moved away or removed: the checkpoint, the host and process of rank 0, and which.
+_HIDDEN = re.compile(r"\.(step_\d+)\.(?:(.+)\.)?(\d+)(\.replaced|\.removed)?")
+#: A hidden folder in which no file was made for so long is nobody's, wherever its process was.
+_ABANDONED_SECONDS = 3600
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint is incomplete or differs from its manifest; the message names the file."""
+
+
+class NotSaved(OSError):
+    """A rank could not write its part of a checkpoint; raised on all ranks, and names rank, host, path and error."""
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -52,78 +75,175 @@ def save(
 ) -> Path:
     """Writes a checkpoint beside the others and then, in one step, makes it visible; all ranks call it together.
 
+    Each rank writes, syncs and hashes its own files; one that doesn't see rank 0's folder sends them there.
+
     Args:
         folder: The run's ``checkpoints`` folder.
-        state: A strategy's ``state_dict()`` and its ``layout``; of ``model``, ``optimizer`` and ``scalars`` the first
-            rank's count, ``compressor`` and ``local`` are each rank's own.
+        state: A strategy's ``state_dict()``, its ``layout`` and the run's ``config`` as plain data; of ``model`` and
+            ``optimizer`` this rank's tensors, of ``scalars`` the first rank's count, ``compressor`` and ``local`` are
+            each rank's own.
         progress: The trainer's position; ``step`` names the checkpoint.
         everyone: The ranks; by default this one alone.
         device: Where ``everyone`` communicates.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        NotSaved: A rank could not write. What was there before is as it was, and nothing is left of the new one.
     """
     everyone = everyone if everyone is not None else Communicator()
     final = folder / f"step_{int(progress['step']):08d}"
-    temporary = folder / everyone.share({"name": f".{final.name}.{os.getpid()}"}, device)[0]["name"]
-    if everyone.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for part in _PARTS:
-            save_file(_plain(state[part]), temporary / f"{part}.safetensors")
-        held = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
-        write_json(temporary / "state.json", held)
-    everyone.barrier()
-    _save_own(temporary, state, everyone, device)
-    if everyone.rank == 0:
-        _complete(temporary, final)
+    temporary = _hidden(final)
+    try:
+        _save(temporary, final, state, progress, _Exchange(everyone, device))
+    except NotSaved:
+        if everyone.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
-def _save_own(temporary: Path, state: Mapping[str, Any], everyone: Communicator, device: torch.device) -> None:
-    """Writes what this rank alone holds; a rank that doesn't see rank 0's folder sends its file there."""
-    own = {f"{part}/{name}": tensor for part in _OWN_PARTS for name, tensor in state.get(part, {}).items()}
-    file = temporary / _own_file(everyone.rank)
-    sees = temporary.is_dir()
-    packed = b""
-    if own and sees:
-        save_file(_plain(own), file)
-    elif own:
-        packed = safetensors.torch.save(_plain(own))
-    for rank, told in enumerate(everyone.share({"sends": len(packed)}, device)):
-        if not told["sends"]:
-            continue
-        if everyone.rank == rank:
-            content = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
-            everyone.start_send(content, to=0, tag=_SAVING).wait()
-        elif everyone.rank == 0:
-            content = torch.empty(told["sends"], dtype=torch.uint8, device=device)
-            everyone.start_receive(content, rank, tag=_SAVING).wait()
-            (temporary / _own_file(rank)).write_bytes(content.cpu().numpy().data)
-    everyone.barrier()
+def _save(
+    temporary: Path, final: Path, state: Mapping[str, Any], progress: Mapping[str, Any], exchange: _Exchange
+) -> None:
+    rank = exchange.everyone.rank
+    with exchange.noting_problems():
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    told = exchange.share({"folder": temporary.name, "parts": [part for part in PARTS if state[part]]})
+    # Rank 0's, since names differ by process.
+    temporary = final.parent / told[0]["folder"]
+    holders = {part: [each for each, mine in enumerate(told) if part in mine["parts"]] for part in PARTS}
+    files = _write_own(temporary, _files_of(rank, state, holders), exchange)
+    with exchange.noting_problems():
+        if rank == 0 and not exchange.problem:
+            held = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
+            held["config"] = state.get("config")
+            _complete(temporary, final, held, files)
+    # Nobody goes on before it is known whether the checkpoint is there.
+    exchange.share({})
+
+
+class _Exchange:
+    """What ranks tell each other while they save; what one could not write becomes known to all.
+
+    Args:
+        everyone: The ranks.
+        device: Where they communicate.
+
+    Attributes:
+        problem: What this rank could not do.
+    """
+
+    def __init__(self, everyone: Communicator, device: torch.device) -> None:
+        self.everyone = everyone
+        self.device = device
+        self.problem: str | None = None
+
+    @contextmanager
+    def noting_problems(self) -> Iterator[None]:
+        """What goes wrong with files in here is told to all in the next :meth:`share`, for which they wait."""
+        try:
+            yield
+        except OSError as error:
+            code = errno.errorcode.get(error.errno or 0, "no errno")
+            where = f"{error.filename}: " if error.filename else ""
+            self.problem = f"{where}{error.strerror or error} ({code})"
+
+    def share(self, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's plain data.
+
+        Raises:
+            NotSaved: A rank had a problem.
+        """
+        told = self.everyone.share({**mine, "host": socket.gethostname(), "problem": self.problem}, self.device)
+        problems = [
+            f"rank {rank} on {each['host']}: {each['problem']}" for rank, each in enumerate(told) if each["problem"]
+        ]
+        if problems:
+            raise NotSaved("; ".join(problems))
+        return told
+
+
+def _files_of(
+    rank: int, state: Mapping[str, Any], holders: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, Tensor]]:
+    """The files that a rank writes, by name."""
+    files = {}
+    for part in PARTS:
+        writers = holders[part] or [0]
+        if rank in writers:
+            name = f"{part}.safetensors" if len(writers) == 1 else f"{part}_{rank:05d}.safetensors"
+            files[name] = dict(state[part])
+    own = {f"{part}/{name}": tensor for part in OWN_PARTS for name, tensor in state.get(part, {}).items()}
+    if own:
+        files[_own_file(rank)] = own
+    return files
 
 
 def _own_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _complete(temporary: Path, final: Path) -> None:
-    files = sorted(path for path in temporary.iterdir())
-    write_json(
-        temporary / "manifest.json",
-        {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
-    )
-    for path in temporary.iterdir():
-        _sync(path)
+def _write_own(temporary: Path, files: Mapping[str, Mapping[str, Tensor]], exchange: _Exchange) -> dict[str, Content]:
+    """Writes this rank's files, or has rank 0 do it; returns what all ranks wrote."""
+    everyone, device = exchange.everyone, exchange.device
+    written: dict[str, Content] = {}
+    packed: dict[str, bytes] = {}
+    sees = temporary.is_dir()
+    with exchange.noting_problems():
+        for name, tensors in files.items():
+            if sees:
+                written[name] = tensor_file.write(temporary / name, tensor_file.chunks(tensors))
+            else:
+                packed[name] = b"".join(tensor_file.chunks(tensors))
+                written[name] = tensor_file.content_of(packed[name])
+    told = exchange.share({"written": written, "sends": list(packed)})
+    for rank, each in enumerate(told):
+        for name in each["sends"]:
+            if everyone.rank == rank:
+                content = torch.frombuffer(bytearray(packed[name]), dtype=torch.uint8).to(device)
+                everyone.start_send(content, to=0, tag=_SAVING).wait()
+            elif everyone.rank == 0:
+                content = torch.empty(each["written"][name]["bytes"], dtype=torch.uint8, device=device)
+                everyone.start_receive(content, rank, tag=_SAVING).wait()
+                # Even if it can't be written: those who send wait for it to be taken.
+                with exchange.noting_problems():
+                    tensor_file.write(temporary / name, [content.cpu().numpy().data])
+    return {name: content for each in told for name, content in each["written"].items()}
+
+
+def _complete(temporary: Path, final: Path, held: Mapping[str, Any], files: Mapping[str, Content]) -> None:
+    """Writes what is written once, and gives the folder its name."""
+    write_json(temporary / "state.json", held)
+    state = (temporary / "state.json").read_bytes()
+    everything = {**files, "state.json": tensor_file.write(temporary / "state.json", [state])}
+    # Without a newline in the end: cut by a single byte it can't be read.
+    manifest = json.dumps(dict(sorted(everything.items())), indent=2).encode()
+    tensor_file.write(temporary / "manifest.json", [manifest])
     _sync(temporary)
     # The same step saved again (a resumed run): the old one moves away whole, since a rename needs the name free and
     # a folder that is being deleted must not be taken for a checkpoint.
     replaced = final.parent / f"{temporary.name}.replaced"
     if final.exists():
         final.rename(replaced)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _hidden(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 class OwnTensors(Sequence[Mapping[str, Tensor]]):
@@ -177,20 +297,36 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         held = json.loads((path / "state.json").read_text())
         state["scalars"], progress = dict(held["scalars"]), dict(held["progress"])
         state["layout"] = dict(held["layout"])
+        # Checkpoints of before it was saved have none.
+        state["config"] = dict(held["config"]) if held.get("config") is not None else None
         ranks = int(state["layout"]["world_size"])
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{path / 'state.json'} can't be read") from error
-    for part in _PARTS:
-        state[part] = _load_tensors(path / f"{part}.safetensors")
-    for part in _OWN_PARTS:
+    for part in PARTS:
+        state[part] = _load_part(path, part, files)
+    for part in OWN_PARTS:
         state[part] = OwnTensors(path, part, ranks, files)
     return state, progress
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
     """The model's tensors alone, checked like :func:`load` does."""
-    verify(path)
-    return _load_tensors(path / "model.safetensors")
+    return _load_part(path, "model", verify(path))
+
+
+def _load_part(path: Path, part: str, files: Iterable[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in _files_with(part, files):
+        tensors = _load_tensors(path / name)
+        for twice in found.keys() & tensors.keys():
+            raise DamagedCheckpoint(f"{path / name} holds {twice}, which another file holds too")
+        found |= tensors
+    return found
+
+
+def _files_with(part: str, files: Iterable[str]) -> list[str]:
+    """The files among them that hold a part: one, or one of each rank that held some of it."""
+    return sorted(name for name in files if re.fullmatch(rf"{part}(_\d{{5,}})?\.safetensors", name))
 
 
 def verify(path: Path) -> set[str]:
@@ -204,13 +340,16 @@ def verify(path: Path) -> set[str]:
     """
     manifest_path = path / "manifest.json"
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads(manifest_path.read_text(), object_pairs_hook=_without_doubles)
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise DamagedCheckpoint(f"{manifest_path} can't be read") from None
-    always = [*(f"{part}.safetensors" for part in _PARTS), "state.json"]
+    always = [
+        *(name for part in PARTS for name in _files_with(part, expected) or [f"{part}.safetensors"]),
+        "state.json",
+    ]
     for name in [*always, *(name for name in expected if name not in always)]:
         file = path / name
         if file.name != name:
@@ -225,6 +364,16 @@ def verify(path: Path) -> set[str]:
         if _sha256(file) != digest:
             raise DamagedCheckpoint(f"{file} differs from its checksum")
     return set(expected)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # A single bit makes model_00001 of model_00000, and the last of two would be believed.
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+# --- which ones there are --------------------------------------------------------------------------------------------
 
 
 def all_in(folder: Path) -> list[Path]:
@@ -244,16 +393,87 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Removes all but the newest ``keep`` checkpoints and the best one."""
-    for path in all_in(folder)[:-keep]:
-        if int(path.name[5:]) != best_step:
-            shutil.rmtree(path)
+def check_seen(path: Path, everyone: Communicator, device: torch.device = _CPU) -> None:
+    """Makes sure that all ranks see the checkpoint that they are to go on from; all call it together.
+
+    Raises:
+        ConfigError: Names the ranks that don't; raised on all.
+    """
+    told = everyone.share({"host": socket.gethostname(), "sees": path.is_dir()}, device)
+    blind = [f"rank {rank} on {each['host']}" for rank, each in enumerate(told) if not each["sees"]]
+    if blind:
+        problem = "and the others do; hosts that go on from a checkpoint need a file system in common, or a copy of it"
+        raise ConfigError("resume", path, f"is not seen by {', '.join(blind)}, {problem}")
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Copies: safetensors refuses strided layouts (channels-last) and memory that two names share (tied weights).
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def prune(folder: Path, keep: int, best_step: int | None, newest_step: int) -> None:
+    """Removes all but the newest ``keep`` checkpoints and the best one; what can't be removed is named in the log.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        keep: How many of the newest stay.
+        best_step: Step of the best.
+        newest_step: Step of the one that was just saved. Later ones are of a course that the run has left for an
+            earlier checkpoint or a new beginning; they are removed, or a later start would go on from them.
+    """
+    steps = {int(path.name[5:]): path for path in all_in(folder)}
+    left = [path for step, path in steps.items() if step > newest_step]
+    if left:
+        log.warning("removes what was saved on a course that this run has left: %s", ", ".join(map(str, left)))
+    ours = sorted(step for step in steps if step <= newest_step)
+    for path in [*left, *(steps[step] for step in ours[:-keep] if step != best_step)]:
+        removed = path.with_name(f"{_hidden(path).name}.removed")
+        try:
+            # A folder that is being deleted must not be taken for a checkpoint.
+            path.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            log.warning("can't remove an old checkpoint: %s", error)
+
+
+def tidy(folder: Path) -> None:
+    """Clears away what processes that died while they saved have left; nobody may be saving in this process.
+
+    Such a process may have left a checkpoint complete but without its name, which it is given.
+    """
+    for path in sorted(folder.glob(".step_*")):
+        parsed = _HIDDEN.fullmatch(path.name)
+        if parsed is None:
+            continue
+        final, kind = folder / parsed[1], parsed[4]
+        try:
+            if _is_used(path, parsed[2], int(parsed[3])):
+                continue
+            if kind != ".removed" and not final.exists() and _is_sound(path):
+                path.rename(final)
+                log.warning("%s was complete but for its name when its process died", final)
+            else:
+                shutil.rmtree(path)
+                log.info("removed %s, left by a process that died", path)
+        except OSError as error:
+            log.warning("can't remove what a process that died has left: %s", error)
+
+
+def _is_used(path: Path, host: str | None, process: int) -> bool:
+    if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        verify(path)
+    except DamagedCheckpoint:
+        return False
+    return True
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

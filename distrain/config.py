@@ -257,6 +257,13 @@ class TrainerConfig:
     max_steps: int | None = setting(
         "End the run after this many steps, with its evaluation, checkpoint and summary.", at_least=1
     )
+    max_minutes: float | None = setting(
+        "Save and end with exit code 75 after so long, to be gone on with later; null: no limit.", above=0
+    )
+    on_nonfinite: str = setting(
+        "A gradient that is NaN or infinite: end the run; leave the update out; or go back to the newest checkpoint.",
+        choices=("stop", "skip", "rewind"),
+    )
     micro_batch_size: int | None = setting(
         "Samples a rank runs forward and backward at once; a larger share is accumulated. null: all at once.",
         at_least=1,
@@ -287,6 +294,8 @@ class CheckpointConfig:
 
     every_epochs: int = setting("Save at the end of every so many epochs; the end of the run always saves.", at_least=1)
     every_steps: int | None = setting("Also save every so many steps; null: only at epochs.", at_least=1)
+    every_minutes: float | None = setting("Also save after so many minutes without a save; null: don't.", above=0)
+    background: bool = setting("Write while training goes on, from a copy; what goes wrong is told a step later.")
     keep: int = setting("How many of the newest to keep; the best by validation accuracy is kept besides.", at_least=1)
 
 
@@ -298,7 +307,8 @@ class RuntimeConfig:
     backend: str = setting("Process group backend; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl"))
     threads: int | None = setting("CPU threads a rank; null: the host's cores shared among its ranks.", at_least=1)
     setup_timeout_seconds: float = setting("Ranks that don't meet within this time end with an error.", above=0)
-    timeout_seconds: float = setting("A collective that takes longer ends the run.", above=0)
+    timeout_seconds: float = setting("A step, or a collective, that takes longer ends the run.", above=0)
+    heartbeat_timeout_seconds: float = setting("A rank that gives no sign of life for so long is gone.", above=0)
 
 
 @dataclass

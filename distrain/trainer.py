@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distrain import checkpoint, pictures
+from distrain import checkpoint, pictures, saving
 from distrain.callbacks import Callback
 from distrain.config import Config, ConfigError, to_container
 from distrain.data.base import Splits
@@ -97,13 +97,18 @@ class Trainer:
         self._bytes = 0
         self._logged = (0, 0)
         self._started = time.perf_counter()
+        self._saver = saving.build(config, runtime, strategy)
         self._saved_step: int | None = None
+        self._best_before: tuple[float | None, int | None] = (None, None)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns what ``summary.json`` holds; nothing on a rank that has other work."""
-        return self.strategy.run(self._fit)
+        try:
+            return self.strategy.run(self._fit)
+        finally:
+            self._saver.close()
 
     def _fit(self) -> dict[str, Any]:
         self._resume()
@@ -128,6 +133,7 @@ class Trainer:
                 self._bytes += self.strategy.ledger.total() - sent
                 self._window.add(result.loss_sum, result.correct, result.count)
                 self._advance(batch)
+                self._saver.poll()
                 self._notify("on_step_end")
                 if self.progress.step % self.config.trainer.log_every_steps == 0:
                     self._log()
@@ -218,10 +224,10 @@ class Trainer:
             found = self._evaluate("val")
             values |= {"epoch/val_loss": found.loss, "epoch/val_accuracy": found.accuracy}
             self.progress.val_accuracy = found.accuracy
-            best = self.progress.best_accuracy
             # Only what is saved can be kept as the best.
-            if saves and (best is None or found.accuracy > best):
-                self.progress.best_accuracy, self.progress.best_step = found.accuracy, self.progress.step
+            if saves:
+                self._settle_save()
+                self._note_best(found.accuracy)
         self._logger.scalars(self.progress.step, values, kind="epoch")
         if saves:
             self._save()
@@ -239,18 +245,33 @@ class Trainer:
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
+    def _note_best(self, accuracy: float) -> None:
+        progress = self.progress
+        if progress.best_accuracy is None or accuracy > progress.best_accuracy:
+            self._best_before = progress.best_accuracy, progress.best_step
+            progress.best_accuracy, progress.best_step = accuracy, progress.step
+
+    def _settle_save(self) -> None:
+        """Waits for the save under way; one that failed has saved nothing and is not the best."""
+        self._saver.wait()
+        lost = self._saver.lost
+        if lost is not None and lost == self._saved_step:
+            self._saved_step = None
+            if lost == self.progress.best_step:
+                self.progress.best_accuracy, self.progress.best_step = self._best_before
+
     @property
     def _checkpoints(self) -> Path:
         return self.runtime.run_dir / "checkpoints"
 
     def _save(self) -> None:
+        began = time.perf_counter()
+        self._settle_save()
         if self._saved_step == self.progress.step:
             return
         self._take_window()
         state = {**self.strategy.state_dict(), "layout": self.strategy.layout}
-        checkpoint.save(self._checkpoints, state, asdict(self.progress), self._everyone, self.runtime.device)
-        if self.runtime.is_main:
-            checkpoint.prune(self._checkpoints, self.config.checkpoint.keep, self.progress.best_step)
+        self._saver.save(state, asdict(self.progress), began)
         self._saved_step = self.progress.step
 
     def _resume(self) -> None:
@@ -258,6 +279,7 @@ class Trainer:
         found = self._checkpoint_to_resume()
         if found is None:
             return
+        checkpoint.check_seen(found, self._everyone, self.runtime.device)
         state, progress = checkpoint.load(found)
         try:
             self.strategy.load_state_dict(state)
@@ -287,6 +309,7 @@ class Trainer:
         self._save()
         watch = range(min(_WATCHED, len(self.splits.test)))
         test = self._evaluate("test", watch)
+        self._settle_save()
         summary = self._summary(test)
         if self.runtime.is_main:
             self._draw(test)
@@ -339,6 +362,7 @@ class Trainer:
             "compression_ratio": uncompressed * steps / sent_per_step if sent_per_step else 1.0,
             "peak_memory_mb": round(float(memory), 1),
             "wall_seconds": round(self.seconds(), 3),
+            "checkpoint": self._saver.report(),
             **self.strategy.report(),
         }
 

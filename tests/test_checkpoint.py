@@ -8,7 +8,13 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +22,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain import checkpoint
-from distrain.checkpoint import DamagedCheckpoint
+from distrain import checkpoint, tensor_file
+from distrain.checkpoint import DamagedCheckpoint, NotSaved
+from distrain.config import ConfigError
 from distrain.runtime import Runtime, World
 from tests import runs
 from tests.harness import run_ranks
 
+PARTS = ("model", "optimizer")
 FILES = ("model.safetensors", "optimizer.safetensors", "rank_00000.safetensors", "state.json", "manifest.json")
 
 
@@ -108,24 +116,57 @@ def test_a_checkpoint_is_plain_files_named_by_the_step(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def _save_on_rank(folder: Path, apart: bool) -> list[list[float]]:
+def part_of(tensors: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """What a stage of a pipeline holds."""
+    names = sorted(tensors)
+    return {name: tensors[name] for name in names[len(names) * rank // ranks : len(names) * (rank + 1) // ranks]}
+
+
+def state_of_rank(rank: int, ranks: int, split: bool) -> dict[str, Any]:
+    """What a rank has to save of a model that is whole on rank 0 or split among all; rank 1 has nothing of its own."""
+    whole = state()
+    held = {part: part_of(whole[part], *((rank, ranks) if split else (rank > 0, 1))) for part in ("model", "optimizer")}
+    own = {} if rank == 1 else {"residual/weight": torch.full((2,), float(rank))}
+    layout = {"strategy": "ddp", "world_size": ranks, "mesh": {"data": ranks}}
+    return {**whole, **held, "compressor": own, "local": {}, "layout": layout}
+
+
+def _save_on_rank(folder: Path, split: bool, apart: bool) -> list[list[float]]:
     rank = int(os.environ["RANK"])
     with Runtime(runs.small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
         # Hosts that share no file system have each a folder of their own by the same name.
         mine = folder / (f"host_{rank}" if apart else "shared")
-        own = {} if rank == 1 else {"compressor": {"residual/weight": torch.full((2,), float(rank))}}
-        layout = {"strategy": "ddp", "world_size": 3, "mesh": {"data": 3}}
-        whole = {**state(), "compressor": {}, "local": {}, "layout": layout, **own}
-        checkpoint.save(mine, whole, progress(5), runtime.communicator(), runtime.device)
-        runtime.communicator().barrier()
+        everyone = runtime.communicator()
+        saved = checkpoint.save(mine, state_of_rank(rank, 3, split), progress(5), everyone, runtime.device)
+        if apart:
+            with pytest.raises(ConfigError, match=rf"is not seen by rank 1 on {socket.gethostname()}, rank 2 on"):
+                checkpoint.check_seen(saved, everyone)
+        else:
+            checkpoint.check_seen(saved, everyone)
         found, _ = checkpoint.load(folder / ("host_0" if apart else "shared") / "step_00000005")
+    expected = state()
+    assert all(torch.equal(found[part][name], expected[part][name]) for part in PARTS for name in expected[part])
     return [each["residual/weight"].tolist() if each else [] for each in found["compressor"]]
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one file system", "a host each"])
-def test_what_each_rank_has_for_itself_comes_back_by_rank(tmp_path: Path, apart: bool) -> None:
-    for found in run_ranks(_save_on_rank, 3, tmp_path, apart):
+@pytest.mark.parametrize(("split", "apart"), [(False, False), (True, False), (True, True)])
+def test_what_ranks_save_together_comes_back(tmp_path: Path, split: bool, apart: bool) -> None:
+    for found in run_ranks(_save_on_rank, 3, tmp_path, split, apart):
         assert found == [[0.0, 0.0], [], [2.0, 2.0]]
+    folder = tmp_path / ("host_0" if apart else "shared") / "step_00000005"
+    held = [f"{part}_{rank:05d}" for part in PARTS for rank in range(3)] if split else list(PARTS)
+    # Three ranks share two optimizer tensors.
+    held = [name for name in held if name != "optimizer_00000"]
+    names = {f"{name}.safetensors" for name in (*held, "rank_00000", "rank_00002")} | {"manifest.json", "state.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert checkpoint.load_model(folder).keys() == state()["model"].keys()
+
+
+def test_a_tensor_in_two_files_is_refused(saved: Path) -> None:
+    content = (saved / "model.safetensors").read_bytes()
+    rewritten(saved, "model_00001.safetensors", content)
+    with pytest.raises(DamagedCheckpoint, match=r"model_00001\.safetensors holds .*, which another file holds too"):
+        checkpoint.load(saved)
 
 
 @pytest.mark.parametrize("name", ["../state.json", "logs/x"])
@@ -168,22 +209,63 @@ def test_the_same_step_saved_again_replaces_the_first(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-@pytest.mark.parametrize("broken", ["save_file", "write_json", "_sync"])
+BREAKABLE: dict[str, Any] = {
+    "a tensor's file": (tensor_file, "write"),
+    "state.json": (checkpoint, "write_json"),
+    "the folder": (checkpoint, "_sync"),
+    "its name": (Path, "rename"),
+    "a new folder": (Path, "mkdir"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKABLE)
 def test_a_save_that_fails_leaves_the_others_as_they_are(
     saved: Path, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(checkpoint, broken, full_disk)
+    owner, name = BREAKABLE[broken]
+    monkeypatch.setattr(owner, name, full_disk)
     for step in (40, 50):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(NotSaved) as caught:
             checkpoint.save(saved.parent, state(seed=1), progress(step))
+        where = f"rank 0 on {socket.gethostname()}: somewhere: No space left on device (ENOSPC)"
+        assert str(caught.value) == where
     monkeypatch.undo()
-    assert checkpoint.all_in(saved.parent) == [saved]
+    assert list(saved.parent.iterdir()) == [saved]
     assert torch.equal(checkpoint.load(saved)[0]["model"]["part"], state()["model"]["part"])
-    # What is left in the way is no obstacle.
     checkpoint.load(checkpoint.save(saved.parent, state(), progress(50)))
+
+
+def _save_where_one_rank_can_t(folder: Path) -> list[str]:
+    rank, said = int(os.environ["RANK"]), []
+    with Runtime(runs.small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
+        everyone, write = runtime.communicator(), tensor_file.write
+
+        def full_disk(path: Path, content: Any) -> tensor_file.Content:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
+        for faulty in range(2):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(tensor_file, "write", full_disk if rank == faulty else write)
+                with pytest.raises(NotSaved) as caught:
+                    checkpoint.save(folder / "checkpoints", state_of_rank(rank, 2, True), progress(5), everyone)
+            said.append(str(caught.value))
+            everyone.barrier()
+            assert list((folder / "checkpoints").iterdir()) == []
+            everyone.barrier()
+        checkpoint.save(folder / "checkpoints", state_of_rank(rank, 2, True), progress(5), everyone)
+    return said
+
+
+def test_what_one_rank_can_t_write_all_ranks_know(tmp_path: Path) -> None:
+    first, second = run_ranks(_save_where_one_rank_can_t, 2, tmp_path)
+    assert first == second
+    for faulty, line in enumerate(first):
+        assert line.startswith(f"rank {faulty} on {socket.gethostname()}: {tmp_path}/checkpoints/.step_00000005.")
+        assert line.endswith(f"/model_{faulty:05d}.safetensors: Disk quota exceeded (EDQUOT)")
+    checkpoint.load(tmp_path / "checkpoints" / "step_00000005")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -234,6 +316,37 @@ def test_one_flipped_bit_anywhere_in_the_manifest_is_found(saved: Path) -> None:
         if not harmless:
             with pytest.raises(DamagedCheckpoint, match=str(saved)):
                 checkpoint.verify(saved)
+
+
+def test_any_bit_and_any_cut_of_any_file_is_found_and_the_older_one_used(tmp_path: Path, warnings: list[str]) -> None:
+    older = checkpoint.save(tmp_path, state(), progress(40))
+    newer = checkpoint.save(tmp_path, {**state(seed=1), "model": {}, "optimizer": {}}, progress(41))
+    for part in PARTS:
+        # As two stages of a pipeline leave it, where a bit makes one file's name of the other's.
+        (newer / f"{part}.safetensors").unlink()
+        for rank in range(2):
+            name = f"{part}_{rank:05d}.safetensors"
+            rewritten(newer, name, b"".join(tensor_file.chunks(part_of(state(seed=1)[part], rank, 2))))
+    manifest = json.loads((newer / "manifest.json").read_text())
+    kept = {name: entry for name, entry in manifest.items() if (newer / name).exists()}
+    (newer / "manifest.json").write_text(json.dumps(kept, indent=2))
+    checkpoint.load(newer)
+    assert checkpoint.newest_valid(tmp_path) == newer
+    draw = random.Random(0)
+    files = sorted(newer.iterdir())
+    assert len(files) == 7
+    for attempt in range(210):
+        file = files[attempt % len(files)]
+        content = file.read_bytes()
+        place = draw.randrange(len(content))
+        flipped = content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+        file.write_bytes(flipped if attempt // len(files) % 2 else content[:place])
+        warnings.clear()
+        assert checkpoint.newest_valid(tmp_path) == older, (file, place, attempt)
+        assert len(warnings) == 1
+        assert str(newer) in warnings[0]
+        file.write_bytes(content)
+    assert checkpoint.newest_valid(tmp_path) == newer
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '{"state.json": 3}', '{"state.json": {"bytes": "x"}}', "{}"])
@@ -325,19 +438,138 @@ def test_a_half_written_one_is_never_taken(saved: Path, warnings: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "left"),
+    ("keep", "best", "newest", "left"),
     [
-        (1, None, [50]),
-        (2, None, [40, 50]),
-        (2, 20, [20, 40, 50]),
-        (2, 50, [40, 50]),
-        (2, 99, [40, 50]),
-        (5, 10, [10, 20, 30, 40, 50]),
-        (9, None, [10, 20, 30, 40, 50]),
+        (1, None, 50, [50]),
+        (2, None, 50, [40, 50]),
+        (2, 20, 50, [20, 40, 50]),
+        (2, 50, 50, [40, 50]),
+        (2, 99, 50, [40, 50]),
+        (5, 10, 50, [10, 20, 30, 40, 50]),
+        (9, None, 50, [10, 20, 30, 40, 50]),
+        # The run went back to an earlier one; what comes after it would be gone on from.
+        (1, None, 30, [30]),
+        (2, 10, 40, [10, 30, 40]),
     ],
 )
-def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
+def test_pruning_keeps_the_newest_and_the_best(
+    tmp_path: Path, keep: int, best: int | None, newest: int, left: list[int]
+) -> None:
     for number in (10, 20, 30, 40, 50):
         (tmp_path / f"step_{number:08d}").mkdir()
-    checkpoint.prune(tmp_path, keep, best)
-    assert steps(tmp_path) == [f"step_{number:08d}" for number in left]
+    checkpoint.prune(tmp_path, keep, best, newest)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step_{number:08d}" for number in left]
+
+
+def test_what_can_t_be_removed_is_said_and_does_no_harm(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several(tmp_path, 10, 20)
+
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", read_only)
+    checkpoint.prune(tmp_path, 1, None, 20)
+    assert len(warnings) == 1
+    assert "can't remove an old checkpoint" in warnings[0]
+    assert steps(tmp_path) == ["step_00000020"]
+
+
+# --- what dead processes leave ---------------------------------------------------------------------------------------
+
+
+def _save_and_be_killed(folder: Path, after: int) -> None:
+    """Saves step 40 again, then 50, and drops 40; is killed before the given call that changes the disk."""
+    calls = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    changing = ((Path, ("mkdir", "open", "rename")), (os, ("fsync", "unlink", "rmdir")))
+    for owner, names in changing:
+        for name in names:
+            setattr(owner, name, counted(getattr(owner, name)))
+    for step in (40, 50):
+        checkpoint.save(folder, state(seed=step), progress(step))
+    checkpoint.prune(folder, 1, None, 50)
+
+
+def _kill_at_every_moment(folder: Path) -> int:
+    """Saves in one process after another, each killed a little later, until one is through; returns how many were."""
+    for after in range(1000):
+        shutil.copytree(folder / "original", folder / str(after))
+        child = os.fork()
+        if not child:
+            try:
+                _save_and_be_killed(folder / str(after), after)
+            finally:
+                os._exit(0)
+        if os.waitpid(child, 0)[1] != signal.SIGKILL:
+            return after
+    return -1
+
+
+def test_killed_at_any_moment_nothing_is_lost_and_nothing_half_is_believed(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "original", state(seed=39), progress(40))
+    (killed,) = run_ranks(_kill_at_every_moment, 1, tmp_path)
+    assert killed > 30
+    found = []
+    for after in range(killed):
+        folder = tmp_path / str(after)
+        assert all(_is_valid(path) for path in checkpoint.all_in(folder))
+        checkpoint.tidy(folder)
+        assert not list(folder.glob(".*"))
+        newest = checkpoint.newest_valid(folder)
+        assert newest is not None
+        held, where = checkpoint.load(newest)
+        # Of step 40 it is the old one or the new one.
+        (seed,) = [seed for seed in (39, 40, 50) if torch.equal(held["model"]["part"], state(seed)["model"]["part"])]
+        assert where["step"] == max(seed, 40)
+        found.append(seed)
+    assert found == sorted(found)
+    assert set(found) == {39, 40, 50}
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        checkpoint.verify(path)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def _dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("kind", ["", ".replaced", ".removed"])
+def test_only_what_nothing_uses_is_cleared_away(tmp_path: Path, kind: str) -> None:
+    here = socket.gethostname()
+    used = [f".step_00000001.{here}.{os.getppid()}{kind}", f".step_00000001.another.host.{_dead_process()}{kind}"]
+    left = [f".step_00000001.{here}.{_dead_process()}{kind}", f".step_00000001.{here}.{os.getpid()}{kind}"]
+    old = [f".step_00000002.another.host.7{kind}", f".step_00000002.{here}.{os.getppid()}{kind}"]
+    others = [".step_x", ".notes", "step_00000003"]
+    for name in (*used, *left, *old, *others):
+        (tmp_path / name).mkdir()
+    for name in old:
+        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    checkpoint.tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*used, *others}
+    checkpoint.tidy(tmp_path / "nowhere")
+
+
+def test_an_old_checkpoint_that_made_room_comes_back(saved: Path) -> None:
+    saved.rename(saved.with_name(f".{saved.name}.{socket.gethostname()}.{_dead_process()}.replaced"))
+    checkpoint.tidy(saved.parent)
+    assert list(saved.parent.iterdir()) == [saved]
+    checkpoint.load(saved)

@@ -59,9 +59,11 @@ class Strategy(ABC):
         optimizer: What :meth:`setup` made; the trainer sets its learning rate.
         compressor: How what is reduced among replicas travels.
         travels: What that is; what a compressor keeps back is in the same unit.
+        saves_in_background: The ranks that train have a process group of their own for saving.
     """
 
     travels: ClassVar[str] = "gradients"
+    saves_in_background: ClassVar[bool] = True
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer
@@ -140,18 +142,20 @@ class Strategy(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All there is to continue.
+        """All there is to continue, of what this rank must save; all ranks call it together.
 
-        ``model`` and ``optimizer`` tensors by unsplit names and ``scalars``, of which the first rank's are saved, and
-        what every rank has for itself: ``compressor`` (its ``state_dict()``) and, where needed, ``local`` tensors, by
-        ``<what>/<parameter name>``.
+        ``model`` and ``optimizer`` are the tensors, by unsplit names, that this rank is responsible for: each of the
+        whole model's is one rank's, and a rank may have none. Of ``scalars`` the first rank's are saved. What every
+        rank has for itself are ``compressor`` (its ``state_dict()``) and, where needed, ``local`` tensors, by
+        ``<what>/<parameter name>``. The tensors may be those that training goes on with.
         """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave, under this or another strategy.
 
-        ``compressor`` and ``local`` are sequences of what each rank had, and ``layout`` is that of the run that saved.
+        ``model`` and ``optimizer`` are those of all ranks together, ``compressor`` and ``local`` are sequences of what
+        each rank had, and ``layout`` is that of the run that saved.
 
         Raises:
             ValueError: Names or shapes differ from the model's.

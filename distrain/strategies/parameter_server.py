@@ -122,6 +122,9 @@ class ParameterServer(Single):
     evaluation and checkpoints.
     """
 
+    # Workers may die, and a process group fails with the first of them.
+    saves_in_background = False
+
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         assert isinstance(config.strategy, ParameterServerConfig)

@@ -446,17 +446,20 @@ class Pipeline(Strategy):
 
     def model_state(self) -> dict[str, Tensor]:
         """The unsplit model's parameters and buffers; all ranks call it together."""
-        mine = {name: tensor for module in self._modules for name, tensor in module.state_dict().items()}
-        shared = self.line.share_tensors(mine, self.runtime.device)
+        shared = self.line.share_tensors(self._held(), self.runtime.device)
         return {name: shared[name] for name in self._names_of_all}
 
+    def _held(self) -> dict[str, Tensor]:
+        return {name: tensor for module in self._modules for name, tensor in module.state_dict().items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """The unsplit model's state; see the base class."""
+        """This rank's stages, which the first replica saves; see the base class."""
         tensors, scalars = state.optimizer_state(self.optimizer, self._names)
         everyone = self.line.share(scalars, self.runtime.device)
+        saves = self.replicas.rank == 0
         return {
-            "model": self.model_state(),
-            "optimizer": self.line.share_tensors(tensors, self.runtime.device),
+            "model": self._held() if saves else {},
+            "optimizer": tensors if saves else {},
             "compressor": self.compressor.state_dict(),
             "scalars": {
                 "optimizer_name": self.config.optimizer.name,

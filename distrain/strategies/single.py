@@ -141,10 +141,11 @@ class Single(Strategy):
         return self._saved(self.model_state(), *state.optimizer_state(self.optimizer, self._names))
 
     def _saved(self, model: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
-        """The state of a model and its optimizer with what this rank has besides."""
+        """The state of a model and its optimizer, which the first replica saves, with what this rank has besides."""
+        saves = self.replicas.rank == 0
         return {
-            "model": model,
-            "optimizer": tensors,
+            "model": model if saves else {},
+            "optimizer": tensors if saves else {},
             "compressor": self.compressor.state_dict(),
             "scalars": {
                 "optimizer_name": self.config.optimizer.name,

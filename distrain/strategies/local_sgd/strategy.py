@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distrain import state
 from distrain.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
 from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, register, setting
@@ -386,11 +387,12 @@ class LocalSGD(Single):
         for fragment in self._fragments:
             # Before the compressor's state is taken, which a merge under way may still change.
             fragment.wait()
-        saved = super().state_dict()
+        model = self.model_state()
+        tensors, scalars = state.optimizer_state(self.optimizer, self._names)
         assert self._own is not None
         own = {**self._own, **{name: b for name, b in self.model.named_buffers() if name not in self._copies}}
         local = {f"copy/{name}": tensor for name, tensor in own.items()}
-        local |= {f"optimizer/{name}": tensor for name, tensor in saved["optimizer"].items()}
+        local |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
         local |= {f"precision/{name}": torch.tensor(value) for name, value in self.precision.state_dict().items()}
         for index, fragment in enumerate(self._fragments):
             seen = [fragment.seen.own, fragment.seen.total, fragment.seen_in_group.own, fragment.seen_in_group.total]
@@ -398,7 +400,7 @@ class LocalSGD(Single):
             if self.runtime.is_main:
                 local |= fragment.shared_state()
         means = self._mean_moments(self._parameters, self.replicas, 1 / self.replicas.size)
-        saved["optimizer"] = {name: means.get(name, tensor) for name, tensor in saved["optimizer"].items()}
+        saved = self._saved(model, {name: means.get(name, tensor) for name, tensor in tensors.items()}, scalars)
         saved["scalars"]["local_sgd"] = {"step": self._step, "warmup_steps": self.options.warmup_steps}
         return {**saved, "local": local}
 
