@@ -22,7 +22,7 @@ class Position:
         epoch: Epochs finished.
         offset: First sample of the batch in work, in the order of the epoch.
         count: Samples of the batch in work over all shards, if the epoch has so many left.
-        shard: ``(index, count)``: this rank's share of it.
+        shard: ``(index, count)``: this rank's share of it; ``(0, 0)`` before the first.
         apart: The ranks don't keep step, so another rank's position says nothing of this one's.
         expendable: The others go on if this rank fails.
         find_samples: From ``epoch``, ``offset``, ``count`` and ``shard`` to the positions in the training split of the
@@ -32,7 +32,7 @@ class Position:
     def __init__(self) -> None:
         self.doing = ""
         self.progress = self.step = self.epoch = self.offset = self.count = 0
-        self.shard = (0, 1)
+        self.shard = (0, 0)
         self.apart = self.expendable = False
         self.find_samples: Callable[[int, int, int, tuple[int, int]], list[int]] | None = None
 

@@ -389,7 +389,12 @@ class Runtime:
     def expendable(self, expendable: bool) -> None:
         changed = expendable != self.position.expendable
         self.position.expendable = expendable
-        if changed and self._watch is not None:
+        if changed:
+            self.announce()
+
+    def announce(self) -> None:
+        """Lets all ranks know this one's position now, where that must not come a second late."""
+        if self._watch is not None:
             self._watch.announce()
 
     @property

@@ -101,6 +101,7 @@ class Trainer:
         self._logged = (0, 0)
         self._started = time.perf_counter()
         self._saved_step: int | None = None
+        runtime.position.find_samples = functools.partial(batch_share, config.seed, len(splits.train))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -159,8 +160,10 @@ class Trainer:
 
     def _enter_epoch(self, shard: tuple[int, int]) -> None:
         position, progress = self.runtime.position, self.progress
+        moved = shard != position.shard
         position.enter_epoch(progress.epoch, progress.epoch_samples, self.config.data.batch_size, shard)
-        position.find_samples = functools.partial(batch_share, self.config.seed, len(self.splits.train))
+        if moved:
+            self.runtime.announce()
 
     def _learning_rate(self) -> float:
         return self.config.optimizer.lr * self._schedule(self.progress.step)

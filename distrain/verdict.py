@@ -133,14 +133,19 @@ def judge(own: int, seen: Mapping[int, Seen], limits: Limits, now: float) -> Ver
         return Verdict(
             rank, f"no sign of life for {limits.silence:g} s (stopped, or its host or network is gone){_at(seen[rank])}"
         )
-    measured = {rank: each for rank, each in counting.items() if each.beat.progress is not None}
-    late = {rank: each for rank, each in measured.items() if now - each.progress_seen > limits.of(each.beat)[0]}
-    busy = [rank for rank, each in late.items() if not each.beat.waiting]
+    # Those that the others can do without are waited for as well, until they are gone.
+    working = {
+        rank: each
+        for rank, each in seen.items()
+        if each.beat.progress is not None and not each.beat.left and not each.gone
+    }
+    late = {rank: each for rank, each in working.items() if now - each.progress_seen > limits.of(each.beat)[0]}
+    busy = [rank for rank, each in late.items() if each.counts and not each.beat.waiting]
     if busy:
         # The others may be late because of the one that is furthest behind, in steps or else in time.
         rank = min(busy, key=lambda rank: (late[rank].beat.step, late[rank].progress_seen, rank))
         return Verdict(rank, f"{_no_progress(limits, late[rank])}, and it waits for no other rank")
-    if late and len(late) == len(measured):
+    if late and len(late) == len(working) and all(each.beat.waiting for each in late.values()):
         rank = min(late, key=lambda rank: (late[rank].beat.step, rank))
         return Verdict(rank, f"{_no_progress(limits, late[rank])}; all ranks wait, and this one is furthest behind")
     return None

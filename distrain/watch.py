@@ -178,14 +178,15 @@ class Watch:
 
     def failure_of(self, rank: int, error: str) -> Failure:
         """What there is to tell of another rank."""
-        step = self._seen[rank].beat.step
-        # Its last beat may be a second old; ranks that keep step wait for each other in the same one.
+        steps = [self._seen[rank].beat.step]
         if not self._position.apart:
-            step = max(step, self._position.step)
+            # Its last beat may be a second old; ranks that keep step wait for each other in the same one.
+            steps += [seen.beat.step for seen in self._seen.values() if seen.beat.progress is not None]
+            steps += [self._position.step] if self._position.is_measured else []
         words = last_words(self._reporter.folder, rank)
         if error == GONE and words:
             error = f"the process crashed: {words.splitlines()[0]}"
-        return Failure(rank, self._members[rank].host, step, error)
+        return Failure(rank, self._members[rank].host, max(steps), error)
 
     def loss_of_store(self, problem: str) -> Failure:
         """Whose failure it is that the store can't be reached."""
@@ -339,6 +340,7 @@ class Watch:
         failure = self.failure_of(self._rank, reason)
         log.error("%s\n%s", failure.error, self._here())
         say(f"distrain: {failure.line()}; the others go on")
+        self._exchange(left=True)
         self._leave()
 
     def _leave(self) -> NoReturn:

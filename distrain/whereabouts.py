@@ -124,14 +124,18 @@ class Whereabouts:
             return own.samples()
         if rank not in self.told:
             return None
-        told, beat = self.told[rank], self.beats[rank]
+        like = rank
+        if not own.apart:
+            # Its last word may be a second old; ranks that keep step are where the furthest of them is.
+            measured = (each for each in self.told if self.beats[each].progress is not None)
+            like = max(measured, default=rank, key=lambda each: self.beats[each].step)
+        told, beat = self.told[like], self.beats[like]
         place, doing = (told.epoch, told.offset, told.count), beat.doing
-        # Its last word may be a second old; in step with the others, it is where this rank is.
-        if not own.apart and own.step >= beat.step:
+        if not own.apart and own.is_measured and own.step >= beat.step:
             place, doing = (own.epoch, own.offset, own.count), own.doing
         if own.find_samples is None or doing != "training":
             return None
-        return own.find_samples(*place, told.shard)
+        return own.find_samples(*place, self.told[rank].shard)
 
     def others(self, failed: int, members: Sequence[Member]) -> list[dict[str, Any]]:
         """Where all ranks but one were, as plain data."""

@@ -64,6 +64,12 @@ def test_if_all_wait_the_furthest_behind_is_blamed() -> None:
     assert "all ranks wait, and this one is furthest behind" in verdict.reason
 
 
+def test_those_who_wait_for_a_rank_they_can_do_without_are_not_in_a_deadlock() -> None:
+    assert blamed(seen(idle=80, waiting=True), seen(idle=90, expendable=True)) is None
+    # Not even if it waits itself, as long as it gets on.
+    assert blamed(seen(idle=80, waiting=True), seen(idle=5, waiting=True, expendable=True)) is None
+
+
 def test_ranks_that_have_just_begun_to_wait_are_not_in_a_deadlock() -> None:
     assert blamed(seen(idle=80, waiting=True), seen(idle=1, waiting=True)) is None
 

@@ -61,6 +61,7 @@ def troubled(configuration: Config, trouble: str, rank: int, batch: int) -> str:
         nonlocal reads
         # The first batch of all is looked at before training begins.
         if reads == batch + 1 and int(os.environ["RANK"]) == rank:
+            Path(configuration.run_dir or "", "struck").write_text(str(time.time()))
             if trouble in TROUBLE:
                 TROUBLE[trouble]()
             else:
@@ -79,7 +80,6 @@ def troubled(configuration: Config, trouble: str, rank: int, batch: int) -> str:
 def configured(folder: Path, strategy: str, *options: str) -> Config:
     return small(
         f"strategy={strategy}",
-        "model.norm=group",
         f"runtime.timeout_seconds={LIMIT}",
         f"runtime.heartbeat_timeout_seconds={LIMIT}",
         f"run_dir={folder}",
@@ -97,9 +97,8 @@ def trouble_in(
 ) -> tuple[list[Any], dict[str, Any]]:
     """What became of each rank, and the report; rank 1 fails in the batch."""
     configuration = configured(folder, strategy, *options)
-    began = time.monotonic()
-    outcomes = run_ranks_to_the_end(troubled, ranks, configuration, trouble, 1, batch, timeout=40)
-    assert time.monotonic() - began < LIMIT + SPARE
+    outcomes = run_ranks_to_the_end(troubled, ranks, configuration, trouble, 1, batch, timeout=60)
+    assert time.time() - float((folder / "struck").read_text()) < LIMIT + SPARE
     assert not any("still running" in str(outcome) for outcome in outcomes)
     return outcomes, report(folder)
 
@@ -154,7 +153,7 @@ def test_a_worker_of_a_parameter_server_is_named_and_ended(trouble: str, tmp_pat
 def test_a_worker_that_the_others_can_do_without_gives_itself_up(tmp_path: Path) -> None:
     options = ("strategy.mode=async", "trainer.epochs=2", "strategy.worker_timeout_seconds=30")
     configuration = configured(tmp_path, "parameter_server", *options)
-    outcomes = run_ranks_to_the_end(troubled, 3, configuration, "hang", 1, 3, timeout=40)
+    outcomes = run_ranks_to_the_end(troubled, 3, configuration, "hang", 1, 3, timeout=60)
     assert [str(outcome) for outcome in outcomes] == ["finished", "died with exit code 1", "finished"]
     assert not (tmp_path / "failure.json").exists()
     assert "no progress within runtime.timeout_seconds=2 in training" in (tmp_path / "logs" / "rank_1.log").read_text()
