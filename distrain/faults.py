@@ -40,6 +40,11 @@ def fault_file(folder: Path, rank: int) -> Path:
 
 
 def last_words(folder: Path | None, rank: int) -> str:
-    """What a rank that is gone has left; nothing unless it crashed."""
+    """What a rank that is gone has left; nothing unless it crashed, and its empty file is then removed."""
     path = fault_file(folder, rank) if folder is not None else Path()
-    return path.read_text(errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    if not path.stat().st_size:
+        path.unlink(missing_ok=True)
+        return ""
+    return path.read_text(errors="replace")

@@ -24,6 +24,7 @@ class Beat:
         expendable: The others go on without it.
         left: It is about to end; nothing more will come.
         ending: It knows that the run has failed, and says where it was then.
+        shard: ``(index, count)``: its share of a batch.
     """
 
     number: int = 0
@@ -34,6 +35,7 @@ class Beat:
     expendable: bool = False
     left: bool = False
     ending: bool = False
+    shard: tuple[int, int] = (0, 0)
 
     def packed(self) -> str:
         """As text of a few dozen bytes."""
@@ -42,7 +44,8 @@ class Beat:
     @classmethod
     def unpacked(cls, text: str | bytes) -> Beat:
         """The other way round."""
-        return cls(*json.loads(text))
+        told = json.loads(text)
+        return cls(*told[:-1], shard=tuple(told[-1]))
 
 
 @dataclass

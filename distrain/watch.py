@@ -183,7 +183,7 @@ class Watch:
             # Its last beat may be a second old; ranks that keep step wait for each other in the same one.
             steps += [seen.beat.step for seen in self._seen.values() if seen.beat.progress is not None]
             steps += [self._position.step] if self._position.is_measured else []
-        words = last_words(self._reporter.folder, rank)
+        words = self._last_words(rank)
         if error == GONE and words:
             error = f"the process crashed: {words.splitlines()[0]}"
         return Failure(rank, self._members[rank].host, max(steps), error)
@@ -207,9 +207,13 @@ class Watch:
         found = Whereabouts({each: seen.beat for each, seen in self._seen.items()}, {})
         if store is not None:
             found = Whereabouts.read(store, found.beats, self._members, (rank, self._rank), self._interval)
+        found.beats[self._rank], found.told[self._rank] = self._words()
         failure.samples = found.samples(rank, self._rank, self._position)
-        failure.traceback = failure.traceback or last_words(self._reporter.folder, rank) or found.stack(rank)
+        failure.traceback = failure.traceback or self._last_words(rank) or found.stack(rank)
         failure.others = found.others(rank, self._members)
+
+    def _last_words(self, rank: int) -> str:
+        return last_words(self._reporter.folder, rank) if self._members[rank].is_gone else ""
 
     # --- beating -----------------------------------------------------------------------------------------------------
 
@@ -251,20 +255,10 @@ class Watch:
         with self._changed:
             self._number += 1
             number = self._number
-        calls, position = self._calls(), self._position
-        beat = Beat(
-            number,
-            position.progress if position.is_measured else None,
-            position.step,
-            position.doing,
-            calls.waiting,
-            position.expendable,
-            left,
-            ending,
-        )
+        beat, told = self._words(left=left, ending=ending)
         self._talking_since = time.monotonic()
         self._store.set(beat_key(self._rank), beat.packed())
-        self._store.set(told_key(self._rank), Told.of(position, calls).packed())
+        self._store.set(told_key(self._rank), told.packed())
         # Before the beats are read: who ends as it should has said so in the store first.
         gone = [rank for rank, member in enumerate(self._members) if member.is_gone]
         claim = Claim.unpacked(self._store.get(CLAIM))
@@ -278,6 +272,22 @@ class Watch:
             self._sent = number
             self._changed.notify_all()
         return claim
+
+    def _words(self, *, left: bool = False, ending: bool = False) -> tuple[Beat, Told]:
+        """What this rank has to tell the others now."""
+        position, calls = self._position, self._calls()
+        beat = Beat(
+            self._number,
+            position.progress if position.is_measured else None,
+            position.step,
+            position.doing,
+            calls.waiting,
+            position.expendable,
+            left,
+            ending,
+            position.shard,
+        )
+        return beat, Told(position.epoch, position.offset, position.count, calls.lines)
 
     def _calls(self) -> Calls:
         return self._frozen or Calls.of_thread(self._main)

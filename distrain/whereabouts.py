@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from distrain.calls import Calls
 from distrain.failures import first_line
 from distrain.members import Member, read_beats, told_key
 from distrain.position import Position
@@ -30,33 +29,25 @@ class Told:
     """What a rank tells besides its beat, for the case that it fails.
 
     Attributes:
-        epoch: Of the batch in work, as in :class:`~distrain.position.Position`; so are the next three.
+        epoch: Of the batch in work, as in :class:`~distrain.position.Position`; so are the next two.
         offset: See there.
         count: See there.
-        shard: See there.
         calls: Where its main thread is.
     """
 
     epoch: int
     offset: int
     count: int
-    shard: tuple[int, int]
     calls: list[str]
-
-    @classmethod
-    def of(cls, position: Position, calls: Calls) -> Told:
-        """What this rank has to tell."""
-        return cls(position.epoch, position.offset, position.count, position.shard, calls.lines)
 
     def packed(self) -> str:
         """As text."""
-        return json.dumps([self.epoch, self.offset, self.count, self.shard, self.calls])
+        return json.dumps([self.epoch, self.offset, self.count, self.calls])
 
     @classmethod
     def unpacked(cls, text: bytes) -> Told:
         """The other way round."""
-        epoch, offset, count, (index, shards), calls = json.loads(text)
-        return cls(epoch, offset, count, (index, shards), calls)
+        return cls(*json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -68,14 +59,14 @@ class Whereabouts:
         told: What they told besides, of those that did.
     """
 
-    beats: Mapping[int, Beat]
-    told: Mapping[int, Told]
+    beats: dict[int, Beat]
+    told: dict[int, Told]
 
     @classmethod
     def read(
         cls,
         store: Store,
-        beats: Mapping[int, Beat],
+        beats: dict[int, Beat],
         members: Sequence[Member],
         mute: Collection[int],
         seconds: float,
@@ -122,20 +113,19 @@ class Whereabouts:
         """
         if rank == own_rank:
             return own.samples()
-        if rank not in self.told:
-            return None
-        like = rank
-        if not own.apart:
-            # Its last word may be a second old; ranks that keep step are where the furthest of them is.
-            measured = (each for each in self.told if self.beats[each].progress is not None)
-            like = max(measured, default=rank, key=lambda each: self.beats[each].step)
-        told, beat = self.told[like], self.beats[like]
-        place, doing = (told.epoch, told.offset, told.count), beat.doing
+        # Its last word may be a second old; ranks that keep step are where the furthest of them is.
+        like = [rank] if own.apart else [each for each, beat in self.beats.items() if beat.progress is not None]
+        furthest = max(like, default=rank, key=lambda each: self.beats[each].step)
+        beat, told = self.beats[furthest], self.told.get(furthest)
         if not own.apart and own.is_measured and own.step >= beat.step:
             place, doing = (own.epoch, own.offset, own.count), own.doing
-        if own.find_samples is None or doing != "training":
+        elif told is not None:
+            place, doing = (told.epoch, told.offset, told.count), beat.doing
+        else:
             return None
-        return own.find_samples(*place, self.told[rank].shard)
+        if own.find_samples is None or doing != "training" or not self.beats[rank].shard[1]:
+            return None
+        return own.find_samples(*place, self.beats[rank].shard)
 
     def others(self, failed: int, members: Sequence[Member]) -> list[dict[str, Any]]:
         """Where all ranks but one were, as plain data."""

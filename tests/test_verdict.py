@@ -116,6 +116,6 @@ def test_clocks_go_by_what_the_observer_saw_change() -> None:
 
 
 def test_a_beat_travels_as_a_few_bytes_of_text() -> None:
-    beat = Beat(12345, 678, 90, "evaluation", waiting=True, expendable=False, left=False)
+    beat = Beat(12345, 678, 90, "evaluation", waiting=True, expendable=False, left=False, shard=(3, 4))
     assert Beat.unpacked(beat.packed().encode()) == beat
     assert len(beat.packed()) < 100
