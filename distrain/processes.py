@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +45,19 @@ class Process:
         """Whether a signal stopped it; unknown, and therefore no, without ``/proc``."""
         return self.started is not None and _stat(self.pid) == ("T", self.started)
 
-    def kill(self) -> None:
-        """Ends it at once, but no other process that has its number now; does nothing without ``/proc``."""
-        if self.started is not None and self.lives:
+    def kill(self, seconds: float = 0.5) -> None:
+        """Ends it, but no other process that has its number now; does nothing without ``/proc``.
+
+        Args:
+            seconds: How long to wait until it is gone.
+        """
+        if self.started is None:
+            return
+        deadline = time.monotonic() + seconds
+        while self.lives and time.monotonic() < deadline:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
 
 
 def _stat(pid: int) -> tuple[str, int | None]:

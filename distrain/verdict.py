@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Beat:
     def unpacked(cls, text: str | bytes) -> Beat:
         """The other way round."""
         told = json.loads(text)
-        return cls(*told[:-1], shard=tuple(told[-1]))
+        # JSON knows no tuples.
+        return replace(cls(*told), shard=tuple(told[-1]))
 
 
 @dataclass

@@ -377,6 +377,8 @@ class Watch:
             while blamed.lives and not blamed.stands_still and time.monotonic() < deadline:
                 time.sleep(0.05)
             blamed.kill()
+            # It could not remove its empty file itself.
+            self._last_words(claim.failure.rank)
         for process in near.values():
             if process.stands_still:
                 process.kill()
