@@ -41,6 +41,7 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
     splits = source(config).load()
     check_sizes(config, splits)
     with Runtime(config, world) as runtime:
+        runtime.position.doing = "set-up"
         if runtime.is_main:
             write_yaml(runtime.run_dir / "config.yaml", configuration.to_container(config))
             write_json(runtime.run_dir / "data.json", described(splits))

@@ -35,6 +35,16 @@ class _Done:
 DONE: Pending = _Done()
 
 
+class _Started:
+    """A backend's work, waited for by a call of this module, by which a watcher knows what a rank waits for."""
+
+    def __init__(self, work: Pending) -> None:
+        self._work = work
+
+    def wait(self) -> object:
+        return self._work.wait()
+
+
 class Ledger:
     """Bytes this rank put on the wire, by kind of collective.
 
@@ -90,7 +100,7 @@ class Communicator:
             return DONE
         self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
         work: Pending = dist.all_reduce(tensor, op=_OPS[reduction], group=self.group, async_op=True)
-        return work
+        return _Started(work)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Copies ``tensor`` from the group's rank ``source`` to all, in place, and returns it."""
@@ -114,7 +124,7 @@ class Communicator:
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
-        return gathered, work
+        return gathered, _Started(work)
 
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
         """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; it must live until waited for.
@@ -124,13 +134,13 @@ class Communicator:
         self.ledger.sent["send"] += tensor.numel() * tensor.element_size()
         work = dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
         assert work is not None, "a rank outside the group sends"
-        return work
+        return _Started(work)
 
     def start_receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
         """Starts receiving into ``tensor`` (contiguous) what the group's rank ``source`` sends with the same tag."""
         work = dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
         assert work is not None, "a rank outside the group receives"
-        return work
+        return _Started(work)
 
     def share(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
         """Every rank's plain data (what JSON can hold), in order of rank."""

@@ -7,36 +7,58 @@ import datetime
 import itertools
 import json
 import logging
-import math
 import os
 import random
-import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from distrain import config as configuration
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
+from distrain.failures import Failed, Failure, PeerLost, Reporter, Terminated, first_line, put_aside, say
+from distrain.faults import FaultFile, fault_file
+from distrain.files import write_json, write_yaml
+from distrain.members import join, member_key
+from distrain.position import Position
+from distrain.signals import Signals
+from distrain.verdict import Limits
+from distrain.watch import Meeting, Watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+__all__ = [
+    "Failed",
+    "PeerLost",
+    "Runtime",
+    "Terminated",
+    "World",
+    "available_cores",
+    "choose_backend",
+    "choose_device",
+    "make_run_dir",
+    "seed_everything",
+    "write_json",
+    "write_yaml",
+]
+
 log = logging.getLogger(__name__)
+
+#: How much longer a collective may take than a step, so that the watch, which knows who is late, speaks first.
+_GRACE_SECONDS = 10.0
 
 #: Whether this process was ever part of a process group; what is left of one makes ending delicate.
 has_talked = False
@@ -79,51 +101,6 @@ class World:
         )
 
 
-class Terminated(Exception):
-    """The process was asked to end by a signal."""
-
-
-class PeerLost(RuntimeError):
-    """Another rank is gone, and the run can't go on without it.
-
-    Attributes:
-        rank: Which.
-        host: Where it was.
-        reason: Why, as far as anybody knows.
-    """
-
-    def __init__(self, rank: int, host: str, reason: str) -> None:
-        super().__init__(f"rank {rank} on {host} is gone: {reason}")
-        self.rank, self.host, self.reason = rank, host, reason
-
-
-class Failed(Exception):
-    """The run failed and all was said; the process ends with a code that is not zero."""
-
-
-@dataclass
-class Failure:
-    """What ``failure.json`` holds.
-
-    Attributes:
-        rank: The rank that failed first.
-        host: Its host.
-        step: The training step it was in.
-        error: Kind and message in one line.
-        traceback: Where, as Python prints it; empty for a process that vanished.
-    """
-
-    rank: int
-    host: str
-    step: int
-    error: str
-    traceback: str = ""
-
-    def line(self) -> str:
-        """The last line that a user reads."""
-        return f"rank {self.rank} on {self.host} failed at step {self.step}: {self.error}"
-
-
 class Runtime:
     """A context in which the ranks of one run can talk.
 
@@ -140,9 +117,10 @@ class Runtime:
     Attributes:
         device: Where this rank computes.
         run_dir: The folder that all ranks share; made by rank 0.
-        step: The step in progress, kept up to date by the trainer for failure reports.
+        position: Where this rank is in its work; kept up to date by whoever does it.
+        stoppable: Whoever works looks at ``stop_requested`` from time to time.
+        stop_requested: The signal that asked this rank to save and stop; see :class:`~distrain.signals.Signals`.
         farewell: Called by every rank at the end of a run that succeeded: nobody leaves while another still talks.
-        expendable: The others go on if this rank fails.
         lost: Ranks that are gone and that the others did without; what ends the run later is not their failure.
     """
 
@@ -151,15 +129,18 @@ class Runtime:
         self._keep_logs = keep_logs
         self.world = world
         self.device = choose_device(config, world)
-        self.step = 0
+        self.position = Position()
+        self.stoppable = False
+        self.stop_requested: str | None = None
         self.run_dir = Path()
         self.backend = choose_backend(config, self.device)
         self._store: Store | None = None
         self._handlers: list[logging.Handler] = []
-        self._previous_signal: Any = None
-        self._failing = False
+        self._fault_file: FaultFile | None = None
+        self._signals = Signals(self)
+        self._reporter = Reporter(world.rank)
+        self._watch: Watch | None = None
         self.farewell: Callable[[], None] = lambda: self.communicator().barrier()
-        self.expendable = False
         self.lost: set[int] = set()
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
@@ -170,15 +151,15 @@ class Runtime:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             if self.world.size > 1:
-                self._store = self._meet()
+                self._meet()
+                assert self._store is not None
                 self._compare_configurations(self._store)
             self.run_dir = self._agree_on_run_dir() if self._keep_logs else Path(self.config.run_dir or ".")
             self._start_logging()
             if self.world.size > 1 or self.backend == "nccl":
                 self._form_group()
             self._set_determinism()
-            if threading.current_thread() is threading.main_thread():
-                self._previous_signal = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._signals.install()
         except ConfigError:
             self._close()
             raise
@@ -205,9 +186,11 @@ class Runtime:
         self._close()
 
     def _close(self) -> None:
-        if self._previous_signal is not None:
-            signal.signal(signal.SIGTERM, self._previous_signal)
-            self._previous_signal = None
+        if self._watch is not None:
+            self._watch.close()
+        self._signals.restore()
+        if self._fault_file is not None:
+            self._fault_file.close()
         root = logging.getLogger("distrain")
         for handler in self._handlers:
             root.removeHandler(handler)
@@ -236,45 +219,54 @@ class Runtime:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
 
-    def _meet(self) -> Store:
-        """The store that the launcher gave an address for, fresh for each restart of the job.
-
-        A restarted job's default store still holds the addresses of dead ranks; a prefix by attempt leaves them behind.
-        """
+    def _meet(self) -> None:
+        """Waits for all ranks at the store that the launcher gave an address for, and starts to watch over them."""
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
         if not port.isdigit():
             raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={self.world.size} needs the port at which ranks meet")
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # A restarted job's store still holds the addresses of dead ranks; a prefix by attempt leaves them behind. So it
+        # does what earlier runs of this process left (Hydra's --multirun).
+        prefix = f"distrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_MEETINGS)}"
         timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
-        try:
-            store = TCPStore(
-                address,
-                int(port),
-                self.world.size,
-                is_master=self.world.rank == 0 and not agent_serves,
-                timeout=timeout,
-                wait_for_workers=False,
-            )
-        except dist.DistError as error:
-            raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
-        # So do the earlier runs of this process (Hydra's --multirun).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        prefixed = PrefixStore(f"distrain/{attempt}/{next(_MEETINGS)}", store)
-        here = {"host": self.world.host, "pid": os.getpid()}
-        prefixed.set(f"here/{self.world.rank}", json.dumps(here))
+
+        def connect(*, serves: bool) -> Store:
+            try:
+                store = TCPStore(
+                    address, int(port), self.world.size, is_master=serves, timeout=timeout, wait_for_workers=False
+                )
+            except dist.DistError as error:
+                raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}") from error
+            return PrefixStore(prefix, store)
+
+        store = connect(serves=self.world.rank == 0 and not agent_serves)
+        join(store, self.world.rank, self.world.host)
         missing = []
         deadline = time.monotonic() + timeout.total_seconds()
         for rank in range(self.world.size):
             left = max(deadline - time.monotonic(), 0.1)
             try:
-                prefixed.wait([f"here/{rank}"], datetime.timedelta(seconds=left))
+                store.wait([member_key(rank)], datetime.timedelta(seconds=left))
             except dist.DistError:
                 missing.append(rank)
         if missing:
             raise RuntimeError(
                 f"ranks {missing} did not come within runtime.setup_timeout_seconds={timeout.total_seconds():g}"
             )
-        return prefixed
+        self._store = store
+        limits = self.config.runtime
+        self._watch = Watch(
+            Meeting(self.world.rank, self.world.size, self.world.host, f"{address}:{port}", not agent_serves),
+            connect(serves=False),
+            Limits(
+                min(limits.heartbeat_timeout_seconds, limits.timeout_seconds),
+                limits.timeout_seconds,
+                limits.setup_timeout_seconds,
+            ),
+            self.position,
+            self._reporter,
+            self._flush,
+        )
 
     def _compare_configurations(self, store: Store) -> None:
         mine = configuration.to_container(self.config)
@@ -318,6 +310,8 @@ class Runtime:
         root.setLevel(logging.INFO)
         self._propagated, root.propagate = root.propagate, False
         if self._keep_logs:
+            self._reporter.folder = self.run_dir
+            self._fault_file = FaultFile(fault_file(self.run_dir, self.world.rank))
             to_file = logging.FileHandler(self.run_dir / "logs" / f"rank_{self.world.rank}.log")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             self._handlers.append(to_file)
@@ -327,6 +321,13 @@ class Runtime:
             self._handlers.append(to_terminal)
         for handler in self._handlers:
             root.addHandler(handler)
+
+    def _flush(self) -> None:
+        """Before the watch ends this process."""
+        for handler in self._handlers:
+            handler.flush()
+        if self._fault_file is not None:
+            self._fault_file.close()
 
     def _form_group(self) -> None:
         global has_talked
@@ -338,7 +339,7 @@ class Runtime:
             store=PrefixStore("group", self._store),
             rank=self.world.rank,
             world_size=self.world.size,
-            timeout=datetime.timedelta(seconds=self.config.runtime.timeout_seconds),
+            timeout=datetime.timedelta(seconds=self.collective_seconds),
             device_id=self.device if self.backend == "nccl" else None,
         )
 
@@ -365,80 +366,75 @@ class Runtime:
         return next(group for row, group in groups.items() if self.world.rank in row)
 
     @property
+    def collective_seconds(self) -> float:
+        """How long a collective may take; the watch over progress, which knows who is late, is to speak first."""
+        limits = self.config.runtime
+        return max(limits.timeout_seconds, limits.setup_timeout_seconds) + _GRACE_SECONDS
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.position.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.position.step = step
+
+    @property
+    def expendable(self) -> bool:
+        """Whether the others go on if this rank fails; they know it when it is set."""
+        return self.position.expendable
+
+    @expendable.setter
+    def expendable(self, expendable: bool) -> None:
+        changed = expendable != self.position.expendable
+        self.position.expendable = expendable
+        if changed:
+            self.announce()
+
+    def announce(self) -> None:
+        """Lets all ranks know this one's position now, where that must not come a second late."""
+        if self._watch is not None:
+            self._watch.announce()
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.world.rank == 0
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
-    def _on_sigterm(self, *_: int | FrameType | None) -> None:
-        # The launcher ends the others when one rank fails; that one's failure is being told already.
-        if not self._failing:
-            raise Terminated("ended by SIGTERM")
-
     def _fail(self, error: BaseException) -> None:
-        self._failing = True
+        self._signals.deaf = True
+        text = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
         own = Failure(
             self.world.rank,
             self.world.host,
             self.step,
-            _first_line(error)
-            if isinstance(error, Terminated)
-            else f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "),
-            "".join(traceback.format_exception(error)),
+            first_line(error) if isinstance(error, Terminated) else text,
+            traceback="".join(traceback.format_exception(error)),
         )
         if self.expendable and not isinstance(error, PeerLost):
             log.error("%s\n%s", own.error, own.traceback)
-            _say(f"distrain: {own.line()}" + ("" if isinstance(error, Terminated) else "; the others go on"))
+            say(f"distrain: {own.line()}" + ("" if isinstance(error, Terminated) else "; the others go on"))
             return
-        failure = self._first_failure(own, error)
-        if failure.rank == own.rank:
-            log.error("%s\n%s", failure.error, failure.traceback)
-            _say(f"distrain: {failure.line()}")
-        else:
-            log.error("stopped because %s\n%s", failure.line(), own.traceback)
-            _say(f"distrain: rank {own.rank} stopped because {failure.line()}")
-
-    def _first_failure(self, own: Failure, error: BaseException) -> Failure:
-        """Who failed first: the first to claim it in the store writes ``failure.json``, the others read the claim."""
-        if self._store is None or self.world.size == 1:
-            self._write_failure(own)
-            return own
-        if isinstance(error, PeerLost):
-            own = Failure(error.rank, error.host, self.step, error.reason)
+        if self._watch is None:
+            self._reporter.tell(own, own.traceback, None, self._complete_alone)
+            return
+        store = self._store
+        assert store is not None
+        self._watch.freeze(error)
+        reached: Store | None = store
         try:
-            # A collective that breaks off is most often a peer's failure: give that peer the time to say so.
-            if isinstance(error, dist.DistError | Terminated | PeerLost) or _broken_connection(error):
-                deadline = time.monotonic() + 2
-                while time.monotonic() < deadline and not self._store.check(["failure"]):
-                    time.sleep(0.05)
-                own = self._vanished(error) or own
-            claim = json.dumps(asdict(own))
-            winner: str = self._store.compare_set("failure", "", claim).decode()
-        except RuntimeError:
-            # The store went with its host; what this rank knows is all there is.
-            winner = claim = json.dumps(asdict(own))
-        if winner == claim:
-            self._write_failure(own)
-        return Failure(**json.loads(winner))
-
-    def _vanished(self, error: BaseException) -> Failure | None:
-        """A rank of this host whose process is gone, if nobody has claimed the failure."""
-        assert self._store is not None
-        if self._store.check(["failure"]):
-            return None
-        for rank in range(self.world.size):
-            there = json.loads(self._store.get(f"here/{rank}"))
             # Where a launcher ends the others, the one that they did without is the reason after all.
-            passed_over = rank in self.lost and not isinstance(error, Terminated)
-            here = there["host"] == self.world.host and rank != self.world.rank
-            if here and not passed_over and not _alive(there["pid"]):
-                return Failure(rank, there["host"], self.step, "the process is gone without a word (killed?)")
-        return None
+            passed_over = set() if isinstance(error, Terminated) else self.lost
+            failure = self._watch.culprit(error, store, passed_over) or own
+        except RuntimeError as gone:
+            failure, reached = self._watch.loss_of_store(first_line(gone)), None
+        self._reporter.tell(failure, own.traceback, reached, self._watch.complete)
 
-    def _write_failure(self, failure: Failure) -> None:
-        if self._keep_logs and self.run_dir != Path():
-            write_json(self.run_dir / "failure.json", asdict(failure))
+    def _complete_alone(self, failure: Failure, _: Store | None) -> None:
+        failure.samples = self.position.samples()
 
 
 class _AboveTheBar(logging.Handler):
@@ -507,6 +503,7 @@ def make_run_dir(wanted: str | None) -> Path:
     try:
         if wanted:
             base.joinpath("logs").mkdir(parents=True, exist_ok=True)
+            put_aside(base)
             return base.resolve()
         base.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):
@@ -518,47 +515,3 @@ def make_run_dir(wanted: str | None) -> Path:
     except OSError as error:
         raise ConfigError("run_dir", base, f"can't be made: {error.strerror}") from error
     raise ConfigError("run_dir", base, "a thousand runs have this name already")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as JSON that people can read too; a number that is not finite, which JSON lacks, is null."""
-    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as YAML, keys in their order."""
-    path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
-
-
-def _broken_connection(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "socket"))
-
-
-def _alive(pid: int) -> bool:
-    stat = Path("/proc", str(pid), "stat")
-    if not Path("/proc/self").exists():
-        with contextlib.suppress(OSError):
-            os.kill(pid, 0)
-            return True
-        return False
-    # A killed child stays as a zombie (state Z) until its launcher has read its exit code.
-    with contextlib.suppress(OSError):
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from distrain.callbacks import Callback
 from distrain.config import Config, ConfigError, to_container
 from distrain.data.base import Splits
 from distrain.data.loader import Batch, Loader
+from distrain.data.sampler import batch_share
 from distrain.evaluation import Evaluation, evaluate
 from distrain.loggers import Logger
 from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
+from distrain.position import while_doing
 from distrain.runtime import Runtime, write_json
 from distrain.strategies.base import Strategy
 
@@ -100,6 +103,7 @@ class Trainer:
         self._saver = saving.build(config, runtime, strategy)
         self._saved_step: int | None = None
         self._best_before: tuple[float | None, int | None] = (None, None)
+        runtime.position.find_samples = functools.partial(batch_share, config.seed, len(splits.train))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -125,6 +129,7 @@ class Trainer:
         while not self._done():
             loader = self._loaders["train"]
             loader.shard = self.strategy.agree_on_shard()
+            self._enter_epoch(loader.shard)
             for batch in self._clock.steps(loader.epoch(self.progress.epoch, self.progress.epoch_samples)):
                 self._seed_step()
                 self.strategy.set_learning_rate(self._learning_rate())
@@ -157,7 +162,14 @@ class Trainer:
         self.progress.step += 1
         self.progress.epoch_samples += batch.global_count
         self.progress.samples += batch.global_count
-        self.runtime.step = self.progress.step
+        self.runtime.position.advance(self.progress.step, self.progress.epoch_samples)
+
+    def _enter_epoch(self, shard: tuple[int, int]) -> None:
+        position, progress = self.runtime.position, self.progress
+        moved = shard != position.shard
+        position.enter_epoch(progress.epoch, progress.epoch_samples, self.config.data.batch_size, shard)
+        if moved:
+            self.runtime.announce()
 
     def _learning_rate(self) -> float:
         return self.config.optimizer.lr * self._schedule(self.progress.step)
@@ -233,6 +245,7 @@ class Trainer:
             self._save()
         self._notify("on_epoch_end", values)
 
+    @while_doing("evaluation")
     def _evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
         classes, loader = len(self.splits.spec.classes), self._loaders[split]
         loader.shard = self.strategy.agree_on_shard()
@@ -264,6 +277,7 @@ class Trainer:
     def _checkpoints(self) -> Path:
         return self.runtime.run_dir / "checkpoints"
 
+    @while_doing("saving")
     def _save(self) -> None:
         began = time.perf_counter()
         self._settle_save()
@@ -306,6 +320,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self._clock.lap()
+        self.runtime.position.doing = "finishing"
         self._save()
         watch = range(min(_WATCHED, len(self.splits.test)))
         test = self._evaluate("test", watch)

@@ -23,6 +23,22 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return hashing.permutation(hashing.key(_ORDER, seed, epoch), count)
 
 
+def batch_share(seed: int, samples: int, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> list[int]:
+    """Positions in the split of a shard's samples of one batch.
+
+    Args:
+        seed: The run's seed.
+        samples: In the split.
+        epoch: Counted from 0.
+        offset: First sample of the batch, in the order of the epoch.
+        count: Samples of the batch; the last one of an epoch may have fewer.
+        shard: ``(index, count)``.
+    """
+    low, high = shard_bounds(max(min(count, samples - offset), 0), *shard)
+    found: list[int] = epoch_order(seed, epoch, samples)[offset + low : offset + high].tolist()
+    return found
+
+
 def shard_bounds(count: int, index: int, shards: int) -> tuple[int, int]:
     """The half-open range of ``count`` samples that shard ``index`` of ``shards`` takes.
 

@@ -315,7 +315,7 @@ class Server:
         limit = self._rules.timeout_seconds
         if not self._changed.wait_for(lambda: done() or self._stopped is not None, limit):
             late = ", ".join(str(self.workers[rank].peer) for rank in sorted(awaited()))
-            self._stop(RuntimeError(f"waited longer than runtime.timeout_seconds={limit:g} for {late}"))
+            self._stop(RuntimeError(f"waited longer than {limit:g} s for {late}"))
         if self._stopped is not None:
             raise _Stopped
 

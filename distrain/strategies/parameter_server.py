@@ -131,6 +131,7 @@ class ParameterServer(Single):
         self.options = config.strategy
         self._workers = runtime.world.size - self.options.servers
         rank = runtime.world.rank
+        runtime.position.apart = self.options.mode != "sync"
         self._server: Server | None = None
         self.is_server = rank >= self._workers
         self.data_shard = (0 if self.is_server else rank, self._workers)
@@ -253,7 +254,7 @@ class ParameterServer(Single):
             staleness=options.bound,
             in_flight=int(options.may_overlap),
             clip=trainer.grad_clip_norm if options.mode == "sync" else None,
-            timeout_seconds=self.config.runtime.timeout_seconds,
+            timeout_seconds=self.runtime.collective_seconds,
             silence_seconds=options.worker_timeout_seconds,
             largest=_LARGEST_COUNT + 4 * size,
         )
@@ -279,6 +280,7 @@ class ParameterServer(Single):
         self.runtime.farewell = lambda: None
         self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._workers
         if self._server is not None:
+            self.runtime.position.doing = "serving"
             try:
                 self._server.serve()
             finally:

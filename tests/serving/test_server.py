@@ -171,7 +171,7 @@ def test_a_worker_that_keeps_others_waiting_is_named() -> None:
         with pytest.raises(PeerLost):
             run.push(0, 0.0)
         run.join()
-    assert [str(error) for error in run.ended] == ["waited longer than runtime.timeout_seconds=0.3 for rank 1 on here"]
+    assert [str(error) for error in run.ended] == ["waited longer than 0.3 s for rank 1 on here"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ class LocalSGD(Single):
         super().__init__(config, runtime)
         assert isinstance(config.strategy, LocalSGDConfig)
         self.options = options = config.strategy
+        runtime.position.apart = True
         ranks = runtime.world.size
         everyone = runtime.mesh({"data": ranks})
         self.replicas = Communicator(everyone.get_group("data") if everyone else None, self.ledger)
