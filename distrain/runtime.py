@@ -41,6 +41,10 @@ log = logging.getLogger(__name__)
 #: Whether this process was ever part of a process group; what is left of one makes ending delicate.
 has_talked = False
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: A signal that comes again within this time is the same request.
+_SAME_REQUEST_SECONDS = 5.0
+
 #: Numbers the meetings of this process; all ranks count alike.
 _MEETINGS = itertools.count()
 
@@ -97,6 +101,18 @@ class PeerLost(RuntimeError):
         self.rank, self.host, self.reason = rank, host, reason
 
 
+class Stopped(Exception):
+    """All ranks ended at the same step because they were asked to; everything is saved.
+
+    Attributes:
+        reason: Who asked: a signal, or the key of a limit.
+    """
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"stopped by {reason} at step {step}")
+        self.reason = reason
+
+
 class Failed(Exception):
     """The run failed and all was said; the process ends with a code that is not zero."""
 
@@ -144,6 +160,9 @@ class Runtime:
         farewell: Called by every rank at the end of a run that succeeded: nobody leaves while another still talks.
         expendable: The others go on if this rank fails.
         lost: Ranks that are gone and that the others did without; what ends the run later is not their failure.
+        stoppable: The ranks are where they agree on stopping after each step, so a signal need not end this one.
+        stop_requested: The signal that asks for it, if one came.
+        began: When the run began, in seconds since the epoch; the first attempt's beginning where a launcher restarts.
     """
 
     def __init__(self, config: Config, world: World, *, keep_logs: bool = True) -> None:
@@ -156,11 +175,15 @@ class Runtime:
         self.backend = choose_backend(config, self.device)
         self._store: Store | None = None
         self._handlers: list[logging.Handler] = []
-        self._previous_signal: Any = None
+        self._previous_signal: dict[signal.Signals, Any] = {}
         self._failing = False
         self.farewell: Callable[[], None] = lambda: self.communicator().barrier()
         self.expendable = False
         self.lost: set[int] = set()
+        self.stoppable = False
+        self.stop_requested: str | None = None
+        self._asked_at = 0.0
+        self.began = time.time()
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
@@ -178,7 +201,7 @@ class Runtime:
                 self._form_group()
             self._set_determinism()
             if threading.current_thread() is threading.main_thread():
-                self._previous_signal = signal.signal(signal.SIGTERM, self._on_sigterm)
+                self._previous_signal = {each: signal.signal(each, self._on_signal) for each in _SIGNALS}
         except ConfigError:
             self._close()
             raise
@@ -189,7 +212,7 @@ class Runtime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, Stopped):
             self._fail(error)
             self._close()
             raise Failed from error
@@ -205,9 +228,9 @@ class Runtime:
         self._close()
 
     def _close(self) -> None:
-        if self._previous_signal is not None:
-            signal.signal(signal.SIGTERM, self._previous_signal)
-            self._previous_signal = None
+        for number, handler in self._previous_signal.items():
+            signal.signal(number, handler)
+        self._previous_signal.clear()
         root = logging.getLogger("distrain")
         for handler in self._handlers:
             root.removeHandler(handler)
@@ -258,8 +281,10 @@ class Runtime:
         except dist.DistError as error:
             raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
         # So do the earlier runs of this process (Hydra's --multirun).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        prefixed = PrefixStore(f"distrain/{attempt}/{next(_MEETINGS)}", store)
+        attempt, meeting = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_MEETINGS)
+        prefixed = PrefixStore(f"distrain/{attempt}/{meeting}", store)
+        # The store of a launcher's agent outlives its attempts.
+        self.began = float(store.compare_set(f"distrain/began/{meeting}", "", repr(self.began)))
         here = {"host": self.world.host, "pid": os.getpid()}
         prefixed.set(f"here/{self.world.rank}", json.dumps(here))
         missing = []
@@ -364,6 +389,11 @@ class Runtime:
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(row): dist.new_group(row) for row in rows}
         return next(group for row, group in groups.items() if self.world.rank in row)
 
+    def aside(self) -> Communicator:
+        """All ranks, over a group of its own for tensors on the CPU, whose messages pass those of training."""
+        limit = datetime.timedelta(seconds=self.config.runtime.timeout_seconds)
+        return Communicator(dist.new_group(backend="gloo", timeout=limit))
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""
@@ -371,10 +401,30 @@ class Runtime:
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
-    def _on_sigterm(self, *_: int | FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         # The launcher ends the others when one rank fails; that one's failure is being told already.
-        if not self._failing:
+        if self._failing:
+            return
+        name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGTERM and not self.stoppable:
             raise Terminated("ended by SIGTERM")
+        # A launcher hands on what its whole group was sent, so the same request often comes twice.
+        if self.stop_requested == name == "SIGTERM" and now - self._asked_at > _SAME_REQUEST_SECONDS:
+            raise Terminated("ended by a second SIGTERM")
+        if self.stop_requested != name:
+            self.stop_requested, self._asked_at = name, now
+
+    def end_if_another_failed(self) -> None:
+        """After a signal: a launcher sends it to the others too when a rank fails, and then there is no agreeing.
+
+        Raises:
+            Terminated: So it is, as far as can be known at once.
+        """
+        ended = Terminated(f"ended by {self.stop_requested}")
+        if self._store is None or self.world.size == 1:
+            return
+        if self._store.check(["failure"]) or self._vanished(ended):
+            raise ended
 
     def _fail(self, error: BaseException) -> None:
         self._failing = True
