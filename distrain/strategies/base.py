@@ -63,14 +63,12 @@ class Strategy(ABC):
         optimizer: What :meth:`setup` made; the trainer sets its learning rate.
         compressor: How what is reduced among replicas travels.
         travels: What that is; what a compressor keeps back is in the same unit.
-        decides_alone: Each rank leaves out updates by its own gradient; else all ranks leave out the same.
     """
 
     travels: ClassVar[str] = "gradients"
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer
-    decides_alone: bool = False
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
@@ -168,6 +166,11 @@ class Strategy(ABC):
         if self.runtime.world.size == 1:
             return Alone()
         return Rounds(self.runtime.aside(), lambda: self.met)
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether each rank leaves out updates by its own gradient; else all ranks leave out the same."""
+        return False
 
     @property
     def met(self) -> bool:

@@ -416,7 +416,7 @@ class ParameterServer(Single):
     def gradient_norm(self) -> Tensor:
         """Norm before clipping of the gradient that the servers applied last, in async and ssp one worker's.
 
-        With ``trainer.grad_clip_norm`` that is this worker's own.
+        Where workers clip or look at their own, it is this worker's.
         """
         return self._norm if self._norm is not None else torch.tensor(self._links.norm())
 

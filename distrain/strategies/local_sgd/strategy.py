@@ -107,7 +107,6 @@ class LocalSGD(Single):
     """
 
     travels = "differences"
-    decides_alone = True
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
@@ -184,6 +183,11 @@ class LocalSGD(Single):
             return Alone()
         # With overlap ranks are up to that many steps apart even when a merge is done.
         return Rounds(self.runtime.aside(), lambda: self.met, prompt=not self.options.overlap_steps)
+
+    @property
+    def decides_alone(self) -> bool:
+        """Between merges; see the base class."""
+        return True
 
     @property
     def met(self) -> bool:
