@@ -119,6 +119,8 @@ class Watch:
             first = (self._first < 0) & ~result.loss_sum.isfinite()
             self._first = torch.where(first, step, self._first)
         elif not math.isfinite(loss := result.loss_sum.item()):
+            # What is wrong with one rank's samples or parameters is wrong with the run.
+            self._strategy.runtime.expendable = False
             raise NonFinite(f"the loss is {loss} in step {step}, samples {shown(batch.indices)}")
 
     def _tell(self, finite: bool, batch: Batch, step: int) -> None:
@@ -185,17 +187,28 @@ class Trail:
         self._everyone = everyone
         self._device = device
         self._paths: list[Path] = []
+        self._back_at = -1
 
-    def add(self, path: Path) -> None:
-        """A checkpoint is on its way or was loaded; whether it is valid shows when it is needed."""
-        self._paths.append(path)
+    def add(self, path: Path, step: int) -> None:
+        """A checkpoint is on its way or was loaded; whether it is valid shows when it is needed.
 
-    def back(self) -> Path:
+        Args:
+            path: Its folder.
+            step: Steps done; one that is saved right after going back is what was gone back to, and not noted.
+        """
+        if step != self._back_at:
+            self._paths.append(path)
+
+    def back(self, step: int) -> Path:
         """The newest valid one, which is then not gone back to again.
+
+        Args:
+            step: Steps done.
 
         Raises:
             NonFinite: There is none.
         """
+        self._back_at = step
         newest = self._newest() if self._everyone.rank == 0 else 0
         place = int(self._everyone.broadcast(torch.tensor(newest, device=self._device)))
         if place < 0:

@@ -299,12 +299,12 @@ class Trainer:
             checkpoint.prune(self._checkpoints, self.config.checkpoint.keep, self.progress.best_step)
         self._saved_step = self.progress.step
         self._control.saved()
-        self._trail.add(self._checkpoints / f"step_{self.progress.step:08d}")
+        self._trail.add(self._checkpoints / f"step_{self.progress.step:08d}", self.progress.step)
 
     def _rewind(self) -> None:
         """Goes back to a checkpoint with everything but the position in the data."""
         with self._clock.paused():
-            path = self._trail.back()
+            path = self._trail.back(self.progress.step)
             self.strategy.load_state_dict(checkpoint.load(path)[0])
         self._watch.wants_back = False
         self.progress.rewinds += 1
@@ -331,7 +331,7 @@ class Trainer:
         except ValueError as error:
             raise ConfigError("resume", found, str(error)) from error
         self.progress = Progress(**progress)
-        self._trail.add(found)
+        self._trail.add(found, self.progress.step)
         self._first_step = self._saved_step = self.runtime.step = self.progress.step
         self._logged = (self.progress.step, 0)
         log.info("resumed from %s: step %d, epoch %d", found, self.progress.step, self.progress.epoch)

@@ -46,7 +46,8 @@ class Rules:
         staleness: Steps that a worker may be ahead of the slowest when it starts one; ssp only.
         in_flight: Steps of a worker's own that are under way while it computes the next.
         clip: Largest norm of the whole model's gradient; sync only.
-        looks: Leave out updates whose gradient is not finite; sync only.
+        on_nonfinite: What is done about a gradient that is not finite: ``stop`` refuses a worker's, in sync ``skip`` and
+            ``rewind`` leave out the update.
         timeout_seconds: How long a worker may keep another one waiting.
         silence_seconds: How long a worker may give no sign of life.
         largest: Most bytes of a worker's contribution to a collective.
@@ -56,10 +57,15 @@ class Rules:
     staleness: int | None
     in_flight: int
     clip: float | None
-    looks: bool
+    on_nonfinite: str
     timeout_seconds: float
     silence_seconds: float
     largest: int
+
+    @property
+    def asks_for_norm(self) -> bool:
+        """Whether an update waits for the norm of the whole model's gradient."""
+        return self.mode == "sync" and (self.clip is not None or self.on_nonfinite != "stop")
 
 
 @dataclass
@@ -388,6 +394,9 @@ class Server:
             # A share without samples is no gradient; an optimizer with momentum would move all the same.
             if push.count:
                 self._sum([push])
+                if self._rules.on_nonfinite == "stop" and not bool(self.shard.gradients.norm().isfinite()):
+                    reason = f"NonFinite: its gradient in step {push.step} is not finite"
+                    raise PeerLost(worker.peer.rank, worker.peer.host, reason)
                 # The mean of the worker's samples, with its part of the rate.
                 self.shard.gradients.scale(torch.tensor(1 / push.share))
                 self._update(push.rate * push.share)
@@ -409,7 +418,6 @@ class Server:
     def _together(self, worker: Worker, push: _Push, connection: Connection) -> None:
         """Waits for all workers' pushes of a step and applies their sum."""
         rank = worker.peer.rank
-        asks = self._rules.clip is not None or self._rules.looks
         with self._changed:
             for other in self._gathered.values():
                 if (other.step, other.rate) != (push.step, push.rate):
@@ -424,14 +432,14 @@ class Server:
                 self._sum([self._gathered[each] for each in sorted(self._gathered)])
                 self._gathered.clear()
                 self._sums += 1
-                if not asks:
+                if not self._rules.asks_for_norm:
                     self._update(push.rate)
                 else:
                     self._square = float(self.shard.gradients.norm().double().square())
                 self._changed.notify_all()
             self._wait(lambda: self._sums >= next_version, lambda: set(self.workers) - set(self._gathered))
             square = self._square
-        if asks:
+        if self._rules.asks_for_norm:
             # Only the workers know the norm over all servers.
             connection.send(Kind.NORM, {"square": square})
             norm = connection.receive(Kind.NORM)
@@ -439,7 +447,7 @@ class Server:
             with self._changed:
                 # All workers answer alike; the first one's answer does it.
                 if self.version < next_version:
-                    if self._rules.looks and not math.isfinite(norm.real("norm")):
+                    if self._rules.on_nonfinite != "stop" and not math.isfinite(norm.real("norm")):
                         self._leave_out()
                     else:
                         clip(_Whole(self.shard.gradients, norm.real("norm")), self._rules.clip)

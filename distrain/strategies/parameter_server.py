@@ -263,7 +263,7 @@ class ParameterServer(Single):
             staleness=options.bound,
             in_flight=int(options.may_overlap),
             clip=trainer.grad_clip_norm if options.mode == "sync" else None,
-            looks=self._looks and options.mode == "sync",
+            on_nonfinite=trainer.on_nonfinite,
             timeout_seconds=self.config.runtime.timeout_seconds,
             silence_seconds=options.worker_timeout_seconds,
             largest=_LARGEST_COUNT + 4 * size,
