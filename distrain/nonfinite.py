@@ -124,11 +124,8 @@ class Watch:
             raise NonFinite(f"the loss is {loss} in step {step}, samples {shown(batch.indices)}")
 
     def _tell(self, finite: bool, batch: Batch, step: int) -> None:
-        mine = {
-            "rank": self._strategy.runtime.world.rank,
-            "finite": finite,
-            "samples": shown(batch.indices),
-        }
+        rank = self._strategy.runtime.world.rank
+        mine = {"rank": rank, "finite": finite, "samples": shown(batch.indices)}
         told = [mine] if self._strategy.decides_alone else self._everyone.share(mine, self._device)
         losses = [f"rank {each['rank']} (samples {each['samples']})" for each in told if not each["finite"]]
         what = f"the loss of {', '.join(losses)}" if losses else "the gradient, though no loss,"
@@ -147,7 +144,7 @@ class Watch:
         if not self._late or self._policy != "stop" or math.isfinite(loss_sum):
             return
         world = self._strategy.runtime.world
-        mine = {"rank": world.rank, "host": world.host, "step": int(self._first)}
+        mine: dict[str, Any] = {"rank": world.rank, "host": world.host, "step": int(self._first)}
         told = [mine] if self._strategy.decides_alone else self._everyone.share(mine, self._device)
         bad = sorted((each["step"], each["rank"], each["host"]) for each in told if each["step"] >= 0)
         if not bad:

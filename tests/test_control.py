@@ -252,20 +252,31 @@ def test_all_ranks_stop_after_the_same_step_whoever_is_asked(name: str, tmp_path
     assert stopped_file(tmp_path / "run") is None
     run_ranks(train, ranks, config("whole", more))
     for part in ("model", "optimizer"):
-        ours, theirs = (checkpoint.load(tmp_path / f / "checkpoints" / f"step_{step + 3:08d}")[0] for f in ("run", "whole"))
+        ours, theirs = (
+            checkpoint.load(tmp_path / f / "checkpoints" / f"step_{step + 3:08d}")[0] for f in ("run", "whole")
+        )
         assert same(ours[part], theirs[part])
 
 
 def test_a_server_that_is_asked_asks_the_workers(tmp_path: Path) -> None:
-    found = run_ranks(asked_server, 3, small("strategy=parameter_server", "strategy.mode=async", *LONG, f"run_dir={tmp_path}"))
+    found = run_ranks(
+        asked_server, 3, small("strategy=parameter_server", "strategy.mode=async", *LONG, f"run_dir={tmp_path}")
+    )
     assert [each["stopped"] for each in found] == ["SIGTERM"] * 3
 
 
 def asked_server(config: Config) -> dict[str, Any]:
-    if World.from_environment().rank == 2:
-        # Once the run has begun.
-        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-    return train(config, pause=0.002)
+    world = World.from_environment()
+    try:
+        with Runtime(config, world) as runtime:
+            trainer = app.build_trainer(config, runtime, app.source(config).load())
+            if world.rank == 2:
+                # When it serves, and the workers have begun.
+                threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            trainer.fit()
+    except Stopped as stopped:
+        return {"stopped": stopped.reason}
+    return {"stopped": None}
 
 
 def test_a_decision_is_for_a_step_that_no_worker_has_passed() -> None:

@@ -146,7 +146,8 @@ def test_a_skipped_update_changes_nothing_and_the_others_are_as_without_it() -> 
 
 def test_looking_changes_no_bit(tmp_path: Path) -> None:
     looking, plain = (
-        train(config("single", tmp_path / policy, f"trainer.on_nonfinite={policy}"), 0, {}) for policy in ("skip", "stop")
+        train(config("single", tmp_path / policy, f"trainer.on_nonfinite={policy}"), 0, {})
+        for policy in ("skip", "stop")
     )
     for name, tensor in plain["model"].items():
         assert torch.equal(looking["model"][name], tensor)
@@ -216,7 +217,9 @@ def test_updates_left_out_again_and_again_end_the_run(
 
 def test_an_overflow_of_the_loss_scale_is_nothing_to_tell_of() -> None:
     torch.manual_seed(0)
-    strategy = single(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), "trainer.precision=fp16", "trainer.on_nonfinite=skip")
+    strategy = single(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), "trainer.precision=fp16", "trainer.on_nonfinite=skip"
+    )
     batch = drawn(4, 3, 2, 2)
     # Within fp32's range, and beyond fp16's once it is scaled.
     batch.images *= 1e3

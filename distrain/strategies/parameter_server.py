@@ -164,7 +164,10 @@ class ParameterServer(Single):
             )
         if config.trainer.on_nonfinite == "rewind" and options.mode != "sync":
             raise ConfigError(
-                "trainer.on_nonfinite", "rewind", f"needs workers that keep step, not mode={options.mode}", ["stop", "skip"]
+                "trainer.on_nonfinite",
+                "rewind",
+                f"needs workers that keep step, not mode={options.mode}",
+                ["stop", "skip"],
             )
         if config.compression.name == "auto":
             others = [name for name in choices("compression") if name != "auto"]
