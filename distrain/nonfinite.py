@@ -1,8 +1,8 @@
 """What a run does about losses and gradients that are NaN or infinite: ``trainer.on_nonfinite``.
 
-- ``stop``: a rank whose loss is not finite fails, which ends the run with its name, the step and the samples. Nothing
-  is spent on it: on a CPU the loss is a number at hand; on a GPU it is looked at where the host waits anyway, at logs and
-  before a save.
+- ``stop``: a rank whose loss is not finite fails, which ends the run with its name, the step and the samples. That
+  costs next to nothing: on a CPU the loss is a number at hand; on a GPU it is looked at where the host waits anyway, at
+  logs and before a save.
 - ``skip``: the update is left out, on all ranks, and the data go on.
 - ``rewind``: parameters, optimizer and compressor become those of the newest checkpoint; the data go on after the bad
   batch, and so does the learning rate.

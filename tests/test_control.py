@@ -1,4 +1,4 @@
-"""Stopping and saving: all ranks do it after the same step, nothing is lost, and the run goes on as if never stopped."""
+"""Stopping and saving: all ranks do it after the same step, nothing is lost, and the run goes on as if nothing was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distrain.callbacks import Callback
 from distrain.collectives import Communicator
 from distrain.config import Config
 from distrain.control import Alone, Control, Rounds, Wish
-from distrain.runtime import Failed, Runtime, Stopped, Terminated, World
+from distrain.runtime import Runtime, Stopped, Terminated, World
 from distrain.serving.bulletin import Bulletin
 from distrain.trainer import Trainer
 from tests.harness import run_ranks
@@ -152,15 +152,15 @@ def test_the_most_urgent_reason_is_told() -> None:
 
 
 def test_a_signal_is_a_request_only_where_ranks_can_agree(tmp_path: Path) -> None:
-    with pytest.raises(Failed) as failed, Runtime(small(f"run_dir={tmp_path}"), ALONE) as runtime:
+    with Runtime(small(f"run_dir={tmp_path}"), ALONE) as runtime:
         runtime.stoppable = True
         # A launcher may hand on what every process got already.
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert runtime.stop_requested == "SIGTERM"
         runtime.stoppable, runtime.stop_requested = False, None
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert isinstance(failed.value.__cause__, Terminated)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
@@ -223,6 +223,7 @@ STRATEGIES = {
     "ssp": (3, ("strategy=parameter_server", "strategy.mode=ssp")),
     "async": (4, ("strategy=parameter_server", "strategy.mode=async", "strategy.servers=2")),
 }
+BIT_FOR_BIT = ("powersgd", "local_sgd")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -242,9 +243,9 @@ def test_all_ranks_stop_after_the_same_step_whoever_is_asked(name: str, tmp_path
     assert {each["step"] for each in workers} == {step}
     assert step > 6
     assert name != "local_sgd" or step % 4 == 0
-    state, progress = checkpoint.load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    _, progress = checkpoint.load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     assert (progress["step"], progress["samples"]) == (step, step // 5 * 48 + step % 5 * 10)
-    if name in ("ssp", "async"):
+    if name not in BIT_FOR_BIT:
         return
     # Stopped and gone on with is never stopped, bit for bit.
     more = f"trainer.max_steps={step + 3}"

@@ -1,4 +1,4 @@
-"""NaN in a loss or a gradient on one rank: the run ends, leaves the update out or goes back, and all ranks do the same."""
+"""NaN in a loss or a gradient on one rank: the run ends, leaves the update out or goes back, and all ranks alike."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ OPTIONS = (
     "scheduler=constant",
     "trainer.log_every_steps=2",
     "checkpoint.keep=99",
+    "checkpoint.every_epochs=99",
     "trainer.max_steps=9",
 )
 STRATEGIES = {
@@ -162,8 +163,9 @@ def skipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 ILL_STEPS = {4: "loss", 6: "gradient"}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "pipeline", "sync"])
-@pytest.mark.parametrize("clip", ["null", "0.5"])
+@pytest.mark.parametrize(
+    ("strategy", "clip"), [("ddp", "null"), ("pipeline", "null"), ("pipeline", "0.5"), ("sync", "null")]
+)
 def test_all_ranks_leave_out_what_one_can_t_use(
     strategy: str, clip: str, skipped: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -267,7 +269,12 @@ def test_a_run_whose_ranks_train_apart_goes_back_at_a_merge(tmp_path: Path) -> N
 
 
 def test_what_a_compressor_keeps_goes_back_too(tmp_path: Path) -> None:
-    options = ("compression=topk", "trainer.on_nonfinite=rewind", "checkpoint.every_steps=2")
+    options = (
+        "compression=topk",
+        "compression.min_elements=1",
+        "trainer.on_nonfinite=rewind",
+        "checkpoint.every_steps=2",
+    )
     found = run_ranks(train, 2, config("ddp", tmp_path, *options), 1, {6: "loss"})
     assert finite(found[0]["model"])
     newest = checkpoint.load(checkpoint.all_in(tmp_path / "checkpoints")[-1])[0]
@@ -303,8 +310,10 @@ def test_a_trail_leaves_out_what_is_damaged_or_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *ALONE_DECIDING])
 def test_the_run_ends_with_the_name_of_the_rank_and_nothing_bad_is_saved(strategy: str, tmp_path: Path) -> None:
     rank = 0 if ranks(strategy) == 1 else 1
+    # In the pipeline rank 0 has the layer that falls ill, and rank 1 the loss.
+    ill = 0 if strategy == "pipeline" else rank
     configuration = config(strategy, tmp_path, "checkpoint.every_steps=2")
-    found = run_ranks_to_the_end(train, ranks(strategy), configuration, rank, {6: "loss"})
+    found = run_ranks_to_the_end(train, ranks(strategy), configuration, ill, {6: "loss"})
     failed = [each for each in found if isinstance(each, RankFailed)]
     assert len(failed) == len(found)
     report = json.loads((tmp_path / "failure.json").read_text())
@@ -332,7 +341,7 @@ def test_what_may_be_saved() -> None:
     # A mask may hold infinity; integers and empty tensors hold nothing that could be NaN.
     fine = {"mask": torch.tensor([-math.inf, math.inf]), "count": torch.tensor(1), "none": torch.zeros(0)}
     refuse_nan({**fine, "half": torch.ones(3, dtype=torch.bfloat16)}, 1)
-    with pytest.raises(NonFinite, match="layer.bias holds NaN after step 1"):
+    with pytest.raises(NonFinite, match=r"layer\.bias holds NaN after step 1"):
         refuse_nan({**fine, "layer.bias": torch.tensor([1.0, math.nan, math.inf])}, 1)
 
 
@@ -357,7 +366,8 @@ def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -
     [
         (
             ("strategy=ddp", "compression=topk", "trainer.on_nonfinite=skip"),
-            "trainer.on_nonfinite=skip: would leave NaN in what compression=topk has not sent yet; choices: stop, rewind",
+            "trainer.on_nonfinite=skip: would leave NaN in what compression=topk has not sent yet; "
+            "choices: stop, rewind",
         ),
         (
             ("strategy=parameter_server", "strategy.mode=async", "trainer.on_nonfinite=rewind"),

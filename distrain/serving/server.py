@@ -46,8 +46,8 @@ class Rules:
         staleness: Steps that a worker may be ahead of the slowest when it starts one; ssp only.
         in_flight: Steps of a worker's own that are under way while it computes the next.
         clip: Largest norm of the whole model's gradient; sync only.
-        on_nonfinite: What is done about a gradient that is not finite: ``stop`` refuses a worker's, in sync ``skip`` and
-            ``rewind`` leave out the update.
+        on_nonfinite: What is done about a gradient that is not finite: ``stop`` refuses a worker's in async and ssp,
+            ``skip`` and ``rewind`` leave out the update in sync.
         timeout_seconds: How long a worker may keep another one waiting.
         silence_seconds: How long a worker may give no sign of life.
         largest: Most bytes of a worker's contribution to a collective.
