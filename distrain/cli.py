@@ -1,7 +1,7 @@
 """Hydra's command line around a task, with mistakes told in one line.
 
 A mistake is one line on the terminal and exit code 2, without a traceback unless ``HYDRA_FULL_ERROR=1``. A run that
-failed has said so itself; its exit code is 1.
+failed has said so itself; its exit code is 1. One that was asked to stop, and saved everything, has 75.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import atexit
 import functools
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from distrain.config import ConfigError, missing, one_line
 REFUSED = 2
 #: Exit code of a run that failed.
 FAILED = 1
+#: Exit code of a run that was asked to stop and saved everything, as sysexits' EX_TEMPFAIL: the same command goes on.
+STOPPED = 75
 #: How long the other ranks of a host leave the word to its first.
 _PATIENCE_SECONDS = 2
 
@@ -55,7 +58,7 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         nonlocal composing
         composing = False
         # Imports torch, which --help, completion and most mistakes need not wait for.
-        from distrain.runtime import Failed
+        from distrain.runtime import Failed, Stopped
 
         # Ended here, because Hydra adds lines of its own to what comes out of a task.
         try:
@@ -67,6 +70,10 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         except Failed:
             # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
             _leave(FAILED)
+        except Stopped:
+            # The launcher may end this rank because another one has just left with the same code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _leave(STOPPED)
 
     decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(guarded)
     try:

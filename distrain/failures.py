@@ -45,6 +45,18 @@ class PeerLost(RuntimeError):
         self.rank, self.host, self.reason = rank, host, reason
 
 
+class Stopped(Exception):
+    """All ranks ended at the same step because they were asked to; everything is saved.
+
+    Attributes:
+        reason: Who asked: a signal, or the key of a limit.
+    """
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"stopped by {reason} at step {step}")
+        self.reason = reason
+
+
 class Failed(Exception):
     """The run failed and all was said; the process ends with a code that is not zero."""
 

@@ -21,14 +21,27 @@ class Precision:
     fp16 scales the loss so that small gradients don't vanish (Micikevicius et al. 2018, arXiv 1710.03740, §3.2): the
     scale halves, and the update is left out, whenever a gradient overflows, and doubles after 2,000 good steps. The
     gradients are the reduced ones, equal on all replicas, so all decide alike without talking.
+
+    Args:
+        name: Which.
+        device: Where it is computed.
+        looks: Look at every gradient and leave out the update if it is not finite.
+
+    Attributes:
+        dtype: Format of parameters and of the images given to the model.
+        looks: Whether :meth:`step` wants the gradient's norm. The host waits for the device then, so only fp16 and
+            those who ask for it look.
+        rescaled: Whether the last update was left out for a gradient that a smaller loss scale may mend.
     """
 
     growth_interval = 2000
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, *, looks: bool = False) -> None:
         self.name = name
         self._device = device.type
-        #: Format of parameters and of the images given to the model.
+        self.looks = looks or name == "fp16"
+        self.rescaled = False
+        self._marks = looks
         self.dtype = torch.float64 if name == "fp64" else torch.float32
         self._scale = 2.0**16 if name == "fp16" else 1.0
         self._good_steps = 0
@@ -41,29 +54,37 @@ class Precision:
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward()`` on."""
+        if self._marks:
+            # Times 1, or NaN: a loss that is not finite shows in the gradient, whatever its derivative is.
+            loss = loss * ((loss - loss).detach() + 1)
         return loss * self._scale if self.name == "fp16" else loss
 
-    def unscale(self, gradients: Scalable) -> bool:
-        """Takes the scale out of the gradients.
+    def unscale(self, gradients: Scalable) -> None:
+        """Takes the scale out of the gradients."""
+        if self.name == "fp16":
+            gradients.scale(torch.tensor(1.0 / self._scale, device=self._device))
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor | None) -> bool:
+        """Updates the parameters, unless the gradient is not finite.
+
+        Args:
+            optimizer: Of the parameters.
+            norm: The gradient's, a scalar; must be given where it is looked at.
 
         Returns:
-            Whether one of them overflowed; asking makes the host wait for the device, so only fp16 does.
+            Whether they were updated.
         """
-        if self.name != "fp16":
-            return False
-        gradients.scale(torch.tensor(1.0 / self._scale, device=self._device))
-        return not bool(gradients.norm().isfinite())
-
-    def step(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
-        """Updates the parameters, unless a gradient overflowed."""
+        overflowed = self.looks and norm is not None and not bool(norm.isfinite())
         if not overflowed:
             optimizer.step()
+        self.rescaled = overflowed and self._scale > 1
         if self.name == "fp16":
             self._good_steps = 0 if overflowed else self._good_steps + 1
             if overflowed:
                 self._scale = max(self._scale / 2, 1.0)
             elif self._good_steps == self.growth_interval:
                 self._scale, self._good_steps = self._scale * 2, 0
+        return not overflowed
 
     def state_dict(self) -> dict[str, float]:
         """The loss scale and how long it has held; empty where losses aren't scaled."""

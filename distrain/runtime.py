@@ -28,7 +28,7 @@ from tqdm import tqdm
 from distrain import config as configuration
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
-from distrain.failures import Failed, Failure, PeerLost, Reporter, Terminated, first_line, put_aside, say
+from distrain.failures import Failed, Failure, PeerLost, Reporter, Stopped, Terminated, first_line, put_aside, say
 from distrain.faults import FaultFile, fault_file
 from distrain.files import write_json, write_yaml
 from distrain.members import join, member_key
@@ -44,6 +44,7 @@ __all__ = [
     "Failed",
     "PeerLost",
     "Runtime",
+    "Stopped",
     "Terminated",
     "World",
     "available_cores",
@@ -122,6 +123,7 @@ class Runtime:
         stop_requested: The signal that asked this rank to save and stop; see :class:`~distrain.signals.Signals`.
         farewell: Called by every rank at the end of a run that succeeded: nobody leaves while another still talks.
         lost: Ranks that are gone and that the others did without; what ends the run later is not their failure.
+        began: When the run began, in seconds since the epoch; the first attempt's beginning where a launcher restarts.
     """
 
     def __init__(self, config: Config, world: World, *, keep_logs: bool = True) -> None:
@@ -142,6 +144,7 @@ class Runtime:
         self._watch: Watch | None = None
         self.farewell: Callable[[], None] = lambda: self.communicator().barrier()
         self.lost: set[int] = set()
+        self.began = time.time()
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class Runtime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, Stopped):
             self._fail(error)
             self._close()
             raise Failed from error
@@ -365,6 +368,11 @@ class Runtime:
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(row): dist.new_group(row) for row in rows}
         return next(group for row, group in groups.items() if self.world.rank in row)
 
+    def aside(self) -> Communicator:
+        """All ranks, over a group of its own for tensors on the CPU, whose messages pass those of training."""
+        limit = datetime.timedelta(seconds=self.collective_seconds)
+        return Communicator(dist.new_group(backend="gloo", timeout=limit))
+
     @property
     def collective_seconds(self) -> float:
         """How long a collective may take; the watch over progress, which knows who is late, is to speak first."""
@@ -403,6 +411,15 @@ class Runtime:
         return self.world.rank == 0
 
     # --- failures ----------------------------------------------------------------------------------------------------
+
+    def end_if_another_failed(self) -> None:
+        """After a signal: a launcher sends it to the others too when a rank fails, and then there is no agreeing.
+
+        Raises:
+            Terminated: So it is, as far as can be known at once.
+        """
+        if self._watch is not None and self._store is not None and self._watch.knows_of_failure(self._store):
+            raise Terminated(f"ended by {self.stop_requested}")
 
     def _fail(self, error: BaseException) -> None:
         self._signals.deaf = True

@@ -6,7 +6,6 @@ under way.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import logging
 import threading
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distrain import checkpoint
@@ -245,11 +243,7 @@ def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
         return Saver(folder, keep, strategy.everyone, runtime.device, background=False)
     if runtime.world.size == 1:
         return Saver(folder, keep, background=True, expected=functools.partial(_to_be_saved, strategy))
-    timeout = datetime.timedelta(seconds=config.runtime.timeout_seconds)
-    # On GPUs too: what ranks tell each other here is in host memory, and must not wait for the device.
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    everyone = Communicator(group)
-    return Saver(folder, keep, everyone, background=True, expected=functools.partial(_to_be_saved, strategy))
+    return Saver(folder, keep, runtime.aside(), background=True, expected=functools.partial(_to_be_saved, strategy))
 
 
 def _to_be_saved(strategy: Strategy) -> list[Tensor]:

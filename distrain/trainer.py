@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from distrain import checkpoint, pictures, saving
+from distrain import checkpoint, control, pictures, saving
 from distrain.callbacks import Callback
+from distrain.cli import STOPPED
 from distrain.config import Config, ConfigError, to_container
+from distrain.control import Control, Wish
 from distrain.data.base import Splits
 from distrain.data.loader import Batch, Loader
 from distrain.data.sampler import batch_share
 from distrain.evaluation import Evaluation, evaluate
 from distrain.loggers import Logger
 from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
+from distrain.nonfinite import Trail, Watch, refuse_nan
 from distrain.position import while_doing
-from distrain.runtime import Runtime, write_json
+from distrain.runtime import Runtime, Stopped, write_json
 from distrain.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,8 @@ class Progress:
         val_accuracy: Validation accuracy after it.
         best_accuracy: Best validation accuracy so far.
         best_step: The step it was reached at.
+        skipped_updates: Updates left out because a gradient was not finite; of ranks that decide alone each one's.
+        rewinds: How often the run went back to a checkpoint for the same reason.
     """
 
     step: int = 0
@@ -58,6 +64,8 @@ class Progress:
     val_accuracy: float | None = None
     best_accuracy: float | None = None
     best_step: int | None = None
+    skipped_updates: int = 0
+    rewinds: int = 0
 
 
 class Trainer:
@@ -104,6 +112,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._best_before: tuple[float | None, int | None] = (None, None)
         runtime.position.find_samples = functools.partial(batch_share, config.seed, len(splits.train))
+        self._skipped = 0
+        self._watch = Watch(config, strategy, self._everyone)
+        self._trail = Trail(self._everyone, runtime.device)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -115,41 +126,69 @@ class Trainer:
             self._saver.close()
 
     def _fit(self) -> dict[str, Any]:
+        self.runtime.stoppable = True
+        self._control = Control(self.config, self.runtime, self.strategy.counsel())
         self._resume()
+        if self.runtime.is_main:
+            control.forget_stop(self.runtime.run_dir)
         left = max(self.total_steps - self._first_step, 0)
         self._clock = StepClock(self.strategy.stopwatch, min(_WARMUP, left // 2))
         self._notify("on_fit_start")
         try:
-            self._train()
+            stopped_by = self._train()
         finally:
             self._notify("on_fit_end")
-        return self._finish()
+        self._control.close()
+        return self._stop(stopped_by) if stopped_by else self._finish()
 
-    def _train(self) -> None:
+    def _train(self) -> str | None:
+        """Takes steps until the run ends or all ranks agree to stop; returns why they stop."""
         while not self._done():
             loader = self._loaders["train"]
             loader.shard = self.strategy.agree_on_shard()
             self._enter_epoch(loader.shard)
             for batch in self._clock.steps(loader.epoch(self.progress.epoch, self.progress.epoch_samples)):
-                self._seed_step()
-                self.strategy.set_learning_rate(self._learning_rate())
-                sent = self.strategy.ledger.total()
-                result = self.strategy.train_step(batch)
-                self._bytes += self.strategy.ledger.total() - sent
-                self._window.add(result.loss_sum, result.correct, result.count)
-                self._advance(batch)
-                self._saver.poll()
-                self._notify("on_step_end")
+                self._take_step(batch)
+                agreed = self._agree()
                 if self.progress.step % self.config.trainer.log_every_steps == 0:
                     self._log()
-                if self.config.checkpoint.every_steps and self.progress.step % self.config.checkpoint.every_steps == 0:
+                if Wish.BACK in agreed:
+                    self._rewind()
+                if Wish.SAVE in agreed or self._save_is_due():
                     with self._clock.paused():
                         self._save()
+                if agreed.reason:
+                    return agreed.reason
                 if self._at_limit():
                     break
             # More than all where a resumed run has fewer samples than the one that was saved.
             if self.progress.epoch_samples >= len(self.splits.train):
                 self._end_epoch()
+        return None
+
+    def _take_step(self, batch: Batch) -> None:
+        self._seed_step()
+        self.strategy.set_learning_rate(self._learning_rate())
+        sent = self.strategy.ledger.total()
+        result = self.strategy.train_step(batch)
+        self._bytes += self.strategy.ledger.total() - sent
+        if self._watch.counts(result, batch, self.progress.step + 1):
+            self._window.add(result.loss_sum, result.correct, result.count)
+        # Where all leave out the same update, it is one.
+        self._skipped += result.left_out and (self.runtime.is_main or self.strategy.decides_alone)
+        self._advance(batch)
+        self._saver.poll()
+        self._notify("on_step_end")
+
+    def _agree(self) -> Wish:
+        back = Wish.BACK if self._watch.wants_back else Wish.NOTHING
+        if self.strategy.decides_alone:
+            return self._control.agreed(back)
+        return self._control.agreed() | back
+
+    def _save_is_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every is not None and self.progress.step % every == 0
 
     def _done(self) -> bool:
         return self._at_limit() or self.progress.epoch >= self.config.trainer.epochs
@@ -212,8 +251,13 @@ class Trainer:
         }
 
     def _take_window(self, *, settled: bool = True) -> list[float]:
-        taken: list[float] = self.strategy.total("window", self._window.take(), settled=settled).tolist()
+        mine = self._window.take()
+        counted = torch.cat([mine, mine.new_tensor([self._skipped])])
+        self._skipped = 0
+        *taken, skipped = self.strategy.total("window", counted, settled=settled).tolist()
         self.progress.epoch_sums = [a + b for a, b in zip(self.progress.epoch_sums, taken, strict=True)]
+        self.progress.skipped_updates += int(skipped)
+        self._watch.look(taken[0])
         return taken
 
     def _end_epoch(self) -> None:
@@ -223,12 +267,13 @@ class Trainer:
         self.progress.epoch_sums = [0.0, 0.0, 0.0]
         self.progress.epoch += 1
         self.progress.epoch_samples = 0
-        self.progress.train_loss = loss / count
+        # Every update of a short epoch may have been left out.
+        self.progress.train_loss = loss / count if count else math.nan
         saves = self.progress.epoch % self.config.checkpoint.every_epochs == 0
         values = {
             "epoch": float(self.progress.epoch),
-            "epoch/train_loss": loss / count,
-            "epoch/train_accuracy": correct / count,
+            "epoch/train_loss": self.progress.train_loss,
+            "epoch/train_accuracy": correct / max(count, 1),
             "epoch/images_per_second": self._clock.epoch.samples_per_second,
         }
         self._clock.epoch = Stretch()
@@ -285,8 +330,34 @@ class Trainer:
             return
         self._take_window()
         state = {**self.strategy.state_dict(), "layout": self.strategy.layout}
+        refuse_nan(state["model"], self.progress.step)
         self._saver.save(state, asdict(self.progress), began)
         self._saved_step = self.progress.step
+        self._control.saved()
+        self._trail.add(self._checkpoints / f"step_{self.progress.step:08d}", self.progress.step)
+
+    def _rewind(self) -> None:
+        """Goes back to a checkpoint with everything but the position in the data."""
+        with self._clock.paused():
+            self._settle_save()
+            path = self._trail.back(self.progress.step)
+            self.strategy.load_state_dict(checkpoint.load(path)[0])
+        self._watch.wants_back = False
+        self.progress.rewinds += 1
+        log.warning("went back to %s; the data go on after step %d", path, self.progress.step)
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Ends the run where all ranks agreed to, to be gone on with later; all of them call it together."""
+        self._save()
+        self._settle_save()
+        self._logger.close()
+        step = self.progress.step
+        if self._saved_step != step:
+            raise RuntimeError(f"{reason} asked to stop, and step {step} could not be saved")
+        if self.runtime.is_main:
+            control.note_stop(self.runtime.run_dir, reason, step, STOPPED)
+            log.info("stopped by %s at step %d, saved; start the same command again to go on", reason, step)
+        raise Stopped(reason, step)
 
     def _resume(self) -> None:
         self._first_step = 0
@@ -300,6 +371,7 @@ class Trainer:
         except ValueError as error:
             raise ConfigError("resume", found, str(error)) from error
         self.progress = Progress(**progress)
+        self._trail.add(found, self.progress.step)
         self._first_step = self._saved_step = self.runtime.step = self.progress.step
         self._logged = (self.progress.step, 0)
         log.info("resumed from %s: step %d, epoch %d", found, self.progress.step, self.progress.epoch)
@@ -360,6 +432,8 @@ class Trainer:
             "epochs": self.progress.epoch,
             "steps": self.progress.step,
             "samples": self.progress.samples,
+            "skipped_updates": self.progress.skipped_updates,
+            "rewinds": self.progress.rewinds,
             "train_loss": self.progress.train_loss if self.progress.epoch else self._partial_train_loss(),
             "val_accuracy": self.progress.val_accuracy,
             "test_accuracy": test.accuracy,

@@ -167,6 +167,11 @@ class Watch:
             time.sleep(0.05)
         return lost
 
+    def knows_of_failure(self, store: Store) -> bool:
+        """Whether a rank has told of a failure, or is gone without a word; answers at once."""
+        gone = (self._members[rank].is_gone and not seen.beat.left for rank, seen in self._seen.items())
+        return store.get(CLAIM) != NO_CLAIM.encode() or any(gone)
+
     def _missed(self) -> list[int]:
         """Ranks on other hosts that left out a few beats, which alone would not be a failure."""
         latest = time.monotonic() - (_BEATS - 0.5) * self._interval

@@ -25,12 +25,14 @@ class Word:
         culprit: The rank whose failure is the reason, where it is not the peer's own.
         expelled: The peer gave this rank up.
         left: The peer was done and said so.
+        stopped: What the peer was stopped by, if it was done before its time.
     """
 
     reason: str
     culprit: Peer | None = None
     expelled: bool = False
     left: bool = False
+    stopped: str | None = None
 
 
 class Pulse:
@@ -64,14 +66,17 @@ class Pulse:
         told = None if culprit is None else [culprit.rank, culprit.host]
         self._connection.send(Kind.NOTICE, {"reason": reason, "culprit": told, "expelled": expelled})
 
-    def leave(self) -> None:
+    def leave(self, stopped: str | None = None) -> None:
         """Tells the peer that this rank is done; it answers alike, and that is then its last word.
+
+        Args:
+            stopped: By what, if before its time.
 
         Raises:
             OSError: Nobody hears it.
         """
         self._leaves = True
-        self._connection.send(Kind.BYE)
+        self._connection.send(Kind.BYE, {"stopped": stopped} if stopped else None)
 
     def cut(self) -> None:
         """Ends the connection."""
@@ -111,7 +116,8 @@ class Pulse:
                         if frame.kind is Kind.BYE:
                             if not self._leaves:
                                 self._connection.send(Kind.BYE)
-                            return Word("it was done", left=True)
+                            stopped = frame.meta.get("stopped")
+                            return Word("it was done", left=True, stopped=str(stopped) if stopped else None)
                         if frame.kind is Kind.NOTICE:
                             return _word(frame.meta)
                     elif silent:

@@ -8,6 +8,7 @@ al. 2013, "More effective distributed ML via a stale synchronous parallel parame
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from distrain import state
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.packing import pack, packed_size, unpack
 from distrain.runtime import PeerLost
+from distrain.serving.bulletin import Bulletin
 from distrain.serving.frames import Connection, Frame, Kind
 from distrain.serving.meeting import DTYPES, Meeting
 from distrain.serving.network import Peer
@@ -44,6 +46,8 @@ class Rules:
         staleness: Steps that a worker may be ahead of the slowest when it starts one; ssp only.
         in_flight: Steps of a worker's own that are under way while it computes the next.
         clip: Largest norm of the whole model's gradient; sync only.
+        on_nonfinite: What is done about a gradient that is not finite: ``stop`` refuses a worker's in async and ssp,
+            ``skip`` and ``rewind`` leave out the update in sync.
         timeout_seconds: How long a worker may keep another one waiting.
         silence_seconds: How long a worker may give no sign of life.
         largest: Most bytes of a worker's contribution to a collective.
@@ -53,9 +57,15 @@ class Rules:
     staleness: int | None
     in_flight: int
     clip: float | None
+    on_nonfinite: str
     timeout_seconds: float
     silence_seconds: float
     largest: int
+
+    @property
+    def asks_for_norm(self) -> bool:
+        """Whether an update waits for the norm of the whole model's gradient."""
+        return self.mode == "sync" and (self.clip is not None or self.on_nonfinite != "stop")
 
 
 @dataclass
@@ -192,6 +202,10 @@ class Server:
         workers: All of them.
         connections: Of each worker, by rank and channel.
         told: Called with a worker that is lost, once for each.
+        wish: What this server wishes all to do, as bits of :class:`distrain.control.Wish`.
+
+    Attributes:
+        stopped: What the run was stopped by, if it was.
     """
 
     def __init__(
@@ -202,8 +216,12 @@ class Server:
         workers: Sequence[Peer],
         connections: Mapping[tuple[int, str], Connection],
         told: Callable[[Worker], None],
+        wish: Callable[[], int] = lambda: 0,
     ) -> None:
         self.shard = shard
+        self.stopped: str | None = None
+        self._wish = wish
+        self._bulletin = Bulletin(rules.in_flight)
         self._me = me
         self._rules = rules
         self._told = told
@@ -215,6 +233,7 @@ class Server:
         self._gathered: dict[int, _Push] = {}
         self._sums = 0
         self._square = 0.0
+        self._left_out = 0
         self._recent = _Recent()
         self._connections = connections
         self._pulses: dict[int, Pulse] = {}
@@ -267,6 +286,7 @@ class Server:
             if word.left:
                 with self._changed:
                     worker.left = True
+                    self.stopped = self.stopped or word.stopped
                     self._changed.notify_all()
             else:
                 self._lose(worker, word)
@@ -335,8 +355,11 @@ class Server:
                 else:
                     waited = self._at_once(worker, push)
             with self._changed:
+                if frame.kind is Kind.PUSH:
+                    self._bulletin.hear(frame.whole("wish"), worker.steps, [each.steps for each in self._living()])
                 lost = [each.end() for each in self.workers.values() if each.lost]
-                meta = {"version": self.version, "waited": waited, "lost": lost}
+                meta = {"version": self.version, "waited": waited, "lost": lost, "wish": self._wish()}
+                meta |= {"decided": self._bulletin.step, "wishes": self._bulletin.wishes}
                 packed = room.pack()
             connection.send(Kind.PARAMETERS, meta, packed)
             worker.pulled += packed.numel()
@@ -371,6 +394,9 @@ class Server:
             # A share without samples is no gradient; an optimizer with momentum would move all the same.
             if push.count:
                 self._sum([push])
+                if self._rules.on_nonfinite == "stop" and not bool(self.shard.gradients.norm().isfinite()):
+                    reason = f"NonFinite: its gradient in step {push.step} is not finite"
+                    raise PeerLost(worker.peer.rank, worker.peer.host, reason)
                 # The mean of the worker's samples, with its part of the rate.
                 self.shard.gradients.scale(torch.tensor(1 / push.share))
                 self._update(push.rate * push.share)
@@ -406,14 +432,14 @@ class Server:
                 self._sum([self._gathered[each] for each in sorted(self._gathered)])
                 self._gathered.clear()
                 self._sums += 1
-                if self._rules.clip is None:
+                if not self._rules.asks_for_norm:
                     self._update(push.rate)
                 else:
                     self._square = float(self.shard.gradients.norm().double().square())
                 self._changed.notify_all()
             self._wait(lambda: self._sums >= next_version, lambda: set(self.workers) - set(self._gathered))
             square = self._square
-        if self._rules.clip is not None:
+        if self._rules.asks_for_norm:
             # Only the workers know the norm over all servers.
             connection.send(Kind.NORM, {"square": square})
             norm = connection.receive(Kind.NORM)
@@ -421,8 +447,11 @@ class Server:
             with self._changed:
                 # All workers answer alike; the first one's answer does it.
                 if self.version < next_version:
-                    clip(_Whole(self.shard.gradients, norm.real("norm")), self._rules.clip)
-                    self._update(push.rate)
+                    if self._rules.on_nonfinite != "stop" and not math.isfinite(norm.real("norm")):
+                        self._leave_out()
+                    else:
+                        clip(_Whole(self.shard.gradients, norm.real("norm")), self._rules.clip)
+                        self._update(push.rate)
 
     def _sum(self, pushes: Sequence[_Push]) -> None:
         gradients, compressor = self.shard.gradients, self.shard.compressor
@@ -437,6 +466,12 @@ class Server:
             group["lr"] = rate
         self.shard.optimizer.step()
         self.version += 1
+        self._changed.notify_all()
+
+    def _leave_out(self) -> None:
+        # Counted like an update, so that everybody's next push is of the next one.
+        self.version += 1
+        self._left_out += 1
         self._changed.notify_all()
 
     # --- everything else ---------------------------------------------------------------------------------------------
@@ -478,7 +513,7 @@ class Server:
                 return {"pushes": recent.pushes, "late": recent.late, "latest": recent.latest}
             return {
                 "workers": [worker.told() for worker in self.workers.values()],
-                "updates": self.version,
+                "updates": self.version - self._left_out,
                 "tensors": len(self.shard.named),
                 "bytes": sum(each.numel() * each.element_size() for each in self.shard.named.values()),
             }

@@ -54,6 +54,9 @@ class Link:
         version: Updates that the server had done when it sent the parameters that the worker has.
         seconds: How long answers took lately, from the end of the backward pass on, less what the server held back.
         lost: What the server says of workers that are gone, by rank.
+        wish: What this worker wishes all to do (bits of :class:`distrain.control.Wish`), sent with the next push.
+        servers_wish: What the server wishes.
+        decided: Of the last decision: the step after which, and the wishes.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Link:
         self.version = 0
         self.seconds = 0.0
         self.lost: dict[int, dict[str, Any]] = {}
+        self.wish = self.servers_wish = 0
+        self.decided = (0, 0)
         self._connections = connections
         self._compressor = compressor
         self._stopwatch = stopwatch
@@ -117,7 +122,9 @@ class Link:
             count: Samples in this worker's share.
             share: What part of the batch they are.
         """
-        self._head = {"step": step, "rate": rate, "count": count, "share": share, "version": self.version}
+        self._head = {
+            "step": step, "rate": rate, "count": count, "share": share, "version": self.version, "wish": self.wish
+        }  # fmt: skip
         self._index = 0
 
     def ask(self) -> None:
@@ -148,6 +155,7 @@ class Link:
         self._asked = None
         self.version = frame.whole("version")
         self.lost = {int(told["rank"]): told for told in frame.meta.get("lost", [])}
+        self.servers_wish, self.decided = frame.whole("wish"), (frame.whole("decided"), frame.whole("wishes"))
         self._room.unpack()
 
     def _send(self, kind: Kind, meta: Mapping[str, Any] | None, body: Tensor | None) -> None:
@@ -213,10 +221,14 @@ class Link:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Tells the server that this worker is done, and waits until it has heard."""
+    def leave(self, stopped: str | None = None) -> None:
+        """Tells the server that this worker is done, and waits until it has heard.
+
+        Args:
+            stopped: By what, if before its time.
+        """
         with self._explained():
-            self._pulse.leave()
+            self._pulse.leave(stopped)
         word = self._pulse.last_word(_EXPLANATION_SECONDS)
         if not word.left:
             log.warning("the server, %s, went before this worker's leave: %s", self.server, word.reason)
@@ -301,10 +313,10 @@ class Links:
         """Norm of the whole gradient that the servers applied last."""
         return math.sqrt(sum(link.talk(Kind.NORM)[0].real("square") for link in self.links))
 
-    def leave(self) -> None:
+    def leave(self, stopped: str | None = None) -> None:
         """See :meth:`Link.leave`."""
         for link in self.links:
-            link.leave()
+            link.leave(stopped)
 
     def abandon(self, error: BaseException) -> None:
         """See :meth:`Link.abandon`."""

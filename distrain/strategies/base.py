@@ -16,6 +16,7 @@ from distrain.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import redistribute
 from distrain.config import Config, choices
+from distrain.control import Alone, Counsel, Rounds
 from distrain.metrics import Stopwatch
 
 if TYPE_CHECKING:
@@ -40,12 +41,15 @@ class StepResult:
         correct: How many samples were classified right, an int64 scalar on the device.
         count: Samples in this rank's share.
         predictions: The class predicted for each of them, int64 ``[count]``; only from :meth:`Strategy.eval_step`.
+        left_out: The gradient was not finite, and there was no update; see :attr:`Strategy.decides_alone`. Only where
+            ``trainer.on_nonfinite`` is ``skip`` or ``rewind``, since looking costs something.
     """
 
     loss_sum: Tensor
     correct: Tensor
     count: int
     predictions: Tensor | None = None
+    left_out: bool = False
 
 
 class Strategy(ABC):
@@ -160,6 +164,22 @@ class Strategy(ABC):
         Raises:
             ValueError: Names or shapes differ from the model's.
         """
+
+    def counsel(self) -> Counsel:
+        """How the ranks that train agree, between steps, on what one of them wishes; all call it together, once."""
+        if self.runtime.world.size == 1:
+            return Alone()
+        return Rounds(self.runtime.aside(), lambda: self.met)
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether each rank leaves out updates by its own gradient; else all ranks leave out the same."""
+        return False
+
+    @property
+    def met(self) -> bool:
+        """Whether the ranks waited for each other in the last step; the same on all of them."""
+        return True
 
     def agree_on_shard(self) -> tuple[int, int]:
         """This rank's share, where ranks may leave; all ranks call it together before they go through data."""

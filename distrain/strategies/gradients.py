@@ -33,15 +33,20 @@ class Scalable(Protocol):
         """Multiplies all of them by a scalar."""
 
 
-def clip(gradients: Scalable, most: float | None) -> Tensor | None:
+def clip(gradients: Scalable, most: float | None, norm: Tensor | None = None) -> Tensor | None:
     """Scales gradients whose norm exceeds ``most``, by torch.nn.utils.clip_grad_norm_'s formula.
 
+    Args:
+        gradients: Scaled in place.
+        most: The limit, if there is one.
+        norm: Their norm, where it is known.
+
     Returns:
-        The norm before; ``None`` without a limit, where it is not computed.
+        The norm before; without a limit it is not computed.
     """
     if most is None:
-        return None
-    norm = gradients.norm()
+        return norm
+    norm = gradients.norm() if norm is None else norm
     gradients.scale((most / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from distrain import pictures, state
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register, setting
+from distrain.control import Counsel, wish_of
+from distrain.runtime import Stopped
+from distrain.serving.bulletin import Subscription
 from distrain.serving.frames import Kind
 from distrain.serving.meeting import Everyone
 from distrain.serving.network import Door, Peer, enter, own_address
@@ -118,6 +121,10 @@ class ParameterServer(Single):
     lost, the run fails with that rank's name. A launcher that ends all ranks when one dies (torchrun does so on each
     host) leaves nobody to go on; see ``docs/parameter_server.md``.
 
+    With ``trainer.on_nonfinite=skip`` the servers leave out a sync update that is not finite; in async and ssp a worker
+    whose own gradient is not finite pushes nothing in its place. Stops are decided by the first server, for a step that
+    no worker has finished yet; in async that takes until the slowest one is there.
+
     BatchNorm normalises by each worker's share; running statistics, which stay with the workers, are averaged for
     evaluation and checkpoints.
     """
@@ -136,6 +143,8 @@ class ParameterServer(Single):
         self.is_server = rank >= self._workers
         self.data_shard = (0 if self.is_server else rank, self._workers)
         self._settled = True
+        self._looks = config.trainer.on_nonfinite != "stop"
+        self._left_out = False
         self._overlapped = 0
         self._figures: dict[str, Figure] = {}
 
@@ -156,6 +165,13 @@ class ParameterServer(Single):
         if config.trainer.precision == "fp16":
             raise ConfigError(
                 "trainer.precision", "fp16", "would need a loss scale that all workers share", ["fp32", "bf16", "fp64"]
+            )
+        if config.trainer.on_nonfinite == "rewind" and options.mode != "sync":
+            raise ConfigError(
+                "trainer.on_nonfinite",
+                "rewind",
+                f"needs workers that keep step, not mode={options.mode}",
+                ["stop", "skip"],
             )
         if config.compression.name == "auto":
             others = [name for name in choices("compression") if name != "auto"]
@@ -255,12 +271,15 @@ class ParameterServer(Single):
             in_flight=int(options.may_overlap),
             clip=trainer.grad_clip_norm if options.mode == "sync" else None,
             timeout_seconds=self.runtime.collective_seconds,
+            on_nonfinite=trainer.on_nonfinite,
             silence_seconds=options.worker_timeout_seconds,
             largest=_LARGEST_COUNT + 4 * size,
         )
         connections = door.admit(workers, self.config.runtime.setup_timeout_seconds)
         me = Peer(self.runtime.world.rank, self.runtime.world.host)
-        self._server = Server(me, shard, rules, workers, connections, self._on_loss)
+        self._server = Server(
+            me, shard, rules, workers, connections, self._on_loss, lambda: int(wish_of(self.runtime.stop_requested))
+        )
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
 
     def _make_gradients(self) -> Reduced:
@@ -281,17 +300,24 @@ class ParameterServer(Single):
         self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._workers
         if self._server is not None:
             self.runtime.position.doing = "serving"
+            self.runtime.stoppable = True
             try:
                 self._server.serve()
             finally:
                 self.runtime.step = self._server.steps()
             self._log_work(self._server)
+            if self._server.stopped is not None:
+                raise Stopped(self._server.stopped, self._server.steps())
             return {}
         try:
             summary = fit()
             # Nobody leaves while another still talks.
             self._meet()
             self._links.leave()
+        except Stopped as stop:
+            self._meet()
+            self._links.leave(stop.reason)
+            raise
         except BaseException as error:
             self._links.abandon(error)
             raise
@@ -337,36 +363,54 @@ class ParameterServer(Single):
         self._links.begin(self.compressor.step + 1, rate, len(batch.labels), self._share)
         return super().train_step(batch)
 
+    def counsel(self) -> Counsel:
+        """Agrees by what travels with pushes and their answers; see the base class."""
+        return Subscription(self._links.links)
+
+    @property
+    def decides_alone(self) -> bool:
+        """In async and ssp; see the base class."""
+        return self.options.mode != "sync"
+
     @property
     def _clips_itself(self) -> Callable[[Reduced], None] | None:
         """What a worker does to its own gradients before they travel."""
         most = self.config.trainer.grad_clip_norm
-        if self.options.mode == "sync" or most is None:
+        if self.options.mode == "sync" or (most is None and not self._looks):
             return None
-        limit = most
 
         def clip_own(gradients: Reduced) -> None:
             # Of an empty share there is nothing to clip.
             share = self._share or 1.0
-            norm = clip(gradients, limit * share)
-            assert norm is not None
+            norm = gradients.norm()
             self._norm = norm / share
+            self._left_out = self._looks and not bool(norm.isfinite())
+            if self._left_out:
+                # A push of no samples, which the servers count and don't apply.
+                gradients.zero()
+                self._links.begin(self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share)
+            elif most is not None:
+                clip(gradients, most * share, norm)
 
         return clip_own
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
         computed = time.perf_counter() - self._began
         with self.stopwatch.communication():
             # The answer to the last push was on its way while this step was computed.
             self._links.take()
-            if self.options.mode == "sync" and self.config.trainer.grad_clip_norm is not None:
-                self._norm = torch.tensor(self._links.clip())
+            if self.options.mode == "sync" and (self._looks or self.config.trainer.grad_clip_norm is not None):
+                norm = self._links.clip()
+                self._norm, self._left_out = torch.tensor(norm), self._looks and not math.isfinite(norm)
             self._links.ask()
             if self._overlaps(computed):
                 self._overlapped += 1
             else:
                 self._links.take()
         self._hear_of_losses()
+        if self._left_out and self._kept is not None:
+            self._kept.put_back()
+        return self._left_out
 
     def _overlaps(self, computed: float) -> bool:
         """Whether the next step begins before this push is answered; ``computed`` is how long this step took."""
@@ -380,7 +424,7 @@ class ParameterServer(Single):
     def gradient_norm(self) -> Tensor:
         """Norm before clipping of the gradient that the servers applied last, in async and ssp one worker's.
 
-        With ``trainer.grad_clip_norm`` that is this worker's own.
+        Where workers clip or look at their own, it is this worker's.
         """
         return self._norm if self._norm is not None else torch.tensor(self._links.norm())
 

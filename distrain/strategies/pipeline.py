@@ -25,6 +25,7 @@ from distrain.runtime import write_json
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
 from distrain.strategies.gradients import Gradients, clip
+from distrain.strategies.kept import KeptBuffers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +84,9 @@ class Pipeline(Strategy):
         self.line = Communicator(self.mesh.get_group("pipeline"), self.ledger)
         self._forward_line = Communicator(runtime.twin_group(self.mesh, "pipeline"), self.ledger)
         self.data_shard = (self.replicas.rank, self.replicas.size)
-        self.precision = Precision(config.trainer.precision, runtime.device)
+        self.precision = Precision(
+            config.trainer.precision, runtime.device, looks=config.trainer.on_nonfinite != "stop"
+        )
         self._schedule = SCHEDULES[self.options.schedule]
         self._where = schedules.placement(self._schedule, ranks, self.options.virtual)
         self._orders: dict[int, list[Work]] = {}
@@ -167,6 +170,7 @@ class Pipeline(Strategy):
             named += list(module.named_parameters())
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self.optimizer = make_optimizer(named)
+        self._kept = KeptBuffers(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
         self._warn(model)
         options = self.options
         log.info(
@@ -244,6 +248,8 @@ class Pipeline(Strategy):
         """One update: the schedule's work in order, then the replicas' reduction; see the base class."""
         with self.stopwatch.step():
             self.compressor.begin_step()
+            if self._kept is not None:
+                self._kept.take()
             for index, stage in self.stages.items():
                 stage.module.train()
                 self.gradients[index].zero()
@@ -256,7 +262,7 @@ class Pipeline(Strategy):
                     self.gradients[index].arm()
                 self.gradients[index].finish()
             batchnorm.settle(self._modules)
-            self._update()
+            left_out = self._update()
         if count == self.options.microbatches:
             self._recorder.end()
         for stage in self.stages.values():
@@ -264,8 +270,8 @@ class Pipeline(Strategy):
             stage.counts_memory = False
         nothing = torch.zeros((), device=self.runtime.device)
         if result is None or not self._is_end:
-            return StepResult(nothing, nothing.long(), 0)
-        return StepResult(result[0], result[1], len(batch.labels))
+            return StepResult(nothing, nothing.long(), 0, left_out=left_out)
+        return StepResult(result[0], result[1], len(batch.labels), left_out=left_out)
 
     @property
     def _modules(self) -> list[nn.Module]:
@@ -350,10 +356,18 @@ class Pipeline(Strategy):
         mail.wait()
         return loss, correct
 
-    def _update(self) -> None:
-        overflowed = self.precision.unscale(self)
-        self._norm = clip(self, self._clip)
-        self.precision.step(self.optimizer, overflowed)
+    def _update(self) -> bool:
+        """Applies the gradient; returns whether that was left out because it is not finite.
+
+        Each rank of the pipeline sees its own stages' gradients only; by the norm of the whole all decide alike.
+        """
+        self.precision.unscale(self)
+        norm = self.norm() if self.precision.looks else None
+        self._norm = clip(self, self._clip, norm)
+        updated = self.precision.step(self.optimizer, self._norm)
+        if not updated and self._kept is not None:
+            self._kept.put_back()
+        return not updated and not self.precision.rescaled
 
     def norm(self) -> Tensor:
         """Norm of the whole model's gradient; all ranks of the pipeline call it together."""

@@ -15,6 +15,7 @@ from distrain.config import Config, ConfigError, StrategyConfig, choices, regist
 from distrain.precision import Precision
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
 from distrain.strategies.gradients import Gradients, Reduced, clip
+from distrain.strategies.kept import KeptBuffers
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
@@ -32,7 +33,9 @@ class Single(Strategy):
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         self.replicas = Communicator(ledger=self.ledger)
-        self.precision = Precision(config.trainer.precision, runtime.device)
+        self.precision = Precision(
+            config.trainer.precision, runtime.device, looks=config.trainer.on_nonfinite != "stop"
+        )
         self._clip = config.trainer.grad_clip_norm
         self._norm: Tensor | None = None
         # A layer that communicates in the forward pass needs every replica in every piece, even without samples.
@@ -55,6 +58,7 @@ class Single(Strategy):
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
         self._forward: nn.Module = model
+        self._kept = KeptBuffers([model]) if self.config.trainer.on_nonfinite != "stop" else None
         if self.config.trainer.compile:
             model.compile()
 
@@ -67,7 +71,7 @@ class Single(Strategy):
             self.compressor.begin_step()
             result = self._accumulate(batch, batch.global_count, sends=True)
             self.gradients.finish()
-            self._update()
+            result.left_out = self._update()
         return result
 
     def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
@@ -79,6 +83,8 @@ class Single(Strategy):
             sends: Send each bucket as soon as it is complete.
         """
         self._forward.train()
+        if self._kept is not None:
+            self._kept.take()
         self.gradients.zero()
         pieces = self._pieces(batch)
         losses, correct = [], []
@@ -106,10 +112,15 @@ class Single(Strategy):
             pieces = list(zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True))
         return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[1])]
 
-    def _update(self) -> None:
-        found_inf = self.precision.unscale(self.gradients)
-        self._norm = clip(self.gradients, self._clip)
-        self.precision.step(self.optimizer, found_inf)
+    def _update(self) -> bool:
+        """Applies the gradient; returns whether that was left out because it is not finite."""
+        self.precision.unscale(self.gradients)
+        norm = self.gradients.norm() if self.precision.looks else None
+        self._norm = clip(self.gradients, self._clip, norm)
+        updated = self.precision.step(self.optimizer, self._norm)
+        if not updated and self._kept is not None:
+            self._kept.put_back()
+        return not updated and not self.precision.rescaled
 
     def gradient_norm(self) -> Tensor:
         """Norm of the last step's gradient before clipping; see the base class."""

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distrain import config
+from distrain import cli, config
 from tests.harness import run_ranks
 from tests.runs import LAUNCH, compose, train_on_rank
 
@@ -230,11 +230,14 @@ def test_mistakes_under_torchrun_are_one_line_of_ours_and_exit_code_2(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_that_is_asked_to_end_says_so_and_leaves_a_report(tmp_path: Path) -> None:
+def test_torchrun_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = ("strategy=ddp", *SMALL, f"run_dir={run}", "trainer.epochs=100000", "logger=none")
+
+    def arguments(folder: Path, *more: str) -> tuple[str, ...]:
+        return ("strategy=ddp", *SMALL, f"run_dir={folder}", "trainer.epochs=100000", "logger=none", *more)
+
     process = subprocess.Popen(
-        command(2, *arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        command(2, *arguments(run)), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 60
@@ -245,9 +248,27 @@ def test_torchrun_that_is_asked_to_end_says_so_and_leaves_a_report(tmp_path: Pat
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode != 0
-    report = json.loads(run.joinpath("failure.json").read_text())
-    assert report["error"] == "ended by SIGTERM"
-    assert report["step"] > 0
-    named = rf"rank {report['rank']} on {re.escape(report['host'])} failed at step {report['step']}: ended by SIGTERM"
-    assert len(re.findall(rf"^distrain: (?:rank \d stopped because )?{named}$", said, re.MULTILINE)) == 2
+    stopped = json.loads(run.joinpath("stopped.json").read_text())
+    step = stopped["step"]
+    assert stopped == {"reason": "SIGTERM", "step": step, "exit_code": 75}
+    assert step > 0
+    assert f"stopped by SIGTERM at step {step}, saved; start the same command again to go on" in said
+    assert not run.joinpath("failure.json").exists()
+    assert not run.joinpath("summary.json").exists()
+    limit = f"trainer.max_steps={step + 5}"
+    gone_on = start(tmp_path, 2, *arguments(run, limit))
+    assert gone_on.code == 0, gone_on.err
+    assert not run.joinpath("stopped.json").exists()
+    run_ranks(train_on_rank, 2, compose(*arguments(tmp_path / "whole", limit)))
+    for part in ("model", "optimizer"):
+        whole, parts = (
+            tensors(folder / "checkpoints" / f"step_{step + 5:08d}", part) for folder in (tmp_path / "whole", run)
+        )
+        assert whole
+        assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_stopped_process_ends_with_a_code_of_its_own(tmp_path: Path) -> None:
+    ended = start(tmp_path, 1, *SMALL, f"run_dir={tmp_path / 'run'}", "logger=none", "trainer.max_minutes=1e-9")
+    assert ended.code == cli.STOPPED == 75
+    assert ended.err.splitlines()[-1].startswith("stopped by trainer.max_minutes at step 1, saved")

@@ -43,6 +43,7 @@ def rules(**changes: Any) -> Rules:
         "staleness": None,
         "in_flight": 0,
         "clip": None,
+        "on_nonfinite": "stop",
         "timeout_seconds": 20.0,
         "silence_seconds": 20.0,
         "largest": 1 << 20,

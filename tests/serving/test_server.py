@@ -16,7 +16,7 @@ from distrain.serving.frames import Kind, ProtocolError
 from distrain.serving.worker import Expelled
 from tests.serving.helpers import layer, rules, running
 
-HEAD = {"step": 1, "rate": 1.0, "share": 1.0, "count": 1, "version": 0}
+HEAD = {"step": 1, "rate": 1.0, "share": 1.0, "count": 1, "version": 0, "wish": 0}
 
 
 def weight(model: torch.nn.Linear) -> float:

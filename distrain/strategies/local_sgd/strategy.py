@@ -15,6 +15,7 @@ from distrain import state
 from distrain.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
 from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, register, setting
+from distrain.control import Alone, Counsel, Rounds
 from distrain.data.sampler import shard_bounds
 from distrain.pipelining import split
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult
@@ -100,6 +101,10 @@ class LocalSGD(Single):
     Meanwhile each rank's own copy waits aside, so that looking changes nothing. A checkpoint has besides, in each
     rank's file, its own copy and optimizer, so that the same layout goes on bit for bit. In another layout all copies
     start from the mean; the weighted drift from it adds up to zero by construction, so only the spread is lost.
+
+    With ``trainer.on_nonfinite=skip`` a rank whose gradient is not finite leaves its own step out. With ``rewind`` it
+    does that too, and at one of the next merges all ranks go back together. Stops are agreed at merges as well, where
+    ranks wait for each other anyway.
     """
 
     travels = "differences"
@@ -174,6 +179,24 @@ class LocalSGD(Single):
             self._fragments.append(Fragment(buffers, self._merging, self._plain, self.stopwatch, Outer()))
             self._leaves.append(options.period)
 
+    def counsel(self) -> Counsel:
+        """Agrees at merges among all ranks; see the base class."""
+        if self.runtime.world.size == 1:
+            return Alone()
+        # With overlap ranks are up to that many steps apart even when a merge is done.
+        return Rounds(self.runtime.aside(), lambda: self.met, prompt=not self.options.overlap_steps)
+
+    @property
+    def decides_alone(self) -> bool:
+        """Between merges; see the base class."""
+        return True
+
+    @property
+    def met(self) -> bool:
+        """In the warm-up, and when the first fragment left for its merge; see the base class."""
+        step = self._step - self.options.warmup_steps
+        return step <= 0 or (step - self._leaves[0]) % self.options.period == 0
+
     def _make_gradients(self) -> Gradients:
         # They travel during the warm-up only, and not compressed: what is kept back would be of another unit.
         return Gradients(self.model.named_parameters(), self.replicas, self._plain, self.stopwatch)
@@ -192,7 +215,7 @@ class LocalSGD(Single):
             if warming_up:
                 self.gradients.finish()
             if count:
-                self._update()
+                result.left_out = self._update()
             self._step += 1
             self._count(batch)
             if not warming_up:
@@ -409,6 +432,9 @@ class LocalSGD(Single):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave; see the base class."""
         self._own = None
+        for fragment in self._fragments:
+            # A run that goes back has merges under way, which nobody may be left to wait for.
+            fragment.wait()
         ours = saved["scalars"].get("local_sgd")
         # In a warm-up copies are taken to be equal, so those of a run that was past it don't fit.
         same = saved["layout"] == self.layout and ours["warmup_steps"] == self.options.warmup_steps
