@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from distrain import callbacks, checkpoint, loggers, losses, models, optimizers, schedulers, strategies  # noqa: F401
+from distrain import callbacks, loggers, losses, models, optimizers, resuming, schedulers, strategies  # noqa: F401
 from distrain import config as configuration
 from distrain.compression import base as compression
 from distrain.config import Config, ConfigError, choices
@@ -69,13 +68,6 @@ def check(config: Config, world: World) -> None:
     Raises:
         ConfigError: One line that names the key, the value and the choices.
     """
-    if config.resume not in ("auto", "never"):
-        if not Path(config.resume).is_dir():
-            raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
-        try:
-            checkpoint.verify(Path(config.resume))
-        except checkpoint.DamagedCheckpoint as error:
-            raise ConfigError("resume", config.resume, str(error)) from error
     device = choose_device(config, world)
     choose_backend(config, device)
     strategy_base.chosen(config).check(config, world.size)
@@ -87,6 +79,7 @@ def check(config: Config, world: World) -> None:
             f"the global batch is smaller than the {shares} ranks that share it",
         )
     compression.chosen(config).check(config)
+    resuming.check(config)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)
     spec = source(config).describe()

@@ -54,8 +54,8 @@ def save(
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        state: A strategy's ``state_dict()`` and its ``layout``; of ``model``, ``optimizer`` and ``scalars`` the first
-            rank's count, ``compressor`` and ``local`` are each rank's own.
+        state: A strategy's ``state_dict()``, its ``layout`` and the run's ``config`` as plain data; of ``model``,
+            ``optimizer`` and ``scalars`` the first rank's count, ``compressor`` and ``local`` are each rank's own.
         progress: The trainer's position; ``step`` names the checkpoint.
         everyone: The ranks; by default this one alone.
         device: Where ``everyone`` communicates.
@@ -72,6 +72,7 @@ def save(
         for part in _PARTS:
             save_file(_plain(state[part]), temporary / f"{part}.safetensors")
         held = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
+        held["config"] = state.get("config")
         write_json(temporary / "state.json", held)
     everyone.barrier()
     _save_own(temporary, state, everyone, device)
@@ -177,6 +178,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         held = json.loads((path / "state.json").read_text())
         state["scalars"], progress = dict(held["scalars"]), dict(held["progress"])
         state["layout"] = dict(held["layout"])
+        # Checkpoints of before it was saved have none.
+        state["config"] = dict(held["config"]) if held.get("config") is not None else None
         ranks = int(state["layout"]["world_size"])
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{path / 'state.json'} can't be read") from error

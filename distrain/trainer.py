@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from distrain import checkpoint, pictures
+from distrain import checkpoint, pictures, resuming
 from distrain.callbacks import Callback
-from distrain.config import Config, ConfigError, to_container
+from distrain.config import Config, to_container
 from distrain.data.base import Splits
 from distrain.data.loader import Batch, Loader
 from distrain.evaluation import Evaluation, evaluate
@@ -247,38 +247,25 @@ class Trainer:
         if self._saved_step == self.progress.step:
             return
         self._take_window()
-        state = {**self.strategy.state_dict(), "layout": self.strategy.layout}
+        self._logger.flush()
+        state = {**self.strategy.state_dict(), "layout": self.strategy.layout, "config": to_container(self.config)}
         checkpoint.save(self._checkpoints, state, asdict(self.progress), self._everyone, self.runtime.device)
         if self.runtime.is_main:
             checkpoint.prune(self._checkpoints, self.config.checkpoint.keep, self.progress.best_step)
         self._saved_step = self.progress.step
 
     def _resume(self) -> None:
-        self._first_step = 0
-        found = self._checkpoint_to_resume()
-        if found is None:
-            return
-        state, progress = checkpoint.load(found)
-        try:
-            self.strategy.load_state_dict(state)
-        except ValueError as error:
-            raise ConfigError("resume", found, str(error)) from error
-        self.progress = Progress(**progress)
-        self._first_step = self._saved_step = self.runtime.step = self.progress.step
-        self._logged = (self.progress.step, 0)
-        log.info("resumed from %s: step %d, epoch %d", found, self.progress.step, self.progress.epoch)
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        """Rank 0 chooses, so that all ranks go on from the same one."""
-        wanted = self.config.resume
-        if wanted == "never":
-            return None
-        if wanted != "auto":
-            return Path(wanted)
-        newest = checkpoint.newest_valid(self._checkpoints) if self.runtime.is_main else None
-        step = int(newest.name[5:]) if newest else -1
-        step = int(self._everyone.broadcast(torch.tensor(step, device=self.runtime.device)))
-        return None if step < 0 else self._checkpoints / f"step_{step:08d}"
+        found = resuming.resume(self.config, self.runtime, self.strategy, len(self.splits.train))
+        if found is not None:
+            self.progress = Progress(**found.progress)
+            self._saved_step = self.runtime.step = self.progress.step
+            self._logged = (self.progress.step, 0)
+        self._first_step = self.progress.step
+        self._finished = resuming.finished(self.runtime.run_dir, self.progress.step) if self._done() else None
+        if self._finished is None:
+            self._logger.go_back(self.progress.step, amid_epoch=self.progress.epoch_samples > 0)
+        else:
+            log.info("this run has ended: nothing is left to train, its figures stay")
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -288,7 +275,9 @@ class Trainer:
         watch = range(min(_WATCHED, len(self.splits.test)))
         test = self._evaluate("test", watch)
         summary = self._summary(test)
-        if self.runtime.is_main:
+        if self._finished is not None:
+            summary = self._finished
+        elif self.runtime.is_main:
             self._draw(test)
             for name, figure in self.strategy.figures().items():
                 self._logger.figure(self.progress.step, name, figure)
