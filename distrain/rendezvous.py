@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import time
 import uuid
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
@@ -20,43 +20,45 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 _POLL_SECONDS = 0.005
 
 
-def meet(store: Store, rank: int, size: int, host: str, timeout: float) -> Store:
+def meet(store: Store, rank: int, size: int, timeout: float, introduce: Callable[[Store], None]) -> str:
     """Waits for all ranks of this start.
 
     Args:
         store: What all ranks reach.
         rank: This one.
         size: How many there are.
-        host: Where this one is.
         timeout: Longest wait in seconds.
+        introduce: Is given the part of the store that is this start's alone, to leave there what this rank has to say
+            of itself; all ranks have when this returns.
 
     Returns:
-        The part of the store that is this start's alone; ``here/<rank>`` says each rank's ``host`` and ``pid`` as JSON.
+        The prefix of that part.
 
     Raises:
         RuntimeError: Not all came in time; those that didn't are named.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     if rank == 0:
-        mine = _round(store, name)
-        _arrive(mine, rank, host)
-        missing = _answer(store, mine, name, size, deadline)
+        prefix = f"distrain/round/{name}"
+        mine = _arrive(store, prefix, rank, introduce)
+        missing = _answer(store, mine, prefix, size, deadline)
         mine.set("met", json.dumps(missing))
     else:
         store.set(f"distrain/knock/{rank}", json.dumps({"name": name, "size": size}))
         if not _wait(store, f"distrain/answer/{name}", deadline):
             raise _not_met([0], timeout)
-        mine = _round(store, store.get(f"distrain/answer/{name}").decode())
-        _arrive(mine, rank, host)
-        missing = [each for each in range(size) if not mine.check([f"here/{each}"])]
+        prefix = store.get(f"distrain/answer/{name}").decode()
+        mine = _arrive(store, prefix, rank, introduce)
         if _wait(mine, "met", deadline):
             missing = json.loads(mine.get("met"))
+        else:
+            missing = _not_here(mine, range(size))
     if missing:
         raise _not_met(missing, timeout)
-    return mine
+    return prefix
 
 
-def _answer(store: Store, mine: Store, name: str, size: int, deadline: float) -> list[int]:
+def _answer(store: Store, mine: Store, prefix: str, size: int, deadline: float) -> list[int]:
     """Answers whoever knocks until all are here; returns those that did not come."""
     missing = list(range(1, size))
     answered: set[str] = set()
@@ -66,19 +68,22 @@ def _answer(store: Store, mine: Store, name: str, size: int, deadline: float) ->
             if store.check([f"distrain/knock/{rank}"]):
                 knock = json.loads(store.get(f"distrain/knock/{rank}"))
                 if knock["name"] not in answered and knock["size"] == size:
-                    store.set(f"distrain/answer/{knock['name']}", name)
+                    store.set(f"distrain/answer/{knock['name']}", prefix)
                     answered.add(knock["name"])
-        missing = [rank for rank in missing if not mine.check([f"here/{rank}"])]
+        missing = _not_here(mine, missing)
         time.sleep(_POLL_SECONDS)
     return missing
 
 
-def _round(store: Store, name: str) -> Store:
-    return PrefixStore(f"distrain/round/{name}", store)
+def _arrive(store: Store, prefix: str, rank: int, introduce: Callable[[Store], None]) -> Store:
+    mine = PrefixStore(prefix, store)
+    introduce(mine)
+    mine.set(f"arrived/{rank}", "")
+    return mine
 
 
-def _arrive(mine: Store, rank: int, host: str) -> None:
-    mine.set(f"here/{rank}", json.dumps({"host": host, "pid": os.getpid()}))
+def _not_here(mine: Store, ranks: Iterable[int]) -> list[int]:
+    return [rank for rank in ranks if not mine.check([f"arrived/{rank}"])]
 
 
 def _wait(store: Store, key: str, deadline: float) -> bool:

@@ -263,8 +263,15 @@ class Runtime:
 
     def _meet(self, store: Store) -> Store:
         """The part of the store that is for this start of the job, once all ranks are there."""
-        timeout = self.config.runtime.setup_timeout_seconds
-        return rendezvous.meet(store, self.world.rank, self.world.size, self.world.host, timeout)
+        here = json.dumps({"host": self.world.host, "pid": os.getpid()})
+        prefix = rendezvous.meet(
+            store,
+            self.world.rank,
+            self.world.size,
+            self.config.runtime.setup_timeout_seconds,
+            lambda mine: mine.set(f"here/{self.world.rank}", here),
+        )
+        return PrefixStore(prefix, store)
 
     def _compare_configurations(self, store: Store) -> None:
         mine = configuration.to_container(self.config)

@@ -131,7 +131,7 @@ class Trainer:
                 self._notify("on_step_end")
                 if self.progress.step % self.config.trainer.log_every_steps == 0:
                     self._log()
-                if self.config.checkpoint.every_steps and self.progress.step % self.config.checkpoint.every_steps == 0:
+                if self._save_is_due():
                     with self._clock.paused():
                         self._save()
                 if self._at_limit():
@@ -139,6 +139,17 @@ class Trainer:
             # More than all where a resumed run has fewer samples than the one that was saved.
             if self.progress.epoch_samples >= len(self.splits.train):
                 self._end_epoch()
+
+    def _save_is_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        if every is None or self.progress.step % every:
+            return False
+        # The end of an epoch saves by itself, with what it found.
+        ends_epoch = self.progress.epoch_samples >= len(self.splits.train)
+        return not (ends_epoch and self._epoch_saves(self.progress.epoch + 1))
+
+    def _epoch_saves(self, epoch: int) -> bool:
+        return epoch % self.config.checkpoint.every_epochs == 0
 
     def _done(self) -> bool:
         return self._at_limit() or self.progress.epoch >= self.config.trainer.epochs
@@ -206,7 +217,7 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.epoch_samples = 0
         self.progress.train_loss = loss / count
-        saves = self.progress.epoch % self.config.checkpoint.every_epochs == 0
+        saves = self._epoch_saves(self.progress.epoch)
         values = {
             "epoch": float(self.progress.epoch),
             "epoch/train_loss": loss / count,

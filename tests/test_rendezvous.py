@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from distrain import rendezvous
 
@@ -21,7 +20,8 @@ def server() -> TCPStore:
 def meet(server: TCPStore, rank: int, size: int, timeout: float = 5) -> Any:
     # A connection of its own, as each process has one.
     store = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-    return rendezvous.meet(store, rank, size, f"host{rank}", timeout)
+    prefix = rendezvous.meet(store, rank, size, timeout, lambda mine: mine.set(f"name/{rank}", f"rank {rank}"))
+    return PrefixStore(prefix, store)
 
 
 def all_meet(server: TCPStore, size: int, timeout: float = 5, first: tuple[int, ...] = ()) -> list[Any]:
@@ -40,7 +40,7 @@ def test_all_get_one_part_of_the_store_and_know_each_other(server: TCPStore, fir
     stores = all_meet(server, 3, first=first)
     stores[1].set("told", "by 1")
     assert [store.get("told") for store in stores] == [b"by 1"] * 3
-    assert [json.loads(stores[0].get(f"here/{rank}"))["host"] for rank in range(3)] == ["host0", "host1", "host2"]
+    assert [stores[0].get(f"name/{rank}") for rank in range(3)] == [b"rank 0", b"rank 1", b"rank 2"]
 
 
 def test_starts_don_t_see_each_other_even_with_another_number_of_ranks(server: TCPStore) -> None:
