@@ -13,6 +13,7 @@ import torch
 
 from distrain import checkpoint, pictures, resuming
 from distrain.callbacks import Callback
+from distrain.claim import Claim
 from distrain.config import Config, to_container
 from distrain.data.base import Splits
 from distrain.data.loader import Batch, Loader
@@ -98,6 +99,7 @@ class Trainer:
         self._logged = (0, 0)
         self._started = time.perf_counter()
         self._saved_step: int | None = None
+        self._claim: Claim | None = None
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -257,6 +259,8 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.progress.step:
             return
+        if self._claim is not None:
+            self._claim.check()
         self._take_window()
         self._logger.flush()
         state = {**self.strategy.state_dict(), "layout": self.strategy.layout, "config": to_container(self.config)}
@@ -266,6 +270,8 @@ class Trainer:
         self._saved_step = self.progress.step
 
     def _resume(self) -> None:
+        if self.runtime.is_main:
+            self._claim = Claim(self._checkpoints)
         found = resuming.resume(self.config, self.runtime, self.strategy, len(self.splits.train))
         if found is not None:
             self.progress = Progress(**found.progress)
