@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from distrain import (  # noqa: F401
     models,
     nonfinite,
     optimizers,
+    resuming,
     schedulers,
     strategies,
 )
@@ -80,13 +80,6 @@ def check(config: Config, world: World) -> None:
     Raises:
         ConfigError: One line that names the key, the value and the choices.
     """
-    if config.resume not in ("auto", "never"):
-        if not Path(config.resume).is_dir():
-            raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
-        try:
-            checkpoint.verify(Path(config.resume))
-        except checkpoint.DamagedCheckpoint as error:
-            raise ConfigError("resume", config.resume, str(error)) from error
     device = choose_device(config, world)
     choose_backend(config, device)
     strategy_base.chosen(config).check(config, world.size)
@@ -99,6 +92,7 @@ def check(config: Config, world: World) -> None:
         )
     compression.chosen(config).check(config)
     nonfinite.check(config, strategy_base.chosen(config).travels, world.size)
+    resuming.check(config)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)
     spec = source(config).describe()

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from distrain import tensor_file
 from distrain.collectives import Communicator
-from distrain.config import ConfigError
 from distrain.runtime import write_json
 from distrain.tensor_file import Content
 
@@ -391,19 +390,6 @@ def newest_valid(folder: Path) -> Path | None:
             continue
         return path
     return None
-
-
-def check_seen(path: Path, everyone: Communicator, device: torch.device = _CPU) -> None:
-    """Makes sure that all ranks see the checkpoint that they are to go on from; all call it together.
-
-    Raises:
-        ConfigError: Names the ranks that don't; raised on all.
-    """
-    told = everyone.share({"host": socket.gethostname(), "sees": path.is_dir()}, device)
-    blind = [f"rank {rank} on {each['host']}" for rank, each in enumerate(told) if not each["sees"]]
-    if blind:
-        problem = "and the others do; hosts that go on from a checkpoint need a file system in common, or a copy of it"
-        raise ConfigError("resume", path, f"is not seen by {', '.join(blind)}, {problem}")
 
 
 def prune(folder: Path, keep: int, best_step: int | None, newest_step: int) -> None:

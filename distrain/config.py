@@ -52,6 +52,8 @@ class _Absent:
 
 
 _ABSENT = _Absent()
+#: How a value that is not there is shown.
+NO_VALUE = str(_ABSENT)
 
 
 def missing(key: str, problem: str, choices: Iterable[object] = ()) -> ConfigError:
@@ -535,16 +537,21 @@ def fingerprint(container: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(container, sort_keys=True).encode()).hexdigest()
 
 
-def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, each as ``key: mine ≠ theirs``."""
-    found = []
-    for key in sorted({*mine, *theirs}):
-        a, b = mine.get(key, _ABSENT), theirs.get(key, _ABSENT)
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Keys whose values differ, dotted, each with both values as text; ``NO_VALUE`` where there is none."""
+    found: dict[str, tuple[str, str]] = {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += difference(a, b, _join(prefix, key))
+            found |= changes(a, b, _join(prefix, key))
         elif a != b:
-            found.append(f"{_join(prefix, key)}: {_show(a)} ≠ {_show(b)}")
+            found[_join(prefix, key)] = (_show(a), _show(b))
     return found
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ, each as ``key: mine ≠ theirs``."""
+    return [f"{key}: {a} ≠ {b}" for key, (a, b) in changes(mine, theirs).items()]
 
 
 # --- building what the configuration names ---------------------------------------------------------------------------

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distrain import event_files
 from distrain.config import Config, LoggerConfig, choices, register, setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 Scalars = Mapping[str, float]
+
+#: What the end of a run writes, whatever the step: no run that goes on has ended.
+_OF_AN_END = ("final/", "_hparams_/")
 
 
 @register("logger", "none", LoggerConfig)
@@ -50,8 +57,19 @@ class Logger:
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         """Takes the run's configuration with what it came to."""
 
+    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+        """Forgets what comes after a step, and what an end of the run has left: the run goes on from there.
+
+        Args:
+            step: Updates done; what was logged at it stays, since logging comes before saving.
+            amid_epoch: The epoch that this step is in was not over, so that what was said at its end comes again.
+        """
+
+    def flush(self) -> None:
+        """Writes what is still in memory; what was logged before a checkpoint must not be less durable."""
+
     def close(self) -> None:
-        """Writes what is still in memory."""
+        """Flushes, and takes nothing more."""
 
 
 class InMemoryLogger(Logger):
@@ -83,6 +101,7 @@ class MetricsFile(Logger):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self._path = path
         self._file = path.open("a", buffering=1)
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
@@ -92,9 +111,37 @@ class MetricsFile(Logger):
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+        """Writes the file anew, in one step, if a row is too many or was cut short."""
+        self._file.close()
+        new = self._path.with_name(f".{self._path.name}.new")
+        with self._path.open("rb") as old, new.open("wb") as kept:
+            for line in old:
+                if _belongs(line, step, amid_epoch=amid_epoch):
+                    kept.write(line)
+            unchanged = kept.tell() == old.tell()
+            kept.flush()
+            os.fsync(kept.fileno())
+        if unchanged:
+            new.unlink()
+        else:
+            new.replace(self._path)
+        self._file = self._path.open("a", buffering=1)
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _belongs(line: bytes, step: int, *, amid_epoch: bool) -> bool:
+    """Whether a row is of the course that ends at a step."""
+    try:
+        row = json.loads(line)
+        at, kind = int(row["step"]), str(row["kind"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        # Cut short.
+        return False
+    return line.endswith(b"\n") and (at < step or (at == step and not (kind == "epoch" and amid_epoch)))
 
 
 @dataclass
@@ -115,7 +162,34 @@ class TensorBoardLogger(Logger):
         # Imported here: it takes a second that ranks without a writer need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=config.flush_seconds)
+        self._folder = run_dir / "tensorboard"
+        self._open = functools.partial(SummaryWriter, str(self._folder), flush_secs=config.flush_seconds)
+        self._opened: SummaryWriter | None = None
+        self._goes_on_from: int | None = None
+
+    @property
+    def _writer(self) -> SummaryWriter:
+        if self._opened is None:
+            # A TensorBoard that is watching holds what the files don't say any more; a purge step tells it.
+            self._opened = self._open(purge_step=self._goes_on_from)
+        return self._opened
+
+    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+        """Takes what is too many out of the event files.
+
+        That alone makes any reader's picture right. A purge step in a new file, the usual way, leaves it to readers, of
+        which TensorBoard's faster one goes by each curve's own steps.
+        """
+
+        def belongs(at: int, value: Any) -> bool:
+            if value.tag.startswith(_OF_AN_END) or at > step:
+                return False
+            said_at_end = value.HasField("image") or (amid_epoch and value.tag.partition("/")[0] == "epoch")
+            return at < step or not said_at_end
+
+        self.close()
+        event_files.leave_out(self._folder, belongs)
+        self._goes_on_from = step + 1 if event_files.files(self._folder) else None
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Adds one point to each curve."""
@@ -138,9 +212,16 @@ class TensorBoardLogger(Logger):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, 0)
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Writes what is still in memory."""
-        self._writer.close()
+        if self._opened is not None:
+            self._opened.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
 
 class Loggers(Logger):
@@ -165,6 +246,16 @@ class Loggers(Logger):
         """Hands the configuration to each."""
         for logger in self._loggers:
             logger.hyperparameters(parameters, metrics)
+
+    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+        """Tells each."""
+        for logger in self._loggers:
+            logger.go_back(step, amid_epoch=amid_epoch)
+
+    def flush(self) -> None:
+        """Flushes each."""
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         """Closes each."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from distrain.carried import Carried
+
 if TYPE_CHECKING:
     from distrain.strategies.gradients import Scalable
 
@@ -90,7 +92,12 @@ class Precision:
         """The loss scale and how long it has held; empty where losses aren't scaled."""
         return {"scale": self._scale, "good_steps": self._good_steps} if self.name == "fp16" else {}
 
-    def load_state_dict(self, saved: Mapping[str, float]) -> None:
+    def load_state_dict(self, saved: Mapping[str, float]) -> Carried:
         """Takes back what :meth:`state_dict` gave; what another precision gave is left out."""
-        if self.name == "fp16" and saved:
-            self._scale, self._good_steps = float(saved["scale"]), int(saved["good_steps"])
+        part = "loss scale"
+        if self.name != "fp16":
+            return Carried(part, "absent", f"{self.name} scales no loss")
+        if not saved:
+            return Carried(part, "reset", f"the saved run had none; it begins at {self._scale:g}")
+        self._scale, self._good_steps = float(saved["scale"]), int(saved["good_steps"])
+        return Carried(part, "exact", f"{self._scale:g} for {self._good_steps} steps")

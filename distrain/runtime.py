@@ -26,12 +26,13 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 from tqdm import tqdm
 
 from distrain import config as configuration
+from distrain import rendezvous
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
 from distrain.failures import Failed, Failure, PeerLost, Reporter, Stopped, Terminated, first_line, put_aside, say
 from distrain.faults import FaultFile, fault_file
 from distrain.files import write_json, write_yaml
-from distrain.members import join, member_key
+from distrain.members import join
 from distrain.position import Position
 from distrain.signals import Signals
 from distrain.verdict import Limits
@@ -64,8 +65,10 @@ _GRACE_SECONDS = 10.0
 #: Whether this process was ever part of a process group; what is left of one makes ending delicate.
 has_talked = False
 
-#: Numbers the meetings of this process; all ranks count alike.
-_MEETINGS = itertools.count()
+#: Numbers the runs of this process that chose a folder by themselves; all attempts count alike.
+_RUNS = itertools.count()
+#: Numbers all runs of this process, likewise.
+_STARTS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -153,12 +156,18 @@ class Runtime:
             self._set_threads()
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            if self.world.size > 1:
-                self._meet()
-                assert self._store is not None
+            chooses = self._keep_logs and self.config.run_dir is None
+            launcher = self._connect() if self.world.size > 1 or (chooses and _launcher_serves()) else None
+            if launcher is not None and self.world.size > 1:
+                self._store = self._meet(launcher)
                 self._compare_configurations(self._store)
-            self.run_dir = self._agree_on_run_dir() if self._keep_logs else Path(self.config.run_dir or ".")
+            self.run_dir = self._agree_on_run_dir(launcher) if self._keep_logs else Path(self.config.run_dir or ".")
             self._start_logging()
+            if chooses and "TORCHELASTIC_RUN_ID" in os.environ and not _launcher_serves():
+                log.warning(
+                    "torchrun keeps no store that outlives its workers, so a restart begins anew in another folder; "
+                    "give run_dir=… for it to go on"
+                )
             if self.world.size > 1 or self.backend == "nccl":
                 self._form_group()
             self._set_determinism()
@@ -222,45 +231,31 @@ class Runtime:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
 
-    def _meet(self) -> None:
-        """Waits for all ranks at the store that the launcher gave an address for, and starts to watch over them."""
-        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
-        if not port.isdigit():
-            raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={self.world.size} needs the port at which ranks meet")
-        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        # A restarted job's store still holds the addresses of dead ranks; a prefix by attempt leaves them behind. So it
-        # does what earlier runs of this process left (Hydra's --multirun).
-        prefix = f"distrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_MEETINGS)}"
-        timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
-
-        def connect(*, serves: bool) -> Store:
-            try:
-                store = TCPStore(
-                    address, int(port), self.world.size, is_master=serves, timeout=timeout, wait_for_workers=False
-                )
-            except dist.DistError as error:
-                raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}") from error
-            return PrefixStore(prefix, store)
-
-        store = connect(serves=self.world.rank == 0 and not agent_serves)
-        join(store, self.world.rank, self.world.host)
-        missing = []
-        deadline = time.monotonic() + timeout.total_seconds()
-        for rank in range(self.world.size):
-            left = max(deadline - time.monotonic(), 0.1)
-            try:
-                store.wait([member_key(rank)], datetime.timedelta(seconds=left))
-            except dist.DistError:
-                missing.append(rank)
-        if missing:
-            raise RuntimeError(
-                f"ranks {missing} did not come within runtime.setup_timeout_seconds={timeout.total_seconds():g}"
+    def _connect(self, *, serves: bool | None = None) -> Store:
+        """A connection to the store that the launcher gave an address for; rank 0 serves it if the launcher doesn't."""
+        address, port = _launcher_address(self.world.size)
+        try:
+            return TCPStore(
+                address,
+                port,
+                self.world.size,
+                is_master=self.world.rank == 0 and not _launcher_serves() if serves is None else serves,
+                timeout=datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds),
+                wait_for_workers=False,
             )
-        self._store = store
-        limits = self.config.runtime
+        except dist.DistError as error:
+            raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}") from error
+
+    def _meet(self, launcher: Store) -> Store:
+        """The part of the store that is for this start of the job, once all are there, and watched from then on."""
+        rank, size, host, limits = self.world.rank, self.world.size, self.world.host, self.config.runtime
+        prefix = rendezvous.meet(
+            launcher, rank, size, limits.setup_timeout_seconds, lambda mine: join(mine, rank, host)
+        )
+        address = "{}:{}".format(*_launcher_address(size))
         self._watch = Watch(
-            Meeting(self.world.rank, self.world.size, self.world.host, f"{address}:{port}", not agent_serves),
-            connect(serves=False),
+            Meeting(rank, size, host, address, not _launcher_serves()),
+            PrefixStore(prefix, self._connect(serves=False)),
             Limits(
                 min(limits.heartbeat_timeout_seconds, limits.timeout_seconds),
                 limits.timeout_seconds,
@@ -270,6 +265,10 @@ class Runtime:
             self._reporter,
             self._flush,
         )
+        # A launcher's store outlives its attempts.
+        began = launcher.compare_set(f"distrain/began/{next(_STARTS)}", "", repr(self.began))
+        self.began = float(began)
+        return PrefixStore(prefix, launcher)
 
     def _compare_configurations(self, store: Store) -> None:
         mine = configuration.to_container(self.config)
@@ -290,14 +289,14 @@ class Runtime:
                 "configuration", f"differs between ranks: {store.get('config_differs').decode()}"
             )
 
-    def _agree_on_run_dir(self) -> Path:
+    def _agree_on_run_dir(self, launcher: Store | None) -> Path:
         if self._store is None:
-            path = make_run_dir(self.config.run_dir)
+            path = self._choose_run_dir(launcher)
         else:
             if self.world.rank == 0:
                 # The others hear of a refusal too, or they would wait in vain.
                 try:
-                    answer = {"path": str(make_run_dir(self.config.run_dir))}
+                    answer = {"path": str(self._choose_run_dir(launcher))}
                 except ConfigError as error:
                     answer = {"refused": str(error)}
                 self._store.set("run_dir", json.dumps(answer))
@@ -306,6 +305,18 @@ class Runtime:
                 raise configuration.refused(answer["refused"])
             path = Path(answer["path"])
         path.joinpath("logs").mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _choose_run_dir(self, launcher: Store | None) -> Path:
+        """The folder wanted, or else the one that this job's first attempt made, if the launcher's store knows it."""
+        if self.config.run_dir is not None or launcher is None or not _launcher_serves():
+            return make_run_dir(self.config.run_dir)
+        # Several runs of one process (Hydra's --multirun) have each its own; a restart begins with the first.
+        key = f"distrain/run_dir/{next(_RUNS)}"
+        if launcher.check([key]):
+            return make_run_dir(launcher.get(key).decode())
+        path = make_run_dir(None)
+        launcher.set(key, str(path))
         return path
 
     def _start_logging(self) -> None:
@@ -459,6 +470,23 @@ class _AboveTheBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _launcher_address(world_size: int) -> tuple[str, int]:
+    """Where the ranks meet.
+
+    Raises:
+        ConfigError: The launcher doesn't say.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
+    if not port.isdigit():
+        raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={world_size} needs the port at which ranks meet")
+    return address, int(port)
+
+
+def _launcher_serves() -> bool:
+    """Whether the launcher has a store, which then outlives the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def choose_device(config: Config, world: World) -> torch.device:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain.carried import Carried
+
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
@@ -81,6 +83,40 @@ def check_names(held: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     problems = [f"{name} is missing" for name in names if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in names]
     _refuse(problems)
+
+
+#: The part of a saved run that holds what its strategy's ranks had each for themselves.
+LOCAL = "local state"
+
+
+def carried(saved: Mapping[str, Any], dtype: torch.dtype) -> list[Carried]:
+    """What becomes of a saved model and optimizer, which are loaded by name, and of what is not.
+
+    Args:
+        saved: What a strategy saved; ``copies`` among its scalars says of how many ranks' copies the model is the mean.
+        dtype: Floating-point type of this run's parameters.
+    """
+    formats = {tensor.dtype for tensor in saved["model"].values() if tensor.is_floating_point()} - {dtype}
+    copies = int(saved["scalars"].get("copies", 1))
+    merged = Carried("model", "redistributed", f"the mean of {copies} ranks' copies")
+    moments = Carried("optimizer", "redistributed", f"moments are the mean of {copies} ranks'")
+    if copies == 1:
+        merged = Carried("model", "exact", f"{len(saved['model'])} tensors, by name")
+        moments = Carried("optimizer", "exact", f"{len(saved['optimizer'])} tensors, by name")
+    if formats:
+        merged = Carried("model", "changed", f"{', '.join(sorted(map(_short, formats)))} to {_short(dtype)}")
+    if not saved["optimizer"] and not saved["scalars"]["optimizer"]:
+        moments = Carried("optimizer", "absent", "it had kept nothing")
+    elif formats:
+        moments = Carried("optimizer", "changed", merged.why)
+    local = Carried(LOCAL, "absent", "all ranks had the same model")
+    if copies > 1:
+        local = Carried(LOCAL, "reset", "all ranks go on from the mean; how far their copies had parted is lost")
+    return [merged, moments, local]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _refuse(problems: list[str]) -> None:

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from distrain import checkpoint, control, pictures, saving
+from distrain import checkpoint, control, pictures, resuming, saving
 from distrain.callbacks import Callback
+from distrain.claim import Claim
 from distrain.cli import STOPPED
-from distrain.config import Config, ConfigError, to_container
+from distrain.config import Config, to_container
 from distrain.control import Control, Wish
 from distrain.data.base import Splits
 from distrain.data.loader import Batch, Loader
@@ -115,6 +116,7 @@ class Trainer:
         self._skipped = 0
         self._watch = Watch(config, strategy, self._everyone)
         self._trail = Trail(self._everyone, runtime.device)
+        self._claim: Claim | None = None
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +190,14 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         every = self.config.checkpoint.every_steps
-        return every is not None and self.progress.step % every == 0
+        if every is None or self.progress.step % every:
+            return False
+        # The end of an epoch saves by itself, with what it found.
+        ends_epoch = self.progress.epoch_samples >= len(self.splits.train)
+        return not (ends_epoch and self._epoch_saves(self.progress.epoch + 1))
+
+    def _epoch_saves(self, epoch: int) -> bool:
+        return epoch % self.config.checkpoint.every_epochs == 0
 
     def _done(self) -> bool:
         return self._at_limit() or self.progress.epoch >= self.config.trainer.epochs
@@ -269,7 +278,7 @@ class Trainer:
         self.progress.epoch_samples = 0
         # Every update of a short epoch may have been left out.
         self.progress.train_loss = loss / count if count else math.nan
-        saves = self.progress.epoch % self.config.checkpoint.every_epochs == 0
+        saves = self._epoch_saves(self.progress.epoch)
         values = {
             "epoch": float(self.progress.epoch),
             "epoch/train_loss": self.progress.train_loss,
@@ -328,8 +337,11 @@ class Trainer:
         self._settle_save()
         if self._saved_step == self.progress.step:
             return
+        if self._claim is not None:
+            self._claim.check()
         self._take_window()
-        state = {**self.strategy.state_dict(), "layout": self.strategy.layout}
+        self._logger.flush()
+        state = {**self.strategy.state_dict(), "layout": self.strategy.layout, "config": to_container(self.config)}
         refuse_nan(state["model"], self.progress.step)
         self._saver.save(state, asdict(self.progress), began)
         self._saved_step = self.progress.step
@@ -360,33 +372,20 @@ class Trainer:
         raise Stopped(reason, step)
 
     def _resume(self) -> None:
-        self._first_step = 0
-        found = self._checkpoint_to_resume()
-        if found is None:
-            return
-        checkpoint.check_seen(found, self._everyone, self.runtime.device)
-        state, progress = checkpoint.load(found)
-        try:
-            self.strategy.load_state_dict(state)
-        except ValueError as error:
-            raise ConfigError("resume", found, str(error)) from error
-        self.progress = Progress(**progress)
-        self._trail.add(found, self.progress.step)
-        self._first_step = self._saved_step = self.runtime.step = self.progress.step
-        self._logged = (self.progress.step, 0)
-        log.info("resumed from %s: step %d, epoch %d", found, self.progress.step, self.progress.epoch)
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        """Rank 0 chooses, so that all ranks go on from the same one."""
-        wanted = self.config.resume
-        if wanted == "never":
-            return None
-        if wanted != "auto":
-            return Path(wanted)
-        newest = checkpoint.newest_valid(self._checkpoints) if self.runtime.is_main else None
-        step = int(newest.name[5:]) if newest else -1
-        step = int(self._everyone.broadcast(torch.tensor(step, device=self.runtime.device)))
-        return None if step < 0 else self._checkpoints / f"step_{step:08d}"
+        if self.runtime.is_main:
+            self._claim = Claim(self._checkpoints)
+        found = resuming.resume(self.config, self.runtime, self.strategy, len(self.splits.train))
+        if found is not None:
+            self.progress = Progress(**found.progress)
+            self._trail.add(found.path, self.progress.step)
+            self._saved_step = self.runtime.step = self.progress.step
+            self._logged = (self.progress.step, 0)
+        self._first_step = self.progress.step
+        self._finished = resuming.finished(self.runtime.run_dir, self.progress.step) if self._done() else None
+        if self._finished is None:
+            self._logger.go_back(self.progress.step, amid_epoch=self.progress.epoch_samples > 0)
+        else:
+            log.info("this run has ended: nothing is left to train, its figures stay")
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -398,7 +397,9 @@ class Trainer:
         test = self._evaluate("test", watch)
         self._settle_save()
         summary = self._summary(test)
-        if self.runtime.is_main:
+        if self._finished is not None:
+            summary = self._finished
+        elif self.runtime.is_main:
             self._draw(test)
             for name, figure in self.strategy.figures().items():
                 self._logger.figure(self.progress.step, name, figure)

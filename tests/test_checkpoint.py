@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from distrain import checkpoint, tensor_file
 from distrain.checkpoint import DamagedCheckpoint, NotSaved
-from distrain.config import ConfigError
 from distrain.runtime import Runtime, World
 from tests import runs
 from tests.harness import run_ranks
@@ -137,12 +136,7 @@ def _save_on_rank(folder: Path, split: bool, apart: bool) -> list[list[float]]:
         # Hosts that share no file system have each a folder of their own by the same name.
         mine = folder / (f"host_{rank}" if apart else "shared")
         everyone = runtime.communicator()
-        saved = checkpoint.save(mine, state_of_rank(rank, 3, split), progress(5), everyone, runtime.device)
-        if apart:
-            with pytest.raises(ConfigError, match=rf"is not seen by rank 1 on {socket.gethostname()}, rank 2 on"):
-                checkpoint.check_seen(saved, everyone)
-        else:
-            checkpoint.check_seen(saved, everyone)
+        checkpoint.save(mine, state_of_rank(rank, 3, split), progress(5), everyone, runtime.device)
         found, _ = checkpoint.load(folder / ("host_0" if apart else "shared") / "step_00000005")
     expected = state()
     assert all(torch.equal(found[part][name], expected[part][name]) for part in PARTS for name in expected[part])

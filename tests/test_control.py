@@ -337,7 +337,7 @@ def began(config: Config) -> list[float]:
         from distrain import runtime as module
 
         # As in a process that the launcher has started anew.
-        module._MEETINGS = iter(range(99))  # type: ignore[assignment]
+        module._STARTS = iter(range(99))  # type: ignore[assignment]
         time.sleep(0.05)
         with Runtime(config, World.from_environment(), keep_logs=False) as runtime:
             times.append(runtime.began)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from distrain import app, checkpoint
 from distrain.callbacks import Callback
+from distrain.claim import Claim
 from distrain.config import Config
 from distrain.loggers import InMemoryLogger
 from distrain.runtime import Failed, Runtime
@@ -417,8 +418,8 @@ def test_a_resumed_run_may_have_another_batch_size(saved: Run, tmp_path: Path) -
     assert run.summary["samples"] == 2 * TRAIN
 
 
-def test_a_resumed_run_may_have_fewer_images_than_it_has_seen(saved: Run, tmp_path: Path) -> None:
-    run = Run(tmp_path, *DROPOUT, "trainer.epochs=2", "data.limit=20", f"resume={saved.checkpoint(4)}")
+def test_from_an_epoch_on_a_resumed_run_may_have_other_images(saved: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path, *DROPOUT, "trainer.epochs=2", "data.limit=20", f"resume={saved.checkpoint(5)}")
     assert [result.count for result in run.witness.results] == [10, 10]
     assert run.summary["epochs"] == 2
 
@@ -429,4 +430,16 @@ def test_another_model_s_checkpoint_is_refused_by_name(
     with pytest.raises(Failed):
         Run(tmp_path, f"resume={saved.checkpoint(5)}")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distrain: ")]
-    assert f"resume={saved.checkpoint(5)}: the saved model is not this model: block1.conv.weight is missing" in line
+    assert f"resume={saved.checkpoint(5)}: was saved with another configuration: model._target_: " in line
+
+
+def test_a_later_start_takes_the_folder_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class AnotherStarts(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.progress.step == 3:
+                Claim(tmp_path / "checkpoints")
+
+    with pytest.raises(Failed):
+        Run(tmp_path, "checkpoint.every_steps=2", callback=AnotherStarts())
+    assert "failed at step 4: RuntimeError: another start of this run has taken over" in capsys.readouterr().err
+    assert [path.name for path in checkpoint.all_in(tmp_path / "checkpoints")] == ["step_00000002"]

@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from distrain.carried import Carried
 from distrain.compression.base import Compressor
 
 log = logging.getLogger(__name__)
 
 #: What the ranks hold as shares of a sum; everything else is the same on all ranks that hold the parameter.
 _SHARES = ("residual", "velocity")
+#: What was measured on the ranks that saved, and holds for those alone.
+_MEASURED = ("choice",)
+RESIDUALS, FACTORS = "residuals", "compressor's factors"
 
 
 def restore(
@@ -24,7 +28,7 @@ def restore(
     rank: int,
     names: Iterable[str],
     replicas: int,
-) -> None:
+) -> list[Carried]:
     """Gives a rank's compressor its part of what all ranks of an earlier run kept.
 
     In the same layout each rank takes back its own, bit for bit. In another one what the ranks had not sent yet is
@@ -38,6 +42,9 @@ def restore(
         rank: This rank in the world.
         names: Parameters that this rank holds.
         replicas: How many ranks hold each of them.
+
+    Returns:
+        What became of residuals and of all else.
     """
     found: dict[str, Tensor] = {}
     if same_layout:
@@ -53,12 +60,33 @@ def restore(
             elif name in held and key not in found:
                 found[key] = tensor
     compressor.load_state_dict(found)
+    return [
+        _residuals(compressor, found, None if same_layout else (len(saved), replicas)),
+        _factors(compressor, found, same_layout=same_layout),
+    ]
+
+
+def _residuals(compressor: Compressor, found: Mapping[str, Tensor], moved: tuple[int, int] | None) -> Carried:
     if not any(key.startswith(_SHARES) for key in found):
-        return
+        return Carried(RESIDUALS, "absent", "nothing was kept back")
     if compressor.residuals is None:
-        log.warning(
-            "compression=%s has no place for what the saved run's ranks had not sent yet; it is lost",
-            compressor.config.name,
-        )
-    elif not same_layout:
-        log.info("what %d ranks had not sent yet is shared among %d replicas; its sum is kept", len(saved), replicas)
+        name = compressor.config.name
+        log.warning("compression=%s has no place for what the saved run's ranks had not sent yet; it is lost", name)
+        return Carried(RESIDUALS, "reset", f"compression={name} has no place for what was not sent yet")
+    if moved is None:
+        return Carried(RESIDUALS, "exact", "each rank's own")
+    ranks, replicas = moved
+    return Carried(RESIDUALS, "redistributed", f"the sum over {ranks} ranks, in equal shares among {replicas} replicas")
+
+
+def _factors(compressor: Compressor, found: Mapping[str, Tensor], *, same_layout: bool) -> Carried:
+    saved = {key for key in found if key != "step" and not key.startswith(_SHARES)}
+    if not saved:
+        return Carried(FACTORS, "absent", "none were saved")
+    if not saved <= compressor.state_dict().keys():
+        return Carried(FACTORS, "reset", f"compression={compressor.config.name} has no use for them")
+    if same_layout:
+        return Carried(FACTORS, "exact", "each rank's own")
+    if any(key.startswith(_MEASURED) for key in saved):
+        return Carried(FACTORS, "reset", "measured anew on these ranks")
+    return Carried(FACTORS, "exact", "the same on all replicas")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from distrain.carried import Carried
 from distrain.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import redistribute
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+_COMPRESSORS_PARTS = (redistribute.RESIDUALS, redistribute.FACTORS)
 
 
 @dataclass
@@ -155,11 +158,14 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[Carried]:
         """Takes back what :meth:`state_dict` gave, under this or another strategy.
 
         ``model`` and ``optimizer`` are those of all ranks together, ``compressor`` and ``local`` are sequences of what
         each rank had, and ``layout`` is that of the run that saved.
+
+        Returns:
+            What became of each part on this rank; the parts and their order are the same on all ranks.
 
         Raises:
             ValueError: Names or shapes differ from the model's.
@@ -207,8 +213,8 @@ class Strategy(ABC):
             for tensor in model.state_dict().values():
                 communicator.broadcast(tensor)
 
-    def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> None:
-        """Takes this rank's part of what the compressors of a saved run kept.
+    def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> list[Carried]:
+        """Takes this rank's part of what the compressors of a saved run kept, and says what became of it.
 
         Args:
             saved: As for :meth:`load_state_dict`.
@@ -217,10 +223,11 @@ class Strategy(ABC):
         """
         travelled = saved["layout"].get("travels", Strategy.travels)
         if travelled != self.travels:
-            if any(saved["compressor"]):
-                log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
-            return
-        redistribute.restore(
+            if all(key == "step" for each in saved["compressor"] for key in each):
+                return [Carried(part, "absent", "none were saved") for part in _COMPRESSORS_PARTS]
+            log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
+            return [Carried(part, "reset", f"{travelled} travelled, now {self.travels}") for part in _COMPRESSORS_PARTS]
+        carried = redistribute.restore(
             self.compressor,
             saved["compressor"],
             same_layout=saved["layout"] == self.layout,
@@ -229,6 +236,7 @@ class Strategy(ABC):
             replicas=replicas,
         )
         self._measured_from = self.compressor.step
+        return carried
 
     def uncompressed_bytes_per_step(self) -> int:
         """Bytes this rank would send in a step without compression."""

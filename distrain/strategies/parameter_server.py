@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import pictures, state
+from distrain.carried import Carried
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register, setting
 from distrain.control import Counsel, wish_of
@@ -563,9 +564,9 @@ class ParameterServer(Single):
         self._meet()
         return self._saved(model, tensors, scalars)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
         """Gives the servers what any strategy saved; see the base class."""
-        super().load_state_dict(saved)
+        carried = super().load_state_dict(saved)
         # Checked by loading it here as every strategy does; workers keep none of it.
         tensors, scalars = state.optimizer_state(self.optimizer, self._names)
         if self.replicas.rank == 0:
@@ -573,6 +574,7 @@ class ParameterServer(Single):
                 link.load(tensors, scalars)
         self.optimizer.state.clear()
         self._meet()
+        return carried
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

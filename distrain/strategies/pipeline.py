@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import state
+from distrain.carried import Carried
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError, StrategyConfig, register, setting
 from distrain.pipelining import schedule as schedules
@@ -482,12 +483,15 @@ class Pipeline(Strategy):
             },
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
         """Takes this rank's part of what any strategy saved; see the base class."""
         state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         state.check_names(self._names_of_all, saved["model"])
         for module in self._modules:
             state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
         state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
-        self.restore_compressor(saved, self._names.values(), self.replicas.size)
-        self.precision.load_state_dict(saved["scalars"]["precision"])
+        return [
+            *state.carried(saved, self.precision.dtype),
+            self.precision.load_state_dict(saved["scalars"]["precision"]),
+            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+        ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import state
+from distrain.carried import Carried
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register
 from distrain.precision import Precision
@@ -165,13 +166,16 @@ class Single(Strategy):
             },
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
         """Takes back what :meth:`state_dict` gave; see the base class."""
         state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         state.load_model(self.model, saved["model"])
         state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
-        self.restore_compressor(saved, self._names.values(), self.replicas.size)
-        self.precision.load_state_dict(saved["scalars"]["precision"])
+        return [
+            *state.carried(saved, self.precision.dtype),
+            self.precision.load_state_dict(saved["scalars"]["precision"]),
+            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+        ]
 
 
 def _total(parts: list[Tensor], batch: Batch) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import state
+from distrain.carried import Carried
 from distrain.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
 from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, register, setting
@@ -27,8 +27,6 @@ from distrain.strategies.single import Single
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
     from distrain.runtime import Runtime
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -426,10 +424,11 @@ class LocalSGD(Single):
         means = self._mean_moments(self._parameters, self.replicas, 1 / self.replicas.size)
         saved = self._saved(model, {name: means.get(name, tensor) for name, tensor in tensors.items()}, scalars)
         saved["scalars"]["local_sgd"] = {"step": self._step, "warmup_steps": self.options.warmup_steps}
+        saved["scalars"]["copies"] = 1 if self._step <= self.options.warmup_steps else self.replicas.size
         return {**saved, "local": local}
 
     @torch.no_grad()
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
         """Takes back what :meth:`state_dict` gave; see the base class."""
         self._own = None
         for fragment in self._fragments:
@@ -439,7 +438,8 @@ class LocalSGD(Single):
         # In a warm-up copies are taken to be equal, so those of a run that was past it don't fit.
         same = saved["layout"] == self.layout and ours["warmup_steps"] == self.options.warmup_steps
         local = saved["local"][self.replicas.rank] if same else {}
-        super().load_state_dict({**saved, "optimizer": _below("optimizer", local)} if same else saved)
+        mine = {"optimizer": _below("optimizer", local), "scalars": {**saved["scalars"], "copies": 1}}
+        *carried, scale, residuals, factors = super().load_state_dict({**saved, **mine} if same else saved)
         self._step = int(ours["step"]) if ours else 0
         step = self._step - self.options.warmup_steps
         shared = saved["local"][0] if ours else {}
@@ -454,9 +454,9 @@ class LocalSGD(Single):
             held = {**dict(self.model.named_buffers()), **self._parameters}
             for name, tensor in _below("copy", local).items():
                 held[name].copy_(tensor)
-            self.precision.load_state_dict({k: v.item() for k, v in _below("precision", local).items()})
-        elif ours:
-            log.info("not the ranks or the warm-up that saved: all go on from the mean of the copies and optimizers")
+            scale = self.precision.load_state_dict({k: v.item() for k, v in _below("precision", local).items()})
+            carried[-1] = Carried(state.LOCAL, "exact", "each rank's copy, its anchor and samples since the last merge")
+        return [*carried, scale, residuals, factors]
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,0 +1,184 @@
+"""Runs that torchrun starts again, on the ranks that are left, and that go on where they were."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from tests.harness import run_ranks
+from tests.runs import LAUNCH, SMALL, small, train_on_rank
+
+OPTIONS = (*SMALL, "strategy=ddp", "model=custom", "trainer.epochs=100", "checkpoint.every_steps=5")
+#: A node that says nothing for six seconds is gone, and nobody waits long for more to come than are there.
+QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"
+
+
+class Frail(nn.Module):
+    """A linear model whose second rank is killed in its eighth step, the first time it is started."""
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: tuple[int, int], seconds: float = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels * image_size[0] * image_size[1], num_classes)
+        self._seconds = seconds
+        self._steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._steps += self.training
+        at = tuple(os.environ.get(name) for name in ("RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT"))
+        if self._steps == 8 and at == ("1", "1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self._seconds)
+        logits: Tensor = self.linear(images.flatten(1))
+        return logits
+
+
+def model(*arguments: str) -> tuple[str, ...]:
+    return ("model._target_=tests.launch.test_restarts.Frail", *arguments)
+
+
+def launch(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """An agent, which starts its workers; what they say goes into a file."""
+    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *arguments]
+    with (folder / "said").open("a") as said:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said, text=True)
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["kind"] == kind]
+
+
+def test_a_restarted_run_goes_on_in_the_folder_that_its_first_attempt_made(tmp_path: Path) -> None:
+    options = (*OPTIONS, *model(), "trainer.max_steps=12", "trainer.log_every_steps=1")
+    process = launch(
+        tmp_path, "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(LAUNCH / "train.py"), *options
+    )
+    try:
+        assert process.wait(timeout=90) == 0, (tmp_path / "said").read_text()
+    finally:
+        kill(process)
+    (run,) = tmp_path.glob("outputs/*/*")
+    assert "step_00000005: step 5, epoch 1" in (run / "logs" / "rank_0.log").read_text()
+    assert [row["step"] for row in rows(run, "step")] == list(range(1, 13))
+    assert [row["step"] for row in rows(run, "epoch")] == [5, 10]
+    undisturbed = run_ranks(train_on_rank, 2, small(*options, f"run_dir={tmp_path}/undisturbed"))
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("steps", "samples", "train_loss", "test_loss"):
+        assert summary[key] == undisturbed[0]["summary"][key], key
+
+
+# --- nodes that come and go ------------------------------------------------------------------------------------------
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """A node that loses its power: the agent, before it can notice anything, and its workers."""
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
+class Nodes:
+    """Agents on this machine that play nodes of one job."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._folder, self._options = folder, options
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self._port = server.getsockname()[1]
+        self._nodes: list[subprocess.Popen[str]] = []
+
+    def join(self) -> subprocess.Popen[str]:
+        node = launch(
+            self._folder,
+            "--nnodes=1:2",
+            "--nproc-per-node=1",
+            "--max-restarts=3",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{self._port}",
+            "--rdzv-id=job",
+            f"--rdzv-conf={QUICK}",
+            "--monitor-interval=0.1",
+            "--local-addr=127.0.0.1",
+            str(LAUNCH / "train.py"),
+            *self._options,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        )
+        self._nodes.append(node)
+        return node
+
+    def leave(self) -> None:
+        for node in self._nodes:
+            kill(node)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    options = (*OPTIONS, *model("+model.kwargs.seconds=0.02"), "trainer.epochs=100000", f"run_dir={tmp_path}/run")
+    found = Nodes(tmp_path, *options, "trainer.log_every_steps=5", "checkpoint.keep=3")
+    yield found
+    found.leave()
+
+
+def wait_for(folder: Path, happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"never: {what}\n" + (folder / "said").read_text()
+        time.sleep(0.1)
+
+
+def test_a_job_goes_on_without_a_node_that_is_lost_and_takes_it_back(nodes: Nodes, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def newest() -> str:
+        return max((path.name for path in (run / "checkpoints").glob("step_*")), default="")
+
+    def trains(ranks: int) -> None:
+        """Waits until these ranks have resumed and saved."""
+
+        def together() -> bool:
+            text = (run / "logs" / "rank_0.log").read_text()
+            return re.findall(r"this run \((.*)\) has:", text)[-1:] == [f"ddp on {ranks}"]
+
+        wait_for(tmp_path, together, f"{ranks} ranks go on")
+        before = newest()
+        wait_for(tmp_path, lambda: newest() > before, f"{ranks} ranks save")
+
+    nodes.join()
+    wait_for(tmp_path, lambda: newest() > "", "the first node saves")
+    second = nodes.join()
+    trains(2)
+    kill(second)
+    trains(1)
+    nodes.join()
+    trains(2)
+    nodes.leave()
+    steps = [row["step"] for row in rows(run, "step")]
+    assert steps == list(range(5, steps[-1] + 1, 5))
+    progress = json.loads(max((run / "checkpoints").glob("step_*/state.json")).read_text())["progress"]
+    # The global batch is what it was: 48 samples an epoch, in steps of 10 and a last one of 8.
+    assert progress["samples"] == 48 * (progress["step"] // 5) + 10 * (progress["step"] % 5)
