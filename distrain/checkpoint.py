@@ -14,7 +14,6 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distrain.collectives import Communicator
+from distrain.reading import read_json
 from distrain.runtime import write_json
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _PARTS = ("model", "optimizer")
 #: Parts of which every rank has its own.
 _OWN_PARTS = ("compressor", "local")
+#: Most bytes of a JSON file of a checkpoint.
+LARGEST_JSON = 1 << 26
 _SAVING = 1
 _CPU = torch.device("cpu")
 
@@ -174,7 +176,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     files = verify(path)
     state: dict[str, Any] = {}
     try:
-        held = json.loads((path / "state.json").read_text())
+        held = read_json(path / "state.json", LARGEST_JSON)
         state["scalars"], progress = dict(held["scalars"]), dict(held["progress"])
         state["layout"] = dict(held["layout"])
         ranks = int(state["layout"]["world_size"])
@@ -204,7 +206,7 @@ def verify(path: Path) -> set[str]:
     """
     manifest_path = path / "manifest.json"
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = read_json(manifest_path, LARGEST_JSON)
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
@@ -219,6 +221,8 @@ def verify(path: Path) -> set[str]:
             raise DamagedCheckpoint(f"{manifest_path} doesn't list {name}")
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise DamagedCheckpoint(f"{file} is a link that leaves the checkpoint")
         size, digest = expected[name]
         if file.stat().st_size != size:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, not {size}")

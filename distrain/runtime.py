@@ -26,10 +26,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from distrain import config as configuration
+from distrain import listening
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
 
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 #: Whether this process was ever part of a process group; what is left of one makes ending delicate.
 has_talked = False
 
+#: Digits of a number in the launcher's environment.
+_LONGEST_NUMBER = 9
 #: Numbers the meetings of this process; all ranks count alike.
 _MEETINGS = itertools.count()
 
@@ -65,7 +68,7 @@ class World:
 
         def number(name: str, default: int) -> int:
             text = os.environ.get(name, str(default))
-            if not text.isdigit():
+            if not text.isdecimal() or len(text) > _LONGEST_NUMBER:
                 raise ConfigError(name, text, "the launcher's environment variable must be a whole number")
             return int(text)
 
@@ -242,19 +245,13 @@ class Runtime:
         A restarted job's default store still holds the addresses of dead ranks; a prefix by attempt leaves them behind.
         """
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
-        if not port.isdigit():
+        if not port.isdecimal() or len(port) > _LONGEST_NUMBER or not 0 < int(port) < 1 << 16:
             raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={self.world.size} needs the port at which ranks meet")
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
         try:
-            store = TCPStore(
-                address,
-                int(port),
-                self.world.size,
-                is_master=self.world.rank == 0 and not agent_serves,
-                timeout=timeout,
-                wait_for_workers=False,
-            )
+            serves = self.world.rank == 0 and not agent_serves
+            store = listening.open_store(address, int(port), self.world, serves=serves, timeout=timeout)
         except dist.DistError as error:
             raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
         # So do the earlier runs of this process (Hydra's --multirun).
@@ -331,6 +328,7 @@ class Runtime:
     def _form_group(self) -> None:
         global has_talked
         has_talked = True
+        listening.keep_gloo_here(self.world)
         if self._store is None:
             self._store = HashStore()
         dist.init_process_group(
