@@ -212,6 +212,7 @@ def verify(path: Path) -> set[str]:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DamagedCheckpoint(f"{manifest_path} can't be read") from None
+    _refuse_link(manifest_path)
     always = [*(f"{part}.safetensors" for part in _PARTS), "state.json"]
     for name in [*always, *(name for name in expected if name not in always)]:
         file = path / name
@@ -221,14 +222,18 @@ def verify(path: Path) -> set[str]:
             raise DamagedCheckpoint(f"{manifest_path} doesn't list {name}")
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise DamagedCheckpoint(f"{file} is a link that leaves the checkpoint")
+        _refuse_link(file)
         size, digest = expected[name]
         if file.stat().st_size != size:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, not {size}")
         if _sha256(file) != digest:
             raise DamagedCheckpoint(f"{file} differs from its checksum")
     return set(expected)
+
+
+def _refuse_link(file: Path) -> None:
+    if not file.resolve().is_relative_to(file.parent.resolve()):
+        raise DamagedCheckpoint(f"{file} is a link that leaves the checkpoint")
 
 
 def all_in(folder: Path) -> list[Path]:

@@ -31,6 +31,15 @@ TRUSTED = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
 _LARGEST_CONFIG = 1 << 17
 _LARGEST_DATA = 1 << 24
+#: Levels of a configuration; a run writes about six.
+_DEEPEST = 32
+_OPENS = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSES = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 #: Numbers of an image, over all channels.
 _LARGEST_IMAGE = 3 * LARGEST_PIXELS
 #: A running run may remove a checkpoint while it is read; it does not do so again and again.
@@ -187,13 +196,11 @@ def _read(read: Callable[[Path, int], T], path: Path, largest: int) -> T:
 def _read_config(path: Path) -> Config:
     text = _read(read_text, path, _LARGEST_CONFIG)
     try:
-        # A few lines of aliases of aliases fill any memory; what a run writes has none.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
+        _refuse_yaml_bombs(path, text)
         content = yaml.safe_load(text)
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, say
         raise ConfigError("run", path.parent, f"{path.name} is not plain YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError("run", path.parent, f"{path.name} is not a mapping of keys to values")
@@ -202,8 +209,18 @@ def _read_config(path: Path) -> Config:
         return configuration.load(content)
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
-    except RecursionError as error:
-        raise ConfigError("run", path.parent, f"{path.name} is nested too deep") from error
+
+
+def _refuse_yaml_bombs(path: Path, text: str) -> None:
+    """A few lines of aliases of aliases fill any memory, and deep nesting takes the scanner time by its square."""
+    depth = 0
+    # Lazily, so that nothing behind the first one too many is scanned.
+    for token in yaml.scan(text):
+        depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
+        if depth > _DEEPEST:
+            raise ConfigError("run", path.parent, f"{path.name} is nested more than {_DEEPEST} deep")
 
 
 def _refuse_all_but_data(key: str, value: object) -> None:
