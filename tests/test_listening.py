@@ -112,7 +112,7 @@ def bound_to(monkeypatch: pytest.MonkeyPatch, world: World, *addresses: str) -> 
     port = free_port()
     with monkeypatch.context() as patch:
         # create_server takes numbers, and looks nothing up.
-        patch.setattr(listening.socket, "getaddrinfo", lookup)
+        patch.setattr(socket, "getaddrinfo", lookup)
         found = listening._bound("head-node", port, world)
     if found is None:
         return None

@@ -400,12 +400,12 @@ def test_modules_that_lie_beside_images_are_not_imported(
     for name in ("json", "numpy", "PIL", "distrain", "sitecustomize"):
         (tree / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')")
     monkeypatch.chdir(tree)
-    start = subprocess.Popen
+    start: Any = subprocess.Popen
 
     def as_python_310(*command: Any, env: dict[str, str], **options: Any) -> Any:
         return start(*command, env={name: value for name, value in env.items() if name != "PYTHONSAFEPATH"}, **options)
 
-    monkeypatch.setattr(image_cache.subprocess, "Popen", as_python_310)
+    monkeypatch.setattr(subprocess, "Popen", as_python_310)
     assert len(load_tree(Path()).train) > 0
 
 

@@ -193,10 +193,10 @@ def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
     # This very package, whatever the current folder holds: modules beside somebody's images are not imported. Python
     # 3.10 knows no PYTHONSAFEPATH, so the workers stand elsewhere, too.
     source = os.fspath(Path(distrain.__file__).resolve().parent.parent)
-    paths = [Path(part).absolute() for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    paths = [os.fspath(Path(part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(os.fspath, [source, *paths])),
+        "PYTHONPATH": os.pathsep.join([source, *paths]),
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": "1",
     }
