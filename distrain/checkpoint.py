@@ -37,6 +37,7 @@ from torch import Tensor
 
 from distrain import tensor_file
 from distrain.collectives import Communicator
+from distrain.reading import read_json
 from distrain.runtime import write_json
 from distrain.tensor_file import Content
 
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 PARTS = ("model", "optimizer")
 #: Parts of which every rank has its own.
 OWN_PARTS = ("compressor", "local")
+#: Most bytes of a JSON file of a checkpoint.
+LARGEST_JSON = 1 << 26
 _SAVING = 1
 _CPU = torch.device("cpu")
 #: A hidden folder is being written, moved away or removed: the checkpoint, the host and process of rank 0, and which.
@@ -293,7 +296,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     files = verify(path)
     state: dict[str, Any] = {}
     try:
-        held = json.loads((path / "state.json").read_text())
+        held = read_json(path / "state.json", LARGEST_JSON)
         state["scalars"], progress = dict(held["scalars"]), dict(held["progress"])
         state["layout"] = dict(held["layout"])
         # Checkpoints of before it was saved have none.
@@ -339,7 +342,7 @@ def verify(path: Path) -> set[str]:
     """
     manifest_path = path / "manifest.json"
     try:
-        manifest = json.loads(manifest_path.read_text(), object_pairs_hook=_without_doubles)
+        manifest = read_json(manifest_path, LARGEST_JSON)
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
@@ -357,6 +360,7 @@ def verify(path: Path) -> set[str]:
             raise DamagedCheckpoint(f"{manifest_path} doesn't list {name}")
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
+        _refuse_link(file)
         size, digest = expected[name]
         if file.stat().st_size != size:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, not {size}")
@@ -365,14 +369,9 @@ def verify(path: Path) -> set[str]:
     return set(expected)
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # A single bit makes model_00001 of model_00000, and the last of two would be believed.
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
-
-
-# --- which ones there are --------------------------------------------------------------------------------------------
+def _refuse_link(file: Path) -> None:
+    if not file.resolve().is_relative_to(file.parent.resolve()):
+        raise DamagedCheckpoint(f"{file} is a link that leaves the checkpoint")
 
 
 def all_in(folder: Path) -> list[Path]:

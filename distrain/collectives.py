@@ -18,6 +18,14 @@ from torch import Tensor
 
 Reduction = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+#: What a peer may say that its tensors are.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
 
 
 class Pending(Protocol):
@@ -165,7 +173,9 @@ class Communicator:
         for rank, names in enumerate(described):
             for name, (shape, dtype) in names.items():
                 if name not in found:
-                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                    if dtype not in DTYPES:
+                        raise ValueError(f"rank {rank} offers {name} as {dtype!r}, which is no type of a tensor")
+                    tensor = torch.empty(shape, dtype=DTYPES[dtype], device=device)
                     if rank == self.rank:
                         tensor.copy_(mine[name])
                     found[name] = self.broadcast(tensor, rank)

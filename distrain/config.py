@@ -26,6 +26,8 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from distrain.reading import printable
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class ConfigError(ValueError):
             close = difflib.get_close_matches(wrong, [str(choice) for choice in shown], n=1)
             message += f"; choices: {', '.join(str(choice) for choice in shown)}"
             message += f" (did you mean {close[0]}?)" if close else ""
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
     def __reduce__(self) -> tuple[Callable[[str], ConfigError], tuple[str]]:
         return refused, (str(self),)

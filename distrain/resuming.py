@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -15,6 +14,7 @@ from distrain.carried import Carried, table, worst
 from distrain.checkpoint import DamagedCheckpoint
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
+from distrain.reading import read_json
 from distrain.runtime import Runtime
 from distrain.strategies.base import Strategy
 
@@ -99,9 +99,9 @@ def check(config: Config) -> None:
 def _peek(path: Path) -> tuple[dict[str, Any] | None, bool]:
     """The configuration of the run that saved a checkpoint, if it says, and whether it was amid an epoch."""
     try:
-        held = json.loads((path / "state.json").read_text())
+        held = read_json(path / "state.json", checkpoint.LARGEST_JSON)
         return dict(held["config"]), bool(held["progress"]["epoch_samples"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         # Damaged, or of before configurations were saved: loading it will tell.
         return None, False
 
@@ -245,7 +245,7 @@ def _trainers_parts(
 def finished(run_dir: Path, step: int) -> dict[str, Any] | None:
     """What ``summary.json`` says of a run that ended at this step; ``None`` where it says nothing of it."""
     try:
-        summary = json.loads((run_dir / "summary.json").read_text())
-        return dict(summary) if summary["steps"] == step else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        summary = read_json(run_dir / "summary.json", checkpoint.LARGEST_JSON)
+        return summary if summary["steps"] == step else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -7,12 +7,11 @@ from distrain's own models and from what the user allows by name; nothing else i
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from torch import Tensor, nn
@@ -22,12 +21,27 @@ from distrain import config as configuration
 from distrain.checkpoint import DamagedCheckpoint
 from distrain.config import Config, ConfigError
 from distrain.data.base import DataSpec
+from distrain.data.decode import LARGEST_PIXELS
+from distrain.reading import Unreadable, read_json, read_text
+
+T = TypeVar("T")
 
 #: What a run may build unless the user allows more.
 TRUSTED = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
 _LARGEST_CONFIG = 1 << 17
 _LARGEST_DATA = 1 << 24
+#: Levels of a configuration; a run writes about six.
+_DEEPEST = 32
+_OPENS = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSES = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+#: Numbers of an image, over all channels.
+_LARGEST_IMAGE = 3 * LARGEST_PIXELS
 #: A running run may remove a checkpoint while it is read; it does not do so again and again.
 _ATTEMPTS = 3
 
@@ -155,11 +169,11 @@ def checkpoint_progress(path: Path) -> dict[str, Any]:
     """
     file = path / "state.json"
     try:
-        progress = json.loads(file.read_text())["progress"]
+        progress = read_json(file, checkpoint.LARGEST_JSON)["progress"]
         found = {"step": progress["step"], "best_step": progress["best_step"]}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{file} can't be read") from error
     if not _whole(found["step"]) or not (found["best_step"] is None or _whole(found["best_step"])):
         raise DamagedCheckpoint(f"{file} has steps that are no whole numbers")
@@ -170,29 +184,23 @@ def _whole(value: object, at_least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def _read_text(path: Path, largest: int) -> str:
-    if not path.is_file():
-        raise ConfigError("run", path.parent, f"has no {path.name}; is it a run's folder?")
+def _read(read: Callable[[Path, int], T], path: Path, largest: int) -> T:
     try:
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
-        if len(content) > largest:
-            raise ConfigError("run", path.parent, f"{path.name} has more than {largest} bytes")
-        return content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("run", path.parent, f"{path.name} can't be read ({error})") from error
+        return read(path, largest)
+    except FileNotFoundError:
+        raise ConfigError("run", path.parent, f"has no {path.name}; is it a run's folder?") from None
+    except Unreadable as error:
+        raise ConfigError("run", path.parent, str(error)) from error
 
 
 def _read_config(path: Path) -> Config:
-    text = _read_text(path, _LARGEST_CONFIG)
+    text = _read(read_text, path, _LARGEST_CONFIG)
     try:
-        # A few lines of aliases of aliases fill any memory; what a run writes has none.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
+        _refuse_yaml_bombs(path, text)
         content = yaml.safe_load(text)
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, say
         raise ConfigError("run", path.parent, f"{path.name} is not plain YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError("run", path.parent, f"{path.name} is not a mapping of keys to values")
@@ -201,6 +209,18 @@ def _read_config(path: Path) -> Config:
         return configuration.load(content)
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
+
+
+def _refuse_yaml_bombs(path: Path, text: str) -> None:
+    """A few lines of aliases of aliases fill any memory, and deep nesting takes the scanner time by its square."""
+    depth = 0
+    # Lazily, so that nothing behind the first one too many is scanned.
+    for token in yaml.scan(text):
+        depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
+        if depth > _DEEPEST:
+            raise ConfigError("run", path.parent, f"{path.name} is nested more than {_DEEPEST} deep")
 
 
 def _refuse_all_but_data(key: str, value: object) -> None:
@@ -221,20 +241,16 @@ def _refuse_all_but_data(key: str, value: object) -> None:
 
 
 def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ...]]:
-    text = _read_text(path, _LARGEST_DATA)
+    content = _read(read_json, path, _LARGEST_DATA)
 
     def refuse(problem: str) -> ConfigError:
         return ConfigError("run", path.parent, f"{path.name} {problem}")
 
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise refuse("is not a mapping of keys to values")
     for name in ("channels", "height", "width"):
         if not _whole(content.get(name), at_least=1):
             raise refuse(f"needs {name}, a whole number of at least 1")
+    if content["channels"] * content["height"] * content["width"] > _LARGEST_IMAGE:
+        raise refuse(f"has images of more than {_LARGEST_IMAGE} numbers")
     classes = content.get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise refuse("needs classes, a list of names")

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from distrain import config as configuration
-from distrain import rendezvous
+from distrain import listening, rendezvous
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
 from distrain.failures import Failed, Failure, PeerLost, Reporter, Stopped, Terminated, first_line, put_aside, say
@@ -69,6 +69,8 @@ has_talked = False
 _RUNS = itertools.count()
 #: Numbers all runs of this process, likewise.
 _STARTS = itertools.count()
+#: Digits of a number in the launcher's environment.
+_LONGEST_NUMBER = 9
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class World:
 
         def number(name: str, default: int) -> int:
             text = os.environ.get(name, str(default))
-            if not text.isdigit():
+            if not text.isdecimal() or len(text) > _LONGEST_NUMBER:
                 raise ConfigError(name, text, "the launcher's environment variable must be a whole number")
             return int(text)
 
@@ -157,7 +159,9 @@ class Runtime:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             chooses = self._keep_logs and self.config.run_dir is None
-            launcher = self._connect() if self.world.size > 1 or (chooses and _launcher_serves()) else None
+            launcher = None
+            if self.world.size > 1 or (chooses and _launcher_serves()):
+                launcher = self._connect(serves=self.world.rank == 0 and not _launcher_serves())
             if launcher is not None and self.world.size > 1:
                 self._store = self._meet(launcher)
                 self._compare_configurations(self._store)
@@ -231,18 +235,12 @@ class Runtime:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
 
-    def _connect(self, *, serves: bool | None = None) -> Store:
-        """A connection to the store that the launcher gave an address for; rank 0 serves it if the launcher doesn't."""
+    def _connect(self, *, serves: bool) -> Store:
+        """A connection to the store that the launcher gave an address for."""
         address, port = _launcher_address(self.world.size)
+        timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
         try:
-            return TCPStore(
-                address,
-                port,
-                self.world.size,
-                is_master=self.world.rank == 0 and not _launcher_serves() if serves is None else serves,
-                timeout=datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds),
-                wait_for_workers=False,
-            )
+            return listening.open_store(address, port, self.world, serves=serves, timeout=timeout)
         except dist.DistError as error:
             raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}") from error
 
@@ -346,6 +344,7 @@ class Runtime:
     def _form_group(self) -> None:
         global has_talked
         has_talked = True
+        listening.keep_gloo_here(self.world)
         if self._store is None:
             self._store = HashStore()
         dist.init_process_group(
@@ -479,7 +478,7 @@ def _launcher_address(world_size: int) -> tuple[str, int]:
         ConfigError: The launcher doesn't say.
     """
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
-    if not port.isdigit():
+    if not port.isdecimal() or len(port) > _LONGEST_NUMBER or not 0 < int(port) < 1 << 16:
         raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={world_size} needs the port at which ranks meet")
     return address, int(port)
 

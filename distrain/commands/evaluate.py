@@ -18,8 +18,10 @@ from distrain.commands import output
 from distrain.commands.settings import RunSettings
 from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, setting
 from distrain.data.base import DataSpec, Images, Splits
+from distrain.data.files import has_built
 from distrain.evaluation import Evaluation, evaluate
 from distrain.precision import Precision
+from distrain.reading import printable
 from distrain.run_folder import RunFolder, Weights
 from distrain.runtime import Runtime, World
 from distrain.strategies import base as strategy_base
@@ -105,8 +107,9 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
         changes["download"] = False
     if settings.data_root is not None:
         changes["root"] = settings.data_root
-        # The run's cache was made from the run's root, and its path may mean something else here.
-        changes |= {"cache": None} if "cache" in held else {}
+    if "cache" in held and (settings.data_root is not None or not _has_cache(config)):
+        # The run's cache was made from the run's root; and where to write is not for a stranger's run to say.
+        changes["cache"] = None
     return dataclasses.replace(
         config,
         strategy=strategy,
@@ -116,6 +119,11 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
         runtime=dataclasses.replace(config.runtime, device=settings.device, backend="auto", threads=None),
         run_dir=str(folder.path),
     )
+
+
+def _has_cache(config: Config) -> bool:
+    cache = getattr(config.data, "cache", None)
+    return cache is not None and has_built(Path(cache).expanduser())
 
 
 def _load(config: Config, folder: RunFolder) -> Splits:
@@ -137,7 +145,7 @@ def _load(config: Config, folder: RunFolder) -> Splits:
 
 
 def _shown(spec: DataSpec) -> str:
-    names = ", ".join(map(output.printable, spec.classes[:10])) + (", …" if len(spec.classes) > 10 else "")
+    names = ", ".join(map(printable, spec.classes[:10])) + (", …" if len(spec.classes) > 10 else "")
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
 
 
@@ -179,7 +187,7 @@ def _table(result: dict[str, Any]) -> str:
     rows = [("class", "accuracy", "correct", "count")]
     for entry in result["classes"]:
         accuracy = "-" if entry["accuracy"] is None else f"{entry['accuracy']:.4f}"
-        rows.append((output.printable(entry["class"]), accuracy, str(entry["correct"]), str(entry["count"])))
+        rows.append((printable(entry["class"]), accuracy, str(entry["correct"]), str(entry["count"])))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"{result['split']} of {result['checkpoint']}: accuracy {result['accuracy']:.4f} "

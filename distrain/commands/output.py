@@ -61,8 +61,3 @@ def write_text(path: Path | None, text: str) -> None:
         sys.stdout.buffer.flush()
     else:
         write(path, lambda built: built.write_bytes(content))
-
-
-def printable(text: str) -> str:
-    """The text without what would steer a terminal: names in a run's folder are a stranger's."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

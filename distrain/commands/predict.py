@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
     target = _target(settings.output)
     paths = find_images(settings.input)
     predictor = Predictor(folder, settings, world)
-    found = list(predictor.predict(paths))
+    with warnings.catch_warnings():
+        # About files that Pillow reads all the same.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        found = list(predictor.predict(paths))
     if not found:
         raise ConfigError("input", settings.input, f"none of {len(paths)} images can be decoded")
     as_csv = target is not None and target.suffix.lower() == ".csv"
@@ -125,8 +129,10 @@ def _images_below(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.join(parent, name)  # noqa: PTH118 - keeps names that are no UTF-8, and ./ away
+            path = os.path.join(parent, name)  # noqa: PTH118 - keeps names that are no UTF-8, and ./ away
+            # A pipe that somebody named like an image would keep its reader waiting.
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and Path(path).is_file():
+                yield path
 
 
 class Predictor:

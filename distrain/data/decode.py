@@ -21,6 +21,10 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "PNG")
 #: File names that are taken for images.
 SUFFIXES = (".jpg", ".jpeg", ".png")
+#: An image that claims more is refused before it is decoded; Pillow's own limit, 256 MiB of colours.
+LARGEST_PIXELS = (1 << 28) // 3
+#: No file whose pixels are allowed needs more, whatever else it carries.
+LARGEST_FILE = 1 << 30
 #: Images a worker decodes between two reports.
 CHUNK = 64
 _REASON_LENGTH = 300
@@ -50,17 +54,18 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
         uint8 [channels, height, width].
 
     Raises:
-        DecodeError: Not a JPEG or PNG file, truncated, broken, not readable, or of more pixels than Pillow's limit.
+        DecodeError: Not a JPEG or PNG file, truncated, broken, not readable, of more than ``LARGEST_PIXELS`` pixels or
+            ``LARGEST_FILE`` bytes.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns above its limit and refuses only above twice of it.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
-                # A JPEG far larger than needed is decoded at a fraction of its size, still twice what is needed.
-                opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
-                image = _fitted(_flat(ImageOps.exif_transpose(opened), channels), height, width)
+        if Path(path).stat().st_size > LARGEST_FILE:
+            raise ValueError(f"has more than {LARGEST_FILE} bytes")
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > LARGEST_PIXELS:
+                raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+            # A JPEG far larger than needed is decoded at a fraction of its size, still twice what is needed.
+            opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
+            image = _fitted(_flat(ImageOps.exif_transpose(opened), channels), height, width)
     except Exception as error:  # broken files make Pillow raise nearly anything, SyntaxError and struct.error included
         raise DecodeError(path, str(error) or type(error).__name__) from error
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
@@ -131,6 +136,7 @@ def _report(message: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> int:
     """Runs one worker; see the module."""
     path, index, count = arguments
+    warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
     try:
         work(json.loads(Path(path).read_text()), int(index), int(count))
     except BrokenPipeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _FILE = Path("datasets", "data", "digits.csv.gz")
 _SIDE = 8
 _LARGEST = 16
 _TEST_FRACTION = 0.2
+#: Characters, several times what the file has.
+_LARGEST_TEXT = 1 << 20
 
 
 @dataclass
@@ -52,7 +55,8 @@ class Digits(DataSource):
         spec, path = self.describe(), self._path()
         try:
             with gzip.open(path, "rt") as file:
-                table = np.loadtxt(file, delimiter=",", dtype=np.int64, ndmin=2)
+                text = file.read(_LARGEST_TEXT)
+            table = np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.int64, ndmin=2)
         except (OSError, EOFError, ValueError) as error:
             raise missing("data", f"{path} can't be read ({error})") from error
         limits = np.array([_LARGEST] * _SIDE * _SIDE + [9])

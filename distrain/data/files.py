@@ -16,6 +16,7 @@ from distrain.config import ConfigError
 
 _log = logging.getLogger(__name__)
 _BUILD = ".build-"
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def building(key: str, folder: Path) -> Iterator[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise ConfigError(key, folder, f"can't be written ({error.strerror})") from error
     try:
@@ -47,6 +48,11 @@ def building(key: str, folder: Path) -> Iterator[Path]:
             yield Path(temporary)
     finally:
         os.close(lock)
+
+
+def has_built(folder: Path) -> bool:
+    """Whether :func:`building` has worked there before."""
+    return (folder / _LOCK).is_file()
 
 
 def _lock(key: str, folder: Path, lock: int) -> None:

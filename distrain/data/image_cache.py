@@ -34,11 +34,13 @@ import distrain
 from distrain.config import ConfigError
 from distrain.data import decode
 from distrain.data.files import building, publish
+from distrain.reading import read_json
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
 _IMAGES, _MOMENTS, _META = "images.u8", "moments.i64", "meta.json"
 _MOMENT_BYTES = 2 * 8
+_LARGEST_META = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,11 @@ def _open(recipe: Recipe, target: Path) -> Cache | None:
     """The cache if it is complete; its files' sizes are compared, their content is trusted."""
     count, shape = len(recipe.files), (recipe.channels, recipe.height, recipe.width)
     try:
-        meta = json.loads((target / _META).read_text())
+        meta = read_json(target / _META, _LARGEST_META)
         whole = (target / _IMAGES).stat().st_size == count * recipe.image_bytes
         whole = whole and (target / _MOMENTS).stat().st_size == count * recipe.channels * _MOMENT_BYTES
         broken = tuple(int(position) for position in meta["broken"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     if not whole or any(not 0 <= position < count for position in broken):
         return None
@@ -162,13 +164,13 @@ def _build(recipe: Recipe, built: Path, workers: int) -> None:
     job.write_text(
         json.dumps(
             {
-                "root": os.fspath(recipe.root),
+                "root": os.fspath(recipe.root.absolute()),
                 "files": [file.path for file in recipe.files],
                 "height": recipe.height,
                 "width": recipe.width,
                 "channels": recipe.channels,
-                "images": os.fspath(built / _IMAGES),
-                "moments": os.fspath(built / _MOMENTS),
+                "images": os.fspath((built / _IMAGES).absolute()),
+                "moments": os.fspath((built / _MOMENTS).absolute()),
             }
         )
     )
@@ -188,17 +190,25 @@ def _build(recipe: Recipe, built: Path, workers: int) -> None:
 def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
     """Runs the workers; returns the broken files' positions and reasons, in their order."""
     reader, writer = os.pipe()
-    # This very package, whatever the current folder holds.
+    # This very package, whatever the current folder holds: modules beside somebody's images are not imported. Python
+    # 3.10 knows no PYTHONSAFEPATH, so the workers stand elsewhere, too.
     source = os.fspath(Path(distrain.__file__).resolve().parent.parent)
-    paths = os.pathsep.join(part for part in (source, os.environ.get("PYTHONPATH")) if part)
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    paths = [os.fspath(Path(part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([source, *paths]),
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     workers: list[subprocess.Popen[bytes]] = []
     with os.fdopen(reader, "rb") as lines:
         try:
             try:
                 for index in range(count):
-                    command = [sys.executable, "-m", decode.__name__, os.fspath(job), str(index), str(count)]
-                    worker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, env=environment)  # noqa: S603
+                    command = [sys.executable, "-m", decode.__name__, os.fspath(job.absolute()), str(index), str(count)]
+                    worker = subprocess.Popen(  # noqa: S603
+                        command, stdin=subprocess.DEVNULL, stdout=writer, env=environment, cwd=source
+                    )
                     workers.append(worker)
             finally:
                 os.close(writer)

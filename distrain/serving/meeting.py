@@ -14,17 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.collectives import DONE, Communicator, Pending, Reduction
+from distrain.collectives import DONE, DTYPES, Communicator, Pending, Reduction
 from distrain.serving.frames import Connection, Frame, Kind
 
-#: What the numbers that are summed or gathered may be.
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda all_: all_.sum(0).to(all_.dtype),
     "max": lambda all_: all_.amax(0),
@@ -118,6 +110,10 @@ class Meeting:
         dtype = frame.text("dtype")
         if dtype not in DTYPES or body.numel() % DTYPES[dtype].itemsize:
             raise frame.refuse(f"{body.numel()} bytes of {dtype!r}")
+        if operation == "broadcast":
+            frame.whole("source")
+        elif operation == "tally":
+            frame.text("name")
         with self._changed:
             self._check_alive(rank)
             if operation == "tally" and not frame.meta.get("wait"):

@@ -148,7 +148,7 @@ class Door:
                 sock.settimeout(None)
                 connection.send(Kind.WELCOME)
                 self._greeted[key] = connection
-        except (OSError, ProtocolError):
+        except (OSError, ProtocolError, UnicodeEncodeError):
             # Whoever it was has no business here; a worker that is refused says so itself.
             connection.close()
 

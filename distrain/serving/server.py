@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from distrain import state
+from distrain.collectives import DTYPES
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.packing import pack, packed_size, unpack
 from distrain.runtime import PeerLost
 from distrain.serving.bulletin import Bulletin
 from distrain.serving.frames import Connection, Frame, Kind
-from distrain.serving.meeting import DTYPES, Meeting
+from distrain.serving.meeting import Meeting
 from distrain.serving.network import Peer
 from distrain.serving.pulse import Pulse, Word, last_word_of
 from distrain.serving.shards import Packed
@@ -572,7 +573,8 @@ def receive_state(
         raise frame.refuse("names no tensors")
     form, shapes = [], {}
     for entry in entries:
-        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str) or entry[1] not in DTYPES:
+        named_well = isinstance(entry, list) and len(entry) == 3 and all(isinstance(part, str) for part in entry[:2])
+        if not named_well or entry[1] not in DTYPES:
             raise frame.refuse(f"{entry!r} is no name, dtype and shape")
         key, dtype, shape = entry[0], DTYPES[entry[1]], entry[2]
         parameter = named.get(key.rpartition("/")[0])

@@ -49,7 +49,3 @@ def test_a_place_that_takes_no_file_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="is read-only"):
         output.check(tmp_path / "x.json")
-
-
-def test_names_cannot_steer_a_terminal() -> None:
-    assert output.printable("caf\u00e9 \x1b[31mred\r\n") == "caf\u00e9 \ufffd[31mred\ufffd\ufffd"

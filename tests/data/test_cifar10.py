@@ -149,16 +149,21 @@ def test_a_wrong_checksum_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in (tmp_path / "root").iterdir()] == [".lock"]
 
 
-def link(name: str) -> tarfile.TarInfo:
+def special(kind: bytes, name: str = "cifar-10-batches-bin/test_batch.bin") -> dict[str, bytes | tarfile.TarInfo]:
+    """A link, device or pipe in place of a file."""
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    return info
+    info.type, info.linkname = kind, "/etc/passwd"
+    return {name: info}
 
 
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
-        ({"cifar-10-batches-bin/test_batch.bin": link("cifar-10-batches-bin/test_batch.bin")}, "not a plain file"),
+        *((special(kind), "not a plain file") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)),
+        *((special(kind), "not a plain file") for kind in (tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)),
+        (special(tarfile.SYMTYPE, "cifar-10-batches-bin"), "lacks test_batch.bin"),
+        ({"cifar-10-batches-bin/./test_batch.bin": b""}, "lacks test_batch.bin"),
+        ({"../cifar-10-batches-bin/test_batch.bin": b""}, "lacks test_batch.bin"),
         ({"cifar-10-batches-bin/test_batch.bin": b"x" * (IMAGES * 3073 + 1)}, "not a plain file of the known size"),
         ({"cifar-10-batches-bin/../test_batch.bin": b""}, "lacks test_batch.bin"),
         ({"/cifar-10-batches-bin/test_batch.bin": b""}, "lacks test_batch.bin"),
