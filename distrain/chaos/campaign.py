@@ -16,7 +16,7 @@ from distrain.chaos import compare, disk
 from distrain.chaos.disturbed import Disturbed, Recovery, Training
 from distrain.chaos.job import Job, Launcher
 from distrain.chaos.network import Network
-from distrain.chaos.plan import KINDS, Run, plan
+from distrain.chaos.plan import KINDS, Run, draw_kinds, plan
 
 _POLL_SECONDS = 0.01
 #: A small disk holds so many times what the undisturbed run left.
@@ -77,10 +77,9 @@ class Campaign:
             Unusable: Two undisturbed runs don't end, or not alike; or the runs are too short for the faults.
         """
         reference = self._undisturbed()
-        number, left = 1, count
+        number, left = 1, draw_kinds(kinds, count, f"{seed}/{self.training.name}")
         for _ in range(_ROUNDS):
             runs = plan(
-                kinds,
                 left,
                 per_run=per_run,
                 steps=reference.steps,
@@ -91,11 +90,12 @@ class Campaign:
             )
             for planned in runs:
                 self._tell(f"run {planned.number} is planned as {'; '.join(map(str, planned.faults))}")
-                left -= self._disturbed(planned, reference)
+                for each in self._disturbed(planned, reference):
+                    left.remove(each.fault.kind)
             number += len(runs)
             if not left:
                 return
-        missed = f"{left} of {count} faults found no moment to strike; are the runs too short?"
+        missed = f"{', '.join(left)} found no moment to strike; are the runs too short?"
         raise Unusable(f"{self.training.name}: {missed}")
 
     def _tell(self, line: str) -> None:
@@ -142,8 +142,7 @@ class Campaign:
 
     # --- disturbed ---------------------------------------------------------------------------------------------------
 
-    def _disturbed(self, planned: Run, reference: Undisturbed) -> int:
-        """Returns how many faults struck."""
+    def _disturbed(self, planned: Run, reference: Undisturbed) -> list[Recovery]:
         folder = self.folder / f"run_{planned.number:03d}"
         right = False
         with contextlib.ExitStack() as stack:
@@ -169,7 +168,7 @@ class Campaign:
             try:
                 problems = disturbed.to_the_end(deque(planned.faults))
             finally:
-                self.recoveries += found
+                self.recoveries.extend(found)
             problems = problems or compare.differences(reference.folder, folder)
             for each in found:
                 each.identical = not problems
@@ -182,4 +181,4 @@ class Campaign:
             self._tell(f"run {planned.number} ended {'as the undisturbed one' if right else f'WRONG: {wrong[0]}'}")
         if right and not self.keep:
             shutil.rmtree(folder, ignore_errors=True)
-        return len(found)
+        return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from distrain import checkpoint
 from distrain.chaos.plan import Fault
-
 
 #: Ends of the names of hidden folders that are on their way out.
 _PUT_ASIDE = (".replaced", ".removed")
@@ -73,13 +73,17 @@ def flip_bit(file: Path, place: float, which: float) -> str:
     return f"bit {bit} of byte {position} turned"
 
 
-def delete_file(file: Path, *_: float) -> str:
+def delete_file(file: Path, _: float, __: float) -> str:
     """Deletes a file."""
     file.unlink()
     return "deleted"
 
 
-_DAMAGES = {"truncate": truncate, "flip_bit": flip_bit, "delete_file": delete_file}
+_DAMAGES: dict[str, Callable[[Path, float, float], str]] = {
+    "truncate": truncate,
+    "flip_bit": flip_bit,
+    "delete_file": delete_file,
+}
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -19,6 +19,8 @@ _POLL_SECONDS = 0.01
 #: What a run may take to be gone, besides its own time limit.
 _ALLOWANCE_SECONDS = 15.0
 _GRACE_SECONDS = 5.0
+#: Ranks need not agree to stop if they are done sooner.
+_NEARLY_OVER_SECONDS = 2.0
 #: A run that fails by itself more often is given up.
 _MOST_FAILURES = 2
 
@@ -212,6 +214,13 @@ class Disturbed:
         try:
             if follows is not Follows.KILLED:
                 self._await_end(recovery, scene.job, begun, trained=trained)
+                if not any(scene.job.codes()) and time.monotonic() - begun < _NEARLY_OVER_SECONDS:
+                    self.recoveries.pop()
+                    self._waiting.pop()
+                    self._say(
+                        f"{self._training.name}, run {self._number}: {fault}: missed, since the run was nearly over"
+                    )
+                    return False
             recovery.problems += faults.wrong_reports(scene, fault, trained=trained)
         finally:
             for mend in scene.mends:

@@ -19,7 +19,7 @@ from distrain.cli import STOPPED
 #: A full disk must be met by a save, and told of, within this time.
 _FIRST_SAVE_SECONDS = 30
 #: Longest time that a disk stays full after that, and that a link stays slow.
-_LONGEST_WHILE = 2.0
+_LONGEST_WHILE = 1.0
 _LATE_SECONDS = 0.05
 
 

@@ -61,7 +61,9 @@ class OneHost:
                     words.append(word.format(**self._values, keys=shlex.join(keys)))
         except (ValueError, KeyError, IndexError) as error:
             allowed = ", ".join(f"{{{name}}}" for name in [*self._values, "keys"])
-            raise ConfigError("launcher", self._template, f"can't be filled in ({error}); it may hold {allowed}") from error
+            raise ConfigError(
+                "launcher", self._template, f"can't be filled in ({error}); it may hold {allowed}"
+            ) from error
         return words
 
     def start(self, keys: Sequence[str], variables: Mapping[str, str], output: Path) -> list[subprocess.Popen[bytes]]:
@@ -153,7 +155,7 @@ class Job:
 
     def has_ended(self) -> bool:
         """Whether all that was started here has ended."""
-        return all([launcher.poll() is not None for launcher in self._launchers])
+        return all(launcher.poll() is not None for launcher in self._launchers)
 
     def codes(self) -> list[int]:
         """Exit codes, once it has ended."""

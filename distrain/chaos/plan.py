@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 #: Share of faults that strike while ranks are still starting, where the kind allows it.
 _WHILE_STARTING = 0.2
-#: No fault is planned in the last tenth of a run, which would end before it strikes.
-_LATEST = 0.9
+#: No fault is planned for the end of a run, which would be over before it has struck.
+_LATEST = 0.6
 _LONGEST_DELAY = 0.3
 
 
@@ -123,9 +123,17 @@ class Run:
     on_network: bool
 
 
+def draw_kinds(kinds: Sequence[str], count: int, seed: str) -> list[str]:
+    """Draws ``count`` names from those given, each about equally often."""
+    chance = random.Random(seed)
+    drawn: list[str] = []
+    while len(drawn) < count:
+        drawn += chance.sample(list(kinds), len(kinds))
+    return drawn[:count]
+
+
 def plan(
     kinds: Sequence[str],
-    count: int,
     *,
     per_run: int,
     steps: int,
@@ -134,11 +142,10 @@ def plan(
     seed: str,
     first: int = 1,
 ) -> list[Run]:
-    """Draws ``count`` faults, of all kinds about equally often, and deals them to runs.
+    """Deals faults to runs and draws when they strike, and whom.
 
     Args:
-        kinds: Names of :data:`KINDS` to draw from.
-        count: How many faults.
+        kinds: The faults, by names of :data:`KINDS`.
         per_run: How many strike one run at most.
         steps: Steps of the undisturbed run.
         world_size: Ranks to choose victims from.
@@ -150,11 +157,8 @@ def plan(
         The runs; faults that need a network are together in runs of their own.
     """
     chance = random.Random(seed)
-    drawn: list[str] = []
-    while len(drawn) < count:
-        drawn += chance.sample(list(kinds), len(kinds))
     groups: dict[bool, list[str]] = {False: [], True: []}
-    for name in drawn[:count]:
+    for name in kinds:
         groups[KINDS[name].needs_network].append(name)
     runs: list[Run] = []
     for on_network, names in groups.items():
@@ -162,8 +166,7 @@ def plan(
             dealt = names[begin : begin + per_run]
             moments = sorted(chance.randint(1, max(int(_LATEST * steps), 1)) for _ in dealt)
             faults = tuple(
-                _draw(name, step, world_size, start_seconds, chance)
-                for name, step in zip(dealt, moments, strict=True)
+                _draw(name, step, world_size, start_seconds, chance) for name, step in zip(dealt, moments, strict=True)
             )
             runs.append(Run(first + len(runs), faults, on_network))
     return runs

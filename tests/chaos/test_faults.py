@@ -8,7 +8,9 @@ from distrain.chaos.faults import loaded_from, wrong_resume
 
 OLD, NEW = Path("run/checkpoints/step_00000010"), Path("run/checkpoints/step_00000020")
 WENT_ON = "12:00 INFO distrain.resuming: resumed from /a: b/run/checkpoints/step_000000{}: step {}, epoch 0\n"
-LEFT_OUT = "12:00 WARNING distrain.checkpoint: checkpoint left out: run/checkpoints/step_00000020/state.json is missing\n"
+LEFT_OUT = (
+    "12:00 WARNING distrain.checkpoint: checkpoint left out: run/checkpoints/step_00000020/state.json is missing\n"
+)
 
 
 def test_the_checkpoint_is_read_off_the_log() -> None:

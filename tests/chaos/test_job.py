@@ -18,7 +18,14 @@ if sys.platform != "linux":
 
 def test_template_is_filled_in_word_by_word() -> None:
     launcher = OneHost("{python} -n {nproc} {launch}/train.py {keys}", Path("/with space"), 3)
-    assert launcher.command(["a=1", "b=[1, 2]"]) == [sys.executable, "-n", "3", "/with space/train.py", "a=1", "b=[1, 2]"]
+    assert launcher.command(["a=1", "b=[1, 2]"]) == [
+        sys.executable,
+        "-n",
+        "3",
+        "/with space/train.py",
+        "a=1",
+        "b=[1, 2]",
+    ]
 
 
 def test_keys_inside_of_a_word_are_quoted_for_a_shell() -> None:
@@ -33,7 +40,7 @@ def test_template_that_cannot_be_filled_in_is_refused(template: str) -> None:
 
 
 def test_template_without_keys_is_refused() -> None:
-    with pytest.raises(ConfigError, match="needs {keys}"):
+    with pytest.raises(ConfigError, match=r"needs \{keys\}"):
         OneHost("train", Path("/"), 1)
 
 
