@@ -37,12 +37,14 @@ class Undisturbed:
         folder: Its folder.
         steps: Its steps.
         start_seconds: From the start to the first logged step.
+        step_seconds: Of a step after that, evaluation and saves included.
         size: Bytes that it left.
     """
 
     folder: Path
     steps: int
     start_seconds: float
+    step_seconds: float
     size: int
 
 
@@ -85,6 +87,7 @@ class Campaign:
                 steps=reference.steps,
                 world_size=self.training.world_size,
                 start_seconds=reference.start_seconds,
+                step_seconds=reference.step_seconds,
                 seed=f"{seed}/{self.training.name}/{number}",
                 first=number,
             )
@@ -125,13 +128,14 @@ class Campaign:
                 if time.monotonic() - changed > self.patience_seconds:
                     raise self._unusable(f"logged nothing for {self.patience_seconds:g} s")
                 time.sleep(_POLL_SECONDS)
+            took = time.time() - job.started
             if any(job.codes()):
                 raise self._unusable(f"failed: {job.last_words()}")
             if start_seconds is None:
                 raise self._unusable("logged no step; trainer.log_every_steps must be smaller")
         steps = json.loads((folder / "summary.json").read_text())["steps"]
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        return Undisturbed(folder, steps, start_seconds, size)
+        return Undisturbed(folder, steps, start_seconds, (took - start_seconds) / steps, size)
 
     def _unusable(self, why: str) -> Unusable:
         return Unusable(f"{self.training.name}: the undisturbed run {why}")

@@ -235,5 +235,5 @@ def loaded_from(log: str) -> str | None:
     marker = "resumed from "
     for line in log.splitlines():
         if marker in line:
-            return Path(line.partition(marker)[2].split(": ")[0]).name
+            return Path(line.partition(marker)[2].rpartition(": step")[0]).name
     return None

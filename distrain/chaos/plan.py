@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _WHILE_STARTING = 0.2
 #: No fault is planned for the end of a run, which would be over before it has struck.
 _LATEST = 0.6
-_LONGEST_DELAY = 0.3
+_MOST_STEPS_LATE = 10
 
 
 class Follows(enum.Enum):
@@ -139,6 +139,7 @@ def plan(
     steps: int,
     world_size: int,
     start_seconds: float,
+    step_seconds: float,
     seed: str,
     first: int = 1,
 ) -> list[Run]:
@@ -150,6 +151,7 @@ def plan(
         steps: Steps of the undisturbed run.
         world_size: Ranks to choose victims from.
         start_seconds: How long a start takes until the first step.
+        step_seconds: How long a step takes.
         seed: Settles everything.
         first: The first run's number.
 
@@ -166,18 +168,19 @@ def plan(
             dealt = names[begin : begin + per_run]
             moments = sorted(chance.randint(1, max(int(_LATEST * steps), 1)) for _ in dealt)
             faults = tuple(
-                _draw(name, step, world_size, start_seconds, chance) for name, step in zip(dealt, moments, strict=True)
+                _draw(name, step, world_size, start_seconds, _MOST_STEPS_LATE * step_seconds, chance)
+                for name, step in zip(dealt, moments, strict=True)
             )
             runs.append(Run(first + len(runs), faults, on_network))
     return runs
 
 
-def _draw(name: str, step: int, world_size: int, start_seconds: float, chance: random.Random) -> Fault:
+def _draw(name: str, step: int, world_size: int, start_seconds: float, late: float, chance: random.Random) -> Fault:
     starting = KINDS[name].any_time and chance.random() < _WHILE_STARTING
     return Fault(
         name,
         step=None if starting else step,
-        seconds=chance.uniform(0, start_seconds if starting else _LONGEST_DELAY),
+        seconds=chance.uniform(0, start_seconds if starting else late),
         rank=chance.randrange(world_size),
         draws=(chance.random(), chance.random(), chance.random()),
     )

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-STEP_SECONDS = 0.01
+STEP_SECONDS = 0.005
 SAVE_EVERY = 5
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -63,7 +63,7 @@ def launch(ranks: int, run: Path, wrong: str) -> int:
         failed = 0 if code not in (0, 75) else None
     if failed is not None and wrong != "silent":
         run.joinpath("failure.json").write_text(
-            json.dumps({"rank": 0 if wrong == "blame" else failed, "error": "lost"})
+            json.dumps({"rank": 1 - failed if wrong == "blame" else failed, "error": "lost"})
         )
     for child in children:
         child.kill()

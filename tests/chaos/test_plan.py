@@ -9,7 +9,14 @@ from distrain.chaos.plan import KINDS, Run, draw_kinds, plan
 
 
 def drawn(**changes: Any) -> list[Run]:
-    settings: dict[str, Any] = {"per_run": 5, "steps": 200, "world_size": 3, "start_seconds": 4.0, "seed": "7"}
+    settings: dict[str, Any] = {
+        "per_run": 5,
+        "steps": 200,
+        "world_size": 3,
+        "start_seconds": 4.0,
+        "step_seconds": 0.01,
+        "seed": "7",
+    }
     settings |= changes
     return plan(draw_kinds(list(KINDS), settings.pop("count", 65), settings["seed"]), **settings)
 
