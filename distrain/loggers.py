@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from distrain.config import Config, LoggerConfig, choices, register, setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
 
@@ -144,27 +148,44 @@ class TensorBoardLogger(Logger):
 
 
 class Loggers(Logger):
-    """Several loggers as one."""
+    """Several loggers as one; where nothing can be written (a full disk), the run goes on without what was logged.
+
+    That is said when it begins.
+    """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         super().__init__()
         self._loggers = list(loggers)
         self.takes_figures = any(logger.takes_figures for logger in self._loggers)
+        self._failing: set[Logger] = set()
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Hands the values to each."""
         for logger in self._loggers:
-            logger.scalars(step, values, kind=kind)
+            with self._going_on(logger):
+                logger.scalars(step, values, kind=kind)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
         """Hands the picture to each."""
         for logger in self._loggers:
-            logger.figure(step, name, figure)
+            with self._going_on(logger):
+                logger.figure(step, name, figure)
 
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         """Hands the configuration to each."""
         for logger in self._loggers:
             logger.hyperparameters(parameters, metrics)
+
+    @contextlib.contextmanager
+    def _going_on(self, logger: Logger) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if logger not in self._failing:
+                log.error("METRICS ARE LOST: %s can't write (%s). The run goes on", type(logger).__name__, error)
+            self._failing.add(logger)
+        else:
+            self._failing.discard(logger)
 
     def close(self) -> None:
         """Closes each."""

@@ -199,7 +199,6 @@ class Disturbed:
 
     def _strike(self, fault: Fault, scene: faults.Scene, *, trained: bool) -> bool:
         """Strikes, and waits for the end if there must be one; whether the job has ended."""
-        before = scene.job.step()
         begun = time.monotonic()
         try:
             recovery = Recovery(self._training.name, self._number, fault, faults.strike(scene, fault))
@@ -207,7 +206,7 @@ class Disturbed:
             self._say(f"{self._training.name}, run {self._number}: {fault}: missed, since {missed}")
             return False
         self.recoveries.append(recovery)
-        self._waiting.append(_Waiting(recovery, time.monotonic(), before))
+        self._waiting.append(_Waiting(recovery, time.monotonic(), scene.job.step() or 0))
         follows = KINDS[fault.kind].follows
         if follows is Follows.GOES_ON:
             return False
