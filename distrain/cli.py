@@ -32,7 +32,7 @@ from distrain.config import ConfigError, missing, one_line
 REFUSED = 2
 #: Exit code of a run that failed.
 FAILED = 1
-#: Exit code of a run that was asked to stop, with everything saved; the same command goes on (EX_TEMPFAIL).
+#: Exit code of a run that was asked to stop and saved everything, as sysexits' EX_TEMPFAIL: the same command goes on.
 STOPPED = 75
 #: How long the other ranks of a host leave the word to its first.
 _PATIENCE_SECONDS = 2
