@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Processes and strategy of `make train`, and what `train`, `test` and `bench` hand on to their command.
+# Processes and strategy of `make train`, and what `train`, `test`, `bench` and `chaos` hand on to their command.
 NPROC ?= 2
 STRATEGY ?= ddp
 ARGS ?=
@@ -14,12 +14,12 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test lint format bench hooks dev clean
+.PHONY: help train test lint format bench chaos hooks dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test and bench'
+	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test, bench and chaos'
 	@echo '  make train NPROC=4 STRATEGY=ddp        more processes, another strategy'
 	@echo '  make test PYTHON=python3.12            which Python makes the environment (only the first time)'
 
@@ -41,6 +41,14 @@ format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itse
 
 bench: $(VENV)/.stamp-bench ## Measure distrain against a bare loop and its peers
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+# A quarter of the faults each.
+chaos: $(VENV)/.stamp-digits ## Hurt four kinds of trainings 100 times and compare them with undisturbed ones
+	$(BIN)/python launch/chaos.py faults=100 $(ARGS) \
+		-- experiment=chaos strategy=ddp \
+		-- experiment=chaos strategy=pipeline \
+		-- experiment=chaos strategy=ddp compression=powersgd \
+		-- experiment=chaos strategy=local_sgd strategy.sync_every=7
 
 hooks: $(VENV)/.stamp-lint ## Check every commit before it is made
 	$(BIN)/pre-commit install

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from distrain.config import Config, LoggerConfig, choices, register, setting
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
 
@@ -225,22 +229,28 @@ class TensorBoardLogger(Logger):
 
 
 class Loggers(Logger):
-    """Several loggers as one."""
+    """Several loggers as one; where nothing can be written (a full disk), the run goes on without what was logged.
+
+    That is said when it begins.
+    """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         super().__init__()
         self._loggers = list(loggers)
         self.takes_figures = any(logger.takes_figures for logger in self._loggers)
+        self._failing: set[Logger] = set()
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Hands the values to each."""
         for logger in self._loggers:
-            logger.scalars(step, values, kind=kind)
+            with self._going_on(logger):
+                logger.scalars(step, values, kind=kind)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
         """Hands the picture to each."""
         for logger in self._loggers:
-            logger.figure(step, name, figure)
+            with self._going_on(logger):
+                logger.figure(step, name, figure)
 
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         """Hands the configuration to each."""
@@ -250,12 +260,25 @@ class Loggers(Logger):
     def go_back(self, step: int, *, amid_epoch: bool) -> None:
         """Tells each."""
         for logger in self._loggers:
-            logger.go_back(step, amid_epoch=amid_epoch)
+            with self._going_on(logger):
+                logger.go_back(step, amid_epoch=amid_epoch)
 
     def flush(self) -> None:
         """Flushes each."""
         for logger in self._loggers:
-            logger.flush()
+            with self._going_on(logger):
+                logger.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self, logger: Logger) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if logger not in self._failing:
+                log.error("METRICS ARE LOST: %s can't write (%s). The run goes on", type(logger).__name__, error)
+            self._failing.add(logger)
+        else:
+            self._failing.discard(logger)
 
     def close(self) -> None:
         """Closes each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import time
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
 
 from distrain import loggers, pictures
+from distrain.chaos.disk import SmallDisk
 from distrain.loggers import InMemoryLogger, Logger, Loggers, MetricsFile, TensorBoardConfig, TensorBoardLogger
 from tests.runs import small
 
@@ -143,6 +145,45 @@ def test_several_loggers_are_given_the_same() -> None:
         assert logger.rows == [{"kind": "epoch", "step": 1, "loss": 2.0}]
         assert logger.figures == [(2, "grid")]
         assert logger.final == {"accuracy": 0.5}
+
+
+class FullDisk(Logger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = False
+
+    def scalars(self, step: int, values: loggers.Scalars, *, kind: str = "step") -> None:
+        if not self.free:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_logger_that_can_not_write_is_named_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    full, kept = FullDisk(), InMemoryLogger()
+    together = Loggers([full, kept])
+    for full.free in (False, False, True, False):
+        together.scalars(1, {"loss": 0.5})
+    said = "METRICS ARE LOST: FullDisk can't write ([Errno 28] No space left on device). The run goes on"
+    assert caplog.messages == [said, said], "once each time that it begins"
+    assert len(kept.rows) == 4
+
+
+def test_rows_of_a_full_disk_come_when_there_is_space_again(tmp_path: Path) -> None:
+    try:
+        disk = SmallDisk(tmp_path / "disk", 1 << 20)
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        together = Loggers([MetricsFile(tmp_path / "disk" / "metrics.jsonl")])
+        together.scalars(1, {"loss": 0.5})
+        disk.fill([])
+        for step in range(2, 30):
+            together.scalars(step, {"loss": 0.5})
+        disk.clear()
+        together.scalars(30, {"loss": 0.5})
+        together.close()
+        assert [row["step"] for row in rows(tmp_path / "disk" / "metrics.jsonl")] == list(range(1, 31))
+    finally:
+        disk.remove(keep=False)
 
 
 def test_pictures_are_drawn_only_where_somebody_takes_them(tmp_path: Path) -> None:

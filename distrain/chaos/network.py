@@ -38,7 +38,7 @@ class Network:
         self._names = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> Network:
-        switch = f"{self._tag}sw"
+        switch = self._switch
         lines = ["127.0.0.1 localhost"]
         try:
             _ip("netns", "add", switch)
@@ -75,6 +75,10 @@ class Network:
     def _hosts_file(self) -> Path:
         return Path(self._names.name, "hosts")
 
+    @property
+    def _switch(self) -> str:
+        return f"{self._tag}sw"
+
     def _space(self, host: int) -> str:
         return f"{self._tag}h{host}"
 
@@ -91,15 +95,35 @@ class Network:
                 bucket = ["tbf", "rate", rate, "burst", _BURST, "latency", "50ms"]
                 _ip(*on, "add", "dev", "eth0", "root", *bucket)
 
+    def cut(self, host: int) -> None:
+        """Takes a host's cable out; nothing arrives there or leaves it, and nobody is told."""
+        _ip("-n", self._switch, "link", "set", f"v{host}", "down")
+
+    def delay(self, seconds: float) -> None:
+        """Lets everything that hosts send arrive so much later, or crawl where this kernel can't do that."""
+        for host in range(self.hosts):
+            on = ["ip", "netns", "exec", self._space(host), "tc", "qdisc", "add", "dev", "eth0", "root"]
+            late = ["netem", "delay", f"{seconds * 1000:.0f}ms"]
+            if subprocess.run([*on, *late], check=False, capture_output=True).returncode:
+                # The queue holds as much as arrives meanwhile, and no more is let out than a modem would.
+                crawling = ["tbf", "rate", "256kbit", "burst", "4kb", "latency", f"{seconds * 1000:.0f}ms"]
+                subprocess.run([*on, *crawling], check=True)
+
+    def mend(self) -> None:
+        """Links are whole again, and as fast as they can be."""
+        for host in range(self.hosts):
+            _ip("-n", self._switch, "link", "set", f"v{host}", "up")
+        self.limit(None)
+
     def start(
         self, host: int, command: Sequence[str], variables: Mapping[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
-        """Starts a command on a host; what it prints goes to ``log``."""
+        """Starts a command on a host; what it prints is added to ``log``."""
         # `ip netns exec` would mount another /sys, without which some programs don't run.
         enter = ["nsenter", f"--net=/run/netns/{self._space(host)}", "unshare", "--uts", "--mount"]
         shell = f'hostname host{host}; mount --bind {self._hosts_file} /etc/hosts; exec "$@"'
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", **variables}
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             return subprocess.Popen(
                 [*enter, "sh", "-c", shell, "_", *command], env=environment, stdout=file, stderr=subprocess.STDOUT
             )

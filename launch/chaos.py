@@ -1,0 +1,32 @@
+"""Hurts trainings and looks whether they recover: ``python launch/chaos.py faults=20 -- strategy=ddp …``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distrain import cli
+
+LAUNCH = Path(__file__).resolve().parent
+CONF = LAUNCH.parent / "conf"
+#: What stands after each ``--``: the keys of one training.
+TRAININGS: list[list[str]] = []
+
+
+def task(composed: DictConfig) -> None:
+    """Hurts all trainings of the command line."""
+    # Imports torch, which --help and most mistakes need not wait for.
+    from distrain.commands import chaos, settings
+
+    chaos.run(settings.load(chaos.ChaosSettings, composed), TRAININGS, CONF, LAUNCH)
+
+
+if __name__ == "__main__":
+    # Hydra would take the trainings' keys for its own.
+    while "--" in sys.argv:
+        last = len(sys.argv) - 1 - sys.argv[::-1].index("--")
+        TRAININGS.insert(0, sys.argv[last + 1 :])
+        sys.argv = sys.argv[:last]
+    cli.main(task, CONF, "chaos")

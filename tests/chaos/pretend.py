@@ -1,0 +1,182 @@
+"""A training that is none: counts, saves, fails and goes on as distrain's would, in milliseconds; or does it wrong.
+
+``python pretend.py ranks=2 steps=40 [wrong=…] run_dir=…`` is the launcher; it starts itself once for each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEP_SECONDS = 0.005
+SAVE_EVERY = 5
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def main() -> None:
+    keys = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    run = Path(keys["run_dir"])
+    if "RANK" not in os.environ:
+        sys.exit(launch(int(keys.get("ranks", 2)), run, keys.get("wrong", "")))
+    if os.environ["RANK"] != "0":
+        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+        time.sleep(600)
+    train(run, int(keys["steps"]), keys.get("wrong", ""))
+
+
+# --- what a launcher and the other ranks would do --------------------------------------------------------------------
+
+
+def launch(ranks: int, run: Path, wrong: str) -> int:
+    run.joinpath("logs").mkdir(parents=True, exist_ok=True)
+    for name in ("failure.json", "stopped.json"):
+        run.joinpath(name).unlink(missing_ok=True)
+    command = [sys.executable, *sys.argv]
+    children = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, start_new_session=True)
+        for rank in range(ranks)
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: children[0].send_signal(signal.SIGUSR1))
+    if wrong == "orphan":
+        subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
+    failed = None
+    while children[0].poll() is None and failed is None:
+        hurt = [rank for rank, child in enumerate(children) if child.poll() or stands_still(child.pid)]
+        if hurt and children[hurt[0]].poll() == 75:
+            # The rank that was warned tells the one that saves.
+            children[0].send_signal(signal.SIGUSR1)
+            break
+        if hurt:
+            failed = hurt[0]
+        time.sleep(0.005)
+    if failed is None:
+        code = children[0].wait()
+        failed = 0 if code not in (0, 75) else None
+    if failed is not None and wrong != "silent":
+        run.joinpath("failure.json").write_text(
+            json.dumps({"rank": 1 - failed if wrong == "blame" else failed, "error": "lost"})
+        )
+    for child in children:
+        child.kill()
+        child.wait()
+    return 1 if failed is not None else code
+
+
+def stands_still(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+# --- what rank 0 would do --------------------------------------------------------------------------------------------
+
+
+def train(run: Path, steps: int, wrong: str) -> None:
+    stop: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: stop.append(number))
+    step, value = go_on(run, wrong)
+    with run.joinpath("metrics.jsonl").open("ab", buffering=0) as metrics:
+        while step < steps:
+            step, value = step + 1, (value * 1103515245 + 12345) % 2**31
+            try:
+                metrics.write(json.dumps({"kind": "step", "step": step, "time": time.time()}).encode() + b"\n")
+                if step % SAVE_EVERY == 0 or stop:
+                    save(run / "checkpoints", step, value)
+            except OSError as error:
+                print(f"not saved: {error}", file=sys.stderr, flush=True)
+            if stop:
+                run.joinpath("stopped.json").write_text(json.dumps({"step": 0 if wrong == "stop" else step}))
+                os._exit(75)
+            time.sleep(STEP_SECONDS)
+    if wrong == "chance":
+        save(run / "checkpoints", steps, time.time_ns())
+    # A disk that is still full now would be a failure, and is not what is tried here.
+    run.joinpath("checkpoints").mkdir(exist_ok=True)
+    while not run.joinpath("checkpoints", f"step_{steps:08d}").is_dir():
+        with contextlib.suppress(OSError):
+            save(run / "checkpoints", steps, value)
+    run.joinpath("summary.json").write_text(json.dumps({"steps": steps}))
+
+
+def go_on(run: Path, wrong: str) -> tuple[int, int]:
+    found = None
+    for path in sorted(run.glob("checkpoints/step_*")):
+        problem = damage(path)
+        if wrong == "believes" or problem is None:
+            found = path
+        else:
+            log(run, f"WARNING checkpoint left out: {problem}")
+    if found is None or wrong == "forgets":
+        cut(run / "metrics.jsonl", 0)
+        return 0, 1
+    step = int(found.name[5:])
+    if wrong != "rows":
+        cut(run / "metrics.jsonl", step)
+    log(run, f"INFO resumed from {found}: step {step}, epoch 0")
+    try:
+        value = int.from_bytes((found / "model.safetensors").read_bytes()[-8:], "little")
+    except OSError:
+        value = 0
+    return step, value + (1 if wrong == "sum" else 0)
+
+
+def cut(path: Path, step: int) -> None:
+    rows = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(f"{row}\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= step))
+
+
+def log(run: Path, line: str) -> None:
+    with run.joinpath("logs", "rank_0.log").open("a") as file:
+        file.write(line + "\n")
+
+
+def damage(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name in FILES:
+            if manifest[name]["sha256"] != hashlib.sha256((path / name).read_bytes()).hexdigest():
+                return f"{path / name} differs"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} can't be read"
+    return None
+
+
+def save(folder: Path, step: int, value: int) -> None:
+    temporary, final = folder / f".step_{step:08d}.0", folder / f"step_{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "model.safetensors").write_bytes(packed("w", value))
+    (temporary / "optimizer.safetensors").write_bytes(packed("w/moment", value // 2))
+    state = {"progress": {"step": step}, "scalars": {}, "layout": {"world_size": 1}}
+    (temporary / "state.json").write_text(json.dumps(state))
+    contents = {name: (temporary / name).read_bytes() for name in FILES}
+    manifest = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    (temporary / "manifest.json").write_text(json.dumps(manifest))
+    time.sleep(STEP_SECONDS)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for path in sorted(folder.glob("step_*"))[:-3]:
+        shutil.rmtree(path)
+
+
+def packed(name: str, value: int) -> bytes:
+    """A safetensors file with one whole number, without the seconds that importing the package takes."""
+    header = json.dumps({name: {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    return struct.pack("<Q", len(header)) + header + struct.pack("<q", value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""``launch/chaos.py`` as users type it: a training that is really hurt, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import LAUNCH
+from tests.trained import Refusal
+
+if sys.platform != "linux":
+    pytest.skip("needs /proc", allow_module_level=True)
+
+SMALL = (
+    "experiment=chaos",
+    "data.train_size=200",
+    "trainer.max_steps=60",
+    "checkpoint.every_steps=5",
+    "runtime.timeout_seconds=30",
+)
+
+
+def test_killed_and_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    arguments = ["faults=2", "kinds=[kill_rank,flip_bit]", f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'found'}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(LAUNCH / "chaos.py"), *arguments, "--", "strategy=ddp", *SMALL],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent)},
+        capture_output=True,
+        text=True,
+        timeout=115,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ddp, run 1 ended as the undisturbed one" in done.stdout
+    found = json.loads(tmp_path.joinpath("found").read_text())
+    assert (found["faults"], found["recovered"], found["identical"]) == (2, 2, 2)
+    assert {each["fault"]["kind"] for each in found["recoveries"]} == {"kill_rank", "flip_bit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "training: none is given; put its keys after --, as in: -- strategy=ddp"),
+        (["falts=3", "--", "strategy=ddp"], "falts: no such key"),
+        (["faults=0", "--", "strategy=ddp"], "faults=0: must be at least 1"),
+        (["kinds=[kill_rnk]", "--", "strategy=ddp"], "kinds=kill_rnk: unknown choice; choices: kill_rank"),
+        (["--", "strategy=dpd"], "strategy=dpd: no such choice"),
+        (["--", "strategy=ddp", "optimizer.lrr=1"], "optimizer.lrr: no such key"),
+        (["--", "strategy=ddp", "run_dir=here"], "run_dir=here: is for this command to choose"),
+        (["nproc=3", "--", "strategy=pipeline"], "strategy.stages=2: "),
+        (["launcher=train", "--", "strategy=ddp"], "launcher=train: needs {keys}"),
+        (["nproc=1", "kinds=[cut_link]", "--", "strategy=single"], "kinds=cut_link: "),
+        (["folder=.", "--", "strategy=ddp"], "folder=.: is not empty"),
+    ],
+)
+def test_mistake_is_told_in_one_line(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    tmp_path.joinpath("something").touch()
+    monkeypatch.chdir(tmp_path)
+    assert line in refusal("chaos", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
