@@ -35,6 +35,15 @@ class Claim:
         Raises:
             RuntimeError: One has; it says where.
         """
-        found = self._file.read_text() if self._file.exists() else ""
+        try:
+            found = self._file.read_text()
+        except OSError:
+            # Gone with its folder, or a file system out of breath: saving will tell.
+            return
         if found != self._mine:
-            raise RuntimeError(f"another start of this run has taken over {self._file.parent}: {found or 'no claim'}")
+            raise RuntimeError(f"another start of this run has taken over {self._file.parent}: {found}")
+
+    def release(self) -> None:
+        """The run has ended; nobody writes any more."""
+        self.check()
+        self._file.unlink(missing_ok=True)

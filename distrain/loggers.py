@@ -169,13 +169,13 @@ class TensorBoardLogger(Logger):
         self._folder = run_dir / "tensorboard"
         self._open = functools.partial(SummaryWriter, str(self._folder), flush_secs=config.flush_seconds)
         self._opened: SummaryWriter | None = None
-        self._goes_on_from: int | None = None
+        self._purges_from: int | None = None
 
     @property
     def _writer(self) -> SummaryWriter:
         if self._opened is None:
             # A TensorBoard that is watching holds what the files don't say any more; a purge step tells it.
-            self._opened = self._open(purge_step=self._goes_on_from)
+            self._opened = self._open(purge_step=self._purges_from)
         return self._opened
 
     def go_back(self, step: int, *, amid_epoch: bool) -> None:
@@ -193,7 +193,8 @@ class TensorBoardLogger(Logger):
 
         self.close()
         event_files.leave_out(self._folder, belongs)
-        self._goes_on_from = step + 1 if event_files.files(self._folder) else None
+        # At the first start too: a reader takes only a second one for a restart.
+        self._purges_from = step + 1 if step else 0
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Adds one point to each curve."""

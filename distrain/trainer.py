@@ -409,6 +409,8 @@ class Trainer:
             told = {key: value for key, value in chosen.items() if not key.startswith(_NOT_HYPERPARAMETERS)}
             self._logger.hyperparameters(told, final)
             write_json(self.runtime.run_dir / "summary.json", summary)
+        if self._claim is not None:
+            self._claim.release()
         self._logger.close()
         return summary
 

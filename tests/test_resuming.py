@@ -91,7 +91,7 @@ CHAIN = (
 
 
 def test_the_ranks_may_change_every_ten_steps(tmp_path: Path) -> None:
-    whole = start(1, *CHAIN, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")
+    whole = [train(*CHAIN, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")]
     steps = []
     pipeline = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")
     for end, ranks, strategy in (
@@ -100,7 +100,8 @@ def test_the_ranks_may_change_every_ten_steps(tmp_path: Path) -> None:
         (30, 1, ()),
         (40, 3, ("strategy=ddp",)),
     ):
-        last = start(ranks, *CHAIN, *strategy, f"run_dir={tmp_path}/parts", f"trainer.max_steps={end}")
+        options = (*CHAIN, *strategy, f"run_dir={tmp_path}/parts", f"trainer.max_steps={end}")
+        last = start(ranks, *options) if ranks > 1 else [train(*options)]
         steps += steps_of(last)
     for rank in last:
         assert relative_difference(rank["model"], whole[0]["model"]) <= 1e-5
@@ -121,9 +122,9 @@ def test_the_ranks_may_change_every_ten_steps(tmp_path: Path) -> None:
 
 
 def test_the_batch_size_may_change_amid_an_epoch(tmp_path: Path) -> None:
-    first = start(1, *CHAIN, f"run_dir={tmp_path}", "trainer.max_steps=5")
-    second = start(1, *CHAIN, f"run_dir={tmp_path}", "data.batch_size=16", "trainer.max_steps=10")
-    steps = steps_of(first) + steps_of(second)
+    first = train(*CHAIN, f"run_dir={tmp_path}", "trainer.max_steps=5")
+    second = train(*CHAIN, f"run_dir={tmp_path}", "data.batch_size=16", "trainer.max_steps=10")
+    steps = steps_of([first]) + steps_of([second])
     assert [len(step) for step in steps] == [*[10] * 5, *[16] * 4, 13]
     assert sorted(sample for step in steps for sample in step) == list(range(127))
 
@@ -219,6 +220,8 @@ def test_one_process_has_its_table_too(tmp_path: Path) -> None:
         "best metric": "exact",
     }
     assert "epoch 1, 20 of 48 samples seen" in said(again.folder)
+    start(2, "strategy=ddp", *options, f"run_dir={tmp_path}/ddp", f"resume={run.checkpoint(7)}", "trainer.max_steps=7")
+    assert (hows(tmp_path / "ddp")["loss scale"], hows(tmp_path / "ddp")["best metric"]) == ("exact", "exact")
     rounded = Run(
         tmp_path / "other", *options[1:], "trainer.precision=fp64", "trainer.max_steps=8", f"resume={run.checkpoint(7)}"
     )
