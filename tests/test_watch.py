@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,6 +159,29 @@ def test_a_worker_that_the_others_can_do_without_gives_itself_up(tmp_path: Path)
     assert not (tmp_path / "failure.json").exists()
     assert "no progress within runtime.timeout_seconds=2 in training" in (tmp_path / "logs" / "rank_1.log").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["parameter_server"]["lost_workers"][0]["rank"] == 1
+
+
+def elsewhere(configuration: Config, trouble: str, rank: int, batch: int) -> str:
+    """As :func:`troubled`, with each rank on a host of its own, as far as it can tell."""
+    socket.gethostname = lambda: f"host{os.environ['RANK']}"
+    return troubled(configuration, trouble, rank, batch)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error"),
+    [
+        ("SIGKILL", "its connections broke off and it gives no sign of life"),
+        ("SIGSTOP", "no sign of life for 2 s (stopped, or its host or network is gone) in training"),
+    ],
+)
+def test_a_rank_on_another_host_is_missed(trouble: str, error: str, tmp_path: Path) -> None:
+    configuration = configured(tmp_path, "ddp")
+    outcomes = run_ranks_to_the_end(elsewhere, 2, configuration, trouble, 1, 3, timeout=20)
+    assert "failed" in str(outcomes[0]) or str(outcomes[0]) == "died with exit code 1"
+    found = report(tmp_path)
+    assert (found["rank"], found["host"], found["step"], found["error"]) == (1, "host1", 3, error)
+    # A launcher on that host would have to end what is stopped there.
+    assert str(outcomes[1]) == ("died with exit code -9" if trouble == "SIGKILL" else "still running after 20 s")
 
 
 def test_a_crash_below_python_leaves_its_stack(tmp_path: Path) -> None:
