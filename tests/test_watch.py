@@ -23,6 +23,7 @@ from distrain.config import Config
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
 from distrain.runtime import Failed, Runtime, World
+from distrain.verdict import GONE
 from tests.harness import run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank
 
@@ -182,6 +183,63 @@ def test_a_rank_on_another_host_is_missed(trouble: str, error: str, tmp_path: Pa
     assert (found["rank"], found["host"], found["step"], found["error"]) == (1, "host1", 3, error)
     # A launcher on that host would have to end what is stopped there.
     assert str(outcomes[1]) == ("died with exit code -9" if trouble == "SIGKILL" else "still running after 20 s")
+
+
+def served_by_rank_0(configuration: Config, port: int) -> str:
+    """Trains without a launcher that serves the store; rank 0 is killed."""
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
+    return troubled(configuration, "SIGKILL", 0, 3)
+
+
+def test_the_rank_that_served_the_store_is_named_without_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    configuration = configured(tmp_path, "ddp")
+    outcomes = run_ranks_to_the_end(served_by_rank_0, 2, configuration, port, timeout=60)
+    assert str(outcomes[0]) == "died with exit code -9"
+    assert "failed" in str(outcomes[1]) or str(outcomes[1]) == "died with exit code 1"
+    found = report(tmp_path)
+    assert (found["rank"], found["step"], found["error"]) == (0, 3, GONE)
+    assert found["samples"] == expected_samples(configuration, (0, 2))
+
+
+def asked_to_stop(configuration: Config) -> tuple[str | None, str]:
+    """Trains where somebody looks at requests to stop; rank 1 fails, and rank 0 has been asked to stop."""
+    reads = 0
+    take = Loader._take
+    world = World.from_environment()
+
+    def take_or_not(loader: Loader, rows: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        if reads == 4:
+            if world.rank == 1:
+                fail()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(loader, rows)
+
+    Loader._take = take_or_not  # type: ignore[method-assign, assignment]
+    requested: str | None = None
+    try:
+        with Runtime(configuration, world) as runtime:
+            trainer = app.build_trainer(configuration, runtime, app.source(configuration).load())
+            runtime.stoppable = True
+            try:
+                trainer.fit()
+            finally:
+                requested = runtime.stop_requested
+    except Failed as failed:
+        return requested, str(failed.__cause__)
+    return requested, "finished"
+
+
+def test_a_request_to_stop_does_not_hide_a_failure(tmp_path: Path) -> None:
+    configuration = configured(tmp_path, "ddp")
+    (requested, ended), other = run_ranks(asked_to_stop, 2, configuration)
+    assert requested == "SIGTERM"
+    assert ended not in ("finished", "ended by SIGTERM")
+    assert other == (None, "planted")
+    assert (report(tmp_path)["rank"], report(tmp_path)["error"]) == (1, "ArithmeticError: planted")
 
 
 def test_a_crash_below_python_leaves_its_stack(tmp_path: Path) -> None:
