@@ -453,7 +453,7 @@ class Runtime:
         self._watch.freeze(error)
         reached: Store | None = store
         try:
-            # Where a launcher ends the others, the one that they did without is the reason after all.
+            # A launcher that ends the run may do so because of a rank that the others did without.
             passed_over = set() if isinstance(error, Terminated) else self.lost
             failure = self._watch.culprit(error, store, passed_over) or own
         except RuntimeError as gone:

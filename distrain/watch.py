@@ -154,12 +154,18 @@ class Watch:
         began = time.monotonic()
         # A collective that breaks off is most often a peer's failure: give that peer the time to say so.
         while (waited := time.monotonic() - began) < _MISS_SECONDS:
+            # In this order: who said something and then ended, did so in the store before.
+            gone = [rank for rank, member in enumerate(self._members) if member.is_gone]
             if store.get(CLAIM) != NO_CLAIM.encode():
                 return lost
+            for rank, beat in read_beats(store, gone).items():
+                # Where a launcher ends the others, one that they would have done without is the reason after all.
+                done_without = beat.expendable and not isinstance(error, Terminated)
+                # A server learns from beats which step it was, and they may be a second old.
+                is_early = waited < _SAY_SECONDS and not self._position.is_measured
+                if not (beat.left or done_without or rank in passed_over or is_early):
+                    return self.failure_of(rank, GONE)
             if waited > _SAY_SECONDS:
-                for rank, seen in self._seen.items():
-                    if self._members[rank].is_gone and not seen.beat.left and rank not in passed_over:
-                        return self.failure_of(rank, GONE)
                 if not broken or all(member.is_near for member in self._members):
                     break
                 for rank in self._missed():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distrain.data.sampler import epoch_order, shard_bounds
+from distrain.data.sampler import batch_share, epoch_order, shard_bounds
 
 
 def test_order_is_a_permutation_fixed_by_seed_epoch_and_count() -> None:
@@ -29,3 +29,13 @@ def test_shards_are_contiguous_and_differ_by_at_most_one(count: int, shards: int
     assert bounds[-1][1] == count
     sizes = [high - low for low, high in bounds]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_shares_of_a_batch_are_the_next_samples_of_the_epoch() -> None:
+    order = epoch_order(1, 2, 47).tolist()
+    shares = [batch_share(1, 47, 2, 10, 10, (index, 3)) for index in range(3)]
+    assert [*shares[0], *shares[1], *shares[2]] == order[10:20]
+    assert [len(share) for share in shares] == [4, 3, 3]
+    # The last batch of an epoch has what is left.
+    assert batch_share(1, 47, 2, 40, 10, (0, 1)) == order[40:]
+    assert batch_share(1, 47, 2, 47, 10, (0, 1)) == []
