@@ -10,17 +10,7 @@ from typing import Any
 
 import torch
 
-from distrain import (  # noqa: F401
-    callbacks,
-    checkpoint,
-    loggers,
-    losses,
-    models,
-    nonfinite,
-    optimizers,
-    schedulers,
-    strategies,
-)
+from distrain import callbacks, checkpoint, loggers, losses, models, optimizers, schedulers, strategies  # noqa: F401
 from distrain import config as configuration
 from distrain.compression import base as compression
 from distrain.config import Config, ConfigError, choices
@@ -97,7 +87,6 @@ def check(config: Config, world: World) -> None:
             f"the global batch is smaller than the {shares} ranks that share it",
         )
     compression.chosen(config).check(config)
-    nonfinite.check(config, strategy_base.chosen(config).travels, world.size)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)
     spec = source(config).describe()
