@@ -175,11 +175,15 @@ def go_round(
     world = World.from_environment()
     step = 0
     found = []
+
+    def met() -> bool:
+        return step % every == 0
+
     with Runtime(small("strategy=ddp", "data.batch_size=30"), world, keep_logs=False) as runtime:
         aside = runtime.aside()
         for pauses in all_pauses:
             wish, heard = Wish.NOTHING, []
-            rounds = Rounds(aside, lambda: step % every == 0, prompt=prompt)
+            rounds = Rounds(aside, met, prompt=prompt)
             for step in range(1, steps + 1):
                 time.sleep(pauses[world.rank])
                 if world.rank == who and step == when:
