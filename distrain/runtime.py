@@ -47,6 +47,7 @@ _SAME_REQUEST_SECONDS = 5.0
 
 #: Numbers the meetings of this process; all ranks count alike.
 _MEETINGS = itertools.count()
+_BEGINNINGS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -281,10 +282,10 @@ class Runtime:
         except dist.DistError as error:
             raise RuntimeError(f"can't reach the store at {address}:{port}: {_first_line(error)}") from error
         # So do the earlier runs of this process (Hydra's --multirun).
-        attempt, meeting = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_MEETINGS)
-        prefixed = PrefixStore(f"distrain/{attempt}/{meeting}", store)
-        # The store of a launcher's agent outlives its attempts.
-        self.began = float(store.compare_set(f"distrain/began/{meeting}", "", repr(self.began)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefixed = PrefixStore(f"distrain/{attempt}/{next(_MEETINGS)}", store)
+        # The store of a launcher's agent outlives its attempts, which run the same runs (Hydra's --multirun).
+        self.began = float(store.compare_set(f"distrain/began/{next(_BEGINNINGS)}", "", repr(self.began)))
         here = {"host": self.world.host, "pid": os.getpid()}
         prefixed.set(f"here/{self.world.rank}", json.dumps(here))
         missing = []

@@ -144,7 +144,7 @@ class Trainer:
                     self._log()
                 if Wish.BACK in agreed:
                     self._rewind()
-                if Wish.SAVE in agreed or self._save_is_due():
+                if self._save_is_due(agreed):
                     with self._clock.paused():
                         self._save()
                 if agreed.reason:
@@ -175,9 +175,15 @@ class Trainer:
             return self._control.agreed(back)
         return self._control.agreed() | back
 
-    def _save_is_due(self) -> bool:
+    def _save_is_due(self, agreed: Wish) -> bool:
         every = self.config.checkpoint.every_steps
-        return every is not None and self.progress.step % every == 0
+        due = Wish.SAVE in agreed or (every is not None and self.progress.step % every == 0)
+        # The end of an epoch saves by itself, with what it found.
+        ends_epoch = self.progress.epoch_samples >= len(self.splits.train)
+        return due and not (ends_epoch and self._epoch_saves(self.progress.epoch + 1))
+
+    def _epoch_saves(self, epoch: int) -> bool:
+        return epoch % self.config.checkpoint.every_epochs == 0
 
     def _done(self) -> bool:
         return self._at_limit() or self.progress.epoch >= self.config.trainer.epochs
@@ -251,7 +257,7 @@ class Trainer:
         self.progress.epoch_samples = 0
         # Every update of a short epoch may have been left out.
         self.progress.train_loss = loss / count if count else math.nan
-        saves = self.progress.epoch % self.config.checkpoint.every_epochs == 0
+        saves = self._epoch_saves(self.progress.epoch)
         values = {
             "epoch": float(self.progress.epoch),
             "epoch/train_loss": self.progress.train_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 from torch import Tensor
 
 from distrain import app, checkpoint, cli
+from distrain import runtime as runtime_module
 from distrain.callbacks import Callback
 from distrain.config import Config
 from distrain.control import Alone, Control, Rounds, Wish
@@ -336,10 +338,8 @@ def began(config: Config) -> list[float]:
     times = []
     for attempt in range(2):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-        from distrain import runtime as module
-
         # As in a process that the launcher has started anew.
-        module._MEETINGS = iter(range(99))  # type: ignore[assignment]
+        runtime_module._BEGINNINGS = itertools.count()
         time.sleep(0.05)
         with Runtime(config, World.from_environment(), keep_logs=False) as runtime:
             times.append(runtime.began)
