@@ -15,7 +15,6 @@ from distrain import (  # noqa: F401
     loggers,
     losses,
     models,
-    nonfinite,
     optimizers,
     resuming,
     schedulers,
@@ -91,7 +90,6 @@ def check(config: Config, world: World) -> None:
             f"the global batch is smaller than the {shares} ranks that share it",
         )
     compression.chosen(config).check(config)
-    nonfinite.check(config, strategy_base.chosen(config).travels, world.size)
     resuming.check(config)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)

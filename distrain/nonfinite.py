@@ -24,8 +24,7 @@ from torch import Tensor
 
 from distrain import checkpoint
 from distrain.checkpoint import DamagedCheckpoint
-from distrain.compression.base import LossyConfig
-from distrain.config import Config, ConfigError
+from distrain.config import Config
 from distrain.runtime import PeerLost
 
 if TYPE_CHECKING:
@@ -42,28 +41,6 @@ _SHOWN = 8
 
 class NonFinite(RuntimeError):
     """A loss, a gradient or a parameter is NaN or infinite, and the run is not to go on."""
-
-
-def check(config: Config, travels: str, world_size: int) -> None:
-    """Refuses what can't be gone on with.
-
-    Args:
-        config: The run's configuration.
-        travels: What the strategy reduces; where it is gradients, a compressor sees one that is not finite.
-        world_size: Ranks.
-
-    Raises:
-        ConfigError: One line that names the key, the value and the choices.
-    """
-    chosen = config.compression
-    keeps = isinstance(chosen, LossyConfig) and chosen.error_feedback
-    if config.trainer.on_nonfinite == "skip" and keeps and travels == "gradients" and world_size > 1:
-        raise ConfigError(
-            "trainer.on_nonfinite",
-            "skip",
-            f"would leave NaN in what compression={chosen.name} has not sent yet",
-            ["stop", "rewind"],
-        )
 
 
 class Watch:

@@ -68,7 +68,7 @@ has_talked = False
 #: Numbers the runs of this process that chose a folder by themselves; all attempts count alike.
 _RUNS = itertools.count()
 #: Numbers all runs of this process, likewise.
-_STARTS = itertools.count()
+_BEGINNINGS = itertools.count()
 #: Digits of a number in the launcher's environment.
 _LONGEST_NUMBER = 9
 
@@ -264,7 +264,7 @@ class Runtime:
             self._flush,
         )
         # A launcher's store outlives its attempts.
-        began = launcher.compare_set(f"distrain/began/{next(_STARTS)}", "", repr(self.began))
+        began = launcher.compare_set(f"distrain/began/{next(_BEGINNINGS)}", "", repr(self.began))
         self.began = float(began)
         return PrefixStore(prefix, launcher)
 

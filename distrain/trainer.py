@@ -156,7 +156,7 @@ class Trainer:
                     self._log()
                 if Wish.BACK in agreed:
                     self._rewind()
-                if Wish.SAVE in agreed or self._save_is_due():
+                if self._save_is_due(agreed):
                     with self._clock.paused():
                         self._save()
                 if agreed.reason:
@@ -188,13 +188,12 @@ class Trainer:
             return self._control.agreed(back)
         return self._control.agreed() | back
 
-    def _save_is_due(self) -> bool:
+    def _save_is_due(self, agreed: Wish) -> bool:
         every = self.config.checkpoint.every_steps
-        if every is None or self.progress.step % every:
-            return False
+        due = Wish.SAVE in agreed or (every is not None and self.progress.step % every == 0)
         # The end of an epoch saves by itself, with what it found.
         ends_epoch = self.progress.epoch_samples >= len(self.splits.train)
-        return not (ends_epoch and self._epoch_saves(self.progress.epoch + 1))
+        return due and not (ends_epoch and self._epoch_saves(self.progress.epoch + 1))
 
     def _epoch_saves(self, epoch: int) -> bool:
         return epoch % self.config.checkpoint.every_epochs == 0

@@ -163,9 +163,7 @@ def skipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 ILL_STEPS = {4: "loss", 6: "gradient"}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "clip"), [("ddp", "null"), ("pipeline", "null"), ("pipeline", "0.5"), ("sync", "null")]
-)
+@pytest.mark.parametrize(("strategy", "clip"), [("ddp", "null"), ("pipeline", "0.5"), ("sync", "null")])
 def test_all_ranks_leave_out_what_one_can_t_use(
     strategy: str, clip: str, skipped: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -239,7 +237,10 @@ def test_an_overflow_of_the_loss_scale_is_nothing_to_tell_of() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_ranks_go_back_to_the_newest_checkpoint_and_then_to_the_one_before(strategy: str, tmp_path: Path) -> None:
-    options = ("trainer.on_nonfinite=rewind", "checkpoint.every_steps=2")
+    options = ["trainer.on_nonfinite=rewind", "checkpoint.every_steps=2"]
+    if strategy == "ddp":
+        # What a compressor keeps goes back too.
+        options += ["compression=topk", "compression.min_elements=1"]
     steps = {6: "loss", 7: "gradient"}
     found = run_ranks(train, ranks(strategy), config(strategy, tmp_path, *options), 0, steps)
     for each in found[: min(2, ranks(strategy))]:
@@ -257,6 +258,9 @@ def test_all_ranks_go_back_to_the_newest_checkpoint_and_then_to_the_one_before(s
     for part in ("model", "optimizer"):
         assert all(torch.equal(six[0][part][name], tensor) for name, tensor in four[0][part].items())
     assert (six[1]["samples"], six[1]["rewinds"]) == (48 + 10, 1)
+    newest = checkpoint.load(checkpoint.all_in(tmp_path / "checkpoints")[-1])[0]
+    assert all(finite(kept) for kept in newest["compressor"])
+    assert (strategy == "ddp") == any(name.startswith("residual") for name in newest["compressor"][0])
 
 
 def test_a_run_whose_ranks_train_apart_goes_back_at_a_merge(tmp_path: Path) -> None:
@@ -266,20 +270,6 @@ def test_a_run_whose_ranks_train_apart_goes_back_at_a_merge(tmp_path: Path) -> N
     assert finite(found[0]["model"])
     for name, tensor in found[0]["model"].items():
         assert torch.equal(tensor, found[1]["model"][name])
-
-
-def test_what_a_compressor_keeps_goes_back_too(tmp_path: Path) -> None:
-    options = (
-        "compression=topk",
-        "compression.min_elements=1",
-        "trainer.on_nonfinite=rewind",
-        "checkpoint.every_steps=2",
-    )
-    found = run_ranks(train, 2, config("ddp", tmp_path, *options), 1, {6: "loss"})
-    assert finite(found[0]["model"])
-    newest = checkpoint.load(checkpoint.all_in(tmp_path / "checkpoints")[-1])[0]
-    assert any(name.startswith("residual") for name in newest["compressor"][1])
-    assert all(finite(kept) for kept in newest["compressor"])
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
@@ -307,7 +297,7 @@ def test_a_trail_leaves_out_what_is_damaged_or_gone(tmp_path: Path) -> None:
 # --- stop ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *ALONE_DECIDING])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "async"])
 def test_the_run_ends_with_the_name_of_the_rank_and_nothing_bad_is_saved(strategy: str, tmp_path: Path) -> None:
     rank = 0 if ranks(strategy) == 1 else 1
     # In the pipeline rank 0 has the layer that falls ill, and rank 1 the loss.
@@ -370,6 +360,10 @@ def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -
             "choices: stop, rewind",
         ),
         (
+            ("strategy=ddp", "compression=auto", "trainer.on_nonfinite=skip"),
+            "compression.most_lossy=topk: allows powersgd, but trainer.on_nonfinite=skip: would leave NaN",
+        ),
+        (
             ("strategy=parameter_server", "strategy.mode=async", "trainer.on_nonfinite=rewind"),
             "trainer.on_nonfinite=rewind: needs workers that keep step, not mode=async; choices: stop, skip",
         ),
@@ -378,7 +372,7 @@ def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -
 def test_what_can_t_be_gone_on_with_is_refused(overrides: tuple[str, ...], line: str) -> None:
     with pytest.raises(ConfigError) as refused:
         app.check(small(*overrides), replace(ALONE, size=3))
-    assert str(refused.value) == line
+    assert str(refused.value).startswith(line)
 
 
 def test_local_sgd_may_skip_with_a_compressor() -> None:

@@ -357,6 +357,9 @@ class Auto(Compressor):
         add_residuals(owed, state)
         self.residuals.load_state_dict(owed)
         self._loaded = dict(state)
+        # A run that goes back has used them already.
+        for candidate in self._candidates.values():
+            candidate.load_state_dict({})
 
     def _go_on(self, parameter: str) -> None:
         state, self._loaded = self._loaded, {}

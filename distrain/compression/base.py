@@ -130,12 +130,22 @@ class Compressor(ABC):
             ConfigError: One line naming the key, the value and the choices.
         """
         chosen = config.compression
-        if config.trainer.precision == "fp16" and isinstance(chosen, LossyConfig) and chosen.error_feedback:
+        if not isinstance(chosen, LossyConfig) or not chosen.error_feedback:
+            return
+        if config.trainer.precision == "fp16":
             raise ConfigError(
                 "trainer.precision",
                 "fp16",
                 f"overflows now and then, which would ruin what compression={chosen.name} has not sent yet",
                 ["fp32", "bf16", "fp64"],
+            )
+        travels: str = getattr(choices("strategy")[config.strategy.name].target, "travels")  # noqa: B009 - any callable
+        if config.trainer.on_nonfinite == "skip" and travels == "gradients":
+            raise ConfigError(
+                "trainer.on_nonfinite",
+                "skip",
+                f"would leave NaN in what compression={chosen.name} has not sent yet",
+                ["stop", "rewind"],
             )
 
     # --- what a compressor decides -----------------------------------------------------------------------------------
