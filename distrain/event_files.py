@@ -6,11 +6,14 @@ buffer), its checksum. What is kept is copied as it is.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM_BYTES = 4
@@ -34,8 +37,9 @@ def leave_out(folder: Path, belongs: Callable[[int, Any], bool]) -> None:
         new = folder / f".{path.name.replace('tfevents', 'new')}"
         with path.open("rb") as old, new.open("wb") as kept:
             size = os.fstat(old.fileno()).st_size
-            says_something = False
+            says_something, read = False, 0
             for record, event in _records(old, size):
+                read += len(record)
                 values = event.summary.value
                 if all(belongs(event.step, value) for value in values):
                     kept.write(record)
@@ -43,6 +47,8 @@ def leave_out(folder: Path, belongs: Callable[[int, Any], bool]) -> None:
             unchanged = kept.tell() == size
             kept.flush()
             os.fsync(kept.fileno())
+        if read < size:
+            log.warning("left out what stands in %s after byte %d: it is no event, or was cut short", path, read)
         if unchanged:
             new.unlink()
         elif says_something:

@@ -119,9 +119,13 @@ class MetricsFile(Logger):
         """Writes the file anew, in one step, if a row is too many or was cut short."""
         self._file.close()
         new = self._path.with_name(f".{self._path.name}.new")
+        strange = 0
         with self._path.open("rb") as old, new.open("wb") as kept:
             for line in old:
-                if _belongs(line, step, amid_epoch=amid_epoch):
+                row = _row(line)
+                if row is None:
+                    strange += 1
+                elif _belongs(row, step, amid_epoch=amid_epoch):
                     kept.write(line)
             unchanged = kept.tell() == old.tell()
             kept.flush()
@@ -130,6 +134,8 @@ class MetricsFile(Logger):
             new.unlink()
         else:
             new.replace(self._path)
+        if strange:
+            log.warning("left %d lines out of %s that are no rows of it, or were cut short", strange, self._path)
         self._file = self._path.open("a", buffering=1)
 
     def close(self) -> None:
@@ -137,15 +143,19 @@ class MetricsFile(Logger):
         self._file.close()
 
 
-def _belongs(line: bytes, step: int, *, amid_epoch: bool) -> bool:
-    """Whether a row is of the course that ends at a step."""
+def _row(line: bytes) -> tuple[int, str] | None:
+    """Step and kind of a row; ``None`` where it is none."""
     try:
         row = json.loads(line)
-        at, kind = int(row["step"]), str(row["kind"])
+        return (int(row["step"]), str(row["kind"])) if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):
-        # Cut short.
-        return False
-    return line.endswith(b"\n") and (at < step or (at == step and not (kind == "epoch" and amid_epoch)))
+        return None
+
+
+def _belongs(row: tuple[int, str], step: int, *, amid_epoch: bool) -> bool:
+    """Whether a row is of the course that ends at a step."""
+    at, kind = row
+    return at < step or (at == step and not (kind == "epoch" and amid_epoch))
 
 
 @dataclass

@@ -200,3 +200,14 @@ def test_the_writing_rank_always_has_the_file_and_what_was_chosen(name: str, fol
     logger.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 1
     assert (tmp_path / "tensorboard").exists() == logger.takes_figures == folder
+
+
+def test_a_line_that_is_no_row_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
+    file.write_bytes(rows + b"\x80\x04cos\nsystem\n" + b"[" * 50_000 + b"\n" + b'{"kind": "step", "st')
+    logger = MetricsFile(file)
+    logger.go_back(2, amid_epoch=False)
+    logger.close()
+    assert f"left 4 lines out of {file}" in caplog.text
+    assert file.read_bytes() == rows
