@@ -113,6 +113,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._best_before: tuple[float | None, int | None] = (None, None)
         runtime.position.find_samples = functools.partial(batch_share, config.seed, len(splits.train))
+        # The others have read it by the time that training begins, should this rank not live long.
+        runtime.position.shard = strategy.data_shard
+        runtime.announce()
         self._skipped = 0
         self._watch = Watch(config, strategy, self._everyone)
         self._trail = Trail(self._everyone, runtime.device)
