@@ -250,7 +250,7 @@ class Watch:
                     self._see_off()
                 return
             failure = self._judge()
-            if failure is not None:
+            if failure is not None and not self._closing.is_set():
                 self._end(failure, self._store)
                 return
             self._wake.wait(self._interval)
@@ -305,7 +305,7 @@ class Watch:
             for seen in self._seen.values():
                 seen.forgive(now)
         stuck = is_stuck(self._seen[self._rank], self._limits, now)
-        if stuck is not None and self._position.expendable:
+        if stuck is not None and self._position.expendable and not self._closing.is_set():
             self._give_up(stuck)
         verdict = judge(self._rank, self._seen, self._limits, now)
         suspect, self._suspect = self._suspect, None if verdict is None else verdict.rank
