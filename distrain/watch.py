@@ -48,7 +48,7 @@ _LAST_WORDS_SECONDS = 2.0
 #: How long a peer whose failure broke a collective off has to say so, and to be missed if it can't.
 _SAY_SECONDS, _MISS_SECONDS = 2.0, 6.0
 #: After this the process ends even if its last words can't be written.
-_AT_LAST_SECONDS = 8.0
+_AT_LAST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
