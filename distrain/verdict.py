@@ -90,7 +90,7 @@ class Limits:
     Attributes:
         silence: Without a beat.
         step: Without progress.
-        setup: The same before the first step.
+        setup: The same before the first step and after the last, when figures may be drawn.
     """
 
     silence: float
@@ -99,7 +99,7 @@ class Limits:
 
     def of(self, beat: Beat) -> tuple[float, str]:
         """How long a rank may be without progress in what it does, and the key that says so."""
-        if beat.doing == "set-up":
+        if beat.doing in ("set-up", "finishing"):
             return self.setup, "runtime.setup_timeout_seconds"
         return self.step, "runtime.timeout_seconds"
 

@@ -48,7 +48,7 @@ _LAST_WORDS_SECONDS = 2.0
 #: How long a peer whose failure broke a collective off has to say so, and to be missed if it can't.
 _SAY_SECONDS, _MISS_SECONDS = 2.0, 6.0
 #: After this the process ends even if its last words can't be written.
-_AT_LAST_SECONDS = 8.0
+_AT_LAST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Watch:
                     self._see_off()
                 return
             failure = self._judge()
-            if failure is not None:
+            if failure is not None and not self._closing.is_set():
                 self._end(failure, self._store)
                 return
             self._wake.wait(self._interval)
@@ -310,7 +310,7 @@ class Watch:
             for seen in self._seen.values():
                 seen.forgive(now)
         stuck = is_stuck(self._seen[self._rank], self._limits, now)
-        if stuck is not None and self._position.expendable:
+        if stuck is not None and self._position.expendable and not self._closing.is_set():
             self._give_up(stuck)
         verdict = judge(self._rank, self._seen, self._limits, now)
         suspect, self._suspect = self._suspect, None if verdict is None else verdict.rank

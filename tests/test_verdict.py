@@ -74,11 +74,12 @@ def test_ranks_that_have_just_begun_to_wait_are_not_in_a_deadlock() -> None:
     assert blamed(seen(idle=80, waiting=True), seen(idle=1, waiting=True)) is None
 
 
-def test_setting_up_has_a_limit_of_its_own() -> None:
-    assert blamed(seen(), seen(idle=299, doing="set-up")) is None
-    verdict = blamed(seen(), seen(idle=301, doing="set-up"))
+@pytest.mark.parametrize("doing", ["set-up", "finishing"])
+def test_before_and_after_all_steps_another_limit_counts(doing: str) -> None:
+    assert blamed(seen(), seen(idle=299, doing=doing)) is None
+    verdict = blamed(seen(), seen(idle=301, doing=doing))
     assert verdict is not None
-    assert "no progress within runtime.setup_timeout_seconds=300 in set-up" in verdict.reason
+    assert f"no progress within runtime.setup_timeout_seconds=300 in {doing}" in verdict.reason
 
 
 @pytest.mark.parametrize("told", [{"expendable": True}, {"left": True}])

@@ -165,7 +165,8 @@ def elsewhere(configuration: Config, trouble: str, rank: int, batch: int) -> str
 
 
 def test_a_rank_that_dies_on_another_host_is_missed(tmp_path: Path) -> None:
-    outcomes = run_ranks_to_the_end(elsewhere, 2, configured(tmp_path, "ddp"), "SIGKILL", 1, 3, timeout=60)
+    limits = ("runtime.timeout_seconds=60", "runtime.heartbeat_timeout_seconds=60")
+    outcomes = run_ranks_to_the_end(elsewhere, 2, configured(tmp_path, "ddp", *limits), "SIGKILL", 1, 3, timeout=60)
     assert "failed" in str(outcomes[0]) or str(outcomes[0]) == "died with exit code 1"
     found = report(tmp_path)
     assert (found["rank"], found["host"], found["step"]) == (1, "host1", 3)
