@@ -173,7 +173,8 @@ class Disturbed:
                 if now - changed > self._patience:
                     return f"nothing was logged for {self._patience:g} s"
                 if faults_to_come and self._may_strike(faults_to_come[0], step):
-                    due = now + faults_to_come[0].seconds if due is None else due
+                    if due is None:
+                        due = (begun if faults_to_come[0].step is None else now) + faults_to_come[0].seconds
                     if now >= due:
                         due = None
                         if self._strike(faults_to_come.popleft(), scene, trained=step is not None):
