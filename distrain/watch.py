@@ -45,6 +45,7 @@ _BEATS = 4
 _MOMENT_SECONDS = 3.0
 #: How long a rank that others blame gets to end itself.
 _LAST_WORDS_SECONDS = 2.0
+_DYING_SECONDS = 1.0
 #: How long a peer whose failure broke a collective off has to say so, and to be missed if it can't.
 _SAY_SECONDS, _MISS_SECONDS = 2.0, 6.0
 #: After this the process ends even if its last words can't be written.
@@ -202,8 +203,13 @@ class Watch:
     def loss_of_store(self, problem: str) -> Failure:
         """Whose failure it is that the store can't be reached."""
         address, by_rank_0 = self._meeting.address, self._meeting.is_served_by_rank_0
-        if by_rank_0 and self._members[0].is_gone:
-            return self.failure_of(0, GONE)
+        if by_rank_0 and self._members[0].is_near:
+            # A process that is killed closes its connections a little before it is gone.
+            deadline = time.monotonic() + _DYING_SECONDS
+            while time.monotonic() < deadline:
+                if self._members[0].is_gone:
+                    return self.failure_of(0, GONE)
+                time.sleep(0.02)
         served = f"the store at {address}, which {'it' if by_rank_0 else 'its launcher'} served, can't be reached"
         return self.failure_of(0, f"{served}: {problem}")
 

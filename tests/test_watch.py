@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distrain import app
 from distrain.calls import Calls
 from distrain.collectives import DONE, Pending, _Started
@@ -173,22 +175,25 @@ def test_a_rank_that_dies_on_another_host_is_missed(tmp_path: Path) -> None:
     assert found["error"] == "its connections broke off and it gives no sign of life"
 
 
-def served_by_rank_0(configuration: Config, port: int) -> str:
-    """Trains without a launcher that serves the store; rank 0 is killed."""
+def served_by_rank_0(configuration: Config, trouble: str, port: int) -> str:
+    """Trains without a launcher that serves the store; rank 0 comes to grief."""
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
-    return troubled(configuration, "SIGKILL", 0, 3)
+    return troubled(configuration, trouble, 0, 3)
 
 
-def test_the_rank_that_served_the_store_is_named_without_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("trouble", "error"), [("SIGKILL", GONE), ("SIGSTOP", "can't be reached: no answer for 2 s")])
+def test_the_rank_that_served_the_store_is_named_without_it(trouble: str, error: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configuration = configured(tmp_path, "ddp")
-    outcomes = run_ranks_to_the_end(served_by_rank_0, 2, configuration, port, timeout=60)
+    outcomes = run_ranks_to_the_end(served_by_rank_0, 2, configuration, trouble, port, timeout=60)
     assert str(outcomes[0]) == "died with exit code -9"
     assert "failed" in str(outcomes[1]) or str(outcomes[1]) == "died with exit code 1"
     found = report(tmp_path)
-    assert (found["rank"], found["step"], found["error"]) == (0, 3, GONE)
-    assert found["samples"] == expected_samples(configuration, (0, 2))
+    assert (found["rank"], found["step"]) == (0, 3)
+    assert found["error"].endswith(error)
+    # Unknown if rank 0 was gone before its first beat in training was read.
+    assert found["samples"] in (None, expected_samples(configuration, (0, 2)))
 
 
 def asked_to_stop(configuration: Config) -> tuple[str | None, str]:
