@@ -216,7 +216,7 @@ class Trainer:
 
     def _enter_epoch(self, shard: tuple[int, int]) -> None:
         position, progress = self.runtime.position, self.progress
-        moved = shard != position.shard
+        moved = shard != position.shard or position.doing != "training"
         position.enter_epoch(progress.epoch, progress.epoch_samples, self.config.data.batch_size, shard)
         if moved:
             self.runtime.announce()
