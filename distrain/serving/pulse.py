@@ -26,6 +26,7 @@ class Word:
         expelled: The peer gave this rank up.
         left: The peer was done and said so.
         stopped: What the peer was stopped by, if it was done before its time.
+        fatal: Nobody is to go on without the peer.
     """
 
     reason: str
@@ -33,6 +34,7 @@ class Word:
     expelled: bool = False
     left: bool = False
     stopped: str | None = None
+    fatal: bool = False
 
 
 class Pulse:
@@ -57,14 +59,15 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def say(self, reason: str, *, culprit: Peer | None = None, expelled: bool = False) -> None:
+    def say(self, reason: str, *, culprit: Peer | None = None, expelled: bool = False, fatal: bool = False) -> None:
         """Tells the peer why this rank will be gone.
 
         Raises:
             OSError: Nobody hears it.
         """
         told = None if culprit is None else [culprit.rank, culprit.host]
-        self._connection.send(Kind.NOTICE, {"reason": reason, "culprit": told, "expelled": expelled})
+        meta = {"reason": reason, "culprit": told, "expelled": expelled, "fatal": fatal}
+        self._connection.send(Kind.NOTICE, meta)
 
     def leave(self, stopped: str | None = None) -> None:
         """Tells the peer that this rank is done; it answers alike, and that is then its last word.
@@ -138,7 +141,7 @@ def _word(meta: dict[str, object]) -> Word:
     named = None
     if isinstance(culprit, list) and len(culprit) == 2 and isinstance(culprit[0], int):
         named = Peer(culprit[0], str(culprit[1]))
-    return Word(str(meta.get("reason")), named, expelled=meta.get("expelled") is True)
+    return Word(str(meta.get("reason")), named, expelled=meta.get("expelled") is True, fatal=meta.get("fatal") is True)
 
 
 def last_word_of(error: BaseException) -> tuple[str, Peer | None]:

@@ -300,7 +300,7 @@ class Server:
                 return
             behind = word.culprit or worker.peer
             worker.lost = word.reason if word.culprit is None else f"it lost {word.culprit}: {word.reason}"
-            if self._rules.mode == "sync" or worker.peer.rank == 0:
+            if self._rules.mode == "sync" or worker.peer.rank == 0 or word.fatal:
                 self._stop(PeerLost(behind.rank, behind.host, word.reason))
             else:
                 # Whom it lost the others may still have; if not, they will say so.

@@ -234,11 +234,16 @@ class Link:
             log.warning("the server, %s, went before this worker's leave: %s", self.server, word.reason)
         self._close()
 
-    def abandon(self, error: BaseException) -> None:
-        """Tells the server why this worker fails, and cuts the connections."""
+    def abandon(self, error: BaseException, *, fatal: bool = False) -> None:
+        """Tells the server why this worker fails, and cuts the connections.
+
+        Args:
+            error: Why.
+            fatal: The others must not go on without it.
+        """
         reason, culprit = last_word_of(error)
         with contextlib.suppress(OSError):
-            self._pulse.say(reason, culprit=culprit)
+            self._pulse.say(reason, culprit=culprit, fatal=fatal)
         self._close()
 
     def _close(self) -> None:
@@ -318,7 +323,7 @@ class Links:
         for link in self.links:
             link.leave(stopped)
 
-    def abandon(self, error: BaseException) -> None:
+    def abandon(self, error: BaseException, *, fatal: bool = False) -> None:
         """See :meth:`Link.abandon`."""
         for link in self.links:
-            link.abandon(error)
+            link.abandon(error, fatal=fatal)

@@ -18,6 +18,7 @@ from distrain.carried import Carried
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError, StrategyConfig, choices, register, setting
 from distrain.control import Counsel, wish_of
+from distrain.nonfinite import NonFinite
 from distrain.runtime import Stopped
 from distrain.serving.bulletin import Subscription
 from distrain.serving.frames import Kind
@@ -320,7 +321,7 @@ class ParameterServer(Single):
             self._links.leave(stop.reason)
             raise
         except BaseException as error:
-            self._links.abandon(error)
+            self._links.abandon(error, fatal=isinstance(error, NonFinite))
             raise
         return summary
 

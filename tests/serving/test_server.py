@@ -242,3 +242,23 @@ def test_a_server_ends_when_all_workers_are_done() -> None:
             link.leave()
         run.join()
         assert run.ended == []
+
+
+def test_who_must_not_be_done_without_ends_the_run() -> None:
+    with running(2, rules()) as run:
+        run.links[1].abandon(ValueError("broken"), fatal=True)
+        run.join()
+    (error,) = run.ended
+    assert isinstance(error, PeerLost)
+    assert (error.rank, error.reason) == (1, "ValueError: broken")
+
+
+def test_a_gradient_that_is_not_finite_is_refused_with_the_worker_s_name() -> None:
+    with running(2, rules()) as run:
+        with pytest.raises(PeerLost):
+            run.push(1, float("nan"))
+        run.join()
+        assert weight(run.model) == 1.0
+    (error,) = run.ended
+    assert isinstance(error, PeerLost)
+    assert (error.rank, error.reason) == (1, "NonFinite: its gradient in step 1 is not finite")
