@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,19 @@ class Checkpoints:
         self.folder = folder
         self._damaged: dict[str, tuple[int, int]] = {}
 
+    def name_complete(self) -> None:
+        """Gives a checkpoint that lacks but its name, as a process killed amid a save may leave it, that name.
+
+        So the next start would; without it what is the newest can't be told.
+        """
+        for path in self.folder.glob(".step_*"):
+            final = self.folder / path.name.split(".")[1]
+            if path.suffix in _PUT_ASIDE or final.exists():
+                continue
+            with contextlib.suppress(checkpoint.DamagedCheckpoint):
+                checkpoint.verify(path)
+                path.rename(final)
+
     def newest(self) -> Path | None:
         """The newest one that we have not damaged."""
         whole = [path for path in checkpoint.all_in(self.folder) if not self.is_damaged(path)]
@@ -44,6 +58,7 @@ class Checkpoints:
 
     def damage(self, fault: Fault) -> str:
         """Damages a file of the newest checkpoint as the fault says, and tells what was done."""
+        self.name_complete()
         path = self.newest()
         assert path is not None
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)

@@ -153,6 +153,7 @@ class Disturbed:
 
     def _start(self, faults_to_come: deque[Fault]) -> str | None:
         """One start of the command; ``None`` if a fault ended it, empty if it ended well, or why it didn't."""
+        self._checkpoints.name_complete()
         expected, damaged = self._checkpoints.newest(), self._checkpoints.damaged()
         with Job(self._launcher, self._training.keys, self._folder, self._output) as job:
             scene = faults.Scene(job, self._checkpoints, self._disk, self._network)

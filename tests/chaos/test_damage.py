@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distrain import checkpoint
 from distrain.chaos.damage import Checkpoints
 from distrain.chaos.plan import Fault
 
@@ -91,3 +92,13 @@ def test_a_hidden_folder_is_a_save_in_progress_unless_it_is_on_its_way_out(check
     assert not checkpoints.being_written()
     checkpoints.folder.joinpath(".step_00000030.host.7").mkdir()
     assert checkpoints.being_written()
+
+
+def test_a_save_that_is_complete_gets_its_name_and_one_that_is_not_stays_hidden(checkpoints: Checkpoints) -> None:
+    held = {"model": {}, "optimizer": {}, "scalars": {}, "layout": {"world_size": 1}}
+    saved = checkpoint.save(checkpoints.folder, held, {"step": 30})
+    saved.rename(checkpoints.folder / ".step_00000030.host.1")
+    make(checkpoints.folder / ".step_00000040.host.1")
+    checkpoints.name_complete()
+    assert checkpoints.newest() == saved
+    assert (checkpoints.folder / ".step_00000040.host.1").is_dir()
