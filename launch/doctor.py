@@ -1,0 +1,27 @@
+"""Examines a machine, or under torchrun all nodes of a job: ``python launch/doctor.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distrain import cli
+
+
+def task(composed: DictConfig) -> None:
+    """Examines once."""
+    # Imports torch, which --help and most mistakes need not wait for.
+    from distrain.commands import settings
+    from distrain.doctor import command
+
+    command.run(settings.load(command.DoctorSettings, composed), typed)
+
+
+if __name__ == "__main__":
+    # What Hydra must not read.
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    typed = sys.argv[split + 1 :]
+    del sys.argv[split:]
+    cli.main(task, Path(__file__).parent.parent / "conf", "doctor")
