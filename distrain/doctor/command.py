@@ -167,7 +167,7 @@ def _together(world: World, host: str, port: int, mine: Facts, alone: Examinatio
     found = dataclasses.replace(found, pairs=pairs)
     # Equal on all ranks, since all know the same.
     found = dataclasses.replace(found, reductions=_reduce(meeting, world, found))
-    meeting.share("done", True, _PATIENCE)
+    meeting.leave(_PATIENCE)
     if listener is not None:
         listener.close()
     return found

@@ -126,6 +126,14 @@ class Meeting:
             if self._wait(f"{topic}/{rank}", deadline - time.monotonic())
         }
 
+    def leave(self, patience: float) -> None:
+        """Tells that this rank needs the store no more; rank 0, which may serve it, waits for the others."""
+        self.store.set(f"left/{self._world.rank}", "")
+        if self._world.rank == 0:
+            deadline = time.monotonic() + patience
+            for rank in self.present:
+                self._wait(f"left/{rank}", deadline - time.monotonic())
+
     def _wait(self, key: str, seconds: float) -> bool:
         with contextlib.suppress(dist.DistError):
             self.store.wait([key], datetime.timedelta(seconds=max(seconds, 0.05)))

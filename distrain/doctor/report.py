@@ -60,7 +60,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _ranks(found: Examination) -> str:
     rows = [["rank", "host", "interface", "because", "cores", "threads", "GPUs"]]
-    for rank in range(found.size):
+    for rank in sorted({*range(found.size), *found.facts}):
         facts = found.facts.get(rank)
         if facts is None:
             rows.append([str(rank), "never arrived", "", "", "", "", ""])
