@@ -54,9 +54,6 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     def guarded(composed: DictConfig) -> None:
         nonlocal composing
         composing = False
-        # Imports torch, which --help, completion and most mistakes need not wait for.
-        from distrain.runtime import Failed
-
         # Ended here, because Hydra adds lines of its own to what comes out of a task.
         try:
             task(composed)
@@ -64,7 +61,11 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
             if wants_traceback:
                 raise
             refuse(error)
-        except Failed:
+        except Exception as error:
+            # Not imported here: it imports torch, which --help, completion and most mistakes need not wait for.
+            runtime = sys.modules.get("distrain.runtime")
+            if runtime is None or not isinstance(error, runtime.Failed):
+                raise
             # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
             _leave(FAILED)
 
@@ -81,6 +82,14 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         # All is written and said. Destructors that run while torch's communication threads end bring down about 3 % of
         # runs of several ranks with "terminate called without an active exception", so they are not run.
         atexit.register(_leave, 0)
+
+
+def take_command(arguments: list[str]) -> list[str]:
+    """Takes ``-- COMMAND...``, which Hydra must not read, off the end of a command line, and returns the command."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    command = arguments[split + 1 :]
+    del arguments[split:]
+    return command
 
 
 def _leave(code: int) -> NoReturn:

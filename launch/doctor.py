@@ -20,8 +20,5 @@ def task(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # What Hydra must not read.
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    typed = sys.argv[split + 1 :]
-    del sys.argv[split:]
+    typed = cli.take_command(sys.argv)
     cli.main(task, Path(__file__).parent.parent / "conf", "doctor")

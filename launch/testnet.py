@@ -13,14 +13,11 @@ from distrain.testnet import command
 
 def task(composed: DictConfig) -> None:
     """Makes, uses or ends a test network."""
-    sys.exit(command.run(config.checked(command.TestnetSettings, composed), typed))
+    sys.exit(command.run(config.checked(command.NetworkSettings, composed), typed))
 
 
 if __name__ == "__main__":
-    # What Hydra must not read.
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    typed = sys.argv[split + 1 :]
-    del sys.argv[split:]
+    typed = cli.take_command(sys.argv)
     if sys.argv[1:2] and sys.argv[1] in ("up", "on", "down"):
         sys.argv[1] = f"action={sys.argv[1]}"
-    cli.main(task, Path(__file__).parent.parent / "conf", "testnet")
+    cli.main(task, Path(__file__).parent, "testnet")

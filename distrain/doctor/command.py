@@ -65,19 +65,17 @@ def run(settings: DoctorSettings, command: Sequence[str]) -> list[Finding]:
         _set(host, command)
         return []
     mine = local.gather(world, host)
+    broken: list[Finding] = []
     alone = Examination(1, settings.wait, {world.rank: mine}, expected=expected, threads=settings.threads)
     if world.size == 1:
-        found, broken = alone, []
+        found = alone
     else:
         try:
-            found, broken = _together(world, host, port, mine, alone, settings.wait), []
+            found = _together(world, host, port, mine, alone, settings.wait)
         except NoMeeting as error:
             # What this rank sees by itself may be the reason.
             found = dataclasses.replace(alone, size=0)
-            broken = [Finding("closed port", f"{mine.place}: {error.problem}", error.advice)]
-            if "resolve" in error.problem or "never arrived" in error.problem:
-                kind = "host name" if "resolve" in error.problem else "missing rank"
-                broken = [dataclasses.replace(broken[0], kind=kind)]
+            broken.append(Finding(error.kind, f"{mine.place}: {error.problem}", error.advice))
     judged = [*broken, *findings.judge(found)]
     if world.rank == 0:
         print(report.text(found, judged), end="", flush=True)
@@ -127,12 +125,13 @@ def _set(host: str, command: Sequence[str]) -> None:
     if host and not met:
         raise ConfigError("address", host, "doesn't resolve; give an address")
     own = interfaces.towards(met) if met else interfaces.towards()
-    if interfaces.is_loopback(own):
-        # Ranks meet on this very host, whose other addresses lead to itself too.
-        own = interfaces.towards() or own
+    if interfaces.is_loopback(own) or not own:
+        # Ranks meet on this very host, under a name that leads to its loopback.
+        outside = [address for address in here.values() if not interfaces.is_loopback(address)]
+        own = outside[0] if len(outside) == 1 else interfaces.towards()
     name = interfaces.interface_of(own, here)
     if not name:
-        raise missing("interface", f"no interface leads to {host or 'other hosts'}", here)
+        raise missing("interface", f"no way leads to {host or 'other hosts'}; address=HOST:PORT names another", here)
     variables = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     if not command:
         print("\n".join(f"export {key}={value}" for key, value in variables.items()), flush=True)

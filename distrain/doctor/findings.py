@@ -16,8 +16,9 @@ from distrain.doctor.links import Pair
 _SKEW = 1.0
 #: Bytes per second below which a link is slow whatever the others are: 100 Mbit/s Ethernet carries more.
 _SLOW = 10e6
-#: A link is slow beside others that are so many times as fast.
-_BESIDE_OTHERS = 4.0
+#: A link is slow beside others that are so many times as fast, unless it carries a gigabit: above that, what Python can
+#: send and what else its host does decide.
+_BESIDE_OTHERS, _FAST = 4.0, 125e6
 #: Of what was expected, this much must come through.
 _OF_EXPECTED = 0.5
 #: Packages whose difference breaks or changes a run; others are worth knowing.
@@ -221,7 +222,7 @@ def _slow_links(found: Examination) -> Iterator[Finding]:
     if not ways:
         return
     limit = found.expected * _OF_EXPECTED if found.expected is not None else _SLOW
-    limit = max(limit, statistics.median(ways.values()) / _BESIDE_OTHERS)
+    limit = max(limit, min(statistics.median(ways.values()) / _BESIDE_OTHERS, _FAST))
     slow = {way for way, rate in ways.items() if rate < limit}
     than = f"the median link carries {mbits(statistics.median(ways.values()))}"
     advice = (
@@ -242,9 +243,7 @@ def _slow_links(found: Examination) -> Iterator[Finding]:
             own = {way for way in ways if way[end] == facts.rank}
             if len(own) > 1 and own <= slow:
                 rate = statistics.median(ways[way] for way in own)
-                yield Finding(
-                    "slow link", f"everything {side} {facts.host} is slow: {mbits(rate)}; {than}", advice
-                )
+                yield Finding("slow link", f"everything {side} {facts.host} is slow: {mbits(rate)}; {than}", advice)
                 slow -= own
     for source, target in sorted(slow):
         hosts = f"{found.facts[source].host} to {found.facts[target].host}"

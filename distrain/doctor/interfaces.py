@@ -112,7 +112,9 @@ def gloo_choice(environment: Mapping[str, str] = os.environ) -> Choice:
         return Choice(loopback.interface, loopback.address, why)
     name = interface_of(found.address, here)
     if not name:
-        why = f"its own name '{host}' leads to {found.address}, which is no address of this host: gloo takes the loopback"
+        why = (
+            f"its own name '{host}' leads to {found.address}, which is no address of this host: gloo takes the loopback"
+        )
         return Choice(interface_of("127.0.0.1", here), "127.0.0.1", why)
     return Choice(name, found.address, f"its own name '{host}' leads to {found.address}")
 

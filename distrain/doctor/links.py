@@ -245,9 +245,7 @@ def steady_rate(points: Sequence[tuple[float, int]]) -> float:
     if len(points) < 2:
         return 0.0
     middle = (points[0][0] + points[-1][0]) / 2
-    # The first point at or after the middle; the last one is always after it.
-    start = next(point for point in points if point[0] >= middle)
-    if start is points[-1]:
-        start = points[0]
+    # Data may come in few large lumps: from one to another, not from a moment between them.
+    start = max(point for point in points[:-1] if point[0] <= middle)
     seconds = points[-1][0] - start[0]
     return (points[-1][1] - start[1]) / seconds if seconds > 0 else 0.0

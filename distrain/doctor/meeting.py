@@ -34,13 +34,14 @@ class NoMeeting(Exception):
     """This rank can't reach the place where ranks meet.
 
     Attributes:
+        kind: As of a :class:`distrain.doctor.findings.Finding`.
         problem: What is wrong.
         advice: What to type or to look at.
     """
 
-    def __init__(self, problem: str, advice: str) -> None:
+    def __init__(self, kind: str, problem: str, advice: str) -> None:
         super().__init__(problem)
-        self.problem, self.advice = problem, advice
+        self.kind, self.problem, self.advice = kind, problem, advice
 
 
 def meaning(error: OSError) -> str:
@@ -73,6 +74,7 @@ class Meeting:
         found = interfaces.resolve(address)
         if not found.address:
             raise NoMeeting(
+                "host name",
                 f"the name '{address}', where ranks meet, doesn't resolve ({found.error})",
                 f"give its address instead of the name, or add a line 'ADDRESS {address}' to /etc/hosts",
             )
@@ -87,10 +89,12 @@ class Meeting:
                 timeout=datetime.timedelta(seconds=patience),
                 wait_for_workers=False,
             )
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:
             line = str(error).strip().splitlines()[0]
             problem = f"can't serve port {port}" if serves else f"port {port} of {address} answers, but is no store"
-            raise NoMeeting(f"{problem}: {line}", "choose another port; ss -ltnp shows who has this one") from error
+            raise NoMeeting(
+                "closed port", f"{problem}: {line}", "choose another port; ss -ltnp shows who has this one"
+            ) from error
         self.store = PrefixStore("distrain/doctor", store)
 
     def gather(self, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -110,6 +114,7 @@ class Meeting:
         # Rank 0 may have come later than this one.
         elif not self._wait("present", 2 * self._patience):
             raise NoMeeting(
+                "missing rank",
                 f"rank 0 never arrived within {2 * self._patience:g} s",
                 "look on its host whether the command was started there, with rank 0, and what it says",
             )
@@ -154,6 +159,7 @@ def _reach(name: str, address: str, port: int, patience: float) -> None:
             if left <= 0 or error.errno != errno.ECONNREFUSED:
                 shown = name if name == address else f"{name} ({address})"
                 raise NoMeeting(
+                    "closed port",
                     f"can't reach port {port} of {shown}, where ranks meet, within {patience:g} s: {meaning(error)}",
                     f"is rank 0 started there? if so, open TCP port {port} on that host "
                     "(ss -ltnp shows who listens, nft list ruleset or iptables -L what is dropped)",

@@ -25,10 +25,12 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclass
-class TestnetSettings:
+class NetworkSettings:
     """Keys of ``launch/testnet.py``."""
 
-    action: str = setting("up: make a network; on: run a command on a host; down: end networks.", choices=("up", "on", "down"))  # noqa: E501
+    action: str = setting(
+        "up: make a network; on: run a command on a host; down: end networks.", choices=("up", "on", "down")
+    )
     hosts: int = setting("How many hosts.", at_least=1, at_most=154)
     rate: str | None = setting("What each host may send, like 100mbit or 1gbit; null: no limit.")
     delay: str | None = setting("What each packet takes from host to host, like 10ms; null: none.")
@@ -45,7 +47,7 @@ class _Stopped(Exception):
         self.number = number
 
 
-def run(settings: TestnetSettings, command: Sequence[str]) -> int:
+def run(settings: NetworkSettings, command: Sequence[str]) -> int:
     """Does what the settings say.
 
     Args:
@@ -115,7 +117,7 @@ def _limit(net: Network, rate: str) -> None:
         raise ConfigError("rate", rate, f"tc refuses it, which wants 100mbit or 1gbit ({error})") from error
 
 
-def _replace(settings: TestnetSettings, command: Sequence[str]) -> NoReturn:
+def _replace(settings: NetworkSettings, command: Sequence[str]) -> NoReturn:
     """Becomes the command on a host of a network that is up."""
     up = network.running()
     name = settings.name

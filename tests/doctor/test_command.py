@@ -99,9 +99,7 @@ def test_port_that_is_taken_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert "can't serve port" in capfd.readouterr().out
 
 
-def test_export_prints_lines_for_a_shell(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_export_prints_lines_for_a_shell(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(interfaces, "addresses", lambda: {"lo": "127.0.0.1", "eth7": "10.0.0.2"})
     monkeypatch.setattr(interfaces, "towards", lambda *_: "10.0.0.2")
     assert command.run(settings(export=True, address="10.0.0.1:29400"), []) == []
@@ -124,11 +122,11 @@ def test_command_runs_with_the_interface_set() -> None:
 
 
 def test_mistakes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="^address: 2 ranks need HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"^address: 2 ranks need HOST:PORT"):
         command.run(settings(ranks=2, rank=0), [])
-    with pytest.raises(ConfigError, match="^address=host: must be HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"^address=host: must be HOST:PORT"):
         command.run(settings(ranks=2, rank=0, address="host"), [])
-    with pytest.raises(ConfigError, match="^rank=2: there are 2 ranks"):
+    with pytest.raises(ConfigError, match=r"^rank=2: there are 2 ranks"):
         command.run(settings(ranks=2, rank=2, address="host:1"), [])
-    with pytest.raises(ConfigError, match="^expect=fast: must be a rate"):
+    with pytest.raises(ConfigError, match=r"^expect=fast: must be a rate"):
         command.run(settings(expect="fast"), [])

@@ -89,7 +89,9 @@ def test_torchrun_on_hosts_trains_the_parameters_of_one(
 
 @pytest.mark.timeout(PATIENCE + 10)
 @pytest.mark.parametrize(
-    "strategy", [("strategy=ddp", "compression=powersgd"), ("strategy=local_sgd", "strategy.sync_every=3")], ids=" ".join
+    "strategy",
+    [("strategy=ddp", "compression=powersgd"), ("strategy=local_sgd", "strategy.sync_every=3")],
+    ids=" ".join,
 )
 def test_slow_and_lossy_links_change_no_parameter(strategy: tuple[str, ...], tmp_path: Path) -> None:
     links = ("rate=50mbit", "delay=2ms", "loss=0.1%")

@@ -10,7 +10,7 @@ import pytest
 
 from distrain.config import ConfigError
 from distrain.testnet import command, network
-from distrain.testnet.command import TestnetSettings
+from distrain.testnet.command import NetworkSettings
 from distrain.testnet.network import Network
 from tests.hosts import needs_network
 
@@ -23,8 +23,8 @@ def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def settings(**changes: object) -> TestnetSettings:
-    made = TestnetSettings("up", 2, None, None, None, None, 0)
+def settings(**changes: object) -> NetworkSettings:
+    made = NetworkSettings("up", 2, None, None, None, None, 0)
     for key, value in changes.items():
         setattr(made, key, value)
     return made
@@ -60,7 +60,7 @@ def test_rendezvous_puts_the_first_host_first() -> None:
 
 def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    with pytest.raises(ConfigError, match="^testnet: a test network needs root") as refused:
+    with pytest.raises(ConfigError, match=r"^testnet: a test network needs root") as refused:
         command.run(settings(), ["true"])
     assert "\n" not in str(refused.value)
 
@@ -72,7 +72,7 @@ def test_without_its_tools_one_line_says_which(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_command_on_a_network_that_is_not_up_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^name=nowhere: no such test network is up"):
+    with pytest.raises(ConfigError, match=r"^name=nowhere: no such test network is up"):
         command.run(settings(action="on", name="nowhere"), ["true"])
 
 

@@ -171,9 +171,7 @@ def test_lost_host_says_nothing(pair: Network) -> None:
         listens = net.start(1, ["sleep", "60"])
         net.lose(1)
         assert listens.wait(10) == -signal.SIGKILL
-        script = (
-            f"import socket; s = socket.socket(); s.settimeout(0.3); print(s.connect_ex(('{net.address(1)}', 80)))"
-        )
+        script = f"import socket; s = socket.socket(); s.settimeout(0.3); print(s.connect_ex(('{net.address(1)}', 80)))"
         # No answer, where a host that is up refuses.
         assert said(net, 0, script) == "11"
         assert said(pair, 0, script) == "111"
