@@ -1,7 +1,7 @@
 """Runs a command inside the namespaces of another process: ``python enter.py PID COMMAND...``.
 
-util-linux's ``nsenter`` keeps signals to itself, and leaves the command behind when it is killed; this hands signals on,
-ends as the command ended, and takes the command along when it is killed itself.
+util-linux's ``nsenter`` keeps signals to itself, and leaves the command behind when it is killed; this hands signals
+on, ends as the command ended, and takes the command along when it is killed itself.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import time
 _ETH_P_ALL = 3
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _BUFFER = 32 << 20
-# Linux's options of packet sockets. With a header that says what is left to do, frames larger than the wire's pass whole
-# and without their checksums, as the interfaces of one machine hand them to each other.
+# Linux's options of packet sockets. With a header that says what is left to do, frames larger than the wire's pass
+# whole and without their checksums, as the interfaces of one machine hand them to each other.
 _SOL_PACKET, _PACKET_VNET_HDR, _PACKET_IGNORE_OUTGOING = 263, 15, 23
 _HEADER = 10
 _LARGEST = 1 << 17

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def findings(path: Path) -> Found:
 
 
 @pytest.fixture(scope="module")
-def four_faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
+def four_faults(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """One on each of four hosts."""
     folder = tmp_path_factory.mktemp("faults")
     old = folder / "path" / "torch-2.6.0.dist-info"
@@ -72,7 +72,7 @@ def four_faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
     with Network(4) as net:
         net.limit("5mbit", [3])
         run_on_hosts(net, examine, plants, 20.0, str(folder / "found.json"))
-    yield findings(folder / "found.json")
+    return findings(folder / "found.json")
 
 
 def test_four_faults_are_found_and_nothing_else(four_faults: Found) -> None:
