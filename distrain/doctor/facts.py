@@ -37,6 +37,7 @@ class Facts:
         interface: The interface that gloo uses.
         address: That interface's address; empty where there is none.
         why: Why gloo uses it.
+        named: Whether ``GLOO_SOCKET_IFNAME`` says so.
         interfaces: All interfaces' addresses by name.
         route: This host's address on the way to where ranks meet.
         own_name: What the host's own name leads to; empty where it doesn't resolve.
@@ -58,6 +59,7 @@ class Facts:
     interface: str
     address: str
     why: str
+    named: bool
     interfaces: dict[str, str]
     route: str
     own_name: str
@@ -95,6 +97,7 @@ def gather(world: World, meeting_place: str) -> Facts:
         interface=choice.interface,
         address=choice.address,
         why=choice.why,
+        named=bool(os.environ.get("GLOO_SOCKET_IFNAME")),
         interfaces=interfaces.addresses(),
         route=interfaces.towards(met) if met else interfaces.towards(),
         own_name=interfaces.resolve(socket.gethostname()).address,

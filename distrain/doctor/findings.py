@@ -112,10 +112,11 @@ def _names(found: Examination) -> Iterator[Finding]:
                 advice += f"; or {_export(found, facts)}"
             yield Finding(
                 "host name",
-                f"{facts.host} can't resolve its own name: set-up may hang, or take the loopback",
+                f"{facts.host} can't resolve its own name: gloo may hang or take the loopback, and torchrun's c10d "
+                "rendezvous fails without --local-addr",
                 advice,
-                # A named interface makes it unimportant.
-                wrong=len(found.hosts) > 1 and is_loopback(facts.address),
+                # Where the interface is named, gloo doesn't ask for the name.
+                wrong=len(found.hosts) > 1 and not facts.named,
             )
     for name, count in Counter(facts.host for facts in found.hosts).items():
         if count > 1:

@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 #: The mount namespace is last: after it ``/proc`` shows the holder's processes only.
@@ -20,9 +19,10 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, sign
 
 
 def enter(holder: int) -> None:
-    """Moves the calling process, which must have one thread, into the holder's namespaces.
+    """The calling process, which must have one thread, goes on inside the holder's namespaces.
 
-    Its process number stays as it is; only its children count in the holder's process namespace, and end with it.
+    Returns in a child of it, because a process can't change the namespace in which it counts. What called stays
+    outside, hands signals on, and ends as the child ends; the child dies with it.
 
     Args:
         holder: Process number of one that made network, host name, mount and process namespaces.
@@ -40,44 +40,34 @@ def enter(holder: int) -> None:
         os.close(descriptor)
     # Another mount namespace starts at its root.
     os.chdir(folder)
-
-
-def run(holder: int, command: Sequence[str]) -> int:
-    """Runs the command there until it ends.
-
-    Returns:
-        Its exit code; a negative number is the signal that ended it.
-
-    Raises:
-        OSError: As :func:`enter`.
-    """
-    enter(holder)
     # What comes before there is a child to hand it on to must wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
     child = os.fork()
     if child == 0:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
-        try:
-            os.execvp(command[0], list(command))
-        except OSError as error:
-            print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
-            # As shells say it.
-            os._exit(127)
+        return
     for number in _HANDED_ON:
         signal.signal(number, lambda number, _: os.kill(child, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def main() -> None:
-    """The command line."""
-    code = run(int(sys.argv[1]), sys.argv[2:])
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-    sys.exit(code)
+    os._exit(code)
+
+
+def main() -> None:
+    """The command line."""
+    enter(int(sys.argv[1]))
+    command = sys.argv[2:]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        # As shells say it.
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        sys.exit(127)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def rank(number: int, **changes: Any) -> Facts:
         interface="eth0",
         address=address,
         why=f"its own name 'node{number}' leads to {address}",
+        named=False,
         interfaces={"lo": "127.0.0.1", "eth0": address},
         route=address,
         own_name=address,
@@ -142,7 +143,7 @@ def test_own_name_that_does_not_resolve() -> None:
     assert set(kinds) == {"host name", "wrong interface"}
     assert "echo '10.0.0.2 node1' >> /etc/hosts" in kinds["host name"].advice
     # With an interface named, the name isn't asked for.
-    named = only(job(rank(0), rank(1, own_name="", why="GLOO_SOCKET_IFNAME=eth0")))
+    named = only(job(rank(0), rank(1, own_name="", named=True)))
     assert (named.kind, named.wrong) == ("host name", False)
 
 

@@ -61,7 +61,12 @@ def test_else_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_name_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: release.wait(30))
+
+    def hang(*_: Any, **__: Any) -> Any:
+        release.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr("socket.getaddrinfo", hang)
     assert interfaces.resolve("node9", patience=0.05).error == "no answer within 0.05 s"
     release.set()
 

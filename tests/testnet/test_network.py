@@ -58,7 +58,7 @@ def test_exit_code_and_signals_reach_through(pair: Network) -> None:
     missing = pair.start(0, ["no-such-command"])
     assert missing.communicate(timeout=10)[0].decode() == "no-such-command: No such file or directory\n"
     assert missing.returncode == 127
-    waits = started(pair, 0, "sleep 60 >/dev/null & wait", before="trap 'echo asked; exit 5' TERM")
+    waits = started(pair, 0, "sleep 60 >/dev/null 2>&1 & wait", before="trap 'echo asked; exit 5' TERM")
     waits.send_signal(signal.SIGTERM)
     assert waits.communicate(timeout=10)[0] == b"asked\n"
     assert waits.returncode == 5
