@@ -62,14 +62,14 @@ def test_exit_code_and_signals_reach_through(pair: Network) -> None:
     waits.send_signal(signal.SIGTERM)
     assert waits.communicate(timeout=10)[0] == b"asked\n"
     assert waits.returncode == 5
-    dies = started(pair, 0, "exec sleep 60")
+    dies = started(pair, 0, "exec sleep 62.5")
     dies.kill()
     assert dies.wait(10) == -signal.SIGKILL
-    wait_until(lambda: "sleep" not in said(pair, 0, PROCESSES))
+    wait_until(lambda: "62.5" not in said(pair, 0, PROCESSES))
 
 
-#: The names of a host's processes.
-PROCESSES = "import pathlib; print([p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/comm')])"
+#: The command lines of a host's processes.
+PROCESSES = "import pathlib; print([p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')])"
 
 
 def wait_until(holds: object, seconds: float = 10) -> None:
