@@ -90,7 +90,7 @@ def _links(found: Examination) -> str:
                     f"{1000 * pair.latency:.3g} ms",
                     mbits(pair.sent),
                     mbits(pair.received),
-                    "-" if pair.skew is None else f"{1000 * pair.skew:+.3g} ms",
+                    "-" if pair.skew is None else f"{pair.skew:+.4f} s",
                 ]
             )
     return table(rows)

@@ -32,12 +32,12 @@ _MARK = "distrain-testnet"
 _SWITCH = "switch"
 #: What holds a host: process 1 there, which waits for the end of its input. Ignored children leave no zombies.
 _HOLD = """\
-echo "$2" >/proc/sys/kernel/hostname && mount --bind "$3" /etc/hosts && ip link set lo up || exit 1
+hostname "$2" && mount --bind "$3" /etc/hosts && ip link set lo up || exit 1
 trap '' CHLD
 echo ready
 exec cat >/dev/null
 """
-_TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
+_TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "hostname")
 #: Where hosts meet unless their command says otherwise.
 _PORT = 29500
 
@@ -50,7 +50,7 @@ def lacking() -> str | None:
         return "a test network needs root (or the root of a namespace: unshare --user --map-root-user COMMAND)"
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
-        return f"a test network needs {', '.join(missing)}, from the packages iproute2, util-linux and mount"
+        return f"a test network needs {', '.join(missing)}, from the packages iproute2, util-linux, mount and hostname"
     tried = subprocess.run(
         ["unshare", "--net", "--uts", "--pid", "--fork", "--mount-proc", "true"],
         check=False,
@@ -121,19 +121,18 @@ class Network:
         switch = self.holder(self.hosts)
         ports = [f"port{host}" for host in range(self.hosts)]
         relayed = self._delay > 0 or self._loss > 0
+        # All from inside, where the root of a user namespace may do it too.
+        lines = [] if relayed else ["link add bridge type bridge", "link set bridge up"]
         for host, port in enumerate(ports):
-            hardware = ["address", relay.hardware_address(host)]
-            here = ["eth0", *hardware, "netns", str(self.holder(host))]
-            there = ["name", port, "netns", str(switch)]
-            _run("ip", "link", "add", *here, "type", "veth", "peer", *there)
+            far = f"name eth0 address {relay.hardware_address(host)} netns {self.holder(host)}"
+            lines.append(f"link add {port} type veth peer {far}")
+            lines.append(f"link set {port} up" if relayed else f"link set {port} master bridge up")
+        _inside(switch, "ip", "-batch", "-", lines=lines)
+        for host in range(self.hosts):
             # One packet is then one frame, and is lost by itself.
             single = ["link set eth0 gso_max_segs 1"] if self._loss > 0 else []
             lines = [f"addr add {address(host)}/24 dev eth0", *single, "link set eth0 up"]
             _inside(self.holder(host), "ip", "-batch", "-", lines=lines)
-        lines = [] if relayed else ["link add bridge type bridge", "link set bridge up"]
-        for port in ports:
-            lines += [f"link set {port} up"] if relayed else [f"link set {port} master bridge up"]
-        _inside(switch, "ip", "-batch", "-", lines=lines)
         if relayed:
             command = [*_python(relay.__file__), str(self._delay), str(self._loss), *ports]
             self._relay = subprocess.Popen(

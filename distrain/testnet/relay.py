@@ -33,8 +33,12 @@ def hardware_address(port: int) -> str:
 
 def _open(name: str) -> socket.socket:
     port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
-    port.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-    port.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+    for forced, allowed in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+        try:
+            port.setsockopt(socket.SOL_SOCKET, forced, _BUFFER)
+        except PermissionError:
+            # The root of a user namespace gets what the system allows everybody.
+            port.setsockopt(socket.SOL_SOCKET, allowed, _BUFFER)
     port.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
     port.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
     port.bind((name, 0))

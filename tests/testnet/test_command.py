@@ -68,7 +68,7 @@ def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_its_tools_one_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("distrain.testnet.network.shutil.which", lambda tool: None if tool == "tc" else tool)
-    assert network.lacking() == "a test network needs tc, from the packages iproute2, util-linux and mount"
+    assert network.lacking() == "a test network needs tc, from the packages iproute2, util-linux, mount and hostname"
 
 
 def test_command_on_a_network_that_is_not_up_is_refused() -> None:
