@@ -32,6 +32,8 @@ from distrain.config import ConfigError, missing, one_line
 REFUSED = 2
 #: Exit code of a run that failed.
 FAILED = 1
+#: As the user has it; :func:`main` sets it for itself.
+_WANTED_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR")
 #: How long the other ranks of a host leave the word to its first.
 _PATIENCE_SECONDS = 2
 
@@ -90,6 +92,13 @@ def take_command(arguments: list[str]) -> list[str]:
     command = arguments[split + 1 :]
     del arguments[split:]
     return command
+
+
+def restore_environment() -> None:
+    """Undoes what :func:`main` set for Hydra, before other programs inherit it."""
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    if _WANTED_TRACEBACKS is not None:
+        os.environ["HYDRA_FULL_ERROR"] = _WANTED_TRACEBACKS
 
 
 def _leave(code: int) -> NoReturn:

@@ -16,6 +16,8 @@ def task(composed: DictConfig) -> None:
     from distrain.commands import settings
     from distrain.doctor import command
 
+    if typed:
+        cli.restore_environment()
     command.run(settings.load(command.DoctorSettings, composed), typed)
 
 

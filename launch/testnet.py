@@ -13,6 +13,7 @@ from distrain.testnet import command
 
 def task(composed: DictConfig) -> None:
     """Makes, uses or ends a test network."""
+    cli.restore_environment()
     sys.exit(command.run(config.checked(command.NetworkSettings, composed), typed))
 
 

@@ -20,10 +20,11 @@ needs_network = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 def run_on_hosts(net: Network, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """As :func:`tests.harness.run_ranks`, with one rank on each host."""
     holders = [net.holder(host) for host in range(net.hosts)]
-    return run_ranks(_on_host, net.hosts, holders, function, args, timeout=timeout)
+    return run_ranks(on_host, net.hosts, holders, function, args, timeout=timeout)
 
 
-def _on_host(holders: Sequence[int], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def on_host(holders: Sequence[int], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What a rank of the harness does to be one of a host; the host is the rank's."""
     host = int(os.environ["RANK"])
     enter.enter(holders[host])
     os.environ.update(network.rendezvous(host, len(holders)))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from distrain.testnet.network import Network
-from tests.harness import run_ranks
-from tests.hosts import needs_network, run_on_hosts
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.hosts import needs_network, on_host, run_on_hosts
 from tests.runs import relative_difference, small, train_on_rank
 
 pytestmark = needs_network
@@ -76,3 +80,32 @@ def test_hosts_train_what_as_many_ranks_of_one_host_train(
     alone = run_ranks(train_on_rank, 2, config)[0]
     assert relative_difference(together["model"], alone["model"]) < 1e-12
     assert together["summary"]["bytes_sent_per_step"] == alone["summary"]["bytes_sent_per_step"]
+
+
+def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path) -> None:
+    keys = ("strategy=ddp", "trainer.max_steps=1000000", "trainer.epochs=1000000", "runtime.timeout_seconds=3")
+    config = small("model=simple_cnn", *keys, f"run_dir={tmp_path}", "trainer.log_every_steps=1")
+    with Network(2) as net:
+        lost: list[float] = []
+
+        def cut() -> None:
+            metrics = tmp_path / "metrics.jsonl"
+            deadline = time.monotonic() + 40
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            net.lose(1)
+            lost.append(time.monotonic())
+
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        holders = [net.holder(host) for host in range(net.hosts)]
+        stays, goes = run_ranks_to_the_end(on_host, 2, holders, train_on_rank, (config,), timeout=55)
+        ended = time.monotonic()
+        cutting.join()
+    assert isinstance(stays, RankFailed)
+    assert isinstance(goes, RankFailed)
+    assert "died with exit code" in str(goes)
+    assert "distrain.runtime.Failed" in str(stays)
+    # Nothing tells of the end of a host that has lost power but the silence.
+    assert ended - lost[0] < 10
+    assert json.loads((tmp_path / "failure.json").read_text())["host"] == "host0"
