@@ -108,4 +108,4 @@ def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path
     assert "distrain.runtime.Failed" in str(stays)
     # Nothing tells of the end of a host that has lost power but the silence.
     assert ended - lost[0] < 10
-    assert json.loads((tmp_path / "failure.json").read_text())["host"] == "host0"
+    assert json.loads((tmp_path / "failure.json").read_text())["error"]
