@@ -38,6 +38,7 @@ class Facts:
         address: That interface's address; empty where there is none.
         why: Why gloo uses it.
         named: Whether ``GLOO_SOCKET_IFNAME`` says so.
+        nccl_interfaces: What NCCL may take.
         interfaces: All interfaces' addresses by name.
         route: This host's address on the way to where ranks meet.
         own_name: What the host's own name leads to; empty where it doesn't resolve.
@@ -60,6 +61,7 @@ class Facts:
     address: str
     why: str
     named: bool
+    nccl_interfaces: list[str]
     interfaces: dict[str, str]
     route: str
     own_name: str
@@ -84,7 +86,7 @@ def gather(world: World, meeting_place: str) -> Facts:
         world: Its place.
         meeting_place: Name or address of the host where ranks meet; empty for none.
     """
-    choice = interfaces.gloo_choice()
+    choice, here = interfaces.gloo_choice(), interfaces.addresses()
     met = interfaces.resolve(meeting_place).address if meeting_place else ""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return Facts(
@@ -98,7 +100,8 @@ def gather(world: World, meeting_place: str) -> Facts:
         address=choice.address,
         why=choice.why,
         named=bool(os.environ.get("GLOO_SOCKET_IFNAME")),
-        interfaces=interfaces.addresses(),
+        nccl_interfaces=interfaces.nccl_choices(here),
+        interfaces=here,
         route=interfaces.towards(met) if met else interfaces.towards(),
         own_name=interfaces.resolve(socket.gethostname()).address,
         cores=available_cores(),

@@ -298,6 +298,14 @@ def _gpus(found: Examination) -> Iterator[Finding]:
                 f"torchrun --nproc-per-node {max(1, len(facts.gpus))}; nvidia-smi and CUDA_VISIBLE_DEVICES say which "
                 "are there",
             )
+        right = right_interface(facts, found.routes.get(facts.rank, ""))
+        if len(found.hosts) > 1 and right and right not in facts.nccl_interfaces:
+            yield Finding(
+                "wrong interface",
+                f"NCCL on {facts.host} would use {', '.join(facts.nccl_interfaces) or 'no interface'}; {right} leads to "
+                "the other hosts",
+                _export(found, facts),
+            )
         slow = [line for line in facts.gpu_links if line.endswith((": SYS", ": no peer access"))]
         if slow:
             yield Finding(

@@ -119,6 +119,26 @@ def gloo_choice(environment: Mapping[str, str] = os.environ) -> Choice:
     return Choice(name, found.address, f"its own name '{host}' leads to {found.address}")
 
 
+def nccl_choices(here: Mapping[str, str], named: str | None = None) -> list[str]:
+    """The interfaces that NCCL may take, by its documentation of ``NCCL_SOCKET_IFNAME``: it takes the first it finds.
+
+    Args:
+        here: Addresses by interface.
+        named: What the variable says; by default the environment's.
+    """
+    named = os.environ.get("NCCL_SOCKET_IFNAME", "") if named is None else named
+    if not named:
+        usual = [name for name, address in here.items() if not is_loopback(address) and not name.startswith("docker")]
+        return usual or list(here)
+    words = named.removeprefix("^").removeprefix("=").split(",")
+    exact, unwanted = named.removeprefix("^").startswith("="), named.startswith("^")
+
+    def matches(name: str) -> bool:
+        return any(name == word if exact else name.startswith(word) for word in words)
+
+    return [name for name in here if matches(name) != unwanted]
+
+
 def interface_of(address: str, here: Mapping[str, str]) -> str:
     """The interface with an address; empty where none has it."""
     found = next((name for name, own in here.items() if own == address), "")

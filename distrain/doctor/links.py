@@ -20,6 +20,8 @@ from distrain.doctor.meeting import meaning
 _PATIENCE = 3.0
 #: Seconds of data in each direction; what comes in the second half counts, after buffers on the way have filled.
 _FLOW_SECONDS = 0.4
+#: Bytes per second that are not measured twice; a lower rate may be this moment's, of a host that is busy.
+_CONVINCING = 125e6
 _PINGS, _PING_SECONDS = 40, 0.5
 _CHUNK = bytes(1 << 16)
 _TOKEN_BYTES = 32
@@ -143,7 +145,7 @@ def call(addresses: Sequence[str], port: int, token: str) -> tuple[socket.socket
 
 
 def measure(source: int, target: int, addresses: Sequence[str], port: int, token: str, *, flow: bool) -> Pair:
-    """Measures the way to another host's listener: in about a second with ``flow``, at once without."""
+    """Measures the way to another host's listener: in one to two seconds with ``flow``, at once without."""
     connection, errors = call(addresses, port, token)
     if connection is None:
         return Pair(source, target, errors)
@@ -151,14 +153,21 @@ def measure(source: int, target: int, addresses: Sequence[str], port: int, token
         latency, skew = _ping(connection)
         if not flow:
             return Pair(source, target, errors, latency, None, None, skew)
-        connection.sendall(_PUSH)
-        sent = _give(connection)
-        _hang_up(connection)
-        connection, _ = call(addresses, port, token)
-        if connection is None:
-            return Pair(source, target, errors, latency, sent, None, skew)
-        connection.sendall(_PULL)
-        received = _take(connection)
+        rates = []
+        for wish, flow_of in ((_PUSH, _give), (_PULL, _take)):
+            best = 0.0
+            for _ in range(2):
+                # What is under way from the last flow must not be in the way of the next.
+                _hang_up(connection)
+                connection, _ = call(addresses, port, token)
+                if connection is None:
+                    raise ConnectionResetError("the other end answers no more")
+                connection.sendall(wish)
+                best = max(best, flow_of(connection))
+                if best >= _CONVINCING:
+                    break
+            rates.append(best)
+        sent, received = rates
         return Pair(source, target, errors, latency, sent, received, skew)
     except OSError as error:
         return Pair(source, target, {**errors, "connection": f"broke off: {meaning(error)}"})

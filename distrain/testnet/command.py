@@ -69,12 +69,9 @@ def run(settings: NetworkSettings, command: Sequence[str]) -> int:
     delay, loss = seconds("delay", settings.delay), share("loss", settings.loss)
     if settings.name in network.running():
         raise ConfigError("name", settings.name, "a test network of this name is up")
-    reason = network.lacking()
-    if reason is not None:
-        raise missing("testnet", reason)
     with _stoppable(), contextlib.ExitStack() as stack:
         try:
-            net = stack.enter_context(Network(settings.hosts, delay=delay, loss=loss, name=settings.name))
+            net = _made(stack, Network(settings.hosts, delay=delay, loss=loss, name=settings.name))
             if settings.rate is not None:
                 _limit(net, settings.rate)
             return _everywhere(net, command) if command else _hold(net)
@@ -108,6 +105,13 @@ def share(key: str, text: str | None) -> float:
     if found is None or float(found[1]) > 100:
         raise ConfigError(key, text, "must be a share of the packets like 0.1%")
     return float(found[1]) / 100
+
+
+def _made(stack: contextlib.ExitStack, net: Network) -> Network:
+    try:
+        return stack.enter_context(net)
+    except RuntimeError as error:
+        raise missing("testnet", str(error)) from error
 
 
 def _limit(net: Network, rate: str) -> None:

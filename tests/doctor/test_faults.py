@@ -70,6 +70,7 @@ def four_faults(tmp_path_factory: pytest.TempPathFactory) -> Found:
         2: {"clock": 120.0},
     }
     with Network(4) as net:
+        net.limit("300mbit", [0, 1, 2])
         net.limit("5mbit", [3])
         run_on_hosts(net, examine, plants, 20.0, str(folder / "found.json"))
     return findings(folder / "found.json")

@@ -30,6 +30,7 @@ def rank(number: int, **changes: Any) -> Facts:
         address=address,
         why=f"its own name 'node{number}' leads to {address}",
         named=False,
+        nccl_interfaces=["eth0"],
         interfaces={"lo": "127.0.0.1", "eth0": address},
         route=address,
         own_name=address,
@@ -205,6 +206,12 @@ def test_gpus_too_few_and_far_apart() -> None:
         ("gpu links", False),
         ("mixed gpus", False),
     ]
+
+
+def test_nccl_on_another_interface() -> None:
+    finding = only(job(rank(0, gpus=["A"]), rank(1, gpus=["A"], nccl_interfaces=["ib0"])))
+    assert finding.problem == "NCCL on node1 would use ib0; eth0 leads to the other hosts"
+    assert finding.advice == "on node1: export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
 
 
 def test_group_that_does_not_form() -> None:

@@ -59,6 +59,21 @@ def test_else_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "10.9.9.9, which is no address of this host" in choice.why
 
 
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ("", ["eth0"]),
+        ("eth", ["eth0"]),
+        ("=eth", []),
+        ("docker,lo", ["lo", "docker0"]),
+        ("^docker", ["lo", "eth0"]),
+        ("^=docker", ["lo", "eth0", "docker0"]),
+    ],
+)
+def test_nccl_takes_prefixes_whole_names_and_exclusions(named: str, taken: list[str]) -> None:
+    assert interfaces.nccl_choices(HERE, named) == taken
+
+
 def test_name_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
