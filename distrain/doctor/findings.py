@@ -302,8 +302,8 @@ def _gpus(found: Examination) -> Iterator[Finding]:
         if len(found.hosts) > 1 and right and right not in facts.nccl_interfaces:
             yield Finding(
                 "wrong interface",
-                f"NCCL on {facts.host} would use {', '.join(facts.nccl_interfaces) or 'no interface'}; {right} leads to "
-                "the other hosts",
+                f"NCCL on {facts.host} would use {', '.join(facts.nccl_interfaces) or 'no interface'}; "
+                f"{right} leads to the other hosts",
                 _export(found, facts),
             )
         slow = [line for line in facts.gpu_links if line.endswith((": SYS", ": no peer access"))]
