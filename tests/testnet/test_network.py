@@ -52,6 +52,13 @@ def test_command_starts_where_it_is_typed(pair: Network) -> None:
     assert said(pair, 0, "import os; print(os.getcwd())") == str(Path.cwd())
 
 
+def test_what_is_printed_goes_to_a_log(pair: Network, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = pair.start(1, ["sh", "-c", "echo $RANK; echo $MINE >&2"], {"MINE": "mine", "RANK": "7"}, log)
+    assert process.wait(10) == 0
+    assert log.read_text() == "7\nmine\n"
+
+
 def test_exit_code_and_signals_reach_through(pair: Network) -> None:
     ends = pair.start(0, ["sh", "-c", "exit 7"])
     assert ends.wait(10) == 7
