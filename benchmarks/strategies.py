@@ -154,7 +154,7 @@ def draw(found: dict[str, dict[str, Any]], links: list[str], path: Path) -> None
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [name for name in found if name != "alone"]
+    names = [name for name, row in found.items() if name != "alone" and any(link in row for link in links)]
     for number, link in enumerate(links):
         shares = [
             found[name][link]["images_per_second"] / found["alone"][link]["images_per_second"]
@@ -168,7 +168,7 @@ def draw(found: dict[str, dict[str, Any]], links: list[str], path: Path) -> None
     left.invert_yaxis()
     left.axvline(1, color="0.6", linewidth=1)
     left.set(xlabel="images/s ÷ hosts that never talk (ResNet-18)")
-    left.legend(frameon=False)
+    left.legend()
     told = {name: row["accuracy"] for name, row in found.items() if "accuracy" in row and name != "alone"}
     for name, row in told.items():
         right.plot(row["bytes_per_step"] / 1e3, 100 * row["test_accuracy"], "o")
@@ -176,7 +176,10 @@ def draw(found: dict[str, dict[str, Any]], links: list[str], path: Path) -> None
             name, (row["bytes_per_step"] / 1e3, 100 * row["test_accuracy"]), (4, 4), textcoords="offset points"
         )
     right.set(xlabel="kB a step, all ranks", ylabel="test accuracy in % (CIFAR-10 CNN)", xscale="log")
+    # Room for the names.
+    right.margins(x=0.2, y=0.1)
     for axes in (left, right):
+        axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 

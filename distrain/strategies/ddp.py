@@ -30,6 +30,7 @@ class DDPConfig(StrategyConfig):
     batchnorm: str = setting("Statistics of BatchNorm layers.", choices=("sync", "local"))
     first_bucket_mb: float = setting("Size of the first gradient bucket in MiB.", above=0)
     bucket_mb: float = setting("Size of the other gradient buckets in MiB.", above=0)
+    last_bucket_mb: float = setting("Largest size in MiB of a last bucket of its own; 0: none.", at_least=0)
 
 
 @register("strategy", "ddp", DDPConfig)
@@ -116,4 +117,5 @@ class DDP(Single):
             self.stopwatch,
             options.first_bucket_mb,
             options.bucket_mb,
+            options.last_bucket_mb,
         )

@@ -90,6 +90,7 @@ class Gradients:
         stopwatch: Where the exposed communication is booked.
         first_bucket_mb: Size at which the first bucket is closed, in MiB.
         bucket_mb: The same for the others.
+        last_bucket_mb: What comes last travels apart, if it is no more than this in MiB: nothing hides the last bucket.
         carrier: Takes the buckets instead of exchanges among the replicas.
     """
 
@@ -101,6 +102,7 @@ class Gradients:
         stopwatch: Stopwatch,
         first_bucket_mb: float = 1,
         bucket_mb: float = 25,
+        last_bucket_mb: float = 0,
         carrier: Carrier | None = None,
     ) -> None:
         self._communicator = communicator
@@ -117,7 +119,8 @@ class Gradients:
         self._missing: list[int] = []
         self._handles = []
         trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        for index, part in enumerate(partition(trained[::-1], first_bucket_mb * MB, bucket_mb * MB)):
+        limits = (first_bucket_mb * MB, bucket_mb * MB, last_bucket_mb * MB)
+        for index, part in enumerate(partition(trained[::-1], *limits)):
             bucket = make_bucket(part, compressor)
             for name, parameter in part:
                 parameter.grad = bucket.tensors[name]
@@ -190,7 +193,7 @@ class Gradients:
 
 
 def partition(
-    parameters: list[tuple[str, nn.Parameter]], first_bytes: float, bytes_: float
+    parameters: list[tuple[str, nn.Parameter]], first_bytes: float, bytes_: float, last_bytes: float = 0
 ) -> list[list[tuple[str, nn.Parameter]]]:
     """Cuts a row of parameters into parts for one bucket each.
 
@@ -198,23 +201,35 @@ def partition(
         parameters: ``(name, parameter)`` pairs in the order in which they travel.
         first_bytes: Size at which the first part is closed.
         bytes_: The same for the others; a larger parameter is a part by itself.
+        last_bytes: As many of the last parameters as fit in this size are a part by themselves, if others come before.
 
     Returns:
         The parts; the parameters of each have one dtype and device.
     """
     parts: list[list[tuple[str, nn.Parameter]]] = []
     filled = float("inf")
+    left = sum(_bytes(parameter) for _, parameter in parameters)
+    tail = False
     for name, parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
+        size = _bytes(parameter)
         limit = first_bytes if len(parts) == 1 else bytes_
         last = parts[-1][-1][1] if parts else None
         alike = last is not None and (last.dtype, last.device) == (parameter.dtype, parameter.device)
-        if not alike or filled + size > limit:
+        tail_begins = left <= last_bytes and not tail
+        tail = tail or tail_begins
+        left -= size
+        # What fits into the first bucket as a whole needs no second one.
+        whole = filled + left + size <= limit and len(parts) == 1
+        if not alike or filled + size > limit or (tail_begins and not whole):
             parts.append([])
             filled = 0
         parts[-1].append((name, parameter))
         filled += size
     return parts
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
 
 
 def make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) -> Bucket:

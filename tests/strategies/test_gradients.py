@@ -13,7 +13,7 @@ from distrain.compression.base import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config import CompressionConfig
 from distrain.metrics import Stopwatch
-from distrain.strategies.gradients import MB, Gradients
+from distrain.strategies.gradients import MB, Gradients, partition
 
 KB = 1024
 
@@ -71,6 +71,28 @@ def names(made: Gradients) -> list[list[str]]:
 def test_buckets_fill_up_in_reverse_order(first: float, other: float, expected: list[list[str]]) -> None:
     made = gradients(parameters(a=2, b=2, c=4, d=2, e=1), Recorder(), first, other)
     assert names(made) == expected
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (0, [["e"], ["d", "c", "b", "a"]]),
+        (1, [["e"], ["d", "c", "b", "a"]]),
+        (2, [["e"], ["d", "c", "b"], ["a"]]),
+        (7, [["e"], ["d", "c"], ["b", "a"]]),
+        (100, [["e"], ["d", "c", "b", "a"]]),
+    ],
+    ids=["none", "nothing fits", "one", "several", "all: what comes first is no reason to cut"],
+)
+def test_what_comes_last_travels_apart(last: float, expected: list[list[str]]) -> None:
+    row = parameters(a=2, b=4, c=4, d=2, e=1)[::-1]
+    parts = partition(row, 1 * KB, 100 * KB, last * KB)
+    assert [[name for name, _ in part] for part in parts] == expected
+
+
+def test_a_model_of_one_bucket_stays_one() -> None:
+    row = parameters(a=2, b=4)[::-1]
+    assert len(partition(row, 6 * KB, 100 * KB, 2 * KB)) == 1
 
 
 def test_a_bucket_holds_one_type() -> None:
