@@ -94,9 +94,9 @@ def _place(settings: DoctorSettings) -> tuple[World, str, int]:
     if settings.ranks is not None or settings.rank is not None:
         size = settings.ranks or world.size
         rank = world.rank if settings.rank is None else settings.rank
-        world = dataclasses.replace(world, rank=rank, size=size, local_size=min(world.local_size, size))
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            world = dataclasses.replace(world, local_size=1)
+        # Typed by hand, a rank is the only one of its host unless a launcher says otherwise.
+        local_size = world.local_size if "LOCAL_WORLD_SIZE" in os.environ else 1
+        world = dataclasses.replace(world, rank=rank, size=size, local_size=local_size)
     if world.rank >= world.size:
         raise ConfigError("rank", world.rank, f"there are {world.size} ranks, counted from 0")
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
