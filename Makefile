@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test lint format bench chaos hooks dev clean
+.PHONY: help train test test-net lint format bench chaos hooks dev clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test, bench and chaos'
 	@echo '  make train NPROC=4 STRATEGY=ddp        more processes, another strategy'
@@ -28,6 +28,9 @@ train: $(VENV)/.stamp-digits ## Train a CNN on real images under two data-parall
 
 test: $(VENV)/.stamp-test ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-net: $(VENV)/.stamp-test ## Run jobs under torchrun on several hosts of a test network (Linux, root)
+	DISTRAIN_TEST_NET=1 $(BIN)/python -m pytest tests/multinode $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style, format and types
 	$(BIN)/ruff check .

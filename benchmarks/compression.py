@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from distrain.chaos import network
+from distrain.testnet import network
 
 ROOT = Path(__file__).parent.parent
 TORCH_HOOKS = ("none", "fp16", "bf16", "powersgd", "quantization")

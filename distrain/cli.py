@@ -35,6 +35,8 @@ REFUSED = 2
 FAILED = 1
 #: Exit code of a run that was asked to stop and saved everything, as sysexits' EX_TEMPFAIL: the same command goes on.
 STOPPED = 75
+#: As the user has it; :func:`main` sets it for itself.
+_WANTED_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR")
 #: How long the other ranks of a host leave the word to its first.
 _PATIENCE_SECONDS = 2
 
@@ -57,9 +59,6 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     def guarded(composed: DictConfig) -> None:
         nonlocal composing
         composing = False
-        # Imports torch, which --help, completion and most mistakes need not wait for.
-        from distrain.runtime import Failed, Stopped
-
         # Ended here, because Hydra adds lines of its own to what comes out of a task.
         try:
             task(composed)
@@ -67,13 +66,17 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
             if wants_traceback:
                 raise
             refuse(error)
-        except Failed:
+        except Exception as error:
+            # Not imported here: it imports torch, which --help, completion and most mistakes need not wait for.
+            runtime = sys.modules.get("distrain.runtime")
+            if runtime is None or not isinstance(error, runtime.Failed | runtime.Stopped):
+                raise
+            if isinstance(error, runtime.Stopped):
+                # The launcher may end this rank because another one has just left with the same code.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                _leave(STOPPED)
             # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
             _leave(FAILED)
-        except Stopped:
-            # The launcher may end this rank because another one has just left with the same code.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            _leave(STOPPED)
 
     decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(guarded)
     try:
@@ -88,6 +91,21 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         # All is written and said. Destructors that run while torch's communication threads end bring down about 3 % of
         # runs of several ranks with "terminate called without an active exception", so they are not run.
         atexit.register(_leave, 0)
+
+
+def take_command(arguments: list[str]) -> list[str]:
+    """Takes ``-- COMMAND...``, which Hydra must not read, off the end of a command line, and returns the command."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    command = arguments[split + 1 :]
+    del arguments[split:]
+    return command
+
+
+def restore_environment() -> None:
+    """Undoes what :func:`main` set for Hydra, before other programs inherit it."""
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    if _WANTED_TRACEBACKS is not None:
+        os.environ["HYDRA_FULL_ERROR"] = _WANTED_TRACEBACKS
 
 
 def _leave(code: int) -> NoReturn:

@@ -46,6 +46,10 @@ class Link:
     def __init__(self, points: Mapping[str, Sequence[Point]]) -> None:
         self._points = points
 
+    def points(self, kind: str) -> Sequence[Point]:
+        """What was measured, by growing size."""
+        return self._points[kind]
+
     def seconds(self, kind: str, sent: int) -> float:
         """What a collective takes from its start on all ranks until all are done."""
         return self._at(kind, sent, lambda point: point.seconds)

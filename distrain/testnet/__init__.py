@@ -1,0 +1,1 @@
+"""Several hosts on one Linux machine, with links of a chosen bandwidth, delay and loss."""

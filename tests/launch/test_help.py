@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.trained import launch
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("doctor", 'eval "$(python launch/doctor.py address=HOST:29400 export=true)"'),
+        ("testnet", "python launch/testnet.py hosts=2 name=lab"),
+    ],
+)
+def test_help_shows_what_to_type(script: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch(script, "--help")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert line in said
+    assert f"{script}.yaml" in said

@@ -1,0 +1,111 @@
+"""Strategies across the hosts of a test network: what one host trains, several train too."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from distrain.testnet.network import Network
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.hosts import needs_network, on_host, run_on_hosts
+from tests.runs import relative_difference, small, train_on_rank
+
+pytestmark = needs_network
+
+#: Plain SGD, because Adam's first steps divide noise by noise.
+SGD = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.max_steps=12", "trainer.precision=fp64", "model=simple_cnn")
+
+
+@pytest.fixture(scope="module")
+def two_hosts() -> Iterator[Network]:
+    with Network(2) as net:
+        yield net
+
+
+@pytest.fixture(scope="module")
+def four_hosts() -> Iterator[Network]:
+    with Network(4) as net:
+        yield net
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What one process trains."""
+    config = small(*SGD, f"run_dir={tmp_path_factory.mktemp('single')}")
+    model: dict[str, Tensor] = run_ranks(train_on_rank, 1, config)[0]["model"]
+    return model
+
+
+def train(net: Network, folder: Any, *overrides: str) -> dict[str, Any]:
+    """Trains on all hosts; rank 0's outcome."""
+    outcome: dict[str, Any] = run_on_hosts(net, train_on_rank, small(*SGD, f"run_dir={folder}", *overrides))[0]
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("hosts", "keys"),
+    [
+        (2, ("strategy=ddp",)),
+        (4, ("strategy=ddp",)),
+        # Two replicas of two stages.
+        (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
+    ],
+)
+def test_hosts_train_the_parameters_of_one_process(
+    hosts: int, keys: tuple[str, ...], reference: dict[str, Tensor], request: Any, tmp_path: Any
+) -> None:
+    net = request.getfixturevalue({2: "two_hosts", 4: "four_hosts"}[hosts])
+    outcome = train(net, tmp_path, *keys)
+    assert relative_difference(outcome["model"], reference) < 1e-12
+    assert outcome["summary"]["world_size"] == hosts
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("strategy=ddp", "compression=powersgd"), ("strategy=local_sgd", "strategy.sync_every=3")],
+    ids=" ".join,
+)
+def test_hosts_train_what_as_many_ranks_of_one_host_train(
+    keys: tuple[str, ...], two_hosts: Network, tmp_path: Any
+) -> None:
+    together = train(two_hosts, tmp_path / "hosts", *keys)
+    config = small(*SGD, f"run_dir={tmp_path / 'one'}", *keys)
+    alone = run_ranks(train_on_rank, 2, config)[0]
+    assert relative_difference(together["model"], alone["model"]) < 1e-12
+    assert together["summary"]["bytes_sent_per_step"] == alone["summary"]["bytes_sent_per_step"]
+
+
+def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path) -> None:
+    keys = ("strategy=ddp", "trainer.max_steps=1000000", "trainer.epochs=1000000", "runtime.timeout_seconds=3")
+    config = small("model=simple_cnn", *keys, f"run_dir={tmp_path}", "trainer.log_every_steps=1")
+    with Network(2) as net:
+        lost: list[float] = []
+
+        def cut() -> None:
+            metrics = tmp_path / "metrics.jsonl"
+            deadline = time.monotonic() + 40
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            net.lose(1)
+            lost.append(time.monotonic())
+
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        holders = [net.holder(host) for host in range(net.hosts)]
+        stays, goes = run_ranks_to_the_end(on_host, 2, holders, train_on_rank, (config,), timeout=55)
+        ended = time.monotonic()
+        cutting.join()
+    assert isinstance(stays, RankFailed)
+    assert isinstance(goes, RankFailed)
+    assert "died with exit code" in str(goes)
+    assert "distrain.runtime.Failed" in str(stays)
+    # Nothing tells of the end of a host that has lost power but the silence.
+    assert ended - lost[0] < 10
+    assert json.loads((tmp_path / "failure.json").read_text())["error"]

@@ -1,0 +1,117 @@
+"""Whole jobs as users type them, under torchrun on a test network: a minute and more, so by ``make test-net`` only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.harness import run_ranks
+from tests.hosts import needs_network
+from tests.runs import LAUNCH, SMALL, relative_difference, small
+from tests.trained import train
+
+pytestmark = [
+    needs_network,
+    pytest.mark.skipif("DISTRAIN_TEST_NET" not in os.environ, reason="takes minutes; make test-net runs it"),
+]
+
+#: Seconds for a job of four hosts that share two cores.
+PATIENCE = 110
+KEYS = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.max_steps=12", "trainer.precision=fp64", "model=simple_cnn")
+
+
+def overrides(*keys: str) -> list[str]:
+    """A small run's, as they are typed."""
+    patient = [key for key in SMALL if "timeout" not in key]
+    return [*patient, "runtime.timeout_seconds=60", "runtime.setup_timeout_seconds=60", *KEYS, *keys]
+
+
+def on_hosts(hosts: int, *command: str, links: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs a command on each host, as ``launch/testnet.py`` does."""
+    return subprocess.run(
+        [sys.executable, str(LAUNCH / "testnet.py"), f"hosts={hosts}", *links, "--", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCH.parent)},
+    )
+
+
+def torchrun(script: str, *keys: str, nodes: int) -> list[str]:
+    options = ["--nnodes", str(nodes), "--nproc-per-node", "1"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(LAUNCH / f"{script}.py"), *keys]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """The model of a run's newest checkpoint."""
+    found: dict[str, Tensor] = load_file(max(run.glob("checkpoints/step_*/model.safetensors")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What one process on one host trains."""
+    folder = tmp_path_factory.mktemp("single")
+    run_ranks(train, 1, small(*KEYS, f"run_dir={folder}"))
+    return weights(folder)
+
+
+@pytest.mark.timeout(PATIENCE + 10)
+@pytest.mark.parametrize(
+    ("hosts", "strategy"),
+    [
+        (4, ("strategy=ddp",)),
+        (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
+        (2, ("strategy=ddp",)),
+    ],
+)
+def test_torchrun_on_hosts_trains_the_parameters_of_one(
+    hosts: int, strategy: tuple[str, ...], reference: dict[str, Tensor], tmp_path: Path
+) -> None:
+    done = on_hosts(hosts, *torchrun("train", *overrides(*strategy, f"run_dir={tmp_path}"), nodes=hosts))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert relative_difference(weights(tmp_path), reference) < 1e-12
+    summary: dict[str, Any] = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["world_size"] == hosts
+    # Ranks are numbered as hosts are.
+    assert "host0 | epoch" in done.stdout or "host0 | test_accuracy" in done.stdout
+
+
+@pytest.mark.timeout(PATIENCE + 10)
+@pytest.mark.parametrize(
+    "strategy",
+    [("strategy=ddp", "compression=powersgd"), ("strategy=local_sgd", "strategy.sync_every=3")],
+    ids=" ".join,
+)
+def test_slow_and_lossy_links_change_no_parameter(strategy: tuple[str, ...], tmp_path: Path) -> None:
+    links = ("rate=50mbit", "delay=2ms", "loss=0.1%")
+    command = torchrun("train", *overrides(*strategy, f"run_dir={tmp_path / 'hosts'}"), nodes=2)
+    done = on_hosts(2, *command, links=links)
+    assert done.returncode == 0, done.stdout[-3000:]
+    run_ranks(train, 2, small(*KEYS, *strategy, f"run_dir={tmp_path / 'one'}"))
+    assert relative_difference(weights(tmp_path / "hosts"), weights(tmp_path / "one")) < 1e-12
+
+
+@pytest.mark.timeout(PATIENCE + 10)
+def test_doctor_under_torchrun_finds_a_slow_network(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    command = torchrun("doctor", f"output={output}", nodes=2)
+    done = on_hosts(2, *command, links=("rate=10mbit", "delay=5ms"))
+    assert done.returncode == 1
+    found = json.loads(output.read_text())
+    assert [finding["kind"] for finding in found["findings"] if finding["wrong"]] == ["slow link"]
+    (pair,) = [pair for pair in found["pairs"] if pair["sent"] is not None]
+    assert 0.010 <= pair["latency"] < 0.020
+    assert pair["sent"] * 8 == pytest.approx(10e6, rel=0.15)
+    assert found["all_reduce"][0]["points"]
+    assert torch.__version__ == found["ranks"][1]["versions"]["torch"]
