@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test lint format bench hooks dev clean
+.PHONY: help train test test-slurm lint lint-deploy format bench hooks dev clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test and bench'
 	@echo '  make train NPROC=4 STRATEGY=ddp        more processes, another strategy'
@@ -29,10 +29,19 @@ train: $(VENV)/.stamp-digits ## Train a CNN on real images under two data-parall
 test: $(VENV)/.stamp-test ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on this machine (needs slurm-wlm and munge)
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
 lint: $(VENV)/.stamp-lint ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-deploy: $(VENV)/.stamp-deploy ## Check Dockerfile, manifests and batch scripts
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck launch/slurm/train.sbatch
+	$(BIN)/kubernetes-validate --strict --kubernetes-version 1.31.0 launch/kubernetes/*.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itself
 	$(BIN)/ruff format .

@@ -36,6 +36,14 @@ FAILED = 1
 _PATIENCE_SECONDS = 2
 
 
+class Ended(Exception):
+    """All was said; the process ends with this code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"ended with exit code {code}")
+        self.code = code
+
+
 def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> None:
     """Composes the configuration from ``sys.argv`` and runs the task; ends the process with the right exit code.
 
@@ -72,6 +80,8 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     try:
         _check_options(sys.argv[1:])
         decorated()
+    except Ended as ended:
+        sys.exit(ended.code)
     except Exception as error:  # Hydra and YAML have many kinds for what is wrong with the user's words
         if wants_traceback or not composing:
             raise

@@ -53,7 +53,8 @@ def test_every_choice_has_a_file_and_every_file_a_choice(group: str) -> None:
 
 
 def test_every_folder_is_a_group() -> None:
-    assert {path.parent.name for path in CONF.rglob("*.yaml") if path.parent != CONF} - {"experiment"} == set(GROUPS)
+    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml") if path.parent != CONF}
+    assert folders - {"experiment", "hydra/launcher"} == set(GROUPS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
