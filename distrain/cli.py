@@ -36,6 +36,10 @@ FAILED = 1
 _PATIENCE_SECONDS = 2
 
 
+#: What the user's HYDRA_FULL_ERROR said, for processes that are started from here.
+told = ""
+
+
 class Ended(Exception):
     """All was said; the process ends with this code."""
 
@@ -52,7 +56,9 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         conf: The folder of YAML files.
         config_name: The primary file, without ``.yaml``.
     """
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
+    global told
+    told = os.environ.get("HYDRA_FULL_ERROR", "")
+    wants_traceback = told not in ("", "0")
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composing = True

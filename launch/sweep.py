@@ -25,6 +25,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain import cli
+from distrain.config import ConfigError
 from distrain.launching import sweep
 
 HERE = Path(__file__).resolve().parent
@@ -40,5 +41,8 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit()
     folder = f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}_sweep"
-    sys.argv[1:] = sweep.arguments(sys.argv[1:], HERE / "train.py", folder)
+    try:
+        sys.argv[1:] = sweep.arguments(sys.argv[1:], HERE / "train.py", folder)
+    except ConfigError as error:
+        cli.refuse(error)
     cli.main(task, HERE.parent / "conf", "config")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distrain import cli
 from distrain.config import setting
 from distrain.launching.processes import Asked, Child, asked_to_end
 
@@ -151,7 +152,10 @@ class Runner:
         log, started = job.folder / "output.log", time.time()
         with log.open("ab") as output:
             begins = output.tell()
-            result = self._watch(job, Child([*self._start, *job.arguments], output=output))
+            # This process has its own reason to set it.
+            environment = {"HYDRA_FULL_ERROR": cli.told}
+            child = Child([*self._start, *job.arguments], output=output, environment=environment)
+            result = self._watch(job, child)
         result.seconds = time.time() - started
         if result.status == DONE:
             result.summary = _summary(job)
@@ -200,7 +204,9 @@ def _reason(job: Job, started: float) -> str:
 
 
 def _last_words(log: Path, begins: int) -> str:
-    """The line in which distrain says what is wrong, or else the last one."""
-    said = [line for line in log.read_bytes()[begins:].decode(errors="replace").splitlines() if line.strip()]
-    ours = [line.removeprefix("distrain: ") for line in said if line.startswith("distrain: ")]
-    return (ours or said or ["ended without a word"])[-1].strip()
+    """The line in which distrain says what is wrong, or else the last one before torchrun's report."""
+    text = log.read_bytes()[begins:].decode(errors="replace")
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    ours = [line for line in said if line.startswith("distrain: ")]
+    report = next((place for place, line in enumerate(said) if "torch/distributed/elastic" in line), len(said))
+    return (ours or said[:report] or said or ["ended without a word"])[-1].removeprefix("distrain: ")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from distrain import config as configuration
 from distrain.launching import table
 from distrain.launching.jobs import DONE, Result, Runner, SweepSettings, lines, make_jobs, quoted
 
@@ -90,15 +92,22 @@ def arguments(given: Sequence[str], script: Path, folder: str) -> list[str]:
         given: What the user typed.
         script: What each job runs.
         folder: The sweep's folder where the user names none.
+
+    Raises:
+        ConfigError: ``sweep.…`` is no key of a sweep.
     """
+    known = ["folder", *(field.name for field in dataclasses.fields(SweepSettings))]
     found = ["--multirun", "hydra/launcher=torchrun", f"hydra.launcher.script={quoted(str(script))}"]
     found.append(f"hydra.sweep.dir={quoted(folder)}")
     for argument in given:
-        if argument.startswith("sweep.folder="):
-            found.append(f"hydra.sweep.dir={argument.partition('=')[2]}")
-        elif argument.startswith("sweep."):
+        key, _, value = argument.partition("=")
+        if key == "sweep.folder":
+            found.append(f"hydra.sweep.dir={value}")
+        elif key.startswith("sweep."):
+            if key.removeprefix("sweep.") not in known:
+                raise configuration.missing(key, "no such key", [f"sweep.{name}" for name in known])
             found.append(f"hydra.launcher.{argument.removeprefix('sweep.')}")
-        elif argument.startswith("nproc="):
+        elif key == "nproc":
             found.append(f"hydra.launcher.{argument}")
         else:
             found.append(argument)

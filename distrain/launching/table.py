@@ -96,7 +96,7 @@ def to_text(results: Sequence[Result], metric: str) -> str:
     missing = [result for result in results if result.status != DONE]
     found += [f"{printable(one.job.name)}: {one.status}: {printable(one.reason)}" for one in missing]
     done = len(results) - len(missing)
-    found.append(f"{done} of {len(results)} jobs are done" + (f", {len(missing)} are not" if missing else ""))
+    found.append(f"{done} of {len(results)} jobs are done" + (f", {len(missing)} not" if missing else ""))
     return "\n".join(found)
 
 

@@ -33,7 +33,7 @@ def test_two_hosts_train_one_model(tmp_path: Path) -> None:
         "hosts=[one,two]",
         "addresses=[127.0.0.1,127.0.0.1]",
         f"ssh={ssh}",
-        "env={OMP_NUM_THREADS: 1}",
+        "+env.OMP_NUM_THREADS=1",
         "--",
         *("strategy=ddp", *SMALL, f"run_dir={run}", "trainer.max_steps=3"),
     )

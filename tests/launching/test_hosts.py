@@ -75,14 +75,14 @@ def test_addresses_variables_options_and_script_are_the_users() -> None:
     chosen = settings(
         addresses=["10.0.0.1", "10.0.0.2"],
         env={"GLOO_SOCKET_IFNAME": "eth1"},
-        torchrun=["--max-restarts=3"],
+        torchrun=["--max-restarts", "3"],
         script="launch/evaluate.py",
     )
     words = remote(hosts.plan(chosen, Path("t.py"), ["run=r"])[1])
     assert option(words, "--rdzv-endpoint") == "10.0.0.1:29400"
     assert option(words, "--local-addr") == "10.0.0.2"
     assert option(words, "env") == "GLOO_SOCKET_IFNAME=eth1"
-    assert words[-3:] == ["--max-restarts=3", "launch/evaluate.py", "run=r"]
+    assert words[-4:] == ["--max-restarts", "3", "launch/evaluate.py", "run=r"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,11 @@ if mode == "report":
     sys.exit(1)
 if mode == "crash":
     raise ZeroDivisionError
+if mode == "launched":
+    print("ValueError: in a rank")
+    print("E1122 torch/distributed/elastic/multiprocessing/api.py:988] failed (exitcode: 1) local_rank: 0")
+    print("=" * 60)
+    sys.exit(1)
 if mode == "hang":
     time.sleep(600)
 if mode != "silent":
@@ -82,17 +87,18 @@ def test_lines_for_a_job_array_are_what_a_shell_takes(tmp_path: Path) -> None:
 
 
 def test_four_are_done_one_fails_and_one_hangs(tmp_path: Path) -> None:
-    results = run(tmp_path, "0.1", "told", "0.2", "hang", "0.3", "0.4", minutes=0.02)
+    results = run(tmp_path, "0.1", "told", "0.2", "hang", "0.3", "0.4", minutes=0.1)
     assert [result.status for result in results] == [DONE, FAILED, DONE, OVER, DONE, DONE]
     assert [result.summary.get("val_accuracy") for result in results] == [0.1, None, 0.2, None, 0.3, 0.4]
     assert results[1].reason == "rank 1 on b failed at step 3: bad luck"
-    assert results[3].reason == "ended after 0.02 minutes; what it saved is there to go on from"
+    assert results[3].reason == "ended after 0.1 minutes; what it saved is there to go on from"
 
 
 def test_the_reason_is_the_runs_report_or_else_its_last_word(tmp_path: Path) -> None:
-    report, crash, silent = run(tmp_path, "report", "crash", "silent")
+    report, crash, silent, launched = run(tmp_path, "report", "crash", "silent", "launched")
     assert report.reason == "rank 1 on b at step 3: worse luck"
     assert crash.reason == "ZeroDivisionError"
+    assert launched.reason == "ValueError: in a rank"
     assert silent.reason == "ended well without a summary.json"
     assert {report.status, crash.status, silent.status} == {FAILED}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
+from distrain.config import ConfigError
 from distrain.launching import sweep
 from distrain.launching.jobs import SweepSettings
 from tests.runs import CONF
@@ -25,6 +27,11 @@ def test_nproc_and_sweep_keys_are_the_launchers_and_the_rest_is_the_trainings() 
         "hydra.sweep.dir=there",
         "compression=none,fp16",
     ]
+
+
+def test_unknown_key_of_a_sweep_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^sweep.minuts: no such key; .*did you mean sweep.minutes"):
+        sweep.arguments(["sweep.minuts=3"], Path("train.py"), "here")
 
 
 def test_file_holds_each_key_of_its_schema() -> None:

@@ -124,8 +124,8 @@ def running(folder: Path) -> Iterator[Cluster]:
     }
     files = {"socket": "munge.socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     options = [f"--{option}={munge / name}" for option, name in files.items()]
-    # Stopped in this order: the controller before those that it would call lost.
-    daemons = [["munged", "--foreground", *options]]
+    # munged insists on a socket that all users can reach, which a test's own folder is not, unless it is forced.
+    daemons = [["munged", "--foreground", "--force", *options]]
     daemons.append(["slurmctld", "-D", "-i"])
     daemons += [["slurmd", "-D", "-N", node] for node in NODES]
     cluster = Cluster(folder, environment)

@@ -31,7 +31,7 @@ pytestmark = [
     ),
 ]
 
-STEPS = 1200
+STEPS = 800
 SCRIPT = LAUNCH / "slurm" / "train.sbatch"
 SETTINGS = (
     "strategy=ddp",
@@ -152,7 +152,9 @@ def test_preempted_job_makes_room_and_goes_on(slurm: Cluster, whole: Path, tmp_p
     number = submit(slurm, tmp_path, *SETTINGS, *data())
     run = tmp_path / "outputs" / "slurm" / number
     in_the_middle(run, tmp_path)
-    other = slurm.command("sbatch", "--parsable", "--partition=high", "--nodes=2", "--wrap=sleep 1", folder=tmp_path)
+    other = slurm.command(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", folder=tmp_path
+    )
     assert ended(slurm, other.strip(), tmp_path)["JobState"] == "COMPLETED"
     assert not (run / "summary.json").exists()
     job = ended(slurm, number, tmp_path)
