@@ -101,7 +101,7 @@ class Cluster:
     def job(self, number: str) -> dict[str, str]:
         """What SLURM says of a job."""
         said = self.command("scontrol", "show", "job", "--oneliner", number)
-        return dict(word.partition("=")[::2] for word in said.split() if "=" in word)  # type: ignore[misc]
+        return dict(word.partition("=")[::2] for word in said.split() if "=" in word)
 
 
 @contextlib.contextmanager
