@@ -15,9 +15,10 @@ from distrain.launching.jobs import DONE, Result, Runner, SweepSettings, lines, 
 
 
 def torchrun(settings: SweepSettings, script: Path) -> list[str]:
-    """The command for a job: each torchrun takes a free port."""
+    """The command for a job: each torchrun takes a free port, at an address that needs no name service."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", settings.nproc),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+        *("--nproc-per-node", settings.nproc),
         *settings.torchrun,
         str(script),
     ]
