@@ -17,7 +17,7 @@ from distrain import cli
 from distrain.config import setting
 from distrain.launching.processes import Asked, Child, asked_to_end
 
-DONE, FAILED, OVER, NOT_RUN = "done", "failed", "over its time limit", "not run"
+DONE, FAILED, STOPPED, OVER, NOT_RUN = "done", "failed", "stopped", "over its time limit", "not run"
 _POLL_SECONDS = 0.2
 #: Longer folder names are hard to read, and no file system takes more than 255 bytes.
 _LONGEST_NAME = 100
@@ -65,7 +65,8 @@ class Result:
 
     Attributes:
         job: Which.
-        status: One of ``done``, ``failed``, ``over its time limit`` and ``not run``.
+        status: One of ``done``, ``failed``, ``stopped`` (by its own ``trainer.max_minutes``, say; it saved its state),
+            ``over its time limit`` and ``not run``.
         reason: Why it is not done, in one line.
         seconds: How long it ran.
         summary: What its ``summary.json`` holds; empty where it is not done.
@@ -162,7 +163,7 @@ class Runner:
             if not result.summary:
                 result.status, result.reason = FAILED, "ended well without a summary.json"
         elif not result.reason:
-            result.reason = _reason(job, started) or _last_words(log, begins)
+            result.status, result.reason = _why(job, started) or (FAILED, _last_words(log, begins))
         self._say(f"sweep: {job.name}: {result.status}{': ' if result.reason else ''}{result.reason}")
         return result
 
@@ -194,13 +195,19 @@ def _summary(job: Job) -> dict[str, Any]:
     return _read_json(job.folder / "summary.json")
 
 
-def _reason(job: Job, started: float) -> str:
-    """What ``failure.json`` says, if it is of this attempt."""
-    file = job.folder / "failure.json"
-    if not file.exists() or file.stat().st_mtime < started - 1:
-        return ""
-    found = _read_json(file)
-    return f"rank {found.get('rank')} on {found.get('host')} at step {found.get('step')}: {found.get('error')}"
+def _why(job: Job, started: float) -> tuple[str, str] | None:
+    """Status and reason from the run's own reports, where it left one in this attempt."""
+    for name, status in (("failure.json", FAILED), ("stopped.json", STOPPED)):
+        file = job.folder / name
+        if file.exists() and file.stat().st_mtime >= started - 1:
+            told = _read_json(file)
+            if status == STOPPED:
+                return status, f"{told.get('reason')} at step {told.get('step')}; it saved its state"
+            return (
+                status,
+                f"rank {told.get('rank')} on {told.get('host')} at step {told.get('step')}: {told.get('error')}",
+            )
+    return None
 
 
 def _last_words(log: Path, begins: int) -> str:

@@ -9,7 +9,19 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from distrain.launching.jobs import DONE, FAILED, NOT_RUN, OVER, Job, Result, Runner, SweepSettings, lines, make_jobs
+from distrain.launching.jobs import (
+    DONE,
+    FAILED,
+    NOT_RUN,
+    OVER,
+    STOPPED,
+    Job,
+    Result,
+    Runner,
+    SweepSettings,
+    lines,
+    make_jobs,
+)
 from tests.launching.helpers import STUBBORN, program, runs, until
 
 #: Does what `mode=` says, in the folder that `run_dir=` names.
@@ -27,6 +39,9 @@ if mode == "told":
 if mode == "report":
     (folder / "failure.json").write_text(json.dumps({"rank": 1, "host": "b", "step": 3, "error": "worse luck"}))
     sys.exit(1)
+if mode == "stopped":
+    (folder / "stopped.json").write_text(json.dumps({"reason": "trainer.max_minutes", "step": 7, "exit_code": 75}))
+    sys.exit(75)
 if mode == "crash":
     raise ZeroDivisionError
 if mode == "launched":
@@ -101,6 +116,11 @@ def test_the_reason_is_the_runs_report_or_else_its_last_word(tmp_path: Path) -> 
     assert launched.reason == "ValueError: in a rank"
     assert silent.reason == "ended well without a summary.json"
     assert {report.status, crash.status, silent.status} == {FAILED}
+
+
+def test_a_job_that_stopped_by_itself_did_not_fail(tmp_path: Path) -> None:
+    result = run(tmp_path, "stopped")[0]
+    assert (result.status, result.reason) == (STOPPED, "trainer.max_minutes at step 7; it saved its state")
 
 
 def test_an_older_report_is_not_the_reason(tmp_path: Path) -> None:
