@@ -48,7 +48,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdParameters=config_overrides
-SlurmctldParameters=preempt_send_user_signal
+{parameters}
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -105,8 +105,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Cluster]:
-    """Starts the daemons, waits for both nodes, and ends all at the end."""
+def running(folder: Path, *, warns: bool = True) -> Iterator[Cluster]:
+    """Starts the daemons, waits for both nodes, and ends all at the end.
+
+    Args:
+        folder: Empty.
+        warns: A job that is preempted gets the signal that it asked for with ``--signal``; else its ranks get SIGTERM.
+    """
     controller, first, second = _free_ports(3)
     munge = folder / "munge"
     munge.mkdir(mode=0o755)
@@ -116,7 +121,16 @@ def running(folder: Path) -> Iterator[Cluster]:
     (munge / "key").chmod(0o400)
     conf = folder / "slurm.conf"
     user = getpass.getuser()
-    conf.write_text(_CONF.format(folder=folder, user=user, controller=controller, first=first, second=second))
+    conf.write_text(
+        _CONF.format(
+            folder=folder,
+            user=user,
+            controller=controller,
+            first=first,
+            second=second,
+            parameters="SlurmctldParameters=preempt_send_user_signal" if warns else "",
+        )
+    )
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))},
         "PATH": _path(),

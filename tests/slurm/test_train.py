@@ -148,18 +148,30 @@ def test_job_that_is_warned_of_its_time_limit_saves_and_goes_on(slurm: Cluster, 
     assert_same(run, whole)
 
 
-def test_preempted_job_makes_room_and_goes_on(slurm: Cluster, whole: Path, tmp_path: Path) -> None:
-    number = submit(slurm, tmp_path, *SETTINGS, *data())
-    run = tmp_path / "outputs" / "slurm" / number
-    in_the_middle(run, tmp_path)
-    other = slurm.command(
-        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", folder=tmp_path
-    )
-    assert ended(slurm, other.strip(), tmp_path)["JobState"] == "COMPLETED"
+def preempt(slurm: Cluster, folder: Path) -> Path:
+    """Pushes a job out by another one, waits for the end of both, and returns the run folder."""
+    number = submit(slurm, folder, *SETTINGS, *data())
+    run = folder / "outputs" / "slurm" / number
+    in_the_middle(run, folder)
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    other = slurm.command("sbatch", "--parsable", *options, folder=folder).strip()
+    assert ended(slurm, other, folder)["JobState"] == "COMPLETED"
     assert not (run / "summary.json").exists()
-    job = ended(slurm, number, tmp_path)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
-    assert_same(run, whole)
+    job = ended(slurm, number, folder)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(folder)
+    return run
+
+
+def test_preempted_job_makes_room_and_goes_on(slurm: Cluster, whole: Path, tmp_path: Path) -> None:
+    assert_same(preempt(slurm, tmp_path), whole)
+    assert "SIGUSR1; the ranks are asked to save and end" in output(tmp_path)
+
+
+def test_preempted_job_goes_on_where_slurm_sends_no_warning(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    with cluster.running(tmp_path / "slurm", warns=False) as slurm:
+        assert_same(preempt(slurm, tmp_path), whole)
+    assert "SIGUSR1" not in output(tmp_path)
 
 
 def test_cancelled_job_does_not_come_back(slurm: Cluster, tmp_path: Path) -> None:
