@@ -58,6 +58,19 @@ class Job:
         """What the script is started with."""
         return [*self.overrides, f"run_dir={quoted(str(self.folder))}"]
 
+    def claim(self) -> bool:
+        """Makes the folder this job's, and says whether it was nobody's or its own before.
+
+        A folder that is named like this job's may be of a sweep whose common settings were others.
+        """
+        file = self.folder / "overrides.txt"
+        mine = lines([self])
+        if file.exists() or (self.folder / "summary.json").exists():
+            return file.exists() and file.read_text() == mine
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(mine)
+        return True
+
 
 @dataclass
 class Result:
@@ -142,13 +155,16 @@ class Runner:
             return [future.result() for future in futures], code
 
     def _one(self, job: Job) -> Result:
+        if not job.claim():
+            reason = f"{job.folder} holds a training with other settings; name another sweep.folder"
+            self._say(f"sweep: {job.name}: {NOT_RUN}: {reason}")
+            return Result(job, NOT_RUN, reason)
         before = _summary(job)
         if before:
             self._say(f"sweep: {job.name}: was done before")
             return Result(job, DONE, seconds=float(before.get("wall_seconds", 0)), summary=before)
         if self._stop.is_set():
             return Result(job, NOT_RUN, "the sweep was ended before")
-        job.folder.mkdir(parents=True, exist_ok=True)
         self._say(f"sweep: {job.name}: starts")
         log, started = job.folder / "output.log", time.time()
         with log.open("ab") as output:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distrain import config as configuration
+from distrain.config import ConfigError
 from distrain.launching import table
 from distrain.launching.jobs import DONE, Result, Runner, SweepSettings, lines, make_jobs, quoted
 
@@ -61,10 +62,14 @@ class Sweep:
             first: The first job's number.
 
         Raises:
+            ConfigError: The folder holds another sweep whose jobs would be listed.
             SystemExit: The process was asked to end, or only a list of jobs was wanted.
         """
         jobs = make_jobs(overrides, first, self._fixed, self._folder)
         if self._settings.jobs_file is not None:
+            taken = [job for job in jobs if not job.claim()]
+            if taken:
+                raise ConfigError("sweep.folder", self._folder, f"{taken[0].name} in it has other settings")
             Path(self._settings.jobs_file).write_text(lines(jobs))
             print(f"{self._settings.jobs_file}: {len(jobs)} jobs, one a line")
             sys.exit(0)

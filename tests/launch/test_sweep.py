@@ -56,7 +56,7 @@ def test_list_for_a_job_array_runs_nothing(tmp_path: Path) -> None:
     told = [shlex.split(line) for line in (tmp_path / "jobs.txt").read_text().splitlines()]
     assert told[0] == ["strategy=ddp", "optimizer.lr=0.1", f"run_dir='{tmp_path}/s p/000_optimizer.lr=0.1'"]
     assert told[1][1] == "optimizer.lr=0.01"
-    assert not list((tmp_path / "s p").glob("0*"))
+    assert {path.name for path in (tmp_path / "s p").glob("0*/*")} == {"overrides.txt"}
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -143,6 +143,15 @@ def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     assert (again.job.folder / "output.log").read_text() == "training 0.5\n"
 
 
+def test_what_another_sweep_left_in_the_folder_is_not_taken_for_the_jobs(tmp_path: Path) -> None:
+    run(tmp_path, "0.5")
+    start = program(tmp_path / "training.py", TRAINING)
+    other = make_jobs([["seed=1", "mode=0.5"]], 0, ["seed"], tmp_path / "sweep")
+    result = Runner(settings(), start).run(other)[0][0]
+    assert (result.status, result.summary) == (NOT_RUN, {})
+    assert result.reason.endswith("holds a training with other settings; name another sweep.folder")
+
+
 def test_jobs_run_at_the_same_time_as_many_as_wanted(tmp_path: Path) -> None:
     """Each waits for the other; alone, neither would end."""
     both = f"""
