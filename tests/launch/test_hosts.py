@@ -31,14 +31,16 @@ def test_two_hosts_train_one_model(tmp_path: Path) -> None:
     done = start(
         tmp_path,
         "hosts=[one,two]",
-        "addresses=[127.0.0.1,127.0.0.1]",
+        # Both this host; the first by its address has rank 0.
+        "addresses=[127.0.0.1,127.0.0.2]",
         f"ssh={ssh}",
         "+env.OMP_NUM_THREADS=1",
         "--",
         *("strategy=ddp", *SMALL, f"run_dir={run}", "trainer.max_steps=3"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {line.partition("]")[0] for line in done.stdout.splitlines()} == {"[one"}
+    assert "[one] run folder: " in done.stdout
+    assert "[two] run folder: " not in done.stdout
     assert {path.name for path in (run / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     assert RunFolder.open(str(run)).weights("newest").step == 3
 
