@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-net lint format bench chaos hooks dev clean
+.PHONY: help train test test-net test-slurm lint lint-deploy format bench chaos hooks dev clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test, bench and chaos'
 	@echo '  make train NPROC=4 STRATEGY=ddp        more processes, another strategy'
@@ -32,10 +32,19 @@ test: $(VENV)/.stamp-test ## Run the tests
 test-net: $(VENV)/.stamp-test ## Run jobs under torchrun on several hosts of a test network (Linux, root)
 	DISTRAIN_TEST_NET=1 $(BIN)/python -m pytest tests/multinode $(ARGS)
 
+test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on this machine (needs slurm-wlm and munge)
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
 lint: $(VENV)/.stamp-lint ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-deploy: $(VENV)/.stamp-deploy ## Check Dockerfile, manifests and batch scripts
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck launch/slurm/train.sbatch
+	$(BIN)/kubernetes-validate --strict --kubernetes-version 1.31.0 launch/kubernetes/*.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itself
 	$(BIN)/ruff format .

@@ -41,6 +41,18 @@ _WANTED_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR")
 _PATIENCE_SECONDS = 2
 
 
+#: What the user's HYDRA_FULL_ERROR said, for processes that are started from here.
+told = ""
+
+
+class Ended(Exception):
+    """All was said; the process ends with this code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"ended with exit code {code}")
+        self.code = code
+
+
 def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> None:
     """Composes the configuration from ``sys.argv`` and runs the task; ends the process with the right exit code.
 
@@ -49,7 +61,9 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         conf: The folder of YAML files.
         config_name: The primary file, without ``.yaml``.
     """
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
+    global told
+    told = os.environ.get("HYDRA_FULL_ERROR", "")
+    wants_traceback = told not in ("", "0")
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composing = True
@@ -82,6 +96,8 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     try:
         _check_options(sys.argv[1:])
         decorated()
+    except Ended as ended:
+        sys.exit(ended.code)
     except Exception as error:  # Hydra and YAML have many kinds for what is wrong with the user's words
         if wants_traceback or not composing:
             raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from distrain import cli
+from distrain.launching import slurm
 
 
 def task(composed: DictConfig) -> None:
@@ -14,6 +16,7 @@ def task(composed: DictConfig) -> None:
     # Imports torch, which --help, completion and most mistakes need not wait for.
     from distrain import app, config
 
+    slurm.adopt(os.environ)
     app.train(config.load(composed))
 
 

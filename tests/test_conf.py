@@ -53,7 +53,8 @@ def test_every_choice_has_a_file_and_every_file_a_choice(group: str) -> None:
 
 
 def test_every_folder_is_a_group() -> None:
-    assert {path.parent.name for path in CONF.rglob("*.yaml") if path.parent != CONF} - {"experiment"} == set(GROUPS)
+    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml") if path.parent != CONF}
+    assert folders - {"experiment", "hydra/launcher"} == set(GROUPS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -93,7 +94,7 @@ def test_experiment_sets_values_of_any_group(tmp_path: Path) -> None:
     folder.joinpath("experiment").mkdir(parents=True)
     for path in CONF.rglob("*.yaml"):
         copy = folder / path.relative_to(CONF)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text())
     folder.joinpath("experiment", "quick.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /optimizer: sgd\nexperiment: quick\noptimizer:\n  lr: 0.5\n"

@@ -1,0 +1,56 @@
+"""``launch/hosts.py`` as users start it, with a stand-in for ssh that stays on this host."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from distrain.run_folder import RunFolder
+from tests.launching.helpers import SSH, program
+from tests.runs import LAUNCH, SMALL
+
+
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(LAUNCH / "hosts.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_two_hosts_train_one_model(tmp_path: Path) -> None:
+    ssh = shlex.join(program(tmp_path / "ssh.py", SSH))
+    run = tmp_path / "run"
+    done = start(
+        tmp_path,
+        "hosts=[one,two]",
+        # Both this host; the first by its address has rank 0.
+        "addresses=[127.0.0.1,127.0.0.2]",
+        f"ssh={ssh}",
+        "+env.OMP_NUM_THREADS=1",
+        "--",
+        *("strategy=ddp", *SMALL, f"run_dir={run}", "trainer.max_steps=3"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[one] run folder: " in done.stdout
+    assert "[two] run folder: " not in done.stdout
+    assert {path.name for path in (run / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+    assert RunFolder.open(str(run)).weights("newest").step == 3
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    for arguments, said in {
+        ("hosts=[a]", "prt=1"): "distrain: prt: no such key; choices: hosts, addresses,",
+        ("hosts=[a]", "--", "strategy=dpp"): "distrain: strategy=dpp: no such choice; choices: ddp",
+    }.items():
+        ended = start(tmp_path, *arguments)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith(said), ended.stderr
+        assert ended.stderr.count("\n") == 1
