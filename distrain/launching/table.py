@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distrain.commands.output import printable
 from distrain.launching.jobs import DONE, Result
+from distrain.reading import printable
 
 #: Numbers of ``summary.json`` in the CSV file, under these names or, for parts of one, these paths.
 _NUMBERS = (
