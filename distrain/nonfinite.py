@@ -43,7 +43,7 @@ class NonFinite(RuntimeError):
     """A loss, a gradient or a parameter is NaN or infinite, and the run is not to go on."""
 
 
-class Watch:
+class NonFiniteGuard:
     """Looks at every step's result on one rank.
 
     Args:

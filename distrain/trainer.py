@@ -25,7 +25,7 @@ from distrain.data.sampler import batch_share
 from distrain.evaluation import Evaluation, evaluate
 from distrain.loggers import Logger
 from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
-from distrain.nonfinite import Trail, Watch, refuse_nan
+from distrain.nonfinite import NonFiniteGuard, Trail, refuse_nan
 from distrain.position import while_doing
 from distrain.runtime import Runtime, Stopped, write_json
 from distrain.strategies.base import Strategy
@@ -117,7 +117,7 @@ class Trainer:
         runtime.position.shard = strategy.data_shard
         runtime.announce()
         self._skipped = 0
-        self._watch = Watch(config, strategy, self._everyone)
+        self._guard = NonFiniteGuard(config, strategy, self._everyone)
         self._trail = Trail(self._everyone, runtime.device)
         self._claim: Claim | None = None
 
@@ -177,7 +177,7 @@ class Trainer:
         sent = self.strategy.ledger.total()
         result = self.strategy.train_step(batch)
         self._bytes += self.strategy.ledger.total() - sent
-        if self._watch.counts(result, batch, self.progress.step + 1):
+        if self._guard.counts(result, batch, self.progress.step + 1):
             self._window.add(result.loss_sum, result.correct, result.count)
         # Where all leave out the same update, it is one.
         self._skipped += result.left_out and (self.runtime.is_main or self.strategy.decides_alone)
@@ -186,7 +186,7 @@ class Trainer:
         self._notify("on_step_end")
 
     def _agree(self) -> Wish:
-        back = Wish.BACK if self._watch.wants_back else Wish.NOTHING
+        back = Wish.BACK if self._guard.wants_back else Wish.NOTHING
         if self.strategy.decides_alone:
             return self._control.agreed(back)
         return self._control.agreed() | back
@@ -268,7 +268,7 @@ class Trainer:
         *taken, skipped = self.strategy.total("window", counted, settled=settled).tolist()
         self.progress.epoch_sums = [a + b for a, b in zip(self.progress.epoch_sums, taken, strict=True)]
         self.progress.skipped_updates += int(skipped)
-        self._watch.look(taken[0])
+        self._guard.look(taken[0])
         return taken
 
     def _end_epoch(self) -> None:
@@ -356,7 +356,7 @@ class Trainer:
             self._settle_save()
             path = self._trail.back(self.progress.step)
             self.strategy.load_state_dict(checkpoint.load(path)[0])
-        self._watch.wants_back = False
+        self._guard.wants_back = False
         self.progress.rewinds += 1
         log.warning("went back to %s; the data go on after step %d", path, self.progress.step)
 

@@ -19,7 +19,7 @@ from distrain.callbacks import Callback
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
 from distrain.models import BlockSequence
-from distrain.nonfinite import NonFinite, Trail, Watch, refuse_nan
+from distrain.nonfinite import NonFinite, NonFiniteGuard, Trail, refuse_nan
 from distrain.precision import Precision
 from distrain.runtime import Failed, Runtime, World
 from distrain.strategies.base import StepResult
@@ -339,7 +339,7 @@ def test_what_may_be_saved() -> None:
 
 def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -> None:
     strategy = single(nn.Linear(2, 4))
-    watch = Watch(strategy.config, strategy, strategy.everyone)
+    watch = NonFiniteGuard(strategy.config, strategy, strategy.everyone)
     watch._late = True
     batch = drawn(4, 2)
     fine = StepResult(torch.tensor(1.0), torch.tensor(2), 4)
