@@ -36,6 +36,8 @@ _WATCHED = 32
 #: Keys that say how or where a run ran, not what it trained.
 _NOT_HYPERPARAMETERS = ("run_dir", "resume", "experiment", "runtime.", "checkpoint.", "logger.", "trainer.progress")
 _WARMUP = 10
+#: Seconds before each attempt to save the last step.
+_LAST_SAVES = (0, 1, 2, 4)
 
 
 @dataclass
@@ -350,6 +352,17 @@ class Trainer:
         self._control.saved()
         self._trail.add(self._checkpoints / f"step_{self.progress.step:08d}", self.progress.step)
 
+    def _save_for_sure(self) -> None:
+        """Saves where nothing may be lost: a run that leaves its last step nowhere has not succeeded."""
+        for seconds in _LAST_SAVES:
+            # The disk may have room again.
+            time.sleep(seconds)
+            self._save()
+            self._settle_save()
+            if self._saved_step == self.progress.step:
+                return
+        raise RuntimeError(f"step {self.progress.step}, the last one, could not be saved")
+
     def _rewind(self) -> None:
         """Goes back to a checkpoint with everything but the position in the data."""
         with self._clock.paused():
@@ -362,12 +375,9 @@ class Trainer:
 
     def _stop(self, reason: str) -> NoReturn:
         """Ends the run where all ranks agreed to, to be gone on with later; all of them call it together."""
-        self._save()
-        self._settle_save()
+        self._save_for_sure()
         self._logger.close()
         step = self.progress.step
-        if self._saved_step != step:
-            raise RuntimeError(f"{reason} asked to stop, and step {step} could not be saved")
         if self.runtime.is_main:
             control.note_stop(self.runtime.run_dir, reason, step, STOPPED)
             log.info("stopped by %s at step %d, saved; start the same command again to go on", reason, step)
@@ -397,7 +407,7 @@ class Trainer:
         self._save()
         watch = range(min(_WATCHED, len(self.splits.test)))
         test = self._evaluate("test", watch)
-        self._settle_save()
+        self._save_for_sure()
         summary = self._summary(test)
         if self._finished is not None:
             summary = self._finished

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distrain import checkpoint, saving, tensor_file
+from distrain import trainer as trainer_module
 from distrain.callbacks import Callback
 from distrain.collectives import Communicator
 from distrain.runtime import Failed, Runtime, World
@@ -386,9 +387,17 @@ def test_the_end_of_a_run_tries_again_what_could_not_be_saved(tmp_path: Path, mo
     run = Run(tmp_path / "once", "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=1))
     assert run.checkpoints == [5]
     assert run.summary["checkpoint"]["failed"] == 1
-    run = Run(tmp_path / "for good", "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=99))
-    assert run.checkpoints == []
-    assert run.summary["checkpoint"]["failed"] == 2
+
+
+def test_a_run_whose_last_step_can_not_be_saved_has_not_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "_LAST_SAVES", (0, 0.01))
+    with pytest.raises(Failed):
+        Run(tmp_path, "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=99))
+    assert checkpoint.all_in(tmp_path / "checkpoints") == []
+    assert not (tmp_path / "summary.json").exists()
+    assert "step 5, the last one, could not be saved" in (tmp_path / "failure.json").read_text()
 
 
 class FullDiskAtEpochEnd(Callback):
