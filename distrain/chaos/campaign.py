@@ -15,8 +15,8 @@ from pathlib import Path
 from distrain.chaos import compare, disk
 from distrain.chaos.disturbed import Disturbed, Recovery, Training
 from distrain.chaos.job import Job, Launcher
-from distrain.chaos.network import Network
 from distrain.chaos.plan import KINDS, Run, draw_kinds, plan
+from distrain.testnet.network import Network
 
 _POLL_SECONDS = 0.01
 #: A small disk holds so many times what the undisturbed run left.

@@ -12,8 +12,8 @@ from distrain.chaos import faults
 from distrain.chaos.damage import Checkpoints
 from distrain.chaos.disk import Disk
 from distrain.chaos.job import Job, Launcher
-from distrain.chaos.network import Network
 from distrain.chaos.plan import KINDS, Fault, Follows
+from distrain.testnet.network import Network
 
 _POLL_SECONDS = 0.01
 #: What a run may take to be gone, besides its own time limit.

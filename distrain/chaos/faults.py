@@ -12,9 +12,9 @@ from distrain.chaos import processes
 from distrain.chaos.damage import Checkpoints
 from distrain.chaos.disk import FULL, Disk
 from distrain.chaos.job import Job
-from distrain.chaos.network import Network
 from distrain.chaos.plan import KINDS, Fault, Follows
 from distrain.cli import STOPPED
+from distrain.testnet.network import Network
 
 #: A full disk must be met by a save, and told of, within this time.
 _FIRST_SAVE_SECONDS = 30
@@ -141,7 +141,7 @@ def _delay_link(scene: Scene, fault: Fault) -> str:
     seconds = fault.draws[0] * _LONGEST_WHILE
     if scene.job.has_ended():
         raise Missed("the run had ended")
-    scene.network.delay(_LATE_SECONDS)
+    scene.network.slow(_LATE_SECONDS)
     try:
         time.sleep(seconds)
     finally:

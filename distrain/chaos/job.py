@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 from distrain.chaos import processes
-from distrain.chaos.network import Network
 from distrain.config import ConfigError
+from distrain.testnet.network import Network
 
 #: Longest line of metrics.jsonl that is looked for.
 _TAIL = 1 << 16
-_PORT = 29512
 _NUMBERS = itertools.count()
 
 
@@ -94,23 +93,7 @@ class Hosts:
     def start(self, keys: Sequence[str], variables: Mapping[str, str], output: Path) -> list[subprocess.Popen[bytes]]:
         """Starts ``train.py`` on every host."""
         command = [sys.executable, str(self._launch / "train.py"), *keys]
-        return [
-            self.network.start(
-                host,
-                command,
-                {
-                    **variables,
-                    "RANK": str(host),
-                    "WORLD_SIZE": str(self.network.hosts),
-                    "LOCAL_RANK": "0",
-                    "LOCAL_WORLD_SIZE": "1",
-                    "MASTER_ADDR": self.network.address(0),
-                    "MASTER_PORT": str(_PORT),
-                },
-                output,
-            )
-            for host in range(self.network.hosts)
-        ]
+        return [self.network.start(host, command, variables, output) for host in range(self.network.hosts)]
 
 
 class Job:

@@ -12,6 +12,8 @@ import signal
 import time
 from pathlib import Path
 
+from distrain.testnet.network import leads_in
+
 #: The environment variable that holds the mark.
 VARIABLE = "DISTRAIN_CHAOS"
 _PROC = Path("/proc")
@@ -31,8 +33,12 @@ def marked(mark: str) -> dict[int, dict[str, str]]:
 
 
 def ranks(mark: str) -> dict[int, int]:
-    """The process of each rank on this host; not what a rank itself has started."""
-    found = {pid: int(variables["RANK"]) for pid, variables in marked(mark).items() if "RANK" in variables}
+    """The process of each rank on this machine; not what a rank itself has started, nor what started it."""
+    found = {
+        pid: int(variables["RANK"])
+        for pid, variables in marked(mark).items()
+        if "RANK" in variables and not leads_in(pid)
+    }
     return {rank: pid for pid, rank in found.items() if _parent(pid) not in found}
 
 

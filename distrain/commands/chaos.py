@@ -7,12 +7,10 @@ import dataclasses
 import datetime
 import functools
 import json
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CalledProcessError
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -22,11 +20,11 @@ from distrain.chaos import report
 from distrain.chaos.campaign import Campaign, Unusable
 from distrain.chaos.disturbed import Recovery, Training
 from distrain.chaos.job import Hosts, Launcher, OneHost
-from distrain.chaos.network import Network
 from distrain.chaos.plan import KINDS
 from distrain.commands import output
 from distrain.config import Config, ConfigError, setting
 from distrain.runtime import Failed, World
+from distrain.testnet.network import Network
 
 _NETWORKED = [name for name, kind in KINDS.items() if kind.needs_network]
 
@@ -151,7 +149,7 @@ def _possible(settings: ChaosSettings) -> list[str]:
     if not set(wanted) & set(_NETWORKED):
         return wanted
     problem = None if settings.nproc > 1 else "one rank has no link to another"
-    problem = problem or _no_network()
+    problem = problem or _no_network(settings.nproc)
     if problem is None:
         return wanted
     if settings.kinds:
@@ -160,15 +158,13 @@ def _possible(settings: ChaosSettings) -> list[str]:
     return [name for name in wanted if name not in _NETWORKED]
 
 
-def _no_network() -> str | None:
-    """Why there can be no test network, if so."""
-    if not (shutil.which("ip") and shutil.which("tc") and shutil.which("nsenter")):
-        return "network namespaces need iproute2 and util-linux"
+def _no_network(hosts: int) -> str | None:
+    """Why there can be no test network of so many hosts, if so."""
     try:
-        with Network(1) as network:
-            network.delay(0.001)
-    except (OSError, CalledProcessError) as error:
-        return f"network namespaces don't work here ({error})"
+        with Network(hosts) as network:
+            network.slow(0.001)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
     return None
 
 

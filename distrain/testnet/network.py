@@ -84,6 +84,7 @@ class Network:
         self.hosts = hosts
         self.name = name or str(os.getpid())
         self._delay, self._loss, self._names = delay, loss, names
+        self._rates: list[str | None] = [None] * hosts
         self._holders: list[subprocess.Popen[str]] = []
         self._relay: subprocess.Popen[str] | None = None
 
@@ -119,7 +120,7 @@ class Network:
 
     def _join_hosts(self) -> None:
         switch = self.holder(self.hosts)
-        ports = [f"port{host}" for host in range(self.hosts)]
+        ports = [_port(host) for host in range(self.hosts)]
         relayed = self._delay > 0 or self._loss > 0
         # All from inside, where the root of a user namespace may do it too.
         lines = [] if relayed else ["link add bridge type bridge", "link set bridge up"]
@@ -163,7 +164,7 @@ class Network:
         return address(host)
 
     def limit(self, rate: str | None, hosts: Iterable[int] | None = None) -> None:
-        """Sets what hosts may send, each for itself.
+        """Sets what hosts may send, each for itself, and ends :meth:`slow` for them.
 
         Args:
             rate: As ``tc`` writes it, like ``100mbit``; ``None`` for no limit.
@@ -177,8 +178,41 @@ class Network:
                 # There may be none to take away.
                 _inside(self.holder(host), "tc", "qdisc", "del", "dev", "eth0", "root", check=False)
             else:
-                bucket = ["tbf", "rate", rate, "burst", _BURST, "latency", "50ms"]
-                _inside(self.holder(host), "tc", "qdisc", "replace", "dev", "eth0", "root", *bucket)
+                self._queue(host, "tbf", "rate", rate, "burst", _BURST, "latency", "50ms")
+            self._rates[host] = rate
+
+    def _queue(self, host: int, *kind: str) -> None:
+        _inside(self.holder(host), "tc", "qdisc", "replace", "dev", "eth0", "root", *kind)
+
+    def slow(self, seconds: float) -> None:
+        """Lets all that hosts send arrive later from now on, or crawl where this kernel can't do that.
+
+        Args:
+            seconds: How much later.
+
+        Raises:
+            RuntimeError: The kernel can do neither.
+        """
+        late = f"{seconds * 1000:.3f}ms"
+        for host in range(self.hosts):
+            try:
+                self._queue(host, "netem", "delay", late)
+            except RuntimeError:
+                # The queue holds as much as arrives meanwhile, and no more is let out than a modem would.
+                self._queue(host, "tbf", "rate", "256kbit", "burst", "4kb", "latency", late)
+
+    def cut(self, host: int) -> None:
+        """Takes a host's cable out: nothing arrives there or leaves it, and nobody is told."""
+        self._plug(host, "down")
+
+    def mend(self) -> None:
+        """Ends what :meth:`cut` and :meth:`slow` did."""
+        for host, rate in enumerate(self._rates):
+            self._plug(host, "up")
+            self.limit(rate, [host])
+
+    def _plug(self, host: int, state: str) -> None:
+        _inside(self.holder(self.hosts), "ip", "link", "set", _port(host), state)
 
     def lose(self, host: int) -> None:
         """Cuts a host's power: its link is dead at once, so that nobody hears of the end of its processes."""
@@ -199,7 +233,8 @@ class Network:
             host: Which.
             command: Program and arguments; found and run as here.
             variables: Added to this process's environment, to ``GLOO_SOCKET_IFNAME`` and to :func:`rendezvous`.
-            log: Where what it prints goes; by default into the pipe ``stdout`` of what is returned.
+            log: The file that takes what it prints, behind what stands there; by default the pipe ``stdout`` of what is
+                returned takes it.
 
         Returns:
             A process that hands signals on to the command, dies with it, and ends as it ends.
@@ -220,7 +255,7 @@ class Network:
 
         if log is None:
             return popen(subprocess.PIPE)
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             return popen(file.fileno())
 
 
@@ -232,6 +267,11 @@ def host_name(host: int) -> str:
 def address(host: int) -> str:
     """The IPv4 address of a host, counted from 0."""
     return f"10.78.0.{_FIRST_ADDRESS + host}"
+
+
+def _port(host: int) -> str:
+    """The switch's end of a host's cable."""
+    return f"port{host}"
 
 
 def rendezvous(host: int, hosts: int) -> dict[str, str]:
@@ -266,6 +306,15 @@ def payload_sent() -> int:
             total, packets = (int(figures.split()[column]) for column in (8, 9))
             return total - _HEADERS * packets
     raise FileNotFoundError("this host has no eth0")
+
+
+def leads_in(process: int) -> bool:
+    """Whether a process only leads a command into a host, as what :meth:`Network.start` returns does."""
+    try:
+        return enter.__file__ in Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        # It has ended meanwhile.
+        return False
 
 
 def running() -> dict[str, dict[str, int]]:

@@ -120,8 +120,8 @@ def go_on(run: Path, wrong: str) -> tuple[int, int]:
         cut(run / "metrics.jsonl", 0)
         return 0, 1
     step = int(found.name[5:])
-    if wrong != "rows":
-        cut(run / "metrics.jsonl", step)
+    # If so, the row of the checkpoint itself is lost, which is there whenever the fault struck.
+    cut(run / "metrics.jsonl", step - 1 if wrong == "rows" else step)
     log(run, f"INFO resumed from {found}: step {step}, epoch 0")
     try:
         value = int.from_bytes((found / "model.safetensors").read_bytes()[-8:], "little")

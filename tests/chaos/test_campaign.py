@@ -68,7 +68,7 @@ def test_every_kind_of_fault_on_one_host_is_survived(tmp_path: Path) -> None:
         ("believes", "flip_bit", "which was damaged"),
         ("forgets", "kill_all", "went on from the beginning, not from step_"),
         ("stop", "terminate", "stopped at step 0, and the newest checkpoint is step_"),
-        ("rows", "kill_all", "metrics.jsonl"),
+        ("rows", "kill_all", "metrics.jsonl has 1 rows too few, step "),
     ],
 )
 def test_what_goes_wrong_is_told(wrong: str, kind: str, problem: str, tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distrain.chaos import processes
+from distrain.testnet.network import Network
+from tests.hosts import needs_network
 
 if sys.platform != "linux":
     pytest.skip("needs /proc", allow_module_level=True)
@@ -31,8 +34,12 @@ def start() -> Iterator[Any]:
 
 
 def wait_for(count: int) -> None:
+    wait_until(lambda: len(processes.marked(MARK)) == count)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while len(processes.marked(MARK)) != count:
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -59,6 +66,37 @@ def test_a_rank_is_the_first_process_that_has_its_number(start: Any) -> None:
     start(["sleep", "60"])
     wait_for(4)
     assert processes.ranks(MARK) == {0: first.pid, 1: second.pid}
+
+
+@needs_network
+def test_ranks_on_hosts_are_reached_from_outside() -> None:
+    with Network(2) as net:
+        # RANK is the host's number; a worker of a rank's own has it too.
+        command = ["sh", "-c", "sleep 60 & wait"]
+        started = [net.start(host, command, {processes.VARIABLE: MARK}) for host in range(2)]
+        # What leads in, the shell, and its sleep.
+        wait_for(6)
+        found = processes.ranks(MARK)
+        assert sorted(found) == [0, 1]
+        assert all(program(pid) == "sh" for pid in found.values())
+        assert processes.send(found[0], signal.SIGSTOP)
+        wait_until(lambda: state(found[0]) == "T")
+        assert started[0].poll() is None
+        assert processes.send(found[1], signal.SIGKILL)
+        assert started[1].wait(10) == -signal.SIGKILL
+        # What the rank had started is left behind, and counted.
+        wait_for(4)
+        processes.kill(MARK)
+        assert processes.marked(MARK) == {}
+        assert started[0].wait(10) == -signal.SIGKILL
+
+
+def program(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_a_process_that_is_gone_takes_no_signal(start: Any) -> None:

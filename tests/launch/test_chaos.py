@@ -65,3 +65,17 @@ def test_mistake_is_told_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert line in refusal("chaos", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+@pytest.mark.parametrize(
+    ("user", "ranks", "problem"),
+    [(1000, 2, "a test network needs root"), (0, 155, "a test network has 1 to 154 hosts, not 155")],
+)
+def test_faults_of_the_network_are_refused_where_there_can_be_none(
+    user: int, ranks: int, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    training = ["experiment=chaos", "strategy=ddp", "data.batch_size=155"]
+    line = refusal("chaos", f"nproc={ranks}", "kinds=[cut_link]", "--", *training)
+    assert f"kinds=cut_link: cut_link and delay_link can't be done: {problem}" in line

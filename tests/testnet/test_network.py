@@ -57,6 +57,8 @@ def test_what_is_printed_goes_to_a_log(pair: Network, tmp_path: Path) -> None:
     process = pair.start(1, ["sh", "-c", "echo $RANK; echo $MINE >&2"], {"MINE": "mine", "RANK": "7"}, log)
     assert process.wait(10) == 0
     assert log.read_text() == "7\nmine\n"
+    assert pair.start(0, ["echo", "more"], log=log).wait(10) == 0
+    assert log.read_text() == "7\nmine\nmore\n"
 
 
 def test_exit_code_and_signals_reach_through(pair: Network) -> None:
@@ -175,6 +177,74 @@ def test_loss_takes_its_share_of_the_packets() -> None:
         came = int(talk(net, COUNT, SEND, count=1000)[0])
     # Four standard deviations around 800.
     assert 750 <= came <= 850
+
+
+#: Host 1 sends every datagram back; host 0 prints the seconds until one of so many has come back, or none.
+ECHO = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind(("", 7000))
+    while True:
+        sock.sendto(*sock.recvfrom(2000))
+"""
+CALL = """
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.settimeout(0.3)
+    for number in range({attempts}):
+        begin = time.monotonic()
+        sock.sendto(b"%1000d" % number, ("{address}", 7000))
+        try:
+            while int(sock.recv(2000)) != number:
+                pass
+            print(time.monotonic() - begin)
+            break
+        except OSError:
+            pass
+    else:
+        print(None)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001])
+def test_link_that_is_cut_is_dead_until_it_is_mended(delay: float) -> None:
+    with Network(2, delay=delay) as net:
+        net.start(1, [sys.executable, "-I", "-S", "-c", ECHO])
+        called = CALL.format(attempts=50, address=net.address(1))
+        assert said(net, 0, called) != "None"
+        net.cut(1)
+        assert said(net, 0, CALL.format(attempts=3, address=net.address(1))) == "None"
+        net.mend()
+        assert said(net, 0, called) != "None"
+
+
+def test_links_are_slow_until_they_are_mended(pair: Network) -> None:
+    pair.limit("20mbit", [0])
+    try:
+        pair.slow(0.05)
+        # Held back, or in a bucket of 4 kB that fills up with 32 kB a second.
+        assert fastest(pair, 1, 8_000) > 0.04
+        pair.mend()
+        assert fastest(pair, 5, 8_000) < 0.04
+        # The rate is again what it was.
+        assert fastest(pair, 1, 1_000_000) > 0.25
+    finally:
+        pair.limit(None)
+    assert fastest(pair, 5, 1_000_000) < 0.25
+
+
+def test_only_the_process_outside_leads_in(pair: Network) -> None:
+    waits = started(pair, 0, "exec sleep 60.25")
+    assert network.leads_in(waits.pid)
+    assert not network.leads_in(inside(waits.pid))
+    waits.kill()
+    waits.wait()
+    assert not network.leads_in(waits.pid)
+
+
+def inside(process: int) -> int:
+    """The number here of a process's only child."""
+    return int(Path(f"/proc/{process}/task/{process}/children").read_text())
 
 
 def test_lost_host_says_nothing(pair: Network) -> None:
