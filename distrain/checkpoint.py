@@ -348,6 +348,7 @@ def verify(path: Path) -> set[str]:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise DamagedCheckpoint(f"{manifest_path} can't be read") from None
+    _refuse_link(manifest_path)
     always = [
         *(name for part in PARTS for name in _files_with(part, expected) or [f"{part}.safetensors"]),
         "state.json",

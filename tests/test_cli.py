@@ -61,7 +61,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
     "compression=zip": ("compression=zip: no such choice", "choices: auto, bf16, fp16, none, powersgd"),
     "experiment=unheard_of": ("experiment", "no such"),
-    "--config-name=other": ("config=other: no such choice", "choices: config"),
+    "--config-name=other": ("config=other: no such choice", "choices: chaos, config"),
     "data=null": ("data=null: needs the name of a choice", "choices: cifar10, digits"),
     "data=3": ("data=3: needs the name of a choice", "choices: cifar10, digits"),
     "data.name=nope": ("data.name=nope: unknown choice", "choices: ", "cifar10"),

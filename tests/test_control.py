@@ -20,6 +20,7 @@ from distrain import runtime as runtime_module
 from distrain.callbacks import Callback
 from distrain.config import Config
 from distrain.control import Alone, Control, Rounds, Wish
+from distrain.failures import CLAIM, NO_CLAIM
 from distrain.runtime import Runtime, Stopped, Terminated, World
 from distrain.serving.bulletin import Bulletin
 from distrain.trainer import Trainer
@@ -318,7 +319,8 @@ def signalled_after_a_failure(config: Config) -> str:
             if world.rank == 0:
                 raise ValueError("broken")
             assert runtime._store is not None
-            runtime._store.wait(["failure"])
+            while runtime._store.get(CLAIM) == NO_CLAIM.encode():
+                time.sleep(0.01)
             runtime.stoppable = True
             os.kill(os.getpid(), signal.SIGTERM)
             Control(config, runtime, Alone()).agreed()

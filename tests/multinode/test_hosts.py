@@ -105,7 +105,8 @@ def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path
     assert isinstance(stays, RankFailed)
     assert isinstance(goes, RankFailed)
     assert "died with exit code" in str(goes)
-    assert "distrain.runtime.Failed" in str(stays)
+    # It fails by itself, or its watch ends it.
+    assert "Failed" in str(stays) or "exit code 1" in str(stays)
     # Nothing tells of the end of a host that has lost power but the silence.
     assert ended - lost[0] < 10
     assert json.loads((tmp_path / "failure.json").read_text())["error"]
