@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.01
 #: A small disk holds so many times what the undisturbed run left.
 _DISK_FACTOR, _DISK_LEAST = 4, 16 << 20
 #: Faults whose moments were missed are planned again so often.
-_ROUNDS = 4
+_ROUNDS = 10
 
 
 class Unusable(Exception):

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-STEP_SECONDS = 0.005
+STEP_SECONDS = 0.01
 SAVE_EVERY = 5
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
