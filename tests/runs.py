@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,20 @@ from distrain.runtime import Runtime, World
 
 CONF = Path(__file__).parent.parent / "conf"
 LAUNCH = Path(__file__).parent.parent / "launch"
+
+
+def launched(folder: Path, script: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Runs a command of ``launch/`` as its user would, in a folder, and returns what it said."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(LAUNCH / f"{script}.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
 
 #: Small and fast, with everything that doesn't divide: 47 images to train on, batches of 10, a ragged last one of 7.
 SMALL = (

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import LAUNCH
+from tests.runs import launched
 from tests.trained import Refusal
 
 if sys.platform != "linux":
@@ -24,15 +22,7 @@ def test_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     arguments = ["nproc=1", "faults=1", "kinds=[flip_bit]", ALONE]
     arguments += [f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'found'}"]
     training = ["experiment=chaos", "strategy=single", "checkpoint.every_steps=20"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(LAUNCH / "chaos.py"), *arguments, "--", *training],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent)},
-        capture_output=True,
-        text=True,
-        timeout=115,
-        check=False,
-    )
+    done = launched(tmp_path, "chaos", *arguments, "--", *training, timeout=115)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "single, run 1 ended as the undisturbed one" in done.stdout
     found = json.loads(tmp_path.joinpath("found").read_text())

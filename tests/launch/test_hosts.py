@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 from distrain.run_folder import RunFolder
 from tests.launching.helpers import SSH, program
-from tests.runs import LAUNCH, SMALL
+from tests.runs import SMALL, launched
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(LAUNCH / "hosts.py"), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return launched(folder, "hosts", *arguments, timeout=100)
 
 
 def test_two_hosts_train_one_model(tmp_path: Path) -> None:

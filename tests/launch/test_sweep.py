@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import csv
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from tests.runs import LAUNCH, SMALL
+from tests.runs import SMALL, launched
 
 QUICK = tuple(option for option in SMALL if option != "logger=none")
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(LAUNCH / "sweep.py"), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    return launched(folder, "sweep", *arguments, timeout=110)
 
 
 def test_a_job_that_fails_is_named_and_the_others_have_results(tmp_path: Path) -> None:
