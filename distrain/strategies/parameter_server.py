@@ -27,7 +27,7 @@ from distrain.serving.network import Door, Peer, enter, own_address
 from distrain.serving.server import Rules, Server, Shard, Worker
 from distrain.serving.shards import balanced
 from distrain.serving.worker import Link, Links
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
 from distrain.strategies.gradients import MB, Gradients, Reduced, clip
 from distrain.strategies.single import Single
 
@@ -183,7 +183,7 @@ class ParameterServer(Single):
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses more servers than there are tensors for."""
         assert isinstance(config.strategy, ParameterServerConfig)
-        tensors = len(_trained(model))
+        tensors = len(trained(model))
         if config.strategy.servers > tensors:
             raise ConfigError(
                 "strategy.servers", config.strategy.servers, f"the model has only {tensors} tensors to hold"
@@ -211,10 +211,10 @@ class ParameterServer(Single):
         """Divides the parameters and connects the ranks; see the base class."""
         world, all_ranks = self.runtime.world, self.runtime.communicator()
         self.agree_on(model, all_ranks)
-        trained = _trained(model)
-        sizes = [parameter.numel() * parameter.element_size() for _, parameter in trained]
+        parameters = list(trained(model).items())
+        sizes = [parameter.numel() * parameter.element_size() for _, parameter in parameters]
         shards = [
-            dict(trained[position] for position in positions) for positions in balanced(sizes, self.options.servers)
+            dict(parameters[position] for position in positions) for positions in balanced(sizes, self.options.servers)
         ]
         hosts = [str(told["host"]) for told in all_ranks.share({"host": world.host}, self.runtime.device)]
         peers = [Peer(rank, host) for rank, host in enumerate(hosts)]
@@ -576,10 +576,6 @@ class ParameterServer(Single):
         self.optimizer.state.clear()
         self._meet()
         return carried
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 class _Shards:

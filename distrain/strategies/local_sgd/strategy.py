@@ -18,7 +18,7 @@ from distrain.config import CompressionConfig, Config, ConfigError, StrategyConf
 from distrain.control import Alone, Counsel, Rounds
 from distrain.data.sampler import shard_bounds
 from distrain.pipelining import split
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
 from distrain.strategies.gradients import Gradients
 from distrain.strategies.local_sgd.agreement import Agreement
 from distrain.strategies.local_sgd.fragment import Fragment, Outer, Seen, weighted_mean
@@ -146,7 +146,7 @@ class LocalSGD(Single):
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses more fragments than parameters."""
         assert isinstance(config.strategy, LocalSGDConfig)
-        most = len(_trained(model))
+        most = len(trained(model))
         if config.strategy.fragments > most:
             raise ConfigError(
                 "strategy.fragments", config.strategy.fragments, f"the model has only {most} parameters to cut between"
@@ -162,7 +162,7 @@ class LocalSGD(Single):
         outer = Outer()
         if options.outer_optimizer != "average":
             outer = Outer(options.outer_lr, options.outer_momentum, options.outer_optimizer == "nesterov")
-        self._parameters = _trained(model)
+        self._parameters = trained(model)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         #: All that differs between ranks and is merged, by name.
         self._copies: dict[str, Tensor] = {**self._parameters, **buffers}
@@ -457,10 +457,6 @@ class LocalSGD(Single):
             scale = self.precision.load_state_dict({k: v.item() for k, v in _below("precision", local).items()})
             carried[-1] = Carried(state.LOCAL, "exact", "each rank's copy, its anchor and samples since the last merge")
         return [*carried, scale, residuals, factors]
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _cut(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
