@@ -37,8 +37,8 @@ from torch import Tensor
 
 from distrain import tensor_file
 from distrain.collectives import Communicator
+from distrain.files import as_json
 from distrain.reading import read_json
-from distrain.runtime import write_json
 from distrain.tensor_file import Content
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,16 @@ class DamagedCheckpoint(ValueError):
 
 class NotSaved(OSError):
     """A rank could not write its part of a checkpoint; raised on all ranks, and names rank, host, path and error."""
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step in such a folder."""
+    return folder / f"step_{step:08d}"
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
@@ -95,7 +105,7 @@ def save(
         NotSaved: A rank could not write. What was there before is as it was, and nothing is left of the new one.
     """
     everyone = everyone if everyone is not None else Communicator()
-    final = folder / f"step_{int(progress['step']):08d}"
+    final = path_of(folder, int(progress["step"]))
     temporary = _hidden(final)
     try:
         _save(temporary, final, state, progress, _Exchange(everyone, device))
@@ -219,9 +229,7 @@ def _write_own(temporary: Path, files: Mapping[str, Mapping[str, Tensor]], excha
 
 def _complete(temporary: Path, final: Path, held: Mapping[str, Any], files: Mapping[str, Content]) -> None:
     """Writes what is written once, and gives the folder its name."""
-    write_json(temporary / "state.json", held)
-    state = (temporary / "state.json").read_bytes()
-    everything = {**files, "state.json": tensor_file.write(temporary / "state.json", [state])}
+    everything = {**files, "state.json": tensor_file.write(temporary / "state.json", [as_json(held).encode()])}
     # Without a newline in the end: cut by a single byte it can't be read.
     manifest = json.dumps(dict(sorted(everything.items())), indent=2).encode()
     tensor_file.write(temporary / "manifest.json", [manifest])
@@ -426,18 +434,27 @@ def tidy(folder: Path) -> None:
         parsed = _HIDDEN.fullmatch(path.name)
         if parsed is None:
             continue
-        final, kind = folder / parsed[1], parsed[4]
         try:
             if _is_used(path, parsed[2], int(parsed[3])):
                 continue
-            if kind != ".removed" and not final.exists() and _is_sound(path):
-                path.rename(final)
+            if (final := give_name(path)) is not None:
                 log.warning("%s was complete but for its name when its process died", final)
             else:
                 shutil.rmtree(path)
                 log.info("removed %s, left by a process that died", path)
         except OSError as error:
             log.warning("can't remove what a process that died has left: %s", error)
+
+
+def give_name(hidden: Path) -> Path | None:
+    """Makes a checkpoint of a hidden folder that lacks but the name; returns it, or ``None`` where that is not so."""
+    parsed = _HIDDEN.fullmatch(hidden.name)
+    if parsed is None or parsed[4] == ".removed":
+        return None
+    final = hidden.with_name(parsed[1])
+    if final.exists() or not _is_sound(hidden):
+        return None
+    return hidden.rename(final)
 
 
 def _is_used(path: Path, host: str | None, process: int) -> bool:

@@ -12,9 +12,14 @@ from typing import Any
 import yaml
 
 
+def as_json(content: Mapping[str, Any]) -> str:
+    """Plain data as JSON that people can read too; a number that is not finite, which JSON lacks, is null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as JSON that people can read too; a number that is not finite, which JSON lacks, is null."""
-    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    """Writes plain data; see :func:`as_json`."""
+    path.write_text(as_json(content))
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:

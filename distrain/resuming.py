@@ -58,11 +58,6 @@ class Resumed:
     parts: list[Carried]
 
 
-def checkpoints(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
-
-
 # --- does it fit? ----------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +80,7 @@ def check(config: Config) -> None:
             raise ConfigError("resume", config.resume, str(error)) from error
         refuse_if_changed(config, path, *_peek(path))
     elif config.run_dir is not None:
-        folder = checkpoints(Path(config.run_dir))
+        folder = checkpoint.folder_of(Path(config.run_dir))
         try:
             for path in checkpoint.all_in(folder)[-1:]:
                 refuse_if_changed(config, path, *_peek(path))
@@ -150,7 +145,7 @@ def _shown(changes: Mapping[str, tuple[str, str]]) -> str:
 
 def newest(runtime: Runtime, everyone: Communicator) -> Path | None:
     """The newest sound checkpoint of this run, by rank 0's choice; all ranks call it together."""
-    folder = checkpoints(runtime.run_dir)
+    folder = checkpoint.folder_of(runtime.run_dir)
     found = checkpoint.newest_valid(folder) if everyone.rank == 0 else None
     name = everyone.share({"name": found.name if found is not None else None}, runtime.device)[0]["name"]
     return None if name is None else folder / name

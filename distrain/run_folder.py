@@ -114,7 +114,7 @@ class RunFolder:
         raise ConfigError("checkpoint", which, f"is removed while it is read, {_ATTEMPTS} times in a row; copy the run")
 
     def _find(self, which: str) -> Path:
-        folder = self.path / "checkpoints"
+        folder = checkpoint.folder_of(self.path)
         if which not in (_NEWEST, _BEST):
             if not Path(which).expanduser().is_dir():
                 there = [str(path) for path in checkpoint.all_in(folder)]
@@ -128,7 +128,7 @@ class RunFolder:
         best = checkpoint_progress(newest)["best_step"]
         if best is None:
             raise ConfigError("checkpoint", _BEST, "the run has no validation accuracy to choose by", [_NEWEST])
-        path = folder / f"step_{best:08d}"
+        path = checkpoint.path_of(folder, best)
         if not path.is_dir():
             raise ConfigError("checkpoint", _BEST, f"{path} is gone", [_NEWEST])
         return path

@@ -236,7 +236,7 @@ def _place(tensor: Tensor) -> Tensor:
 
 def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
     """The run's saver, with the group of ranks that it needs for itself; all ranks call it together."""
-    folder, keep = runtime.run_dir / "checkpoints", config.checkpoint.keep
+    folder, keep = checkpoint.folder_of(runtime.run_dir), config.checkpoint.keep
     if runtime.is_main:
         checkpoint.tidy(folder)
     if not config.checkpoint.background or not strategy.saves_in_background:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -111,6 +110,7 @@ class Trainer:
         self._bytes = 0
         self._logged = (0, 0)
         self._started = time.perf_counter()
+        self._checkpoints = checkpoint.folder_of(runtime.run_dir)
         self._saver = saving.build(config, runtime, strategy)
         self._saved_step: int | None = None
         self._best_before: tuple[float | None, int | None] = (None, None)
@@ -331,10 +331,6 @@ class Trainer:
             if lost == self.progress.best_step:
                 self.progress.best_accuracy, self.progress.best_step = self._best_before
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.runtime.run_dir / "checkpoints"
-
     @while_doing("saving")
     def _save(self) -> None:
         began = time.perf_counter()
@@ -350,7 +346,7 @@ class Trainer:
         self._saver.save(state, asdict(self.progress), began)
         self._saved_step = self.progress.step
         self._control.saved()
-        self._trail.add(self._checkpoints / f"step_{self.progress.step:08d}", self.progress.step)
+        self._trail.add(checkpoint.path_of(self._checkpoints, self.progress.step), self.progress.step)
 
     def _save_for_sure(self) -> None:
         """Saves where nothing may be lost: a run that leaves its last step nowhere has not succeeded."""

@@ -205,7 +205,7 @@ def test_the_same_step_saved_again_replaces_the_first(saved: Path) -> None:
 
 BREAKABLE: dict[str, Any] = {
     "a tensor's file": (tensor_file, "write"),
-    "state.json": (checkpoint, "write_json"),
+    "state.json": (checkpoint, "as_json"),
     "the folder": (checkpoint, "_sync"),
     "its name": (Path, "rename"),
     "a new folder": (Path, "mkdir"),

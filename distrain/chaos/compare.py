@@ -19,7 +19,7 @@ def differences(reference: Path, other: Path) -> list[str]:
         reference: The undisturbed run's folder.
         other: The other's.
     """
-    mine, theirs = (checkpoint.newest_valid(run / "checkpoints") for run in (reference, other))
+    mine, theirs = (checkpoint.newest_valid(checkpoint.folder_of(run)) for run in (reference, other))
     if mine is None or theirs is None:
         return ["there is no checkpoint"]
     if mine.name != theirs.name:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,12 +31,7 @@ class Checkpoints:
         So the next start would; without it what is the newest can't be told.
         """
         for path in self.folder.glob(".step_*"):
-            final = self.folder / path.name.split(".")[1]
-            if path.suffix in _PUT_ASIDE or final.exists():
-                continue
-            with contextlib.suppress(checkpoint.DamagedCheckpoint):
-                checkpoint.verify(path)
-                path.rename(final)
+            checkpoint.give_name(path)
 
     def newest(self) -> Path | None:
         """The newest one that we have not damaged."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distrain import checkpoint
 from distrain.chaos import faults
 from distrain.chaos.damage import Checkpoints
 from distrain.chaos.disk import Disk
@@ -132,7 +133,7 @@ class Disturbed:
         self._disk = disk
         self._network = network
         self._say = say
-        self._checkpoints = Checkpoints(folder / "checkpoints")
+        self._checkpoints = Checkpoints(checkpoint.folder_of(folder))
         self._waiting: list[_Waiting] = []
 
     def to_the_end(self, faults_to_come: deque[Fault]) -> list[str]:
