@@ -266,7 +266,8 @@ class Loggers(Logger):
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         """Hands the configuration to each."""
         for logger in self._loggers:
-            logger.hyperparameters(parameters, metrics)
+            with self._going_on(logger):
+                logger.hyperparameters(parameters, metrics)
 
     def go_back(self, step: int, *, amid_epoch: bool) -> None:
         """Tells each."""
@@ -294,7 +295,8 @@ class Loggers(Logger):
     def close(self) -> None:
         """Closes each."""
         for logger in self._loggers:
-            logger.close()
+            with self._going_on(logger):
+                logger.close()
 
 
 def build(config: Config, run_dir: Path) -> Logger:

@@ -14,6 +14,7 @@ from distrain.carried import Carried, table, worst
 from distrain.checkpoint import DamagedCheckpoint
 from distrain.collectives import Communicator
 from distrain.config import Config, ConfigError
+from distrain.progress import Progress
 from distrain.reading import read_json
 from distrain.runtime import Runtime
 from distrain.strategies.base import Strategy
@@ -49,12 +50,12 @@ class Resumed:
 
     Attributes:
         path: The checkpoint.
-        progress: The trainer's position, as it was saved.
+        progress: The trainer's position.
         parts: What became of each part.
     """
 
     path: Path
-    progress: dict[str, Any]
+    progress: Progress
     parts: list[Carried]
 
 
@@ -179,14 +180,15 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, path: Path, samp
     everyone = strategy.everyone
     problem = ""
     try:
-        state, progress = checkpoint.load(path)
-    except (DamagedCheckpoint, OSError) as error:
+        state, where = checkpoint.load(path)
+        progress = Progress.read(where)
+    except (DamagedCheckpoint, OSError, ValueError) as error:
         problem = str(error)
     for rank, told in enumerate(everyone.share({"problem": problem, "host": runtime.world.host}, runtime.device)):
         if told["problem"]:
             raise ConfigError("resume", path, f"rank {rank} on {told['host']} can't read it: {told['problem']}")
     saved: Mapping[str, Any] | None = state.get("config")
-    refuse_if_changed(config, path, saved, bool(progress["epoch_samples"]))
+    refuse_if_changed(config, path, saved, bool(progress.epoch_samples))
     try:
         mine = strategy.load_state_dict(state)
     except ValueError as error:
@@ -200,7 +202,7 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, path: Path, samp
     }
     parts += _trainers_parts(progress, changes, samples, same_layout=state["layout"] == strategy.layout)
     before, now = (f"{each['strategy']} on {each['world_size']}" for each in (state["layout"], strategy.layout))
-    log.info("resumed from %s: step %d, epoch %d", path, progress["step"], progress["epoch"])
+    log.info("resumed from %s: step %d, epoch %d", path, progress.step, progress.epoch)
     log.info("of what was saved by %s, this run (%s) has:\n%s", before, now, table(parts))
     if saved is None:
         log.info("the checkpoint doesn't hold its configuration, so nothing was compared with this run's")
@@ -210,10 +212,10 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, path: Path, samp
 
 
 def _trainers_parts(
-    progress: Mapping[str, Any], changes: Mapping[str, tuple[str, str]], samples: int, *, same_layout: bool
+    progress: Progress, changes: Mapping[str, tuple[str, str]], samples: int, *, same_layout: bool
 ) -> list[Carried]:
     """What becomes of that which no strategy has a part in."""
-    step, epoch, consumed = progress["step"], progress["epoch"], progress["epoch_samples"]
+    step, epoch, consumed = progress.step, progress.epoch, progress.epoch_samples
     rate = {key: change for key, change in changes.items() if key.startswith(_SCHEDULE)}
     schedule = Carried("schedule", "exact", f"a function of the step, {step}")
     if rate:
@@ -232,8 +234,8 @@ def _trainers_parts(
             "random draws", "redistributed", "order and augmentation exact; dropout's go by share of a batch"
         )
     best = Carried("best metric", "absent", "no evaluation yet")
-    if progress["best_accuracy"] is not None:
-        best = Carried("best metric", "exact", f"{progress['best_accuracy']:.4f} at step {progress['best_step']}")
+    if progress.best_accuracy is not None:
+        best = Carried("best metric", "exact", f"{progress.best_accuracy:.4f} at step {progress.best_step}")
     return [schedule, position, draws, best]
 
 

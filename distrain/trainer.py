@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +26,7 @@ from distrain.loggers import Logger
 from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
 from distrain.nonfinite import NonFiniteGuard, Trail, refuse_nan
 from distrain.position import while_doing
+from distrain.progress import Progress
 from distrain.runtime import Runtime, Stopped, write_json
 from distrain.strategies.base import Strategy
 
@@ -37,37 +38,6 @@ _NOT_HYPERPARAMETERS = ("run_dir", "resume", "experiment", "runtime.", "checkpoi
 _WARMUP = 10
 #: Seconds before each attempt to save the last step.
 _LAST_SAVES = (0, 1, 2, 4)
-
-
-@dataclass
-class Progress:
-    """How far the run has come; all that the trainer itself needs to go on.
-
-    Attributes:
-        step: Updates done.
-        epoch: Epochs finished.
-        epoch_samples: Samples of the current epoch that all ranks together have consumed.
-        samples: Samples consumed since the start.
-        epoch_sums: Loss, correct and count of this epoch's samples so far.
-        train_loss: Mean loss of the last whole epoch.
-        val_accuracy: Validation accuracy after it.
-        best_accuracy: Best validation accuracy so far.
-        best_step: The step it was reached at.
-        skipped_updates: Updates left out because a gradient was not finite; of ranks that decide alone each one's.
-        rewinds: How often the run went back to a checkpoint for the same reason.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    epoch_samples: int = 0
-    samples: int = 0
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    train_loss: float | None = None
-    val_accuracy: float | None = None
-    best_accuracy: float | None = None
-    best_step: int | None = None
-    skipped_updates: int = 0
-    rewinds: int = 0
 
 
 class Trainer:
@@ -384,7 +354,7 @@ class Trainer:
             self._claim = Claim(self._checkpoints)
         found = resuming.resume(self.config, self.runtime, self.strategy, len(self.splits.train))
         if found is not None:
-            self.progress = Progress(**found.progress)
+            self.progress = found.progress
             self._trail.add(found.path, self.progress.step)
             self._saved_step = self.runtime.step = self.progress.step
             self._logged = (self.progress.step, 0)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,12 @@ class FullDisk(Logger):
         if not self.free:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: loggers.Scalars) -> None:
+        self.scalars(0, metrics)
+
+    def close(self) -> None:
+        self.scalars(0, {})
+
 
 def test_logger_that_can_not_write_is_named_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     full, kept = FullDisk(), InMemoryLogger()
@@ -165,6 +172,10 @@ def test_logger_that_can_not_write_is_named_once_and_ends_nothing(caplog: pytest
     said = "METRICS ARE LOST: FullDisk can't write ([Errno 28] No space left on device). The run goes on"
     assert caplog.messages == [said, said], "once each time that it begins"
     assert len(kept.rows) == 4
+    together.hyperparameters({}, {"accuracy": 0.5})
+    together.close()
+    assert kept.final == {"accuracy": 0.5}, "the end of a run is no other moment"
+    assert caplog.messages == [said, said]
 
 
 def test_rows_of_a_full_disk_come_when_there_is_space_again(tmp_path: Path) -> None:

@@ -336,6 +336,18 @@ def test_a_checkpoint_of_before_configurations_were_saved_is_gone_on_from(parts:
     assert "doesn't hold its configuration" in said(run.folder)
 
 
+def test_a_checkpoint_with_an_odd_position_is_refused_by_the_name_of_what_is_odd(
+    parts: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, progress = checkpoint.load(parts.checkpoint(7))
+    state.update(compressor=state["compressor"][0], local={})
+    odd = checkpoint.save(tmp_path / "odd", state, progress | {"epoch_samples": "20"})
+    with pytest.raises((ConfigError, Failed)):
+        Run(tmp_path / "run", "trainer.epochs=3", f"resume={odd}")
+    assert f"resume={odd}" in (told := said(tmp_path / "run") + capsys.readouterr().err)
+    assert "progress.epoch_samples='20' is no int" in told
+
+
 def blind_on_one_rank(folder: Path, saved: Path) -> str:
     load = checkpoint.load
 
