@@ -21,10 +21,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# The server imports torch once; each rank is forked from it before any thread exists there.
+# The server imports torch and distrain once; each rank is forked from it before any thread exists there.
 _CONTEXT = multiprocessing.get_context("forkserver")
-# torch._dynamo is what the first optimizer step imports, and takes longest.
-_CONTEXT.set_forkserver_preload(["distrain.app", "torch.distributed.device_mesh", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 class RankFailed(AssertionError):
