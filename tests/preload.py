@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-# The first optimizer step imports it; it takes longest.
-import torch._dynamo
-
 import distrain
 
+# The first optimizer step imports it; nothing takes longer.
+importlib.import_module("torch._dynamo")
 for _module in pkgutil.walk_packages(distrain.__path__, "distrain."):
     importlib.import_module(_module.name)

@@ -72,18 +72,23 @@ def until(true: Callable[[], object], what: Callable[[], str], seconds: float = 
 
 
 def ended(slurm: Cluster, number: str, folder: Path) -> dict[str, str]:
-    """Waits for a job's end; where it is back in the queue, starts it at once."""
+    """Waits for a job's end; where it is back in the queue, starts it soon."""
+    queued: list[float] = []
 
     def over() -> bool:
         state = slurm.job(number)["JobState"]
-        if state == "PENDING":
-            # A job that was put back would wait for two minutes.
-            subprocess.run(
-                ["scontrol", "update", f"jobid={number}", "StartTime=now"],
-                env=slurm.environment,
-                capture_output=True,
-                check=False,
-            )
+        if state != "PENDING":
+            queued.clear()
+        else:
+            queued.append(time.monotonic())
+            # It would wait for two minutes; but in the second in which its credential was revoked it would be refused.
+            if queued[-1] - queued[0] > 2:
+                subprocess.run(
+                    ["scontrol", "update", f"jobid={number}", "StartTime=now"],
+                    env=slurm.environment,
+                    capture_output=True,
+                    check=False,
+                )
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED")
 
     until(over, lambda: output(folder))
