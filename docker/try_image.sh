@@ -40,6 +40,7 @@ tool bud --isolation chroot --format docker --build-arg BASE=localhost/base -f "
 container=$(tool from localhost/distrain:try)
 
 # --- a training, looked at as Docker's health check does, while it runs and when it is over ------------------------------
+# shellcheck disable=SC2016  # expanded inside
 tool run --isolation chroot "$container" -- sh -eu -c '
     test "$(id -u)" = 1000
     if touch /app/mine 2>/dev/null; then echo "the plain user may write to /app" >&2; exit 1; fi
