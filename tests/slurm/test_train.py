@@ -31,7 +31,9 @@ pytestmark = [
     ),
 ]
 
-STEPS = 800
+CIFAR10 = os.environ.get("DISTRAIN_CIFAR10")
+#: Seconds of training, in which a job can be disturbed.
+STEPS = 240 if CIFAR10 else 800
 SCRIPT = LAUNCH / "slurm" / "train.sbatch"
 SETTINGS = (
     "strategy=ddp",
@@ -46,8 +48,9 @@ SETTINGS = (
 
 
 def data() -> tuple[str, ...]:
-    root = os.environ.get("DISTRAIN_CIFAR10")
-    return ("data=cifar10", f"data.root={root}", "data.batch_size=32", "model=cifar_cnn") if root else ("data=digits",)
+    if CIFAR10 is None:
+        return ("data=digits",)
+    return ("data=cifar10", f"data.root={CIFAR10}", "data.batch_size=32", "model=cifar_cnn")
 
 
 @pytest.fixture(scope="module")
