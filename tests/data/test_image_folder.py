@@ -220,8 +220,7 @@ def test_of_jobs_that_race_one_builds_and_the_others_wait(tree: Path, tmp_path: 
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     with building("data.cache", tree / ".distrain-cache"):
         jobs = [builder(tree, log) for log in logs]
-        for log in logs:
-            wait_for(lambda log=log: log.exists() and "waiting for another process" in log.read_text())
+        wait_for(lambda: all(log.exists() and "waiting for another process" in log.read_text() for log in logs))
     for job in jobs:
         job.join(60)
         assert job.exitcode == 0
