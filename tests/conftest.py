@@ -20,6 +20,8 @@ def unchanged_process() -> Iterator[None]:
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    # torch's compiler is imported to set it.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
     assert torch.get_default_dtype() == dtype
     assert not torch.distributed.is_initialized(), "a test left its process group behind"

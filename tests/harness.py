@@ -21,10 +21,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# The server imports torch once; each rank is forked from it before any thread exists there.
-_CONTEXT = multiprocessing.get_context("forkserver")
-# torch._dynamo is what the first optimizer step imports, and takes longest.
-_CONTEXT.set_forkserver_preload(["distrain.app", "torch.distributed.device_mesh", "torch._dynamo"])
+#: Starts processes in milliseconds: its server imports torch and distrain once, and each is forked from it, before any
+#: thread exists there.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 class RankFailed(AssertionError):
@@ -78,9 +78,9 @@ def run_ranks_to_the_end(function: Callable[..., Any], world_size: int, *args: A
     processes: list[BaseProcess] = []
     try:
         for rank in range(world_size):
-            mine, theirs = _CONTEXT.Pipe(duplex=False)
+            mine, theirs = CONTEXT.Pipe(duplex=False)
             variables = environment(rank, world_size, store.port) if world_size > 1 else {}
-            process: BaseProcess = _CONTEXT.Process(target=_rank, args=(theirs, variables, function, args), daemon=True)
+            process: BaseProcess = CONTEXT.Process(target=_rank, args=(theirs, variables, function, args), daemon=True)
             process.start()
             theirs.close()
             ends.append(mine)

@@ -114,7 +114,8 @@ class Job:
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
         self.mark = f"{os.getpid()}.{next(_NUMBERS)}"
         self.started = time.time()
-        self._launchers = launcher.start([*keys, f"run_dir={run_dir}"], {processes.VARIABLE: self.mark}, output)
+        with processes.interruptible():
+            self._launchers = launcher.start([*keys, f"run_dir={run_dir}"], {processes.VARIABLE: self.mark}, output)
 
     def __enter__(self) -> Job:
         return self

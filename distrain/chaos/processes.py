@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from distrain.testnet.network import leads_in
@@ -57,6 +58,22 @@ def send(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started inside obeys SIGINT, though this process may be told to ignore it, as a script's ``&`` does.
+
+    Whoever is started inherits that a signal is ignored, but not that it is handled.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _parse(environment: bytes) -> dict[str, str]:

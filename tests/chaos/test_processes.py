@@ -104,3 +104,19 @@ def test_a_process_that_is_gone_takes_no_signal(start: Any) -> None:
     assert processes.send(process.pid, signal.SIGKILL)
     process.wait()
     assert not processes.send(process.pid, signal.SIGKILL)
+
+
+def test_what_is_started_obeys_sigint_where_this_process_ignores_it(start: Any) -> None:
+    # As in a script's background, where a rank could not be interrupted.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        deaf = start(["sleep", "60"])
+        with processes.interruptible():
+            hearing = start(["sleep", "60"])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for process in (deaf, hearing):
+        process.send_signal(signal.SIGINT)
+    assert hearing.wait(10) == -signal.SIGINT
+    assert deaf.poll() is None

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from distrain.config import ConfigError
-from tests.data.helpers import ROOT, source
+from tests.data.helpers import source
+from tests.harness import run_ranks
 
 
 def test_all_real_digits_are_there_in_fixed_splits() -> None:
@@ -34,11 +34,13 @@ def test_description_agrees_with_what_is_loaded() -> None:
     assert spec.classes == tuple("0123456789")
 
 
+def load_and_look() -> bool:
+    source("digits").load()
+    return "sklearn" in sys.modules
+
+
 def test_scikit_learn_is_not_imported() -> None:
-    script = (
-        "import sys; from tests.data.helpers import source; source('digits').load(); sys.exit('sklearn' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+    assert run_ranks(load_and_look, 1) == [False]
 
 
 def test_a_missing_package_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from distrain.config import ConfigError
 from distrain.data import image_cache
 from distrain.data.base import Splits
 from distrain.data.files import building
-from tests.data.helpers import ROOT, source, write_image
+from tests.data.helpers import source, write_image
+from tests.harness import CONTEXT
 
 
 def load(root: Path, **changes: object) -> Splits:
@@ -195,42 +196,48 @@ def test_too_little_space_is_said_beforehand(tree: Path, monkeypatch: pytest.Mon
         load(tree)
 
 
-BUILD = """
-import logging, sys
-from tests.data.helpers import source
-logging.basicConfig(level=logging.INFO)
-print(len(source("image_folder", root=sys.argv[1], height=5, width=4, workers=1).load().train), flush=True)
-"""
+def build(tree: Path, log: Path) -> None:
+    logging.basicConfig(filename=log, level=logging.INFO)
+    train = source("image_folder", root=str(tree), height=5, width=4, workers=1).load().train
+    logging.info("%d images", len(train))
 
 
-def builder(tree: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", BUILD, str(tree)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def builder(tree: Path, log: Path) -> BaseProcess:
+    """A job of its own."""
+    job = CONTEXT.Process(target=build, args=(tree, log))
+    job.start()
+    return job
 
 
-def test_of_jobs_that_race_one_builds_and_the_others_wait(tree: Path) -> None:
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_of_jobs_that_race_one_builds_and_the_others_wait(tree: Path, tmp_path: Path) -> None:
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
     with building("data.cache", tree / ".distrain-cache"):
-        jobs = [builder(tree) for _ in range(3)]
-        for job in jobs:
-            assert job.stderr is not None
-            assert "waiting for another process" in job.stderr.readline()
-    results = [job.communicate(timeout=60) for job in jobs]
-    assert [out for out, _ in results] == ["14\n"] * 3
-    assert sum("decoding 24 images" in log for _, log in results) == 1
+        jobs = [builder(tree, log) for log in logs]
+        wait_for(lambda: all(log.exists() and "waiting for another process" in log.read_text() for log in logs))
+    for job in jobs:
+        job.join(60)
+        assert job.exitcode == 0
+    said = [log.read_text() for log in logs]
+    assert all("14 images" in each for each in said)
+    assert sum("decoding 24 images" in each for each in said) == 1
     assert len(caches(tree)) == 1
     assert not list((tree / ".distrain-cache").glob(".build-*"))
 
 
-def test_a_killed_builder_leaves_nothing_that_counts(tree: Path) -> None:
+def test_a_killed_builder_leaves_nothing_that_counts(tree: Path, tmp_path: Path) -> None:
     for i in range(3000):
         os.link(tree / "train" / "a" / "0.png", tree / "train" / "a" / f"copy{i}.png")
-    job = builder(tree)
-    deadline = time.monotonic() + 60
-    while not list(tree.glob(".distrain-cache/.build-*/cache/images.u8")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(job.pid, signal.SIGKILL)
-    job.communicate()
+    job = builder(tree, tmp_path / "log")
+    wait_for(lambda: list(tree.glob(".distrain-cache/.build-*/cache/images.u8")))
+    job.kill()
+    job.join()
     assert caches(tree) == []
     assert len(load(tree, val_fraction=0.0).train) == 3016
     assert len(caches(tree)) == 1

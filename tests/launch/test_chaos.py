@@ -21,7 +21,7 @@ ALONE = 'launcher="env RANK=0 {python} {launch}/train.py {keys}"'
 def test_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     arguments = ["nproc=1", "faults=1", "kinds=[flip_bit]", ALONE]
     arguments += [f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'found'}"]
-    training = ["experiment=chaos", "strategy=single", "checkpoint.every_steps=20"]
+    training = ["experiment=chaos", "strategy=single", "trainer.max_steps=150"]
     done = launched(tmp_path, "chaos", *arguments, "--", *training, timeout=115)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "single, run 1 ended as the undisturbed one" in done.stdout

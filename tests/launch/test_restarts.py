@@ -121,7 +121,8 @@ class Nodes:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint=127.0.0.1:{self._port}",
             "--rdzv-id=job",
-            f"--rdzv-conf={QUICK}",
+            # The first, which stays.
+            f"--rdzv-conf=is_host={int(not self._nodes)},{QUICK}",
             "--monitor-interval=0.1",
             "--local-addr=127.0.0.1",
             str(LAUNCH / "train.py"),
@@ -169,9 +170,10 @@ def test_a_job_goes_on_without_a_node_that_is_lost_and_takes_it_back(nodes: Node
         wait_for(tmp_path, lambda: newest() > before, f"{ranks} ranks save")
 
     nodes.join()
-    wait_for(tmp_path, lambda: newest() > "", "the first node saves")
     second = nodes.join()
-    trains(2)
+    wait_for(tmp_path, (run / "logs" / "rank_1.log").exists, "two ranks begin")
+    before = newest()
+    wait_for(tmp_path, lambda: newest() > before, "they save")
     kill(second)
     trains(1)
     nodes.join()

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from distrain.run_folder import RunFolder
 from tests.harness import run_ranks
 from tests.hosts import needs_network
 from tests.runs import LAUNCH, SMALL, relative_difference, small
@@ -54,8 +54,7 @@ def torchrun(script: str, *keys: str, nodes: int) -> list[str]:
 
 def weights(run: Path) -> dict[str, Tensor]:
     """The model of a run's newest checkpoint."""
-    found: dict[str, Tensor] = load_file(max(run.glob("checkpoints/step_*/model.safetensors")))
-    return found
+    return RunFolder.open(str(run)).weights("newest").tensors
 
 
 @pytest.fixture(scope="module")

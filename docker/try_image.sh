@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Builds the image without a daemon, on a base that is made here, and trains digits in it with two ranks as its plain
+# user; needs root, buildah and debootstrap (Debian: apt-get install --no-install-recommends buildah debootstrap).
+#
+# Variables:
+#   FOLDER         where base, images and containers lie (a temporary folder, removed in the end)
+#   TORCH_INDEX    where pip finds torch, as in the Dockerfile
+#   BUILD_OPTIONS  more options of `buildah bud`, such as -v FILE:/etc/pip.conf:ro where pip needs a configuration
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+if [[ -z ${FOLDER:-} ]]; then
+    FOLDER=$(mktemp -d)
+    trap 'rm -rf "$FOLDER"' EXIT
+fi
+tool() {
+    local command=$1
+    shift
+    buildah --storage-driver vfs --root "$FOLDER/storage" --runroot "$FOLDER/state" "$command" "$@"
+}
+
+# --- the base: Debian's smallest system with Python, and nothing from a registry --------------------------------------
+if [[ ! -e $FOLDER/base.made ]]; then
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$FOLDER/base" >"$FOLDER/base.log"
+    base=$(tool from scratch)
+    tool add --quiet "$base" "$FOLDER/base" / >/dev/null
+    tool config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$base"
+    tool commit --quiet --rm "$base" localhost/base >/dev/null
+    rm -rf "$FOLDER/base"
+    touch "$FOLDER/base.made"
+fi
+
+# --- the image ---------------------------------------------------------------------------------------------------------
+read -ra options <<<"${BUILD_OPTIONS:-}"
+if [[ -n ${TORCH_INDEX:-} ]]; then
+    options+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
+fi
+tool bud --isolation chroot --format docker --build-arg BASE=localhost/base -f "$root/docker/Dockerfile" \
+    -t distrain:try "${options[@]}" "$root"
+container=$(tool from localhost/distrain:try)
+
+# --- a training, looked at as Docker's health check does, while it runs and when it is over ------------------------------
+# shellcheck disable=SC2016  # expanded inside
+tool run --isolation chroot "$container" -- sh -eu -c '
+    test "$(id -u)" = 1000
+    if touch /app/mine 2>/dev/null; then echo "the plain user may write to /app" >&2; exit 1; fi
+    torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 /app/launch/train.py strategy=ddp run_dir=/runs/try &
+    training=$!
+    trap "kill $training 2>/dev/null || true" EXIT
+    tries=0
+    until python3 /app/healthcheck.py; do
+        tries=$((tries + 1))
+        test "$tries" -lt 60
+        sleep 1
+    done
+    wait "$training"
+    test "$(python3 /app/healthcheck.py)" = "no rank runs"
+    python3 -c "
+import json
+summary = json.load(open(\"/runs/try/summary.json\"))
+assert summary[\"world_size\"] == 2 and summary[\"test_accuracy\"] >= 0.97, summary
+print(\"the image trains digits as user 1000: world_size\", summary[\"world_size\"], \"test_accuracy\", round(summary[\"test_accuracy\"], 4))
+"
+'
+tool rm "$container" >/dev/null
+tool images
