@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from distrain.config import ConfigError, OptimizerConfig, choices, register, setting
+from distrain.config import ConfigError, OptimizerConfig, choice, register, setting
 
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
 
@@ -51,7 +53,7 @@ class AdamConfig(OptimizerConfig):
 @register("optimizer", "sgd", SGDConfig)
 def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Stochastic gradient descent; ``weight_decay`` is added to the gradient."""
-    return torch.optim.SGD(
+    return _lean(torch.optim.SGD)(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
@@ -64,13 +66,25 @@ def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.
 @register("optimizer", "adam", AdamConfig)
 def adam(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Adam; ``weight_decay`` is added to the gradient."""
-    return torch.optim.Adam(parameters, **_adam_arguments(config), fused=fused)
+    return _lean(torch.optim.Adam)(parameters, **_adam_arguments(config), fused=fused)
 
 
 @register("optimizer", "adamw", AdamConfig)
 def adamw(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Adam with weight decay apart from the gradient (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
-    return torch.optim.AdamW(parameters, **_adam_arguments(config), fused=fused)
+    return _lean(torch.optim.AdamW)(parameters, **_adam_arguments(config), fused=fused)
+
+
+@functools.cache
+def _lean(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The same optimizer, without what keeps torch's compiler out of its methods.
+
+    That imports the compiler when the methods are first called, half a second of every start. Models are compiled here,
+    and never optimizers, so there is nothing to be kept out.
+    """
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    methods = {"step": step, "add_param_group": inspect.unwrap(kind.add_param_group)}
+    return type(kind.__name__, (kind,), methods)
 
 
 def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
@@ -94,7 +108,7 @@ def build(
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
     # fused=False would also rule out torch's foreach kernels; None leaves the choice to torch.
-    return cast(torch.optim.Optimizer, choices("optimizer")[config.name].target(config, parameters, fused or None))
+    return cast(torch.optim.Optimizer, choice("optimizer", config.name).target(config, parameters, fused or None))
 
 
 def _has_fused(parameter: Tensor) -> bool:
