@@ -390,11 +390,13 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
     try:
         # While the whole is there to refer to: a group by itself can't follow ${…} to another.
         node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(node, resolve=True)))
-        for key, spec in fields.items():
+        # Groups last: their choices' files import torch, which a mistake elsewhere need not wait for.
+        for key, spec in sorted(fields.items(), key=lambda item: item[0] in _GROUPS):
             if key in _GROUPS:
                 values[key] = _choice(key, key, node.get(key))
             elif key in _SECTIONS:
                 values[key] = _typed(key, _SECTIONS[key], node.get(key))
+                _check_limits(key, values[key])
             elif key in node:
                 values[key] = node[key]
             elif spec.default is None:
