@@ -52,11 +52,22 @@ def bare() -> float:
     import torch.distributed as dist
     from torch import nn
 
-    from benchmarks.overhead import cnn
-
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
-    model: nn.Module = cnn()
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
     images, labels = torch.randn(1024, 3, 32, 32), torch.randint(10, (1024,))
     if ranks > 1:
         dist.init_process_group("gloo")
@@ -156,13 +167,13 @@ def trace(began: float, overrides: list[str]) -> None:
     """
     parts = Parts()
     parts.seconds["python"] = time.time() - began
-    with parts.part("import torch"):
-        import torch  # noqa: F401
     with parts.part("import hydra"):
         from distrain import cli, config
     with parts.part("compose"):
         composed = cli.compose(ROOT / "conf", "config", overrides)
-    with parts.part("import distrain"):
+    with parts.part("import torch"), cli.importing():
+        import torch  # noqa: F401
+    with parts.part("import distrain"), cli.importing():
         checked = config.load(composed)
         from distrain import app
         from distrain.runtime import Runtime

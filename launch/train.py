@@ -14,9 +14,10 @@ from distrain.launching import slurm
 def task(composed: DictConfig) -> None:
     """Runs one training."""
     slurm.adopt(os.environ)
-    checked = config.load(composed)
-    # Imports torch, which --help, completion and most mistakes need not wait for.
-    from distrain import app
+    with cli.importing():
+        checked = config.load(composed)
+        # Imports torch, which --help, completion and most mistakes need not wait for.
+        from distrain import app
 
     app.train(checked)
 
