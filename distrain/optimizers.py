@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import ConfigError, OptimizerConfig, choice, register, setting
+from distrain.lean import lean
 
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
 
@@ -53,7 +52,7 @@ class AdamConfig(OptimizerConfig):
 @register("optimizer", "sgd", SGDConfig)
 def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Stochastic gradient descent; ``weight_decay`` is added to the gradient."""
-    return _lean(torch.optim.SGD)(
+    return lean(torch.optim.SGD)(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
@@ -66,25 +65,13 @@ def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.
 @register("optimizer", "adam", AdamConfig)
 def adam(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Adam; ``weight_decay`` is added to the gradient."""
-    return _lean(torch.optim.Adam)(parameters, **_adam_arguments(config), fused=fused)
+    return lean(torch.optim.Adam)(parameters, **_adam_arguments(config), fused=fused)
 
 
 @register("optimizer", "adamw", AdamConfig)
 def adamw(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Adam with weight decay apart from the gradient (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
-    return _lean(torch.optim.AdamW)(parameters, **_adam_arguments(config), fused=fused)
-
-
-@functools.cache
-def _lean(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """The same optimizer, without what keeps torch's compiler out of its methods.
-
-    That imports the compiler when the methods are first called, half a second of every start. Models are compiled here,
-    and never optimizers, so there is nothing to be kept out.
-    """
-    step = torch.no_grad()(inspect.unwrap(kind.step))
-    methods = {"step": step, "add_param_group": inspect.unwrap(kind.add_param_group)}
-    return type(kind.__name__, (kind,), methods)
+    return lean(torch.optim.AdamW)(parameters, **_adam_arguments(config), fused=fused)
 
 
 def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
