@@ -22,7 +22,7 @@ from distrain import (  # noqa: F401
 )
 from distrain import config as configuration
 from distrain.compression import base as compression
-from distrain.config import Config, ConfigError, choices
+from distrain.config import Config, ConfigError, choice
 from distrain.data.base import DataSource, Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.precision import Precision
@@ -69,7 +69,7 @@ def described(splits: Splits) -> dict[str, Any]:
 
 def source(config: Config) -> DataSource:
     """The data set that the configuration names."""
-    made: DataSource = choices("data")[config.data.name].target(config.data)
+    made: DataSource = choice("data", config.data.name).target(config.data)
     return made
 
 

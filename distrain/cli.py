@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +69,8 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composing = True
+    # The interpreter goes through all objects before it takes its modules apart, a third of a second after torch.
+    atexit.register(gc.freeze)
 
     # Hydra names the job after the module that the task comes from.
     @functools.wraps(task)
@@ -107,6 +111,18 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         # All is written and said. Destructors that run while torch's communication threads end bring down about 3 % of
         # runs of several ranks with "terminate called without an active exception", so they are not run.
         atexit.register(_leave, 0)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Puts off garbage collection; imports make objects that stay, and torch's take a tenth longer with it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def take_command(arguments: list[str]) -> list[str]:

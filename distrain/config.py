@@ -125,7 +125,7 @@ class Choice:
 
 
 _CHOICES: dict[str, dict[str, Choice]] = {}
-#: Where each group's choices register themselves; importing the package imports every file in it.
+#: Where each group's choices register themselves.
 _GROUPS = {
     "strategy": "distrain.strategies",
     "compression": "distrain.compression",
@@ -155,12 +155,38 @@ def register(group: str, name: str, schema: type[Any]) -> Callable[[T], T]:
     return decorate
 
 
+def choice(group: str, name: Any, key: str | None = None) -> Choice:
+    """One choice of a group; imports the file that is named after it, and the group's others only if that isn't there.
+
+    Args:
+        group: The group.
+        name: As the configuration has it.
+        key: Where it stands, for the error; by default at the top.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    _import_files(group, only=name)
+    found = _CHOICES.get(group, {}).get(name) or choices(group).get(name)
+    if found is None:
+        raise ConfigError(f"{key or group}.name", name, "unknown choice", choices(group))
+    return found
+
+
 def choices(group: str) -> dict[str, Choice]:
-    """All choices of a group by name; imports the group's package, so that every file of it has registered."""
+    """All choices of a group by name; imports every file of the group's package, so that each has registered.
+
+    That takes long (some files need much of torch), so :func:`choice` serves where the name is known.
+    """
+    _import_files(group)
+    return _CHOICES[group]
+
+
+def _import_files(group: str, only: Any = None) -> None:
     package = importlib.import_module(_GROUPS[group])
     for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return _CHOICES[group]
+        if only is None or module.name == only:
+            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 # --- schemas ---------------------------------------------------------------------------------------------------------
@@ -364,11 +390,13 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
     try:
         # While the whole is there to refer to: a group by itself can't follow ${…} to another.
         node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(node, resolve=True)))
-        for key, spec in fields.items():
+        # Groups last: their choices' files import torch, which a mistake elsewhere need not wait for.
+        for key, spec in sorted(fields.items(), key=lambda item: item[0] in _GROUPS):
             if key in _GROUPS:
                 values[key] = _choice(key, key, node.get(key))
             elif key in _SECTIONS:
                 values[key] = _typed(key, _SECTIONS[key], node.get(key))
+                _check_limits(key, values[key])
             elif key in node:
                 values[key] = node[key]
             elif spec.default is None:
@@ -410,10 +438,7 @@ def _choice(group: str, key: str, node: Any) -> Any:
     """One choice of a group as the dataclass that its name picks; ``key`` is where it stands."""
     if not isinstance(node, DictConfig):
         raise ConfigError(key, node, f"needs one of the choices of conf/{group}", choices(group))
-    name = node.get("name")
-    if name not in choices(group):
-        raise ConfigError(f"{key}.name", name, "unknown choice", choices(group))
-    return _typed(key, choices(group)[name].schema, node)
+    return _typed(key, choice(group, node.get("name"), key).schema, node)
 
 
 def _typed(key: str, schema: type[Any], node: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrain import event_files
-from distrain.config import Config, LoggerConfig, choices, register, setting
+from distrain.config import Config, LoggerConfig, choice, register, setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,19 +172,21 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, config: TensorBoardConfig, run_dir: Path) -> None:
         super().__init__(config)
-        # Imported here: it takes a second that ranks without a writer need not spend.
-        from torch.utils.tensorboard import SummaryWriter
-
         self._folder = run_dir / "tensorboard"
-        self._open = functools.partial(SummaryWriter, str(self._folder), flush_secs=config.flush_seconds)
+        self._flush_seconds = config.flush_seconds
         self._opened: SummaryWriter | None = None
         self._purges_from: int | None = None
 
     @property
     def _writer(self) -> SummaryWriter:
         if self._opened is None:
+            # Imported when there is something to write, which the first step need not wait for.
+            from torch.utils.tensorboard import SummaryWriter
+
             # A TensorBoard that is watching holds what the files don't say any more; a purge step tells it.
-            self._opened = self._open(purge_step=self._purges_from)
+            self._opened = SummaryWriter(
+                str(self._folder), purge_step=self._purges_from, flush_secs=self._flush_seconds
+            )
         return self._opened
 
     def go_back(self, step: int, *, amid_epoch: bool) -> None:
@@ -301,5 +302,5 @@ class Loggers(Logger):
 
 def build(config: Config, run_dir: Path) -> Logger:
     """The loggers of the rank that writes."""
-    chosen: Logger = choices("logger")[config.logger.name].target(config.logger, run_dir)
+    chosen: Logger = choice("logger", config.logger.name).target(config.logger, run_dir)
     return Loggers([MetricsFile(run_dir / "metrics.jsonl"), chosen])

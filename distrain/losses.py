@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distrain.config import LossConfig, choices, register, setting
+from distrain.config import LossConfig, choice, register, setting
 
 
 class Loss(ABC):
@@ -92,7 +92,7 @@ class MeanSquaredError(Loss):
 
 def build(config: LossConfig) -> Loss:
     """The configured loss."""
-    return cast(Loss, choices("loss")[config.name].target(config))
+    return cast(Loss, choice("loss", config.name).target(config))
 
 
 def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.config import ConfigError, OptimizerConfig, choices, register, setting
+from distrain.config import ConfigError, OptimizerConfig, choice, register, setting
+from distrain.lean import lean
 
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
 
@@ -51,7 +52,7 @@ class AdamConfig(OptimizerConfig):
 @register("optimizer", "sgd", SGDConfig)
 def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Stochastic gradient descent; ``weight_decay`` is added to the gradient."""
-    return torch.optim.SGD(
+    return lean(torch.optim.SGD)(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
@@ -64,13 +65,13 @@ def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.
 @register("optimizer", "adam", AdamConfig)
 def adam(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Adam; ``weight_decay`` is added to the gradient."""
-    return torch.optim.Adam(parameters, **_adam_arguments(config), fused=fused)
+    return lean(torch.optim.Adam)(parameters, **_adam_arguments(config), fused=fused)
 
 
 @register("optimizer", "adamw", AdamConfig)
 def adamw(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
     """Adam with weight decay apart from the gradient (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
-    return torch.optim.AdamW(parameters, **_adam_arguments(config), fused=fused)
+    return lean(torch.optim.AdamW)(parameters, **_adam_arguments(config), fused=fused)
 
 
 def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def build(
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
     # fused=False would also rule out torch's foreach kernels; None leaves the choice to torch.
-    return cast(torch.optim.Optimizer, choices("optimizer")[config.name].target(config, parameters, fused or None))
+    return cast(torch.optim.Optimizer, choice("optimizer", config.name).target(config, parameters, fused or None))
 
 
 def _has_fused(parameter: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_LABELS = 30
+#: Images side by side; sides of the square that each lies in, and room for the words above it, in inches.
+_COLUMNS, _CELL, _TITLE = 8, 1.3, 0.3
 
 
 def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
@@ -47,18 +49,25 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
         predicted: int64 ``[N]``.
         classes: Class names.
     """
-    columns = min(8, max(1, len(images)))
+    columns = min(_COLUMNS, max(1, len(images)))
     rows = -(-len(images) // columns)
-    figure = _figure(1.3 * columns, 1.6 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.axis("off")
-    for axes, image, label, guess in zip(grid, images, labels.tolist(), predicted.tolist(), strict=False):
+    figure = _figure(_CELL * columns, (_CELL + _TITLE) * rows, layout=None)
+    # One pair of axes for all, in inches of the figure: a pair for each image takes ten times as long to draw.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    height, width = images.shape[2:]
+    right, down = (0.85 * _CELL * side / max(height, width) / 2 for side in (width, height))
+    for number, (image, label, guess) in enumerate(zip(images, labels.tolist(), predicted.tolist(), strict=True)):
+        row, column = divmod(number, columns)
+        x, y = (column + 0.5) * _CELL, (row + 1) * (_CELL + _TITLE) - 0.5 * _CELL
         pixels = image.permute(1, 2, 0) if len(image) == 3 else image[0]
-        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255)
-        right = label == guess
-        title = classes[guess] if right else f"{classes[guess]}\n(is {classes[label]})"
-        axes.set_title(title, fontsize=8, color="green" if right else "red")
+        place = (x - right, x + right, y + down, y - down)
+        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=place, aspect="auto")
+        said = classes[guess] if label == guess else f"{classes[guess]}\n(is {classes[label]})"
+        colour = "green" if label == guess else "red"
+        axes.text(x, y - down - 0.05, said, fontsize=8, color=colour, ha="center", va="bottom")
+    axes.set_xlim(0, columns * _CELL)
+    axes.set_ylim(rows * (_CELL + _TITLE), 0)
     return figure
 
 
@@ -84,11 +93,11 @@ def histogram(counts: Mapping[str, Mapping[int, int]], values: str, what: str) -
     return figure
 
 
-def _figure(width: float, height: float | None = None) -> Figure:
+def _figure(width: float, height: float | None = None, layout: Literal["constrained"] | None = "constrained") -> Figure:
     # Made without pyplot: no global state, no backend that looks for a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height or width), layout="constrained", dpi=110)
+    figure = Figure(figsize=(width, height or width), layout=layout, dpi=110)
     FigureCanvasAgg(figure)
     return figure

@@ -230,7 +230,9 @@ class Runtime:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         else:
-            torch.use_deterministic_algorithms(False)
+            # Half a second, since torch imports its compiler to tell it; so not where there is nothing to change.
+            if torch.are_deterministic_algorithms_enabled():
+                torch.use_deterministic_algorithms(False)
             torch.backends.cudnn.benchmark = True
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from distrain.config import ConfigError, SchedulerConfig, choices, register, setting
+from distrain.config import ConfigError, SchedulerConfig, choice, register, setting
 
 #: Maps the step about to be taken, counted from 0 over the whole run, to a factor of the optimizer's rate.
 Schedule = Callable[[int], float]
@@ -120,7 +120,7 @@ def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Sc
             config.warmup_epochs,
             f"the warm-up takes {warmup} steps ({steps_per_epoch} an epoch), the run {total_steps}",
         )
-    after: Schedule = choices("scheduler")[config.name].target(config, Span(warmup, total_steps, steps_per_epoch))
+    after: Schedule = choice("scheduler", config.name).target(config, Span(warmup, total_steps, steps_per_epoch))
     if warmup == 0:
         return after
     reached = after(warmup)

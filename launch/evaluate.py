@@ -11,8 +11,9 @@ from distrain import cli
 
 def task(composed: DictConfig) -> None:
     """Evaluates one run."""
-    # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.commands import evaluate, settings
+    with cli.importing():
+        # Imports torch, which --help and most mistakes need not wait for.
+        from distrain.commands import evaluate, settings
 
     evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
 

@@ -11,8 +11,9 @@ from distrain import cli
 
 def task(composed: DictConfig) -> None:
     """Exports once."""
-    # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.commands import export, settings
+    with cli.importing():
+        # Imports torch, which --help and most mistakes need not wait for.
+        from distrain.commands import export, settings
 
     export.run(settings.load(export.ExportSettings, composed))
 

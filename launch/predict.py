@@ -11,8 +11,9 @@ from distrain import cli
 
 def task(composed: DictConfig) -> None:
     """Predicts once."""
-    # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.commands import predict, settings
+    with cli.importing():
+        # Imports torch, which --help and most mistakes need not wait for.
+        from distrain.commands import predict, settings
 
     predict.run(settings.load(predict.PredictSettings, composed))
 

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli
+from distrain import cli, config
 from distrain.launching import slurm
 
 
 def task(composed: DictConfig) -> None:
     """Runs one training."""
-    # Imports torch, which --help, completion and most mistakes need not wait for.
-    from distrain import app, config
-
     slurm.adopt(os.environ)
-    app.train(config.load(composed))
+    with cli.importing():
+        checked = config.load(composed)
+        # Imports torch, which --help, completion and most mistakes need not wait for.
+        from distrain import app
+
+    app.train(checked)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 import logging
 import os
@@ -384,3 +386,13 @@ def test_refuse_is_for_config_errors(capfd: pytest.CaptureFixture[str]) -> None:
         cli.refuse(ConfigError("a.b", 3, "is odd", ["2", "4"]))
     assert ended.value.code == cli.REFUSED == 2
     assert capfd.readouterr().err == "distrain: a.b=3: is odd; choices: 2, 4\n"
+
+
+def test_garbage_is_collected_again_after_imports_even_broken_ones() -> None:
+    assert gc.isenabled()
+    with cli.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ModuleNotFoundError), cli.importing():
+        importlib.import_module("no_such_module")
+    assert gc.isenabled()

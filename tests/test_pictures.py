@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -43,9 +42,14 @@ def test_many_classes_are_drawn_without_words() -> None:
 def test_what_was_predicted_wrong_is_red_and_says_the_truth() -> None:
     images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
     figure = pictures.predictions(images, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), ("cat", "dog"))
-    titles = [(axes.get_title(), axes.title.get_color()) for axes in figure.axes]
-    assert titles == [("cat", "green"), ("cat\n(is dog)", "red"), ("dog", "green")]
-    assert to_rgba("red")
+    (axes,) = figure.axes
+    said = [(text.get_text(), text.get_color()) for text in axes.texts]
+    assert said == [("cat", "green"), ("cat\n(is dog)", "red"), ("dog", "green")]
+    for image, text in zip(axes.images, axes.texts, strict=True):
+        left, right, bottom, top = image.get_extent()
+        x, y = text.get_position()
+        assert x == pytest.approx((left + right) / 2), "the words stand over their image"
+        assert 0 < y < top < bottom
     figure.canvas.draw()
 
 
@@ -53,19 +57,25 @@ def test_what_was_predicted_wrong_is_red_and_says_the_truth() -> None:
 def test_images_of_any_number_of_channels_are_shown(channels: int) -> None:
     images = torch.arange(2 * channels * 6).remainder(256).to(torch.uint8).view(2, channels, 2, 3)
     figure = pictures.predictions(images, torch.tensor([0, 0]), torch.tensor([0, 0]), ("cat",))
-    shown = figure.axes[1].images[0].get_array()
+    shown = figure.axes[0].images[1].get_array()
     assert shown is not None
     expected = images[1].permute(1, 2, 0) if channels == 3 else images[1, 0]
     np.testing.assert_array_equal(shown, expected.numpy())
 
 
-@pytest.mark.parametrize(("count", "grid"), [(1, 1), (8, 8), (9, 16), (32, 32)])
-def test_the_grid_is_eight_wide_and_its_rest_empty(count: int, grid: int) -> None:
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (8, 8, 1), (9, 8, 2), (32, 8, 4)])
+def test_the_grid_is_eight_wide(count: int, columns: int, rows: int) -> None:
     labels = torch.zeros(count, dtype=torch.int64)
-    figure = pictures.predictions(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), labels, labels, ("cat",))
-    assert len(figure.axes) == grid
-    assert sum(bool(axes.images) for axes in figure.axes) == count
-    assert not any(axes.axison for axes in figure.axes)
+    figure = pictures.predictions(torch.zeros(count, 1, 2, 4, dtype=torch.uint8), labels, labels, ("cat",))
+    (axes,) = figure.axes
+    assert not axes.axison
+    places = [image.get_extent() for image in axes.images]
+    assert len(places) == count
+    assert len({place[0] for place in places}) == columns
+    assert len({place[2] for place in places}) == rows
+    # Twice as wide as high, in a figure whose axes count inches.
+    assert all(right - left == pytest.approx(2 * (bottom - top)) for left, right, bottom, top in places)
+    assert (axes.get_xlim()[1], axes.get_ylim()[0]) == pytest.approx(tuple(figure.get_size_inches()))
 
 
 def test_no_global_state_and_no_screen_are_needed() -> None:

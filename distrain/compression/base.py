@@ -19,7 +19,7 @@ from distrain.collectives import Communicator, Pending
 from distrain.compression.error_feedback import Residuals
 from distrain.compression.observation import Observer
 from distrain.compression.packing import pack, unpack
-from distrain.config import CompressionConfig, Config, ConfigError, choices, setting
+from distrain.config import CompressionConfig, Config, ConfigError, choice, setting
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Compressor(ABC):
                 f"overflows now and then, which would ruin what compression={chosen.name} has not sent yet",
                 ["fp32", "bf16", "fp64"],
             )
-        travels: str = getattr(choices("strategy")[config.strategy.name].target, "travels")  # noqa: B009 - any callable
+        travels: str = getattr(choice("strategy", config.strategy.name).target, "travels")  # noqa: B009 - any callable
         if config.trainer.on_nonfinite == "skip" and travels == "gradients":
             raise ConfigError(
                 "trainer.on_nonfinite",
@@ -247,10 +247,10 @@ class Compressor(ABC):
 
 def chosen(config: Config) -> type[Compressor]:
     """The class of the compressor that the configuration names."""
-    return cast(type[Compressor], choices("compression")[config.compression.name].target)
+    return cast(type[Compressor], choice("compression", config.compression.name).target)
 
 
 def build(config: CompressionConfig, seed: int = 0) -> Compressor:
     """The compressor that the configuration names."""
-    made: Compressor = choices("compression")[config.name].target(config, seed)
+    made: Compressor = choice("compression", config.name).target(config, seed)
     return made

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distrain.config import ConfigError, ModelConfig, choices, locate, register, setting
+from distrain.config import ConfigError, ModelConfig, choice, locate, register, setting
+
+#: Floating-point operations that take a second at most.
+_FAST = 1e11
 
 
 class BlockSequence(nn.Sequential):
@@ -100,7 +103,9 @@ def check(
 ) -> list[str]:
     """Builds the model without memory (on the meta device) and runs a batch of images through.
 
-    A ``custom`` model that meta tensors can't run (its forward depends on values, say) is tried on CPU instead.
+    The batch runs without memory too where the model is large; a small one runs on CPU with zeros for its parameters,
+    since torch takes a second to import what it computes shapes with. A ``custom`` model that can run neither way (its
+    forward depends on values, say) is tried on CPU with its own initial parameters instead.
 
     Args:
         config: As for :func:`build`, and so are the others.
@@ -120,13 +125,18 @@ def check(
 
     def attempt(device: str) -> list[str]:
         # The generators stay as they were: trying a model must not change the run's initial parameters.
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            model = build(
-                config, in_channels=in_channels, num_classes=num_classes, image_size=image_size, allowed=allowed
-            )
-            if also is not None:
-                also(model)
-            logits = _try_out(config, model, torch.zeros(2, in_channels, *image_size), num_classes)
+        with torch.random.fork_rng(devices=[]):
+            with torch.device(device):
+                model = build(
+                    config, in_channels=in_channels, num_classes=num_classes, image_size=image_size, allowed=allowed
+                )
+                if also is not None:
+                    also(model)
+            if device == "meta" and _runs_fast(model, image_size):
+                device = "cpu"
+                _fill_with_zeros(model)
+            with torch.device(device):
+                logits = _try_out(config, model, torch.zeros(2, in_channels, *image_size), num_classes)
             return _unused(model, logits)
 
     try:
@@ -135,6 +145,17 @@ def check(
         if not isinstance(config, CustomConfig):
             raise
         return attempt("cpu")
+
+
+def _runs_fast(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether two images take a CPU less than a second, were every parameter used at every pixel."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 2 * 2 * parameters * image_size[0] * image_size[1] < _FAST
+
+
+def _fill_with_zeros(model: nn.Module) -> None:
+    # Module.to_empty makes each tensor like the one it replaces, for which torch imports as much as for a batch.
+    model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
 
 
 def _unused(model: nn.Module, logits: Tensor) -> list[str]:
@@ -156,7 +177,7 @@ def _unused(model: nn.Module, logits: Tensor) -> list[str]:
 def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[..., Any]:
     path = config._target_
     if not isinstance(config, CustomConfig):
-        registered = choices("model")[config.name].target
+        registered = choice("model", config.name).target
         expected = f"{registered.__module__}.{registered.__qualname__}"
         if path != expected:
             raise ConfigError(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from distrain.precision import Precision
 from distrain.strategies.base import Loss
@@ -52,6 +51,11 @@ class Stage:
         self.is_first = index == 0
         self.is_last = is_last
         self.splits_backward = splits_backward
+        if splits_backward:
+            # Imported here: with it comes all of torch's pipelining, its compiler and export, a second of start-up.
+            from torch.distributed.pipelining import _backward
+
+            self._halves = _backward
         self._loss_fn = loss_fn
         self._precision = precision
         self._kept: dict[int, _Kept] = {}
@@ -92,7 +96,9 @@ class Stage:
         if self.is_first:
             return None
         gradients = None if gradient is None else [gradient]
-        inputs, kept.groups = stage_backward_input([kept.output], gradients, [kept.input], self.module.parameters())
+        inputs, kept.groups = self._halves.stage_backward_input(
+            [kept.output], gradients, [kept.input], self.module.parameters()
+        )
         found = inputs[0]
         assert found is not None
         return found
@@ -103,7 +109,7 @@ class Stage:
         if self.is_first:
             torch.autograd.backward(kept.output, kept.gradient)
         else:
-            stage_backward_weight(self.module.parameters(), kept.groups)
+            self._halves.stage_backward_weight(self.module.parameters(), kept.groups)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses."""

@@ -16,7 +16,7 @@ from distrain.carried import Carried
 from distrain.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import redistribute
-from distrain.config import Config, choices
+from distrain.config import Config, choice
 from distrain.control import Alone, Counsel, Rounds
 from distrain.metrics import Stopwatch
 
@@ -297,7 +297,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def chosen(config: Config) -> type[Strategy]:
     """The class of the strategy that the configuration names."""
-    return cast(type[Strategy], choices("strategy")[config.strategy.name].target)
+    return cast(type[Strategy], choice("strategy", config.strategy.name).target)
 
 
 def build(config: Config, runtime: Runtime) -> Strategy:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distrain.config import ConfigError, ModelConfig
-from distrain.models import BlockSequence, build, check
+from distrain.models import BlockSequence, base, build, check
 from distrain.models.base import CustomConfig
 
 DIGITS: dict[str, Any] = {"in_channels": 1, "num_classes": 10, "image_size": (8, 8)}
@@ -39,6 +39,19 @@ class DependsOnValues(Net):
     def forward(self, images):
         return super().forward(images) * (1 if images.sum() > 0 else 2)
 
+class Constant(Net):
+    def __init__(self, num_classes, image_size):
+        super().__init__(num_classes, image_size)
+        self.scale = torch.ones(())
+
+    def forward(self, images):
+        return super().forward(images * self.scale)
+
+class Unused(Net):
+    def __init__(self, num_classes, image_size):
+        super().__init__(num_classes, image_size)
+        self.more = nn.Linear(2, 3)
+
 class Broken(nn.Module):
     def __init__(self):
         raise OSError("no weights")
@@ -61,8 +74,11 @@ imported = torch.nn.Identity
 """
 
 
-@pytest.fixture
-def my_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["small", "large"])
+def my_models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of a module of the user's, each tried out as what is small and as what is large is."""
+    if request.param == "large":
+        monkeypatch.setattr(base, "_FAST", 0)
     (tmp_path / "my_models.py").write_text(MY_MODELS)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -125,8 +141,14 @@ def test_a_function_may_make_the_model() -> None:
 
 
 @pytest.mark.usefixtures("my_models")
-def test_a_model_that_meta_tensors_cannot_run_is_tried_on_cpu() -> None:
-    check(custom("my_models.DependsOnValues"), **DIGITS)
+@pytest.mark.parametrize("target", ["my_models.DependsOnValues", "my_models.Constant"])
+def test_a_model_that_cannot_run_without_its_values_is_tried_with_them(target: str) -> None:
+    assert check(custom(target), **DIGITS) == []
+
+
+@pytest.mark.usefixtures("my_models")
+def test_parameters_that_get_no_gradient_are_named() -> None:
+    assert check(custom("my_models.Unused"), **DIGITS) == ["more.weight", "more.bias"]
 
 
 @pytest.mark.usefixtures("my_models")
