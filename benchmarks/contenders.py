@@ -173,35 +173,38 @@ def bare(job: Job, timer: Timer) -> None:
     dist.destroy_process_group()
 
 
-def distrain(job: Job, timer: Timer, *overrides: str) -> None:
-    """The whole of ``launch/train.py``, timed from outside its steps by a callback."""
+def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], None], *overrides: str) -> None:
+    """The whole of ``launch/train.py`` on this rank.
+
+    Args:
+        model: Of :data:`MODELS`.
+        share: Images a rank works on in a step.
+        steps: How many to take.
+        folder: Where the run folder is made.
+        watch: Is given the trainer before it trains.
+        *overrides: What else is said on the command line.
+    """
     from distrain import app, cli, config
-    from distrain.callbacks import Callback
     from distrain.runtime import Runtime, World
 
     world = World.from_environment()
-
-    class Watch(Callback):
-        def on_step_end(self, trainer: Any) -> None:
-            timer.tick()
-
     checked = config.load(
         cli.compose(
             ROOT / "conf",
             "config",
             [
                 "strategy=ddp",
-                *MODELS[job.model],
+                *MODELS[model],
                 "data=synthetic",
                 f"data.train_size={IMAGES}",
                 "data.test_size=64",
                 "data.val_fraction=0",
-                f"data.batch_size={job.share * world.size}",
+                f"data.batch_size={share * world.size}",
                 "runtime.threads=1",
-                f"trainer.max_steps={WARMUP + job.steps}",
+                f"trainer.max_steps={steps}",
                 "trainer.epochs=1000000",
                 "checkpoint.every_epochs=1000000",
-                f"run_dir={job.folder}/run",
+                f"run_dir={folder}/run",
                 *overrides,
             ],
         )
@@ -209,10 +212,24 @@ def distrain(job: Job, timer: Timer, *overrides: str) -> None:
     splits = app.source(checked).load()
     with Runtime(checked, world) as runtime:
         trainer = app.build_trainer(checked, runtime, splits)
+        watch(trainer)
+        trainer.fit()
+
+
+def distrain(job: Job, timer: Timer, *overrides: str) -> None:
+    """``launch/train.py``, timed from outside its steps by a callback."""
+    from distrain.callbacks import Callback
+
+    class Watch(Callback):
+        def on_step_end(self, trainer: Any) -> None:
+            timer.tick()
+
+    def watch(trainer: Any) -> None:
         trainer.callbacks.append(Watch())
         if timer.timeline is not None:
             timer.timeline.watch_trainer(trainer)
-        trainer.fit()
+
+    fit(job.model, job.share, WARMUP + job.steps, job.folder, watch, *overrides)
 
 
 def alike(job: Job, timer: Timer) -> None:
