@@ -77,7 +77,7 @@ class Timeline:
 
     def watch_torch(self) -> None:
         """Backward passes, optimizers' updates and the garbage collector of this process, whoever calls them."""
-        backward = Tensor.backward
+        backward: Callable[..., None] = Tensor.backward
 
         def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
             self.enter("backward")
@@ -99,7 +99,7 @@ class Timeline:
         self.watch_model(model.module)
         ranks = dist.get_world_size()
 
-        def reduce(bucket: dist.GradBucket) -> Any:
+        def reduce(bucket: Any) -> Any:
             self.enter("exchange")
             work = dist.all_reduce(bucket.buffer().div_(ranks), async_op=True)
             assert work is not None, "the group has no ranks"
