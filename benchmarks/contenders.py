@@ -26,7 +26,6 @@ from benchmarks.phases import Timeline
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 8192
-WARMUP = 30
 #: What a network is in distrain's words. BatchNorm's statistics are each rank's own, as the others have them.
 MODELS = {
     "cnn": ("model=cifar_cnn",),
@@ -42,6 +41,7 @@ class Job:
         contender: Which loop.
         model: Which network, of :data:`MODELS`.
         share: Images a rank works on in a step.
+        warmup: Steps before the first that is timed.
         steps: How many are timed.
         layout: ``contiguous`` or ``channels_last``, for those who have a choice.
         precision: ``fp32`` or ``bf16``, likewise.
@@ -52,6 +52,7 @@ class Job:
     contender: str
     model: str
     share: int
+    warmup: int
     steps: int
     layout: str
     precision: str
@@ -62,23 +63,23 @@ class Job:
 class Timer:
     """Seconds between the end of the warm-up and the end of the last step."""
 
-    def __init__(self, steps: int, timeline: Timeline | None) -> None:
-        self.count, self.steps, self.timeline = 0, steps, timeline
+    def __init__(self, job: Job, timeline: Timeline | None) -> None:
+        self.count, self.warmup, self.steps, self.timeline = 0, job.warmup, job.steps, timeline
         self.start = self.seconds = 0.0
         self.phases: dict[str, float] = {}
 
     def tick(self) -> bool:
         """Counts a step; false once all were taken."""
         self.count += 1
-        if self.count == WARMUP:
+        if self.count == self.warmup:
             self.start = time.perf_counter()
             if self.timeline is not None:
                 self.timeline.restart()
-        if self.count == WARMUP + self.steps:
+        if self.count == self.warmup + self.steps:
             self.seconds = time.perf_counter() - self.start
             if self.timeline is not None:
                 self.phases = self.timeline.milliseconds(self.steps)
-        return self.count < WARMUP + self.steps
+        return self.count < self.warmup + self.steps
 
 
 def textbook_cnn() -> nn.Module:
@@ -229,7 +230,7 @@ def distrain(job: Job, timer: Timer, *overrides: str) -> None:
         if timer.timeline is not None:
             timer.timeline.watch_trainer(trainer)
 
-    fit(job.model, job.share, WARMUP + job.steps, job.folder, watch, *overrides)
+    fit(job.model, job.share, job.warmup + job.steps, job.folder, watch, *overrides)
 
 
 def alike(job: Job, timer: Timer) -> None:
@@ -285,7 +286,7 @@ def lightning(job: Job, timer: Timer) -> None:
             accelerator="cpu",
             devices=int(os.environ["WORLD_SIZE"]),
             strategy="ddp",
-            max_steps=WARMUP + job.steps,
+            max_steps=job.warmup + job.steps,
             max_epochs=-1,
             default_root_dir=folder,
             enable_model_summary=False,
@@ -312,7 +313,7 @@ def main() -> None:
     job = Job(**json.loads(parser.parse_args().job))
     torch.set_num_threads(1)
     timeline = Timeline() if job.phases else None
-    timer = Timer(job.steps, timeline)
+    timer = Timer(job, timeline)
     if timeline is not None:
         timeline.watch_torch()
     CONTENDERS[job.contender](job, timer)

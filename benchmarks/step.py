@@ -36,7 +36,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CONTENDERS = ("alone", "bare", "distrain", "defaults", "lightning", "accelerate")
 WATCHED = ("alone", "bare", "distrain")
-IMAGES = {"cnn": 16, "resnet18": 32}
+#: Images a rank and step, steps before the timed ones, and the timed ones.
+SIZES = {"cnn": (16, 30, 200), "resnet18": (32, 3, 12)}
 #: What must hold, as rate of one ÷ rate of the other.
 RATIOS = (
     ("distrain", "alone"),
@@ -65,6 +66,7 @@ def measure(name: str, arguments: argparse.Namespace, *, phases: bool) -> tuple[
             "contender": name,
             "model": arguments.model,
             "share": arguments.images,
+            "warmup": SIZES[arguments.model][1],
             "steps": arguments.steps,
             "layout": arguments.memory_format,
             "precision": arguments.precision,
@@ -129,17 +131,18 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model", choices=list(IMAGES), default="cnn")
+    parser.add_argument("--model", choices=list(SIZES), default="cnn")
     parser.add_argument("--images", type=int, help="a rank and step; 16 for cnn, 32 for resnet18")
     parser.add_argument("--memory-format", choices=["contiguous", "channels_last"], default="contiguous")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, help="timed ones; 200 for cnn, 12 for resnet18")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--no-phases", action="store_true", help="only whole steps, in half the time")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    arguments.images = arguments.images or IMAGES[arguments.model]
+    images, _, steps = SIZES[arguments.model]
+    arguments.images, arguments.steps = arguments.images or images, arguments.steps or steps
     rates: dict[str, list[float]] = defaultdict(list)
     phases: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(arguments.rounds):
