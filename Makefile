@@ -55,7 +55,7 @@ format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itse
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.stamp-bench ## Measure distrain against a bare loop and its peers
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/step.py --no-phases $(ARGS)
 
 # A quarter of the faults each.
 chaos: $(VENV)/.stamp-digits ## Hurt four kinds of trainings 100 times and compare them with undisturbed ones

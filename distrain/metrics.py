@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -200,6 +201,39 @@ class Stretch:
         return 1000 * self.time.total / self.steps if self.steps else 0.0
 
 
+class Durations:
+    """How long steps took: all of them summed, and an even sample whose size has a limit, whatever the run's.
+
+    Every step is kept at first; when there is no room, every second that was kept goes, and from then on half as many
+    are kept as before.
+
+    Args:
+        most: How many are kept, an even number.
+    """
+
+    def __init__(self, most: int = 1 << 16) -> None:
+        self._most = most
+        self._kept = array("d")
+        self._every = 1
+        self._count = 0
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more step."""
+        if self._count % self._every == 0:
+            if len(self._kept) == self._most:
+                del self._kept[1::2]
+                self._every *= 2
+            self._kept.append(seconds)
+        self._count += 1
+        self._sum += seconds
+
+    def milliseconds(self) -> dict[str, float]:
+        """``mean`` of all, ``p50`` and ``p95`` of the sample, in milliseconds; 0 where there were none."""
+        p50, p95 = np.percentile(self._kept or [0.0], [50, 95])
+        return {"mean": 1000 * self._sum / max(self._count, 1), "p50": 1000 * float(p50), "p95": 1000 * float(p95)}
+
+
 class _HasCount(Protocol):
     @property
     def global_count(self) -> int: ...
@@ -219,7 +253,8 @@ class StepClock:
     def __init__(self, stopwatch: Stopwatch, warmup_steps: int) -> None:
         self._stopwatch = stopwatch
         self._warmup = warmup_steps
-        self._durations: list[float] = []
+        self._taken = 0
+        self._durations = Durations()
         self._data = 0.0
         self._now = Stretch()
         self._began = self._last = self._stopped = time.perf_counter()
@@ -243,9 +278,11 @@ class StepClock:
                 self._now.samples += batch.global_count
                 yield batch
                 end = time.perf_counter()
-                self._durations.append(end - self._last)
+                self._taken += 1
+                if self._taken > self._warmup:
+                    self._durations.add(end - self._last)
                 self._last = end
-                if len(self._durations) == self._warmup:
+                if self._taken == self._warmup:
                     self._close()
         finally:
             self._stopped = time.perf_counter()
@@ -263,7 +300,7 @@ class StepClock:
     def lap(self) -> Stretch:
         """The steps since the last lap, which it ends."""
         stretch = self._close()
-        if len(self._durations) >= self._warmup:
+        if self._taken >= self._warmup:
             self.overall.add(stretch)
             self.epoch.add(stretch)
         return stretch
@@ -281,6 +318,4 @@ class StepClock:
 
     def step_ms(self) -> dict[str, float]:
         """``mean``, ``p50`` and ``p95`` of the steps since warm-up, in milliseconds; 0 where there were none."""
-        steady = np.asarray(self._durations[self._warmup :] or [0.0]) * 1000
-        p50, p95 = np.percentile(steady, [50, 95])
-        return {"mean": float(steady.mean()), "p50": float(p50), "p95": float(p95)}
+        return self._durations.milliseconds()

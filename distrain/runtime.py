@@ -51,6 +51,7 @@ __all__ = [
     "available_cores",
     "choose_backend",
     "choose_device",
+    "generators",
     "make_run_dir",
     "seed_everything",
     "write_json",
@@ -536,6 +537,18 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code may draw from the global generator
     torch.manual_seed(seed)
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """What computing on a device draws its random numbers from.
+
+    For a step to seed: ``torch.manual_seed`` also notes for each kind of device that is not in use who called it, as
+    text, which takes longer than many a layer.
+    """
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        found.append(torch.cuda.default_generators[device.index])
+    return found
 
 
 def make_run_dir(wanted: str | None) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from distrain import checkpoint, control, pictures, resuming, saving
+from distrain import checkpoint, control, garbage, pictures, resuming, saving
 from distrain.callbacks import Callback
 from distrain.claim import Claim
 from distrain.cli import STOPPED
@@ -27,7 +27,7 @@ from distrain.metrics import StepClock, Stretch, Totals, peak_memory_mb
 from distrain.nonfinite import NonFiniteGuard, Trail, refuse_nan
 from distrain.position import while_doing
 from distrain.progress import Progress
-from distrain.runtime import Runtime, Stopped, write_json
+from distrain.runtime import Runtime, Stopped, generators, write_json
 from distrain.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Trainer:
         runtime.position.shard = strategy.data_shard
         runtime.announce()
         self._skipped = 0
+        self._generators = generators(runtime.device)
         self._guard = NonFiniteGuard(config, strategy, self._everyone)
         self._trail = Trail(self._everyone, runtime.device)
         self._claim: Claim | None = None
@@ -98,7 +99,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns what ``summary.json`` holds; nothing on a rank that has other work."""
         try:
-            return self.strategy.run(self._fit)
+            with garbage.all_this_stays():
+                return self.strategy.run(self._fit)
         finally:
             self._saver.close()
 
@@ -199,7 +201,8 @@ class Trainer:
     def _seed_step(self) -> None:
         # Dropout's draws depend on (seed, step, shard) alone, so a resumed run needs no saved generator states.
         mixed = (self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.strategy.data_shard[0]
-        torch.manual_seed(mixed % 2**63)
+        for generator in self._generators:
+            generator.manual_seed(mixed % 2**63)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 

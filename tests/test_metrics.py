@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distrain import metrics
-from distrain.metrics import StepClock, Stopwatch, Stretch, TimeShares, Totals, peak_memory_mb
+from distrain.metrics import Durations, StepClock, Stopwatch, Stretch, TimeShares, Totals, peak_memory_mb
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,25 @@ def test_stretches_add_up() -> None:
     assert stretch == Stretch(5, 60, TimeShares(2, 3, 4, 11))
     assert stretch.samples_per_second == 3
     assert stretch.step_ms == 4000
+
+
+# --- how long steps took ---------------------------------------------------------------------------------------------
+
+
+def test_few_steps_are_all_kept() -> None:
+    durations = Durations()
+    for seconds in range(1, 101):
+        durations.add(seconds)
+    assert durations.milliseconds() == {"mean": 50500, "p50": 50500, "p95": pytest.approx(95050)}
+
+
+def test_of_many_steps_an_even_sample_is_kept_and_the_mean_is_of_all() -> None:
+    durations = Durations(most=8)
+    for seconds in range(100):
+        durations.add(seconds)
+        assert len(durations._kept) <= 8
+    assert durations._kept.tolist() == [0, 16, 32, 48, 64, 80, 96]
+    assert durations.milliseconds()["mean"] == 49500
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import Config, ConfigError
-from distrain.runtime import Failed, Runtime, World, choose_backend, choose_device, make_run_dir
+from distrain.runtime import Failed, Runtime, World, choose_backend, choose_device, generators, make_run_dir
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank
 
@@ -141,6 +141,21 @@ def test_backend_follows_the_device_unless_told() -> None:
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)])
+def test_generators_seeded_one_by_one_draw_as_if_torch_had_seeded_them(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+    def draw() -> list[float]:
+        return [*torch.rand(3).tolist(), *torch.rand(3, device=device).tolist()]
+
+    torch.manual_seed(2**62 + 5)
+    expected = draw()
+    for generator in generators(device):
+        generator.manual_seed(2**62 + 5)
+    assert draw() == expected
 
 
 def test_twenty_launches_in_one_second_get_twenty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class Single(Strategy):
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
-        self._forward: nn.Module = model
+        self._forward: nn.Module = model.train()
         self._kept = KeptBuffers([model]) if self.config.trainer.on_nonfinite != "stop" else None
         if self.config.trainer.compile:
             model.compile()
@@ -83,7 +83,9 @@ class Single(Strategy):
             count: What the sum of the samples' losses is divided by.
             sends: Send each bucket as soon as it is complete.
         """
-        self._forward.train()
+        # Goes through all layers, so only after an evaluation.
+        if not self._forward.training:
+            self._forward.train()
         if self._kept is not None:
             self._kept.take()
         self.gradients.zero()

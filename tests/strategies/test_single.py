@@ -122,6 +122,17 @@ def test_evaluation_gives_sums_counts_and_predictions_and_changes_nothing() -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_all_layers_train_in_training_steps_whatever_was_before() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5).eval(), nn.BatchNorm1d(12).eval(), nn.Linear(12, 4))
+    strategy = single(model)
+    strategy.train_step(drawn(10, 3, 2, 2))
+    assert all(layer.training for layer in model.modules())
+    strategy.eval_step(drawn(10, 3, 2, 2))
+    assert not any(layer.training for layer in model.modules())
+    strategy.train_step(drawn(10, 3, 2, 2))
+    assert all(layer.training for layer in model.modules())
+
+
 def test_evaluating_no_samples_counts_nothing() -> None:
     # A model that can't run without samples need not.
     model = nn.Sequential(nn.Unflatten(1, (3, -1)), nn.Flatten(), nn.Linear(6, 4))

@@ -1,0 +1,52 @@
+"""A run may take as many steps as it likes: what one leaves behind, the next doesn't add to."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from distrain import app
+from distrain.callbacks import Callback
+from distrain.config import Config
+from distrain.runtime import Runtime, World
+from distrain.trainer import Trainer
+from tests.harness import run_ranks
+from tests.runs import small
+
+DESCRIPTORS = Path("/proc/self/fd")
+#: A little before the end of an epoch, and many epochs later.
+WARM, LAST = 88, 298
+
+
+class Inventory(Callback):
+    """Counts what this process has open, and the objects that the garbage collector knows of, after two steps."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.progress.step in (WARM, LAST):
+            gc.unfreeze()
+            gc.collect()
+            self.found.append((len(list(DESCRIPTORS.iterdir())), len(gc.get_objects())))
+
+
+def train(config: Config) -> list[tuple[int, int]]:
+    inventory = Inventory()
+    with Runtime(config, World.from_environment()) as runtime:
+        trainer = app.build_trainer(config, runtime, app.source(config).load())
+        trainer.callbacks.append(inventory)
+        trainer.fit()
+    return inventory.found
+
+
+@pytest.mark.skipif(not DESCRIPTORS.exists(), reason="needs Linux's /proc")
+def test_steps_logs_epochs_and_saves_leave_no_object_and_no_descriptor(tmp_path: Path) -> None:
+    options = ("strategy=ddp", "logger=tensorboard", "trainer.log_every_steps=5", "data.train_size=331")
+    config = small(*options, f"trainer.max_steps={LAST}", "trainer.epochs=1000", f"run_dir={tmp_path}")
+    for warm, last in run_ranks(train, 2, config):
+        assert last[0] <= warm[0]
+        # One object every third step would be seventy.
+        assert last[1] - warm[1] < 70
