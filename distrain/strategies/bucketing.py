@@ -62,6 +62,8 @@ class Sizes(NamedTuple):
 
 #: All gradients travel together.
 FLAT = Sizes(math.inf, math.inf)
+#: Fair on most links.
+USUAL = Sizes(1.0, 25.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def choose(pace: Pace, size: int) -> Sizes:
     latency = pace.latency + _HANDLING
     if (1 - pace.busy) * pace.a_byte * size <= _WORTH_SPLITTING * latency:
         return FLAT
-    other = min(_LATENCIES * latency / pace.a_byte / MB, size / MB / _PARTS, _LARGEST)
+    # A power of two, so that two runs seldom differ.
+    worth = 2.0 ** round(math.log2(_LATENCIES * latency / pace.a_byte / MB))
+    other = min(worth, size / MB / _PARTS, _LARGEST)
     return Sizes(min(other, _FIRST), other, min(other, _LAST))
 
 
@@ -117,6 +121,7 @@ class Bucketing:
         everyone: These and all that reduce others at the same time; all get the slowest group's figures.
         device: Where gradients lie.
         size: Bytes of all gradients; no message that is timed is larger.
+        repeatable: Nothing may depend on a measurement: what is not asked for is :data:`USUAL`.
 
     Attributes:
         pace: What the choice follows from; ``None`` where there is nothing to choose.
@@ -129,10 +134,12 @@ class Bucketing:
         everyone: Communicator,
         device: torch.device,
         size: int,
+        *,
+        repeatable: bool = False,
     ) -> None:
-        self._asked = asked
+        self._asked = [usual if mb is None and repeatable else mb for mb, usual in zip(asked, USUAL, strict=True)]
         self.pace: Pace | None = None
-        if replicas.size > 1 and None in asked:
+        if replicas.size > 1 and None in self._asked:
             self.pace = measure(replicas, everyone, device, min(size, _LARGEST_TIMED))
 
     def sizes(self, size: int) -> Sizes:

@@ -122,7 +122,9 @@ class DDP(Single):
         assert isinstance(options, DDPConfig)
         size = bytes_of(self.model)
         everyone, device = self.runtime.communicator(), self.runtime.device
-        self._bucketing = Bucketing(options.sizes, self.replicas, everyone, device, size)
+        self._bucketing = Bucketing(
+            options.sizes, self.replicas, everyone, device, size, repeatable=self.config.trainer.deterministic
+        )
         sizes = self._bucketing.sizes(size)
         gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
         self._bucketing.tell([gradients])

@@ -148,7 +148,9 @@ class Pipeline(Strategy):
         self.gradients: dict[int, Gradients] = {}
         asked = (self.options.first_bucket_mb, self.options.bucket_mb, None if self.options.bucket_mb is None else 0)
         everyone, device = self.runtime.communicator(), self.runtime.device
-        self._bucketing = Bucketing(asked, self.replicas, everyone, device, bytes_of(model))
+        self._bucketing = Bucketing(
+            asked, self.replicas, everyone, device, bytes_of(model), repeatable=self.config.trainer.deterministic
+        )
         named: list[tuple[str, nn.Parameter]] = []
         for index, owner in enumerate(self._where):
             if owner != self.line.rank:
