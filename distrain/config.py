@@ -310,7 +310,9 @@ class TrainerConfig:
         "Layout of images and convolution weights; auto: channels_last where it pays.",
         choices=("auto", "contiguous", "channels_last"),
     )
-    deterministic: bool = setting("Only deterministic kernels; an operation that has none is an error.")
+    deterministic: bool = setting(
+        "Only deterministic kernels (an operation that has none is an error), and no bucket size by measurement."
+    )
     log_every_steps: int = setting("Steps between logged metrics (each costs one small all-reduce).", at_least=1)
     progress: str = setting(
         "Live bar, plain lines, or neither; auto: a bar in a terminal.", choices=("auto", "bar", "lines", "off")

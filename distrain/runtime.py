@@ -32,6 +32,7 @@ from distrain.config import Config, ConfigError
 from distrain.failures import Failed, Failure, PeerLost, Reporter, Stopped, Terminated, first_line, put_aside, say
 from distrain.faults import FaultFile, fault_file
 from distrain.files import write_json, write_yaml
+from distrain.heap import keep_freed_memory
 from distrain.members import join
 from distrain.position import Position
 from distrain.signals import Signals
@@ -223,6 +224,8 @@ class Runtime:
             # ranks, so the share is taken from the cores that this process may use.
             threads = max(1, available_cores() // self.world.local_size)
         torch.set_num_threads(threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def _set_determinism(self) -> None:
         seed_everything(self.config.seed)

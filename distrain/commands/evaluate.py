@@ -97,7 +97,7 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
     strategy: StrategyConfig = StrategyConfig(name="single")
     if world.size > 1:
         # Nothing is trained: neither buckets nor BatchNorm's statistics will be exchanged.
-        strategy = DDPConfig(name="ddp", batchnorm="local", first_bucket_mb=1, bucket_mb=1)
+        strategy = DDPConfig(name="ddp", batchnorm="local", first_bucket_mb=1, bucket_mb=1, last_bucket_mb=0)
     config = folder.config
     held = {field.name for field in dataclasses.fields(config.data)}
     changes: dict[str, Any] = {}

@@ -85,31 +85,42 @@ class Link:
         return what(low) + slope * (sent - low.sent)
 
 
-def measure_link(communicator: Communicator, device: torch.device, most: int) -> Link:
-    """Times all-reduces and all-gathers of growing size; all ranks of the group call it together.
+def measure_link(
+    communicator: Communicator,
+    device: torch.device,
+    most: int,
+    *,
+    kinds: Sequence[str] = ("all_reduce", "all_gather"),
+    long_enough: float = _LONG_ENOUGH,
+    patience: float = _PATIENCE,
+) -> Link:
+    """Times collectives of growing size; all ranks of the group call it together.
 
     Args:
         communicator: The group, of more than one rank; what is sent is counted as any other bytes.
         device: Where messages lie.
         most: Size in bytes of the largest message that anybody would send.
+        kinds: Which collectives.
+        long_enough: Seconds; after a message that takes so long there are no larger ones.
+        patience: Seconds after which a message is repeated no more.
 
     Returns:
         The same on all ranks: each figure is the slowest rank's.
     """
-    points: dict[str, list[Point]] = {"all_reduce": [], "all_gather": []}
+    points: dict[str, list[Point]] = {kind: [] for kind in kinds}
     for kind, found in points.items():
         # Of what is gathered everybody gets all ranks' parts.
         largest = max(most if kind == "all_reduce" else most // communicator.size, _SECOND)
         size = _SMALLEST
         while True:
-            found.append(_measure(communicator, device, kind, size))
-            if found[-1].seconds >= _LONG_ENOUGH or size >= largest:
+            found.append(_measure(communicator, device, kind, size, patience))
+            if found[-1].seconds >= long_enough or size >= largest:
                 break
             size = min(max(_GROWTH * size, _SECOND), largest)
     return Link(points)
 
 
-def _measure(communicator: Communicator, device: torch.device, kind: str, size: int) -> Point:
+def _measure(communicator: Communicator, device: torch.device, kind: str, size: int, patience: float) -> Point:
     message = torch.zeros(size // 4, device=device)
 
     def start() -> Pending:
@@ -123,7 +134,7 @@ def _measure(communicator: Communicator, device: torch.device, kind: str, size: 
     start().wait()
     sent = communicator.ledger.total() - sent
     taken: list[list[float]] = []
-    while len(taken) < _REPEATS and sum(seconds for seconds, _ in taken) < _PATIENCE:
+    while len(taken) < _REPEATS and sum(seconds for seconds, _ in taken) < patience:
         begin, worked = now(device), time.process_time()
         start().wait()
         mine = [now(device) - begin, time.process_time() - worked]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from distrain.carried import Carried
 from distrain.collectives import Communicator
 from distrain.config import Config, StrategyConfig, register, setting
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult
+from distrain.strategies.bucketing import Bucketing, bytes_of
 from distrain.strategies.gradients import Gradients
 from distrain.strategies.single import Single
 
@@ -28,9 +31,16 @@ class DDPConfig(StrategyConfig):
     """Keys of ``strategy=ddp``."""
 
     batchnorm: str = setting("Statistics of BatchNorm layers.", choices=("sync", "local"))
-    first_bucket_mb: float = setting("Size of the first gradient bucket in MiB.", above=0)
-    bucket_mb: float = setting("Size of the other gradient buckets in MiB.", above=0)
-    last_bucket_mb: float = setting("Largest size in MiB of a last bucket of its own; 0: none.", at_least=0)
+    first_bucket_mb: float | None = setting("Size of the first gradient bucket in MiB; null: by measurement.", above=0)
+    bucket_mb: float | None = setting("Size of the other gradient buckets in MiB; null: by measurement.", above=0)
+    last_bucket_mb: float | None = setting(
+        "Largest size in MiB of a last bucket of its own; 0: none; null: by measurement.", at_least=0
+    )
+
+    @property
+    def sizes(self) -> tuple[float | None, float | None, float | None]:
+        """What is asked for of the first bucket, the others and the last."""
+        return self.first_bucket_mb, self.bucket_mb, self.last_bucket_mb
 
 
 @register("strategy", "ddp", DDPConfig)
@@ -110,12 +120,26 @@ class DDP(Single):
     def _make_gradients(self) -> Gradients:
         options = self.config.strategy
         assert isinstance(options, DDPConfig)
-        return Gradients(
-            self.model.named_parameters(),
-            self.replicas,
-            self.compressor,
-            self.stopwatch,
-            options.first_bucket_mb,
-            options.bucket_mb,
-            options.last_bucket_mb,
+        size = bytes_of(self.model)
+        everyone, device = self.runtime.communicator(), self.runtime.device
+        self._bucketing = Bucketing(
+            options.sizes, self.replicas, everyone, device, size, repeatable=self.config.trainer.deterministic
         )
+        sizes = self._bucketing.sizes(size)
+        gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
+        self._bucketing.tell([gradients])
+        return gradients
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also what the buckets' sizes follow from; see the base class."""
+        found = super().state_dict()
+        found["scalars"]["buckets"] = self._bucketing.state_dict()
+        return found
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+        """Takes back the buckets' sizes too, where the ranks are arranged as they were; see the base class."""
+        if saved["layout"] == self.layout:
+            assert isinstance(self.gradients, Gradients)
+            self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
+            self.gradients.lay_out(*self._bucketing.sizes(self.gradients.bytes))
+        return super().load_state_dict(saved)

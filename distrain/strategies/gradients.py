@@ -1,18 +1,21 @@
 """Gradients in flat buckets that are exchanged while the backward pass still runs.
 
 Every strategy that reduces gradients among replicas uses this one part: ddp over all ranks, a pipeline stage over its
-replicas, and one process over nobody. Buckets are made once, in the reverse order of the model's parameters (about the
-order in which the backward pass finishes them), so they are the same on every rank and in every run, a compressor may
-store by parameter name, and nothing is ever rebuilt (Li et al. 2020, arXiv 2006.15704, §3.2, without the rebuilding).
+replicas, and one process over nobody. Buckets are made at set-up, in the reverse order of the model's parameters (about
+the order in which the backward pass finishes them), so they are the same on every rank and in every step, and a
+compressor may store by parameter name (Li et al. 2020, arXiv 2006.15704, §3.2, without the rebuilding). How large they
+are is for :mod:`distrain.strategies.bucketing` to say; a single one leaves after the backward pass, without hooks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from distrain.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression import advice
@@ -93,7 +96,7 @@ class Gradients:
         communicator: The replicas to reduce among.
         compressor: How the buckets travel.
         stopwatch: Where the exposed communication is booked.
-        first_bucket_mb: Size at which the first bucket is closed, in MiB.
+        first_bucket_mb: Size at which the first bucket is closed, in MiB; without limits there is one bucket a dtype.
         bucket_mb: The same for the others.
         last_bucket_mb: What comes last travels apart, if it is no more than this in MiB: nothing hides the last bucket.
         carrier: Takes the buckets instead of exchanges among the replicas.
@@ -105,8 +108,8 @@ class Gradients:
         communicator: Communicator,
         compressor: Compressor,
         stopwatch: Stopwatch,
-        first_bucket_mb: float = 1,
-        bucket_mb: float = 25,
+        first_bucket_mb: float = math.inf,
+        bucket_mb: float = math.inf,
         last_bucket_mb: float = 0,
         carrier: Carrier | None = None,
     ) -> None:
@@ -122,18 +125,30 @@ class Gradients:
         self._next = 0
         self.buckets: list[Bucket] = []
         self._missing: list[int] = []
+        self._handles: list[RemovableHandle] = []
+        self._trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self.lay_out(first_bucket_mb, bucket_mb, last_bucket_mb)
+
+    def lay_out(self, first_bucket_mb: float, bucket_mb: float, last_bucket_mb: float) -> None:
+        """Cuts the gradients anew, which become zero; never amid a step. Sizes are those of the class."""
+        for handle in self._handles:
+            handle.remove()
+        parts = partition(self._trained[::-1], first_bucket_mb * MB, bucket_mb * MB, last_bucket_mb * MB)
+        self.buckets = [make_bucket(part, self._compressor) for part in parts]
+        self._missing = [0] * len(parts)
         self._handles = []
-        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        limits = (first_bucket_mb * MB, bucket_mb * MB, last_bucket_mb * MB)
-        for index, part in enumerate(partition(trained[::-1], *limits)):
-            bucket = make_bucket(part, compressor)
+        # A single bucket is complete when the backward pass is over, so nobody need count its gradients.
+        overlaps = self._exchanges is not None and len(parts) > 1
+        for index, (part, bucket) in enumerate(zip(parts, self.buckets, strict=True)):
             for name, parameter in part:
                 parameter.grad = bucket.tensors[name]
-            self.buckets.append(bucket)
-            self._missing.append(0)
-            if self._exchanges is not None:
-                for _, parameter in part:
+                if overlaps:
                     self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready_hook(index)))
+
+    @property
+    def bytes(self) -> int:
+        """Size of all gradients."""
+        return sum(bucket.bytes for bucket in self.buckets)
 
     @property
     def bytes_per_step(self) -> int:

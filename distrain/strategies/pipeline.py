@@ -25,6 +25,7 @@ from distrain.precision import Precision
 from distrain.runtime import write_json
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
+from distrain.strategies.bucketing import Bucketing, bytes_of
 from distrain.strategies.gradients import Gradients, clip
 from distrain.strategies.kept import KeptBuffers
 
@@ -50,8 +51,8 @@ class PipelineConfig(StrategyConfig):
     virtual_stages: int | None = setting("Stages a rank; null: the schedule's.", at_least=1)
     boundaries: list[str] = setting("Blocks that the stages after the first begin with; none: cut by measured times.")
     batchnorm: str = setting("Running statistics of BatchNorm layers.", choices=("deferred", "local"))
-    first_bucket_mb: float = setting("Size of the first gradient bucket in MiB.", above=0)
-    bucket_mb: float = setting("Size of the other gradient buckets in MiB.", above=0)
+    first_bucket_mb: float | None = setting("Size of the first gradient bucket in MiB; null: by measurement.", above=0)
+    bucket_mb: float | None = setting("Size of the other gradient buckets in MiB; null: by measurement.", above=0)
 
     @property
     def virtual(self) -> int:
@@ -145,6 +146,11 @@ class Pipeline(Strategy):
         self._shapes = self._boundary_shapes(model, example, starts)
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
+        asked = (self.options.first_bucket_mb, self.options.bucket_mb, None if self.options.bucket_mb is None else 0)
+        everyone, device = self.runtime.communicator(), self.runtime.device
+        self._bucketing = Bucketing(
+            asked, self.replicas, everyone, device, bytes_of(model), repeatable=self.config.trainer.deterministic
+        )
         named: list[tuple[str, nn.Parameter]] = []
         for index, owner in enumerate(self._where):
             if owner != self.line.rank:
@@ -160,15 +166,12 @@ class Pipeline(Strategy):
                 index, module, last, loss_fn, self.precision, splits_backward=self._schedule.splits_backward
             )
             self.stages[index].counts_memory = True
+            sizes = self._bucketing.sizes(bytes_of(module))
             self.gradients[index] = Gradients(
-                module.named_parameters(),
-                self.replicas,
-                self.compressor,
-                self.stopwatch,
-                self.options.first_bucket_mb,
-                self.options.bucket_mb,
+                module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes
             )
             named += list(module.named_parameters())
+        self._bucketing.tell(list(self.gradients.values()))
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self.optimizer = make_optimizer(named)
         self._kept = KeptBuffers(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
@@ -480,11 +483,16 @@ class Pipeline(Strategy):
                 "optimizer_name": self.config.optimizer.name,
                 "optimizer": {name: value for each in everyone for name, value in each.items()},
                 "precision": self.precision.state_dict(),
+                "buckets": self._bucketing.state_dict(),
             },
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
         """Takes this rank's part of what any strategy saved; see the base class."""
+        if saved["layout"] == self.layout:
+            self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
+            for gradients in self.gradients.values():
+                gradients.lay_out(*self._bucketing.sizes(gradients.bytes))
         state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         state.check_names(self._names_of_all, saved["model"])
         for module in self._modules:

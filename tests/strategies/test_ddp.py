@@ -21,6 +21,8 @@ from tests.runs import small, train_on_rank
 from tests.strategies.helpers import batch, drawn, parameters, set_up, single
 
 RANKS = 3
+#: Sizes that nobody need measure.
+BUCKETS = ("strategy.first_bucket_mb=1", "strategy.bucket_mb=1", "strategy.last_bucket_mb=0")
 
 
 def network(seed: int = 0, *, norm: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -72,7 +74,7 @@ Build = Callable[..., Single]
 def equal_starts(build: Build, rank: int) -> dict[str, Any]:
     kept = Lines()
     logging.getLogger("distrain").addHandler(kept)
-    same = build(network(0))
+    same = build(network(0), *BUCKETS)
     quiet = list(kept.lines)
     different = build(network(rank, norm=True))
     logging.getLogger("distrain").removeHandler(kept)
