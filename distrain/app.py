@@ -12,6 +12,7 @@ import torch
 from distrain import (  # noqa: F401
     callbacks,
     checkpoint,
+    formats,
     loggers,
     losses,
     models,
@@ -51,6 +52,7 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
     check_sizes(config, splits)
     with Runtime(config, world) as runtime:
         runtime.position.doing = "set-up"
+        config = settled(config, runtime, splits)
         if runtime.is_main:
             write_yaml(runtime.run_dir / "config.yaml", configuration.to_container(config))
             write_json(runtime.run_dir / "data.json", described(splits))
@@ -120,19 +122,16 @@ def check_sizes(config: Config, splits: Splits) -> None:
 
 
 def memory_format(config: Config, device: torch.device, model: torch.nn.Module) -> torch.memory_format:
-    """The layout of images and convolution weights.
-
-    ``auto`` follows measurements of forward and backward passes of this project's models: on CPUs channels-last gains
-    up to 160 % with convolutions, except with GroupNorm, where torch's kernel loses up to 30 %; GPUs gain in 16 bits.
-    """
+    """The layout of images and convolution weights; ``auto`` is the rule's, see :mod:`distrain.formats`."""
     wanted = config.trainer.memory_format
     if wanted == "auto":
-        kinds = {type(module) for module in model.modules()}
-        pays = torch.nn.Conv2d in kinds and torch.nn.GroupNorm not in kinds
-        if device.type == "cuda":
-            pays = pays and config.trainer.precision in ("bf16", "fp16")
-        wanted = "channels_last" if pays else "contiguous"
-    return torch.channels_last if wanted == "channels_last" else torch.contiguous_format
+        wanted = formats.usual_layout(config.trainer.precision, device, model)
+    return formats.LAYOUTS[wanted]
+
+
+def settled(config: Config, runtime: Runtime, splits: Splits) -> Config:
+    """The configuration with the fastest formats where it says ``auto``; see :func:`distrain.formats.settled`."""
+    return formats.settled(config, runtime, splits, functools.partial(build_model, config, runtime, splits))
 
 
 def make_loader(

@@ -302,12 +302,16 @@ class TrainerConfig:
         "Scale gradients whose norm over the whole model exceeds this; null: don't.", above=0
     )
     precision: str = setting(
-        "fp32; bf16 and fp16 are mixed (float32 parameters, fp16 with loss scaling); fp64 is all double.",
-        choices=("fp32", "bf16", "fp16", "fp64"),
+        "fp32; bf16 and fp16 are mixed (float32 parameters, fp16 with loss scaling); fp64 is all double; "
+        "auto: the fastest in a trial at the start, no lower than lowest_precision.",
+        choices=("fp32", "bf16", "fp16", "fp64", "auto"),
+    )
+    lowest_precision: str = setting(
+        "The lowest that precision=auto may choose.", choices=("fp32", "bf16"), default="fp32"
     )
     compile: bool = setting("torch.compile the model.")
     memory_format: str = setting(
-        "Layout of images and convolution weights; auto: channels_last where it pays.",
+        "Layout of images and convolution weights; auto: the fastest in a trial at the start.",
         choices=("auto", "contiguous", "channels_last"),
     )
     deterministic: bool = setting(

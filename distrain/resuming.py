@@ -141,6 +141,23 @@ def _shown(changes: Mapping[str, tuple[str, str]]) -> str:
     return ", ".join(f"{key}: {old} → {new}" for key, (old, new) in changes.items())
 
 
+def trainer_of_before(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What the run that ``resume`` goes on with was configured to as ``trainer``; all ranks call it together.
+
+    It is read from the newest checkpoint that says so, by rank 0; empty where the run begins anew.
+    """
+    held: object = None
+    if runtime.is_main and config.resume != "never":
+        paths = [Path(config.resume)]
+        if config.resume == "auto":
+            paths = checkpoint.all_in(checkpoint.folder_of(runtime.run_dir))[::-1]
+        saved = next((found for path in paths if (found := _peek(path)[0]) is not None), {})
+        held = saved.get("trainer")
+    held = held if isinstance(held, dict) else {}
+    trainer: dict[str, Any] = runtime.communicator().share({"trainer": held}, runtime.device)[0]["trainer"]
+    return trainer
+
+
 # --- going on --------------------------------------------------------------------------------------------------------
 
 

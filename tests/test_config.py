@@ -68,7 +68,7 @@ def test_error_crosses_process_borders() -> None:
         ("seed", -1, "seed=-1: must be at least 0"),
         ("seed", 2**32, "seed=4294967296: must be at most 4294967295"),
         ("trainer__grad_clip_norm", float("inf"), "trainer.grad_clip_norm=inf: must be a finite number"),
-        ("trainer__precision", "half", "trainer.precision=half: unknown choice; choices: fp32, bf16, fp16, fp64"),
+        ("trainer__precision", "half", "trainer.precision=half: unknown choice; choices: fp32, bf16, fp16, fp64, auto"),
     ],
 )
 def test_value_outside_its_limits_is_refused(key: str, value: object, problem: str) -> None:

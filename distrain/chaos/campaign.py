@@ -111,7 +111,7 @@ class Campaign:
         if problems := compare.differences(first.folder, again.folder):
             raise Unusable(
                 f"{self.training.name}: two undisturbed runs are not alike ({problems[0]}), so a third tells nothing; "
-                "runtime.threads=1 or trainer.deterministic=true may help"
+                "runtime.threads=1, a trainer.memory_format other than auto, or trainer.deterministic=true may help"
             )
         self._tell(f"undisturbed: {first.steps} steps, twice alike; the first after {first.start_seconds:.1f} s")
         return first

@@ -115,6 +115,15 @@ class Strategy(ABC):
         """How many ranks share a batch."""
         return world_size
 
+    @classmethod
+    def whole_models(cls, config: Config, world_size: int) -> int:
+        """How many ranks, from the first on, each run forward and backward passes of the whole model."""
+        return cls.shares(config, world_size)
+
+    @classmethod
+    def rehearse(cls, config: Config, world_size: int, model: nn.Module) -> None:
+        """Makes a whole model, which is to be timed and thrown away, compute as in a step, but without other ranks."""
+
     @property
     def everyone(self) -> Communicator:
         """The ranks that run the training loop together."""

@@ -61,6 +61,13 @@ class DDP(Single):
     def check(cls, config: Config, world_size: int) -> None:
         """Any number of ranks will do."""
 
+    @classmethod
+    def rehearse(cls, config: Config, world_size: int, model: nn.Module) -> None:
+        """BatchNorm over all replicas is no kernel of torch's; see the base class."""
+        assert isinstance(config.strategy, DDPConfig)
+        if config.strategy.batchnorm == "sync" and world_size > 1:
+            batchnorm.synchronise(model, Communicator())
+
     def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model; see the base class."""
         self.agree_on(model, self.replicas)

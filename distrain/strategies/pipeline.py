@@ -129,6 +129,11 @@ class Pipeline(Strategy):
             raise ConfigError("trainer.compile", True, "is not possible under strategy=pipeline", [False])
 
     @classmethod
+    def whole_models(cls, config: Config, world_size: int) -> int:
+        """None: the whole model may not fit; see the base class."""
+        return 0
+
+    @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses a model that can't be split, with the reason."""
         assert isinstance(config.strategy, PipelineConfig)
