@@ -351,7 +351,7 @@ def test_multirun_stops_at_the_first_refusal(type_in: Callable[..., None], capfd
         ),
         ("strategy=d", {"strategy=ddp"}),
         ("opti", {"optimizer.", "optimizer="}),
-        ("optimizer.l", {"optimizer.lr="}),
+        ("optimizer.l", {"optimizer.lr=", "optimizer.lookahead."}),
         ("optimizer=sgd optimizer.mo", {"optimizer.momentum="}),
         ("data=synthetic data.aug", {"data.augment."}),
     ],

@@ -19,7 +19,8 @@ class Groups:
     """Parameters sorted into an optimizer's groups, the rest first.
 
     All groups keep the same rate, which is the whole model's, but while the optimizer steps: so it doesn't matter who
-    sets the rate and who makes the updates (a server, say, which sees a part of the parameters and no epochs).
+    sets the rate and who makes the updates (a server, say, which sees a part of the parameters and no epochs). Epochs
+    are counted in updates; where a server makes one for each worker's push, they are over so many times earlier.
 
     Args:
         config: The groups beside the rest; a parameter is in the first whose pattern its name fits.
