@@ -101,10 +101,15 @@ def check(config: Config, world: World) -> None:
         in_channels=spec.channels,
         num_classes=len(spec.classes),
         image_size=(spec.height, spec.width),
-        also=functools.partial(strategy_base.chosen(config).check_model, config),
+        also=functools.partial(_check_model, config),
     )
     if unused and world.rank == 0:
         log.warning("the loss doesn't depend on parameters %s; they get no gradient", ", ".join(unused))
+
+
+def _check_model(config: Config, model: torch.nn.Module) -> None:
+    strategy_base.chosen(config).check_model(config, model)
+    optimizers.groups.check(config.optimizer.groups, model)
 
 
 def check_sizes(config: Config, splits: Splits) -> None:
@@ -162,7 +167,7 @@ def make_loader(
 
 
 def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Module:
-    """The model on its device, in its format, with initial parameters that depend on the seed alone."""
+    """The model on its device, in its format, with initial parameters that depend on the seed, and the data, alone."""
     seed_everything(config.seed)
     spec = splits.spec
     model = models.build(
@@ -171,6 +176,8 @@ def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Mo
         num_classes=len(spec.classes),
         image_size=(spec.height, spec.width),
     )
+    if isinstance(model, models.FromData):
+        model.initialise_from(splits.train, splits.mean, splits.std)
     dtype = Precision(config.trainer.precision, runtime.device).dtype
     model.to(device=runtime.device, dtype=dtype)
     # One call can't change type and layout: nn.Module.to has no overload for both.
@@ -188,10 +195,14 @@ def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
         for name, images in parts.items()
     }
     first = next(loaders["train"].epoch(0))
-    strategy.setup(
-        model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), first.images
-    )
     steps_per_epoch = len(loaders["train"])
+    make_optimizer = functools.partial(
+        optimizers.build,
+        config.optimizer,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps(config, steps_per_epoch),
+    )
+    strategy.setup(model, losses.build(config.loss), make_optimizer, first.images)
     return Trainer(
         config,
         runtime,

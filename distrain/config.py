@@ -40,7 +40,7 @@ class ConfigError(ValueError):
         if shown:
             wrong = key.rpartition(".")[2] if value is _ABSENT else str(value)
             close = difflib.get_close_matches(wrong, [str(choice) for choice in shown], n=1)
-            message += f"; choices: {', '.join(str(choice) for choice in shown)}"
+            message += f"; choices: {', '.join(map(_show, shown))}"
             message += f" (did you mean {close[0]}?)" if close else ""
         super().__init__(printable(" ".join(message.split())))
 
@@ -218,9 +218,13 @@ class ModelConfig:
 class AugmentConfig:
     """Whole-batch augmentation of training images; each sample's draw depends on (seed, epoch, sample index) alone."""
 
-    flip: bool = setting("Mirror left and right with probability 1/2.")
-    crop_padding: int = setting(
-        "Zero-pad each side by this many pixels and crop back at random; 0 for none.", at_least=0
+    flip: bool | str = setting(
+        "Mirror left and right with probability 1/2; alternating: by chance in the first epoch, then in turns.",
+        choices=(False, True, "alternating"),
+    )
+    crop_padding: int = setting("Pad each side by this many pixels and crop back at random; 0 for none.", at_least=0)
+    crop_border: str = setting(
+        "What the padding is: black, or the image mirrored at its edge.", choices=("zeros", "reflect"), default="zeros"
     )
     cutout: int = setting("Side in pixels of a square set to the mean at a random place; 0 for none.", at_least=0)
 
@@ -255,6 +259,27 @@ class LossConfig:
 
 
 @dataclass
+class GroupConfig:
+    """Parameters that an optimizer treats in another way than the rest."""
+
+    match: str = setting("Those whose name fits this shell pattern, as `*.bias`, and none of the groups before.")
+    lr_factor: float = setting("Their rate is this times the others'.", above=0, default=1.0)
+    weight_decay: float | None = setting("Their weight decay; null: the others'.", at_least=0, default=None)
+    epochs: float | None = setting(
+        "They are trained in so many first epochs only; null: in all.", above=0, default=None
+    )
+
+
+@dataclass
+class LookaheadConfig:
+    """Lookahead: a slow copy of the parameters that the optimizer's own are set back to now and then."""
+
+    every: int | None = setting("Updates between merges into the slow copy; null: there is none.", at_least=1)
+    keep: float = setting("Share of itself that the slow copy keeps in a merge.", at_least=0, below=1)
+    power: float = setting("`keep` is times this power of the share of the run that is done; 0: constant.", at_least=0)
+
+
+@dataclass
 class OptimizerConfig:
     """How parameters are updated."""
 
@@ -262,6 +287,11 @@ class OptimizerConfig:
     lr: float = setting("Base learning rate; the scheduler multiplies it.", above=0)
     weight_decay: float = setting("Weight decay.", at_least=0)
     fused: bool = setting("Use torch's fused kernel where it has one for the device.")
+    groups: list[GroupConfig] = setting("Parameters that are treated in another way, by name.", default_factory=list)
+    lookahead: LookaheadConfig = setting(
+        "Lookahead (Zhang et al. 2019, arXiv 1907.08610).",
+        default_factory=lambda: LookaheadConfig(every=None, keep=0.5, power=0.0),
+    )
 
 
 @dataclass
@@ -309,10 +339,18 @@ class TrainerConfig:
     lowest_precision: str = setting(
         "The lowest that precision=auto may choose.", choices=("fp32", "bf16"), default="fp32"
     )
-    compile: bool = setting("torch.compile the model.")
+    compile: bool | str = setting(
+        "torch.compile the model; max: kernels chosen by trying them, and CUDA graphs; the start takes minutes.",
+        choices=(False, True, "max"),
+    )
     memory_format: str = setting(
         "Layout of images and convolution weights; auto: the fastest in a trial at the start.",
         choices=("auto", "contiguous", "channels_last"),
+    )
+    test_views: str = setting(
+        "Views of an image whose logits are averaged in evaluation; flip_translate: as it is and moved by a pixel.",
+        choices=("plain", "flip", "flip_translate"),
+        default="plain",
     )
     deterministic: bool = setting(
         "Only deterministic kernels (an operation that has none is an error), and no bucket size by measurement."
@@ -505,6 +543,8 @@ def _in_words(wanted: Any) -> str:
         return f"{_in_words(arguments[0])}, or null"
     if typing.get_origin(wanted) is list:
         return f"a list, each element {_in_words(arguments[0])}"
+    if arguments:
+        return " or ".join(map(_in_words, arguments))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(wanted, "a mapping of keys to values")
 
@@ -529,7 +569,10 @@ def _check_limits(prefix: str, value: Any) -> None:
             continue
         limits = spec.metadata
         allowed = limits.get("choices", ())
-        for element in item if isinstance(item, list) else [item]:
+        for position, element in enumerate(item if isinstance(item, list) else [item]):
+            if dataclasses.is_dataclass(element):
+                _check_limits(f"{key}[{position}]", element)
+                continue
             if isinstance(element, float) and not math.isfinite(element):
                 raise ConfigError(key, element, "must be a finite number")
             if allowed and element not in allowed:

@@ -97,6 +97,30 @@ def one_cycle(config: OneCycleConfig, span: Span) -> Schedule:
     return schedule
 
 
+@dataclass
+class TriangleConfig(SchedulerConfig):
+    """The rate rises in a straight line to the base rate and falls in another."""
+
+    peak: float = setting("Share of the steps (after warmup_epochs, if any) that rise.", at_least=0, below=1)
+    initial_factor: float = setting("Share of the base rate to begin with.", at_least=0)
+    final_factor: float = setting("Share of the base rate that is left at the end of the run.", at_least=0)
+
+
+@register("scheduler", "triangle", TriangleConfig)
+def triangle(config: TriangleConfig, span: Span) -> Schedule:
+    """A rise and a fall, both linear, as in Jordan 2024 (arXiv 2404.00498); the last step is one before the end."""
+    top = int(config.peak * (span.end - span.first))
+    fall = max(1, span.end - span.first - top)
+
+    def schedule(step: int) -> float:
+        position = min(step, span.end) - span.first
+        if position < top:
+            return config.initial_factor + (1.0 - config.initial_factor) * position / top
+        return 1.0 + (config.final_factor - 1.0) * (position - top) / fall
+
+    return schedule
+
+
 def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Schedule:
     """The configured schedule.
 

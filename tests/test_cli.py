@@ -43,7 +43,7 @@ class FlatOutput(nn.Module):
 WRONG: dict[str, tuple[str, ...]] = {
     # names
     "optimizer.lrr=0.1": ("optimizer.lrr: no such key", "choices: name, lr", "did you mean lr?"),
-    "data.augment.flp=true": ("data.augment.flp: no such key", "choices: flip, crop_padding, cutout"),
+    "data.augment.flp=true": ("data.augment.flp: no such key", "choices: flip, crop_padding, crop_border, cutout"),
     "optimizer=sgd optimizer.momentm=0.9": ("optimizer.momentm: no such key", "did you mean momentum?"),
     "optimizer=adam optimizer.momentum=0.9": ("optimizer.momentum: no such key", "choices: name, lr, betas"),
     "optimiser=adam": ("optimiser: no such key", "did you mean optimizer?"),
@@ -57,8 +57,8 @@ WRONG: dict[str, tuple[str, ...]] = {
     "strategy=pipe": ("strategy=pipe: no such choice", "choices: ddp,", "single"),
     "model=simple_cn": ("model=simple_cn: no such choice", "did you mean simple_cnn?"),
     "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, synthetic"),
-    "optimizer=lion": ("optimizer=lion: no such choice", "choices: adam, adamw, sgd"),
-    "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, one_cycle, step"),
+    "optimizer=lion": ("optimizer=lion: no such choice", "choices: adam, adamw, muon, sgd"),
+    "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, one_cycle, step, triangle"),
     "loss=focal": ("loss=focal: no such choice", "cross_entropy"),
     "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
     "compression=zip": ("compression=zip: no such choice", "choices: auto, bf16, fp16, none, powersgd"),
@@ -353,7 +353,7 @@ def test_multirun_stops_at_the_first_refusal(type_in: Callable[..., None], capfd
         ),
         ("strategy=d", {"strategy=ddp"}),
         ("opti", {"optimizer.", "optimizer="}),
-        ("optimizer.l", {"optimizer.lr="}),
+        ("optimizer.l", {"optimizer.lr=", "optimizer.lookahead."}),
         ("optimizer=sgd optimizer.mo", {"optimizer.momentum="}),
         ("data=synthetic data.aug", {"data.augment."}),
     ],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from distrain.config import ConfigError, SchedulerConfig, choices
-from distrain.schedulers import CosineConfig, OneCycleConfig, StepConfig, build
+from distrain.schedulers import CosineConfig, OneCycleConfig, StepConfig, TriangleConfig, build
 
 CONSTANT = SchedulerConfig(name="constant", warmup_epochs=0.0)
 STEP = StepConfig(name="step", warmup_epochs=0.0, milestones=[1.5, 3.0], gamma=0.1)
@@ -18,7 +19,8 @@ COSINE = CosineConfig(name="cosine", warmup_epochs=0.0, final_factor=0.2)
 ONE_CYCLE = OneCycleConfig(
     name="one_cycle", warmup_epochs=0.0, warmup_fraction=0.3, initial_factor=0.04, final_factor=0.001
 )
-ALL = [CONSTANT, STEP, COSINE, ONE_CYCLE]
+TRIANGLE = TriangleConfig(name="triangle", warmup_epochs=0.0, peak=0.23, initial_factor=0.2, final_factor=0.07)
+ALL = [CONSTANT, STEP, COSINE, ONE_CYCLE, TRIANGLE]
 
 
 def warmed(config: SchedulerConfig, epochs: float) -> SchedulerConfig:
@@ -50,6 +52,12 @@ def test_step_drops_at_its_milestones_in_epochs() -> None:
     schedule = build(STEP, 10, 40)
     expected = rates_of(MultiStepLR(optimizer(), [15, 30], 0.1), 40)
     assert [schedule(step) for step in range(40)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_triangle_rises_and_falls_in_straight_lines() -> None:
+    schedule = build(TRIANGLE, 10, 40)
+    expected = np.interp(np.arange(40), [0, 9, 40], [0.2, 1.0, 0.07])
+    assert [schedule(step) for step in range(40)] == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_cosine_is_torch_s() -> None:

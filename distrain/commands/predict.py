@@ -30,6 +30,7 @@ from distrain.data.loader import Loader
 from distrain.precision import Precision
 from distrain.run_folder import RunFolder
 from distrain.runtime import World, available_cores, choose_device
+from distrain.views import averaged
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Predictor:
         config.runtime.device = settings.device
         self._folder, self._settings = folder, settings
         self._device = choose_device(config, world)
+        self._views = config.trainer.test_views
         self._precision = Precision(config.trainer.precision, self._device)
         self._probabilities = losses.build(config.loss).probabilities
         model = folder.model(folder.weights(settings.checkpoint), settings.allow)
@@ -227,7 +229,7 @@ class Predictor:
             memory_format=self._layout,
         )
         with self._precision.autocast():
-            parts = [self._model(batch.images) for batch in loader.epoch(0)]
+            parts = [averaged(self._model, batch.images, self._views) for batch in loader.epoch(0)]
         return torch.cat(parts).double().cpu()
 
 

@@ -17,7 +17,11 @@ _AUGMENT = 4
 
 
 class Augmentation:
-    """Flip, zero-padded crop and cutout of batches of one image size.
+    """Flip, padded crop and cutout of batches of one image size.
+
+    With ``flip=alternating`` chance says of each image whether it is mirrored in the first epoch, and then it is in
+    every other one: two epochs see both versions of all images (Jordan 2024, arXiv 2404.00498, §3.6). That is still a
+    function of (seed, epoch, position in the split) alone.
 
     Args:
         config: Which of them, and how far.
@@ -27,7 +31,8 @@ class Augmentation:
     """
 
     def __init__(self, config: AugmentConfig, height: int, width: int, seed: int) -> None:
-        self._flip, self._padding, self._side = config.flip, config.crop_padding, config.cutout
+        self._flip, self._padding, self._side = bool(config.flip), config.crop_padding, config.cutout
+        self._alternating, self._mirrored = config.flip == "alternating", config.crop_border == "reflect"
         self._height, self._width, self._seed = height, width, seed
         # How many values each of the five draws can take: flip, crop's top and left, cutout's row and column.
         shifts = 2 * config.crop_padding + 1
@@ -52,10 +57,13 @@ class Augmentation:
             hashing.below(limit, hashing.bits(hashing.key(_AUGMENT, self._seed, epoch, kind), positions))
             for kind, limit in enumerate(self._limits)
         ]
+        if self._alternating:
+            first = hashing.below(2, hashing.bits(hashing.key(_AUGMENT, self._seed, 0, 0), positions))
+            chosen[0] = (first + epoch) % 2
         return torch.stack(chosen)
 
     def move(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Flips and crops; what a crop sees outside of the image is 0, black before normalisation.
+        """Flips and crops; what a crop sees outside of the image is 0 (black before normalisation), or its mirror.
 
         Args:
             images: uint8 [n, C, H, W].
@@ -69,9 +77,17 @@ class Augmentation:
             # Picking from both versions is faster than torch.where on uint8, and needs no synchronisation on CUDA.
             images = torch.cat((images, images.flip(3))).index_select(0, which + draws[0] * count)
         if self._padding:
-            padded = F.pad(images, (self._padding,) * 4)
-            windows = padded.unfold(2, self._height, 1).unfold(3, self._width, 1)
+            windows = self._padded(images).unfold(2, self._height, 1).unfold(3, self._width, 1)
             images = windows[which, :, draws[1], draws[2]]
+        return images
+
+    def _padded(self, images: Tensor) -> Tensor:
+        if not self._mirrored:
+            return F.pad(images, (self._padding,) * 4)
+        # By index: torch's own reflection takes no uint8.
+        for dim, size in ((2, self._height), (3, self._width)):
+            lines = torch.arange(-self._padding, size + self._padding, device=images.device)
+            images = images.index_select(dim, size - 1 - (size - 1 - lines.abs()).abs())
         return images
 
     def cut_(self, images: Tensor, draws: Tensor) -> Tensor:

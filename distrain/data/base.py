@@ -112,6 +112,9 @@ def checked(config: DataConfig, spec: DataSpec) -> DataSpec:
     for name, value in (("crop_padding", config.augment.crop_padding), ("cutout", config.augment.cutout)):
         if value > side:
             raise ConfigError(f"data.augment.{name}", value, f"is larger than the {spec.height}x{spec.width} images")
+    if config.augment.crop_border == "reflect" and config.augment.crop_padding >= side:
+        problem = f"the {spec.height}x{spec.width} images have no so many pixels beside their edge to mirror"
+        raise ConfigError("data.augment.crop_padding", config.augment.crop_padding, problem)
     return spec
 
 

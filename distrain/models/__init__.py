@@ -1,5 +1,5 @@
 """Models as sequences of blocks; see :mod:`distrain.models.base`."""
 
-from distrain.models.base import BlockSequence, build, check
+from distrain.models.base import BlockSequence, FromData, build, check
 
-__all__ = ["BlockSequence", "build", "check"]
+__all__ = ["BlockSequence", "FromData", "build", "check"]

@@ -7,7 +7,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from distrain.config import ConfigError, ModelConfig, choice, locate, register, 
 
 #: Floating-point operations that take a second at most.
 _FAST = 1e11
+
+if TYPE_CHECKING:
+    from distrain.data.base import Images
 
 
 class BlockSequence(nn.Sequential):
@@ -41,6 +44,20 @@ class BlockSequence(nn.Sequential):
         if isinstance(idx, slice):
             return BlockSequence(dict(list(self.named_children())[idx]))
         return super().__getitem__(idx)
+
+
+@runtime_checkable
+class FromData(Protocol):
+    """A model with initial parameters that come from the training images; any class with this method is one."""
+
+    def initialise_from(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Called once before training, on the CPU, on every rank with the same: the whole split, not a rank's share.
+
+        Args:
+            images: The training images. What is taken of them must not depend on chance.
+            mean: Channel means that the model's input is normalised with, in [0, 1].
+            std: Channel standard deviations, likewise.
+        """
 
 
 @dataclass

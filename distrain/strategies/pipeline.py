@@ -28,6 +28,7 @@ from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
 from distrain.strategies.bucketing import Bucketing, bytes_of
 from distrain.strategies.gradients import Gradients, clip
 from distrain.strategies.kept import KeptBuffers
+from distrain.views import averaged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +127,8 @@ class Pipeline(Strategy):
                 [ranks * options.virtual for ranks in range(2, world_size + 1) if world_size % ranks == 0],
             )
         if config.trainer.compile:
-            raise ConfigError("trainer.compile", True, "is not possible under strategy=pipeline", [False])
+            problem = "is not possible under strategy=pipeline"
+            raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
 
     @classmethod
     def whole_models(cls, config: Config, world_size: int) -> int:
@@ -396,11 +398,23 @@ class Pipeline(Strategy):
     def eval_step(self, batch: Batch) -> StepResult:
         """Forward only, microbatch after microbatch; the last stage's rank has the result."""
         nothing = torch.zeros((), device=self.runtime.device)
-        images, labels = self._pieces(batch)
+        _, labels = self._pieces(batch)
         if not labels:
             return StepResult(nothing, nothing.long(), 0)
-        mail = self._mail([len(piece) for piece in labels])
-        order = [Work("forward", stage, m) for m in range(len(labels)) for stage in self.stages]
+        whole = averaged(
+            lambda view: self._evaluated(view.tensor_split(len(labels))), batch.images, self.config.trainer.test_views
+        )
+        if not self._is_end:
+            return StepResult(nothing, nothing.long(), 0)
+        with self.precision.autocast():
+            loss_sum = self.stages[len(self._where) - 1].loss(whole, batch.labels)
+        predictions = whole.argmax(1)
+        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+
+    def _evaluated(self, images: tuple[Tensor, ...]) -> Tensor:
+        """Takes microbatches through the stages; the logits of all on the last stage's rank, elsewhere nothing."""
+        mail = self._mail([len(piece) for piece in images])
+        order = [Work("forward", stage, m) for m in range(len(images)) for stage in self.stages]
         logits = []
         for position, work in enumerate(order):
             mail.expect(order[position : position + _LOOK_AHEAD])
@@ -414,13 +428,7 @@ class Pipeline(Strategy):
             else:
                 mail.post(Work("forward", work.stage + 1, work.microbatch), output)
         mail.wait()
-        if not self._is_end:
-            return StepResult(nothing, nothing.long(), 0)
-        whole = torch.cat(logits)
-        with self.precision.autocast():
-            loss_sum = self.stages[len(self._where) - 1].loss(whole, batch.labels)
-        predictions = whole.argmax(1)
-        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+        return torch.cat(logits) if logits else torch.zeros((), device=self.runtime.device)
 
     # --- what came of it ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from distrain.precision import Precision
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
 from distrain.strategies.gradients import Gradients, Reduced, clip
 from distrain.strategies.kept import KeptBuffers
+from distrain.views import averaged
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
@@ -60,7 +61,11 @@ class Single(Strategy):
         self.optimizer = make_optimizer(model.named_parameters())
         self._forward: nn.Module = model.train()
         self._kept = KeptBuffers([model]) if self.config.trainer.on_nonfinite != "stop" else None
-        if self.config.trainer.compile:
+        if self.config.trainer.compile == "max":
+            # Kernels chosen by timing and, on CUDA, graphs of them, for each size of batch anew: for a size that varies
+            # there is neither. What comes between (exchange, optimizer) is outside of the graphs.
+            model.compile(mode="max-autotune", dynamic=False)
+        elif self.config.trainer.compile:
             model.compile()
 
     def _make_gradients(self) -> Reduced:
@@ -137,7 +142,7 @@ class Single(Strategy):
             return StepResult(nothing, nothing.long(), 0, batch.labels)
         self._forward.eval()
         with self.precision.autocast():
-            logits = self._forward(batch.images)
+            logits = averaged(self._forward, batch.images, self.config.trainer.test_views)
             loss_sum = self._loss_fn(logits, batch.labels)
         predictions = logits.argmax(1)
         return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distrain import app, cli
-from distrain.commands import predict, settings
+from distrain.commands import evaluate, predict, settings
 from distrain.commands.predict import Prediction, PredictSettings
 from distrain.config import ConfigError
 from distrain.data.base import Images
@@ -77,6 +77,17 @@ def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: t
     for one, row in zip(predicted(run, str(images[0]), top=4), expected, strict=True):
         assert one.classes == tuple(str(index) for index in row.argsort(descending=True).tolist())
         assert one.probabilities == pytest.approx(row.sort(descending=True).values.tolist(), rel=1e-4)
+
+
+def test_views_are_averaged_as_in_the_runs_evaluation(run: Path, images: tuple[Path, list[int]]) -> None:
+    plain = predicted(run, str(images[0]))
+    change_config(run, trainer={"test_views": "flip"})
+    flipped = predicted(run, str(images[0]))
+    assert [one.probabilities for one in flipped] != [one.probabilities for one in plain]
+    composed = cli.compose(CONF, "evaluate", [f"run={run}", "split=test"])
+    found = evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
+    right = sum(one.classes[0] == str(label) for one, label in zip(flipped, images[1], strict=True))
+    assert right == found["correct"]
 
 
 @pytest.mark.parametrize(

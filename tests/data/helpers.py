@@ -32,8 +32,10 @@ def data_config(**changes: Any) -> DataConfig:
     return cast(DataConfig, source("synthetic", **changes)._config)  # type: ignore[attr-defined]
 
 
-def augment(*, flip: bool = False, crop_padding: int = 0, cutout: int = 0) -> AugmentConfig:
-    return AugmentConfig(flip=flip, crop_padding=crop_padding, cutout=cutout)
+def augment(
+    *, flip: bool | str = False, crop_padding: int = 0, crop_border: str = "zeros", cutout: int = 0
+) -> AugmentConfig:
+    return AugmentConfig(flip=flip, crop_padding=crop_padding, crop_border=crop_border, cutout=cutout)
 
 
 def random_images(count: int, channels: int = 3, height: int = 8, width: int = 6, seed: int = 0) -> Images:

@@ -54,6 +54,26 @@ def test_draws_are_uniform_and_independent() -> None:
     assert correlation.abs().max() < 0.04
 
 
+def test_alternating_flips_turn_each_image_over_in_every_epoch() -> None:
+    alternating = Augmentation(augment(flip="alternating"), HEIGHT, WIDTH, seed=1)
+    positions = torch.arange(100)
+    first = alternating.draws(0, positions)[0]
+    assert first.equal(Augmentation(augment(flip=True), HEIGHT, WIDTH, seed=1).draws(0, positions)[0])
+    for epoch in range(5):
+        assert alternating.draws(epoch, positions)[0].equal(first if epoch % 2 == 0 else 1 - first)
+
+
+def test_a_reflecting_border_is_torch_s() -> None:
+    augmentation = Augmentation(augment(crop_padding=3, crop_border="reflect"), HEIGHT, WIDTH, seed=1)
+    images = random_images(20).images
+    draws = augmentation.draws(0, torch.arange(20))
+    padded = F.pad(images.double(), (3, 3, 3, 3), mode="reflect").byte()
+    for moved, whole, (_, top, left, _, _) in zip(
+        augmentation.move(images, draws), padded, draws.T.tolist(), strict=True
+    ):
+        assert moved.equal(whole[:, top : top + HEIGHT, left : left + WIDTH])
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_share_may_be_empty(count: int) -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=1, cutout=2), HEIGHT, WIDTH, seed=0)

@@ -107,6 +107,10 @@ def test_a_fraction_holds_out_at_least_one_and_leaves_one(count: int) -> None:
         ({"mean": [0.5]}, "data.mean=[0.5]: needs one value for each of the 3 channels"),
         ({"std": [0.5, 0.5]}, "data.std=[0.5, 0.5]: needs one value for each of the 3 channels"),
         ({"augment__crop_padding": 7}, "data.augment.crop_padding=7: is larger than the 8x6 images"),
+        (
+            {"augment__crop_padding": 6, "augment__crop_border": "reflect"},
+            "data.augment.crop_padding=6: the 8x6 images have no so many pixels beside their edge to mirror",
+        ),
         ({"augment__cutout": 7}, "data.augment.cutout=7: is larger than the 8x6 images"),
     ],
 )

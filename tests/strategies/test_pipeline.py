@@ -163,6 +163,7 @@ def test_a_run_moves_between_strategies(tmp_path: Path) -> None:
         (("strategy.schedule=interleaved_1f1b", "strategy.virtual_stages=1"), 2, "needs at least 2"),
         (("strategy.boundaries=[nothing]",), 2, "strategy.boundaries=nothing: is no block"),
         (("trainer.compile=true",), 2, "trainer.compile=true: is not possible"),
+        (("trainer.compile=max",), 2, "trainer.compile=max: is not possible"),
         (("strategy.stages=64",), 64, "strategy.stages=64: the model has only"),
         (("model=custom", "model._target_=tests.strategies.test_pipeline.OneBlock"), 2, "OneBlock is no nn.Sequential"),
     ],

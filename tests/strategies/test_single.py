@@ -177,14 +177,16 @@ def test_another_process_goes_on_from_the_state_as_if_nothing_happened(optimizer
 
 
 def test_the_model_is_compiled_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[nn.Module] = []
+    compiled: list[tuple[nn.Module, dict[str, object]]] = []
 
-    def compile_it(self: nn.Module) -> None:
-        compiled.append(self)
+    def compile_it(self: nn.Module, **options: object) -> None:
+        compiled.append((self, options))
 
     monkeypatch.setattr(nn.Module, "compile", compile_it)
     model = network()
     single(model)
     assert compiled == []
     single(model, "trainer.compile=true")
-    assert compiled == [model]
+    assert compiled == [(model, {})]
+    single(model, "trainer.compile=max")
+    assert compiled[1:] == [(model, {"mode": "max-autotune", "dynamic": False})]

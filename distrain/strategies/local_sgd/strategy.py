@@ -141,6 +141,13 @@ class LocalSGD(Single):
             raise ConfigError(
                 "strategy.group_size", size, f"does not cut {world_size} ranks into groups", ["null", *sizes]
             )
+        if config.optimizer.lookahead.every is not None:
+            raise ConfigError(
+                "optimizer.lookahead.every",
+                config.optimizer.lookahead.every,
+                "strategy=local_sgd keeps a slow copy by itself, with strategy.outer_optimizer=sgd",
+                ["null"],
+            )
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers, with torch's fused kernels where it has them."""
+"""Optimizers, with torch's fused kernels where it has them; ours are one file each beside this one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distrain.config import ConfigError, OptimizerConfig, choice, register, setting
 from distrain.lean import lean
-
-Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
+from distrain.optimizers.groups import Groups, Parameters
+from distrain.optimizers.lookahead import Lookahead
 
 
 @dataclass
@@ -50,10 +50,10 @@ class AdamConfig(OptimizerConfig):
 
 
 @register("optimizer", "sgd", SGDConfig)
-def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
+def sgd(config: SGDConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
     """Stochastic gradient descent; ``weight_decay`` is added to the gradient."""
     return lean(torch.optim.SGD)(
-        parameters,
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
@@ -63,15 +63,15 @@ def sgd(config: SGDConfig, parameters: Parameters, fused: bool | None) -> torch.
 
 
 @register("optimizer", "adam", AdamConfig)
-def adam(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
+def adam(config: AdamConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
     """Adam; ``weight_decay`` is added to the gradient."""
-    return lean(torch.optim.Adam)(parameters, **_adam_arguments(config), fused=fused)
+    return lean(torch.optim.Adam)(groups, **_adam_arguments(config), fused=fused)
 
 
 @register("optimizer", "adamw", AdamConfig)
-def adamw(config: AdamConfig, parameters: Parameters, fused: bool | None) -> torch.optim.Optimizer:
+def adamw(config: AdamConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
     """Adam with weight decay apart from the gradient (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
-    return lean(torch.optim.AdamW)(parameters, **_adam_arguments(config), fused=fused)
+    return lean(torch.optim.AdamW)(groups, **_adam_arguments(config), fused=fused)
 
 
 def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
@@ -80,22 +80,35 @@ def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
 
 
 def build(
-    config: OptimizerConfig, params: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+    config: OptimizerConfig,
+    params: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    *,
+    steps_per_epoch: int = 1,
+    total_steps: int = 1,
 ) -> torch.optim.Optimizer:
     """The configured optimizer.
 
     Args:
         config: Its ``lr`` is the base rate, which the scheduler's factor multiplies.
-        params: Parameters, or pairs of name and parameter, on the device they will be trained on.
+        params: Parameters, or pairs of name and parameter, on the device they will be trained on; with names where the
+            configuration names some.
+        steps_per_epoch: Updates of an epoch, for groups that are trained in the first epochs only.
+        total_steps: Updates of the whole run, at whose end lookahead leaves its slow copy.
 
     Returns:
-        The optimizer in one parameter group; fused where the configuration asks for it and torch can for all of the
-        parameters, otherwise what torch would choose.
+        The optimizer; fused where the configuration asks for it and torch can for all of the parameters, otherwise what
+        torch would choose. Whoever sets its rate sets that of all its groups to the same, and reads it from the first;
+        the groups' factors come in only while it steps.
     """
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
+    groups = Groups(config.groups, parameters, steps_per_epoch)
     # fused=False would also rule out torch's foreach kernels; None leaves the choice to torch.
-    return cast(torch.optim.Optimizer, choice("optimizer", config.name).target(config, parameters, fused or None))
+    optimizer: torch.optim.Optimizer = choice("optimizer", config.name).target(config, groups.groups, fused or None)
+    groups.attach(optimizer)
+    if config.lookahead.every is not None:
+        Lookahead(config.lookahead, total_steps).attach(optimizer)
+    return optimizer
 
 
 def _has_fused(parameter: Tensor) -> bool:

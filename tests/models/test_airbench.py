@@ -1,0 +1,85 @@
+"""The CIFAR-10 network of the airbench paper, and filters that come from the data alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distrain.config import ConfigError
+from distrain.data.base import Images
+from distrain.models import FromData
+from distrain.models.airbench import AirbenchCNN, Block, Whitening
+from tests.data.helpers import random_images
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def network(**changes: Any) -> AirbenchCNN:
+    options = {"image_size": (32, 32), "widths": [64, 256, 256], "batchnorm_momentum": 0.4, "scale": 1 / 9}
+    return AirbenchCNN(in_channels=3, num_classes=10, **{**options, **changes})
+
+
+def smooth_images(count: int) -> Images:
+    """Neighbouring pixels and channels are correlated, as in photographs."""
+    images = random_images(count, height=20, width=20)
+    blurred = F.avg_pool2d(images.images.float(), 3, stride=1)
+    return dataclasses.replace(images, images=(blurred + blurred.mean(1, keepdim=True)).div(2).byte())
+
+
+def test_it_is_the_papers_network() -> None:
+    model = network()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_972_792
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    scales = {f"block{block}.norm{norm}.weight" for block in (1, 2, 3) for norm in (1, 2)}
+    assert frozen == {"whitening.conv.weight", *scales}
+
+
+def test_patches_come_out_uncorrelated_with_variance_one() -> None:
+    images = smooth_images(300)
+    layer = Whitening(3)
+    layer.fit(images, MEAN, STD)
+    pixels = images.images.double() / 255
+    normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    out = F.conv2d(normalised, layer.conv.weight.detach().double()).transpose(0, 1).flatten(1)
+    assert out[12:].equal(-out[:12])
+    moments = out[:12] @ out[:12].T / out.shape[1]
+    # Less than 1 where a variance is not far above the constant that is added to it.
+    torch.testing.assert_close(moments, moments.diag().diag(), atol=1e-4, rtol=0)
+    assert moments.diag().min() > 0.5
+    assert moments.diag().max() < 1.0001
+
+
+def test_filters_are_the_same_to_the_bit_however_the_images_are_added_up() -> None:
+    images, layers = smooth_images(400), [Whitening(3), Whitening(3)]
+    layers[0].fit(images, MEAN, STD)
+    layers[1].fit(images.subset(torch.arange(399, -1, -1)), MEAN, STD)
+    assert layers[0].conv.weight.equal(layers[1].conv.weight)
+
+
+def test_a_block_begins_as_the_identity_as_far_as_its_channels_go() -> None:
+    block, images = Block(4, 6, 0.4), torch.randn(2, 4, 8, 8)
+    assert block.conv1(images)[:, :4].equal(images)
+    assert block.norm1.momentum == 0.4
+
+
+def test_models_that_begin_from_data_are_known_by_their_method() -> None:
+    assert isinstance(network(), FromData)
+    assert not isinstance(Block(3, 3, 0.4), FromData)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": (8, 32)}, "model.widths=[64, 256, 256]: needs images of at least 9x9 pixels"),
+        ({"widths": []}, "model.widths=[]: needs at least one block"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        network(**changes)
+    assert message in str(caught.value)
