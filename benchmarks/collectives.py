@@ -58,8 +58,9 @@ def measure(
     tensor = torch.zeros(size // 4)
     began = time.perf_counter()
     call(carriers["gloo"], tensor)
-    calls = torch.tensor(min(max(_ROUND_SECONDS / (time.perf_counter() - began), 2), _MOST_CALLS))
-    calls = int(carriers["gloo"].all_reduce(calls, "min"))
+    wanted = _ROUND_SECONDS / (time.perf_counter() - began)
+    enough = torch.tensor(min(max(wanted, 2), _MOST_CALLS), dtype=torch.float64)
+    calls = int(carriers["gloo"].all_reduce(enough, "min"))
     for _ in range(rounds):
         for name, everyone in carriers.items():
             call(everyone, tensor)

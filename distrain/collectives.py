@@ -90,8 +90,8 @@ def _tree_children(rank: int, source: int, ranks: int) -> int:
 class Communicator:
     """The collectives of one group of ranks.
 
-    Tensors on the CPU go through memory where all ranks of a group are on one host, and else by the group's backend; see
-    :mod:`distrain.shared_memory`.
+    Tensors on the CPU go through memory where all ranks of a group are on one host, and else by the group's backend;
+    see :mod:`distrain.shared_memory`.
 
     Args:
         group: The process group; ``None`` for a group of this rank alone.

@@ -1,26 +1,27 @@
 """Memory that one rank writes and its peers on the host read; it never has a name, so nothing can be left behind.
 
-An arena is an anonymous file (memfd_create(2)) that peers map by way of ``/proc/<pid>/fd``. It doesn't count against the
-size of ``/dev/shm``, and the kernel frees it with the last process that has it mapped, however that one ends. It has far
-more addresses than memory: all of them are mapped when the ranks meet, and there is memory behind those that were
-reserved. Where that is short, reserving is an error; what was reserved can be read and written without a fault, since
-nobody can make the file shorter.
+An arena is an anonymous file (memfd_create(2)) that peers map by way of ``/proc/<pid>/fd``. It doesn't count against
+the size of ``/dev/shm``, and the kernel frees it with the last process that has it mapped, however that one ends. It
+has far more addresses than memory: all of them are mapped when the ranks meet, and there is memory behind those that
+were reserved. Where that is short, reserving is an error; what was reserved can be read and written without a fault,
+since nobody can make the file shorter.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 #: Addresses of an arena, in bytes: more than may ever be under way at once.
-SIZE = 1 << 36
+SIZE = 1 << 34
 #: A free slot serves a message of at least this part of its size.
 _LEAST_USE = 4
-#: Slots are multiples of this many bytes, and of a sixteenth of their size, so that messages of about one size share them.
+#: Slots are multiples of this many bytes, and of a sixteenth of their size: messages of about one size share them.
 _GRAIN = 4096
 #: Memory is reserved in pieces of at least this many bytes.
 _PIECE = 1 << 18
@@ -31,11 +32,11 @@ class Views:
     """Parts of an arena as tensors; those that recur are kept.
 
     Args:
-        memory: The arena's bytes, uint8.
+        everything: The arena's bytes, uint8.
     """
 
-    def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+    def __init__(self, everything: Tensor) -> None:
+        self._everything = everything
         self._kept: dict[tuple[int, torch.dtype, int], Tensor] = {}
 
     def at(self, offset: int, dtype: torch.dtype, count: int) -> Tensor:
@@ -46,9 +47,30 @@ class Views:
             if len(self._kept) >= _MOST_VIEWS:
                 self._kept.clear()
             with _normal_tensors():
-                found = self._memory[offset : offset + count * dtype.itemsize].view(dtype)
+                found = self._everything[offset : offset + count * dtype.itemsize].view(dtype)
             self._kept[key] = found
         return found
+
+
+class Memory:
+    """An arena that this process has mapped, its own or a peer's.
+
+    Args:
+        pid: Whose.
+        descriptor: The number that its anonymous file has there.
+
+    Raises:
+        OSError: The process is gone, or this one may not look at its files.
+
+    Attributes:
+        views: Its parts as tensors.
+        words: All of it, by words of 8 bytes.
+    """
+
+    def __init__(self, pid: int, descriptor: int) -> None:
+        everything = _mapped(pid, descriptor)
+        self.views = Views(everything)
+        self.words = everything.numpy().data.cast("q")
 
 
 class Slot(NamedTuple):
@@ -58,7 +80,7 @@ class Slot(NamedTuple):
     size: int
 
 
-class Arena:
+class Arena(Memory):
     """This rank's own.
 
     There is always one more slot, so that whoever has something to send never waits. What was made is kept and used
@@ -72,7 +94,8 @@ class Arena:
 
     Attributes:
         descriptor: Of the anonymous file; open until :meth:`close`.
-        memory: Its bytes, uint8 ``[SIZE]``; those that were reserved are 0 at first.
+        views: Its parts as tensors; what was reserved is 0 at first.
+        words: See :class:`Memory`.
     """
 
     def __init__(self, head: int) -> None:
@@ -82,11 +105,10 @@ class Arena:
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._reserved = self._used = 0
             self._reserve(head)
-            self.memory = mapped(os.getpid(), self.descriptor)
+            super().__init__(os.getpid(), self.descriptor)
         except BaseException:
             self.close()
             raise
-        self.views = Views(self.memory)
         self._free: list[Slot] = []
 
     def take(self, size: int) -> Slot:
@@ -121,23 +143,21 @@ class Arena:
 
     def _reserve(self, size: int) -> None:
         end = self._used + -(-size // _GRAIN) * _GRAIN
+        if end > SIZE:
+            raise OSError(f"messages of more than {SIZE >> 30} GiB would be under way at once")
         if end > self._reserved:
-            more = max(end - self._reserved, _PIECE)
+            more = min(max(end - self._reserved, _PIECE), SIZE - self._reserved)
             # Linux has this call do nothing of what it did before, if there is not enough.
             os.posix_fallocate(self.descriptor, self._reserved, more)
             self._reserved += more
         self._used = end
 
 
-def mapped(pid: int, descriptor: int) -> Tensor:
-    """The bytes of a process's arena, uint8 ``[SIZE]``.
-
-    Raises:
-        OSError: The process is gone, or this one may not look at its files.
-    """
+def _mapped(pid: int, descriptor: int) -> Tensor:
+    """The bytes of a process's arena, uint8 ``[SIZE]``."""
     path = f"/proc/{pid}/fd/{descriptor}"
     # torch would make a file that isn't there, and lengthen a short one.
-    if os.stat(path).st_size != SIZE:
+    if Path(path).stat().st_size != SIZE:
         raise OSError(f"{path} is no arena")
     try:
         # torch keeps no descriptor open, which Python's mmap does.

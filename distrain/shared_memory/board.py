@@ -1,16 +1,14 @@
 """What a rank tells its peers of the collectives that it started: numbers in memory that it alone writes.
 
-The order in which a rank writes is the order in which its peers see it: first the message, then the entry that describes
-it, then the count that announces it. Plain stores and loads keep that order on x86-64, whose memory model is total store
-order (Sewell et al. 2010, doi 10.1145/1785414.1785443), and not elsewhere; each is one aligned word, so none is seen
-half.
+The order in which a rank writes is the order in which its peers see it: first the message, then the entry that
+describes it, then the count that announces it. Plain stores and loads keep that order on x86-64, whose memory model is
+total store order (Sewell et al. 2010, doi 10.1145/1785414.1785443), and not elsewhere; each is one aligned word, so
+none is seen half.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-from torch import Tensor
 
 #: Words of 8 bytes. Counts have cache lines of their own.
 _TOKEN, STARTED, FINISHED = 0, 8, 16
@@ -39,14 +37,14 @@ class Board:
     """A rank's counts and entries.
 
     Args:
-        memory: Its arena's bytes, uint8.
+        words: Its arena, by words of 8 bytes.
 
     Attributes:
-        words: By index, for who waits for a count.
+        words: The same, for who waits for a count.
     """
 
-    def __init__(self, memory: Tensor) -> None:
-        self.words = memoryview(memory[:BOARD_SIZE].numpy()).cast("q")
+    def __init__(self, words: memoryview) -> None:
+        self.words = words
 
     @property
     def token(self) -> int:
@@ -62,6 +60,15 @@ class Board:
         words, at = self.words, _ENTRIES_FROM + _ENTRY * (number % ENTRIES)
         words[at], words[at + 1], words[at + 2] = entry
         words[STARTED] = number + 1
+
+    def has(self, number: int, entry: Entry) -> bool:
+        """Whether a collective that was started is this one, wherever the message lies."""
+        at = _ENTRIES_FROM + _ENTRY * (number % ENTRIES)
+        return self.words[at] == entry.code and self.words[at + 1] == entry.size
+
+    def offset(self, number: int) -> int:
+        """Where the message of one begins."""
+        return self.words[_ENTRIES_FROM + _ENTRY * (number % ENTRIES) + 2]
 
     def entry(self, number: int) -> Entry:
         """What was told of a collective that was started and is not yet finished by this rank."""

@@ -1,16 +1,18 @@
 """Collectives among ranks of one host through memory that they share.
 
-Each rank writes into memory of its own and reads its peers'. To start a collective is to copy the tensor into a slot and
-to announce it; that never waits. To wait for it is to wait until the peers have announced theirs, and to add up all
-slots, in order of rank, straight into the tensor: every rank gets the same bits, and needs of its peers no more than that
-they start the same collectives in the same order. A slot is free again once all ranks have finished what it was for.
+Each rank writes into memory of its own and reads its peers'. To start a collective is to copy the tensor into a slot
+and to announce it; that never waits. To wait for it is to wait until the peers have announced theirs, and to add up all
+slots, in order of rank, straight into the tensor: every rank gets the same bits, and needs of its peers no more than
+that they start the same collectives in the same order. A slot is free again once all ranks have finished what it was
+for.
 
-Where a call starts and waits at once, long tensors travel in parts, so that what one rank wrote is still in a cache when
-the other reads it.
+Where a call starts and waits at once, long tensors travel in parts, so that what one rank wrote is still in a cache
+when the other reads it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -18,12 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distrain.shared_memory.arena import Arena, Slot
+from distrain.shared_memory.arena import Arena, Memory, Slot
 from distrain.shared_memory.board import ENTRIES, FINISHED, Board, Entry
 from distrain.shared_memory.peers import Peer, Who
+from distrain.shared_memory.reducing import Offer, add_up_alone, add_up_together, share_size
 
 #: Bytes of a part of a long tensor.
 _PART = 1 << 19
+#: Bytes before a message whose sum is computed together: its first word counts what is ready.
+_FLAG = 64
 #: Parts that a source may be ahead of who reads them.
 _AHEAD = 4
 
@@ -37,6 +42,7 @@ _DTYPES = (
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
+@functools.cache
 def _code(kind: str, dtype: torch.dtype = torch.uint8, detail: int = 0) -> int:
     """A number that says what is done: a reduction or a source is the detail."""
     return _KINDS.index(kind) | _DTYPE_CODES[dtype] << 8 | detail << 16
@@ -79,8 +85,8 @@ class Operation:
 class Channel:
     """The collectives of one group whose ranks are all on this host.
 
-    All ranks start the same collectives in the same order by the same calls, each from one thread at a time. Tensors are on the CPU, of
-    the types that :attr:`DTYPES` holds and of any layout.
+    All ranks start the same collectives in the same order by the same calls, each from one thread at a time. Tensors
+    are on the CPU, of the types that :attr:`DTYPES` holds and of any layout.
 
     Args:
         rank: This one's place in the group.
@@ -95,9 +101,11 @@ class Channel:
         self._rank = rank
         self._who = who
         self._arena = arena
-        self._board = Board(arena.memory)
+        self._board = Board(arena.words)
         self._peers = peers
         self._all_peers = tuple(peers.values())
+        self._memories: list[Memory] = [each.memory for _, each in sorted(peers.items())]
+        self._memories.insert(rank, arena)
         self._started = self._finished = 0
         self._pending: deque[Operation] = deque()
         self._busy: deque[tuple[int, Slot]] = deque()
@@ -111,9 +119,9 @@ class Channel:
     def all_reduce(self, tensor: Tensor, reduction: Literal["sum", "max", "min"]) -> None:
         """Reduces in place."""
         flat = _flat(tensor)
-        parts = _parts(flat)
         before: Operation | None = None
-        for part in parts:
+        ranks = len(self._memories)
+        for part in _parts(flat, ranks if ranks > 2 else 1):
             operation = self._start_reduce(part, reduction)
             if before is not None:
                 before.wait()
@@ -177,34 +185,41 @@ class Channel:
         dtype, count = flat.dtype, flat.numel()
         code = _code("all_reduce", dtype, _REDUCTION_NAMES.index(reduction))
         number, rank = self._started, self._rank
-        operation = self._start(code, count * dtype.itemsize, flat, self._all_peers, _nothing)
+        size, ranks = count * dtype.itemsize, len(self._memories)
+        together = ranks > 2 and size > _PART
+        room = _padded(share_size(count, ranks) * dtype.itemsize) if together else 0
+        operation = self._start(code, size, flat, self._all_peers, _nothing, room)
         if count == 0:
             return operation
-        reduce, mine = _REDUCTIONS[reduction], self._arena.views.at(operation.entry.offset, dtype, count)
+        reduce, offset = _REDUCTIONS[reduction], operation.entry.offset
 
         def finish() -> None:
-            sources = [peer.message(number, dtype, count) for peer in self._all_peers]
+            offsets = [peer.offset(number) for peer in self._all_peers]
+            offsets.insert(rank, offset)
+            places = list(zip(self._memories, offsets, strict=True))
+            sources = [memory.views.at(at, dtype, count) for memory, at in places]
             # The tensor is overwritten by the sum of the first two, so what a later rank adds is its copy.
-            sources.insert(rank, flat if rank < 2 else mine)
-            if len(sources) == 2:
-                reduce(sources[0], sources[1], out=flat)
-                return
-            for start in range(0, count, _PART // dtype.itemsize):
-                first, second, *others = [each[start : start + _PART // dtype.itemsize] for each in sources]
-                into = flat[start : start + _PART // dtype.itemsize]
-                reduce(first, second, out=into)
-                for other in others:
-                    reduce(into, other, out=into)
+            if rank < 2:
+                sources[rank] = flat
+            if room:
+                share = share_size(count, len(places))
+                offers = [
+                    Offer(memory.words, at // 8 - _FLAG // 8, memory.views.at(at + _padded(size), dtype, share))
+                    for memory, at in places
+                ]
+                add_up_together(sources, flat, reduce, rank, offers)
+            else:
+                add_up_alone(sources, flat, reduce)
 
         operation.finish = finish
         return operation
 
     def _start_receive(self, code: int, size: int, flat: Tensor, source: int) -> Operation:
-        number, peer = self._started, self._peers[source]
+        number, peer, count = self._started, self._peers[source], flat.numel()
 
         def finish() -> None:
-            if size:
-                flat.copy_(peer.message(number, flat.dtype, flat.numel()))
+            if count:
+                flat.copy_(peer.memory.views.at(peer.offset(number), flat.dtype, count))
 
         return self._start(code, size, None, (peer,), finish)
 
@@ -215,22 +230,41 @@ class Channel:
         def finish() -> None:
             if count:
                 for rank, peer in self._peers.items():
-                    gathered[rank].copy_(peer.message(number, dtype, count))
+                    gathered[rank].copy_(peer.memory.views.at(peer.offset(number), dtype, count))
 
         return self._start(_code("all_gather", dtype), count * dtype.itemsize, flat, self._all_peers, finish)
 
     def _start(
-        self, code: int, size: int, message: Tensor | None, awaited: Sequence[Peer], finish: Callable[[], None]
+        self,
+        code: int,
+        size: int,
+        message: Tensor | None,
+        awaited: Sequence[Peer],
+        finish: Callable[[], None],
+        room: int = 0,
     ) -> Operation:
+        """Announces a collective, with what this rank gives to it.
+
+        Args:
+            code: What it is.
+            size: Bytes of each rank's tensor, by which ranks see that they mean the same.
+            message: This rank's; ``None`` if it gives nothing.
+            awaited: Who must have started before it can be finished.
+            finish: Finishes it.
+            room: Bytes behind the message for what this rank computes, and with them a word before it, which is 0.
+        """
         number = self._started
         if number >= ENTRIES:
             self._await_entry(number - ENTRIES)
         self._reclaim()
         entry = Entry(code, size)
         if message is not None and size:
-            slot = self._arena.take(size)
-            self._arena.views.at(slot.offset, message.dtype, message.numel()).copy_(message)
-            entry = Entry(code, size, slot.offset)
+            slot = self._arena.take(_FLAG + _padded(size) + room if room else size)
+            offset = slot.offset + _FLAG if room else slot.offset
+            if room:
+                self._arena.words[slot.offset // 8] = 0
+            self._arena.views.at(offset, message.dtype, message.numel()).copy_(message)
+            entry = Entry(code, size, offset)
             self._busy.append((number, slot))
         self._board.announce(number, entry)
         self._started += 1
@@ -256,11 +290,10 @@ class Channel:
             operation, mine = self._pending[0], self._finished
             for peer in operation.awaited:
                 peer.await_start(mine)
-                theirs = peer.entry(mine)
-                if theirs[:2] != operation.entry[:2]:
+                if not peer.is_in(mine, operation.entry):
                     raise RuntimeError(
                         "ranks of one group are in different collectives: "
-                        f"{self._who} in {_in_words(operation.entry)}, {peer.who} in {_in_words(theirs)}"
+                        f"{self._who} in {_in_words(operation.entry)}, {peer.who} in {_in_words(peer.entry(mine))}"
                     )
             operation.finish()
             self._pending.popleft()
@@ -270,6 +303,11 @@ class Channel:
 
 def _nothing() -> None:
     return
+
+
+def _padded(size: int) -> int:
+    """Bytes up to the next cache line."""
+    return -(-size // 64) * 64
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -283,8 +321,10 @@ def _put_back(flat: Tensor, tensor: Tensor) -> None:
         tensor.detach().copy_(flat.view(tensor.shape))
 
 
-def _parts(flat: Tensor) -> Sequence[Tensor]:
-    """A row of elements cut where that pays."""
-    if flat.numel() * flat.itemsize <= 2 * _PART:
+def _parts(flat: Tensor, workers: int = 1) -> Sequence[Tensor]:
+    """A row of elements cut where that pays; a part is worked on by so many at once."""
+    size = _PART * workers
+    if flat.numel() * flat.itemsize <= 2 * size:
         return (flat,)
-    return flat.split(_PART // flat.itemsize)
+    parts: Sequence[Tensor] = flat.split(size // flat.itemsize)
+    return parts

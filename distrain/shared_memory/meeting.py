@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from distrain.processes import Process
-from distrain.shared_memory.arena import Arena, mapped
+from distrain.shared_memory.arena import Arena, Memory
 from distrain.shared_memory.board import BOARD_SIZE, Board
 from distrain.shared_memory.channel import Channel
 from distrain.shared_memory.peers import Peer, Who
@@ -39,7 +39,7 @@ def place() -> list[str]:
         OSError: The system doesn't say.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return [boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")), socket.gethostname()]
+    return [boot, *(str(Path("/proc/self/ns", kind).readlink()) for kind in ("net", "pid")), socket.gethostname()]
 
 
 class Channels:
@@ -91,7 +91,8 @@ class Channels:
         problems = [_about(each) for each in everyone if each["problem"]]
         hosts = {tuple(each["place"]) for each in everyone if not each["problem"]}
         if arena is None or problems or len(hosts) > 1:
-            return self._do_without(arena, problems if len(hosts) < 2 else [])
+            self._do_without(arena, problems if len(hosts) < 2 else [])
+            return None
         peers: dict[int, Peer] = {}
         problem = ""
         try:
@@ -101,7 +102,8 @@ class Channels:
         answers = share({"rank": who.rank, "host": who.host, "problem": problem[:_LONGEST_REASON]})
         problems = [_about(each) for each in answers if each["problem"]]
         if problems:
-            return self._do_without(arena, problems)
+            self._do_without(arena, problems)
+            return None
         return Channel(dist.get_rank(group), who, arena, peers)
 
     def _do_without(self, arena: Arena | None, problems: list[str]) -> None:
@@ -128,7 +130,7 @@ def _offer() -> tuple[Arena | None, dict[str, Any]]:
     except OSError as error:
         return None, {"place": [], "problem": str(error)[:_LONGEST_REASON]}
     token = secrets.randbits(62)
-    Board(arena.memory).token = token
+    Board(arena.words).token = token
     return arena, {"place": here, "problem": "", "descriptor": arena.descriptor, "token": token}
 
 
@@ -139,7 +141,7 @@ def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, 
     for index, each in enumerate(everyone):
         if index == rank:
             continue
-        memory = mapped(each["pid"], each["descriptor"])
+        memory = Memory(each["pid"], each["descriptor"])
         process = Process(each["pid"], each["started"])
         peers[index] = Peer(Who(each["rank"], each["host"]), process, memory, limit, crowded=crowded)
         if peers[index].token != each["token"]:

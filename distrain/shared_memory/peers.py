@@ -6,13 +6,11 @@ import os
 import time
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from distrain.failures import PeerLost
 from distrain.processes import Process
-from distrain.shared_memory.arena import Views
+from distrain.shared_memory.arena import Memory
 from distrain.shared_memory.board import FINISHED, STARTED, Board, Entry
 from distrain.verdict import GONE
 
@@ -47,17 +45,21 @@ class Peer:
     Args:
         who: For messages.
         process: That it is.
-        memory: Its arena's bytes.
+        memory: Its arena.
         limit: How long to wait for it, in seconds.
         crowded: There are more ranks than cores, so that waiting must leave the processor at once.
+
+    Attributes:
+        who: As given.
+        memory: As given.
     """
 
-    def __init__(self, who: Who, process: Process, memory: Tensor, limit: float, *, crowded: bool) -> None:
+    def __init__(self, who: Who, process: Process, memory: Memory, limit: float, *, crowded: bool) -> None:
         self.who = who
         self._process = process
-        self._board = Board(memory)
+        self.memory = memory
+        self._board = Board(memory.words)
         self._words = self._board.words
-        self._views = Views(memory)
         self._spins = 0 if crowded else _SPINS
         self._yield_seconds = 0.0 if crowded else _YIELD_SECONDS
         self._limit = limit
@@ -85,13 +87,17 @@ class Peer:
         """Waits until it needs no message of collective ``number`` any more; raises as the above."""
         self._await(FINISHED, number)
 
+    def is_in(self, number: int, entry: Entry) -> bool:
+        """Whether what it has started is the same, wherever the message lies."""
+        return self._board.has(number, entry)
+
     def entry(self, number: int) -> Entry:
         """What it told of a collective that it has started."""
         return self._board.entry(number)
 
-    def message(self, number: int, dtype: torch.dtype, count: int) -> Tensor:
-        """What it gave to a collective that it has started, ``[count]``."""
-        return self._views.at(self._board.entry(number).offset, dtype, count)
+    def offset(self, number: int) -> int:
+        """Where in its arena lies what it gave to a collective that it has started."""
+        return self._board.offset(number)
 
     def _await(self, count: int, number: int) -> None:
         words = self._words

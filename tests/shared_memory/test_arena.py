@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from distrain.shared_memory.arena import Arena, mapped
+from distrain.shared_memory.arena import Arena, Memory
+
+OPEN = Path("/proc/self/fd")
 
 
 def failing(*_: object) -> int:
@@ -16,24 +20,24 @@ def failing(*_: object) -> int:
 
 def test_an_arena_has_no_name_and_a_fixed_size() -> None:
     arena = Arena(8192)
-    seen = mapped(os.getpid(), arena.descriptor)
-    arena.memory[5] = 7
-    assert int(seen[5]) == 7
-    assert os.readlink(f"/proc/self/fd/{arena.descriptor}").endswith("(deleted)")
+    seen = Memory(os.getpid(), arena.descriptor)
+    arena.words[5] = 7
+    assert seen.words[5] == 7
+    assert str(Path(f"/proc/self/fd/{arena.descriptor}").readlink()).endswith("(deleted)")
     with pytest.raises(PermissionError):
         os.ftruncate(arena.descriptor, 0)
     descriptor = arena.descriptor
     arena.close()
     with pytest.raises(FileNotFoundError):
-        mapped(os.getpid(), descriptor)
+        Memory(os.getpid(), descriptor)
     # Who has it, keeps it.
-    assert int(seen[5]) == 7
+    assert seen.words[5] == 7
 
 
 def test_no_other_file_is_taken_for_one() -> None:
     other = os.memfd_create("other")
     with pytest.raises(OSError, match="is no arena"):
-        mapped(os.getpid(), other)
+        Memory(os.getpid(), other)
     assert os.fstat(other).st_size == 0
     os.close(other)
 
@@ -41,10 +45,10 @@ def test_no_other_file_is_taken_for_one() -> None:
 @pytest.mark.parametrize("call", ["memfd_create", "posix_fallocate"])
 def test_an_arena_that_can_t_be_made_leaves_no_descriptor(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, call, failing)
-    before = os.listdir("/proc/self/fd")
+    before = len(list(OPEN.iterdir()))
     with pytest.raises(OSError, match="planted"):
         Arena(4096)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(list(OPEN.iterdir())) == before
 
 
 def test_memory_that_is_short_is_an_error_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +71,7 @@ def test_slots_don_t_overlap_and_are_used_again_the_last_one_first() -> None:
     arena = Arena(5000)
     slots = [arena.take(size) for size in (8, 4096, 3_000_000, 1)]
     assert slots[0].offset >= 5000
-    for slot, after in zip(slots, slots[1:], strict=False):
+    for slot, after in itertools.pairwise(slots):
         assert slot.offset + slot.size <= after.offset
     assert [slot.offset % 64 for slot in slots] == [0] * 4
     for slot in slots:
@@ -86,8 +90,8 @@ def test_views_are_of_the_bytes_that_they_name(dtype: torch.dtype) -> None:
     view = arena.views.at(1024, dtype, 3)
     view.fill_(1)
     assert (view.dtype, view.shape) == (dtype, (3,))
-    assert arena.memory[1024:].view(torch.uint8)[: 3 * dtype.itemsize].any()
-    assert not arena.memory[1024 + 3 * dtype.itemsize : 4096].any()
+    assert arena.views.at(1024, torch.uint8, 3 * dtype.itemsize).any()
+    assert not arena.views.at(1024 + 3 * dtype.itemsize, torch.uint8, 2048).any()
     assert arena.views.at(1024, dtype, 3) is view
     for offset in range(0, 4096, 8):
         arena.views.at(offset, torch.uint8, 1)

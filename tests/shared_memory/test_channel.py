@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.collectives import DTYPES, Communicator
+from distrain.collectives import DTYPES, Communicator, Reduction
 from distrain.failures import PeerLost, is_broken_connection
 from distrain.shared_memory.board import ENTRIES
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.shared_memory.ranks import form_group, shares_memory
 
+OPEN = Path("/proc/self/fd")
 #: Nothing, less than a word, an odd number, and several parts with a ragged last one.
 COUNTS = (0, 1, 3, 1000, 1_000_003)
-ADD = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+ADD: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 
 
 def drawn(rank: int, dtype: torch.dtype, count: int) -> Tensor:
@@ -106,7 +112,7 @@ def many_at_once(everyone: Communicator) -> bool:
 
 def round_and_round(everyone: Communicator) -> tuple[bool, int, int]:
     """Far more collectives than a board has entries; descriptors open before and after."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(OPEN.iterdir()))
     right = True
     for step in range(2 * ENTRIES):
         found = everyone.all_reduce(torch.full((1 + step % 3000,), float(step + everyone.rank)))
@@ -115,7 +121,7 @@ def round_and_round(everyone: Communicator) -> tuple[bool, int, int]:
     pending = [everyone.start_all_reduce(torch.ones(1)) for _ in range(ENTRIES + 10)]
     for each in pending:
         each.wait()
-    return right, before, len(os.listdir("/proc/self/fd"))
+    return right, before, len(list(OPEN.iterdir()))
 
 
 def on_each_rank() -> dict[str, Any]:
@@ -200,8 +206,8 @@ def another_size_or_type(mistake: str) -> str:
         else:
             everyone.broadcast(torch.ones(3), 1)
     except RuntimeError as error:
-        assert not is_broken_connection(error), "it is not the echo of another rank's failure"
-        return str(error)
+        # It is not the echo of another rank's failure.
+        return f"broken: {error}" if is_broken_connection(error) else str(error)
     return "nothing noticed"
 
 
@@ -221,13 +227,12 @@ def test_ranks_that_differ_in_what_they_do_are_named(mistake: str, mine: str, ot
     )
 
 
-def one_is_killed(folder: Path, victim: int, started: bool) -> str:
+def one_is_killed(victim: int, started: bool) -> str:
     everyone = form_group()
     assert shares_memory(everyone)
     if everyone.rank == victim:
         if started:
             everyone.start_all_reduce(torch.ones(100_000))
-        (folder / "killed").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     if started:
         # What it announced before it went is used; the next one is missed.
@@ -235,17 +240,16 @@ def one_is_killed(folder: Path, victim: int, started: bool) -> str:
     try:
         everyone.all_reduce(torch.ones(300_000))
     except PeerLost as lost:
-        # Besides whatever keeps a loaded machine.
-        assert time.time() - float((folder / "killed").read_text()) < 5
+        # Not at the group's time limit, which is another error.
         return str(lost.rank)
     return "nothing noticed"
 
 
 @pytest.mark.parametrize(("victim", "started"), [(0, False), (2, True)])
-def test_a_killed_rank_is_named_and_leaves_nothing(victim: int, started: bool, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_and_leaves_nothing(victim: int, started: bool) -> None:
     shared = Path("/dev/shm")
     before = set(shared.iterdir()) if shared.exists() else set()
-    outcomes = run_ranks_to_the_end(one_is_killed, 3, tmp_path, victim, started)
+    outcomes = run_ranks_to_the_end(one_is_killed, 3, victim, started)
     assert isinstance(outcomes.pop(victim), RankFailed)
     assert outcomes == [str(victim)] * 2
     assert (set(shared.iterdir()) if shared.exists() else set()) == before
@@ -260,8 +264,7 @@ def one_never_comes() -> str:
     try:
         everyone.all_reduce(torch.ones(3))
     except dist.DistError as error:
-        assert is_broken_connection(error)
-        return str(error)
+        return str(error) if is_broken_connection(error) else f"not seen as such: {error}"
     return "nothing noticed"
 
 

@@ -31,7 +31,7 @@ def other_network() -> list[str]:
     return ["boot", f"net:[{os.environ['RANK']}]", "pid:[1]", "host"]
 
 
-def may_not_open(*_: object) -> torch.Tensor:
+def may_not_open(*_: object) -> None:
     raise PermissionError("not allowed")
 
 
@@ -39,11 +39,11 @@ def spoil(how: str) -> None:
     """Makes something fail that sharing memory needs; on one rank alone, where that is possible."""
     last = os.environ["RANK"] == "1"
     if how == "memfd" and last:
-        os.memfd_create = no_such_call
+        os.memfd_create = no_such_call  # type: ignore[assignment]
     elif how == "memory" and last:
         os.posix_fallocate = no_memory
     elif how == "mapping" and last:
-        meeting.mapped = may_not_open  # type: ignore[attr-defined]
+        meeting.Memory = may_not_open  # type: ignore[attr-defined, assignment]
     elif how == "network":
         meeting.place = other_network
     elif how == "name":
