@@ -26,7 +26,9 @@ from distrain.shared_memory.peers import Peer, Who
 from distrain.shared_memory.reducing import Offer, add_up_alone, add_up_together, share_size
 
 #: Bytes of a part of a long tensor.
-_PART = 1 << 19
+_PART = 1 << 20
+#: More than two ranks compute what is longer together.
+_TOGETHER = 1 << 19
 #: Bytes before a message whose sum is computed together: its first word counts what is ready.
 _FLAG = 64
 #: Parts that a source may be ahead of who reads them.
@@ -118,10 +120,13 @@ class Channel:
 
     def all_reduce(self, tensor: Tensor, reduction: Literal["sum", "max", "min"]) -> None:
         """Reduces in place."""
+        if len(self._memories) > 2:
+            # They compute it together, which takes the whole.
+            self.start_all_reduce(tensor, reduction).wait()
+            return
         flat = _flat(tensor)
         before: Operation | None = None
-        ranks = len(self._memories)
-        for part in _parts(flat, ranks if ranks > 2 else 1):
+        for part in _parts(flat):
             operation = self._start_reduce(part, reduction)
             if before is not None:
                 before.wait()
@@ -186,7 +191,7 @@ class Channel:
         code = _code("all_reduce", dtype, _REDUCTION_NAMES.index(reduction))
         number, rank = self._started, self._rank
         size, ranks = count * dtype.itemsize, len(self._memories)
-        together = ranks > 2 and size > _PART
+        together = ranks > 2 and size > _TOGETHER
         room = _padded(share_size(count, ranks) * dtype.itemsize) if together else 0
         operation = self._start(code, size, flat, self._all_peers, _nothing, room)
         if count == 0:
@@ -321,10 +326,9 @@ def _put_back(flat: Tensor, tensor: Tensor) -> None:
         tensor.detach().copy_(flat.view(tensor.shape))
 
 
-def _parts(flat: Tensor, workers: int = 1) -> Sequence[Tensor]:
-    """A row of elements cut where that pays; a part is worked on by so many at once."""
-    size = _PART * workers
-    if flat.numel() * flat.itemsize <= 2 * size:
+def _parts(flat: Tensor) -> Sequence[Tensor]:
+    """A row of elements cut where that pays."""
+    if flat.numel() * flat.itemsize <= 2 * _PART:
         return (flat,)
-    parts: Sequence[Tensor] = flat.split(size // flat.itemsize)
+    parts: Sequence[Tensor] = flat.split(_PART // flat.itemsize)
     return parts
