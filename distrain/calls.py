@@ -16,6 +16,7 @@ _COMMUNICATION = frozenset(
         "distrain.serving.network",
         "distrain.serving.server",
         "distrain.serving.worker",
+        "distrain.shared_memory.channel",
         "torch.distributed.distributed_c10d",
     }
 )

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distrain.shared_memory.channel import Channel
+from distrain.shared_memory.meeting import channels
+
 Reduction = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 #: What a peer may say that its tensors are.
@@ -57,7 +60,8 @@ class Ledger:
     """Bytes this rank put on the wire, by kind of collective.
 
     The count follows the algorithms the backends use between hosts: a ring for all-reduce, reduce-scatter and
-    all-gather, a binomial tree for broadcast. Headers are not counted.
+    all-gather, a binomial tree for broadcast. Headers are not counted. What goes from rank to rank is counted whether
+    or not the two share a host's memory, so that the figures of one layout of ranks compare with those of another.
     """
 
     def __init__(self) -> None:
@@ -86,6 +90,9 @@ def _tree_children(rank: int, source: int, ranks: int) -> int:
 class Communicator:
     """The collectives of one group of ranks.
 
+    Tensors on the CPU go through memory where all ranks of a group are on one host, and else by the group's backend;
+    see :mod:`distrain.shared_memory`.
+
     Args:
         group: The process group; ``None`` for a group of this rank alone.
         ledger: Where the bytes are counted; shared between communicators of one strategy.
@@ -96,17 +103,27 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.ledger = ledger if ledger is not None else Ledger()
+        self._channel: Channel | None = None
+        self._met = self.size == 1
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
         """Reduces ``tensor`` over the group, in place, and returns it."""
-        self.start_all_reduce(tensor, reduction).wait()
+        channel = self._channel_for(tensor)
+        if channel is None:
+            self.start_all_reduce(tensor, reduction).wait()
+        else:
+            self._count_all_reduce(tensor)
+            channel.all_reduce(tensor, reduction)
         return tensor
 
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Pending:
         """Starts an in-place all-reduce; the tensor must not be touched until the result was waited for."""
         if self.size == 1:
             return DONE
-        self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
+        self._count_all_reduce(tensor)
+        channel = self._channel_for(tensor)
+        if channel is not None:
+            return channel.start_all_reduce(tensor, reduction)
         work: Pending = dist.all_reduce(tensor, op=_OPS[reduction], group=self.group, async_op=True)
         return _Started(work)
 
@@ -116,21 +133,32 @@ class Communicator:
             return tensor
         sends = _tree_children(self.rank, source, self.size)
         self.ledger.sent["broadcast"] += sends * tensor.numel() * tensor.element_size()
-        dist.broadcast(tensor, group=self.group, group_src=source)
+        channel = self._channel_for(tensor)
+        if channel is None:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        else:
+            channel.broadcast(tensor, source)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's ``tensor`` (all of one shape and dtype), in order of rank."""
-        gathered, pending = self.start_all_gather(tensor)
-        pending.wait()
+        channel = self._channel_for(tensor)
+        if channel is None:
+            gathered, pending = self.start_all_gather(tensor)
+            pending.wait()
+        else:
+            gathered = self._room_to_gather(tensor)
+            channel.all_gather(gathered, tensor)
         return gathered
 
     def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], Pending]:
         """Starts to gather every rank's ``tensor`` (all of one shape and dtype); they are there once waited for."""
         if self.size == 1:
             return [tensor], DONE
-        self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        gathered = self._room_to_gather(tensor)
+        channel = self._channel_for(tensor)
+        if channel is not None:
+            return gathered, channel.start_all_gather(gathered, tensor)
         work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
         return gathered, _Started(work)
 
@@ -183,8 +211,32 @@ class Communicator:
 
     def barrier(self) -> None:
         """Waits until all ranks of the group are here."""
-        if self.size > 1:
+        channel = self._channel_for(None)
+        if channel is not None:
+            channel.barrier()
+        elif self.size > 1:
             dist.barrier(group=self.group)
+
+    def _count_all_reduce(self, tensor: Tensor) -> None:
+        self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
+
+    def _room_to_gather(self, tensor: Tensor) -> list[Tensor]:
+        self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
+        return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+
+    def _channel_for(self, tensor: Tensor | None) -> Channel | None:
+        """What carries a tensor past the backend, if anything does; the group's first call is a collective."""
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in Channel.DTYPES):
+            return None
+        if not self._met:
+            self._met = True
+            assert self.group is not None, "a rank alone has met all there are"
+            # Until that is known this group talks as any other, and what it says so is not counted.
+            by_backend = Communicator(self.group)
+            by_backend._met = True
+            cpu = torch.device("cpu")
+            self._channel = channels.of(self.group, lambda mine: by_backend.share(mine, cpu))
+        return self._channel
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:

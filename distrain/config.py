@@ -379,6 +379,10 @@ class RuntimeConfig:
 
     device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
     backend: str = setting("Process group backend; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl"))
+    shared_memory: str = setting(
+        "auto: on CPU, ranks that are all on one host exchange tensors through memory; off: by the backend there too.",
+        choices=("auto", "off"),
+    )
     threads: int | None = setting("CPU threads a rank; null: the host's cores shared among its ranks.", at_least=1)
     setup_timeout_seconds: float = setting("Ranks that don't meet within this time end with an error.", above=0)
     timeout_seconds: float = setting("A step, or a collective, that takes longer ends the run.", above=0)

@@ -35,6 +35,7 @@ from distrain.files import write_json, write_yaml
 from distrain.heap import keep_freed_memory
 from distrain.members import join
 from distrain.position import Position
+from distrain.shared_memory.meeting import channels
 from distrain.signals import Signals
 from distrain.verdict import Limits
 from distrain.watch import Meeting, Watch
@@ -158,6 +159,7 @@ class Runtime:
     def __enter__(self) -> Runtime:
         try:
             self._set_threads()
+            channels.allowed = self.config.runtime.shared_memory == "auto"
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             chooses = self._keep_logs and self.config.run_dir is None
@@ -206,6 +208,7 @@ class Runtime:
     def _close(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        channels.drop()
         self._signals.restore()
         if self._fault_file is not None:
             self._fault_file.close()

@@ -89,8 +89,9 @@ def measured_to_counted(everyone: Communicator, operation: Callable[[], Any]) ->
     return min(ratios)
 
 
-def on_each_rank(folder: Path) -> dict[str, Any]:
-    with Runtime(small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
+def on_each_rank(folder: Path, shared_memory: str) -> dict[str, Any]:
+    configuration = small("strategy=ddp", f"run_dir={folder}", f"runtime.shared_memory={shared_memory}")
+    with Runtime(configuration, World.from_environment()) as runtime:
         everyone = runtime.communicator()
         rank = everyone.rank
         found: dict[str, Any] = {"place": (rank, everyone.size)}
@@ -106,7 +107,7 @@ def on_each_rank(folder: Path) -> dict[str, Any]:
         found["broadcast"] = [everyone.broadcast(mine.clone(), source).tolist() for source in range(everyone.size)]
         found["gathered"] = [each.tolist() for each in everyone.all_gather(mine)]
         found["sent"] = dict(everyone.ledger.sent)
-        if INTERFACES.exists():
+        if shared_memory == "off" and INTERFACES.exists():
             big = torch.ones(8 * MB // 4)
             found["ratios"] = {
                 "all_reduce": measured_to_counted(everyone, lambda: everyone.all_reduce(big.zero_())),
@@ -116,9 +117,10 @@ def on_each_rank(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, "off"), (3, "off"), (3, "auto")])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(on_each_rank, request.param, tmp_path_factory.mktemp("run"))
+    ranks, shared_memory = request.param
+    return run_ranks(on_each_rank, ranks, tmp_path_factory.mktemp("run"), shared_memory)
 
 
 def test_several_ranks_get_the_right_results(found: list[dict[str, Any]]) -> None:
@@ -138,7 +140,7 @@ def test_several_ranks_get_the_right_results(found: list[dict[str, Any]]) -> Non
 
 @pytest.mark.skipif(not INTERFACES.exists(), reason="no interface counters here")
 def test_the_count_is_the_interface_s_own(found: list[dict[str, Any]]) -> None:
-    for kind, ratio in found[0]["ratios"].items():
+    for kind, ratio in found[0].get("ratios", {}).items():
         # Never less than was counted, and headers and acknowledgements are the only more.
         assert 1 <= ratio <= 1.05, kind
 

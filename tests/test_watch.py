@@ -121,7 +121,7 @@ def test_a_stuck_data_reader_is_found_and_its_stack_is_saved(tmp_path: Path) -> 
         (0, 3, "training", True),
         (2, 3, "training", True),
     ]
-    assert all("in _Started.wait" in other["stack"][-1] for other in found["others"])
+    assert all("in Peer._await" in other["stack"][-1] for other in found["others"])
     assert "in hang" in (tmp_path / "logs" / "rank_1.log").read_text()
 
 

@@ -1,0 +1,125 @@
+"""The other ranks of a host, and waiting for them."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from distrain.failures import PeerLost
+from distrain.processes import Process
+from distrain.shared_memory.arena import Memory
+from distrain.shared_memory.board import FINISHED, STARTED, Board, Entry
+from distrain.verdict import GONE
+
+#: Looks at a count before others get the processor: some 30 µs, in which no other thread of this process runs.
+_SPINS = 500
+#: How long it is only yielded, in seconds; then this rank sleeps between two looks, longer the longer it waits.
+_YIELD_SECONDS = 3e-4
+_LEAST_SLEEP, _MOST_SLEEP, _SLEEP_SHARE = 5e-5, 1e-3, 0.05
+#: How often a process that is waited for is looked at.
+_LOOK_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Who:
+    """A rank as messages name it.
+
+    Attributes:
+        rank: Among all ranks of the job.
+        host: Its name.
+    """
+
+    rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+class Peer:
+    """Another rank of this host, as far as its memory tells.
+
+    Args:
+        who: For messages.
+        process: That it is.
+        memory: Its arena.
+        limit: How long to wait for it, in seconds.
+        crowded: There are more ranks than cores, so that waiting must leave the processor at once.
+
+    Attributes:
+        who: As given.
+        memory: As given.
+    """
+
+    def __init__(self, who: Who, process: Process, memory: Memory, limit: float, *, crowded: bool) -> None:
+        self.who = who
+        self._process = process
+        self.memory = memory
+        self._board = Board(memory.words)
+        self._words = self._board.words
+        self._spins = 0 if crowded else _SPINS
+        self._yield_seconds = 0.0 if crowded else _YIELD_SECONDS
+        self._limit = limit
+
+    @property
+    def token(self) -> int:
+        """See :class:`Board`."""
+        return self._board.token
+
+    @property
+    def finished(self) -> int:
+        """How many collectives it needs no messages of any more."""
+        return self._words[FINISHED]
+
+    def await_start(self, number: int) -> None:
+        """Waits until it has started collective ``number``.
+
+        Raises:
+            PeerLost: Its process is gone.
+            torch.distributed.DistError: The time is up.
+        """
+        self._await(STARTED, number)
+
+    def await_finish(self, number: int) -> None:
+        """Waits until it needs no message of collective ``number`` any more; raises as the above."""
+        self._await(FINISHED, number)
+
+    def is_in(self, number: int, entry: Entry) -> bool:
+        """Whether what it has started is the same, wherever the message lies."""
+        return self._board.has(number, entry)
+
+    def entry(self, number: int) -> Entry:
+        """What it told of a collective that it has started."""
+        return self._board.entry(number)
+
+    def offset(self, number: int) -> int:
+        """Where in its arena lies what it gave to a collective that it has started."""
+        return self._board.offset(number)
+
+    def _await(self, count: int, number: int) -> None:
+        words = self._words
+        if words[count] > number:
+            return
+        for _ in range(self._spins):
+            if words[count] > number:
+                return
+        began = looked = time.monotonic()
+        while words[count] <= number:
+            now = time.monotonic()
+            waited = now - began
+            if waited < self._yield_seconds:
+                os.sched_yield()
+                continue
+            if now - looked > _LOOK_SECONDS:
+                looked = now
+                # In this order: what it did before it went is done.
+                if not self._process.lives and words[count] <= number:
+                    raise PeerLost(self.who.rank, self.who.host, GONE)
+                if waited > self._limit:
+                    raise dist.DistError(
+                        f"{self.who} did not come to a collective of ranks that share memory within {self._limit:g} s"
+                    )
+            time.sleep(min(max(_SLEEP_SHARE * waited, _LEAST_SLEEP), _MOST_SLEEP))
