@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def averaged(forward: Callable[[Tensor], Tensor], images: Tensor, views: str) -> Tensor:
-    """The weighted mean of what a model says of an image's views (Jordan 2024, arXiv 2404.00498, §3.6 and listing 4).
+    """The weighted mean of what a model says of an image's views (Jordan 2024, arXiv 2404.00498, §3.5).
 
     Args:
         forward: Images [n, C, H, W] to logits [n, classes].

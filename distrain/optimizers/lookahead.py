@@ -22,7 +22,7 @@ class Lookahead:
 
     Args:
         config: ``keep`` is one less the paper's step size; with ``power`` above 0 it grows from 0 to that, as in Jordan
-            2024 (arXiv 2404.00498, §3.5), where early steps must not be held back.
+            2024 (arXiv 2404.00498, §3.4), where early steps must not be held back.
         total_steps: Updates of the whole run.
     """
 
