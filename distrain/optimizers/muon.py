@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distrain.config import ConfigError, OptimizerConfig, register, setting
+from distrain.lean import lean
 from distrain.optimizers.groups import made_group
 
 #: Of the quintic that is steep at zero and keeps singular values between 0.7 and 1.2, as its author found them.
@@ -128,7 +129,7 @@ def muon(config: MuonConfig, groups: list[dict[str, Any]], fused: bool | None) -
         split += [matrices] if matrices["params"] or not split else []
         factor = config.sgd_lr_factor * group.get("lr_factor", 1.0)
         split += [{**group, "params": plain, "orthogonal": False, "lr_factor": factor}] if plain else []
-    return Muon(split, config.lr, config.momentum, config.nesterov, config.weight_decay, config.iterations)
+    return lean(Muon)(split, config.lr, config.momentum, config.nesterov, config.weight_decay, config.iterations)
 
 
 def _plain(config: MuonConfig, item: Any) -> bool:
