@@ -1,8 +1,8 @@
 """Collectives among ranks of one host: through memory that they share, beside gloo, in one run.
 
 Both carriers serve the same processes, one thread a rank, and take turns, several rounds, so that a machine whose speed
-drifts treats both alike. In a round each makes some calls after a warm-up, whose median is the slowest rank's; the table
-gives the median over rounds in ms, and the ratio of the medians.
+drifts treats both alike. In a round each makes some calls after a warm-up, whose median is the slowest rank's; the
+table gives the median over rounds in ms, and the ratio of the medians.
 
     python benchmarks/collectives.py [--ranks 2 4] [--bytes 4096 501760 47185920] [--rounds 9] [--json FILE]
         [--operations all_reduce start_all_reduce all_gather broadcast barrier]
