@@ -1,8 +1,8 @@
 """Collectives among ranks of one host: through memory that they share, beside gloo, in one run.
 
 Both carriers serve the same processes, one thread a rank, and take turns, several rounds, so that a machine whose speed
-drifts treats both alike. In a round each makes some calls after a warm-up; a call's time is the slowest rank's, and the
-tables give the median over rounds in ms, and the ratio of the medians.
+drifts treats both alike. In a round each makes some calls after a warm-up, whose median is the slowest rank's; the
+table gives the median over rounds in ms, and the ratio of the medians.
 
     python benchmarks/collectives.py [--ranks 2 4] [--bytes 4096 501760 47185920] [--rounds 9] [--json FILE]
         [--operations all_reduce start_all_reduce all_gather broadcast barrier]
@@ -65,11 +65,13 @@ def measure(
         for name, everyone in carriers.items():
             call(everyone, tensor)
             carriers["gloo"].barrier()
-            began = time.perf_counter()
+            taken = []
             for _ in range(calls):
+                began = time.perf_counter()
                 call(everyone, tensor)
-            slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-            found[name].append(float(carriers["gloo"].all_reduce(slowest, "max")) / calls)
+                taken.append(time.perf_counter() - began)
+            slowest = torch.tensor(statistics.median(taken), dtype=torch.float64)
+            found[name].append(float(carriers["gloo"].all_reduce(slowest, "max")))
     return found
 
 

@@ -14,8 +14,9 @@ from distrain.shared_memory.arena import Memory
 from distrain.shared_memory.board import FINISHED, STARTED, Board, Entry
 from distrain.verdict import GONE
 
-#: Looks at a count before others get the processor: some 30 µs, in which no other thread of this process runs.
-_SPINS = 500
+#: Looks at a count before others get the processor: a few µs, in which no other thread of this process runs, nor the
+#: peer itself where it has come to this processor.
+_SPINS = 50
 #: How long it is only yielded, in seconds; then this rank sleeps between two looks, longer the longer it waits.
 _YIELD_SECONDS = 3e-4
 _LEAST_SLEEP, _MOST_SLEEP, _SLEEP_SHARE = 5e-5, 1e-3, 0.05

@@ -158,6 +158,11 @@ def settle(modules: Iterable[nn.Module]) -> None:
                 layer.settle()
 
 
+def keep_from_compiler() -> None:
+    """From now on torch.compile leaves synchronised layers out, instead of following them into their collectives."""
+    SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)  # type: ignore[method-assign]
+
+
 def synchronise(model: nn.Module, communicator: Communicator) -> int:
     """Replaces the model's BatchNorm layers, in place, by ones that see all replicas; names and tensors stay.
 

@@ -90,6 +90,7 @@ class DDP(Single):
                         "trainer.compile: the graph breaks at each synchronised BatchNorm layer, which costs more than "
                         "it gains; strategy.batchnorm=local and model.norm=group compile whole"
                     )
+                    batchnorm.keep_from_compiler()
                 if self.config.trainer.micro_batch_size is not None:
                     log.warning(
                         "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
