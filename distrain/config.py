@@ -547,7 +547,7 @@ def _in_words(wanted: Any) -> str:
         return f"{_in_words(arguments[0])}, or null"
     if typing.get_origin(wanted) is list:
         return f"a list, each element {_in_words(arguments[0])}"
-    if arguments:
+    if arguments and typing.get_origin(wanted) is not dict:
         return " or ".join(map(_in_words, arguments))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(wanted, "a mapping of keys to values")

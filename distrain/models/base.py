@@ -120,9 +120,9 @@ def check(
 ) -> list[str]:
     """Builds the model without memory (on the meta device) and runs a batch of images through.
 
-    The batch runs without memory too where the model is large; a small one runs on CPU with zeros for its parameters,
-    since torch takes a second to import what it computes shapes with. A ``custom`` model that can run neither way (its
-    forward depends on values, say) is tried on CPU with its own initial parameters instead.
+    The batch runs without memory too where the model is large or ``custom``; a small one of ours runs on CPU with zeros
+    for its parameters, since torch takes a second to import what it computes shapes with. A ``custom`` model that meta
+    tensors can't run (its forward depends on values, say) is tried on CPU with its own initial parameters instead.
 
     Args:
         config: As for :func:`build`, and so are the others.
@@ -149,7 +149,8 @@ def check(
                 )
                 if also is not None:
                     also(model)
-            if device == "meta" and _runs_fast(model, image_size):
+            # What a stranger's model does with a batch (it may even hang) is not for here, where nobody watches.
+            if device == "meta" and not isinstance(config, CustomConfig) and _runs_fast(model, image_size):
                 device = "cpu"
                 _fill_with_zeros(model)
             with torch.device(device):
