@@ -180,13 +180,15 @@ def trace(began: float, overrides: list[str]) -> None:
         from distrain.trainer import Trainer
 
     def end(*_: Any) -> NoReturn:
-        print(json.dumps({name: 1000 * seconds for name, seconds in parts.seconds.items()}), flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps({name: 1000 * seconds for name, seconds in parts.seconds.items()}), flush=True)
         # The run would go on to its end, and here nobody waits for that.
         os._exit(0)
 
     parts.around(app, "check", "check")
     parts.around(type(app.source(checked)), "load", "data")
     parts.around(Runtime, "__enter__", "meet")
+    parts.around(app, "settled", "try formats")
     parts.around(app, "build_trainer", "build")
     parts.around(Trainer, "_resume", "resume")
     parts.around(Trainer, "_take_step", "first step")
@@ -200,9 +202,8 @@ def traced(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*arguments.overrides, f"run_dir={folder}", *(["strategy=ddp"] if name == "two" else [])]
         command = [*(TORCHRUN if name == "two" else [sys.executable]), __file__, "--trace", str(time.time())]
-        lines = called([*command, *overrides], 0).splitlines()
-    found: dict[str, float] = json.loads(lines[0])
-    return found
+        found: dict[str, float] = json.loads(called([*command, *overrides], 0))
+        return found
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
