@@ -201,6 +201,8 @@ class Runtime:
             self._fail(broken)
             self._close()
             raise Failed from broken
+        # Before the groups go: of one that nobody holds any more it would not be known that it had memory.
+        channels.drop()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._close()

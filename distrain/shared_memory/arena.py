@@ -9,6 +9,7 @@ since nobody can make the file shorter.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 from pathlib import Path
@@ -23,6 +24,8 @@ SIZE = 1 << 34
 _LEAST_USE = 4
 #: Slots are multiples of this many bytes, and of a sixteenth of their size: messages of about one size share them.
 _GRAIN = 4096
+#: Of ``madvise(2)``.
+_NOT_DUMPED = 16
 #: Memory is reserved in pieces of at least this many bytes.
 _PIECE = 1 << 18
 _MOST_VIEWS = 256
@@ -162,9 +165,13 @@ def _mapped(pid: int, descriptor: int) -> Tensor:
     try:
         # torch keeps no descriptor open, which Python's mmap does.
         with _normal_tensors():
-            return torch.from_file(path, shared=True, size=SIZE, dtype=torch.uint8)
+            memory = torch.from_file(path, shared=True, size=SIZE, dtype=torch.uint8)
     except RuntimeError as error:
         raise OSError(f"{path} can't be mapped: {error}") from error
+    # The core dump of a rank that crashes would read all of these addresses, and so have memory put behind each.
+    if ctypes.CDLL(None).madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(SIZE), _NOT_DUMPED):
+        raise OSError(f"{path} can't be left out of core dumps")
+    return memory
 
 
 def _normal_tensors() -> torch.inference_mode:

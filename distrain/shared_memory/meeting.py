@@ -97,7 +97,7 @@ class Channels:
         problem = ""
         try:
             peers = _open(everyone, dist.get_rank(group), _limit(group))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problem = str(error)
         answers = share({"rank": who.rank, "host": who.host, "problem": problem[:_LONGEST_REASON]})
         problems = [_about(each) for each in answers if each["problem"]]
@@ -125,13 +125,22 @@ def _offer() -> tuple[Arena | None, dict[str, Any]]:
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
             # See distrain.shared_memory.board for why.
             raise OSError(f"not on {sys.platform} {platform.machine()}")
+        if _addresses_are_limited():
+            raise OSError("the addresses of a process are limited here (ulimit -v), and arenas take many")
         here = place()
         arena = Arena(BOARD_SIZE)
-    except OSError as error:
+    except (OSError, AttributeError) as error:
+        # A Python that was built against an old C library has no memfd_create.
         return None, {"place": [], "problem": str(error)[:_LONGEST_REASON]}
     token = secrets.randbits(62)
     Board(arena.words).token = token
     return arena, {"place": here, "problem": "", "descriptor": arena.descriptor, "token": token}
+
+
+def _addresses_are_limited() -> bool:
+    import resource  # not on every system
+
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, Peer]:
@@ -141,7 +150,7 @@ def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, 
     for index, each in enumerate(everyone):
         if index == rank:
             continue
-        memory = Memory(each["pid"], each["descriptor"])
+        memory = Memory(int(each["pid"]), int(each["descriptor"]))
         process = Process(each["pid"], each["started"])
         peers[index] = Peer(Who(each["rank"], each["host"]), process, memory, limit, crowded=crowded)
         if peers[index].token != each["token"]:

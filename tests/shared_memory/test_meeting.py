@@ -38,7 +38,11 @@ def may_not_open(*_: object) -> None:
 def spoil(how: str) -> None:
     """Makes something fail that sharing memory needs; on one rank alone, where that is possible."""
     last = os.environ["RANK"] == "1"
-    if how == "memfd" and last:
+    if how == "old" and last:
+        del os.memfd_create
+    elif how == "addresses" and last:
+        meeting._addresses_are_limited = lambda: True
+    elif how == "memfd" and last:
         os.memfd_create = no_such_call  # type: ignore[assignment]
     elif how == "memory" and last:
         os.posix_fallocate = no_memory
@@ -72,6 +76,8 @@ def meet(how: str) -> tuple[bool, list[str], float]:
     ("how", "why"),
     [
         ("memfd", "there is no memfd_create"),
+        ("old", "has no attribute 'memfd_create'"),
+        ("addresses", "the addresses of a process are limited here (ulimit -v), and arenas take many"),
         ("memory", "no memory is left"),
         ("mapping", "not allowed"),
         ("processor", "not on linux aarch64"),
