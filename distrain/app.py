@@ -92,6 +92,7 @@ def check(config: Config, world: World) -> None:
             f"the global batch is smaller than the {shares} ranks that share it",
         )
     compression.chosen(config).check(config)
+    optimizers.check(config)
     resuming.check(config)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)

@@ -382,6 +382,7 @@ class RuntimeConfig:
     shared_memory: str = setting(
         "auto: on CPU, ranks that are all on one host exchange tensors through memory; off: by the backend there too.",
         choices=("auto", "off"),
+        default="auto",
     )
     threads: int | None = setting("CPU threads a rank; null: the host's cores shared among its ranks.", at_least=1)
     setup_timeout_seconds: float = setting("Ranks that don't meet within this time end with an error.", above=0)

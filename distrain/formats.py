@@ -86,9 +86,7 @@ def settled(config: Config, runtime: Runtime, splits: Splits, make_model: Callab
         found = _tried(config, runtime, splits, make_model)
         seed_everything(config.seed)
     if found is None:
-        precisions = _precisions(config)
-        precision = precisions[0] if len(precisions) == 1 else usual_precision(runtime.device)
-        found = Formats(precision, wanted.memory_format)
+        found = Formats(_by_rule(config, runtime), wanted.memory_format)
         log.info("computing in %s, %s, by rule", found.precision, found.memory_format)
     trainer = dataclasses.replace(wanted, precision=found.precision, memory_format=found.memory_format)
     return dataclasses.replace(config, trainer=trainer)
@@ -123,6 +121,15 @@ def _precisions(config: Config) -> Sequence[str]:
     return PRECISIONS[: PRECISIONS.index(config.trainer.lowest_precision) + 1]
 
 
+def _by_rule(config: Config, runtime: Runtime) -> str:
+    """The precision that all ranks' devices have; all call it together."""
+    precisions = _precisions(config)
+    if len(precisions) == 1:
+        return precisions[0]
+    mine = torch.tensor(PRECISIONS.index(usual_precision(runtime.device)), device=runtime.device)
+    return PRECISIONS[int(runtime.communicator().all_reduce(mine, "min"))]
+
+
 def _layouts(config: Config, model: nn.Module) -> Sequence[str]:
     if config.trainer.memory_format != "auto":
         return (config.trainer.memory_format,)
@@ -140,7 +147,8 @@ def _of_before(config: Config, runtime: Runtime) -> Formats | None:
     wanted = config.trainer
     layout: Any = held.get("memory_format") if wanted.memory_format == "auto" else wanted.memory_format
     precision: Any = held.get("precision") if wanted.precision == "auto" else wanted.precision
-    if layout not in tuple(LAYOUTS) or precision not in _precisions(config):
+    # A layout by the rule is one by the rule again.
+    if layout not in ("auto", *LAYOUTS) or precision not in _precisions(config):
         return None
     log.info("computing in %s, %s, as before", precision, layout)
     return Formats(precision, layout)
@@ -234,7 +242,8 @@ class Trial:
     """
 
     def __init__(self, config: Config, model: nn.Module, images: Images, splits: Splits, device: torch.device) -> None:
-        self._model, self._device, self._loss_fn = model.train(), device, losses.build(config.loss)
+        self._model, self._device, self._loss_fn = model, device, losses.build(config.loss)
+        model.train()
         loader = Loader(
             images,
             batch_size=len(images),
@@ -271,10 +280,10 @@ class Trial:
         if formats in self._failed:
             return math.inf
         layout = LAYOUTS[formats.memory_format]
-        self._model.to(memory_format=layout)  # type: ignore[call-overload]
         images = self._batch.images[:size].contiguous(memory_format=layout)
         precision = Precision(formats.precision, self._device)
         try:
+            self._model.to(memory_format=layout)  # type: ignore[call-overload]
             return _timed(self._model, images, self._batch.labels[:size], self._loss_fn, precision)
         except Exception as error:  # whatever a user's model raises, a view of images in another layout, say
             log.info("%s, %s: %s", formats.precision, formats.memory_format, str(error).partition("\n")[0])

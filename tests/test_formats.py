@@ -236,6 +236,16 @@ def test_stages_of_a_pipeline_go_by_the_rule(option: str) -> None:
     assert run_ranks(counted, 2, config) == [(Formats("fp32", "auto"), False)] * 2
 
 
+def of_unlike_devices(config: Config) -> Formats:
+    formats.usual_precision = lambda device: "fp32" if World.from_environment().rank else "bf16"
+    return settled(config)
+
+
+def test_a_precision_by_the_rule_is_one_that_all_ranks_have(option: str) -> None:
+    asked = small(*BOTH, option, "strategy=ddp", "trainer.deterministic=true")
+    assert [found.precision for found in run_ranks(of_unlike_devices, 2, asked)] == ["fp32", "fp32"]
+
+
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +275,12 @@ FASTEST: list[Clock] = [
 def test_a_run_that_goes_on_chooses_as_it_began(begun: Callable[..., Formats]) -> None:
     assert begun(FASTEST[1], 2) == D
     assert begun(FASTEST[0], 4) == D
+
+
+def test_a_layout_by_the_rule_stays_one(begun: Callable[..., Formats]) -> None:
+    # An earlier release never tried; a trial now could end in another layout than the checkpoint was computed in.
+    assert begun(FASTEST[1], 2, "trainer.precision=fp32", "trainer.deterministic=true").memory_format == "auto"
+    assert begun(FASTEST[0], 4, "trainer.precision=fp32").memory_format == "auto"
 
 
 def test_a_run_that_begins_anew_chooses_anew(begun: Callable[..., Formats]) -> None:

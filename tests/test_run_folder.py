@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -38,6 +39,22 @@ def test_says_what_the_run_was(run: Path) -> None:
     assert folder.spec.classes == ("0", "1", "2", "3")
     data = json.loads((run / "data.json").read_text())
     assert [list(folder.mean), list(folder.std)] == [data["mean"], data["std"]]
+
+
+def test_a_run_of_before_a_key_came_is_read(run: Path) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    for key in (
+        "runtime.shared_memory",
+        "trainer.lowest_precision",
+        "trainer.test_views",
+        "data.augment.crop_border",
+        "optimizer.groups",
+        "optimizer.lookahead",
+    ):
+        *path, name = key.split(".")
+        del functools.reduce(dict.__getitem__, path, content)[name]
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert newest(run).training is False
 
 
 def test_model_has_the_weights_of_the_checkpoint(run: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.config import ConfigError, OptimizerConfig, choice, register, setting
+from distrain.config import Config, ConfigError, OptimizerConfig, choice, register, setting
 from distrain.lean import lean
 from distrain.optimizers.groups import Groups, Parameters
 from distrain.optimizers.lookahead import Lookahead
@@ -77,6 +77,22 @@ def adamw(config: AdamConfig, groups: list[dict[str, Any]], fused: bool | None) 
 def _adam_arguments(config: AdamConfig) -> dict[str, Any]:
     first, second = config.betas
     return {"lr": config.lr, "betas": (first, second), "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def check(config: Config) -> None:
+    """Refuses what an optimizer can't keep.
+
+    Raises:
+        ConfigError: Lookahead, whose last merge is the run's last update, where updates may be left out.
+    """
+    every, trainer = config.optimizer.lookahead.every, config.trainer
+    if every is not None and (trainer.precision == "fp16" or trainer.on_nonfinite != "stop"):
+        raise ConfigError(
+            "optimizer.lookahead.every",
+            every,
+            "needs every update, and trainer.precision=fp16 and trainer.on_nonfinite=skip or rewind leave some out",
+            ["null"],
+        )
 
 
 def build(

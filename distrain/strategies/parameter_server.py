@@ -175,6 +175,13 @@ class ParameterServer(Single):
                 f"needs workers that keep step, not mode={options.mode}",
                 ["stop", "skip"],
             )
+        if config.optimizer.lookahead.every is not None and options.mode != "sync":
+            raise ConfigError(
+                "optimizer.lookahead.every",
+                config.optimizer.lookahead.every,
+                f"needs workers that keep step, not mode={options.mode}",
+                ["null"],
+            )
         if config.compression.name == "auto":
             others = [name for name in choices("compression") if name != "auto"]
             raise ConfigError("compression", "auto", "chooses by timing collectives, and pushes are none", others)

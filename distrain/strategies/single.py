@@ -59,7 +59,8 @@ class Single(Strategy):
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
-        self._forward: nn.Module = model.train()
+        self._forward: nn.Module = model
+        model.train()
         self._kept = KeptBuffers([model]) if self.config.trainer.on_nonfinite != "stop" else None
         if self.config.trainer.compile == "max":
             # Kernels chosen by timing and, on CUDA, graphs of them, for each size of batch anew: for a size that varies

@@ -67,3 +67,18 @@ def test_local_sgd_has_a_slow_copy_of_its_own() -> None:
     world = World(rank=0, size=2, local_rank=0, local_size=2, host="here")
     with pytest.raises(ConfigError, match=r"^optimizer\.lookahead\.every=5: strategy=local_sgd keeps a slow copy"):
         app.check(small("strategy=local_sgd", "optimizer.lookahead.every=5"), world)
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups: epochs can't be counted"):
+        app.check(small("strategy=local_sgd", "optimizer.groups=[{match: '*.bias', epochs: 1}]"), world)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "line"),
+    [
+        (("trainer.precision=fp16",), 1, "needs every update"),
+        (("trainer.on_nonfinite=skip",), 1, "needs every update"),
+        (("strategy=parameter_server", "strategy.mode=async"), 2, "needs workers that keep step, not mode=async"),
+    ],
+)
+def test_where_the_last_update_is_not_known_it_is_refused(overrides: tuple[str, ...], ranks: int, line: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^optimizer\.lookahead\.every=5: {line}"):
+        app.check(small("optimizer.lookahead.every=5", *overrides), World(0, ranks, 0, ranks, "here"))

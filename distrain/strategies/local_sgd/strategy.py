@@ -14,7 +14,7 @@ from distrain import state
 from distrain.carried import Carried
 from distrain.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
-from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, register, setting
+from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, missing, register, setting
 from distrain.control import Alone, Counsel, Rounds
 from distrain.data.sampler import shard_bounds
 from distrain.pipelining import split
@@ -148,6 +148,8 @@ class LocalSGD(Single):
                 "strategy=local_sgd keeps a slow copy by itself, with strategy.outer_optimizer=sgd",
                 ["null"],
             )
+        if any(group.epochs is not None for group in config.optimizer.groups):
+            raise missing("optimizer.groups", "epochs can't be counted where each rank makes updates of its own")
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
