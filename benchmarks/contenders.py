@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.phases import Timeline
+from benchmarks.textbook import textbook_cnn
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 8192
@@ -80,24 +81,6 @@ class Timer:
             if self.timeline is not None:
                 self.phases = self.timeline.milliseconds(self.steps)
         return self.count < self.warmup + self.steps
-
-
-def textbook_cnn() -> nn.Module:
-    """The seed's CIFAR-10 CNN as its readers would write it: 122,570 parameters."""
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1024, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
 
 
 def network(name: str) -> nn.Module:

@@ -52,22 +52,11 @@ def bare() -> float:
     import torch.distributed as dist
     from torch import nn
 
+    from benchmarks.textbook import textbook_cnn
+
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(
-        nn.Conv2d(3, 32, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1024, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    model: nn.Module = textbook_cnn()
     images, labels = torch.randn(1024, 3, 32, 32), torch.randint(10, (1024,))
     if ranks > 1:
         dist.init_process_group("gloo")
