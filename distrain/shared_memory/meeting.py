@@ -152,7 +152,9 @@ def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, 
             continue
         memory = Memory(int(each["pid"]), int(each["descriptor"]))
         process = Process(each["pid"], each["started"])
-        peers[index] = Peer(Who(each["rank"], each["host"]), process, memory, limit, crowded=crowded)
+        peers[index] = Peer(
+            Who(each["rank"], each["host"]), process, memory, limit, crowded=crowded, moves=index < rank
+        )
         if peers[index].token != each["token"]:
             raise OSError(f"process {each['pid']} is another here than for itself")
     return peers

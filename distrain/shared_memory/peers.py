@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -19,6 +21,10 @@ from distrain.verdict import GONE
 _SPINS = 50
 #: How long it is only yielded, in seconds; then this rank sleeps between two looks, longer the longer it waits.
 _YIELD_SECONDS = 3e-4
+#: A yield that takes longer has let another thread run.
+_SHARED_SECONDS = 1e-5
+#: How often a rank moves at most, in seconds: in this time the system itself sees who needs a processor.
+_MOVE_SECONDS = 1e-3
 _LEAST_SLEEP, _MOST_SLEEP, _SLEEP_SHARE = 5e-5, 1e-3, 0.05
 #: How often a process that is waited for is looked at.
 _LOOK_SECONDS = 0.02
@@ -49,13 +55,14 @@ class Peer:
         memory: Its arena.
         limit: How long to wait for it, in seconds.
         crowded: There are more ranks than cores, so that waiting must leave the processor at once.
+        moves: Of this rank and the peer this one goes where they are on one processor.
 
     Attributes:
         who: As given.
         memory: As given.
     """
 
-    def __init__(self, who: Who, process: Process, memory: Memory, limit: float, *, crowded: bool) -> None:
+    def __init__(self, who: Who, process: Process, memory: Memory, limit: float, *, crowded: bool, moves: bool) -> None:
         self.who = who
         self._process = process
         self.memory = memory
@@ -64,6 +71,8 @@ class Peer:
         self._spins = 0 if crowded else _SPINS
         self._yield_seconds = 0.0 if crowded else _YIELD_SECONDS
         self._limit = limit
+        self._moves = moves
+        self._moved = -math.inf
 
     @property
     def token(self) -> int:
@@ -113,6 +122,9 @@ class Peer:
             waited = now - began
             if waited < self._yield_seconds:
                 os.sched_yield()
+                if self._moves and time.monotonic() - now > _SHARED_SECONDS and now - self._moved > _MOVE_SECONDS:
+                    self._moved = now
+                    leave_processor()
                 continue
             if now - looked > _LOOK_SECONDS:
                 looked = now
@@ -124,3 +136,18 @@ class Peer:
                         f"{self.who} did not come to a collective of ranks that share memory within {self._limit:g} s"
                     )
             time.sleep(min(max(_SLEEP_SHARE * waited, _LEAST_SLEEP), _MOST_SLEEP))
+
+
+def leave_processor() -> None:
+    """Moves this thread to another processor, if it may run on any.
+
+    Ranks that yield to each other stay on one for long, at five times what a collective costs else: the system looks
+    for a better place when a thread wakes up, and these never sleep.
+    """
+    allowed = os.sched_getaffinity(0)
+    others = allowed - {ctypes.CDLL(None).sched_getcpu()}
+    if others:
+        try:
+            os.sched_setaffinity(0, others)
+        finally:
+            os.sched_setaffinity(0, allowed)
