@@ -17,6 +17,7 @@ _COMMUNICATION = frozenset(
         "distrain.serving.server",
         "distrain.serving.worker",
         "distrain.shared_memory.channel",
+        "distrain.shared_memory.hosts",
         "torch.distributed.distributed_c10d",
     }
 )

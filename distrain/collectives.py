@@ -10,17 +10,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.shared_memory.channel import Channel
+from distrain.shared_memory.channel import REDUCE_OPS, Channel, Pending, Reduction
+from distrain.shared_memory.hosts import Hosts
 from distrain.shared_memory.meeting import channels
 
-Reduction = Literal["sum", "max", "min"]
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+__all__ = [
+    "DONE", "DTYPES", "Communicator", "Ledger", "Pending", "Reduction", "digest", "ring_all_reduce_bytes",
+]  # fmt: skip
 #: What a peer may say that its tensors are.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -29,13 +31,6 @@ DTYPES = {
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-
-
-class Pending(Protocol):
-    """A collective that was started and must be waited for before its tensor is read."""
-
-    def wait(self) -> object:
-        """Blocks until done; on a GPU only the current stream waits."""
 
 
 class _Done:
@@ -59,7 +54,7 @@ class _Started:
 class Ledger:
     """Bytes this rank put on the wire, by kind of collective.
 
-    The count follows the algorithms the backends use between hosts: a ring for all-reduce, reduce-scatter and
+    The count follows the algorithms the backends use among hosts of one rank each: a ring for all-reduce and
     all-gather, a binomial tree for broadcast. Headers are not counted. What goes from rank to rank is counted whether
     or not the two share a host's memory, so that the figures of one layout of ranks compare with those of another.
     """
@@ -90,8 +85,8 @@ def _tree_children(rank: int, source: int, ranks: int) -> int:
 class Communicator:
     """The collectives of one group of ranks.
 
-    Tensors on the CPU go through memory where all ranks of a group are on one host, and else by the group's backend;
-    see :mod:`distrain.shared_memory`.
+    Tensors on the CPU go through memory among ranks of one host, and else by the group's backend; see
+    :mod:`distrain.shared_memory`.
 
     Args:
         group: The process group; ``None`` for a group of this rank alone.
@@ -103,7 +98,7 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.ledger = ledger if ledger is not None else Ledger()
-        self._channel: Channel | None = None
+        self._channel: Channel | Hosts | None = None
         self._met = self.size == 1
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -124,7 +119,7 @@ class Communicator:
         channel = self._channel_for(tensor)
         if channel is not None:
             return channel.start_all_reduce(tensor, reduction)
-        work: Pending = dist.all_reduce(tensor, op=_OPS[reduction], group=self.group, async_op=True)
+        work: Pending = dist.all_reduce(tensor, op=REDUCE_OPS[reduction], group=self.group, async_op=True)
         return _Started(work)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
@@ -161,6 +156,30 @@ class Communicator:
             return gathered, channel.start_all_gather(gathered, tensor)
         work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
         return gathered, _Started(work)
+
+    def reduce_scatter(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Reduces ``tensor``, ``[size * n, ...]``, over the group.
+
+        Returns:
+            The ``rank``-th part of the result, ``[n, ...]``; on a group of one rank ``tensor`` itself.
+
+        Raises:
+            ValueError: Its first dimension can't be cut in ``size`` equal parts.
+        """
+        if tensor.dim() == 0 or len(tensor) % self.size:
+            raise ValueError(f"a tensor of shape {list(tensor.shape)} can't be cut in {self.size} equal parts")
+        if self.size == 1:
+            return tensor
+        whole = ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
+        # gloo sends what an all-reduce sends; others the half of it.
+        self.ledger.sent["reduce_scatter"] += whole if tensor.device.type == "cpu" else whole // 2
+        part = tensor.new_empty(len(tensor) // self.size, *tensor.shape[1:])
+        channel = self._channel_for(tensor)
+        if channel is None:
+            dist.reduce_scatter_tensor(part, tensor.contiguous(), op=REDUCE_OPS[reduction], group=self.group)
+        else:
+            channel.reduce_scatter(part, tensor, reduction)
+        return part
 
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
         """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; it must live until waited for.
@@ -224,7 +243,7 @@ class Communicator:
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
 
-    def _channel_for(self, tensor: Tensor | None) -> Channel | None:
+    def _channel_for(self, tensor: Tensor | None) -> Channel | Hosts | None:
         """What carries a tensor past the backend, if anything does; the group's first call is a collective."""
         if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in Channel.DTYPES):
             return None

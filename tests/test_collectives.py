@@ -31,9 +31,15 @@ def test_one_rank_needs_no_group_and_sends_nothing() -> None:
     assert alone.broadcast(tensor) is tensor
     (gathered,) = alone.all_gather(tensor)
     assert gathered is tensor
+    assert alone.reduce_scatter(tensor) is tensor
     alone.barrier()
     assert tensor.tolist() == [1.0, 2.0]
     assert alone.ledger.total() == 0
+
+
+def test_what_can_t_be_scattered_in_equal_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a tensor of shape \[\] can't be cut in 1 equal parts"):
+        Communicator().reduce_scatter(torch.ones(()))
 
 
 # --- the formulas ----------------------------------------------------------------------------------------------------
@@ -106,6 +112,8 @@ def on_each_rank(folder: Path, shared_memory: str) -> dict[str, Any]:
         found["started"] = started.tolist()
         found["broadcast"] = [everyone.broadcast(mine.clone(), source).tolist() for source in range(everyone.size)]
         found["gathered"] = [each.tolist() for each in everyone.all_gather(mine)]
+        rows = torch.arange(2.0 * everyone.size).view(everyone.size, 2) * (rank + 1)
+        found["scattered"] = everyone.reduce_scatter(rows).tolist()
         found["sent"] = dict(everyone.ledger.sent)
         if shared_memory == "off" and INTERFACES.exists():
             big = torch.ones(8 * MB // 4)
@@ -113,6 +121,7 @@ def on_each_rank(folder: Path, shared_memory: str) -> dict[str, Any]:
                 "all_reduce": measured_to_counted(everyone, lambda: everyone.all_reduce(big.zero_())),
                 "broadcast": measured_to_counted(everyone, lambda: everyone.broadcast(big, 1)),
                 "all_gather": measured_to_counted(everyone, lambda: everyone.all_gather(big)),
+                "reduce_scatter": measured_to_counted(everyone, lambda: everyone.reduce_scatter(big[: MB * 6 // 4])),
             }
     return found
 
@@ -132,9 +141,12 @@ def test_several_ranks_get_the_right_results(found: list[dict[str, Any]]) -> Non
         assert each["max"] == [ranks, 10 * ranks]
         assert each["min"] == [1, 10]
         assert each["broadcast"] == each["gathered"] == [[factor, 10 * factor] for factor in factors]
+        assert each["scattered"] == [[2 * rank * sum(factors), (2 * rank + 1) * sum(factors)]]
         # Four all-reduces of 8 bytes, one broadcast from each rank, one gather of 8 bytes.
         assert each["sent"]["all_reduce"] == 4 * ring_all_reduce_bytes(8, ranks)
         assert each["sent"]["all_gather"] == 8 * (ranks - 1)
+        # gloo reduces the whole, of a row for each rank.
+        assert each["sent"]["reduce_scatter"] == ring_all_reduce_bytes(8 * ranks, ranks)
     assert sum(each["sent"]["broadcast"] for each in found) == ranks * 8 * (ranks - 1)
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distrain.shared_memory.arena import Arena, Memory, Slot
@@ -34,7 +35,11 @@ _FLAG = 64
 #: Parts that a source may be ahead of who reads them.
 _AHEAD = 4
 
-_KINDS = ("all_reduce", "broadcast", "all_gather", "barrier")
+Reduction = Literal["sum", "max", "min"]
+#: What the backends call them.
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+_KINDS = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce_scatter", "reduce", "gather")
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 _REDUCTION_NAMES = tuple(_REDUCTIONS)
 _DTYPES = (
@@ -54,9 +59,20 @@ def _in_words(entry: Entry) -> str:
     kind, dtype, detail = _KINDS[entry.code & 0xFF], _DTYPES[entry.code >> 8 & 0xFF], entry.code >> 16
     if kind == "barrier":
         return kind
-    which = {"all_reduce": f" ({_REDUCTION_NAMES[detail % 3]})", "broadcast": f" from rank {detail} of the group"}
+    which = ""
+    if kind == "broadcast":
+        which = f" from rank {detail} of the group"
+    elif "reduce" in kind:
+        which = f" ({_REDUCTION_NAMES[detail % 3]})"
     count = entry.size // dtype.itemsize
-    return f"{kind}{which.get(kind, '')} of {count} {str(dtype).removeprefix('torch.')}"
+    return f"{kind}{which} of {count} {str(dtype).removeprefix('torch.')}"
+
+
+class Pending(Protocol):
+    """A collective that was started and must be waited for before its tensor is read."""
+
+    def wait(self) -> object:
+        """Blocks until done; on a GPU only the current stream waits."""
 
 
 class Operation:
@@ -105,8 +121,8 @@ class Channel:
         self._arena = arena
         self._board = Board(arena.words)
         self._peers = peers
-        self._all_peers = tuple(peers.values())
-        self._memories: list[Memory] = [each.memory for _, each in sorted(peers.items())]
+        self._all_peers = tuple(peer for _, peer in sorted(peers.items()))
+        self._memories: list[Memory] = [peer.memory for peer in self._all_peers]
         self._memories.insert(rank, arena)
         self._started = self._finished = 0
         self._pending: deque[Operation] = deque()
@@ -118,67 +134,103 @@ class Channel:
 
     # --- the collectives ---------------------------------------------------------------------------------------------
 
-    def all_reduce(self, tensor: Tensor, reduction: Literal["sum", "max", "min"]) -> None:
+    def all_reduce(self, tensor: Tensor, reduction: Reduction) -> None:
         """Reduces in place."""
         if len(self._memories) > 2:
             # They compute it together, which takes the whole.
             self.start_all_reduce(tensor, reduction).wait()
             return
-        flat = _flat(tensor)
-        before: Operation | None = None
-        for part in _parts(flat):
-            operation = self._start_reduce(part, reduction)
-            if before is not None:
-                before.wait()
-            before = operation
-        assert before is not None, "there is always one part"
-        before.wait()
-        _put_back(flat, tensor)
+        flat = flattened(tensor)
+        _wait_one_behind(self._start_all_reduce(part, reduction) for part in _parts(flat))
+        put_back(flat, tensor)
 
-    def start_all_reduce(self, tensor: Tensor, reduction: Literal["sum", "max", "min"]) -> Operation:
+    def start_all_reduce(self, tensor: Tensor, reduction: Reduction) -> Operation:
         """Starts to reduce in place."""
-        flat = _flat(tensor)
-        operation = self._start_reduce(flat, reduction)
+        flat = flattened(tensor)
+        operation = self._start_all_reduce(flat, reduction)
         if not tensor.is_contiguous():
             add_up = operation.finish
 
             def finish() -> None:
                 add_up()
-                _put_back(flat, tensor)
+                put_back(flat, tensor)
 
             operation.finish = finish
         return operation
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Copies from the group's rank ``source`` in place."""
-        flat = _flat(tensor)
+        flat = flattened(tensor)
         for index, part in enumerate(_parts(flat)):
             code, size = _code("broadcast", part.dtype, source), part.numel() * part.itemsize
             if source == self._rank:
                 number = self._started
-                self._start(code, size, part, (), _nothing).wait()
+                self._give(code, size, part)
                 if index >= _AHEAD:
                     for peer in self._all_peers:
                         peer.await_finish(number - _AHEAD)
             else:
                 self._start_receive(code, size, part, source).wait()
-        _put_back(flat, tensor)
+        put_back(flat, tensor)
+
+    def start_broadcast(self, tensor: Tensor, source: int) -> Operation:
+        """Starts to do the same with a contiguous tensor; the source has it all in memory, and need not wait."""
+        flat = flattened(tensor)
+        code, size = _code("broadcast", flat.dtype, source), flat.numel() * flat.itemsize
+        if source != self._rank:
+            return self._start_receive(code, size, flat, source)
+        return self._give(code, size, flat)
+
+    def start_reduce(self, tensor: Tensor, reduction: Reduction) -> Operation:
+        """Starts to reduce into the (contiguous) tensor of the group's first rank; the others need not wait."""
+        flat, number = flattened(tensor), self._started
+        dtype, count = flat.dtype, flat.numel()
+        code = _code("reduce", dtype, _REDUCTION_NAMES.index(reduction))
+        if self._rank:
+            return self._give(code, count * dtype.itemsize, flat)
+
+        def finish() -> None:
+            if count:
+                others = [peer.memory.views.at(peer.offset(number), dtype, count) for peer in self._all_peers]
+                add_up_alone([flat, *others], flat, _REDUCTIONS[reduction])
+
+        return self._start(code, count * dtype.itemsize, None, self._all_peers, finish)
+
+    def start_gather(self, rows: Sequence[Tensor], tensor: Tensor) -> Operation:
+        """Starts to copy every rank's tensor into the first one's (contiguous) rows; the others need not wait."""
+        flat = flattened(tensor)
+        if self._rank:
+            return self._give(_code("gather", flat.dtype), flat.numel() * flat.itemsize, flat)
+        rows[0].copy_(flat)
+        return self._start_taking("gather", rows, flat, None)
+
+    def reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> None:
+        """Reduces a tensor of as many parts of ``into``'s size as there are ranks, and keeps of it this rank's part."""
+        flat, share, number = flattened(tensor), flattened(into), self._started
+        dtype, count = flat.dtype, share.numel()
+        code = _code("reduce_scatter", dtype, _REDUCTION_NAMES.index(reduction))
+        operation = self._start(code, flat.numel() * dtype.itemsize, flat, self._all_peers, _nothing)
+        first = self._rank * count * dtype.itemsize
+
+        def finish() -> None:
+            if count:
+                places = self._places(number, operation)
+                sources = [memory.views.at(at + first, dtype, count) for memory, at in places]
+                add_up_alone(sources, share, _REDUCTIONS[reduction])
+
+        operation.finish = finish
+        operation.wait()
+        put_back(share, into)
 
     def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
         """Copies every rank's tensor into the (contiguous) one at its place in ``gathered``."""
-        rows = list(zip(*(_parts(_flat(each)) for each in gathered), strict=True))
-        before: Operation | None = None
-        for part, row in zip(_parts(_flat(tensor)), rows, strict=True):
-            operation = self._start_gather(row, part)
-            if before is not None:
-                before.wait()
-            before = operation
-        assert before is not None, "there is always one part"
-        before.wait()
+        rows = zip(*(_parts(flattened(each)) for each in gathered), strict=True)
+        parts = zip(_parts(flattened(tensor)), rows, strict=True)
+        _wait_one_behind(self._start_all_gather(row, part) for part, row in parts)
 
     def start_all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> Operation:
         """Starts to do the same."""
-        return self._start_gather([_flat(each) for each in gathered], _flat(tensor))
+        return self._start_all_gather([flattened(each) for each in gathered], flattened(tensor))
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""
@@ -186,7 +238,7 @@ class Channel:
 
     # --- how they work -----------------------------------------------------------------------------------------------
 
-    def _start_reduce(self, flat: Tensor, reduction: str) -> Operation:
+    def _start_all_reduce(self, flat: Tensor, reduction: str) -> Operation:
         dtype, count = flat.dtype, flat.numel()
         code = _code("all_reduce", dtype, _REDUCTION_NAMES.index(reduction))
         number, rank = self._started, self._rank
@@ -196,12 +248,10 @@ class Channel:
         operation = self._start(code, size, flat, self._all_peers, _nothing, room)
         if count == 0:
             return operation
-        reduce, offset = _REDUCTIONS[reduction], operation.entry.offset
+        reduce = _REDUCTIONS[reduction]
 
         def finish() -> None:
-            offsets = [peer.offset(number) for peer in self._all_peers]
-            offsets.insert(rank, offset)
-            places = list(zip(self._memories, offsets, strict=True))
+            places = self._places(number, operation)
             sources = [memory.views.at(at, dtype, count) for memory, at in places]
             # The tensor is overwritten by the sum of the first two, so what a later rank adds is its copy.
             if rank < 2:
@@ -228,16 +278,32 @@ class Channel:
 
         return self._start(code, size, None, (peer,), finish)
 
-    def _start_gather(self, gathered: Sequence[Tensor], flat: Tensor) -> Operation:
-        number, dtype, count = self._started, flat.dtype, flat.numel()
+    def _start_all_gather(self, gathered: Sequence[Tensor], flat: Tensor) -> Operation:
         gathered[self._rank].copy_(flat)
+        return self._start_taking("all_gather", gathered, flat, flat)
+
+    def _start_taking(self, kind: str, rows: Sequence[Tensor], like: Tensor, message: Tensor | None) -> Operation:
+        """Starts to copy every peer's message into the row at its place."""
+        number, dtype, count = self._started, like.dtype, like.numel()
 
         def finish() -> None:
             if count:
                 for rank, peer in self._peers.items():
-                    gathered[rank].copy_(peer.memory.views.at(peer.offset(number), dtype, count))
+                    rows[rank].copy_(peer.memory.views.at(peer.offset(number), dtype, count))
 
-        return self._start(_code("all_gather", dtype), count * dtype.itemsize, flat, self._all_peers, finish)
+        return self._start(_code(kind, dtype), count * dtype.itemsize, message, self._all_peers, finish)
+
+    def _places(self, number: int, operation: Operation) -> list[tuple[Memory, int]]:
+        """Where each rank's message to a collective lies that all have started."""
+        offsets = [peer.offset(number) for peer in self._all_peers]
+        offsets.insert(self._rank, operation.entry.offset)
+        return list(zip(self._memories, offsets, strict=True))
+
+    def _give(self, code: int, size: int, message: Tensor) -> Operation:
+        """Leaves a message for others, for whom this rank need not wait."""
+        operation = self._start(code, size, message, (), _nothing)
+        operation.wait()
+        return operation
 
     def _start(
         self,
@@ -310,18 +376,30 @@ def _nothing() -> None:
     return
 
 
+def _wait_one_behind(operations: Iterable[Operation]) -> None:
+    """Finishes each when the next was started, so that peers find it when they have finished this one."""
+    before: Operation | None = None
+    for operation in operations:
+        if before is not None:
+            before.wait()
+        before = operation
+    assert before is not None, "there is always one part"
+    before.wait()
+
+
 def _padded(size: int) -> int:
     """Bytes up to the next cache line."""
     return -(-size // 64) * 64
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """Its elements in a row: itself, or a copy where it has another layout."""
+def flattened(tensor: Tensor) -> Tensor:
+    """A tensor's elements in a row: itself, or a copy where it has another layout."""
     detached = tensor.detach()
     return detached.view(-1) if detached.is_contiguous() else detached.contiguous().view(-1)
 
 
-def _put_back(flat: Tensor, tensor: Tensor) -> None:
+def put_back(flat: Tensor, tensor: Tensor) -> None:
+    """Copies what :func:`flattened` gave into the tensor, where that is not itself."""
     if not tensor.is_contiguous():
         tensor.detach().copy_(flat.view(tensor.shape))
 

@@ -1,4 +1,4 @@
-"""Whether the ranks of a group are all on one host and can share memory, on which all of them agree."""
+"""Which ranks of a group share memory: those of one host each, if all can that have neighbours; on which all agree."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distrain.processes import Process
 from distrain.shared_memory.arena import Arena, Memory
 from distrain.shared_memory.board import BOARD_SIZE, Board
 from distrain.shared_memory.channel import Channel
+from distrain.shared_memory.hosts import Hosts, Neighbours
 from distrain.shared_memory.peers import Peer, Who
 
 log = logging.getLogger(__name__)
@@ -52,11 +54,11 @@ class Channels:
     def __init__(self) -> None:
         self.allowed = True
         self._lock = threading.Lock()
-        self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | Hosts | None] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
 
-    def of(self, group: dist.ProcessGroup, share: Share) -> Channel | None:
-        """A group's channel; the first call is a collective, whose outcome all ranks of the group share.
+    def of(self, group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
+        """What carries a group's collectives; the first call is a collective, whose outcome all its ranks share.
 
         Args:
             group: Of more than one rank.
@@ -70,53 +72,108 @@ class Channels:
         with self._lock:
             if group in self._known:
                 return self._known[group]
-        channel = self._meet(group, share)
+        try:
+            carrier = _meet(group, share)
+        except _Apart as problem:
+            carrier = None
+            if str(problem) not in self._told:
+                self._told.add(str(problem))
+                log.warning("ranks of this host talk over the network, since they can't share memory: %s", problem)
         with self._lock:
-            self._known[group] = channel
-        return channel
+            self._known[group] = carrier
+        return carrier
 
     def drop(self) -> None:
         """The groups are no more."""
         with self._lock:
-            for channel in self._known.values():
-                if channel is not None:
-                    channel.close()
+            for carrier in self._known.values():
+                if carrier is not None:
+                    carrier.close()
             self._known.clear()
             self._told.clear()
-
-    def _meet(self, group: dist.ProcessGroup, share: Share) -> Channel | None:
-        who, own = Who(dist.get_rank(), socket.gethostname()), Process.own()
-        arena, mine = _offer()
-        everyone = share({"rank": who.rank, "host": who.host, "pid": own.pid, "started": own.started, **mine})
-        problems = [_about(each) for each in everyone if each["problem"]]
-        hosts = {tuple(each["place"]) for each in everyone if not each["problem"]}
-        if arena is None or problems or len(hosts) > 1:
-            self._do_without(arena, problems if len(hosts) < 2 else [])
-            return None
-        peers: dict[int, Peer] = {}
-        problem = ""
-        try:
-            peers = _open(everyone, dist.get_rank(group), _limit(group))
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        answers = share({"rank": who.rank, "host": who.host, "problem": problem[:_LONGEST_REASON]})
-        problems = [_about(each) for each in answers if each["problem"]]
-        if problems:
-            self._do_without(arena, problems)
-            return None
-        return Channel(dist.get_rank(group), who, arena, peers)
-
-    def _do_without(self, arena: Arena | None, problems: list[str]) -> None:
-        if arena is not None:
-            arena.close()
-        for problem in problems[:1]:
-            if problem not in self._told:
-                self._told.add(problem)
-                log.warning("ranks of this host talk over the network, since they can't share memory: %s", problem)
 
 
 #: Those of this process.
 channels = Channels()
+
+
+class _Apart(Exception):
+    """Ranks that could share memory can't: which one, and why."""
+
+
+def _meet(group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
+    mine: dict[str, Any] = {"problem": ""}
+    try:
+        mine["place"] = place()
+    except OSError as error:
+        mine["problem"] = str(error)[:_LONGEST_REASON]
+    hosts: dict[tuple[str, ...], list[int]] = {}
+    for rank, each in enumerate(_agreed(mine, share)):
+        hosts.setdefault(tuple(each["place"]), []).append(rank)
+    everyone, own = dist.get_process_group_ranks(group), dist.get_rank(group)
+    # In the order that torch gives the ranks of a new group.
+    layout = sorted(hosts.values(), key=lambda ranks: everyone[ranks[0]])
+    if len(layout) == 1:
+        return _channel(group, layout[0], share)
+    if len(layout) == len(everyone):
+        return None
+    near = next(ranks for ranks in layout if own in ranks)
+    up = _channel(group, near, share)
+    try:
+        down = _channel(group, near, share)
+    except _Apart:
+        if up is not None:
+            up.close()
+        raise
+    network = None
+    if own == near[0]:
+        network = dist.new_group(
+            [everyone[ranks[0]] for ranks in layout],
+            timeout=timedelta(seconds=_limit(group)),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+    return Hosts(own, layout, Neighbours(up, down) if up is not None and down is not None else None, network)
+
+
+def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> Channel | None:
+    """What the ranks of this host share; all of the group call this at once, and it takes all that have neighbours.
+
+    Returns:
+        ``None`` for a rank without neighbours.
+
+    Raises:
+        _Apart: Any rank of the group can't.
+    """
+    place_here = near.index(dist.get_rank(group))
+    arena, mine = _offer() if len(near) > 1 else (None, {"problem": ""})
+    peers: dict[int, Peer] = {}
+    problem = ""
+    try:
+        everyone = _agreed(mine, share)
+        try:
+            peers = _open([everyone[rank] for rank in near], place_here, _limit(group))
+        except (OSError, ValueError) as error:
+            problem = str(error)[:_LONGEST_REASON]
+        _agreed({"problem": problem}, share)
+    except _Apart:
+        if arena is not None:
+            arena.close()
+        raise
+    if arena is None:
+        return None
+    return Channel(place_here, Who(dist.get_rank(), socket.gethostname()), arena, peers)
+
+
+def _agreed(mine: dict[str, Any], share: Share) -> list[dict[str, Any]]:
+    """What every rank tells, if none tells of a problem."""
+    own = Process.own()
+    who = {"rank": dist.get_rank(), "host": socket.gethostname(), "pid": own.pid, "started": own.started}
+    everyone = share({**who, **mine})
+    for each in everyone:
+        if each["problem"]:
+            raise _Apart(f"rank {each['rank']} on {each['host']}: {each['problem']}")
+    return everyone
 
 
 def _offer() -> tuple[Arena | None, dict[str, Any]]:
@@ -127,14 +184,13 @@ def _offer() -> tuple[Arena | None, dict[str, Any]]:
             raise OSError(f"not on {sys.platform} {platform.machine()}")
         if _addresses_are_limited():
             raise OSError("the addresses of a process are limited here (ulimit -v), and arenas take many")
-        here = place()
         arena = Arena(BOARD_SIZE)
     except (OSError, AttributeError) as error:
         # A Python that was built against an old C library has no memfd_create.
-        return None, {"place": [], "problem": str(error)[:_LONGEST_REASON]}
+        return None, {"problem": str(error)[:_LONGEST_REASON]}
     token = secrets.randbits(62)
     Board(arena.words).token = token
-    return arena, {"place": here, "problem": "", "descriptor": arena.descriptor, "token": token}
+    return arena, {"problem": "", "descriptor": arena.descriptor, "token": token}
 
 
 def _addresses_are_limited() -> bool:
@@ -158,10 +214,6 @@ def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, 
         if peers[index].token != each["token"]:
             raise OSError(f"process {each['pid']} is another here than for itself")
     return peers
-
-
-def _about(told: Mapping[str, Any]) -> str:
-    return f"rank {told['rank']} on {told['host']}: {told['problem']}"
 
 
 def _limit(group: dist.ProcessGroup) -> float:

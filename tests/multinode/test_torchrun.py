@@ -47,8 +47,8 @@ def on_hosts(hosts: int, *command: str, links: tuple[str, ...] = ()) -> subproce
     )
 
 
-def torchrun(script: str, *keys: str, nodes: int) -> list[str]:
-    options = ["--nnodes", str(nodes), "--nproc-per-node", "1"]
+def torchrun(script: str, *keys: str, nodes: int, ranks: int = 1) -> list[str]:
+    options = ["--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
     return [sys.executable, "-m", "torch.distributed.run", *options, str(LAUNCH / f"{script}.py"), *keys]
 
 
@@ -67,21 +67,24 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 @pytest.mark.timeout(PATIENCE + 10)
 @pytest.mark.parametrize(
-    ("hosts", "strategy"),
+    ("hosts", "ranks", "strategy"),
     [
-        (4, ("strategy=ddp",)),
-        (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
-        (2, ("strategy=ddp",)),
+        (4, 1, ("strategy=ddp",)),
+        (4, 1, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
+        (2, 1, ("strategy=ddp",)),
+        # Each host's ranks share its memory.
+        (2, 2, ("strategy=ddp",)),
     ],
 )
 def test_torchrun_on_hosts_trains_the_parameters_of_one(
-    hosts: int, strategy: tuple[str, ...], reference: dict[str, Tensor], tmp_path: Path
+    hosts: int, ranks: int, strategy: tuple[str, ...], reference: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    done = on_hosts(hosts, *torchrun("train", *overrides(*strategy, f"run_dir={tmp_path}"), nodes=hosts))
+    keys = overrides(*strategy, f"run_dir={tmp_path}")
+    done = on_hosts(hosts, *torchrun("train", *keys, nodes=hosts, ranks=ranks))
     assert done.returncode == 0, done.stdout[-3000:]
     assert relative_difference(weights(tmp_path), reference) < 1e-12
     summary: dict[str, Any] = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["world_size"] == hosts
+    assert summary["world_size"] == hosts * ranks
     # Ranks are numbered as hosts are.
     assert "host0 | epoch" in done.stdout or "host0 | test_accuracy" in done.stdout
 

@@ -61,6 +61,9 @@ def every_operation(everyone: Communicator) -> list[str]:
                 started = mine.clone()
                 everyone.start_all_reduce(started, reduction).wait()
                 check(started, expected, "started", reduction, dtype, count)
+                rows = torch.stack([drawn(rank + 10 * part, dtype, count) for part in range(ranks)])
+                own = reduce(add, [drawn(each + 10 * rank, dtype, count) for each in range(ranks)])
+                check(everyone.reduce_scatter(rows, reduction)[0], own, "scattered", reduction, dtype, count)
             for source in range(ranks):
                 check(everyone.broadcast(mine.clone(), source), all_of_them[source], "broadcast", dtype, count)
             gathered = [everyone.all_gather(mine)]
@@ -199,6 +202,8 @@ def another_size_or_type(mistake: str) -> str:
     try:
         if mistake == "size":
             everyone.all_reduce(torch.ones(4 if odd else 3))
+        elif mistake == "part":
+            everyone.reduce_scatter(torch.ones(4 if odd else 2), "max")
         elif mistake == "dtype":
             everyone.all_gather(torch.ones(2, dtype=torch.int32 if odd else torch.float32))
         elif odd:
@@ -215,6 +220,7 @@ def another_size_or_type(mistake: str) -> str:
     ("mistake", "mine", "other"),
     [
         ("size", "all_reduce (sum) of 3 float32", "all_reduce (sum) of 4 float32"),
+        ("part", "reduce_scatter (max) of 2 float32", "reduce_scatter (max) of 4 float32"),
         ("dtype", "all_gather of 2 float32", "all_gather of 2 int32"),
         ("kind", "broadcast from rank 1 of the group of 3 float32", "barrier"),
     ],

@@ -1,0 +1,217 @@
+"""Collectives among ranks of several hosts, some of which have several of them.
+
+On each host the first rank adds up in memory what its neighbours have, the first ranks exchange the sums over the
+network, and each neighbour takes the result from memory. What a host sends is what a single rank there would send; a
+ring through all of the ranks sends nearly twice as much for large hosts (Cho et al. 2019, "BlueConnect", section 3).
+
+The first ranks do so in a thread of their own, in the order in which the collectives were started: the exchange goes on
+while the host computes, and needs none of its ranks to wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distrain.shared_memory.channel import REDUCE_OPS, Channel, Pending, Reduction, flattened, put_back
+
+
+class Neighbours(NamedTuple):
+    """The ranks of one host that are in a group, as they talk to each other.
+
+    Attributes:
+        up: Brings to the host's first rank what the others give.
+        down: Brings back what is for all; apart, since the first rank gets there later than the others.
+    """
+
+    up: Channel
+    down: Channel
+
+
+class _Job:
+    """What the thread of a host's first rank does for one collective."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+
+    def end(self, error: BaseException | None) -> None:
+        self._error = error
+        self._over.set()
+
+    def wait(self) -> None:
+        """Blocks until the tensor holds the result; raises what went wrong."""
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class _Then:
+    """A collective that ends with work of the rank that waits for it."""
+
+    def __init__(self, pending: Pending, then: Callable[[], None]) -> None:
+        self._pending = pending
+        self._then: Callable[[], None] | None = then
+
+    def wait(self) -> None:
+        """Blocks until the tensor holds the result."""
+        self._pending.wait()
+        if self._then is not None:
+            self._then()
+            self._then = None
+
+
+class Hosts:
+    """The collectives of one group, as :class:`~distrain.shared_memory.channel.Channel` has them.
+
+    Args:
+        rank: This one's place in the group.
+        layout: The places in the group of each host's ranks; the first is the one that talks to other hosts.
+        neighbours: Those of this host; ``None`` where this rank is its only one.
+        network: The group of the hosts' first ranks, in the order of ``layout``; ``None`` on the other ranks.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        layout: Sequence[Sequence[int]],
+        neighbours: Neighbours | None,
+        network: dist.ProcessGroup | None,
+    ) -> None:
+        self._rank = rank
+        self._layout = layout
+        self._host = next(index for index, ranks in enumerate(layout) if rank in ranks)
+        self._neighbours = neighbours
+        self._network = network
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        if network is not None:
+            threading.Thread(target=self._serve, name="distrain-hosts", daemon=True).start()
+
+    def close(self) -> None:
+        """No more collectives: what was started is finished if the other hosts do so too."""
+        self._jobs.put(None)
+        if self._neighbours is not None:
+            for channel in self._neighbours:
+                channel.close()
+
+    # --- the collectives ---------------------------------------------------------------------------------------------
+
+    def all_reduce(self, tensor: Tensor, reduction: Reduction) -> None:
+        """Reduces in place; by host first, so that sums are rounded otherwise than in order of rank."""
+        self.start_all_reduce(tensor, reduction).wait()
+
+    def start_all_reduce(self, tensor: Tensor, reduction: Reduction) -> Pending:
+        """Starts to do so."""
+        flat, near = flattened(tensor), self._neighbours
+        pending: Pending
+        if self._network is None:
+            assert near is not None, "every rank alone on its host is the first"
+            near.up.start_reduce(flat, reduction)
+            pending = near.down.start_broadcast(flat, 0)
+        else:
+            pending = self._start(functools.partial(self._reduce, flat, reduction))
+        return pending if tensor.is_contiguous() else _Then(pending, lambda: put_back(flat, tensor))
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Copies from the group's rank ``source`` in place."""
+        flat = flattened(tensor)
+        work = functools.partial(self._spread, flat, source)
+        if self._network is None:
+            work()
+        else:
+            self._start(work).wait()
+        put_back(flat, tensor)
+
+    def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
+        """Copies every rank's tensor into the (contiguous) one at its place in ``gathered``."""
+        self.start_all_gather(gathered, tensor).wait()
+
+    def start_all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> Pending:
+        """Starts to do the same."""
+        flat, near = flattened(tensor), self._neighbours
+        # Bytes, of which the network has every kind; a host with fewer ranks than another sends as much.
+        mine = flat.view(torch.uint8)
+        most = max(len(ranks) for ranks in self._layout)
+        everything = mine.new_empty(len(self._layout), most, mine.numel())
+        pending: Pending
+        if self._network is None:
+            assert near is not None, "every rank alone on its host is the first"
+            near.up.start_gather((), mine)
+            pending = near.down.start_broadcast(everything.view(-1), 0)
+        else:
+            pending = self._start(functools.partial(self._collect, everything, mine))
+
+        def sort() -> None:
+            for rows, ranks in zip(everything, self._layout, strict=True):
+                for row, rank in zip(rows, ranks, strict=False):
+                    flattened(gathered[rank]).view(torch.uint8).copy_(row)
+
+        return _Then(pending, sort)
+
+    def reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> None:
+        """Reduces, and keeps of the result the part that is this rank's."""
+        whole = flattened(tensor).clone()
+        self.all_reduce(whole, reduction)
+        first = self._rank * into.numel()
+        into.detach().copy_(whole[first : first + into.numel()].view_as(into))
+
+    def barrier(self) -> None:
+        """Waits until all ranks are here."""
+        self.all_reduce(torch.zeros(1), "sum")
+
+    # --- what a host's first rank does, in its thread ----------------------------------------------------------------
+
+    def _reduce(self, flat: Tensor, reduction: Reduction) -> None:
+        near = self._neighbours
+        if near is not None:
+            near.up.start_reduce(flat, reduction).wait()
+        dist.all_reduce(flat, op=REDUCE_OPS[reduction], group=self._network)
+        if near is not None:
+            near.down.start_broadcast(flat, 0).wait()
+
+    def _spread(self, flat: Tensor, source: int) -> None:
+        """What every rank does in a broadcast."""
+        near, home = self._neighbours, next(index for index, ranks in enumerate(self._layout) if source in ranks)
+        if near is not None and self._host == home:
+            near.down.broadcast(flat, self._layout[home].index(source))
+        if self._network is not None:
+            dist.broadcast(flat.view(torch.uint8), group=self._network, group_src=home)
+        if near is not None and self._host != home:
+            near.down.broadcast(flat, 0)
+
+    def _collect(self, everything: Tensor, mine: Tensor) -> None:
+        near, rows = self._neighbours, everything[self._host]
+        if near is not None:
+            near.up.start_gather(list(rows[: len(self._layout[self._host])]), mine).wait()
+        else:
+            rows[0].copy_(mine)
+        # A row of the result itself may not be what is sent.
+        dist.all_gather(list(everything), rows.clone(), group=self._network)
+        if near is not None:
+            near.down.start_broadcast(everything.view(-1), 0).wait()
+
+    def _start(self, work: Callable[[], None]) -> _Job:
+        job = _Job(work)
+        self._jobs.put(job)
+        return job
+
+    def _serve(self) -> None:
+        error: BaseException | None = None
+        while (job := self._jobs.get()) is not None:
+            if error is None:
+                try:
+                    # The thread that started it may be in this mode, whose tensors can't be written to from outside.
+                    with torch.inference_mode():
+                        job.work()
+                except BaseException as caught:
+                    # The hosts are in different places now: whatever comes later fails as this did.
+                    error = caught
+            job.end(error)
