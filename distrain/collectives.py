@@ -170,15 +170,19 @@ class Communicator:
             raise ValueError(f"a tensor of shape {list(tensor.shape)} can't be cut in {self.size} equal parts")
         if self.size == 1:
             return tensor
-        whole = ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
-        # gloo sends what an all-reduce sends; others the half of it.
-        self.ledger.sent["reduce_scatter"] += whole if tensor.device.type == "cpu" else whole // 2
-        part = tensor.new_empty(len(tensor) // self.size, *tensor.shape[1:])
-        channel = self._channel_for(tensor)
-        if channel is None:
-            dist.reduce_scatter_tensor(part, tensor.contiguous(), op=REDUCE_OPS[reduction], group=self.group)
-        else:
+        count = len(tensor) // self.size
+        part = tensor.new_empty(count, *tensor.shape[1:])
+        if tensor.device.type != "cpu":
+            self.ledger.sent["reduce_scatter"] += (self.size - 1) * part.numel() * part.element_size()
+            parts = list(tensor.contiguous().chunk(self.size))
+            dist.reduce_scatter(part, parts, op=REDUCE_OPS[reduction], group=self.group)
+        elif isinstance(channel := self._channel_for(tensor), Channel):
+            self._count_all_reduce(tensor)
             channel.reduce_scatter(part, tensor, reduction)
+        else:
+            # gloo, where it knows this at all, does and sends the same.
+            whole = self.all_reduce(tensor.clone(memory_format=torch.contiguous_format), reduction)
+            part.copy_(whole[self.rank * count : (self.rank + 1) * count])
         return part
 
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:

@@ -156,13 +156,6 @@ class Hosts:
 
         return _Then(pending, sort)
 
-    def reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> None:
-        """Reduces, and keeps of the result the part that is this rank's."""
-        whole = flattened(tensor).clone()
-        self.all_reduce(whole, reduction)
-        first = self._rank * into.numel()
-        into.detach().copy_(whole[first : first + into.numel()].view_as(into))
-
     def barrier(self) -> None:
         """Waits until all ranks are here."""
         self.all_reduce(torch.zeros(1), "sum")
