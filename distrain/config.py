@@ -380,7 +380,7 @@ class RuntimeConfig:
     device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
     backend: str = setting("Process group backend; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl"))
     shared_memory: str = setting(
-        "auto: on CPU, ranks that are all on one host exchange tensors through memory; off: by the backend there too.",
+        "auto: on CPU, ranks of one host exchange tensors through memory; off: by the backend there too.",
         choices=("auto", "off"),
         default="auto",
     )

@@ -13,6 +13,7 @@ if [[ -z ${FOLDER:-} ]]; then
     FOLDER=$(mktemp -d)
     trap 'rm -rf "$FOLDER"' EXIT
 fi
+mkdir -p "$FOLDER"
 tool() {
     local command=$1
     shift
