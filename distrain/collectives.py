@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.shared_memory.channel import REDUCE_OPS, Channel, Pending, Reduction
+from distrain.shared_memory.channel import DONE, REDUCE_OPS, Channel, Pending, Reduction
 from distrain.shared_memory.hosts import Hosts
 from distrain.shared_memory.meeting import channels
 
@@ -31,14 +31,6 @@ DTYPES = {
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-
-
-class _Done:
-    def wait(self) -> None:
-        return
-
-
-DONE: Pending = _Done()
 
 
 class _Started:
@@ -147,7 +139,11 @@ class Communicator:
         return gathered
 
     def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], Pending]:
-        """Starts to gather every rank's ``tensor`` (all of one shape and dtype); they are there once waited for."""
+        """Starts to gather every rank's ``tensor`` (all of one shape and dtype), which must not be changed meanwhile.
+
+        Returns:
+            Every rank's, in order of rank, and what to wait for before they are read.
+        """
         if self.size == 1:
             return [tensor], DONE
         gathered = self._room_to_gather(tensor)
@@ -172,7 +168,7 @@ class Communicator:
             return tensor
         count = len(tensor) // self.size
         part = tensor.new_empty(count, *tensor.shape[1:])
-        if tensor.device.type != "cpu":
+        if dist.get_backend(self.group) == "nccl":
             self.ledger.sent["reduce_scatter"] += (self.size - 1) * part.numel() * part.element_size()
             parts = list(tensor.contiguous().chunk(self.size))
             dist.reduce_scatter(part, parts, op=REDUCE_OPS[reduction], group=self.group)
@@ -181,7 +177,7 @@ class Communicator:
             channel.reduce_scatter(part, tensor, reduction)
         else:
             # gloo, where it knows this at all, does and sends the same.
-            whole = self.all_reduce(tensor.clone(memory_format=torch.contiguous_format), reduction)
+            whole = self.all_reduce(tensor.detach().clone(memory_format=torch.contiguous_format), reduction)
             part.copy_(whole[self.rank * count : (self.rank + 1) * count])
         return part
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 #: Words of 8 bytes. Counts have cache lines of their own.
-_TOKEN, STARTED, FINISHED = 0, 8, 16
+_TOKEN, STARTED, FINISHED, GIVEN_UP = 0, 8, 16, 24
 _ENTRIES_FROM, _ENTRY = 64, 8
 #: As many collectives may be started and not yet finished by all.
 ENTRIES = 1024

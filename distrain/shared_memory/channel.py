@@ -4,7 +4,7 @@ Each rank writes into memory of its own and reads its peers'. To start a collect
 and to announce it; that never waits. To wait for it is to wait until the peers have announced theirs, and to add up all
 slots, in order of rank, straight into the tensor: every rank gets the same bits, and needs of its peers no more than
 that they start the same collectives in the same order. A slot is free again once all ranks have finished what it was
-for.
+for. Who only gives, as most ranks in a reduction or a gathering for the first one, never waits at all.
 
 Where a call starts and waits at once, long tensors travel in parts, so that what one rank wrote is still in a cache
 when the other reads it.
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.shared_memory.arena import Arena, Memory, Slot
-from distrain.shared_memory.board import ENTRIES, FINISHED, Board, Entry
+from distrain.shared_memory.board import ENTRIES, FINISHED, GIVEN_UP, Board, Entry
 from distrain.shared_memory.peers import Peer, Who
 from distrain.shared_memory.reducing import Offer, add_up_alone, add_up_together, share_size
 
@@ -75,6 +75,14 @@ class Pending(Protocol):
         """Blocks until done; on a GPU only the current stream waits."""
 
 
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+DONE: Pending = _Done()
+
+
 class Operation:
     """A collective that was started."""
 
@@ -107,7 +115,7 @@ class Channel:
     are on the CPU, of the types that :attr:`DTYPES` holds and of any layout.
 
     Args:
-        rank: This one's place in the group.
+        rank: This one's place in the group; 0 is its first rank's.
         who: The same for messages.
         arena: This rank's.
         peers: All other ranks by their place in the group.
@@ -127,6 +135,10 @@ class Channel:
         self._started = self._finished = 0
         self._pending: deque[Operation] = deque()
         self._busy: deque[tuple[int, Slot]] = deque()
+
+    def give_up(self) -> None:
+        """Peers that wait for this rank learn that it goes on with nothing."""
+        self._board.words[GIVEN_UP] = 1
 
     def close(self) -> None:
         """Peers can map nothing more of this rank's memory; what they have mapped, they keep."""

@@ -14,13 +14,34 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.shared_memory.channel import REDUCE_OPS, Channel, Pending, Reduction, flattened, put_back
+from distrain.shared_memory.channel import DONE, REDUCE_OPS, Channel, Pending, Reduction, flattened, put_back
+
+#: What gloo reduces.
+_REDUCED = frozenset(
+    {
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int8, torch.uint8,
+    }
+)  # fmt: skip
+
+
+class Network(Protocol):
+    """What the first ranks talk by: :class:`torch.distributed.ProcessGroupGloo`, as far as it is used."""
+
+    def allreduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Pending:
+        """Reduces in place."""
+
+    def broadcast(self, tensor: Tensor, root: int) -> Pending:
+        """Copies from one rank in place."""
+
+    def allgather(self, output_tensors: list[Tensor], input_tensor: Tensor) -> Pending:
+        """Copies every rank's tensor to the one at its place."""
 
 
 class Neighbours(NamedTuple):
@@ -66,7 +87,8 @@ class _Then:
         self._pending.wait()
         if self._then is not None:
             self._then()
-            self._then = None
+            # What they hold may be large, and whoever waited may keep this.
+            self._pending, self._then = DONE, None
 
 
 class Hosts:
@@ -76,7 +98,7 @@ class Hosts:
         rank: This one's place in the group.
         layout: The places in the group of each host's ranks; the first is the one that talks to other hosts.
         neighbours: Those of this host; ``None`` where this rank is its only one.
-        network: The group of the hosts' first ranks, in the order of ``layout``; ``None`` on the other ranks.
+        network: Of the hosts' first ranks, in the order of ``layout``; ``None`` on the other ranks.
     """
 
     def __init__(
@@ -84,7 +106,7 @@ class Hosts:
         rank: int,
         layout: Sequence[Sequence[int]],
         neighbours: Neighbours | None,
-        network: dist.ProcessGroup | None,
+        network: Network | None,
     ) -> None:
         self._rank = rank
         self._layout = layout
@@ -97,19 +119,27 @@ class Hosts:
 
     def close(self) -> None:
         """No more collectives: what was started is finished if the other hosts do so too."""
-        self._jobs.put(None)
-        if self._neighbours is not None:
-            for channel in self._neighbours:
-                channel.close()
+        if self._network is None:
+            self._close_channels()
+        else:
+            # The thread that uses them closes them.
+            self._jobs.put(None)
 
     # --- the collectives ---------------------------------------------------------------------------------------------
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction) -> None:
-        """Reduces in place; by host first, so that sums are rounded otherwise than in order of rank."""
+        """Reduces in place; by host first, so that sums are rounded otherwise than in order of rank.
+
+        Raises:
+            RuntimeError: The network can't reduce tensors of this type.
+        """
         self.start_all_reduce(tensor, reduction).wait()
 
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction) -> Pending:
         """Starts to do so."""
+        if tensor.dtype not in _REDUCED:
+            # Said by all ranks before any of them starts, or the others would wait for those that can't go on.
+            raise RuntimeError(f"gloo, by which hosts talk, reduces no {str(tensor.dtype).removeprefix('torch.')}")
         flat, near = flattened(tensor), self._neighbours
         pending: Pending
         if self._network is None:
@@ -131,13 +161,16 @@ class Hosts:
         put_back(flat, tensor)
 
     def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copies every rank's tensor into the (contiguous) one at its place in ``gathered``."""
+        """Copies every rank's tensor into the (contiguous) one at its place in ``gathered``.
+
+        Every host sends as much as the one with the most ranks.
+        """
         self.start_all_gather(gathered, tensor).wait()
 
     def start_all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> Pending:
         """Starts to do the same."""
         flat, near = flattened(tensor), self._neighbours
-        # Bytes, of which the network has every kind; a host with fewer ranks than another sends as much.
+        # Bytes, which the network carries of every type.
         mine = flat.view(torch.uint8)
         most = max(len(ranks) for ranks in self._layout)
         everything = mine.new_empty(len(self._layout), most, mine.numel())
@@ -166,7 +199,7 @@ class Hosts:
         near = self._neighbours
         if near is not None:
             near.up.start_reduce(flat, reduction).wait()
-        dist.all_reduce(flat, op=REDUCE_OPS[reduction], group=self._network)
+        self._far.allreduce(flat, REDUCE_OPS[reduction]).wait()
         if near is not None:
             near.down.start_broadcast(flat, 0).wait()
 
@@ -176,7 +209,7 @@ class Hosts:
         if near is not None and self._host == home:
             near.down.broadcast(flat, self._layout[home].index(source))
         if self._network is not None:
-            dist.broadcast(flat.view(torch.uint8), group=self._network, group_src=home)
+            self._network.broadcast(flat.view(torch.uint8), home).wait()
         if near is not None and self._host != home:
             near.down.broadcast(flat, 0)
 
@@ -187,7 +220,7 @@ class Hosts:
         else:
             rows[0].copy_(mine)
         # A row of the result itself may not be what is sent.
-        dist.all_gather(list(everything), rows.clone(), group=self._network)
+        self._far.allgather(list(everything), rows.clone()).wait()
         if near is not None:
             near.down.start_broadcast(everything.view(-1), 0).wait()
 
@@ -205,6 +238,20 @@ class Hosts:
                     with torch.inference_mode():
                         job.work()
                 except BaseException as caught:
-                    # The hosts are in different places now: whatever comes later fails as this did.
+                    # The hosts are in different places now: whatever comes later fails as this did, here and there.
                     error = caught
+                    if self._neighbours is not None:
+                        self._neighbours.down.give_up()
             job.end(error)
+            # Nothing that it holds is kept until there is another one.
+            del job
+        self._close_channels()
+
+    def _close_channels(self) -> None:
+        for channel in self._neighbours or ():
+            channel.close()
+
+    @property
+    def _far(self) -> Network:
+        assert self._network is not None, "only a host's first rank talks to the others"
+        return self._network

@@ -13,16 +13,18 @@ import weakref
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 from distrain.processes import Process
 from distrain.shared_memory.arena import Arena, Memory
 from distrain.shared_memory.board import BOARD_SIZE, Board
 from distrain.shared_memory.channel import Channel
-from distrain.shared_memory.hosts import Hosts, Neighbours
+from distrain.shared_memory.hosts import Hosts, Neighbours, Network
 from distrain.shared_memory.peers import Peer, Who
 
 log = logging.getLogger(__name__)
@@ -102,20 +104,19 @@ class _Apart(Exception):
 
 
 def _meet(group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
-    mine: dict[str, Any] = {"problem": ""}
     try:
-        mine["place"] = place()
-    except OSError as error:
-        mine["problem"] = str(error)[:_LONGEST_REASON]
+        here = place()
+    except OSError:
+        # Where ranks with neighbours can't share memory they will say so; one without need not.
+        here = [socket.gethostname()]
+    told = _agreed({"problem": "", "place": here, "token": secrets.randbits(62)}, share)
     hosts: dict[tuple[str, ...], list[int]] = {}
-    for rank, each in enumerate(_agreed(mine, share)):
+    for rank, each in enumerate(told):
         hosts.setdefault(tuple(each["place"]), []).append(rank)
-    everyone, own = dist.get_process_group_ranks(group), dist.get_rank(group)
-    # In the order that torch gives the ranks of a new group.
-    layout = sorted(hosts.values(), key=lambda ranks: everyone[ranks[0]])
+    own, layout = dist.get_rank(group), list(hosts.values())
     if len(layout) == 1:
         return _channel(group, layout[0], share)
-    if len(layout) == len(everyone):
+    if len(layout) == len(told):
         return None
     near = next(ranks for ranks in layout if own in ranks)
     up = _channel(group, near, share)
@@ -127,12 +128,11 @@ def _meet(group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
         raise
     network = None
     if own == near[0]:
-        network = dist.new_group(
-            [everyone[ranks[0]] for ranks in layout],
-            timeout=timedelta(seconds=_limit(group)),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
+        # Not a group by torch.distributed.new_group, whose name counts the groups that a rank is in: first ranks are in
+        # more of them than others, so that two of them might not agree on it.
+        store = PrefixStore(f"hosts/{told[0]['token']}", _get_process_group_store(group))
+        limit = timedelta(seconds=_limit(group))
+        network = cast(Network, dist.ProcessGroupGloo(store, layout.index(near), len(layout), limit))
     return Hosts(own, layout, Neighbours(up, down) if up is not None and down is not None else None, network)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from distrain.failures import PeerLost
 from distrain.processes import Process
 from distrain.shared_memory.arena import Memory
-from distrain.shared_memory.board import FINISHED, STARTED, Board, Entry
+from distrain.shared_memory.board import FINISHED, GIVEN_UP, STARTED, Board, Entry
 from distrain.verdict import GONE
 
 #: Looks at a count before others get the processor: a few µs, in which no other thread of this process runs, nor the
@@ -89,7 +89,7 @@ class Peer:
 
         Raises:
             PeerLost: Its process is gone.
-            torch.distributed.DistError: The time is up.
+            torch.distributed.DistError: The time is up, or the peer has given up.
         """
         self._await(STARTED, number)
 
@@ -131,6 +131,8 @@ class Peer:
                 # In this order: what it did before it went is done.
                 if not self._process.lives and words[count] <= number:
                     raise PeerLost(self.who.rank, self.who.host, GONE)
+                if words[GIVEN_UP] and words[count] <= number:
+                    raise dist.DistError(f"{self.who} can't go on with other hosts")
                 if waited > self._limit:
                     raise dist.DistError(
                         f"{self.who} did not come to a collective of ranks that share memory within {self._limit:g} s"
