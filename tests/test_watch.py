@@ -283,7 +283,8 @@ def cpu_share(configuration: Config) -> float:
 
 def test_watching_costs_next_to_nothing(tmp_path: Path) -> None:
     shares = run_ranks(cpu_share, 2, small("strategy=ddp", f"run_dir={tmp_path}"))
-    assert max(shares) < 0.005
+    # Half a percent on two slow cores, and room for a bad moment of theirs; a thread that polls takes far more.
+    assert max(shares) < 0.02
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
