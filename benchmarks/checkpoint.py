@@ -59,9 +59,11 @@ TRAINING = [
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """One rank of a contender's run; seconds of the timed steps, and what the run says of its checkpoints."""
-    from distrain import app, cli, config
-    from distrain.callbacks import Callback
-    from distrain.runtime import Runtime, World
+    from distrain.cli import app
+    from distrain.cli import hydra_entry as cli
+    from distrain.config import schema
+    from distrain.runtime.runtime import Runtime, World
+    from distrain.training.callbacks import Callback
 
     ticks: dict[int, float] = {}
 
@@ -69,7 +71,7 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
         def on_step_end(self, trainer: Any) -> None:
             ticks[trainer.progress.step] = time.perf_counter()
 
-    checked = config.load(cli.compose(ROOT / "conf", "config", overrides))
+    checked = schema.load(cli.compose(ROOT / "conf", "config", overrides))
     world = World.from_environment()
     splits = app.source(checked).load()
     with Runtime(checked, world) as runtime:

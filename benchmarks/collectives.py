@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.collectives import Communicator
-from distrain.shared_memory.meeting import channels
-from distrain.testnet import network
+from distrain.communication.collectives import Communicator
+from distrain.communication.shared_memory.connect import channels
+from distrain.tools.testnet import network
 
 #: Calls of a round last about so long by gloo's first one, in seconds.
 _ROUND_SECONDS = 0.1

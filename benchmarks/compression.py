@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from distrain.testnet import network
+from distrain.tools.testnet import network
 
 ROOT = Path(__file__).parent.parent
 TORCH_HOOKS = ("none", "fp16", "bf16", "powersgd", "quantization")
@@ -104,10 +104,12 @@ class Enough(Exception):
 
 def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path, hosts: int) -> Record:
     """Trains as ``launch/train.py`` would, and notes every step."""
-    from distrain import app, cli, config
-    from distrain.runtime import Runtime, World
+    from distrain.cli import app
+    from distrain.cli import hydra_entry as cli
+    from distrain.config import schema
+    from distrain.runtime.runtime import Runtime, World
 
-    configuration = config.load(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
+    configuration = schema.load(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
     world = World.from_environment()
     splits = app.source(configuration).load()
     record = Record(arguments, SETTLING if contender == "auto" else 0)
@@ -139,11 +141,13 @@ def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path,
 
 def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: int) -> Record:
     """A bare loop around torch's DistributedDataParallel, over the same model and batches."""
-    from distrain import app, cli, config
+    from distrain.cli import app
+    from distrain.cli import hydra_entry as cli
+    from distrain.config import schema
     from distrain.data.loader import Loader
     from distrain.models.resnet import ResNet18
 
-    configuration = config.load(cli.compose(ROOT / "conf", "config", overrides(arguments, "none", folder, hosts)))
+    configuration = schema.load(cli.compose(ROOT / "conf", "config", overrides(arguments, "none", folder, hosts)))
     splits = app.source(configuration).load()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -85,9 +85,11 @@ class Timer:
 
 def network(name: str) -> nn.Module:
     """The very module that distrain trains, so that only the loops around it differ."""
-    from distrain import cli, config, models
+    from distrain import models
+    from distrain.cli import hydra_entry as cli
+    from distrain.config import schema
 
-    chosen = config.load(cli.compose(ROOT / "conf", "config", ["strategy=ddp", *MODELS[name]])).model
+    chosen = schema.load(cli.compose(ROOT / "conf", "config", ["strategy=ddp", *MODELS[name]])).model
     return models.build(chosen, in_channels=3, num_classes=10, image_size=(32, 32))
 
 
@@ -168,11 +170,13 @@ def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], 
         watch: Is given the trainer before it trains.
         *overrides: What else is said on the command line.
     """
-    from distrain import app, cli, config
-    from distrain.runtime import Runtime, World
+    from distrain.cli import app
+    from distrain.cli import hydra_entry as cli
+    from distrain.config import schema
+    from distrain.runtime.runtime import Runtime, World
 
     world = World.from_environment()
-    checked = config.load(
+    checked = schema.load(
         cli.compose(
             ROOT / "conf",
             "config",
@@ -202,7 +206,7 @@ def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], 
 
 def distrain(job: Job, timer: Timer, *overrides: str) -> None:
     """``launch/train.py``, timed from outside its steps by a callback."""
-    from distrain.callbacks import Callback
+    from distrain.training.callbacks import Callback
 
     class Watch(Callback):
         def on_step_end(self, trainer: Any) -> None:

@@ -29,7 +29,7 @@ def rank(steps: int, folder: str, overrides: list[str]) -> None:
     import torch
 
     from benchmarks.contenders import fit
-    from distrain.callbacks import Callback
+    from distrain.training.callbacks import Callback
 
     found: list[tuple[int, float, int]] = []
 

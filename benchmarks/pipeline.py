@@ -25,10 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distrain import app, cli, config
-from distrain.callbacks import Callback
+from distrain.cli import app
+from distrain.cli import hydra_entry as cli
+from distrain.config import schema
 from distrain.models import build as build_model
-from distrain.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime, World
+from distrain.training.callbacks import Callback
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 1024
@@ -36,9 +38,9 @@ WARMUP = 5
 BOUNDARY = "layer3_0"
 
 
-def composed(arguments: argparse.Namespace) -> config.Config:
+def composed(arguments: argparse.Namespace) -> schema.Config:
     """The run's configuration, from which both contenders take the model."""
-    return config.load(
+    return schema.load(
         cli.compose(
             ROOT / "conf",
             "config",

@@ -157,16 +157,17 @@ def trace(began: float, overrides: list[str]) -> None:
     parts = Parts()
     parts.seconds["python"] = time.time() - began
     with parts.part("import hydra"):
-        from distrain import cli, config
+        from distrain.cli import hydra_entry as cli
+        from distrain.config import schema
     with parts.part("compose"):
         composed = cli.compose(ROOT / "conf", "config", overrides)
     with parts.part("import torch"), cli.importing():
         import torch  # noqa: F401
     with parts.part("import distrain"), cli.importing():
-        checked = config.load(composed)
-        from distrain import app
-        from distrain.runtime import Runtime
-        from distrain.trainer import Trainer
+        checked = schema.load(composed)
+        from distrain.cli import app
+        from distrain.runtime.runtime import Runtime
+        from distrain.training.trainer import Trainer
 
     def end(*_: Any) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distrain.testnet import network
+from distrain.tools.testnet import network
 
 ROOT = Path(__file__).parent.parent
 TRAINING_HOSTS = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli
+from distrain.cli import hydra_entry
 
 LAUNCH = Path(__file__).resolve().parent
 CONF = LAUNCH.parent / "conf"
@@ -18,7 +18,7 @@ TRAININGS: list[list[str]] = []
 def task(composed: DictConfig) -> None:
     """Hurts all trainings of the command line."""
     # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.commands import chaos, settings
+    from distrain.cli import chaos, settings
 
     chaos.run(settings.load(chaos.ChaosSettings, composed), TRAININGS, CONF, LAUNCH)
 
@@ -29,4 +29,4 @@ if __name__ == "__main__":
         last = len(sys.argv) - 1 - sys.argv[::-1].index("--")
         TRAININGS.insert(0, sys.argv[last + 1 :])
         sys.argv = sys.argv[:last]
-    cli.main(task, CONF, "chaos")
+    hydra_entry.main(task, CONF, "chaos")

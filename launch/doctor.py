@@ -7,20 +7,20 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli
+from distrain.cli import hydra_entry
 
 
 def task(composed: DictConfig) -> None:
     """Examines once."""
     # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.commands import settings
-    from distrain.doctor import command
+    from distrain.cli import settings
+    from distrain.tools.doctor import command
 
     if typed:
-        cli.restore_environment()
+        hydra_entry.restore_environment()
     command.run(settings.load(command.DoctorSettings, composed), typed)
 
 
 if __name__ == "__main__":
-    typed = cli.take_command(sys.argv)
-    cli.main(task, Path(__file__).parent.parent / "conf", "doctor")
+    typed = hydra_entry.take_command(sys.argv)
+    hydra_entry.main(task, Path(__file__).parent.parent / "conf", "doctor")

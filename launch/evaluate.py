@@ -6,17 +6,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli
+from distrain.cli import hydra_entry
 
 
 def task(composed: DictConfig) -> None:
     """Evaluates one run."""
-    with cli.importing():
+    with hydra_entry.importing():
         # Imports torch, which --help and most mistakes need not wait for.
-        from distrain.commands import evaluate, settings
+        from distrain.cli import evaluate, settings
 
     evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
 
 
 if __name__ == "__main__":
-    cli.main(task, Path(__file__).parent.parent / "conf", "evaluate")
+    hydra_entry.main(task, Path(__file__).parent.parent / "conf", "evaluate")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli
-from distrain.launching import hosts
+from distrain.cli import hydra_entry
+from distrain.tools.launching import hosts
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE.parent / "conf"
@@ -18,7 +18,7 @@ OURS, THEIRS = hosts.parted(sys.argv[1:])
 def task(composed: DictConfig) -> None:
     """Starts, watches and ends one agent a host."""
     # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.commands import settings
+    from distrain.cli import settings
 
     chosen = settings.load(hosts.HostsSettings, composed)
     if chosen.script is None:
@@ -28,4 +28,4 @@ def task(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = OURS
-    cli.main(task, CONF, "hosts")
+    hydra_entry.main(task, CONF, "hosts")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli
-from distrain.config import ConfigError
-from distrain.launching import sweep
+from distrain.cli import hydra_entry
+from distrain.config.schema import ConfigError
+from distrain.tools.launching import sweep
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     try:
         sys.argv[1:] = sweep.arguments(sys.argv[1:], HERE / "train.py", folder)
     except ConfigError as error:
-        cli.refuse(error)
-    cli.main(task, HERE.parent / "conf", "config")
+        hydra_entry.refuse(error)
+    hydra_entry.main(task, HERE.parent / "conf", "config")

@@ -7,20 +7,21 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain import cli, config
-from distrain.launching import slurm
+from distrain.cli import hydra_entry
+from distrain.config import schema
+from distrain.tools.launching import slurm
 
 
 def task(composed: DictConfig) -> None:
     """Runs one training."""
     slurm.adopt(os.environ)
-    with cli.importing():
-        checked = config.load(composed)
+    with hydra_entry.importing():
+        checked = schema.load(composed)
         # Imports torch, which --help, completion and most mistakes need not wait for.
-        from distrain import app
+        from distrain.cli import app
 
     app.train(checked)
 
 
 if __name__ == "__main__":
-    cli.main(task, Path(__file__).parent.parent / "conf", "config")
+    hydra_entry.main(task, Path(__file__).parent.parent / "conf", "config")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from distrain.testnet import enter, network
-from distrain.testnet.network import Network
+from distrain.tools.testnet import enter, network
+from distrain.tools.testnet.network import Network
 from tests.harness import run_ranks
 
 #: Why there can be no test network here; none where there can.

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distrain import app, cli, config
-from distrain.config import Config
+from distrain.cli import app, hydra_entry
+from distrain.config import schema
+from distrain.config.schema import Config
 from distrain.models import BlockSequence
-from distrain.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime, World
 
 CONF = Path(__file__).parent.parent / "conf"
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -55,7 +56,7 @@ SMALL = (
 
 def compose(*overrides: str) -> Config:
     """The checked configuration of a command line."""
-    return config.load(cli.compose(CONF, "config", list(overrides)))
+    return schema.load(hydra_entry.compose(CONF, "config", list(overrides)))
 
 
 def small(*overrides: str) -> Config:

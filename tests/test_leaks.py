@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from distrain import app
-from distrain.callbacks import Callback
-from distrain.config import Config
-from distrain.runtime import Runtime, World
-from distrain.trainer import Trainer
+from distrain.cli import app
+from distrain.config.schema import Config
+from distrain.runtime.runtime import Runtime, World
+from distrain.training.callbacks import Callback
+from distrain.training.trainer import Trainer
 from tests.harness import run_ranks
 from tests.runs import small
 

@@ -25,23 +25,23 @@ import torch
 import yaml
 from PIL import Image
 
-from distrain import checkpoint, cli
-from distrain.checkpoint import DamagedCheckpoint
-from distrain.commands import evaluate, predict, settings
-from distrain.config import ConfigError
+from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.cli import evaluate, hydra_entry, predict, settings
+from distrain.cli.run_folder import RunFolder
+from distrain.config.schema import ConfigError
 from distrain.data import cifar10, decode, image_cache
 from distrain.data.decode import DecodeError
 from distrain.data.digits import Digits
-from distrain.run_folder import RunFolder
-from distrain.runtime import World
-from distrain.serving.frames import Frame, Kind, ProtocolError
-from distrain.serving.meeting import Meeting
-from distrain.serving.network import CHANNELS, Address, Door, Peer, enter
-from distrain.serving.server import receive_state
+from distrain.runtime.runtime import World
+from distrain.strategies.parameter_server.collectives import Meeting
+from distrain.strategies.parameter_server.connect import CHANNELS, Address, Door, Peer, enter
+from distrain.strategies.parameter_server.protocol import Frame, Kind, ProtocolError
+from distrain.strategies.parameter_server.server import receive_state
 from tests.data.helpers import ROOT, source, write_image
 from tests.harness import run_ranks
 from tests.runs import CONF, small, train_on_rank
-from tests.serving.helpers import pair
+from tests.strategies.parameter_server.helpers import pair
 from tests.trained import original, replace_section, run
 
 __all__ = ["original", "run"]
@@ -114,7 +114,7 @@ def test_a_pickle_in_a_run_folder_is_named(run: Path, planted: bytes, name: str)
 
 
 def test_a_pickle_in_place_of_any_file_of_a_checkpoint_is_named(run: Path, planted: bytes) -> None:
-    path = checkpoint.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.all_in(run / "checkpoints")[-1]
     files = sorted(file for file in path.rglob("*") if file.is_file())
     assert len(files) >= 4
     for file in files:
@@ -214,7 +214,7 @@ def test_hydras_pickled_reruns_are_refused(tmp_path: Path, planted: bytes, capfd
         patch.setattr(sys, "argv", ["train.py", f"--experimental-rerun={tmp_path}/config.pickle"])
         patch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as ended:
-            cli.main(lambda composed: None, CONF, "config")
+            hydra_entry.main(lambda composed: None, CONF, "config")
     assert ended.value.code == 2
     assert "reads a pickle, which could run any code" in capfd.readouterr().err
 
@@ -347,35 +347,35 @@ def test_deep_nesting_is_one_line(run: Path, depth: int) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 def test_deep_nesting_in_a_checkpoint_is_damage(run: Path, name: str) -> None:
-    path = checkpoint.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.all_in(run / "checkpoints")[-1]
     (path / name).write_text('{"a":' * 50_000)
-    assert name in one_line(lambda: checkpoint.verify(path), DamagedCheckpoint)
+    assert name in one_line(lambda: checkpoint_format.verify(path), DamagedCheckpoint)
     assert name in one_line(lambda: RunFolder.open(str(run)).weights(str(path)))
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../../config.yaml", "..", ".", "", "logs/../state.json", "a\0b"])
 def test_a_manifest_names_files_of_its_folder_alone(run: Path, name: str) -> None:
-    path = checkpoint.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.all_in(run / "checkpoints")[-1]
     manifest = (path / "manifest.json").read_text()
     first = next(iter(json.loads(manifest)))
     (path / "manifest.json").write_text(manifest.replace(json.dumps(first), json.dumps(name), 1))
-    one_line(lambda: checkpoint.verify(path), DamagedCheckpoint)
+    one_line(lambda: checkpoint_format.verify(path), DamagedCheckpoint)
 
 
 def test_a_link_that_leaves_a_checkpoint_is_not_followed(run: Path, tmp_path: Path) -> None:
-    path = checkpoint.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.all_in(run / "checkpoints")[-1]
     for file in sorted(path.iterdir()):
         elsewhere = tmp_path / "elsewhere"
         shutil.move(file, elsewhere)
         file.symlink_to(elsewhere)
-        assert f"{file} is a link that leaves" in one_line(lambda: checkpoint.verify(path), DamagedCheckpoint)
+        assert f"{file} is a link that leaves" in one_line(lambda: checkpoint_format.verify(path), DamagedCheckpoint)
         file.unlink()
         shutil.move(elsewhere, file)
-    checkpoint.verify(path)
+    checkpoint_format.verify(path)
 
 
 def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run: Path) -> None:
-    path = checkpoint.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.all_in(run / "checkpoints")[-1]
     for file in (path / "manifest.json", path / "state.json", run / "data.json", run / "config.yaml"):
         file.unlink()
         os.mkfifo(file)
@@ -384,7 +384,7 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run: Path) -> None:
 
 def test_a_strangers_run_doesnt_say_where_to_write(run: Path, tree: Path, tmp_path: Path) -> None:
     replace_section(run, "data", "data=image_folder", f"data.root={tree}", f"data.cache={tmp_path}/home/of/user")
-    composed = settings.load(evaluate.EvaluateSettings, cli.compose(CONF, "evaluate", [f"run={run}"]))
+    composed = settings.load(evaluate.EvaluateSettings, hydra_entry.compose(CONF, "evaluate", [f"run={run}"]))
     folder = RunFolder.open(str(run))
     adapted = evaluate._adapted(folder, composed, World.from_environment())
     assert adapted.data.cache is None  # type: ignore[attr-defined]
@@ -444,7 +444,7 @@ def test_a_tensor_file_that_claims_what_it_has_not_is_damaged(tmp_path: Path, co
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors is no safetensors file"):
-        checkpoint._load_tensors(file)
+        checkpoint_format._load_tensors(file)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], rows: bytes = b"") -> bytes:
@@ -523,7 +523,7 @@ def test_a_run_folder_cant_ask_for_images_of_any_size(run: Path) -> None:
 
 
 def predicted(run: Path, file: Path) -> Any:
-    composed = cli.compose(CONF, "predict", [f"run={run}", f"input={file}", f"output={run}/out.json"])
+    composed = hydra_entry.compose(CONF, "predict", [f"run={run}", f"input={file}", f"output={run}/out.json"])
     return predict.run(settings.load(predict.PredictSettings, composed))
 
 

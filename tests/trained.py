@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from distrain import app
-from distrain.config import Config, to_container
+from distrain.cli import app
+from distrain.config.schema import Config, to_container
 from tests.harness import run_ranks
 from tests.runs import LAUNCH, compose, small
 

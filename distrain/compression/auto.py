@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator, Pending
 from distrain.compression import base
+from distrain.compression.autotune.candidates import Table, choose, turns
+from distrain.compression.autotune.link_model import measure_link
+from distrain.compression.autotune.simulation import Backdrop, Cost, measure_cost, predicted
+from distrain.compression.autotune.step_trace import Recorder, Step, typical
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.error_feedback import Residuals
-from distrain.compression.link import measure_link
-from distrain.compression.observation import Recorder, Step, typical
-from distrain.compression.prediction import Backdrop, Cost, measure_cost, predicted
-from distrain.compression.selection import Table, choose, turns
-from distrain.config import CompressionConfig, Config, ConfigError, register, setting
+from distrain.config.schema import CompressionConfig, Config, ConfigError, register, setting
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator, Pending
+from distrain.compression.autotune.step_trace import Observer
+from distrain.compression.encoding.packing import pack, unpack
 from distrain.compression.error_feedback import Residuals
-from distrain.compression.observation import Observer
-from distrain.compression.packing import pack, unpack
-from distrain.config import CompressionConfig, Config, ConfigError, choice, setting
+from distrain.config.schema import CompressionConfig, Config, ConfigError, choice, setting
 
 
 @dataclass

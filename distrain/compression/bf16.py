@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distrain.compression.casts import Cast
-from distrain.config import CompressionConfig, register
+from distrain.config.schema import CompressionConfig, register
 
 
 @register("compression", "bf16", CompressionConfig)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket, Compressor
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket, Compressor
-from distrain.config import CompressionConfig, register
+from distrain.config.schema import CompressionConfig, register
 
 
 @register("compression", "none", CompressionConfig)

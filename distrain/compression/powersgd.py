@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, Pending
+from distrain import rng
+from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket, Compressor, LossyConfig
-from distrain.config import ConfigError, register, setting
-from distrain.data import hashing
+from distrain.config.schema import ConfigError, register, setting
 
 
 @dataclass
@@ -239,7 +239,7 @@ class PowerSGD(Compressor):
     def _drawn(self, shape: tuple[int, int], like: Tensor, step: int = 0, name: str = "") -> Tensor:
         """Normal noise that depends on the seed, the step and the name alone."""
         text = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        generator = torch.Generator().manual_seed(hashing.key(self.seed, step, text))
+        generator = torch.Generator().manual_seed(rng.key(self.seed, step, text))
         return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
 
     def _orthonormal(self, factor: Tensor) -> Tensor:

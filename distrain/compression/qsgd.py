@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket
 from distrain.compression.quantised import Quantised, QuantisedConfig
-from distrain.config import register, setting
+from distrain.config.schema import register, setting
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distrain.compression.base import Bucket, Compressor, LossyConfig
-from distrain.compression.bits import pack_bits, packed_size, unpack_bits
-from distrain.config import setting
+from distrain.compression.encoding.bits import pack_bits, packed_size, unpack_bits
+from distrain.config.schema import setting
 
 # About how many elements are rounded and packed at a time, so that what passes from one operation to the next stays in
 # a CPU's cache, and so that the cost of starting an operation doesn't count. All ranks need the same.

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distrain.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket
 from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
-from distrain.config import register
+from distrain.config.schema import register
 
 
 @register("compression", "randomk", SparseConfig)

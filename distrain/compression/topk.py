@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from distrain.compression.base import Bucket
-from distrain.compression.positions import PositionCode
+from distrain.compression.encoding.positions import PositionCode
 from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
-from distrain.config import register, setting
+from distrain.config.schema import register, setting
 
 
 @dataclass

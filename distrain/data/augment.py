@@ -1,6 +1,6 @@
 """Whole-batch augmentation: a few tensor operations a batch, none a sample.
 
-Each sample's draws depend on (seed, epoch, position in the split) alone (:mod:`distrain.data.hashing`), so a sample is
+Each sample's draws depend on (seed, epoch, position in the split) alone (:mod:`distrain.rng`), so a sample is
 augmented alike on whatever rank and in whatever batch it lands.
 """
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.config import AugmentConfig
-from distrain.data import hashing
+from distrain import rng
+from distrain.config.schema import AugmentConfig
 
 _AUGMENT = 4
 
@@ -54,11 +54,11 @@ class Augmentation:
             int64 [5, n] on the same device: flip or not, top and left of the crop, row and column of the cutout.
         """
         chosen = [
-            hashing.below(limit, hashing.bits(hashing.key(_AUGMENT, self._seed, epoch, kind), positions))
+            rng.below(limit, rng.bits(rng.key(_AUGMENT, self._seed, epoch, kind), positions))
             for kind, limit in enumerate(self._limits)
         ]
         if self._alternating:
-            first = hashing.below(2, hashing.bits(hashing.key(_AUGMENT, self._seed, 0, 0), positions))
+            first = rng.below(2, rng.bits(rng.key(_AUGMENT, self._seed, 0, 0), positions))
             chosen[0] = (first + epoch) % 2
         return torch.stack(chosen)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.config import ConfigError, DataConfig, missing
-from distrain.data import hashing
+from distrain import rng
+from distrain.config.schema import ConfigError, DataConfig, missing
 
 _VALIDATION, _TEST = 2, 3
 _CHUNK_BYTES = 1 << 24
@@ -120,7 +120,7 @@ def checked(config: DataConfig, spec: DataSpec) -> DataSpec:
 
 def hold_out_test(count: int, fraction: float, split_seed: int) -> tuple[Tensor, Tensor]:
     """Positions that stay and positions that become the test split, for data sets that bring none."""
-    return _hold_out(count, fraction, hashing.key(_TEST, split_seed))
+    return _hold_out(count, fraction, rng.key(_TEST, split_seed))
 
 
 def assemble(
@@ -147,10 +147,10 @@ def assemble(
     """
     keep = torch.arange(len(train))
     if val is None:
-        keep, held_out = _hold_out(len(train), config.val_fraction, hashing.key(_VALIDATION, config.split_seed))
+        keep, held_out = _hold_out(len(train), config.val_fraction, rng.key(_VALIDATION, config.split_seed))
         val = train.subset(held_out)
     if config.limit is not None and config.limit < len(keep):
-        chosen = hashing.permutation(hashing.key(_VALIDATION, config.split_seed, 1), len(keep))[: config.limit]
+        chosen = rng.permutation(rng.key(_VALIDATION, config.split_seed, 1), len(keep))[: config.limit]
         keep = keep.index_select(0, chosen.sort().values)
     if len(keep) == 0:
         raise ConfigError("data.val_fraction", config.val_fraction, f"leaves none of {len(train)} images for training")
@@ -201,5 +201,5 @@ def channel_statistics(moments: Tensor, pixels: int) -> tuple[list[float], list[
 def _hold_out(count: int, fraction: float, family: int) -> tuple[Tensor, Tensor]:
     """Two sorted sets of positions; a fraction above 0 holds out at least one of two or more samples."""
     held_out = min(max(round(count * fraction), 1 if fraction > 0 else 0), max(count - 1, 0))
-    order = hashing.permutation(family, count)
+    order = rng.permutation(family, count)
     return order[held_out:].sort().values, order[:held_out].sort().values

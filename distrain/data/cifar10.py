@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distrain.config import ConfigError, DataConfig, missing, register, setting
+from distrain.config.schema import ConfigError, DataConfig, missing, register, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
 from distrain.data.files import building, publish
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distrain.config import DataConfig, missing, register
+from distrain.config.schema import DataConfig, missing, register
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
 
 _FILE = Path("datasets", "data", "digits.csv.gz")

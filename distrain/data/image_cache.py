@@ -31,10 +31,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distrain
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data import decode
 from distrain.data.files import building, publish
-from distrain.reading import read_json
+from distrain.files.untrusted import read_json
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1

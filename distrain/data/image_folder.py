@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distrain.config import ConfigError, DataConfig, missing, register, setting
+from distrain.config.schema import ConfigError, DataConfig, missing, register, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
 from distrain.data.decode import SUFFIXES
 from distrain.data.image_cache import Cache, ImageFile, Recipe, open_or_build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distrain.data import hashing
+from distrain import rng
 
 _ORDER = 1
 
@@ -20,7 +20,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     Returns:
         int64 [count], a permutation that depends on the arguments alone.
     """
-    return hashing.permutation(hashing.key(_ORDER, seed, epoch), count)
+    return rng.permutation(rng.key(_ORDER, seed, epoch), count)
 
 
 def batch_share(seed: int, samples: int, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.config import ConfigError, DataConfig, register, setting
+from distrain.config.schema import ConfigError, DataConfig, register, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
 
 _CHUNK_VALUES = 1 << 22

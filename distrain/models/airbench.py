@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrain.config import ConfigError, ModelConfig, register, setting
+from distrain.config.schema import ConfigError, ModelConfig, register, setting
 from distrain.data.base import Images
 from distrain.models.base import BlockSequence
 

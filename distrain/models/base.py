@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distrain.config import ConfigError, ModelConfig, choice, locate, register, setting
+from distrain.config.schema import ConfigError, ModelConfig, choice, locate, register, setting
 
 #: Floating-point operations that take a second at most.
 _FAST = 1e11

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distrain.config import ConfigError, ModelConfig, register
+from distrain.config.schema import ConfigError, ModelConfig, register
 from distrain.models.base import BlockSequence
 
 

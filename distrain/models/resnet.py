@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distrain.config import ModelConfig, register, setting
+from distrain.config.schema import ModelConfig, register, setting
 from distrain.models.base import BlockSequence
 
 

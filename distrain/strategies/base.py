@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.carried import Carried
-from distrain.collectives import Communicator, Ledger, digest
+from distrain.checkpoint.restore_report import Carried
+from distrain.communication.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
-from distrain.compression import redistribute
-from distrain.config import Config, choice
-from distrain.control import Alone, Counsel, Rounds
-from distrain.metrics import Stopwatch
+from distrain.compression import resharding
+from distrain.config.schema import Config, choice
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.consensus import Alone, Counsel, Rounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed.device_mesh import DeviceMesh
 
     from distrain.data.loader import Batch
-    from distrain.runtime import Runtime
+    from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
-_COMPRESSORS_PARTS = (redistribute.RESIDUALS, redistribute.FACTORS)
+_COMPRESSORS_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
 
 
 @dataclass
@@ -236,7 +236,7 @@ class Strategy(ABC):
                 return [Carried(part, "absent", "none were saved") for part in _COMPRESSORS_PARTS]
             log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
             return [Carried(part, "reset", f"{travelled} travelled, now {self.travels}") for part in _COMPRESSORS_PARTS]
-        carried = redistribute.restore(
+        carried = resharding.restore(
             self.compressor,
             saved["compressor"],
             same_layout=saved["layout"] == self.layout,

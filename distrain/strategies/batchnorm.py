@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distrain.collectives import Communicator
+from distrain.communication.collectives import Communicator
 
 
 class _Normalise(torch.autograd.Function):

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distrain.carried import Carried
-from distrain.collectives import Communicator
-from distrain.config import Config, StrategyConfig, register, setting
+from distrain.checkpoint.restore_report import Carried
+from distrain.communication.collectives import Communicator
+from distrain.config.schema import Config, StrategyConfig, register, setting
+from distrain.gradients.bucket_sizes import Bucketing, bytes_of
+from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult
-from distrain.strategies.bucketing import Bucketing, bytes_of
-from distrain.strategies.gradients import Gradients
 from distrain.strategies.single import Single
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
-    from distrain.runtime import Runtime
+    from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

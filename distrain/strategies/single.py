@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distrain import state
-from distrain.carried import Carried
-from distrain.collectives import Communicator
-from distrain.config import Config, ConfigError, StrategyConfig, choices, register
-from distrain.precision import Precision
+from distrain.checkpoint import named_state
+from distrain.checkpoint.restore_report import Carried
+from distrain.communication.collectives import Communicator
+from distrain.config.schema import Config, ConfigError, StrategyConfig, choices, register
+from distrain.data.evaluation_views import averaged
+from distrain.gradients.buckets import Gradients, Reduced, clip
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
-from distrain.strategies.gradients import Gradients, Reduced, clip
-from distrain.strategies.kept import KeptBuffers
-from distrain.views import averaged
+from distrain.strategies.buffer_snapshot import KeptBuffers
+from distrain.strategies.precision import Precision
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
-    from distrain.runtime import Runtime
+    from distrain.runtime.runtime import Runtime
 
 
 @register("strategy", "single", StrategyConfig)
@@ -158,7 +158,7 @@ class Single(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and loss scale; see the base class."""
-        return self._saved(self.model_state(), *state.optimizer_state(self.optimizer, self._names))
+        return self._saved(self.model_state(), *named_state.optimizer_state(self.optimizer, self._names))
 
     def _saved(self, model: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
         """The state of a model and its optimizer, which the first replica saves, with what this rank has besides."""
@@ -176,11 +176,11 @@ class Single(Strategy):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
         """Takes back what :meth:`state_dict` gave; see the base class."""
-        state.check_optimizer(self.config.optimizer.name, saved["scalars"])
-        state.load_model(self.model, saved["model"])
-        state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
+        named_state.load_model(self.model, saved["model"])
+        named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         return [
-            *state.carried(saved, self.precision.dtype),
+            *named_state.carried(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, self._names.values(), self.replicas.size),
         ]

@@ -1,7 +1,7 @@
 """Hydra's ``hydra/launcher=torchrun``: each job of a ``--multirun`` under a torchrun of its own.
 
 Hydra takes launchers from packages below ``hydra_plugins`` only, and imports all of them whenever it starts, so what
-the launcher does lies in :mod:`distrain.launching` and is imported when it is used.
+the launcher does lies in :mod:`distrain.tools.launching` and is imported when it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    from distrain.launching.jobs import Result
+    from distrain.tools.launching.jobs import Result
 
 
 class TorchrunLauncher(Launcher):
@@ -34,8 +34,8 @@ class TorchrunLauncher(Launcher):
         Raises:
             ConfigError: A key's value is wrong.
         """
-        from distrain import config as configuration
-        from distrain.launching import jobs, sweep
+        from distrain.config import schema as configuration
+        from distrain.tools.launching import jobs, sweep
 
         settings = configuration.checked(jobs.SweepSettings, OmegaConf.create(self._settings))
         self._sweep = sweep.Sweep.of(settings, config.hydra.sweep.dir, config.hydra.overrides.task)
@@ -58,7 +58,7 @@ class _JobReturn(JobReturn):
     @property
     def return_value(self) -> Any:
         if self.status == JobStatus.FAILED:
-            from distrain.cli import Ended
+            from distrain.cli.hydra_entry import Ended
 
             raise Ended(1)
         return self._return_value

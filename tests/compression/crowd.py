@@ -10,11 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import DONE, Communicator, Pending
+from distrain.communication.collectives import DONE, Communicator, Pending
 from distrain.compression.base import Bucket, Compressor, LossyConfig, build
-from distrain.config import CompressionConfig
-from distrain.metrics import Stopwatch
-from distrain.strategies.gradients import Gradients
+from distrain.config.schema import CompressionConfig
+from distrain.gradients.buckets import Gradients
+from distrain.reporting.metrics import Stopwatch
 from tests.runs import compose
 
 

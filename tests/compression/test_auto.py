@@ -12,18 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain import app, config
-from distrain.collectives import Communicator, Pending, digest
-from distrain.compression import auto, base, selection
+from distrain.cli import app
+from distrain.communication.collectives import Communicator, Pending, digest
+from distrain.compression import auto, base
 from distrain.compression.auto import Auto, AutoConfig
+from distrain.compression.autotune import candidates as selection
+from distrain.compression.autotune.candidates import Table, choose, turns
+from distrain.compression.autotune.link_model import Link, Point
 from distrain.compression.base import Bucket, Compressor, LossyConfig
-from distrain.compression.link import Link, Point
 from distrain.compression.none import NoCompression
-from distrain.compression.selection import Table, choose, turns
-from distrain.config import Choice, CompressionConfig, ConfigError
-from distrain.metrics import Stopwatch
-from distrain.runtime import Runtime, World
-from distrain.strategies.gradients import Gradients
+from distrain.config import schema
+from distrain.config.schema import Choice, CompressionConfig, ConfigError
+from distrain.gradients.buckets import Gradients
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.runtime import Runtime, World
 from tests.harness import run_ranks
 from tests.runs import compose, small, train_on_rank
 from tests.strategies.helpers import ALONE
@@ -227,7 +229,7 @@ FAKES: dict[str, type[Compressor]] = {"fake": Fake, "slow": Slow, "fading": Fadi
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in FAKES.items():
-        monkeypatch.setitem(config.choices("compression"), name, Choice("compression", name, LossyConfig, kind))
+        monkeypatch.setitem(schema.choices("compression"), name, Choice("compression", name, LossyConfig, kind))
 
 
 def fake(name: str, min_elements: int = 1, error_feedback: bool = True) -> LossyConfig:
@@ -275,7 +277,7 @@ def _exchange_on_rank(
 ) -> dict[str, Any]:
     """Exchanges random gradients; ``prefer`` takes the place of the measured choice."""
     for name, kind in FAKES.items():
-        config.choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
+        schema.choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
     if prefer is not None:
         selection.HOPEFUL = selection.HOPEFUL_NONE = 1e9
         _force(prefer)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.collectives import Communicator, digest, ring_all_reduce_bytes
-from distrain.compression.exchange import Exchanges
-from distrain.metrics import Stopwatch
-from distrain.runtime import Runtime, World
+from distrain.communication.collectives import Communicator, digest, ring_all_reduce_bytes
+from distrain.gradients.exchange import Exchanges
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.runtime import Runtime, World
 from tests.compression.crowd import Crowd, Odd, bucket_for, compressor
 from tests.harness import run_ranks
 from tests.runs import small

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain import checkpoint
-from distrain.collectives import digest
+from distrain.checkpoint import format as checkpoint_format
+from distrain.communication.collectives import digest
 from distrain.compression import base
-from distrain.config import choices
-from distrain.metrics import Stopwatch
-from distrain.runtime import Runtime, World
-from distrain.strategies.gradients import Gradients
+from distrain.config.schema import choices
+from distrain.gradients.buckets import Gradients
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.runtime import Runtime, World
 from tests.harness import run_ranks
 from tests.runs import relative_difference, small, train_on_rank
 
@@ -158,7 +158,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 def _residuals(path: Path) -> dict[str, Tensor]:
     """What all ranks together had not sent yet."""
-    state, _ = checkpoint.load(path)
+    state, _ = checkpoint_format.load(path)
     total: dict[str, Tensor] = {}
     for own in state["compressor"]:
         for key, tensor in own.items():
@@ -192,7 +192,7 @@ def _resave_on_rank(configuration: Any) -> None:
     """Resumes and saves what it was given at once."""
     from dataclasses import asdict
 
-    from distrain import app
+    from distrain.cli import app
 
     world = World.from_environment()
     splits = app.source(configuration).load()
@@ -200,7 +200,7 @@ def _resave_on_rank(configuration: Any) -> None:
         trainer = app.build_trainer(configuration, runtime, splits)
         trainer._resume()
         state = {**trainer.strategy.state_dict(), "layout": trainer.strategy.layout}
-        checkpoint.save(runtime.run_dir / "resaved", state, asdict(trainer.progress), runtime.communicator())
+        checkpoint_format.save(runtime.run_dir / "resaved", state, asdict(trainer.progress), runtime.communicator())
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd"])

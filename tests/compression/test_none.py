@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from distrain.collectives import Communicator
+from distrain.communication.collectives import Communicator
 from distrain.compression.base import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config import CompressionConfig
+from distrain.config.schema import CompressionConfig
 
 
 def compressor() -> NoCompression:

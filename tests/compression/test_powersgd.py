@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator, digest, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator, digest, ring_all_reduce_bytes
 from distrain.compression.base import Bucket
-from distrain.compression.exchange import Exchanges
 from distrain.compression.powersgd import PowerSGD, PowerSGDConfig
-from distrain.config import ConfigError
-from distrain.metrics import Stopwatch
-from distrain.runtime import Runtime, World
-from distrain.strategies.gradients import MB, Gradients
+from distrain.config.schema import ConfigError
+from distrain.gradients.buckets import MB, Gradients
+from distrain.gradients.exchange import Exchanges
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.runtime import Runtime, World
 from tests.harness import run_ranks
 from tests.runs import compose, small
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.collectives import Communicator
+from distrain.communication.collectives import Communicator
 from distrain.compression import base
 from distrain.compression.base import Bucket
 from distrain.compression.qsgd import QSGD, QSGDConfig
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from tests.runs import compose
 
 SCHEMES = [(bits, norm) for bits in (2, 4, 8) for norm in ("max", "l2")]

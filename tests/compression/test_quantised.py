@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.collectives import Communicator, digest
+from distrain.communication.collectives import Communicator, digest
 from distrain.compression import quantised
 from distrain.compression.base import Bucket
-from distrain.compression.exchange import Exchanges
 from distrain.compression.qsgd import QSGD, QSGDConfig
 from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.compression.signsgd import SignSGD
-from distrain.metrics import Stopwatch
-from distrain.runtime import Runtime, World
+from distrain.gradients.exchange import Exchanges
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.runtime import Runtime, World
 from tests.harness import run_ranks
 from tests.runs import small
 

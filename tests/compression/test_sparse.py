@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import digest, ring_all_reduce_bytes
+from distrain.communication.collectives import digest, ring_all_reduce_bytes
 from distrain.compression.error_feedback import Residuals
-from distrain.compression.exchange import Exchanges
 from distrain.compression.sparse import SparseCompressor, stratified
-from distrain.config import ConfigError
-from distrain.metrics import Stopwatch
-from distrain.runtime import Runtime, World
+from distrain.config.schema import ConfigError
+from distrain.gradients.exchange import Exchanges
+from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.runtime import Runtime, World
 from tests.compression.crowd import Crowd, bucket_for, compressor
 from tests.harness import run_ranks
 from tests.runs import compose, small

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data.base import DataSpec, Images, assemble, channel_statistics, checked, hold_out_test, image_moments
 from tests.data.helpers import data_config, random_images
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data import cifar10
 from tests.data.helpers import source
 

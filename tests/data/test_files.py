@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data.files import building, publish
 
 

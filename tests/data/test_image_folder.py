@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data import image_cache
 from distrain.data.base import Splits
 from distrain.data.files import building

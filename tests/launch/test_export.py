@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distrain.run_folder import RunFolder
+from distrain.cli.run_folder import RunFolder
 from tests.trained import Refusal, launch, save_test_images
 
 #: Plain torch, and no distrain: prints the class of each of a folder's images.

@@ -6,9 +6,9 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from distrain.run_folder import RunFolder
-from tests.launching.helpers import SSH, program
+from distrain.cli.run_folder import RunFolder
 from tests.runs import SMALL, launched
+from tests.tools.launching.helpers import SSH, program
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,11 @@ def test_first_step_needs_no_heavy_import_and_no_file_of_another_choice(strategy
     modules = set(json.loads(run.stdout))
     assert {"torch", f"distrain.strategies.{strategy}", "distrain.compression.none"} <= modules
     assert not modules & HEAVY
-    others = {"distrain.strategies.pipeline", "distrain.strategies.parameter_server", "distrain.compression.powersgd"}
+    others = {
+        "distrain.strategies.pipeline.strategy",
+        "distrain.strategies.parameter_server.strategy",
+        "distrain.compression.powersgd",
+    }
     assert not modules & {*others, "distrain.data.cifar10", "distrain.data.image_folder"}
 
 
@@ -82,7 +86,7 @@ def test_help_and_simple_mistakes_do_not_wait_for_torch(typed: str, code: int, t
 def test_a_choice_is_found_in_the_file_named_after_it_or_in_another(tmp_path: Path) -> None:
     """``none`` lies in ``none.py``, ``resnet18`` and ``custom`` lie elsewhere; both are found, and nothing else is."""
     script = (
-        "import sys; from distrain.config import choice; "
+        "import sys; from distrain.config.schema import choice; "
         "print(choice('compression', 'none').target.__module__, choice('model', 'resnet18').target.__module__, "
         "choice('model', 'custom').schema.__module__, 'distrain.compression.topk' in sys.modules)"
     )

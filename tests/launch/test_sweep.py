@@ -19,7 +19,7 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_job_that_fails_is_named_and_the_others_have_results(tmp_path: Path) -> None:
-    model = ("model=custom", "model._target_=tests.launching.moody.Moody", "+model.kwargs.mood=good,bad,fine")
+    model = ("model=custom", "model._target_=tests.tools.launching.moody.Moody", "+model.kwargs.mood=good,bad,fine")
     ended = start(tmp_path, *QUICK, *model, "trainer.max_steps=2", "sweep.folder=sweep", "sweep.parallel=2")
     assert ended.returncode == 1, ended.stderr
     with (tmp_path / "sweep" / "results.csv").open() as file:

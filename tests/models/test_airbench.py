@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data.base import Images
 from distrain.models import FromData
 from distrain.models.airbench import AirbenchCNN, Block, Whitening

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.config import ConfigError, ModelConfig
+from distrain.config.schema import ConfigError, ModelConfig
 from distrain.models import BlockSequence, base, build, check
 from distrain.models.base import CustomConfig
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain.config import ConfigError, ModelConfig
+from distrain.config.schema import ConfigError, ModelConfig
 from distrain.models import check
 from distrain.models.cnn import CifarCNN, SimpleCNN
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from distrain.run_folder import RunFolder
-from distrain.testnet.network import Network
+from distrain.cli.run_folder import RunFolder
+from distrain.tools.testnet.network import Network
 from tests.harness import run_ranks
 from tests.hosts import needs_network
 from tests.runs import LAUNCH, SMALL, relative_difference, small

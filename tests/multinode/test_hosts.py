@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from distrain.testnet.network import Network
+from distrain.tools.testnet.network import Network
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.hosts import needs_network, on_host, run_on_hosts
 from tests.runs import relative_difference, small, train_on_rank

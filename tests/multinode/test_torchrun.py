@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.run_folder import RunFolder
+from distrain.cli.run_folder import RunFolder
 from tests.harness import run_ranks
 from tests.hosts import needs_network
 from tests.runs import LAUNCH, SMALL, relative_difference, small

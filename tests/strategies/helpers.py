@@ -7,11 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from distrain import losses, optimizers
-from distrain.config import Config
+from distrain.config.schema import Config
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
-from distrain.runtime import Runtime, World
+from distrain.optim import losses, optimizers
+from distrain.runtime.runtime import Runtime, World
 from distrain.strategies import base
 from distrain.strategies.single import Single
 from tests.runs import small

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator
-from distrain.runtime import Runtime, World
+from distrain.communication.collectives import Communicator
+from distrain.runtime.runtime import Runtime, World
 from distrain.strategies.batchnorm import SyncBatchNorm, synchronise
 from tests.harness import RankFailed, run_ranks
 from tests.runs import small

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import ring_all_reduce_bytes
+from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
-from distrain.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime, World
 from distrain.strategies.single import Single
 from tests.harness import run_ranks
 from tests.runs import small, train_on_rank

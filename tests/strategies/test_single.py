@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain import optimizers
-from distrain.config import ConfigError
+from distrain.config.schema import ConfigError
 from distrain.data.loader import Batch
+from distrain.optim import optimizers
 from distrain.strategies.single import Single
 from tests.runs import small
 from tests.strategies.helpers import batch, drawn, parameters, single

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distrain.collectives import Communicator
+from distrain.communication.collectives import Communicator
 from distrain.compression.base import Bucket, Compressor
-from distrain.compression.exchange import Exchanges
 from distrain.compression.none import NoCompression
-from distrain.config import CompressionConfig
-from distrain.metrics import Stopwatch
-from distrain.strategies.gradients import MB, make_bucket, partition
+from distrain.config.schema import CompressionConfig
+from distrain.gradients.buckets import MB, make_bucket, partition
+from distrain.gradients.exchange import Exchanges
+from distrain.reporting.metrics import Stopwatch
 
 _BUCKET = 25 * MB
 

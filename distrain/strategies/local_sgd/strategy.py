@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distrain import state
-from distrain.carried import Carried
-from distrain.collectives import Communicator, ring_all_reduce_bytes
+from distrain.checkpoint import named_state
+from distrain.checkpoint.restore_report import Carried
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
-from distrain.config import CompressionConfig, Config, ConfigError, StrategyConfig, missing, register, setting
-from distrain.control import Alone, Counsel, Rounds
+from distrain.config.schema import CompressionConfig, Config, ConfigError, StrategyConfig, missing, register, setting
 from distrain.data.sampler import shard_bounds
-from distrain.pipelining import split
+from distrain.gradients.buckets import Gradients
+from distrain.runtime.consensus import Alone, Counsel, Rounds
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
-from distrain.strategies.gradients import Gradients
-from distrain.strategies.local_sgd.agreement import Agreement
+from distrain.strategies.local_sgd.divergence_check import Agreement
 from distrain.strategies.local_sgd.fragment import Fragment, Outer, Seen, weighted_mean
+from distrain.strategies.pipeline import split
 from distrain.strategies.single import Single
 
 if TYPE_CHECKING:
     from distrain.data.loader import Batch
-    from distrain.runtime import Runtime
+    from distrain.runtime.runtime import Runtime
 
 
 @dataclass
@@ -419,7 +419,7 @@ class LocalSGD(Single):
             # Before the compressor's state is taken, which a merge under way may still change.
             fragment.wait()
         model = self.model_state()
-        tensors, scalars = state.optimizer_state(self.optimizer, self._names)
+        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         assert self._own is not None
         own = {**self._own, **{name: b for name, b in self.model.named_buffers() if name not in self._copies}}
         local = {f"copy/{name}": tensor for name, tensor in own.items()}
@@ -464,7 +464,9 @@ class LocalSGD(Single):
             for name, tensor in _below("copy", local).items():
                 held[name].copy_(tensor)
             scale = self.precision.load_state_dict({k: v.item() for k, v in _below("precision", local).items()})
-            carried[-1] = Carried(state.LOCAL, "exact", "each rank's copy, its anchor and samples since the last merge")
+            carried[-1] = Carried(
+                named_state.LOCAL, "exact", "each rank's copy, its anchor and samples since the last merge"
+            )
         return [*carried, scale, residuals, factors]
 
 

@@ -1,0 +1,1 @@
+"""Commands: Hydra's command line, and one file a command."""

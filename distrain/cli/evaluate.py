@@ -1,0 +1,199 @@
+"""Evaluating a run's model on its data, on one rank or many, with the same counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrain.cli import app, output
+from distrain.cli.run_folder import RunFolder, Weights
+from distrain.cli.settings import RunSettings
+from distrain.config import schema as configuration
+from distrain.config.schema import CompressionConfig, Config, ConfigError, StrategyConfig, setting
+from distrain.data.base import DataSpec, Images, Splits
+from distrain.data.files import has_built
+from distrain.files.untrusted import printable
+from distrain.optim import losses, optimizers
+from distrain.runtime.runtime import Runtime, World
+from distrain.strategies import base as strategy_base
+from distrain.strategies.base import Strategy
+from distrain.strategies.ddp import DDPConfig
+from distrain.strategies.precision import Precision
+from distrain.training.evaluation import Evaluation, evaluate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluateSettings(RunSettings):
+    """Keys of ``launch/evaluate.py``."""
+
+    split: str = setting("Which images.", choices=("train", "val", "test"))
+    data_root: str | None = setting("Folder that holds the data here; null: the run's data.root.")
+    batch_size: int | None = setting("Images a step sees over all ranks; null: the run's.", at_least=1)
+    device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    output: str | None = setting("Result file (JSON); -: standard output; null: evaluation_<split>.json in the run.")
+    allow: list[str] = setting("Dotted prefixes that the model's _target_ may have besides distrain.models.")
+
+
+def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any]:
+    """Evaluates, and on rank 0 prints and writes the result.
+
+    The run's strategy doesn't matter, since checkpoints are keyed by the unsplit model's names: every rank here holds
+    the model and takes a share of each batch. Torch compiles nothing, which would take longer than it saves.
+
+    Returns:
+        What the result file holds; equal on all ranks.
+
+    Raises:
+        ConfigError: The run, the checkpoint, the data or the output can't be used; raised before any process group
+            forms.
+        Failed: The evaluation failed; which rank and why was said.
+    """
+    world = world or World.from_environment()
+    folder = RunFolder.open(settings.run)
+    target = _target(settings, folder)
+    if target is not None:
+        output.check(target)
+    config = _adapted(folder, settings, world)
+    weights = folder.weights(settings.checkpoint)
+    model = folder.model(weights, settings.allow)
+    runtime = Runtime(config, world, keep_logs=False)
+    splits = _load(config, folder)
+    images: Images = getattr(splits, settings.split)
+    if not len(images):
+        others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
+        raise ConfigError("split", settings.split, "the run has no such images", others)
+    with runtime:
+        found = _evaluate(config, runtime, splits, images, model)
+        # Ranks that were started with different settings would add up different images.
+        if found.count != len(images):
+            raise RuntimeError(f"{found.count} images were evaluated, not the {len(images)} of the split")
+    result = _result(settings.split, weights, folder.spec, found)
+    if runtime.is_main:
+        output.write_text(target, json.dumps(result, indent=2) + "\n")
+        if target is not None:
+            print(_table(result), flush=True)
+    return result
+
+
+def _target(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
+    if settings.output == "-":
+        return None
+    if settings.output is None:
+        return folder.path / f"evaluation_{settings.split}.json"
+    return Path(settings.output).expanduser()
+
+
+def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Config:
+    """The run's configuration for this machine and these ranks."""
+    strategy: StrategyConfig = StrategyConfig(name="single")
+    if world.size > 1:
+        # Nothing is trained: neither buckets nor BatchNorm's statistics will be exchanged.
+        strategy = DDPConfig(name="ddp", batchnorm="local", first_bucket_mb=1, bucket_mb=1, last_bucket_mb=0)
+    config = folder.config
+    held = {field.name for field in dataclasses.fields(config.data)}
+    changes: dict[str, Any] = {}
+    if settings.batch_size is not None:
+        changes["eval_batch_size"] = settings.batch_size
+    if "download" in held:
+        changes["download"] = False
+    if settings.data_root is not None:
+        changes["root"] = settings.data_root
+    if "cache" in held and (settings.data_root is not None or not _has_cache(config)):
+        # The run's cache was made from the run's root; and where to write is not for a stranger's run to say.
+        changes["cache"] = None
+    return dataclasses.replace(
+        config,
+        strategy=strategy,
+        compression=CompressionConfig(name="none"),
+        data=dataclasses.replace(config.data, **changes),
+        trainer=dataclasses.replace(config.trainer, compile=False),
+        runtime=dataclasses.replace(config.runtime, device=settings.device, backend="auto", threads=None),
+        run_dir=str(folder.path),
+    )
+
+
+def _has_cache(config: Config) -> bool:
+    cache = getattr(config.data, "cache", None)
+    return cache is not None and has_built(Path(cache).expanduser())
+
+
+def _load(config: Config, folder: RunFolder) -> Splits:
+    """The data, normalised as the run did, if it has the run's shape and classes.
+
+    Raises:
+        ConfigError: The data is not where the run had it, or is another one.
+    """
+    try:
+        splits = app.source(config).load()
+    except ConfigError as error:
+        if not str(error).startswith("data.root"):
+            raise
+        raise configuration.refused(f"{error}; data_root=FOLDER names the run's data where it is now") from error
+    if splits.spec != folder.spec:
+        problem = f"holds {_shown(splits.spec)}; the run was trained on {_shown(folder.spec)}"
+        raise ConfigError("data_root", config.data.root, problem)
+    return dataclasses.replace(splits, mean=folder.mean, std=folder.std)
+
+
+def _shown(spec: DataSpec) -> str:
+    names = ", ".join(map(printable, spec.classes[:10])) + (", …" if len(spec.classes) > 10 else "")
+    return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
+
+
+def _evaluate(config: Config, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Evaluation:
+    runtime.position.doing = "evaluation"
+    strategy: Strategy = strategy_base.build(config, runtime)
+    layout = app.memory_format(config, runtime.device, model)
+    model.to(device=runtime.device, dtype=Precision(config.trainer.precision, runtime.device).dtype)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    loader = app.make_loader(config, strategy, splits, images, layout, training=False)
+    first = next(loader.epoch(0))
+    # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
+    strategy.setup(
+        model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), first.images
+    )
+    with torch.inference_mode():
+        return evaluate(strategy, loader, runtime.communicator(), len(splits.spec.classes))
+
+
+def _result(split: str, weights: Weights, spec: DataSpec, found: Evaluation) -> dict[str, Any]:
+    counts, correct = found.confusion.sum(1).tolist(), found.confusion.diagonal().tolist()
+    return {
+        "split": split,
+        "checkpoint": weights.path.name,
+        "step": weights.step,
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "correct": found.correct,
+        "count": found.count,
+        "classes": [
+            {"class": name, "accuracy": right / count if count else None, "correct": right, "count": count}
+            for name, right, count in zip(spec.classes, correct, counts, strict=True)
+        ],
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    """The result as people read it; one line a class."""
+    rows = [("class", "accuracy", "correct", "count")]
+    for entry in result["classes"]:
+        accuracy = "-" if entry["accuracy"] is None else f"{entry['accuracy']:.4f}"
+        rows.append((printable(entry["class"]), accuracy, str(entry["correct"]), str(entry["count"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{result['split']} of {result['checkpoint']}: accuracy {result['accuracy']:.4f} "
+        f"({result['correct']} of {result['count']}), loss {result['loss']:.4f}"
+    ]
+    for name, *numbers in rows:
+        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    return "\n".join(lines)

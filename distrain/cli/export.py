@@ -1,0 +1,85 @@
+"""Writing a run's model for use without distrain."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import distrain
+from distrain.cli import output
+from distrain.cli.run_folder import RunFolder, Weights
+from distrain.cli.settings import RunSettings, one_process
+from distrain.config.schema import ConfigError, setting
+from distrain.runtime.runtime import World
+
+
+@dataclass
+class ExportSettings(RunSettings):
+    """Keys of ``launch/export.py``."""
+
+    format: str = setting("File format.", choices=("safetensors",))
+    output: str = setting("The file to write.")
+
+
+def run(settings: ExportSettings, world: World | None = None) -> Path:
+    """Writes the unsplit model's ``state_dict`` to a file and returns its path; no model is built.
+
+    Floating-point tensors become float32 and all are contiguous. The header's metadata says what else one needs; its
+    values are text, those marked JSON are to be parsed:
+
+    ==================== ===============================================================================
+    ``format``           ``pt``, as other tools expect
+    ``model``            the configuration's choice
+    ``model_config``     JSON: the class and its arguments
+    ``classes``          JSON: names in the order of the logits
+    ``input_shape``      JSON: channels, height, width of an image
+    ``mean``, ``std``    JSON: a channel each; the model takes ``(pixel / 255 - mean) / std``
+    ``step``             updates done
+    ``distrain_version`` what wrote the file
+    ==================== ===============================================================================
+
+    Raises:
+        ConfigError: The run or the output can't be used.
+    """
+    one_process("export", world or World.from_environment())
+    folder = RunFolder.open(settings.run)
+    target = Path(settings.output).expanduser()
+    output.check(target)
+    weights = folder.weights(settings.checkpoint)
+    tensors = {name: _plain(tensor) for name, tensor in weights.tensors.items()}
+
+    def make(path: Path) -> None:
+        try:
+            save_file(tensors, path, _metadata(folder, weights))
+        except safetensors.SafetensorError as error:
+            raise ConfigError("output", target, f"can't be written ({error})") from error
+
+    output.write(target, make)
+    print(f"{weights.path.name} as {settings.format}: {target}", flush=True)
+    return target
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _metadata(folder: RunFolder, weights: Weights) -> dict[str, str]:
+    spec = folder.spec
+    return {
+        "format": "pt",
+        "model": folder.config.model.name,
+        "model_config": json.dumps(dataclasses.asdict(folder.config.model)),
+        "classes": json.dumps(spec.classes),
+        "input_shape": json.dumps([spec.channels, spec.height, spec.width]),
+        "mean": json.dumps(folder.mean),
+        "std": json.dumps(folder.std),
+        "step": str(weights.step),
+        "distrain_version": distrain.__version__,
+    }

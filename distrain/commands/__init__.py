@@ -1,1 +1,0 @@
-"""What is done with a run after, or during, its training: evaluate, predict, export."""

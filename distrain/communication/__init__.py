@@ -1,0 +1,1 @@
+"""Collectives among ranks, and the bytes they send."""

@@ -1,0 +1,266 @@
+"""The few collectives distrain uses, over an explicit group of ranks, with every byte counted.
+
+A :class:`Communicator` of one rank needs no process group and does nothing, so that code written for many ranks runs
+unchanged on one. Tensors only: nothing is pickled, so nothing that a peer sends can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distrain.communication.shared_memory.channel import DONE, REDUCE_OPS, Channel, Pending, Reduction
+from distrain.communication.shared_memory.connect import channels
+from distrain.communication.shared_memory.hierarchical import Hosts
+
+__all__ = [
+    "DONE", "DTYPES", "Communicator", "Ledger", "Pending", "Reduction", "digest", "ring_all_reduce_bytes",
+]  # fmt: skip
+#: What a peer may say that its tensors are.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+class _Started:
+    """A backend's work, waited for by a call of this module, by which a watcher knows what a rank waits for."""
+
+    def __init__(self, work: Pending) -> None:
+        self._work = work
+
+    def wait(self) -> object:
+        return self._work.wait()
+
+
+class Ledger:
+    """Bytes this rank put on the wire, by kind of collective.
+
+    The count follows the algorithms the backends use among hosts of one rank each: a ring for all-reduce and
+    all-gather, a binomial tree for broadcast. Headers are not counted. What goes from rank to rank is counted whether
+    or not the two share a host's memory, so that the figures of one layout of ranks compare with those of another.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+
+    def total(self) -> int:
+        """Bytes this rank has sent so far."""
+        return sum(self.sent.values())
+
+
+def ring_all_reduce_bytes(size: int, ranks: int) -> int:
+    """Bytes each rank sends in a ring all-reduce of ``size`` bytes: a reduce-scatter, then an all-gather."""
+    return 2 * (ranks - 1) * size // ranks
+
+
+def _tree_children(rank: int, source: int, ranks: int) -> int:
+    """How many ranks this one sends to in a binomial-tree broadcast."""
+    virtual, children, step = (rank - source) % ranks, 0, 1
+    while step < ranks:
+        if virtual < step and virtual + step < ranks:
+            children += 1
+        step *= 2
+    return children
+
+
+class Communicator:
+    """The collectives of one group of ranks.
+
+    Tensors on the CPU go through memory among ranks of one host, and else by the group's backend; see
+    :mod:`distrain.communication.shared_memory`.
+
+    Args:
+        group: The process group; ``None`` for a group of this rank alone.
+        ledger: Where the bytes are counted; shared between communicators of one strategy.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, ledger: Ledger | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.ledger = ledger if ledger is not None else Ledger()
+        self._channel: Channel | Hosts | None = None
+        self._met = self.size == 1
+
+    def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Reduces ``tensor`` over the group, in place, and returns it."""
+        channel = self._channel_for(tensor)
+        if channel is None:
+            self.start_all_reduce(tensor, reduction).wait()
+        else:
+            self._count_all_reduce(tensor)
+            channel.all_reduce(tensor, reduction)
+        return tensor
+
+    def start_all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Pending:
+        """Starts an in-place all-reduce; the tensor must not be touched until the result was waited for."""
+        if self.size == 1:
+            return DONE
+        self._count_all_reduce(tensor)
+        channel = self._channel_for(tensor)
+        if channel is not None:
+            return channel.start_all_reduce(tensor, reduction)
+        work: Pending = dist.all_reduce(tensor, op=REDUCE_OPS[reduction], group=self.group, async_op=True)
+        return _Started(work)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Copies ``tensor`` from the group's rank ``source`` to all, in place, and returns it."""
+        if self.size == 1:
+            return tensor
+        sends = _tree_children(self.rank, source, self.size)
+        self.ledger.sent["broadcast"] += sends * tensor.numel() * tensor.element_size()
+        channel = self._channel_for(tensor)
+        if channel is None:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        else:
+            channel.broadcast(tensor, source)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's ``tensor`` (all of one shape and dtype), in order of rank."""
+        channel = self._channel_for(tensor)
+        if channel is None:
+            gathered, pending = self.start_all_gather(tensor)
+            pending.wait()
+        else:
+            gathered = self._room_to_gather(tensor)
+            channel.all_gather(gathered, tensor)
+        return gathered
+
+    def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], Pending]:
+        """Starts to gather every rank's ``tensor`` (all of one shape and dtype), which must not be changed meanwhile.
+
+        Returns:
+            Every rank's, in order of rank, and what to wait for before they are read.
+        """
+        if self.size == 1:
+            return [tensor], DONE
+        gathered = self._room_to_gather(tensor)
+        channel = self._channel_for(tensor)
+        if channel is not None:
+            return gathered, channel.start_all_gather(gathered, tensor)
+        work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
+        return gathered, _Started(work)
+
+    def reduce_scatter(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Reduces ``tensor``, ``[size * n, ...]``, over the group.
+
+        Returns:
+            The ``rank``-th part of the result, ``[n, ...]``; on a group of one rank ``tensor`` itself.
+
+        Raises:
+            ValueError: Its first dimension can't be cut in ``size`` equal parts.
+        """
+        if tensor.dim() == 0 or len(tensor) % self.size:
+            raise ValueError(f"a tensor of shape {list(tensor.shape)} can't be cut in {self.size} equal parts")
+        if self.size == 1:
+            return tensor
+        count = len(tensor) // self.size
+        part = tensor.new_empty(count, *tensor.shape[1:])
+        if dist.get_backend(self.group) == "nccl":
+            self.ledger.sent["reduce_scatter"] += (self.size - 1) * part.numel() * part.element_size()
+            parts = list(tensor.contiguous().chunk(self.size))
+            dist.reduce_scatter(part, parts, op=REDUCE_OPS[reduction], group=self.group)
+        elif isinstance(channel := self._channel_for(tensor), Channel):
+            self._count_all_reduce(tensor)
+            channel.reduce_scatter(part, tensor, reduction)
+        else:
+            # gloo, where it knows this at all, does and sends the same.
+            whole = self.all_reduce(tensor.detach().clone(memory_format=torch.contiguous_format), reduction)
+            part.copy_(whole[self.rank * count : (self.rank + 1) * count])
+        return part
+
+    def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
+        """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; it must live until waited for.
+
+        The receiver must expect the same size and type: the backend doesn't check.
+        """
+        self.ledger.sent["send"] += tensor.numel() * tensor.element_size()
+        work = dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
+        assert work is not None, "a rank outside the group sends"
+        return _Started(work)
+
+    def start_receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
+        """Starts receiving into ``tensor`` (contiguous) what the group's rank ``source`` sends with the same tag."""
+        work = dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
+        assert work is not None, "a rank outside the group receives"
+        return _Started(work)
+
+    def share(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """Every rank's plain data (what JSON can hold), in order of rank."""
+        if self.size == 1:
+            return [dict(mine)]
+        text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8).to(device)
+        lengths = torch.stack(self.all_gather(torch.tensor(len(text), device=device))).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+        padded[: len(text)] = text
+        gathered = self.all_gather(padded)
+        return [json.loads(bytes(each[:length].tolist())) for each, length in zip(gathered, lengths, strict=True)]
+
+    def share_tensors(self, mine: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """All ranks' named tensors together; a name that several ranks hold is the first one's."""
+        if self.size == 1:
+            return dict(mine)
+        described = self.share(
+            {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in mine.items()},
+            device,
+        )
+        found: dict[str, Tensor] = {}
+        for rank, names in enumerate(described):
+            for name, (shape, dtype) in names.items():
+                if name not in found:
+                    if dtype not in DTYPES:
+                        raise ValueError(f"rank {rank} offers {name} as {dtype!r}, which is no type of a tensor")
+                    tensor = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+                    if rank == self.rank:
+                        tensor.copy_(mine[name])
+                    found[name] = self.broadcast(tensor, rank)
+        return found
+
+    def barrier(self) -> None:
+        """Waits until all ranks of the group are here."""
+        channel = self._channel_for(None)
+        if channel is not None:
+            channel.barrier()
+        elif self.size > 1:
+            dist.barrier(group=self.group)
+
+    def _count_all_reduce(self, tensor: Tensor) -> None:
+        self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
+
+    def _room_to_gather(self, tensor: Tensor) -> list[Tensor]:
+        self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
+        return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+
+    def _channel_for(self, tensor: Tensor | None) -> Channel | Hosts | None:
+        """What carries a tensor past the backend, if anything does; the group's first call is a collective."""
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in Channel.DTYPES):
+            return None
+        if not self._met:
+            self._met = True
+            assert self.group is not None, "a rank alone has met all there are"
+            # Until that is known this group talks as any other, and what it says so is not counted.
+            by_backend = Communicator(self.group)
+            by_backend._met = True
+            cpu = torch.device("cpu")
+            self._channel = channels.of(self.group, lambda mine: by_backend.share(mine, cpu))
+        return self._channel
+
+
+def digest(tensors: Iterable[Tensor]) -> Tensor:
+    """A 63-bit hash of the tensors' bits as an int64 scalar on the CPU, for comparing ranks."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return torch.tensor(int.from_bytes(total.digest()[:8], "little") >> 1, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Which compressor pays on this network: measuring, a cost model, and the choice."""

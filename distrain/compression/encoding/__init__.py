@@ -1,0 +1,1 @@
+"""How numbers become few bytes: bits, positions, packing."""

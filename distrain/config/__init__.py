@@ -1,0 +1,1 @@
+"""Typed configuration: schemas, the registry of choices, loading and checking."""

@@ -1,0 +1,1 @@
+"""Gradients: buckets, their sizes, the exchange during the backward pass, clipping."""

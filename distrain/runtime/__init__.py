@@ -1,0 +1,1 @@
+"""A rank's surroundings: process group, device, rendezvous, signals, agreement among ranks, memory."""

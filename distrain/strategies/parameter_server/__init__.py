@@ -1,0 +1,3 @@
+"""Parameter servers."""
+
+from distrain.strategies.parameter_server import strategy as strategy

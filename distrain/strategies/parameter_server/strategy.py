@@ -1,0 +1,658 @@
+"""Servers that hold the parameters, and workers that push gradients and pull parameters."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.checkpoint import named_state
+from distrain.checkpoint.restore_report import Carried
+from distrain.communication.collectives import Communicator
+from distrain.config.schema import Config, ConfigError, StrategyConfig, choices, register, setting
+from distrain.gradients.buckets import MB, Gradients, Reduced, clip
+from distrain.reporting import figures as pictures
+from distrain.runtime.consensus import Counsel, wish_of
+from distrain.runtime.runtime import Stopped
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
+from distrain.strategies.parameter_server.client import Link, Links
+from distrain.strategies.parameter_server.collectives import Everyone
+from distrain.strategies.parameter_server.connect import Door, Peer, enter, own_address
+from distrain.strategies.parameter_server.protocol import Kind
+from distrain.strategies.parameter_server.server import Rules, Server, Shard, Worker
+from distrain.strategies.parameter_server.shards import balanced
+from distrain.strategies.parameter_server.stop_decision import Subscription
+from distrain.strategies.single import Single
+from distrain.training.nonfinite import NonFinite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from distrain.compression.base import Bucket
+    from distrain.data.loader import Batch
+    from distrain.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+_STALENESS = 3
+#: How many times faster steps might be that are computed while the last one's push and pull travel, if that is done.
+_GAIN = 1.5
+#: Besides a few copies of the model, what a worker may bring to a collective, in bytes.
+_LARGEST_COUNT = 64 * MB
+
+
+@dataclass
+class ParameterServerConfig(StrategyConfig):
+    """Keys of ``strategy=parameter_server``."""
+
+    servers: int = setting("Ranks that hold the parameters, the last ones; all others are workers.", at_least=1)
+    mode: str = setting("Who waits for whom.", choices=("sync", "async", "ssp"))
+    staleness: int | None = setting(
+        f"ssp: steps that a worker may be ahead of the slowest one; null: {_STALENESS}.", at_least=0
+    )
+    overlap: bool | None = setting(
+        "Compute a step while the last one's push and pull travel; null: where it pays, in async and ssp."
+    )
+    bucket_mb: float = setting("Size in MiB of the messages in which gradients are pushed.", above=0)
+    worker_timeout_seconds: float = setting("A rank that gives no sign of life for so long is gone.", above=0)
+
+    @property
+    def bound(self) -> int | None:
+        """Steps that a worker may be ahead of the slowest one; ``None`` where nothing bounds them."""
+        if self.mode != "ssp":
+            return None
+        return _STALENESS if self.staleness is None else self.staleness
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether a step is ever computed while the last one's push and pull travel."""
+        allowed = self.mode == "async" or (self.bound or 0) > 0
+        return allowed if self.overlap is None else self.overlap
+
+    def __post_init__(self) -> None:
+        """Refuses values that don't go together.
+
+        Raises:
+            ConfigError: See the messages.
+        """
+        if self.staleness is not None and self.mode != "ssp":
+            raise ConfigError("strategy.staleness", self.staleness, f"is a bound for mode=ssp, not {self.mode}")
+        if self.overlap and self.mode == "sync":
+            raise ConfigError("strategy.overlap", True, "mode=sync computes each step with all earlier ones applied")
+        if self.overlap and self.bound == 0:
+            raise ConfigError("strategy.overlap", True, "a step under way is one step of staleness; it needs 1")
+
+
+@register("strategy", "parameter_server", ParameterServerConfig)
+class ParameterServer(Single):
+    """Servers hold the parameters in shards, apply the optimizer to what workers push, and answer with parameters.
+
+    The last ``servers`` ranks are servers: rank 0, which writes what a run leaves behind, has to see the training, and
+    workers' ranks are then also their shares of a batch. Each tensor lies whole on one server; bytes are balanced.
+
+    - ``sync``: the servers wait for all workers, add the shares in order of rank, clip by the norm of the whole and
+      make one update: the parameters are those of ``strategy=single`` to rounding, and a run resumes bit for bit.
+    - ``async``: a server applies each push at once and answers with what it has then (Downpour SGD, Dean et al. 2012,
+      NIPS, §4.1), so gradients miss what others pushed meanwhile. What is applied is the mean gradient of the worker's
+      samples, with the learning rate times their part of the global batch: the pushes of one batch move the parameters
+      together about as far as ``ddp``'s one update, whatever the optimizer, and decay weights as much. That the rate
+      wants dividing by staleness, which is about the number of workers, is of Zhang et al. 2016, "Staleness-aware
+      async-SGD for distributed deep learning" (arXiv 1511.05950).
+    - ``ssp``: as async, but a worker starts no step that is more than ``staleness`` ahead of what the slowest living
+      worker has finished (Ho et al. 2013, NIPS).
+
+    Pushes leave bucket by bucket while the backward pass still runs. In async and ssp a worker may also compute its
+    next step before the last push is answered, with parameters one step older. By default it does so where that might
+    make steps half as fast again: where an answer takes between half and twice as long as a step's computing.
+
+    In the last two modes the training is not the serial one, depends on who was how fast, and repeats and resumes
+    approximately: a checkpoint holds the servers' parameters and optimizer state at a moment when every worker has
+    pushed all steps up to it, so no sample is lost or seen twice. ``trainer.grad_clip_norm`` bounds the mean gradient
+    of each worker's samples, before it is compressed. At ends of epochs and at checkpoints the workers wait for each
+    other, at logs they don't.
+
+    A worker other than rank 0 that dies or falls silent is then left behind: the others go on, the samples it owned in
+    the current epoch are not seen, and from the next epoch on (and in evaluation at once) the living share everything.
+    The run succeeds, with a warning and ``lost_workers`` in the summary. In sync mode, or if a server or rank 0 is
+    lost, the run fails with that rank's name. A launcher that ends all ranks when one dies (torchrun does so on each
+    host) leaves nobody to go on; see ``docs/parameter_server.md``.
+
+    With ``trainer.on_nonfinite=skip`` the servers leave out a sync update that is not finite; in async and ssp a worker
+    whose own gradient is not finite pushes nothing in its place. Stops are decided by the first server, for a step that
+    no worker has finished yet; in async that takes until the slowest one is there.
+
+    BatchNorm normalises by each worker's share; running statistics, which stay with the workers, are averaged for
+    evaluation and checkpoints.
+    """
+
+    # Workers may die, and a process group fails with the first of them.
+    saves_in_background = False
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        assert isinstance(config.strategy, ParameterServerConfig)
+        self.options = config.strategy
+        self._workers = runtime.world.size - self.options.servers
+        rank = runtime.world.rank
+        runtime.position.apart = self.options.mode != "sync"
+        self._server: Server | None = None
+        self.is_server = rank >= self._workers
+        self.data_shard = (0 if self.is_server else rank, self._workers)
+        self._settled = True
+        self._looks = config.trainer.on_nonfinite != "stop"
+        self._left_out = False
+        self._overlapped = 0
+        self._figures: dict[str, Figure] = {}
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuses what leaves no worker, and losses that all workers would have to scale together."""
+        options = config.strategy
+        assert isinstance(options, ParameterServerConfig)
+        if world_size < 2:
+            raise ConfigError("strategy", "parameter_server", f"needs a server and a worker, and {world_size} started")
+        if options.servers >= world_size:
+            raise ConfigError(
+                "strategy.servers",
+                options.servers,
+                f"leaves no worker among {world_size} ranks",
+                range(1, world_size),
+            )
+        if config.trainer.precision == "fp16":
+            raise ConfigError(
+                "trainer.precision", "fp16", "would need a loss scale that all workers share", ["fp32", "bf16", "fp64"]
+            )
+        if config.trainer.on_nonfinite == "rewind" and options.mode != "sync":
+            raise ConfigError(
+                "trainer.on_nonfinite",
+                "rewind",
+                f"needs workers that keep step, not mode={options.mode}",
+                ["stop", "skip"],
+            )
+        if config.optimizer.lookahead.every is not None and options.mode != "sync":
+            raise ConfigError(
+                "optimizer.lookahead.every",
+                config.optimizer.lookahead.every,
+                f"needs workers that keep step, not mode={options.mode}",
+                ["null"],
+            )
+        if config.compression.name == "auto":
+            others = [name for name in choices("compression") if name != "auto"]
+            raise ConfigError("compression", "auto", "chooses by timing collectives, and pushes are none", others)
+
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        """Refuses more servers than there are tensors for."""
+        assert isinstance(config.strategy, ParameterServerConfig)
+        tensors = len(trained(model))
+        if config.strategy.servers > tensors:
+            raise ConfigError(
+                "strategy.servers", config.strategy.servers, f"the model has only {tensors} tensors to hold"
+            )
+
+    @classmethod
+    def shares(cls, config: Config, world_size: int) -> int:
+        """Servers see no data; see the base class."""
+        assert isinstance(config.strategy, ParameterServerConfig)
+        return world_size - config.strategy.servers
+
+    @property
+    def everyone(self) -> Communicator:
+        """The workers that are alive; see the base class."""
+        return self.replicas
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """See the base class; with a worker less the layout is another one."""
+        return {**super().layout, "mesh": {"server": self.options.servers, "worker": self.replicas.size}}
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        """Divides the parameters and connects the ranks; see the base class."""
+        world, all_ranks = self.runtime.world, self.runtime.communicator()
+        self.agree_on(model, all_ranks)
+        parameters = list(trained(model).items())
+        sizes = [parameter.numel() * parameter.element_size() for _, parameter in parameters]
+        shards = [
+            dict(parameters[position] for position in positions) for positions in balanced(sizes, self.options.servers)
+        ]
+        hosts = [str(told["host"]) for told in all_ranks.share({"host": world.host}, self.runtime.device)]
+        peers = [Peer(rank, host) for rank, host in enumerate(hosts)]
+        workers, servers = peers[: self._workers], peers[self._workers :]
+        if self.is_server:
+            address = own_address(hosts)
+            door = Door(address)
+            told = {"address": address.publish, "port": door.port, "token": door.token}
+            all_ranks.share(told, self.runtime.device)
+            self._serve(shards[world.rank - self._workers], make_optimizer, workers, door, sum(sizes))
+            return
+        doors = all_ranks.share({}, self.runtime.device)[self._workers :]
+        seconds = self.config.runtime.setup_timeout_seconds
+        links = []
+        for server, door_, shard in zip(servers, doors, shards, strict=True):
+            connections = enter(server, door_["address"], door_["port"], door_["token"], world.rank, seconds)
+            links.append(
+                Link(
+                    server,
+                    connections,
+                    shard,
+                    self.compressor,
+                    self.stopwatch,
+                    self.ledger,
+                    self.options.worker_timeout_seconds,
+                )
+            )
+        self._links = Links(links)
+        if self._workers > 1:
+            self.replicas = Everyone(links[0].talk, world.rank, list(range(self._workers)))
+        self._averaged = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()) and self._workers > 1:
+            log.warning(
+                "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
+                "does not; model.norm=group is equal"
+            )
+        super().setup(model, loss_fn, make_optimizer, example)
+        log.info(
+            "parameter server, %s: %d workers, %d servers that hold %s MB",
+            self.options.mode,
+            self._workers,
+            self.options.servers,
+            ", ".join(f"{link.bytes / 1e6:.2f}" for link in links),
+        )
+
+    def _serve(
+        self, named: dict[str, nn.Parameter], make_optimizer: MakeOptimizer, workers: list[Peer], door: Door, size: int
+    ) -> None:
+        options, trainer = self.options, self.config.trainer
+        self.optimizer = make_optimizer(named.items())
+        self._held = named
+        shard = Shard(named, self._make_shard(named, None), self.optimizer, self.compressor)
+        rules = Rules(
+            mode=options.mode,
+            staleness=options.bound,
+            in_flight=int(options.may_overlap),
+            clip=trainer.grad_clip_norm if options.mode == "sync" else None,
+            timeout_seconds=self.runtime.collective_seconds,
+            on_nonfinite=trainer.on_nonfinite,
+            silence_seconds=options.worker_timeout_seconds,
+            largest=_LARGEST_COUNT + 4 * size,
+        )
+        connections = door.admit(workers, self.config.runtime.setup_timeout_seconds)
+        me = Peer(self.runtime.world.rank, self.runtime.world.host)
+        self._server = Server(
+            me, shard, rules, workers, connections, self._on_loss, lambda: int(wish_of(self.runtime.stop_requested))
+        )
+        log.info("holds %d tensors: %s", len(named), ", ".join(named))
+
+    def _make_gradients(self) -> Reduced:
+        assert isinstance(self.options, ParameterServerConfig)
+        shards = [self._make_shard(link.named, link) for link in self._links.links]
+        return _Shards(shards, self._clips_itself)
+
+    def _make_shard(self, named: Mapping[str, nn.Parameter], link: Link | None) -> Gradients:
+        size = self.options.bucket_mb
+        return Gradients(named.items(), Communicator(), self.compressor, self.stopwatch, size, size, carrier=link)
+
+    # --- the life of a rank ------------------------------------------------------------------------------------------
+
+    def run(self, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Serves or trains; see the base class."""
+        # The servers see workers off; a process group would fail with the first that is gone.
+        self.runtime.farewell = lambda: None
+        self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._workers
+        if self._server is not None:
+            self.runtime.position.doing = "serving"
+            self.runtime.stoppable = True
+            try:
+                self._server.serve()
+            finally:
+                self.runtime.step = self._server.steps()
+            self._log_work(self._server)
+            if self._server.stopped is not None:
+                raise Stopped(self._server.stopped, self._server.steps())
+            return {}
+        try:
+            summary = fit()
+            # Nobody leaves while another still talks.
+            self._meet()
+            self._links.leave()
+        except Stopped as stop:
+            self._meet()
+            self._links.leave(stop.reason)
+            raise
+        except BaseException as error:
+            self._links.abandon(error, fatal=isinstance(error, NonFinite))
+            raise
+        return summary
+
+    def _log_work(self, server: Server) -> None:
+        for worker in server.workers.values():
+            log.info(
+                "worker %s: %d steps, %d samples, staleness %s, pushed %.1f MB, pulled %.1f MB",
+                worker.peer,
+                worker.steps,
+                worker.samples,
+                dict(sorted(worker.staleness.items())),
+                worker.pushed / 1e6,
+                worker.pulled / 1e6,
+            )
+
+    def _on_loss(self, worker: Worker) -> None:
+        self.runtime.lost.add(worker.peer.rank)
+        log.warning("worker %s is gone after %d steps: %s", worker.peer, worker.steps, worker.lost)
+
+    def _hear_of_losses(self) -> None:
+        for link in self._links.links:
+            for rank, told in link.lost.items():
+                if rank not in self.runtime.lost:
+                    self.runtime.lost.add(rank)
+                    log.warning(
+                        "WORKER LOST: rank %d on %s is gone after %d steps (%s); the others go on without its samples",
+                        rank,
+                        told["host"],
+                        told["steps"],
+                        told["lost"],
+                    )
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """Pushes the gradient of this worker's share; see the base class."""
+        self._settled = False
+        self._began = time.perf_counter()
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self._share = len(batch.labels) / batch.global_count
+        self._links.begin(self.compressor.step + 1, rate, len(batch.labels), self._share)
+        return super().train_step(batch)
+
+    def counsel(self) -> Counsel:
+        """Agrees by what travels with pushes and their answers; see the base class."""
+        return Subscription(self._links.links)
+
+    @property
+    def decides_alone(self) -> bool:
+        """In async and ssp; see the base class."""
+        return self.options.mode != "sync"
+
+    @property
+    def _clips_itself(self) -> Callable[[Reduced], None] | None:
+        """What a worker does to its own gradients before they travel."""
+        most = self.config.trainer.grad_clip_norm
+        if self.options.mode == "sync" or (most is None and not self._looks):
+            return None
+
+        def clip_own(gradients: Reduced) -> None:
+            # Of an empty share there is nothing to clip.
+            share = self._share or 1.0
+            norm = gradients.norm()
+            self._norm = norm / share
+            self._left_out = self._looks and not bool(norm.isfinite())
+            if self._left_out:
+                # A push of no samples, which the servers count and don't apply.
+                gradients.zero()
+                self._links.begin(self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share)
+            elif most is not None:
+                clip(gradients, most * share, norm)
+
+        return clip_own
+
+    def _update(self) -> bool:
+        computed = time.perf_counter() - self._began
+        with self.stopwatch.communication():
+            # The answer to the last push was on its way while this step was computed.
+            self._links.take()
+            if self.options.mode == "sync" and (self._looks or self.config.trainer.grad_clip_norm is not None):
+                norm = self._links.clip()
+                self._norm, self._left_out = torch.tensor(norm), self._looks and not math.isfinite(norm)
+            self._links.ask()
+            if self._overlaps(computed):
+                self._overlapped += 1
+            else:
+                self._links.take()
+        self._hear_of_losses()
+        if self._left_out and self._kept is not None:
+            self._kept.put_back()
+        return self._left_out
+
+    def _overlaps(self, computed: float) -> bool:
+        """Whether the next step begins before this push is answered; ``computed`` is how long this step took."""
+        if not self.options.may_overlap or self.options.overlap is not None:
+            return self.options.may_overlap
+        # At best the longer of the two is left. A link that is never idle anyway gains nothing, and each step under way
+        # makes all workers' gradients a step older.
+        answered = self._links.seconds
+        return computed + answered > _GAIN * max(computed, answered)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm before clipping of the gradient that the servers applied last, in async and ssp one worker's.
+
+        Where workers clip or look at their own, it is this worker's.
+        """
+        return self._norm if self._norm is not None else torch.tensor(self._links.norm())
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Forward only, with the servers' parameters; see the base class."""
+        self._settle()
+        return super().eval_step(batch)
+
+    def _settle(self) -> None:
+        """Takes the servers' parameters when all workers have pushed their steps, and averages buffers."""
+        if self._settled:
+            return
+        self._links.take()
+        if self.options.mode != "sync":
+            self._meet()
+            self._links.pull()
+            self._hear_of_losses()
+        self._average_buffers()
+        self._settled = True
+
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        if self._averaged and self.replicas.size > 1:
+            # With a count, since a worker may go just now; in float64, so that what is equal stays what it is.
+            parts = [buffer.double().flatten() for buffer in self._averaged]
+            total = self.replicas.all_reduce(torch.cat([*parts, parts[0].new_ones(1)]))
+            means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in self._averaged])
+            for buffer, mean in zip(self._averaged, means, strict=True):
+                buffer.copy_(mean.view_as(buffer))
+
+    def _meet(self) -> None:
+        """Waits until all living workers are here."""
+        self.replicas.barrier()
+
+    # --- what the trainer sums ---------------------------------------------------------------------------------------
+
+    def agree_on_shard(self) -> tuple[int, int]:
+        """An equal share for every worker that is alive; see the base class."""
+        if self.options.mode != "sync":
+            self._meet()
+            self.data_shard = (self.replicas.rank, self.replicas.size)
+        return self.data_shard
+
+    def total(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
+        """See the base class."""
+        if isinstance(self.replicas, Everyone) and self.options.mode != "sync":
+            return self.replicas.tally(name, counted, wait=settled)
+        return super().total(name, counted, settled=settled)
+
+    def metrics(self) -> dict[str, float]:
+        """Compression's, in async and ssp of this worker alone, and how stale all workers' last pushes were."""
+        if self.options.mode == "sync":
+            return super().metrics()
+        found = self.compression_metrics(Communicator())
+        if self.runtime.is_main:
+            recent = self._links.links[0].talk(Kind.TELL, {"recent": True})[0]
+            if recent.whole("pushes"):
+                found["parameter_server/staleness_mean"] = recent.whole("late") / recent.whole("pushes")
+                found["parameter_server/staleness_max"] = float(recent.whole("latest"))
+        return found
+
+    # --- what came of it ---------------------------------------------------------------------------------------------
+
+    def uncompressed_bytes_per_step(self) -> int:
+        """A push and a pull of everything."""
+        return 2 * sum(link.bytes for link in self._links.links)
+
+    def report(self) -> dict[str, Any]:
+        """Who did how many steps and how stale they were, who is gone, and what travelled; also draws it."""
+        told = [link.talk(Kind.TELL)[0].meta for link in self._links.links]
+        rows = [_row([server["workers"][index] for server in told]) for index in range(self._workers)]
+        lost = [row for row in rows if row["lost"] is not None]
+        everything = _merged([row["staleness"] for row in rows])
+        found = {
+            "mode": self.options.mode,
+            "staleness_bound": self.options.bound,
+            "overlapped_steps": int(self.replicas.all_reduce(torch.tensor(self._overlapped))),
+            "updates": told[0]["updates"],
+            "samples": sum(row["samples"] for row in rows),
+            "workers": [
+                {
+                    **{key: row[key] for key in ("rank", "host", "steps", "samples")},
+                    "staleness": _described(row["staleness"]),
+                    "steps_ahead_max": row["lead"],
+                }
+                for row in rows
+            ],
+            "staleness": _described(everything),
+            "lost_workers": [
+                {"rank": row["rank"], "host": row["host"], "after_steps": row["steps"], "reason": row["lost"]}
+                for row in lost
+            ],
+            "shards": [{"tensors": server["tensors"], "bytes": server["bytes"]} for server in told],
+            "bytes_pushed": sum(row["pushed"] for row in rows),
+            "bytes_pulled": sum(row["pulled"] for row in rows),
+        }
+        if self.runtime.is_main and self.options.mode != "sync":
+            self._figures["parameter_server/staleness"] = pictures.histogram(
+                {f"rank {row['rank']}": row["staleness"] for row in rows},
+                "updates that a push was late",
+                "pushes",
+            )
+        return {
+            "mesh": {"server": self.options.servers, "worker": self._workers},
+            "parameter_server": found,
+            **super().report(),
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """How stale the workers' pushes were."""
+        return self._figures
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters as the servers have them, and buffers; all workers call it together.
+
+        On a server it is the shard that it holds.
+        """
+        if self._server is not None:
+            return {name: parameter.detach() for name, parameter in self._held.items()}
+        self._settle()
+        return super().model_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See the base class; the optimizer's tensors are fetched by the first worker, which saves them."""
+        model = self.model_state()
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        if self.replicas.rank == 0:
+            for link in self._links.links:
+                more_tensors, more_scalars = link.fetch_optimizer()
+                tensors |= more_tensors
+                scalars |= more_scalars
+        # No worker pushes before that is done, or parameters and moments would be of different steps.
+        self._meet()
+        return self._saved(model, tensors, scalars)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+        """Gives the servers what any strategy saved; see the base class."""
+        carried = super().load_state_dict(saved)
+        # Checked by loading it here as every strategy does; workers keep none of it.
+        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
+        if self.replicas.rank == 0:
+            for link in self._links.links:
+                link.load(tensors, scalars)
+        self.optimizer.state.clear()
+        self._meet()
+        return carried
+
+
+class _Shards:
+    """The gradients of all shards as one.
+
+    Args:
+        shards: One a server.
+        first: Done to the whole before anything travels; buckets then wait for the end of the backward pass.
+    """
+
+    def __init__(self, shards: Sequence[Gradients], first: Callable[[Reduced], None] | None) -> None:
+        self._shards = shards
+        self._first = first
+        self.buckets: list[Bucket] = [bucket for shard in shards for bucket in shard.buckets]
+
+    @property
+    def bytes_per_step(self) -> int:
+        return sum(bucket.bytes for bucket in self.buckets)
+
+    def zero(self) -> None:
+        for shard in self._shards:
+            shard.zero()
+
+    def arm(self) -> None:
+        if self._first is None:
+            for shard in self._shards:
+                shard.arm()
+
+    def finish(self) -> None:
+        if self._first is not None:
+            self._first(self)
+            for shard in self._shards:
+                shard.arm()
+        for shard in self._shards:
+            shard.finish()
+
+    def norm(self) -> Tensor:
+        whole: Tensor = torch.linalg.vector_norm(torch.stack([shard.norm() for shard in self._shards]))
+        return whole
+
+    def scale(self, factor: Tensor) -> None:
+        for shard in self._shards:
+            shard.scale(factor)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _row(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all servers say of one worker, as one; steps and samples are the first one's."""
+    return {
+        **told[0],
+        "staleness": _merged([{int(late): count for late, count in each["staleness"].items()} for each in told]),
+        "lead": max(each["lead"] for each in told),
+        "pushed": sum(each["pushed"] for each in told),
+        "pulled": sum(each["pulled"] for each in told),
+        "lost": next((each["lost"] for each in told if each["lost"] is not None), None),
+    }
+
+
+def _merged(histograms: Sequence[Mapping[int, int]]) -> dict[int, int]:
+    total: Counter[int] = Counter()
+    for histogram in histograms:
+        total.update(histogram)
+    return dict(sorted(total.items()))
+
+
+def _described(histogram: Mapping[int, int]) -> dict[str, Any]:
+    """Mean, largest and counts of how many updates pushes were late."""
+    count = sum(histogram.values())
+    mean = sum(late * pushes for late, pushes in histogram.items()) / count if count else math.nan
+    return {"mean": mean, "max": max(histogram, default=0), "histogram": {str(k): v for k, v in histogram.items()}}

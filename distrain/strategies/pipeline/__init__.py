@@ -1,0 +1,3 @@
+"""Pipeline parallelism."""
+
+from distrain.strategies.pipeline import strategy as strategy

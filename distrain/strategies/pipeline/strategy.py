@@ -1,0 +1,518 @@
+"""Model parallelism: stages of the model on different ranks, microbatches on their way through them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.checkpoint import named_state
+from distrain.checkpoint.restore_report import Carried
+from distrain.communication.collectives import Communicator
+from distrain.config.schema import Config, ConfigError, StrategyConfig, register, setting
+from distrain.data.evaluation_views import averaged
+from distrain.gradients.bucket_sizes import Bucketing, bytes_of
+from distrain.gradients.buckets import Gradients, clip
+from distrain.runtime.runtime import write_json
+from distrain.strategies import batchnorm
+from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
+from distrain.strategies.buffer_snapshot import KeptBuffers
+from distrain.strategies.pipeline import schedule as schedules
+from distrain.strategies.pipeline import split, timeline
+from distrain.strategies.pipeline.schedule import SCHEDULES, Work
+from distrain.strategies.pipeline.stage import Stage
+from distrain.strategies.pipeline.transfers import Handed, Mail
+from distrain.strategies.precision import Precision
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from distrain.data.loader import Batch
+    from distrain.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+#: Receives are started for so many pieces of work ahead, so that they arrive while the rank computes.
+_LOOK_AHEAD = 3
+
+
+@dataclass
+class PipelineConfig(StrategyConfig):
+    """Keys of ``strategy=pipeline``."""
+
+    stages: int = setting("Parts that the model is cut into.", at_least=2)
+    schedule: str = setting("In which order ranks work.", choices=SCHEDULES)
+    microbatches: int = setting("Pieces that a replica's share of a batch goes through in.", at_least=1)
+    virtual_stages: int | None = setting("Stages a rank; null: the schedule's.", at_least=1)
+    boundaries: list[str] = setting("Blocks that the stages after the first begin with; none: cut by measured times.")
+    batchnorm: str = setting("Running statistics of BatchNorm layers.", choices=("deferred", "local"))
+    first_bucket_mb: float | None = setting("Size of the first gradient bucket in MiB; null: by measurement.", above=0)
+    bucket_mb: float | None = setting("Size of the other gradient buckets in MiB; null: by measurement.", above=0)
+
+    @property
+    def virtual(self) -> int:
+        """Stages a rank."""
+        return self.virtual_stages or SCHEDULES[self.schedule].virtual or 2
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one pipeline."""
+        return self.stages // self.virtual
+
+
+@register("strategy", "pipeline", PipelineConfig)
+class Pipeline(Strategy):
+    """Each rank holds one or more stages; replicas of the pipeline share each batch as ddp's ranks do.
+
+    Ranks of one pipeline lie next to each other, so that on several nodes activations stay inside a node where they can
+    and only gradients, once a step, travel between nodes.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        assert isinstance(config.strategy, PipelineConfig)
+        self.options = config.strategy
+        ranks = self.options.ranks
+        self.mesh = runtime.mesh({"data": runtime.world.size // ranks, "pipeline": ranks})
+        assert self.mesh is not None, "a pipeline of one rank was refused"
+        self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
+        # Activations and gradients travel in opposite directions. On a backend that keeps one queue for a pair of ranks
+        # (NCCL) they would block each other, so each direction has a group of its own.
+        self.line = Communicator(self.mesh.get_group("pipeline"), self.ledger)
+        self._forward_line = Communicator(runtime.twin_group(self.mesh, "pipeline"), self.ledger)
+        self.data_shard = (self.replicas.rank, self.replicas.size)
+        self.precision = Precision(
+            config.trainer.precision, runtime.device, looks=config.trainer.on_nonfinite != "stop"
+        )
+        self._schedule = SCHEDULES[self.options.schedule]
+        self._where = schedules.placement(self._schedule, ranks, self.options.virtual)
+        self._orders: dict[int, list[Work]] = {}
+        self._clip = config.trainer.grad_clip_norm
+        self._norm: Tensor | None = None
+        self._recorder = timeline.Recorder(runtime.device)
+        self._figures: dict[str, Figure] = {}
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuses numbers of stages and ranks that don't fit together."""
+        options = config.strategy
+        assert isinstance(options, PipelineConfig)
+        wanted = SCHEDULES[options.schedule].virtual
+        if wanted is not None and options.virtual != wanted:
+            raise ConfigError(
+                "strategy.virtual_stages",
+                options.virtual_stages,
+                f"{options.schedule} has this many stages a rank",
+                [wanted],
+            )
+        if wanted is None and options.virtual < 2:
+            raise ConfigError("strategy.virtual_stages", options.virtual, f"{options.schedule} needs at least 2")
+        if options.stages % options.virtual:
+            raise ConfigError(
+                "strategy.stages", options.stages, f"must be a multiple of the {options.virtual} stages a rank holds"
+            )
+        if options.ranks < 2:
+            raise ConfigError("strategy.stages", options.stages, f"{options.virtual} stages a rank leave a single rank")
+        if world_size % options.ranks:
+            raise ConfigError(
+                "strategy.stages",
+                options.stages,
+                f"{options.ranks} ranks hold a pipeline, and the {world_size} started are no multiple of that",
+                [ranks * options.virtual for ranks in range(2, world_size + 1) if world_size % ranks == 0],
+            )
+        if config.trainer.compile:
+            problem = "is not possible under strategy=pipeline"
+            raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
+
+    @classmethod
+    def whole_models(cls, config: Config, world_size: int) -> int:
+        """None: the whole model may not fit; see the base class."""
+        return 0
+
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        """Refuses a model that can't be split, with the reason."""
+        assert isinstance(config.strategy, PipelineConfig)
+        split.check(model, config.strategy.stages, config.strategy.boundaries)
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        """Cuts the model and keeps this rank's stages; see the base class."""
+        assert isinstance(model, nn.Sequential)
+        self.agree_on(model, self.runtime.communicator())
+        self._names_of_all = list(model.state_dict())
+        starts = self._split(model, example)
+        blocks = list(model.named_children())
+        self._shapes = self._boundary_shapes(model, example, starts)
+        self.stages: dict[int, Stage] = {}
+        self.gradients: dict[int, Gradients] = {}
+        asked = (self.options.first_bucket_mb, self.options.bucket_mb, None if self.options.bucket_mb is None else 0)
+        everyone, device = self.runtime.communicator(), self.runtime.device
+        self._bucketing = Bucketing(
+            asked, self.replicas, everyone, device, bytes_of(model), repeatable=self.config.trainer.deterministic
+        )
+        named: list[tuple[str, nn.Parameter]] = []
+        for index, owner in enumerate(self._where):
+            if owner != self.line.rank:
+                continue
+            stop = starts[index + 1] if index + 1 < len(starts) else len(blocks)
+            module = nn.Sequential()
+            for name, block in blocks[starts[index] : stop]:
+                module.add_module(name, block)
+            if self.options.batchnorm == "deferred":
+                batchnorm.defer(module, self.replicas)
+            last = index == len(self._where) - 1
+            self.stages[index] = Stage(
+                index, module, last, loss_fn, self.precision, splits_backward=self._schedule.splits_backward
+            )
+            self.stages[index].counts_memory = True
+            sizes = self._bucketing.sizes(bytes_of(module))
+            self.gradients[index] = Gradients(
+                module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes
+            )
+            named += list(module.named_parameters())
+        self._bucketing.tell(list(self.gradients.values()))
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
+        self.optimizer = make_optimizer(named)
+        self._kept = KeptBuffers(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
+        self._warn(model)
+        options = self.options
+        log.info(
+            "%s: %d stages on %d ranks, %d replicas, %d microbatches, predicted bubble %.0f %%\n%s",
+            options.schedule,
+            options.stages,
+            options.ranks,
+            self.replicas.size,
+            options.microbatches,
+            100 * self._predicted,
+            split.described(self.split_table),
+        )
+
+    def _played(self, forward: list[float], backward: list[float]) -> float:
+        """The bubble that the schedule has with these times for each stage."""
+        options = self.options
+        order = schedules.orders(self._schedule, options.ranks, options.virtual, options.microbatches)
+        return schedules.bubble(schedules.play(order, forward, backward))
+
+    @property
+    def _predicted(self) -> float:
+        rows = self.split_table
+        return self._played([row["forward_ms"] for row in rows], [row["backward_ms"] for row in rows])
+
+    def _split(self, model: nn.Sequential, example: Tensor) -> list[int]:
+        """The first block of each stage: as asked for, or by rank 0's measurement, which all ranks take."""
+        names = [name for name, _ in model.named_children()]
+        costs: list[split.BlockCost] = []
+        if self.runtime.is_main:
+            # Pieces as the schedule will make them, and no smaller than two samples, which BatchNorm needs.
+            size = max(2, len(example) // self.options.microbatches)
+            costs = split.measure(model, example[:size], self.precision.autocast)
+        link = split.measure_link(self.line, self.runtime.device)
+        mine = {"costs": split.to_rows(costs), "link": link}
+        measured = self.runtime.communicator().share(mine, self.runtime.device)[0]
+        costs = [split.BlockCost(**row) for row in measured["costs"]]
+        latency, a_byte = measured["link"]
+        if self.options.boundaries:
+            starts = [0, *(names.index(name) for name in self.options.boundaries)]
+        else:
+            weights = [cost.forward_ms + cost.backward_ms for cost in costs]
+            # An activation there and its gradient back.
+            hand_over = [2 * (latency + a_byte * cost.output_bytes) for cost in costs]
+            starts = split.partition(weights, hand_over, self.options.stages, split.allowed_cuts(model))
+        self.split_table = split.table(costs, starts, self._where)
+        return starts
+
+    def _boundary_shapes(self, model: nn.Sequential, example: Tensor, starts: list[int]) -> list[Handed]:
+        """What each stage but the last hands over."""
+        training = model.training
+        model.eval()
+        found = []
+        with torch.no_grad(), self.precision.autocast():
+            x = example[:2]
+            for position, block in enumerate(model.children()):
+                x = block(x)
+                if position + 1 in starts:
+                    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+                    found.append(Handed(x.shape[1:], x.dtype, last))
+        model.train(training)
+        return found
+
+    def _warn(self, model: nn.Module) -> None:
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            log.warning(
+                "BatchNorm layers normalise each microbatch by its own statistics, which one process, seeing the whole "
+                "batch, does not; model.norm=group is equal"
+            )
+        if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
+            log.warning("dropout draws differently on each stage; the run is not the one that one process would do")
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One update: the schedule's work in order, then the replicas' reduction; see the base class."""
+        with self.stopwatch.step():
+            self.compressor.begin_step()
+            if self._kept is not None:
+                self._kept.take()
+            for index, stage in self.stages.items():
+                stage.module.train()
+                self.gradients[index].zero()
+            images, labels = self._pieces(batch)
+            count = len(labels)
+            self._recorder.begin()
+            result = self._run(self._order(count), images, labels, batch.global_count) if count else None
+            for index in self.stages:
+                if not count or len(self.stages) > 1:
+                    self.gradients[index].arm()
+                self.gradients[index].finish()
+            batchnorm.settle(self._modules)
+            left_out = self._update()
+        if count == self.options.microbatches:
+            self._recorder.end()
+        for stage in self.stages.values():
+            # Counting hooks every tensor that autograd keeps, so only the first step pays for it.
+            stage.counts_memory = False
+        nothing = torch.zeros((), device=self.runtime.device)
+        if result is None or not self._is_end:
+            return StepResult(nothing, nothing.long(), 0, left_out=left_out)
+        return StepResult(result[0], result[1], len(batch.labels), left_out=left_out)
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [stage.module for stage in self.stages.values()]
+
+    @property
+    def _is_end(self) -> bool:
+        return self._where[-1] == self.line.rank
+
+    def _pieces(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The share in microbatches of near-equal size, none of them empty; the same on all ranks of the pipeline."""
+        share = len(batch.labels)
+        count = self.options.microbatches
+        if self.config.trainer.micro_batch_size is not None:
+            count = max(count, math.ceil(share / self.config.trainer.micro_batch_size))
+        count = min(count, share)
+        if not count:
+            return (), ()
+        return batch.images.tensor_split(count), batch.labels.tensor_split(count)
+
+    def _mail(self, sizes: list[int]) -> Mail:
+        return Mail(
+            self._where,
+            self._shapes,
+            sizes,
+            self._forward_line,
+            self.line,
+            self.runtime.device,
+            self._recorder,
+            self.stopwatch,
+        )
+
+    def _order(self, microbatches: int) -> list[Work]:
+        if microbatches not in self._orders:
+            options = self.options
+            order = schedules.orders(self._schedule, options.ranks, options.virtual, microbatches)
+            self._orders[microbatches] = order[self.line.rank]
+        return self._orders[microbatches]
+
+    def _run(
+        self, order: list[Work], images: tuple[Tensor, ...], labels: tuple[Tensor, ...], global_count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Does this rank's work; receives what it needs ahead of time and sends what others need at once."""
+        last = len(self._where) - 1
+        sizes = [len(piece) for piece in labels]
+        mail = self._mail(sizes)
+        loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        left = {
+            index: sum(work.stage == index and work.kind in ("backward", "weight") for work in order)
+            for index in self.stages
+        }
+        for position, work in enumerate(order):
+            mail.expect(order[position : position + _LOOK_AHEAD])
+            stage, m = self.stages[work.stage], work.microbatch
+            if work.kind == "forward":
+                x = images[m] if stage.is_first else mail.take(work)
+                with self._recorder.span(*work):
+                    output, loss_sum = stage.forward(m, x, labels[m], global_count)
+                if stage.is_last:
+                    loss += loss_sum
+                    correct += (output.argmax(1) == labels[m]).sum()
+                else:
+                    mail.post(Work("forward", work.stage + 1, m), output)
+                continue
+            if work.kind in ("backward", "weight"):
+                left[work.stage] -= 1
+                # With several stages a rank, replicas with fewer microbatches might finish them in another order, and
+                # their collectives would not match; then all wait for the end.
+                if not left[work.stage] and len(self.stages) == 1:
+                    self.gradients[work.stage].arm()
+            if work.kind == "weight":
+                with self._recorder.span(*work):
+                    stage.backward_weight(m)
+                continue
+            gradient = None if work.stage == last else mail.take(work)
+            with self._recorder.span(*work):
+                found = stage.backward(m, gradient) if work.kind == "backward" else stage.backward_input(m, gradient)
+            if not stage.is_first:
+                assert found is not None
+                mail.post(Work(work.kind, work.stage - 1, m), found)
+        mail.wait()
+        return loss, correct
+
+    def _update(self) -> bool:
+        """Applies the gradient; returns whether that was left out because it is not finite.
+
+        Each rank of the pipeline sees its own stages' gradients only; by the norm of the whole all decide alike.
+        """
+        self.precision.unscale(self)
+        norm = self.norm() if self.precision.looks else None
+        self._norm = clip(self, self._clip, norm)
+        updated = self.precision.step(self.optimizer, self._norm)
+        if not updated and self._kept is not None:
+            self._kept.put_back()
+        return not updated and not self.precision.rescaled
+
+    def norm(self) -> Tensor:
+        """Norm of the whole model's gradient; all ranks of the pipeline call it together."""
+        squares = torch.stack([gradients.norm().square() for gradients in self.gradients.values()]).sum()
+        return self.line.all_reduce(squares).sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies this rank's gradients by a scalar."""
+        for gradients in self.gradients.values():
+            gradients.scale(factor)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the last step's gradient before clipping; see the base class."""
+        return self._norm if self._norm is not None else self.norm()
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Forward only, microbatch after microbatch; the last stage's rank has the result."""
+        nothing = torch.zeros((), device=self.runtime.device)
+        _, labels = self._pieces(batch)
+        if not labels:
+            return StepResult(nothing, nothing.long(), 0)
+        whole = averaged(
+            lambda view: self._evaluated(view.tensor_split(len(labels))), batch.images, self.config.trainer.test_views
+        )
+        if not self._is_end:
+            return StepResult(nothing, nothing.long(), 0)
+        with self.precision.autocast():
+            loss_sum = self.stages[len(self._where) - 1].loss(whole, batch.labels)
+        predictions = whole.argmax(1)
+        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+
+    def _evaluated(self, images: tuple[Tensor, ...]) -> Tensor:
+        """Takes microbatches through the stages; the logits of all on the last stage's rank, elsewhere nothing."""
+        mail = self._mail([len(piece) for piece in images])
+        order = [Work("forward", stage, m) for m in range(len(images)) for stage in self.stages]
+        logits = []
+        for position, work in enumerate(order):
+            mail.expect(order[position : position + _LOOK_AHEAD])
+            stage = self.stages[work.stage]
+            stage.module.eval()
+            x = images[work.microbatch] if stage.is_first else mail.take(work)
+            with self.precision.autocast():
+                output = stage.module(x)
+            if stage.is_last:
+                logits.append(output)
+            else:
+                mail.post(Work("forward", work.stage + 1, work.microbatch), output)
+        mail.wait()
+        return torch.cat(logits) if logits else torch.zeros((), device=self.runtime.device)
+
+    # --- what came of it ------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Bubble, memory and the split; also writes the timeline of one step below ``run_dir/pipeline``."""
+        steps = [[asdict(span) for span in step] for step in self._recorder.steps()]
+        peaks = {str(index): stage.peak_activation_bytes for index, stage in self.stages.items()}
+        self.runtime.communicator().barrier()
+        mine = {"clock": time.perf_counter(), "host": self.runtime.world.host, "steps": steps, "peaks": peaks}
+        everyone = self.line.share(mine, self.runtime.device)
+        options = self.options
+        recorded = timeline.aligned(everyone)
+        bubbles = sorted(timeline.measured_bubble(lanes) for lanes in recorded)
+        peak = {int(index): size for each in everyone for index, size in each["peaks"].items()}
+        found = {
+            "schedule": options.schedule,
+            "microbatches": options.microbatches,
+            "bubble_measured": bubbles[len(bubbles) // 2] if bubbles else None,
+            "bubble_predicted": self._predicted,
+            "bubble_equal_stages": self._played([1.0] * options.stages, [2.0] * options.stages),
+            "peak_activation_mb": [round(peak[index] / 2**20, 3) for index in sorted(peak)],
+            "stages": self.split_table,
+        }
+        if self.runtime.is_main:
+            folder = self.runtime.run_dir / "pipeline"
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "split.json", {"stages": self.split_table})
+            if recorded:
+                title = (
+                    f"{options.schedule}, {options.stages} stages on {options.ranks} ranks, {options.microbatches} "
+                    f"microbatches: bubble {found['bubble_measured']:.0%} measured, "
+                    f"{found['bubble_predicted']:.0%} predicted"
+                )
+                self._figures["pipeline/timeline"] = timeline.write(recorded[-1], title, folder)
+        return {"pipeline": found, **super().report()}
+
+    def figures(self) -> dict[str, Figure]:
+        """The timeline of one step."""
+        return self._figures
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def uncompressed_bytes_per_step(self) -> int:
+        """Bytes this rank would send to reduce its gradients without compression."""
+        return sum(gradients.bytes_per_step for gradients in self.gradients.values())
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The unsplit model's parameters and buffers; all ranks call it together."""
+        shared = self.line.share_tensors(self._held(), self.runtime.device)
+        return {name: shared[name] for name in self._names_of_all}
+
+    def _held(self) -> dict[str, Tensor]:
+        return {name: tensor for module in self._modules for name, tensor in module.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's stages, which the first replica saves; see the base class."""
+        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
+        everyone = self.line.share(scalars, self.runtime.device)
+        saves = self.replicas.rank == 0
+        return {
+            "model": self._held() if saves else {},
+            "optimizer": tensors if saves else {},
+            "compressor": self.compressor.state_dict(),
+            "scalars": {
+                "optimizer_name": self.config.optimizer.name,
+                "optimizer": {name: value for each in everyone for name, value in each.items()},
+                "precision": self.precision.state_dict(),
+                "buckets": self._bucketing.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+        """Takes this rank's part of what any strategy saved; see the base class."""
+        if saved["layout"] == self.layout:
+            self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
+            for gradients in self.gradients.values():
+                gradients.lay_out(*self._bucketing.sizes(gradients.bytes))
+        named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
+        named_state.check_names(self._names_of_all, saved["model"])
+        for module in self._modules:
+            named_state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
+        named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        return [
+            *named_state.carried(saved, self.precision.dtype),
+            self.precision.load_state_dict(saved["scalars"]["precision"]),
+            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+        ]

@@ -1,0 +1,1 @@
+"""Tools around a training: doctor, chaos, test networks, launching."""

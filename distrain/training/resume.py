@@ -1,0 +1,265 @@
+"""Going on from a checkpoint: which one, whether it fits this run, and what became of each of its parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.checkpoint.progress import Progress
+from distrain.checkpoint.restore_report import Carried, table, worst
+from distrain.communication.collectives import Communicator
+from distrain.config import schema as configuration
+from distrain.config.schema import Config, ConfigError
+from distrain.files.untrusted import read_json
+from distrain.runtime.runtime import Runtime
+from distrain.strategies.base import Strategy
+
+log = logging.getLogger(__name__)
+
+#: Keys below ``data`` that change neither which images there are nor their order.
+_SAME_IMAGES = (
+    "root",
+    "batch_size",
+    "eval_batch_size",
+    "limit",
+    "mean",
+    "std",
+    "augment",
+    "memory_limit_mb",
+    "prefetch",
+    "download",
+    "cache",
+    "workers",
+)
+#: What an epoch's order depends on: between epochs it may change.
+_ORDER = ("seed", "data.limit")
+#: What the rate at a step depends on.
+_SCHEDULE = ("scheduler.", "optimizer.lr", "trainer.epochs", "trainer.max_steps", "data.batch_size", "data.limit")
+#: Where a run writes and how it was started.
+_ELSEWHERE = ("run_dir", "resume", "experiment")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from.
+
+    Attributes:
+        path: The checkpoint.
+        progress: The trainer's position.
+        parts: What became of each part.
+    """
+
+    path: Path
+    progress: Progress
+    parts: list[Carried]
+
+
+# --- does it fit? ----------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Refuses a checkpoint that this run can't go on from, as far as that can be seen without talking to other ranks.
+
+    Raises:
+        ConfigError: ``resume`` names no sound checkpoint, or the run that would be gone on with was configured so
+            differently that its state means something else; the difference is shown.
+    """
+    if config.resume == "never":
+        return
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if not path.is_dir():
+            raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
+        try:
+            checkpoint_format.verify(path)
+        except DamagedCheckpoint as error:
+            raise ConfigError("resume", config.resume, str(error)) from error
+        refuse_if_changed(config, path, *_peek(path))
+    elif config.run_dir is not None:
+        folder = checkpoint_format.folder_of(Path(config.run_dir))
+        try:
+            for path in checkpoint_format.all_in(folder)[-1:]:
+                refuse_if_changed(config, path, *_peek(path))
+        except ConfigError:
+            # It may be damaged, and not the one that will be chosen. To look at that costs time.
+            chosen = checkpoint_format.newest_valid(folder)
+            if chosen is not None:
+                refuse_if_changed(config, chosen, *_peek(chosen))
+
+
+def _peek(path: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The configuration of the run that saved a checkpoint, if it says, and whether it was amid an epoch."""
+    try:
+        held = read_json(path / "state.json", checkpoint_format.LARGEST_JSON)
+        return dict(held["config"]), bool(held["progress"]["epoch_samples"])
+    except (OSError, ValueError, TypeError, KeyError):
+        # Damaged, or of before configurations were saved: loading it will tell.
+        return None, False
+
+
+def refuse_if_changed(config: Config, path: Path, saved: Mapping[str, Any] | None, amid_epoch: bool) -> None:
+    """Compares the configuration that was saved with this run's.
+
+    Args:
+        config: This run's.
+        path: The checkpoint.
+        saved: Its configuration as plain data; ``None`` where it holds none.
+        amid_epoch: Whether it was saved amid an epoch, whose order of samples must then stay.
+
+    Raises:
+        ConfigError: A difference with which the saved state would mean something else.
+    """
+    found = configuration.changes(saved, configuration.to_container(config)) if saved is not None else {}
+    wrong = {key: change for key, change in found.items() if _means_something_else(key, change, amid_epoch=amid_epoch)}
+    if wrong:
+        raise ConfigError(
+            "resume",
+            path,
+            f"was saved with another configuration: {_shown(wrong)}"
+            + (" (amid an epoch, whose order of samples would change)" if wrong.keys() <= {*_ORDER} else "")
+            + "; to begin anew take another run_dir, or resume=never",
+        )
+
+
+def _means_something_else(key: str, change: tuple[str, str], *, amid_epoch: bool) -> bool:
+    if key in _ORDER:
+        return amid_epoch
+    # A key that one of the two lacks came or went with a release, or belongs to a choice that differs by name.
+    if configuration.NO_VALUE in change and not key.startswith("model.kwargs."):
+        return False
+    if key.startswith("data."):
+        return key.split(".")[1] not in _SAME_IMAGES
+    return key.startswith("model.") or key == "optimizer.name"
+
+
+def _shown(changes: Mapping[str, tuple[str, str]]) -> str:
+    return ", ".join(f"{key}: {old} → {new}" for key, (old, new) in changes.items())
+
+
+def trainer_of_before(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What the run that ``resume`` goes on with was configured to as ``trainer``; all ranks call it together.
+
+    It is read from the newest checkpoint that says so, by rank 0; empty where the run begins anew.
+    """
+    held: object = None
+    if runtime.is_main and config.resume != "never":
+        paths = [Path(config.resume)]
+        if config.resume == "auto":
+            paths = checkpoint_format.all_in(checkpoint_format.folder_of(runtime.run_dir))[::-1]
+        saved = next((found for path in paths if (found := _peek(path)[0]) is not None), {})
+        held = saved.get("trainer")
+    held = held if isinstance(held, dict) else {}
+    trainer: dict[str, Any] = runtime.communicator().share({"trainer": held}, runtime.device)[0]["trainer"]
+    return trainer
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def newest(runtime: Runtime, everyone: Communicator) -> Path | None:
+    """The newest sound checkpoint of this run, by rank 0's choice; all ranks call it together."""
+    folder = checkpoint_format.folder_of(runtime.run_dir)
+    found = checkpoint_format.newest_valid(folder) if everyone.rank == 0 else None
+    name = everyone.share({"name": found.name if found is not None else None}, runtime.device)[0]["name"]
+    return None if name is None else folder / name
+
+
+def resume(config: Config, runtime: Runtime, strategy: Strategy, samples: int) -> Resumed | None:
+    """Goes on from what ``resume`` says, all ranks from the same; all ranks call it together.
+
+    Args:
+        config: This run's configuration.
+        runtime: This rank's surroundings.
+        strategy: Set up; takes its state back.
+        samples: Training samples of an epoch.
+
+    Returns:
+        What was found; ``None`` where the run begins anew.
+
+    Raises:
+        ConfigError: A rank can't read the checkpoint, or it doesn't fit this run.
+    """
+    everyone = strategy.everyone
+    path = None
+    if config.resume == "auto":
+        path = newest(runtime, everyone)
+    elif config.resume != "never":
+        path = Path(config.resume)
+    return _load(config, runtime, strategy, path, samples) if path is not None else None
+
+
+def _load(config: Config, runtime: Runtime, strategy: Strategy, path: Path, samples: int) -> Resumed:
+    everyone = strategy.everyone
+    problem = ""
+    try:
+        state, where = checkpoint_format.load(path)
+        progress = Progress.read(where)
+    except (DamagedCheckpoint, OSError, ValueError) as error:
+        problem = str(error)
+    for rank, told in enumerate(everyone.share({"problem": problem, "host": runtime.world.host}, runtime.device)):
+        if told["problem"]:
+            raise ConfigError("resume", path, f"rank {rank} on {told['host']} can't read it: {told['problem']}")
+    saved: Mapping[str, Any] | None = state.get("config")
+    refuse_if_changed(config, path, saved, bool(progress.epoch_samples))
+    try:
+        mine = strategy.load_state_dict(state)
+    except ValueError as error:
+        raise ConfigError("resume", path, str(error)) from error
+    said = everyone.share({"parts": [astuple(part) for part in mine]}, runtime.device)
+    parts = worst([[Carried(*row) for row in each["parts"]] for each in said])
+    changes = configuration.changes(saved, configuration.to_container(config)) if saved is not None else {}
+    # A key that only one of the two has belongs to a choice that differs by name.
+    changes = {
+        k: change for k, change in changes.items() if k not in _ELSEWHERE and configuration.NO_VALUE not in change
+    }
+    parts += _trainers_parts(progress, changes, samples, same_layout=state["layout"] == strategy.layout)
+    before, now = (f"{each['strategy']} on {each['world_size']}" for each in (state["layout"], strategy.layout))
+    log.info("resumed from %s: step %d, epoch %d", path, progress.step, progress.epoch)
+    log.info("of what was saved by %s, this run (%s) has:\n%s", before, now, table(parts))
+    if saved is None:
+        log.info("the checkpoint doesn't hold its configuration, so nothing was compared with this run's")
+    for key, (old, new) in changes.items():
+        log.info("changed: %s: %s → %s", key, old, new)
+    return Resumed(path, progress, parts)
+
+
+def _trainers_parts(
+    progress: Progress, changes: Mapping[str, tuple[str, str]], samples: int, *, same_layout: bool
+) -> list[Carried]:
+    """What becomes of that which no strategy has a part in."""
+    step, epoch, consumed = progress.step, progress.epoch, progress.epoch_samples
+    rate = {key: change for key, change in changes.items() if key.startswith(_SCHEDULE)}
+    schedule = Carried("schedule", "exact", f"a function of the step, {step}")
+    if rate:
+        schedule = Carried("schedule", "changed", f"from step {step} on by {_shown(rate)}")
+    order = {key: change for key, change in changes.items() if key in _ORDER}
+    position = Carried(
+        "data position", "exact", f"epoch {epoch}, {consumed} of {samples} samples seen, the rest to come once"
+    )
+    if order:
+        position = Carried("data position", "changed", f"epoch {epoch} in another order: {_shown(order)}")
+    draws = Carried("random draws", "exact", "of seed, step and sample")
+    if "seed" in changes:
+        draws = Carried("random draws", "reset", f"of another seed: {_shown({'seed': changes['seed']})}")
+    elif not same_layout:
+        draws = Carried(
+            "random draws", "redistributed", "order and augmentation exact; dropout's go by share of a batch"
+        )
+    best = Carried("best metric", "absent", "no evaluation yet")
+    if progress.best_accuracy is not None:
+        best = Carried("best metric", "exact", f"{progress.best_accuracy:.4f} at step {progress.best_step}")
+    return [schedule, position, draws, best]
+
+
+def finished(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """What ``summary.json`` says of a run that ended at this step; ``None`` where it says nothing of it."""
+    try:
+        summary = read_json(run_dir / "summary.json", checkpoint_format.LARGEST_JSON)
+        return summary if summary["steps"] == step else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,163 @@
+"""Model and optimizer state travel by parameter name, from any order of parameters to any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distrain.checkpoint import named_state
+
+SHAPES = {"weight": (3, 2), "kernel": (4, 3, 2, 2), "scalar": ()}
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1),
+    "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=True),
+}
+
+Named = dict[str, nn.Parameter]
+
+
+def model(names: list[str], dtype: torch.dtype = torch.float32) -> Named:
+    made = {}
+    for name in names:
+        tensor = torch.full(SHAPES[name], 1.0, dtype=dtype)
+        if name == "kernel":
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        made[name] = nn.Parameter(tensor)
+    return made
+
+
+def step(optimizer: torch.optim.Optimizer, named: Named, seed: int) -> None:
+    for number, name in enumerate(sorted(named)):
+        generator = torch.Generator().manual_seed(100 * seed + number)
+        named[name].grad = torch.randn(SHAPES[name], generator=generator).to(named[name])
+    optimizer.step()
+
+
+def names_of(named: Named) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in named.items()}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_another_order_of_parameters_goes_on_bit_for_bit(kind: str) -> None:
+    here, there = model(["weight", "kernel", "scalar"]), model(["scalar", "kernel", "weight"])
+    first, second = OPTIMIZERS[kind](list(here.values())), OPTIMIZERS[kind](list(there.values()))
+    for seed in range(3):
+        step(first, here, seed)
+    tensors, scalars = named_state.optimizer_state(first, names_of(here))
+    saved = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+    with torch.no_grad():
+        for name, parameter in there.items():
+            parameter.copy_(here[name])
+    named_state.load_optimizer(second, names_of(there), saved, scalars)
+    for seed in range(3, 6):
+        step(first, here, seed)
+        step(second, there, seed)
+    for name, parameter in here.items():
+        assert torch.equal(there[name], parameter), name
+
+
+def test_state_is_named_by_parameter_and_content() -> None:
+    named = model(["weight", "scalar"])
+    optimizer = OPTIMIZERS["Adam"](list(named.values()))
+    step(optimizer, named, 0)
+    tensors, scalars = named_state.optimizer_state(optimizer, names_of(named))
+    assert sorted(tensors) == [
+        f"{name}/{what}" for name in ("scalar", "weight") for what in ("exp_avg", "exp_avg_sq", "step")
+    ]
+    assert scalars == {}
+
+
+def test_state_that_is_no_tensor_travels_too() -> None:
+    named = model(["weight"])
+    optimizer = OPTIMIZERS["SGD"](list(named.values()))
+    optimizer.state[named["weight"]].update({"generation": 3, "nothing": None, "tensor": torch.ones(3, 2)})
+    tensors, scalars = named_state.optimizer_state(optimizer, names_of(named))
+    assert scalars == {"weight/generation": 3}
+    assert list(tensors) == ["weight/tensor"]
+    other = OPTIMIZERS["SGD"](list(named.values()))
+    named_state.load_optimizer(other, names_of(named), tensors, scalars)
+    assert other.state[named["weight"]]["generation"] == 3
+
+
+def test_loaded_state_has_the_parameter_s_layout_and_type_and_memory_of_its_own() -> None:
+    named = model(["kernel", "scalar"], torch.float64)
+    optimizer = OPTIMIZERS["Adam"](list(named.values()))
+    saved = {
+        "kernel/exp_avg": torch.arange(48.0).view(4, 3, 2, 2),
+        "kernel/step": torch.tensor(5.0),
+        "scalar/exp_avg": torch.tensor(2.0),
+        "scalar/step": torch.tensor(5.0),
+    }
+    named_state.load_optimizer(optimizer, names_of(named), saved, {})
+    kernel, scalar = optimizer.state[named["kernel"]], optimizer.state[named["scalar"]]
+    assert kernel["exp_avg"].stride() == named["kernel"].stride()
+    assert torch.equal(kernel["exp_avg"], saved["kernel/exp_avg"].double())
+    assert kernel["exp_avg"].dtype == scalar["exp_avg"].dtype == torch.float64
+    # The count of steps keeps its own type.
+    assert kernel["step"].dtype == scalar["step"].dtype == torch.float32
+    saved["kernel/step"].zero_()
+    assert kernel["step"] == 5
+
+
+def test_state_of_parameters_held_elsewhere_is_left_out() -> None:
+    named = model(["weight"])
+    optimizer = OPTIMIZERS["momentum"](list(named.values()))
+    saved = {"weight/momentum_buffer": torch.ones(3, 2), "kernel/momentum_buffer": torch.ones(4, 3, 2, 2)}
+    named_state.load_optimizer(optimizer, names_of(named), saved, {})
+    assert list(optimizer.state) == [named["weight"]]
+
+
+def test_a_wrong_shape_is_named() -> None:
+    named = model(["weight"])
+    optimizer = OPTIMIZERS["momentum"](list(named.values()))
+    with pytest.raises(ValueError, match=r"weight/momentum_buffer is \(2, 3\), the parameter \(3, 2\)"):
+        named_state.load_optimizer(optimizer, names_of(named), {"weight/momentum_buffer": torch.ones(2, 3)}, {})
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_parameters_and_buffers_are_copied_in_place() -> None:
+    one, other = network(), network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    one(torch.randn(5, 3, 3, 3))
+    kept, strides = other[0].weight, other[0].weight.stride()
+    named_state.load_model(other, {name: tensor.clone() for name, tensor in one.state_dict().items()})
+    assert other[0].weight is kept
+    assert kept.stride() == strides
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    assert other[1].num_batches_tracked == 1
+
+
+def changed(**changes: Any) -> dict[str, Tensor]:
+    tensors: dict[str, Any] = {**network().state_dict(), **{name.replace("__", "."): v for name, v in changes.items()}}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        (changed(**{"0__bias": None}), r"0\.bias is missing"),
+        (changed(extra=torch.zeros(1)), "extra is not in the model"),
+        (changed(**{"0__bias": torch.zeros(5)}), r"0\.bias is \(5,\), the model's \(4,\)"),
+        ({}, r"0\.weight is missing; 0\.bias is missing; 1\.weight is missing and 6 more"),
+    ],
+    ids=["missing", "too many", "shape", "several"],
+)
+def test_another_model_is_refused_and_nothing_is_copied(tensors: dict[str, Tensor], problem: str) -> None:
+    target = network()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(ValueError, match=f"the saved model is not this model: {problem}"):
+        named_state.load_model(target, tensors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())

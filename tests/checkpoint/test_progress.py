@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from distrain.checkpoint.progress import Progress
+
+
+def test_what_was_saved_is_taken_back() -> None:
+    saved = Progress(step=7, epoch=1, epoch_sums=[0.5, 3.0, 20.0], train_loss=1, best_accuracy=0.5, best_step=5)
+    assert Progress.read(json.loads(json.dumps(asdict(saved)))) == saved
+    assert math.isnan(Progress.read({"train_loss": math.nan}).train_loss or 0.0), "of an epoch of left out updates"
+
+
+def test_a_field_that_came_later_has_its_default() -> None:
+    assert Progress.read({"step": 3}) == Progress(step=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "7"), ("step", -1), ("step", True), ("step", None), ("step", 1.5), ("best_step", []),
+        ("train_loss", "nan"), ("epoch_sums", [1.0, 2.0]), ("epoch_sums", [1.0, 2.0, "3"]), ("epoch_sums", 0.0),
+    ],
+)  # fmt: skip
+def test_what_no_run_saved_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"progress\.{name}="):
+        Progress.read({name: value})
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"progress\.steps is unknown"):
+        Progress.read({"steps": 7})

@@ -1,0 +1,404 @@
+"""What a user types: every mistake is one line and exit code 2 before any rank meets another, and help helps."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from distrain.cli import app, hydra_entry
+from distrain.config import schema
+from distrain.config.schema import ConfigError
+from distrain.runtime.runtime import Failed
+from tests.runs import CONF
+
+
+class NoModule:
+    """Stands where a model should be."""
+
+
+class FlatOutput(nn.Module):
+    """Returns something else than logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten()
+
+
+#: What is typed after `launch/train.py strategy=ddp`, on two ranks without a GPU, and what the one line must hold.
+#: FILE is a plain file, EMPTY an empty folder, ONE a folder with one class in it.
+WRONG: dict[str, tuple[str, ...]] = {
+    # names
+    "optimizer.lrr=0.1": ("optimizer.lrr: no such key", "choices: name, lr", "did you mean lr?"),
+    "data.augment.flp=true": ("data.augment.flp: no such key", "choices: flip, crop_padding, crop_border, cutout"),
+    "optimizer=sgd optimizer.momentm=0.9": ("optimizer.momentm: no such key", "did you mean momentum?"),
+    "optimizer=adam optimizer.momentum=0.9": ("optimizer.momentum: no such key", "choices: name, lr, betas"),
+    "optimiser=adam": ("optimiser: no such key", "did you mean optimizer?"),
+    "trainr.epochs=2": ("trainr: no such key", "did you mean trainer?"),
+    "sed=1": ("sed: no such key", "did you mean seed?"),
+    "+new.key=1": ("new: no such key", "choices: strategy,"),
+    "+optimizer.new=1": ("optimizer.new: no such key", "choices: name, lr"),
+    "++optimizer.new=1": ("optimizer.new: no such key", "choices: name, lr"),
+    "hydra.foo=1": ("hydra.foo: no such key",),
+    # choices
+    "strategy=pipe": ("strategy=pipe: no such choice", "choices: ddp,", "single"),
+    "model=simple_cn": ("model=simple_cn: no such choice", "did you mean simple_cnn?"),
+    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, synthetic"),
+    "optimizer=lion": ("optimizer=lion: no such choice", "choices: adam, adamw, muon, sgd"),
+    "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, one_cycle, step, triangle"),
+    "loss=focal": ("loss=focal: no such choice", "cross_entropy"),
+    "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
+    "compression=zip": ("compression=zip: no such choice", "choices: auto, bf16, fp16, none, powersgd"),
+    "experiment=unheard_of": ("experiment", "no such"),
+    "--config-name=other": ("config=other: no such choice", "choices: chaos, config"),
+    "data=null": ("data=null: needs the name of a choice", "choices: cifar10, digits"),
+    "data=3": ("data=3: needs the name of a choice", "choices: cifar10, digits"),
+    "data.name=nope": ("data.name=nope: unknown choice", "choices: ", "cifar10"),
+    "~optimizer": ("optimizer=null: needs one of the choices", "adamw"),
+    "trainer=3": ("trainer=3: must be a mapping",),
+    "~trainer": ("trainer=null: must be a mapping",),
+    "model.norm=layer model=resnet18": ("model.norm=layer: unknown choice", "choices: batch, group, none"),
+    "strategy.batchnorm=async": ("strategy.batchnorm=async: unknown choice", "choices: sync, local"),
+    "trainer.precision=fp8": ("trainer.precision=fp8: unknown choice", "choices: fp32, bf16, fp16, fp64"),
+    "trainer.progress=fancy": ("trainer.progress=fancy: unknown choice", "choices: auto, bar, lines, off"),
+    "runtime.backend=mpi": ("runtime.backend=mpi: unknown choice", "choices: auto, gloo, nccl"),
+    # types
+    "trainer.epochs=many": ("trainer.epochs=many: must be a whole number",),
+    "trainer.epochs=1.5": ("trainer.epochs=1.5: must be a whole number",),
+    "trainer.epochs=null": ("trainer.epochs=null: must be a whole number",),
+    "optimizer.lr=[1,2]": ("optimizer.lr=[1, 2]: must be a number",),
+    "optimizer.lr=true": ("optimizer.lr=true: must be a number",),
+    "optimizer.fused=maybe": ("optimizer.fused=maybe: must be true or false",),
+    "optimizer.betas=0.9": ("optimizer.betas=0.9: must be a list, each element a number",),
+    "optimizer.betas=[a,b]": ("optimizer.betas=['a', 'b']: must be a list, each element a number",),
+    "seed=abc": ("seed=abc: must be a whole number",),
+    "resume=null": ("resume=null: must be text",),
+    # limits
+    "seed=-1": ("seed=-1: must be at least 0",),
+    "seed=4294967296": ("seed=4294967296: must be at most 4294967295",),
+    "optimizer.lr=-0.1": ("optimizer.lr=-0.1: must be greater than 0",),
+    "optimizer.lr=0": ("optimizer.lr=0.0: must be greater than 0",),
+    "optimizer.lr=nan": ("optimizer.lr=nan: must be a finite number",),
+    "optimizer.lr=inf": ("optimizer.lr=inf: must be a finite number",),
+    "trainer.epochs=0": ("trainer.epochs=0: must be at least 1",),
+    "trainer.max_steps=0": ("trainer.max_steps=0: must be at least 1",),
+    "trainer.grad_clip_norm=-1": ("trainer.grad_clip_norm=-1.0: must be greater than 0",),
+    "data.val_fraction=1": ("data.val_fraction=1.0: must be less than 1",),
+    "optimizer=sgd optimizer.momentum=1": ("optimizer.momentum=1.0: must be less than 1",),
+    "optimizer.betas=[0.9,1.0]": ("optimizer.betas=[0.9, 1.0]: must be less than 1",),
+    "loss.label_smoothing=1.5": ("loss.label_smoothing=1.5: must be less than 1",),
+    "runtime.timeout_seconds=-1": ("runtime.timeout_seconds=-1.0: must be greater than 0",),
+    # combinations
+    "data.batch_size=1": ("data.batch_size=1: ", "smaller than the 2 ranks"),
+    "strategy=single": ("strategy=single: runs on 1 rank, but 2 were started", "choices: ddp"),
+    "optimizer=sgd optimizer.nesterov=true": ("optimizer.nesterov=true: needs optimizer.momentum above 0",),
+    "optimizer.betas=[0.9]": ("optimizer.betas=[0.9]: must be two numbers",),
+    "runtime.device=cuda": ("runtime.device=cuda: torch sees no GPU here", "choices: auto, cpu"),
+    "runtime.backend=nccl": ("runtime.backend=nccl: needs runtime.device=cuda", "choices: auto, gloo"),
+    "scheduler=cosine scheduler.warmup_epochs=100": ("scheduler.warmup_epochs=100.0: the warm-up takes",),
+    "scheduler=step scheduler.milestones=[3,1]": ("scheduler.milestones=[3.0, 1.0]: must ascend",),
+    "data.mean=[0.1,0.2]": ("data.mean=[0.1, 0.2]: needs one value for each of the 1 channels",),
+    "data.augment.crop_padding=50": ("data.augment.crop_padding=50: is larger than the 8x8 images",),
+    "data=synthetic data.train_size=100000000": ("data.memory_limit_mb=4096: ",),
+    # models
+    "model=cifar_cnn": ("model=cifar_cnn: needs images of at least", "8x8"),
+    "model=custom": ("model._target_: needs a value",),
+    "model=custom model._target_=nowhere.Net": ("model._target_=nowhere.Net: can't be imported",),
+    "model=custom model._target_=torch.nn.Nope": ("model._target_=torch.nn.Nope: module torch.nn has no Nope",),
+    "model=custom model._target_=Net": ("model._target_=Net: is not a dotted path",),
+    "model=custom model._target_=tests.cli.test_hydra_entry.NoModule": (
+        "model._target_=tests.cli.test_hydra_entry.NoModule: ",
+        "nn.Module",
+    ),
+    "model=custom model._target_=tests.cli.test_hydra_entry.FlatOutput": (
+        "model._target_=tests.cli.test_hydra_entry.FlatOutput: returns",
+    ),
+    "model=custom model.kwargs.width=3": ("model.kwargs.width: no such key; to add it write +model.kwargs.width=",),
+    "model=custom model._target_=torch.nn.Linear +model.kwargs.in_featurs=3": ("model.kwargs={'in_featurs': 3}: ",),
+    "model._target_=torch.nn.Linear": ("model._target_=torch.nn.Linear: ", "model=custom"),
+    # files
+    "data=cifar10 data.root=EMPTY": ("data.root=EMPTY: lacks cifar-10-batches-bin", "data.download=true"),
+    "data=cifar10 data.root=null": ("data.root=null: needs the folder",),
+    "data=image_folder": ("data.root: needs a value",),
+    "data=image_folder data.root=/not/there": ("data.root=/not/there: is not a folder",),
+    "data=image_folder data.root=ONE": ("data.root=ONE: needs a folder for each of two or more classes",),
+    "resume=/not/there": ("resume=/not/there: ", "auto, never"),
+    # what can't be read
+    "optimizer.lr": ("argument 'optimizer.lr': is not of the form key=value",),
+    "=3": ("argument '=3': is not of the form key=value",),
+    "optimizer.betas=[0.9": ("argument 'optimizer.betas=[0.9': ", "bracket"),
+    "optimizer.lr=0.1,0.2": ("optimizer.lr=0.1,0.2: ", "--multirun"),
+    "--optimizer.lr=3": ("argument '--optimizer.lr=3': no such option", "key=value"),
+    "--multirun optimizer.lr=3 --cfg job seed=1": ("argument 'seed=1': ", "before all settings or after them"),
+    "--cfg jobs": ("command line: ", "'jobs'", "job"),
+    "--experimental-rerun FILE": ("--experimental-rerun=FILE: reads a pickle",),
+    "optimizer.lr=${nope}": ("optimizer.lr: Interpolation key 'nope' not found",),
+    "~optimizer.lr": ("optimizer.lr: needs a value: Base learning rate",),
+    "~seed": ("seed: needs a value",),
+}
+
+
+class Reached(Exception):
+    """The configuration was accepted: the ranks are about to meet."""
+
+
+def meet(*_: object) -> NoReturn:
+    raise Reached
+
+
+def train(composed: DictConfig) -> None:
+    app.train(schema.load(composed))
+
+
+@pytest.fixture
+def type_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Calls the command with these arguments as rank 0 of two, up to where the ranks would meet."""
+    monkeypatch.setattr(app, "Runtime", meet)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, task: Callable[[DictConfig], object] = train, full_error: str = "0") -> None:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", full_error)
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", *arguments])
+        hydra_entry.main(task, CONF, "config")
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield call
+    # Hydra's help sets up logging to a stream that ends with this test.
+    root.handlers[:] = [handler for handler in root.handlers if handler in handlers]
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_mistake_is_one_line_and_exit_code_2(
+    typed: str, type_in: Callable[..., None], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "ONE": tmp_path / "one"}
+    places["FILE"].write_text("")
+    places["EMPTY"].mkdir()
+    places["ONE"].joinpath("cat").mkdir(parents=True)
+
+    def placed(text: str) -> str:
+        for name, path in places.items():
+            text = text.replace(name, str(path))
+        return text
+
+    strategy = [] if typed.startswith(("strategy=", "--", "~")) else ["strategy=ddp"]
+    with pytest.raises(SystemExit) as ended:
+        type_in(*strategy, *placed(typed).split(" "))
+    output = capfd.readouterr()
+    assert ended.value.code == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1, output.err
+    assert output.err.startswith(f"distrain: {placed(WRONG[typed][0])}")
+    for part in WRONG[typed]:
+        assert placed(part) in output.err
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "strategy=ddp",
+        "strategy=ddp data.batch_size=7",
+        "strategy=ddp optimizer={lr:0.5}",
+        "strategy=ddp model=custom model._target_=distrain.models.cnn.SimpleCNN",
+        "strategy=ddp trainer.micro_batch_size=null data.limit=null seed=4294967295",
+    ],
+)
+def test_what_can_run_gets_to_where_the_ranks_meet(typed: str, type_in: Callable[..., None]) -> None:
+    with pytest.raises(Reached):
+        type_in(*typed.split(" "))
+
+
+def test_missing_extra_of_the_default_data_is_named(
+    type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "sklearn" else find(name, *rest)
+    )
+    with pytest.raises(SystemExit):
+        type_in("strategy=ddp")
+    assert "data=digits" in (said := capfd.readouterr().err)
+    assert "pip install 'distrain[digits]'" in said
+
+
+def test_value_with_a_line_break_stays_one_line(
+    type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        type_in("strategy=ddp", "resume='first\nsecond'")
+    assert capfd.readouterr().err.startswith("distrain: resume=first second: ")
+
+
+@pytest.mark.parametrize("typed", ["optimizer.lr=-1", "model=nope", "optimizer.lr"])
+def test_traceback_on_request(typed: str, type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exception, match=r"lr|nope"):
+        type_in("strategy=ddp", typed, full_error="1")
+    assert "distrain:" not in capfd.readouterr().err
+
+
+def test_error_of_the_task_itself_keeps_its_traceback(type_in: Callable[..., None]) -> None:
+    def broken(_: DictConfig) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        type_in(task=broken)
+
+
+def test_failed_run_ends_the_process_with_1_and_no_more_words(
+    type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def ended(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def failed(_: DictConfig) -> None:
+        raise Failed
+
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit) as end:
+        type_in(task=failed)
+    assert end.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_rank_0_of_a_host_speaks_first_and_another_only_if_it_outlives_it(
+    type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said_before_waiting = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: said_before_waiting.append((seconds, capfd.readouterr().err)))
+    with pytest.raises(SystemExit):
+        type_in("optimizer.lr=-1")
+    assert said_before_waiting == []
+    assert "optimizer.lr" in capfd.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        type_in("optimizer.lr=-1")
+    assert [said for _, said in said_before_waiting] == [""]
+    # The launcher's poll takes a tenth of a second; its signal ends this rank long before.
+    assert said_before_waiting[0][0] >= 1
+    assert "optimizer.lr" in capfd.readouterr().err
+    assert ended.value.code == 2
+
+
+def test_model_beside_the_user_is_found(type_in: Callable[..., None], tmp_path: Path) -> None:
+    tmp_path.joinpath("beside_me.py").write_text("from distrain.models.cnn import SimpleCNN as Net\n")
+    with pytest.raises(Reached):
+        type_in("strategy=ddp", "model=custom", "model._target_=beside_me.Net")
+
+
+def test_help_says_what_it_is_with_all_choices_and_examples(
+    type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        type_in("--help")
+    said = capfd.readouterr().out
+    assert ended.value.code == 0
+    for group in ("strategy", "model", "data", "optimizer", "scheduler", "loss", "logger", "compression"):
+        assert f"{group}: {', '.join(sorted(schema.choices(group)))}" in said
+    assert "torchrun --nproc-per-node 2 launch/train.py strategy=ddp" in said
+    assert len(said.splitlines()) < 40
+
+
+def test_hydras_own_help_is_there(type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        type_in("--hydra-help")
+    assert ended.value.code == 0
+    assert "--shell-completion" in capfd.readouterr().out
+
+
+def test_cfg_shows_every_key_as_the_command_line_sets_it(
+    type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    type_in("strategy=ddp", "optimizer.lr=0.25", "--cfg", "job")
+    said = capfd.readouterr().out
+    assert "name: ddp" in said
+    assert "lr: 0.25" in said
+
+
+def test_multirun_runs_each_value_and_leaves_no_file_where_the_user_stands(
+    type_in: Callable[..., None], tmp_path: Path
+) -> None:
+    rates: list[Any] = []
+    type_in("optimizer.lr=0.1,0.2", "--multirun", task=lambda composed: rates.append(composed.optimizer.lr))
+    assert rates == [0.1, 0.2]
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_multirun_stops_at_the_first_refusal(type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        type_in("strategy=ddp", "optimizer.lr=-1,-2", "--multirun")
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == "distrain: optimizer.lr=-1.0: must be greater than 0\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "strategy=",
+            {f"strategy={name}" for name in ("ddp", "local_sgd", "parameter_server", "pipeline", "single")},
+        ),
+        ("strategy=d", {"strategy=ddp"}),
+        ("opti", {"optimizer.", "optimizer="}),
+        ("optimizer.l", {"optimizer.lr=", "optimizer.lookahead."}),
+        ("optimizer=sgd optimizer.mo", {"optimizer.momentum="}),
+        ("data=synthetic data.aug", {"data.augment."}),
+    ],
+)
+def test_shell_completion(
+    line: str,
+    expected: set[str],
+    type_in: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COMP_LINE", f"python launch/train.py {line}")
+    type_in("-sc", "query=bash")
+    assert set(capfd.readouterr().out.split()) == expected
+
+
+def test_shell_completion_can_be_installed(type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    type_in("-sc", "install=bash")
+    assert "complete -o nospace" in capfd.readouterr().out
+
+
+def test_compose_leaves_nothing_global_behind() -> None:
+    first = hydra_entry.compose(CONF, "config", ["seed=1"])
+    second = hydra_entry.compose(CONF, "config", ["seed=2"])
+    assert (first.seed, second.seed) == (1, 2)
+
+
+def test_refuse_is_for_config_errors(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        hydra_entry.refuse(ConfigError("a.b", 3, "is odd", ["2", "4"]))
+    assert ended.value.code == hydra_entry.REFUSED == 2
+    assert capfd.readouterr().err == "distrain: a.b=3: is odd; choices: 2, 4\n"
+
+
+def test_garbage_is_collected_again_after_imports_even_broken_ones() -> None:
+    assert gc.isenabled()
+    with hydra_entry.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ModuleNotFoundError), hydra_entry.importing():
+        importlib.import_module("no_such_module")
+    assert gc.isenabled()

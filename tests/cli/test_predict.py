@@ -1,0 +1,236 @@
+"""A prediction is what evaluation sees, for files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distrain.cli import app, evaluate, hydra_entry, predict, settings
+from distrain.cli.predict import Prediction, PredictSettings
+from distrain.cli.run_folder import RunFolder
+from distrain.config.schema import ConfigError
+from distrain.data.base import Images
+from distrain.data.loader import Loader
+from distrain.runtime.runtime import World
+from tests.data.helpers import write_image
+from tests.runs import CONF
+from tests.trained import change_config, save_test_images
+
+
+def predicted(run: Path, wanted: object, **changes: Any) -> list[Prediction]:
+    composed = hydra_entry.compose(CONF, "predict", [f"run={run}"])
+    options = {"output": str(run.parent / "result.json"), **changes, "input": wanted}
+    for key, value in options.items():
+        composed[key] = value
+    return predict.run(settings.load(PredictSettings, composed))
+
+
+def refused(run: Path, wanted: object, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        predicted(run, wanted, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def images(run: Path, tmp_path: Path) -> tuple[Path, list[int]]:
+    """The run's test images as files, and their labels."""
+    folder = tmp_path / "images"
+    return folder, save_test_images(RunFolder.open(str(run)).config, folder)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_files_get_what_evaluation_gives_the_same_images(
+    run: Path, images: tuple[Path, list[int]], batch_size: int
+) -> None:
+    folder, labels = images
+    found = predicted(run, str(folder), batch_size=batch_size)
+    assert [one.path for one in found] == [str(path) for path in sorted(folder.iterdir())]
+    right = sum(one.classes[0] == str(label) for one, label in zip(found, labels, strict=True))
+    assert right == json.loads((run / "summary.json").read_text())["test_correct"]
+
+
+def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: tuple[Path, list[int]]) -> None:
+    opened = RunFolder.open(str(run))
+    test = app.source(opened.config).load().test
+    loader = Loader(
+        Images(test.images, test.labels),
+        batch_size=31,
+        shard=(0, 1),
+        mean=opened.mean,
+        std=opened.std,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        memory_format=torch.contiguous_format,
+    )
+    (batch,) = loader.epoch(0)
+    expected = opened.model(opened.weights("newest"))(batch.images).softmax(1)
+    for one, row in zip(predicted(run, str(images[0]), top=4), expected, strict=True):
+        assert one.classes == tuple(str(index) for index in row.argsort(descending=True).tolist())
+        assert one.probabilities == pytest.approx(row.sort(descending=True).values.tolist(), rel=1e-4)
+
+
+def test_views_are_averaged_as_in_the_runs_evaluation(run: Path, images: tuple[Path, list[int]]) -> None:
+    plain = predicted(run, str(images[0]))
+    change_config(run, trainer={"test_views": "flip"})
+    flipped = predicted(run, str(images[0]))
+    assert [one.probabilities for one in flipped] != [one.probabilities for one in plain]
+    composed = hydra_entry.compose(CONF, "evaluate", [f"run={run}", "split=test"])
+    found = evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
+    right = sum(one.classes[0] == str(label) for one, label in zip(flipped, images[1], strict=True))
+    assert right == found["correct"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("cross_entropy", [0.25, 0.25, 0.25, 0.25]),
+        ("binary_cross_entropy", [0.5, 0.5, 0.5, 0.5]),
+        ("mean_squared_error", [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_outputs_become_probabilities_by_the_runs_loss(
+    run: Path, images: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch, loss: str, expected: list[float]
+) -> None:
+    change_config(run, loss={"name": loss})
+    if loss != "cross_entropy":
+        content = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(content.replace("  label_smoothing: 0.0\n", ""))
+    monkeypatch.setattr(predict.Predictor, "_logits", lambda self, pixels: torch.zeros(len(pixels), 4))
+    (one,) = predicted(run, str(images[0] / "0000.png"), top=4)
+    # Equal answers keep the order of the classes, as argmax does.
+    assert one.classes == ("0", "1", "2", "3")
+    assert one.probabilities == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_the_runs_precision_is_used(run: Path, images: tuple[Path, list[int]], precision: str) -> None:
+    single = predicted(run, str(images[0]))
+    change_config(run, trainer={"precision": precision})
+    other = predicted(run, str(images[0]))
+    assert [one.probabilities for one in other] != [one.probabilities for one in single]
+    for one, two in zip(single, other, strict=True):
+        assert two.probabilities == pytest.approx(one.probabilities, abs=0.05 if precision == "bf16" else 1e-5)
+
+
+def test_files_and_folders_in_the_order_given(run: Path, tmp_path: Path) -> None:
+    pixels = np.zeros((9, 20, 3), dtype=np.uint8)
+    for name in (
+        "folder/b/2.PNG",
+        "folder/a.jpeg",
+        "folder/b/10.jpg",
+        "folder/.hidden/x.png",
+        "folder/.x.png",
+        "z.png",
+    ):
+        write_image(tmp_path / name, pixels)
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
+    found = predicted(run, [str(tmp_path / "z.png"), str(tmp_path / "folder")])
+    names = ["z.png", "folder/a.jpeg", "folder/b/10.jpg", "folder/b/2.PNG"]
+    assert [one.path for one in found] == [str(tmp_path / name) for name in names]
+
+
+def test_json_and_csv_hold_the_same(run: Path, images: tuple[Path, list[int]], tmp_path: Path) -> None:
+    one_of_each: dict[str, Any] = {}
+    for top in (1, 3):
+        found = predicted(run, str(images[0]), top=top, output=str(tmp_path / "r.json"))
+        predicted(run, str(images[0]), top=top, output=str(tmp_path / "r.CSV"))
+        rows = json.loads((tmp_path / "r.json").read_text())
+        table = list(csv.DictReader((tmp_path / "r.CSV").open(newline="")))
+        assert len(rows) == len(table) == len(found) == 31
+        one_of_each[str(top)] = (rows[0], list(table[0]))
+        for row, cells, one in zip(rows, table, found, strict=True):
+            assert (row["path"], row["class"], row["probability"]) == (one.path, one.classes[0], one.probabilities[0])
+            assert (cells["path"], cells["class"], float(cells["probability"])) == tuple(list(row.values())[:3])
+    assert list(one_of_each["1"][0]) == one_of_each["1"][1] == ["path", "class", "probability"]
+    assert [list(entry) for entry in one_of_each["3"][0]["top"]] == [["class", "probability"]] * 3
+    assert one_of_each["3"][1][3:] == ["class_2", "probability_2", "class_3", "probability_3"]
+
+
+@pytest.mark.parametrize("output", [None, "-"])
+def test_without_a_file_json_goes_to_the_standard_output(
+    run: Path, images: tuple[Path, list[int]], output: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    predicted(run, str(images[0] / "0003.png"), output=output)
+    (row,) = json.loads(capfd.readouterr().out)
+    assert row["path"] == str(images[0] / "0003.png")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are no UTF-8")
+def test_names_that_are_no_utf8_come_out_as_they_are(run: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "in" / "x.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    name = os.fsencode(tmp_path / "in") + b"/caf\xe9,1.png"
+    (tmp_path / "in" / "x.png").rename(os.fsdecode(name))
+    predicted(run, str(tmp_path / "in"), output=str(tmp_path / "r.csv"))
+    assert b'"' + name + b'",' in (tmp_path / "r.csv").read_bytes()
+
+
+def test_a_broken_image_is_named_or_left_out(
+    run: Path, images: tuple[Path, list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = images[0] / "0005.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    said = refused(run, str(images[0]), batch_size=4)
+    assert said.startswith(f"input={bad}: can't be decoded (")
+    assert said.endswith("on_error=skip leaves such files out")
+    assert not (run.parent / "result.json").exists()
+    found = predicted(run, str(images[0]), batch_size=1, on_error="skip")
+    assert len(found) == 30
+    assert str(bad) not in [one.path for one in found]
+    assert "none of 1 images can be decoded" in refused(run, [str(bad)], on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "said"),
+    [
+        ("nowhere.png", {}, "input=nowhere.png: is neither a file nor a folder"),
+        ([], {}, "input=[]: must be an image file, a folder, or a list of them"),
+        ({"a": 1}, {}, "must be an image file"),
+        ("EMPTY", {}, "the folder has no .jpg, .jpeg, .png files"),
+        ("IMAGE", {"top": 5}, "top=5: the run has 4 classes"),
+        ("IMAGE", {"top": 0}, "top=0: must be at least 1"),
+        ("IMAGE", {"output": "result.txt"}, "output=result.txt: its ending says the format; choices: .json, .csv"),
+        ("IMAGE", {"output": "nowhere/result.csv"}, "there is no folder nowhere"),
+        ("IMAGE", {"on_error": "ignore"}, "on_error=ignore: unknown choice; choices: stop, skip"),
+        ("IMAGE", {"checkpoint": "oldest"}, "checkpoint=oldest: is not a checkpoint's folder"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(
+    run: Path, tmp_path: Path, wanted: object, changes: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_image(tmp_path / "image.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    places = {"EMPTY": tmp_path / "empty", "IMAGE": tmp_path / "image.png"}
+    wanted = str(places.get(wanted, wanted)) if isinstance(wanted, str) else wanted
+    assert said in refused(run, wanted, **changes)
+
+
+def test_a_model_that_answers_no_number_is_refused(
+    run: Path, images: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(self: object, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(len(pixels))[:, None] == 2, torch.nan, torch.zeros(len(pixels), 4))
+
+    monkeypatch.setattr(predict.Predictor, "_logits", diverged)
+    assert f"the model's answer to {images[0] / '0002.png'} is not a number" in refused(run, str(images[0]))
+
+
+def test_a_run_whose_images_no_file_can_hold_is_refused(run: Path, images: tuple[Path, list[int]]) -> None:
+    data = json.loads((run / "data.json").read_text())
+    data |= {"channels": 2, "mean": data["mean"][:2], "std": data["std"][:2]}
+    (run / "data.json").write_text(json.dumps(data))
+    assert "its images have 2 channels; files give 1 or 3" in refused(run, str(images[0]))
+
+
+def test_more_than_one_process_is_refused(run: Path) -> None:
+    composed = hydra_entry.compose(CONF, "predict", [f"run={run}", "input=x"])
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: predict runs on one process"):
+        predict.run(settings.load(PredictSettings, composed), World(0, 2, 0, 2, "here"))

@@ -1,0 +1,99 @@
+"""An arena's memory has no name, no end that can move, and is used again."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distrain.communication.shared_memory.arena import Arena, Memory
+
+OPEN = Path("/proc/self/fd")
+
+
+def failing(*_: object) -> int:
+    raise OSError("planted")
+
+
+def test_an_arena_has_no_name_and_a_fixed_size() -> None:
+    arena = Arena(8192)
+    seen = Memory(os.getpid(), arena.descriptor)
+    arena.words[5] = 7
+    assert seen.words[5] == 7
+    assert str(Path(f"/proc/self/fd/{arena.descriptor}").readlink()).endswith("(deleted)")
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.descriptor, 0)
+    descriptor = arena.descriptor
+    arena.close()
+    with pytest.raises(FileNotFoundError):
+        Memory(os.getpid(), descriptor)
+    # Who has it, keeps it.
+    assert seen.words[5] == 7
+
+
+def test_no_other_file_is_taken_for_one() -> None:
+    other = os.memfd_create("other")
+    with pytest.raises(OSError, match="is no arena"):
+        Memory(os.getpid(), other)
+    assert os.fstat(other).st_size == 0
+    os.close(other)
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "posix_fallocate"])
+def test_an_arena_that_can_t_be_made_leaves_no_descriptor(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, call, failing)
+    before = len(list(OPEN.iterdir()))
+    with pytest.raises(OSError, match="planted"):
+        Arena(4096)
+    assert len(list(OPEN.iterdir())) == before
+
+
+def test_memory_that_is_short_is_an_error_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(4096)
+    monkeypatch.setattr(os, "posix_fallocate", failing)
+    with pytest.raises(OSError, match="planted"):
+        arena.take(1 << 20)
+    arena.close()
+
+
+def test_only_what_was_asked_for_takes_memory() -> None:
+    arena = Arena(4096)
+    arena.take(3_000_000)
+    # In blocks of 512 bytes.
+    assert 3_000_000 <= 512 * os.fstat(arena.descriptor).st_blocks < 4_000_000
+    arena.close()
+
+
+def test_slots_don_t_overlap_and_are_used_again_the_last_one_first() -> None:
+    arena = Arena(5000)
+    slots = [arena.take(size) for size in (8, 4096, 3_000_000, 1)]
+    assert slots[0].offset >= 5000
+    for slot, after in itertools.pairwise(slots):
+        assert slot.offset + slot.size <= after.offset
+    assert [slot.offset % 64 for slot in slots] == [0] * 4
+    for slot in slots:
+        arena.give_back(slot)
+    assert arena.take(100) is slots[3]
+    assert arena.take(2_900_000) is slots[2]
+    # What needs little room doesn't take the place of what needs much.
+    arena.give_back(slots[2])
+    assert arena.take(100_000) not in slots
+    arena.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64])
+def test_views_are_of_the_bytes_that_they_name(dtype: torch.dtype) -> None:
+    arena = Arena(4096)
+    view = arena.views.at(1024, dtype, 3)
+    view.fill_(1)
+    assert (view.dtype, view.shape) == (dtype, (3,))
+    assert arena.views.at(1024, torch.uint8, 3 * dtype.itemsize).any()
+    assert not arena.views.at(1024 + 3 * dtype.itemsize, torch.uint8, 2048).any()
+    assert arena.views.at(1024, dtype, 3) is view
+    for offset in range(0, 4096, 8):
+        arena.views.at(offset, torch.uint8, 1)
+    assert arena.views.at(1024, dtype, 3).tolist() == view.tolist()
+    arena.close()

@@ -1,0 +1,127 @@
+"""Ranks share memory where they can, and all agree on it; where one can't, none does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distrain.communication.shared_memory import connect
+from distrain.communication.shared_memory.connect import channels
+from distrain.runtime.runtime import Runtime, World
+from tests.communication.shared_memory.ranks import form_group, shares_memory
+from tests.harness import run_ranks
+from tests.runs import small
+
+
+def no_such_call(*_: object) -> int:
+    raise OSError("there is no memfd_create")
+
+
+def no_memory(*_: object) -> None:
+    raise OSError("no memory is left")
+
+
+def other_network() -> list[str]:
+    return ["boot", f"net:[{os.environ['RANK']}]", "pid:[1]", "host"]
+
+
+def may_not_open(*_: object) -> None:
+    raise PermissionError("not allowed")
+
+
+def spoil(how: str) -> None:
+    """Makes something fail that sharing memory needs; on one rank alone, where that is possible."""
+    last = os.environ["RANK"] == "1"
+    if how == "old" and last:
+        del os.memfd_create
+    elif how == "addresses" and last:
+        connect._addresses_are_limited = lambda: True
+    elif how == "memfd" and last:
+        os.memfd_create = no_such_call  # type: ignore[assignment]
+    elif how == "memory" and last:
+        os.posix_fallocate = no_memory
+    elif how == "mapping" and last:
+        connect.Memory = may_not_open  # type: ignore[attr-defined, assignment]
+    elif how == "network":
+        connect.place = other_network
+    elif how == "name":
+        socket.gethostname = lambda: f"host{os.environ['RANK']}"
+    elif how == "processor":
+        connect.platform.machine = lambda: "aarch64"  # type: ignore[attr-defined]
+    elif how == "off":
+        channels.allowed = False
+
+
+def meet(how: str) -> tuple[bool, list[str], float]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distrain").addHandler(handler)
+    spoil(how)
+    everyone = form_group()
+    shared = shares_memory(everyone)
+    # Another group with the same problem says nothing new.
+    again = type(everyone)(dist.new_group())
+    assert shares_memory(again) == shared
+    return shared, told, float(everyone.all_reduce(torch.ones(())))
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("memfd", "there is no memfd_create"),
+        ("old", "has no attribute 'memfd_create'"),
+        ("addresses", "the addresses of a process are limited here (ulimit -v), and arenas take many"),
+        ("memory", "no memory is left"),
+        ("mapping", "not allowed"),
+        ("processor", "not on linux aarch64"),
+    ],
+)
+def test_where_one_rank_can_t_none_does_and_the_log_says_why_once(how: str, why: str) -> None:
+    for shared, told, total in run_ranks(meet, 2, how):
+        assert not shared
+        (line,) = told
+        assert line.startswith("ranks of this host talk over the network, since they can't share memory: rank ")
+        assert line.endswith(why)
+        assert total == 2
+
+
+@pytest.mark.parametrize("how", ["network", "name", "off"])
+def test_ranks_of_several_hosts_and_of_those_who_want_it_so_talk_over_the_network(how: str) -> None:
+    assert run_ranks(meet, 2, how) == [(False, [], 2.0)] * 2
+
+
+def test_ranks_of_one_host_share_memory() -> None:
+    assert run_ranks(meet, 3, "nothing") == [(True, [], 3.0)] * 3
+
+
+def test_this_rank_is_where_the_kernel_says() -> None:
+    boot, network, processes, host = connect.place()
+    assert (len(boot), host) == (36, socket.gethostname())
+    assert network.startswith("net:[")
+    assert processes.startswith("pid:[")
+
+
+def configured(folder: Path, value: str) -> tuple[bool, bool, int]:
+    with Runtime(
+        small("strategy=ddp", f"run_dir={folder}", f"runtime.shared_memory={value}"), World.from_environment()
+    ) as runtime:
+        everyone, aside = runtime.communicator(), runtime.aside()
+        shared = shares_memory(everyone), shares_memory(aside)
+        assert everyone._channel is None or everyone._channel is not aside._channel
+        # Another communicator of the same group meets nobody: it shares what was agreed on.
+        assert (runtime.communicator()._channel_for(None) is everyone._channel) == (everyone.rank >= 0)
+    return *shared, len(channels._known)
+
+
+@pytest.mark.parametrize(("value", "shared"), [("auto", True), ("off", False)])
+def test_the_configuration_decides_and_nothing_stays_when_the_run_ends(
+    value: str, shared: bool, tmp_path: Path
+) -> None:
+    assert run_ranks(configured, 2, tmp_path, value) == [(shared, shared, 0)] * 2

@@ -1,0 +1,240 @@
+"""Among hosts of several ranks every collective gives what its definition says, and every strategy trains the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distrain.cli.run_folder import RunFolder
+from distrain.communication.collectives import Communicator, Reduction, digest
+from distrain.communication.shared_memory import connect
+from distrain.communication.shared_memory.hierarchical import Hosts
+from distrain.health.failure_report import PeerLost, is_broken_connection
+from tests.communication.shared_memory.ranks import form_group, shares_memory
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.runs import relative_difference, small
+from tests.trained import train
+
+COUNTS = (0, 1, 3, 1000, 600_001)
+#: Each rank's host, by rank: even, uneven, with a rank alone first and last, and dealt out in turns.
+LAYOUTS = ("aabb", "abb", "aab", "abab", "aaba")
+
+
+def settle(layout: str) -> None:
+    """Puts this rank on a host."""
+    mine = layout[int(os.environ["RANK"])]
+    connect.place = lambda: [mine]
+
+
+def among_hosts(layout: str, limit: float = 30) -> Communicator:
+    settle(layout)
+    everyone = form_group(limit)
+    assert shares_memory(everyone)
+    assert isinstance(everyone._channel, Hosts)
+    return everyone
+
+
+def numbers(rank: int, dtype: torch.dtype, count: int) -> Tensor:
+    """Whole numbers, whose sums no type here rounds."""
+    return ((torch.arange(count) * 7 + 3 * rank) % 11).to(dtype)
+
+
+def every_operation(layout: str) -> list[str]:
+    """What differs from the definition."""
+    everyone = among_hosts(layout)
+    wrong: list[str] = []
+
+    def check(found: Tensor, expected: Tensor, *what: object) -> None:
+        if found.dtype != expected.dtype or not torch.equal(found, expected):
+            wrong.append(" ".join(map(str, what)))
+
+    ranks, rank = everyone.size, everyone.rank
+    reductions: tuple[Reduction, ...] = ("sum", "max", "min")
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.uint8):
+        for count in COUNTS if dtype == torch.float32 else COUNTS[:-1]:
+            everybody = torch.stack([numbers(each, dtype, count) for each in range(ranks)])
+            mine = everybody[rank]
+            for reduction in reductions:
+                expected = getattr(everybody, {"sum": "sum", "max": "amax", "min": "amin"}[reduction])(0).to(dtype)
+                check(everyone.all_reduce(mine.clone(), reduction), expected, reduction, dtype, count)
+                rows = everyone.reduce_scatter(torch.stack([mine + each for each in range(ranks)]), reduction)
+                shift = rank * (ranks if reduction == "sum" else 1)
+                check(rows, (expected + shift)[None], "reduce_scatter", reduction, dtype, count)
+            for source in range(ranks):
+                check(everyone.broadcast(mine.clone(), source), everybody[source], "broadcast", source, dtype, count)
+            check(torch.stack(everyone.all_gather(mine)), everybody, "all_gather", dtype, count)
+    started = [everyone.start_all_reduce(torch.full((100 + each,), each + rank)) for each in range(50)]
+    gathered = [everyone.start_all_gather(torch.full((3,), 100 * each + rank)) for each in range(50)]
+    everyone.barrier()
+    for job in reversed(started):
+        job.wait()
+    for index, (found, pending) in enumerate(gathered):
+        pending.wait()
+        check(torch.stack(found)[:, 0], 100 * index + torch.arange(ranks), "started gather", index)
+    strided = torch.ones(4, 6)[:, ::2]
+    check(everyone.all_reduce(strided), torch.full((4, 3), float(ranks)), "layout")
+    with torch.inference_mode():
+        check(everyone.all_reduce(torch.ones(5)), torch.full((5,), float(ranks)), "inference")
+    return wrong
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_operation_gives_what_its_definition_says(layout: str) -> None:
+    assert run_ranks(every_operation, len(layout), layout) == [[]] * len(layout)
+
+
+def same_bits(layout: str) -> int:
+    everyone = among_hosts(layout)
+    generator = torch.Generator().manual_seed(everyone.rank)
+    return int(digest([everyone.all_reduce(torch.randn(10_007, generator=generator))]))
+
+
+def test_all_ranks_get_the_same_bits() -> None:
+    assert len(set(run_ranks(same_bits, 4, "aaab"))) == 1
+
+
+def start_then_talk_elsewhere() -> float:
+    """What is started goes on while the host's first rank waits for something else that its neighbour does later."""
+    everyone = among_hosts("aab")
+    other = Communicator(dist.new_group())
+    tensor = torch.ones(1000)
+    pending = everyone.start_all_reduce(tensor)
+    if everyone.rank:
+        pending.wait()
+    other.barrier()
+    pending.wait()
+    return float(tensor.sum())
+
+
+def test_nobody_need_wait_for_the_exchange_to_go_on() -> None:
+    assert run_ranks(start_then_talk_elsewhere, 3) == [3000.0] * 3
+
+
+def groups_of_two_shapes() -> list[float]:
+    """Of three hosts with two ranks each half has one host's both and one of another's."""
+    everyone = among_hosts("aabbcc")
+    halves = [dist.new_group([0, 1, 2]), dist.new_group([3, 4, 5])]
+    half = Communicator(halves[everyone.rank // 3])
+    found = [float(each.all_reduce(torch.ones(()))) for each in (half, everyone, half)]
+    assert isinstance(half._channel, Hosts)
+    return found
+
+
+def test_groups_that_lie_differently_over_the_hosts_meet() -> None:
+    assert run_ranks(groups_of_two_shapes, 6) == [[3.0, 6.0, 3.0]] * 6
+
+
+def reduced(dtype: torch.dtype) -> str:
+    everyone = among_hosts("aab")
+    try:
+        everyone.all_reduce(torch.ones(3, dtype=dtype))
+    except RuntimeError as error:
+        return f"{error}; {float(everyone.all_reduce(torch.ones(())))}"
+    return "nothing noticed"
+
+
+@pytest.mark.parametrize("name", ["int16", "bool"])
+def test_a_type_that_the_network_can_t_reduce_is_refused_by_all_and_harms_nothing(name: str) -> None:
+    told = f"gloo, by which hosts talk, reduces no {name}; 3.0"
+    assert run_ranks(reduced, 3, getattr(torch, name)) == [told] * 3
+
+
+def carrier_of(layout: str) -> str:
+    settle(layout)
+    everyone = form_group()
+    everyone.barrier()
+    return type(everyone._channel).__name__
+
+
+def test_hosts_of_one_rank_each_use_the_network_alone() -> None:
+    assert run_ranks(carrier_of, 3, "abc") == ["NoneType"] * 3
+
+
+def one_can_t(layout: str) -> str:
+    if os.environ["RANK"] == "2":
+        del os.memfd_create
+    return carrier_of(layout)
+
+
+@pytest.mark.parametrize(("layout", "found"), [("aabb", "NoneType"), ("aab", "Hosts")])
+def test_all_do_without_if_a_rank_with_neighbours_can_t_share(layout: str, found: str) -> None:
+    assert run_ranks(one_can_t, len(layout), layout) == [found] * len(layout)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_among_hosts(layout: str, config: Any) -> int:
+    settle(layout)
+    train(config)
+    # The run is over; its threads may take a moment.
+    patience = time.monotonic() + 5
+    while (left := sum(thread.name == "distrain-hosts" for thread in threading.enumerate())) and (
+        time.monotonic() < patience
+    ):
+        time.sleep(0.01)
+    return left
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ("strategy=ddp",),
+        ("strategy=ddp", "compression=topk"),
+        ("strategy=ddp", "compression=powersgd"),
+        ("strategy=local_sgd", "strategy.sync_every=3"),
+        ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2"),
+    ],
+    ids=" ".join,
+)
+def test_strategies_train_the_parameters_of_ranks_without_shared_memory(
+    strategy: tuple[str, ...], tmp_path: Path
+) -> None:
+    exact = ("trainer.precision=fp64", "trainer.memory_format=contiguous")
+    keys = ("optimizer=sgd", "trainer.max_steps=6", *exact, *strategy)
+    left = run_ranks(train_among_hosts, 4, "aabb", small(*keys, f"run_dir={tmp_path / 'hosts'}"))
+    assert left == [0] * 4
+    run_ranks(train, 4, small(*keys, "runtime.shared_memory=off", f"run_dir={tmp_path / 'network'}"))
+    found, expected = (RunFolder.open(str(tmp_path / run)).weights("newest").tensors for run in ("hosts", "network"))
+    assert relative_difference(found, expected) < 1e-9
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def one_is_killed(layout: str, victim: int) -> list[str]:
+    everyone = among_hosts(layout)
+    if everyone.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    told = []
+    # What comes after an error can't be right either, and doesn't hang.
+    for _ in range(2):
+        try:
+            everyone.all_reduce(torch.ones(3))
+        except PeerLost as lost:
+            told.append(f"rank {lost.rank} is lost")
+        except RuntimeError as error:
+            told.append("another failed" if is_broken_connection(error) else f"new: {error}")
+        if everyone.rank in (0, 2):
+            # The main thread of a host's first rank looks at nothing for a while; its neighbours learn it all the same.
+            time.sleep(1)
+    return told
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("victim", [1, 3])
+def test_a_killed_neighbour_is_named_on_its_host_and_nobody_waits_for_the_time_limit(victim: int) -> None:
+    outcomes = run_ranks_to_the_end(one_is_killed, 4, "aabb", victim)
+    assert isinstance(outcomes[victim], RankFailed)
+    assert outcomes[victim - 1] == [f"rank {victim} is lost"] * 2
+    for rank in {0, 1, 2, 3} - {victim, victim - 1}:
+        assert outcomes[rank] == ["another failed"] * 2

@@ -1,0 +1,54 @@
+"""Small files of strangers: plain, bounded, and data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from distrain.config.schema import ConfigError
+from distrain.files.untrusted import Unreadable, printable, read_json, read_text
+
+
+def test_a_plain_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"è": [1, null]}', encoding="utf-8")
+    assert read_text(tmp_path / "a.json", 100) == '{"è": [1, null]}'
+    assert read_json(tmp_path / "a.json", 100) == {"è": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not JSON"),
+        (b"[1]", "is not a mapping"),
+        (b"\xff{}", "can't be read"),
+        (b'{"a": {"b": 1, "b": 2}}', r"is not JSON \(a name stands twice\)"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a":' * 100_000, "is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b"{}" + b" " * 2_000_000, "has more than 1000000 bytes"),
+    ],
+)
+def test_anything_else_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(Unreadable, match=rf"^a\.json {said}"):
+        read_json(tmp_path / "a.json", 1_000_000)
+
+
+def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "endless"):
+        with pytest.raises(Unreadable, match=f"^{name} is no plain file"):
+            read_text(tmp_path / name, 10)
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("nothing", "broken"):
+        with pytest.raises(FileNotFoundError):
+            read_text(tmp_path / name, 10)
+
+
+def test_a_strangers_text_steers_no_terminal() -> None:
+    assert printable("caf\u00e9 \x1b[31mred\r\n") == "caf\u00e9 \ufffd[31mred\ufffd\ufffd"
+    assert str(ConfigError("run", "\x1b]0;title\x07", "is\nno folder")) == "run=\ufffd]0;title\ufffd: is no folder"

@@ -1,0 +1,177 @@
+"""How large buckets are follows from what an all-reduce takes, and stays as it was when a run is resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.compression.autotune.link_model import Link, Point
+from distrain.gradients.bucket_sizes import FLAT, MB, USUAL, Bucketing, Pace, Sizes, bytes_of, choose, described
+from distrain.runtime.runtime import Runtime, World
+from distrain.strategies.ddp import DDP
+from tests.harness import run_ranks
+from tests.runs import small
+from tests.strategies.helpers import drawn, set_up
+
+CPU = torch.device("cpu")
+#: A link of 1 Gbit/s between two hosts, and both ends of one machine.
+ETHERNET = Pace(latency=0.0003, a_byte=8e-9, busy=0.1)
+LOOPBACK = Pace(latency=0.002, a_byte=1e-9, busy=0.6)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_model_s_gradients_travel_together() -> None:
+    assert choose(LOOPBACK, 490_000) == FLAT
+    assert choose(ETHERNET, 20_000) == FLAT
+
+
+def test_where_the_processors_carry_the_bytes_there_is_nothing_to_hide() -> None:
+    assert choose(Pace(latency=0.00001, a_byte=1e-9, busy=1.0), 1000 * MB) == FLAT
+
+
+def test_buckets_are_large_enough_for_their_latency_to_be_lost() -> None:
+    sizes = choose(ETHERNET, 45 * MB)
+    latency = ETHERNET.latency
+    assert 0.01 < latency / (sizes.other * MB * ETHERNET.a_byte) < 0.03
+    assert sizes == Sizes(1.0, 2.0, 0.25)
+
+
+def test_buckets_are_small_enough_to_overlap() -> None:
+    # By the latency alone they would be larger.
+    assert choose(LOOPBACK, 45 * MB).other == 45 / 4
+    assert choose(LOOPBACK, 1000 * MB).other == 25
+    assert choose(ETHERNET, 490_000).first == pytest.approx(490_000 / MB / 4)
+
+
+def test_the_larger_the_latency_the_fewer_buckets() -> None:
+    others = [choose(Pace(latency, 8e-9, 0.0), 100 * MB).other for latency in (0.0001, 0.0003, 0.001, 0.003)]
+    assert others == sorted(set(others))
+
+
+def test_a_pace_comes_from_a_link() -> None:
+    ranks = 3
+    times = [(1024, 0.001, 0.001), (MB, 0.011, 0.006), (4 * MB, 0.041, 0.021)]
+    link = Link({"all_reduce": [Point(ring_all_reduce_bytes(size, ranks), *each) for size, *each in times]})
+    pace = Pace.of(link, ranks)
+    assert pace.latency == 0.001
+    assert pace.a_byte == pytest.approx(0.01 / MB, rel=1e-2)
+    assert pace.busy == pytest.approx(0.5, rel=1e-2)
+
+
+def test_what_is_asked_for_is_taken_and_nothing_is_measured() -> None:
+    # A group that would fail if anybody talked to it.
+    group = Communicator()
+    group.size = 2
+    asked = Bucketing((1, 2, 0), group, group, CPU, MB)
+    assert asked.sizes(100 * MB) == Sizes(1, 2, 0)
+    assert asked.state_dict() is None
+    repeatable = Bucketing((None, 3, None), group, group, CPU, MB, repeatable=True)
+    assert repeatable.sizes(100 * MB) == Sizes(USUAL.first, 3, USUAL.last)
+    assert repeatable.state_dict() is None
+
+
+def test_one_rank_has_one_bucket() -> None:
+    assert Bucketing((None, None, None), Communicator(), Communicator(), CPU, MB).sizes(1000 * MB) == FLAT
+
+
+@pytest.mark.parametrize(
+    ("buckets", "told"),
+    [
+        ([MB // 2], "gradients leave in one bucket of 0.5 MiB, after the backward pass"),
+        ([MB, 9 * MB, 4 * MB], "gradients leave in 3 buckets of 1 to 9 MiB"),
+    ],
+    ids=["one", "several"],
+)
+def test_the_log_says_what_was_measured_and_chosen(buckets: list[int], told: str) -> None:
+    line = described(Pace(0.0021, 1e-8, 0.25), buckets)
+    assert line == f"an all-reduce takes 2.1 ms and 10 ms a MiB, 25% of it the processors' own time: {told}"
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 4))
+
+
+def layout(strategy: DDP) -> list[list[str]]:
+    return [list(bucket.tensors) for bucket in strategy.gradients.buckets]
+
+
+def hooks(strategy: DDP) -> int:
+    # torch has no other way to ask.
+    return sum(bool(parameter._post_accumulate_grad_hooks) for parameter in strategy.model.parameters())
+
+
+def measured_and_resumed(folder: Path) -> dict[str, Any]:
+    with Runtime(small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
+
+        def build(*overrides: str) -> DDP:
+            strategy = set_up(model(), small("strategy=ddp", "optimizer=sgd", *overrides), runtime)
+            assert isinstance(strategy, DDP)
+            return strategy
+
+        first = build()
+        saved = first.state_dict()
+        found = {"pace": saved["scalars"]["buckets"], "flat": layout(first), "hooks of one": hooks(first)}
+        # As if the saved run's link had been another.
+        saved["scalars"]["buckets"] = {"latency": 0.0, "a_byte": 1e-6, "busy": 0.0}
+        state = {**saved, "model": first.model_state(), "layout": first.layout}
+        state["compressor"] = [saved["compressor"]] * runtime.world.size
+        again, elsewhere, asked = build(), build(), build("strategy.bucket_mb=0.001")
+        again.load_state_dict(state)
+        elsewhere.load_state_dict({**state, "layout": {**first.layout, "world_size": 7}})
+        asked.load_state_dict(state)
+        found |= {"again": layout(again), "hooks of several": hooks(again), "elsewhere": layout(elsewhere)}
+        found |= {"asked": [bucket.bytes for bucket in asked.gradients.buckets]}
+        found["kept"] = again.state_dict()["scalars"]["buckets"] == saved["scalars"]["buckets"]
+        batch = drawn(9, 6)
+        for strategy in (first, again):
+            strategy.train_step(batch)
+        found["parameters"] = [
+            torch.cat([p.detach().flatten() for p in strategy.model.parameters()]) for strategy in (first, again)
+        ]
+        return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(measured_and_resumed, 2, tmp_path_factory.mktemp("run"))
+
+
+def test_all_ranks_go_by_the_same_figures(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["pace"] == ranks[1]["pace"]
+    assert ranks[0]["pace"]["latency"] > 0
+
+
+def test_a_single_bucket_needs_no_hooks(ranks: list[dict[str, Any]]) -> None:
+    for each in ranks:
+        assert [len(names) for names in each["flat"]] == [6]
+        assert each["hooks of one"] == 0
+        assert each["hooks of several"] == 6
+
+
+def test_a_resumed_run_has_the_layout_of_the_run_that_saved(ranks: list[dict[str, Any]]) -> None:
+    size = bytes_of(model())
+    for each in ranks:
+        assert len(each["again"]) > 1
+        assert each["again"] == ranks[0]["again"]
+        assert each["kept"]
+        # Of other ranks the figures say nothing about these.
+        assert each["elsewhere"] == each["flat"]
+        # What is asked for now goes before what was chosen then.
+        assert len(each["asked"]) > 2
+        assert sum(each["asked"]) == size
+
+
+def test_the_layout_changes_nothing_but_rounding(ranks: list[dict[str, Any]]) -> None:
+    for each in ranks:
+        torch.testing.assert_close(*each["parameters"], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,98 @@
+"""Groups of parameters have their own factor of the rate, decay and time; whoever sets the rate sets one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distrain.cli import app
+from distrain.config.schema import ConfigError
+from distrain.optim import optimizers
+from distrain.optim.optimizers import updates
+from distrain.runtime.runtime import World
+from tests.runs import small
+
+GRADIENT = torch.tensor([0.5, -1.0])
+
+
+def step(optimizer: torch.optim.Optimizer, *parameters: nn.Parameter) -> None:
+    for parameter in parameters:
+        parameter.grad = GRADIENT.clone()
+    optimizer.step()
+
+
+def built(*overrides: str) -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]:
+    """An optimizer of a parameter ``first.weight`` and a parameter ``last.bias``, both of ones."""
+    weight, bias = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    config = small("optimizer.lr=0.1", *overrides).optimizer
+    named = [("first.weight", weight), ("last.bias", bias)]
+    return optimizers.build(config, named, steps_per_epoch=4, total_steps=8), weight, bias
+
+
+def descended(rate: float, decay: float = 0.0, start: Tensor | None = None) -> Tensor:
+    start = torch.ones(2) if start is None else start
+    return start - rate * (GRADIENT + decay * start)
+
+
+def test_a_group_has_its_own_rate_and_decay() -> None:
+    optimizer, weight, bias = built(
+        "optimizer=sgd",
+        "optimizer.weight_decay=0.3",
+        "optimizer.groups=[{match: '*.bias', lr_factor: 5, weight_decay: 0}]",
+    )
+    step(optimizer, weight, bias)
+    torch.testing.assert_close(weight.detach(), descended(0.1, decay=0.3))
+    torch.testing.assert_close(bias.detach(), descended(0.5))
+
+
+def test_the_first_group_that_fits_takes_a_parameter_and_without_decay_the_others_holds() -> None:
+    groups = "[{match: last.*, lr_factor: 2}, {match: '*.bias', lr_factor: 3}]"
+    optimizer, weight, bias = built("optimizer=sgd", "optimizer.weight_decay=0.3", f"optimizer.groups={groups}")
+    step(optimizer, weight, bias)
+    torch.testing.assert_close(bias.detach(), descended(0.2, decay=0.3))
+
+
+@pytest.mark.parametrize("choice", ["sgd", "adam", "adamw", "muon"])
+def test_the_rate_is_one_for_all_groups_between_steps(choice: str) -> None:
+    optimizer, weight, bias = built(f"optimizer={choice}", "optimizer.groups=[{match: '*', lr_factor: 5}]")
+    for group in optimizer.param_groups:
+        group["lr"] = 0.2
+    step(optimizer, weight, bias)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.2}
+
+
+@pytest.mark.parametrize("choice", ["sgd optimizer.momentum=0.9 optimizer.nesterov=true", "adamw", "muon"])
+def test_a_group_may_stop_after_some_epochs(choice: str) -> None:
+    groups = "optimizer.groups=[{match: '*.bias', epochs: 0.5}]"
+    optimizer, weight, bias = built(*f"optimizer={choice} optimizer.weight_decay=0.1".split(), groups)
+    values = []
+    for _ in range(4):
+        step(optimizer, weight, bias)
+        values.append((weight.detach().clone(), bias.detach().clone()))
+    assert updates.done(optimizer) == 4
+    assert not values[0][1].equal(values[1][1])
+    assert values[1][1].equal(values[3][1])
+    assert not values[1][0].equal(values[2][0])
+
+
+def test_without_groups_nothing_is_counted() -> None:
+    optimizer, weight, bias = built("optimizer=sgd")
+    step(optimizer, weight, bias)
+    assert updates.done(optimizer) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("[{match: '*.bais'}]", "optimizer.groups[0].match=*.bais: fits no parameter of the model"),
+        ("[{match: '*'}, {match: output.bias}]", "optimizer.groups[1].match=output.bias: fits no parameter"),
+        ("[{match: '*', lr_factor: 0}]", "optimizer.groups[0].lr_factor=0.0: must be greater than 0"),
+        ("[{lr_factor: 2}]", "optimizer.groups[0].match: needs a value"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_ranks_meet(groups: str, message: str) -> None:
+    world = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
+    with pytest.raises(ConfigError) as caught:
+        app.check(small("optimizer=sgd", f"optimizer.groups={groups}"), world)
+    assert message in str(caught.value)

@@ -1,0 +1,93 @@
+"""Event files lose what doesn't belong to a run any more, and nothing else."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from torch.utils.tensorboard import SummaryWriter
+
+from distrain.reporting import event_files
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("behind_events", [False, True])
+def test_what_is_no_event_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, behind_events: bool
+) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 1.0, 1)
+    (file,) = event_files.files(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes((whole if behind_events else b"") + pickle.dumps(Bomb(tmp_path / "it_ran")))
+    event_files.leave_out(tmp_path, lambda step, value: True)
+    assert f"left out what stands in {file} after byte {len(whole) if behind_events else 0}" in caplog.text
+    assert [path.read_bytes() for path in event_files.files(tmp_path)] == ([whole] if behind_events else [])
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files, of steps 1 to 3 and 4 to 6."""
+    for first in (1, 4):
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{first}") as writer:
+            for step in range(first, first + 3):
+                writer.add_scalar("loss", 1 / step, step)
+    return tmp_path
+
+
+def steps(folder: Path) -> list[int]:
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return [event.step for event in found.Scalars("loss")]
+
+
+def up_to(last: int) -> Any:
+    return lambda step, value: step <= last
+
+
+def test_only_files_that_hold_too_much_are_written_anew(folder: Path) -> None:
+    first, second = event_files.files(folder)
+    before = (first.stat().st_ino, first.read_bytes())
+    size = second.stat().st_size
+    event_files.leave_out(folder, up_to(5))
+    assert steps(folder) == [1, 2, 3, 4, 5]
+    assert (first.stat().st_ino, first.read_bytes()) == before
+    assert second.stat().st_size < size
+    assert sorted(folder.iterdir()) == [first, second]
+
+
+def test_a_file_that_says_nothing_any_more_goes(folder: Path) -> None:
+    first, _ = event_files.files(folder)
+    event_files.leave_out(folder, up_to(3))
+    assert list(folder.iterdir()) == [first]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20, 45])
+def test_a_record_that_was_cut_short_goes_and_those_before_it_stay(cut: int, folder: Path) -> None:
+    _, second = event_files.files(folder)
+    second.write_bytes(second.read_bytes()[:-cut])
+    event_files.leave_out(folder, up_to(9))
+    found = steps(folder)
+    assert found[:4] == [1, 2, 3, 4]
+    assert len(found) < 6
+
+
+def test_what_is_no_record_ends_a_file(folder: Path) -> None:
+    _, second = event_files.files(folder)
+    content = second.read_bytes()
+    second.write_bytes(content + b"\xff" * 40)
+    event_files.leave_out(folder, up_to(9))
+    assert second.read_bytes() == content

@@ -1,0 +1,97 @@
+"""Pictures say what they should, and can be drawn without a screen."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from distrain.reporting import figures
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_the_confusion_matrix_counts_true_classes_by_row() -> None:
+    confusion = torch.tensor([[90, 10, 0], [0, 5, 0], [0, 0, 0]])
+    figure = figures.confusion_matrix(confusion, ("cat", "dog", "eel"))
+    (axes,) = figure.axes
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
+    # Colours are shares of a row; a class without samples has none.
+    (image,) = axes.images
+    shares = image.get_array()
+    assert shares is not None
+    np.testing.assert_allclose(shares, [[0.9, 0.1, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "90", (1, 0): "10", (1, 1): "5"}
+    figure.canvas.draw()
+
+
+def test_many_classes_are_drawn_without_words() -> None:
+    figure = figures.confusion_matrix(torch.eye(200, dtype=torch.int64), [str(i) for i in range(200)])
+    assert texts(figure) == []
+    assert max(figure.get_size_inches()) <= 12
+
+
+def test_what_was_predicted_wrong_is_red_and_says_the_truth() -> None:
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    figure = figures.predictions(images, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), ("cat", "dog"))
+    (axes,) = figure.axes
+    said = [(text.get_text(), text.get_color()) for text in axes.texts]
+    assert said == [("cat", "green"), ("cat\n(is dog)", "red"), ("dog", "green")]
+    for image, text in zip(axes.images, axes.texts, strict=True):
+        left, right, bottom, top = image.get_extent()
+        x, y = text.get_position()
+        assert x == pytest.approx((left + right) / 2), "the words stand over their image"
+        assert 0 < y < top < bottom
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_images_of_any_number_of_channels_are_shown(channels: int) -> None:
+    images = torch.arange(2 * channels * 6).remainder(256).to(torch.uint8).view(2, channels, 2, 3)
+    figure = figures.predictions(images, torch.tensor([0, 0]), torch.tensor([0, 0]), ("cat",))
+    shown = figure.axes[0].images[1].get_array()
+    assert shown is not None
+    expected = images[1].permute(1, 2, 0) if channels == 3 else images[1, 0]
+    np.testing.assert_array_equal(shown, expected.numpy())
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (8, 8, 1), (9, 8, 2), (32, 8, 4)])
+def test_the_grid_is_eight_wide(count: int, columns: int, rows: int) -> None:
+    labels = torch.zeros(count, dtype=torch.int64)
+    figure = figures.predictions(torch.zeros(count, 1, 2, 4, dtype=torch.uint8), labels, labels, ("cat",))
+    (axes,) = figure.axes
+    assert not axes.axison
+    places = [image.get_extent() for image in axes.images]
+    assert len(places) == count
+    assert len({place[0] for place in places}) == columns
+    assert len({place[2] for place in places}) == rows
+    # Twice as wide as high, in a figure whose axes count inches.
+    assert all(right - left == pytest.approx(2 * (bottom - top)) for left, right, bottom, top in places)
+    assert (axes.get_xlim()[1], axes.get_ylim()[0]) == pytest.approx(tuple(figure.get_size_inches()))
+
+
+def test_no_global_state_and_no_screen_are_needed() -> None:
+    figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b"))
+    assert "matplotlib.pyplot" not in vars(figures)
+    figure = figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b"))
+    assert type(figure.canvas).__name__ == "FigureCanvasAgg"
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_a_histogram_stacks_its_parts() -> None:
+    figure = figures.histogram({"one": {0: 2, 3: 1}, "two": {0: 5}, "none": {}}, "late", "pushes")
+    (axes,) = figure.axes
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_height()]
+    found = [(round(bar.get_x() + bar.get_width() / 2), bar.get_y(), bar.get_height()) for bar in bars]
+    assert found == [(0, 0, 2), (3, 0, 1), (0, 2, 5)]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("late", "pushes")
+    figure.canvas.draw()

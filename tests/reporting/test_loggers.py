@@ -1,0 +1,231 @@
+"""What a logger was given can be read back: JSON lines, TensorBoard's events, lists."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
+
+from distrain.reporting import figures, loggers
+from distrain.reporting.loggers import (
+    InMemoryLogger,
+    Logger,
+    Loggers,
+    MetricsFile,
+    TensorBoardConfig,
+    TensorBoardLogger,
+)
+from distrain.tools.chaos.disk import SmallDisk
+from tests.runs import small
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=refuse_constant) for line in path.read_text().splitlines()]
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_a_line_of_json_in_the_order_given(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    before = time.time()
+    file.scalars(1, {"train/loss": 0.5, "train/accuracy": 1})
+    # Lines can be followed while the run goes on.
+    assert len(rows(path)) == 1
+    file.scalars(2, {"epoch/train_loss": 0.25}, kind="epoch")
+    file.close()
+    first, second = rows(path)
+    assert before - 1 < first.pop("time") <= second.pop("time") < time.time() + 1
+    assert first == {"kind": "step", "step": 1, "train/loss": 0.5, "train/accuracy": 1}
+    assert second == {"kind": "epoch", "step": 2, "epoch/train_loss": 0.25}
+
+
+def test_a_run_that_goes_on_adds_to_the_file(tmp_path: Path) -> None:
+    for step in (1, 2):
+        file = MetricsFile(tmp_path / "metrics.jsonl")
+        file.scalars(step, {})
+        file.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.scalars(1, {"loss": math.nan, "norm": math.inf, "rate": -math.inf, "fine": 1e300})
+    file.close()
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert [row[name] for name in ("loss", "norm", "rate", "fine")] == [None, None, None, 1e300]
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    folder = tmp_path_factory.mktemp("run")
+    logger = TensorBoardLogger(TensorBoardConfig(name="tensorboard", flush_seconds=10), folder)
+    for step in (10, 20):
+        logger.scalars(step, {"train/loss": 1 / step, "time/compute": 0.75})
+    logger.scalars(20, {"epoch/val_accuracy": 0.5}, kind="epoch")
+    logger.figure(20, "test/confusion_matrix", figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b")))
+    parameters = {"optimizer.lr": 0.1, "seed": 3, "fused": True, "run_dir": None, "betas": [0.9, 0.999]}
+    logger.hyperparameters(parameters, {"final/test_accuracy": 0.875})
+    logger.close()
+    assert [path.name for path in folder.iterdir()] == ["tensorboard"]
+    (file,) = (folder / "tensorboard").iterdir()
+    read = EventAccumulator(str(file))
+    read.Reload()
+    return read
+
+
+def test_tensorboard_holds_each_curve(events: EventAccumulator) -> None:
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert points == {
+        "train/loss": [(10, pytest.approx(0.1)), (20, pytest.approx(0.05))],
+        "time/compute": [(10, 0.75), (20, 0.75)],
+        "epoch/val_accuracy": [(20, 0.5)],
+        "final/test_accuracy": [(0, 0.875)],
+    }
+
+
+def test_tensorboard_holds_the_pictures(events: EventAccumulator) -> None:
+    assert events.Tags()["images"] == ["test/confusion_matrix"]
+    (image,) = events.Images("test/confusion_matrix")
+    assert image.step == 20
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert min(image.width, image.height) > 100
+
+
+def test_tensorboard_holds_hyper_parameters_with_what_they_came_to(events: EventAccumulator) -> None:
+    found = events.summary_metadata
+    plugins = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
+        for tag, metadata in found.items()
+        if metadata.plugin_data.plugin_name == "hparams"
+    }
+    assert sorted(plugins) == ["_hparams_/experiment", "_hparams_/session_end_info", "_hparams_/session_start_info"]
+    values = plugins["_hparams_/session_start_info"].session_start_info.hparams
+    assert values["optimizer.lr"].number_value == 0.1
+    assert values["seed"].number_value == 3
+    assert values["fused"].number_value == 1
+    assert values["run_dir"].string_value == "None"
+    assert values["betas"].string_value == "[0.9, 0.999]"
+    (metric,) = plugins["_hparams_/experiment"].experiment.metric_infos
+    assert metric.name.tag == "final/test_accuracy"
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+def test_in_memory_everything_is_at_hand() -> None:
+    logger = InMemoryLogger()
+    logger.scalars(1, {"loss": 2.0})
+    logger.scalars(2, {"loss": 1.0}, kind="epoch")
+    logger.figure(2, "grid", figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b")))
+    logger.hyperparameters({"lr": 1}, {"accuracy": 0.5})
+    logger.close()
+    assert logger.rows == [{"kind": "step", "step": 1, "loss": 2.0}, {"kind": "epoch", "step": 2, "loss": 1.0}]
+    assert logger.figures == [(2, "grid")]
+    assert logger.final == {"accuracy": 0.5}
+
+
+def test_several_loggers_are_given_the_same() -> None:
+    kept = [InMemoryLogger(), InMemoryLogger()]
+    together = Loggers(kept)
+    together.scalars(1, {"loss": 2.0}, kind="epoch")
+    together.figure(2, "grid", figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b")))
+    together.hyperparameters({}, {"accuracy": 0.5})
+    together.close()
+    for logger in kept:
+        assert logger.rows == [{"kind": "epoch", "step": 1, "loss": 2.0}]
+        assert logger.figures == [(2, "grid")]
+        assert logger.final == {"accuracy": 0.5}
+
+
+class FullDisk(Logger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = False
+
+    def scalars(self, step: int, values: loggers.Scalars, *, kind: str = "step") -> None:
+        if not self.free:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: loggers.Scalars) -> None:
+        self.scalars(0, metrics)
+
+    def close(self) -> None:
+        self.scalars(0, {})
+
+
+def test_logger_that_can_not_write_is_named_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    full, kept = FullDisk(), InMemoryLogger()
+    together = Loggers([full, kept])
+    for full.free in (False, False, True, False):
+        together.scalars(1, {"loss": 0.5})
+    said = "METRICS ARE LOST: FullDisk can't write ([Errno 28] No space left on device). The run goes on"
+    assert caplog.messages == [said, said], "once each time that it begins"
+    assert len(kept.rows) == 4
+    together.hyperparameters({}, {"accuracy": 0.5})
+    together.close()
+    assert kept.final == {"accuracy": 0.5}, "the end of a run is no other moment"
+    assert caplog.messages == [said, said]
+
+
+def test_rows_of_a_full_disk_come_when_there_is_space_again(tmp_path: Path) -> None:
+    try:
+        disk = SmallDisk(tmp_path / "disk", 1 << 20)
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        together = Loggers([MetricsFile(tmp_path / "disk" / "metrics.jsonl")])
+        together.scalars(1, {"loss": 0.5})
+        disk.fill([])
+        for step in range(2, 30):
+            together.scalars(step, {"loss": 0.5})
+        disk.clear()
+        together.scalars(30, {"loss": 0.5})
+        together.close()
+        assert [row["step"] for row in rows(tmp_path / "disk" / "metrics.jsonl")] == list(range(1, 31))
+    finally:
+        disk.remove(keep=False)
+
+
+def test_pictures_are_drawn_only_where_somebody_takes_them(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert not Loggers([file, Logger()]).takes_figures
+    assert Loggers([file, InMemoryLogger()]).takes_figures
+    file.close()
+
+
+@pytest.mark.parametrize(("name", "folder"), [("none", False), ("tensorboard", True)])
+def test_the_writing_rank_always_has_the_file_and_what_was_chosen(name: str, folder: bool, tmp_path: Path) -> None:
+    logger = loggers.build(small(f"logger={name}"), tmp_path)
+    logger.scalars(1, {"loss": 1.0})
+    logger.close()
+    assert len(rows(tmp_path / "metrics.jsonl")) == 1
+    assert (tmp_path / "tensorboard").exists() == logger.takes_figures == folder
+
+
+def test_a_line_that_is_no_row_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
+    file.write_bytes(rows + b"\x80\x04cos\nsystem\n" + b"[" * 50_000 + b"\n" + b'{"kind": "step", "st')
+    logger = MetricsFile(file)
+    logger.go_back(2, amid_epoch=False)
+    logger.close()
+    assert f"left 4 lines out of {file}" in caplog.text
+    assert file.read_bytes() == rows

@@ -1,0 +1,657 @@
+"""strategy=local_sgd against a simulation of its ranks in one process, and what holds whatever they do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distrain.checkpoint import format as checkpoint_format
+from distrain.cli import app
+from distrain.communication.collectives import ring_all_reduce_bytes
+from distrain.config.schema import ConfigError
+from distrain.data.loader import Batch
+from distrain.data.sampler import shard_bounds
+from distrain.optim import optimizers
+from distrain.runtime.runtime import Runtime, World
+from distrain.strategies.local_sgd import LocalSGD
+from distrain.strategies.single import Single
+from tests.harness import run_ranks
+from tests.runs import relative_difference, small, train_on_rank
+from tests.strategies.helpers import batch, drawn, parameters, set_up
+
+#: Ranks' shares differ in size, and on three or four ranks some find no sample in the batches of two.
+SIZES = (10, 2, 7, 11, 9, 2, 10, 7, 8, 10, 3, 10)
+
+
+def network(*, norm: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    between = nn.BatchNorm2d(6) if norm else nn.Identity()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), between, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 16, 4))
+    return model.double().to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+#: Cut in two by bytes.
+HALVES = (("0.weight", "0.bias"), ("4.weight", "4.bias"))
+
+
+def batches(sizes: tuple[int, ...] = SIZES) -> list[Batch]:
+    return [drawn(size, 3, 6, 6, seed=step, dtype=torch.float64) for step, size in enumerate(sizes)]
+
+
+# --- the simulation --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A way of training; the defaults are those of the YAML file where it matters."""
+
+    sync_every: int = 4
+    optimizer: tuple[str, ...] = ("optimizer=sgd",)
+    outer: tuple[str, float, float] = ("average", 1.0, 0.0)
+    warmup: int = 0
+    group: int | None = None
+    global_every: int = 1
+    fragments: tuple[tuple[str, ...], ...] = (HALVES[0] + HALVES[1],)
+    overlap: int = 0
+    mixing: float = 0.5
+    clip: float | None = None
+    moments: bool = False
+    micro_batch: int | None = None
+
+    def overrides(self) -> tuple[str, ...]:
+        name, rate, momentum = self.outer
+        return (
+            "strategy=local_sgd",
+            "trainer.precision=fp64",
+            f"strategy.sync_every={self.sync_every}",
+            *self.optimizer,
+            f"strategy.outer_optimizer={name}",
+            f"strategy.outer_lr={rate}",
+            f"strategy.outer_momentum={momentum}",
+            f"strategy.warmup_steps={self.warmup}",
+            f"strategy.group_size={self.group or 'null'}",
+            f"strategy.global_every={self.global_every}",
+            f"strategy.fragments={len(self.fragments)}",
+            f"strategy.overlap_steps={self.overlap}",
+            f"strategy.mixing={self.mixing}",
+            f"trainer.grad_clip_norm={self.clip or 'null'}",
+            f"trainer.micro_batch_size={self.micro_batch or 'null'}",
+            f"strategy.average_optimizer_state={str(self.moments).lower()}",
+        )
+
+
+ADAM = ("optimizer=adam", "optimizer.lr=0.01", "optimizer.eps=1e-3")
+MOMENTUM = ("optimizer=sgd", "optimizer.lr=0.05", "optimizer.momentum=0.9", "optimizer.weight_decay=0.01")
+DILOCO = ("nesterov", 0.7, 0.9)
+CASES = {
+    "average": Case(optimizer=MOMENTUM),
+    "DiLoCo": Case(optimizer=ADAM, outer=DILOCO),
+    "outer SGD": Case(sync_every=3, optimizer=ADAM, outer=("sgd", 0.5, 0.8)),
+    "warm-up": Case(sync_every=3, optimizer=ADAM, warmup=2, clip=0.5),
+    "clipped, accumulated": Case(optimizer=MOMENTUM, clip=0.2, micro_batch=2),
+    "moments": Case(sync_every=2, optimizer=ADAM, moments=True),
+    "fragments": Case(optimizer=ADAM, outer=DILOCO, fragments=HALVES),
+    "late": Case(optimizer=ADAM, outer=DILOCO, overlap=2),
+    "late by all": Case(sync_every=3, optimizer=ADAM, outer=DILOCO, overlap=3),
+    "late fragments": Case(optimizer=ADAM, outer=DILOCO, fragments=HALVES, overlap=2, mixing=0.3, warmup=1),
+    "groups": Case(sync_every=2, optimizer=ADAM, group=2, global_every=2),
+    "groups, moments": Case(sync_every=2, optimizer=ADAM, group=2, global_every=2, moments=True),
+    "groups, DiLoCo, late fragments": Case(
+        sync_every=1, optimizer=ADAM, group=2, global_every=4, outer=DILOCO, fragments=HALVES, overlap=1
+    ),
+}
+
+
+class Simulation:
+    """All ranks in one process, as one would write them down from the papers."""
+
+    def __init__(self, case: Case, ranks: int) -> None:
+        self.case, self.ranks = case, ranks
+        self.models = [network() for _ in range(ranks)]
+        config = small(*case.overrides()).optimizer
+        self.optimizers = [optimizers.build(config, model.parameters()) for model in self.models]
+        name, rate, momentum = case.outer
+        self.global_parameters = {n: p.detach().clone() for n, p in self.models[0].named_parameters()}
+        self.outer = torch.optim.SGD(
+            self.global_parameters.values(),
+            lr=1.0 if name == "average" else rate,
+            momentum=0.0 if name == "average" else momentum,
+            nesterov=name == "nesterov",
+        )
+        self.under_way: list[tuple[int, tuple[str, ...], dict[str, Tensor]]] = []
+        self.seen = {fragment: [0] * ranks for fragment in case.fragments}
+        self.seen_in_group = {fragment: [0] * ranks for fragment in case.fragments}
+        self.steps = 0
+        self.drift: float | None = None
+
+    def step(self, whole: Batch) -> None:
+        case, self.steps = self.case, self.steps + 1
+        together = self.steps <= case.warmup
+        for rank, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
+            share = whole if together else batch(whole.images, whole.labels, (rank, self.ranks))
+            if len(share.labels):
+                optimizer.zero_grad()
+                F.cross_entropy(model(share.images), share.labels).backward()
+                if case.clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+                optimizer.step()
+        if together:
+            self.global_parameters = {n: p.detach().clone() for n, p in self.models[0].named_parameters()}
+            self.outer.param_groups[0]["params"] = list(self.global_parameters.values())
+            return
+        for counts in (*self.seen.values(), *self.seen_in_group.values()):
+            for rank in range(self.ranks):
+                start, end = shard_bounds(len(whole.labels), rank, self.ranks)
+                counts[rank] += end - start
+        self.merge(self.steps - case.warmup)
+
+    def merge(self, step: int) -> None:
+        case = self.case
+        period = case.sync_every * case.global_every
+        self.apply(step)
+        leaving = [
+            fragment
+            for index, fragment in enumerate(case.fragments)
+            if step % period == (index + 1) * period // len(case.fragments) % period
+        ]
+        for fragment in leaving:
+            mean = self.average(fragment, range(self.ranks), self.seen[fragment])
+            self.drift = self.distance(mean)
+            gradients = {name: self.global_parameters[name] - mean[name] for name in fragment}
+            self.under_way.append((step + case.overlap, fragment, gradients))
+            if case.moments:
+                self.average_moments(fragment, range(self.ranks), self.seen[fragment])
+            self.seen[fragment] = [0] * self.ranks
+            self.seen_in_group[fragment] = [0] * self.ranks
+        if case.group is not None and step % case.sync_every == 0:
+            for fragment in (each for each in case.fragments if each not in leaving):
+                for first in range(0, self.ranks, case.group):
+                    members = range(first, first + case.group)
+                    counts = self.seen_in_group[fragment]
+                    mean = self.average(fragment, members, counts)
+                    for rank in members:
+                        for name in fragment:
+                            self.models[rank].get_parameter(name).data.copy_(mean[name])
+                    if case.moments:
+                        self.average_moments(fragment, members, counts)
+                self.seen_in_group[fragment] = [0] * self.ranks
+        self.apply(step)
+
+    def apply(self, step: int) -> None:
+        case = self.case
+        for _, fragment, gradients in [each for each in self.under_way if each[0] == step]:
+            for name, parameter in self.global_parameters.items():
+                parameter.grad = gradients.get(name)
+            self.outer.step()
+            keep = case.mixing if case.overlap else 0.0
+            for model in self.models:
+                for name in fragment:
+                    own = model.get_parameter(name).data
+                    own.copy_(keep * own + (1 - keep) * self.global_parameters[name])
+        self.under_way = [each for each in self.under_way if each[0] > step]
+
+    @torch.no_grad()
+    def distance(self, mean: dict[str, Tensor]) -> float:
+        """Root mean square over the ranks of their copies' distance from the mean, relative to the last merge's."""
+        squares = sum((m.get_parameter(n) - each).square().sum() for n, each in mean.items() for m in self.models)
+        whole = sum(self.global_parameters[name].square().sum() for name in mean)
+        return float((squares / self.ranks / whole) ** 0.5)
+
+    def average(self, names: tuple[str, ...], members: range, counts: list[int]) -> dict[str, Tensor]:
+        held = [dict(self.models[rank].named_parameters()) for rank in members]
+        whole = sum(counts[rank] for rank in members)
+        weights = [counts[rank] / whole if whole else 1 / len(members) for rank in members]
+        return {
+            name: sum((w * h[name].detach() for w, h in zip(weights, held, strict=True)), torch.tensor(0.0))
+            for name in names
+        }
+
+    def average_moments(self, names: tuple[str, ...], members: range, counts: list[int]) -> None:
+        for name in names:
+            for what in ("exp_avg", "exp_avg_sq"):
+                kept = [self.optimizers[rank].state[self.models[rank].get_parameter(name)][what] for rank in members]
+                whole = sum(counts[each] for each in members)
+                mean = sum((counts[r] / whole * k for r, k in zip(members, kept, strict=True)), torch.tensor(0.0))
+                for each in kept:
+                    each.copy_(mean)
+
+    def merged(self) -> Tensor:
+        """The mean of all copies, weighted by the samples seen since each fragment's last merge."""
+        model = copy.deepcopy(self.models[0])
+        for fragment in self.case.fragments:
+            for name, mean in self.average(fragment, range(self.ranks), self.seen[fragment]).items():
+                model.get_parameter(name).data.copy_(mean)
+        return parameters(model)
+
+
+# --- what a rank does ------------------------------------------------------------------------------------------------
+
+FP64 = "trainer.precision=fp64"
+LATE = CASES["late fragments"].overrides()
+
+
+def local(runtime: Runtime, model: nn.Module, *overrides: str) -> LocalSGD:
+    return cast(LocalSGD, set_up(model, small("optimizer=sgd", "strategy=local_sgd", *overrides), runtime))
+
+
+def share(whole: Batch, strategy: Single) -> Batch:
+    return batch(whole.images, whole.labels, strategy.data_shard)
+
+
+def train(strategy: Single, steps: slice = slice(None)) -> Tensor:
+    """This rank's copy after some of the steps."""
+    for whole in batches()[steps]:
+        strategy.train_step(share(whole, strategy))
+    return parameters(strategy.model)
+
+
+def state_vector(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].detach().flatten().double() for name in sorted(tensors)])
+
+
+def follow(runtime: Runtime, case: Case) -> dict[str, Any]:
+    """This rank's copy after each step, and the merged model at some of them."""
+    strategy = local(runtime, network(), *case.overrides())
+    found: dict[str, Any] = {"copies": [], "merged": {}, "metrics": []}
+    for step, whole in enumerate(batches()):
+        result = strategy.train_step(share(whole, strategy))
+        assert result.count == len(share(whole, strategy).labels)
+        found["copies"].append(parameters(strategy.model))
+        found["metrics"].append(strategy.metrics())
+        if step % 5 == 4:
+            strategy.model_state()
+            found["merged"][step] = parameters(strategy.model)
+    return found
+
+
+def beside_ddp(runtime: Runtime) -> dict[str, Any]:
+    """How far merges after every step are from ddp after many uneven steps."""
+
+    def distance(dtype: torch.dtype, *overrides: str, moments: bool = False) -> float:
+        precision = "fp64" if dtype == torch.float64 else "fp32"
+        options = ("optimizer.lr=0.05", "optimizer.weight_decay=0.01", f"trainer.precision={precision}", *overrides)
+        own = ("strategy.sync_every=1", f"strategy.average_optimizer_state={str(moments).lower()}")
+        ddp = set_up(network().to(dtype), small("strategy=ddp", "optimizer=sgd", *options), runtime)
+        merging = local(runtime, network().to(dtype), *options, *own)
+        for whole in batches():
+            whole.images = whole.images.to(dtype)
+            for strategy in (ddp, merging):
+                strategy.train_step(share(whole, strategy))
+        there, here = ({n: p.detach() for n, p in s.model.named_parameters()} for s in (ddp, merging))
+        return relative_difference(here, there)
+
+    return {
+        "fp32": distance(torch.float32),
+        "fp64": distance(torch.float64),
+        "momentum": distance(torch.float64, "optimizer.momentum=0.9", moments=True),
+    }
+
+
+def beside_ddp_by_itself(folder: Path) -> dict[str, Any]:
+    with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
+        return beside_ddp(runtime)
+
+
+def looked_at(runtime: Runtime) -> dict[str, Tensor]:
+    """This rank's copy with and without evaluation and saving in between."""
+    looking = local(runtime, network(), *LATE)
+    for step, whole in enumerate(batches()):
+        if step % 2:
+            looking.eval_step(share(whole, looking))
+        if step % 3:
+            looking.state_dict()
+        looking.train_step(share(whole, looking))
+    return {"unseen": train(local(runtime, network(), *LATE)), "seen": parameters(looking.model)}
+
+
+#: Small enough limits that the network's matrices are compressed.
+TOPK = ("compression=topk", "compression.min_elements=1", "compression.density=0.3")
+POWERSGD = (
+    "compression=powersgd",
+    "compression.min_elements=1",
+    "compression.min_compression_rate=1",
+    "compression.rank=1",
+)
+COMPRESSIONS = {
+    "none": ("compression=none",),
+    "all": (*TOPK, "compression.density=1", "compression.values=full"),
+    "topk": TOPK,
+    "powersgd": POWERSGD,
+}
+
+
+def merged_by_each_compressor(runtime: Runtime) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, overrides in COMPRESSIONS.items():
+        strategy = local(runtime, network(), FP64, "strategy.sync_every=2", *overrides)
+        found[name] = train(strategy)
+        found[f"{name} steps"] = strategy.compressor.step
+        found[f"{name} bytes"] = strategy.ledger.total()
+    return found
+
+
+def put_into(runtime: Runtime, saved: Single, into: Single) -> None:
+    """Saves one strategy and loads the other from it."""
+    everyone = runtime.communicator()
+    state = {**saved.state_dict(), "layout": saved.layout}
+    path = checkpoint_format.save(runtime.run_dir / "checkpoints", state, {"step": 0}, everyone, runtime.device)
+    everyone.barrier()
+    into.load_state_dict(checkpoint_format.load(path)[0])
+    everyone.barrier()
+
+
+def resumed(runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
+    """All that a rank has after a run in one go, and after one interrupted at some step."""
+    normed = functools.partial(network, norm=True)
+    builds: list[tuple[Callable[[], LocalSGD], int]] = [
+        *((lambda: local(runtime, network(), *LATE, *TOPK), step) for step in (4, 6)),
+        (lambda: local(runtime, network(), *LATE, *POWERSGD), 4),
+        (lambda: local(runtime, normed(), *CASES["moments"].overrides()), 3),
+        (lambda: local(runtime, normed(), *CASES["warm-up"].overrides(), "strategy.warmup_steps=5"), 3),
+    ]
+    found = []
+    for build, step in builds:
+        whole, interrupted, again = build(), build(), build()
+        train(whole)
+        train(interrupted, slice(step))
+        put_into(runtime, interrupted, again)
+        train(again, slice(step, None))
+        saved = [strategy.state_dict() for strategy in (whole, again)]
+        first, second = (state_vector({**each["local"], **each["compressor"], **each["model"]}) for each in saved)
+        found.append((first, second))
+    return found
+
+
+def taken_over(runtime: Runtime) -> dict[str, Any]:
+    """What ddp, and a run with another warm-up, make of a run in the middle of an interval; and the way back."""
+    options = (FP64, "optimizer=sgd", "optimizer.momentum=0.9")
+    own = ("strategy.sync_every=3", "strategy.outer_optimizer=nesterov")
+    strategy, other, back = (
+        local(runtime, network(norm=True), *options, *own, f"strategy.warmup_steps={steps}") for steps in (0, 2, 0)
+    )
+    ddp = set_up(network(norm=True), small("strategy=ddp", *options), runtime)
+    # All ranks find samples, so that their counts of batches are the same.
+    train(strategy, slice(6, 11))
+
+    def moments(of: Single) -> Tensor:
+        kept = [of.optimizer.state[parameter]["momentum_buffer"] for parameter in of.model.parameters()]
+        return torch.cat([each.flatten() for each in kept])
+
+    put_into(runtime, strategy, ddp)
+    put_into(runtime, strategy, other)
+    put_into(runtime, ddp, back)
+    outer = [
+        {name: tensor for name, tensor in each.state_dict()["local"].items() if name.startswith(("anchor/", "outer_"))}
+        for each in (strategy, other, back)
+    ]
+    return {
+        "merged": state_vector(strategy.model_state()),
+        "ddp": state_vector(ddp.model_state()),
+        "other": state_vector(other.model_state()),
+        "back": state_vector(back.model_state()),
+        "moments": moments(strategy),
+        "ddp's moments": moments(ddp),
+        "outer": [state_vector(each) for each in outer if each],
+    }
+
+
+def statistics(runtime: Runtime) -> dict[str, Any]:
+    """BatchNorm's running mean of this rank without a merge, after one, and after a warm-up."""
+    constants = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {}
+    for name, override in {"own": "sync_every=3", "merged": "sync_every=2", "warm": "warmup_steps=2"}.items():
+        model = network(norm=True)
+        model.register_buffer("constants", constants.clone())
+        strategy = local(runtime, model, FP64, f"strategy.{override}")
+        train(strategy, slice(3, 5))
+        found[name] = model.state_dict()["1.running_mean"].clone()
+        found[f"{name}, shown"] = strategy.model_state()["1.running_mean"].clone()
+        found[f"{name}, constants stay"] = torch.equal(cast(Tensor, model.constants), constants)
+    return found
+
+
+def astray(runtime: Runtime, *overrides: str) -> str:
+    """What is said after rank 1 changed what must be equal."""
+    strategy = local(runtime, network(), FP64, "strategy.sync_every=2", *overrides)
+    if runtime.world.rank == 1:
+        strategy._fragments[0].anchors[0][3] += 1e-9
+    train(strategy, slice(2))
+    try:
+        train(strategy, slice(2, 3))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def overflowed(runtime: Runtime) -> dict[str, Any]:
+    """One rank's overflow in fp16, saved and loaded."""
+
+    def build() -> LocalSGD:
+        torch.manual_seed(0)
+        return local(runtime, nn.Linear(6, 4), "trainer.precision=fp16", "strategy.sync_every=2")
+
+    strategy, again, first, second = build(), build(), drawn(9, 6), drawn(9, 6, seed=1)
+    for each in (first, second):
+        each.images.mul_(0.1)
+    first.images[-1] = 1e30
+    strategy.train_step(share(first, strategy))
+    put_into(runtime, strategy, again)
+    again.train_step(share(second, again))
+    return {"scale": again.precision.state_dict(), "parameters": parameters(again.model)}
+
+
+def three_ranks(folder: Path) -> dict[str, Any]:
+    with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
+        return {
+            "followed": {name: follow(runtime, case) for name, case in CASES.items() if case.group is None},
+            "beside ddp": beside_ddp(runtime),
+            "looked at": looked_at(runtime),
+            "compressed": merged_by_each_compressor(runtime),
+            "resumed": resumed(runtime),
+            "taken over": taken_over(runtime),
+            "statistics": statistics(runtime),
+            "astray": astray(runtime),
+            "overflowed": overflowed(runtime),
+        }
+
+
+def four_ranks(folder: Path) -> dict[str, Any]:
+    with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
+        return {
+            "followed": {name: follow(runtime, case) for name, case in CASES.items() if case.group is not None},
+            "astray": astray(runtime, "strategy.group_size=2", "strategy.global_every=2"),
+        }
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(three_ranks, 3, tmp_path_factory.mktemp("run"), timeout=110)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(four_ranks, 4, tmp_path_factory.mktemp("run"), timeout=110)
+
+
+# --- the simulated training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_s_copy_is_the_simulated_one(
+    name: str, three: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    # Small tensors: more threads would only wait for each other.
+    torch.set_num_threads(1)
+    case = CASES[name]
+    ranks = three if case.group is None else request.getfixturevalue("four")
+    found = [each["followed"][name] for each in ranks]
+    simulated = Simulation(case, len(found))
+    for step, whole in enumerate(batches()):
+        simulated.step(whole)
+        for rank, each in enumerate(found):
+            expected = parameters(simulated.models[rank])
+            torch.testing.assert_close(each["copies"][step], expected, rtol=1e-10, atol=1e-12)
+            if step in each["merged"]:
+                torch.testing.assert_close(each["merged"][step], simulated.merged(), rtol=1e-10, atol=1e-12)
+                assert torch.equal(each["merged"][step], found[0]["merged"][step])
+            if not case.overlap and len(case.fragments) == 1:
+                drift = {} if simulated.drift is None else {"local_sgd/drift": pytest.approx(simulated.drift, rel=1e-9)}
+                assert each["metrics"][step] == drift
+
+
+# --- what holds for all ----------------------------------------------------------------------------------------------
+
+
+def test_merging_after_each_step_of_sgd_is_ddp(three: list[dict[str, Any]], tmp_path: Path) -> None:
+    for found in (*(each["beside ddp"] for each in three), *run_ranks(beside_ddp_by_itself, 2, tmp_path)):
+        assert found["fp32"] <= 1e-5
+        assert found["fp64"] <= 1e-12
+        assert found["momentum"] <= 1e-12
+
+
+def test_evaluating_and_saving_change_nothing(three: list[dict[str, Any]]) -> None:
+    for each in three:
+        assert torch.equal(each["looked at"]["seen"], each["looked at"]["unseen"])
+
+
+def test_differences_travel_through_the_compressor(three: list[dict[str, Any]]) -> None:
+    for each in three:
+        found = each["compressed"]
+        torch.testing.assert_close(found["all"], found["none"], rtol=1e-12, atol=1e-14)
+        for name in COMPRESSIONS:
+            assert found[f"{name} steps"] == len(SIZES) // 2
+            assert torch.equal(found[name], three[0]["compressed"][name])
+        for name in ("topk", "powersgd"):
+            assert found[f"{name} bytes"] < found["none bytes"] / 2
+            difference = torch.linalg.vector_norm(found[name] - found["none"])
+            assert 1e-6 < difference / torch.linalg.vector_norm(found["none"]) < 0.2
+
+
+def test_the_same_ranks_go_on_bit_for_bit_from_anywhere(three: list[dict[str, Any]]) -> None:
+    for each in three:
+        assert len(each["resumed"]) == 5
+        for whole, interrupted in each["resumed"]:
+            assert torch.equal(whole, interrupted)
+
+
+def test_another_strategy_or_warm_up_goes_on_from_the_mean(three: list[dict[str, Any]]) -> None:
+    found = [each["taken over"] for each in three]
+    moments = torch.stack([each["moments"] for each in found]).mean(0)
+    for each in found:
+        for who in ("merged", "ddp", "other", "back"):
+            assert torch.equal(each[who], found[0]["merged"])
+        torch.testing.assert_close(each["ddp's moments"], moments, rtol=1e-12, atol=1e-15)
+        assert not torch.allclose(each["moments"], moments, rtol=1e-3)
+    # The first rank saves what all share.
+    before, after, afresh = found[0]["outer"]
+    assert torch.equal(before, after)
+    assert not torch.equal(before, afresh)
+
+
+def test_batch_norm_s_statistics_are_merged_by_samples_and_constants_stay(three: list[dict[str, Any]]) -> None:
+    found = [each["statistics"] for each in three]
+    sizes = [sum(len(range(*shard_bounds(size, rank, 3))) for size in SIZES[3:5]) for rank in range(3)]
+    assert len(set(sizes)) > 1
+    expected = torch.stack([n / sum(sizes) * each["own"] for n, each in zip(sizes, found, strict=True)]).sum(0)
+    for each in found:
+        assert not torch.allclose(each["own"], expected, rtol=1e-3)
+        torch.testing.assert_close(each["own, shown"], expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(each["merged"], expected, rtol=1e-12, atol=1e-15)
+        assert torch.equal(each["merged, shown"], each["merged"])
+        assert torch.equal(each["warm"], found[0]["warm"])
+        assert all(stay for name, stay in each.items() if name.endswith("constants stay"))
+
+
+def test_a_rank_that_went_astray_is_named(three: list[dict[str, Any]], four: list[dict[str, Any]]) -> None:
+    line = "after the merge at step 2 the parameters of rank 1 are not those of the others"
+    assert [each["astray"] for each in three] == [line, line, line]
+    # Only its own group has merged with it.
+    assert [each["astray"] for each in four] == [line, line, "", ""]
+
+
+def test_each_rank_scales_its_own_loss(three: list[dict[str, Any]]) -> None:
+    scales = [(each["overflowed"]["scale"]["scale"], each["overflowed"]["scale"]["good_steps"]) for each in three]
+    assert scales == [(65536, 2), (65536, 2), (32768, 1)]
+    for each in three:
+        assert torch.equal(each["overflowed"]["parameters"], three[0]["overflowed"]["parameters"])
+        assert each["overflowed"]["parameters"].isfinite().all()
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_steps_by_oneself_send_a_sixteenth_and_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = ("strategy=local_sgd", "strategy.sync_every=16", "trainer.epochs=100", "scheduler=constant")
+
+    def run(ranks: int, name: str, steps: int, *more: str) -> list[dict[str, Any]]:
+        config = small(*options, f"run_dir={tmp_path / name}", f"trainer.max_steps={steps}", *more)
+        return run_ranks(train_on_rank, ranks, config)
+
+    whole = run(2, "whole", 36)
+    size = sum(4 * tensor.numel() for tensor in whole[0]["model"].values())
+    summary = whole[0]["summary"]
+    # Two merges, and an 8-byte hash after each. Without compression it is the same.
+    assert summary["local_sgd"]["merges"] == 2
+    assert summary["local_sgd"]["bytes_per_merge"] == 2 * (ring_all_reduce_bytes(size, 2) + 8)
+    assert summary["bytes_sent_per_step"] == round(2 * 2 * (ring_all_reduce_bytes(size, 2) + 8) / 36)
+    assert summary["bytes_uncompressed_per_step"] == 2 * round(ring_all_reduce_bytes(size, 2) / 16)
+    assert 0 < summary["local_sgd"]["drift"] < 1
+    run(2, "parts", 21)
+    again = run(2, "parts", 36)
+    for first, second in zip(whole, again, strict=True):
+        assert relative_difference(second["model"], first["model"]) == 0
+        assert second["summary"]["test_loss"] == first["summary"]["test_loss"]
+    more = run(3, "more", 38, f"resume={tmp_path}/parts/checkpoints/step_00000036")
+    assert more[0]["summary"]["steps"] == 38
+    assert relative_difference(more[2]["model"], more[0]["model"]) == 0
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ("outer_optimizer=nesterov", "outer_momentum=0"),
+            "strategy.outer_momentum=0.0: outer_optimizer=nesterov needs some",
+        ),
+        (("global_every=2",), "strategy.global_every=2: needs strategy.group_size"),
+        (("group_size=2",), "strategy.global_every=1: with groups it must be above 1"),
+        (
+            ("group_size=4", "global_every=2"),
+            "strategy.group_size=4: does not cut 6 ranks into groups; choices: null, 2, 3",
+        ),
+        (
+            ("group_size=6", "global_every=2"),
+            "strategy.group_size=6: does not cut 6 ranks into groups; choices: null, 2, 3",
+        ),
+        (("sync_every=4", "fragments=5"), "strategy.fragments=5: there are 4 steps for their merges"),
+        (
+            ("fragments=9", "sync_every=20"),
+            "strategy.fragments=9: the model has only 8 parameters to cut between",
+        ),
+        (
+            ("sync_every=7", "fragments=2", "overlap_steps=4"),
+            "strategy.overlap_steps=4: a merge must be over when the next one begins, 3 steps later",
+        ),
+        (
+            ("overlap_steps=1", "average_optimizer_state=true"),
+            "strategy.average_optimizer_state=true: is for strategy.overlap_steps=0: moments can't come late",
+        ),
+    ],
+)
+def test_what_can_t_be_is_refused_in_a_line(overrides: tuple[str, ...], line: str) -> None:
+    world = World(rank=0, size=6, local_rank=0, local_size=6, host="here")
+    with pytest.raises(ConfigError) as refused:
+        app.check(small("strategy=local_sgd", *(f"strategy.{each}" for each in overrides)), world)
+    assert str(refused.value) == line

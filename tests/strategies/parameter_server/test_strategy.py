@@ -1,0 +1,334 @@
+"""A parameter server is the serial run in sync mode; in async and ssp mode a dead worker ends nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distrain.cli import app
+from distrain.config.schema import Config, ConfigError
+from distrain.data.sampler import shard_bounds
+from distrain.runtime.runtime import World
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.runs import NormNet, relative_difference, small, train_on_rank
+from tests.runtime.test_runtime import Ending, ending
+
+SERVER = "strategy=parameter_server"
+NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
+#: 48 images in batches of 10: no share divides.
+COMMON = ("trainer.epochs=100", "trainer.max_steps=30", "resume=never", *NORM_NET)
+#: Ways to update, each in one precision.
+OPTIMIZERS = {
+    "gradient descent": ("optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=fp32"),
+    "momentum": ("optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0.9", "trainer.precision=fp64"),
+    "adam": ("optimizer=adam", "optimizer.eps=1e-3", "scheduler=cosine", "trainer.precision=fp32"),
+    "clipped": ("optimizer=adamw", "optimizer.eps=1e-3", "trainer.grad_clip_norm=0.1", "trainer.precision=fp64"),
+}
+BOUNDS = {"fp32": 1e-5, "fp64": 1e-12}
+
+
+def train_all(configurations: list[Config]) -> list[dict[str, Any]]:
+    """Trains one after the other in the same processes, which are slow to start."""
+    return [train_on_rank(each) for each in configurations]
+
+
+def runs(ranks: int, configurations: list[Config]) -> list[dict[str, Any]]:
+    """What the first worker says of each training."""
+    found: list[dict[str, Any]] = run_ranks(train_all, ranks, configurations)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parameter_server")
+
+
+@functools.cache
+def serial(folder: Path) -> list[dict[str, Any]]:
+    """Each optimizer's training by one process."""
+    return runs(1, [small(*COMMON, *each, f"run_dir={folder}/serial") for each in OPTIMIZERS.values()])
+
+
+@pytest.mark.parametrize(("workers", "servers"), [(1, 2), (3, 1), (2, 2)])
+def test_in_sync_mode_it_is_the_serial_run(workers: int, servers: int, folder: Path) -> None:
+    # Buckets of a few tensors each, and accumulated gradients.
+    served = (SERVER, f"strategy.servers={servers}", "strategy.bucket_mb=0.002", "trainer.micro_batch_size=3")
+    configurations = [
+        small(*COMMON, *each, *served, f"run_dir={folder}/{workers}{servers}") for each in OPTIMIZERS.values()
+    ]
+    found = runs(workers + servers, configurations)
+    for configuration, run, expected in zip(configurations, found, serial(folder), strict=True):
+        bound = BOUNDS[configuration.trainer.precision]
+        assert relative_difference(run["model"], expected["model"]) <= bound
+        for count in ("test_correct", "test_count", "samples", "steps"):
+            assert run["summary"][count] == expected["summary"][count]
+        assert run["summary"]["test_loss"] == pytest.approx(expected["summary"]["test_loss"], rel=1e-4)
+        assert run["summary"]["mesh"] == {"server": servers, "worker": workers}
+
+
+def test_bytes_are_those_of_a_push_and_a_pull_of_everything(folder: Path) -> None:
+    configuration = small(*COMMON, SERVER, "trainer.precision=fp32", f"run_dir={folder}/bytes")
+    run = runs(3, [configuration])[0]
+    parameters = sum(tensor.numel() for tensor in NormNet(3, 4, "group").parameters())
+    summary = run["summary"]
+    assert summary["bytes_uncompressed_per_step"] == 2 * 2 * 4 * parameters
+    assert summary["bytes_sent_per_step"] == summary["bytes_uncompressed_per_step"]
+    found = summary["parameter_server"]
+    assert found["bytes_pushed"] == found["bytes_pulled"] == 30 * 2 * 4 * parameters
+    assert found["updates"] == 30
+    assert [worker["steps"] for worker in found["workers"]] == [30, 30]
+    assert found["staleness"] == {"mean": 0.0, "max": 0, "histogram": {"0": 60}}
+    assert [sorted(shard) for shard in found["shards"]] == [["bytes", "tensors"]]
+    assert sum(shard["bytes"] for shard in found["shards"]) == 4 * parameters
+
+
+# --- workers that wait for nobody, or for a bound --------------------------------------------------------------------
+
+
+class Slow(NormNet):
+    """A model that takes its time on one rank."""
+
+    def __init__(self, in_channels: int, num_classes: int, rank: int, seconds: float) -> None:
+        super().__init__(in_channels, num_classes, "group")
+        self._pause = seconds if int(os.environ.get("RANK", "0")) == rank else 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(self._pause if self.training else 0.0)
+        return super().forward(images)
+
+
+def test_the_bound_on_staleness_holds_and_without_it_a_fast_worker_runs_ahead(folder: Path) -> None:
+    slow = ("model=custom", "model._target_=tests.strategies.parameter_server.test_strategy.Slow", "trainer.epochs=4")
+    common = small(
+        *slow, "+model.kwargs={rank:1,seconds:0.02}", SERVER, "strategy.mode=async", f"run_dir={folder}/free"
+    )
+    bounds: list[int | None] = [0, 2, None]
+    configurations = [
+        small(
+            *slow,
+            "+model.kwargs={rank:1,seconds:0.02}",
+            SERVER,
+            "strategy.mode=ssp",
+            f"strategy.staleness={bound}",
+            f"run_dir={folder}/{bound}",
+        )
+        for bound in bounds[:-1]
+    ]
+    for bound, run in zip(bounds, runs(3, [*configurations, common]), strict=True):
+        summary = run["summary"]
+        found = summary["parameter_server"]
+        # 4 epochs of 48 images; at the ends of epochs all wait for each other.
+        assert (summary["steps"], found["samples"], found["updates"]) == (20, 192, 40)
+        ahead = max(worker["steps_ahead_max"] for worker in found["workers"])
+        assert ahead == bound if bound is not None else ahead >= 3
+        histogram = found["staleness"]["histogram"]
+        assert sum(histogram.values()) == 40
+        assert found["staleness"]["mean"] > 0
+        assert summary["test_count"] == 31
+        assert math.isfinite(summary["train_loss"])
+
+
+def fragile(folder: Path, how: str, rank: int, *options: str) -> Config:
+    """3 epochs that break on a rank in its forward pass number 8, in the second epoch."""
+    return small(
+        "model=custom",
+        "model._target_=tests.runtime.test_runtime.Fragile",
+        f"+model.kwargs={{how:{how},rank:{rank},at:8}}",
+        SERVER,
+        "trainer.epochs=3",
+        f"run_dir={folder}",
+        "strategy.worker_timeout_seconds=5",
+        *options,
+    )
+
+
+def seen(worker: int, workers: int, steps: int) -> int:
+    """Samples that a worker's share of the first so many of an epoch's batches holds."""
+    sizes = [10, 10, 10, 10, 8][:steps]
+    bounds = [shard_bounds(size, worker, workers) for size in sizes]
+    return sum(end - start for start, end in bounds)
+
+
+def test_a_killed_worker_is_left_behind_and_every_other_sample_is_seen(tmp_path: Path) -> None:
+    configuration = fragile(
+        tmp_path, "SIGKILL", 1, "strategy.mode=async", "strategy.servers=2", "data.val_fraction=0.1"
+    )
+    endings = run_ranks_to_the_end(ending, 5, configuration)
+    assert isinstance(endings[1], RankFailed)
+    assert "died with exit code -9" in str(endings[1])
+    for rank in (0, 2, 3, 4):
+        assert isinstance(endings[rank], Ending)
+        assert endings[rank].outcome == "finished", endings[rank]
+    assert not (tmp_path / "failure.json").exists()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = summary["parameter_server"]
+    (lost,) = found["lost_workers"]
+    assert (lost["rank"], lost["reason"]) == (1, "the connection broke off")
+    # What it pushed last may have been on its way.
+    done = lost["after_steps"]
+    # The evaluation after the first epoch is a forward pass too.
+    assert done in (5, 6, 7)
+    workers = {worker["rank"]: worker for worker in found["workers"]}
+    assert workers[1]["samples"] == seen(1, 3, 5) + seen(1, 3, done - 5)
+    for position, rank in enumerate((0, 2)):
+        # Two epochs among three; of the third the two that are left share everything.
+        assert workers[rank]["samples"] == 2 * seen(rank, 3, 5) + seen(position, 2, 5)
+        assert workers[rank]["steps"] == 15
+    assert summary["test_count"] == 31
+    assert "WORKER LOST: rank 1" in (tmp_path / "logs" / "rank_0.log").read_text()
+    assert "worker rank 1" in (tmp_path / "logs" / "rank_3.log").read_text()
+
+
+def test_a_worker_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+    endings = run_ranks_to_the_end(ending, 3, fragile(tmp_path, "raise", 1, "strategy.mode=ssp"))
+    assert [each.outcome for each in endings] == ["finished", "Failed", "finished"]
+    assert endings[1].last_line.endswith("ArithmeticError: planted; the others go on")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["parameter_server"]["lost_workers"][0]["reason"] == "ArithmeticError: planted"
+    assert not (tmp_path / "failure.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "rank", "who"), [("sync", 1, "worker"), ("async", 2, "server")], ids=["sync worker", "async server"]
+)
+def test_who_can_not_be_done_without_ends_the_run_with_its_name(mode: str, rank: int, who: str, tmp_path: Path) -> None:
+    configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}")
+    endings = run_ranks_to_the_end(ending_of_server if who == "server" else ending, 3, configuration)
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["error"]) == (rank, "the process is gone without a word (killed?)")
+    for other in {0, 1, 2} - {rank}:
+        assert endings[other].outcome == "Failed"
+        assert f"rank {rank}" in endings[other].last_line
+        assert endings[other].seconds < 20
+
+
+def ending_of_server(configuration: Config) -> Ending:
+    """As :func:`ending`; a server dies in the middle of its work."""
+    if os.environ["RANK"] == "2":
+        import signal
+        import threading
+
+        def die() -> None:
+            while not list(Path(str(configuration.run_dir)).glob("checkpoints/step_*")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=die, daemon=True).start()
+    return ending(configuration)
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_moves_between_strategies(tmp_path: Path) -> None:
+    def go(steps: int, *strategy: str, where: str = "moved") -> Config:
+        # Adam, which keeps the most; a constant rate, since a schedule would end with each part.
+        common = (*NORM_NET, "scheduler=constant", "optimizer.eps=1e-3", "trainer.precision=fp64")
+        return small(
+            *common, "trainer.epochs=100", f"trainer.max_steps={steps}", f"run_dir={tmp_path}/{where}", *strategy
+        )
+
+    expected = runs(1, [go(16, where="whole"), go(3)])[0]
+    # Out of a server into servers, in the middle of an epoch, and on with the same ones.
+    runs(4, [go(6, SERVER, "strategy.servers=2"), go(9, SERVER), go(12, SERVER)])
+    found = runs(1, [go(16)])[0]
+    assert relative_difference(found["model"], expected["model"]) <= 1e-12
+    assert found["summary"]["test_correct"] == expected["summary"]["test_correct"]
+
+
+def test_an_async_run_is_saved_with_all_steps_pushed(tmp_path: Path) -> None:
+    def go(steps: int, *strategy: str) -> Config:
+        limits = ("trainer.epochs=100", f"trainer.max_steps={steps}", "scheduler=constant", "checkpoint.every_steps=3")
+        return small(*NORM_NET, *limits, f"run_dir={tmp_path}/moved", *strategy)
+
+    asynchronous = (SERVER, "strategy.mode=async", "strategy.servers=2", "strategy.overlap=true", "checkpoint.keep=9")
+    first, second = runs(4, [go(7, *asynchronous), go(10, *asynchronous)])
+    saved = [int(path.name.removeprefix("step_")) for path in (tmp_path / "moved" / "checkpoints").iterdir()]
+    assert sorted(saved) == [3, 5, 6, 7, 9, 10]
+    assert first["summary"]["samples"] + second["summary"]["parameter_server"]["samples"] == 48 + 48
+    for step in saved:
+        optimizer = load_file(tmp_path / "moved" / "checkpoints" / f"step_{step:08d}" / "optimizer.safetensors")
+        # Two workers, each of whose pushes is an update.
+        assert {int(tensor) for name, tensor in optimizer.items() if name.endswith("/step")} == {2 * step}
+    assert runs(1, [go(12)])[0]["summary"]["steps"] == 12
+
+
+def test_a_sync_run_resumes_bit_for_bit_with_what_compressors_keep(tmp_path: Path) -> None:
+    common = (*NORM_NET, SERVER, "compression=topk", "compression.density=0.1", "compression.min_elements=1")
+
+    def go(steps: int, where: str) -> Config:
+        limits = ("trainer.epochs=100", f"trainer.max_steps={steps}", "scheduler=constant")
+        return small(*common, *limits, f"run_dir={tmp_path}/{where}")
+
+    whole, half, rest = runs(3, [go(12, "whole"), go(7, "halves"), go(12, "halves")])
+    assert half["summary"]["steps"] == 7
+    assert all(torch.equal(rest["model"][name], tensor) for name, tensor in whole["model"].items())
+    assert 0 < whole["summary"]["bytes_sent_per_step"] < 0.8 * whole["summary"]["bytes_uncompressed_per_step"]
+
+
+def test_compressed_pushes_are_those_of_ddp(tmp_path: Path) -> None:
+    # What is sent is chosen tensor by tensor, so that it doesn't matter on which server a tensor lies.
+    names = ("topk", "randomk")
+    common = (*COMMON, "optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=fp64", "compression.min_elements=1")
+
+    def go(compression: str, *strategy: str) -> Config:
+        return small(*common, f"compression={compression}", *strategy, f"run_dir={tmp_path}/{compression}")
+
+    expected = runs(2, [go(name, "strategy=ddp") for name in names])
+    found = runs(4, [go(name, SERVER, "strategy.servers=2") for name in names])
+    for one, other in zip(found, expected, strict=True):
+        assert relative_difference(one["model"], other["model"]) <= 1e-12
+        assert one["summary"]["compression_ratio"] > 1.5
+        assert one["summary"]["compression_report"]["residual_norm"] > 0
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        ((), 1, "strategy=parameter_server: needs a server and a worker, and 1 started"),
+        (("strategy.servers=3",), 3, "strategy.servers=3: leaves no worker among 3 ranks; choices: 1, 2"),
+        (("strategy.servers=9",), 12, "strategy.servers=9: the model has only 8 tensors to hold"),
+        (("compression=auto",), 2, "compression=auto: chooses by timing collectives, and pushes are none"),
+        (("trainer.precision=fp16",), 2, "trainer.precision=fp16: would need a loss scale that all workers share"),
+        (("data.batch_size=2",), 4, "data.batch_size=2: the global batch is smaller than the 3 ranks that share it"),
+    ],
+)
+def test_what_cannot_run_is_refused(overrides: tuple[str, ...], ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        app.check(small(SERVER, *overrides), World(0, ranks, 0, ranks, "here"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("strategy.staleness=1",), "strategy.staleness=1: is a bound for mode=ssp, not sync"),
+        (("strategy.overlap=true",), "strategy.overlap=true: mode=sync computes each step with all earlier ones"),
+        (
+            ("strategy.mode=ssp", "strategy.staleness=0", "strategy.overlap=true"),
+            "strategy.overlap=true: a step under way is one step of staleness; it needs 1",
+        ),
+        (("strategy.mode=hogwild",), "strategy.mode=hogwild: unknown choice; choices: sync, async, ssp"),
+    ],
+)
+def test_keys_that_dont_go_together_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        small(SERVER, *overrides)
+    assert message in str(caught.value)
+
+
+def test_as_many_samples_as_workers_are_enough() -> None:
+    app.check(small(SERVER, "data.batch_size=2"), World(0, 3, 0, 3, "here"))

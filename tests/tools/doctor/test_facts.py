@@ -1,0 +1,77 @@
+"""What a rank finds out about its host."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distrain.runtime.runtime import World
+from distrain.tools.doctor import facts, interfaces
+from distrain.tools.doctor.facts import Facts
+
+
+def test_facts_of_this_host_travel_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    found = facts.gather(World(1, 2, 0, 2, "here"), "127.0.0.1")
+    assert Facts(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    assert found.place == "rank 1 on here"
+    assert found.versions["torch"] == torch.__version__
+    assert found.threads == 3
+    assert found.cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert found.route == "127.0.0.1"
+    assert "gloo" in found.backends
+
+
+def test_interfaces_of_this_host_have_a_loopback() -> None:
+    found = interfaces.addresses()
+    assert interfaces.interface_of("127.0.0.1", found) or not Path("/proc/net").exists()
+
+
+def test_code_hash_changes_with_any_file(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.py").write_text("a = 1\n")
+    before = facts.code_hash(tmp_path)
+    assert facts.code_hash(tmp_path) == before
+    (tmp_path / "inner" / "a.py").write_text("a = 2\n")
+    assert facts.code_hash(tmp_path) != before
+
+
+def test_quota_is_the_tightest_of_the_groups_above(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    inner = root / "job" / "step"
+    inner.mkdir(parents=True)
+    own.write_text("0::/job/step\n")
+    assert facts.cpu_quota(root, own) is None
+    (inner / "cpu.max").write_text("max 100000\n")
+    (root / "job" / "cpu.max").write_text("150000 100000\n")
+    assert facts.cpu_quota(root, own) == 1.5
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert facts.cpu_quota(root, own) == 0.5
+
+
+def test_quota_of_old_control_groups(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert facts.cpu_quota(tmp_path, tmp_path / "none") is None
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("250000\n")
+    assert facts.cpu_quota(tmp_path, tmp_path / "none") == 2.5
+
+
+def test_topology_of_nvidia_smi() -> None:
+    table = (
+        "\t\x1b[4mGPU0\tGPU1\tGPU2\tCPU Affinity\tNUMA Affinity\x1b[0m\n"
+        "GPU0\t X \tNV18\tSYS\t0-15\t0\n"
+        "GPU1\tNV18\t X \tNODE\t0-15\t0\n"
+        "GPU2\tSYS\tNODE\t X \t16-31\t1\n"
+        "\n"
+        "Legend:\n"
+        "  SYS  = Connection traversing PCIe as well as the SMP interconnect\n"
+    )
+    assert facts.parse_topology(table, 3) == ["GPU0 - GPU1: NV18", "GPU0 - GPU2: SYS", "GPU1 - GPU2: NODE"]

@@ -1,0 +1,193 @@
+"""A sweep's jobs: their names, and what becomes of each, whatever the others do."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from distrain.tools.launching.jobs import (
+    DONE,
+    FAILED,
+    NOT_RUN,
+    OVER,
+    STOPPED,
+    Job,
+    Result,
+    Runner,
+    SweepSettings,
+    lines,
+    make_jobs,
+)
+from tests.tools.launching.helpers import STUBBORN, program, runs, until
+
+#: Does what `mode=` says, in the folder that `run_dir=` names.
+TRAINING = """
+import json, os, pathlib, sys, time
+given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+folder = pathlib.Path(given["run_dir"].strip("'"))
+folder.mkdir(parents=True, exist_ok=True)
+mode = given["mode"]
+print("training", mode, flush=True)
+if mode == "told":
+    print("distrain: rank 1 on b failed at step 3: bad luck", file=sys.stderr)
+    print("a report of the launcher")
+    sys.exit(1)
+if mode == "report":
+    (folder / "failure.json").write_text(json.dumps({"rank": 1, "host": "b", "step": 3, "error": "worse luck"}))
+    sys.exit(1)
+if mode == "stopped":
+    (folder / "stopped.json").write_text(json.dumps({"reason": "trainer.max_minutes", "step": 7, "exit_code": 75}))
+    sys.exit(75)
+if mode == "crash":
+    raise ZeroDivisionError
+if mode == "launched":
+    print("ValueError: in a rank")
+    print("E1122 torch/distributed/elastic/multiprocessing/api.py:988] failed (exitcode: 1) local_rank: 0")
+    print("=" * 60)
+    sys.exit(1)
+if mode == "hang":
+    time.sleep(600)
+if mode != "silent":
+    (folder / "summary.json").write_text(json.dumps({"val_accuracy": float(mode), "wall_seconds": 1.5}))
+"""
+
+
+def settings(**changes: Any) -> SweepSettings:
+    values: dict[str, Any] = {
+        "nproc": "1",
+        "minutes": None,
+        "parallel": 2,
+        "metric": "val_accuracy",
+        "grace_seconds": 0.2,
+        "torchrun": [],
+        "script": None,
+        "jobs_file": None,
+    }
+    return SweepSettings(**{**values, **changes})
+
+
+def jobs(tmp_path: Path, *modes: str) -> list[Job]:
+    return make_jobs([[f"mode={mode}"] for mode in modes], 0, [], tmp_path / "sweep")
+
+
+def run(tmp_path: Path, *modes: str, **changes: Any) -> list[Result]:
+    start = program(tmp_path / "training.py", TRAINING)
+    results, code = Runner(settings(**changes), start).run(jobs(tmp_path, *modes))
+    assert code == 0
+    return results
+
+
+def test_a_job_is_named_by_its_number_and_what_is_its_own(tmp_path: Path) -> None:
+    overrides = [["strategy=ddp", "compression=fp16", "+x=a/b"], ["strategy=ddp", "compression=none", "+x=[1,2]"]]
+    first, second = make_jobs(overrides, 4, ["strategy"], tmp_path)
+    assert first.name == "004_compression=fp16,x=a_b"
+    assert first.chosen == {"compression": "fp16", "x": "a/b"}
+    assert second.folder == tmp_path / "005_compression=none,x=_1,2_"
+    assert first.arguments == ["strategy=ddp", "compression=fp16", "+x=a/b", f"run_dir='{first.folder}'"]
+
+
+def test_names_are_short_and_differ(tmp_path: Path) -> None:
+    first, second = make_jobs([[f"key={'x' * 300}{end}"] for end in "ab"], 0, [], tmp_path)
+    assert len(first.name) <= 100
+    assert first.name != second.name
+
+
+def test_lines_for_a_job_array_are_what_a_shell_takes(tmp_path: Path) -> None:
+    made = make_jobs([["a=[1,2]", "b='x y'"], ["a=3", "b=z"]], 0, [], tmp_path)
+    assert [shlex.split(line) for line in lines(made).splitlines()] == [job.arguments for job in made]
+
+
+def test_four_are_done_one_fails_and_one_hangs(tmp_path: Path) -> None:
+    results = run(tmp_path, "0.1", "told", "0.2", "hang", "0.3", "0.4", minutes=0.1)
+    assert [result.status for result in results] == [DONE, FAILED, DONE, OVER, DONE, DONE]
+    assert [result.summary.get("val_accuracy") for result in results] == [0.1, None, 0.2, None, 0.3, 0.4]
+    assert results[1].reason == "rank 1 on b failed at step 3: bad luck"
+    assert results[3].reason == "ended after 0.1 minutes; what it saved is there to go on from"
+
+
+def test_the_reason_is_the_runs_report_or_else_its_last_word(tmp_path: Path) -> None:
+    report, crash, silent, launched = run(tmp_path, "report", "crash", "silent", "launched")
+    assert report.reason == "rank 1 on b at step 3: worse luck"
+    assert crash.reason == "ZeroDivisionError"
+    assert launched.reason == "ValueError: in a rank"
+    assert silent.reason == "ended well without a summary.json"
+    assert {report.status, crash.status, silent.status} == {FAILED}
+
+
+def test_a_job_that_stopped_by_itself_did_not_fail(tmp_path: Path) -> None:
+    result = run(tmp_path, "stopped")[0]
+    assert (result.status, result.reason) == (STOPPED, "trainer.max_minutes at step 7; it saved its state")
+
+
+def test_an_older_report_is_not_the_reason(tmp_path: Path) -> None:
+    run(tmp_path, "report")
+    job = jobs(tmp_path, "report")[0]
+    os.utime(job.folder / "failure.json", (0, 0))
+    start = program(tmp_path / "crash.py", "raise KeyError('new')")
+    assert Runner(settings(), start).run([job])[0][0].reason == "KeyError: 'new'"
+
+
+def test_output_is_kept_beside_the_job(tmp_path: Path) -> None:
+    result = run(tmp_path, "0.5")[0]
+    assert (result.job.folder / "output.log").read_text() == "training 0.5\n"
+
+
+def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
+    run(tmp_path, "0.5")
+    again = run(tmp_path, "0.5")[0]
+    assert (again.status, again.seconds, again.summary["val_accuracy"]) == (DONE, 1.5, 0.5)
+    assert (again.job.folder / "output.log").read_text() == "training 0.5\n"
+
+
+def test_what_another_sweep_left_in_the_folder_is_not_taken_for_the_jobs(tmp_path: Path) -> None:
+    run(tmp_path, "0.5")
+    start = program(tmp_path / "training.py", TRAINING)
+    other = make_jobs([["seed=1", "mode=0.5"]], 0, ["seed"], tmp_path / "sweep")
+    result = Runner(settings(), start).run(other)[0][0]
+    assert (result.status, result.summary) == (NOT_RUN, {})
+    assert result.reason.endswith("holds a training with other settings; name another sweep.folder")
+
+
+def test_jobs_run_at_the_same_time_as_many_as_wanted(tmp_path: Path) -> None:
+    """Each waits for the other; alone, neither would end."""
+    both = f"""
+import pathlib, sys, time
+pathlib.Path({str(tmp_path)!r}, sys.argv[1].partition("=")[2]).touch()
+while not all(pathlib.Path({str(tmp_path)!r}, name).exists() for name in ("one", "two")):
+    time.sleep(0.02)
+"""
+    start = program(tmp_path / "both.py", both)
+    results, _ = Runner(settings(minutes=0.5), start).run(jobs(tmp_path, "one", "two"))
+    assert [result.reason for result in results] == ["ended well without a summary.json"] * 2
+
+
+def test_nothing_is_left_of_a_job_that_can_not_be_asked_to_end(tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    start = [
+        *program(tmp_path / "stubborn.py", STUBBORN.replace("len(sys.argv) == 2", "sys.argv[2] != 'below'")),
+        str(below),
+    ]
+    assert Runner(settings(minutes=0.02), start).run(jobs(tmp_path, "x"))[0][0].status == OVER
+    assert not runs(int(below.read_text()))
+
+
+def test_being_asked_to_end_ends_what_runs_and_begins_nothing_more(tmp_path: Path) -> None:
+    start = program(tmp_path / "training.py", TRAINING)
+    made = jobs(tmp_path, "0.1", "hang", "0.2")
+
+    def interrupt() -> None:
+        until(lambda: (made[1].folder / "output.log").exists() and (made[1].folder / "output.log").read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    results, code = Runner(settings(parallel=1), start).run(made)
+    assert code == 128 + signal.SIGTERM
+    assert [(result.status, result.reason) for result in results] == [
+        (DONE, ""),
+        (FAILED, "ended with the sweep"),
+        (NOT_RUN, "the sweep was ended before"),
+    ]

@@ -1,0 +1,39 @@
+"""What a sweep's command line becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distrain.config.schema import ConfigError
+from distrain.tools.launching import sweep
+from distrain.tools.launching.jobs import SweepSettings
+from tests.config.test_conf import keys_of
+from tests.runs import CONF
+
+
+def test_nproc_and_sweep_keys_are_the_launchers_and_the_rest_is_the_trainings() -> None:
+    typed = ["strategy=ddp", "nproc=2", "sweep.minutes=3", "sweep.folder=there", "compression=none,fp16"]
+    assert sweep.arguments(typed, Path("/d/it's/train.py"), "here") == [
+        "--multirun",
+        "hydra/launcher=torchrun",
+        "hydra.launcher.script='/d/it\\'s/train.py'",
+        "hydra.sweep.dir='here'",
+        "strategy=ddp",
+        "hydra.launcher.nproc=2",
+        "hydra.launcher.minutes=3",
+        "hydra.sweep.dir=there",
+        "compression=none,fp16",
+    ]
+
+
+def test_unknown_key_of_a_sweep_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^sweep.minuts: no such key; .*did you mean sweep.minutes"):
+        sweep.arguments(["sweep.minuts=3"], Path("train.py"), "here")
+
+
+def test_file_holds_each_key_of_its_schema() -> None:
+    content = yaml.safe_load((CONF / "hydra" / "launcher" / "torchrun.yaml").read_text())
+    assert content.keys() - {"_target_"} == keys_of(SweepSettings).keys()

@@ -1,0 +1,124 @@
+"""``launch/testnet.py``: what may be typed, and what is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distrain.config.schema import ConfigError
+from distrain.tools.testnet import command, network
+from distrain.tools.testnet.command import NetworkSettings
+from distrain.tools.testnet.network import Network
+from tests.hosts import needs_network
+
+LAUNCHER = Path(__file__).parents[3] / "launch" / "testnet.py"
+
+
+def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(LAUNCHER), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "HYDRA_FULL_ERROR": "0"},
+    )
+
+
+def settings(**changes: object) -> NetworkSettings:
+    made = NetworkSettings("up", 2, None, None, None, None, 0)
+    for key, value in changes.items():
+        setattr(made, key, value)
+    return made
+
+
+@pytest.mark.parametrize(("text", "value"), [("10ms", 0.01), ("0.5s", 0.5), ("200us", 2e-4), (None, 0.0)])
+def test_times_have_units(text: str | None, value: float) -> None:
+    assert command.seconds("delay", text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["10", "ms", "-1ms", "1h", "1e3ms"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^delay={text}: must be a time like 10ms"):
+        command.seconds("delay", text)
+
+
+def test_share_is_in_percent() -> None:
+    assert command.share("loss", "0.1%") == pytest.approx(0.001)
+    assert command.share("loss", "100%") == 1.0
+    for text in ("0.1", "101%", "%", "-1%"):
+        with pytest.raises(ConfigError, match=f"^loss={text}: must be a share"):
+            command.share("loss", text)
+
+
+def test_rendezvous_puts_the_first_host_first() -> None:
+    found = [network.rendezvous(host, 12) for host in range(12)]
+    # torchrun ranks hosts by their addresses, as text.
+    assert sorted(each["PET_LOCAL_ADDR"] for each in found) == [each["PET_LOCAL_ADDR"] for each in found]
+    assert [each["PET_RDZV_CONF"] for each in found] == ["is_host=1"] + 11 * ["is_host=0"]
+    assert {each["PET_RDZV_ENDPOINT"] for each in found} == {f"{network.address(0)}:29500"}
+    assert [each["RANK"] for each in found] == [str(host) for host in range(12)]
+
+
+def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"^testnet: a test network needs root") as refused:
+        command.run(settings(), ["true"])
+    assert "\n" not in str(refused.value)
+
+
+def test_without_its_tools_one_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("distrain.tools.testnet.network.shutil.which", lambda tool: None if tool == "tc" else tool)
+    assert network.lacking() == "a test network needs tc, from the packages iproute2, util-linux, mount and hostname"
+
+
+def test_command_on_a_network_that_is_not_up_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^name=nowhere: no such test network is up"):
+        command.run(settings(action="on", name="nowhere"), ["true"])
+
+
+@needs_network
+def test_runs_on_every_host_and_says_who_failed() -> None:
+    # What the command itself sets for Hydra is not handed on.
+    done = typed(
+        "hosts=3", "--", "sh", "-c", "echo $RANK of $WORLD_SIZE $HYDRA_FULL_ERROR; test $(hostname) != host1 || exit 9"
+    )
+    assert sorted(done.stdout.splitlines()) == ["host0 | 0 of 3 0", "host1 | 1 of 3 0", "host2 | 2 of 3 0"]
+    assert done.stderr == "host1 | ended with exit code 9\n"
+    assert done.returncode == 9
+
+
+@needs_network
+def test_links_are_as_typed() -> None:
+    script = "test $(hostname) = host0 && tc qdisc show dev eth0 || true"
+    done = typed("hosts=2", "rate=100mbit", "delay=1ms", "loss=0.1%", "--", "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert "tbf" in done.stdout
+    assert "rate 100Mbit" in done.stdout
+
+
+def test_mistake_is_one_line() -> None:
+    done = typed("hosts=0")
+    assert done.returncode == 2
+    assert done.stderr == "distrain: hosts=0: must be at least 1\n"
+
+
+@needs_network
+def test_rate_that_tc_refuses_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^rate=fast: tc refuses it, which wants 100mbit or 1gbit"):
+        command.run(settings(rate="fast"), ["true"])
+
+
+@needs_network
+def test_on_runs_on_a_host_of_a_network_that_is_up() -> None:
+    with Network(2, name="standing"):
+        done = typed("on", "name=standing", "host=1", "--", "sh", "-c", "hostname; echo $PET_RDZV_ENDPOINT; exit 4")
+        assert done.stdout.splitlines() == ["host1", f"{network.address(0)}:29500"]
+        assert done.returncode == 4
+        with pytest.raises(ConfigError, match=r"^host=2: standing has hosts 0 to 1"):
+            command.run(settings(action="on", name="standing", host=2), ["true"])

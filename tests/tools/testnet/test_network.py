@@ -1,0 +1,312 @@
+"""Hosts on this machine: each for itself, joined by links as they were asked for, and gone in the end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distrain.tools.testnet import network
+from distrain.tools.testnet.network import Network
+from tests.hosts import needs_network
+
+pytestmark = needs_network
+
+
+def said(net: Network, host: int, script: str) -> str:
+    """What a Python script prints on a host."""
+    process = net.start(host, [sys.executable, "-I", "-S", "-c", script])
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, text
+    return text.decode().strip()
+
+
+def started(net: Network, host: int, script: str, before: str = ":") -> subprocess.Popen[bytes]:
+    """A shell's script that is under way on a host."""
+    process = net.start(host, ["sh", "-c", f"{before}; echo up; {script}"])
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Network]:
+    with Network(2) as net:
+        yield net
+
+
+def test_host_has_its_own_name_interface_and_processes(pair: Network) -> None:
+    assert said(pair, 1, "import socket; print(socket.gethostname())") == "host1"
+    assert said(pair, 0, "import socket; print(*sorted(name for _, name in socket.if_nameindex()))") == "eth0 lo"
+    assert said(pair, 0, "import socket; print(socket.gethostbyname('host1'))") == pair.address(1)
+    assert int(said(pair, 0, "import os; print(sum(name.isdigit() for name in os.listdir('/proc')))")) < 10
+    assert said(pair, 0, "import os; print(os.environ['GLOO_SOCKET_IFNAME'], os.environ['PET_NNODES'])") == "eth0 2"
+
+
+def test_command_starts_where_it_is_typed(pair: Network) -> None:
+    assert said(pair, 0, "import os; print(os.getcwd())") == str(Path.cwd())
+
+
+def test_what_is_printed_goes_to_a_log(pair: Network, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = pair.start(1, ["sh", "-c", "echo $RANK; echo $MINE >&2"], {"MINE": "mine", "RANK": "7"}, log)
+    assert process.wait(10) == 0
+    assert log.read_text() == "7\nmine\n"
+    assert pair.start(0, ["echo", "more"], log=log).wait(10) == 0
+    assert log.read_text() == "7\nmine\nmore\n"
+
+
+def test_exit_code_and_signals_reach_through(pair: Network) -> None:
+    ends = pair.start(0, ["sh", "-c", "exit 7"])
+    assert ends.wait(10) == 7
+    missing = pair.start(0, ["no-such-command"])
+    assert missing.communicate(timeout=10)[0].decode() == "no-such-command: No such file or directory\n"
+    assert missing.returncode == 127
+    waits = started(pair, 0, "sleep 60 >/dev/null 2>&1 & wait", before="trap 'echo asked; exit 5' TERM")
+    waits.send_signal(signal.SIGTERM)
+    assert waits.communicate(timeout=10)[0] == b"asked\n"
+    assert waits.returncode == 5
+    dies = started(pair, 0, "exec sleep 62.5")
+    dies.kill()
+    assert dies.wait(10) == -signal.SIGKILL
+    wait_until(lambda: "62.5" not in said(pair, 0, PROCESSES))
+
+
+#: The command lines of a host's processes.
+PROCESSES = "import pathlib; print([p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')])"
+
+
+def wait_until(holds: object, seconds: float = 10) -> None:
+    assert callable(holds)
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "did not come about in time"
+        time.sleep(0.05)
+
+
+#: Host 1 answers each message of so many bytes with one byte; host 0 prints the seconds of the fastest of them.
+ANSWER = """
+import socket
+with socket.create_server(("", 5000)) as server:
+    print("ready", flush=True)
+    with server.accept()[0] as caller:
+        for _ in range({count}):
+            left = {size}
+            while left:
+                left -= len(caller.recv(left))
+            caller.sendall(b".")
+"""
+ASK = """
+import socket, time
+found = []
+with socket.create_connection(("{address}", 5000)) as caller:
+    caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range({count}):
+        begin = time.monotonic()
+        caller.sendall(bytes({size}))
+        assert caller.recv(1) == b"."
+        found.append(time.monotonic() - begin)
+print(min(found))
+"""
+#: Host 1 prints how many datagrams come from host 0 until one says that it was the last.
+COUNT = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    # SO_RCVBUFFORCE: what waits for a busy machine must not count as lost.
+    sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)
+    sock.bind(("", 5000))
+    print("ready", flush=True)
+    came = 0
+    while sock.recv(100) != b"end":
+        came += 1
+    print(came)
+"""
+SEND = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    for content in [b"one"] * {count} + [b"end"] * 50:
+        sock.sendto(content, ("{address}", 5000))
+"""
+
+
+def talk(net: Network, server: str, client: str, **values: object) -> tuple[str, str]:
+    """What host 1's and host 0's scripts print, the first of them started first."""
+    serving = net.start(1, [sys.executable, "-I", "-S", "-c", server.format(**values)])
+    assert serving.stdout is not None
+    assert serving.stdout.readline() == b"ready\n"
+    asked = said(net, 0, client.format(address=net.address(1), **values))
+    return serving.communicate(timeout=20)[0].decode().strip(), asked
+
+
+def fastest(net: Network, count: int, size: int) -> float:
+    """Seconds of the fastest of so many messages of so many bytes, answered by one byte."""
+    return float(talk(net, ANSWER, ASK, count=count, size=size)[1])
+
+
+def test_rate_limits_what_a_host_sends(pair: Network) -> None:
+    pair.limit("20mbit", [0])
+    try:
+        slow = fastest(pair, 1, 1_000_000)
+    finally:
+        pair.limit(None)
+    # What fits the token bucket goes at once: 744 kB remain for 2.5 MB a second.
+    assert 0.25 < slow < 3
+    assert fastest(pair, 5, 1_000_000) < 0.25
+
+
+def test_rate_that_is_none_is_refused(pair: Network) -> None:
+    with pytest.raises(RuntimeError, match="fast"):
+        pair.limit("fast")
+
+
+def test_delay_holds_each_packet_back() -> None:
+    with Network(2, delay=0.02) as net:
+        # There and back.
+        assert 0.04 <= fastest(net, 10, 10) < 0.1
+        # Large frames pass too.
+        assert 0.04 <= fastest(net, 2, 1_000_000) < 1
+
+
+def test_loss_takes_its_share_of_the_packets() -> None:
+    with Network(2, loss=0.2) as net:
+        came = int(talk(net, COUNT, SEND, count=1000)[0])
+    # Four standard deviations around 800.
+    assert 750 <= came <= 850
+
+
+#: Host 1 sends every datagram back; host 0 prints the seconds until one of so many has come back, or none.
+ECHO = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind(("", 7000))
+    while True:
+        sock.sendto(*sock.recvfrom(2000))
+"""
+CALL = """
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.settimeout(0.3)
+    for number in range({attempts}):
+        begin = time.monotonic()
+        sock.sendto(b"%1000d" % number, ("{address}", 7000))
+        try:
+            while int(sock.recv(2000)) != number:
+                pass
+            print(time.monotonic() - begin)
+            break
+        except OSError:
+            pass
+    else:
+        print(None)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001])
+def test_link_that_is_cut_is_dead_until_it_is_mended(delay: float) -> None:
+    with Network(2, delay=delay) as net:
+        net.start(1, [sys.executable, "-I", "-S", "-c", ECHO])
+        called = CALL.format(attempts=50, address=net.address(1))
+        assert said(net, 0, called) != "None"
+        net.cut(1)
+        assert said(net, 0, CALL.format(attempts=3, address=net.address(1))) == "None"
+        net.mend()
+        assert said(net, 0, called) != "None"
+
+
+def test_links_are_slow_until_they_are_mended(pair: Network) -> None:
+    pair.limit("20mbit", [0])
+    try:
+        pair.slow(0.05)
+        # Held back, or in a bucket of 4 kB that fills up with 32 kB a second.
+        assert fastest(pair, 1, 8_000) > 0.04
+        pair.mend()
+        assert fastest(pair, 5, 8_000) < 0.04
+        # The rate is again what it was.
+        assert fastest(pair, 1, 1_000_000) > 0.25
+    finally:
+        pair.limit(None)
+    assert fastest(pair, 5, 1_000_000) < 0.25
+
+
+def test_only_the_process_outside_leads_in(pair: Network) -> None:
+    waits = started(pair, 0, "exec sleep 60.25")
+    assert network.leads_in(waits.pid)
+    assert not network.leads_in(inside(waits.pid))
+    waits.kill()
+    waits.wait()
+    assert not network.leads_in(waits.pid)
+
+
+def inside(process: int) -> int:
+    """The number here of a process's only child."""
+    return int(Path(f"/proc/{process}/task/{process}/children").read_text())
+
+
+def test_lost_host_says_nothing(pair: Network) -> None:
+    with Network(2) as net:
+        stays = started(net, 1, "exec sleep 60")
+        net.lose(1)
+        assert stays.wait(10) == -signal.SIGKILL
+        script = f"import socket; s = socket.socket(); s.settimeout(0.3); print(s.connect_ex(('{net.address(1)}', 80)))"
+        # No answer, where a host that is up refuses.
+        assert said(net, 0, script) == "11"
+        assert said(pair, 0, script) == "111"
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    with Network(2, name="short") as net:
+        stays = started(net, 1, "trap '' TERM HUP; sleep 60 & sleep 60")
+        assert "short" in network.running()
+    assert stays.wait(10) == -signal.SIGKILL
+    assert "short" not in network.running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_of_a_maker_that_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    marker = tmp_path / "left-behind"
+    command = ["sh", "-c", f"trap '' HUP; : >{marker}.$(hostname); exec sleep 61.7"]
+    launcher = Path(__file__).parents[3] / "launch" / "testnet.py"
+    maker = subprocess.Popen(
+        [sys.executable, str(launcher), "hosts=2", f"name={tmp_path.name}", "--", *command],
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(launcher.parents[1])},
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 20)
+        maker.send_signal(number)
+        assert maker.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
+        wait_until(lambda: tmp_path.name not in network.running())
+        wait_until(lambda: not sleeping("61.7"))
+    finally:
+        maker.kill()
+
+
+def sleeping(seconds: str) -> bool:
+    """Whether a `sleep` of so many seconds runs anywhere on this machine."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes() == f"sleep\0{seconds}\0".encode():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def test_down_ends_the_network_that_is_named() -> None:
+    with Network(1, name="named") as net, Network(1, name="other"):
+        waits = started(net, 0, "exec sleep 60")
+        assert network.down("named") == ["named"]
+        assert waits.wait(10) == -signal.SIGKILL
+        assert "named" not in network.running()
+        assert "other" in network.running()
+    assert network.down("named") == []
+
+
+def test_too_many_hosts_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 to 154 hosts, not 155"):
+        Network(155)

@@ -1,0 +1,201 @@
+"""What the user sees: a live bar in a terminal, plain lines elsewhere, and a trace where asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distrain.training.callbacks import Callback, PlainProgress, Profiler, ProgressBar, default_callbacks
+from tests.runs import small
+
+STEP = {
+    "train/loss": 0.34567,
+    "train/accuracy": 0.8765,
+    "speed/images_per_second": 12345.6,
+    "time/communication": 0.123,
+    "speed/bytes_sent_per_step": 0.0,
+    "speed/compression_ratio": 1.0,
+}
+EPOCH = {"epoch/train_loss": 0.45678, "epoch/train_accuracy": 0.81234, "epoch/images_per_second": 23456.7}
+VALIDATED = {**EPOCH, "epoch/val_loss": 0.56789, "epoch/val_accuracy": 0.79012}
+
+
+def trainer(**progress: int) -> Any:
+    """As much of a trainer as a callback looks at: 20 steps in 2 epochs."""
+    made = SimpleNamespace(
+        total_steps=20,
+        progress=SimpleNamespace(**{"step": 0, "epoch": 0, **progress}),
+        config=SimpleNamespace(trainer=SimpleNamespace(epochs=2)),
+        runtime=SimpleNamespace(world=SimpleNamespace(rank=0)),
+        now=0.0,
+    )
+    made.seconds = lambda: made.now
+    return made
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def last(self) -> str:
+        """What stands on the live line now."""
+        return self.getvalue().rpartition("\r")[2].rstrip()
+
+
+# --- the bar ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_shows_epoch_steps_loss_accuracy_speed_and_communication() -> None:
+    terminal, run = Terminal(), trainer()
+    bar = ProgressBar(terminal)
+    bar.on_fit_start(run)
+    assert "epoch 1/2" in terminal.last()
+    assert "0/20" in terminal.last()
+    for _ in range(5):
+        run.progress.step += 1
+        bar.on_step_end(run)
+    bar.on_log(run, STEP)
+    bar.on_fit_end(run)
+    line = terminal.last()
+    for part in ("epoch 1/2", "25%", "5/20", "loss 0.3457", "acc 0.876", "12,346 img/s", "comm 12%"):
+        assert part in line, part
+
+
+@pytest.mark.parametrize(
+    ("sent", "ratio", "expected"),
+    [
+        (0.0, 1.0, ""),
+        (1_234_567.0, 1.0, ", sent 1.23 MB"),
+        (44_000.0, 28.44, ", sent 44 kB (28.4x less)"),
+        (512.0, 1000.4, ", sent 512 B (1,000x less)"),
+        (3e9, 2.0, ", sent 3 GB (2.0x less)"),
+    ],
+)
+def test_what_a_rank_sends_a_step_is_shown_where_it_sends(sent: float, ratio: float, expected: str) -> None:
+    stream = io.StringIO()
+    plain = PlainProgress(stream=stream)
+    shown = {**STEP, "speed/bytes_sent_per_step": sent, "speed/compression_ratio": ratio}
+    watched = trainer(step=5)
+    plain.on_fit_start(watched)
+    watched.now = 10
+    plain.on_log(watched, shown)
+    assert stream.getvalue().rstrip("\n").endswith(f"communication 12%{expected}")
+
+
+def test_the_bar_leaves_one_line_an_epoch() -> None:
+    terminal, run = Terminal(), trainer()
+    bar = ProgressBar(terminal)
+    bar.on_fit_start(run)
+    run.progress.epoch = 1
+    bar.on_epoch_end(run, VALIDATED)
+    bar.on_fit_end(run)
+    lines = [line.rpartition("\r")[2] for line in terminal.getvalue().splitlines()]
+    expected = "epoch 1/2: loss 0.4568, accuracy 0.8123 | validation: loss 0.5679, accuracy 0.7901 | 23,457 images/s"
+    assert expected in lines
+    assert "epoch 2/2" in terminal.last()
+
+
+def test_the_bar_of_a_resumed_run_starts_where_it_left() -> None:
+    terminal, run = Terminal(), trainer(step=15, epoch=1)
+    bar = ProgressBar(terminal)
+    bar.on_fit_start(run)
+    assert "epoch 2/2" in terminal.last()
+    assert "75%" in terminal.last()
+    # After the last epoch there is no further one.
+    run.progress.epoch = 2
+    bar.on_epoch_end(run, EPOCH)
+    bar.on_fit_end(run)
+    assert "epoch 2/2" in terminal.last()
+
+
+# --- plain lines -----------------------------------------------------------------------------------------------------
+
+
+def test_plain_lines_come_each_epoch_and_otherwise_not_too_often() -> None:
+    stream, run = io.StringIO(), trainer()
+    lines = PlainProgress(every_seconds=10, stream=stream)
+    run.now = 5.0
+    lines.on_fit_start(run)
+    for now, step in ((14.0, 1), (15.0, 2), (20.0, 3), (25.0, 4)):
+        run.now, run.progress.step = now, step
+        lines.on_step_end(run)
+        lines.on_log(run, STEP)
+    run.now, run.progress.epoch = 30.0, 1
+    lines.on_epoch_end(run, EPOCH)
+    run.now, run.progress.step = 39.0, 5
+    lines.on_log(run, STEP)
+    lines.on_fit_end(run)
+    figures = "loss 0.3457, accuracy 0.876, 12,346 images/s, communication 12%"
+    assert stream.getvalue().splitlines() == [
+        f"step 2/20: {figures}",
+        f"step 4/20: {figures}",
+        "epoch 1/2: loss 0.4568, accuracy 0.8123 | 23,457 images/s",
+    ]
+
+
+# --- which -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "terminal", "expected"),
+    [
+        ("auto", True, [ProgressBar]),
+        ("auto", False, [PlainProgress]),
+        ("bar", False, [ProgressBar]),
+        ("lines", True, [PlainProgress]),
+        ("off", True, []),
+    ],
+)
+def test_the_bar_is_for_terminals_unless_asked_otherwise(
+    mode: str, terminal: bool, expected: list[type[Callback]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
+    options = small(f"trainer.progress={mode}").trainer
+    assert [type(each) for each in default_callbacks(options, tmp_path, is_main=True)] == expected
+    assert default_callbacks(options, tmp_path, is_main=False) == []
+
+
+def test_lines_go_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(epoch=1)
+    PlainProgress().on_epoch_end(run, EPOCH)
+    bar = ProgressBar()
+    bar.on_fit_start(run)
+    bar.on_fit_end(run)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "epoch 1/2: loss 0.4568" in captured.err
+    assert "0/20" in captured.err
+
+
+# --- the profiler ----------------------------------------------------------------------------------------------------
+
+
+def test_the_profiler_records_some_steps_after_warm_up(tmp_path: Path) -> None:
+    options = small("trainer.profile_steps=2").trainer
+    (profiler,) = default_callbacks(options, tmp_path, is_main=True)
+    assert isinstance(profiler, Profiler)
+    run = trainer()
+    profiler.on_fit_start(run)
+    for step in range(Profiler.warmup + 4):
+        torch.full((step + 1, 3), 1.0).square()
+        profiler.on_step_end(run)
+    profiler.on_fit_end(run)
+    (trace,) = (tmp_path / "tensorboard").glob("rank_0.*.pt.trace.json")
+    recorded = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "aten::square"]
+    assert [event["args"]["Input Dims"][0] for event in recorded] == [[6, 3], [7, 3]]
+
+
+def test_a_callback_need_not_do_anything() -> None:
+    nothing, run = Callback(), trainer()
+    nothing.on_fit_start(run)
+    nothing.on_step_end(run)
+    nothing.on_log(run, STEP)
+    nothing.on_epoch_end(run, EPOCH)
+    nothing.on_fit_end(run)

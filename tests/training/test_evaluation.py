@@ -1,0 +1,108 @@
+"""Evaluation counts every sample once, in integers, whatever the batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distrain.communication.collectives import Communicator
+from distrain.data.base import Images
+from distrain.data.loader import Loader
+from distrain.runtime.runtime import Runtime, World
+from distrain.strategies.base import Strategy
+from distrain.training.evaluation import Evaluation, evaluate
+from tests.harness import run_ranks
+from tests.runs import small
+from tests.strategies.helpers import set_up, single
+
+CLASSES = 4
+COUNT = 31
+WATCHED = (30, 0, 17, 7)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, CLASSES, dtype=torch.float64))
+
+
+def split() -> Images:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (COUNT, 3, 2, 2), generator=generator, dtype=torch.uint8)
+    # The last class is never true.
+    return Images(images, torch.randint(CLASSES - 1, (COUNT,), generator=generator))
+
+
+def loader(batch_size: int, shard: tuple[int, int]) -> Loader:
+    return Loader(
+        split(),
+        batch_size=batch_size,
+        shard=shard,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        memory_format=torch.contiguous_format,
+    )
+
+
+def run(strategy: Strategy, batch_size: int, communicator: Communicator) -> Evaluation:
+    return evaluate(strategy, loader(batch_size, strategy.data_shard), communicator, CLASSES, WATCHED)
+
+
+def brute_force() -> dict[str, Any]:
+    """One sample after the other."""
+    network, samples = model().eval(), split()
+    confusion: list[list[int]] = [[0] * CLASSES for _ in range(CLASSES)]
+    loss, guesses = 0.0, []
+    for image, label in zip(samples.images, samples.labels, strict=True):
+        logits: Tensor = network(((image.double() / 255 - 0.5) / 0.25).unsqueeze(0)).detach()
+        loss += float(F.cross_entropy(logits, label.unsqueeze(0)))
+        guesses.append(int(logits.argmax()))
+        confusion[int(label)][guesses[-1]] += 1
+    return {
+        "loss": loss / COUNT,
+        "correct": sum(confusion[i][i] for i in range(CLASSES)),
+        "confusion": confusion,
+        "watched": [guesses[i] for i in WATCHED],
+    }
+
+
+def agrees(found: Evaluation) -> None:
+    expected = brute_force()
+    assert found.count == COUNT
+    assert found.correct == expected["correct"]
+    assert found.accuracy == expected["correct"] / COUNT
+    assert found.confusion.tolist() == expected["confusion"]
+    assert found.watched.tolist() == expected["watched"]
+    assert found.loss == pytest.approx(expected["loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 31, 1000])
+def test_one_process_counts_what_brute_force_counts(batch_size: int) -> None:
+    agrees(run(single(model(), "trainer.precision=fp64"), batch_size, Communicator()))
+
+
+def test_nothing_watched_is_nothing_found() -> None:
+    strategy = single(model(), "trainer.precision=fp64")
+    found = evaluate(strategy, loader(7, (0, 1)), Communicator(), CLASSES)
+    assert found.watched.tolist() == []
+    assert int(found.confusion.sum()) == COUNT
+
+
+def on_each_rank(folder: Path) -> list[Evaluation]:
+    config = small("strategy=ddp", "trainer.precision=fp64", f"run_dir={folder}")
+    with Runtime(config, World.from_environment()) as runtime:
+        strategy = set_up(model(), config, runtime)
+        # The last batch of 7 leaves 3 samples; of 30, one, so that two ranks have none.
+        return [run(strategy, batch_size, runtime.communicator()) for batch_size in (7, 30, 1000)]
+
+
+def test_so_do_three_each_with_a_share(tmp_path: Path) -> None:
+    for rank in run_ranks(on_each_rank, 3, tmp_path):
+        for found in rank:
+            agrees(found)
