@@ -61,8 +61,9 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """One rank of a contender's run; seconds of the timed steps, and what the run says of its checkpoints."""
     from distrain.cli import app
     from distrain.cli import hydra_entry as cli
-    from distrain.config import schema
-    from distrain.runtime.runtime import Runtime, World
+    from distrain.config.load import load_config
+    from distrain.runtime.runtime import Runtime
+    from distrain.runtime.world import World
     from distrain.training.callbacks import Callback
 
     ticks: dict[int, float] = {}
@@ -71,7 +72,7 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
         def on_step_end(self, trainer: Any) -> None:
             ticks[trainer.progress.step] = time.perf_counter()
 
-    checked = schema.load(cli.compose(ROOT / "conf", "config", overrides))
+    checked = load_config(cli.compose(ROOT / "conf", "config", overrides))
     world = World.from_environment()
     splits = app.source(checked).load()
     with Runtime(checked, world) as runtime:

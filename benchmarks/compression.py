@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
+from distrain.config.load import load_config
 from distrain.tools.testnet import network
 
 ROOT = Path(__file__).parent.parent
@@ -106,10 +107,10 @@ def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path,
     """Trains as ``launch/train.py`` would, and notes every step."""
     from distrain.cli import app
     from distrain.cli import hydra_entry as cli
-    from distrain.config import schema
-    from distrain.runtime.runtime import Runtime, World
+    from distrain.runtime.runtime import Runtime
+    from distrain.runtime.world import World
 
-    configuration = schema.load(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
+    configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
     world = World.from_environment()
     splits = app.source(configuration).load()
     record = Record(arguments, SETTLING if contender == "auto" else 0)
@@ -143,11 +144,10 @@ def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: 
     """A bare loop around torch's DistributedDataParallel, over the same model and batches."""
     from distrain.cli import app
     from distrain.cli import hydra_entry as cli
-    from distrain.config import schema
     from distrain.data.loader import Loader
     from distrain.models.resnet import ResNet18
 
-    configuration = schema.load(cli.compose(ROOT / "conf", "config", overrides(arguments, "none", folder, hosts)))
+    configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, "none", folder, hosts)))
     splits = app.source(configuration).load()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

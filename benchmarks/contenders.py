@@ -87,9 +87,9 @@ def network(name: str) -> nn.Module:
     """The very module that distrain trains, so that only the loops around it differ."""
     from distrain import models
     from distrain.cli import hydra_entry as cli
-    from distrain.config import schema
+    from distrain.config.load import load_config
 
-    chosen = schema.load(cli.compose(ROOT / "conf", "config", ["strategy=ddp", *MODELS[name]])).model
+    chosen = load_config(cli.compose(ROOT / "conf", "config", ["strategy=ddp", *MODELS[name]])).model
     return models.build(chosen, in_channels=3, num_classes=10, image_size=(32, 32))
 
 
@@ -172,11 +172,12 @@ def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], 
     """
     from distrain.cli import app
     from distrain.cli import hydra_entry as cli
-    from distrain.config import schema
-    from distrain.runtime.runtime import Runtime, World
+    from distrain.config.load import load_config
+    from distrain.runtime.runtime import Runtime
+    from distrain.runtime.world import World
 
     world = World.from_environment()
-    checked = schema.load(
+    checked = load_config(
         cli.compose(
             ROOT / "conf",
             "config",

@@ -28,8 +28,10 @@ from torch import nn
 from distrain.cli import app
 from distrain.cli import hydra_entry as cli
 from distrain.config import schema
+from distrain.config.load import load_config
 from distrain.models import build as build_model
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ BOUNDARY = "layer3_0"
 
 def composed(arguments: argparse.Namespace) -> schema.Config:
     """The run's configuration, from which both contenders take the model."""
-    return schema.load(
+    return load_config(
         cli.compose(
             ROOT / "conf",
             "config",

@@ -158,13 +158,13 @@ def trace(began: float, overrides: list[str]) -> None:
     parts.seconds["python"] = time.time() - began
     with parts.part("import hydra"):
         from distrain.cli import hydra_entry as cli
-        from distrain.config import schema
+        from distrain.config.load import load_config
     with parts.part("compose"):
         composed = cli.compose(ROOT / "conf", "config", overrides)
     with parts.part("import torch"), cli.importing():
         import torch  # noqa: F401
     with parts.part("import distrain"), cli.importing():
-        checked = schema.load(composed)
+        checked = load_config(composed)
         from distrain.cli import app
         from distrain.runtime.runtime import Runtime
         from distrain.training.trainer import Trainer

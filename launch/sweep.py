@@ -25,7 +25,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.tools.launching import sweep
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry
-from distrain.config import schema
+from distrain.config.load import load_config
 from distrain.tools.launching import slurm
 
 
@@ -16,7 +16,7 @@ def task(composed: DictConfig) -> None:
     """Runs one training."""
     slurm.adopt(os.environ)
     with hydra_entry.importing():
-        checked = schema.load(composed)
+        checked = load_config(composed)
         # Imports torch, which --help, completion and most mistakes need not wait for.
         from distrain.cli import app
 

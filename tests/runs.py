@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrain.cli import app, hydra_entry
-from distrain.config import schema
+from distrain.config.load import load_config
 from distrain.config.schema import Config
 from distrain.models import BlockSequence
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 
 CONF = Path(__file__).parent.parent / "conf"
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -56,7 +57,7 @@ SMALL = (
 
 def compose(*overrides: str) -> Config:
     """The checked configuration of a command line."""
-    return schema.load(hydra_entry.compose(CONF, "config", list(overrides)))
+    return load_config(hydra_entry.compose(CONF, "config", list(overrides)))
 
 
 def small(*overrides: str) -> Config:

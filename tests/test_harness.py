@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distrain.runtime.runtime import World
+from distrain.runtime.world import World
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 
 

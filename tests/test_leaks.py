@@ -9,7 +9,8 @@ import pytest
 
 from distrain.cli import app
 from distrain.config.schema import Config
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
 from distrain.training.trainer import Trainer
 from tests.harness import run_ranks

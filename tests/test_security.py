@@ -29,11 +29,11 @@ from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.cli import evaluate, hydra_entry, predict, settings
 from distrain.cli.run_folder import RunFolder
-from distrain.config.schema import ConfigError
 from distrain.data import cifar10, decode, image_cache
 from distrain.data.decode import DecodeError
 from distrain.data.digits import Digits
-from distrain.runtime.runtime import World
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 from distrain.strategies.parameter_server.collectives import Meeting
 from distrain.strategies.parameter_server.connect import CHANNELS, Address, Door, Peer, enter
 from distrain.strategies.parameter_server.protocol import Frame, Kind, ProtocolError

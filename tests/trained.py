@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from distrain.cli import app
-from distrain.config.schema import Config, to_container
+from distrain.config.load import to_container
+from distrain.config.schema import Config
 from tests.harness import run_ranks
 from tests.runs import LAUNCH, compose, small
 

@@ -11,21 +11,18 @@ import torch
 
 from distrain import models
 from distrain.compression import base as compression
-from distrain.config import schema as configuration
-from distrain.config.schema import Config, ConfigError, choice
+from distrain.config.load import to_container
+from distrain.config.registry import choice
+from distrain.config.schema import Config
 from distrain.data.base import DataSource, Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
+from distrain.errors import ConfigError, missing
+from distrain.files.writing import write_json, write_yaml
 from distrain.optim import losses, optimizers, schedulers
 from distrain.reporting import loggers
-from distrain.runtime.runtime import (
-    Runtime,
-    World,
-    choose_backend,
-    choose_device,
-    seed_everything,
-    write_json,
-    write_yaml,
-)
+from distrain.runtime.device import choose_backend, choose_device, seed_everything
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies import base as strategy_base
 from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
@@ -54,7 +51,7 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         runtime.position.doing = "set-up"
         config = settled(config, runtime, splits)
         if runtime.is_main:
-            write_yaml(runtime.run_dir / "config.yaml", configuration.to_container(config))
+            write_yaml(runtime.run_dir / "config.yaml", to_container(config))
             write_json(runtime.run_dir / "data.json", described(splits))
             log.info("run folder: %s", runtime.run_dir)
         trainer = build_trainer(config, runtime, splits)
@@ -120,9 +117,9 @@ def check_sizes(config: Config, splits: Splits) -> None:
         ConfigError: As :func:`check`.
     """
     if not len(splits.train):
-        raise configuration.missing("data", "there is no image to train on")
+        raise missing("data", "there is no image to train on")
     if not len(splits.test):
-        raise configuration.missing("data", "there is no image to test on")
+        raise missing("data", "there is no image to test on")
     steps_per_epoch = -(-len(splits.train) // config.data.batch_size)
     schedulers.build(config.scheduler, steps_per_epoch, total_steps(config, steps_per_epoch))
 

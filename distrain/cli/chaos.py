@@ -16,9 +16,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from distrain.cli import app, hydra_entry, output
-from distrain.config import schema
-from distrain.config.schema import Config, ConfigError, setting
-from distrain.runtime.runtime import Failed, World
+from distrain.config.load import load_config
+from distrain.config.schema import Config, setting
+from distrain.errors import ConfigError, Failed, missing
+from distrain.runtime.world import World
 from distrain.tools.chaos import report
 from distrain.tools.chaos.campaign import Campaign, Unusable
 from distrain.tools.chaos.disturbed import Recovery, Training
@@ -62,10 +63,10 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
     if target:
         output.check(target)
     if not Path("/proc/self/environ").exists():
-        raise schema.missing("chaos", "finds processes by /proc, which only Linux has")
+        raise missing("chaos", "finds processes by /proc, which only Linux has")
     launcher = OneHost(settings.launcher, launch, settings.nproc)
     if not trainings:
-        raise schema.missing("training", "none is given; put its keys after --, as in: -- strategy=ddp")
+        raise missing("training", "none is given; put its keys after --, as in: -- strategy=ddp")
     hurt = _named([_training(keys, settings.nproc, conf) for keys in trainings])
     kinds = _possible(settings)
     folder = _folder(settings.folder)
@@ -108,7 +109,7 @@ def _training(keys: Sequence[str], nproc: int, conf: Path) -> Training:
         composed = hydra_entry.compose(conf, "config", keys)
     except (HydraException, OmegaConfBaseException) as error:
         raise hydra_entry.explain(error, conf, "config", keys) from error
-    checked = schema.load(composed)
+    checked = load_config(composed)
     for key, value in (("run_dir", checked.run_dir), ("resume", checked.resume)):
         if value not in (None, "auto"):
             raise ConfigError(key, value, "is for this command to choose")

@@ -15,13 +15,14 @@ from torch import nn
 from distrain.cli import app, output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
-from distrain.config import schema as configuration
-from distrain.config.schema import CompressionConfig, Config, ConfigError, StrategyConfig, setting
+from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
 from distrain.data.base import DataSpec, Images, Splits
 from distrain.data.files import has_built
+from distrain.errors import ConfigError, refused
 from distrain.files.untrusted import printable
 from distrain.optim import losses, optimizers
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies import base as strategy_base
 from distrain.strategies.base import Strategy
 from distrain.strategies.ddp import DDPConfig
@@ -137,7 +138,7 @@ def _load(config: Config, folder: RunFolder) -> Splits:
     except ConfigError as error:
         if not str(error).startswith("data.root"):
             raise
-        raise configuration.refused(f"{error}; data_root=FOLDER names the run's data where it is now") from error
+        raise refused(f"{error}; data_root=FOLDER names the run's data where it is now") from error
     if splits.spec != folder.spec:
         problem = f"holds {_shown(splits.spec)}; the run was trained on {_shown(folder.spec)}"
         raise ConfigError("data_root", config.data.root, problem)

@@ -16,8 +16,9 @@ import distrain
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings, one_process
-from distrain.config.schema import ConfigError, setting
-from distrain.runtime.runtime import World
+from distrain.config.schema import setting
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 
 
 @dataclass

@@ -29,14 +29,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from distrain.config.schema import ConfigError, missing, one_line
+from distrain.config.load import one_line
+from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, missing
 
-#: Exit code of a configuration that can't run.
-REFUSED = 2
-#: Exit code of a run that failed.
-FAILED = 1
-#: Exit code of a run that was asked to stop and saved everything, as sysexits' EX_TEMPFAIL: the same command goes on.
-STOPPED = 75
 #: As the user has it; :func:`main` sets it for itself.
 _WANTED_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR")
 #: How long the other ranks of a host leave the word to its first.
@@ -85,16 +80,14 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
                 raise
             refuse(error)
         except Exception as error:
-            # Not imported here: it imports torch, which --help, completion and most mistakes need not wait for.
-            runtime = sys.modules.get("distrain.runtime.runtime")
-            if runtime is None or not isinstance(error, runtime.Failed | runtime.Stopped):
+            if not isinstance(error, Failed | Stopped):
                 raise
-            if isinstance(error, runtime.Stopped):
+            if isinstance(error, Stopped):
                 # The launcher may end this rank because another one has just left with the same code.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                _leave(STOPPED)
+                _leave(EXIT_STOPPED)
             # Threads of the process group may still wait for a peer that is gone; there is nothing left to tidy.
-            _leave(FAILED)
+            _leave(EXIT_FAILED)
 
     decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(guarded)
     try:
@@ -155,7 +148,7 @@ def refuse(error: ConfigError) -> NoReturn:
         # rank that outlives the wait found a mistake that rank 0 did not.
         time.sleep(_PATIENCE_SECONDS)
     print(f"distrain: {error}", file=sys.stderr, flush=True)
-    sys.exit(REFUSED)
+    sys.exit(EXIT_REFUSED)
 
 
 def _check_options(arguments: Sequence[str]) -> None:

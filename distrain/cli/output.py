@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from distrain.config.schema import ConfigError
 from distrain.data.files import publish
+from distrain.errors import ConfigError
 
 _KEY = "output"
 

@@ -23,13 +23,15 @@ from tqdm import tqdm
 from distrain.cli import app, output
 from distrain.cli.run_folder import RunFolder
 from distrain.cli.settings import RunSettings, one_process
-from distrain.config.schema import ConfigError, setting
+from distrain.config.schema import setting
 from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
 from distrain.data.evaluation_views import averaged
 from distrain.data.loader import Loader
+from distrain.errors import ConfigError
 from distrain.optim import losses
-from distrain.runtime.runtime import World, available_cores, choose_device
+from distrain.runtime.device import available_cores, choose_device
+from distrain.runtime.world import World
 from distrain.strategies.precision import Precision
 
 log = logging.getLogger(__name__)

@@ -20,10 +20,11 @@ from distrain import models
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import named_state
 from distrain.checkpoint.format import DamagedCheckpoint
-from distrain.config import schema as configuration
-from distrain.config.schema import Config, ConfigError
+from distrain.config.load import load_config
+from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.data.decode import LARGEST_PIXELS
+from distrain.errors import ConfigError
 from distrain.files.untrusted import Unreadable, read_json, read_text
 
 T = TypeVar("T")
@@ -208,7 +209,7 @@ def _read_config(path: Path) -> Config:
         raise ConfigError("run", path.parent, f"{path.name} is not a mapping of keys to values")
     try:
         _refuse_all_but_data(path.name, content)
-        return configuration.load(content)
+        return load_config(content)
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
 

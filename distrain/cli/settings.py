@@ -7,9 +7,10 @@ from typing import TypeVar
 
 from omegaconf import DictConfig
 
-from distrain.config import schema as configuration
-from distrain.config.schema import ConfigError, setting
-from distrain.runtime.runtime import World
+from distrain.config.load import load_settings
+from distrain.config.schema import setting
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def load(schema: type[T], composed: DictConfig) -> T:
     Raises:
         ConfigError: An unknown key, a wrong type, a value outside its limits.
     """
-    return configuration.checked(schema, composed)
+    return load_settings(schema, composed)
 
 
 def one_process(command: str, world: World) -> None:

@@ -22,7 +22,9 @@ from distrain.compression.autotune.simulation import Backdrop, Cost, measure_cos
 from distrain.compression.autotune.step_trace import Recorder, Step, typical
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.error_feedback import Residuals
-from distrain.config.schema import CompressionConfig, Config, ConfigError, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import CompressionConfig, Config, setting
+from distrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

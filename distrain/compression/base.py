@@ -19,7 +19,9 @@ from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.autotune.step_trace import Observer
 from distrain.compression.encoding.packing import pack, unpack
 from distrain.compression.error_feedback import Residuals
-from distrain.config.schema import CompressionConfig, Config, ConfigError, choice, setting
+from distrain.config.registry import choice
+from distrain.config.schema import CompressionConfig, Config, setting
+from distrain.errors import ConfigError
 
 
 @dataclass

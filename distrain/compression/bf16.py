@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from distrain.compression.casts import Cast
-from distrain.config.schema import CompressionConfig, register
+from distrain.config.registry import register
+from distrain.config.schema import CompressionConfig
 
 
 @register("compression", "bf16", CompressionConfig)

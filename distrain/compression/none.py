@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket, Compressor
-from distrain.config.schema import CompressionConfig, register
+from distrain.config.registry import register
+from distrain.config.schema import CompressionConfig
 
 
 @register("compression", "none", CompressionConfig)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from distrain import rng
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket, Compressor, LossyConfig
-from distrain.config.schema import ConfigError, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import setting
+from distrain.errors import ConfigError
 
 
 @dataclass

@@ -12,7 +12,8 @@ from torch import Tensor
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket
 from distrain.compression.quantised import Quantised, QuantisedConfig
-from distrain.config.schema import register, setting
+from distrain.config.registry import register
+from distrain.config.schema import setting
 
 
 @dataclass

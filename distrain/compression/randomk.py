@@ -10,7 +10,7 @@ from torch import Tensor
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.base import Bucket
 from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
-from distrain.config.schema import register
+from distrain.config.registry import register
 
 
 @register("compression", "randomk", SparseConfig)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distrain.compression.quantised import Quantised, QuantisedConfig
-from distrain.config.schema import register
+from distrain.config.registry import register
 
 
 @register("compression", "signsgd", QuantisedConfig)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distrain.compression.base import Bucket, Compressor, LossyConfig
 from distrain.compression.error_feedback import Residuals
-from distrain.config.schema import Config, ConfigError, setting
+from distrain.config.schema import Config, setting
+from distrain.errors import ConfigError
 
 #: Share of the elements that the first step of a warm-up sends (Lin et al. 2018, §3.3).
 _WARMUP_DENSITY = 0.25

@@ -11,7 +11,8 @@ from torch import Tensor
 from distrain.compression.base import Bucket
 from distrain.compression.encoding.positions import PositionCode
 from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
-from distrain.config.schema import register, setting
+from distrain.config.registry import register
+from distrain.config.schema import setting
 
 
 @dataclass

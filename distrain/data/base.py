@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distrain import rng
-from distrain.config.schema import ConfigError, DataConfig, missing
+from distrain.config.schema import DataConfig
+from distrain.errors import ConfigError, missing
 
 _VALIDATION, _TEST = 2, 3
 _CHUNK_BYTES = 1 << 24

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distrain.config.schema import ConfigError, DataConfig, missing, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
 from distrain.data.files import building, publish
+from distrain.errors import ConfigError, missing
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distrain.config.schema import DataConfig, missing, register
+from distrain.config.registry import register
+from distrain.config.schema import DataConfig
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
+from distrain.errors import missing
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
 _SIDE = 8

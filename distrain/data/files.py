@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _BUILD = ".build-"

@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distrain
-from distrain.config.schema import ConfigError
 from distrain.data import decode
 from distrain.data.files import building, publish
+from distrain.errors import ConfigError
 from distrain.files.untrusted import read_json
 
 _log = logging.getLogger(__name__)

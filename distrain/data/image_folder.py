@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distrain.config.schema import ConfigError, DataConfig, missing, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
 from distrain.data.decode import SUFFIXES
 from distrain.data.image_cache import Cache, ImageFile, Recipe, open_or_build
+from distrain.errors import ConfigError, missing
 
 _log = logging.getLogger(__name__)
 _CACHE = ".distrain-cache"

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.config.schema import ConfigError, DataConfig, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
+from distrain.errors import ConfigError
 
 _CHUNK_VALUES = 1 << 22
 _COARSE = 4

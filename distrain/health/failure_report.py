@@ -27,40 +27,6 @@ CLAIM, NO_CLAIM = "failure", "-"
 _PATIENCE_SECONDS = 3.0
 
 
-class Terminated(Exception):
-    """The process was asked to end by a signal."""
-
-
-class PeerLost(RuntimeError):
-    """Another rank is gone, and the run can't go on without it.
-
-    Attributes:
-        rank: Which.
-        host: Where it was.
-        reason: Why, as far as anybody knows.
-    """
-
-    def __init__(self, rank: int, host: str, reason: str) -> None:
-        super().__init__(f"rank {rank} on {host} is gone: {reason}")
-        self.rank, self.host, self.reason = rank, host, reason
-
-
-class Stopped(Exception):
-    """All ranks ended at the same step because they were asked to; everything is saved.
-
-    Attributes:
-        reason: Who asked: a signal, or the key of a limit.
-    """
-
-    def __init__(self, reason: str, step: int) -> None:
-        super().__init__(f"stopped by {reason} at step {step}")
-        self.reason = reason
-
-
-class Failed(Exception):
-    """The run failed and all was said; the process ends with a code that is not zero."""
-
-
 @dataclass
 class Failure:
     """What ``failure.json`` holds.

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from distrain.errors import PeerLost, Terminated
 from distrain.health.activity import Position
 from distrain.health.crash_dump import last_words
 from distrain.health.failure_report import (
@@ -24,9 +25,7 @@ from distrain.health.failure_report import (
     NO_CLAIM,
     Claim,
     Failure,
-    PeerLost,
     Reporter,
-    Terminated,
     first_line,
     is_broken_connection,
     say,

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrain.config.schema import ConfigError, ModelConfig, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import ModelConfig, setting
 from distrain.data.base import Images
+from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 
 #: Training images that the whitening filters are computed from, in chunks of about so many values.

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distrain.config.schema import ConfigError, ModelConfig, choice, locate, register, setting
+from distrain.config.registry import choice, locate, register
+from distrain.config.schema import ModelConfig, setting
+from distrain.errors import ConfigError
 
 #: Floating-point operations that take a second at most.
 _FAST = 1e11

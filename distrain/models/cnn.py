@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import ConfigError, ModelConfig, register
+from distrain.config.registry import register
+from distrain.config.schema import ModelConfig
+from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 
 

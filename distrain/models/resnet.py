@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import ModelConfig, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import ModelConfig, setting
 from distrain.models.base import BlockSequence
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distrain.config.schema import LossConfig, choice, register, setting
+from distrain.config.registry import choice, register
+from distrain.config.schema import LossConfig, setting
 
 
 class Loss(ABC):

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from distrain.config.schema import ConfigError, SchedulerConfig, choice, register, setting
+from distrain.config.registry import choice, register
+from distrain.config.schema import SchedulerConfig, setting
+from distrain.errors import ConfigError
 
 #: Maps the step about to be taken, counted from 0 over the whole run, to a factor of the optimizer's rate.
 Schedule = Callable[[int], float]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain.config.schema import Config, LoggerConfig, choice, register, setting
+from distrain.config.registry import choice, register
+from distrain.config.schema import Config, LoggerConfig, setting
 from distrain.reporting import event_files
 
 if TYPE_CHECKING:

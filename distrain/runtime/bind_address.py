@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
-    from distrain.runtime.runtime import World
+    from distrain.runtime.world import World
 
 log = logging.getLogger(__name__)
 

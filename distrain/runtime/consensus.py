@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.runtime.runtime import write_json
+from distrain.files.writing import write_json
 
 if TYPE_CHECKING:
     from distrain.config.schema import Config

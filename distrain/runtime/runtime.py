@@ -8,18 +8,14 @@ import itertools
 import json
 import logging
 import os
-import random
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
@@ -27,48 +23,23 @@ from tqdm import tqdm
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.connect import channels
-from distrain.config import schema as configuration
-from distrain.config.schema import Config, ConfigError
-from distrain.files.writing import write_json, write_yaml
+from distrain.config.load import difference, fingerprint, to_container
+from distrain.config.schema import Config
+from distrain.errors import ConfigError, Failed, PeerLost, Stopped, Terminated, missing, refused
 from distrain.health.activity import Position
 from distrain.health.crash_dump import FaultFile, fault_file
-from distrain.health.failure_report import (
-    Failed,
-    Failure,
-    PeerLost,
-    Reporter,
-    Stopped,
-    Terminated,
-    first_line,
-    put_aside,
-    say,
-)
+from distrain.health.failure_report import Failure, Reporter, first_line, put_aside, say
 from distrain.health.judge import Limits
 from distrain.health.members import join
 from distrain.health.watch import Meeting, Watch
 from distrain.runtime import bind_address, rendezvous
+from distrain.runtime.device import available_cores, choose_backend, choose_device, seed_everything
 from distrain.runtime.malloc import keep_freed_memory
 from distrain.runtime.signals import Signals
+from distrain.runtime.world import LONGEST_NUMBER, World
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-__all__ = [
-    "Failed",
-    "PeerLost",
-    "Runtime",
-    "Stopped",
-    "Terminated",
-    "World",
-    "available_cores",
-    "choose_backend",
-    "choose_device",
-    "generators",
-    "make_run_dir",
-    "seed_everything",
-    "write_json",
-    "write_yaml",
-]
 
 log = logging.getLogger(__name__)
 
@@ -82,42 +53,6 @@ has_talked = False
 _RUNS = itertools.count()
 #: Numbers all runs of this process, likewise.
 _BEGINNINGS = itertools.count()
-#: Digits of a number in the launcher's environment.
-_LONGEST_NUMBER = 9
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank's place among all, as the launcher's environment says."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    host: str
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """Reads torchrun's variables; without them this is the only rank.
-
-        Raises:
-            ConfigError: A variable is not a number.
-        """
-
-        def number(name: str, default: int) -> int:
-            text = os.environ.get(name, str(default))
-            if not text.isdecimal() or len(text) > _LONGEST_NUMBER:
-                raise ConfigError(name, text, "the launcher's environment variable must be a whole number")
-            return int(text)
-
-        size = number("WORLD_SIZE", 1)
-        return cls(
-            rank=number("RANK", 0),
-            size=size,
-            local_rank=number("LOCAL_RANK", 0),
-            local_size=number("LOCAL_WORLD_SIZE", size),
-            host=socket.gethostname(),
-        )
 
 
 class Runtime:
@@ -290,12 +225,12 @@ class Runtime:
         return PrefixStore(prefix, launcher)
 
     def _compare_configurations(self, store: Store) -> None:
-        mine = configuration.to_container(self.config)
+        mine = to_container(self.config)
         if self.world.rank == 0:
             store.set("config", json.dumps(mine))
         theirs = json.loads(store.get("config"))
-        if configuration.fingerprint(mine) != configuration.fingerprint(theirs):
-            found = configuration.difference(mine, theirs)
+        if fingerprint(mine) != fingerprint(theirs):
+            found = difference(mine, theirs)
             store.set("config_differs", f"rank {self.world.rank} on {self.world.host} (≠ rank 0): {'; '.join(found)}")
         store.add("config_compared", 1)
         deadline = time.monotonic() + self.config.runtime.setup_timeout_seconds
@@ -304,9 +239,7 @@ class Runtime:
                 raise RuntimeError("not all ranks compared their configurations within runtime.setup_timeout_seconds")
             time.sleep(0.005)
         if store.check(["config_differs"]):
-            raise configuration.missing(
-                "configuration", f"differs between ranks: {store.get('config_differs').decode()}"
-            )
+            raise missing("configuration", f"differs between ranks: {store.get('config_differs').decode()}")
 
     def _agree_on_run_dir(self, launcher: Store | None) -> Path:
         if self._store is None:
@@ -321,7 +254,7 @@ class Runtime:
                 self._store.set("run_dir", json.dumps(answer))
             answer = json.loads(self._store.get("run_dir"))
             if "refused" in answer:
-                raise configuration.refused(answer["refused"])
+                raise refused(answer["refused"])
             path = Path(answer["path"])
         path.joinpath("logs").mkdir(parents=True, exist_ok=True)
         return path
@@ -499,7 +432,7 @@ def _launcher_address(world_size: int) -> tuple[str, int]:
         ConfigError: The launcher doesn't say.
     """
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
-    if not port.isdecimal() or len(port) > _LONGEST_NUMBER or not 0 < int(port) < 1 << 16:
+    if not port.isdecimal() or len(port) > LONGEST_NUMBER or not 0 < int(port) < 1 << 16:
         raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={world_size} needs the port at which ranks meet")
     return address, int(port)
 
@@ -507,66 +440,6 @@ def _launcher_address(world_size: int) -> tuple[str, int]:
 def _launcher_serves() -> bool:
     """Whether the launcher has a store, which then outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def choose_device(config: Config, world: World) -> torch.device:
-    """The device the configuration asks for.
-
-    Raises:
-        ConfigError: There is no such device, or fewer of them than ranks on this host.
-    """
-    wanted = config.runtime.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("runtime.device", wanted, "torch sees no GPU here", ["auto", "cpu"])
-    if world.local_size > torch.cuda.device_count():
-        raise ConfigError(
-            "runtime.device",
-            wanted,
-            f"{world.local_size} ranks on this host share {torch.cuda.device_count()} GPUs; start fewer, or use cpu",
-        )
-    return torch.device("cuda", world.local_rank)
-
-
-def choose_backend(config: Config, device: torch.device) -> str:
-    """The process group backend for a device.
-
-    Raises:
-        ConfigError: The backend doesn't serve the device.
-    """
-    wanted = config.runtime.backend
-    if wanted == "auto":
-        return "nccl" if device.type == "cuda" else "gloo"
-    if wanted == "nccl" and device.type != "cuda":
-        raise ConfigError("runtime.backend", wanted, "needs runtime.device=cuda", ["auto", "gloo"])
-    return wanted
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python's, NumPy's and torch's random numbers."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - user code may draw from the global generator
-    torch.manual_seed(seed)
-
-
-def generators(device: torch.device) -> list[torch.Generator]:
-    """What computing on a device draws its random numbers from.
-
-    For a step to seed: ``torch.manual_seed`` also notes for each kind of device that is not in use who called it, as
-    text, which takes longer than many a layer.
-    """
-    found = [torch.default_generator]
-    if device.type == "cuda":
-        found.append(torch.cuda.default_generators[device.index])
-    return found
 
 
 def make_run_dir(wanted: str | None) -> Path:

@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any, Protocol
 
-from distrain.health.failure_report import Terminated
+from distrain.errors import Terminated
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Signals:
     """Handles SIGTERM and SIGUSR1, which batch systems send some time before they end a job.
 
     While ``asked.stoppable``, either sets ``asked.stop_requested``. A second SIGTERM, or one at any other time, raises
-    :class:`~distrain.health.failure_report.Terminated` in the main thread; SIGUSR1 is then ignored.
+    :class:`~distrain.errors.Terminated` in the main thread; SIGUSR1 is then ignored.
 
     Args:
         asked: Who is to stop.

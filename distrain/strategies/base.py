@@ -16,7 +16,8 @@ from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import resharding
-from distrain.config.schema import Config, choice
+from distrain.config.registry import choice
+from distrain.config.schema import Config
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import Alone, Counsel, Rounds
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import Config, StrategyConfig, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.gradients.bucket_sizes import Bucketing, bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import Config, ConfigError, StrategyConfig, choices, register
+from distrain.config.registry import choices, register
+from distrain.config.schema import Config, StrategyConfig
 from distrain.data.evaluation_views import averaged
+from distrain.errors import ConfigError
 from distrain.gradients.buckets import Gradients, Reduced, clip
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers

@@ -23,7 +23,8 @@ from distrain.config.schema import Config
 from distrain.data.base import Images, Splits
 from distrain.data.loader import Loader
 from distrain.optim import losses
-from distrain.runtime.runtime import Runtime, seed_everything
+from distrain.runtime.device import seed_everything
+from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
 from distrain.strategies.base import Loss
 from distrain.strategies.precision import Precision

@@ -25,7 +25,7 @@ from torch import Tensor
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.config.schema import Config
-from distrain.runtime.runtime import PeerLost
+from distrain.errors import NonFinite, PeerLost
 
 if TYPE_CHECKING:
     from distrain.communication.collectives import Communicator
@@ -37,10 +37,6 @@ log = logging.getLogger(__name__)
 #: So many updates left out one after the other mean that the run itself is broken.
 _MOST_IN_A_ROW = 100
 _SHOWN = 8
-
-
-class NonFinite(RuntimeError):
-    """A loss, a gradient or a parameter is NaN or infinite, and the run is not to go on."""
 
 
 class NonFiniteGuard:

@@ -13,8 +13,9 @@ from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import Carried, table, worst
 from distrain.communication.collectives import Communicator
-from distrain.config import schema as configuration
-from distrain.config.schema import Config, ConfigError
+from distrain.config.load import changes, to_container
+from distrain.config.schema import Config
+from distrain.errors import NO_VALUE, ConfigError
 from distrain.files.untrusted import read_json
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
@@ -114,7 +115,7 @@ def refuse_if_changed(config: Config, path: Path, saved: Mapping[str, Any] | Non
     Raises:
         ConfigError: A difference with which the saved state would mean something else.
     """
-    found = configuration.changes(saved, configuration.to_container(config)) if saved is not None else {}
+    found = changes(saved, to_container(config)) if saved is not None else {}
     wrong = {key: change for key, change in found.items() if _means_something_else(key, change, amid_epoch=amid_epoch)}
     if wrong:
         raise ConfigError(
@@ -130,7 +131,7 @@ def _means_something_else(key: str, change: tuple[str, str], *, amid_epoch: bool
     if key in _ORDER:
         return amid_epoch
     # A key that one of the two lacks came or went with a release, or belongs to a choice that differs by name.
-    if configuration.NO_VALUE in change and not key.startswith("model.kwargs."):
+    if NO_VALUE in change and not key.startswith("model.kwargs."):
         return False
     if key.startswith("data."):
         return key.split(".")[1] not in _SAME_IMAGES
@@ -212,18 +213,16 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, path: Path, samp
         raise ConfigError("resume", path, str(error)) from error
     said = everyone.share({"parts": [astuple(part) for part in mine]}, runtime.device)
     parts = worst([[Carried(*row) for row in each["parts"]] for each in said])
-    changes = configuration.changes(saved, configuration.to_container(config)) if saved is not None else {}
+    changed = changes(saved, to_container(config)) if saved is not None else {}
     # A key that only one of the two has belongs to a choice that differs by name.
-    changes = {
-        k: change for k, change in changes.items() if k not in _ELSEWHERE and configuration.NO_VALUE not in change
-    }
-    parts += _trainers_parts(progress, changes, samples, same_layout=state["layout"] == strategy.layout)
+    changed = {k: change for k, change in changed.items() if k not in _ELSEWHERE and NO_VALUE not in change}
+    parts += _trainers_parts(progress, changed, samples, same_layout=state["layout"] == strategy.layout)
     before, now = (f"{each['strategy']} on {each['world_size']}" for each in (state["layout"], strategy.layout))
     log.info("resumed from %s: step %d, epoch %d", path, progress.step, progress.epoch)
     log.info("of what was saved by %s, this run (%s) has:\n%s", before, now, table(parts))
     if saved is None:
         log.info("the checkpoint doesn't hold its configuration, so nothing was compared with this run's")
-    for key, (old, new) in changes.items():
+    for key, (old, new) in changed.items():
         log.info("changed: %s: %s → %s", key, old, new)
     return Resumed(path, progress, parts)
 

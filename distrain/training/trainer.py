@@ -15,18 +15,21 @@ import torch
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.run_owner import Claim
-from distrain.cli.hydra_entry import STOPPED
-from distrain.config.schema import Config, to_container
+from distrain.config.load import to_container
+from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.loader import Batch, Loader
 from distrain.data.sampler import batch_share
+from distrain.errors import EXIT_STOPPED, Stopped
+from distrain.files.writing import write_json
 from distrain.health.activity import while_doing
 from distrain.reporting import figures
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import StepClock, Stretch, Totals, peak_memory_mb
 from distrain.runtime import consensus, gc_freeze
 from distrain.runtime.consensus import Control, Wish
-from distrain.runtime.runtime import Runtime, Stopped, generators, write_json
+from distrain.runtime.device import generators
+from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.training import resume, saver
 from distrain.training.callbacks import Callback
@@ -351,7 +354,7 @@ class Trainer:
         self._logger.close()
         step = self.progress.step
         if self.runtime.is_main:
-            consensus.note_stop(self.runtime.run_dir, reason, step, STOPPED)
+            consensus.note_stop(self.runtime.run_dir, reason, step, EXIT_STOPPED)
             log.info("stopped by %s at step %d, saved; start the same command again to go on", reason, step)
         raise Stopped(reason, step)
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint.format import DamagedCheckpoint, NotSaved
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests import runs
 from tests.harness import run_ranks
 

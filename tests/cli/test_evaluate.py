@@ -13,9 +13,10 @@ from torch import nn
 
 from distrain.cli import evaluate, hydra_entry, settings
 from distrain.cli.evaluate import EvaluateSettings
-from distrain.config.schema import Config, ConfigError
+from distrain.config.schema import Config
 from distrain.data.base import Images, Splits
 from distrain.data.cifar10 import Cifar10
+from distrain.errors import ConfigError
 from distrain.runtime.runtime import Runtime
 from tests.data.helpers import write_image
 from tests.harness import run_ranks

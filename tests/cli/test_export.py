@@ -14,8 +14,8 @@ import distrain
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli import export, hydra_entry, settings
 from distrain.cli.export import ExportSettings
-from distrain.config.schema import ConfigError
-from distrain.runtime.runtime import World
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 from tests.runs import CONF
 from tests.trained import change_config
 

@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from distrain.cli import app, hydra_entry
-from distrain.config import schema
-from distrain.config.schema import ConfigError
-from distrain.runtime.runtime import Failed
+from distrain.config.load import load_config
+from distrain.config.registry import choices
+from distrain.errors import EXIT_REFUSED, ConfigError, Failed
 from tests.runs import CONF
 
 
@@ -161,7 +161,7 @@ def meet(*_: object) -> NoReturn:
 
 
 def train(composed: DictConfig) -> None:
-    app.train(schema.load(composed))
+    app.train(load_config(composed))
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_help_says_what_it_is_with_all_choices_and_examples(
     said = capfd.readouterr().out
     assert ended.value.code == 0
     for group in ("strategy", "model", "data", "optimizer", "scheduler", "loss", "logger", "compression"):
-        assert f"{group}: {', '.join(sorted(schema.choices(group)))}" in said
+        assert f"{group}: {', '.join(sorted(choices(group)))}" in said
     assert "torchrun --nproc-per-node 2 launch/train.py strategy=ddp" in said
     assert len(said.splitlines()) < 40
 
@@ -390,7 +390,7 @@ def test_compose_leaves_nothing_global_behind() -> None:
 def test_refuse_is_for_config_errors(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         hydra_entry.refuse(ConfigError("a.b", 3, "is odd", ["2", "4"]))
-    assert ended.value.code == hydra_entry.REFUSED == 2
+    assert ended.value.code == EXIT_REFUSED == 2
     assert capfd.readouterr().err == "distrain: a.b=3: is odd; choices: 2, 4\n"
 
 

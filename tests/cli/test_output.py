@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distrain.cli import output
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

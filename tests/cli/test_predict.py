@@ -16,10 +16,10 @@ import torch
 from distrain.cli import app, evaluate, hydra_entry, predict, settings
 from distrain.cli.predict import Prediction, PredictSettings
 from distrain.cli.run_folder import RunFolder
-from distrain.config.schema import ConfigError
 from distrain.data.base import Images
 from distrain.data.loader import Loader
-from distrain.runtime.runtime import World
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 from tests.data.helpers import write_image
 from tests.runs import CONF
 from tests.trained import change_config, save_test_images

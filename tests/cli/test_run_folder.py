@@ -15,7 +15,8 @@ import yaml
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli.run_folder import RunFolder, Weights
-from distrain.config.schema import ConfigError, to_container
+from distrain.config.load import to_container
+from distrain.errors import ConfigError
 from tests.trained import change_config, original, run
 
 __all__ = ["original", "run"]

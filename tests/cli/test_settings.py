@@ -13,7 +13,7 @@ from distrain.cli import hydra_entry, settings
 from distrain.cli.evaluate import EvaluateSettings
 from distrain.cli.export import ExportSettings
 from distrain.cli.predict import PredictSettings
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from tests.runs import CONF
 
 SCHEMAS = {"evaluate": EvaluateSettings, "export": ExportSettings, "predict": PredictSettings}

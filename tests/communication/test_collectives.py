@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from distrain.communication.collectives import DONE, Communicator, Ledger, _tree_children, digest, ring_all_reduce_bytes
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import small
 

@@ -21,11 +21,13 @@ from distrain.compression.autotune.candidates import Table, choose, turns
 from distrain.compression.autotune.link_model import Link, Point
 from distrain.compression.base import Bucket, Compressor, LossyConfig
 from distrain.compression.none import NoCompression
-from distrain.config import schema
-from distrain.config.schema import Choice, CompressionConfig, ConfigError
+from distrain.config.registry import Choice, choices
+from distrain.config.schema import CompressionConfig
+from distrain.errors import ConfigError
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import compose, small, train_on_rank
 from tests.strategies.helpers import ALONE
@@ -229,7 +231,7 @@ FAKES: dict[str, type[Compressor]] = {"fake": Fake, "slow": Slow, "fading": Fadi
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in FAKES.items():
-        monkeypatch.setitem(schema.choices("compression"), name, Choice("compression", name, LossyConfig, kind))
+        monkeypatch.setitem(choices("compression"), name, Choice("compression", name, LossyConfig, kind))
 
 
 def fake(name: str, min_elements: int = 1, error_feedback: bool = True) -> LossyConfig:
@@ -277,7 +279,7 @@ def _exchange_on_rank(
 ) -> dict[str, Any]:
     """Exchanges random gradients; ``prefer`` takes the place of the measured choice."""
     for name, kind in FAKES.items():
-        schema.choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
+        choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
     if prefer is not None:
         selection.HOPEFUL = selection.HOPEFUL_NONE = 1e9
         _force(prefer)

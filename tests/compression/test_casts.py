@@ -11,7 +11,8 @@ from torch import nn
 from distrain.communication.collectives import Communicator, digest, ring_all_reduce_bytes
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.compression.crowd import Crowd, Odd, bucket_for, compressor
 from tests.harness import run_ranks
 from tests.runs import small

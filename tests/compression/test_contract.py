@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from distrain.checkpoint import format as checkpoint_format
 from distrain.communication.collectives import digest
 from distrain.compression import base
-from distrain.config.schema import choices
+from distrain.config.registry import choices
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import relative_difference, small, train_on_rank
 

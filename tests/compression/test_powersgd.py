@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from distrain.communication.collectives import Communicator, digest, ring_all_reduce_bytes
 from distrain.compression.base import Bucket
 from distrain.compression.powersgd import PowerSGD, PowerSGDConfig
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.gradients.buckets import MB, Gradients
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import compose, small
 

@@ -12,7 +12,7 @@ from distrain.communication.collectives import Communicator
 from distrain.compression import base
 from distrain.compression.base import Bucket
 from distrain.compression.qsgd import QSGD, QSGDConfig
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from tests.runs import compose
 
 SCHEMES = [(bits, norm) for bits in (2, 4, 8) for norm in ("max", "l2")]

@@ -16,7 +16,8 @@ from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.compression.signsgd import SignSGD
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import small
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from distrain.communication.collectives import digest, ring_all_reduce_bytes
 from distrain.compression.error_feedback import Residuals
 from distrain.compression.sparse import SparseCompressor, stratified
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.compression.crowd import Crowd, bucket_for, compressor
 from tests.harness import run_ranks
 from tests.runs import compose, small

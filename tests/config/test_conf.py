@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 
 from distrain.cli import hydra_entry
 from distrain.config import schema as config
+from distrain.config.load import fingerprint, load_config, to_container
+from distrain.config.registry import choices
 from tests.runs import CONF, compose
 
 GROUPS = ("strategy", "compression", "model", "data", "loss", "optimizer", "scheduler", "logger")
@@ -50,7 +52,7 @@ def keys_in(content: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_choice_has_a_file_and_every_file_a_choice(group: str) -> None:
-    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(config.choices(group))
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(choices(group))
 
 
 def test_every_folder_is_a_group() -> None:
@@ -61,7 +63,7 @@ def test_every_folder_is_a_group() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_file_is_named_like_its_choice_and_holds_each_key_of_its_schema(path: Path) -> None:
     content = read(path)
-    expected = keys_of(config.choices(path.parent.name)[path.stem].schema)
+    expected = keys_of(choices(path.parent.name)[path.stem].schema)
     assert content["name"] == path.stem
     assert keys_in(content, expected) == expected
 
@@ -75,16 +77,16 @@ def test_primary_file_holds_each_key_of_its_sections(section: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_each_choice_composes_and_comes_back_from_its_own_yaml(path: Path) -> None:
     loaded = compose(name(path), *NEEDED.get(name(path), []))
-    container = config.to_container(loaded)
+    container = to_container(loaded)
     text = yaml.safe_dump(container, sort_keys=False)
-    again = config.load(yaml.safe_load(text))
+    again = load_config(yaml.safe_load(text))
     assert again == loaded
-    assert type(getattr(again, path.parent.name)) is config.choices(path.parent.name)[path.stem].schema
-    assert config.fingerprint(config.to_container(again)) == config.fingerprint(container)
+    assert type(getattr(again, path.parent.name)) is choices(path.parent.name)[path.stem].schema
+    assert fingerprint(to_container(again)) == fingerprint(container)
 
 
 def test_no_key_is_left_out_of_what_a_run_writes_down() -> None:
-    container = config.to_container(compose())
+    container = to_container(compose())
     composed = OmegaConf.to_container(hydra_entry.compose(CONF, "config"))
     assert isinstance(composed, dict)
     assert {**composed, "experiment": None} == container
@@ -100,5 +102,5 @@ def test_experiment_sets_values_of_any_group(tmp_path: Path) -> None:
     folder.joinpath("experiment", "quick.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /optimizer: sgd\nexperiment: quick\noptimizer:\n  lr: 0.5\n"
     )
-    loaded = config.load(hydra_entry.compose(folder, "config", ["experiment=quick"]))
+    loaded = load_config(hydra_entry.compose(folder, "config", ["experiment=quick"]))
     assert (loaded.experiment, loaded.optimizer.name, loaded.optimizer.lr) == ("quick", "sgd", 0.5)

@@ -12,13 +12,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from distrain.config import schema
-from distrain.config.schema import ConfigError, missing, register, setting
+from distrain.config.load import difference, fingerprint, load_config, to_container
+from distrain.config.registry import choices, locate, register
+from distrain.config.schema import setting
+from distrain.errors import ConfigError, missing
 from tests.runs import compose
 
 
 def container(**changes: Any) -> dict[str, Any]:
     """The default run as plain data, with changes; dots in keys are written as double underscores."""
-    node = OmegaConf.create(schema.to_container(compose()))
+    node = OmegaConf.create(to_container(compose()))
     for key, value in changes.items():
         OmegaConf.update(node, key.replace("__", "."), value)
     plain = OmegaConf.to_container(node)
@@ -73,7 +76,7 @@ def test_error_crosses_process_borders() -> None:
 )
 def test_value_outside_its_limits_is_refused(key: str, value: object, problem: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        schema.load(container(**{key: value}))
+        load_config(container(**{key: value}))
     assert str(refused.value) == problem
 
 
@@ -90,7 +93,7 @@ def test_value_outside_its_limits_is_refused(key: str, value: object, problem: s
     ],
 )
 def test_value_at_its_limit_passes(key: str, value: object) -> None:
-    schema.load(container(**{key: value}))
+    load_config(container(**{key: value}))
 
 
 @dataclass
@@ -129,12 +132,12 @@ def test_defaults_of_a_setting() -> None:
 )
 def test_wrong_type_says_what_is_wanted(key: str, value: object, problem: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        schema.load(container(**{key: value}))
+        load_config(container(**{key: value}))
     assert str(refused.value) == problem
 
 
 def test_numbers_may_be_written_as_text_as_shells_do() -> None:
-    loaded = schema.load(container(optimizer__lr="1e-2", trainer__epochs="3"))
+    loaded = load_config(container(optimizer__lr="1e-2", trainer__epochs="3"))
     assert (loaded.optimizer.lr, loaded.trainer.epochs) == (0.01, 3)
 
 
@@ -143,9 +146,9 @@ def test_numbers_may_be_written_as_text_as_shells_do() -> None:
 
 def test_unknown_keys_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"^nonsense: no such key; choices: strategy, "):
-        schema.load({**container(), "nonsense": 1})
+        load_config({**container(), "nonsense": 1})
     with pytest.raises(ConfigError, match=r"^trainer\.nonsense: no such key; choices: epochs, "):
-        schema.load(container() | {"trainer": {**container()["trainer"], "nonsense": 1}})
+        load_config(container() | {"trainer": {**container()["trainer"], "nonsense": 1}})
 
 
 @pytest.mark.parametrize("key", ["strategy", "optimizer", "trainer", "seed", "resume", "run_dir"])
@@ -153,33 +156,33 @@ def test_missing_keys_are_refused(key: str) -> None:
     held = container()
     del held[key]
     with pytest.raises(ConfigError, match=rf"^{key}\b"):
-        schema.load(held)
+        load_config(held)
 
 
 def test_run_written_before_experiments_existed_still_loads() -> None:
     held = container()
     del held["experiment"]
-    assert schema.load(held).experiment is None
+    assert load_config(held).experiment is None
 
 
 def test_unknown_choice_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"^optimizer\.name=lion: unknown choice; choices: .*adam.*sgd|sgd.*adam"):
-        schema.load(container(optimizer__name="lion"))
+        load_config(container(optimizer__name="lion"))
 
 
 def test_interpolation_sees_the_whole_configuration() -> None:
-    assert schema.load(container(scheduler__warmup_epochs="${seed}", seed=2)).scheduler.warmup_epochs == 2.0
+    assert load_config(container(scheduler__warmup_epochs="${seed}", seed=2)).scheduler.warmup_epochs == 2.0
 
 
 def test_interpolation_that_leads_nowhere_is_refused() -> None:
     node = OmegaConf.create(container())
     OmegaConf.update(node, "optimizer.lr", "${nowhere}")
     with pytest.raises(ConfigError, match=r"^optimizer\.lr: Interpolation key 'nowhere' not found$"):
-        schema.load(node)
+        load_config(node)
 
 
 def test_a_name_is_registered_once() -> None:
-    schema.choices("logger")
+    choices("logger")
     with pytest.raises(ValueError, match="logger=none is registered twice"):
         register("logger", "none", schema.LoggerConfig)(object)
 
@@ -189,23 +192,23 @@ def test_a_name_is_registered_once() -> None:
 
 def test_difference_names_each_key_with_both_values() -> None:
     mine, theirs = container(optimizer__lr=0.25, seed=0), container(optimizer__lr=0.5, seed=3)
-    assert schema.difference(mine, theirs) == ["optimizer.lr: 0.25 ≠ 0.5", "seed: 0 ≠ 3"]
-    assert schema.difference(mine, mine) == []
-    assert schema.difference({"a": None}, {}) == ["a: null ≠ ???"]
+    assert difference(mine, theirs) == ["optimizer.lr: 0.25 ≠ 0.5", "seed: 0 ≠ 3"]
+    assert difference(mine, mine) == []
+    assert difference({"a": None}, {}) == ["a: null ≠ ???"]
 
 
 def test_fingerprint_sees_every_value_and_no_order() -> None:
     held = container()
     turned = dict(reversed(held.items()))
-    assert schema.fingerprint(held) == schema.fingerprint(turned)
-    assert schema.fingerprint(held) != schema.fingerprint(container(data__augment__cutout=1))
+    assert fingerprint(held) == fingerprint(turned)
+    assert fingerprint(held) != fingerprint(container(data__augment__cutout=1))
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
 def test_locate_finds_what_a_path_names() -> None:
-    assert schema.locate("key", "pathlib.Path") is Path
+    assert locate("key", "pathlib.Path") is Path
 
 
 @pytest.mark.parametrize(
@@ -221,25 +224,25 @@ def test_locate_finds_what_a_path_names() -> None:
 )
 def test_locate_refuses(path: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=rf"^key=.*{problem}"):
-        schema.locate("key", path)
+        locate("key", path)
 
 
 def test_what_is_not_allowed_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.joinpath("strangers_module.py").write_text("raise SystemExit('code of a stranger ran')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="is not below distrain, and a run folder may build nothing else"):
-        schema.locate("model._target_", "strangers_module.Net", allowed=["distrain"])
+        locate("model._target_", "strangers_module.Net", allowed=["distrain"])
     assert "strangers_module" not in sys.modules
 
 
 @pytest.mark.parametrize("path", ["distrain_evil.models.Net", "distrainmodels.Net", "os.path.distrain.models"])
 def test_allowed_prefix_ends_at_a_dot(path: str) -> None:
     with pytest.raises(ConfigError, match="is not below"):
-        schema.locate("key", path, allowed=["distrain"])
+        locate("key", path, allowed=["distrain"])
 
 
 def test_allowed_prefix_lets_through_what_lies_below_it() -> None:
-    found = schema.locate("key", "distrain.models.cnn.SimpleCNN", allowed=["distrain.models"])
+    found = locate("key", "distrain.models.cnn.SimpleCNN", allowed=["distrain.models"])
     assert found.__name__ == "SimpleCNN"
 
 
@@ -250,9 +253,9 @@ def test_folder_of_the_user_is_searched_last_and_only_for_what_is_not_ours(
     tmp_path.joinpath("lies_beside_the_user.py").write_text("Net = 3\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    schema.locate("key", "distrain.models.cnn.SimpleCNN")
+    locate("key", "distrain.models.cnn.SimpleCNN")
     assert str(tmp_path) not in sys.path
-    assert schema.locate("key", "lies_beside_the_user.Net") == 3
+    assert locate("key", "lies_beside_the_user.Net") == 3
     assert sys.path[-1] == str(tmp_path)
 
 
@@ -260,4 +263,4 @@ def test_code_of_the_user_that_fails_on_import_is_named(tmp_path: Path, monkeypa
     tmp_path.joinpath("breaks_on_import.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"breaks_on_import\.Net: can't be imported \(ZeroDivisionError"):
-        schema.locate("key", "breaks_on_import.Net")
+        locate("key", "breaks_on_import.Net")

@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from distrain.config.schema import AugmentConfig, DataConfig, choices
+from distrain.config.registry import choices
+from distrain.config.schema import AugmentConfig, DataConfig
 from distrain.data.base import DataSource, Images
 
 ROOT = Path(__file__).parents[2]

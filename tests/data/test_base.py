@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from distrain.config.schema import ConfigError
 from distrain.data.base import DataSpec, Images, assemble, channel_statistics, checked, hold_out_test, image_moments
+from distrain.errors import ConfigError
 from tests.data.helpers import data_config, random_images
 
 SPEC = DataSpec(3, 8, 6, ("a", "b", "c", "d", "e"))

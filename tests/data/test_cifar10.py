@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.config.schema import ConfigError
 from distrain.data import cifar10
+from distrain.errors import ConfigError
 from tests.data.helpers import source
 
 IMAGES = 20  # a file

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from tests.data.helpers import source
 from tests.harness import run_ranks
 

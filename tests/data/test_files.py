@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distrain.config.schema import ConfigError
 from distrain.data.files import building, publish
+from distrain.errors import ConfigError
 
 
 def test_only_one_builds_at_a_time(tmp_path: Path) -> None:

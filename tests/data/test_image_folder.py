@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.config.schema import ConfigError
 from distrain.data import image_cache
 from distrain.data.base import Splits
 from distrain.data.files import building
+from distrain.errors import ConfigError
 from tests.data.helpers import source, write_image
 from tests.harness import CONTEXT
 

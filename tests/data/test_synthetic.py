@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from tests.data.helpers import source
 
 SMALL = {"channels": 2, "height": 9, "width": 7, "classes": 3, "train_size": 200, "test_size": 50}

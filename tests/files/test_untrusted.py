@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.files.untrusted import Unreadable, printable, read_json, read_text
 
 

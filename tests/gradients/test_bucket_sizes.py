@@ -12,7 +12,8 @@ from torch import nn
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.autotune.link_model import Link, Point
 from distrain.gradients.bucket_sizes import FLAT, MB, USUAL, Bucketing, Pace, Sizes, bytes_of, choose, described
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.ddp import DDP
 from tests.harness import run_ranks
 from tests.runs import small

@@ -21,9 +21,11 @@ from distrain.communication.collectives import DONE, Pending, _Started
 from distrain.config.schema import Config
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
+from distrain.errors import Failed
 from distrain.health.judge import GONE
 from distrain.health.thread_stack import Calls
-from distrain.runtime.runtime import Failed, Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank
 

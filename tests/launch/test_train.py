@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distrain.cli import hydra_entry
-from distrain.config import schema
+from distrain.config.load import load_config, to_container
+from distrain.errors import EXIT_STOPPED
 from tests.harness import run_ranks
 from tests.runs import LAUNCH, compose, train_on_rank
 
@@ -181,8 +181,8 @@ def test_metrics_are_one_object_a_logged_step_or_epoch(strategy: str, runs: Path
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_written_configuration_is_the_runs_and_loads_again(strategy: str, runs: Path) -> None:
     held = yaml.safe_load((runs / strategy / "whole" / "config.yaml").read_text())
-    loaded = schema.load(held)
-    assert schema.to_container(loaded) == held
+    loaded = load_config(held)
+    assert to_container(loaded) == held
     assert (loaded.strategy.name, loaded.optimizer.lr, loaded.trainer.max_steps) == (strategy, 0.01, 10)
 
 
@@ -271,5 +271,5 @@ def test_torchrun_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: P
 
 def test_a_stopped_process_ends_with_a_code_of_its_own(tmp_path: Path) -> None:
     ended = start(tmp_path, 1, *SMALL, f"run_dir={tmp_path / 'run'}", "logger=none", "trainer.max_minutes=1e-9")
-    assert ended.code == hydra_entry.STOPPED == 75
+    assert ended.code == EXIT_STOPPED == 75
     assert ended.err.splitlines()[-1].startswith("stopped by trainer.max_minutes at step 1, saved")

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distrain.config.schema import ConfigError
 from distrain.data.base import Images
+from distrain.errors import ConfigError
 from distrain.models import FromData
 from distrain.models.airbench import AirbenchCNN, Block, Whitening
 from tests.data.helpers import random_images

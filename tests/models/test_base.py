@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.config.schema import ConfigError, ModelConfig
+from distrain.config.schema import ModelConfig
+from distrain.errors import ConfigError
 from distrain.models import BlockSequence, base, build, check
 from distrain.models.base import CustomConfig
 

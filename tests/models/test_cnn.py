@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain.config.schema import ConfigError, ModelConfig
+from distrain.config.schema import ModelConfig
+from distrain.errors import ConfigError
 from distrain.models import check
 from distrain.models.cnn import CifarCNN, SimpleCNN
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.config.schema import LossConfig, choices
+from distrain.config.registry import choices
+from distrain.config.schema import LossConfig
 from distrain.optim.losses import CrossEntropyConfig, Loss, build
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0], [1.0, 1.0, 1.0], [-4.0, 0.25, 8.0]], dtype=torch.float64)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from distrain.config.schema import ConfigError, SchedulerConfig, choices
+from distrain.config.registry import choices
+from distrain.config.schema import SchedulerConfig
+from distrain.errors import ConfigError
 from distrain.optim.schedulers import CosineConfig, OneCycleConfig, StepConfig, TriangleConfig, build
 
 CONSTANT = SchedulerConfig(name="constant", warmup_epochs=0.0)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from distrain.config.schema import Config
 from distrain.runtime import bind_address
 from distrain.runtime.bind_address import keep_gloo_here, on_one_host, open_store
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import small
 

@@ -16,12 +16,14 @@ import pytest
 from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
-from distrain.cli import app, hydra_entry
+from distrain.cli import app
 from distrain.config.schema import Config
+from distrain.errors import EXIT_STOPPED, Stopped, Terminated
 from distrain.health.failure_report import CLAIM, NO_CLAIM
 from distrain.runtime import runtime as runtime_module
 from distrain.runtime.consensus import Alone, Control, Rounds, Wish
-from distrain.runtime.runtime import Runtime, Stopped, Terminated, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.parameter_server.stop_decision import Bulletin
 from distrain.training.callbacks import Callback
 from distrain.training.trainer import Trainer
@@ -96,7 +98,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(number: signal.Si
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
     assert train(config("run", 9), after=7, number=number) == {"stopped": number.name, "step": 7}
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)] == handlers
-    assert stopped_file(tmp_path / "run") == {"reason": number.name, "step": 7, "exit_code": hydra_entry.STOPPED}
+    assert stopped_file(tmp_path / "run") == {"reason": number.name, "step": 7, "exit_code": EXIT_STOPPED}
     # No evaluation and no summary, but every checkpoint is there.
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "failure.json").exists()

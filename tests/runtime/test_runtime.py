@@ -18,8 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import Config, ConfigError
-from distrain.runtime.runtime import Failed, Runtime, World, choose_backend, choose_device, generators, make_run_dir
+from distrain.config.schema import Config
+from distrain.errors import ConfigError, Failed
+from distrain.runtime.device import choose_backend, choose_device, generators
+from distrain.runtime.runtime import Runtime, make_run_dir
+from distrain.runtime.world import World
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank
 

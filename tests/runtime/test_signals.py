@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from distrain.health.failure_report import Terminated
+from distrain.errors import Terminated
 from distrain.runtime import signals
 from distrain.runtime.signals import Signals
 

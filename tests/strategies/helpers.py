@@ -11,7 +11,8 @@ from distrain.config.schema import Config
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.optim import losses, optimizers
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies import base
 from distrain.strategies.single import Single
 from tests.runs import small

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.batchnorm import SyncBatchNorm, synchronise
 from tests.harness import RankFailed, run_ranks
 from tests.runs import small

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.single import Single
 from tests.harness import run_ranks
 from tests.runs import small, train_on_rank

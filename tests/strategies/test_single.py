@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain.config.schema import ConfigError
 from distrain.data.loader import Batch
+from distrain.errors import ConfigError
 from distrain.optim import optimizers
 from distrain.strategies.single import Single
 from tests.runs import small

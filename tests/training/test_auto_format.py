@@ -15,9 +15,11 @@ import yaml
 from torch import Tensor, nn
 
 from distrain.cli import app
-from distrain.config.schema import Config, ConfigError
+from distrain.config.schema import Config
+from distrain.errors import ConfigError
 from distrain.models import BlockSequence
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.training import auto_format
 from distrain.training.auto_format import Formats, fastest
 from tests.harness import run_ranks

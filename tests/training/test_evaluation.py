@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from distrain.communication.collectives import Communicator
 from distrain.data.base import Images
 from distrain.data.loader import Loader
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
 from distrain.training.evaluation import Evaluation, evaluate
 from tests.harness import run_ranks

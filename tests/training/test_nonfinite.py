@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli import app
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import Config, ConfigError
+from distrain.config.schema import Config
+from distrain.errors import ConfigError, Failed, NonFinite
 from distrain.models import BlockSequence
 from distrain.runtime import consensus
-from distrain.runtime.runtime import Failed, Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.base import StepResult
 from distrain.strategies.precision import Precision
 from distrain.training import nonfinite
 from distrain.training.callbacks import Callback
-from distrain.training.nonfinite import NonFinite, NonFiniteGuard, Trail, refuse_nan
+from distrain.training.nonfinite import NonFiniteGuard, Trail, refuse_nan
 from distrain.training.trainer import Trainer
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import relative_difference, small

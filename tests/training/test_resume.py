@@ -17,10 +17,11 @@ import torch
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli import app
-from distrain.config import schema
-from distrain.config.schema import ConfigError
+from distrain.config.load import to_container
 from distrain.data.loader import Batch
-from distrain.runtime.runtime import Failed, Runtime, World
+from distrain.errors import ConfigError, Failed
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.base import StepResult
 from distrain.training import resume
 from tests.harness import run_ranks
@@ -260,7 +261,7 @@ class Run:
 
 
 def saved_with(*overrides: str) -> dict[str, Any]:
-    return schema.to_container(small(*overrides))
+    return to_container(small(*overrides))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint.safetensors_writer import Content
 from distrain.communication.collectives import Communicator
-from distrain.runtime.runtime import Failed, Runtime, World
+from distrain.errors import Failed
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.training import saver as saving
 from distrain.training import trainer as trainer_module
 from distrain.training.callbacks import Callback

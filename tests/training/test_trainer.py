@@ -17,8 +17,9 @@ from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint.run_owner import Claim
 from distrain.cli import app
 from distrain.config.schema import Config
+from distrain.errors import Failed
 from distrain.reporting.loggers import InMemoryLogger
-from distrain.runtime.runtime import Failed, Runtime
+from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult
 from distrain.training.callbacks import Callback
 from distrain.training.trainer import Trainer, flatten, total_steps

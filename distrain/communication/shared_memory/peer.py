@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distrain.communication.shared_memory.arena import Memory
 from distrain.communication.shared_memory.control_block import FINISHED, GIVEN_UP, STARTED, Board, Entry
-from distrain.health.failure_report import PeerLost
+from distrain.errors import PeerLost
 from distrain.health.judge import GONE
 from distrain.health.process import Process
 

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import Config, ConfigError, OptimizerConfig, choice, register, setting
+from distrain.config.registry import choice, register
+from distrain.config.schema import Config, OptimizerConfig, setting
+from distrain.errors import ConfigError
 from distrain.optim.optimizers.groups import Groups, Parameters
 from distrain.optim.optimizers.lookahead import Lookahead
 from distrain.optim.uncompiled import lean

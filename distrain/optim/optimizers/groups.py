@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain.config.schema import ConfigError, GroupConfig
+from distrain.config.schema import GroupConfig
+from distrain.errors import ConfigError
 from distrain.optim.optimizers import updates
 
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]

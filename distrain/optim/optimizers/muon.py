@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.config.schema import ConfigError, OptimizerConfig, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import OptimizerConfig, setting
+from distrain.errors import ConfigError
 from distrain.optim.optimizers.groups import made_group
 from distrain.optim.uncompiled import lean
 

@@ -14,8 +14,10 @@ from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig, Config, ConfigError, StrategyConfig, missing, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
 from distrain.data.sampler import shard_bounds
+from distrain.errors import ConfigError, missing
 from distrain.gradients.buckets import Gradients
 from distrain.runtime.consensus import Alone, Counsel, Rounds
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained

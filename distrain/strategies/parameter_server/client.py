@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Ledger
 from distrain.compression.base import Bucket, Compressor
+from distrain.errors import PeerLost
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import PeerLost
 from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
 from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind

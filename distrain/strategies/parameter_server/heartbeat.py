@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distrain.runtime.runtime import PeerLost
+from distrain.errors import PeerLost
 from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.protocol import Connection, Kind, ProtocolError
 

@@ -23,8 +23,8 @@ from distrain.checkpoint import named_state
 from distrain.communication.collectives import DTYPES
 from distrain.compression.base import Bucket, Compressor
 from distrain.compression.encoding.packing import pack, packed_size, unpack
+from distrain.errors import PeerLost
 from distrain.gradients.buckets import Gradients, clip
-from distrain.runtime.runtime import PeerLost
 from distrain.strategies.parameter_server.collectives import Meeting
 from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of

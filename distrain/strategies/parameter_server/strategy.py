@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import Config, ConfigError, StrategyConfig, choices, register, setting
+from distrain.config.registry import choices, register
+from distrain.config.schema import Config, StrategyConfig, setting
+from distrain.errors import ConfigError, NonFinite, Stopped
 from distrain.gradients.buckets import MB, Gradients, Reduced, clip
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Counsel, wish_of
-from distrain.runtime.runtime import Stopped
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
 from distrain.strategies.parameter_server.client import Link, Links
 from distrain.strategies.parameter_server.collectives import Everyone
@@ -30,7 +31,6 @@ from distrain.strategies.parameter_server.server import Rules, Server, Shard, Wo
 from distrain.strategies.parameter_server.shards import balanced
 from distrain.strategies.parameter_server.stop_decision import Subscription
 from distrain.strategies.single import Single
-from distrain.training.nonfinite import NonFinite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

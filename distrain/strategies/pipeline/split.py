@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import ConfigError, missing
+from distrain.errors import ConfigError, missing
 
 #: Sizes in bytes of the messages that tell a link's latency and its bandwidth.
 _MESSAGES = (4096, 4 * 2**20)

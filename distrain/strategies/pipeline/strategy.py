@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import Config, ConfigError, StrategyConfig, register, setting
+from distrain.config.registry import register
+from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.data.evaluation_views import averaged
+from distrain.errors import ConfigError
+from distrain.files.writing import write_json
 from distrain.gradients.bucket_sizes import Bucketing, bytes_of
 from distrain.gradients.buckets import Gradients, clip
-from distrain.runtime.runtime import write_json
 from distrain.strategies import batchnorm
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers

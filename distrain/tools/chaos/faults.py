@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distrain.cli.hydra_entry import STOPPED
+from distrain.errors import EXIT_STOPPED
 from distrain.tools.chaos import processes
 from distrain.tools.chaos.damage import Checkpoints
 from distrain.tools.chaos.disk import FULL, Disk
@@ -196,8 +196,8 @@ def _wrong_stop(scene: Scene, codes: list[int]) -> list[str]:
         return [f"there is no stopped.json: {scene.job.last_words()}"]
     problems = []
     # torchrun makes every worker's code that is not zero a 1.
-    if any(code not in (STOPPED, 1) for code in codes):
-        problems.append(f"exit codes {codes}, not {STOPPED}")
+    if any(code not in (EXIT_STOPPED, 1) for code in codes):
+        problems.append(f"exit codes {codes}, not {EXIT_STOPPED}")
     newest = scene.checkpoints.newest()
     if newest is None or newest.name != f"step_{_number(report.get('step')):08d}":
         saved = newest.name if newest else "nothing"

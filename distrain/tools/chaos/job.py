@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.tools.chaos import processes
 from distrain.tools.testnet.network import Network
 

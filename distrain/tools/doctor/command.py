@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from distrain.cli import output
-from distrain.config.schema import ConfigError, missing, setting
-from distrain.runtime.runtime import Failed, World
+from distrain.config.schema import setting
+from distrain.errors import ConfigError, Failed, missing
+from distrain.runtime.world import World
 from distrain.tools.doctor import facts as local
 from distrain.tools.doctor import findings, interfaces, report
 from distrain.tools.doctor.facts import Facts

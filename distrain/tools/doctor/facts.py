@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 import distrain
-from distrain.runtime.runtime import World, available_cores
+from distrain.runtime.device import available_cores
+from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
 
 #: Packages whose version matters to a run.

@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from distrain.communication.collectives import Communicator
 from distrain.compression.autotune.link_model import measure_link
 from distrain.runtime import runtime
-from distrain.runtime.runtime import World
+from distrain.runtime.world import World
 
 #: Bytes of the largest message, unless a smaller one took long enough to tell.
 _MOST = 16 << 20

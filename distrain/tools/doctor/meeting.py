@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from distrain.runtime.runtime import World
+from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
 
 #: What a connection's error means to its user.

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.cli import hydra_entry
-from distrain.config import schema as configuration
-from distrain.config.schema import ConfigError, setting
+from distrain.config.load import load_config
+from distrain.config.schema import setting
+from distrain.errors import ConfigError
 from distrain.tools.launching.processes import Asked, Child, asked_to_end
 
 #: Below the ports that systems hand out for outgoing connections.
@@ -72,7 +73,7 @@ def check(conf: Path, arguments: Sequence[str]) -> None:
         ConfigError: One line that names the key, the value and the choices.
     """
     try:
-        configuration.load(hydra_entry.compose(conf, "config", arguments))
+        load_config(hydra_entry.compose(conf, "config", arguments))
     except ConfigError:
         raise
     except Exception as error:  # Hydra and YAML have many kinds for what is wrong with the user's words

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from distrain.config import schema as configuration
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError, missing
 from distrain.tools.launching import table
 from distrain.tools.launching.jobs import DONE, Result, Runner, SweepSettings, lines, make_jobs, quoted
 
@@ -111,7 +110,7 @@ def arguments(given: Sequence[str], script: Path, folder: str) -> list[str]:
             found.append(f"hydra.sweep.dir={value}")
         elif key.startswith("sweep."):
             if key.removeprefix("sweep.") not in known:
-                raise configuration.missing(key, "no such key", [f"sweep.{name}" for name in known])
+                raise missing(key, "no such key", [f"sweep.{name}" for name in known])
             found.append(f"hydra.launcher.{argument.removeprefix('sweep.')}")
         elif key == "nproc":
             found.append(f"hydra.launcher.{argument}")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
-from distrain.config.schema import ConfigError, missing, setting
+from distrain.config.schema import setting
+from distrain.errors import ConfigError, missing
 from distrain.tools.testnet import network
 from distrain.tools.testnet.network import Network, host_name
 

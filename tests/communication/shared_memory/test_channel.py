@@ -17,7 +17,8 @@ from torch import Tensor
 
 from distrain.communication.collectives import DTYPES, Communicator, Reduction
 from distrain.communication.shared_memory.control_block import ENTRIES
-from distrain.health.failure_report import PeerLost, is_broken_connection
+from distrain.errors import PeerLost
+from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from distrain.communication.shared_memory import connect
 from distrain.communication.shared_memory.connect import channels
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.communication.shared_memory.ranks import form_group, shares_memory
 from tests.harness import run_ranks
 from tests.runs import small

@@ -18,7 +18,8 @@ from distrain.cli.run_folder import RunFolder
 from distrain.communication.collectives import Communicator, Reduction, digest
 from distrain.communication.shared_memory import connect
 from distrain.communication.shared_memory.hierarchical import Hosts
-from distrain.health.failure_report import PeerLost, is_broken_connection
+from distrain.errors import PeerLost
+from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import relative_difference, small

@@ -29,7 +29,8 @@ from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import small
 

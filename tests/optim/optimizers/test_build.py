@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import ConfigError, OptimizerConfig
+from distrain.config.schema import OptimizerConfig
+from distrain.errors import ConfigError
 from distrain.optim.optimizers import AdamConfig, SGDConfig, build
 
 START = torch.tensor([1.0, -2.0, 3.0, 0.5])

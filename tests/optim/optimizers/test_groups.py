@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain.cli import app
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.optim import optimizers
 from distrain.optim.optimizers import updates
-from distrain.runtime.runtime import World
+from distrain.runtime.world import World
 from tests.runs import small
 
 GRADIENT = torch.tensor([0.5, -1.0])

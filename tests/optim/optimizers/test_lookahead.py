@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
 from distrain.cli import app
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.optim import optimizers
-from distrain.runtime.runtime import World
+from distrain.runtime.world import World
 from tests.runs import small
 
 START = torch.tensor([[1.0, -2.0], [0.5, 3.0]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.optim import optimizers
 from distrain.optim.optimizers.muon import orthogonalised
 from tests.runs import small

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli import app
 from distrain.communication.collectives import ring_all_reduce_bytes
-from distrain.config.schema import ConfigError
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
+from distrain.errors import ConfigError
 from distrain.optim import optimizers
-from distrain.runtime.runtime import Runtime, World
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
 from distrain.strategies.local_sgd import LocalSGD
 from distrain.strategies.single import Single
 from tests.harness import run_ranks

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from distrain.runtime.runtime import PeerLost
+from distrain.errors import PeerLost
 from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
 from distrain.strategies.parameter_server.protocol import Connection, Kind

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from distrain.runtime.runtime import PeerLost
+from distrain.errors import PeerLost
 from distrain.strategies.parameter_server import protocol
 from distrain.strategies.parameter_server.client import Expelled
 from distrain.strategies.parameter_server.protocol import Kind, ProtocolError

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distrain.cli import app
-from distrain.config.schema import Config, ConfigError
+from distrain.config.schema import Config
 from distrain.data.sampler import shard_bounds
-from distrain.runtime.runtime import World
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import NormNet, relative_difference, small, train_on_rank
 from tests.runtime.test_runtime import Ending, ending

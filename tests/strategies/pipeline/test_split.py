@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.models import BlockSequence
 from distrain.strategies.pipeline import split
 

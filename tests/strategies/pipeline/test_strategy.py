@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from distrain.cli import app
-from distrain.config.schema import ConfigError
-from distrain.runtime.runtime import World
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import relative_difference, small, train_on_rank
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.tools.chaos.job import Job, OneHost
 
 if sys.platform != "linux":

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from distrain.config.schema import ConfigError
-from distrain.runtime.runtime import Failed, World
+from distrain.errors import ConfigError, Failed
+from distrain.runtime.world import World
 from distrain.tools.doctor import command, interfaces
 from distrain.tools.doctor.command import DoctorSettings
 from tests.harness import run_ranks, run_ranks_to_the_end

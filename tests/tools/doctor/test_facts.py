@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distrain.runtime.runtime import World
+from distrain.runtime.world import World
 from distrain.tools.doctor import facts, interfaces
 from distrain.tools.doctor.facts import Facts
 

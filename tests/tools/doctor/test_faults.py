@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from distrain.runtime.runtime import Failed
+from distrain.errors import Failed
 from distrain.tools.doctor import command
 from distrain.tools.doctor.command import DoctorSettings
 from distrain.tools.testnet.network import Network, address

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.tools.launching import hosts
 from distrain.tools.launching.hosts import Agent, HostsSettings
 from tests.runs import CONF

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.tools.launching import sweep
 from distrain.tools.launching.jobs import SweepSettings
 from tests.config.test_conf import keys_of

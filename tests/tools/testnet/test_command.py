@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.config.schema import ConfigError
+from distrain.errors import ConfigError
 from distrain.tools.testnet import command, network
 from distrain.tools.testnet.command import NetworkSettings
 from distrain.tools.testnet.network import Network
