@@ -28,7 +28,7 @@ HEAVY = {
 #: Runs launch/train.py and ends after its first step, with the names of all modules.
 TO_FIRST_STEP = """
 import json, os, runpy, sys
-from distrain.trainer import Trainer
+from distrain.training.trainer import Trainer
 
 def end(trainer):
     assert trainer.progress.step == 1
