@@ -16,8 +16,7 @@ from distrain.cli import app, output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
 from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
-from distrain.data.base import DataSpec, Images, Splits
-from distrain.data.files import has_built
+from distrain.data.base import DataSpec, Images, Splits, source_class
 from distrain.errors import ConfigError, refused
 from distrain.files.untrusted import printable
 from distrain.optim import losses, optimizers
@@ -100,17 +99,9 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
         # Nothing is trained: neither buckets nor BatchNorm's statistics will be exchanged.
         strategy = DDPConfig(name="ddp", batchnorm="local", first_bucket_mb=1, bucket_mb=1, last_bucket_mb=0)
     config = folder.config
-    held = {field.name for field in dataclasses.fields(config.data)}
-    changes: dict[str, Any] = {}
+    changes = source_class(config.data).changes_for_evaluation(config.data, settings.data_root)
     if settings.batch_size is not None:
         changes["eval_batch_size"] = settings.batch_size
-    if "download" in held:
-        changes["download"] = False
-    if settings.data_root is not None:
-        changes["root"] = settings.data_root
-    if "cache" in held and (settings.data_root is not None or not _has_cache(config)):
-        # The run's cache was made from the run's root; and where to write is not for a stranger's run to say.
-        changes["cache"] = None
     return dataclasses.replace(
         config,
         strategy=strategy,
@@ -120,11 +111,6 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
         runtime=dataclasses.replace(config.runtime, device=settings.device, backend="auto", threads=None),
         run_dir=str(folder.path),
     )
-
-
-def _has_cache(config: Config) -> bool:
-    cache = getattr(config.data, "cache", None)
-    return cache is not None and has_built(Path(cache).expanduser())
 
 
 def _load(config: Config, folder: RunFolder) -> Splits:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from distrain import rng
+from distrain.config.registry import choice
 from distrain.config.schema import DataConfig
 from distrain.errors import ConfigError, missing
 
@@ -79,7 +81,28 @@ class Splits:
 
 
 class DataSource(ABC):
-    """A data set; its subclasses are the choices of the group ``data`` and take their own configuration."""
+    """A data set; its subclasses are the choices of the group ``data`` and take their own configuration.
+
+    Attributes:
+        compatible_keys: Keys below ``data`` that may differ between a run and the run that resumes it, because they
+            change neither which images there are nor their order. A subclass adds its own.
+    """
+
+    compatible_keys: ClassVar[frozenset[str]] = frozenset(
+        {"root", "batch_size", "eval_batch_size", "limit", "mean", "std", "augment", "memory_limit_mb", "prefetch"}
+    )
+
+    @classmethod
+    def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
+        """Keys to change so that another process, perhaps another user's, reads a saved run's images.
+
+        A subclass adds the keys by which reading would download files, or write where the run's configuration says.
+
+        Args:
+            config: The saved run's data configuration, of the schema that this class is registered with.
+            root: Folder that holds the data now; ``None`` where it is still ``config.root``.
+        """
+        return {} if root is None else {"root": root}
 
     @abstractmethod
     def describe(self) -> DataSpec:
@@ -98,6 +121,11 @@ class DataSource(ABC):
         Raises:
             ConfigError: Files that can't be read.
         """
+
+
+def source_class(config: DataConfig) -> type[DataSource]:
+    """The class of the configured data set."""
+    return cast("type[DataSource]", choice("data", config.name).target)
 
 
 def checked(config: DataConfig, spec: DataSpec) -> DataSpec:

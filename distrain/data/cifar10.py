@@ -10,10 +10,12 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
@@ -52,6 +54,13 @@ class Cifar10Config(DataConfig):
 @register("data", "cifar10", Cifar10Config)
 class Cifar10(DataSource):
     """50,000 training and 10,000 test images, 3x32x32, ten classes; always in memory (184 MB)."""
+
+    compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"download"}
+
+    @classmethod
+    @override
+    def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
+        return {**super().changes_for_evaluation(config, root), "download": False}
 
     def __init__(self, config: Cifar10Config) -> None:
         self._config = config

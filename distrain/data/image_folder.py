@@ -7,14 +7,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
 from distrain.data.decode import SUFFIXES
+from distrain.data.files import has_built
 from distrain.data.image_cache import Cache, ImageFile, Recipe, open_or_build
 from distrain.errors import ConfigError, missing
 
@@ -50,6 +53,17 @@ class ImageFolder(DataSource):
     Class folders are taken in the order of their names. Hidden files and other types are ignored, and symbolic links
     that leave the root are not followed.
     """
+
+    compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"cache", "workers"}
+
+    @classmethod
+    @override
+    def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
+        changes = super().changes_for_evaluation(config, root)
+        # A cache that was made from another root is of no use, and a saved run must not say where to write a new one.
+        if root is not None or config.cache is None or not has_built(Path(config.cache).expanduser()):
+            changes["cache"] = None
+        return changes
 
     def __init__(self, config: ImageFolderConfig) -> None:
         self._config = config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from distrain.checkpoint.restore_report import Carried, table, worst
 from distrain.communication.collectives import Communicator
 from distrain.config.load import changes, to_container
 from distrain.config.schema import Config
+from distrain.data.base import source_class
 from distrain.errors import NO_VALUE, ConfigError
 from distrain.files.untrusted import read_json
 from distrain.runtime.runtime import Runtime
@@ -22,21 +23,6 @@ from distrain.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
 
-#: Keys below ``data`` that change neither which images there are nor their order.
-_SAME_IMAGES = (
-    "root",
-    "batch_size",
-    "eval_batch_size",
-    "limit",
-    "mean",
-    "std",
-    "augment",
-    "memory_limit_mb",
-    "prefetch",
-    "download",
-    "cache",
-    "workers",
-)
 #: What an epoch's order depends on: between epochs it may change.
 _ORDER = ("seed", "data.limit")
 #: What the rate at a step depends on.
@@ -116,7 +102,12 @@ def refuse_if_changed(config: Config, path: Path, saved: Mapping[str, Any] | Non
         ConfigError: A difference with which the saved state would mean something else.
     """
     found = changes(saved, to_container(config)) if saved is not None else {}
-    wrong = {key: change for key, change in found.items() if _means_something_else(key, change, amid_epoch=amid_epoch)}
+    compatible = source_class(config.data).compatible_keys
+    wrong = {
+        key: change
+        for key, change in found.items()
+        if _means_something_else(key, change, compatible, amid_epoch=amid_epoch)
+    }
     if wrong:
         raise ConfigError(
             "resume",
@@ -127,14 +118,16 @@ def refuse_if_changed(config: Config, path: Path, saved: Mapping[str, Any] | Non
         )
 
 
-def _means_something_else(key: str, change: tuple[str, str], *, amid_epoch: bool) -> bool:
+def _means_something_else(
+    key: str, change: tuple[str, str], compatible_data_keys: Set[str], *, amid_epoch: bool
+) -> bool:
     if key in _ORDER:
         return amid_epoch
     # A key that one of the two lacks came or went with a release, or belongs to a choice that differs by name.
     if NO_VALUE in change and not key.startswith("model.kwargs."):
         return False
     if key.startswith("data."):
-        return key.split(".")[1] not in _SAME_IMAGES
+        return key.split(".")[1] not in compatible_data_keys
     return key.startswith("model.") or key == "optimizer.name"
 
 
