@@ -20,7 +20,8 @@ from distrain.compression.autotune.candidates import Table, choose, turns
 from distrain.compression.autotune.link_model import measure_link
 from distrain.compression.autotune.simulation import Backdrop, Cost, measure_cost, predicted
 from distrain.compression.autotune.step_trace import Recorder, Step, typical
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.compression.error_feedback import Residuals
 from distrain.config.registry import register
 from distrain.config.schema import CompressionConfig, Config, setting
@@ -129,9 +130,9 @@ class Auto(Compressor):
 
     def compresses(self, parameter: nn.Parameter) -> bool:
         """Whether any candidate does."""
-        return self.place(parameter) < 0
+        return self.bucket_order(parameter) < 0
 
-    def place(self, parameter: nn.Parameter) -> int:
+    def bucket_order(self, parameter: nn.Parameter) -> int:
         """What most candidates compress comes first, so that each one's part is the beginning of a bucket."""
         return -sum(candidate.compresses(parameter) for candidate in self._candidates.values())
 
@@ -151,7 +152,7 @@ class Auto(Compressor):
         if self._loaded:
             self._go_on(next(iter(bucket.tensors)))
         if self.residuals.state_dict():
-            self.residuals.settle(bucket)
+            self.residuals.fold_into_gradients(bucket)
         if self._copies is not None:
             self._copies.append(bucket.clone())
         return self._current.aggregate(self._view(self._name, bucket), communicator)
@@ -164,17 +165,17 @@ class Auto(Compressor):
         """As the candidate in use does it; see the base class."""
         self._current.decode(payload, self._view(self._name, bucket))
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """As the candidate in use does it; see the base class."""
-        return self._current.take(owed)
+        return self._current.compress(owed)
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """As the candidate in use does it; see the base class."""
-        return self._current.form(bucket)
+        return self._current.message_layout(bucket)
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """As the candidate in use does it; see the base class."""
-        self._current.put(message, bucket)
+        self._current.add_decompressed(message, bucket)
 
     def residual_norm(self) -> Tensor | None:
         """Of all candidates that had a turn; see the base class."""
@@ -193,7 +194,7 @@ class Auto(Compressor):
         # All count the run's steps, so that what is drawn or warms up is as if there were only this one.
         self._current.step = self.step - 1
         self._current.begin_step()
-        self.collectives = self._current.collectives
+        self.phases = self._current.phases
 
     def _view(self, name: str, bucket: Bucket) -> Bucket:
         """A bucket as a candidate would have laid it out, but for the order of its tensors.
@@ -208,7 +209,7 @@ class Auto(Compressor):
                     break
                 lossy += tensor.numel()
             self._plain[key] = bucket.flat.numel() - lossy
-        return dataclasses.replace(bucket, plain=self._plain[key])
+        return dataclasses.replace(bucket, uncompressed_numel=self._plain[key])
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
 """The contract between whoever reduces gradients and whoever decides how they travel.
 
 A compressor is one file in this folder and one YAML in ``conf/compression``. What most of them write is two methods:
-:meth:`Compressor.take` takes out of a bucket what it sends and :meth:`Compressor.put` adds a message to a bucket. The
-base class does the rest: error feedback, small tensors that travel as they are, the exchange, and the state.
+:meth:`Compressor.compress` takes out of a bucket what it sends and :meth:`Compressor.add_decompressed` adds a message
+to a bucket. The base class does the rest: error feedback, small tensors that travel as they are, the exchange, and the
+state.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.autotune.step_trace import Observer
+from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.packing import pack, unpack
 from distrain.compression.error_feedback import Residuals
 from distrain.config.registry import choice
@@ -34,66 +36,6 @@ class LossyConfig(CompressionConfig):
     error_feedback: bool = setting("Add what was not sent to the next step's gradient.")
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Gradients that travel together.
-
-    Attributes:
-        flat: All gradients of the bucket in one 1-D tensor; those worth compressing come first.
-        tensors: The same memory as one view a parameter, in the order of ``flat``, by the parameter's name in the
-            unsplit model, shaped as the parameter. What a compressor keeps between steps it keeps by these names.
-        plain: How many elements at the end of ``flat`` belong to tensors that travel as they are.
-    """
-
-    flat: Tensor
-    tensors: Mapping[str, Tensor]
-    plain: int = 0
-
-    @property
-    def bytes(self) -> int:
-        """Size of the bucket, uncompressed."""
-        return self.flat.numel() * self.flat.element_size()
-
-    @property
-    def lossy_part(self) -> Tensor:
-        """The gradients to compress, 1-D."""
-        return self.flat[: self.flat.numel() - self.plain]
-
-    @property
-    def plain_part(self) -> Tensor:
-        """The gradients that travel as they are, 1-D."""
-        return self.flat[self.flat.numel() - self.plain :]
-
-    @property
-    def lossy(self) -> dict[str, Tensor]:
-        """The tensors to compress, by name, each as a 1-D view in memory order."""
-        found, offset, end = {}, 0, self.flat.numel() - self.plain
-        for name, tensor in self.tensors.items():
-            if offset == end:
-                break
-            found[name] = self.flat[offset : offset + tensor.numel()]
-            offset += tensor.numel()
-        return found
-
-    def like_lossy(self) -> Bucket:
-        """Zeros in the layout of the lossy part."""
-        return self._over(torch.zeros_like(self.lossy_part), self.lossy, plain=0)
-
-    def clone(self) -> Bucket:
-        """The same content and layout in memory of its own."""
-        return self._over(self.flat.clone(), self.tensors, self.plain)
-
-    def _over(self, flat: Tensor, names: Iterable[str], plain: int) -> Bucket:
-        """Some of the tensors, laid out as here, in other memory."""
-        held = {name: self.tensors[name] for name in names}
-        start = self.flat.storage_offset()
-        tensors = {
-            name: flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset() - start)
-            for name, tensor in held.items()
-        }
-        return Bucket(flat, tensors, plain)
-
-
 class Compressor(ABC):
     """Turns each rank's share of the mean gradient into the mean gradient.
 
@@ -109,11 +51,11 @@ class Compressor(ABC):
         step: Steps begun since the start of the run.
         residuals: What this rank has not sent yet; ``None`` without error feedback.
         observer: Who is told what happens in a step, if anybody.
-        ramp_steps: So many steps at the start of a run it works otherwise than later, so they tell nothing about it.
+        warmup_steps: So many steps at the start of a run it works otherwise than later, so they tell nothing about it.
     """
 
-    collectives: int = 1
-    ramp_steps: int = 0
+    phases: int = 1
+    warmup_steps: int = 0
 
     def __init__(self, config: CompressionConfig, seed: int = 0) -> None:
         self.config = config
@@ -141,8 +83,9 @@ class Compressor(ABC):
                 f"overflows now and then, which would ruin what compression={chosen.name} has not sent yet",
                 ["fp32", "bf16", "fp64"],
             )
-        travels: str = getattr(choice("strategy", config.strategy.name).target, "travels")  # noqa: B009 - any callable
-        if config.trainer.on_nonfinite == "skip" and travels == "gradients":
+        strategy = choice("strategy", config.strategy.name).target
+        quantity: str = getattr(strategy, "compressed_quantity")  # noqa: B009 - any callable
+        if config.trainer.on_nonfinite == "skip" and quantity == "gradients":
             raise ConfigError(
                 "trainer.on_nonfinite",
                 "skip",
@@ -157,30 +100,30 @@ class Compressor(ABC):
         assert isinstance(self.config, LossyConfig)
         return parameter.dim() > 1 and parameter.numel() >= self.config.min_elements
 
-    def place(self, parameter: nn.Parameter) -> int:
+    def bucket_order(self, parameter: nn.Parameter) -> int:
         """Parameters lie in a bucket in this order; those of a place keep the order in which gradients are ready."""
         return 0 if self.compresses(parameter) else 1
 
     @abstractmethod
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """Takes what it sends out of a bucket's lossy part, in place.
 
         Args:
             owed: What should be sent; afterwards what this message leaves out. The plain part is not looked at.
 
         Returns:
-            The message: contiguous tensors whose dtypes and sizes are those of :meth:`form`.
+            The message: contiguous tensors whose dtypes and sizes are those of :meth:`message_layout`.
         """
 
     @abstractmethod
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """Dtype and number of elements of each part of a message about this bucket in this step.
 
         They depend on the bucket's names and sizes and on the step alone, so that all ranks know each other's.
         """
 
     @abstractmethod
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """Adds a message, which may be another rank's, to a bucket's lossy part, in place."""
 
     # --- the exchange ------------------------------------------------------------------------------------------------
@@ -211,13 +154,15 @@ class Compressor(ABC):
     def encode(self, bucket: Bucket) -> Tensor:
         """This rank's message about a bucket as uint8 ``[bytes]``; what it leaves out is kept for the next step."""
         owed = self.residuals.add(bucket) if self.residuals is not None else bucket
-        return pack([bucket.plain_part, *self.take(owed)])
+        return pack([bucket.uncompressed_part, *self.compress(owed)])
 
     def decode(self, payload: Tensor, bucket: Bucket) -> None:
         """Adds what a rank encoded in this step to a bucket of the same names and sizes."""
-        plain, *message = unpack(payload, [(bucket.flat.dtype, bucket.plain), *self.form(bucket)])
-        bucket.plain_part.add_(plain)
-        self.put(message, bucket)
+        plain, *message = unpack(
+            payload, [(bucket.flat.dtype, bucket.uncompressed_numel), *self.message_layout(bucket)]
+        )
+        bucket.uncompressed_part.add_(plain)
+        self.add_decompressed(message, bucket)
 
     def report(self) -> dict[str, Any]:
         """What came of it, as plain data for ``summary.json``."""

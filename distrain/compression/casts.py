@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 
 
 class Cast(Compressor):
@@ -35,16 +36,16 @@ class Cast(Compressor):
         yield communicator.start_all_reduce(travelling)
         bucket.flat.copy_(travelling)
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """All elements, rounded; what was rounded off is left."""
-        rounded = owed.lossy_part.to(self.dtype, copy=True)
-        owed.lossy_part.sub_(rounded)
+        rounded = owed.compressed_part.to(self.dtype, copy=True)
+        owed.compressed_part.sub_(rounded)
         return [rounded]
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """One value an element."""
-        return [(self.dtype, bucket.lossy_part.numel())]
+        return [(self.dtype, bucket.compressed_part.numel())]
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """Adds in the bucket's own dtype."""
-        bucket.lossy_part.add_(message[0])
+        bucket.compressed_part.add_(message[0])

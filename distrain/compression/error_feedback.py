@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from distrain.compression.base import Bucket
+    from distrain.compression.bucket import Bucket
 
 
 class Residuals:
@@ -37,7 +37,7 @@ class Residuals:
         Returns:
             All that is owed, to take the message out of.
         """
-        names = tuple(bucket.lossy)
+        names = tuple(bucket.compressed_tensors)
         if names not in self._owed:
             self._owed[names] = self._restored(bucket, "residual")
             if self._momentum:
@@ -45,15 +45,15 @@ class Residuals:
         owed = self._owed[names]
         if self._momentum:
             velocity = self._velocities[names]
-            velocity.flat.mul_(self._momentum).add_(bucket.lossy_part)
+            velocity.flat.mul_(self._momentum).add_(bucket.compressed_part)
             owed.flat.add_(velocity.flat)
         else:
-            owed.flat.add_(bucket.lossy_part)
+            owed.flat.add_(bucket.compressed_part)
         return owed
 
-    def settle(self, bucket: Bucket) -> None:
+    def fold_into_gradients(self, bucket: Bucket) -> None:
         """Adds to a bucket's gradients what was loaded for them, where there is nobody to owe anything."""
-        for name in list(bucket.lossy):
+        for name in list(bucket.compressed_tensors):
             saved = self._loaded.pop(f"residual/{name}", None)
             if saved is not None:
                 bucket.tensors[name].add_(saved.to(bucket.flat.device))
@@ -84,7 +84,7 @@ class Residuals:
 
     def _restored(self, bucket: Bucket, what: str) -> Bucket:
         """Memory like the bucket's lossy part, filled with what was loaded for its names."""
-        made = bucket.like_lossy()
+        made = bucket.zeros_like_compressed()
         for name, tensor in made.tensors.items():
             saved = self._loaded.pop(f"{what}/{name}", None)
             if saved is not None:

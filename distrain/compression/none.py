@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.config.registry import register
 from distrain.config.schema import CompressionConfig
 
@@ -29,13 +30,13 @@ class NoCompression(Compressor):
         """Nothing: no step depends on an earlier one."""
         return {}
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """Nothing: all is in the plain part."""
         return []
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        """See :meth:`take`."""
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+        """See :meth:`compress`."""
         return []
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
-        """See :meth:`take`."""
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
+        """See :meth:`compress`."""

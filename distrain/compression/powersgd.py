@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from distrain import rng
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Bucket, Compressor, LossyConfig
+from distrain.compression.base import Compressor, LossyConfig
+from distrain.compression.bucket import Bucket
 from distrain.config.registry import register
 from distrain.config.schema import setting
 from distrain.errors import ConfigError
@@ -61,11 +62,11 @@ class PowerSGD(Compressor):
     processors of unlike kinds may drift apart by rounding.
     """
 
-    collectives = 2
+    phases = 2
 
     def __init__(self, config: PowerSGDConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
-        self.ramp_steps = config.start_step
+        self.warmup_steps = config.start_step
         self._options = config
         # The factor that each matrix's next step begins with, by `q/<name>` or `p/<name>`, equal on all ranks, and
         # `own_q/<name>` of messages that this rank makes by itself. They are replaced, never changed.
@@ -79,7 +80,7 @@ class PowerSGD(Compressor):
     def begin_step(self) -> None:
         """Counts the step, and with it how many collectives a bucket needs."""
         super().begin_step()
-        self.collectives = 1 if self._options.alternate or self._uncompressed else 2
+        self.phases = 1 if self._options.alternate or self._uncompressed else 2
 
     def compresses(self, parameter: nn.Parameter) -> bool:
         """Whether the factors are small enough; in turns a matrix of full rank isn't sent exactly, so not then."""
@@ -101,7 +102,7 @@ class PowerSGD(Compressor):
         a rank's difference from the mean is never sent and piles up, and here the rest can be taken while the
         collective runs.
         """
-        if self._uncompressed or bucket.plain == bucket.flat.numel():
+        if self._uncompressed or bucket.uncompressed_numel == bucket.flat.numel():
             yield communicator.start_all_reduce(bucket.flat)
             return
         owed = self.residuals.add(bucket) if self.residuals is not None else bucket
@@ -111,12 +112,12 @@ class PowerSGD(Compressor):
     def _in_two_phases(
         self, bucket: Bucket, matrices: Mapping[str, Tensor], communicator: Communicator
     ) -> Iterator[Pending]:
-        message, lefts = self._message(bucket.plain_part, matrices, left=True)
+        message, lefts = self._message(bucket.uncompressed_part, matrices, left=True)
         for name, matrix in matrices.items():
             torch.mm(matrix, self._start("q", name, matrix).t(), out=lefts[name])
         yield communicator.start_all_reduce(message)
 
-        bucket.plain_part.copy_(message[: bucket.plain])
+        bucket.uncompressed_part.copy_(message[: bucket.uncompressed_numel])
         bases = {name: self._orthonormal(left) for name, left in lefts.items()}
         message, rights = self._message(message[:0], matrices, left=False)
         for name, matrix in matrices.items():
@@ -136,7 +137,7 @@ class PowerSGD(Compressor):
     ) -> Iterator[Pending]:
         left = self.step % 2 == 1
         sent, held = ("p", "q") if left else ("q", "p")
-        message, own = self._message(bucket.plain_part, matrices, left=left)
+        message, own = self._message(bucket.uncompressed_part, matrices, left=left)
         bases = {}
         for name, matrix in matrices.items():
             start = self._start(held, name, matrix)
@@ -151,8 +152,8 @@ class PowerSGD(Compressor):
         self._subtract(matrices, *((own, bases) if left else (bases, own)))
         yield pending
 
-        bucket.plain_part.copy_(total[: bucket.plain])
-        sums = _split(total[bucket.plain :], self._shapes(matrices, left=left))
+        bucket.uncompressed_part.copy_(total[: bucket.uncompressed_numel])
+        sums = _split(total[bucket.uncompressed_numel :], self._shapes(matrices, left=left))
         _multiply(*((sums, bases) if left else (bases, sums)), bucket)
         for name, each in sums.items():
             self._factors.pop(f"{held}/{name}", None)
@@ -168,11 +169,11 @@ class PowerSGD(Compressor):
 
     # --- one rank by itself ------------------------------------------------------------------------------------------
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """All left factors, orthonormal, then all right ones, of this rank's matrices alone; see the base class."""
         if self._uncompressed:
-            message = owed.lossy_part.clone()
-            owed.lossy_part.zero_()
+            message = owed.compressed_part.clone()
+            owed.compressed_part.zero_()
             return [message]
         matrices = _matrices(owed)
         empty = owed.flat[:0]
@@ -185,17 +186,17 @@ class PowerSGD(Compressor):
             self._keep("own_q", name, rights[name])
         return [all_lefts, all_rights]
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """Two parts, the left and the right factors; in the first steps one, the gradients."""
         if self._uncompressed:
-            return [(bucket.flat.dtype, bucket.lossy_part.numel())]
+            return [(bucket.flat.dtype, bucket.compressed_part.numel())]
         matrices = _matrices(bucket)
         return [(bucket.flat.dtype, _size(self._shapes(matrices, left=left))) for left in (True, False)]
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """Adds the products of the factors; see the base class."""
         if self._uncompressed:
-            bucket.lossy_part.add_(message[0])
+            bucket.compressed_part.add_(message[0])
             return
         matrices = _matrices(bucket)
         lefts = _split(message[0], self._shapes(matrices, left=True))
@@ -280,7 +281,7 @@ def _matrices(bucket: Bucket) -> dict[str, Tensor]:
 
     Of their memory: the columns of channels-last weights are in another order, which changes nothing of low rank.
     """
-    return {name: flat.view(bucket.tensors[name].shape[0], -1) for name, flat in bucket.lossy.items()}
+    return {name: flat.view(bucket.tensors[name].shape[0], -1) for name, flat in bucket.compressed_tensors.items()}
 
 
 def _size(shapes: Mapping[str, tuple[int, int]]) -> int:

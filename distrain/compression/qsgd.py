@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.config.registry import register
 from distrain.config.schema import setting
@@ -55,12 +55,12 @@ class QSGD(Quantised):
         self.rank = communicator.rank
         return super().aggregate(bucket, communicator)
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """Begins this step's draws for the bucket; see the base class."""
         key = f"{self.seed}/{self.step}/{self.rank}/{next(iter(owed.tensors), '')}"
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         self._generator = torch.Generator(owed.flat.device).manual_seed(int.from_bytes(digest, "little"))
-        return super().take(owed)
+        return super().compress(owed)
 
     def quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The scale of each group by its highest level, and each value in these steps, rounded at random."""

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distrain.compression.base import Bucket, Compressor, LossyConfig
+from distrain.compression.base import Compressor, LossyConfig
+from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.bits import pack_bits, packed_size, unpack_bits
 from distrain.config.schema import setting
 
@@ -56,7 +57,7 @@ class Quantised(Compressor):
             The step of each group, float32 ``[rows, groups, 1]``, and the level of each value, of its shape and dtype.
         """
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """Steps, and packed levels."""
         shapes = self._shapes(bucket)
         return [
@@ -64,9 +65,9 @@ class Quantised(Compressor):
             (torch.uint8, sum(rows * packed_size(groups * size, self.bits) for rows, groups, size in shapes)),
         ]
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """Takes the rounded elements and leaves what rounding added or cut off."""
-        message = [torch.empty(size, dtype=dtype, device=owed.flat.device) for dtype, size in self.form(owed)]
+        message = [torch.empty(size, dtype=dtype, device=owed.flat.device) for dtype, size in self.message_layout(owed)]
         for values, steps, packed in self._pieces(owed, message):
             step, levels = self.quantise(values)
             codes = levels.to(torch.int8).sub_(self.lowest).view(torch.uint8) >> self.shift
@@ -79,7 +80,7 @@ class Quantised(Compressor):
                 values.masked_fill_(~finite, 0)
         return message
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """Adds each level times its step."""
         for values, steps, packed in self._pieces(bucket, message):
             codes = unpack_bits(packed, self.bits, values[0].numel())
@@ -92,7 +93,7 @@ class Quantised(Compressor):
         Yields:
             Elements ``[rows, groups, elements of a group]``, steps ``[rows, groups, 1]``, levels ``[rows, bytes]``.
         """
-        parts = [bucket.lossy_part, *message]
+        parts = [bucket.compressed_part, *message]
         for rows, groups, size in self._shapes(bucket):
             counts = [rows * groups * size, rows * groups, rows * packed_size(groups * size, self.bits)]
             values, steps, packed = (part[:count] for part, count in zip(parts, counts, strict=True))
@@ -106,7 +107,7 @@ class Quantised(Compressor):
         """
         size = self.config.bucket_size
         groups = max(_BLOCK // size, 1)
-        rows, rest = divmod(bucket.lossy_part.numel(), groups * size)
+        rows, rest = divmod(bucket.compressed_part.numel(), groups * size)
         whole = [(1, groups, size)] * rows if self._row_by_row(bucket) else [(rows, groups, size)]
         pieces = [*whole, (1, rest // size, size), (1, 1, rest % size)]
         return [piece for piece in pieces if 0 not in piece]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
 from distrain.config.registry import register
 
@@ -26,31 +26,31 @@ class RandomK(SparseCompressor):
         """One all-reduce of the plain part and the chosen values; all ranks choose the same."""
         owed = self.residuals.add(bucket) if self.residuals is not None else bucket
         positions = self._positions(bucket, self.step)
-        travelling = torch.cat([bucket.plain_part, self._take(owed, positions)])
+        travelling = torch.cat([bucket.uncompressed_part, self._take(owed, positions)])
         yield communicator.start_all_reduce(travelling)
-        plain, values = travelling.split([bucket.plain, len(positions)])
-        bucket.plain_part.copy_(plain)
-        bucket.lossy_part.zero_().index_copy_(0, positions, values)
+        plain, values = travelling.split([bucket.uncompressed_numel, len(positions)])
+        bucket.uncompressed_part.copy_(plain)
+        bucket.compressed_part.zero_().index_copy_(0, positions, values)
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """The step, by which a receiver that is at another one knows the positions; then the values."""
         step = torch.tensor([self.step], device=owed.flat.device)
         return [step, self._take(owed, self._positions(owed, self.step))]
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """Step and values."""
         return [(torch.int64, 1), (bucket.flat.dtype, sum(self.counts(bucket, self.step).values()))]
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """Adds each value where it belongs."""
         step, values = message
-        bucket.lossy_part.index_add_(0, self._positions(bucket, int(step)), values)
+        bucket.compressed_part.index_add_(0, self._positions(bucket, int(step)), values)
 
     def _positions(self, bucket: Bucket, step: int) -> Tensor:
         counts = self.counts(bucket, step)
         chosen = {
             name: stratified(tensor.numel(), counts[name], self.key(step, name))
-            for name, tensor in bucket.lossy.items()
+            for name, tensor in bucket.compressed_tensors.items()
         }
         return joined(bucket, chosen)
 
@@ -58,6 +58,6 @@ class RandomK(SparseCompressor):
         values = self.take_at(owed, positions, owed.flat.dtype)
         if self.residuals is None:
             parts = values.split(list(self.counts(owed, self.step).values()))
-            for tensor, part in zip(owed.lossy.values(), parts, strict=True):
+            for tensor, part in zip(owed.compressed_tensors.values(), parts, strict=True):
                 part.mul_(tensor.numel() / len(part))
         return values

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.compression.base import Bucket, Compressor, LossyConfig
+from distrain.compression.base import Compressor, LossyConfig
+from distrain.compression.bucket import Bucket
 from distrain.compression.error_feedback import Residuals
 from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError
@@ -54,7 +55,7 @@ class SparseCompressor(Compressor):
 
     def __init__(self, config: SparseConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
-        self.ramp_steps = config.warmup_steps
+        self.warmup_steps = config.warmup_steps
         if self.residuals is not None:
             self.residuals = Residuals(config.momentum_correction)
 
@@ -79,7 +80,7 @@ class SparseCompressor(Compressor):
     def counts(self, bucket: Bucket, step: int) -> dict[str, int]:
         """How many elements of each tensor are sent in a step."""
         density = self.density(step)
-        return {name: max(1, math.ceil(density * tensor.numel())) for name, tensor in bucket.lossy.items()}
+        return {name: max(1, math.ceil(density * tensor.numel())) for name, tensor in bucket.compressed_tensors.items()}
 
     def key(self, step: int, name: str) -> str:
         """What the random choices about a tensor in a step depend on."""
@@ -96,7 +97,7 @@ class SparseCompressor(Compressor):
         Returns:
             The elements in the order of their positions.
         """
-        lossy = owed.lossy_part
+        lossy = owed.compressed_part
         values = lossy.index_select(0, positions)
         sent = values.to(dtype)
         if sent is values:
@@ -118,7 +119,7 @@ def joined(bucket: Bucket, chosen: Mapping[str, Tensor]) -> Tensor:
         chosen: For each tensor int64 positions.
     """
     parts, offset = [torch.empty(0, dtype=torch.int64)], 0
-    for name, tensor in bucket.lossy.items():
+    for name, tensor in bucket.compressed_tensors.items():
         parts.append(chosen[name] + offset)
         offset += tensor.numel()
     # Together, where they were chosen elsewhere: one transfer a bucket. An empty bucket has nothing but the first part.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.positions import PositionCode
 from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
 from distrain.config.registry import register
@@ -39,31 +39,31 @@ class TopK(SparseCompressor):
 
     config: TopKConfig
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         """Values, then positions in the lossy part as :class:`PositionCode` writes them."""
         counts = self.counts(owed, self.step)
         chosen = {
             name: largest(tensor, counts[name], self.config.sample_above, self.key(self.step, name))
-            for name, tensor in owed.lossy.items()
+            for name, tensor in owed.compressed_tensors.items()
         }
         positions = joined(owed, chosen)
         values = self.take_at(owed, positions, self._dtype(owed))
         return [values, *self._code(owed).write(positions)]
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         """Values, low bits of positions, high parts of positions."""
         code = self._code(bucket)
         return [(self._dtype(bucket), code.count), *((torch.uint8, size) for size in code.bytes)]
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         """Adds each value where it belongs."""
         values, *written = message
         positions = self._code(bucket).read(*written)
-        bucket.lossy_part.index_add_(0, positions, values.to(bucket.flat.dtype))
+        bucket.compressed_part.index_add_(0, positions, values.to(bucket.flat.dtype))
 
     def _code(self, bucket: Bucket) -> PositionCode:
         # One for the whole bucket: a set of positions in tensor after tensor is one ascending set.
-        return PositionCode.shortest(sum(self.counts(bucket, self.step).values()), bucket.lossy_part.numel())
+        return PositionCode.shortest(sum(self.counts(bucket, self.step).values()), bucket.compressed_part.numel())
 
     def _dtype(self, bucket: Bucket) -> torch.dtype:
         return torch.bfloat16 if self.config.values == "bf16" else bucket.flat.dtype

@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.autotune import advice
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
 
@@ -183,7 +184,7 @@ class Gradients:
     def _settle(self) -> None:
         if self._compressor.residuals is not None:
             for bucket in self.buckets:
-                self._compressor.residuals.settle(bucket)
+                self._compressor.residuals.fold_into_gradients(bucket)
 
     def norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar."""
@@ -258,7 +259,7 @@ def make_bucket(part: list[tuple[str, nn.Parameter]], compressor: Compressor) ->
     first = part[0][1]
     flat = torch.zeros(sum(p.numel() for _, p in part), dtype=first.dtype, device=first.device)
     tensors, offset = {}, 0
-    for name, parameter in sorted(part, key=lambda pair: compressor.place(pair[1])):
+    for name, parameter in sorted(part, key=lambda pair: compressor.bucket_order(pair[1])):
         # The parameter's own strides (channels-last weights), so that fused optimizers see one layout; those of a
         # copy where it is a view with gaps, which the bucket has not.
         strides = torch.empty_like(parameter, device="meta").stride()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.reporting.metrics import Stopwatch
 
 
@@ -62,7 +63,7 @@ class Exchanges:
 
     def _start(self, bucket: Bucket) -> None:
         self._begin_next()
-        exchange = _Exchange(self._compressor.aggregate(bucket, self._communicator), self._compressor.collectives)
+        exchange = _Exchange(self._compressor.aggregate(bucket, self._communicator), self._compressor.phases)
         self._under_way.append(exchange)
         self._advance(exchange)
 

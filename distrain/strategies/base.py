@@ -66,11 +66,11 @@ class Strategy(ABC):
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: What :meth:`setup` made; the trainer sets its learning rate.
         compressor: How what is reduced among replicas travels.
-        travels: What that is; what a compressor keeps back is in the same unit.
+        compressed_quantity: Quantity being compressed; residuals share its unit.
         saves_in_background: The ranks that train have a process group of their own for saving.
     """
 
-    travels: ClassVar[str] = "gradients"
+    compressed_quantity: ClassVar[str] = "gradients"
     saves_in_background: ClassVar[bool] = True
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
@@ -92,7 +92,7 @@ class Strategy(ABC):
             "strategy": self.config.strategy.name,
             "world_size": self.runtime.world.size,
             "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
-            "travels": self.travels,
+            "travels": self.compressed_quantity,
         }
 
     @classmethod
@@ -231,12 +231,15 @@ class Strategy(ABC):
             names: Parameters that this rank holds.
             replicas: How many ranks hold each of them.
         """
-        travelled = saved["layout"].get("travels", Strategy.travels)
-        if travelled != self.travels:
+        travelled = saved["layout"].get("travels", Strategy.compressed_quantity)
+        if travelled != self.compressed_quantity:
             if all(key == "step" for each in saved["compressor"] for key in each):
                 return [Carried(part, "absent", "none were saved") for part in _COMPRESSORS_PARTS]
             log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
-            return [Carried(part, "reset", f"{travelled} travelled, now {self.travels}") for part in _COMPRESSORS_PARTS]
+            return [
+                Carried(part, "reset", f"{travelled} travelled, now {self.compressed_quantity}")
+                for part in _COMPRESSORS_PARTS
+            ]
         carried = resharding.restore(
             self.compressor,
             saved["compressor"],

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import DONE, Communicator, Pending
-from distrain.compression.base import Bucket, Compressor, LossyConfig, build
+from distrain.compression.base import Compressor, LossyConfig, build
+from distrain.compression.bucket import Bucket
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
@@ -76,7 +77,7 @@ class Crowd:
             used.begin_step()
             bucket.flat.copy_(gradient)
             under_way.append(used.aggregate(bucket, cast(Communicator, rank)))
-        for _ in range(self.compressors[0].collectives):
+        for _ in range(self.compressors[0].phases):
             for exchange in under_way:
                 next(exchange)
             _deliver(ranks)

@@ -19,7 +19,8 @@ from distrain.compression.auto import Auto, AutoConfig
 from distrain.compression.autotune import candidates as selection
 from distrain.compression.autotune.candidates import Table, choose, turns
 from distrain.compression.autotune.link_model import Link, Point
-from distrain.compression.base import Bucket, Compressor, LossyConfig
+from distrain.compression.base import Compressor, LossyConfig
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.registry import Choice, choices
 from distrain.config.schema import CompressionConfig
@@ -196,17 +197,17 @@ class Fake(Compressor):
         self.seen.append(bucket)
         time.sleep(self.sleeps)
         owed = self.residuals.add(bucket) if self.residuals is not None else bucket
-        bucket.lossy_part.copy_(owed.lossy_part).mul_(0.5)
-        owed.lossy_part.mul_(0.5)
+        bucket.compressed_part.copy_(owed.compressed_part).mul_(0.5)
+        owed.compressed_part.mul_(0.5)
         yield communicator.start_all_reduce(bucket.flat)
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         raise NotImplementedError
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         raise NotImplementedError
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         raise NotImplementedError
 
 
@@ -259,10 +260,10 @@ def test_each_candidate_sees_the_buckets_that_it_would_have_laid_out() -> None:
     for name, candidate in parts.items():
         (own,) = gradients_of(base.build(candidate)).buckets
         seen = used._view(name, bucket)
-        assert set(seen.lossy) == set(own.lossy)
-        assert seen.plain == own.plain
+        assert set(seen.compressed_tensors) == set(own.compressed_tensors)
+        assert seen.uncompressed_numel == own.uncompressed_numel
         assert seen.flat is bucket.flat
-    assert used._view("none", bucket).plain == bucket.flat.numel()
+    assert used._view("none", bucket).uncompressed_numel == bucket.flat.numel()
 
 
 # --- on ranks --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("name", CASTS)
 @both
 def test_small_tensors_and_vectors_are_cast_too(name: str) -> None:
     bucket = bucket_for(compressor(f"compression={name}"))
-    assert bucket.plain == 0
+    assert bucket.uncompressed_numel == 0
     assert bucket.tensors["bias"].numel() == 11
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distrain.communication.collectives import Communicator
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, digest, ring_all_reduce_bytes
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.powersgd import PowerSGD, PowerSGDConfig
 from distrain.errors import ConfigError
 from distrain.gradients.buckets import MB, Gradients
@@ -221,7 +221,7 @@ def test_the_first_steps_travel_uncompressed(alternate: bool) -> None:
         matrix = noise(8, 30, seed=number)
         found = sent(used, matrix)
         assert bool(torch.equal(found, matrix)) is (number <= 2)
-        assert used.collectives == (2 if number == 3 and not alternate else 1)
+        assert used.phases == (2 if number == 3 and not alternate else 1)
 
 
 # --- one rank by itself ----------------------------------------------------------------------------------------------
@@ -233,16 +233,16 @@ def test_a_message_and_what_is_left_are_what_was_owed() -> None:
     for _ in range(8):
         used.begin_step()
         owed, received = one(matrix), one(noise(8, 30, seed=1))
-        message = used.take(owed)
+        message = used.compress(owed)
         assert (
             [(part.dtype, part.numel()) for part in message]
-            == used.form(owed)
+            == used.message_layout(owed)
             == [
                 (torch.float64, 16),
                 (torch.float64, 60),
             ]
         )
-        used.put(message, received)
+        used.add_decompressed(message, received)
         whole = received.flat - noise(8, 30, seed=1).flatten() + owed.flat
         torch.testing.assert_close(whole.view(8, 30), matrix)
         lost.append(float(owed.flat.norm()))
@@ -257,10 +257,10 @@ def test_messages_of_several_ranks_add_up() -> None:
     for uncompressed in (True, False):
         used.begin_step()
         total = torch.zeros(35, dtype=torch.float64)
-        server = Bucket(total, {"weight": total[:30].view(5, 6), "bias": total[30:]}, plain=5)
+        server = Bucket(total, {"weight": total[:30].view(5, 6), "bias": total[30:]}, uncompressed_numel=5)
         before = used.state_dict().get("residual/weight", torch.zeros(5, 6)).clone()
         for flat in shares:
-            sender = Bucket(flat.clone(), {"weight": flat[:30].view(5, 6), "bias": flat[30:]}, plain=5)
+            sender = Bucket(flat.clone(), {"weight": flat[:30].view(5, 6), "bias": flat[30:]}, uncompressed_numel=5)
             used.decode(used.encode(sender), server)
         left = used.state_dict()["residual/weight"] if not uncompressed else torch.zeros(5, 6)
         torch.testing.assert_close(server.tensors["weight"] + left - before, (shares[0] + shares[1])[:30].view(5, 6))
@@ -282,7 +282,7 @@ def test_a_copy_goes_on_bit_for_bit(alternate: bool, steps: int) -> None:
     used = compressor(alternate=alternate)
     for number in range(steps):
         step(used, *gradients(number))
-        used.take(one(noise(5, 31, seed=number), "own"))
+        used.compress(one(noise(5, 31, seed=number), "own"))
     saved = {name: tensor.contiguous().clone() for name, tensor in used.state_dict().items()}
     factors = {"p/first", "p/second"} if alternate and steps % 2 else {"q/first", "q/second"}
     assert saved.keys() == {"step", "residual/first", "residual/second", "own_q/own"} | factors
@@ -294,7 +294,9 @@ def test_a_copy_goes_on_bit_for_bit(alternate: bool, steps: int) -> None:
         step(copy, *(bucket for _, bucket in pairs))
         assert all(torch.equal(mine.flat, theirs.flat) for mine, theirs in pairs)
         message = one(noise(5, 31, seed=number), "own")
-        assert torch.equal(torch.cat(used.take(one(message.tensors["own"], "own"))), torch.cat(copy.take(message)))
+        assert torch.equal(
+            torch.cat(used.compress(one(message.tensors["own"], "own"))), torch.cat(copy.compress(message))
+        )
     for name, tensor in used.state_dict().items():
         assert torch.equal(tensor, copy.state_dict()[name]), name
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.communication.collectives import Communicator
 from distrain.compression import base
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.qsgd import QSGD, QSGDConfig
 from distrain.errors import ConfigError
 from tests.runs import compose
@@ -25,8 +25,8 @@ def make(bits: int = 4, norm: str = "max", *, group: int = 64, seed: int = 0) ->
 def rounded(compressor: QSGD, values: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """What a message about the values stands for, and its steps."""
     flat, heard = values.clone(), torch.zeros_like(values)
-    message = compressor.take(Bucket(flat, {name: flat}))
-    compressor.put(message, Bucket(heard, {name: heard}))
+    message = compressor.compress(Bucket(flat, {name: flat}))
+    compressor.add_decompressed(message, Bucket(heard, {name: heard}))
     return heard, message[0]
 
 

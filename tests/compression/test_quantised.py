@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.communication.collectives import Communicator, digest
 from distrain.compression import quantised
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.qsgd import QSGD, QSGDConfig
 from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.compression.signsgd import SignSGD
@@ -49,8 +49,8 @@ def said(compressor: Quantised, message: list[Tensor], about: Bucket) -> Tensor:
     """The elements that a message stands for."""
     heard = about.clone()
     heard.flat.zero_()
-    compressor.put(message, heard)
-    return heard.lossy_part
+    compressor.add_decompressed(message, heard)
+    return heard.compressed_part
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_what_was_owed_is_what_was_sent_and_what_is_left(
 ) -> None:
     compressor, original = make(kind), bucket(size, dtype=dtype)
     owed = original.clone()
-    message = compressor.take(owed)
+    message = compressor.compress(owed)
     sent = said(compressor, message, original)
     assert sent.abs().sum() > 0
     rounding = 4 * torch.finfo(dtype).eps * torch.maximum(sent.abs(), original.flat.abs())
@@ -78,8 +78,8 @@ def test_what_was_owed_is_what_was_sent_and_what_is_left(
 @pytest.mark.parametrize("size", [1, 7, 513, 1500])
 def test_a_message_takes_its_bits_and_a_scale_a_group(kind: str, size: int, small_blocks: None) -> None:
     compressor, original = make(kind), bucket(size, plain=5)
-    message = compressor.take(original.clone())
-    assert [(part.dtype, part.numel()) for part in message] == compressor.form(original)
+    message = compressor.compress(original.clone())
+    assert [(part.dtype, part.numel()) for part in message] == compressor.message_layout(original)
     steps, packed = message
     assert (steps.dtype, len(steps)) == (torch.float32, -(-size // GROUP))
     assert 0 <= len(packed) - size * compressor.bits / 8 < 3
@@ -94,11 +94,11 @@ def test_a_gpus_large_operations_make_the_same_message(
 ) -> None:
     original = bucket(size)
     by_rows, owed = make(kind), original.clone()
-    expected, left = by_rows.take(owed), owed.flat
+    expected, left = by_rows.compress(owed), owed.flat
     heard = said(by_rows, expected, original)
     monkeypatch.setattr(Quantised, "_row_by_row", lambda self, bucket: False)
     at_once, owed = make(kind), original.clone()
-    message = at_once.take(owed)
+    message = at_once.compress(owed)
     assert all(torch.equal(part, wanted) for part, wanted in zip(message, expected, strict=True))
     assert torch.equal(owed.flat, left)
     assert torch.equal(said(at_once, message, original), heard)
@@ -111,7 +111,7 @@ def test_a_gpu_sends_what_it_no_longer_owes(kind: str, small_blocks: None) -> No
     original = bucket(1500)
     flat = original.flat.cuda()
     owed = Bucket(flat, {"weight": flat})
-    message = make(kind).take(owed)
+    message = make(kind).compress(owed)
     sent = said(make(kind), [part.cpu() for part in message], original)
     torch.testing.assert_close(sent + owed.flat.cpu(), original.flat, rtol=1e-5, atol=1e-2)
     assert torch.equal(said(make(kind), message, owed).cpu(), sent)
@@ -122,7 +122,7 @@ def test_groups_do_not_depend_on_each_other(kind: str) -> None:
     original = bucket(4 * GROUP)
     original.flat[GROUP : 2 * GROUP] = 0
     original.flat[2 * GROUP : 3 * GROUP] *= 1e6
-    message = make(kind).take(original.clone())
+    message = make(kind).compress(original.clone())
     sent = said(make(kind), message, original).view(4, GROUP)
     assert not sent[1].any()
     for group, values in zip(sent, original.flat.view(4, GROUP), strict=True):
@@ -136,7 +136,7 @@ def test_the_smallest_numbers_stay_small(kind: str, tiny: float) -> None:
     original = bucket(GROUP)
     original.flat.fill_(tiny)
     compressor, owed = make(kind), original.clone()
-    sent = said(compressor, compressor.take(owed), original)
+    sent = said(compressor, compressor.compress(owed), original)
     assert sent.abs().max() <= 2e-38
     assert owed.flat.abs().max() <= 2e-38
 
@@ -148,7 +148,7 @@ def test_what_is_not_finite_spoils_its_group_once(kind: str, bad: float) -> None
     compressor.begin_step()
     clean, spoilt = original.clone(), original.clone()
     spoilt.flat[GROUP + 3] = bad
-    expected = said(compressor, make(kind).take(clean), original)
+    expected = said(compressor, make(kind).compress(clean), original)
     payload = compressor.encode(spoilt)
     heard = original.clone()
     heard.flat.zero_()

@@ -39,7 +39,7 @@ def sent(used: RandomK, model: type[nn.Module] = Twins) -> dict[str, list[int]]:
     bucket.flat.fill_(1)
     used.begin_step()
     used.decode(used.encode(bucket), receiver)
-    return {name: tensor.nonzero().flatten().tolist() for name, tensor in receiver.lossy.items()}
+    return {name: tensor.nonzero().flatten().tolist() for name, tensor in receiver.compressed_tensors.items()}
 
 
 def test_ranks_send_the_same_elements() -> None:

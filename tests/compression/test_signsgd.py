@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distrain.compression import base
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.quantised import QuantisedConfig
 from distrain.compression.signsgd import SignSGD
 from tests.runs import compose
@@ -42,7 +42,7 @@ def test_what_is_left_out_is_sent_later() -> None:
 
 def test_signs_and_scales_are_all_that_travels() -> None:
     flat = torch.randn(4096)
-    steps, signs = make(group=512).take(Bucket(flat, {"weight": flat}))
+    steps, signs = make(group=512).compress(Bucket(flat, {"weight": flat}))
     assert (steps.numel(), signs.numel()) == (8, 4096 // 8)
 
 

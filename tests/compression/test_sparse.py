@@ -46,7 +46,7 @@ def test_of_every_tensor_the_same_share_is_sent_rounded_up(name: str) -> None:
     used = sparse(f"compression={name}", "compression.density=0.1")
     bucket = bucket_for(used)
     assert used.counts(bucket, 1) == {"images": 27, "many": 6554, "few": 1, "one": 1}
-    assert bucket.plain == 11
+    assert bucket.uncompressed_numel == 11
 
 
 @both
@@ -185,7 +185,7 @@ def test_momentum_gathers_where_nothing_is_sent_and_is_forgotten_where_it_is(nam
         assert torch.equal(state_of(crowd, "velocity"), velocity)
         assert torch.equal(state_of(crowd, "residual"), owed)
     assert velocity.any()
-    assert bucket.plain == 2
+    assert bucket.uncompressed_numel == 2
 
 
 def state_of(crowd: Crowd, what: str) -> Tensor:
@@ -283,18 +283,18 @@ def _on_rank() -> dict[str, Any]:
                 exchanges.finish()
                 sent = everyone.ledger.total() - before
                 got += bucket.flat
-            kept = torch.cat([used.state_dict()[f"residual/{key}"].flatten() for key in bucket.lossy])
+            kept = torch.cat([used.state_dict()[f"residual/{key}"].flatten() for key in bucket.compressed_tensors])
             everyone.all_reduce(given)
             everyone.all_reduce(kept)
-            inside = given.numel() - bucket.plain
-            names = list(bucket.lossy)
+            inside = given.numel() - bucket.uncompressed_numel
+            names = list(bucket.compressed_tensors)
             flat = torch.cat([bucket.tensors[key].flatten() for key in names])
             assert flat.numel() == inside
             found[name] = {
                 "digest": int(digest([got])),
                 "sent": sent,
                 "message": used.encode(bucket).numel(),
-                "elements": sum(used.counts(bucket, used.step).values()) + bucket.plain,
+                "elements": sum(used.counts(bucket, used.step).values()) + bucket.uncompressed_numel,
                 "sum": (float(got[:inside].sum() + kept.sum()), float(given[:inside].sum())),
             }
     return found

@@ -123,7 +123,7 @@ def test_the_message_is_values_and_six_bits_a_position(values: str, bits: int) -
     used.begin_step()
     message = used.encode(bucket)
     count = sum(used.counts(bucket, 1).values())
-    plain = 4 * bucket.plain
+    plain = 4 * bucket.uncompressed_numel
     assert message.numel() == pytest.approx(count * (bits + 6.26) / 8 + plain, abs=4 * 8)
     # As uint8, so that any backend carries it.
     assert message.dtype == torch.uint8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import DONE, Communicator, Pending, ring_all_reduce_bytes
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import MB, Gradients, partition

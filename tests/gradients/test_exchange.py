@@ -10,7 +10,7 @@ import torch
 from distrain.communication.collectives import DONE, Communicator, Pending
 from distrain.compression.autotune import step_trace
 from distrain.compression.autotune.step_trace import Observer, Recorder, Segment, Step, typical
-from distrain.compression.base import Bucket
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.exchange import Exchanges
@@ -22,11 +22,11 @@ class Diary(NoCompression):
 
     def __init__(self, collectives: int) -> None:
         super().__init__(CompressionConfig(name="diary"))
-        self.collectives = collectives
+        self.phases = collectives
         self.lines: list[str] = []
 
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
-        for number in range(self.collectives):
+        for number in range(self.phases):
             self.lines.append(f"{bucket.flat.numel()} starts {number}")
             yield DONE
         self.lines.append(f"{bucket.flat.numel()} ends")

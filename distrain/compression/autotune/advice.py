@@ -16,7 +16,8 @@ from distrain.communication.collectives import Communicator, Pending, ring_all_r
 from distrain.compression.autotune.link_model import Link, measure_link
 from distrain.compression.autotune.simulation import Backdrop, BucketCost, Cost, predicted
 from distrain.compression.autotune.step_trace import Recorder, Step, typical
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Advisor(Recorder):
 
     def _watch(self) -> Iterator[None]:
         """What comes before each step; a ``yield`` is a step."""
-        while len(self.steps) < WARM_STEPS or self._compressor.step <= self._compressor.ramp_steps:
+        while len(self.steps) < WARM_STEPS or self._compressor.step <= self._compressor.warmup_steps:
             yield
         self.take()
         for _ in range(USUAL_STEPS):

@@ -15,7 +15,8 @@ from torch import Tensor
 from distrain.communication.collectives import DONE, Communicator, Pending, ring_all_reduce_bytes
 from distrain.compression.autotune.link_model import Link
 from distrain.compression.autotune.step_trace import Step, now
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 
 #: Repeats of a candidate's work, after one to warm up; the fastest counts. Slow ones are repeated less.
 _REPEATS, _PATIENCE = 3, 1.0

@@ -15,7 +15,7 @@ import torch
 from distrain.communication.collectives import Communicator
 
 if TYPE_CHECKING:
-    from distrain.compression.base import Bucket
+    from distrain.compression.bucket import Bucket
 
 
 class Observer:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import MB, make_bucket, partition
@@ -174,7 +175,7 @@ class Fragment:
             if self._travels:
                 self._exchanges.start(part.bucket)
             elif self._compressor.residuals is not None:
-                self._compressor.residuals.settle(part.bucket)
+                self._compressor.residuals.fold_into_gradients(part.bucket)
 
     def wait(self) -> None:
         """Waits until the mean difference of the merge under way is here; all ranks call it together."""

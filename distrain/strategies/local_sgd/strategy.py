@@ -107,7 +107,7 @@ class LocalSGD(Single):
     ranks wait for each other anyway.
     """
 
-    travels = "differences"
+    compressed_quantity = "differences"
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Ledger
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.errors import PeerLost
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.parameter_server.connect import Peer

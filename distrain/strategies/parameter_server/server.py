@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
 from distrain.communication.collectives import DTYPES
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.packing import pack, packed_size, unpack
 from distrain.errors import PeerLost
 from distrain.gradients.buckets import Gradients, clip
@@ -96,7 +97,7 @@ class Shard:
 
 
 def _form(bucket: Bucket, compressor: Compressor) -> list[tuple[torch.dtype, int]]:
-    return [(bucket.flat.dtype, bucket.plain), *compressor.form(bucket)]
+    return [(bucket.flat.dtype, bucket.uncompressed_numel), *compressor.message_layout(bucket)]
 
 
 @dataclass

@@ -35,7 +35,7 @@ from distrain.strategies.single import Single
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distrain.compression.base import Bucket
+    from distrain.compression.bucket import Bucket
     from distrain.data.loader import Batch
     from distrain.runtime.runtime import Runtime
 

@@ -24,7 +24,8 @@ from distrain.compression.autotune.simulation import (
     step_seconds,
 )
 from distrain.compression.autotune.step_trace import Observer, Segment, Step
-from distrain.compression.base import Bucket, Compressor
+from distrain.compression.base import Compressor
+from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import Gradients
@@ -177,7 +178,7 @@ class Slow(Compressor):
     """Reduces every bucket twice and sleeps before, between and after."""
 
     sleeps = (0.009, 0.006, 0.003)
-    collectives = 2
+    phases = 2
 
     def compresses(self, parameter: nn.Parameter) -> bool:
         return True
@@ -192,13 +193,13 @@ class Slow(Compressor):
         time.sleep(self.sleeps[2])
         bucket.flat.copy_(mean).add_(again)
 
-    def take(self, owed: Bucket) -> list[Tensor]:
+    def compress(self, owed: Bucket) -> list[Tensor]:
         raise NotImplementedError
 
-    def form(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
         raise NotImplementedError
 
-    def put(self, message: list[Tensor], bucket: Bucket) -> None:
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
         raise NotImplementedError
 
 
