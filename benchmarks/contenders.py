@@ -85,12 +85,12 @@ class Timer:
 
 def network(name: str) -> nn.Module:
     """The very module that distrain trains, so that only the loops around it differ."""
-    from distrain import models
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
+    from distrain.models.build import instantiate_model
 
     chosen = load_config(cli.compose(ROOT / "conf", "config", ["strategy=ddp", *MODELS[name]])).model
-    return models.build(chosen, in_channels=3, num_classes=10, image_size=(32, 32))
+    return instantiate_model(chosen, in_channels=3, num_classes=10, image_size=(32, 32))
 
 
 def data() -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from distrain.cli import app
 from distrain.cli import hydra_entry as cli
 from distrain.config import schema
 from distrain.config.load import load_config
-from distrain.models import build as build_model
+from distrain.models.build import instantiate_model
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
@@ -93,7 +93,7 @@ def bare(arguments: argparse.Namespace) -> float:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = build_model(composed(arguments).model, in_channels=3, num_classes=10, image_size=(32, 32))
+    model = instantiate_model(composed(arguments).model, in_channels=3, num_classes=10, image_size=(32, 32))
     assert isinstance(model, nn.Sequential)
     cut = [name for name, _ in model.named_children()].index(BOUNDARY)
     part = nn.Sequential(*list(model)[:cut]) if rank == 0 else nn.Sequential(*list(model)[cut:])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distrain.cli import app, hydra_entry
 from distrain.config.load import load_config
 from distrain.config.schema import Config
-from distrain.models import BlockSequence
+from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 

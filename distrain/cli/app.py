@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from distrain import models
 from distrain.compression import base as compression
 from distrain.config.load import to_container
 from distrain.config.registry import choice
@@ -18,7 +17,11 @@ from distrain.data.base import DataSource, Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.errors import ConfigError, missing
 from distrain.files.writing import write_json, write_yaml
-from distrain.optim import losses, optimizers, schedulers
+from distrain.models.base import DataDependentInit
+from distrain.models.build import check_model, instantiate_model
+from distrain.optim import losses, schedulers
+from distrain.optim.optimizers.build import build_optimizer, check_optimizer
+from distrain.optim.optimizers.groups import check_groups
 from distrain.reporting import loggers
 from distrain.runtime.device import choose_backend, choose_device, seed_everything
 from distrain.runtime.runtime import Runtime
@@ -89,12 +92,12 @@ def check(config: Config, world: World) -> None:
             f"the global batch is smaller than the {shares} ranks that share it",
         )
     compression.chosen(config).check(config)
-    optimizers.check(config)
+    check_optimizer(config)
     resume.check(config)
     if world.size == 1 and config.compression.name != "none":
         log.warning("compression=%s has nothing to do: one process exchanges no gradients", config.compression.name)
     spec = source(config).describe()
-    unused = models.check(
+    unused = check_model(
         config.model,
         in_channels=spec.channels,
         num_classes=len(spec.classes),
@@ -107,7 +110,7 @@ def check(config: Config, world: World) -> None:
 
 def _check_model(config: Config, model: torch.nn.Module) -> None:
     strategy_base.chosen(config).check_model(config, model)
-    optimizers.groups.check(config.optimizer.groups, model)
+    check_groups(config.optimizer.groups, model)
 
 
 def check_sizes(config: Config, splits: Splits) -> None:
@@ -168,13 +171,13 @@ def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Mo
     """The model on its device, in its format, with initial parameters that depend on the seed, and the data, alone."""
     seed_everything(config.seed)
     spec = splits.spec
-    model = models.build(
+    model = instantiate_model(
         config.model,
         in_channels=spec.channels,
         num_classes=len(spec.classes),
         image_size=(spec.height, spec.width),
     )
-    if isinstance(model, models.FromData):
+    if isinstance(model, DataDependentInit):
         model.initialise_from(splits.train, splits.mean, splits.std)
     dtype = Precision(config.trainer.precision, runtime.device).dtype
     model.to(device=runtime.device, dtype=dtype)
@@ -195,7 +198,7 @@ def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
     first = next(loaders["train"].epoch(0))
     steps_per_epoch = len(loaders["train"])
     make_optimizer = functools.partial(
-        optimizers.build,
+        build_optimizer,
         config.optimizer,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps(config, steps_per_epoch),

@@ -19,7 +19,8 @@ from distrain.config.schema import CompressionConfig, Config, StrategyConfig, se
 from distrain.data.base import DataSpec, Images, Splits, source_class
 from distrain.errors import ConfigError, refused
 from distrain.files.untrusted import printable
-from distrain.optim import losses, optimizers
+from distrain.optim import losses
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies import base as strategy_base
@@ -146,7 +147,7 @@ def _evaluate(config: Config, runtime: Runtime, splits: Splits, images: Images, 
     first = next(loader.epoch(0))
     # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
     strategy.setup(
-        model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), first.images
+        model, losses.build(config.loss), lambda named: build_optimizer(config.optimizer, named), first.images
     )
     with torch.inference_mode():
         return evaluate(strategy, loader, runtime.communicator(), len(splits.spec.classes))

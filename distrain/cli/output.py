@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from distrain.data.files import publish
+from distrain.data.build_folder import publish
 from distrain.errors import ConfigError
 
 _KEY = "output"

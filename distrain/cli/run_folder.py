@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import yaml
 from torch import Tensor, nn
 
-from distrain import models
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import named_state
 from distrain.checkpoint.format import DamagedCheckpoint
@@ -26,6 +25,7 @@ from distrain.data.base import DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
 from distrain.files.untrusted import Unreadable, read_json, read_text
+from distrain.models.build import instantiate_model
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ class RunFolder:
         Raises:
             ConfigError: The target is not allowed or fails to build, or the weights are another model's.
         """
-        model = models.build(
+        model = instantiate_model(
             self.config.model,
             in_channels=self.spec.channels,
             num_classes=len(self.spec.classes),

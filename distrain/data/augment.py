@@ -62,7 +62,7 @@ class Augmentation:
             chosen[0] = (first + epoch) % 2
         return torch.stack(chosen)
 
-    def move(self, images: Tensor, draws: Tensor) -> Tensor:
+    def flip_and_crop(self, images: Tensor, draws: Tensor) -> Tensor:
         """Flips and crops; what a crop sees outside of the image is 0 (black before normalisation), or its mirror.
 
         Args:
@@ -90,7 +90,7 @@ class Augmentation:
             images = images.index_select(dim, size - 1 - (size - 1 - lines.abs()).abs())
         return images
 
-    def cut_(self, images: Tensor, draws: Tensor) -> Tensor:
+    def cutout_(self, images: Tensor, draws: Tensor) -> Tensor:
         """Sets a square around the drawn pixel, clipped at the borders, to 0: the mean after normalisation.
 
         After DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", 2017.

@@ -20,7 +20,7 @@ from typing_extensions import override
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
-from distrain.data.files import building, publish
+from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError, missing
 
 _log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Cifar10(DataSource):
         return Images(pixels, torch.from_numpy(records[:, 0].astype(np.int64)))
 
     def _download(self) -> None:
-        with building("data.root", self._root) as temporary:
+        with locked_build_folder("data.root", self._root) as temporary:
             if self._complete() is not None:
                 return  # another process was faster
             archive = temporary / "archive.tar.gz"

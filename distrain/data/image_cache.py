@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import distrain
 from distrain.data import decode
-from distrain.data.files import building, publish
+from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError
 from distrain.files.untrusted import read_json
 
@@ -53,7 +53,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CacheSpec:
     """All that a cache's content depends on."""
 
     root: Path
@@ -85,7 +85,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Cache:
+class ImageCache:
     """A complete cache.
 
     Attributes:
@@ -99,43 +99,43 @@ class Cache:
     broken: tuple[int, ...]
 
 
-def open_or_build(recipe: Recipe, folder: Path, workers: int | None) -> Cache:
+def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCache:
     """The cache of these files; made now if it isn't there.
 
     One of the processes that ask at the same time makes it, the others wait.
 
     Args:
-        recipe: What to decode, and how.
+        spec: What to decode, and how.
         folder: Where caches lie.
         workers: Processes that decode; ``None``: one for each core this process may use.
 
     Raises:
         ConfigError: A broken image that may not be skipped, too little space, a folder that can't be written.
     """
-    target = folder / recipe.digest(folder)
-    cache = _open(recipe, target)
+    target = folder / spec.digest(folder)
+    cache = _open(spec, target)
     if cache is None:
-        with building("data.cache", folder) as temporary:
-            cache = _open(recipe, target)  # another process may have been faster
+        with locked_build_folder("data.cache", folder) as temporary:
+            cache = _open(spec, target)  # another process may have been faster
             if cache is None:
                 if target.exists():
                     _log.warning("removing %s, which is damaged", target)
                     shutil.rmtree(target)
                 built = temporary / "cache"
-                _build(recipe, built, workers or _cores())
+                _build(spec, built, workers or _cores())
                 publish(built, target)
-                cache = _open(recipe, target)
+                cache = _open(spec, target)
     assert cache is not None
     return cache
 
 
-def _open(recipe: Recipe, target: Path) -> Cache | None:
+def _open(spec: CacheSpec, target: Path) -> ImageCache | None:
     """The cache if it is complete; its files' sizes are compared, their content is trusted."""
-    count, shape = len(recipe.files), (recipe.channels, recipe.height, recipe.width)
+    count, shape = len(spec.files), (spec.channels, spec.height, spec.width)
     try:
         meta = read_json(target / _META, _LARGEST_META)
-        whole = (target / _IMAGES).stat().st_size == count * recipe.image_bytes
-        whole = whole and (target / _MOMENTS).stat().st_size == count * recipe.channels * _MOMENT_BYTES
+        whole = (target / _IMAGES).stat().st_size == count * spec.image_bytes
+        whole = whole and (target / _MOMENTS).stat().st_size == count * spec.channels * _MOMENT_BYTES
         broken = tuple(int(position) for position in meta["broken"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -147,47 +147,47 @@ def _open(recipe: Recipe, target: Path) -> Cache | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it can't be written is meant
         images = torch.from_numpy(pixels)
-    return Cache(images, moments.view(count, recipe.channels, 2), broken)
+    return ImageCache(images, moments.view(count, spec.channels, 2), broken)
 
 
-def _build(recipe: Recipe, built: Path, workers: int) -> None:
+def _build(spec: CacheSpec, built: Path, workers: int) -> None:
     built.mkdir()
-    sizes = {_IMAGES: recipe.image_bytes, _MOMENTS: recipe.channels * _MOMENT_BYTES}
-    needed, free = len(recipe.files) * sum(sizes.values()), shutil.disk_usage(built).free
+    sizes = {_IMAGES: spec.image_bytes, _MOMENTS: spec.channels * _MOMENT_BYTES}
+    needed, free = len(spec.files) * sum(sizes.values()), shutil.disk_usage(built).free
     if needed > free:
         problem = f"the cache takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
         raise ConfigError("data.cache", built.parent.parent, problem)
     for name, size in sizes.items():
         with (built / name).open("wb") as file:
-            file.truncate(len(recipe.files) * size)
+            file.truncate(len(spec.files) * size)
     job = built.parent / "job.json"
     job.write_text(
         json.dumps(
             {
-                "root": os.fspath(recipe.root.absolute()),
-                "files": [file.path for file in recipe.files],
-                "height": recipe.height,
-                "width": recipe.width,
-                "channels": recipe.channels,
+                "root": os.fspath(spec.root.absolute()),
+                "files": [file.path for file in spec.files],
+                "height": spec.height,
+                "width": spec.width,
+                "channels": spec.channels,
                 "images": os.fspath((built / _IMAGES).absolute()),
                 "moments": os.fspath((built / _MOMENTS).absolute()),
             }
         )
     )
-    count = min(workers, -(-len(recipe.files) // decode.CHUNK))
-    _log.info("decoding %d images into %s with %d processes", len(recipe.files), built.parent.parent, count)
-    broken = _decode(recipe, job, count)
+    count = min(workers, -(-len(spec.files) // decode.CHUNK))
+    _log.info("decoding %d images into %s with %d processes", len(spec.files), built.parent.parent, count)
+    broken = _decode(spec, job, count)
     meta = {
         "format": _FORMAT,
-        "images": len(recipe.files),
-        "shape": [recipe.channels, recipe.height, recipe.width],
+        "images": len(spec.files),
+        "shape": [spec.channels, spec.height, spec.width],
         "broken": broken,
-        "broken_files": {recipe.files[position].path: reason for position, reason in broken.items()},
+        "broken_files": {spec.files[position].path: reason for position, reason in broken.items()},
     }
     (built / _META).write_text(json.dumps(meta, indent=1))
 
 
-def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
+def _decode(spec: CacheSpec, job: Path, count: int) -> dict[int, str]:
     """Runs the workers; returns the broken files' positions and reasons, in their order."""
     reader, writer = os.pipe()
     # This very package, whatever the current folder holds: modules beside somebody's images are not imported. Python
@@ -212,7 +212,7 @@ def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
                     workers.append(worker)
             finally:
                 os.close(writer)
-            broken = _follow(recipe, lines)
+            broken = _follow(spec, lines)
             codes = [worker.wait() for worker in workers]
         finally:
             for worker in workers:
@@ -223,19 +223,19 @@ def _decode(recipe: Recipe, job: Path, count: int) -> dict[int, str]:
     return dict(sorted(broken.items()))
 
 
-def _follow(recipe: Recipe, lines: IO[bytes]) -> dict[int, str]:
+def _follow(spec: CacheSpec, lines: IO[bytes]) -> dict[int, str]:
     """Reads what the workers report until all of them have ended."""
     broken: dict[int, str] = {}
-    with tqdm(desc="decoding", total=len(recipe.files), unit="image", disable=None) as bar:
+    with tqdm(desc="decoding", total=len(spec.files), unit="image", disable=None) as bar:
         for line in lines:
             message: dict[str, Any] = json.loads(line)
             bar.update(message.get("done", 0))
             if "failed" in message:
-                raise ConfigError("data.cache", recipe.root, f"a decoding process failed ({message['failed']})")
+                raise ConfigError("data.cache", spec.root, f"a decoding process failed ({message['failed']})")
             if "broken" in message:
                 broken[message["broken"]] = message["reason"]
-                if not recipe.skip_broken:
-                    path = recipe.root / recipe.files[message["broken"]].path
+                if not spec.skip_broken:
+                    path = spec.root / spec.files[message["broken"]].path
                     problem = f"{path} can't be decoded ({message['reason']}); data.on_error=skip leaves such files out"
                     raise ConfigError("data.on_error", "stop", problem)
     return broken

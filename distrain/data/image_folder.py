@@ -16,9 +16,9 @@ from typing_extensions import override
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
+from distrain.data.build_folder import is_build_folder
 from distrain.data.decode import SUFFIXES
-from distrain.data.files import has_built
-from distrain.data.image_cache import Cache, ImageFile, Recipe, open_or_build
+from distrain.data.image_cache import CacheSpec, ImageCache, ImageFile, open_or_build
 from distrain.errors import ConfigError, missing
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class ImageFolder(DataSource):
     def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
         changes = super().changes_for_evaluation(config, root)
         # A cache that was made from another root is of no use, and a saved run must not say where to write a new one.
-        if root is not None or config.cache is None or not has_built(Path(config.cache).expanduser()):
+        if root is not None or config.cache is None or not is_build_folder(Path(config.cache).expanduser()):
             changes["cache"] = None
         return changes
 
@@ -97,7 +97,7 @@ class ImageFolder(DataSource):
         """
         c, spec = self._config, self.describe()
         listing = self._list(spec.classes)
-        recipe = Recipe(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
+        recipe = CacheSpec(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
         cache = open_or_build(recipe, self._cache_folder(), c.workers)
         if cache.broken:
             _log.warning("left out %d of %d images that can't be decoded", len(cache.broken), len(listing.files))
@@ -111,7 +111,7 @@ class ImageFolder(DataSource):
         train, test_images = everything.subset(rows[_TRAIN]), everything.subset(rows[_TEST])
         return assemble(c, spec, train, test_images, val=val, moments=moments)
 
-    def _images(self, cache: Cache, listing: _Listing) -> Images:
+    def _images(self, cache: ImageCache, listing: _Listing) -> Images:
         labels = torch.tensor(listing.labels, dtype=torch.int64)
         streamed = cache.images.nbytes > self._config.memory_limit_mb * 2**20
         return Images(cache.images, labels, torch.arange(len(labels)) if streamed else None)

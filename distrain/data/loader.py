@@ -170,13 +170,13 @@ class Loader:
         if not self._on_device:
             pixels = pixels.to(self._device, non_blocking=True)
         if self._augmentation is not None and draws is not None:
-            pixels = self._augmentation.move(pixels, draws)
+            pixels = self._augmentation.flip_and_crop(pixels, draws)
         # Transposed as bytes, then converted: a quarter of the memory to move.
         images = pixels.contiguous(memory_format=self._memory_format).to(self._compute)
         # Two operations, not one fused: each rounds alike wherever in a batch a pixel lies.
         images.sub_(self._shift).mul_(self._scale)
         if self._augmentation is not None and draws is not None:
-            images = self._augmentation.cut_(images, draws)
+            images = self._augmentation.cutout_(images, draws)
         gathered.batch.images = images.to(self._dtype)
         return gathered.batch
 

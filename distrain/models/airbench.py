@@ -170,7 +170,7 @@ class AirbenchCNN(BlockSequence):
         super().__init__({**blocks, "head": Head(channels, num_classes, scale)})
 
     def initialise_from(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Computes the whitening filters; see :class:`distrain.models.base.FromData`."""
+        """Computes the whitening filters; see :class:`distrain.models.base.DataDependentInit`."""
         whitening = self.get_submodule("whitening")
         assert isinstance(whitening, Whitening)
         whitening.fit(images, mean, std)

@@ -17,7 +17,7 @@ Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class Span:
+class ScheduleSpan:
     """The steps that a schedule covers after its warm-up: ``first`` to ``end``, exclusive."""
 
     first: int
@@ -30,7 +30,7 @@ class Span:
 
 
 @register("scheduler", "constant", SchedulerConfig)
-def constant(config: SchedulerConfig, span: Span) -> Schedule:
+def constant(config: SchedulerConfig, span: ScheduleSpan) -> Schedule:
     """The base rate throughout."""
     return lambda step: 1.0
 
@@ -53,7 +53,7 @@ class StepConfig(SchedulerConfig):
 
 
 @register("scheduler", "step", StepConfig)
-def step(config: StepConfig, span: Span) -> Schedule:
+def step(config: StepConfig, span: ScheduleSpan) -> Schedule:
     """Drops at milestones, which count from the start of the run, warm-up included."""
     drops = [round(epoch * span.steps_per_epoch) for epoch in config.milestones]
     return lambda step: config.gamma ** bisect_right(drops, step)
@@ -67,7 +67,7 @@ class CosineConfig(SchedulerConfig):
 
 
 @register("scheduler", "cosine", CosineConfig)
-def cosine(config: CosineConfig, span: Span) -> Schedule:
+def cosine(config: CosineConfig, span: ScheduleSpan) -> Schedule:
     """Cosine annealing without restarts (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
     return lambda step: _between(1.0, config.final_factor, span.progress(step))
 
@@ -82,7 +82,7 @@ class OneCycleConfig(SchedulerConfig):
 
 
 @register("scheduler", "one_cycle", OneCycleConfig)
-def one_cycle(config: OneCycleConfig, span: Span) -> Schedule:
+def one_cycle(config: OneCycleConfig, span: ScheduleSpan) -> Schedule:
     """The one-cycle policy (Smith & Topin 2017, arXiv:1708.07120), annealed by cosines both ways.
 
     The last step of the rise has the base rate, the last step of all ``final_factor`` of it.
@@ -109,7 +109,7 @@ class TriangleConfig(SchedulerConfig):
 
 
 @register("scheduler", "triangle", TriangleConfig)
-def triangle(config: TriangleConfig, span: Span) -> Schedule:
+def triangle(config: TriangleConfig, span: ScheduleSpan) -> Schedule:
     """A rise and a fall, both linear, as in Jordan 2024 (arXiv 2404.00498); the last step is one before the end."""
     top = int(config.peak * (span.end - span.first))
     fall = max(1, span.end - span.first - top)
@@ -146,7 +146,9 @@ def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Sc
             config.warmup_epochs,
             f"the warm-up takes {warmup} steps ({steps_per_epoch} an epoch), the run {total_steps}",
         )
-    after: Schedule = choice("scheduler", config.name).target(config, Span(warmup, total_steps, steps_per_epoch))
+    after: Schedule = choice("scheduler", config.name).target(
+        config, ScheduleSpan(warmup, total_steps, steps_per_epoch)
+    )
     if warmup == 0:
         return after
     reached = after(warmup)

@@ -10,7 +10,7 @@ import torch
 
 
 @functools.cache
-def lean(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+def without_compiler_hooks(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """The same optimizer, without what keeps the compiler out of its methods.
 
     That imports the compiler when the methods are first called, half a second of every start. Models are compiled here,

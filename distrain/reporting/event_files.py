@@ -19,12 +19,12 @@ _LENGTH = struct.Struct("<Q")
 _CHECKSUM_BYTES = 4
 
 
-def files(folder: Path) -> list[Path]:
+def event_paths(folder: Path) -> list[Path]:
     """The event files, oldest first."""
     return sorted(folder.glob("events.out.tfevents.*"))
 
 
-def leave_out(folder: Path, belongs: Callable[[int, Any], bool]) -> None:
+def remove_events(folder: Path, belongs: Callable[[int, Any], bool]) -> None:
     """Rewrites the files that hold what doesn't belong to the run any more, each in one step.
 
     A record that was cut short by a process that died ends its file.
@@ -33,7 +33,7 @@ def leave_out(folder: Path, belongs: Callable[[int, Any], bool]) -> None:
         folder: Where the files lie.
         belongs: Is given a step and a value of that step's summary (tensorboard's ``Summary.Value``).
     """
-    for path in files(folder):
+    for path in event_paths(folder):
         new = folder / f".{path.name.replace('tfevents', 'new')}"
         with path.open("rb") as old, new.open("wb") as kept:
             size = os.fstat(old.fileno()).st_size

@@ -38,10 +38,10 @@ class Logger:
         run_dir: The run's folder.
 
     Attributes:
-        takes_figures: Whether drawing pictures for it is worth the time.
+        accepts_figures: Whether drawing pictures for it is worth the time.
     """
 
-    takes_figures: bool = False
+    accepts_figures: bool = False
 
     def __init__(self, config: LoggerConfig | None = None, run_dir: Path | None = None) -> None:
         self.config = config
@@ -61,12 +61,12 @@ class Logger:
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         """Takes the run's configuration with what it came to."""
 
-    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+    def rewind(self, step: int, *, mid_epoch: bool) -> None:
         """Forgets what comes after a step, and what an end of the run has left: the run goes on from there.
 
         Args:
             step: Updates done; what was logged at it stays, since logging comes before saving.
-            amid_epoch: The epoch that this step is in was not over, so that what was said at its end comes again.
+            mid_epoch: The epoch that this step is in was not over, so that what was said at its end comes again.
         """
 
     def flush(self) -> None:
@@ -79,7 +79,7 @@ class Logger:
 class InMemoryLogger(Logger):
     """Keeps everything in lists; for tests and notebooks."""
 
-    takes_figures = True
+    accepts_figures = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class MetricsFile(Logger):
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+    def rewind(self, step: int, *, mid_epoch: bool) -> None:
         """Writes the file anew, in one step, if a row is too many or was cut short."""
         self._file.close()
         new = self._path.with_name(f".{self._path.name}.new")
@@ -125,7 +125,7 @@ class MetricsFile(Logger):
                 row = _row(line)
                 if row is None:
                     strange += 1
-                elif _belongs(row, step, amid_epoch=amid_epoch):
+                elif _belongs(row, step, mid_epoch=mid_epoch):
                     kept.write(line)
             unchanged = kept.tell() == old.tell()
             kept.flush()
@@ -152,10 +152,10 @@ def _row(line: bytes) -> tuple[int, str] | None:
         return None
 
 
-def _belongs(row: tuple[int, str], step: int, *, amid_epoch: bool) -> bool:
+def _belongs(row: tuple[int, str], step: int, *, mid_epoch: bool) -> bool:
     """Whether a row is of the course that ends at a step."""
     at, kind = row
-    return at < step or (at == step and not (kind == "epoch" and amid_epoch))
+    return at < step or (at == step and not (kind == "epoch" and mid_epoch))
 
 
 @dataclass
@@ -169,7 +169,7 @@ class TensorBoardConfig(LoggerConfig):
 class TensorBoardLogger(Logger):
     """Event files below ``run_dir/tensorboard``, written by one rank."""
 
-    takes_figures = True
+    accepts_figures = True
 
     def __init__(self, config: TensorBoardConfig, run_dir: Path) -> None:
         super().__init__(config)
@@ -190,7 +190,7 @@ class TensorBoardLogger(Logger):
             )
         return self._opened
 
-    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+    def rewind(self, step: int, *, mid_epoch: bool) -> None:
         """Takes what is too many out of the event files.
 
         That alone makes any reader's picture right. A purge step in a new file, the usual way, leaves it to readers, of
@@ -200,11 +200,11 @@ class TensorBoardLogger(Logger):
         def belongs(at: int, value: Any) -> bool:
             if value.tag.startswith(_OF_AN_END) or at > step:
                 return False
-            said_at_end = value.HasField("image") or (amid_epoch and value.tag.partition("/")[0] == "epoch")
+            said_at_end = value.HasField("image") or (mid_epoch and value.tag.partition("/")[0] == "epoch")
             return at < step or not said_at_end
 
         self.close()
-        event_files.leave_out(self._folder, belongs)
+        event_files.remove_events(self._folder, belongs)
         # At the first start too: a reader takes only a second one for a restart.
         self._purges_from = step + 1 if step else 0
 
@@ -250,7 +250,7 @@ class Loggers(Logger):
     def __init__(self, loggers: Sequence[Logger]) -> None:
         super().__init__()
         self._loggers = list(loggers)
-        self.takes_figures = any(logger.takes_figures for logger in self._loggers)
+        self.accepts_figures = any(logger.accepts_figures for logger in self._loggers)
         self._failing: set[Logger] = set()
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
@@ -271,11 +271,11 @@ class Loggers(Logger):
             with self._going_on(logger):
                 logger.hyperparameters(parameters, metrics)
 
-    def go_back(self, step: int, *, amid_epoch: bool) -> None:
+    def rewind(self, step: int, *, mid_epoch: bool) -> None:
         """Tells each."""
         for logger in self._loggers:
             with self._going_on(logger):
-                logger.go_back(step, amid_epoch=amid_epoch)
+                logger.rewind(step, mid_epoch=mid_epoch)
 
     def flush(self) -> None:
         """Flushes each."""

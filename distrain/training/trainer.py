@@ -370,7 +370,7 @@ class Trainer:
         self._first_step = self.progress.step
         self._finished = resume.finished(self.runtime.run_dir, self.progress.step) if self._done() else None
         if self._finished is None:
-            self._logger.go_back(self.progress.step, amid_epoch=self.progress.epoch_samples > 0)
+            self._logger.rewind(self.progress.step, mid_epoch=self.progress.epoch_samples > 0)
         else:
             log.info("this run has ended: nothing is left to train, its figures stay")
 
@@ -450,7 +450,7 @@ class Trainer:
         return loss / count if count else None
 
     def _draw(self, test: Evaluation) -> None:
-        if not self._logger.takes_figures:
+        if not self._logger.accepts_figures:
             return
         classes = self.splits.spec.classes
         shown = slice(0, len(test.watched))

@@ -14,8 +14,8 @@ def test_each_sample_is_what_its_draws_say() -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=2, cutout=3), HEIGHT, WIDTH, seed=1)
     images = random_images(60).images
     draws = augmentation.draws(0, torch.arange(60))
-    moved = augmentation.move(images, draws)
-    cut = augmentation.cut_(moved.float() + 1, draws)
+    moved = augmentation.flip_and_crop(images, draws)
+    cut = augmentation.cutout_(moved.float() + 1, draws)
     for i, (flip, top, left, row, column) in enumerate(draws.T.tolist()):
         expected = images[i].flip(2) if flip else images[i]
         expected = F.pad(expected, (2, 2, 2, 2))[:, top : top + HEIGHT, left : left + WIDTH]
@@ -29,8 +29,8 @@ def test_channels_last_images_are_augmented_alike() -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=2), HEIGHT, WIDTH, seed=1)
     images = random_images(20).images
     draws = augmentation.draws(0, torch.arange(20))
-    moved = augmentation.move(images.contiguous(memory_format=torch.channels_last), draws)
-    assert moved.equal(augmentation.move(images, draws))
+    moved = augmentation.flip_and_crop(images.contiguous(memory_format=torch.channels_last), draws)
+    assert moved.equal(augmentation.flip_and_crop(images, draws))
 
 
 def test_draws_depend_on_seed_epoch_and_position_alone() -> None:
@@ -69,7 +69,7 @@ def test_a_reflecting_border_is_torch_s() -> None:
     draws = augmentation.draws(0, torch.arange(20))
     padded = F.pad(images.double(), (3, 3, 3, 3), mode="reflect").byte()
     for moved, whole, (_, top, left, _, _) in zip(
-        augmentation.move(images, draws), padded, draws.T.tolist(), strict=True
+        augmentation.flip_and_crop(images, draws), padded, draws.T.tolist(), strict=True
     ):
         assert moved.equal(whole[:, top : top + HEIGHT, left : left + WIDTH])
 
@@ -79,7 +79,12 @@ def test_a_share_may_be_empty(count: int) -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=1, cutout=2), HEIGHT, WIDTH, seed=0)
     images = random_images(count).images
     draws = augmentation.draws(0, torch.arange(count))
-    assert augmentation.cut_(augmentation.move(images, draws).float(), draws).shape == (count, 3, HEIGHT, WIDTH)
+    assert augmentation.cutout_(augmentation.flip_and_crop(images, draws).float(), draws).shape == (
+        count,
+        3,
+        HEIGHT,
+        WIDTH,
+    )
 
 
 def test_nothing_configured_is_not_active() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from distrain.data import image_cache
 from distrain.data.base import Splits
-from distrain.data.files import building
+from distrain.data.build_folder import locked_build_folder
 from distrain.errors import ConfigError
 from tests.data.helpers import source, write_image
 from tests.harness import CONTEXT
@@ -218,7 +218,7 @@ def wait_for(happened: Callable[[], object]) -> None:
 
 def test_of_jobs_that_race_one_builds_and_the_others_wait(tree: Path, tmp_path: Path) -> None:
     logs = [tmp_path / f"{number}.log" for number in range(3)]
-    with building("data.cache", tree / ".distrain-cache"):
+    with locked_build_folder("data.cache", tree / ".distrain-cache"):
         jobs = [builder(tree, log) for log in logs]
         wait_for(lambda: all(log.exists() and "waiting for another process" in log.read_text() for log in logs))
     for job in jobs:

@@ -94,6 +94,6 @@ def test_a_choice_is_found_in_the_file_named_after_it_or_in_another(tmp_path: Pa
     assert run.stdout.split() == [
         "distrain.compression.none",
         "distrain.models.resnet",
-        "distrain.models.base",
+        "distrain.models.build",
         "False",
     ]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from distrain.data.base import Images
 from distrain.errors import ConfigError
-from distrain.models import FromData
 from distrain.models.airbench import AirbenchCNN, Block, Whitening
+from distrain.models.base import DataDependentInit
 from tests.data.helpers import random_images
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -68,8 +68,8 @@ def test_a_block_begins_as_the_identity_as_far_as_its_channels_go() -> None:
 
 
 def test_models_that_begin_from_data_are_known_by_their_method() -> None:
-    assert isinstance(network(), FromData)
-    assert not isinstance(Block(3, 3, 0.4), FromData)
+    assert isinstance(network(), DataDependentInit)
+    assert not isinstance(Block(3, 3, 0.4), DataDependentInit)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distrain.models import check
+from distrain.models.build import check_model
 from distrain.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet34, ResNet50, ResNetConfig
 
 
@@ -101,7 +101,7 @@ def test_a_sample_s_logits_do_not_depend_on_the_others(norm: str) -> None:
 def test_the_check_passes_on_the_smallest_digits(name: str, stem: str, norm: str) -> None:
     target = f"distrain.models.resnet.ResNet{name.removeprefix('resnet')}"
     config = ResNetConfig(name=name, _target_=target, stem=stem, norm=norm)
-    check(config, in_channels=1, num_classes=10, image_size=(8, 8))
+    check_model(config, in_channels=1, num_classes=10, image_size=(8, 8))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])

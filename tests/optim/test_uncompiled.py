@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distrain.optim.uncompiled import lean
+from distrain.optim.uncompiled import without_compiler_hooks
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_updates_and_state_are_those_of_the_optimizer_itself(kind: type[Optimize
     start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
     found = []
     # mypy takes a class for unhashable, since its instances may be.
-    makers: tuple[Callable[..., Optimizer], ...] = (kind, lean(kind))  # type: ignore[arg-type]
+    makers: tuple[Callable[..., Optimizer], ...] = (kind, without_compiler_hooks(kind))  # type: ignore[arg-type]
     for make in makers:
         weight, bias = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(3))
         optimizer = make([weight], lr=0.1, **options)
@@ -51,7 +51,7 @@ def test_updates_and_state_are_those_of_the_optimizer_itself(kind: type[Optimize
 
 def test_a_step_leaves_gradients_switched_on_and_is_not_recorded() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = lean(torch.optim.SGD)([parameter], lr=0.1)
+    optimizer = without_compiler_hooks(torch.optim.SGD)([parameter], lr=0.1)
     parameter.grad = torch.ones(2)
     optimizer.step()
     assert torch.is_grad_enabled()

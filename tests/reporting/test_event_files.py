@@ -29,12 +29,12 @@ def test_what_is_no_event_is_named_and_left_out(
 ) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("loss", 1.0, 1)
-    (file,) = event_files.files(tmp_path)
+    (file,) = event_files.event_paths(tmp_path)
     whole = file.read_bytes()
     file.write_bytes((whole if behind_events else b"") + pickle.dumps(Bomb(tmp_path / "it_ran")))
-    event_files.leave_out(tmp_path, lambda step, value: True)
+    event_files.remove_events(tmp_path, lambda step, value: True)
     assert f"left out what stands in {file} after byte {len(whole) if behind_events else 0}" in caplog.text
-    assert [path.read_bytes() for path in event_files.files(tmp_path)] == ([whole] if behind_events else [])
+    assert [path.read_bytes() for path in event_files.event_paths(tmp_path)] == ([whole] if behind_events else [])
     assert not (tmp_path / "it_ran").exists()
 
 
@@ -59,10 +59,10 @@ def up_to(last: int) -> Any:
 
 
 def test_only_files_that_hold_too_much_are_written_anew(folder: Path) -> None:
-    first, second = event_files.files(folder)
+    first, second = event_files.event_paths(folder)
     before = (first.stat().st_ino, first.read_bytes())
     size = second.stat().st_size
-    event_files.leave_out(folder, up_to(5))
+    event_files.remove_events(folder, up_to(5))
     assert steps(folder) == [1, 2, 3, 4, 5]
     assert (first.stat().st_ino, first.read_bytes()) == before
     assert second.stat().st_size < size
@@ -70,24 +70,24 @@ def test_only_files_that_hold_too_much_are_written_anew(folder: Path) -> None:
 
 
 def test_a_file_that_says_nothing_any_more_goes(folder: Path) -> None:
-    first, _ = event_files.files(folder)
-    event_files.leave_out(folder, up_to(3))
+    first, _ = event_files.event_paths(folder)
+    event_files.remove_events(folder, up_to(3))
     assert list(folder.iterdir()) == [first]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, 45])
 def test_a_record_that_was_cut_short_goes_and_those_before_it_stay(cut: int, folder: Path) -> None:
-    _, second = event_files.files(folder)
+    _, second = event_files.event_paths(folder)
     second.write_bytes(second.read_bytes()[:-cut])
-    event_files.leave_out(folder, up_to(9))
+    event_files.remove_events(folder, up_to(9))
     found = steps(folder)
     assert found[:4] == [1, 2, 3, 4]
     assert len(found) < 6
 
 
 def test_what_is_no_record_ends_a_file(folder: Path) -> None:
-    _, second = event_files.files(folder)
+    _, second = event_files.event_paths(folder)
     content = second.read_bytes()
     second.write_bytes(content + b"\xff" * 40)
-    event_files.leave_out(folder, up_to(9))
+    event_files.remove_events(folder, up_to(9))
     assert second.read_bytes() == content

@@ -206,8 +206,8 @@ def test_rows_of_a_full_disk_come_when_there_is_space_again(tmp_path: Path) -> N
 
 def test_pictures_are_drawn_only_where_somebody_takes_them(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    assert not Loggers([file, Logger()]).takes_figures
-    assert Loggers([file, InMemoryLogger()]).takes_figures
+    assert not Loggers([file, Logger()]).accepts_figures
+    assert Loggers([file, InMemoryLogger()]).accepts_figures
     file.close()
 
 
@@ -217,7 +217,7 @@ def test_the_writing_rank_always_has_the_file_and_what_was_chosen(name: str, fol
     logger.scalars(1, {"loss": 1.0})
     logger.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 1
-    assert (tmp_path / "tensorboard").exists() == logger.takes_figures == folder
+    assert (tmp_path / "tensorboard").exists() == logger.accepts_figures == folder
 
 
 def test_a_line_that_is_no_row_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -225,7 +225,7 @@ def test_a_line_that_is_no_row_is_named_and_left_out(tmp_path: Path, caplog: pyt
     rows = b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
     file.write_bytes(rows + b"\x80\x04cos\nsystem\n" + b"[" * 50_000 + b"\n" + b'{"kind": "step", "st')
     logger = MetricsFile(file)
-    logger.go_back(2, amid_epoch=False)
+    logger.rewind(2, mid_epoch=False)
     logger.close()
     assert f"left 4 lines out of {file}" in caplog.text
     assert file.read_bytes() == rows

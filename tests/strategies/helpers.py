@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from distrain.config.schema import Config
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
-from distrain.optim import losses, optimizers
+from distrain.optim import losses
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies import base
@@ -26,7 +27,7 @@ def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> 
     torch.set_num_threads(1)
     strategy = cast(Single, base.build(config, runtime or Runtime(config, ALONE)))
     example = torch.zeros(0)
-    strategy.setup(model, losses.build(config.loss), lambda named: optimizers.build(config.optimizer, named), example)
+    strategy.setup(model, losses.build(config.loss), lambda named: build_optimizer(config.optimizer, named), example)
     return strategy
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from distrain.data.loader import Batch
 from distrain.errors import ConfigError
-from distrain.optim import optimizers
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.strategies.single import Single
 from tests.runs import small
 from tests.strategies.helpers import batch, drawn, parameters, single
@@ -40,7 +40,7 @@ def batches(dtype: torch.dtype = torch.float32) -> list[Batch]:
 def test_steps_are_those_of_a_loop_in_plain_pytorch(overrides: tuple[str, ...]) -> None:
     ours, theirs = network(torch.float64), network(torch.float64)
     strategy = single(ours, *overrides, "trainer.precision=fp64")
-    optimizer = optimizers.build(strategy.config.optimizer, theirs.parameters())
+    optimizer = build_optimizer(strategy.config.optimizer, theirs.parameters())
     clip = strategy.config.trainer.grad_clip_norm
     for each in batches(torch.float64):
         result = strategy.train_step(each)

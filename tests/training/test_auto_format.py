@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
-from distrain.models import BlockSequence
+from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training import auto_format

@@ -19,7 +19,7 @@ from distrain.cli import app
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed, NonFinite
-from distrain.models import BlockSequence
+from distrain.models.base import BlockSequence
 from distrain.runtime import consensus
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World

@@ -16,7 +16,7 @@ from distrain.optim.optimizers import updates
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
 
 
-class Groups:
+class ParameterGroups:
     """Parameters sorted into an optimizer's groups, the rest first.
 
     All groups keep the same rate, which is the whole model's, but while the optimizer steps: so it doesn't matter who
@@ -43,7 +43,7 @@ class Groups:
         for item in parameters:
             assert isinstance(item, tuple), "groups go by name"
             sorted_in[_place(config, item[0])].append(item)
-        self.groups = [{**made_group(sorted_in[0]), "lr_factor": 1.0}]
+        self.groups = [{**parameter_group(sorted_in[0]), "lr_factor": 1.0}]
         for group, held, last in zip(config, sorted_in[1:], self._frozen_after, strict=True):
             made: dict[str, Any] = {"params": held, "lr_factor": group.lr_factor, "last_update": last}
             if group.weight_decay is not None:
@@ -62,7 +62,7 @@ class Groups:
         return any(last is not None for last in self._frozen_after)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._done = updates.done(optimizer) if self._freezes else 0
+        self._done = updates.completed(optimizer) if self._freezes else 0
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             last = group.get("last_update")
@@ -73,15 +73,15 @@ class Groups:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         if self._freezes:
-            updates.count(optimizer, self._done + 1)
+            updates.record(optimizer, self._done + 1)
 
 
-def made_group(parameters: Sequence[Any], *, named: bool = True) -> dict[str, Any]:
+def parameter_group(parameters: Sequence[Any], *, named: bool = True) -> dict[str, Any]:
     """An optimizer's group; torch wants to know of an empty one, too, that its parameters would have names."""
     return {"params": list(parameters), **({"param_names": []} if named and not parameters else {})}
 
 
-def check(config: Sequence[GroupConfig], model: nn.Module) -> None:
+def check_groups(config: Sequence[GroupConfig], model: nn.Module) -> None:
     """Refuses groups without parameters, which would be a mistyped name.
 
     Raises:

@@ -44,14 +44,14 @@ class Lookahead:
             for parameter in _trained(optimizer)
             if _KEY not in optimizer.state.get(parameter, ())
         }
-        self._done = updates.done(optimizer) + 1
+        self._done = updates.completed(optimizer) + 1
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, copy in self._first.items():
             optimizer.state[parameter][_KEY] = copy
         self._first = {}
-        updates.count(optimizer, self._done)
+        updates.record(optimizer, self._done)
         ends = self._done == self._total
         if not ends and self._done % self._every:
             return

@@ -12,8 +12,8 @@ from torch import Tensor
 from distrain.config.registry import register
 from distrain.config.schema import OptimizerConfig, setting
 from distrain.errors import ConfigError
-from distrain.optim.optimizers.groups import made_group
-from distrain.optim.uncompiled import lean
+from distrain.optim.optimizers.groups import parameter_group
+from distrain.optim.uncompiled import without_compiler_hooks
 
 #: Of the quintic that is steep at zero and keeps singular values between 0.7 and 1.2, as its author found them.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -90,11 +90,11 @@ class Muon(torch.optim.Optimizer):
         if orthogonal:
             matrix = gradient.flatten(1)
             rate *= max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            gradient = orthogonalised(matrix, group["iterations"]).reshape(gradient.shape)
+            gradient = orthogonalise(matrix, group["iterations"]).reshape(gradient.shape)
         parameter.add_(gradient, alpha=-rate)
 
 
-def orthogonalised(matrix: Tensor, iterations: int) -> Tensor:
+def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
     """About ``U V^T`` of a matrix ``U S V^T``, by products of matrices alone.
 
     The iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` maps each singular value by ``a s + b s^3 + c s^5``; from
@@ -127,11 +127,13 @@ def muon(config: MuonConfig, groups: list[dict[str, Any]], fused: bool | None) -
         # The first group says what the rate is, whatever it holds.
         named = any(isinstance(item, tuple) for item in group["params"]) or "param_names" in group
         rest = [item for item in group["params"] if not _plain(config, item)]
-        matrices = {**group, **made_group(rest, named=named)}
+        matrices = {**group, **parameter_group(rest, named=named)}
         split += [matrices] if matrices["params"] or not split else []
         factor = config.sgd_lr_factor * group.get("lr_factor", 1.0)
         split += [{**group, "params": plain, "orthogonal": False, "lr_factor": factor}] if plain else []
-    return lean(Muon)(split, config.lr, config.momentum, config.nesterov, config.weight_decay, config.iterations)
+    return without_compiler_hooks(Muon)(
+        split, config.lr, config.momentum, config.nesterov, config.weight_decay, config.iterations
+    )
 
 
 def _plain(config: MuonConfig, item: Any) -> bool:

@@ -7,12 +7,12 @@ import torch
 _KEY = "updates"
 
 
-def done(optimizer: torch.optim.Optimizer) -> int:
+def completed(optimizer: torch.optim.Optimizer) -> int:
     """Updates made so far; 0 where none was counted."""
     return max((int(kept[_KEY]) for kept in optimizer.state.values() if _KEY in kept), default=0)
 
 
-def count(optimizer: torch.optim.Optimizer, updates: int) -> None:
+def record(optimizer: torch.optim.Optimizer, updates: int) -> None:
     """Notes that so many have been made, with each parameter that has a gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from distrain.config.schema import OptimizerConfig
 from distrain.errors import ConfigError
-from distrain.optim.optimizers import AdamConfig, SGDConfig, build
+from distrain.optim.optimizers.adam import AdamConfig
+from distrain.optim.optimizers.build import build_optimizer
+from distrain.optim.optimizers.sgd import SGDConfig
 
 START = torch.tensor([1.0, -2.0, 3.0, 0.5])
 GRADIENTS = [torch.tensor([0.5, -1.0, 2.0, 4.0]), torch.tensor([-1.0, 0.25, 1.0, 2.0])]
@@ -28,7 +30,7 @@ def adam(name: str, **changes: Any) -> AdamConfig:
 
 def after_steps(config: OptimizerConfig, gradients: list[Tensor] = GRADIENTS) -> Tensor:
     parameter = nn.Parameter(START.clone())
-    optimizer = build(config, [parameter])
+    optimizer = build_optimizer(config, [parameter])
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -74,20 +76,20 @@ def test_only_adamw_keeps_weight_decay_apart_from_the_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fused_is_used_where_asked_for_and_changes_nothing(config: Any, dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(3, dtype=dtype))
-    assert build(config(fused=True), [parameter]).defaults["fused"] is True
-    assert not build(config(fused=False), [parameter]).defaults["fused"]
+    assert build_optimizer(config(fused=True), [parameter]).defaults["fused"] is True
+    assert not build_optimizer(config(fused=False), [parameter]).defaults["fused"]
     torch.testing.assert_close(after_steps(config(fused=True)), after_steps(config(fused=False)))
 
 
 @pytest.mark.parametrize("other", [torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.complex64)])
 def test_one_parameter_without_a_fused_kernel_rules_it_out_for_all(other: Tensor) -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(other)]
-    assert not build(sgd(fused=True), parameters).defaults["fused"]
+    assert not build_optimizer(sgd(fused=True), parameters).defaults["fused"]
 
 
 def test_parameters_may_come_with_their_names() -> None:
     model = nn.Linear(2, 3)
-    optimizer = build(adam("adam"), model.named_parameters())
+    optimizer = build_optimizer(adam("adam"), model.named_parameters())
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert optimizer.param_groups[0]["params"][0] is model.weight
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from distrain.cli import app
 from distrain.errors import ConfigError
-from distrain.optim import optimizers
 from distrain.optim.optimizers import updates
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.world import World
 from tests.runs import small
 
@@ -27,7 +27,7 @@ def built(*overrides: str) -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Para
     weight, bias = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     config = small("optimizer.lr=0.1", *overrides).optimizer
     named = [("first.weight", weight), ("last.bias", bias)]
-    return optimizers.build(config, named, steps_per_epoch=4, total_steps=8), weight, bias
+    return build_optimizer(config, named, steps_per_epoch=4, total_steps=8), weight, bias
 
 
 def descended(rate: float, decay: float = 0.0, start: Tensor | None = None) -> Tensor:
@@ -70,7 +70,7 @@ def test_a_group_may_stop_after_some_epochs(choice: str) -> None:
     for _ in range(4):
         step(optimizer, weight, bias)
         values.append((weight.detach().clone(), bias.detach().clone()))
-    assert updates.done(optimizer) == 4
+    assert updates.completed(optimizer) == 4
     assert not values[0][1].equal(values[1][1])
     assert values[1][1].equal(values[3][1])
     assert not values[1][0].equal(values[2][0])
@@ -79,7 +79,7 @@ def test_a_group_may_stop_after_some_epochs(choice: str) -> None:
 def test_without_groups_nothing_is_counted() -> None:
     optimizer, weight, bias = built("optimizer=sgd")
     step(optimizer, weight, bias)
-    assert updates.done(optimizer) == 0
+    assert updates.completed(optimizer) == 0
 
 
 @pytest.mark.parametrize(

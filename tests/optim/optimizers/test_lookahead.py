@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import named_state
 from distrain.cli import app
 from distrain.errors import ConfigError
-from distrain.optim import optimizers
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.world import World
 from tests.runs import small
 
@@ -22,7 +22,7 @@ def gradient(step: int) -> Tensor:
 
 def built(parameter: nn.Parameter, *overrides: str) -> torch.optim.Optimizer:
     config = small("optimizer.lookahead.every=3", "optimizer.lookahead.keep=0.6", *overrides).optimizer
-    return optimizers.build(config, [("weight", parameter)], total_steps=8)
+    return build_optimizer(config, [("weight", parameter)], total_steps=8)
 
 
 def trained(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, steps: range) -> list[Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import ConfigError
-from distrain.optim import optimizers
-from distrain.optim.optimizers.muon import orthogonalised
+from distrain.optim.optimizers.build import build_optimizer
+from distrain.optim.optimizers.muon import orthogonalise
 from tests.runs import small
 
 
@@ -17,7 +17,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def built(named: list[tuple[str, nn.Parameter]], *overrides: str) -> torch.optim.Optimizer:
-    return optimizers.build(small("optimizer=muon", "optimizer.lr=0.1", *overrides).optimizer, named)
+    return build_optimizer(small("optimizer=muon", "optimizer.lr=0.1", *overrides).optimizer, named)
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9), (1, 5)])
@@ -27,14 +27,14 @@ def test_singular_values_become_about_one_and_vectors_stay(shape: tuple[int, int
     values = s / s.norm()
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    found = orthogonalised(1000 * matrix, 5)
+    found = orthogonalise(1000 * matrix, 5)
     torch.testing.assert_close(found, u @ values.diag() @ v, rtol=1e-6, atol=1e-6)
     assert values.min() > 0.5
     assert values.max() < 1.3
 
 
 def test_an_update_of_zeros_stays_one() -> None:
-    assert orthogonalised(torch.zeros(3, 4), 5).equal(torch.zeros(3, 4))
+    assert orthogonalise(torch.zeros(3, 4), 5).equal(torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -51,7 +51,7 @@ def test_weights_of_convolutions_follow_the_orthogonal_momentum(nesterov: bool) 
         optimizer.step()
         momentum = 0.5 * momentum + gradient
         direction = gradient + 0.5 * momentum if nesterov else momentum
-        update = orthogonalised(direction.view(8, 4), 5).view(8, 1, 2, 2)
+        update = orthogonalise(direction.view(8, 4), 5).view(8, 1, 2, 2)
         # Twice as many rows as columns.
         expected = expected * (1 - 0.1 * 0.2) - 0.1 * 2**0.5 * update
     torch.testing.assert_close(weight.detach(), expected)

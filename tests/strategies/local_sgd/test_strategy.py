@@ -20,7 +20,7 @@ from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.data.loader import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError
-from distrain.optim import optimizers
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.local_sgd import LocalSGD
@@ -119,7 +119,7 @@ class Simulation:
         self.case, self.ranks = case, ranks
         self.models = [network() for _ in range(ranks)]
         config = small(*case.overrides()).optimizer
-        self.optimizers = [optimizers.build(config, model.parameters()) for model in self.models]
+        self.optimizers = [build_optimizer(config, model.parameters()) for model in self.models]
         name, rate, momentum = case.outer
         self.global_parameters = {n: p.detach().clone() for n, p in self.models[0].named_parameters()}
         self.outer = torch.optim.SGD(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from distrain import models
+from distrain.models.build import instantiate_model
 from distrain.strategies.parameter_server.shards import Packed, balanced
 from tests.runs import small
 
@@ -30,7 +30,7 @@ def test_bytes_are_balanced() -> None:
 
 
 def resnet() -> nn.Module:
-    return models.build(small("model=resnet18").model, in_channels=3, num_classes=10, image_size=(32, 32))
+    return instantiate_model(small("model=resnet18").model, in_channels=3, num_classes=10, image_size=(32, 32))
 
 
 def test_a_packed_copy_comes_back_bit_for_bit() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distrain.errors import ConfigError
-from distrain.models import BlockSequence
+from distrain.models.base import BlockSequence
 from distrain.strategies.pipeline import split
 
 

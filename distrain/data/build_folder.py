@@ -20,7 +20,7 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def building(key: str, folder: Path) -> Iterator[Path]:
+def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
     """Holds a folder's lock and gives an empty folder inside of it to build in, removed at the end.
 
     The lock ends with its process, however that dies; what a killed process left half-built is removed by the next
@@ -50,8 +50,8 @@ def building(key: str, folder: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def has_built(folder: Path) -> bool:
-    """Whether :func:`building` has worked there before."""
+def is_build_folder(folder: Path) -> bool:
+    """Whether :func:`locked_build_folder` has worked there before."""
     return (folder / _LOCK).is_file()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.data.files import building, publish
+from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def test_only_one_builds_at_a_time(tmp_path: Path) -> None:
 
     def build() -> None:
         nonlocal inside, most
-        with building("data.cache", tmp_path) as temporary:
+        with locked_build_folder("data.cache", tmp_path) as temporary:
             with guard:
                 inside += 1
                 most = max(most, inside)
@@ -37,13 +37,13 @@ def test_only_one_builds_at_a_time(tmp_path: Path) -> None:
 def test_what_a_killed_builder_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".build-old" / "cache").mkdir(parents=True)
     (tmp_path / "complete").mkdir()
-    with building("data.cache", tmp_path):
+    with locked_build_folder("data.cache", tmp_path):
         assert not (tmp_path / ".build-old").exists()
     assert (tmp_path / "complete").exists()
 
 
 def test_publish_moves_a_whole_folder(tmp_path: Path) -> None:
-    with building("data.cache", tmp_path) as temporary:
+    with locked_build_folder("data.cache", tmp_path) as temporary:
         (temporary / "new" / "deep").mkdir(parents=True)
         (temporary / "new" / "deep" / "file").write_text("content")
         publish(temporary / "new", tmp_path / "new")
@@ -54,6 +54,6 @@ def test_a_folder_that_can_not_be_written_names_its_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"data\.cache=.*file/cache: can't be written"),
-        building("data.cache", tmp_path / "file" / "cache"),
+        locked_build_folder("data.cache", tmp_path / "file" / "cache"),
     ):
         pass

@@ -1,0 +1,180 @@
+"""Building the configured model, trying it out, and refusing what can't be trained or must not run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distrain.config.schema import ModelConfig
+from distrain.errors import ConfigError
+from distrain.models import build
+from distrain.models.build import CustomConfig, check_model, instantiate_model
+
+DIGITS: dict[str, Any] = {"in_channels": 1, "num_classes": 10, "image_size": (8, 8)}
+
+MY_MODELS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, image_size, width=2):
+        super().__init__()
+        self.hidden = nn.Linear(image_size[0] * image_size[1], width)
+        self.output = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.output(self.hidden(images.flatten(1)))
+
+class TakesAll(Net):
+    def __init__(self, **kwargs):
+        self.received = dict(kwargs)
+        in_channels = kwargs.pop("in_channels")
+        super().__init__(**kwargs)
+
+class DependsOnValues(Net):
+    def forward(self, images):
+        return super().forward(images) * (1 if images.sum() > 0 else 2)
+
+class Constant(Net):
+    def __init__(self, num_classes, image_size):
+        super().__init__(num_classes, image_size)
+        self.scale = torch.ones(())
+
+    def forward(self, images):
+        return super().forward(images * self.scale)
+
+class Unused(Net):
+    def __init__(self, num_classes, image_size):
+        super().__init__(num_classes, image_size)
+        self.more = nn.Linear(2, 3)
+
+class Broken(nn.Module):
+    def __init__(self):
+        raise OSError("no weights")
+
+class WrongShape(Net):
+    def forward(self, images):
+        return super().forward(images)[:, :3]
+
+class Lazy(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.LazyLinear(num_classes))
+
+def factory(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def number(num_classes):
+    return num_classes
+
+imported = torch.nn.Identity
+"""
+
+
+@pytest.fixture(params=["small", "large"])
+def my_models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of a module of the user's, each tried out as what is small and as what is large is."""
+    if request.param == "large":
+        monkeypatch.setattr(build, "_FAST", 0)
+    (tmp_path / "my_models.py").write_text(MY_MODELS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def custom(target: str, **kwargs: Any) -> CustomConfig:
+    return CustomConfig(name="custom", _target_=target, kwargs=kwargs)
+
+
+@pytest.mark.usefixtures("my_models")
+def test_a_custom_model_gets_what_the_data_set_fixes_and_its_kwargs() -> None:
+    model = instantiate_model(custom("my_models.Net", width=7), **DIGITS)
+    assert [tuple(p.shape) for p in model.parameters()] == [(7, 64), (7,), (10, 7), (10,)]
+    assert instantiate_model(custom("my_models.TakesAll", width=7), **DIGITS).received == {**DIGITS, "width": 7}
+    check_model(custom("my_models.Net", width=7), **DIGITS)
+
+
+@pytest.mark.usefixtures("my_models")
+def test_kwargs_win_over_what_the_data_set_fixes() -> None:
+    assert instantiate_model(custom("my_models.Net", num_classes=3), **DIGITS).output.out_features == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("my_models")
+def test_a_function_may_make_the_model() -> None:
+    check_model(custom("my_models.factory"), **DIGITS)
+    assert isinstance(instantiate_model(custom("my_models.factory"), **DIGITS), nn.Sequential)
+
+
+@pytest.mark.usefixtures("my_models")
+@pytest.mark.parametrize("target", ["my_models.DependsOnValues", "my_models.Constant"])
+def test_a_model_that_cannot_run_without_its_values_is_tried_with_them(target: str) -> None:
+    assert check_model(custom(target), **DIGITS) == []
+
+
+@pytest.mark.usefixtures("my_models")
+def test_parameters_that_get_no_gradient_are_named() -> None:
+    assert check_model(custom("my_models.Unused"), **DIGITS) == ["more.weight", "more.bias"]
+
+
+@pytest.mark.usefixtures("my_models")
+@pytest.mark.parametrize("target", ["my_models.Net", "my_models.DependsOnValues"])
+def test_checking_leaves_the_generator_as_it_was(target: str) -> None:
+    before = torch.random.get_rng_state()
+    check_model(custom(target), **DIGITS)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("my_models")
+@pytest.mark.parametrize(
+    ("target", "kwargs", "message"),
+    [
+        ("my_models.Nett", {}, "module my_models has no Nett"),
+        ("no_such_package.Net", {}, "can't be imported"),
+        ("my_models.Net", {"widht": 3}, "unexpected keyword argument 'widht'; its arguments: num_classes, image_size"),
+        ("my_models.Broken", {}, "fails to build (OSError: no weights)"),
+        ("my_models.Lazy", {}, "lazy parameters"),
+        ("my_models.MY_MODELS", {}, "has no MY_MODELS"),
+        ("my_models.number", {}, "makes a int, not an nn.Module"),
+        ("my_models.__name__", {}, "neither an nn.Module class nor a function"),
+        ("pathlib.Path", {}, "neither an nn.Module class nor a function"),
+        ("my_models.WrongShape", {}, "returns [2, 3] for images [2, 1, 8, 8]; logits [2, 10] are needed"),
+        ("torch.nn.Conv2d", {"out_channels": 3, "kernel_size": 9}, "fails on images [2, 1, 8, 8] (RuntimeError"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(target: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_model(custom(target, **kwargs), **DIGITS)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(("model._target_=", "model.kwargs="))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_on_another_choice_points_to_custom() -> None:
+    with pytest.raises(ConfigError, match=r"model\._target_=my\.Net: .* use model=custom"):
+        instantiate_model(ModelConfig(name="simple_cnn", _target_="my.Net"), **DIGITS)
+
+
+@pytest.mark.usefixtures("my_models")
+@pytest.mark.parametrize(
+    "target", ["torch.nn.Identity", "my_models.imported", "distrain.models.build.locate", "distrain.models.build.nn"]
+)
+def test_a_run_folder_builds_nothing_from_outside_what_is_allowed(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\._target_=.*is not below"):
+        instantiate_model(custom(target), **DIGITS, allowed=["distrain.models", "my_models"])
+
+
+def test_a_refused_target_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="is not below"):
+        instantiate_model(custom("stranger.Net"), **DIGITS, allowed=["distrain.models"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.usefixtures("my_models")
+def test_an_allowed_target_is_built() -> None:
+    allowed = ["distrain.models", "my_models"]
+    assert type(instantiate_model(custom("my_models.Net"), **DIGITS, allowed=allowed)).__name__ == "Net"
+    registered = ModelConfig(name="simple_cnn", _target_="distrain.models.cnn.SimpleCNN")
+    assert type(instantiate_model(registered, **DIGITS, allowed=["distrain.models"])).__name__ == "SimpleCNN"
