@@ -51,7 +51,7 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
     splits = source(config).load()
     check_sizes(config, splits)
     with Runtime(config, world) as runtime:
-        runtime.position.doing = "set-up"
+        runtime.activity.phase = "set-up"
         config = settled(config, runtime, splits)
         if runtime.is_main:
             write_yaml(runtime.run_dir / "config.yaml", to_container(config))

@@ -138,7 +138,7 @@ def _shown(spec: DataSpec) -> str:
 
 
 def _evaluate(config: Config, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Evaluation:
-    runtime.position.doing = "evaluation"
+    runtime.activity.phase = "evaluation"
     strategy: Strategy = strategy_base.build(config, runtime)
     layout = app.memory_format(config, runtime.device, model)
     model.to(device=runtime.device, dtype=Precision(config.trainer.precision, runtime.device).dtype)

@@ -100,7 +100,7 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
             raise
         refuse(error if isinstance(error, ConfigError) else explain(error, conf, config_name, sys.argv[1:]))
     runtime = sys.modules.get("distrain.runtime.runtime")
-    if runtime is not None and runtime.has_talked:
+    if runtime is not None and runtime.joined_group:
         # All is written and said. Destructors that run while torch's communication threads end bring down about 3 % of
         # runs of several ranks with "terminate called without an active exception", so they are not run.
         atexit.register(_leave, 0)

@@ -12,39 +12,39 @@ F = TypeVar("F", bound=Callable[..., Any])
 _UNMEASURED = ("", "serving")
 
 
-class Position:
+class RankActivity:
     """What a rank is at; plain attributes, so that keeping it up to date costs a step nothing.
 
     Attributes:
-        doing: ``set-up``, ``training``, ``evaluation``, ``saving``, ``finishing``, ``serving``, or nothing.
+        phase: ``set-up``, ``training``, ``evaluation``, ``saving``, ``finishing``, ``serving``, or nothing.
         progress: Goes up with every step, batch and phase; only that it does is of interest.
         step: Updates done.
         epoch: Epochs finished.
         offset: First sample of the batch in work, in the order of the epoch.
         count: Samples of the batch in work over all shards, if the epoch has so many left.
         shard: ``(index, count)``: this rank's share of it; ``(0, 0)`` before the first.
-        apart: The ranks don't keep step, so another rank's position says nothing of this one's.
+        independent_steps: The ranks don't keep step, so another rank's position says nothing of this one's.
         expendable: The others go on if this rank fails.
         find_samples: From ``epoch``, ``offset``, ``count`` and ``shard`` to the positions in the training split of the
             samples that a rank has in work; ``None`` where no data is known.
     """
 
     def __init__(self) -> None:
-        self.doing = ""
+        self.phase = ""
         self.progress = self.step = self.epoch = self.offset = self.count = 0
         self.shard = (0, 0)
-        self.apart = self.expendable = False
+        self.independent_steps = self.expendable = False
         self.find_samples: Callable[[int, int, int, tuple[int, int]], list[int]] | None = None
 
     @property
     def is_measured(self) -> bool:
         """Whether a rank that does this must make progress."""
-        return self.doing not in _UNMEASURED
+        return self.phase not in _UNMEASURED
 
     def enter_epoch(self, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> None:
         """Training goes on at this place of an epoch."""
         self.epoch, self.offset, self.count, self.shard = epoch, offset, count, shard
-        self.doing = "training"
+        self.phase = "training"
         self.progress += 1
 
     def advance(self, step: int, offset: int) -> None:
@@ -54,12 +54,12 @@ class Position:
 
     def samples(self) -> list[int] | None:
         """The samples that this rank has in work; ``None`` outside of training."""
-        if self.find_samples is None or self.doing != "training":
+        if self.find_samples is None or self.phase != "training":
             return None
         return self.find_samples(self.epoch, self.offset, self.count, self.shard)
 
 
-def while_doing(what: str) -> Callable[[F], F]:
+def in_phase(what: str) -> Callable[[F], F]:
     """Decorates a method of something with a ``runtime``: what the rank is doing while it runs.
 
     After an error it stays, for the report.
@@ -68,11 +68,11 @@ def while_doing(what: str) -> Callable[[F], F]:
     def decorate(method: F) -> F:
         @functools.wraps(method)
         def decorated(self: Any, *args: Any, **kwargs: Any) -> Any:
-            position: Position = self.runtime.position
-            before, position.doing = position.doing, what
+            position: RankActivity = self.runtime.activity
+            before, position.phase = position.phase, what
             position.progress += 1
             result = method(self, *args, **kwargs)
-            position.doing = before
+            position.phase = before
             position.progress += 1
             return result
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 
-class FaultFile:
+class CrashDump:
     """Where Python writes all threads' stacks when a fatal signal ends the process; without one nothing is left of it.
 
     Args:
@@ -34,14 +34,14 @@ class FaultFile:
             self._path.unlink(missing_ok=True)
 
 
-def fault_file(folder: Path, rank: int) -> Path:
+def crash_dump_path(folder: Path, rank: int) -> Path:
     """The file of a rank, below the run folder."""
     return folder / "logs" / f"rank_{rank}.fault"
 
 
-def last_words(folder: Path | None, rank: int) -> str:
+def read_crash_dump(folder: Path | None, rank: int) -> str:
     """What a rank that is gone has left; nothing unless it crashed, and its empty file is then removed."""
-    path = fault_file(folder, rank) if folder is not None else Path()
+    path = crash_dump_path(folder, rank) if folder is not None else Path()
     if not path.is_file():
         return ""
     if not path.stat().st_size:

@@ -57,14 +57,14 @@ class Failure:
         return f"rank {self.rank} on {self.host} failed at step {self.step}: {self.error}"
 
 
-def put_aside(folder: Path) -> None:
+def archive_previous_report(folder: Path) -> None:
     """Renames the report of an earlier run in this folder: there is one only if the last run failed."""
     with contextlib.suppress(FileNotFoundError):
         folder.joinpath(FILE).replace(folder / f"previous_{FILE}")
 
 
 @dataclass(frozen=True)
-class Claim:
+class FirstFailure:
     """What the first rank to know of a failure tells all others.
 
     Attributes:
@@ -81,7 +81,7 @@ class Claim:
         return json.dumps([failure.rank, failure.host, failure.step, failure.error, self.by])
 
     @classmethod
-    def unpacked(cls, text: bytes | str) -> Claim | None:
+    def unpacked(cls, text: bytes | str) -> FirstFailure | None:
         """The other way round; ``None`` if there is none yet."""
         if text in (NO_CLAIM, NO_CLAIM.encode()):
             return None
@@ -93,7 +93,7 @@ class Claim:
 Complete = Callable[[Failure, Store | None], None]
 
 
-class Reporter:
+class FailureReporter:
     """Tells of a failure, once, whichever thread of this process hears of it first.
 
     The first rank to claim it in the store writes ``failure.json``; the others read the claim.
@@ -108,7 +108,7 @@ class Reporter:
 
     def __init__(self, rank: int) -> None:
         self.folder: Path | None = None
-        self.told: Claim | None = None
+        self.told: FirstFailure | None = None
         self._rank = rank
         self._lock = threading.Lock()
 
@@ -130,11 +130,11 @@ class Reporter:
             self._lock.release()
 
     def _tell(self, failure: Failure, here: str, store: Store | None, complete: Complete) -> None:
-        mine = Claim(failure, self._rank)
+        mine = FirstFailure(failure, self._rank)
         first = mine
         if store is not None:
             try:
-                first = Claim.unpacked(store.compare_set(CLAIM, NO_CLAIM, mine.packed())) or mine
+                first = FirstFailure.unpacked(store.compare_set(CLAIM, NO_CLAIM, mine.packed())) or mine
             except RuntimeError as error:
                 # It went with its host; what this rank knows is all there is.
                 log.warning("nobody hears of this failure: %s", first_line(error))

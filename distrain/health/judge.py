@@ -12,14 +12,14 @@ from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A sign of life.
 
     Attributes:
         number: Of this beat; each has another one.
         progress: Goes up while the rank gets on; ``None`` for one that is not judged by that.
         step: Updates done.
-        doing: In a word.
+        phase: In a word.
         waiting: Its main thread waits for other ranks.
         expendable: The others go on without it.
         left: It is about to end; nothing more will come.
@@ -30,7 +30,7 @@ class Beat:
     number: int = 0
     progress: int | None = None
     step: int = 0
-    doing: str = ""
+    phase: str = ""
     waiting: bool = False
     expendable: bool = False
     left: bool = False
@@ -42,7 +42,7 @@ class Beat:
         return json.dumps(astuple(self))
 
     @classmethod
-    def unpacked(cls, text: str | bytes) -> Beat:
+    def unpacked(cls, text: str | bytes) -> Heartbeat:
         """The other way round."""
         told = json.loads(text)
         # JSON knows no tuples.
@@ -50,7 +50,7 @@ class Beat:
 
 
 @dataclass
-class Seen:
+class ObservedRank:
     """What an observer knows of a rank.
 
     Attributes:
@@ -60,16 +60,16 @@ class Seen:
         gone: Its process, on the observer's host, is not there any more.
     """
 
-    beat: Beat
+    beat: Heartbeat
     beat_seen: float
     progress_seen: float
     gone: bool = False
 
-    def look(self, beat: Beat, now: float) -> None:
+    def look(self, beat: Heartbeat, now: float) -> None:
         """Takes in the newest beat."""
         if beat.number != self.beat.number:
             self.beat_seen = now
-        if (beat.progress, beat.doing) != (self.beat.progress, self.beat.doing):
+        if (beat.progress, beat.phase) != (self.beat.progress, self.beat.phase):
             self.progress_seen = now
         self.beat = beat
 
@@ -97,14 +97,14 @@ class Limits:
     step: float
     setup: float
 
-    def of(self, beat: Beat) -> tuple[float, str]:
+    def of(self, beat: Heartbeat) -> tuple[float, str]:
         """How long a rank may be without progress in what it does, and the key that says so."""
-        if beat.doing in ("set-up", "finishing"):
+        if beat.phase in ("set-up", "finishing"):
             return self.setup, "runtime.setup_timeout_seconds"
         return self.step, "runtime.timeout_seconds"
 
 
-GONE = "the process is gone without a word (killed?)"
+UNREPORTED_EXIT = "the process exited without reporting an error (killed?)"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Verdict:
     reason: str
 
 
-def judge(own: int, seen: Mapping[int, Seen], limits: Limits, now: float) -> Verdict | None:
+def judge(own: int, seen: Mapping[int, ObservedRank], limits: Limits, now: float) -> Verdict | None:
     """Who holds up the run, if anybody does.
 
     A process that is gone; else the rank that has been silent for longest; else one that makes no progress though it
@@ -130,7 +130,7 @@ def judge(own: int, seen: Mapping[int, Seen], limits: Limits, now: float) -> Ver
     counting = {rank: each for rank, each in seen.items() if each.counts}
     for rank, each in counting.items():
         if each.gone:
-            return Verdict(rank, GONE)
+            return Verdict(rank, UNREPORTED_EXIT)
     silent = [rank for rank, each in counting.items() if rank != own and now - each.beat_seen > limits.silence]
     if silent:
         rank = min(silent, key=lambda rank: (counting[rank].beat_seen, rank))
@@ -155,16 +155,16 @@ def judge(own: int, seen: Mapping[int, Seen], limits: Limits, now: float) -> Ver
     return None
 
 
-def is_stuck(own: Seen, limits: Limits, now: float) -> str | None:
+def is_stuck(own: ObservedRank, limits: Limits, now: float) -> str | None:
     """Why a rank should give itself up that nobody else would, because the others go on without it."""
     late = own.beat.progress is not None and now - own.progress_seen > limits.of(own.beat)[0]
     return _no_progress(limits, own) if late and not own.beat.waiting else None
 
 
-def _no_progress(limits: Limits, seen: Seen) -> str:
+def _no_progress(limits: Limits, seen: ObservedRank) -> str:
     seconds, key = limits.of(seen.beat)
     return f"no progress within {key}={seconds:g}{_at(seen)}"
 
 
-def _at(seen: Seen) -> str:
-    return f" in {seen.beat.doing}" if seen.beat.doing else ""
+def _at(seen: ObservedRank) -> str:
+    return f" in {seen.beat.phase}" if seen.beat.phase else ""

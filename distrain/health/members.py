@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distrain.health.failure_report import CLAIM, NO_CLAIM
-from distrain.health.judge import Beat
+from distrain.health.judge import Heartbeat
 from distrain.health.process import Process
 
 
@@ -30,15 +30,15 @@ class Member:
     @property
     def is_gone(self) -> bool:
         """Whether its process is known to have ended."""
-        return self.is_near and not self.process.lives
+        return self.is_near and not self.process.is_alive
 
 
 def join(store: Store, rank: int, host: str) -> None:
     """Tells the store who this rank is; it is counted in from then on."""
     if rank == 0:
         store.set(CLAIM, NO_CLAIM)
-    store.set(beat_key(rank), Beat().packed())
-    store.set(member_key(rank), json.dumps({"host": host, **asdict(Process.own())}))
+    store.set(beat_key(rank), Heartbeat().packed())
+    store.set(member_key(rank), json.dumps({"host": host, **asdict(Process.current())}))
 
 
 def find_members(store: Store, size: int, host: str) -> list[Member]:
@@ -48,15 +48,15 @@ def find_members(store: Store, size: int, host: str) -> list[Member]:
         told = json.loads(text)
         process = Process(told["pid"], told["started"])
         # Containers may share a name and not see each other's processes.
-        found.append(Member(told["host"], process, told["host"] == host and process.lives))
+        found.append(Member(told["host"], process, told["host"] == host and process.is_alive))
     return found
 
 
-def read_beats(store: Store, ranks: Iterable[int]) -> dict[int, Beat]:
+def read_beats(store: Store, ranks: Iterable[int]) -> dict[int, Heartbeat]:
     """The last beat of each rank."""
     ranks = list(ranks)
     found = store.multi_get([beat_key(rank) for rank in ranks])
-    return {rank: Beat.unpacked(text) for rank, text in zip(ranks, found, strict=True)}
+    return {rank: Heartbeat.unpacked(text) for rank, text in zip(ranks, found, strict=True)}
 
 
 def member_key(rank: int) -> str:

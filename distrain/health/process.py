@@ -25,12 +25,12 @@ class Process:
     started: int | None
 
     @classmethod
-    def own(cls) -> Process:
+    def current(cls) -> Process:
         """This one."""
         return cls(os.getpid(), _stat(os.getpid())[1])
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it is there and not only the zombie that its parent has not looked at yet."""
         if self.started is None:
             with contextlib.suppress(OSError):
@@ -41,7 +41,7 @@ class Process:
         return started == self.started and state not in ("Z", "X")
 
     @property
-    def stands_still(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether a signal stopped it; unknown, and therefore no, without ``/proc``."""
         return self.started is not None and _stat(self.pid) == ("T", self.started)
 
@@ -54,7 +54,7 @@ class Process:
         if self.started is None:
             return
         deadline = time.monotonic() + seconds
-        while self.lives and time.monotonic() < deadline:
+        while self.is_alive and time.monotonic() < deadline:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.01)

@@ -11,25 +11,25 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from distrain.health.activity import Position
+from distrain.health.activity import RankActivity
 from distrain.health.failure_report import first_line
-from distrain.health.judge import Beat
+from distrain.health.judge import Heartbeat
 from distrain.health.members import Member, read_beats, told_key
 
 log = logging.getLogger(__name__)
 
 #: How long after its next beat is due a rank has said where it was when it heard of the failure.
 _PATIENCE_SECONDS = 0.7
-#: Calls of the other ranks that are kept.
+#: ThreadStack of the other ranks that are kept.
 _INNERMOST = 3
 
 
 @dataclass(frozen=True)
-class Told:
+class RankDetails:
     """What a rank tells besides its beat, for the case that it fails.
 
     Attributes:
-        epoch: Of the batch in work, as in :class:`~distrain.health.activity.Position`; so are the next two.
+        epoch: Of the batch in work, as in :class:`~distrain.health.activity.RankActivity`; so are the next two.
         offset: See there.
         count: See there.
         calls: Where its main thread is.
@@ -45,13 +45,13 @@ class Told:
         return json.dumps([self.epoch, self.offset, self.count, self.calls])
 
     @classmethod
-    def unpacked(cls, text: bytes) -> Told:
+    def unpacked(cls, text: bytes) -> RankDetails:
         """The other way round."""
         return cls(*json.loads(text))
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class RankStates:
     """What is known of all ranks.
 
     Attributes:
@@ -59,18 +59,18 @@ class Whereabouts:
         told: What they told besides, of those that did.
     """
 
-    beats: dict[int, Beat]
-    told: dict[int, Told]
+    beats: dict[int, Heartbeat]
+    told: dict[int, RankDetails]
 
     @classmethod
     def read(
         cls,
         store: Store,
-        beats: dict[int, Beat],
+        beats: dict[int, Heartbeat],
         members: Sequence[Member],
         mute: Collection[int],
         seconds: float,
-    ) -> Whereabouts:
+    ) -> RankStates:
         """Reads where the ranks are, once all that can have heard of the failure have said so.
 
         Args:
@@ -80,7 +80,7 @@ class Whereabouts:
             mute: Ranks that won't say so.
             seconds: Between two beats.
         """
-        told: dict[int, Told] = {}
+        told: dict[int, RankDetails] = {}
         deadline = time.monotonic() + seconds + _PATIENCE_SECONDS
         try:
             beats = read_beats(store, beats)
@@ -92,7 +92,7 @@ class Whereabouts:
                 beats = read_beats(store, beats)
             # A rank that failed at once has told nothing, and waiting for it would take long.
             there = [rank for rank in beats if store.check([told_key(rank)])]
-            told = {rank: Told.unpacked(store.get(told_key(rank))) for rank in there}
+            told = {rank: RankDetails.unpacked(store.get(told_key(rank))) for rank in there}
         except RuntimeError as error:
             log.warning("where the other ranks were can't be read: %s", first_line(error))
         return cls(beats, told)
@@ -103,7 +103,7 @@ class Whereabouts:
             return ""
         return "\n".join(["last known stack of its main thread:", *self.told[rank].calls])
 
-    def samples(self, rank: int, own_rank: int, own: Position) -> list[int] | None:
+    def samples(self, rank: int, own_rank: int, own: RankActivity) -> list[int] | None:
         """Positions in the training split of what a rank had in work; ``None`` if that is unknown or nothing.
 
         Args:
@@ -114,13 +114,17 @@ class Whereabouts:
         if rank == own_rank:
             return own.samples()
         # Its last word may be a second old; ranks that keep step are where the furthest of them is.
-        like = [rank] if own.apart else [each for each, beat in self.beats.items() if beat.progress is not None]
+        like = (
+            [rank]
+            if own.independent_steps
+            else [each for each, beat in self.beats.items() if beat.progress is not None]
+        )
         furthest = max(like, default=rank, key=lambda each: self.beats[each].step)
         beat, told = self.beats[furthest], self.told.get(furthest)
-        if not own.apart and own.is_measured and own.step >= beat.step:
-            place, doing = (own.epoch, own.offset, own.count), own.doing
+        if not own.independent_steps and own.is_measured and own.step >= beat.step:
+            place, doing = (own.epoch, own.offset, own.count), own.phase
         elif told is not None:
-            place, doing = (told.epoch, told.offset, told.count), beat.doing
+            place, doing = (told.epoch, told.offset, told.count), beat.phase
         else:
             return None
         if own.find_samples is None or doing != "training" or not self.beats[rank].shard[1]:
@@ -134,7 +138,7 @@ class Whereabouts:
                 "rank": rank,
                 "host": members[rank].host,
                 "step": beat.step,
-                "doing": beat.doing,
+                "doing": beat.phase,
                 "waiting": beat.waiting,
                 "stack": self.told[rank].calls[-_INNERMOST:] if rank in self.told else [],
             }

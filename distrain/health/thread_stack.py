@@ -24,7 +24,7 @@ _COMMUNICATION = frozenset(
 
 
 @dataclass(frozen=True)
-class Calls:
+class ThreadStack:
     """Where a thread is.
 
     Attributes:
@@ -36,12 +36,12 @@ class Calls:
     waiting: bool
 
     @classmethod
-    def of_thread(cls, identifier: int) -> Calls:
+    def of_thread(cls, identifier: int) -> ThreadStack:
         """Of a thread that may be doing anything, by :func:`threading.get_ident`'s number."""
         return cls.of_frame(sys._current_frames().get(identifier))
 
     @classmethod
-    def of_frame(cls, frame: FrameType | None) -> Calls:
+    def of_frame(cls, frame: FrameType | None) -> ThreadStack:
         """Of whoever is in this frame."""
         lines: list[str] = []
         waiting = False
@@ -53,7 +53,7 @@ class Calls:
         return cls(lines[::-1], waiting)
 
     @classmethod
-    def of_error(cls, error: BaseException) -> Calls:
+    def of_error(cls, error: BaseException) -> ThreadStack:
         """Where an error came from."""
         frames = list(traceback.walk_tb(error.__traceback__))
         return cls(

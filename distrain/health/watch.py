@@ -18,22 +18,22 @@ from typing import NoReturn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distrain.errors import PeerLost, Terminated
-from distrain.health.activity import Position
-from distrain.health.crash_dump import last_words
+from distrain.health.activity import RankActivity
+from distrain.health.crash_dump import read_crash_dump
 from distrain.health.failure_report import (
     CLAIM,
     NO_CLAIM,
-    Claim,
     Failure,
-    Reporter,
+    FailureReporter,
+    FirstFailure,
     first_line,
     is_broken_connection,
     say,
 )
-from distrain.health.judge import GONE, Beat, Limits, Seen, is_stuck, judge
+from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, is_stuck, judge
 from distrain.health.members import beat_key, find_members, read_beats, told_key
-from distrain.health.rank_states import Told, Whereabouts
-from distrain.health.thread_stack import Calls
+from distrain.health.rank_states import RankDetails, RankStates
+from distrain.health.thread_stack import ThreadStack
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _AT_LAST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Meeting:
+class WatchIdentity:
     """Where the ranks of a run find each other.
 
     Attributes:
@@ -84,11 +84,11 @@ class Watch:
 
     def __init__(
         self,
-        meeting: Meeting,
+        meeting: WatchIdentity,
         store: Store,
         limits: Limits,
-        position: Position,
-        reporter: Reporter,
+        position: RankActivity,
+        reporter: FailureReporter,
         before_end: Callable[[], None],
     ) -> None:
         self._meeting = meeting
@@ -104,10 +104,10 @@ class Watch:
         self._absence = max(_INTERVAL_SECONDS, min(limits.silence, limits.step) / 2)
         self._main = threading.get_ident()
         now = time.monotonic()
-        self._seen = {rank: Seen(Beat(), now, now) for rank in range(meeting.size)}
+        self._seen = {rank: ObservedRank(Heartbeat(), now, now) for rank in range(meeting.size)}
         self._looked = now
         self._suspect: int | None = None
-        self._frozen: Calls | None = None
+        self._frozen: ThreadStack | None = None
         self._number = self._sent = 0
         self._talking_since: float | None = None
         self._ending_since: float | None = None
@@ -134,7 +134,7 @@ class Watch:
 
     def freeze(self, error: BaseException) -> None:
         """From now on the main thread is said to be where this error came from, not where it is dealt with."""
-        self._frozen = Calls.of_error(error)
+        self._frozen = ThreadStack.of_error(error)
 
     def culprit(self, error: BaseException, store: Store, passed_over: Collection[int]) -> Failure | None:
         """Another rank that is behind an error of this one, as far as can be seen; ``None`` if it tells so itself.
@@ -164,7 +164,7 @@ class Watch:
                 # A server learns from beats which step it was, and they may be a second old.
                 is_early = waited < _SAY_SECONDS and not self._position.is_measured
                 if not (beat.left or done_without or rank in passed_over or is_early):
-                    return self.failure_of(rank, GONE)
+                    return self.failure_of(rank, UNREPORTED_EXIT)
             if waited > _SAY_SECONDS:
                 if not broken or all(member.is_near for member in self._members):
                     break
@@ -190,12 +190,12 @@ class Watch:
     def failure_of(self, rank: int, error: str) -> Failure:
         """What there is to tell of another rank."""
         steps = [self._seen[rank].beat.step]
-        if not self._position.apart:
+        if not self._position.independent_steps:
             # Its last beat may be a second old; ranks that keep step wait for each other in the same one.
             steps += [seen.beat.step for seen in self._seen.values() if seen.beat.progress is not None]
             steps += [self._position.step] if self._position.is_measured else []
         words = self._last_words(rank)
-        if error == GONE and words:
+        if error == UNREPORTED_EXIT and words:
             error = f"the process crashed: {words.splitlines()[0]}"
         return Failure(rank, self._members[rank].host, max(steps), error)
 
@@ -207,7 +207,7 @@ class Watch:
             deadline = time.monotonic() + _DYING_SECONDS
             while time.monotonic() < deadline:
                 if self._members[0].is_gone:
-                    return self.failure_of(0, GONE)
+                    return self.failure_of(0, UNREPORTED_EXIT)
                 time.sleep(0.02)
         served = f"the store at {address}, which {'it' if by_rank_0 else 'its launcher'} served, can't be reached"
         return self.failure_of(0, f"{served}: {problem}")
@@ -220,16 +220,16 @@ class Watch:
             store: To read from; ``None`` if it can't be reached.
         """
         rank = failure.rank
-        found = Whereabouts({each: seen.beat for each, seen in self._seen.items()}, {})
+        found = RankStates({each: seen.beat for each, seen in self._seen.items()}, {})
         if store is not None:
-            found = Whereabouts.read(store, found.beats, self._members, (rank, self._rank), self._interval)
+            found = RankStates.read(store, found.beats, self._members, (rank, self._rank), self._interval)
         found.beats[self._rank], found.told[self._rank] = self._words()
         failure.samples = found.samples(rank, self._rank, self._position)
         failure.traceback = failure.traceback or self._last_words(rank) or found.stack(rank)
         failure.others = found.others(rank, self._members)
 
     def _last_words(self, rank: int) -> str:
-        return last_words(self._reporter.folder, rank) if self._members[rank].is_gone else ""
+        return read_crash_dump(self._reporter.folder, rank) if self._members[rank].is_gone else ""
 
     # --- beating -----------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Watch:
             self._wake.wait(self._interval)
             self._wake.clear()
 
-    def _exchange(self, *, left: bool, ending: bool = False) -> Claim | None:
+    def _exchange(self, *, left: bool, ending: bool = False) -> FirstFailure | None:
         """Beats and reads everybody's beats; returns the run's failure, if somebody told of one."""
         with self._changed:
             self._number += 1
@@ -277,7 +277,7 @@ class Watch:
         self._store.set(told_key(self._rank), told.packed())
         # Before the beats are read: who ends as it should has said so in the store first.
         gone = [rank for rank, member in enumerate(self._members) if member.is_gone]
-        claim = Claim.unpacked(self._store.get(CLAIM))
+        claim = FirstFailure.unpacked(self._store.get(CLAIM))
         beats = read_beats(self._store, self._seen)
         now = time.monotonic()
         self._talking_since = None
@@ -289,24 +289,24 @@ class Watch:
             self._changed.notify_all()
         return claim
 
-    def _words(self, *, left: bool = False, ending: bool = False) -> tuple[Beat, Told]:
+    def _words(self, *, left: bool = False, ending: bool = False) -> tuple[Heartbeat, RankDetails]:
         """What this rank has to tell the others now."""
         position, calls = self._position, self._calls()
-        beat = Beat(
+        beat = Heartbeat(
             self._number,
             position.progress if position.is_measured else None,
             position.step,
-            position.doing,
+            position.phase,
             calls.waiting,
             position.expendable,
             left,
             ending,
             position.shard,
         )
-        return beat, Told(position.epoch, position.offset, position.count, calls.lines)
+        return beat, RankDetails(position.epoch, position.offset, position.count, calls.lines)
 
-    def _calls(self) -> Calls:
-        return self._frozen or Calls.of_thread(self._main)
+    def _calls(self) -> ThreadStack:
+        return self._frozen or ThreadStack.of_thread(self._main)
 
     def _judge(self) -> Failure | None:
         now = time.monotonic()
@@ -378,7 +378,7 @@ class Watch:
     def _here(self) -> str:
         return "\n".join(["its main thread is in:", *self._calls().lines])
 
-    def _put_down(self, claim: Claim | None) -> None:
+    def _put_down(self, claim: FirstFailure | None) -> None:
         """Ends processes of this host that will not end by themselves; a launcher would wait half a minute for them.
 
         After a failure those are the rank that is to blame, if it did not say so itself, and whatever a signal stopped;
@@ -390,11 +390,11 @@ class Watch:
         elif claim.failure.rank in near and claim.by != claim.failure.rank:
             blamed = near[claim.failure.rank]
             deadline = time.monotonic() + _LAST_WORDS_SECONDS
-            while blamed.lives and not blamed.stands_still and time.monotonic() < deadline:
+            while blamed.is_alive and not blamed.is_stopped and time.monotonic() < deadline:
                 time.sleep(0.05)
             blamed.kill()
             # It could not remove its empty file itself.
             self._last_words(claim.failure.rank)
         for process in near.values():
-            if process.stands_still:
+            if process.is_stopped:
                 process.kill()

@@ -27,19 +27,19 @@ _BACKLOG = 2048
 _LOOPBACK = ("lo", "lo0")
 
 
-def on_one_host(world: World) -> bool:
+def is_single_host(world: World) -> bool:
     """Whether the launcher says that all ranks are here; a launcher that says nothing doesn't."""
     return world.local_size == world.size and "LOCAL_WORLD_SIZE" in os.environ
 
 
-def keep_gloo_here(world: World) -> None:
+def restrict_gloo_to_loopback(world: World) -> None:
     """Lets gloo listen on the loopback interface alone where all ranks are on this host; before any group is made.
 
     Otherwise it listens at the address that the host's own name leads to. An interface that the user named stays.
     """
     there = {name for _, name in socket.if_nameindex()}
     loopback = next((name for name in _LOOPBACK if name in there), None)
-    if loopback is not None and on_one_host(world):
+    if loopback is not None and is_single_host(world):
         os.environ.setdefault(_GLOO, loopback)
 
 
@@ -85,7 +85,7 @@ def _bound(address: str, port: int, world: World) -> socket.socket | None:
                 if error.errno == errno.EADDRINUSE:
                     return None  # the store will say so
                 # Another host's address, or one that leads here by translation only.
-    chosen = _choose(address, here, on_one_host(world))
+    chosen = _choose(address, here, is_single_host(world))
     for other in here:
         if other is not chosen:
             other.close()

@@ -34,12 +34,12 @@ _GROWTH = 4
 STOPPED_FILE = "stopped.json"
 
 
-class Wish(enum.IntFlag):
+class Request(enum.IntFlag):
     """What a rank wants all to do after a step."""
 
     NOTHING = 0
     SAVE = 1
-    BACK = 2
+    REWIND = 2
     TIME_LIMIT = 4
     SIGUSR1 = 8
     SIGTERM = 16
@@ -47,20 +47,24 @@ class Wish(enum.IntFlag):
     @property
     def reason(self) -> str | None:
         """Why the run stops, if it does; the most urgent reason."""
-        for wish, reason in ((Wish.SIGTERM, "SIGTERM"), (Wish.SIGUSR1, "SIGUSR1"), (Wish.TIME_LIMIT, _TIME_LIMIT)):
+        for wish, reason in (
+            (Request.SIGTERM, "SIGTERM"),
+            (Request.SIGUSR1, "SIGUSR1"),
+            (Request.TIME_LIMIT, _TIME_LIMIT),
+        ):
             if wish in self:
                 return reason
         return None
 
 
 _TIME_LIMIT = "trainer.max_minutes"
-_WISHES = (Wish.SAVE, Wish.BACK, Wish.TIME_LIMIT, Wish.SIGUSR1, Wish.SIGTERM)
+_WISHES = (Request.SAVE, Request.REWIND, Request.TIME_LIMIT, Request.SIGUSR1, Request.SIGTERM)
 
 
-class Counsel(Protocol):
+class Consensus(Protocol):
     """Carries wishes to all ranks."""
 
-    def heard(self, wish: Wish) -> Wish:
+    def agree(self, wish: Request) -> Request:
         """Called by every rank after every step.
 
         Args:
@@ -74,10 +78,10 @@ class Counsel(Protocol):
         """Ends it; all ranks call it after the same step."""
 
 
-class Alone:
+class SingleRankConsensus:
     """One rank's."""
 
-    def heard(self, wish: Wish) -> Wish:
+    def agree(self, wish: Request) -> Request:
         """At once."""
         return wish
 
@@ -85,7 +89,7 @@ class Alone:
         """Nothing is under way."""
 
 
-class Rounds:
+class AllReduceConsensus:
     """One all-reduce after the other, each begun after a step and read after a later one.
 
     How many steps lie between follows from how long the slowest rank's steps take, which the all-reduce carries too, so
@@ -95,29 +99,29 @@ class Rounds:
         communicator: The ranks, on the CPU, for this alone; they take the same number of steps.
         met: Whether the ranks waited for each other in the last step; only then a round begins or is read, so ranks
             that train apart are not made to keep step.
-        prompt: Wait for the answer at once where ranks meet seldom.
+        wait_if_infrequent: Wait for the answer at once where ranks meet seldom.
     """
 
-    def __init__(self, communicator: Communicator, met: Callable[[], bool], *, prompt: bool = True) -> None:
+    def __init__(self, communicator: Communicator, met: Callable[[], bool], *, wait_if_infrequent: bool = True) -> None:
         self._communicator = communicator
         self._met = met
-        self._prompt = prompt
+        self._prompt = wait_if_infrequent
         self._round: tuple[Tensor, Pending] | None = None
         self._slowest = 0.0
         self._every = self._left = 1
         self._seconds: list[float] = []
         self._last = time.perf_counter()
 
-    def heard(self, wish: Wish) -> Wish:
+    def agree(self, wish: Request) -> Request:
         """Reads the last round's answer and begins the next, when it is time; see the protocol."""
         if not self._met():
-            return Wish.NOTHING
+            return Request.NOTHING
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
         self._left -= 1
         if self._left:
-            return Wish.NOTHING
+            return Request.NOTHING
         heard = self._read()
         self._begin(wish & ~heard)
         if self._prompt and self._slowest > _SELDOM:
@@ -130,49 +134,49 @@ class Rounds:
         """Reads what is under way, so that no message is left behind."""
         self._read()
 
-    def _begin(self, wish: Wish) -> None:
+    def _begin(self, wish: Request) -> None:
         # The middle one: evaluation, a save or a short last batch of an epoch say nothing about steps.
         mine = [float(each in wish) for each in _WISHES] + [statistics.median(self._seconds)]
         self._seconds.clear()
         tensor = torch.tensor(mine, dtype=torch.float64)
         self._round = tensor, self._communicator.start_all_reduce(tensor, "max")
 
-    def _read(self) -> Wish:
+    def _read(self) -> Request:
         if self._round is None:
-            return Wish.NOTHING
+            return Request.NOTHING
         (tensor, pending), self._round = self._round, None
         pending.wait()
         *wishes, self._slowest = tensor.tolist()
-        heard = Wish.NOTHING
+        heard = Request.NOTHING
         for each, wished in zip(_WISHES, wishes, strict=True):
-            heard |= each if wished else Wish.NOTHING
+            heard |= each if wished else Request.NOTHING
         return heard
 
 
-def wish_of(signal_name: str | None) -> Wish:
+def request_from_signal(signal_name: str | None) -> Request:
     """What a signal asks for."""
-    return Wish.NOTHING if signal_name is None else Wish[signal_name]
+    return Request.NOTHING if signal_name is None else Request[signal_name]
 
 
-class Control:
+class RunControl:
     """Gathers this rank's wishes, and tells what all agreed on.
 
     Args:
         config: The run's configuration; the times are rank 0's business.
         runtime: Knows of signals, and when the run began.
-        counsel: Carries wishes.
+        consensus: Carries wishes.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, counsel: Counsel) -> None:
+    def __init__(self, config: Config, runtime: Runtime, consensus: Consensus) -> None:
         self._runtime = runtime
-        self._counsel = counsel
+        self._consensus = consensus
         self._limit = self._every = float("inf")
         if runtime.is_main:
-            self._limit = runtime.began + 60 * (config.trainer.max_minutes or float("inf"))
+            self._limit = runtime.start_time + 60 * (config.trainer.max_minutes or float("inf"))
             self._every = 60 * (config.checkpoint.every_minutes or float("inf"))
         self._saved = time.monotonic()
 
-    def agreed(self, wish: Wish = Wish.NOTHING) -> Wish:
+    def agree(self, wish: Request = Request.NOTHING) -> Request:
         """What all ranks do now; called by all of them after every step.
 
         Args:
@@ -183,28 +187,28 @@ class Control:
         """
         asked = self._runtime.stop_requested
         if asked is not None:
-            self._runtime.end_if_another_failed()
-            wish |= wish_of(asked)
+            self._runtime.raise_if_another_rank_failed()
+            wish |= request_from_signal(asked)
         if time.time() >= self._limit:
-            wish |= Wish.TIME_LIMIT
+            wish |= Request.TIME_LIMIT
         if time.monotonic() - self._saved >= self._every:
-            wish |= Wish.SAVE
-        return self._counsel.heard(wish)
+            wish |= Request.SAVE
+        return self._consensus.agree(wish)
 
-    def saved(self) -> None:
+    def note_save(self) -> None:
         """A checkpoint was saved just now."""
         self._saved = time.monotonic()
 
     def close(self) -> None:
         """Ends it; all ranks call it after the same step."""
-        self._counsel.close()
+        self._consensus.close()
 
 
-def note_stop(run_dir: Path, reason: str, step: int, exit_code: int) -> None:
-    """Leaves word of a stop for launchers, whose own exit code may say less; see :func:`forget_stop`."""
+def write_stop_file(run_dir: Path, reason: str, step: int, exit_code: int) -> None:
+    """Leaves word of a stop for launchers, whose own exit code may say less; see :func:`remove_stop_file`."""
     write_json(run_dir / STOPPED_FILE, {"reason": reason, "step": step, "exit_code": exit_code})
 
 
-def forget_stop(run_dir: Path) -> None:
+def remove_stop_file(run_dir: Path) -> None:
     """Removes the word: the run goes on."""
     (run_dir / STOPPED_FILE).unlink(missing_ok=True)

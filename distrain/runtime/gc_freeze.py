@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def all_this_stays() -> Iterator[None]:
+def frozen_gc() -> Iterator[None]:
     """What lives now is not looked at inside.
 
     A full collection goes through every object, of which imports alone leave hundreds of thousands: it holds up a rank

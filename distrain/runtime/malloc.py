@@ -20,7 +20,7 @@ _OUTSIDE_BYTES = (2**30, 2**25)
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
-def keep_freed_memory() -> bool:
+def retain_freed_memory() -> bool:
     """Makes this process's allocator keep what is freed; the largest amount ever in use stays the same.
 
     Returns:

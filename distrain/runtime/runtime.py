@@ -26,16 +26,16 @@ from distrain.communication.shared_memory.connect import channels
 from distrain.config.load import difference, fingerprint, to_container
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed, PeerLost, Stopped, Terminated, missing, refused
-from distrain.health.activity import Position
-from distrain.health.crash_dump import FaultFile, fault_file
-from distrain.health.failure_report import Failure, Reporter, first_line, put_aside, say
+from distrain.health.activity import RankActivity
+from distrain.health.crash_dump import CrashDump, crash_dump_path
+from distrain.health.failure_report import Failure, FailureReporter, archive_previous_report, first_line, say
 from distrain.health.judge import Limits
 from distrain.health.members import join
-from distrain.health.watch import Meeting, Watch
+from distrain.health.watch import Watch, WatchIdentity
 from distrain.runtime import bind_address, rendezvous
 from distrain.runtime.device import available_cores, choose_backend, choose_device, seed_everything
-from distrain.runtime.malloc import keep_freed_memory
-from distrain.runtime.signals import Signals
+from distrain.runtime.malloc import retain_freed_memory
+from distrain.runtime.signals import SignalHandler
 from distrain.runtime.world import LONGEST_NUMBER, World
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 10.0
 
 #: Whether this process was ever part of a process group; what is left of one makes ending delicate.
-has_talked = False
+joined_group = False
 
 #: Numbers the runs of this process that chose a folder by themselves; all attempts count alike.
 _RUNS = itertools.count()
@@ -71,12 +71,12 @@ class Runtime:
     Attributes:
         device: Where this rank computes.
         run_dir: The folder that all ranks share; made by rank 0.
-        position: Where this rank is in its work; kept up to date by whoever does it.
+        activity: Where this rank is in its work; kept up to date by whoever does it.
         stoppable: Whoever works looks at ``stop_requested`` from time to time.
-        stop_requested: The signal that asked this rank to save and stop (:class:`~distrain.runtime.signals.Signals`).
-        farewell: Called by every rank at the end of a run that succeeded: nobody leaves while another still talks.
-        lost: Ranks that are gone and that the others did without; what ends the run later is not their failure.
-        began: When the run began, in seconds since the epoch; the first attempt's beginning where a launcher restarts.
+        stop_requested: The signal that asked this rank to save and stop (:mod:`distrain.runtime.signals`).
+        final_barrier: Called by every rank at the end of a run that succeeded: nobody leaves while another still talks.
+        lost_ranks: Ranks that are gone and that the others did without; what ends the run later is not their failure.
+        start_time: When the run began, in seconds since the epoch; of the first attempt after restarts.
     """
 
     def __init__(self, config: Config, world: World, *, keep_logs: bool = True) -> None:
@@ -84,20 +84,20 @@ class Runtime:
         self._keep_logs = keep_logs
         self.world = world
         self.device = choose_device(config, world)
-        self.position = Position()
+        self.activity = RankActivity()
         self.stoppable = False
         self.stop_requested: str | None = None
         self.run_dir = Path()
         self.backend = choose_backend(config, self.device)
         self._store: Store | None = None
         self._handlers: list[logging.Handler] = []
-        self._fault_file: FaultFile | None = None
-        self._signals = Signals(self)
-        self._reporter = Reporter(world.rank)
+        self._fault_file: CrashDump | None = None
+        self._signals = SignalHandler(self)
+        self._reporter = FailureReporter(world.rank)
         self._watch: Watch | None = None
-        self.farewell: Callable[[], None] = lambda: self.communicator().barrier()
-        self.lost: set[int] = set()
-        self.began = time.time()
+        self.final_barrier: Callable[[], None] = lambda: self.communicator().barrier()
+        self.lost_ranks: set[int] = set()
+        self.start_time = time.time()
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Runtime:
             raise Failed from error
         # A store or a connection that vanishes early reads as a failure.
         try:
-            self.farewell()
+            self.final_barrier()
         except BaseException as broken:
             self._fail(broken)
             self._close()
@@ -175,7 +175,7 @@ class Runtime:
             threads = max(1, available_cores() // self.world.local_size)
         torch.set_num_threads(threads)
         if self.device.type == "cpu":
-            keep_freed_memory()
+            retain_freed_memory()
 
     def _set_determinism(self) -> None:
         seed_everything(self.config.seed)
@@ -208,20 +208,20 @@ class Runtime:
         )
         address = "{}:{}".format(*_launcher_address(size))
         self._watch = Watch(
-            Meeting(rank, size, host, address, not _launcher_serves()),
+            WatchIdentity(rank, size, host, address, not _launcher_serves()),
             PrefixStore(prefix, self._connect(serves=False)),
             Limits(
                 min(limits.heartbeat_timeout_seconds, limits.timeout_seconds),
                 limits.timeout_seconds,
                 limits.setup_timeout_seconds,
             ),
-            self.position,
+            self.activity,
             self._reporter,
             self._flush,
         )
         # A launcher's store outlives its attempts.
-        began = launcher.compare_set(f"distrain/began/{next(_BEGINNINGS)}", "", repr(self.began))
-        self.began = float(began)
+        began = launcher.compare_set(f"distrain/began/{next(_BEGINNINGS)}", "", repr(self.start_time))
+        self.start_time = float(began)
         return PrefixStore(prefix, launcher)
 
     def _compare_configurations(self, store: Store) -> None:
@@ -277,7 +277,7 @@ class Runtime:
         self._propagated, root.propagate = root.propagate, False
         if self._keep_logs:
             self._reporter.folder = self.run_dir
-            self._fault_file = FaultFile(fault_file(self.run_dir, self.world.rank))
+            self._fault_file = CrashDump(crash_dump_path(self.run_dir, self.world.rank))
             to_file = logging.FileHandler(self.run_dir / "logs" / f"rank_{self.world.rank}.log")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             self._handlers.append(to_file)
@@ -296,9 +296,9 @@ class Runtime:
             self._fault_file.close()
 
     def _form_group(self) -> None:
-        global has_talked
-        has_talked = True
-        bind_address.keep_gloo_here(self.world)
+        global joined_group
+        joined_group = True
+        bind_address.restrict_gloo_to_loopback(self.world)
         if self._store is None:
             self._store = HashStore()
         dist.init_process_group(
@@ -306,7 +306,7 @@ class Runtime:
             store=PrefixStore("group", self._store),
             rank=self.world.rank,
             world_size=self.world.size,
-            timeout=datetime.timedelta(seconds=self.collective_seconds),
+            timeout=datetime.timedelta(seconds=self.collective_timeout_seconds),
             device_id=self.device if self.backend == "nccl" else None,
         )
 
@@ -324,7 +324,7 @@ class Runtime:
 
         return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
-    def twin_group(self, mesh: DeviceMesh, dimension: str) -> dist.ProcessGroup:
+    def duplicate_group(self, mesh: DeviceMesh, dimension: str) -> dist.ProcessGroup:
         """Another group of the ranks along a dimension, whose messages don't queue behind those of the mesh's own."""
         position = (mesh.mesh_dim_names or ()).index(dimension)
         rows = mesh.mesh.movedim(position, -1).reshape(-1, mesh.mesh.shape[position]).tolist()
@@ -332,13 +332,13 @@ class Runtime:
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(row): dist.new_group(row) for row in rows}
         return next(group for row, group in groups.items() if self.world.rank in row)
 
-    def aside(self) -> Communicator:
+    def control_group(self) -> Communicator:
         """All ranks, over a group of its own for tensors on the CPU, whose messages pass those of training."""
-        limit = datetime.timedelta(seconds=self.collective_seconds)
+        limit = datetime.timedelta(seconds=self.collective_timeout_seconds)
         return Communicator(dist.new_group(backend="gloo", timeout=limit))
 
     @property
-    def collective_seconds(self) -> float:
+    def collective_timeout_seconds(self) -> float:
         """How long a collective may take; the watch over progress, which knows who is late, is to speak first."""
         limits = self.config.runtime
         return max(limits.timeout_seconds, limits.setup_timeout_seconds) + _GRACE_SECONDS
@@ -346,25 +346,25 @@ class Runtime:
     @property
     def step(self) -> int:
         """Updates done."""
-        return self.position.step
+        return self.activity.step
 
     @step.setter
     def step(self, step: int) -> None:
-        self.position.step = step
+        self.activity.step = step
 
     @property
     def expendable(self) -> bool:
         """Whether the others go on if this rank fails; they know it when it is set."""
-        return self.position.expendable
+        return self.activity.expendable
 
     @expendable.setter
     def expendable(self, expendable: bool) -> None:
-        changed = expendable != self.position.expendable
-        self.position.expendable = expendable
+        changed = expendable != self.activity.expendable
+        self.activity.expendable = expendable
         if changed:
-            self.announce()
+            self.publish_activity()
 
-    def announce(self) -> None:
+    def publish_activity(self) -> None:
         """Lets all ranks know this one's position now, where that must not come a second late."""
         if self._watch is not None:
             self._watch.announce()
@@ -376,7 +376,7 @@ class Runtime:
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
-    def end_if_another_failed(self) -> None:
+    def raise_if_another_rank_failed(self) -> None:
         """After a signal: a launcher sends it to the others too when a rank fails, and then there is no agreeing.
 
         Raises:
@@ -408,14 +408,14 @@ class Runtime:
         reached: Store | None = store
         try:
             # A launcher that ends the run may do so because of a rank that the others did without.
-            passed_over = set() if isinstance(error, Terminated) else self.lost
+            passed_over = set() if isinstance(error, Terminated) else self.lost_ranks
             failure = self._watch.culprit(error, store, passed_over) or own
         except RuntimeError as gone:
             failure, reached = self._watch.loss_of_store(first_line(gone)), None
         self._reporter.tell(failure, own.traceback, reached, self._watch.complete)
 
     def _complete_alone(self, failure: Failure, _: Store | None) -> None:
-        failure.samples = self.position.samples()
+        failure.samples = self.activity.samples()
 
 
 class _AboveTheBar(logging.Handler):
@@ -453,7 +453,7 @@ def make_run_dir(wanted: str | None) -> Path:
     try:
         if wanted:
             base.joinpath("logs").mkdir(parents=True, exist_ok=True)
-            put_aside(base)
+            archive_previous_report(base)
             return base.resolve()
         base.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: a flag while somebody looks at it, an exception otherwise."""
+"""SignalHandler that ask a run to stop: a flag while somebody looks at it, an exception otherwise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stoppable(Protocol):
     stop_requested: str | None
 
 
-class Signals:
+class SignalHandler:
     """Handles SIGTERM and SIGUSR1, which batch systems send some time before they end a job.
 
     While ``asked.stoppable``, either sets ``asked.stop_requested``. A second SIGTERM, or one at any other time, raises

@@ -19,7 +19,7 @@ from distrain.compression import resharding
 from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.reporting.metrics import Stopwatch
-from distrain.runtime.consensus import Alone, Counsel, Rounds
+from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,11 +181,11 @@ class Strategy(ABC):
             ValueError: Names or shapes differ from the model's.
         """
 
-    def counsel(self) -> Counsel:
+    def consensus(self) -> Consensus:
         """How the ranks that train agree, between steps, on what one of them wishes; all call it together, once."""
         if self.runtime.world.size == 1:
-            return Alone()
-        return Rounds(self.runtime.aside(), lambda: self.met)
+            return SingleRankConsensus()
+        return AllReduceConsensus(self.runtime.control_group(), lambda: self.met)
 
     @property
     def decides_alone(self) -> bool:

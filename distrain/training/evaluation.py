@@ -60,7 +60,7 @@ def evaluate(
     watched = torch.zeros(len(wanted), dtype=torch.int64, device=device)
     for batch in loader.epoch(0):
         result = strategy.eval_step(batch)
-        strategy.runtime.position.progress += 1
+        strategy.runtime.activity.progress += 1
         totals.add(result.loss_sum, result.correct, result.count)
         if result.predictions is not None and result.count:
             cells = batch.labels * classes + result.predictions

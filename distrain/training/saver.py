@@ -243,7 +243,9 @@ def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
         return Saver(folder, keep, strategy.everyone, runtime.device, background=False)
     if runtime.world.size == 1:
         return Saver(folder, keep, background=True, expected=functools.partial(_to_be_saved, strategy))
-    return Saver(folder, keep, runtime.aside(), background=True, expected=functools.partial(_to_be_saved, strategy))
+    return Saver(
+        folder, keep, runtime.control_group(), background=True, expected=functools.partial(_to_be_saved, strategy)
+    )
 
 
 def _to_be_saved(strategy: Strategy) -> list[Tensor]:

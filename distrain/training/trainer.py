@@ -22,12 +22,12 @@ from distrain.data.loader import Batch, Loader
 from distrain.data.sampler import batch_share
 from distrain.errors import EXIT_STOPPED, Stopped
 from distrain.files.writing import write_json
-from distrain.health.activity import while_doing
+from distrain.health.activity import in_phase
 from distrain.reporting import figures
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import StepClock, Stretch, Totals, peak_memory_mb
 from distrain.runtime import consensus, gc_freeze
-from distrain.runtime.consensus import Control, Wish
+from distrain.runtime.consensus import Request, RunControl
 from distrain.runtime.device import generators
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
@@ -90,10 +90,10 @@ class Trainer:
         self._saver = saver.build(config, runtime, strategy)
         self._saved_step: int | None = None
         self._best_before: tuple[float | None, int | None] = (None, None)
-        runtime.position.find_samples = functools.partial(batch_share, config.seed, len(splits.train))
+        runtime.activity.find_samples = functools.partial(batch_share, config.seed, len(splits.train))
         # The others have read it by the time that training begins, should this rank not live long.
-        runtime.position.shard = strategy.data_shard
-        runtime.announce()
+        runtime.activity.shard = strategy.data_shard
+        runtime.publish_activity()
         self._skipped = 0
         self._generators = generators(runtime.device)
         self._guard = NonFiniteGuard(config, strategy, self._everyone)
@@ -105,17 +105,17 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns what ``summary.json`` holds; nothing on a rank that has other work."""
         try:
-            with gc_freeze.all_this_stays():
+            with gc_freeze.frozen_gc():
                 return self.strategy.run(self._fit)
         finally:
             self._saver.close()
 
     def _fit(self) -> dict[str, Any]:
         self.runtime.stoppable = True
-        self._control = Control(self.config, self.runtime, self.strategy.counsel())
+        self._control = RunControl(self.config, self.runtime, self.strategy.consensus())
         self._resume()
         if self.runtime.is_main:
-            consensus.forget_stop(self.runtime.run_dir)
+            consensus.remove_stop_file(self.runtime.run_dir)
         left = max(self.total_steps - self._first_step, 0)
         self._clock = StepClock(self.strategy.stopwatch, min(_WARMUP, left // 2))
         self._notify("on_fit_start")
@@ -137,7 +137,7 @@ class Trainer:
                 agreed = self._agree()
                 if self.progress.step % self.config.trainer.log_every_steps == 0:
                     self._log()
-                if Wish.BACK in agreed:
+                if Request.REWIND in agreed:
                     self._rewind()
                 if self._save_is_due(agreed):
                     with self._clock.paused():
@@ -165,15 +165,15 @@ class Trainer:
         self._saver.poll()
         self._notify("on_step_end")
 
-    def _agree(self) -> Wish:
-        back = Wish.BACK if self._guard.wants_back else Wish.NOTHING
+    def _agree(self) -> Request:
+        back = Request.REWIND if self._guard.wants_back else Request.NOTHING
         if self.strategy.decides_alone:
-            return self._control.agreed(back)
-        return self._control.agreed() | back
+            return self._control.agree(back)
+        return self._control.agree() | back
 
-    def _save_is_due(self, agreed: Wish) -> bool:
+    def _save_is_due(self, agreed: Request) -> bool:
         every = self.config.checkpoint.every_steps
-        due = Wish.SAVE in agreed or (every is not None and self.progress.step % every == 0)
+        due = Request.SAVE in agreed or (every is not None and self.progress.step % every == 0)
         # The end of an epoch saves by itself, with what it found.
         ends_epoch = self.progress.epoch_samples >= len(self.splits.train)
         return due and not (ends_epoch and self._epoch_saves(self.progress.epoch + 1))
@@ -192,14 +192,14 @@ class Trainer:
         self.progress.step += 1
         self.progress.epoch_samples += batch.global_count
         self.progress.samples += batch.global_count
-        self.runtime.position.advance(self.progress.step, self.progress.epoch_samples)
+        self.runtime.activity.advance(self.progress.step, self.progress.epoch_samples)
 
     def _enter_epoch(self, shard: tuple[int, int]) -> None:
-        position, progress = self.runtime.position, self.progress
-        moved = shard != position.shard or position.doing != "training"
+        position, progress = self.runtime.activity, self.progress
+        moved = shard != position.shard or position.phase != "training"
         position.enter_epoch(progress.epoch, progress.epoch_samples, self.config.data.batch_size, shard)
         if moved:
-            self.runtime.announce()
+            self.runtime.publish_activity()
 
     def _learning_rate(self) -> float:
         return self.config.optimizer.lr * self._schedule(self.progress.step)
@@ -282,7 +282,7 @@ class Trainer:
             self._save()
         self._notify("on_epoch_end", values)
 
-    @while_doing("evaluation")
+    @in_phase("evaluation")
     def _evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
         classes, loader = len(self.splits.spec.classes), self._loaders[split]
         loader.shard = self.strategy.agree_on_shard()
@@ -310,7 +310,7 @@ class Trainer:
             if lost == self.progress.best_step:
                 self.progress.best_accuracy, self.progress.best_step = self._best_before
 
-    @while_doing("saving")
+    @in_phase("saving")
     def _save(self) -> None:
         began = time.perf_counter()
         self._settle_save()
@@ -324,7 +324,7 @@ class Trainer:
         refuse_nan(state["model"], self.progress.step)
         self._saver.save(state, asdict(self.progress), began)
         self._saved_step = self.progress.step
-        self._control.saved()
+        self._control.note_save()
         self._trail.add(checkpoint_format.path_of(self._checkpoints, self.progress.step), self.progress.step)
 
     def _save_for_sure(self) -> None:
@@ -354,7 +354,7 @@ class Trainer:
         self._logger.close()
         step = self.progress.step
         if self.runtime.is_main:
-            consensus.note_stop(self.runtime.run_dir, reason, step, EXIT_STOPPED)
+            consensus.write_stop_file(self.runtime.run_dir, reason, step, EXIT_STOPPED)
             log.info("stopped by %s at step %d, saved; start the same command again to go on", reason, step)
         raise Stopped(reason, step)
 
@@ -378,7 +378,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self._clock.lap()
-        self.runtime.position.doing = "finishing"
+        self.runtime.activity.phase = "finishing"
         self._save()
         watch = range(min(_WATCHED, len(self.splits.test)))
         test = self._evaluate("test", watch)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from distrain.health.activity import Position, while_doing
+from distrain.health.activity import RankActivity, in_phase
 
 
 @dataclass
 class _Runtime:
-    position: Position = field(default_factory=Position)
+    activity: RankActivity = field(default_factory=RankActivity)
 
 
 class _Trainer:
@@ -19,9 +19,9 @@ class _Trainer:
         self.runtime = _Runtime()
         self.seen: list[str] = []
 
-    @while_doing("saving")
+    @in_phase("saving")
     def save(self, fails: bool = False) -> str:
-        self.seen.append(self.runtime.position.doing)
+        self.seen.append(self.runtime.activity.phase)
         if fails:
             raise OSError("no space left")
         return "saved"
@@ -29,13 +29,13 @@ class _Trainer:
 
 @pytest.mark.parametrize(("doing", "measured"), [("", False), ("set-up", True), ("training", True), ("serving", False)])
 def test_who_does_nothing_or_answers_others_is_not_judged_by_progress(doing: str, measured: bool) -> None:
-    position = Position()
-    position.doing = doing
+    position = RankActivity()
+    position.phase = doing
     assert position.is_measured == measured
 
 
 def test_every_step_is_progress() -> None:
-    position = Position()
+    position = RankActivity()
     position.enter_epoch(3, 20, 10, (1, 2))
     before = position.progress
     position.advance(33, 30)
@@ -45,12 +45,12 @@ def test_every_step_is_progress() -> None:
 
 def test_a_phase_counts_as_progress_and_ends() -> None:
     trainer = _Trainer()
-    position = trainer.runtime.position
-    position.doing = "training"
+    position = trainer.runtime.activity
+    position.phase = "training"
     before = position.progress
     assert trainer.save() == "saved"
     assert trainer.seen == ["saving"]
-    assert position.doing == "training"
+    assert position.phase == "training"
     assert position.progress == before + 2
 
 
@@ -58,14 +58,14 @@ def test_after_an_error_the_phase_stays_for_the_report() -> None:
     trainer = _Trainer()
     with pytest.raises(OSError, match="no space left"):
         trainer.save(fails=True)
-    assert trainer.runtime.position.doing == "saving"
+    assert trainer.runtime.activity.phase == "saving"
 
 
 def test_samples_are_known_in_training_alone() -> None:
-    position = Position()
+    position = RankActivity()
     position.find_samples = lambda epoch, offset, count, shard: [epoch, offset, count, *shard]
     assert position.samples() is None
     position.enter_epoch(3, 20, 10, (1, 2))
     assert position.samples() == [3, 20, 10, 1, 2]
-    position.doing = "evaluation"
+    position.phase = "evaluation"
     assert position.samples() is None

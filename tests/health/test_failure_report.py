@@ -10,7 +10,15 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from distrain.health.failure_report import CLAIM, NO_CLAIM, Claim, Failure, Reporter, is_broken_connection, put_aside
+from distrain.health.failure_report import (
+    CLAIM,
+    NO_CLAIM,
+    Failure,
+    FailureReporter,
+    FirstFailure,
+    archive_previous_report,
+    is_broken_connection,
+)
 
 
 def store() -> Store:
@@ -24,8 +32,8 @@ def complete(failure: Failure, _: Store | None) -> None:
     failure.others = [{"rank": 1 - failure.rank}]
 
 
-def reporter(rank: int, folder: Path) -> Reporter:
-    made = Reporter(rank)
+def reporter(rank: int, folder: Path) -> FailureReporter:
+    made = FailureReporter(rank)
     made.folder = folder
     return made
 
@@ -74,15 +82,15 @@ def test_a_full_disk_does_not_hide_the_failure(
 
 
 def test_a_claim_travels_as_text() -> None:
-    claim = Claim(Failure(1, "there", 5, 'KeyError: "ü"'), by=0)
-    assert Claim.unpacked(claim.packed().encode()) == claim
-    assert Claim.unpacked(NO_CLAIM.encode()) is None
+    claim = FirstFailure(Failure(1, "there", 5, 'KeyError: "ü"'), by=0)
+    assert FirstFailure.unpacked(claim.packed().encode()) == claim
+    assert FirstFailure.unpacked(NO_CLAIM.encode()) is None
 
 
 def test_the_report_of_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
-    put_aside(tmp_path)
+    archive_previous_report(tmp_path)
     (tmp_path / "failure.json").write_text("of the first run")
-    put_aside(tmp_path)
+    archive_previous_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["previous_failure.json"]
 
 

@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from distrain.health.judge import GONE, Beat, Limits, Seen, Verdict, is_stuck, judge
+from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, Verdict, is_stuck, judge
 
 LIMITS = Limits(silence=10, step=60, setup=300)
 #: The observer's clock.
 NOW = 1000.0
 
 
-def seen(silent: float = 0.5, idle: float = 0.0, step: int = 7, **told: object) -> Seen:
+def seen(silent: float = 0.5, idle: float = 0.0, step: int = 7, **told: object) -> ObservedRank:
     """A rank that beat and made progress so many seconds ago."""
-    beat = replace(Beat(3, 40, step, "training"), **told)  # type: ignore[arg-type]
-    return Seen(beat, NOW - silent, NOW - idle)
+    beat = replace(Heartbeat(3, 40, step, "training"), **told)  # type: ignore[arg-type]
+    return ObservedRank(beat, NOW - silent, NOW - idle)
 
 
-def blamed(*ranks: Seen, own: int = 0) -> Verdict | None:
+def blamed(*ranks: ObservedRank, own: int = 0) -> Verdict | None:
     return judge(own, dict(enumerate(ranks)), LIMITS, NOW)
 
 
@@ -30,7 +30,7 @@ def test_nobody_is_blamed_while_all_get_on() -> None:
 def test_a_process_that_is_gone_comes_first() -> None:
     gone = seen()
     gone.gone = True
-    assert blamed(seen(silent=50), gone, seen(idle=100)) == Verdict(1, GONE)
+    assert blamed(seen(silent=50), gone, seen(idle=100)) == Verdict(1, UNREPORTED_EXIT)
 
 
 def test_the_rank_that_was_silent_first_is_blamed() -> None:
@@ -54,7 +54,7 @@ def test_of_ranks_without_progress_the_one_that_waits_for_nobody_is_blamed() -> 
 
 def test_while_somebody_still_works_those_who_wait_are_blameless() -> None:
     # Rank 1 writes a large checkpoint, say, and began less than a minute ago.
-    assert blamed(seen(idle=70, waiting=True), seen(idle=59, doing="saving")) is None
+    assert blamed(seen(idle=70, waiting=True), seen(idle=59, phase="saving")) is None
 
 
 def test_if_all_wait_the_furthest_behind_is_blamed() -> None:
@@ -76,8 +76,8 @@ def test_ranks_that_have_just_begun_to_wait_are_not_in_a_deadlock() -> None:
 
 @pytest.mark.parametrize("doing", ["set-up", "finishing"])
 def test_before_and_after_all_steps_another_limit_counts(doing: str) -> None:
-    assert blamed(seen(), seen(idle=299, doing=doing)) is None
-    verdict = blamed(seen(), seen(idle=301, doing=doing))
+    assert blamed(seen(), seen(idle=299, phase=doing)) is None
+    verdict = blamed(seen(), seen(idle=301, phase=doing))
     assert verdict is not None
     assert f"no progress within runtime.setup_timeout_seconds=300 in {doing}" in verdict.reason
 
@@ -103,20 +103,20 @@ def test_an_expendable_rank_gives_itself_up_unless_it_waits() -> None:
 
 
 def test_clocks_go_by_what_the_observer_saw_change() -> None:
-    rank = Seen(Beat(1, 5), 0, 0)
-    rank.look(Beat(2, 5), 10)
+    rank = ObservedRank(Heartbeat(1, 5), 0, 0)
+    rank.look(Heartbeat(2, 5), 10)
     assert (rank.beat_seen, rank.progress_seen) == (10, 0)
-    rank.look(Beat(3, 6), 20)
+    rank.look(Heartbeat(3, 6), 20)
     assert (rank.beat_seen, rank.progress_seen) == (20, 20)
-    rank.look(Beat(3, 6), 30)
+    rank.look(Heartbeat(3, 6), 30)
     assert (rank.beat_seen, rank.progress_seen) == (20, 20)
-    rank.look(Beat(4, 6, doing="saving"), 40)
+    rank.look(Heartbeat(4, 6, phase="saving"), 40)
     assert (rank.beat_seen, rank.progress_seen) == (40, 40)
     rank.forgive(100)
     assert (rank.beat_seen, rank.progress_seen) == (100, 100)
 
 
 def test_a_beat_travels_as_a_few_bytes_of_text() -> None:
-    beat = Beat(12345, 678, 90, "evaluation", waiting=True, expendable=False, left=False, shard=(3, 4))
-    assert Beat.unpacked(beat.packed().encode()) == beat
+    beat = Heartbeat(12345, 678, 90, "evaluation", waiting=True, expendable=False, left=False, shard=(3, 4))
+    assert Heartbeat.unpacked(beat.packed().encode()) == beat
     assert len(beat.packed()) < 100

@@ -39,33 +39,33 @@ def wait_for(happened: object) -> None:
 
 
 def test_this_process_lives() -> None:
-    assert Process.own().lives
-    assert not Process.own().stands_still
+    assert Process.current().is_alive
+    assert not Process.current().is_stopped
 
 
 def test_a_zombie_does_not_live(child: subprocess.Popen[bytes]) -> None:
     process = of(child)
-    assert process.lives
+    assert process.is_alive
     os.kill(child.pid, signal.SIGKILL)
-    wait_for(lambda: not process.lives)
+    wait_for(lambda: not process.is_alive)
     # Nobody has waited for it yet.
     assert child.returncode is None
 
 
 def test_another_process_with_the_same_number_is_another_one(child: subprocess.Popen[bytes]) -> None:
     earlier = replace(of(child), started=1)
-    assert not earlier.lives
+    assert not earlier.is_alive
     earlier.kill()
     time.sleep(0.05)
-    assert of(child).lives
+    assert of(child).is_alive
 
 
 def test_a_stopped_process_stands_still_and_can_be_ended(child: subprocess.Popen[bytes]) -> None:
     process = of(child)
-    assert not process.stands_still
+    assert not process.is_stopped
     os.kill(child.pid, signal.SIGSTOP)
-    wait_for(lambda: process.stands_still)
-    assert process.lives
+    wait_for(lambda: process.is_stopped)
+    assert process.is_alive
     process.kill()
     assert child.wait(5) == -signal.SIGKILL
     process.kill()

@@ -22,8 +22,8 @@ from distrain.config.schema import Config
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
 from distrain.errors import Failed
-from distrain.health.judge import GONE
-from distrain.health.thread_stack import Calls
+from distrain.health.judge import UNREPORTED_EXIT
+from distrain.health.thread_stack import ThreadStack
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests.harness import run_ranks, run_ranks_to_the_end
@@ -140,14 +140,14 @@ def test_a_rank_that_stands_still_is_named_and_ended(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_keep_step_is_named_too(tmp_path: Path) -> None:
     outcomes, found = trouble_in(tmp_path, "local_sgd", "SIGKILL")
     assert str(outcomes[1]) == "died with exit code -9"
-    assert (found["rank"], found["error"]) == (1, GONE)
+    assert (found["rank"], found["error"]) == (1, UNREPORTED_EXIT)
     # Its last beat may be a second old.
     assert found["step"] <= 3
 
 
 def test_a_killed_worker_of_a_parameter_server_is_named_with_its_samples(tmp_path: Path) -> None:
     _, found = trouble_in(tmp_path, "parameter_server", "SIGKILL", ranks=3)
-    assert (found["rank"], found["step"], found["error"]) == (1, 3, GONE)
+    assert (found["rank"], found["step"], found["error"]) == (1, 3, UNREPORTED_EXIT)
     assert found["samples"] == expected_samples(configured(tmp_path, "ddp"), (1, 2))
     assert [other["doing"] for other in found["others"]] == ["training", "serving"]
 
@@ -183,7 +183,9 @@ def served_by_rank_0(configuration: Config, trouble: str, port: int) -> str:
     return troubled(configuration, trouble, 0, 3)
 
 
-@pytest.mark.parametrize(("trouble", "error"), [("SIGKILL", GONE), ("SIGSTOP", "can't be reached: no answer for 2 s")])
+@pytest.mark.parametrize(
+    ("trouble", "error"), [("SIGKILL", UNREPORTED_EXIT), ("SIGSTOP", "can't be reached: no answer for 2 s")]
+)
 def test_the_rank_that_served_the_store_is_named_without_it(trouble: str, error: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -296,7 +298,7 @@ class _Waiting:
     """Work that is over when somebody looks at where it is waited for."""
 
     def wait(self) -> object:
-        return Calls.of_frame(sys._getframe()).waiting
+        return ThreadStack.of_frame(sys._getframe()).waiting
 
 
 def test_who_waits_for_a_collective_is_known_by_the_calls_of_its_main_thread() -> None:
@@ -308,7 +310,7 @@ def test_who_waits_for_a_collective_is_known_by_the_calls_of_its_main_thread() -
 
 def test_a_stack_is_told_outermost_first_and_not_endlessly() -> None:
     def deeper(depth: int) -> list[str]:
-        return deeper(depth - 1) if depth else Calls.of_frame(sys._getframe()).lines
+        return deeper(depth - 1) if depth else ThreadStack.of_frame(sys._getframe()).lines
 
     found = deeper(30)
     assert len(found) == 12

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from distrain.config.schema import Config
 from distrain.runtime import bind_address
-from distrain.runtime.bind_address import keep_gloo_here, on_one_host, open_store
+from distrain.runtime.bind_address import is_single_host, open_store, restrict_gloo_to_loopback
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests.harness import run_ranks
@@ -146,16 +146,16 @@ def test_a_port_that_is_taken_is_said_by_the_store() -> None:
 
 
 def test_gloo_stays_on_one_host_and_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_gloo_here(ELSEWHERE_TOO)
+    restrict_gloo_to_loopback(ELSEWHERE_TOO)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    keep_gloo_here(ALL_HERE)
+    restrict_gloo_to_loopback(ALL_HERE)
     assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    keep_gloo_here(ALL_HERE)
+    restrict_gloo_to_loopback(ALL_HERE)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 def test_a_launcher_that_says_nothing_may_have_started_ranks_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert on_one_host(ALL_HERE)
+    assert is_single_host(ALL_HERE)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert not on_one_host(ALL_HERE)
+    assert not is_single_host(ALL_HERE)

@@ -21,7 +21,7 @@ from distrain.config.schema import Config
 from distrain.errors import EXIT_STOPPED, Stopped, Terminated
 from distrain.health.failure_report import CLAIM, NO_CLAIM
 from distrain.runtime import runtime as runtime_module
-from distrain.runtime.consensus import Alone, Control, Rounds, Wish
+from distrain.runtime.consensus import AllReduceConsensus, Request, RunControl, SingleRankConsensus
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.parameter_server.stop_decision import Bulletin
@@ -137,22 +137,22 @@ def test_a_checkpoint_comes_so_many_minutes_after_the_last(tmp_path: Path) -> No
 
 def test_a_save_starts_the_time_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small("checkpoint.every_minutes=1")
-    control = Control(config, Runtime(config, ALONE), Alone())
+    control = RunControl(config, Runtime(config, ALONE), SingleRankConsensus())
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 59)
-    assert control.agreed() == Wish.NOTHING
+    assert control.agree() == Request.NOTHING
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-    assert control.agreed() == Wish.SAVE
-    control.saved()
-    assert control.agreed() == Wish.NOTHING
-    assert control.agreed(Wish.BACK) == Wish.BACK
+    assert control.agree() == Request.SAVE
+    control.note_save()
+    assert control.agree() == Request.NOTHING
+    assert control.agree(Request.REWIND) == Request.REWIND
 
 
 def test_the_most_urgent_reason_is_told() -> None:
-    assert Wish.NOTHING.reason is Wish.SAVE.reason is (Wish.SAVE | Wish.BACK).reason is None
-    assert (Wish.TIME_LIMIT | Wish.SAVE).reason == "trainer.max_minutes"
-    assert (Wish.TIME_LIMIT | Wish.SIGUSR1).reason == "SIGUSR1"
-    assert (Wish.SIGTERM | Wish.SIGUSR1).reason == "SIGTERM"
+    assert Request.NOTHING.reason is Request.SAVE.reason is (Request.SAVE | Request.REWIND).reason is None
+    assert (Request.TIME_LIMIT | Request.SAVE).reason == "trainer.max_minutes"
+    assert (Request.TIME_LIMIT | Request.SIGUSR1).reason == "SIGUSR1"
+    assert (Request.SIGTERM | Request.SIGUSR1).reason == "SIGTERM"
 
 
 def test_a_signal_is_a_request_only_where_ranks_can_agree(tmp_path: Path) -> None:
@@ -186,17 +186,17 @@ def go_round(
         return step % every == 0
 
     with Runtime(small("strategy=ddp", "data.batch_size=30"), world, keep_logs=False) as runtime:
-        aside = runtime.aside()
+        aside = runtime.control_group()
         for pauses in all_pauses:
-            wish, heard = Wish.NOTHING, []
-            rounds = Rounds(aside, met, prompt=prompt)
+            wish, heard = Request.NOTHING, []
+            rounds = AllReduceConsensus(aside, met, wait_if_infrequent=prompt)
             for step in range(1, steps + 1):
                 time.sleep(pauses[world.rank])
                 if world.rank == who and step == when:
-                    wish = Wish.SIGUSR1 | Wish.SAVE
-                if now := rounds.heard(wish):
+                    wish = Request.SIGUSR1 | Request.SAVE
+                if now := rounds.agree(wish):
                     heard.append((step, int(now)))
-                    wish = Wish.NOTHING
+                    wish = Request.NOTHING
             rounds.close()
             found.append(heard)
     return found
@@ -207,13 +207,13 @@ def test_three_ranks_hear_a_wish_after_the_same_step_and_once() -> None:
     first, *others = run_ranks(go_round, 3, 150, 2, 9, pauses, True, 1)
     assert others == [first] * 2
     for ((step, wish),) in first:
-        assert wish == Wish.SIGUSR1 | Wish.SAVE
+        assert wish == Request.SIGUSR1 | Request.SAVE
         assert step > 9
 
 
 def test_with_long_steps_the_answer_comes_after_the_same_one() -> None:
     found = run_ranks(go_round, 2, 3, 1, 3, [[0.0, 0.6]], True, 1)
-    assert found == [[[(3, Wish.SIGUSR1 | Wish.SAVE)]]] * 2
+    assert found == [[[(3, Request.SIGUSR1 | Request.SAVE)]]] * 2
 
 
 def test_ranks_that_train_apart_agree_only_where_they_met() -> None:
@@ -326,7 +326,7 @@ def signalled_after_a_failure(config: Config) -> str:
                 time.sleep(0.01)
             runtime.stoppable = True
             os.kill(os.getpid(), signal.SIGTERM)
-            Control(config, runtime, Alone()).agreed()
+            RunControl(config, runtime, SingleRankConsensus()).agree()
     except Exception as error:
         return repr(error.__cause__)
     return "went on"
@@ -347,7 +347,7 @@ def began(config: Config) -> list[float]:
         runtime_module._BEGINNINGS = itertools.count()
         time.sleep(0.05)
         with Runtime(config, World.from_environment(), keep_logs=False) as runtime:
-            times.append(runtime.began)
+            times.append(runtime.start_time)
     return times
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from distrain.runtime.gc_freeze import all_this_stays
+from distrain.runtime.gc_freeze import frozen_gc
 
 
 class Node:
@@ -31,13 +31,13 @@ def looked_at(node: Node) -> bool:
 
 def test_what_lives_is_not_looked_at_until_the_end() -> None:
     node = Node()
-    with all_this_stays():
+    with frozen_gc():
         assert not looked_at(node)
     assert looked_at(node)
 
 
 def test_what_comes_to_life_inside_is_collected() -> None:
-    with all_this_stays():
+    with frozen_gc():
         ref = weakref.ref(Node())
         gc.collect()
         assert ref() is None
@@ -45,7 +45,7 @@ def test_what_comes_to_life_inside_is_collected() -> None:
 
 def test_it_ends_with_an_error_too() -> None:
     node = Node()
-    with pytest.raises(RuntimeError), all_this_stays():
+    with pytest.raises(RuntimeError), frozen_gc():
         raise RuntimeError
     assert looked_at(node)
 
@@ -53,6 +53,6 @@ def test_it_ends_with_an_error_too() -> None:
 def test_what_others_have_frozen_stays_so() -> None:
     node = Node()
     gc.freeze()
-    with all_this_stays():
+    with frozen_gc():
         pass
     assert not looked_at(node)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from distrain.runtime.malloc import keep_freed_memory
+from distrain.runtime.malloc import retain_freed_memory
 from tests.harness import run_ranks
 
 MB = 1024 * 1024
@@ -38,7 +38,7 @@ def nothing() -> bool:
 @needs_glibc
 def test_a_step_s_memory_is_the_last_step_s() -> None:
     ((_, usual),) = run_ranks(faults, 1, nothing)
-    ((kept, few),) = run_ranks(faults, 1, keep_freed_memory)
+    ((kept, few),) = run_ranks(faults, 1, retain_freed_memory)
     # Blocks of 40 MiB are given back each time, unless they are kept; a page may be as large as 2 MiB.
     assert usual >= 10 * 40 / 2
     assert kept
@@ -47,4 +47,4 @@ def test_a_step_s_memory_is_the_last_step_s() -> None:
 
 def test_settings_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
-    assert not keep_freed_memory()
+    assert not retain_freed_memory()

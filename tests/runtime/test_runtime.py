@@ -293,7 +293,7 @@ def test_rank_that_is_killed_is_named_by_all_others(tmp_path: Path) -> None:
     endings = run_ranks_to_the_end(ending, 3, fragile(tmp_path, "SIGKILL"))
     assert isinstance(endings[1], RankFailed)
     assert str(endings[1]) == "died with exit code -9"
-    line = f"rank 1 on {HOST} failed at step 3: the process is gone without a word (killed?)"
+    line = f"rank 1 on {HOST} failed at step 3: the process exited without reporting an error (killed?)"
     for rank in (0, 2):
         assert endings[rank].last_line == f"distrain: rank {rank} stopped because {line}"
         assert endings[rank].seconds < 20

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""SignalHandler that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from distrain.errors import Terminated
 from distrain.runtime import signals
-from distrain.runtime.signals import Signals
+from distrain.runtime.signals import SignalHandler
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Asked:
 def asked() -> Iterator[Asked]:
     """Handles the test process's own signals."""
     asked = Asked()
-    handled = Signals(asked)
+    handled = SignalHandler(asked)
     handled.install()
     yield asked
     handled.restore()
@@ -82,7 +82,7 @@ def test_sigterm_after_a_warning_is_still_a_request(asked: Asked) -> None:
 
 def test_a_run_that_is_failing_hears_nothing() -> None:
     asked = Asked(stoppable=False)
-    handled = Signals(asked)
+    handled = SignalHandler(asked)
     handled.install()
     try:
         handled.deaf = True
@@ -94,7 +94,7 @@ def test_a_run_that_is_failing_hears_nothing() -> None:
 
 def test_handlers_are_left_as_they_were() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    handled = Signals(Asked())
+    handled = SignalHandler(Asked())
     handled.install()
     assert signal.getsignal(signal.SIGTERM) != before[0]
     handled.restore()

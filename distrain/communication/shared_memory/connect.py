@@ -167,7 +167,7 @@ def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> Channel
 
 def _agreed(mine: dict[str, Any], share: Share) -> list[dict[str, Any]]:
     """What every rank tells, if none tells of a problem."""
-    own = Process.own()
+    own = Process.current()
     who = {"rank": dist.get_rank(), "host": socket.gethostname(), "pid": own.pid, "started": own.started}
     everyone = share({**who, **mine})
     for each in everyone:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from distrain.communication.shared_memory.arena import Memory
 from distrain.communication.shared_memory.control_block import FINISHED, GIVEN_UP, STARTED, Board, Entry
 from distrain.errors import PeerLost
-from distrain.health.judge import GONE
+from distrain.health.judge import UNREPORTED_EXIT
 from distrain.health.process import Process
 
 #: Looks at a count before others get the processor: a few µs, in which no other thread of this process runs, nor the
@@ -129,8 +129,8 @@ class Peer:
             if now - looked > _LOOK_SECONDS:
                 looked = now
                 # In this order: what it did before it went is done.
-                if not self._process.lives and words[count] <= number:
-                    raise PeerLost(self.who.rank, self.who.host, GONE)
+                if not self._process.is_alive and words[count] <= number:
+                    raise PeerLost(self.who.rank, self.who.host, UNREPORTED_EXIT)
                 if words[GIVEN_UP] and words[count] <= number:
                     raise dist.DistError(f"{self.who} can't go on with other hosts")
                 if waited > self._limit:

@@ -19,7 +19,7 @@ from distrain.config.schema import CompressionConfig, Config, StrategyConfig, se
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError, missing
 from distrain.gradients.buckets import Gradients
-from distrain.runtime.consensus import Alone, Counsel, Rounds
+from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
 from distrain.strategies.local_sgd.divergence_check import Agreement
 from distrain.strategies.local_sgd.fragment import Fragment, Outer, Seen, weighted_mean
@@ -113,7 +113,7 @@ class LocalSGD(Single):
         super().__init__(config, runtime)
         assert isinstance(config.strategy, LocalSGDConfig)
         self.options = options = config.strategy
-        runtime.position.apart = True
+        runtime.activity.independent_steps = True
         ranks = runtime.world.size
         everyone = runtime.mesh({"data": ranks})
         self.replicas = Communicator(everyone.get_group("data") if everyone else None, self.ledger)
@@ -125,7 +125,7 @@ class LocalSGD(Single):
             self._group = Communicator(self.mesh.get_group("members"), self.ledger)
         if everyone and options.overlap_steps:
             # What travels while training goes on must not hold up the small messages of logging.
-            self._merging = Communicator(runtime.twin_group(everyone, "data"), self.ledger)
+            self._merging = Communicator(runtime.duplicate_group(everyone, "data"), self.ledger)
         self._first_of_group = self.replicas.rank // self._group.size * self._group.size
         self._plain = NoCompression(CompressionConfig("none"))
         self._step = 0
@@ -188,12 +188,14 @@ class LocalSGD(Single):
             self._fragments.append(Fragment(buffers, self._merging, self._plain, self.stopwatch, Outer()))
             self._leaves.append(options.period)
 
-    def counsel(self) -> Counsel:
+    def consensus(self) -> Consensus:
         """Agrees at merges among all ranks; see the base class."""
         if self.runtime.world.size == 1:
-            return Alone()
+            return SingleRankConsensus()
         # With overlap ranks are up to that many steps apart even when a merge is done.
-        return Rounds(self.runtime.aside(), lambda: self.met, prompt=not self.options.overlap_steps)
+        return AllReduceConsensus(
+            self.runtime.control_group(), lambda: self.met, wait_if_infrequent=not self.options.overlap_steps
+        )
 
     @property
     def decides_alone(self) -> bool:

@@ -55,7 +55,7 @@ class Link:
         version: Updates that the server had done when it sent the parameters that the worker has.
         seconds: How long answers took lately, from the end of the backward pass on, less what the server held back.
         lost: What the server says of workers that are gone, by rank.
-        wish: What this worker wishes all to do (:class:`distrain.runtime.consensus.Wish`), sent with the next push.
+        wish: What this worker wishes all to do (:class:`distrain.runtime.consensus.Request`), sent with the next push.
         servers_wish: What the server wishes.
         decided: Of the last decision: the step after which, and the wishes.
     """

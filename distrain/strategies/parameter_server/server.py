@@ -204,7 +204,7 @@ class Server:
         workers: All of them.
         connections: Of each worker, by rank and channel.
         told: Called with a worker that is lost, once for each.
-        wish: What this server wishes all to do, as bits of :class:`distrain.runtime.consensus.Wish`.
+        wish: What this server wishes all to do, as bits of :class:`distrain.runtime.consensus.Request`.
 
     Attributes:
         stopped: What the run was stopped by, if it was.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distrain.runtime.consensus import Wish
+from distrain.runtime.consensus import Request
 
 if TYPE_CHECKING:
     from distrain.strategies.parameter_server.client import Link
@@ -25,7 +25,7 @@ class Bulletin:
 
     Attributes:
         step: Pushes after which every worker does what was decided last.
-        wishes: That, as bits of :class:`distrain.runtime.consensus.Wish`.
+        wishes: That, as bits of :class:`distrain.runtime.consensus.Request`.
     """
 
     in_flight: int
@@ -48,7 +48,7 @@ class Bulletin:
 
 
 class Subscription:
-    """A worker's side: the trainer's :class:`distrain.runtime.consensus.Counsel`.
+    """A worker's side: the trainer's :class:`distrain.runtime.consensus.Consensus`.
 
     Args:
         links: To all servers; the first one's decides.
@@ -58,13 +58,13 @@ class Subscription:
         self._links = links
         self._pushes = 0
 
-    def heard(self, wish: Wish) -> Wish:
+    def agree(self, wish: Request) -> Request:
         """Sends the wish with the next push; see the protocol."""
         self._pushes += 1
         step, wishes = self._links[0].decided
-        heard = Wish(wishes) if step == self._pushes else Wish.NOTHING
+        heard = Request(wishes) if step == self._pushes else Request.NOTHING
         for link in self._links:
-            wish |= Wish(link.servers_wish)
+            wish |= Request(link.servers_wish)
         self._links[0].wish = int(wish & ~heard)
         return heard
 

@@ -21,7 +21,7 @@ from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError, NonFinite, Stopped
 from distrain.gradients.buckets import MB, Gradients, Reduced, clip
 from distrain.reporting import figures as pictures
-from distrain.runtime.consensus import Counsel, wish_of
+from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
 from distrain.strategies.parameter_server.client import Link, Links
 from distrain.strategies.parameter_server.collectives import Everyone
@@ -141,7 +141,7 @@ class ParameterServer(Single):
         self.options = config.strategy
         self._workers = runtime.world.size - self.options.servers
         rank = runtime.world.rank
-        runtime.position.apart = self.options.mode != "sync"
+        runtime.activity.independent_steps = self.options.mode != "sync"
         self._server: Server | None = None
         self.is_server = rank >= self._workers
         self.data_shard = (0 if self.is_server else rank, self._workers)
@@ -280,7 +280,7 @@ class ParameterServer(Single):
             staleness=options.bound,
             in_flight=int(options.may_overlap),
             clip=trainer.grad_clip_norm if options.mode == "sync" else None,
-            timeout_seconds=self.runtime.collective_seconds,
+            timeout_seconds=self.runtime.collective_timeout_seconds,
             on_nonfinite=trainer.on_nonfinite,
             silence_seconds=options.worker_timeout_seconds,
             largest=_LARGEST_COUNT + 4 * size,
@@ -288,7 +288,13 @@ class ParameterServer(Single):
         connections = door.admit(workers, self.config.runtime.setup_timeout_seconds)
         me = Peer(self.runtime.world.rank, self.runtime.world.host)
         self._server = Server(
-            me, shard, rules, workers, connections, self._on_loss, lambda: int(wish_of(self.runtime.stop_requested))
+            me,
+            shard,
+            rules,
+            workers,
+            connections,
+            self._on_loss,
+            lambda: int(request_from_signal(self.runtime.stop_requested)),
         )
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
 
@@ -306,10 +312,10 @@ class ParameterServer(Single):
     def run(self, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Serves or trains; see the base class."""
         # The servers see workers off; a process group would fail with the first that is gone.
-        self.runtime.farewell = lambda: None
+        self.runtime.final_barrier = lambda: None
         self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._workers
         if self._server is not None:
-            self.runtime.position.doing = "serving"
+            self.runtime.activity.phase = "serving"
             self.runtime.stoppable = True
             try:
                 self._server.serve()
@@ -346,14 +352,14 @@ class ParameterServer(Single):
             )
 
     def _on_loss(self, worker: Worker) -> None:
-        self.runtime.lost.add(worker.peer.rank)
+        self.runtime.lost_ranks.add(worker.peer.rank)
         log.warning("worker %s is gone after %d steps: %s", worker.peer, worker.steps, worker.lost)
 
     def _hear_of_losses(self) -> None:
         for link in self._links.links:
             for rank, told in link.lost.items():
-                if rank not in self.runtime.lost:
-                    self.runtime.lost.add(rank)
+                if rank not in self.runtime.lost_ranks:
+                    self.runtime.lost_ranks.add(rank)
                     log.warning(
                         "WORKER LOST: rank %d on %s is gone after %d steps (%s); the others go on without its samples",
                         rank,
@@ -373,7 +379,7 @@ class ParameterServer(Single):
         self._links.begin(self.compressor.step + 1, rate, len(batch.labels), self._share)
         return super().train_step(batch)
 
-    def counsel(self) -> Counsel:
+    def consensus(self) -> Consensus:
         """Agrees by what travels with pushes and their answers; see the base class."""
         return Subscription(self._links.links)
 

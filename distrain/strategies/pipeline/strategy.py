@@ -87,7 +87,7 @@ class Pipeline(Strategy):
         # Activations and gradients travel in opposite directions. On a backend that keeps one queue for a pair of ranks
         # (NCCL) they would block each other, so each direction has a group of its own.
         self.line = Communicator(self.mesh.get_group("pipeline"), self.ledger)
-        self._forward_line = Communicator(runtime.twin_group(self.mesh, "pipeline"), self.ledger)
+        self._forward_line = Communicator(runtime.duplicate_group(self.mesh, "pipeline"), self.ledger)
         self.data_shard = (self.replicas.rank, self.replicas.size)
         self.precision = Precision(
             config.trainer.precision, runtime.device, looks=config.trainer.on_nonfinite != "stop"

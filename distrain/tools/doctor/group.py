@@ -53,7 +53,7 @@ def time_all_reduce(backend: str, world: World, store: Store, patience: float) -
         except Exception as error:  # whatever torch raises is the finding
             found.append(Reduction(backend, str(error).strip().splitlines()[0]))
 
-    runtime.has_talked = True
+    runtime.joined_group = True
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(patience)

@@ -113,7 +113,7 @@ def configured(folder: Path, value: str) -> tuple[bool, bool, int]:
     with Runtime(
         small("strategy=ddp", f"run_dir={folder}", f"runtime.shared_memory={value}"), World.from_environment()
     ) as runtime:
-        everyone, aside = runtime.communicator(), runtime.aside()
+        everyone, aside = runtime.communicator(), runtime.control_group()
         shared = shares_memory(everyone), shares_memory(aside)
         assert everyone._channel is None or everyone._channel is not aside._channel
         # Another communicator of the same group meets nobody: it shares what was agreed on.

@@ -206,7 +206,7 @@ def test_who_can_not_be_done_without_ends_the_run_with_its_name(mode: str, rank:
     configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}")
     endings = run_ranks_to_the_end(ending_of_server if who == "server" else ending, 3, configuration)
     failure = json.loads((tmp_path / "failure.json").read_text())
-    assert (failure["rank"], failure["error"]) == (rank, "the process is gone without a word (killed?)")
+    assert (failure["rank"], failure["error"]) == (rank, "the process exited without reporting an error (killed?)")
     for other in {0, 1, 2} - {rank}:
         assert endings[other].outcome == "Failed"
         assert f"rank {rank}" in endings[other].last_line
