@@ -183,7 +183,7 @@ def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: 
     for epoch in range(1000):
         for batch in loader.epoch(epoch):
             optimizer.zero_grad(set_to_none=True)
-            loss = nn.functional.cross_entropy(parallel(batch.images), batch.labels)
+            loss = nn.functional.cross_entropy(parallel(batch.inputs), batch.targets)
             loss.backward()
             optimizer.step()
             record.add(float(loss.detach()), 0, first=not record.rows)

@@ -33,7 +33,8 @@ def save_test_images(config: Config, folder: Path) -> list[int]:
         Image.fromarray(np.ascontiguousarray(test.images[place].permute(1, 2, 0).numpy())).save(
             folder / f"{place:04d}.png"
         )
-    return test.labels.tolist()
+    labels: list[int] = test.targets.tolist()
+    return labels
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from distrain.errors import ConfigError, missing
 from distrain.files.writing import write_json, write_yaml
 from distrain.models.base import DataDependentInit
 from distrain.models.build import check_model, instantiate_model
-from distrain.optim import losses, schedulers
+from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer, check_optimizer
 from distrain.optim.optimizers.groups import check_groups
 from distrain.reporting import loggers
@@ -29,6 +29,8 @@ from distrain.runtime.world import World
 from distrain.strategies import base as strategy_base
 from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
+from distrain.tasks import base as tasks
+from distrain.tasks.base import Task
 from distrain.training import auto_format, callbacks, resume
 from distrain.training.trainer import Trainer, total_steps
 
@@ -49,10 +51,11 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
     world = world or World.from_environment()
     check(config, world)
     splits = source(config).load()
+    task = tasks.build(config, splits.spec)
     check_sizes(config, splits)
     with Runtime(config, world) as runtime:
         runtime.activity.phase = "set-up"
-        config = settled(config, runtime, splits)
+        config = settled(config, runtime, splits, task)
         if runtime.is_main:
             write_yaml(runtime.run_dir / "config.yaml", to_container(config))
             write_json(runtime.run_dir / "data.json", described(splits))
@@ -60,7 +63,7 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         trainer = build_trainer(config, runtime, splits)
         summary = trainer.fit()
         if runtime.is_main:
-            log.info("%s", closing_line(summary))
+            log.info("%s", closing_line(summary, task))
     return summary
 
 
@@ -100,7 +103,7 @@ def check(config: Config, world: World) -> None:
     unused = check_model(
         config.model,
         in_channels=spec.channels,
-        num_classes=len(spec.classes),
+        num_classes=tasks.build(config, spec).output_size,
         image_size=(spec.height, spec.width),
         also=functools.partial(_check_model, config),
     )
@@ -135,9 +138,9 @@ def memory_format(config: Config, device: torch.device, model: torch.nn.Module) 
     return auto_format.LAYOUTS[wanted]
 
 
-def settled(config: Config, runtime: Runtime, splits: Splits) -> Config:
+def settled(config: Config, runtime: Runtime, splits: Splits, task: Task) -> Config:
     """The configuration with the fastest formats in the place of ``auto``."""
-    return auto_format.settled(config, runtime, splits, functools.partial(build_model, config, runtime, splits))
+    return auto_format.settled(config, runtime, splits, task, functools.partial(build_model, config, runtime, splits))
 
 
 def make_loader(
@@ -174,7 +177,7 @@ def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Mo
     model = instantiate_model(
         config.model,
         in_channels=spec.channels,
-        num_classes=len(spec.classes),
+        num_classes=tasks.build(config, spec).output_size,
         image_size=(spec.height, spec.width),
     )
     if isinstance(model, DataDependentInit):
@@ -187,6 +190,7 @@ def build_model(config: Config, runtime: Runtime, splits: Splits) -> torch.nn.Mo
 
 def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
     """All parts of a run, put together."""
+    task = tasks.build(config, splits.spec)
     strategy = strategy_base.build(config, runtime)
     model = build_model(config, runtime, splits)
     layout = memory_format(config, runtime.device, model)
@@ -203,11 +207,12 @@ def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps(config, steps_per_epoch),
     )
-    strategy.setup(model, losses.build(config.loss), make_optimizer, first.images)
+    strategy.setup(model, task, make_optimizer, first.inputs)
     return Trainer(
         config,
         runtime,
         strategy,
+        task,
         splits,
         loaders,
         schedulers.build(config.scheduler, steps_per_epoch, total_steps(config, steps_per_epoch)),
@@ -216,12 +221,12 @@ def build_trainer(config: Config, runtime: Runtime, splits: Splits) -> Trainer:
     )
 
 
-def closing_line(summary: dict[str, Any]) -> str:
+def closing_line(summary: dict[str, Any], task: Task) -> str:
     """What a user wants to know at the end of a run, in one line."""
-    shares = summary["time_share"]
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    score = task.metrics[0]
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in summary["time_share"].items())
     return (
-        f"test_accuracy {summary['test_accuracy']:.4f}, test_loss {summary['test_loss']:.4f} | "
+        f"test_{score} {summary[f'test_{score}']:.4f}, test_loss {summary['test_loss']:.4f} | "
         f"{summary['steps']} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | "
         f"{parts}"
     )

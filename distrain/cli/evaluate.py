@@ -19,7 +19,6 @@ from distrain.config.schema import CompressionConfig, Config, StrategyConfig, se
 from distrain.data.base import DataSpec, Images, Splits, source_class
 from distrain.errors import ConfigError, refused
 from distrain.files.untrusted import printable
-from distrain.optim import losses
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -27,7 +26,9 @@ from distrain.strategies import base as strategy_base
 from distrain.strategies.base import Strategy
 from distrain.strategies.ddp import DDPConfig
 from distrain.strategies.precision import Precision
-from distrain.training.evaluation import Evaluation, evaluate
+from distrain.tasks import base as tasks
+from distrain.tasks.base import Evaluation, Task
+from distrain.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         output.check(target)
     config = _adapted(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
+    task = tasks.build(config, folder.spec)
     model = folder.model(weights, settings.allow)
     runtime = Runtime(config, world, keep_logs=False)
     splits = _load(config, folder)
@@ -73,15 +75,15 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
         raise ConfigError("split", settings.split, "the run has no such images", others)
     with runtime:
-        found = _evaluate(config, runtime, splits, images, model)
+        found = _evaluate(config, runtime, task, splits, images, model)
         # Ranks that were started with different settings would add up different images.
         if found.count != len(images):
             raise RuntimeError(f"{found.count} images were evaluated, not the {len(images)} of the split")
-    result = _result(settings.split, weights, folder.spec, found)
+    result = _result(settings.split, weights, task, found)
     if runtime.is_main:
         output.write_text(target, json.dumps(result, indent=2) + "\n")
         if target is not None:
-            print(_table(result), flush=True)
+            print(_table(result, task), flush=True)
     return result
 
 
@@ -137,7 +139,9 @@ def _shown(spec: DataSpec) -> str:
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
 
 
-def _evaluate(config: Config, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Evaluation:
+def _evaluate(
+    config: Config, runtime: Runtime, task: Task, splits: Splits, images: Images, model: nn.Module
+) -> Evaluation:
     runtime.activity.phase = "evaluation"
     strategy: Strategy = strategy_base.build(config, runtime)
     layout = app.memory_format(config, runtime.device, model)
@@ -146,42 +150,38 @@ def _evaluate(config: Config, runtime: Runtime, splits: Splits, images: Images, 
     loader = app.make_loader(config, strategy, splits, images, layout, training=False)
     first = next(loader.epoch(0))
     # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
-    strategy.setup(
-        model, losses.build(config.loss), lambda named: build_optimizer(config.optimizer, named), first.images
-    )
+    strategy.setup(model, task, lambda named: build_optimizer(config.optimizer, named), first.inputs)
     with torch.inference_mode():
-        return evaluate(strategy, loader, runtime.communicator(), len(splits.spec.classes))
+        return evaluate(strategy, task, loader, runtime.communicator())
 
 
-def _result(split: str, weights: Weights, spec: DataSpec, found: Evaluation) -> dict[str, Any]:
-    counts, correct = found.confusion.sum(1).tolist(), found.confusion.diagonal().tolist()
+def _result(split: str, weights: Weights, task: Task, found: Evaluation) -> dict[str, Any]:
     return {
         "split": split,
         "checkpoint": weights.path.name,
         "step": weights.step,
-        "accuracy": found.accuracy,
+        **found.metrics,
         "loss": found.loss,
-        "correct": found.correct,
         "count": found.count,
-        "classes": [
-            {"class": name, "accuracy": right / count if count else None, "correct": right, "count": count}
-            for name, right, count in zip(spec.classes, correct, counts, strict=True)
-        ],
+        **task.details(found.state),
     }
 
 
-def _table(result: dict[str, Any]) -> str:
-    """The result as people read it; one line a class."""
-    rows = [("class", "accuracy", "correct", "count")]
-    for entry in result["classes"]:
-        accuracy = "-" if entry["accuracy"] is None else f"{entry['accuracy']:.4f}"
-        rows.append((printable(entry["class"]), accuracy, str(entry["correct"]), str(entry["count"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{result['split']} of {result['checkpoint']}: accuracy {result['accuracy']:.4f} "
-        f"({result['correct']} of {result['count']}), loss {result['loss']:.4f}"
-    ]
-    for name, *numbers in rows:
-        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+def _table(result: dict[str, Any], task: Task) -> str:
+    """The result as people read it: a line, and a table where the task gives rows (of classes, say)."""
+    metrics = ", ".join(f"{name} {result[name]:.4f}" for name in task.metrics)
+    counted = f"{result['correct']} of {result['count']}" if "correct" in result else f"{result['count']} samples"
+    lines = [f"{result['split']} of {result['checkpoint']}: {metrics} ({counted}), loss {result['loss']:.4f}"]
+    for entries in (value for value in result.values() if isinstance(value, list) and value):
+        rows = [list(entries[0]), *([_cell(value) for value in entry.values()] for entry in entries)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for first, *others in rows:
+            padded = [other.rjust(width) for other, width in zip(others, widths[1:], strict=True)]
+            lines.append("  ".join([first.ljust(widths[0]), *padded]))
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return printable(value)
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -26,13 +26,13 @@ from distrain.cli.settings import RunSettings, one_process
 from distrain.config.schema import setting
 from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
-from distrain.data.evaluation_views import averaged
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
-from distrain.optim import losses
 from distrain.runtime.device import available_cores, choose_device
 from distrain.runtime.world import World
 from distrain.strategies.precision import Precision
+from distrain.tasks import base as tasks
+from distrain.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,8 @@ class PredictSettings(RunSettings):
     allow: list[str] = setting("Dotted prefixes that the model's _target_ may have besides distrain.models.")
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about a file: classes and their probabilities, the most probable first."""
-
-    path: str
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+#: What the model says about a file: its ``path``, and what the task says of the output.
+Prediction = dict[str, Any]
 
 
 def run(settings: PredictSettings, world: World | None = None) -> list[Prediction]:
@@ -71,13 +66,14 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
     world = world or World.from_environment()
     one_process("predict", world)
     folder = RunFolder.open(settings.run)
-    if settings.top > len(folder.spec.classes):
-        raise ConfigError("top", settings.top, f"the run has {len(folder.spec.classes)} classes")
+    task = tasks.build(folder.config, folder.spec)
+    if settings.top > task.largest_top():
+        raise ConfigError("top", settings.top, f"the run has {task.largest_top()} classes")
     if folder.spec.channels not in _FILE_CHANNELS:
         raise ConfigError("run", settings.run, f"its images have {folder.spec.channels} channels; files give 1 or 3")
     target = _target(settings.output)
     paths = find_images(settings.input)
-    predictor = Predictor(folder, settings, world)
+    predictor = Predictor(folder, task, settings, world)
     with warnings.catch_warnings():
         # About files that Pillow reads all the same.
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -145,6 +141,7 @@ class Predictor:
 
     Args:
         folder: The run.
+        task: What it was trained to do.
         settings: Which checkpoint, where to compute, and how many images at once.
         world: This process.
 
@@ -152,14 +149,12 @@ class Predictor:
         ConfigError: There is no such checkpoint or device, or the model may not be built.
     """
 
-    def __init__(self, folder: RunFolder, settings: PredictSettings, world: World) -> None:
+    def __init__(self, folder: RunFolder, task: Task, settings: PredictSettings, world: World) -> None:
         config = folder.config
         config.runtime.device = settings.device
-        self._folder, self._settings = folder, settings
+        self._folder, self._task, self._settings = folder, task, settings
         self._device = choose_device(config, world)
-        self._views = config.trainer.test_views
         self._precision = Precision(config.trainer.precision, self._device)
-        self._probabilities = losses.build(config.loss).probabilities
         model = folder.model(folder.weights(settings.checkpoint), settings.allow)
         self._layout = app.memory_format(config, self._device, model)
         model.to(device=self._device, dtype=self._precision.dtype)
@@ -206,20 +201,16 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, paths: Sequence[str], pixels: Tensor) -> Iterator[Prediction]:
-        logits = self._logits(pixels)
-        whole = logits.isfinite().all(1).tolist()
+        outputs = self._outputs(pixels)
+        whole = outputs.flatten(1).isfinite().all(1).tolist()
         if not all(whole):
             problem = f"the model's answer to {paths[whole.index(False)]} is not a number; did the training diverge?"
             raise ConfigError("checkpoint", self._settings.checkpoint, problem)
-        # By logits, because probabilities may round to the same; stable, so that the first is evaluation's argmax.
-        order = logits.sort(dim=1, descending=True, stable=True).indices[:, : self._settings.top]
-        probabilities = self._probabilities(logits).gather(1, order)
-        names = self._folder.spec.classes
-        for path, best, values in zip(paths, order.tolist(), probabilities.tolist(), strict=True):
-            yield Prediction(path, tuple(names[index] for index in best), tuple(values))
+        for path, meaning in zip(paths, self._task.predict(outputs, self._settings.top), strict=True):
+            yield {"path": path, **meaning}
 
-    def _logits(self, pixels: Tensor) -> Tensor:
-        """From uint8 [n, C, H, W] to [n, classes] on the CPU in double precision."""
+    def _outputs(self, pixels: Tensor) -> Tensor:
+        """From uint8 [n, C, H, W] to the model's outputs [n, …] on the CPU in double precision."""
         loader = Loader(
             Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)),
             batch_size=len(pixels),
@@ -231,33 +222,28 @@ class Predictor:
             memory_format=self._layout,
         )
         with self._precision.autocast():
-            parts = [averaged(self._model, batch.images, self._views) for batch in loader.epoch(0)]
+            parts = [self._task.evaluate(self._model, batch.inputs) for batch in loader.epoch(0)]
         return torch.cat(parts).double().cpu()
 
 
-def to_json(found: Sequence[Prediction]) -> str:
-    """A list of objects with ``path``, ``class`` and ``probability``, and with ``top`` where more were asked for."""
-    rows = []
-    for one in found:
-        row: dict[str, Any] = {"path": one.path, "class": one.classes[0], "probability": one.probabilities[0]}
-        if len(one.classes) > 1:
-            row["top"] = [
-                {"class": name, "probability": value}
-                for name, value in zip(one.classes, one.probabilities, strict=True)
-            ]
-        rows.append(row)
-    return json.dumps(rows, indent=2) + "\n"
+def to_json(predictions: Sequence[Prediction]) -> str:
+    """A list of objects with ``path`` and what the task says of the file."""
+    return json.dumps(predictions, indent=2) + "\n"
 
 
-def to_csv(found: Sequence[Prediction]) -> str:
-    """A table with a header: ``path,class,probability``, then ``class_2,probability_2`` and so on."""
+def to_csv(predictions: Sequence[Prediction]) -> str:
+    """A table with a header; of ranked answers the second has columns with ``_2`` behind their names, and so on."""
+    rows = [_flat(prediction) for prediction in predictions]
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    header = ["path", "class", "probability"]
-    for place in range(2, len(found[0].classes) + 1):
-        header += [f"class_{place}", f"probability_{place}"]
-    writer.writerow(header)
-    for one in found:
-        pairs = zip(one.classes, one.probabilities, strict=True)
-        writer.writerow([one.path, *(cell for pair in pairs for cell in pair)])
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def _flat(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as cells by column."""
+    cells = {name: value for name, value in prediction.items() if name != "top"}
+    for place, answer in enumerate(prediction.get("top", ())[1:], start=2):
+        cells |= {f"{name}_{place}": value for name, value in answer.items()}
+    return cells

@@ -26,6 +26,7 @@ from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
 from distrain.files.untrusted import Unreadable, read_json, read_text
 from distrain.models.build import instantiate_model
+from distrain.tasks import base as tasks
 
 T = TypeVar("T")
 
@@ -153,7 +154,7 @@ class RunFolder:
         model = instantiate_model(
             self.config.model,
             in_channels=self.spec.channels,
-            num_classes=len(self.spec.classes),
+            num_classes=tasks.build(self.config, self.spec).output_size,
             image_size=(self.spec.height, self.spec.width),
             allowed=[*TRUSTED, *allow],
         )
@@ -255,7 +256,7 @@ def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ..
     if content["channels"] * content["height"] * content["width"] > _LARGEST_IMAGE:
         raise refuse(f"has images of more than {_LARGEST_IMAGE} numbers")
     classes = content.get("classes")
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise refuse("needs classes, a list of names")
     for name in ("mean", "std"):
         values = content.get(name)

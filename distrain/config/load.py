@@ -48,7 +48,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
         # Groups last: their choices' files import torch, which a mistake elsewhere need not wait for.
         for key, spec in sorted(fields.items(), key=lambda item: item[0] in GROUPS):
             if key in GROUPS:
-                values[key] = _choice(key, key, node.get(key))
+                values[key] = _choice(key, key, node.get(key, _GROUP_DEFAULTS.get(key)))
             elif key in _SECTIONS:
                 values[key] = _typed(key, _SECTIONS[key], node.get(key))
                 _check_limits(key, values[key])
@@ -85,6 +85,8 @@ class _Top:
     experiment: str | None = None
 
 
+#: Choices of groups that came with a later release than some runs whose config.yaml is read.
+_GROUP_DEFAULTS = {"task": OmegaConf.create({"name": "classification"})}
 _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 
 

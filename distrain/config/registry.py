@@ -36,6 +36,7 @@ GROUPS = {
     "compression": "distrain.compression",
     "model": "distrain.models",
     "data": "distrain.data",
+    "task": "distrain.tasks",
     "loss": "distrain.optim.losses",
     "optimizer": "distrain.optim.optimizers",
     "scheduler": "distrain.optim.schedulers",

@@ -114,6 +114,13 @@ class DataConfig:
 
 
 @dataclass
+class TaskConfig:
+    """What the model is trained to do. Each task's own keys are in its file below ``distrain/tasks``."""
+
+    name: str = setting("Which task.")
+
+
+@dataclass
 class LossConfig:
     """What is minimised; always a mean over samples, computed as a global sum over a global count."""
 
@@ -260,6 +267,7 @@ class Config:
     compression: CompressionConfig
     model: ModelConfig
     data: DataConfig
+    task: TaskConfig
     loss: LossConfig
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig

@@ -12,6 +12,7 @@ from torch import Tensor
 from distrain import rng
 from distrain.config.registry import choice
 from distrain.config.schema import DataConfig
+from distrain.data.batch import Targets, map_targets
 from distrain.errors import ConfigError, missing
 
 _VALIDATION, _TEST = 2, 3
@@ -20,12 +21,12 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is known before anything is loaded."""
+    """What is known before anything is loaded: the images' shape, and the classes' names where there are classes."""
 
     channels: int
     height: int
     width: int
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,16 @@ class Images:
 
     Attributes:
         images: uint8 [N, C, H, W] in memory; or, where ``rows`` is given, a memory map of more images than these.
-        labels: int64 [N].
+        targets: What the task compares outputs with, [N, …] each: classes as int64 [N], or tensors by name.
         rows: int64 [N], where in ``images`` each sample lies; ``None``: sample i is ``images[i]``.
     """
 
     images: Tensor
-    labels: Tensor
+    targets: Targets
     rows: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images if self.rows is None else self.rows)
 
     def pick(self, positions: Tensor) -> Tensor:
         """Copies the images at these positions of the split, int64 [n] -> uint8 [n, C, H, W]."""
@@ -51,10 +52,10 @@ class Images:
 
     def subset(self, positions: Tensor) -> Images:
         """The samples at these positions, in their order; images in memory are copied, a memory map is shared."""
-        labels = self.labels.index_select(0, positions)
+        targets = map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
         if self.rows is None:
-            return Images(self.pick(positions), labels)
-        return Images(self.images, labels, self.rows.index_select(0, positions))
+            return Images(self.pick(positions), targets)
+        return Images(self.images, targets, self.rows.index_select(0, positions))
 
 
 @dataclass(frozen=True)

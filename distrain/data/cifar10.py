@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -92,8 +93,8 @@ class Cifar10(DataSource):
         spec, folder = self.describe(), self._complete()
         assert folder is not None
         train = [self._read(folder / name) for name in _TRAIN]
-        images = Images(torch.cat([part.images for part in train]), torch.cat([part.labels for part in train]))
-        return assemble(self._config, spec, images, self._read(folder / _TEST))
+        images = Images(torch.cat([pixels for pixels, _ in train]), torch.cat([labels for _, labels in train]))
+        return assemble(self._config, spec, images, Images(*self._read(folder / _TEST)))
 
     def _complete(self) -> Path | None:
         """The folder that holds all files, each of the right size; ``None`` where one is missing."""
@@ -118,7 +119,8 @@ class Cifar10(DataSource):
         return names
 
     @staticmethod
-    def _read(path: Path) -> Images:
+    def _read(path: Path) -> tuple[Tensor, Tensor]:
+        """Pixels, uint8 [N, 3, 32, 32], and classes, int64 [N], of one file."""
         records = np.fromfile(path, dtype=np.uint8)
         if records.size != BATCH_IMAGES * _RECORD:
             raise missing("data.root", f"{path} changed while it was read")
@@ -128,7 +130,7 @@ class Cifar10(DataSource):
             problem = f"{path.name} is broken: record {row} has label {records[row, 0]}, and labels go from 0 to 9"
             raise ConfigError("data.root", path.parent, problem)
         pixels = torch.from_numpy(records[:, 1:].reshape(-1, *_SHAPE))
-        return Images(pixels, torch.from_numpy(records[:, 0].astype(np.int64)))
+        return pixels, torch.from_numpy(records[:, 0].astype(np.int64))
 
     def _download(self) -> None:
         with locked_build_folder("data.root", self._root) as temporary:

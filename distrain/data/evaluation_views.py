@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def averaged(forward: Callable[[Tensor], Tensor], images: Tensor, views: str) -> Tensor:
+def averaged_logits(forward: Callable[[Tensor], Tensor], images: Tensor, views: str) -> Tensor:
     """The weighted mean of what a model says of an image's views (Jordan 2024, arXiv 2404.00498, §3.5).
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 from distrain.config.schema import AugmentConfig, DataConfig
 from distrain.data.augment import Augmentation
 from distrain.data.base import Images, Splits
+from distrain.data.batch import Batch, map_targets, slice_targets
 from distrain.data.prefetch import prefetched
 from distrain.data.sampler import epoch_order, shard_bounds
 
@@ -20,23 +21,6 @@ _PREFETCH = 2
 _DEVICE_SHARE = 0.25
 #: A second, channels-last copy of images in CPU memory may take this much.
 _COPY_BYTES = 1 << 30
-
-
-@dataclass(slots=True)
-class Batch:
-    """One shard's share of a global batch.
-
-    Attributes:
-        images: [n, C, H, W], normalised, in the loader's dtype, device and memory format; n may be 0.
-        labels: int64 [n], on the same device.
-        indices: int64 [n] on the CPU: positions in the split.
-        global_count: Samples of the global batch, over all shards.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    global_count: int
 
 
 @dataclass(slots=True)
@@ -59,7 +43,7 @@ class Loader:
         std: Channel standard deviations.
         device: Where batches end up. On CUDA, images in memory that take less than a quarter of what is free there are
             kept on the device.
-        dtype: Floating-point type of the images; the 16-bit ones are normalised in float32 and then rounded.
+        dtype: Floating-point type of the batches' inputs; the 16-bit ones are normalised in float32 and then rounded.
         memory_format: ``torch.contiguous_format`` or ``torch.channels_last``.
         seed: The run's seed; fixes order and augmentation.
         shuffle: Another order each epoch; else the split's own.
@@ -89,7 +73,8 @@ class Loader:
         height, width = images.images.shape[2:]
         self._batch_size, self.shard, self._seed, self._shuffle = batch_size, shard, seed, shuffle
         self._device, self._dtype, self._memory_format, self._prefetch = device, dtype, memory_format, prefetch
-        self._count, self._rows, self._labels = len(images), images.rows, images.labels.to(device)
+        self._count, self._rows = len(images), images.rows
+        self._targets = map_targets(lambda tensor: tensor.to(device), images.targets)
         # A step of its own in float64 and float32; rounding before normalising would lose bits.
         self._compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -144,7 +129,7 @@ class Loader:
         order = epoch_order(self._seed, epoch, self._count) if self._shuffle else torch.arange(self._count)
         # Once an epoch for all samples: slices of the results cost next to nothing in each step.
         there = order.to(self._device)
-        labels = self._labels.index_select(0, there)
+        targets = map_targets(lambda tensor: tensor.index_select(0, there), self._targets)
         draws = None if self._augmentation is None else self._augmentation.draws(epoch, there)
         rows = order if self._rows is None else self._rows.index_select(0, order)
         rows = rows.to(self._pixels.device)
@@ -153,7 +138,7 @@ class Loader:
             low, high = shard_bounds(total, *self.shard)
             low, high = start + low, start + high
             pixels = self._take(rows[low:high])
-            batch = Batch(pixels, labels[low:high], order[low:high], total)
+            batch = Batch(pixels, slice_targets(targets, low, high), order[low:high], total)
             yield _Gathered(pixels, None if draws is None else draws[:, low:high], batch)
 
     def _take(self, rows: Tensor) -> Tensor:
@@ -177,7 +162,7 @@ class Loader:
         images.sub_(self._shift).mul_(self._scale)
         if self._augmentation is not None and draws is not None:
             images = self._augmentation.cutout_(images, draws)
-        gathered.batch.images = images.to(self._dtype)
+        gathered.batch.inputs = images.to(self._dtype)
         return gathered.batch
 
 

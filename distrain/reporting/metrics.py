@@ -140,24 +140,30 @@ class TimeShares:
 
 
 class Totals:
-    """Sums of losses and counts that stay on the device until somebody looks."""
+    """Sums of losses, metrics and samples that stay on the device until they are read.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the sums of the steps are.
+        metrics: Number of the task's metrics.
+    """
+
+    def __init__(self, device: torch.device, metrics: int) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._metrics = torch.zeros(metrics, dtype=torch.float64, device=device)
         self._count = 0
 
-    def add(self, loss_sum: Tensor, correct: Tensor, count: int) -> None:
+    def add(self, loss_sum: Tensor, metric_sums: Tensor, count: int) -> None:
         """Adds one step's sums."""
         self._loss += loss_sum
-        self._correct += correct
+        self._metrics += metric_sums
         self._count += count
 
     def take(self) -> Tensor:
-        """``[loss, correct, count]`` as float64 (counts stay exact below 2**53), and starts anew."""
-        taken = torch.stack([self._loss, self._correct.double(), torch.full_like(self._loss, self._count)])
+        """``[loss, *metrics, count]`` as float64 (counts stay exact below 2**53); the sums start again from zero."""
+        count = self._loss.new_full((1,), self._count)
+        taken = torch.cat([self._loss.unsqueeze(0), self._metrics, count])
         self._loss.zero_()
-        self._correct.zero_()
+        self._metrics.zero_()
         self._count = 0
         return taken
 

@@ -20,17 +20,17 @@ from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
+from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed.device_mesh import DeviceMesh
 
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 _COMPRESSORS_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
@@ -42,17 +42,17 @@ class StepResult:
 
     Attributes:
         loss_sum: Sum of the samples' losses, a scalar on the device.
-        correct: How many samples were classified right, an int64 scalar on the device.
+        metric_sums: Sums of the task's metrics, ``[len(task.metrics)]`` on the device.
         count: Samples in this rank's share.
-        predictions: The class predicted for each of them, int64 ``[count]``; only from :meth:`Strategy.eval_step`.
+        outputs: The model's, for each of them; only from :meth:`Strategy.eval_step`, on the rank that has them.
         left_out: The gradient was not finite, and there was no update; see :attr:`Strategy.decides_alone`. Only where
             ``trainer.on_nonfinite`` is ``skip`` or ``rewind``, since looking costs something.
     """
 
     loss_sum: Tensor
-    correct: Tensor
+    metric_sums: Tensor
     count: int
-    predictions: Tensor | None = None
+    outputs: Tensor | None = None
     left_out: bool = False
 
 
@@ -131,14 +131,14 @@ class Strategy(ABC):
         return self.runtime.communicator()
 
     @abstractmethod
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Wraps or splits the model, then builds the optimizer over this rank's part.
 
         Args:
             model: The whole model, on this rank's device, equal on all ranks.
-            loss_fn: ``(logits, labels)`` to the sum of the samples' losses.
+            task: Gives loss and metrics of the model's outputs.
             make_optimizer: Builds the optimizer from ``(name, parameter)`` pairs; names are the unsplit model's.
-            example: This rank's images of a first batch, for a strategy that measures the model.
+            example: This rank's inputs of a first batch, for a strategy that measures the model.
         """
 
     @abstractmethod
@@ -147,7 +147,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def eval_step(self, batch: Batch) -> StepResult:
-        """Forward only; ``predictions`` are given."""
+        """Forward only; ``outputs`` are given."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:

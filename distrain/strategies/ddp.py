@@ -17,11 +17,12 @@ from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.gradients.bucket_sizes import Bucketing, bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult
+from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.single import Single
+from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class DDP(Single):
         if config.strategy.batchnorm == "sync" and world_size > 1:
             batchnorm.synchronise(model, Communicator())
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model; see the base class."""
         self.agree_on(model, self.replicas)
         assert isinstance(self.config.strategy, DDPConfig)
@@ -97,7 +98,7 @@ class DDP(Single):
                         "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
                         "they depend on the number of ranks; model.norm=group does not"
                     )
-        super().setup(model, loss_fn, make_optimizer, example)
+        super().setup(model, task, make_optimizer, example)
         diverging = not self._needs_every_piece and self.replicas.size > 1
         self._diverging = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if diverging else []
         self._settled = True

@@ -14,15 +14,15 @@ from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig
-from distrain.data.evaluation_views import averaged
 from distrain.errors import ConfigError
 from distrain.gradients.buckets import Gradients, Reduced, clip
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
+from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers
 from distrain.strategies.precision import Precision
+from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch, Targets
     from distrain.runtime.runtime import Runtime
 
 
@@ -54,10 +54,10 @@ class Single(Strategy):
             others = [name for name in choices("strategy") if name != "single"]
             raise ConfigError("strategy", "single", f"runs on 1 rank, but {world_size} were started", others)
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Lays the gradients out in buckets and builds the optimizer; see the base class."""
         self.model = model
-        self._loss_fn = loss_fn
+        self.task = task
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
@@ -98,30 +98,40 @@ class Single(Strategy):
             self._kept.take()
         self.gradients.zero()
         pieces = self._pieces(batch)
-        losses, correct = [], []
-        for index, (images, labels) in enumerate(pieces):
+        losses, metric_sums, samples = [], [], 0
+        for index, (inputs, targets) in enumerate(pieces):
             if sends and index == len(pieces) - 1:
                 self.gradients.arm()
             with self.precision.autocast():
-                logits = self._forward(images)
-                loss_sum = self._loss_fn(logits, labels)
+                outputs = self._forward(inputs)
+                loss_sum, size = self.task.loss(outputs, targets)
             self.precision.scale(loss_sum / count).backward()
             losses.append(loss_sum.detach())
-            correct.append((logits.detach().argmax(1) == labels).sum())
+            metric_sums.append(self.task.measure(outputs.detach(), targets))
+            samples += size
         if sends and not pieces:
             self.gradients.arm()
-        return StepResult(_total(losses, batch), _total(correct, batch).long(), len(batch.labels))
+        if not pieces:
+            return self._no_samples()
+        # The usual single piece needs no kernel to be summed.
+        whole = len(pieces) == 1
+        return StepResult(
+            losses[0] if whole else torch.stack(losses).sum(),
+            metric_sums[0] if whole else torch.stack(metric_sums).sum(0),
+            samples,
+        )
 
-    def _pieces(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    def _no_samples(self) -> StepResult:
+        device = self.runtime.device
+        return StepResult(torch.zeros((), device=device), torch.zeros(len(self.task.metrics), device=device), 0)
+
+    def _pieces(self, batch: Batch) -> list[tuple[Tensor, Targets]]:
         """The share in as many near-equal pieces as the largest share needs, so that all replicas have as many."""
         size = self.config.trainer.micro_batch_size
         largest = math.ceil(batch.global_count / self.data_shard[1])
         count = 1 if size is None else math.ceil(largest / size)
-        if count == 1:
-            pieces = [(batch.images, batch.labels)]
-        else:
-            pieces = list(zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True))
-        return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[1])]
+        pieces = [(batch.inputs, batch.targets)] if count == 1 else batch.split(count)
+        return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[0])]
 
     def _update(self) -> bool:
         """Applies the gradient; returns whether that was left out because it is not finite."""
@@ -140,15 +150,13 @@ class Single(Strategy):
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         """Forward only; see the base class."""
-        if not len(batch.labels) and not self._evaluates_together:
-            nothing = torch.zeros((), device=self.runtime.device)
-            return StepResult(nothing, nothing.long(), 0, batch.labels)
+        if not len(batch) and not self._evaluates_together:
+            return self._no_samples()
         self._forward.eval()
         with self.precision.autocast():
-            logits = averaged(self._forward, batch.images, self.config.trainer.test_views)
-            loss_sum = self._loss_fn(logits, batch.labels)
-        predictions = logits.argmax(1)
-        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+            outputs = self.task.evaluate(self._forward, batch.inputs)
+            loss_sum, count = self.task.loss(outputs, batch.targets)
+        return StepResult(loss_sum, self.task.measure(outputs, batch.targets), count, outputs)
 
     def uncompressed_bytes_per_step(self) -> int:
         """Bytes this rank would send in a step without compression."""
@@ -186,9 +194,3 @@ class Single(Strategy):
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, self._names.values(), self.replicas.size),
         ]
-
-
-def _total(parts: list[Tensor], batch: Batch) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.stack(parts).sum() if parts else torch.zeros((), device=batch.labels.device)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from distrain.config.schema import Config
 from distrain.data.base import Images, Splits
+from distrain.data.batch import Targets, slice_targets
 from distrain.data.loader import Loader
-from distrain.optim import losses
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
-from distrain.strategies.base import Loss
 from distrain.strategies.precision import Precision
+from distrain.tasks.base import Task
 from distrain.training import resume
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ class Formats:
     memory_format: str
 
 
-def settled(config: Config, runtime: Runtime, splits: Splits, make_model: Callable[[], nn.Module]) -> Config:
+def settled(
+    config: Config, runtime: Runtime, splits: Splits, task: Task, make_model: Callable[[], nn.Module]
+) -> Config:
     """The configuration with ``trainer.precision`` and ``trainer.memory_format`` chosen; all ranks call it together.
 
     A run that goes on takes what its checkpoint was computed in. Else the choice is by trial, and by the rules of
@@ -73,6 +75,7 @@ def settled(config: Config, runtime: Runtime, splits: Splits, make_model: Callab
         config: What the user asked for.
         runtime: This rank's surroundings; generators are seeded anew, as it left them.
         splits: The data, for images to try the model on.
+        task: Gives the loss.
         make_model: Builds the model on its device, and may be called or not.
 
     Returns:
@@ -85,7 +88,7 @@ def settled(config: Config, runtime: Runtime, splits: Splits, make_model: Callab
         return config
     found = _of_before(config, runtime)
     if found is None and not (wanted.deterministic or wanted.compile):
-        found = _tried(config, runtime, splits, make_model)
+        found = _tried(config, runtime, splits, task, make_model)
         seed_everything(config.seed)
     if found is None:
         found = Formats(_by_rule(config, runtime), wanted.memory_format)
@@ -156,7 +159,9 @@ def _of_before(config: Config, runtime: Runtime) -> Formats | None:
     return Formats(precision, layout)
 
 
-def _tried(config: Config, runtime: Runtime, splits: Splits, make_model: Callable[[], nn.Module]) -> Formats | None:
+def _tried(
+    config: Config, runtime: Runtime, splits: Splits, task: Task, make_model: Callable[[], nn.Module]
+) -> Formats | None:
     """The fastest by trial, the same on all ranks; ``None`` where nothing can be tried."""
     strategy, world = strategy_base.chosen(config), runtime.world
     triers = strategy.whole_models(config, world.size)
@@ -171,8 +176,8 @@ def _tried(config: Config, runtime: Runtime, splits: Splits, make_model: Callabl
     share = math.ceil(config.data.batch_size / strategy.shares(config, world.size))
     # BatchNorm needs two.
     share = max(min(share, config.trainer.micro_batch_size or share), 2)
-    images = Images(splits.train.pick(torch.arange(min(share, len(splits.train)))), splits.train.labels[:share])
-    trial = Trial(config, model, images, splits, runtime.device) if world.rank < triers else None
+    images = splits.train.subset(torch.arange(min(share, len(splits.train))))
+    trial = Trial(config, model, task, images, splits, runtime.device) if world.rank < triers else None
     everyone = runtime.communicator()
 
     def agreed(numbers: Sequence[float]) -> list[float]:
@@ -238,13 +243,16 @@ class Trial:
     Args:
         config: The run's.
         model: On its device, as the strategy would run it.
+        task: Gives the loss.
         images: What a rank has in a step at once.
         splits: Says how images are normalised.
         device: Where the model is.
     """
 
-    def __init__(self, config: Config, model: nn.Module, images: Images, splits: Splits, device: torch.device) -> None:
-        self._model, self._device, self._loss_fn = model, device, losses.build(config.loss)
+    def __init__(
+        self, config: Config, model: nn.Module, task: Task, images: Images, splits: Splits, device: torch.device
+    ) -> None:
+        self._model, self._task, self._device = model, task, device
         model.train()
         loader = Loader(
             images,
@@ -261,7 +269,7 @@ class Trial:
 
     def seconds_an_image(self, candidates: Sequence[Formats]) -> float:
         """Roughly, in the fastest of the formats; infinite where all fail."""
-        few = min(_FEW, len(self._batch.labels))
+        few = min(_FEW, len(self._batch))
         # The first round loads kernels.
         *_, taken = [[self._step(each, few) for each in candidates] for _ in range(2)]
         return min(taken) / few
@@ -282,11 +290,12 @@ class Trial:
         if formats in self._failed:
             return math.inf
         layout = LAYOUTS[formats.memory_format]
-        images = self._batch.images[:size].contiguous(memory_format=layout)
+        inputs = self._batch.inputs[:size].contiguous(memory_format=layout)
         precision = Precision(formats.precision, self._device)
         try:
             self._model.to(memory_format=layout)  # type: ignore[call-overload]
-            return _timed(self._model, images, self._batch.labels[:size], self._loss_fn, precision)
+            targets = slice_targets(self._batch.targets, 0, size)
+            return _timed(self._model, inputs, targets, self._task, precision)
         except Exception as error:  # whatever a user's model raises, a view of images in another layout, say
             log.info("%s, %s: %s", formats.precision, formats.memory_format, str(error).partition("\n")[0])
             self._failed.add(formats)
@@ -295,13 +304,13 @@ class Trial:
             self._model.zero_grad(set_to_none=True)
 
 
-def _timed(model: nn.Module, images: Tensor, labels: Tensor, loss_fn: Loss, precision: Precision) -> float:
+def _timed(model: nn.Module, inputs: Tensor, targets: Targets, task: Task, precision: Precision) -> float:
     """Seconds of a forward and backward pass."""
-    began = _now(images.device)
+    began = _now(inputs.device)
     with precision.autocast():
-        loss = loss_fn(model(images), labels)
-    (loss / len(labels)).backward()
-    return _now(images.device) - began
+        loss, count = task.loss(model(inputs), targets)
+    (loss / count).backward()
+    return _now(inputs.device) - began
 
 
 def _now(device: torch.device) -> float:

@@ -64,7 +64,7 @@ class ProgressBar(Callback):
         """Shows the newest figures."""
         self._bar.set_description_str(_title(trainer), refresh=False)
         self._bar.set_postfix_str(
-            f"loss {values['train/loss']:.4f}, acc {values['train/accuracy']:.3f}, "
+            f"loss {values['train/loss']:.4f}, {_metrics(trainer, values, 'train/', 3)}, "
             f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}{_sent(values)}",
             refresh=False,
         )
@@ -99,7 +99,7 @@ class PlainProgress(Callback):
         self._last = now
         print(
             f"step {trainer.progress.step}/{trainer.total_steps}: loss {values['train/loss']:.4f}, "
-            f"accuracy {values['train/accuracy']:.3f}, {values['speed/images_per_second']:,.0f} images/s, "
+            f"{_metrics(trainer, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
             f"communication {values['time/communication']:.0%}{_sent(values)}",
             file=self._stream or sys.stderr,
             flush=True,
@@ -128,11 +128,16 @@ def _title(trainer: Trainer) -> str:
     return f"epoch {min(trainer.progress.epoch + 1, epochs)}/{epochs}"
 
 
+def _metrics(trainer: Trainer, values: Mapping[str, float], prefix: str, digits: int) -> str:
+    return ", ".join(f"{name} {values[prefix + name]:.{digits}f}" for name in trainer.task.metrics)
+
+
 def _epoch_line(trainer: Trainer, values: Mapping[str, float]) -> str:
     parts = [f"epoch {trainer.progress.epoch}/{trainer.config.trainer.epochs}:"]
-    parts.append(f"loss {values['epoch/train_loss']:.4f}, accuracy {values['epoch/train_accuracy']:.4f}")
+    parts.append(f"loss {values['epoch/train_loss']:.4f}, {_metrics(trainer, values, 'epoch/train_', 4)}")
     if "epoch/val_loss" in values:
-        parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, accuracy {values['epoch/val_accuracy']:.4f}")
+        metrics = _metrics(trainer, values, "epoch/val_", 4)
+        parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
     parts.append(f"| {values['epoch/images_per_second']:,.0f} images/s")
     return " ".join(parts)
 

@@ -29,7 +29,7 @@ from distrain.errors import NonFinite, PeerLost
 
 if TYPE_CHECKING:
     from distrain.communication.collectives import Communicator
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch
     from distrain.strategies.base import StepResult, Strategy
 
 log = logging.getLogger(__name__)

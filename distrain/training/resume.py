@@ -20,6 +20,7 @@ from distrain.errors import NO_VALUE, ConfigError
 from distrain.files.untrusted import read_json
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
+from distrain.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -163,13 +164,14 @@ def newest(runtime: Runtime, everyone: Communicator) -> Path | None:
     return None if name is None else folder / name
 
 
-def resume(config: Config, runtime: Runtime, strategy: Strategy, samples: int) -> Resumed | None:
+def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, samples: int) -> Resumed | None:
     """Goes on from what ``resume`` says, all ranks from the same; all ranks call it together.
 
     Args:
         config: This run's configuration.
         runtime: This rank's surroundings.
         strategy: Set up; takes its state back.
+        task: What the model is trained to do.
         samples: Training samples of an epoch.
 
     Returns:
@@ -184,15 +186,15 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, samples: int) -
         path = newest(runtime, everyone)
     elif config.resume != "never":
         path = Path(config.resume)
-    return _load(config, runtime, strategy, path, samples) if path is not None else None
+    return _load(config, runtime, strategy, task, path, samples) if path is not None else None
 
 
-def _load(config: Config, runtime: Runtime, strategy: Strategy, path: Path, samples: int) -> Resumed:
+def _load(config: Config, runtime: Runtime, strategy: Strategy, task: Task, path: Path, samples: int) -> Resumed:
     everyone = strategy.everyone
     problem = ""
     try:
         state, where = checkpoint_format.load(path)
-        progress = Progress.read(where)
+        progress = Progress.read(where, len(task.metrics))
     except (DamagedCheckpoint, OSError, ValueError) as error:
         problem = str(error)
     for rank, told in enumerate(everyone.share({"problem": problem, "host": runtime.world.host}, runtime.device)):
@@ -243,8 +245,8 @@ def _trainers_parts(
             "random draws", "redistributed", "order and augmentation exact; dropout's go by share of a batch"
         )
     best = Carried("best metric", "absent", "no evaluation yet")
-    if progress.best_accuracy is not None:
-        best = Carried("best metric", "exact", f"{progress.best_accuracy:.4f} at step {progress.best_step}")
+    if progress.best_score is not None:
+        best = Carried("best metric", "exact", f"{progress.best_score:.4f} at step {progress.best_step}")
     return [schedule, position, draws, best]
 
 

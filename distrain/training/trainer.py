@@ -18,12 +18,12 @@ from distrain.checkpoint.run_owner import Claim
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data.base import Splits
-from distrain.data.loader import Batch, Loader
+from distrain.data.batch import Batch
+from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
 from distrain.errors import EXIT_STOPPED, Stopped
 from distrain.files.writing import write_json
 from distrain.health.activity import in_phase
-from distrain.reporting import figures
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import StepClock, Stretch, Totals, peak_memory_mb
 from distrain.runtime import consensus, gc_freeze
@@ -31,9 +31,10 @@ from distrain.runtime.consensus import Request, RunControl
 from distrain.runtime.device import generators
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
+from distrain.tasks.base import Evaluation, Task
 from distrain.training import resume, saver
 from distrain.training.callbacks import Callback
-from distrain.training.evaluation import Evaluation, evaluate
+from distrain.training.evaluation import evaluate
 from distrain.training.nonfinite import NonFiniteGuard, Trail, refuse_nan
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Trainer:
         config: Config,
         runtime: Runtime,
         strategy: Strategy,
+        task: Task,
         splits: Splits,
         loaders: dict[str, Loader],
         schedule: Callable[[int], float],
@@ -74,6 +76,7 @@ class Trainer:
         self.config = config
         self.runtime = runtime
         self.strategy = strategy
+        self.task = task
         self.splits = splits
         self.progress = Progress()
         self.total_steps = total_steps(config, len(loaders["train"]))
@@ -82,7 +85,7 @@ class Trainer:
         self._logger = logger
         self.callbacks = list(callbacks)
         self._everyone = strategy.everyone
-        self._window = Totals(runtime.device)
+        self._window = Totals(runtime.device, len(task.metrics))
         self._bytes = 0
         self._logged = (0, 0)
         self._started = time.perf_counter()
@@ -158,7 +161,7 @@ class Trainer:
         result = self.strategy.train_step(batch)
         self._bytes += self.strategy.ledger.total() - sent
         if self._guard.counts(result, batch, self.progress.step + 1):
-            self._window.add(result.loss_sum, result.correct, result.count)
+            self._window.add(result.loss_sum, result.metric_sums, result.count)
         # Where all leave out the same update, it is one.
         self._skipped += result.left_out and (self.runtime.is_main or self.strategy.decides_alone)
         self._advance(batch)
@@ -214,12 +217,11 @@ class Trainer:
 
     def _log(self) -> None:
         norm = self.strategy.gradient_norm()
-        sums = self._take_window(settled=False)
-        count = max(sums[2], 1)
+        loss, metrics, _ = self._means(self._take_window(settled=False))
         lap = self._clock.lap()
         values = {
-            "train/loss": sums[0] / count,
-            "train/accuracy": sums[1] / count,
+            "train/loss": loss,
+            **{f"train/{name}": value for name, value in metrics.items()},
             "train/gradient_norm": float(norm),
             "train/learning_rate": self.strategy.optimizer.param_groups[0]["lr"],
             "speed/images_per_second": lap.samples_per_second,
@@ -247,7 +249,8 @@ class Trainer:
         counted = torch.cat([mine, mine.new_tensor([self._skipped])])
         self._skipped = 0
         *taken, skipped = self.strategy.total("window", counted, settled=settled).tolist()
-        self.progress.epoch_sums = [a + b for a, b in zip(self.progress.epoch_sums, taken, strict=True)]
+        before = self.progress.epoch_sums or [0.0] * len(taken)
+        self.progress.epoch_sums = [a + b for a, b in zip(before, taken, strict=True)]
         self.progress.skipped_updates += int(skipped)
         self._guard.look(taken[0])
         return taken
@@ -255,28 +258,29 @@ class Trainer:
     def _end_epoch(self) -> None:
         self._clock.lap()
         self._take_window()
-        loss, correct, count = self.progress.epoch_sums
-        self.progress.epoch_sums = [0.0, 0.0, 0.0]
+        loss, metrics, count = self._means(self.progress.epoch_sums)
+        self.progress.epoch_sums = []
         self.progress.epoch += 1
         self.progress.epoch_samples = 0
         # Every update of a short epoch may have been left out.
-        self.progress.train_loss = loss / count if count else math.nan
+        self.progress.train_loss = loss if count else math.nan
         saves = self._epoch_saves(self.progress.epoch)
         values = {
             "epoch": float(self.progress.epoch),
             "epoch/train_loss": self.progress.train_loss,
-            "epoch/train_accuracy": correct / max(count, 1),
+            **{f"epoch/train_{name}": value for name, value in metrics.items()},
             "epoch/images_per_second": self._clock.epoch.samples_per_second,
         }
         self._clock.epoch = Stretch()
         if len(self.splits.val):
             found = self._evaluate("val")
-            values |= {"epoch/val_loss": found.loss, "epoch/val_accuracy": found.accuracy}
-            self.progress.val_accuracy = found.accuracy
+            values["epoch/val_loss"] = found.loss
+            values |= {f"epoch/val_{name}": found.metrics[name] for name in self.task.metrics}
+            self.progress.val_score = found.metrics[self.task.metrics[0]]
             # Only what is saved can be kept as the best.
             if saves:
                 self._settle_save()
-                self._note_best(found.accuracy)
+                self._note_best(self.progress.val_score)
         self._logger.scalars(self.progress.step, values, kind="epoch")
         if saves:
             self._save()
@@ -284,10 +288,10 @@ class Trainer:
 
     @in_phase("evaluation")
     def _evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
-        classes, loader = len(self.splits.spec.classes), self._loaders[split]
+        loader = self._loaders[split]
         loader.shard = self.strategy.agree_on_shard()
         while True:
-            found = evaluate(self.strategy, loader, self._everyone, classes, watch)
+            found = evaluate(self.strategy, self.task, loader, self._everyone, watch)
             shard, loader.shard = loader.shard, self.strategy.agree_on_shard()
             # A rank that left meanwhile took its share with it.
             if loader.shard == shard:
@@ -295,11 +299,11 @@ class Trainer:
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
-    def _note_best(self, accuracy: float) -> None:
-        progress = self.progress
-        if progress.best_accuracy is None or accuracy > progress.best_accuracy:
-            self._best_before = progress.best_accuracy, progress.best_step
-            progress.best_accuracy, progress.best_step = accuracy, progress.step
+    def _note_best(self, score: float) -> None:
+        progress, best = self.progress, self.progress.best_score
+        if best is None or (score > best if self.task.higher_is_better else score < best):
+            self._best_before = best, progress.best_step
+            progress.best_score, progress.best_step = score, progress.step
 
     def _settle_save(self) -> None:
         """Waits for the save under way; one that failed has saved nothing and is not the best."""
@@ -308,7 +312,7 @@ class Trainer:
         if lost is not None and lost == self._saved_step:
             self._saved_step = None
             if lost == self.progress.best_step:
-                self.progress.best_accuracy, self.progress.best_step = self._best_before
+                self.progress.best_score, self.progress.best_step = self._best_before
 
     @in_phase("saving")
     def _save(self) -> None:
@@ -361,7 +365,7 @@ class Trainer:
     def _resume(self) -> None:
         if self.runtime.is_main:
             self._claim = Claim(self._checkpoints)
-        found = resume.resume(self.config, self.runtime, self.strategy, len(self.splits.train))
+        found = resume.resume(self.config, self.runtime, self.strategy, self.task, len(self.splits.train))
         if found is not None:
             self.progress = found.progress
             self._trail.add(found.path, self.progress.step)
@@ -390,7 +394,8 @@ class Trainer:
             self._draw(test)
             for name, figure in self.strategy.figures().items():
                 self._logger.figure(self.progress.step, name, figure)
-            numbers = ("train_loss", "val_accuracy", "test_accuracy", "test_loss", "images_per_second")
+            score = self.task.metrics[0]
+            numbers = ("train_loss", f"val_{score}", f"test_{score}", "test_loss", "images_per_second")
             final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
             chosen = flatten(to_container(self.config))
             told = {key: value for key, value in chosen.items() if not key.startswith(_NOT_HYPERPARAMETERS)}
@@ -425,10 +430,9 @@ class Trainer:
             "skipped_updates": self.progress.skipped_updates,
             "rewinds": self.progress.rewinds,
             "train_loss": self.progress.train_loss if self.progress.epoch else self._partial_train_loss(),
-            "val_accuracy": self.progress.val_accuracy,
-            "test_accuracy": test.accuracy,
+            f"val_{self.task.metrics[0]}": self.progress.val_score,
+            **{f"test_{name}": value for name, value in test.metrics.items()},
             "test_loss": test.loss,
-            "test_correct": test.correct,
             "test_count": test.count,
             "images_per_second": self._clock.overall.samples_per_second,
             "step_ms": self._clock.step_ms(),
@@ -446,23 +450,21 @@ class Trainer:
         }
 
     def _partial_train_loss(self) -> float | None:
-        loss, _, count = self.progress.epoch_sums
-        return loss / count if count else None
+        loss, _, count = self._means(self.progress.epoch_sums)
+        return loss if count else None
+
+    def _means(self, sums: Sequence[float]) -> tuple[float, dict[str, float], float]:
+        """Mean loss, the task's metrics by name and the count of summed samples; zeros where there are none."""
+        if not sums:
+            sums = [0.0] * (2 + len(self.task.metrics))
+        loss, *metrics, count = sums
+        means = {name: value / max(count, 1) for name, value in zip(self.task.metrics, metrics, strict=True)}
+        return loss / max(count, 1), means, count
 
     def _draw(self, test: Evaluation) -> None:
-        if not self._logger.accepts_figures:
-            return
-        classes = self.splits.spec.classes
-        shown = slice(0, len(test.watched))
-        labels = self.splits.test.labels[shown]
-        self._logger.figure(
-            self.progress.step,
-            "test/predictions",
-            figures.predictions(self.splits.test.pick(torch.arange(len(test.watched))), labels, test.watched, classes),
-        )
-        self._logger.figure(
-            self.progress.step, "test/confusion_matrix", figures.confusion_matrix(test.confusion, classes)
-        )
+        if self._logger.accepts_figures:
+            for name, figure in self.task.figures(test, self.splits.test).items():
+                self._logger.figure(self.progress.step, f"test/{name}", figure)
 
     def seconds(self) -> float:
         """Seconds since the trainer was made."""

@@ -14,10 +14,12 @@ from torch import nn
 from distrain.cli import evaluate, hydra_entry, settings
 from distrain.cli.evaluate import EvaluateSettings
 from distrain.config.schema import Config
-from distrain.data.base import Images, Splits
+from distrain.data.base import DataSpec, Images, Splits
 from distrain.data.cifar10 import Cifar10
 from distrain.errors import ConfigError
 from distrain.runtime.runtime import Runtime
+from distrain.tasks.base import Task
+from distrain.tasks.classification import Classification
 from tests.data.helpers import write_image
 from tests.harness import run_ranks
 from tests.runs import CONF, small
@@ -130,7 +132,7 @@ def test_moved_data_is_normalised_as_in_training(
     dark, bright = trees
     seen: list[Splits] = []
 
-    def stop(config: Config, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Any:
+    def stop(config: Config, runtime: Runtime, task: Task, splits: Splits, images: Images, model: nn.Module) -> Any:
         seen.append(splits)
         raise KeyboardInterrupt
 
@@ -162,12 +164,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Path) 
 
 
 def test_table_has_a_line_for_each_class_and_no_control_characters() -> None:
+    task = Classification(small(), DataSpec(3, 8, 8, ("cat", "dog")))
     classes = [
         {"class": "cat\x1b[2J", "accuracy": 0.5, "correct": 1, "count": 2},
         {"class": "dog", "accuracy": None, "correct": 0, "count": 0},
     ]
     result = {"split": "test", "checkpoint": "step_00000001", "accuracy": 0.5, "correct": 1, "count": 2, "loss": 1.25}
-    assert evaluate._table({**result, "classes": classes}).splitlines() == [
+    assert evaluate._table({**result, "classes": classes}, task).splitlines() == [
         "test of step_00000001: accuracy 0.5000 (1 of 2), loss 1.2500",
         "class    accuracy  correct  count",
         "cat\ufffd[2J    0.5000        1      2",

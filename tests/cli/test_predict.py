@@ -47,14 +47,23 @@ def images(run: Path, tmp_path: Path) -> tuple[Path, list[int]]:
     return folder, save_test_images(RunFolder.open(str(run)).config, folder)
 
 
+def classes(prediction: dict[str, Any]) -> list[str]:
+    """The classes, the most probable first."""
+    return [answer["class"] for answer in prediction.get("top", [prediction])]
+
+
+def probabilities(prediction: dict[str, Any]) -> list[float]:
+    return [answer["probability"] for answer in prediction.get("top", [prediction])]
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_files_get_what_evaluation_gives_the_same_images(
     run: Path, images: tuple[Path, list[int]], batch_size: int
 ) -> None:
     folder, labels = images
     found = predicted(run, str(folder), batch_size=batch_size)
-    assert [one.path for one in found] == [str(path) for path in sorted(folder.iterdir())]
-    right = sum(one.classes[0] == str(label) for one, label in zip(found, labels, strict=True))
+    assert [one["path"] for one in found] == [str(path) for path in sorted(folder.iterdir())]
+    right = sum(one["class"] == str(label) for one, label in zip(found, labels, strict=True))
     assert right == json.loads((run / "summary.json").read_text())["test_correct"]
 
 
@@ -62,7 +71,7 @@ def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: t
     opened = RunFolder.open(str(run))
     test = app.source(opened.config).load().test
     loader = Loader(
-        Images(test.images, test.labels),
+        Images(test.images, test.targets),
         batch_size=31,
         shard=(0, 1),
         mean=opened.mean,
@@ -72,20 +81,20 @@ def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: t
         memory_format=torch.contiguous_format,
     )
     (batch,) = loader.epoch(0)
-    expected = opened.model(opened.weights("newest"))(batch.images).softmax(1)
+    expected = opened.model(opened.weights("newest"))(batch.inputs).softmax(1)
     for one, row in zip(predicted(run, str(images[0]), top=4), expected, strict=True):
-        assert one.classes == tuple(str(index) for index in row.argsort(descending=True).tolist())
-        assert one.probabilities == pytest.approx(row.sort(descending=True).values.tolist(), rel=1e-4)
+        assert classes(one) == [str(index) for index in row.argsort(descending=True).tolist()]
+        assert probabilities(one) == pytest.approx(row.sort(descending=True).values.tolist(), rel=1e-4)
 
 
 def test_views_are_averaged_as_in_the_runs_evaluation(run: Path, images: tuple[Path, list[int]]) -> None:
     plain = predicted(run, str(images[0]))
     change_config(run, trainer={"test_views": "flip"})
     flipped = predicted(run, str(images[0]))
-    assert [one.probabilities for one in flipped] != [one.probabilities for one in plain]
+    assert [probabilities(one) for one in flipped] != [probabilities(one) for one in plain]
     composed = hydra_entry.compose(CONF, "evaluate", [f"run={run}", "split=test"])
     found = evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
-    right = sum(one.classes[0] == str(label) for one, label in zip(flipped, images[1], strict=True))
+    right = sum(one["class"] == str(label) for one, label in zip(flipped, images[1], strict=True))
     assert right == found["correct"]
 
 
@@ -104,11 +113,13 @@ def test_outputs_become_probabilities_by_the_runs_loss(
     if loss != "cross_entropy":
         content = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(content.replace("  label_smoothing: 0.0\n", ""))
-    monkeypatch.setattr(predict.Predictor, "_logits", lambda self, pixels: torch.zeros(len(pixels), 4))
+    monkeypatch.setattr(
+        predict.Predictor, "_outputs", lambda self, pixels: torch.zeros(len(pixels), 4, dtype=torch.float64)
+    )
     (one,) = predicted(run, str(images[0] / "0000.png"), top=4)
     # Equal answers keep the order of the classes, as argmax does.
-    assert one.classes == ("0", "1", "2", "3")
-    assert one.probabilities == pytest.approx(expected)
+    assert classes(one) == ["0", "1", "2", "3"]
+    assert probabilities(one) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
@@ -116,9 +127,9 @@ def test_the_runs_precision_is_used(run: Path, images: tuple[Path, list[int]], p
     single = predicted(run, str(images[0]))
     change_config(run, trainer={"precision": precision})
     other = predicted(run, str(images[0]))
-    assert [one.probabilities for one in other] != [one.probabilities for one in single]
+    assert [probabilities(one) for one in other] != [probabilities(one) for one in single]
     for one, two in zip(single, other, strict=True):
-        assert two.probabilities == pytest.approx(one.probabilities, abs=0.05 if precision == "bf16" else 1e-5)
+        assert probabilities(two) == pytest.approx(probabilities(one), abs=0.05 if precision == "bf16" else 1e-5)
 
 
 def test_files_and_folders_in_the_order_given(run: Path, tmp_path: Path) -> None:
@@ -135,7 +146,7 @@ def test_files_and_folders_in_the_order_given(run: Path, tmp_path: Path) -> None
     (tmp_path / "folder" / "notes.txt").write_text("no image")
     found = predicted(run, [str(tmp_path / "z.png"), str(tmp_path / "folder")])
     names = ["z.png", "folder/a.jpeg", "folder/b/10.jpg", "folder/b/2.PNG"]
-    assert [one.path for one in found] == [str(tmp_path / name) for name in names]
+    assert [one["path"] for one in found] == [str(tmp_path / name) for name in names]
 
 
 def test_json_and_csv_hold_the_same(run: Path, images: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -148,7 +159,7 @@ def test_json_and_csv_hold_the_same(run: Path, images: tuple[Path, list[int]], t
         assert len(rows) == len(table) == len(found) == 31
         one_of_each[str(top)] = (rows[0], list(table[0]))
         for row, cells, one in zip(rows, table, found, strict=True):
-            assert (row["path"], row["class"], row["probability"]) == (one.path, one.classes[0], one.probabilities[0])
+            assert (row["path"], row["class"], row["probability"]) == (one["path"], one["class"], one["probability"])
             assert (cells["path"], cells["class"], float(cells["probability"])) == tuple(list(row.values())[:3])
     assert list(one_of_each["1"][0]) == one_of_each["1"][1] == ["path", "class", "probability"]
     assert [list(entry) for entry in one_of_each["3"][0]["top"]] == [["class", "probability"]] * 3
@@ -184,7 +195,7 @@ def test_a_broken_image_is_named_or_left_out(
     assert not (run.parent / "result.json").exists()
     found = predicted(run, str(images[0]), batch_size=1, on_error="skip")
     assert len(found) == 30
-    assert str(bad) not in [one.path for one in found]
+    assert str(bad) not in [one["path"] for one in found]
     assert "none of 1 images can be decoded" in refused(run, [str(bad)], on_error="skip")
 
 
@@ -217,9 +228,11 @@ def test_a_model_that_answers_no_number_is_refused(
     run: Path, images: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverged(self: object, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.where(torch.arange(len(pixels))[:, None] == 2, torch.nan, torch.zeros(len(pixels), 4))
+        return torch.where(
+            torch.arange(len(pixels))[:, None] == 2, torch.nan, torch.zeros(len(pixels), 4, dtype=torch.float64)
+        )
 
-    monkeypatch.setattr(predict.Predictor, "_logits", diverged)
+    monkeypatch.setattr(predict.Predictor, "_outputs", diverged)
     assert f"the model's answer to {images[0] / '0002.png'} is not a number" in refused(run, str(images[0]))
 
 

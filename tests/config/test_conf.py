@@ -17,7 +17,7 @@ from distrain.config.load import fingerprint, load_config, to_container
 from distrain.config.registry import choices
 from tests.runs import CONF, compose
 
-GROUPS = ("strategy", "compression", "model", "data", "loss", "optimizer", "scheduler", "logger")
+GROUPS = ("task", "strategy", "compression", "model", "data", "loss", "optimizer", "scheduler", "logger")
 FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 #: What a choice needs from its user, because no value would be right for everybody.
 NEEDED = {

@@ -20,28 +20,28 @@ def marked(count: int) -> Images:
 def test_validation_is_a_tenth_chosen_by_the_split_seed_alone() -> None:
     splits = assemble(data_config(), SPEC, marked(200), marked(30))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (180, 20, 30)
-    together = torch.cat((splits.train.labels, splits.val.labels))
+    together = torch.cat((splits.train.targets, splits.val.targets))
     assert together.sort().values.equal(torch.arange(200))
-    assert not splits.val.labels.equal(torch.arange(20))
+    assert not splits.val.targets.equal(torch.arange(20))
     torch.manual_seed(5)
-    assert assemble(data_config(), SPEC, marked(200), marked(30)).val.labels.equal(splits.val.labels)
+    assert assemble(data_config(), SPEC, marked(200), marked(30)).val.targets.equal(splits.val.targets)
     other = assemble(data_config(split_seed=1), SPEC, marked(200), marked(30))
-    assert not other.val.labels.equal(splits.val.labels)
+    assert not other.val.targets.equal(splits.val.targets)
 
 
 def test_images_follow_their_labels() -> None:
     everything = marked(50)
     splits = assemble(data_config(), SPEC, everything, marked(5))
     for part in (splits.train, splits.val):
-        assert part.images.equal(everything.images[part.labels])
+        assert part.images.equal(everything.images[part.targets])
 
 
 def test_limit_leaves_validation_and_test_as_they_are() -> None:
     full = assemble(data_config(), SPEC, marked(200), marked(30))
     limited = assemble(data_config(limit=15), SPEC, marked(200), marked(30))
     assert len(limited.train) == 15
-    assert set(limited.train.labels.tolist()) < set(full.train.labels.tolist())
-    assert limited.val.labels.equal(full.val.labels)
+    assert set(limited.train.targets.tolist()) < set(full.train.targets.tolist())
+    assert limited.val.targets.equal(full.val.targets)
     assert len(limited.test) == 30
 
 
@@ -86,7 +86,7 @@ def test_a_subset_of_a_memory_map_shares_it() -> None:
     mapped = Images(random_images(10).images, torch.arange(4), rows=torch.tensor([9, 1, 5, 0]))
     part = mapped.subset(torch.tensor([2, 0]))
     assert part.images.data_ptr() == mapped.images.data_ptr()
-    assert part.labels.tolist() == [2, 0]
+    assert part.targets.tolist() == [2, 0]
     assert part.pick(torch.tensor([1])).equal(mapped.images[[9]])
     splits = assemble(data_config(), SPEC, mapped, marked(3))
     assert not splits.resident

@@ -71,7 +71,7 @@ def test_planes_and_labels_are_read_as_the_format_says(root: Path, below: str) -
     assert splits.test.images[:, 0].amax((1, 2)).tolist() == list(range(100, 120))
     assert splits.test.images[:, 1].unique().tolist() == [1]
     assert splits.test.images[:, 2].unique().tolist() == [2]
-    assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
+    assert splits.test.targets.tolist() == [i % 10 for i in range(20)]
     reds = torch.cat((splits.train.images, splits.val.images))[:, 0, 0, 0]
     assert reds.sort().values.tolist() == list(range(100))
     assert splits.mean == (0.4914, 0.4822, 0.4465)

@@ -16,11 +16,11 @@ def test_all_real_digits_are_there_in_fixed_splits() -> None:
     assert (len(splits.train), len(splits.val), len(splits.test)) == (1294, 144, 359)
     assert splits.train.images.shape == (1294, 1, 8, 8)
     assert splits.resident
-    labels = torch.cat([part.labels for part in (splits.train, splits.val, splits.test)])
+    labels = torch.cat([part.targets for part in (splits.train, splits.val, splits.test)])
     # How often each digit is in the file, as its publishers say.
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert source("digits").load().test.images.equal(splits.test.images)
-    assert not source("digits", split_seed=1).load().test.labels.equal(splits.test.labels)
+    assert not source("digits", split_seed=1).load().test.targets.equal(splits.test.targets)
 
 
 def test_values_use_the_whole_range() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.data.evaluation_views import averaged
+from distrain.data.evaluation_views import averaged_logits
 
 IMAGES = torch.randn(5, 3, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -38,7 +38,7 @@ def moved(images: Tensor, rows: int, columns: int) -> Tensor:
     ],
 )
 def test_views_are_weighted_as_they_say(views: str, expected: Tensor) -> None:
-    torch.testing.assert_close(averaged(corners, IMAGES, views), expected)
+    torch.testing.assert_close(averaged_logits(corners, IMAGES, views), expected)
 
 
 def test_a_view_may_be_overwritten_by_the_next() -> None:
@@ -47,4 +47,4 @@ def test_a_view_may_be_overwritten_by_the_next() -> None:
     def reuses(images: Tensor) -> Tensor:
         return memory.copy_(corners(images))
 
-    torch.testing.assert_close(averaged(reuses, IMAGES, "flip"), mirrored(IMAGES))
+    torch.testing.assert_close(averaged_logits(reuses, IMAGES, "flip"), mirrored(IMAGES))

@@ -40,16 +40,16 @@ def test_folders_are_splits_and_classes(tree: Path) -> None:
     assert (len(splits.train), len(splits.val), len(splits.test)) == (14, 2, 8)
     assert splits.resident
     assert values(splits.test.images) == [0, 10, 20, 30, 100, 110, 120, 130]
-    assert splits.test.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert splits.test.targets.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     together = values(splits.train.images) + values(splits.val.images)
     assert sorted(together) == [*range(0, 80, 10), *range(100, 180, 10)]
-    assert [int(value >= 100) for value in values(splits.train.images)] == splits.train.labels.tolist()
+    assert [int(value >= 100) for value in values(splits.train.images)] == splits.train.targets.tolist()
 
 
 def test_a_val_folder_is_the_validation_split(tree: Path) -> None:
     write_image(tree / "val" / "b" / "x.png", np.full((5, 4, 3), 222, dtype=np.uint8))
     splits = load(tree)
-    assert (len(splits.train), values(splits.val.images), splits.val.labels.tolist()) == (16, [222], [1])
+    assert (len(splits.train), values(splits.val.images), splits.val.targets.tolist()) == (16, [222], [1])
 
 
 def test_classes_directly_below_the_root_get_a_test_split(tree: Path) -> None:
@@ -61,7 +61,7 @@ def test_classes_directly_below_the_root_get_a_test_split(tree: Path) -> None:
         *range(100, 180, 10),
     ]
     # The cache that now lies below the root is no class.
-    assert load(tree / "train", test_fraction=0.25).test.labels.equal(splits.test.labels)
+    assert load(tree / "train", test_fraction=0.25).test.targets.equal(splits.test.targets)
 
 
 def test_images_above_the_memory_limit_stream_from_the_map(tree: Path) -> None:
@@ -72,7 +72,7 @@ def test_images_above_the_memory_limit_stream_from_the_map(tree: Path) -> None:
         one, other = getattr(mapped, name), getattr(resident, name)
         assert one.rows is not None
         assert one.pick(torch.arange(len(one))).equal(other.images)
-        assert one.labels.equal(other.labels)
+        assert one.targets.equal(other.targets)
 
 
 def test_statistics_come_from_the_training_images(tree: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from distrain.data.base import DataSpec, Images, assemble
-from distrain.data.loader import Batch, Loader, prefetch_depth
+from distrain.data.batch import Batch
+from distrain.data.loader import Loader, prefetch_depth
 from tests.data.helpers import augment, data_config, random_images
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -42,7 +43,7 @@ def test_an_epoch_sees_every_sample_once_and_ends_ragged() -> None:
     one = loader(shuffle=True)
     batches = list(one.epoch(0))
     assert len(one) == len(batches) == 7
-    assert [len(batch.labels) for batch in batches] == [16] * 6 + [7]
+    assert [len(batch.targets) for batch in batches] == [16] * 6 + [7]
     assert [batch.global_count for batch in batches] == [16] * 6 + [7]
     assert sorted(seen(batches)) == list(range(103))
     assert seen(list(one.epoch(1))) != seen(batches)
@@ -58,13 +59,13 @@ def test_an_epoch_sees_every_sample_once_and_ends_ragged() -> None:
 def test_images_are_normalised_and_belong_to_their_labels(
     memory_format: torch.memory_format, dtype: torch.dtype, tolerance: float, mapped: bool
 ) -> None:
-    images = Images(IMAGES.images, IMAGES.labels, torch.arange(103)) if mapped else IMAGES
+    images = Images(IMAGES.images, IMAGES.targets, torch.arange(103)) if mapped else IMAGES
     for batch in loader(images, dtype=dtype, memory_format=memory_format, shuffle=True).epoch(0):
-        assert batch.images.dtype == dtype
-        assert batch.images.is_contiguous(memory_format=memory_format)
-        assert batch.labels.equal(IMAGES.labels[batch.indices])
+        assert batch.inputs.dtype == dtype
+        assert batch.inputs.is_contiguous(memory_format=memory_format)
+        assert batch.targets.equal(IMAGES.targets[batch.indices])
         expected = normalised(IMAGES.images[batch.indices])
-        torch.testing.assert_close(batch.images.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(batch.inputs.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 20])
@@ -81,8 +82,8 @@ def test_shards_together_are_bit_for_bit_the_global_batch(shards: int, memory_fo
     for step, batch in enumerate(whole):
         shares = [part[step] for part in parts]
         assert all(share.global_count == batch.global_count for share in shares)
-        assert torch.cat([share.images for share in shares]).equal(batch.images)
-        assert torch.cat([share.labels for share in shares]).equal(batch.labels)
+        assert torch.cat([share.inputs for share in shares]).equal(batch.inputs)
+        assert torch.cat([share.targets for share in shares]).equal(batch.targets)
         assert torch.cat([share.indices for share in shares]).equal(batch.indices)
 
 
@@ -97,15 +98,15 @@ def test_an_epoch_goes_on_where_it_was_left_with_any_batch_size(consumed: int) -
 def test_augmentation_follows_the_sample_not_the_batch() -> None:
     settings: dict[str, Any] = {"augment": augment(flip=True, crop_padding=2, cutout=3), "seed": 7}
     shuffled = loader(shuffle=True, batch_size=9, **settings).epoch(4)
-    ordered = torch.cat([batch.images for batch in loader(**settings).epoch(4)])
+    ordered = torch.cat([batch.inputs for batch in loader(**settings).epoch(4)])
     for batch in shuffled:
-        assert batch.images.equal(ordered[batch.indices])
-    assert not ordered.equal(torch.cat([batch.images for batch in loader(**settings).epoch(5)]))
+        assert batch.inputs.equal(ordered[batch.indices])
+    assert not ordered.equal(torch.cat([batch.inputs for batch in loader(**settings).epoch(5)]))
 
 
 def test_cutout_leaves_the_mean() -> None:
     batch = next(loader(augment=augment(cutout=3)).epoch(0))
-    zeros = (batch.images == 0).all(1).sum((1, 2))
+    zeros = (batch.inputs == 0).all(1).sum((1, 2))
     assert zeros.min() >= 4  # a corner of the image
     assert zeros.max() == 9
 
@@ -113,8 +114,8 @@ def test_cutout_leaves_the_mean() -> None:
 def test_prefetched_batches_are_the_same() -> None:
     settings: dict[str, Any] = {"shuffle": True, "augment": augment(flip=True, crop_padding=1)}
     for plain, ready in zip(loader(**settings).epoch(0), loader(prefetch=2, **settings).epoch(0), strict=True):
-        assert ready.images.equal(plain.images)
-        assert ready.labels.equal(plain.labels)
+        assert ready.inputs.equal(plain.inputs)
+        assert ready.targets.equal(plain.targets)
 
 
 def test_leaving_an_epoch_early_ends_its_thread() -> None:
@@ -126,10 +127,10 @@ def test_leaving_an_epoch_early_ends_its_thread() -> None:
 
 def test_batches_do_not_share_memory_with_the_data() -> None:
     first, second = list(loader(batch_size=60).epoch(0))
-    first.images.zero_()
-    assert normalised(IMAGES.images[60:]).float().sub(second.images).abs().max() < 1e-5
+    first.inputs.zero_()
+    assert normalised(IMAGES.images[60:]).float().sub(second.inputs).abs().max() < 1e-5
     again = next(loader(batch_size=60).epoch(0))
-    assert again.images.abs().sum() > 0
+    assert again.inputs.abs().sum() > 0
 
 
 def test_no_images_give_no_steps() -> None:
@@ -141,7 +142,7 @@ def test_no_images_give_no_steps() -> None:
 def test_prefetching_is_off_only_where_it_can_not_help() -> None:
     spec = DataSpec(3, 8, 6, ("a", "b"))
     resident = assemble(data_config(), spec, IMAGES, random_images(3))
-    mapped = assemble(data_config(), spec, Images(IMAGES.images, IMAGES.labels, torch.arange(103)), random_images(3))
+    mapped = assemble(data_config(), spec, Images(IMAGES.images, IMAGES.targets, torch.arange(103)), random_images(3))
     cuda = torch.device("cuda")
     assert prefetch_depth(data_config(), resident, CPU) == 0
     assert prefetch_depth(data_config(), mapped, CPU) == 2
@@ -155,7 +156,7 @@ def test_prefetching_is_off_only_where_it_can_not_help() -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_cuda_gets_what_the_cpu_gets(mapped: bool, prefetch: int) -> None:
-    images = Images(IMAGES.images, IMAGES.labels, torch.arange(103)) if mapped else IMAGES
+    images = Images(IMAGES.images, IMAGES.targets, torch.arange(103)) if mapped else IMAGES
     settings: dict[str, Any] = {
         "shuffle": True,
         "augment": augment(flip=True, crop_padding=2, cutout=3),
@@ -163,8 +164,8 @@ def test_cuda_gets_what_the_cpu_gets(mapped: bool, prefetch: int) -> None:
     }
     there = loader(images, device=torch.device("cuda"), prefetch=prefetch, **settings)
     for ours, expected in zip(there.epoch(0), loader(**settings).epoch(0), strict=True):
-        assert ours.images.is_cuda
-        assert ours.images.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(ours.images.cpu(), expected.images, rtol=1e-6, atol=1e-6)
-        assert ours.labels.cpu().equal(expected.labels)
+        assert ours.inputs.is_cuda
+        assert ours.inputs.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(ours.inputs.cpu(), expected.inputs, rtol=1e-6, atol=1e-6)
+        assert ours.targets.cpu().equal(expected.targets)
         assert ours.indices.equal(expected.indices)

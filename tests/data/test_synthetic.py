@@ -13,7 +13,7 @@ def test_shapes_are_as_configured() -> None:
     splits = source("synthetic", **SMALL).load()
     assert splits.train.images.shape == (180, 2, 9, 7)
     assert (len(splits.val), len(splits.test)) == (20, 50)
-    assert splits.test.labels.bincount().tolist() == [17, 17, 16]
+    assert splits.test.targets.bincount().tolist() == [17, 17, 16]
     assert splits.spec.classes == ("0", "1", "2")
 
 
@@ -27,9 +27,9 @@ def test_images_are_fixed_by_their_own_seed() -> None:
 def test_classes_can_be_learned_from_the_training_images() -> None:
     splits = source("synthetic", **SMALL).load()
     train, test = splits.train.images.flatten(1).float(), splits.test.images.flatten(1).float()
-    means = torch.stack([train[splits.train.labels == label].mean(0) for label in range(3)])
+    means = torch.stack([train[splits.train.targets == label].mean(0) for label in range(3)])
     nearest = torch.cdist(test, means).argmin(1)
-    assert (nearest == splits.test.labels).float().mean() > 0.9
+    assert (nearest == splits.test.targets).float().mean() > 0.9
 
 
 def test_more_than_the_memory_limit_is_refused() -> None:

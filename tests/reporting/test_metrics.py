@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_totals_are_exact_and_start_anew() -> None:
-    totals = Totals(CPU)
+    totals = Totals(CPU, 1)
     totals.add(torch.tensor(0.5), torch.tensor(3), 4)
     # 2**53 - 1 is odd: a float32 sum would lose it.
     totals.add(torch.tensor(2.0**30), torch.tensor(2**53 - 4), 2**53 - 5)

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config.schema import Config
-from distrain.data.loader import Batch
+from distrain.data.base import DataSpec
+from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
-from distrain.optim import losses
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies import base
 from distrain.strategies.single import Single
+from distrain.tasks import base as tasks
 from tests.runs import small
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
@@ -27,7 +28,8 @@ def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> 
     torch.set_num_threads(1)
     strategy = cast(Single, base.build(config, runtime or Runtime(config, ALONE)))
     example = torch.zeros(0)
-    strategy.setup(model, losses.build(config.loss), lambda named: build_optimizer(config.optimizer, named), example)
+    task = tasks.build(config, DataSpec(3, 8, 8, tuple("abcdefghij")))
+    strategy.setup(model, task, lambda named: build_optimizer(config.optimizer, named), example)
     return strategy
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import ring_all_reduce_bytes
-from distrain.data.loader import Batch
+from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -55,7 +55,7 @@ def whole_batches(shape: tuple[int, ...] = (3, 6, 6), sizes: tuple[int, ...] = (
 
 
 def share(whole: Batch, strategy: Single, dtype: torch.dtype = torch.float64) -> Batch:
-    return batch(whole.images.to(dtype), whole.labels, strategy.data_shard)
+    return batch(whole.inputs.to(dtype), whole.targets, strategy.data_shard)
 
 
 class Lines(logging.Handler):
@@ -96,7 +96,7 @@ def steps(build: Build, norm: bool, *overrides: str) -> dict[str, Any]:
         result = strategy.train_step(share(whole, strategy))
         found["sent"].append(strategy.ledger.total() - before)
         found["parameters"].append(parameters(strategy.model))
-        found["counts"].append((result.count, float(result.loss_sum), int(result.correct)))
+        found["counts"].append((result.count, float(result.loss_sum), int(result.metric_sums)))
     found["norm"] = float(strategy.gradient_norm())
     found["formula"] = strategy.uncompressed_bytes_per_step()
     return found
@@ -133,9 +133,9 @@ def overflow_on_one_rank(build: Build, rank: int) -> dict[str, Any]:
     model = nn.Linear(6, 4)
     strategy = build(model, "trainer.precision=fp16")
     before, whole = parameters(model), drawn(9, 6)
-    whole.images[-1] = 1e30
+    whole.inputs[-1] = 1e30
     mine = share(whole, strategy, torch.float32)
-    overflowed = bool((mine.images == 1e30).any())
+    overflowed = bool((mine.inputs == 1e30).any())
     strategy.train_step(mine)
     unchanged = torch.equal(parameters(model), before)
     strategy.train_step(share(drawn(9, 6), strategy, torch.float32))
@@ -219,7 +219,7 @@ def test_steps_are_those_of_one_process(ranks: list[dict[str, Any]], kind: str, 
         bounds = [shard_bounds(whole.global_count, rank, RANKS) for rank in range(RANKS)]
         assert list(counts) == [end - start for start, end in bounds]
         assert sum(losses) == pytest.approx(float(expected.loss_sum), rel=1e-12)
-        assert sum(correct) == int(expected.correct)
+        assert sum(correct) == int(expected.metric_sums)
     for each in ranks:
         assert each[kind]["norm"] == pytest.approx(float(alone.gradient_norm()), rel=1e-12)
 

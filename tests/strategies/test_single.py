@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain.data.loader import Batch
+from distrain.data.batch import Batch
 from distrain.errors import ConfigError
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.strategies.single import Single
@@ -45,16 +45,16 @@ def test_steps_are_those_of_a_loop_in_plain_pytorch(overrides: tuple[str, ...]) 
     for each in batches(torch.float64):
         result = strategy.train_step(each)
         optimizer.zero_grad()
-        logits = theirs(each.images)
-        loss = F.cross_entropy(logits, each.labels)
+        logits = theirs(each.inputs)
+        loss = F.cross_entropy(logits, each.targets)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), clip if clip is not None else float("inf"))
         optimizer.step()
         torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(strategy.gradient_norm(), norm, rtol=1e-12, atol=0)
-        torch.testing.assert_close(result.loss_sum, loss.detach() * len(each.labels), rtol=1e-12, atol=0)
-        assert int(result.correct) == int((logits.argmax(1) == each.labels).sum())
-        assert result.count == each.global_count == len(each.labels)
+        torch.testing.assert_close(result.loss_sum, loss.detach() * len(each.targets), rtol=1e-12, atol=0)
+        assert int(result.metric_sums) == int((logits.argmax(1) == each.targets).sum())
+        assert result.count == each.global_count == len(each.targets)
         assert not result.loss_sum.requires_grad
 
 
@@ -100,7 +100,7 @@ def test_pieces_are_near_equal_and_add_up_to_the_batch(samples: int, at_once: in
     assert cut.seen == pieces
     torch.testing.assert_close(parameters(cut), parameters(whole), rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(found.loss_sum, expected.loss_sum, rtol=1e-13, atol=0)
-    assert (int(found.correct), found.count) == (int(expected.correct), samples)
+    assert (int(found.metric_sums), found.count) == (int(expected.metric_sums), samples)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -113,11 +113,11 @@ def test_evaluation_gives_sums_counts_and_predictions_and_changes_nothing() -> N
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     each = drawn(9, 3, 2, 2, seed=1)
     result = strategy.eval_step(each)
-    logits = model.eval()(each.images)
-    assert result.predictions is not None
-    assert result.predictions.tolist() == logits.argmax(1).tolist()
-    assert int(result.correct) == int((logits.argmax(1) == each.labels).sum())
-    torch.testing.assert_close(result.loss_sum, F.cross_entropy(logits, each.labels, reduction="sum"))
+    logits = model.eval()(each.inputs)
+    assert result.outputs is not None
+    torch.testing.assert_close(result.outputs, logits)
+    assert int(result.metric_sums) == int((logits.argmax(1) == each.targets).sum())
+    torch.testing.assert_close(result.loss_sum, F.cross_entropy(logits, each.targets, reduction="sum"))
     assert not result.loss_sum.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -137,9 +137,8 @@ def test_evaluating_no_samples_counts_nothing() -> None:
     # A model that can't run without samples need not.
     model = nn.Sequential(nn.Unflatten(1, (3, -1)), nn.Flatten(), nn.Linear(6, 4))
     result = single(model).eval_step(batch(torch.empty(0, 6), torch.empty(0, dtype=torch.int64)))
-    assert (float(result.loss_sum), int(result.correct), result.count) == (0, 0, 0)
-    assert result.predictions is not None
-    assert result.predictions.shape == (0,)
+    assert (float(result.loss_sum), int(result.metric_sums), result.count) == (0, 0, 0)
+    assert result.outputs is None
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

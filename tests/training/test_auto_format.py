@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from distrain.cli import app
 from distrain.config.schema import Config
+from distrain.data.base import Splits
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.tasks import base as tasks
 from distrain.training import auto_format
 from distrain.training.auto_format import Formats, fastest
 from tests.harness import run_ranks
@@ -37,9 +39,9 @@ def use_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch | None = None) -> li
     """Replaces the clock by one that is read off a table, a step of four images; returns what is added to."""
     spent: list[float] = []
 
-    def timed(model: nn.Module, images: Tensor, labels: Tensor, loss_fn: object, precision: Any) -> float:
-        last = images.is_contiguous(memory_format=torch.channels_last)
-        spent.append(clock[Formats(precision.name, "channels_last" if last else "contiguous")] * len(labels) / 4)
+    def timed(model: nn.Module, inputs: Tensor, targets: Tensor, task: object, precision: Any) -> float:
+        last = inputs.is_contiguous(memory_format=torch.channels_last)
+        spent.append(clock[Formats(precision.name, "channels_last" if last else "contiguous")] * len(targets) / 4)
         return spent[-1]
 
     if monkeypatch is None:
@@ -53,9 +55,13 @@ def refuse(*_: object) -> NoReturn:
     raise AssertionError("something is tried")
 
 
+def _settled(config: Config, runtime: Runtime, splits: Splits) -> Config:
+    return app.settled(config, runtime, splits, tasks.build(config, splits.spec))
+
+
 def settled(config: Config) -> Formats:
     with Runtime(config, World.from_environment()) as runtime:
-        found = app.settled(config, runtime, app.source(config).load())
+        found = _settled(config, runtime, app.source(config).load())
     return Formats(found.trainer.precision, found.trainer.memory_format)
 
 
@@ -164,7 +170,7 @@ def test_a_trial_changes_nothing_but_the_two_keys(option: str) -> None:
     for tried in (False, True):
         with Runtime(config, World.from_environment()) as runtime:
             splits = app.source(config).load()
-            after = app.settled(config, runtime, splits) if tried else config
+            after = _settled(config, runtime, splits) if tried else config
             draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))  # noqa: NPY002
     assert draws[0] == draws[1]
     chosen = Formats(after.trainer.precision, after.trainer.memory_format)

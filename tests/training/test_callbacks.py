@@ -33,6 +33,7 @@ def trainer(**progress: int) -> Any:
         total_steps=20,
         progress=SimpleNamespace(**{"step": 0, "epoch": 0, **progress}),
         config=SimpleNamespace(trainer=SimpleNamespace(epochs=2)),
+        task=SimpleNamespace(metrics=("accuracy",)),
         runtime=SimpleNamespace(world=SimpleNamespace(rank=0)),
         now=0.0,
     )
@@ -64,7 +65,7 @@ def test_the_bar_shows_epoch_steps_loss_accuracy_speed_and_communication() -> No
     bar.on_log(run, STEP)
     bar.on_fit_end(run)
     line = terminal.last()
-    for part in ("epoch 1/2", "25%", "5/20", "loss 0.3457", "acc 0.876", "12,346 img/s", "comm 12%"):
+    for part in ("epoch 1/2", "25%", "5/20", "loss 0.3457", "accuracy 0.876", "12,346 img/s", "comm 12%"):
         assert part in line, part
 
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distrain.communication.collectives import Communicator
-from distrain.data.base import Images
+from distrain.data.base import DataSpec, Images
 from distrain.data.loader import Loader
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
-from distrain.training.evaluation import Evaluation, evaluate
+from distrain.tasks.base import Evaluation
+from distrain.tasks.classification import Classification
+from distrain.training.evaluation import evaluate
 from tests.harness import run_ranks
 from tests.runs import small
 from tests.strategies.helpers import set_up, single
@@ -24,6 +26,8 @@ from tests.strategies.helpers import set_up, single
 CLASSES = 4
 COUNT = 31
 WATCHED = (30, 0, 17, 7)
+
+TASK = Classification(small(), DataSpec(3, 2, 2, tuple(map(str, range(CLASSES)))))
 
 
 def model() -> nn.Module:
@@ -52,7 +56,7 @@ def loader(batch_size: int, shard: tuple[int, int]) -> Loader:
 
 
 def run(strategy: Strategy, batch_size: int, communicator: Communicator) -> Evaluation:
-    return evaluate(strategy, loader(batch_size, strategy.data_shard), communicator, CLASSES, WATCHED)
+    return evaluate(strategy, TASK, loader(batch_size, strategy.data_shard), communicator, WATCHED)
 
 
 def brute_force() -> dict[str, Any]:
@@ -60,7 +64,7 @@ def brute_force() -> dict[str, Any]:
     network, samples = model().eval(), split()
     confusion: list[list[int]] = [[0] * CLASSES for _ in range(CLASSES)]
     loss, guesses = 0.0, []
-    for image, label in zip(samples.images, samples.labels, strict=True):
+    for image, label in zip(samples.images, samples.targets, strict=True):
         logits: Tensor = network(((image.double() / 255 - 0.5) / 0.25).unsqueeze(0)).detach()
         loss += float(F.cross_entropy(logits, label.unsqueeze(0)))
         guesses.append(int(logits.argmax()))
@@ -76,9 +80,10 @@ def brute_force() -> dict[str, Any]:
 def agrees(found: Evaluation) -> None:
     expected = brute_force()
     assert found.count == COUNT
-    assert found.correct == expected["correct"]
-    assert found.accuracy == expected["correct"] / COUNT
-    assert found.confusion.tolist() == expected["confusion"]
+    assert found.metrics["correct"] == expected["correct"]
+    assert found.metrics["accuracy"] == expected["correct"] / COUNT
+    assert found.state["confusion"].tolist() == expected["confusion"]
+    assert found.watched is not None
     assert found.watched.tolist() == expected["watched"]
     assert found.loss == pytest.approx(expected["loss"], rel=1e-12)
 
@@ -90,9 +95,10 @@ def test_one_process_counts_what_brute_force_counts(batch_size: int) -> None:
 
 def test_nothing_watched_is_nothing_found() -> None:
     strategy = single(model(), "trainer.precision=fp64")
-    found = evaluate(strategy, loader(7, (0, 1)), Communicator(), CLASSES)
+    found = evaluate(strategy, TASK, loader(7, (0, 1)), Communicator())
+    assert found.watched is not None
     assert found.watched.tolist() == []
-    assert int(found.confusion.sum()) == COUNT
+    assert int(found.state["confusion"].sum()) == COUNT
 
 
 def on_each_rank(folder: Path) -> list[Evaluation]:

@@ -229,11 +229,11 @@ def test_an_overflow_of_the_loss_scale_is_nothing_to_tell_of() -> None:
     )
     batch = drawn(4, 3, 2, 2)
     # Within fp32's range, and beyond fp16's once it is scaled.
-    batch.images *= 1e3
+    batch.inputs *= 1e3
     results = [strategy.train_step(batch) for _ in range(12)]
     assert strategy.precision.state_dict()["scale"] < 2**16
     assert not any(result.left_out for result in results)
-    batch.images *= math.nan
+    batch.inputs *= math.nan
     for _ in range(16):
         assert not strategy.train_step(batch).left_out or strategy.precision.state_dict()["scale"] == 1
     assert strategy.train_step(batch).left_out

@@ -18,7 +18,7 @@ import torch
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli import app
 from distrain.config.load import to_container
-from distrain.data.loader import Batch
+from distrain.data.batch import Batch
 from distrain.errors import ConfigError, Failed
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World

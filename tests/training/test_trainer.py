@@ -138,7 +138,7 @@ def test_an_epoch_s_training_loss_is_the_sum_over_its_samples(whole: Run) -> Non
         assert row["epoch/train_loss"] * TRAIN == pytest.approx(
             math.fsum(float(r.loss_sum) for r in results), rel=1e-14
         )
-        assert row["epoch/train_accuracy"] == sum(int(result.correct) for result in results) / TRAIN
+        assert row["epoch/train_accuracy"] == sum(int(result.metric_sums) for result in results) / TRAIN
 
 
 def test_steps_are_logged_at_their_interval_since_the_last(whole: Run) -> None:
@@ -206,9 +206,9 @@ def test_the_test_split_is_counted_exactly(whole: Run) -> None:
     model.load_state_dict(whole.model)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (splits.mean, splits.std))
     logits = model((splits.test.images / 255 - mean) / std)
-    assert whole.summary["test_correct"] == int((logits.argmax(1) == splits.test.labels).sum())
+    assert whole.summary["test_correct"] == int((logits.argmax(1) == splits.test.targets).sum())
     assert whole.summary["test_accuracy"] == whole.summary["test_correct"] / TEST
-    expected = F.cross_entropy(logits, splits.test.labels).item()
+    expected = F.cross_entropy(logits, splits.test.targets).item()
     assert whole.summary["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -20,14 +20,15 @@ from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError, missing
 from distrain.gradients.buckets import Gradients
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
+from distrain.strategies.base import MakeOptimizer, StepResult, trained
 from distrain.strategies.local_sgd.divergence_check import Agreement
 from distrain.strategies.local_sgd.fragment import Fragment, Outer, Seen, weighted_mean
 from distrain.strategies.pipeline import split
 from distrain.strategies.single import Single
+from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 
@@ -165,10 +166,10 @@ class LocalSGD(Single):
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model and cuts it into fragments; see the base class."""
         self.agree_on(model, self.replicas)
-        super().setup(model, loss_fn, make_optimizer, example)
+        super().setup(model, task, make_optimizer, example)
         options = self.options
         outer = Outer()
         if options.outer_optimizer != "average":
@@ -221,7 +222,7 @@ class LocalSGD(Single):
             with self.stopwatch.communication():
                 self._agreement.check()
             warming_up = self._step < self.options.warmup_steps
-            count = batch.global_count if warming_up else len(batch.labels)
+            count = batch.global_count if warming_up else len(batch)
             result = self._accumulate(batch, count, sends=warming_up)
             if warming_up:
                 self.gradients.finish()
@@ -238,7 +239,7 @@ class LocalSGD(Single):
     def _count(self, batch: Batch) -> None:
         start, _ = shard_bounds(batch.global_count, self._first_of_group, self.replicas.size)
         _, end = shard_bounds(batch.global_count, self._first_of_group + self._group.size - 1, self.replicas.size)
-        own = len(batch.labels)
+        own = len(batch)
         for fragment in self._fragments:
             fragment.count(Seen(own, batch.global_count), Seen(own, end - start))
 

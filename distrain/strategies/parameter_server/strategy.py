@@ -22,7 +22,7 @@ from distrain.errors import ConfigError, NonFinite, Stopped
 from distrain.gradients.buckets import MB, Gradients, Reduced, clip
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult, trained
+from distrain.strategies.base import MakeOptimizer, StepResult, trained
 from distrain.strategies.parameter_server.client import Link, Links
 from distrain.strategies.parameter_server.collectives import Everyone
 from distrain.strategies.parameter_server.connect import Door, Peer, enter, own_address
@@ -31,12 +31,13 @@ from distrain.strategies.parameter_server.server import Rules, Server, Shard, Wo
 from distrain.strategies.parameter_server.shards import balanced
 from distrain.strategies.parameter_server.stop_decision import Subscription
 from distrain.strategies.single import Single
+from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from distrain.compression.bucket import Bucket
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class ParameterServer(Single):
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Divides the parameters and connects the ranks; see the base class."""
         world, all_ranks = self.runtime.world, self.runtime.communicator()
         self.agree_on(model, all_ranks)
@@ -259,7 +260,7 @@ class ParameterServer(Single):
                 "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
                 "does not; model.norm=group is equal"
             )
-        super().setup(model, loss_fn, make_optimizer, example)
+        super().setup(model, task, make_optimizer, example)
         log.info(
             "parameter server, %s: %d workers, %d servers that hold %s MB",
             self.options.mode,
@@ -375,8 +376,8 @@ class ParameterServer(Single):
         self._settled = False
         self._began = time.perf_counter()
         rate = float(self.optimizer.param_groups[0]["lr"])
-        self._share = len(batch.labels) / batch.global_count
-        self._links.begin(self.compressor.step + 1, rate, len(batch.labels), self._share)
+        self._share = len(batch) / batch.global_count
+        self._links.begin(self.compressor.step + 1, rate, len(batch), self._share)
         return super().train_step(batch)
 
     def consensus(self) -> Consensus:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.strategies.base import Loss
+from distrain.data.batch import Targets
 from distrain.strategies.precision import Precision
+from distrain.tasks.base import Task
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Stage:
         index: Position in the pipeline.
         module: The slice.
         is_last: It ends in the loss.
-        loss_fn: ``(logits, labels)`` to the sum of the losses.
+        task: Gives the loss and metrics of the last stage's outputs.
         precision: What passes run in.
         splits_backward: Backward passes come in two halves.
     """
@@ -41,7 +42,7 @@ class Stage:
         index: int,
         module: nn.Module,
         is_last: bool,
-        loss_fn: Loss,
+        task: Task,
         precision: Precision,
         *,
         splits_backward: bool,
@@ -56,25 +57,26 @@ class Stage:
             from torch.distributed.pipelining import _backward
 
             self._halves = _backward
-        self._loss_fn = loss_fn
+        self._task = task
         self._precision = precision
         self._kept: dict[int, _Kept] = {}
         #: Counts the bytes of activations while it is set; a little slower.
         self.counts_memory = False
         self.peak_activation_bytes = 0
 
-    def forward(self, microbatch: int, x: Tensor, labels: Tensor, global_count: int) -> tuple[Tensor, Tensor]:
+    def forward(self, microbatch: int, x: Tensor, targets: Targets, global_count: int) -> tuple[Tensor, Tensor]:
         """Runs the slice and keeps what the backward pass needs.
 
         Returns:
-            What the next stage gets, and the sum of the losses; of the last stage the logits, and the loss.
+            What the next stage gets, or of the last stage the model's outputs; and the sum of the losses, which only
+            the last stage knows.
         """
         if not self.is_first:
             x = x.detach().requires_grad_()
         seen: dict[int, int] = {}
         with self._counted(seen) if self.counts_memory else nullcontext(), self._precision.autocast():
             output = self.module(x)
-            loss_sum = self._loss_fn(output, labels) if self.is_last else output.new_zeros(())
+            loss_sum = self._task.loss(output, targets)[0] if self.is_last else output.new_zeros(())
         kept = self._precision.scale(loss_sum / global_count) if self.is_last else output
         if self.splits_backward and kept._is_view():
             # The split backward pass detaches the output in place, which a view (of a flatten, say) doesn't allow.
@@ -110,10 +112,6 @@ class Stage:
             torch.autograd.backward(kept.output, kept.gradient)
         else:
             self._halves.stage_backward_weight(self.module.parameters(), kept.groups)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the losses."""
-        return self._loss_fn(logits, labels)
 
     def _counted(self, seen: dict[int, int]) -> AbstractContextManager[Any]:
         """Notes the size of each piece of memory that autograd keeps, parameters left out."""

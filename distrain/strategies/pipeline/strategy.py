@@ -17,13 +17,12 @@ from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config, StrategyConfig, setting
-from distrain.data.evaluation_views import averaged
 from distrain.errors import ConfigError
 from distrain.files.writing import write_json
 from distrain.gradients.bucket_sizes import Bucketing, bytes_of
 from distrain.gradients.buckets import Gradients, clip
 from distrain.strategies import batchnorm
-from distrain.strategies.base import Loss, MakeOptimizer, StepResult, Strategy
+from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers
 from distrain.strategies.pipeline import schedule as schedules
 from distrain.strategies.pipeline import split, timeline
@@ -31,11 +30,12 @@ from distrain.strategies.pipeline.schedule import SCHEDULES, Work
 from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.transfers import Handed, Mail
 from distrain.strategies.precision import Precision
+from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distrain.data.loader import Batch
+    from distrain.data.batch import Batch, Targets
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -145,10 +145,11 @@ class Pipeline(Strategy):
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
-    def setup(self, model: nn.Module, loss_fn: Loss, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Cuts the model and keeps this rank's stages; see the base class."""
         assert isinstance(model, nn.Sequential)
         self.agree_on(model, self.runtime.communicator())
+        self.task = task
         self._names_of_all = list(model.state_dict())
         starts = self._split(model, example)
         blocks = list(model.named_children())
@@ -172,7 +173,7 @@ class Pipeline(Strategy):
                 batchnorm.defer(module, self.replicas)
             last = index == len(self._where) - 1
             self.stages[index] = Stage(
-                index, module, last, loss_fn, self.precision, splits_backward=self._schedule.splits_backward
+                index, module, last, task, self.precision, splits_backward=self._schedule.splits_backward
             )
             self.stages[index].counts_memory = True
             sizes = self._bucketing.sizes(bytes_of(module))
@@ -266,10 +267,10 @@ class Pipeline(Strategy):
             for index, stage in self.stages.items():
                 stage.module.train()
                 self.gradients[index].zero()
-            images, labels = self._pieces(batch)
-            count = len(labels)
+            pieces = self._pieces(batch)
+            count = len(pieces)
             self._recorder.begin()
-            result = self._run(self._order(count), images, labels, batch.global_count) if count else None
+            loss_sum, metric_sums = self._run(pieces, batch.global_count) if count else self._no_sums()
             for index in self.stages:
                 if not count or len(self.stages) > 1:
                     self.gradients[index].arm()
@@ -281,10 +282,12 @@ class Pipeline(Strategy):
         for stage in self.stages.values():
             # Counting hooks every tensor that autograd keeps, so only the first step pays for it.
             stage.counts_memory = False
-        nothing = torch.zeros((), device=self.runtime.device)
-        if result is None or not self._is_end:
-            return StepResult(nothing, nothing.long(), 0, left_out=left_out)
-        return StepResult(result[0], result[1], len(batch.labels), left_out=left_out)
+        return StepResult(loss_sum, metric_sums, len(batch) if self._is_end else 0, left_out=left_out)
+
+    def _no_sums(self) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of no samples; all that ranks without the last stage know."""
+        zeros = torch.zeros(1 + len(self.task.metrics), dtype=torch.float64, device=self.runtime.device)
+        return zeros[0], zeros[1:]
 
     @property
     def _modules(self) -> list[nn.Module]:
@@ -294,16 +297,14 @@ class Pipeline(Strategy):
     def _is_end(self) -> bool:
         return self._where[-1] == self.line.rank
 
-    def _pieces(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _pieces(self, batch: Batch) -> list[tuple[Tensor, Targets]]:
         """The share in microbatches of near-equal size, none of them empty; the same on all ranks of the pipeline."""
-        share = len(batch.labels)
+        share = len(batch)
         count = self.options.microbatches
         if self.config.trainer.micro_batch_size is not None:
             count = max(count, math.ceil(share / self.config.trainer.micro_batch_size))
         count = min(count, share)
-        if not count:
-            return (), ()
-        return batch.images.tensor_split(count), batch.labels.tensor_split(count)
+        return batch.split(count) if count else []
 
     def _mail(self, sizes: list[int]) -> Mail:
         return Mail(
@@ -324,15 +325,16 @@ class Pipeline(Strategy):
             self._orders[microbatches] = order[self.line.rank]
         return self._orders[microbatches]
 
-    def _run(
-        self, order: list[Work], images: tuple[Tensor, ...], labels: tuple[Tensor, ...], global_count: int
-    ) -> tuple[Tensor, Tensor]:
-        """Does this rank's work; receives what it needs ahead of time and sends what others need at once."""
+    def _run(self, pieces: list[tuple[Tensor, Targets]], global_count: int) -> tuple[Tensor, Tensor]:
+        """Does this rank's work; receives what it needs ahead of time and sends what others need at once.
+
+        Returns:
+            Sums of the loss and of the task's metrics; zeros on ranks without the last stage.
+        """
+        order = self._order(len(pieces))
         last = len(self._where) - 1
-        sizes = [len(piece) for piece in labels]
-        mail = self._mail(sizes)
-        loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        mail = self._mail([len(inputs) for inputs, _ in pieces])
+        loss, metric_sums = self._no_sums()
         left = {
             index: sum(work.stage == index and work.kind in ("backward", "weight") for work in order)
             for index in self.stages
@@ -341,12 +343,13 @@ class Pipeline(Strategy):
             mail.expect(order[position : position + _LOOK_AHEAD])
             stage, m = self.stages[work.stage], work.microbatch
             if work.kind == "forward":
-                x = images[m] if stage.is_first else mail.take(work)
+                inputs, targets = pieces[m]
+                x = inputs if stage.is_first else mail.take(work)
                 with self._recorder.span(*work):
-                    output, loss_sum = stage.forward(m, x, labels[m], global_count)
+                    output, loss_sum = stage.forward(m, x, targets, global_count)
                 if stage.is_last:
                     loss += loss_sum
-                    correct += (output.argmax(1) == labels[m]).sum()
+                    metric_sums += self.task.measure(output, targets)
                 else:
                     mail.post(Work("forward", work.stage + 1, m), output)
                 continue
@@ -367,7 +370,7 @@ class Pipeline(Strategy):
                 assert found is not None
                 mail.post(Work(work.kind, work.stage - 1, m), found)
         mail.wait()
-        return loss, correct
+        return loss, metric_sums
 
     def _update(self) -> bool:
         """Applies the gradient; returns whether that was left out because it is not finite.
@@ -399,38 +402,34 @@ class Pipeline(Strategy):
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         """Forward only, microbatch after microbatch; the last stage's rank has the result."""
-        nothing = torch.zeros((), device=self.runtime.device)
-        _, labels = self._pieces(batch)
-        if not labels:
-            return StepResult(nothing, nothing.long(), 0)
-        whole = averaged(
-            lambda view: self._evaluated(view.tensor_split(len(labels))), batch.images, self.config.trainer.test_views
-        )
+        count = len(self._pieces(batch))
+        if not count:
+            return StepResult(*self._no_sums(), 0)
+        outputs = self.task.evaluate(lambda inputs: self._evaluated(inputs.tensor_split(count)), batch.inputs)
         if not self._is_end:
-            return StepResult(nothing, nothing.long(), 0)
+            return StepResult(*self._no_sums(), 0)
         with self.precision.autocast():
-            loss_sum = self.stages[len(self._where) - 1].loss(whole, batch.labels)
-        predictions = whole.argmax(1)
-        return StepResult(loss_sum, (predictions == batch.labels).sum(), len(batch.labels), predictions)
+            loss_sum, samples = self.task.loss(outputs, batch.targets)
+        return StepResult(loss_sum, self.task.measure(outputs, batch.targets), samples, outputs)
 
-    def _evaluated(self, images: tuple[Tensor, ...]) -> Tensor:
-        """Takes microbatches through the stages; the logits of all on the last stage's rank, elsewhere nothing."""
-        mail = self._mail([len(piece) for piece in images])
-        order = [Work("forward", stage, m) for m in range(len(images)) for stage in self.stages]
-        logits = []
+    def _evaluated(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Takes microbatches through the stages; all outputs on the last stage's rank, elsewhere an empty tensor."""
+        mail = self._mail([len(piece) for piece in inputs])
+        order = [Work("forward", stage, m) for m in range(len(inputs)) for stage in self.stages]
+        outputs = []
         for position, work in enumerate(order):
             mail.expect(order[position : position + _LOOK_AHEAD])
             stage = self.stages[work.stage]
             stage.module.eval()
-            x = images[work.microbatch] if stage.is_first else mail.take(work)
+            x = inputs[work.microbatch] if stage.is_first else mail.take(work)
             with self.precision.autocast():
                 output = stage.module(x)
             if stage.is_last:
-                logits.append(output)
+                outputs.append(output)
             else:
                 mail.post(Work("forward", work.stage + 1, work.microbatch), output)
         mail.wait()
-        return torch.cat(logits) if logits else torch.zeros((), device=self.runtime.device)
+        return torch.cat(outputs) if outputs else torch.zeros((), device=self.runtime.device)
 
     # --- what came of it ------------------------------------------------------------------------------------------
 

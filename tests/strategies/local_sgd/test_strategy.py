@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from distrain.checkpoint import format as checkpoint_format
 from distrain.cli import app
 from distrain.communication.collectives import ring_all_reduce_bytes
-from distrain.data.loader import Batch
+from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError
 from distrain.optim.optimizers.build import build_optimizer
@@ -138,10 +138,10 @@ class Simulation:
         case, self.steps = self.case, self.steps + 1
         together = self.steps <= case.warmup
         for rank, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
-            share = whole if together else batch(whole.images, whole.labels, (rank, self.ranks))
-            if len(share.labels):
+            share = whole if together else batch(whole.inputs, whole.targets, (rank, self.ranks))
+            if len(share.targets):
                 optimizer.zero_grad()
-                F.cross_entropy(model(share.images), share.labels).backward()
+                F.cross_entropy(model(share.inputs), share.targets).backward()
                 if case.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), case.clip)
                 optimizer.step()
@@ -151,7 +151,7 @@ class Simulation:
             return
         for counts in (*self.seen.values(), *self.seen_in_group.values()):
             for rank in range(self.ranks):
-                start, end = shard_bounds(len(whole.labels), rank, self.ranks)
+                start, end = shard_bounds(len(whole.targets), rank, self.ranks)
                 counts[rank] += end - start
         self.merge(self.steps - case.warmup)
 
@@ -245,7 +245,7 @@ def local(runtime: Runtime, model: nn.Module, *overrides: str) -> LocalSGD:
 
 
 def share(whole: Batch, strategy: Single) -> Batch:
-    return batch(whole.images, whole.labels, strategy.data_shard)
+    return batch(whole.inputs, whole.targets, strategy.data_shard)
 
 
 def train(strategy: Single, steps: slice = slice(None)) -> Tensor:
@@ -265,7 +265,7 @@ def follow(runtime: Runtime, case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {"copies": [], "merged": {}, "metrics": []}
     for step, whole in enumerate(batches()):
         result = strategy.train_step(share(whole, strategy))
-        assert result.count == len(share(whole, strategy).labels)
+        assert result.count == len(share(whole, strategy))
         found["copies"].append(parameters(strategy.model))
         found["metrics"].append(strategy.metrics())
         if step % 5 == 4:
@@ -284,7 +284,7 @@ def beside_ddp(runtime: Runtime) -> dict[str, Any]:
         ddp = set_up(network().to(dtype), small("strategy=ddp", "optimizer=sgd", *options), runtime)
         merging = local(runtime, network().to(dtype), *options, *own)
         for whole in batches():
-            whole.images = whole.images.to(dtype)
+            whole.inputs = whole.inputs.to(dtype)
             for strategy in (ddp, merging):
                 strategy.train_step(share(whole, strategy))
         there, here = ({n: p.detach() for n, p in s.model.named_parameters()} for s in (ddp, merging))
@@ -442,8 +442,8 @@ def overflowed(runtime: Runtime) -> dict[str, Any]:
 
     strategy, again, first, second = build(), build(), drawn(9, 6), drawn(9, 6, seed=1)
     for each in (first, second):
-        each.images.mul_(0.1)
-    first.images[-1] = 1e30
+        each.inputs.mul_(0.1)
+    first.inputs[-1] = 1e30
     strategy.train_step(share(first, strategy))
     put_into(runtime, strategy, again)
     again.train_step(share(second, again))

@@ -1,0 +1,1 @@
+"""What a model is trained to do: the loss, the metrics, and what its outputs mean."""

@@ -1,0 +1,145 @@
+"""What strategies, trainer and commands know of the work: a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from distrain.config.registry import choice
+from distrain.config.schema import Config
+from distrain.data.base import DataSpec
+from distrain.data.batch import Targets
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from distrain.data.base import Images
+
+#: Sums of a task's metrics by name; those of several batches or ranks are added.
+MetricState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a split; equal on all ranks.
+
+    Attributes:
+        loss: Mean loss over the samples.
+        count: Samples.
+        metrics: The task's metrics by name; see :meth:`Task.results`.
+        state: What they were computed from, summed over all ranks, on the CPU.
+        watched: :meth:`Task.decide` of each watched sample, on the CPU; ``None`` where the task decides nothing.
+    """
+
+    loss: float
+    count: int
+    metrics: Mapping[str, float]
+    state: MetricState
+    watched: Tensor | None
+
+
+class Task(ABC):
+    """What a model is trained to do; subclasses are the choices of the group ``task``.
+
+    A batch holds ``inputs`` for the model and ``targets`` for the task: a tensor, or several by name. Everything a task
+    says of a batch is a sum, never a mean, so that sums over pieces, steps and ranks are exact.
+
+    Args:
+        config: The run's configuration.
+        spec: What is known of the data before they are loaded.
+
+    Attributes:
+        metrics: Names of the means that are logged, for training and evaluation; by the first one, validated, the best
+            checkpoint is chosen.
+        higher_is_better: Whether a larger value of that metric is better.
+    """
+
+    metrics: ClassVar[tuple[str, ...]]
+    higher_is_better: ClassVar[bool] = True
+
+    def __init__(self, config: Config, spec: DataSpec) -> None:
+        self.config = config
+        self.spec = spec
+
+    @property
+    @abstractmethod
+    def output_size(self) -> int:
+        """Numbers that the model's last layer gives for a sample."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, int]:
+        """The sum of the samples' losses, a float32 or float64 scalar, and the number of samples.
+
+        Args:
+            outputs: The model's, ``[n, …]``; possibly 16-bit numbers. n may be 0, and the sum is then 0.
+            targets: Those of the same samples.
+        """
+
+    @abstractmethod
+    def measure(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """Sums of :attr:`metrics` over the samples, ``[len(metrics)]``; cheap, since each training step does it."""
+
+    def evaluate(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Outputs in evaluation; a task may average over several views of each input."""
+        return forward(inputs)
+
+    @abstractmethod
+    def metric_state(self, device: torch.device) -> MetricState:
+        """Zeros to which :meth:`update_state` adds."""
+
+    @abstractmethod
+    def update_state(self, state: MetricState, outputs: Tensor, targets: Targets) -> None:
+        """Adds what evaluation needs of a batch of at least one sample to ``state``, in place."""
+
+    @abstractmethod
+    def results(self, state: MetricState, count: int) -> dict[str, float]:
+        """Metrics of a split: all of :attr:`metrics`, and more where they are worth a line in ``summary.json``.
+
+        Args:
+            state: Summed over all batches and ranks.
+            count: Samples of the split.
+        """
+
+    def details(self, state: MetricState) -> dict[str, Any]:
+        """More for the result file of ``evaluate``, as plain data; e.g. figures of each class."""
+        return {}
+
+    def decide(self, outputs: Tensor) -> Tensor | None:
+        """One number a sample that the outputs stand for, ``[n]``, such as its class; ``None`` if there is no such."""
+        return None
+
+    def figures(self, evaluation: Evaluation, split: Images) -> dict[str, Figure]:
+        """Pictures of an evaluation by name.
+
+        Args:
+            evaluation: Its ``watched`` are the first samples of the split.
+            split: What was evaluated.
+        """
+        return {}
+
+    def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:
+        """What the outputs mean, as plain data, one dictionary a sample.
+
+        Args:
+            outputs: Finite float64 ``[n, …]`` on the CPU.
+            top: How many answers a sample gets, the most probable first, where answers are ranked.
+        """
+        return [{"output": values} for values in outputs.tolist()]
+
+    def largest_top(self) -> int:
+        """The largest ``top`` that :meth:`predict` can give."""
+        return 1
+
+
+def build(config: Config, spec: DataSpec) -> Task:
+    """The task that the configuration names.
+
+    Raises:
+        ConfigError: The data don't fit the task.
+    """
+    return cast(Task, choice("task", config.task.name).target(config, spec))

@@ -1,0 +1,122 @@
+"""task=classification: one class of several for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from distrain.config.registry import register
+from distrain.config.schema import Config, TaskConfig
+from distrain.data.base import DataSpec, Images
+from distrain.data.evaluation_views import averaged_logits
+from distrain.errors import missing
+from distrain.optim import losses
+from distrain.tasks.base import Evaluation, MetricState, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@register("task", "classification", TaskConfig)
+class Classification(Task):
+    """The model gives a logit for each class; targets are classes, int64 ``[n]``.
+
+    The loss is the configuration's ``loss``. In evaluation logits are averaged over the views that
+    ``trainer.test_views`` names.
+
+    Raises:
+        ConfigError: The data set has no classes.
+    """
+
+    metrics = ("accuracy",)
+
+    def __init__(self, config: Config, spec: DataSpec) -> None:
+        super().__init__(config, spec)
+        if not spec.classes:
+            raise missing("task.name", "classification needs data with classes")
+        self._loss = losses.build(config.loss)
+        self._views = config.trainer.test_views
+
+    @property
+    @override
+    def output_size(self) -> int:
+        return len(self.spec.classes)
+
+    @override
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        return self._loss(outputs, targets), len(targets)
+
+    @override
+    def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.argmax(1) == targets).sum().unsqueeze(0)
+
+    @override
+    def evaluate(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return averaged_logits(forward, inputs, self._views)
+
+    @override
+    def metric_state(self, device: torch.device) -> MetricState:
+        """``confusion``: int64 ``[classes, classes]``, true class by row, predicted class by column."""
+        size = self.output_size
+        return {"confusion": torch.zeros(size, size, dtype=torch.int64, device=device)}
+
+    @override
+    def update_state(self, state: MetricState, outputs: Tensor, targets: Tensor) -> None:
+        confusion = state["confusion"]
+        cells = targets * self.output_size + outputs.argmax(1)
+        confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
+
+    @override
+    def results(self, state: MetricState, count: int) -> dict[str, float]:
+        correct = int(state["confusion"].diagonal().sum())
+        return {"accuracy": correct / count, "correct": correct}
+
+    @override
+    def details(self, state: MetricState) -> dict[str, Any]:
+        confusion = state["confusion"]
+        counts, correct = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        classes = [
+            {"class": name, "accuracy": right / count if count else None, "correct": right, "count": count}
+            for name, right, count in zip(self.spec.classes, correct, counts, strict=True)
+        ]
+        return {"classes": classes}
+
+    @override
+    def decide(self, outputs: Tensor) -> Tensor:
+        return outputs.argmax(1)
+
+    @override
+    def figures(self, evaluation: Evaluation, split: Images) -> dict[str, Figure]:
+        from distrain.reporting import figures
+
+        assert evaluation.watched is not None
+        count = len(evaluation.watched)
+        shown = split.pick(torch.arange(count))
+        classes = self.spec.classes
+        return {
+            "predictions": figures.predictions(shown, split.targets[:count], evaluation.watched.long(), classes),
+            "confusion_matrix": figures.confusion_matrix(evaluation.state["confusion"], classes),
+        }
+
+    @override
+    def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:
+        """``class`` and ``probability`` of the most probable class; with ``top`` > 1 also ``top``, a list of them."""
+        # By logits, because probabilities may round to the same; stable, so that the first is evaluation's argmax.
+        order = outputs.sort(dim=1, descending=True, stable=True).indices[:, :top]
+        probabilities = self._loss.probabilities(outputs).gather(1, order)
+        rows = []
+        for classes, values in zip(order.tolist(), probabilities.tolist(), strict=True):
+            ranked = [
+                {"class": self.spec.classes[index], "probability": value}
+                for index, value in zip(classes, values, strict=True)
+            ]
+            rows.append({**ranked[0], **({"top": ranked} if top > 1 else {})})
+        return rows
+
+    @override
+    def largest_top(self) -> int:
+        return len(self.spec.classes)
