@@ -105,7 +105,7 @@ def check(config: Config, world: World) -> None:
         in_channels=spec.channels,
         num_classes=tasks.build(config, spec).output_size,
         image_size=(spec.height, spec.width),
-        also=functools.partial(_check_model, config),
+        extra_check=functools.partial(_check_model, config),
     )
     if unused and world.rank == 0:
         log.warning("the loss doesn't depend on parameters %s; they get no gradient", ", ".join(unused))

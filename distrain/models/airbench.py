@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,13 @@ from distrain.data.base import Images
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 
-#: Training images that the whitening filters are computed from, in chunks of about so many values.
-_IMAGES, _CHUNK = 5000, 1 << 20
+#: Number of training images that the whitening filters are computed from.
+_WHITENING_IMAGES = 5000
+#: Pixel values that are processed at a time.
+_CHUNK_VALUES = 1 << 20
+#: Side of the whitening convolution's kernel in pixels.
 _KERNEL = 2
-#: Added to the variances before their roots divide the filters.
+#: Added to the eigenvalues before their square roots divide the filters.
 _EPS = 5e-4
 
 
@@ -27,15 +31,17 @@ class AirbenchConfig(ModelConfig):
     """Keys of ``model=airbench_cnn``."""
 
     widths: list[int] = setting("Channels of each block.", at_least=1)
-    batchnorm_momentum: float = setting("Share of a batch's statistics in the running ones.", above=0, at_most=1)
-    scale: float = setting("Factor of the logits.", above=0)
+    batchnorm_momentum: float = setting(
+        "Weight of the current batch in BatchNorm's running statistics.", above=0, at_most=1
+    )
+    scale: float = setting("Factor that multiplies the logits.", above=0)
 
 
 class Whitening(nn.Module):
-    """2×2 convolution whose outputs are uncorrelated and of equal variance over the data's patches, then GELU.
+    """2×2 convolution that whitens image patches (outputs are uncorrelated and have equal variance), then GELU.
 
-    Its filters are the eigenvectors of the patches' covariance, divided by the roots of the eigenvalues, and the same
-    with the other sign (§3.2). They are never trained; the bias is.
+    The filters are the eigenvectors of the patches' covariance matrix, each divided by the square root of its
+    eigenvalue, and their negatives (§3.2). They are not trained; the bias is.
 
     Args:
         in_channels: Channels of the images.
@@ -49,25 +55,26 @@ class Whitening(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps ``[N, C, H, W]`` to ``[N, 8 C, H - 1, W - 1]``."""
+        """Maps ``[N, C, H, W]`` to ``[N, 8 * C, H - 1, W - 1]``."""
         return F.gelu(self.conv(images))
 
     @torch.no_grad()
     def fit(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Computes the filters from the first training images by index, alike on every rank and machine.
+        """Computes the filters from the first 5,000 training images.
 
-        Sums of products of bytes are whole numbers that float64 holds exactly, in whatever order they are added; what
-        normalisation does to them is applied to the sums. An eigenvector's sign is chosen, not left to the library.
+        Every rank computes the same filters. Sums of products of bytes are integers that float64 represents exactly, so
+        the order of addition doesn't matter; the effect of normalisation is applied to the sums. An eigenvector's sign,
+        which libraries choose differently, is fixed: its largest component is positive.
 
         Args:
             images: The training images.
-            mean: Channel means that pixels in [0, 1] are normalised with.
+            mean: Channel means that normalise pixel values in [0, 1].
             std: Channel standard deviations, likewise.
         """
         size = images.images.shape[1] * _KERNEL**2
         products, sums, count = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 0
-        chunk_size = max(1, _CHUNK // images.images[0].numel())
-        for chunk in torch.arange(min(_IMAGES, len(images))).split(chunk_size):
+        chunk_size = max(1, _CHUNK_VALUES // images.images[0].numel())
+        for chunk in torch.arange(min(_WHITENING_IMAGES, len(images))).split(chunk_size):
             patches = F.unfold(images.pick(chunk).double(), _KERNEL).transpose(1, 2).flatten(0, 1)
             products += patches.T @ patches
             sums += patches.sum(0)
@@ -87,13 +94,13 @@ class Whitening(nn.Module):
 class Block(nn.Module):
     """conv 3×3 - max pooling 2×2 - BatchNorm - GELU - conv 3×3 - BatchNorm - GELU.
 
-    Convolutions have no bias and begin as the identity as far as their channels go (Dirac, §3.3), so the block begins
-    as near to a residual one; BatchNorm has a bias, but its scale stays 1.
+    Convolutions have no bias, and the first filters are initialised as the identity (Dirac initialisation, §3.3).
+    BatchNorm has a trained bias; its scale stays 1.
 
     Args:
-        in_channels: Channels in.
-        out_channels: Channels out.
-        momentum: Share of a batch's statistics in the running ones.
+        in_channels: Input channels.
+        out_channels: Output channels.
+        momentum: Weight of the current batch in BatchNorm's running statistics.
     """
 
     def __init__(self, in_channels: int, out_channels: int, momentum: float) -> None:
@@ -110,12 +117,12 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Maximum over all pixels, fully connected layer without bias, scaled logits.
+    """Global max pooling, fully connected layer without bias, scaled logits.
 
     Args:
-        in_channels: Channels in.
-        num_classes: Logits out.
-        scale: Factor of the logits.
+        in_channels: Input channels.
+        num_classes: Number of logits.
+        scale: Factor that multiplies the logits.
     """
 
     def __init__(self, in_channels: int, num_classes: int, scale: float) -> None:
@@ -130,20 +137,21 @@ class Head(nn.Module):
 
 @register("model", "airbench_cnn", AirbenchConfig)
 class AirbenchCNN(BlockSequence):
-    """Whitening, blocks of conv - pool - BatchNorm - conv - BatchNorm, a linear layer on what is the largest.
+    """Whitening, blocks of conv - pool - BatchNorm - conv - BatchNorm, global max pooling, linear layer.
 
-    With widths 64, 256 and 256 and 3×32×32 images it is the paper's network of 94 %, 1.97 million parameters.
+    With widths 64, 256 and 256 and 3×32×32 images it is the network that reaches 94 % in the paper, with 1.97 million
+    parameters.
 
     Args:
         in_channels: Channels of the images.
         num_classes: Number of logits.
         image_size: Height and width of the images in pixels.
         widths: Channels of each block; each halves height and width.
-        batchnorm_momentum: Share of a batch's statistics in BatchNorm's running ones.
-        scale: Factor of the logits.
+        batchnorm_momentum: Weight of the current batch in BatchNorm's running statistics.
+        scale: Factor that multiplies the logits.
 
     Raises:
-        ConfigError: The images are too small for so many blocks.
+        ConfigError: ``widths`` is empty, or the images are too small for this number of blocks.
     """
 
     def __init__(
@@ -156,24 +164,22 @@ class AirbenchCNN(BlockSequence):
         scale: float,
     ) -> None:
         height, width = image_size
-        least = 2 ** len(widths) + 1
+        min_side = 2 ** len(widths) + 1
         if not widths:
             raise ConfigError("model.widths", list(widths), "needs at least one block")
-        if min(image_size) < least:
-            problem = f"needs images of at least {least}x{least} pixels; the data set's are {height}x{width}"
+        if min(image_size) < min_side:
+            problem = f"needs images of at least {min_side}x{min_side} pixels; the data set's are {height}x{width}"
             raise ConfigError("model.widths", list(widths), problem)
         blocks: dict[str, nn.Module] = {"whitening": Whitening(in_channels)}
         channels = 2 * in_channels * _KERNEL**2
-        for number, wanted in enumerate(widths, 1):
-            blocks[f"block{number}"] = Block(channels, wanted, batchnorm_momentum)
-            channels = wanted
+        for number, block_width in enumerate(widths, 1):
+            blocks[f"block{number}"] = Block(channels, block_width, batchnorm_momentum)
+            channels = block_width
         super().__init__({**blocks, "head": Head(channels, num_classes, scale)})
 
     def initialise_from(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
         """Computes the whitening filters; see :class:`distrain.models.base.DataDependentInit`."""
-        whitening = self.get_submodule("whitening")
-        assert isinstance(whitening, Whitening)
-        whitening.fit(images, mean, std)
+        cast(Whitening, self.get_submodule("whitening")).fit(images, mean, std)
 
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Conv2d:

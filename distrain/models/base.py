@@ -1,4 +1,4 @@
-"""What a model is: blocks in a row, and initial parameters that may depend on the training images."""
+"""Base class of distrain's models, and the protocol for models whose initial parameters depend on the data."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ if TYPE_CHECKING:
 
 
 class BlockSequence(nn.Sequential):
-    """A model whose named children run one after the other.
+    """A sequential model of named blocks.
 
-    Each child is a block: a pipeline may split the model between any two of them. Parameters are named
-    ``<block>.<layer>.<parameter>``, and a slice of the model keeps the names of its blocks.
+    A pipeline may split the model between any two blocks. Parameters are named ``<block>.<layer>.<parameter>``; a slice
+    of the model keeps the names of its blocks.
+
+    Args:
+        blocks: The blocks by name, in the order in which they run.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         super().__init__(OrderedDict(blocks))
 
-    # Not redundant: torch.compile skips the forward that a bare nn.Sequential defines, and says nothing.
+    # Not redundant: torch.compile silently skips the forward method that nn.Sequential itself defines.
     def forward(self, input: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` to logits ``[N, num_classes]``, or what lies between where the sequence is a part."""
+        """Maps images ``[N, C, H, W]`` to logits ``[N, num_classes]``; a slice maps between intermediate shapes."""
         for block in self:
             input = block(input)
         return input
 
     def __getitem__(self, idx: slice | int) -> Any:
-        """The block at a position, or the blocks of a slice as a :class:`BlockSequence` that shares them."""
+        """Returns the block at an index, or a :class:`BlockSequence` that shares the blocks of a slice."""
         if isinstance(idx, slice):
             return BlockSequence(dict(list(self.named_children())[idx]))
         return super().__getitem__(idx)
@@ -38,13 +41,18 @@ class BlockSequence(nn.Sequential):
 
 @runtime_checkable
 class DataDependentInit(Protocol):
-    """A model with initial parameters that come from the training images; any class with this method is one."""
+    """A model whose initial parameters are computed from the training images.
+
+    Any model class with this method satisfies the protocol.
+    """
 
     def initialise_from(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Called once before training, on the CPU, on every rank with the same: the whole split, not a rank's share.
+        """Sets the initial parameters; called once before training, while the model is on the CPU.
+
+        Every rank calls it with the same arguments and must compute the same parameters.
 
         Args:
-            images: The training images. What is taken of them must not depend on chance.
-            mean: Channel means that the model's input is normalised with, in [0, 1].
+            images: The whole training split, not a rank's shard. The choice of images must be deterministic.
+            mean: Channel means that normalise the model's input, for pixel values in [0, 1].
             std: Channel standard deviations, likewise.
         """

@@ -1,4 +1,4 @@
-"""Two small convolutional networks, initialised as Keras initialises them."""
+"""Two small convolutional networks with Keras' default initialisation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from distrain.models.base import BlockSequence
 
 
 class ConvBlock(nn.Module):
-    """3×3 convolution, 2×2 max pooling where ``pool``, ReLU.
+    """3×3 convolution, 2×2 max pooling if ``pool``, ReLU.
 
-    The ReLU comes after the pooling: both orders give the same numbers and gradients, since ReLU never swaps two
-    values, and this one has a quarter of the work.
+    ReLU comes after the pooling. Both orders give the same outputs and gradients, since ReLU is monotonic, and this one
+    applies ReLU to a quarter of the values.
 
     Args:
-        in_channels: Channels in.
-        out_channels: Channels out.
-        padding: Zeros around the image: 1 keeps its size, 0 takes a pixel off each side.
+        in_channels: Input channels.
+        out_channels: Output channels.
+        padding: Rows and columns of zeros on each side: 1 keeps the image's size, 0 shrinks it by a pixel on each side.
         pool: Whether to halve height and width (rounded down).
     """
 
@@ -38,8 +38,8 @@ class DenseBlock(nn.Module):
     """Flatten, fully connected layer, ReLU.
 
     Args:
-        in_features: Values a sample in.
-        out_features: Values a sample out.
+        in_features: Input values per sample.
+        out_features: Output values per sample.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -55,8 +55,8 @@ class DenseBlock(nn.Module):
 class SimpleCNN(BlockSequence):
     """conv 3×3 - pool - conv 3×3 - pool - dense 128 - classes, with 32 and 64 filters.
 
-    Convolutions keep the image's size, so that 8×8 digits have pixels left at the end. The outputs are logits; the
-    softmax is the loss's. As in Keras, weights are Glorot uniform (Glorot & Bengio 2010) and biases zero.
+    Convolutions keep the image's size, so that images as small as 8×8 work. The outputs are logits; softmax is part of
+    the loss. As in Keras, weights are Glorot uniform (Glorot & Bengio 2010) and biases zero.
 
     Args:
         in_channels: Channels of the images.
@@ -84,8 +84,8 @@ class SimpleCNN(BlockSequence):
 class CifarCNN(BlockSequence):
     """conv 32 - pool - conv 64 - pool - conv 64 - dense 64 - classes, all convolutions 3×3 without padding.
 
-    The network of TensorFlow's CNN tutorial: 122,570 parameters for 3×32×32 images and 10 classes. The outputs are
-    logits. As in Keras, weights are Glorot uniform (Glorot & Bengio 2010) and biases zero.
+    This is the network of TensorFlow's CNN tutorial; it has 122,570 parameters for 3×32×32 images and 10 classes. The
+    outputs are logits. As in Keras, weights are Glorot uniform (Glorot & Bengio 2010) and biases zero.
 
     Args:
         in_channels: Channels of the images.

@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2015, arXiv:1512.03385); a bottleneck has its stride in the 3×3 convolution ("v1.5")."""
+"""Residual networks (He et al. 2015, arXiv:1512.03385); bottlenecks stride in the 3×3 convolution ("v1.5")."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from distrain.models.base import BlockSequence
 
 @dataclass
 class ResNetConfig(ModelConfig):
-    """A residual network."""
+    """Keys of ``model=resnet18``, ``resnet34`` and ``resnet50``."""
 
     stem: str = setting(
-        "cifar: one 3×3 convolution; imagenet: 7×7 and pooling, a quarter of the size, for images from 64 pixels.",
+        "cifar: one 3×3 convolution; imagenet: 7×7 convolution and pooling to a quarter of the size, from 64 pixels.",
         choices=("cifar", "imagenet"),
     )
     norm: str = setting(
-        "Normalisation: batch is each rank's own; group (Wu & He 2018) and none don't look at other samples.",
+        "Normalisation: batch uses other samples of the rank's batch; group (Wu & He 2018) and none don't.",
         choices=("batch", "group", "none"),
     )
 
 
 def _convolution(in_channels: int, out_channels: int, kernel: int, stride: int, norm: str) -> nn.Conv2d:
-    """A convolution that divides the size by ``stride``; with a bias where no normalisation would take it away."""
+    """A padded convolution; it has a bias only if no normalisation layer, which would cancel it, follows."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=norm == "none")
 
 
@@ -40,9 +40,9 @@ def _normalisation(channels: int, norm: str) -> nn.Module:
 
 
 class Stem(nn.Module):
-    """Convolution, normalisation, max pooling in the ImageNet variant, ReLU.
+    """Convolution, normalisation, max pooling (``imagenet`` only), ReLU.
 
-    As everywhere in this package ReLU follows the pooling, which gives the same numbers for less work.
+    As everywhere in this package, ReLU follows the pooling, which gives the same values with less work.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stem: str, norm: str) -> None:
@@ -53,12 +53,12 @@ class Stem(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``, or a quarter of the size for ImageNet."""
+        """Maps ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``; ``imagenet``: height and width / 4."""
         return torch.relu(self.pool(self.norm(self.conv(images))))
 
 
 class Shortcut(nn.Module):
-    """A 1×1 convolution and normalisation, where a block changes the size or the number of channels."""
+    """1×1 convolution and normalisation, for blocks that change the image size or the number of channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions beside a shortcut; four times as many channels come out as lie between."""
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut; the output has four times ``width`` channels."""
 
     expansion = 4
 
@@ -118,7 +118,7 @@ class Bottleneck(nn.Module):
 
 
 class Head(nn.Module):
-    """Mean over the image, then a fully connected layer to the logits."""
+    """Global average pooling, then a fully connected layer to the logits."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -131,15 +131,15 @@ class Head(nn.Module):
 
 
 class ResNet(BlockSequence):
-    """Stem, four layers of residual blocks, head; each residual block is a block to split at.
+    """Stem, four layers of residual blocks, head; a pipeline may split the model at each residual block.
 
-    Convolutions start with He et al.'s normal weights (fan out), biases at zero. Without normalisation the last
-    convolution of every branch starts at zero instead, so that every block starts as its shortcut and the activations
-    keep their scale.
+    Convolution weights are initialised by He et al.'s normal distribution (fan out), biases with zeros. Without
+    normalisation, the last convolution of every residual branch starts at zero instead, so that every block starts as
+    its shortcut and activations keep their scale.
 
     Args:
-        block: Which residual block.
-        depths: Number of blocks in each layer; each layer but the first halves the image.
+        block: The type of residual block.
+        depths: Number of blocks in each layer; each layer except the first halves the image.
         in_channels: Channels of the images.
         num_classes: Number of logits.
         stem: ``cifar`` or ``imagenet``.

@@ -1,1 +1,1 @@
-"""What updates parameters: optimizers, learning-rate schedules and losses."""
+"""Optimizers, learning-rate schedules and losses."""

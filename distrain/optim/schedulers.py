@@ -1,4 +1,4 @@
-"""Learning rate schedules: pure functions of the step, which a resumed run needs no state for."""
+"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no state for them."""
 
 from __future__ import annotations
 
@@ -12,41 +12,47 @@ from distrain.config.registry import choice, register
 from distrain.config.schema import SchedulerConfig, setting
 from distrain.errors import ConfigError
 
-#: Maps the step about to be taken, counted from 0 over the whole run, to a factor of the optimizer's rate.
+#: Maps the next step, counted from 0 over the whole run, to the factor that multiplies the base learning rate.
 Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class ScheduleSpan:
-    """The steps that a schedule covers after its warm-up: ``first`` to ``end``, exclusive."""
+    """The steps that a schedule covers after its warm-up.
+
+    Attributes:
+        first: First step.
+        end: One more than the last step.
+        steps_per_epoch: Steps per epoch.
+    """
 
     first: int
     end: int
     steps_per_epoch: int
 
     def progress(self, step: int) -> float:
-        """How far ``step`` is from ``first`` (0) to ``end`` (1)."""
+        """Position of a step between ``first`` (0) and ``end`` (1); 1 for steps after the end."""
         return min(1.0, (step - self.first) / max(1, self.end - self.first))
 
 
 @register("scheduler", "constant", SchedulerConfig)
 def constant(config: SchedulerConfig, span: ScheduleSpan) -> Schedule:
-    """The base rate throughout."""
+    """The base learning rate in every step."""
     return lambda step: 1.0
 
 
 @dataclass
 class StepConfig(SchedulerConfig):
-    """The rate is multiplied by ``gamma`` at each milestone."""
+    """Keys of ``scheduler=step``: the learning rate is multiplied by ``gamma`` at each milestone."""
 
-    milestones: list[float] = setting("Epochs at which the rate drops, in ascending order.", above=0)
-    gamma: float = setting("Factor of each drop.", above=0)
+    milestones: list[float] = setting("Epochs at which the learning rate drops, in ascending order.", above=0)
+    gamma: float = setting("Factor that multiplies the learning rate at each milestone.", above=0)
 
     def __post_init__(self) -> None:
-        """Refuses milestones out of order.
+        """Refuses milestones that don't ascend.
 
         Raises:
-            ConfigError: A milestone is not above the one before.
+            ConfigError: A milestone is not larger than the one before it.
         """
         if any(b <= a for a, b in pairwise(self.milestones)):
             raise ConfigError("scheduler.milestones", self.milestones, "must ascend")
@@ -54,16 +60,16 @@ class StepConfig(SchedulerConfig):
 
 @register("scheduler", "step", StepConfig)
 def step(config: StepConfig, span: ScheduleSpan) -> Schedule:
-    """Drops at milestones, which count from the start of the run, warm-up included."""
+    """Drops at milestones, which are counted from the start of the run, warm-up included."""
     drops = [round(epoch * span.steps_per_epoch) for epoch in config.milestones]
     return lambda step: config.gamma ** bisect_right(drops, step)
 
 
 @dataclass
 class CosineConfig(SchedulerConfig):
-    """The rate falls along half a cosine."""
+    """Keys of ``scheduler=cosine``: the learning rate falls along half a cosine."""
 
-    final_factor: float = setting("Share of the base rate that is left at the end of the run.", at_least=0)
+    final_factor: float = setting("Learning rate at the end of the run, as a share of the base rate.", at_least=0)
 
 
 @register("scheduler", "cosine", CosineConfig)
@@ -74,18 +80,20 @@ def cosine(config: CosineConfig, span: ScheduleSpan) -> Schedule:
 
 @dataclass
 class OneCycleConfig(SchedulerConfig):
-    """The rate rises and falls once."""
+    """Keys of ``scheduler=one_cycle``: the learning rate rises and falls once."""
 
-    warmup_fraction: float = setting("Share of the steps (after warmup_epochs, if any) that rise.", above=0, below=1)
-    initial_factor: float = setting("Share of the base rate to begin with.", at_least=0)
-    final_factor: float = setting("Share of the base rate in the last step.", at_least=0)
+    warmup_fraction: float = setting(
+        "Share of the steps after warmup_epochs in which the rate rises.", above=0, below=1
+    )
+    initial_factor: float = setting("Initial learning rate, as a share of the base rate.", at_least=0)
+    final_factor: float = setting("Learning rate of the last step, as a share of the base rate.", at_least=0)
 
 
 @register("scheduler", "one_cycle", OneCycleConfig)
 def one_cycle(config: OneCycleConfig, span: ScheduleSpan) -> Schedule:
-    """The one-cycle policy (Smith & Topin 2017, arXiv:1708.07120), annealed by cosines both ways.
+    """The one-cycle policy (Smith & Topin 2017, arXiv:1708.07120) with cosine rise and fall.
 
-    The last step of the rise has the base rate, the last step of all ``final_factor`` of it.
+    The last step of the rise has the base rate; the last step of the run has ``final_factor`` times it.
     """
     steps = span.end - span.first
     peak, last = config.warmup_fraction * steps - 1, steps - 1
@@ -101,16 +109,19 @@ def one_cycle(config: OneCycleConfig, span: ScheduleSpan) -> Schedule:
 
 @dataclass
 class TriangleConfig(SchedulerConfig):
-    """The rate rises in a straight line to the base rate and falls in another."""
+    """Keys of ``scheduler=triangle``: the learning rate rises linearly to the base rate, then falls linearly."""
 
-    peak: float = setting("Share of the steps (after warmup_epochs, if any) that rise.", at_least=0, below=1)
-    initial_factor: float = setting("Share of the base rate to begin with.", at_least=0)
-    final_factor: float = setting("Share of the base rate that is left at the end of the run.", at_least=0)
+    peak: float = setting("Share of the steps after warmup_epochs in which the rate rises.", at_least=0, below=1)
+    initial_factor: float = setting("Initial learning rate, as a share of the base rate.", at_least=0)
+    final_factor: float = setting("Learning rate at the end of the run, as a share of the base rate.", at_least=0)
 
 
 @register("scheduler", "triangle", TriangleConfig)
 def triangle(config: TriangleConfig, span: ScheduleSpan) -> Schedule:
-    """A rise and a fall, both linear, as in Jordan 2024 (arXiv 2404.00498); the last step is one before the end."""
+    """Linear rise and fall, as in Jordan 2024 (arXiv 2404.00498).
+
+    The factor would reach ``final_factor`` one step after the last step of the run.
+    """
     top = int(config.peak * (span.end - span.first))
     fall = max(1, span.end - span.first - top)
 
@@ -124,17 +135,17 @@ def triangle(config: TriangleConfig, span: ScheduleSpan) -> Schedule:
 
 
 def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """The configured schedule.
+    """Builds the configured schedule.
 
     Args:
-        config: Any scheduler's configuration.
-        steps_per_epoch: Training steps an epoch, ragged last batch included.
+        config: The configuration of any scheduler.
+        steps_per_epoch: Training steps per epoch, including a smaller last batch.
         total_steps: Training steps of the whole run.
 
     Returns:
-        A function of the step about to be taken, counted from 0, that gives the factor to multiply the optimizer's
-        rate with. In a warm-up of ``w`` steps it rises linearly, from ``1 / (w + 1)`` of the rate that step ``w`` has.
-        Steps past the end of the run have the rate of its end.
+        A function from the next step, counted from 0, to the factor that multiplies the base learning rate. In a
+        warm-up of ``w`` steps the factor rises linearly, from ``1 / (w + 1)`` of its value at step ``w``. Steps after
+        the end of the run have the factor of its end.
 
     Raises:
         ConfigError: The warm-up is longer than the run.
@@ -144,7 +155,7 @@ def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Sc
         raise ConfigError(
             "scheduler.warmup_epochs",
             config.warmup_epochs,
-            f"the warm-up takes {warmup} steps ({steps_per_epoch} an epoch), the run {total_steps}",
+            f"the warm-up takes {warmup} steps ({steps_per_epoch} per epoch), the whole run {total_steps}",
         )
     after: Schedule = choice("scheduler", config.name).target(
         config, ScheduleSpan(warmup, total_steps, steps_per_epoch)
@@ -156,5 +167,5 @@ def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Sc
 
 
 def _between(start: float, end: float, progress: float) -> float:
-    """From ``start`` to ``end`` along half a cosine."""
+    """Interpolates from ``start`` to ``end`` along half a cosine; ``progress`` goes from 0 to 1."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

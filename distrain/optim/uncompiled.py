@@ -1,4 +1,4 @@
-"""torch's optimizers without their share in torch's compiler."""
+"""Optimizers that don't import torch's compiler."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 
 @functools.cache
 def without_compiler_hooks(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """The same optimizer, without what keeps the compiler out of its methods.
+    """Returns a subclass whose methods lack the decorators that exclude them from ``torch.compile``.
 
-    That imports the compiler when the methods are first called, half a second of every start. Models are compiled here,
-    and never optimizers, so there is nothing to be kept out.
+    On their first call those decorators import the compiler, which takes half a second. They are not needed, since
+    distrain compiles models but never optimizers.
+
+    Args:
+        kind: An optimizer class. The subclass has its name, arguments, hooks and state.
     """
     step = torch.no_grad()(inspect.unwrap(kind.step))
     methods = {"step": step, "add_param_group": inspect.unwrap(kind.add_param_group)}

@@ -1,4 +1,4 @@
-"""The CIFAR-10 network of the airbench paper, and filters that come from the data alone."""
+"""The CIFAR-10 network of the airbench paper, whose whitening filters are computed from the data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def smooth_images(count: int) -> Images:
     return dataclasses.replace(images, images=(blurred + blurred.mean(1, keepdim=True)).div(2).byte())
 
 
-def test_it_is_the_papers_network() -> None:
+def test_layers_and_parameter_count_are_those_of_the_paper() -> None:
     model = network()
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_972_792
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
@@ -39,7 +39,7 @@ def test_it_is_the_papers_network() -> None:
     assert frozen == {"whitening.conv.weight", *scales}
 
 
-def test_patches_come_out_uncorrelated_with_variance_one() -> None:
+def test_whitened_patches_are_uncorrelated_with_variance_one() -> None:
     images = smooth_images(300)
     layer = Whitening(3)
     layer.fit(images, MEAN, STD)
@@ -48,26 +48,26 @@ def test_patches_come_out_uncorrelated_with_variance_one() -> None:
     out = F.conv2d(normalised, layer.conv.weight.detach().double()).transpose(0, 1).flatten(1)
     assert out[12:].equal(-out[:12])
     moments = out[:12] @ out[:12].T / out.shape[1]
-    # Less than 1 where a variance is not far above the constant that is added to it.
+    # Below 1 where an eigenvalue is not much larger than the constant that is added to it.
     torch.testing.assert_close(moments, moments.diag().diag(), atol=1e-4, rtol=0)
     assert moments.diag().min() > 0.5
     assert moments.diag().max() < 1.0001
 
 
-def test_filters_are_the_same_to_the_bit_however_the_images_are_added_up() -> None:
+def test_whitening_filters_do_not_depend_on_the_order_of_images() -> None:
     images, layers = smooth_images(400), [Whitening(3), Whitening(3)]
     layers[0].fit(images, MEAN, STD)
     layers[1].fit(images.subset(torch.arange(399, -1, -1)), MEAN, STD)
     assert layers[0].conv.weight.equal(layers[1].conv.weight)
 
 
-def test_a_block_begins_as_the_identity_as_far_as_its_channels_go() -> None:
+def test_convolutions_are_initialised_as_the_identity() -> None:
     block, images = Block(4, 6, 0.4), torch.randn(2, 4, 8, 8)
     assert block.conv1(images)[:, :4].equal(images)
     assert block.norm1.momentum == 0.4
 
 
-def test_models_that_begin_from_data_are_known_by_their_method() -> None:
+def test_data_dependent_initialisation_is_recognised_by_its_method() -> None:
     assert isinstance(network(), DataDependentInit)
     assert not isinstance(Block(3, 3, 0.4), DataDependentInit)
 
@@ -79,7 +79,7 @@ def test_models_that_begin_from_data_are_known_by_their_method() -> None:
         ({"widths": []}, "model.widths=[]: needs at least one block"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_images_that_are_too_small_and_an_empty_network_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         network(**changes)
     assert message in str(caught.value)

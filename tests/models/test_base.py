@@ -15,7 +15,7 @@ def three_blocks() -> BlockSequence:
     return BlockSequence({"first": nn.Linear(3, 4), "second": nn.Tanh(), "third": nn.Linear(4, 2)})
 
 
-def test_blocks_run_one_after_the_other_under_their_names() -> None:
+def test_blocks_run_in_order_and_name_the_parameters() -> None:
     model, images = three_blocks(), torch.randn(5, 3)
     assert torch.equal(model(images), model[2](model[1](model[0](images))))
     assert list(model.state_dict()) == ["first.weight", "first.bias", "third.weight", "third.bias"]
@@ -29,7 +29,7 @@ def test_a_slice_shares_its_blocks_and_keeps_their_names() -> None:
     assert tail[1] is model[2]
 
 
-def test_compile_does_compile_a_block_sequence() -> None:
+def test_torch_compile_compiles_a_block_sequence_as_one_graph() -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Building the configured model, trying it out, and refusing what can't be trained or must not run."""
+"""Building and checking the configured model, and refusing targets that can't be trained or must not be run."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ imported = torch.nn.Identity
 
 @pytest.fixture(params=["small", "large"])
 def my_models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of a module of the user's, each tried out as what is small and as what is large is."""
+    """A user's module of models, checked once in the way of small models and once in the way of large ones."""
     if request.param == "large":
-        monkeypatch.setattr(build, "_FAST", 0)
+        monkeypatch.setattr(build, "_FAST_FLOPS", 0)
     (tmp_path / "my_models.py").write_text(MY_MODELS)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -88,7 +88,7 @@ def custom(target: str, **kwargs: Any) -> CustomConfig:
 
 
 @pytest.mark.usefixtures("my_models")
-def test_a_custom_model_gets_what_the_data_set_fixes_and_its_kwargs() -> None:
+def test_a_custom_model_gets_the_data_sets_shape_and_its_kwargs() -> None:
     model = instantiate_model(custom("my_models.Net", width=7), **DIGITS)
     assert [tuple(p.shape) for p in model.parameters()] == [(7, 64), (7,), (10, 7), (10,)]
     assert instantiate_model(custom("my_models.TakesAll", width=7), **DIGITS).received == {**DIGITS, "width": 7}
@@ -96,30 +96,30 @@ def test_a_custom_model_gets_what_the_data_set_fixes_and_its_kwargs() -> None:
 
 
 @pytest.mark.usefixtures("my_models")
-def test_kwargs_win_over_what_the_data_set_fixes() -> None:
+def test_kwargs_override_the_data_sets_shape() -> None:
     assert instantiate_model(custom("my_models.Net", num_classes=3), **DIGITS).output.out_features == 3  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("my_models")
-def test_a_function_may_make_the_model() -> None:
+def test_a_target_may_be_a_function_that_makes_the_model() -> None:
     check_model(custom("my_models.factory"), **DIGITS)
     assert isinstance(instantiate_model(custom("my_models.factory"), **DIGITS), nn.Sequential)
 
 
 @pytest.mark.usefixtures("my_models")
 @pytest.mark.parametrize("target", ["my_models.DependsOnValues", "my_models.Constant"])
-def test_a_model_that_cannot_run_without_its_values_is_tried_with_them(target: str) -> None:
+def test_a_model_that_fails_on_the_meta_device_is_checked_on_cpu(target: str) -> None:
     assert check_model(custom(target), **DIGITS) == []
 
 
 @pytest.mark.usefixtures("my_models")
-def test_parameters_that_get_no_gradient_are_named() -> None:
+def test_parameters_without_gradient_are_returned() -> None:
     assert check_model(custom("my_models.Unused"), **DIGITS) == ["more.weight", "more.bias"]
 
 
 @pytest.mark.usefixtures("my_models")
 @pytest.mark.parametrize("target", ["my_models.Net", "my_models.DependsOnValues"])
-def test_checking_leaves_the_generator_as_it_was(target: str) -> None:
+def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
     before = torch.random.get_rng_state()
     check_model(custom(target), **DIGITS)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -142,7 +142,7 @@ def test_checking_leaves_the_generator_as_it_was(target: str) -> None:
         ("torch.nn.Conv2d", {"out_channels": 3, "kernel_size": 9}, "fails on images [2, 1, 8, 8] (RuntimeError"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_one_line(target: str, kwargs: dict[str, Any], message: str) -> None:
+def test_an_untrainable_target_is_refused_in_one_line(target: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_model(custom(target, **kwargs), **DIGITS)
     assert message in str(caught.value)
@@ -150,7 +150,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(target: str, kwargs: dict
     assert "\n" not in str(caught.value)
 
 
-def test_a_target_on_another_choice_points_to_custom() -> None:
+def test_a_changed_target_of_a_named_choice_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\._target_=my\.Net: .* use model=custom"):
         instantiate_model(ModelConfig(name="simple_cnn", _target_="my.Net"), **DIGITS)
 
@@ -159,16 +159,16 @@ def test_a_target_on_another_choice_points_to_custom() -> None:
 @pytest.mark.parametrize(
     "target", ["torch.nn.Identity", "my_models.imported", "distrain.models.build.locate", "distrain.models.build.nn"]
 )
-def test_a_run_folder_builds_nothing_from_outside_what_is_allowed(target: str) -> None:
+def test_targets_outside_the_allowed_prefixes_are_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=r"model\._target_=.*is not below"):
         instantiate_model(custom(target), **DIGITS, allowed=["distrain.models", "my_models"])
 
 
 def test_a_refused_target_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    (tmp_path / "untrusted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="is not below"):
-        instantiate_model(custom("stranger.Net"), **DIGITS, allowed=["distrain.models"])
+        instantiate_model(custom("untrusted.Net"), **DIGITS, allowed=["distrain.models"])
     assert not (tmp_path / "ran").exists()
 
 

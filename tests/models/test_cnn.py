@@ -1,4 +1,4 @@
-"""The two small networks have the published layers, sizes and initial values, and train in every layout and type."""
+"""The two small networks have the published layers, sizes and initial values, and train in all formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_cifar_cnn_has_as_many_parameters_as_the_tutorial_says() -> None:
+def test_cifar_cnn_has_the_tutorials_number_of_parameters() -> None:
     assert parameters(CifarCNN(3, 10, (32, 32))) == 122_570
 
 
@@ -38,7 +38,7 @@ def test_simple_cnn_has_two_convolutions_and_a_dense_layer_of_128() -> None:
 
 
 def published(model: nn.Module, images: Tensor, padding: int) -> Tensor:
-    """The published order of layers: every convolution's ReLU before its pooling."""
+    """The published order of layers: ReLU before pooling."""
     weights = dict(model.named_parameters())
     blocks = sorted(name.removesuffix(".conv.weight") for name in weights if name.endswith("conv.weight"))
     for block in blocks:
@@ -49,16 +49,16 @@ def published(model: nn.Module, images: Tensor, padding: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("model", "padding"), [(SimpleCNN(3, 10, (32, 32)), 1), (CifarCNN(3, 10, (32, 32)), 0)])
-def test_logits_and_gradients_are_those_of_the_published_layers(model: nn.Module, padding: int) -> None:
+def test_logits_and_gradients_equal_those_of_the_published_order_of_layers(model: nn.Module, padding: int) -> None:
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    ours, theirs = model(images), published(model, images, padding)
-    assert torch.equal(ours, theirs)
-    for mine, other in zip(
-        torch.autograd.grad(F.cross_entropy(ours, labels), list(model.parameters())),
-        torch.autograd.grad(F.cross_entropy(theirs, labels), list(model.parameters())),
+    actual, expected = model(images), published(model, images, padding)
+    assert torch.equal(actual, expected)
+    for actual_gradient, expected_gradient in zip(
+        torch.autograd.grad(F.cross_entropy(actual, labels), list(model.parameters())),
+        torch.autograd.grad(F.cross_entropy(expected, labels), list(model.parameters())),
         strict=True,
     ):
-        assert torch.equal(mine, other)
+        assert torch.equal(actual_gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("model", [SimpleCNN(3, 10, (32, 32)), CifarCNN(3, 10, (32, 32))])
@@ -73,7 +73,7 @@ def test_initial_weights_are_glorot_uniform_and_biases_zero(model: nn.Module) ->
 
 
 @pytest.mark.parametrize(("name", "target", "side"), [("simple_cnn", "SimpleCNN", 4), ("cifar_cnn", "CifarCNN", 18)])
-def test_the_smallest_image_runs_and_a_smaller_one_is_refused(name: str, target: str, side: int) -> None:
+def test_images_below_the_smallest_size_are_refused(name: str, target: str, side: int) -> None:
     config = ModelConfig(name=name, _target_=f"distrain.models.cnn.{target}")
     check_model(config, in_channels=3, num_classes=10, image_size=(side, side))
     with pytest.raises(ConfigError, match=f"model={name}: needs images of at least {side}x{side} pixels.*{side - 1}"):
@@ -83,7 +83,7 @@ def test_the_smallest_image_runs_and_a_smaller_one_is_refused(name: str, target:
 @pytest.mark.parametrize("kind", [SimpleCNN, CifarCNN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_step_lowers_the_loss(
+def test_a_training_step_lowers_the_loss(
     kind: type[SimpleCNN | CifarCNN], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)

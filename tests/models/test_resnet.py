@@ -1,4 +1,4 @@
-"""Residual networks have the published sizes and strides, in all variants, and train."""
+"""Residual networks have the published sizes and strides in all variants, and can be trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_parameter_counts_are_the_published_ones(kind: type[ResNet], count: int)
 @pytest.mark.parametrize(
     ("kind", "depths"), [(ResNet18, (2, 2, 2, 2)), (ResNet34, (3, 4, 6, 3)), (ResNet50, (3, 4, 6, 3))]
 )
-def test_every_residual_block_is_a_block_to_split_at(kind: type[ResNet], depths: tuple[int, ...]) -> None:
+def test_every_residual_block_is_a_block_of_the_sequence(kind: type[ResNet], depths: tuple[int, ...]) -> None:
     with torch.device("meta"):
         names = [name for name, _ in make(kind).named_children()]
     blocks = [f"layer{layer}_{index}" for layer, depth in enumerate(depths, start=1) for index in range(depth)]
@@ -37,15 +37,15 @@ def test_every_residual_block_is_a_block_to_split_at(kind: type[ResNet], depths:
 
 @pytest.mark.parametrize(("stem", "sides"), [("cifar", (64, 32, 16, 8)), ("imagenet", (16, 8, 4, 2))])
 @pytest.mark.parametrize("kind", [ResNet18, ResNet50])
-def test_each_layer_but_the_first_halves_the_image(kind: type[ResNet], stem: str, sides: tuple[int, ...]) -> None:
+def test_each_layer_except_the_first_halves_the_image(kind: type[ResNet], stem: str, sides: tuple[int, ...]) -> None:
     with torch.device("meta"):
         model, images = make(kind, stem=stem), torch.zeros(2, 3, 64, 64)
-    found = {}
+    layer_sides = {}
     for name, block in model.named_children():
         images = block(images)
         if name.startswith("layer"):
-            found[name[:6]] = images.shape[-1]
-    assert tuple(found.values()) == sides
+            layer_sides[name[:6]] = images.shape[-1]
+    assert tuple(layer_sides.values()) == sides
     assert images.shape == (2, 10)
 
 
@@ -84,11 +84,11 @@ def test_without_normalisation_a_block_starts_as_its_shortcut(block: type[BasicB
     assert torch.equal(out, torch.relu(residual.shortcut(images)))
     out.sum().backward()
     last = residual.conv2 if block is BasicBlock else residual.conv3
-    assert last.weight.grad.any(), "the branch must be able to leave zero"
+    assert last.weight.grad.any(), "the residual branch must receive a gradient"
 
 
 @pytest.mark.parametrize("norm", ["group", "none"])
-def test_a_sample_s_logits_do_not_depend_on_the_others(norm: str) -> None:
+def test_logits_do_not_depend_on_other_samples_without_batchnorm(norm: str) -> None:
     torch.manual_seed(0)
     model = ResNet(BasicBlock, (1, 1), in_channels=3, num_classes=10, stem="cifar", norm=norm).double()
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_a_sample_s_logits_do_not_depend_on_the_others(norm: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_the_check_passes_on_the_smallest_digits(name: str, stem: str, norm: str) -> None:
+def test_the_model_check_accepts_8x8_digits(name: str, stem: str, norm: str) -> None:
     target = f"distrain.models.resnet.ResNet{name.removeprefix('resnet')}"
     config = ResNetConfig(name=name, _target_=target, stem=stem, norm=norm)
     check_model(config, in_channels=1, num_classes=10, image_size=(8, 8))
@@ -108,7 +108,7 @@ def test_the_check_passes_on_the_smallest_digits(name: str, stem: str, norm: str
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_step_lowers_the_loss(
+def test_a_training_step_lowers_the_loss(
     block: type[BasicBlock | Bottleneck], norm: str, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)

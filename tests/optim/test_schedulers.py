@@ -1,4 +1,4 @@
-"""Schedules are the published ones, with a warm-up before, as functions of the step alone."""
+"""Schedules agree with the published ones, support a warm-up, and depend on the step alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRIANGLE = TriangleConfig(name="triangle", warmup_epochs=0.0, peak=0.23, initial
 ALL = [CONSTANT, STEP, COSINE, ONE_CYCLE, TRIANGLE]
 
 
-def warmed(config: SchedulerConfig, epochs: float) -> SchedulerConfig:
+def with_warmup(config: SchedulerConfig, epochs: float) -> SchedulerConfig:
     return type(config)(**{**vars(config), "warmup_epochs": epochs})
 
 
@@ -46,30 +46,30 @@ def test_every_registered_scheduler_is_tested_here() -> None:
     assert set(choices("scheduler")) == {config.name for config in ALL}
 
 
-def test_constant_is_one() -> None:
+def test_constant_has_factor_one() -> None:
     assert {build(CONSTANT, 10, 40)(step) for step in range(40)} == {1.0}
 
 
-def test_step_drops_at_its_milestones_in_epochs() -> None:
+def test_step_drops_at_milestones_given_in_epochs() -> None:
     schedule = build(STEP, 10, 40)
     expected = rates_of(MultiStepLR(optimizer(), [15, 30], 0.1), 40)
     assert [schedule(step) for step in range(40)] == pytest.approx(expected, rel=1e-12)
 
 
-def test_triangle_rises_and_falls_in_straight_lines() -> None:
+def test_triangle_rises_and_falls_linearly() -> None:
     schedule = build(TRIANGLE, 10, 40)
     expected = np.interp(np.arange(40), [0, 9, 40], [0.2, 1.0, 0.07])
     assert [schedule(step) for step in range(40)] == pytest.approx(expected.tolist(), rel=1e-12)
 
 
-def test_cosine_is_torch_s() -> None:
+def test_cosine_agrees_with_torch() -> None:
     schedule = build(COSINE, 10, 40)
     expected = rates_of(CosineAnnealingLR(optimizer(), 40, eta_min=0.2), 40)
     assert [schedule(step) for step in range(40)] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("steps", [40, 47, 200])
-def test_one_cycle_is_torch_s(steps: int) -> None:
+def test_one_cycle_agrees_with_torch(steps: int) -> None:
     schedule = build(ONE_CYCLE, 10, steps)
     reference = OneCycleLR(
         optimizer(), 1.0, total_steps=steps, pct_start=0.3, div_factor=25, final_div_factor=40, cycle_momentum=False
@@ -83,51 +83,51 @@ def test_one_cycle_is_torch_s(steps: int) -> None:
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
-def test_warm_up_rises_in_equal_steps_to_where_the_schedule_starts(config: SchedulerConfig) -> None:
-    schedule, plain = build(warmed(config, 0.5), 10, 45), build(config, 10, 40)
-    reached = plain(0)
-    assert [schedule(step) for step in range(6)] == pytest.approx([reached * (step + 1) / 6 for step in range(6)])
+def test_warm_up_rises_linearly_to_the_start_of_the_schedule(config: SchedulerConfig) -> None:
+    schedule, plain = build(with_warmup(config, 0.5), 10, 45), build(config, 10, 40)
+    peak = plain(0)
+    assert [schedule(step) for step in range(6)] == pytest.approx([peak * (step + 1) / 6 for step in range(6)])
 
 
 @pytest.mark.parametrize("config", [COSINE, ONE_CYCLE], ids=lambda config: config.name)
-def test_after_the_warm_up_the_schedule_has_the_rest_of_the_run(config: SchedulerConfig) -> None:
-    schedule, plain = build(warmed(config, 0.5), 10, 45), build(config, 10, 40)
+def test_the_schedule_covers_the_steps_after_the_warm_up(config: SchedulerConfig) -> None:
+    schedule, plain = build(with_warmup(config, 0.5), 10, 45), build(config, 10, 40)
     assert [schedule(step + 5) for step in range(40)] == [plain(step) for step in range(40)]
 
 
 def test_milestones_count_from_the_start_of_the_run() -> None:
-    schedule = build(warmed(STEP, 0.5), 10, 40)
+    schedule = build(with_warmup(STEP, 0.5), 10, 40)
     drops = [step for step, (a, b) in enumerate(pairwise(map(schedule, range(40))), start=1) if b < a]
     assert drops == [15, 30]
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
-def test_the_order_of_questions_does_not_matter(config: SchedulerConfig) -> None:
+def test_schedules_have_no_state(config: SchedulerConfig) -> None:
     steps = list(range(40))
-    expected = {step: build(warmed(config, 0.5), 10, 40)(step) for step in steps}
+    expected = {step: build(with_warmup(config, 0.5), 10, 40)(step) for step in steps}
     random.Random(0).shuffle(steps)
-    schedule = build(warmed(config, 0.5), 10, 40)
+    schedule = build(with_warmup(config, 0.5), 10, 40)
     assert {step: schedule(step) for step in steps} == expected
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
 @pytest.mark.parametrize("total", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
-def test_the_shortest_runs_have_rates(config: SchedulerConfig, total: int, warmup: float) -> None:
-    schedule = build(warmed(config, warmup), 1, total)
+def test_runs_of_a_few_steps_have_positive_rates(config: SchedulerConfig, total: int, warmup: float) -> None:
+    schedule = build(with_warmup(config, warmup), 1, total)
     assert all(0 < schedule(step) <= 1 for step in range(total))
 
 
 @pytest.mark.parametrize(("config", "final"), [(COSINE, 0.2), (ONE_CYCLE, 0.001)], ids=["cosine", "one_cycle"])
-def test_past_the_end_the_rate_stays(config: SchedulerConfig, final: float) -> None:
+def test_the_rate_stays_constant_after_the_end_of_the_run(config: SchedulerConfig, final: float) -> None:
     schedule = build(config, 10, 40)
     assert schedule(40) == schedule(1000) == pytest.approx(final)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
-    build(warmed(CONSTANT, 4.0), 10, 40)
-    with pytest.raises(ConfigError, match=r"scheduler\.warmup_epochs=4\.1: .*41 steps.*the run 40"):
-        build(warmed(CONSTANT, 4.1), 10, 40)
+    build(with_warmup(CONSTANT, 4.0), 10, 40)
+    with pytest.raises(ConfigError, match=r"scheduler\.warmup_epochs=4\.1: .*41 steps.*the whole run 40"):
+        build(with_warmup(CONSTANT, 4.1), 10, 40)
 
 
 @pytest.mark.parametrize("milestones", [[2.0, 1.0], [1.0, 1.0]])

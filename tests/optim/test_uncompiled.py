@@ -1,4 +1,4 @@
-"""A lean optimizer is torch's, bit for bit."""
+"""An optimizer without compiler hooks computes what torch's own computes, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from distrain.optim.uncompiled import without_compiler_hooks
         (torch.optim.AdamW, {"foreach": True}),
     ],
 )
-def test_updates_and_state_are_those_of_the_optimizer_itself(kind: type[Optimizer], options: dict[str, Any]) -> None:
+def test_updates_and_state_equal_the_original_optimizers(kind: type[Optimizer], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
-    found = []
-    # mypy takes a class for unhashable, since its instances may be.
+    results = []
+    # mypy considers a class unhashable if its instances are.
     makers: tuple[Callable[..., Optimizer], ...] = (kind, without_compiler_hooks(kind))  # type: ignore[arg-type]
     for make in makers:
         weight, bias = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(3))
@@ -39,17 +39,17 @@ def test_updates_and_state_are_those_of_the_optimizer_itself(kind: type[Optimize
             optimizer.step()
         assert calls.call_count == len(gradients)
         assert isinstance(optimizer, kind)
-        found.append((optimizer, [weight, bias]))
-    (plain, expected), (stripped, parameters) = found
-    for parameter, wanted in zip(parameters, expected, strict=True):
-        assert torch.equal(parameter, wanted)
-        for what, value in plain.state[wanted].items():
-            kept = stripped.state[parameter][what]
-            assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value
+        results.append((optimizer, [weight, bias]))
+    (original, expected), (stripped, parameters) = results
+    for parameter, expected_parameter in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter, expected_parameter)
+        for name, value in original.state[expected_parameter].items():
+            actual = stripped.state[parameter][name]
+            assert torch.equal(actual, value) if isinstance(value, torch.Tensor) else actual == value
     assert type(stripped).__name__ == kind.__name__
 
 
-def test_a_step_leaves_gradients_switched_on_and_is_not_recorded() -> None:
+def test_a_step_is_not_recorded_by_autograd_and_leaves_it_enabled() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = without_compiler_hooks(torch.optim.SGD)([parameter], lr=0.1)
     parameter.grad = torch.ones(2)

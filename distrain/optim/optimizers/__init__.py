@@ -1,1 +1,1 @@
-"""Optimizers: torch's fused ones and our own, one file each; parameter groups and lookahead work with all."""
+"""Optimizers, one file for each kind; parameter groups and lookahead, which work with all of them."""

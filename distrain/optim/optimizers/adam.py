@@ -1,4 +1,4 @@
-"""Adam and AdamW, by torch."""
+"""torch's Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class AdamConfig(OptimizerConfig):
     """Adam (Kingma & Ba 2014, arXiv:1412.6980)."""
 
     betas: list[float] = setting("Decay rates of the gradient's first and second moment.", at_least=0, below=1)
-    eps: float = setting("Added to the root of the second moment.", above=0)
+    eps: float = setting("Added to the square root of the second moment.", above=0)
 
     def __post_init__(self) -> None:
-        """Refuses anything but two decay rates.
+        """Refuses a number of decay rates other than two.
 
         Raises:
-            ConfigError: ``betas`` has not two elements.
+            ConfigError: ``betas`` doesn't have two elements.
         """
         if len(self.betas) != 2:
             raise ConfigError("optimizer.betas", self.betas, "must be two numbers")
@@ -38,7 +38,7 @@ def adam(config: AdamConfig, groups: list[dict[str, Any]], fused: bool | None) -
 
 @register("optimizer", "adamw", AdamConfig)
 def adamw(config: AdamConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
-    """Adam with weight decay apart from the gradient (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
     return without_compiler_hooks(torch.optim.AdamW)(groups, **_adam_arguments(config), fused=fused)
 
 

@@ -16,17 +16,17 @@ from distrain.optim.optimizers.lookahead import Lookahead
 
 
 def check_optimizer(config: Config) -> None:
-    """Refuses what an optimizer can't keep.
+    """Refuses lookahead if updates may be skipped, since its last merge must happen at the run's last update.
 
     Raises:
-        ConfigError: Lookahead, whose last merge is the run's last update, where updates may be left out.
+        ConfigError: Lookahead together with a setting that may skip updates.
     """
     every, trainer = config.optimizer.lookahead.every, config.trainer
     if every is not None and (trainer.precision == "fp16" or trainer.on_nonfinite != "stop"):
         raise ConfigError(
             "optimizer.lookahead.every",
             every,
-            "needs every update, and trainer.precision=fp16 and trainer.on_nonfinite=skip or rewind leave some out",
+            "needs every update, and trainer.precision=fp16 and trainer.on_nonfinite=skip or rewind may skip some",
             ["null"],
         )
 
@@ -38,28 +38,28 @@ def build_optimizer(
     steps_per_epoch: int = 1,
     total_steps: int = 1,
 ) -> torch.optim.Optimizer:
-    """The configured optimizer.
+    """Builds the configured optimizer.
 
     Args:
-        config: Its ``lr`` is the base rate, which the scheduler's factor multiplies.
-        params: Parameters, or pairs of name and parameter, on the device they will be trained on; with names where the
-            configuration names some.
-        steps_per_epoch: Updates of an epoch, for groups that are trained in the first epochs only.
-        total_steps: Updates of the whole run, at whose end lookahead leaves its slow copy.
+        config: Its ``lr`` is the base rate; the scheduler multiplies it by a factor.
+        params: Parameters, or pairs of name and parameter, on the device they are trained on. Names are needed if
+            ``config.groups`` is not empty.
+        steps_per_epoch: Updates per epoch, for groups that are trained in the first epochs only.
+        total_steps: Updates of the whole run; after the last one, lookahead leaves its slow copy in the parameters.
 
     Returns:
-        The optimizer; fused where the configuration asks for it and torch can for all of the parameters, otherwise what
-        torch would choose. Whoever sets its rate sets that of all its groups to the same, and reads it from the first;
-        the groups' factors come in only while it steps.
+        The optimizer. It uses torch's fused kernel if the configuration asks for it and every parameter supports it,
+        otherwise torch's default implementation. Between steps all groups have the same ``lr``, so a scheduler sets
+        one value for all of them; each group's ``lr_factor`` applies only within ``step()``.
     """
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
     groups = ParameterGroups(config.groups, parameters, steps_per_epoch)
-    # fused=False would also rule out torch's foreach kernels; None leaves the choice to torch.
+    # fused=False would also exclude torch's foreach kernels; None lets torch choose.
     optimizer: torch.optim.Optimizer = choice("optimizer", config.name).target(config, groups.groups, fused or None)
     groups.attach(optimizer)
     if config.lookahead.every is not None:
-        Lookahead(config.lookahead, total_steps).attach(optimizer)
+        Lookahead(config.lookahead, config.lookahead.every, total_steps).attach(optimizer)
     return optimizer
 
 

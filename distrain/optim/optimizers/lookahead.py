@@ -14,54 +14,54 @@ _KEY = "slow"
 
 
 class Lookahead:
-    """A slow copy of the parameters; every so many updates it moves towards them, and they are set back to it.
+    """Keeps a slow copy of the parameters; in regular merges it moves towards them, and they are set back to it.
 
-    The copies lie in the optimizer's state, by parameter as all of it, and every rank that makes the same updates makes
-    the same merges. Buffers (BatchNorm's running statistics) follow the parameters by themselves. The run's last update
-    leaves the slow copy, which is what is then tested.
+    The copy is stored in the optimizer's state of each parameter. Ranks that make the same updates make the same
+    merges. Buffers (BatchNorm's running statistics) are not merged; they adapt to the parameters during training. After
+    the run's last update the parameters are the slow copy, which is then tested.
 
     Args:
-        config: ``keep`` is one less the paper's step size; with ``power`` above 0 it grows from 0 to that, as in Jordan
-            2024 (arXiv 2404.00498, §3.4), where early steps must not be held back.
+        config: ``keep`` is 1 minus the paper's step size. With ``power`` above 0 it grows from 0 to this value, as in
+            Jordan 2024 (arXiv 2404.00498, §3.4), so that early steps are not held back.
+        every: Updates between merges.
         total_steps: Updates of the whole run.
     """
 
-    def __init__(self, config: LookaheadConfig, total_steps: int) -> None:
-        assert config.every is not None
-        self._every, self._keep, self._power, self._total = config.every, config.keep, config.power, total_steps
-        self._first: dict[Tensor, Tensor] = {}
+    def __init__(self, config: LookaheadConfig, every: int, total_steps: int) -> None:
+        self._every, self._keep, self._power, self._total = every, config.keep, config.power, total_steps
+        self._new_copies: dict[Tensor, Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes an optimizer's steps merge when it is time."""
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+        """Makes an optimizer merge within its steps."""
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # Others take an empty state for one of before the first step, so the copies are handed in after it.
-        self._first = {
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # Copied now but stored after the step: optimizers initialise a parameter's state only if it is empty.
+        self._new_copies = {
             parameter: parameter.clone()
-            for parameter in _trained(optimizer)
+            for parameter in _with_gradient(optimizer)
             if _KEY not in optimizer.state.get(parameter, ())
         }
-        self._done = updates.completed(optimizer) + 1
+        self._update = updates.completed(optimizer) + 1
 
     @torch.no_grad()
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, copy in self._first.items():
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, copy in self._new_copies.items():
             optimizer.state[parameter][_KEY] = copy
-        self._first = {}
-        updates.record(optimizer, self._done)
-        ends = self._done == self._total
-        if not ends and self._done % self._every:
+        self._new_copies = {}
+        updates.record(optimizer, self._update)
+        is_merge, is_last = self._update % self._every == 0, self._update == self._total
+        if not is_merge and not is_last:
             return
-        parameters = _trained(optimizer)
+        parameters = _with_gradient(optimizer)
         slow = [optimizer.state[parameter][_KEY] for parameter in parameters]
-        if self._done % self._every == 0:
-            keep = self._keep * min(1.0, self._done / self._total) ** self._power
+        if is_merge:
+            keep = self._keep * min(1.0, self._update / self._total) ** self._power
             torch._foreach_lerp_(slow, parameters, 1 - keep)
         torch._foreach_copy_(parameters, slow)
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+def _with_gradient(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised before they are applied."""
+"""Muon: momentum whose update matrices are orthogonalised."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from distrain.errors import ConfigError
 from distrain.optim.optimizers.groups import parameter_group
 from distrain.optim.uncompiled import without_compiler_hooks
 
-#: Of the quintic that is steep at zero and keeps singular values between 0.7 and 1.2, as its author found them.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
+#: Coefficients of the Newton-Schulz polynomial a*s + b*s^3 + c*s^5, from the author's implementation.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass
 class MuonConfig(OptimizerConfig):
-    """Muon for the inner weights, stochastic gradient descent with momentum for all else."""
+    """Keys of ``optimizer=muon``: Muon for weight matrices, SGD with momentum for all other parameters."""
 
-    momentum: float = setting("Share of the last update direction that is kept.", at_least=0, below=1)
+    momentum: float = setting("Decay factor of the momentum buffer; 0: no momentum.", at_least=0, below=1)
     nesterov: bool = setting("Nesterov's variant of momentum.")
     iterations: int = setting("Newton-Schulz iterations that orthogonalise an update.", at_least=1)
     sgd_match: list[str] = setting(
-        "Shell patterns of names of weights that take plain descent, as all that are no matrix."
+        "Shell patterns of names of weights that are updated by SGD, like all parameters that are not matrices."
     )
-    sgd_lr_factor: float = setting("The rate of plain descent is this times the others'.", above=0)
+    sgd_lr_factor: float = setting("Factor of the learning rate of parameters that are updated by SGD.", above=0)
 
     def __post_init__(self) -> None:
         """Refuses Nesterov without momentum.
@@ -42,20 +42,20 @@ class MuonConfig(OptimizerConfig):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by a Newton-Schulz iteration where a group says so.
+    """Momentum, orthogonalised by a Newton-Schulz iteration in groups with ``orthogonal``.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks",
-    https://kellerjordan.github.io/posts/muon. A weight of two or more dimensions is a matrix of its first dimension by
-    all others. Its update has singular values about 1, whatever the gradient's are, times
-    ``sqrt(max(1, rows / columns))``, and its decay is apart from the gradient. What is no matrix gets the update of
+    https://kellerjordan.github.io/posts/muon. A weight of two or more dimensions is treated as a matrix: the first
+    dimension by the product of the others. Its update has singular values of about 1, times
+    ``sqrt(max(1, rows / columns))``, and decoupled weight decay. Groups without ``orthogonal`` get the update of
     ``torch.optim.SGD``.
 
     Args:
-        params: Groups; ``orthogonal`` says which of the two updates is made.
+        params: Parameter groups; ``orthogonal`` (default: true) selects the update.
         lr: Learning rate.
-        momentum: Share of the last direction that is kept.
-        nesterov: Whether the gradient is added once more to the momentum that it is part of.
-        weight_decay: Weight decay, times the learning rate.
+        momentum: Decay factor of the momentum buffer.
+        nesterov: Whether to use Nesterov's variant of momentum.
+        weight_decay: Weight decay; decoupled in groups with ``orthogonal``, else added to the gradient.
         iterations: Newton-Schulz iterations.
     """
 
@@ -67,8 +67,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; there is no ``closure``."""
-        assert closure is None, "nothing here evaluates a model again"
+        """Updates every parameter that has a gradient.
+
+        Raises:
+            ValueError: A ``closure`` is given; it is not supported.
+        """
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -82,10 +87,10 @@ class Muon(torch.optim.Optimizer):
         elif decay:
             gradient = gradient.add(parameter, alpha=decay)
         if momentum:
-            kept = self.state[parameter]
-            if "momentum_buffer" not in kept:
-                kept["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = kept["momentum_buffer"].mul_(momentum).add_(gradient)
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
             gradient = gradient.add(buffer, alpha=momentum) if group["nesterov"] else buffer
         if orthogonal:
             matrix = gradient.flatten(1)
@@ -95,22 +100,25 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
-    """About ``U V^T`` of a matrix ``U S V^T``, by products of matrices alone.
+    """Approximates ``U V^T`` of a matrix ``U S V^T``, using matrix products only.
 
-    The iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` maps each singular value by ``a s + b s^3 + c s^5``; from
-    any between 0 and 1 that is not tiny it comes to 0.7 to 1.2 within five. On CUDA it computes in bfloat16, which
-    it is robust to; elsewhere in the matrix's own type.
+    The iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` maps each singular value ``s`` to ``a s + b s^3 + c s^5``.
+    Five iterations bring singular values between 0 and 1, unless they are tiny, to between 0.7 and 1.2. On CUDA it
+    computes in bfloat16, which is precise enough, elsewhere in the matrix's own type.
 
     Args:
-        matrix: [rows, columns].
-        iterations: How many.
+        matrix: Floating-point ``[rows, columns]``.
+        iterations: Number of iterations.
+
+    Returns:
+        A matrix of the same shape and type.
     """
-    a, b, c = _QUINTIC
+    a, b, c = _COEFFICIENTS
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     tall = x.shape[0] > x.shape[1]
-    # The products are of the smaller side.
+    # Transpose so that X X^T is the smaller of the two possible products.
     x = x.T if tall else x
-    # The norm is at least the largest singular value; an update of zeros stays one.
+    # The Frobenius norm is at least the largest singular value. The constant keeps an update of zeros zero.
     x = x / (torch.linalg.vector_norm(x) + 1e-7)
     for _ in range(iterations):
         square = x @ x.T
@@ -120,22 +128,23 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
 
 @register("optimizer", "muon", MuonConfig)
 def muon(config: MuonConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
-    """Muon; ``optimizer.fused`` has nothing to choose, since there is one implementation."""
+    """Muon; ``fused`` is ignored, since there is one implementation."""
     split: list[dict[str, Any]] = []
     for group in groups:
-        plain = [item for item in group["params"] if _plain(config, item)]
-        # The first group says what the rate is, whatever it holds.
+        by_sgd = [item for item in group["params"] if _uses_sgd(config, item)]
+        matrices = [item for item in group["params"] if not _uses_sgd(config, item)]
         named = any(isinstance(item, tuple) for item in group["params"]) or "param_names" in group
-        rest = [item for item in group["params"] if not _plain(config, item)]
-        matrices = {**group, **parameter_group(rest, named=named)}
-        split += [matrices] if matrices["params"] or not split else []
-        factor = config.sgd_lr_factor * group.get("lr_factor", 1.0)
-        split += [{**group, "params": plain, "orthogonal": False, "lr_factor": factor}] if plain else []
+        # The first group is kept even if it is empty: the learning rate is read from it.
+        if matrices or not split:
+            split.append({**group, **parameter_group(matrices, named=named)})
+        if by_sgd:
+            factor = config.sgd_lr_factor * group.get("lr_factor", 1.0)
+            split.append({**group, "params": by_sgd, "orthogonal": False, "lr_factor": factor})
     return without_compiler_hooks(Muon)(
         split, config.lr, config.momentum, config.nesterov, config.weight_decay, config.iterations
     )
 
 
-def _plain(config: MuonConfig, item: Any) -> bool:
+def _uses_sgd(config: MuonConfig, item: Any) -> bool:
     name, parameter = item if isinstance(item, tuple) else ("", item)
     return parameter.dim() < 2 or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.sgd_match)

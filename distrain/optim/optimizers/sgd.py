@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, by torch."""
+"""torch's stochastic gradient descent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distrain.optim.uncompiled import without_compiler_hooks
 class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent; plain gradient descent where ``momentum`` is 0."""
 
-    momentum: float = setting("Share of the last update direction that is kept.", at_least=0, below=1)
+    momentum: float = setting("Decay factor of the momentum buffer; 0: no momentum.", at_least=0, below=1)
     nesterov: bool = setting("Nesterov's variant of momentum (Sutskever et al. 2013).")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How many updates an optimizer has made, counted in its state by parameter: so any strategy saves and resumes it."""
+"""Counts an optimizer's updates in its state of each parameter, so that every strategy saves and restores the count."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _KEY = "updates"
 
 
 def completed(optimizer: torch.optim.Optimizer) -> int:
-    """Updates made so far; 0 where none was counted."""
-    return max((int(kept[_KEY]) for kept in optimizer.state.values() if _KEY in kept), default=0)
+    """Number of updates recorded so far; 0 if none was recorded."""
+    return max((int(state[_KEY]) for state in optimizer.state.values() if _KEY in state), default=0)
 
 
 def record(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Notes that so many have been made, with each parameter that has a gradient."""
+    """Stores the number of updates in the state of each parameter that has a gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Optimizers make the textbook updates, fused where torch can."""
+"""Optimizers compute the textbook updates, with fused kernels where torch has them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_plain_sgd_is_gradient_descent() -> None:
     torch.testing.assert_close(after_steps(sgd()), expected)
 
 
-def test_momentum_keeps_a_share_of_the_last_direction() -> None:
+def test_momentum_adds_up_decayed_gradients() -> None:
     first, second = GRADIENTS
     velocity = 0.9 * first + second
     torch.testing.assert_close(after_steps(sgd(momentum=0.9)), START - 0.1 * first - 0.1 * velocity)
@@ -56,25 +56,25 @@ def test_sgd_adds_weight_decay_to_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_divides_the_first_moment_by_the_root_of_the_second(name: str) -> None:
+def test_adam_divides_the_first_moment_by_the_square_root_of_the_second(name: str) -> None:
     expected, first, second = START.double(), torch.zeros(4).double(), torch.zeros(4).double()
     for step, gradient in enumerate(GRADIENTS, start=1):
         first = 0.8 * first + 0.2 * gradient
         second = 0.9 * second + 0.1 * gradient**2
         expected -= 0.1 * (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-3)
-    found = after_steps(adam(name, betas=[0.8, 0.9], eps=1e-3))
-    torch.testing.assert_close(found, expected.float())
+    actual = after_steps(adam(name, betas=[0.8, 0.9], eps=1e-3))
+    torch.testing.assert_close(actual, expected.float())
 
 
-def test_only_adamw_keeps_weight_decay_apart_from_the_gradient() -> None:
-    nothing = [torch.zeros(4)]
-    torch.testing.assert_close(after_steps(adam("adamw", weight_decay=0.5), nothing), START * (1 - 0.1 * 0.5))
-    torch.testing.assert_close(after_steps(adam("adam", weight_decay=0.5), nothing), START - 0.1 * START.sign())
+def test_only_adamw_decouples_weight_decay_from_the_gradient() -> None:
+    zero_gradients = [torch.zeros(4)]
+    torch.testing.assert_close(after_steps(adam("adamw", weight_decay=0.5), zero_gradients), START * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(after_steps(adam("adam", weight_decay=0.5), zero_gradients), START - 0.1 * START.sign())
 
 
 @pytest.mark.parametrize("config", [sgd, lambda **c: adam("adam", **c), lambda **c: adam("adamw", **c)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fused_is_used_where_asked_for_and_changes_nothing(config: Any, dtype: torch.dtype) -> None:
+def test_fused_kernels_are_used_if_configured_and_give_the_same_result(config: Any, dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(3, dtype=dtype))
     assert build_optimizer(config(fused=True), [parameter]).defaults["fused"] is True
     assert not build_optimizer(config(fused=False), [parameter]).defaults["fused"]
@@ -82,12 +82,12 @@ def test_fused_is_used_where_asked_for_and_changes_nothing(config: Any, dtype: t
 
 
 @pytest.mark.parametrize("other", [torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.complex64)])
-def test_one_parameter_without_a_fused_kernel_rules_it_out_for_all(other: Tensor) -> None:
+def test_one_parameter_without_a_fused_kernel_excludes_it_for_all(other: Tensor) -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(other)]
     assert not build_optimizer(sgd(fused=True), parameters).defaults["fused"]
 
 
-def test_parameters_may_come_with_their_names() -> None:
+def test_parameters_may_have_names() -> None:
     model = nn.Linear(2, 3)
     optimizer = build_optimizer(adam("adam"), model.named_parameters())
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
@@ -100,6 +100,6 @@ def test_nesterov_without_momentum_is_refused() -> None:
 
 
 @pytest.mark.parametrize("betas", [[0.9], [0.9, 0.99, 0.999]])
-def test_betas_are_two(betas: list[float]) -> None:
+def test_adam_needs_two_betas(betas: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.betas=.*must be two numbers"):
         adam("adam", betas=betas)

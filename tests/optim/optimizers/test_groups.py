@@ -1,4 +1,4 @@
-"""Groups of parameters have their own factor of the rate, decay and time; whoever sets the rate sets one."""
+"""Parameter groups have their own learning-rate factor, weight decay and number of epochs, but one common rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def step(optimizer: torch.optim.Optimizer, *parameters: nn.Parameter) -> None:
     optimizer.step()
 
 
-def built(*overrides: str) -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]:
+def make_optimizer(*overrides: str) -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]:
     """An optimizer of a parameter ``first.weight`` and a parameter ``last.bias``, both of ones."""
     weight, bias = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     config = small("optimizer.lr=0.1", *overrides).optimizer
@@ -30,32 +30,34 @@ def built(*overrides: str) -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Para
     return build_optimizer(config, named, steps_per_epoch=4, total_steps=8), weight, bias
 
 
-def descended(rate: float, decay: float = 0.0, start: Tensor | None = None) -> Tensor:
+def after_sgd_step(rate: float, decay: float = 0.0, start: Tensor | None = None) -> Tensor:
     start = torch.ones(2) if start is None else start
     return start - rate * (GRADIENT + decay * start)
 
 
 def test_a_group_has_its_own_rate_and_decay() -> None:
-    optimizer, weight, bias = built(
+    optimizer, weight, bias = make_optimizer(
         "optimizer=sgd",
         "optimizer.weight_decay=0.3",
         "optimizer.groups=[{match: '*.bias', lr_factor: 5, weight_decay: 0}]",
     )
     step(optimizer, weight, bias)
-    torch.testing.assert_close(weight.detach(), descended(0.1, decay=0.3))
-    torch.testing.assert_close(bias.detach(), descended(0.5))
+    torch.testing.assert_close(weight.detach(), after_sgd_step(0.1, decay=0.3))
+    torch.testing.assert_close(bias.detach(), after_sgd_step(0.5))
 
 
-def test_the_first_group_that_fits_takes_a_parameter_and_without_decay_the_others_holds() -> None:
+def test_the_first_matching_group_applies_with_the_default_decay() -> None:
     groups = "[{match: last.*, lr_factor: 2}, {match: '*.bias', lr_factor: 3}]"
-    optimizer, weight, bias = built("optimizer=sgd", "optimizer.weight_decay=0.3", f"optimizer.groups={groups}")
+    optimizer, weight, bias = make_optimizer(
+        "optimizer=sgd", "optimizer.weight_decay=0.3", f"optimizer.groups={groups}"
+    )
     step(optimizer, weight, bias)
-    torch.testing.assert_close(bias.detach(), descended(0.2, decay=0.3))
+    torch.testing.assert_close(bias.detach(), after_sgd_step(0.2, decay=0.3))
 
 
 @pytest.mark.parametrize("choice", ["sgd", "adam", "adamw", "muon"])
-def test_the_rate_is_one_for_all_groups_between_steps(choice: str) -> None:
-    optimizer, weight, bias = built(f"optimizer={choice}", "optimizer.groups=[{match: '*', lr_factor: 5}]")
+def test_all_groups_have_one_rate_between_steps(choice: str) -> None:
+    optimizer, weight, bias = make_optimizer(f"optimizer={choice}", "optimizer.groups=[{match: '*', lr_factor: 5}]")
     for group in optimizer.param_groups:
         group["lr"] = 0.2
     step(optimizer, weight, bias)
@@ -63,9 +65,9 @@ def test_the_rate_is_one_for_all_groups_between_steps(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["sgd optimizer.momentum=0.9 optimizer.nesterov=true", "adamw", "muon"])
-def test_a_group_may_stop_after_some_epochs(choice: str) -> None:
+def test_a_group_is_frozen_after_its_epochs(choice: str) -> None:
     groups = "optimizer.groups=[{match: '*.bias', epochs: 0.5}]"
-    optimizer, weight, bias = built(*f"optimizer={choice} optimizer.weight_decay=0.1".split(), groups)
+    optimizer, weight, bias = make_optimizer(*f"optimizer={choice} optimizer.weight_decay=0.1".split(), groups)
     values = []
     for _ in range(4):
         step(optimizer, weight, bias)
@@ -76,8 +78,8 @@ def test_a_group_may_stop_after_some_epochs(choice: str) -> None:
     assert not values[1][0].equal(values[2][0])
 
 
-def test_without_groups_nothing_is_counted() -> None:
-    optimizer, weight, bias = built("optimizer=sgd")
+def test_updates_are_not_counted_without_groups() -> None:
+    optimizer, weight, bias = make_optimizer("optimizer=sgd")
     step(optimizer, weight, bias)
     assert updates.completed(optimizer) == 0
 
@@ -85,13 +87,13 @@ def test_without_groups_nothing_is_counted() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ("[{match: '*.bais'}]", "optimizer.groups[0].match=*.bais: fits no parameter of the model"),
-        ("[{match: '*'}, {match: output.bias}]", "optimizer.groups[1].match=output.bias: fits no parameter"),
+        ("[{match: '*.bais'}]", "optimizer.groups[0].match=*.bais: matches no parameter of the model"),
+        ("[{match: '*'}, {match: output.bias}]", "optimizer.groups[1].match=output.bias: matches no parameter"),
         ("[{match: '*', lr_factor: 0}]", "optimizer.groups[0].lr_factor=0.0: must be greater than 0"),
         ("[{lr_factor: 2}]", "optimizer.groups[0].match: needs a value"),
     ],
 )
-def test_what_means_nothing_is_refused_before_ranks_meet(groups: str, message: str) -> None:
+def test_invalid_groups_are_refused_before_any_process_group_forms(groups: str, message: str) -> None:
     world = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
     with pytest.raises(ConfigError) as caught:
         app.check(small("optimizer=sgd", f"optimizer.groups={groups}"), world)
