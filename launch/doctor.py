@@ -13,12 +13,11 @@ from distrain.cli import hydra_entry
 def task(composed: DictConfig) -> None:
     """Examines once."""
     # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.cli import settings
-    from distrain.tools.doctor import command
+    from distrain.cli import doctor, settings
 
     if typed:
         hydra_entry.restore_environment()
-    command.run(settings.load(command.DoctorSettings, composed), typed)
+    doctor.run(settings.load(doctor.DoctorSettings, composed), typed)
 
 
 if __name__ == "__main__":

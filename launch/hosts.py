@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain.cli import hydra_entry
-from distrain.tools.launching import hosts
+from distrain.cli import hosts, hydra_entry
+from distrain.tools.launching.hosts import run
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE.parent / "conf"
@@ -23,7 +23,7 @@ def task(composed: DictConfig) -> None:
     chosen = settings.load(hosts.HostsSettings, composed)
     if chosen.script is None:
         hosts.check(CONF, THEIRS)
-    sys.exit(hosts.run(hosts.plan(chosen, HERE / "train.py", THEIRS), chosen.grace_seconds))
+    sys.exit(run(hosts.plan(chosen, HERE / "train.py", THEIRS), chosen.grace_seconds))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain.cli import hydra_entry
+from distrain.cli import hydra_entry, sweep
 from distrain.errors import ConfigError
-from distrain.tools.launching import sweep
 
 HERE = Path(__file__).resolve().parent
 

@@ -32,14 +32,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from distrain.config.load import one_line
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, missing
 
-#: As the user has it; :func:`main` sets it for itself.
-_WANTED_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR")
 #: How long the other ranks of a host leave the word to its first.
 _PATIENCE_SECONDS = 2
 
-
-#: What the user's HYDRA_FULL_ERROR said, for processes that are started from here.
-told = ""
+#: HYDRA_FULL_ERROR as the user set it, for processes started from here; :func:`main` changes the variable itself.
+user_hydra_full_error: str | None = None
 
 
 class Ended(Exception):
@@ -58,9 +55,9 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
         conf: The folder of YAML files.
         config_name: The primary file, without ``.yaml``.
     """
-    global told
-    told = os.environ.get("HYDRA_FULL_ERROR", "")
-    wants_traceback = told not in ("", "0")
+    global user_hydra_full_error
+    user_hydra_full_error = os.environ.get("HYDRA_FULL_ERROR")
+    wants_traceback = user_hydra_full_error not in (None, "", "0")
     # Hydra prints errors its own way and exits with 1 unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composing = True
@@ -129,8 +126,8 @@ def take_command(arguments: list[str]) -> list[str]:
 def restore_environment() -> None:
     """Undoes what :func:`main` set for Hydra, before other programs inherit it."""
     os.environ.pop("HYDRA_FULL_ERROR", None)
-    if _WANTED_TRACEBACKS is not None:
-        os.environ["HYDRA_FULL_ERROR"] = _WANTED_TRACEBACKS
+    if user_hydra_full_error is not None:
+        os.environ["HYDRA_FULL_ERROR"] = user_hydra_full_error
 
 
 def _leave(code: int) -> NoReturn:

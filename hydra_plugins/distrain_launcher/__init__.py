@@ -34,10 +34,10 @@ class TorchrunLauncher(Launcher):
         Raises:
             ConfigError: A key's value is wrong.
         """
+        from distrain.cli import sweep
         from distrain.config.load import load_settings
-        from distrain.tools.launching import jobs, sweep
 
-        settings = load_settings(jobs.SweepSettings, OmegaConf.create(self._settings))
+        settings = load_settings(sweep.SweepSettings, OmegaConf.create(self._settings))
         self._sweep = sweep.Sweep.of(settings, config.hydra.sweep.dir, config.hydra.overrides.task)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -7,34 +7,18 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.cli import hydra_entry
-from distrain.config.schema import setting
 from distrain.tools.launching.processes import Asked, Child, asked_to_end
 
 DONE, FAILED, STOPPED, OVER, NOT_RUN = "done", "failed", "stopped", "over its time limit", "not run"
 _POLL_SECONDS = 0.2
 #: Longer folder names are hard to read, and no file system takes more than 255 bytes.
 _LONGEST_NAME = 100
-
-
-@dataclass
-class SweepSettings:
-    """Keys of ``conf/hydra/launcher/torchrun.yaml``."""
-
-    nproc: str = setting("Ranks a job: a number, or torchrun's gpu, cpu or auto.")
-    minutes: float | None = setting("A job that takes longer is ended; null: no limit.", above=0)
-    parallel: int = setting("Jobs at a time.", at_least=1)
-    metric: str = setting("Which number of summary.json ranks the jobs, and is Optuna's.")
-    grace_seconds: float = setting("A job that is ended has so long to save.", at_least=0)
-    torchrun: list[str] = setting("More options for torchrun.")
-    script: str | None = setting("What each job runs; null: the script itself.")
-    jobs_file: str | None = setting("Write one line a job to this file and run none; null: run them.")
 
 
 @dataclass(frozen=True)
@@ -125,15 +109,30 @@ class Runner:
     """Runs jobs, so many at a time.
 
     Args:
-        settings: The sweep's keys.
         start: The command that a job's arguments are added to.
-        say: Prints a line.
+        parallel: How many jobs run at a time.
+        minutes: A job that takes longer is ended; ``None`` for no limit.
+        grace_seconds: Time that a job has to save its state before it is killed.
+        environment: Variables for the jobs besides this process's own.
+        log: Prints a line.
     """
 
-    def __init__(self, settings: SweepSettings, start: Sequence[str], say: Callable[[str], None] = print) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        start: Sequence[str],
+        *,
+        parallel: int,
+        minutes: float | None,
+        grace_seconds: float,
+        environment: Mapping[str, str] | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
         self._start = tuple(start)
-        self._say = say
+        self._parallel = parallel
+        self._minutes = minutes
+        self._grace_seconds = grace_seconds
+        self._environment = environment
+        self._log = log
         self._stop = threading.Event()
 
     def run(self, jobs: Sequence[Job]) -> tuple[list[Result], int]:
@@ -144,12 +143,12 @@ class Runner:
             ended and the rest was not begun.
         """
         code = 0
-        with asked_to_end(), ThreadPoolExecutor(self._settings.parallel) as pool:
+        with asked_to_end(), ThreadPoolExecutor(self._parallel) as pool:
             futures = [pool.submit(self._one, job) for job in jobs]
             try:
                 wait(futures)
             except Asked as asked:
-                self._say(f"sweep: {asked}; what runs is ended, the rest is not begun")
+                self._log(f"sweep: {asked}; what runs is ended, the rest is not begun")
                 code = asked.code
                 self._stop.set()
             return [future.result() for future in futures], code
@@ -157,21 +156,19 @@ class Runner:
     def _one(self, job: Job) -> Result:
         if not job.claim():
             reason = f"{job.folder} holds a training with other settings; name another sweep.folder"
-            self._say(f"sweep: {job.name}: {NOT_RUN}: {reason}")
+            self._log(f"sweep: {job.name}: {NOT_RUN}: {reason}")
             return Result(job, NOT_RUN, reason)
         before = _summary(job)
         if before:
-            self._say(f"sweep: {job.name}: was done before")
+            self._log(f"sweep: {job.name}: was done before")
             return Result(job, DONE, seconds=float(before.get("wall_seconds", 0)), summary=before)
         if self._stop.is_set():
             return Result(job, NOT_RUN, "the sweep was ended before")
-        self._say(f"sweep: {job.name}: starts")
+        self._log(f"sweep: {job.name}: starts")
         log, started = job.folder / "output.log", time.time()
         with log.open("ab") as output:
             begins = output.tell()
-            # This process has its own reason to set it.
-            environment = {"HYDRA_FULL_ERROR": hydra_entry.told}
-            child = Child([*self._start, *job.arguments], output=output, environment=environment)
+            child = Child([*self._start, *job.arguments], output=output, environment=self._environment)
             result = self._watch(job, child)
         result.seconds = time.time() - started
         if result.status == DONE:
@@ -180,19 +177,19 @@ class Runner:
                 result.status, result.reason = FAILED, "ended well without a summary.json"
         elif not result.reason:
             result.status, result.reason = _why(job, started) or (FAILED, _last_words(log, begins))
-        self._say(f"sweep: {job.name}: {result.status}{': ' if result.reason else ''}{result.reason}")
+        self._log(f"sweep: {job.name}: {result.status}{': ' if result.reason else ''}{result.reason}")
         return result
 
     def _watch(self, job: Job, child: Child) -> Result:
-        limit = self._settings.minutes
+        limit = self._minutes
         deadline = time.monotonic() + (60 * limit if limit is not None else float("inf"))
         try:
             while (code := child.wait(_POLL_SECONDS)) is None:
                 if self._stop.is_set():
-                    child.end(self._settings.grace_seconds)
+                    child.end(self._grace_seconds)
                     return Result(job, FAILED, "ended with the sweep")
                 if time.monotonic() > deadline:
-                    child.end(self._settings.grace_seconds)
+                    child.end(self._grace_seconds)
                     return Result(job, OVER, f"ended after {limit:g} minutes; what it saved is there to go on from")
         finally:
             child.clear()

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from distrain.cli import doctor
+from distrain.cli.doctor import DoctorSettings
 from distrain.errors import Failed
-from distrain.tools.doctor import command
-from distrain.tools.doctor.command import DoctorSettings
 from distrain.tools.testnet.network import Network, address
 from tests.hosts import needs_network, run_on_hosts
 
@@ -36,7 +36,7 @@ def examine(plants: Mapping[int, Mapping[str, Any]], wait: float, output: str) -
         time.time = lambda: right() + plant["clock"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(Failed):
-        command.run(DoctorSettings(None, None, None, wait, None, None, output, False), [])
+        doctor.run(DoctorSettings(None, None, None, wait, None, None, output, False), [])
     return said.getvalue()
 
 

@@ -18,7 +18,6 @@ from distrain.tools.launching.jobs import (
     Job,
     Result,
     Runner,
-    SweepSettings,
     lines,
     make_jobs,
 )
@@ -56,18 +55,8 @@ if mode != "silent":
 """
 
 
-def settings(**changes: Any) -> SweepSettings:
-    values: dict[str, Any] = {
-        "nproc": "1",
-        "minutes": None,
-        "parallel": 2,
-        "metric": "val_accuracy",
-        "grace_seconds": 0.2,
-        "torchrun": [],
-        "script": None,
-        "jobs_file": None,
-    }
-    return SweepSettings(**{**values, **changes})
+def runner(start: list[str], **changes: Any) -> Runner:
+    return Runner(start, **{"parallel": 2, "minutes": None, "grace_seconds": 0.2, **changes})
 
 
 def jobs(tmp_path: Path, *modes: str) -> list[Job]:
@@ -76,7 +65,7 @@ def jobs(tmp_path: Path, *modes: str) -> list[Job]:
 
 def run(tmp_path: Path, *modes: str, **changes: Any) -> list[Result]:
     start = program(tmp_path / "training.py", TRAINING)
-    results, code = Runner(settings(**changes), start).run(jobs(tmp_path, *modes))
+    results, code = runner(start, **changes).run(jobs(tmp_path, *modes))
     assert code == 0
     return results
 
@@ -128,7 +117,7 @@ def test_an_older_report_is_not_the_reason(tmp_path: Path) -> None:
     job = jobs(tmp_path, "report")[0]
     os.utime(job.folder / "failure.json", (0, 0))
     start = program(tmp_path / "crash.py", "raise KeyError('new')")
-    assert Runner(settings(), start).run([job])[0][0].reason == "KeyError: 'new'"
+    assert runner(start).run([job])[0][0].reason == "KeyError: 'new'"
 
 
 def test_output_is_kept_beside_the_job(tmp_path: Path) -> None:
@@ -147,7 +136,7 @@ def test_what_another_sweep_left_in_the_folder_is_not_taken_for_the_jobs(tmp_pat
     run(tmp_path, "0.5")
     start = program(tmp_path / "training.py", TRAINING)
     other = make_jobs([["seed=1", "mode=0.5"]], 0, ["seed"], tmp_path / "sweep")
-    result = Runner(settings(), start).run(other)[0][0]
+    result = runner(start).run(other)[0][0]
     assert (result.status, result.summary) == (NOT_RUN, {})
     assert result.reason.endswith("holds a training with other settings; name another sweep.folder")
 
@@ -161,7 +150,7 @@ while not all(pathlib.Path({str(tmp_path)!r}, name).exists() for name in ("one",
     time.sleep(0.02)
 """
     start = program(tmp_path / "both.py", both)
-    results, _ = Runner(settings(minutes=0.5), start).run(jobs(tmp_path, "one", "two"))
+    results, _ = runner(start, minutes=0.5).run(jobs(tmp_path, "one", "two"))
     assert [result.reason for result in results] == ["ended well without a summary.json"] * 2
 
 
@@ -171,7 +160,7 @@ def test_nothing_is_left_of_a_job_that_can_not_be_asked_to_end(tmp_path: Path) -
         *program(tmp_path / "stubborn.py", STUBBORN.replace("len(sys.argv) == 2", "sys.argv[2] != 'below'")),
         str(below),
     ]
-    assert Runner(settings(minutes=0.02), start).run(jobs(tmp_path, "x"))[0][0].status == OVER
+    assert runner(start, minutes=0.02).run(jobs(tmp_path, "x"))[0][0].status == OVER
     assert not runs(int(below.read_text()))
 
 
@@ -184,7 +173,7 @@ def test_being_asked_to_end_ends_what_runs_and_begins_nothing_more(tmp_path: Pat
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()
-    results, code = Runner(settings(parallel=1), start).run(made)
+    results, code = runner(start, parallel=1).run(made)
     assert code == 128 + signal.SIGTERM
     assert [(result.status, result.reason) for result in results] == [
         (DONE, ""),

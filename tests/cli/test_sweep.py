@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distrain.cli import sweep
+from distrain.cli.sweep import SweepSettings
 from distrain.errors import ConfigError
-from distrain.tools.launching import sweep
-from distrain.tools.launching.jobs import SweepSettings
 from tests.config.test_conf import keys_of
 from tests.runs import CONF
 

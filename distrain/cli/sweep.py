@@ -5,13 +5,30 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from distrain.cli import hydra_entry
+from distrain.config.schema import setting
 from distrain.errors import ConfigError, missing
 from distrain.tools.launching import table
-from distrain.tools.launching.jobs import DONE, Result, Runner, SweepSettings, lines, make_jobs, quoted
+from distrain.tools.launching.jobs import DONE, Result, Runner, lines, make_jobs, quoted
+
+
+@dataclass
+class SweepSettings:
+    """Keys of ``conf/hydra/launcher/torchrun.yaml``."""
+
+    nproc: str = setting("Ranks a job: a number, or torchrun's gpu, cpu or auto.")
+    minutes: float | None = setting("A job that takes longer is ended; null: no limit.", above=0)
+    parallel: int = setting("Jobs at a time.", at_least=1)
+    metric: str = setting("Which number of summary.json ranks the jobs, and is Optuna's.")
+    grace_seconds: float = setting("A job that is ended has so long to save.", at_least=0)
+    torchrun: list[str] = setting("More options for torchrun.")
+    script: str | None = setting("What each job runs; null: the script itself.")
+    jobs_file: str | None = setting("Write one line a job to this file and run none; null: run them.")
 
 
 def torchrun(settings: SweepSettings, script: Path) -> list[str]:
@@ -38,7 +55,14 @@ class Sweep:
         self._folder = folder
         self._fixed = fixed
         self._results: list[Result] = []
-        self._runner = Runner(settings, torchrun(settings, Path(settings.script or sys.argv[0])))
+        self._runner = Runner(
+            torchrun(settings, Path(settings.script or sys.argv[0])),
+            parallel=settings.parallel,
+            minutes=settings.minutes,
+            grace_seconds=settings.grace_seconds,
+            # This process has its own reason to set it.
+            environment={"HYDRA_FULL_ERROR": hydra_entry.user_hydra_full_error or ""},
+        )
 
     @classmethod
     def of(cls, settings: SweepSettings, folder: str, typed: Sequence[str]) -> Sweep:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from distrain.cli import doctor
+from distrain.cli.doctor import DoctorSettings
 from distrain.errors import ConfigError, Failed
 from distrain.runtime.world import World
-from distrain.tools.doctor import command, interfaces
-from distrain.tools.doctor.command import DoctorSettings
+from distrain.tools.doctor import interfaces
 from tests.harness import run_ranks, run_ranks_to_the_end
 from tests.runs import LAUNCH
 
@@ -33,7 +34,7 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_examines_its_machine(capfd: pytest.CaptureFixture[str]) -> None:
-    assert command.run(settings(), []) == []
+    assert doctor.run(settings(), []) == []
     said = capfd.readouterr().out
     assert "rank  host" in said
     assert said.endswith("nothing is wrong\n")
@@ -41,12 +42,12 @@ def test_one_process_examines_its_machine(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_what_is_wrong_ends_with_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Failed):
-        command.run(settings(threads=1000), [])
+        doctor.run(settings(threads=1000), [])
     assert "1 rank(s) of 1000 threads each" in capfd.readouterr().out
 
 
 def examine(output: str) -> list[str]:
-    return [finding.kind for finding in command.run(settings(output=output), [])]
+    return [finding.kind for finding in doctor.run(settings(output=output), [])]
 
 
 def test_ranks_of_one_host_measure_all_reduce(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def examine_all_but_the_last() -> str:
     if world.rank == world.size - 1:
         return "stayed away"
     try:
-        command.run(settings(wait=1.5), [])
+        doctor.run(settings(wait=1.5), [])
     except Failed:
         return "failed"
     return "found nothing"
@@ -83,26 +84,26 @@ def test_place_that_refuses_or_does_not_resolve_is_named(capfd: pytest.CaptureFi
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(Failed):
-        command.run(settings(address=f"127.0.0.1:{port}", ranks=2, rank=1, wait=0.3), [])
+        doctor.run(settings(address=f"127.0.0.1:{port}", ranks=2, rank=1, wait=0.3), [])
     said = capfd.readouterr().out
     assert f"can't reach port {port} of 127.0.0.1, where ranks meet, within 0.3 s: refused" in said
     assert f"open TCP port {port}" in said
     with pytest.raises(Failed):
-        command.run(settings(address="no-such-host.invalid:1234", ranks=2, rank=1, wait=0.3), [])
+        doctor.run(settings(address="no-such-host.invalid:1234", ranks=2, rank=1, wait=0.3), [])
     said = capfd.readouterr().out
     assert "the name 'no-such-host.invalid', where ranks meet, doesn't resolve" in said
 
 
 def test_port_that_is_taken_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(Failed):
-        command.run(settings(address=f"127.0.0.1:{server.getsockname()[1]}", ranks=2, rank=0, wait=1), [])
+        doctor.run(settings(address=f"127.0.0.1:{server.getsockname()[1]}", ranks=2, rank=0, wait=1), [])
     assert "can't serve port" in capfd.readouterr().out
 
 
 def test_export_prints_lines_for_a_shell(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(interfaces, "addresses", lambda: {"lo": "127.0.0.1", "eth7": "10.0.0.2"})
     monkeypatch.setattr(interfaces, "towards", lambda *_: "10.0.0.2")
-    assert command.run(settings(export=True, address="10.0.0.1:29400"), []) == []
+    assert doctor.run(settings(export=True, address="10.0.0.1:29400"), []) == []
     assert capfd.readouterr().out == "export GLOO_SOCKET_IFNAME=eth7\nexport NCCL_SOCKET_IFNAME=eth7\n"
 
 
@@ -123,10 +124,10 @@ def test_command_runs_with_the_interface_set() -> None:
 
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^address: 2 ranks need HOST:PORT"):
-        command.run(settings(ranks=2, rank=0), [])
+        doctor.run(settings(ranks=2, rank=0), [])
     with pytest.raises(ConfigError, match=r"^address=host: must be HOST:PORT"):
-        command.run(settings(ranks=2, rank=0, address="host"), [])
+        doctor.run(settings(ranks=2, rank=0, address="host"), [])
     with pytest.raises(ConfigError, match=r"^rank=2: there are 2 ranks"):
-        command.run(settings(ranks=2, rank=2, address="host:1"), [])
+        doctor.run(settings(ranks=2, rank=2, address="host:1"), [])
     with pytest.raises(ConfigError, match=r"^expect=fast: must be a rate"):
-        command.run(settings(expect="fast"), [])
+        doctor.run(settings(expect="fast"), [])
