@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics, loggers and figures."""
+"""Metrics, the loggers that write them, and figures."""

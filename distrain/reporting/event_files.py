@@ -1,7 +1,7 @@
-"""TensorBoard's event files without what a run that goes on has left behind.
+"""Removes events from TensorBoard's event files.
 
-A file is a row of records: the length of an event as a little-endian uint64, its checksum, the event (a protocol
-buffer), its checksum. What is kept is copied as it is.
+An event file is a sequence of records. Each record consists of the event's length as a little-endian uint64, a checksum
+of the length, the event (a protocol buffer), and a checksum of the event. Kept records are copied unchanged.
 """
 
 from __future__ import annotations
@@ -20,52 +20,55 @@ _CHECKSUM_BYTES = 4
 
 
 def event_paths(folder: Path) -> list[Path]:
-    """The event files, oldest first."""
+    """The event files in a folder, oldest first."""
     return sorted(folder.glob("events.out.tfevents.*"))
 
 
-def remove_events(folder: Path, belongs: Callable[[int, Any], bool]) -> None:
-    """Rewrites the files that hold what doesn't belong to the run any more, each in one step.
+def remove_events(folder: Path, is_valid: Callable[[int, Any], bool]) -> None:
+    """Rewrites the files that hold invalid events, and deletes those of which no event with values is left.
 
-    A record that was cut short by a process that died ends its file.
+    Each file is replaced atomically. A truncated or corrupt record ends its file: it and all that follows is removed.
 
     Args:
-        folder: Where the files lie.
-        belongs: Is given a step and a value of that step's summary (tensorboard's ``Summary.Value``).
+        folder: Folder that holds the event files.
+        is_valid: Called with an event's step and each value of its summary (tensorboard's ``Summary.Value``). An event
+            is kept if all of its values are valid.
     """
     for path in event_paths(folder):
-        new = folder / f".{path.name.replace('tfevents', 'new')}"
-        with path.open("rb") as old, new.open("wb") as kept:
+        new_path = folder / f".{path.name.replace('tfevents', 'new')}"
+        with path.open("rb") as old, new_path.open("wb") as new:
             size = os.fstat(old.fileno()).st_size
-            says_something, read = False, 0
+            has_values, read_bytes = False, 0
             for record, event in _records(old, size):
-                read += len(record)
+                read_bytes += len(record)
                 values = event.summary.value
-                if all(belongs(event.step, value) for value in values):
-                    kept.write(record)
-                    says_something = says_something or bool(values)
-            unchanged = kept.tell() == size
-            kept.flush()
-            os.fsync(kept.fileno())
-        if read < size:
-            log.warning("left out what stands in %s after byte %d: it is no event, or was cut short", path, read)
+                if all(is_valid(event.step, value) for value in values):
+                    new.write(record)
+                    has_values = has_values or bool(values)
+            unchanged = new.tell() == size
+            new.flush()
+            os.fsync(new.fileno())
+        if read_bytes < size:
+            log.warning(
+                "removed everything after byte %d of %s: the record there is truncated or corrupt", read_bytes, path
+            )
         if unchanged:
-            new.unlink()
-        elif says_something:
-            new.replace(path)
+            new_path.unlink()
+        elif has_values:
+            new_path.replace(path)
         else:
             path.unlink()
-            new.unlink()
+            new_path.unlink()
 
 
 def _records(file: BinaryIO, size: int) -> Iterator[tuple[bytes, Any]]:
-    """Each whole record with its event; the first that is none ends the row."""
+    """Yields each complete record with its event, up to the first that is truncated or corrupt."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
-    head_bytes = _LENGTH.size + _CHECKSUM_BYTES
-    while len(head := file.read(head_bytes)) == head_bytes:
-        (length,) = _LENGTH.unpack(head[: _LENGTH.size])
+    header_bytes = _LENGTH.size + _CHECKSUM_BYTES
+    while len(header := file.read(header_bytes)) == header_bytes:
+        (length,) = _LENGTH.unpack(header[: _LENGTH.size])
         if file.tell() + length + _CHECKSUM_BYTES > size:
             return
         body = file.read(length + _CHECKSUM_BYTES)
@@ -73,4 +76,4 @@ def _records(file: BinaryIO, size: int) -> Iterator[tuple[bytes, Any]]:
             event = Event.FromString(body[:length])
         except DecodeError:
             return
-        yield head + body, event
+        yield header + body, event

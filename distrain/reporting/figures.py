@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard, drawn by matplotlib on no screen."""
+"""Figures for TensorBoard, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_LABELS = 30
-#: Images side by side; sides of the square that each lies in, and room for the words above it, in inches.
-_COLUMNS, _CELL, _TITLE = 8, 1.3, 0.3
+#: A confusion matrix of more classes has no class names and no numbers.
+_MAX_LABELLED_CLASSES = 30
+#: Images in a row of the grid.
+_COLUMNS = 8
+#: Side of each image's square cell, and height of the caption above it, in inches.
+_CELL, _TITLE = 1.3, 0.3
 
 
 def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """True classes by row, predicted classes by column, coloured by the row's share.
+    """Draws a confusion matrix: true classes by row, predicted classes by column.
+
+    Each cell shows the count; its colour is the count's share of the row.
 
     Args:
         confusion: int64 ``[classes, classes]`` counts.
-        classes: Their names.
+        classes: Class names.
     """
     figure = _figure(max(4.0, min(12.0, 1.8 + 0.55 * len(classes))))
     axes = figure.subplots()
@@ -30,7 +35,7 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    if len(classes) <= _MOST_LABELS:
+    if len(classes) <= _MAX_LABELLED_CLASSES:
         axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
         axes.set_yticks(range(len(classes)), classes)
         for row, column in np.ndindex(*counts.shape):
@@ -41,43 +46,43 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> Figure:
-    """A grid of images with what was predicted; what was wrong is red and also says the truth.
+    """Draws a grid of images with their predicted classes; wrong ones are red and followed by the true class.
 
     Args:
-        images: uint8 ``[N, C, H, W]``; 3 channels are shown in colour, of another number the first one in grey.
-        labels: int64 ``[N]``.
-        predicted: int64 ``[N]``.
+        images: uint8 ``[N, C, H, W]``. Images of 3 channels are shown in colour, of others the first channel in grey.
+        labels: True classes, int64 ``[N]``.
+        predicted: Predicted classes, int64 ``[N]``.
         classes: Class names.
     """
     columns = min(_COLUMNS, max(1, len(images)))
     rows = -(-len(images) // columns)
     figure = _figure(_CELL * columns, (_CELL + _TITLE) * rows, layout=None)
-    # One pair of axes for all, in inches of the figure: a pair for each image takes ten times as long to draw.
+    # One Axes for all images, whose unit is an inch of the figure: an Axes per image takes ten times as long to draw.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     height, width = images.shape[2:]
-    right, down = (0.85 * _CELL * side / max(height, width) / 2 for side in (width, height))
+    half_width, half_height = (0.85 * _CELL * side / max(height, width) / 2 for side in (width, height))
     for number, (image, label, guess) in enumerate(zip(images, labels.tolist(), predicted.tolist(), strict=True)):
         row, column = divmod(number, columns)
         x, y = (column + 0.5) * _CELL, (row + 1) * (_CELL + _TITLE) - 0.5 * _CELL
         pixels = image.permute(1, 2, 0) if len(image) == 3 else image[0]
-        place = (x - right, x + right, y + down, y - down)
-        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=place, aspect="auto")
-        said = classes[guess] if label == guess else f"{classes[guess]}\n(is {classes[label]})"
+        extent = (x - half_width, x + half_width, y + half_height, y - half_height)
+        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
+        caption = classes[guess] if label == guess else f"{classes[guess]}\n(is {classes[label]})"
         colour = "green" if label == guess else "red"
-        axes.text(x, y - down - 0.05, said, fontsize=8, color=colour, ha="center", va="bottom")
+        axes.text(x, y - half_height - 0.05, caption, fontsize=8, color=colour, ha="center", va="bottom")
     axes.set_xlim(0, columns * _CELL)
     axes.set_ylim(rows * (_CELL + _TITLE), 0)
     return figure
 
 
-def histogram(counts: Mapping[str, Mapping[int, int]], values: str, what: str) -> Figure:
-    """Bars of how often whole numbers occurred, one on top of the other.
+def histogram(counts: Mapping[str, Mapping[int, int]], x_label: str, y_label: str) -> Figure:
+    """Draws a stacked histogram of integers.
 
     Args:
-        counts: For each part of the bars how often which number occurred.
-        values: What the numbers are.
-        what: What is counted.
+        counts: For each part of the stack, by its name: how often each integer occurred.
+        x_label: Meaning of the integers.
+        y_label: Meaning of the counts.
     """
     figure = _figure(6.0, 3.5)
     axes = figure.subplots()
@@ -87,14 +92,14 @@ def histogram(counts: Mapping[str, Mapping[int, int]], values: str, what: str) -
         heights = np.array([part.get(number, 0) for number in numbers], dtype=float)
         axes.bar(numbers, heights, bottom=below, label=name)
         below += heights
-    axes.set_xlabel(values)
-    axes.set_ylabel(what)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.legend()
     return figure
 
 
 def _figure(width: float, height: float | None = None, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    # Made without pyplot: no global state, no backend that looks for a screen.
+    # Created without pyplot, which has global state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

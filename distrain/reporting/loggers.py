@@ -1,17 +1,18 @@
-"""Where metrics go. The base class does nothing and so is the logger of ranks that must not write."""
+"""Loggers: where metrics are written. The base class discards everything; ranks that must not write use it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from distrain.config.registry import choice, register
 from distrain.config.schema import Config, LoggerConfig, setting
@@ -25,20 +26,20 @@ log = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
 
-#: What the end of a run writes, whatever the step: no run that goes on has ended.
-_OF_AN_END = ("final/", "_hparams_/")
+#: Prefixes of TensorBoard tags that are written only at the end of a run, and so are removed when it is resumed.
+_END_OF_RUN_TAGS = ("final/", "_hparams_/")
 
 
 @register("logger", "none", LoggerConfig)
 class Logger:
-    """Takes everything and does nothing.
+    """Discards everything it is given; the base class of all loggers.
 
     Args:
         config: The logger's keys.
         run_dir: The run's folder.
 
     Attributes:
-        accepts_figures: Whether drawing pictures for it is worth the time.
+        accepts_figures: Whether it stores figures; if not, the caller need not draw them.
     """
 
     accepts_figures: bool = False
@@ -47,37 +48,45 @@ class Logger:
         self.config = config
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
-        """Takes named numbers at a step.
+        """Logs named numbers.
 
         Args:
-            step: Updates done so far.
-            values: By name; ``group/name`` where they belong together.
-            kind: ``step`` or ``epoch``.
+            step: Number of updates so far.
+            values: Values by name; related values are named ``group/name``.
+            kind: ``step``, or ``epoch`` for values that describe a whole epoch.
         """
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
-        """Takes a picture."""
+        """Logs a figure."""
 
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
-        """Takes the run's configuration with what it came to."""
+        """Logs the run's configuration together with its final metrics."""
 
     def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        """Forgets what comes after a step, and what an end of the run has left: the run goes on from there.
+        """Removes what was logged after a step and at the end of the run, since the run is resumed from that step.
 
         Args:
-            step: Updates done; what was logged at it stays, since logging comes before saving.
-            mid_epoch: The epoch that this step is in was not over, so that what was said at its end comes again.
+            step: Number of updates in the checkpoint that the run is resumed from. What was logged at this step is
+                kept, since logging comes before saving.
+            mid_epoch: Whether the checkpoint was saved before the end of its epoch. If so, the values of that epoch are
+                removed too, since they will be logged again.
         """
 
     def flush(self) -> None:
-        """Writes what is still in memory; what was logged before a checkpoint must not be less durable."""
+        """Writes buffered values; called before a checkpoint is saved, which must not be newer than the logs."""
 
     def close(self) -> None:
-        """Flushes, and takes nothing more."""
+        """Flushes and closes; nothing may be logged afterwards."""
 
 
 class InMemoryLogger(Logger):
-    """Keeps everything in lists; for tests and notebooks."""
+    """Stores everything in lists, for tests and notebooks.
+
+    Attributes:
+        rows: Logged numbers, in order, each with ``kind`` and ``step``.
+        figures: Step and name of each figure.
+        final: The final metrics.
+    """
 
     accepts_figures = True
 
@@ -87,64 +96,69 @@ class InMemoryLogger(Logger):
         self.figures: list[tuple[int, str]] = []
         self.final: dict[str, float] = {}
 
+    @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
-        """Appends a row."""
         self.rows.append({"kind": kind, "step": step, **values})
 
+    @override
     def figure(self, step: int, name: str, figure: Figure) -> None:
-        """Notes the picture's name."""
         self.figures.append((step, name))
 
+    @override
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
-        """Keeps the metrics."""
         self.final = dict(metrics)
 
 
 class MetricsFile(Logger):
-    """``metrics.jsonl``: one JSON object a logged step or epoch; a number that is not finite is ``null``."""
+    """Writes ``metrics.jsonl``: one JSON object per logged step or epoch; NaN and infinities become ``null``.
+
+    Args:
+        path: The file; rows are appended.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
         self._file = path.open("a", buffering=1)
 
+    @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
-        """Writes one line."""
-        # JSON has no NaN; what Python would write in its place no other reader takes.
+        # JSON has no NaN, and other parsers reject the `NaN` that Python writes by default.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    @override
     def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        """Writes the file anew, in one step, if a row is too many or was cut short."""
         self._file.close()
-        new = self._path.with_name(f".{self._path.name}.new")
-        strange = 0
-        with self._path.open("rb") as old, new.open("wb") as kept:
+        new_path = self._path.with_name(f".{self._path.name}.new")
+        invalid = 0
+        with self._path.open("rb") as old, new_path.open("wb") as new:
             for line in old:
-                row = _row(line)
+                row = _step_and_kind(line)
                 if row is None:
-                    strange += 1
-                elif _belongs(row, step, mid_epoch=mid_epoch):
-                    kept.write(line)
-            unchanged = kept.tell() == old.tell()
-            kept.flush()
-            os.fsync(kept.fileno())
+                    invalid += 1
+                elif _is_valid_after_rewind(row, step, mid_epoch=mid_epoch):
+                    new.write(line)
+            unchanged = new.tell() == old.tell()
+            new.flush()
+            os.fsync(new.fileno())
+        # The file is replaced atomically, and only if a row was removed.
         if unchanged:
-            new.unlink()
+            new_path.unlink()
         else:
-            new.replace(self._path)
-        if strange:
-            log.warning("left %d lines out of %s that are no rows of it, or were cut short", strange, self._path)
+            new_path.replace(self._path)
+        if invalid:
+            log.warning("removed %d lines from %s that are truncated or not valid rows", invalid, self._path)
         self._file = self._path.open("a", buffering=1)
 
+    @override
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
-def _row(line: bytes) -> tuple[int, str] | None:
-    """Step and kind of a row; ``None`` where it is none."""
+def _step_and_kind(line: bytes) -> tuple[int, str] | None:
+    """Step and kind of a line of ``metrics.jsonl``; ``None`` if it is not a complete, valid row."""
     try:
         row = json.loads(line)
         return (int(row["step"]), str(row["kind"])) if line.endswith(b"\n") else None
@@ -152,22 +166,27 @@ def _row(line: bytes) -> tuple[int, str] | None:
         return None
 
 
-def _belongs(row: tuple[int, str], step: int, *, mid_epoch: bool) -> bool:
-    """Whether a row is of the course that ends at a step."""
-    at, kind = row
-    return at < step or (at == step and not (kind == "epoch" and mid_epoch))
+def _is_valid_after_rewind(row: tuple[int, str], step: int, *, mid_epoch: bool) -> bool:
+    """Whether a row was logged up to a step; see :meth:`Logger.rewind`."""
+    row_step, kind = row
+    return row_step < step or (row_step == step and not (kind == "epoch" and mid_epoch))
 
 
 @dataclass
 class TensorBoardConfig(LoggerConfig):
     """Keys of ``logger=tensorboard``."""
 
-    flush_seconds: int = setting("Longest time that a value stays in memory.", at_least=1)
+    flush_seconds: int = setting("Longest time in seconds until a value is written.", at_least=1)
 
 
 @register("logger", "tensorboard", TensorBoardConfig)
 class TensorBoardLogger(Logger):
-    """Event files below ``run_dir/tensorboard``, written by one rank."""
+    """Writes TensorBoard event files to ``run_dir/tensorboard``; only one rank may use it.
+
+    Args:
+        config: The logger's keys.
+        run_dir: The run's folder.
+    """
 
     accepts_figures = True
 
@@ -176,49 +195,45 @@ class TensorBoardLogger(Logger):
         self._folder = run_dir / "tensorboard"
         self._flush_seconds = config.flush_seconds
         self._opened: SummaryWriter | None = None
-        self._purges_from: int | None = None
+        self._purge_step: int | None = None
 
     @property
     def _writer(self) -> SummaryWriter:
         if self._opened is None:
-            # Imported when there is something to write, which the first step need not wait for.
+            # Imported only when there is something to write, since the import is slow.
             from torch.utils.tensorboard import SummaryWriter
 
-            # A TensorBoard that is watching holds what the files don't say any more; a purge step tells it.
-            self._opened = SummaryWriter(
-                str(self._folder), purge_step=self._purges_from, flush_secs=self._flush_seconds
-            )
+            # A running TensorBoard still has the removed events in memory; a purge step makes it discard them.
+            self._opened = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=self._flush_seconds)
         return self._opened
 
+    @override
     def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        """Takes what is too many out of the event files.
-
-        That alone makes any reader's picture right. A purge step in a new file, the usual way, leaves it to readers, of
-        which TensorBoard's faster one goes by each curve's own steps.
-        """
-
-        def belongs(at: int, value: Any) -> bool:
-            if value.tag.startswith(_OF_AN_END) or at > step:
+        # Events are removed from the files. The usual way, a purge step in a new file, leaves that to the reader, and
+        # TensorBoard's fast loader goes by each curve's own steps.
+        def is_valid(event_step: int, value: Any) -> bool:
+            if value.tag.startswith(_END_OF_RUN_TAGS) or event_step > step:
                 return False
-            said_at_end = value.HasField("image") or (mid_epoch and value.tag.partition("/")[0] == "epoch")
-            return at < step or not said_at_end
+            is_end_of_epoch = value.HasField("image") or (mid_epoch and value.tag.partition("/")[0] == "epoch")
+            return event_step < step or not is_end_of_epoch
 
         self.close()
-        event_files.remove_events(self._folder, belongs)
-        # At the first start too: a reader takes only a second one for a restart.
-        self._purges_from = step + 1 if step else 0
+        event_files.remove_events(self._folder, is_valid)
+        # Set at the first start too: TensorBoard recognises a restart only from the second such event on.
+        self._purge_step = step + 1 if step else 0
 
+    @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
-        """Adds one point to each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    @override
     def figure(self, step: int, name: str, figure: Figure) -> None:
-        """Adds a picture."""
         self._writer.add_figure(name, figure, step)
 
+    @override
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
-        """Fills the HParams page with this run, in the run's own event file."""
+        # SummaryWriter.add_hparams would put them into an event file of a separate folder.
         from torch.utils.tensorboard.summary import hparams
 
         flat = {
@@ -229,22 +244,26 @@ class TensorBoardLogger(Logger):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, 0)
 
+    @override
     def flush(self) -> None:
-        """Writes what is still in memory."""
         if self._opened is not None:
             self._opened.flush()
 
+    @override
     def close(self) -> None:
-        """Closes the file."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
 
 
 class Loggers(Logger):
-    """Several loggers as one; where nothing can be written (a full disk), the run goes on without what was logged.
+    """Passes everything on to several loggers; the run continues if one of them can't write (a full disk, say).
 
-    That is said when it begins.
+    What such a logger can't write is lost. An error is logged at its first failed call, and again if it fails after a
+    call that succeeded.
+
+    Args:
+        loggers: Where to pass calls on to.
     """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
@@ -253,55 +272,48 @@ class Loggers(Logger):
         self.accepts_figures = any(logger.accepts_figures for logger in self._loggers)
         self._failing: set[Logger] = set()
 
+    @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
-        """Hands the values to each."""
-        for logger in self._loggers:
-            with self._going_on(logger):
-                logger.scalars(step, values, kind=kind)
+        self._call_each(lambda logger: logger.scalars(step, values, kind=kind))
 
+    @override
     def figure(self, step: int, name: str, figure: Figure) -> None:
-        """Hands the picture to each."""
-        for logger in self._loggers:
-            with self._going_on(logger):
-                logger.figure(step, name, figure)
+        self._call_each(lambda logger: logger.figure(step, name, figure))
 
+    @override
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
-        """Hands the configuration to each."""
-        for logger in self._loggers:
-            with self._going_on(logger):
-                logger.hyperparameters(parameters, metrics)
+        self._call_each(lambda logger: logger.hyperparameters(parameters, metrics))
 
+    @override
     def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        """Tells each."""
-        for logger in self._loggers:
-            with self._going_on(logger):
-                logger.rewind(step, mid_epoch=mid_epoch)
+        self._call_each(lambda logger: logger.rewind(step, mid_epoch=mid_epoch))
 
+    @override
     def flush(self) -> None:
-        """Flushes each."""
-        for logger in self._loggers:
-            with self._going_on(logger):
-                logger.flush()
+        self._call_each(lambda logger: logger.flush())
 
-    @contextlib.contextmanager
-    def _going_on(self, logger: Logger) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if logger not in self._failing:
-                log.error("METRICS ARE LOST: %s can't write (%s). The run goes on", type(logger).__name__, error)
-            self._failing.add(logger)
-        else:
-            self._failing.discard(logger)
-
+    @override
     def close(self) -> None:
-        """Closes each."""
+        self._call_each(lambda logger: logger.close())
+
+    def _call_each(self, call: Callable[[Logger], None]) -> None:
         for logger in self._loggers:
-            with self._going_on(logger):
-                logger.close()
+            try:
+                call(logger)
+            except OSError as error:
+                if logger not in self._failing:
+                    log.error("METRICS ARE LOST: %s can't write (%s). The run continues", type(logger).__name__, error)
+                self._failing.add(logger)
+            else:
+                self._failing.discard(logger)
 
 
 def build(config: Config, run_dir: Path) -> Logger:
-    """The loggers of the rank that writes."""
-    chosen: Logger = choice("logger", config.logger.name).target(config.logger, run_dir)
-    return Loggers([MetricsFile(run_dir / "metrics.jsonl"), chosen])
+    """Builds the loggers of the rank that writes: ``metrics.jsonl`` and the configured logger.
+
+    Args:
+        config: The run's configuration.
+        run_dir: The run's folder.
+    """
+    configured: Logger = choice("logger", config.logger.name).target(config.logger, run_dir)
+    return Loggers([MetricsFile(run_dir / "metrics.jsonl"), configured])

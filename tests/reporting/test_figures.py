@@ -1,4 +1,4 @@
-"""Pictures say what they should, and can be drawn without a screen."""
+"""Figures show what they should, and can be drawn without a display."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_confusion_matrix_counts_true_classes_by_row() -> None:
     (axes,) = figure.axes
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
-    # Colours are shares of a row; a class without samples has none.
+    # Colours are shares of a row; the row of a class without samples is empty.
     (image,) = axes.images
     shares = image.get_array()
     assert shares is not None
@@ -33,22 +33,22 @@ def test_the_confusion_matrix_counts_true_classes_by_row() -> None:
     figure.canvas.draw()
 
 
-def test_many_classes_are_drawn_without_words() -> None:
+def test_a_confusion_matrix_of_many_classes_has_no_text() -> None:
     figure = figures.confusion_matrix(torch.eye(200, dtype=torch.int64), [str(i) for i in range(200)])
     assert texts(figure) == []
     assert max(figure.get_size_inches()) <= 12
 
 
-def test_what_was_predicted_wrong_is_red_and_says_the_truth() -> None:
+def test_wrong_predictions_are_red_and_show_the_true_class() -> None:
     images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
     figure = figures.predictions(images, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), ("cat", "dog"))
     (axes,) = figure.axes
-    said = [(text.get_text(), text.get_color()) for text in axes.texts]
-    assert said == [("cat", "green"), ("cat\n(is dog)", "red"), ("dog", "green")]
+    captions = [(text.get_text(), text.get_color()) for text in axes.texts]
+    assert captions == [("cat", "green"), ("cat\n(is dog)", "red"), ("dog", "green")]
     for image, text in zip(axes.images, axes.texts, strict=True):
         left, right, bottom, top = image.get_extent()
         x, y = text.get_position()
-        assert x == pytest.approx((left + right) / 2), "the words stand over their image"
+        assert x == pytest.approx((left + right) / 2), "each caption is above its image"
         assert 0 < y < top < bottom
     figure.canvas.draw()
 
@@ -64,21 +64,21 @@ def test_images_of_any_number_of_channels_are_shown(channels: int) -> None:
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (8, 8, 1), (9, 8, 2), (32, 8, 4)])
-def test_the_grid_is_eight_wide(count: int, columns: int, rows: int) -> None:
+def test_the_grid_has_eight_columns(count: int, columns: int, rows: int) -> None:
     labels = torch.zeros(count, dtype=torch.int64)
     figure = figures.predictions(torch.zeros(count, 1, 2, 4, dtype=torch.uint8), labels, labels, ("cat",))
     (axes,) = figure.axes
     assert not axes.axison
-    places = [image.get_extent() for image in axes.images]
-    assert len(places) == count
-    assert len({place[0] for place in places}) == columns
-    assert len({place[2] for place in places}) == rows
-    # Twice as wide as high, in a figure whose axes count inches.
-    assert all(right - left == pytest.approx(2 * (bottom - top)) for left, right, bottom, top in places)
+    extents = [image.get_extent() for image in axes.images]
+    assert len(extents) == count
+    assert len({extent[0] for extent in extents}) == columns
+    assert len({extent[2] for extent in extents}) == rows
+    # Each image is twice as wide as high, and the unit of the axes is an inch.
+    assert all(right - left == pytest.approx(2 * (bottom - top)) for left, right, bottom, top in extents)
     assert (axes.get_xlim()[1], axes.get_ylim()[0]) == pytest.approx(tuple(figure.get_size_inches()))
 
 
-def test_no_global_state_and_no_screen_are_needed() -> None:
+def test_neither_pyplot_nor_a_display_is_needed() -> None:
     figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b"))
     assert "matplotlib.pyplot" not in vars(figures)
     figure = figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b"))
@@ -91,7 +91,7 @@ def test_a_histogram_stacks_its_parts() -> None:
     figure = figures.histogram({"one": {0: 2, 3: 1}, "two": {0: 5}, "none": {}}, "late", "pushes")
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_height()]
-    found = [(round(bar.get_x() + bar.get_width() / 2), bar.get_y(), bar.get_height()) for bar in bars]
-    assert found == [(0, 0, 2), (3, 0, 1), (0, 2, 5)]
+    actual = [(round(bar.get_x() + bar.get_width() / 2), bar.get_y(), bar.get_height()) for bar in bars]
+    assert actual == [(0, 0, 2), (3, 0, 1), (0, 2, 5)]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("late", "pushes")
     figure.canvas.draw()

@@ -1,4 +1,4 @@
-"""What a logger was given can be read back: JSON lines, TensorBoard's events, lists."""
+"""What was logged can be read back from JSON lines, TensorBoard's events and lists."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 
-def test_each_row_is_a_line_of_json_in_the_order_given(tmp_path: Path) -> None:
+def test_each_row_is_a_line_of_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     before = time.time()
     file.scalars(1, {"train/loss": 0.5, "train/accuracy": 1})
-    # Lines can be followed while the run goes on.
+    # Each line is written immediately, so that the file can be followed during the run.
     assert len(rows(path)) == 1
     file.scalars(2, {"epoch/train_loss": 0.25}, kind="epoch")
     file.close()
@@ -54,7 +54,7 @@ def test_each_row_is_a_line_of_json_in_the_order_given(tmp_path: Path) -> None:
     assert second == {"kind": "epoch", "step": 2, "epoch/train_loss": 0.25}
 
 
-def test_a_run_that_goes_on_adds_to_the_file(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_to_the_file(tmp_path: Path) -> None:
     for step in (1, 2):
         file = MetricsFile(tmp_path / "metrics.jsonl")
         file.scalars(step, {})
@@ -62,7 +62,7 @@ def test_a_run_that_goes_on_adds_to_the_file(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_nan_and_infinities_become_null(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.scalars(1, {"loss": math.nan, "norm": math.inf, "rate": -math.inf, "fine": 1e300})
     file.close()
@@ -91,7 +91,7 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
     return read
 
 
-def test_tensorboard_holds_each_curve(events: EventAccumulator) -> None:
+def test_tensorboard_gets_each_curve(events: EventAccumulator) -> None:
     points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert points == {
         "train/loss": [(10, pytest.approx(0.1)), (20, pytest.approx(0.05))],
@@ -101,7 +101,7 @@ def test_tensorboard_holds_each_curve(events: EventAccumulator) -> None:
     }
 
 
-def test_tensorboard_holds_the_pictures(events: EventAccumulator) -> None:
+def test_tensorboard_gets_the_figures(events: EventAccumulator) -> None:
     assert events.Tags()["images"] == ["test/confusion_matrix"]
     (image,) = events.Images("test/confusion_matrix")
     assert image.step == 20
@@ -109,11 +109,10 @@ def test_tensorboard_holds_the_pictures(events: EventAccumulator) -> None:
     assert min(image.width, image.height) > 100
 
 
-def test_tensorboard_holds_hyper_parameters_with_what_they_came_to(events: EventAccumulator) -> None:
-    found = events.summary_metadata
+def test_tensorboard_gets_hyperparameters_with_final_metrics(events: EventAccumulator) -> None:
     plugins = {
         tag: plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
-        for tag, metadata in found.items()
+        for tag, metadata in events.summary_metadata.items()
         if metadata.plugin_data.plugin_name == "hparams"
     }
     assert sorted(plugins) == ["_hparams_/experiment", "_hparams_/session_end_info", "_hparams_/session_start_info"]
@@ -130,7 +129,7 @@ def test_tensorboard_holds_hyper_parameters_with_what_they_came_to(events: Event
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
-def test_in_memory_everything_is_at_hand() -> None:
+def test_the_in_memory_logger_stores_everything() -> None:
     logger = InMemoryLogger()
     logger.scalars(1, {"loss": 2.0})
     logger.scalars(2, {"loss": 1.0}, kind="epoch")
@@ -142,14 +141,14 @@ def test_in_memory_everything_is_at_hand() -> None:
     assert logger.final == {"accuracy": 0.5}
 
 
-def test_several_loggers_are_given_the_same() -> None:
-    kept = [InMemoryLogger(), InMemoryLogger()]
-    together = Loggers(kept)
-    together.scalars(1, {"loss": 2.0}, kind="epoch")
-    together.figure(2, "grid", figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b")))
-    together.hyperparameters({}, {"accuracy": 0.5})
-    together.close()
-    for logger in kept:
+def test_several_loggers_get_the_same_calls() -> None:
+    in_memory = [InMemoryLogger(), InMemoryLogger()]
+    combined = Loggers(in_memory)
+    combined.scalars(1, {"loss": 2.0}, kind="epoch")
+    combined.figure(2, "grid", figures.confusion_matrix(torch.eye(2, dtype=torch.int64), ("a", "b")))
+    combined.hyperparameters({}, {"accuracy": 0.5})
+    combined.close()
+    for logger in in_memory:
         assert logger.rows == [{"kind": "epoch", "step": 1, "loss": 2.0}]
         assert logger.figures == [(2, "grid")]
         assert logger.final == {"accuracy": 0.5}
@@ -171,40 +170,40 @@ class FullDisk(Logger):
         self.scalars(0, {})
 
 
-def test_logger_that_can_not_write_is_named_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    full, kept = FullDisk(), InMemoryLogger()
-    together = Loggers([full, kept])
+def test_a_failing_logger_is_reported_once_and_the_run_continues(caplog: pytest.LogCaptureFixture) -> None:
+    full, working = FullDisk(), InMemoryLogger()
+    combined = Loggers([full, working])
     for full.free in (False, False, True, False):
-        together.scalars(1, {"loss": 0.5})
-    said = "METRICS ARE LOST: FullDisk can't write ([Errno 28] No space left on device). The run goes on"
-    assert caplog.messages == [said, said], "once each time that it begins"
-    assert len(kept.rows) == 4
-    together.hyperparameters({}, {"accuracy": 0.5})
-    together.close()
-    assert kept.final == {"accuracy": 0.5}, "the end of a run is no other moment"
-    assert caplog.messages == [said, said]
+        combined.scalars(1, {"loss": 0.5})
+    message = "METRICS ARE LOST: FullDisk can't write ([Errno 28] No space left on device). The run continues"
+    assert caplog.messages == [message, message], "one message each time that it starts to fail"
+    assert len(working.rows) == 4
+    combined.hyperparameters({}, {"accuracy": 0.5})
+    combined.close()
+    assert working.final == {"accuracy": 0.5}, "the end of a run is handled like any other call"
+    assert caplog.messages == [message, message]
 
 
-def test_rows_of_a_full_disk_come_when_there_is_space_again(tmp_path: Path) -> None:
+def test_buffered_rows_are_written_when_a_full_disk_has_space_again(tmp_path: Path) -> None:
     try:
         disk = SmallDisk(tmp_path / "disk", 1 << 20)
     except OSError as error:
         pytest.skip(f"no file system can be mounted here: {error}")
     try:
-        together = Loggers([MetricsFile(tmp_path / "disk" / "metrics.jsonl")])
-        together.scalars(1, {"loss": 0.5})
+        combined = Loggers([MetricsFile(tmp_path / "disk" / "metrics.jsonl")])
+        combined.scalars(1, {"loss": 0.5})
         disk.fill([])
         for step in range(2, 30):
-            together.scalars(step, {"loss": 0.5})
+            combined.scalars(step, {"loss": 0.5})
         disk.clear()
-        together.scalars(30, {"loss": 0.5})
-        together.close()
+        combined.scalars(30, {"loss": 0.5})
+        combined.close()
         assert [row["step"] for row in rows(tmp_path / "disk" / "metrics.jsonl")] == list(range(1, 31))
     finally:
         disk.remove(keep=False)
 
 
-def test_pictures_are_drawn_only_where_somebody_takes_them(tmp_path: Path) -> None:
+def test_figures_are_accepted_if_one_of_several_loggers_accepts_them(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     assert not Loggers([file, Logger()]).accepts_figures
     assert Loggers([file, InMemoryLogger()]).accepts_figures
@@ -212,7 +211,7 @@ def test_pictures_are_drawn_only_where_somebody_takes_them(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "folder"), [("none", False), ("tensorboard", True)])
-def test_the_writing_rank_always_has_the_file_and_what_was_chosen(name: str, folder: bool, tmp_path: Path) -> None:
+def test_the_writing_rank_has_metrics_jsonl_and_the_configured_logger(name: str, folder: bool, tmp_path: Path) -> None:
     logger = loggers.build(small(f"logger={name}"), tmp_path)
     logger.scalars(1, {"loss": 1.0})
     logger.close()
@@ -220,12 +219,12 @@ def test_the_writing_rank_always_has_the_file_and_what_was_chosen(name: str, fol
     assert (tmp_path / "tensorboard").exists() == logger.accepts_figures == folder
 
 
-def test_a_line_that_is_no_row_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_lines_are_removed_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "metrics.jsonl"
     rows = b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
     file.write_bytes(rows + b"\x80\x04cos\nsystem\n" + b"[" * 50_000 + b"\n" + b'{"kind": "step", "st')
     logger = MetricsFile(file)
     logger.rewind(2, mid_epoch=False)
     logger.close()
-    assert f"left 4 lines out of {file}" in caplog.text
+    assert f"removed 4 lines from {file}" in caplog.text
     assert file.read_bytes() == rows
