@@ -1,30 +1,43 @@
-"""Random draws as a pure function of what they are for: a counter-based hash instead of a generator's state.
+"""Random draws as pure functions of what they are for, instead of a generator with a state.
 
 A draw that depends on (seed, epoch, sample index) alone is the same on every rank, for any number of ranks, in any
-order of evaluation, after any resume, on CPU and on CUDA. The mixer is the finaliser of splitmix64 (Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", 2014), in integers that wrap at 64 bits.
+order of evaluation, after any resume, on CPU and on CUDA. :func:`bits` is a counter-based hash: the finaliser of
+splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), in integers that wrap at 64
+bits. :func:`words` hashes text, as seeds of generators.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
+# The constants of splitmix64: the increment, and the multipliers of its two mixing rounds.
+_INCREMENT = 0x9E3779B97F4A7C15
+_FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9
+_SECOND_MULTIPLIER = 0x94D049BB133111EB
 
 
 def key(*parts: int) -> int:
-    """A 64-bit key (as a signed integer) of the integers that name a family of draws, in their order."""
+    """A 64-bit key (as a signed integer) for a family of draws, from the integers that identify it, in their order."""
     state = 0
     for part in parts:
-        state = (state + (part & _MASK) + _GOLDEN) & _MASK
-        state = ((state ^ (state >> 30)) * _FIRST) & _MASK
-        state = ((state ^ (state >> 27)) * _SECOND) & _MASK
+        state = (state + (part & _MASK) + _INCREMENT) & _MASK
+        state = ((state ^ (state >> 30)) * _FIRST_MULTIPLIER) & _MASK
+        state = ((state ^ (state >> 27)) * _SECOND_MULTIPLIER) & _MASK
         state ^= state >> 31
     return _signed(state)
+
+
+def words(text: str, count: int) -> list[int]:
+    """``count`` unsigned 64-bit integers, at most 8: the BLAKE2b digest of a text, of ``8 * count`` bytes.
+
+    Texts that differ give unrelated integers, and so do counts that differ.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8 * count).digest()
+    return [int.from_bytes(digest[start : start + 8], "little") for start in range(0, len(digest), 8)]
 
 
 def bits(family: int, counters: Tensor) -> Tensor:
@@ -35,21 +48,21 @@ def bits(family: int, counters: Tensor) -> Tensor:
         counters: int64, any shape, any device.
 
     Returns:
-        int64 of the same shape; all 64 bits are random, so half of the values are negative.
+        int64 of the same shape. All 64 bits are random, so half of the values are negative.
     """
-    state = (counters + 1) * _signed(_GOLDEN) + family
-    state = (state ^ _shift(state, 30)) * _signed(_FIRST)
-    state = (state ^ _shift(state, 27)) * _signed(_SECOND)
+    state = (counters + 1) * _signed(_INCREMENT) + family
+    state = (state ^ _shift(state, 30)) * _signed(_FIRST_MULTIPLIER)
+    state = (state ^ _shift(state, 27)) * _signed(_SECOND_MULTIPLIER)
     return state ^ _shift(state, 31)
 
 
 def below(limit: int, random_bits: Tensor) -> Tensor:
-    """Uniform integers in ``[0, limit)`` from the upper 31 of 64 random bits; limit is at most 2**31."""
+    """Uniform integers in ``[0, limit)`` from the upper 31 of 64 random bits; ``limit`` is at most 2**31."""
     return (_shift(random_bits, 33) * limit) >> 31
 
 
 def permutation(family: int, count: int) -> Tensor:
-    """A random permutation of ``count`` positions, int64 [count]: the positions sorted by their random bits."""
+    """A random permutation of ``count`` positions, int64 ``[count]``: the positions sorted by their random bits."""
     return torch.argsort(bits(family, torch.arange(count)), stable=True)
 
 

@@ -94,7 +94,7 @@ def check(config: Config, world: World) -> None:
             config.data.batch_size,
             f"the global batch is smaller than the {shares} ranks that share it",
         )
-    compression.chosen(config).check(config)
+    compression.compressor_class(config).check(config)
     check_optimizer(config)
     resume.check(config)
     if world.size == 1 and config.compression.name != "none":

@@ -1,1 +1,1 @@
-"""Gradient compression: one file a compressor, orthogonal to the strategies."""
+"""Gradient compression, independent of the strategy; one file per compressor."""

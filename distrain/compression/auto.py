@@ -119,7 +119,7 @@ class Auto(Compressor):
         for name, candidate in config.compression.allowed.items():
             try:
                 alone = dataclasses.replace(config, compression=candidate)
-                base.chosen(alone).check(alone)
+                base.compressor_class(alone).check(alone)
             except ConfigError as error:
                 why, _, _ = str(error).partition("; choices")
                 most = config.compression.most_lossy
@@ -156,26 +156,6 @@ class Auto(Compressor):
         if self._copies is not None:
             self._copies.append(bucket.clone())
         return self._current.aggregate(self._view(self._name, bucket), communicator)
-
-    def encode(self, bucket: Bucket) -> Tensor:
-        """As the candidate in use does it; see the base class."""
-        return self._current.encode(self._view(self._name, bucket))
-
-    def decode(self, payload: Tensor, bucket: Bucket) -> None:
-        """As the candidate in use does it; see the base class."""
-        self._current.decode(payload, self._view(self._name, bucket))
-
-    def compress(self, owed: Bucket) -> list[Tensor]:
-        """As the candidate in use does it; see the base class."""
-        return self._current.compress(owed)
-
-    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        """As the candidate in use does it; see the base class."""
-        return self._current.message_layout(bucket)
-
-    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
-        """As the candidate in use does it; see the base class."""
-        self._current.add_decompressed(message, bucket)
 
     def residual_norm(self) -> Tensor | None:
         """Of all candidates that had a turn; see the base class."""

@@ -1,9 +1,11 @@
-"""The contract between whoever reduces gradients and whoever decides how they travel.
+"""The contract between the exchange of gradients and their compression.
 
-A compressor is one file in this folder and one YAML in ``conf/compression``. What most of them write is two methods:
-:meth:`Compressor.compress` takes out of a bucket what it sends and :meth:`Compressor.add_decompressed` adds a message
-to a bucket. The base class does the rest: error feedback, small tensors that travel as they are, the exchange, and the
-state.
+A compressor is one file in this folder and one YAML file in ``conf/compression``. Most compressors subclass
+:class:`MessageCompressor` and define how gradients become a message (:meth:`~MessageCompressor.compress`,
+:meth:`~MessageCompressor.message_layout`) and how a message becomes gradients again
+(:meth:`~MessageCompressor.add_decompressed`). The base classes provide error feedback, uncompressed small tensors, the
+exchange and the state. A compressor that does not write messages itself subclasses :class:`Compressor` and defines
+:meth:`~Compressor.aggregate`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.autotune.step_trace import Observer
@@ -28,30 +31,31 @@ from distrain.errors import ConfigError
 
 @dataclass
 class LossyConfig(CompressionConfig):
-    """Keys of every compressor that loses something."""
+    """Keys of every compressor that can use error feedback."""
 
     min_elements: int = setting(
-        "Tensors with fewer elements, and vectors (biases, norms), travel as they are.", at_least=1
+        "Tensors with fewer elements, and vectors (biases, norms), are sent uncompressed.", at_least=1
     )
     error_feedback: bool = setting("Add what was not sent to the next step's gradient.")
 
 
 class Compressor(ABC):
-    """Turns each rank's share of the mean gradient into the mean gradient.
+    """Sums gradients over the ranks of a group.
 
-    A rank's share is its samples' gradient sum divided by the *global* count, so the mean is the sum of the shares and
-    uneven shards need no care.
+    A rank contributes the gradient sum of its samples divided by the *global* number of samples. The sum of these
+    contributions is the mean gradient, also when ranks have different numbers of samples.
 
     Args:
         config: The compressor's keys.
-        seed: The run's seed; what a compressor draws depends on it, the step and the parameter's name.
+        seed: The run's seed. Random draws depend on it, the step and the parameter's name.
 
     Attributes:
-        collectives: How many collectives a bucket needs one after the other.
-        step: Steps begun since the start of the run.
+        phases: Number of collectives that one bucket needs one after the other.
+        warmup_steps: Number of steps at the start of a run in which the compressor works differently than later. Their
+            timings say nothing about later steps.
+        step: Number of steps begun since the start of the run.
         residuals: What this rank has not sent yet; ``None`` without error feedback.
-        observer: Who is told what happens in a step, if anybody.
-        warmup_steps: So many steps at the start of a run it works otherwise than later, so they tell nothing about it.
+        observer: Receives the events of each step, if set.
     """
 
     phases: int = 1
@@ -68,19 +72,19 @@ class Compressor(ABC):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Refuses what this compressor can't serve, before any process group forms.
+        """Refuses configurations that this compressor does not support, before any process group forms.
 
         Raises:
             ConfigError: One line naming the key, the value and the choices.
         """
-        chosen = config.compression
-        if not isinstance(chosen, LossyConfig) or not chosen.error_feedback:
+        compression = config.compression
+        if not isinstance(compression, LossyConfig) or not compression.error_feedback:
             return
         if config.trainer.precision == "fp16":
             raise ConfigError(
                 "trainer.precision",
                 "fp16",
-                f"overflows now and then, which would ruin what compression={chosen.name} has not sent yet",
+                f"overflows occasionally, which would corrupt the residuals of compression={compression.name}",
                 ["fp32", "bf16", "fp64"],
             )
         strategy = choice("strategy", config.strategy.name).target
@@ -89,96 +93,54 @@ class Compressor(ABC):
             raise ConfigError(
                 "trainer.on_nonfinite",
                 "skip",
-                f"would leave NaN in what compression={chosen.name} has not sent yet",
+                f"would leave NaN in the residuals of compression={compression.name}",
                 ["stop", "rewind"],
             )
 
-    # --- what a compressor decides -----------------------------------------------------------------------------------
-
     def compresses(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter's gradient is worth compressing; the others are the bucket's plain part."""
-        assert isinstance(self.config, LossyConfig)
-        return parameter.dim() > 1 and parameter.numel() >= self.config.min_elements
+        """Whether a parameter's gradient is compressed; the others form the bucket's uncompressed part.
+
+        By default these are tensors of two or more dimensions with at least ``min_elements`` elements, and none if the
+        compressor has no such key.
+        """
+        config = self.config
+        return isinstance(config, LossyConfig) and parameter.dim() > 1 and parameter.numel() >= config.min_elements
 
     def bucket_order(self, parameter: nn.Parameter) -> int:
-        """Parameters lie in a bucket in this order; those of a place keep the order in which gradients are ready."""
+        """Sort key of a parameter within its bucket; equal keys keep the order in which gradients become ready.
+
+        Parameters that are compressed must come before those that are not.
+        """
         return 0 if self.compresses(parameter) else 1
 
-    @abstractmethod
-    def compress(self, owed: Bucket) -> list[Tensor]:
-        """Takes what it sends out of a bucket's lossy part, in place.
-
-        Args:
-            owed: What should be sent; afterwards what this message leaves out. The plain part is not looked at.
-
-        Returns:
-            The message: contiguous tensors whose dtypes and sizes are those of :meth:`message_layout`.
-        """
-
-    @abstractmethod
-    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        """Dtype and number of elements of each part of a message about this bucket in this step.
-
-        They depend on the bucket's names and sizes and on the step alone, so that all ranks know each other's.
-        """
-
-    @abstractmethod
-    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
-        """Adds a message, which may be another rank's, to a bucket's lossy part, in place."""
-
-    # --- the exchange ------------------------------------------------------------------------------------------------
-
     def begin_step(self) -> None:
-        """Called once a step, before its first bucket."""
+        """Called once per step, before its first bucket."""
         self.step += 1
         if self.observer is not None:
             self.observer.begin_step()
 
+    @abstractmethod
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
         """Replaces the bucket's content, in place, by its sum over the group.
 
-        A generator: it yields each collective that it has started and goes on when that is done. Buckets are handed
-        over in the same order on every rank, while the backward pass still runs, so everything before the first
-        ``yield`` delays the backward pass and the last part, after it, delays the update.
-
-        By default every rank's message goes to all others, and each adds them up in order of rank, so that all get the
-        same bits. A compressor whose messages can be summed on the way overrides this.
+        A generator: it yields each collective that it has started and is resumed when that collective is complete. All
+        ranks pass their buckets in the same order, while the backward pass is still running. Work before the first
+        ``yield`` therefore delays the backward pass, and work after the last one delays the optimizer's update.
         """
-        payload = self.encode(bucket)
-        gathered, pending = communicator.start_all_gather(payload)
-        yield pending
-        bucket.flat.zero_()
-        for each in gathered:
-            self.decode(each, bucket)
-
-    def encode(self, bucket: Bucket) -> Tensor:
-        """This rank's message about a bucket as uint8 ``[bytes]``; what it leaves out is kept for the next step."""
-        owed = self.residuals.add(bucket) if self.residuals is not None else bucket
-        return pack([bucket.uncompressed_part, *self.compress(owed)])
-
-    def decode(self, payload: Tensor, bucket: Bucket) -> None:
-        """Adds what a rank encoded in this step to a bucket of the same names and sizes."""
-        plain, *message = unpack(
-            payload, [(bucket.flat.dtype, bucket.uncompressed_numel), *self.message_layout(bucket)]
-        )
-        bucket.uncompressed_part.add_(plain)
-        self.add_decompressed(message, bucket)
 
     def report(self) -> dict[str, Any]:
-        """What came of it, as plain data for ``summary.json``."""
+        """Results for ``summary.json``, as plain data."""
         return {}
 
-    # --- what is kept between steps ----------------------------------------------------------------------------------
-
     def residual_norm(self) -> Tensor | None:
-        """Euclidean norm of all that this rank has not sent yet, a scalar; ``None`` without error feedback."""
+        """Euclidean norm of everything that this rank has not sent yet, a scalar; ``None`` without error feedback."""
         return self.residuals.norm() if self.residuals is not None else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this rank keeps between steps, by ``<what>/<parameter name>``; ``step`` is the number of steps begun.
+        """This rank's state by ``<kind>/<parameter name>``; ``step`` is the number of steps begun.
 
-        ``residual/…`` and ``velocity/…`` are shares of a sum over the ranks; everything else is the same on all ranks
-        that hold the parameter.
+        ``residual/…`` and ``velocity/…`` are each rank's own and only their sum over the ranks matters. Everything else
+        is equal on all ranks that hold the parameter.
         """
         state = {"step": torch.tensor(self.step)}
         if self.residuals is not None:
@@ -186,18 +148,81 @@ class Compressor(ABC):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what :meth:`state_dict` gave, of the parameters that this rank holds."""
+        """Restores what :meth:`state_dict` returned, for the parameters that this rank holds."""
         self.step = int(state.get("step", torch.tensor(0)))
         if self.residuals is not None:
             self.residuals.load_state_dict(state)
 
 
-def chosen(config: Config) -> type[Compressor]:
-    """The class of the compressor that the configuration names."""
+class MessageCompressor(Compressor):
+    """A compressor that writes each bucket as a message that other ranks can add to their bucket.
+
+    By default every rank sends its message to all others. A compressor whose messages can be summed by an all-reduce
+    overrides :meth:`aggregate`; its messages then serve point-to-point transfers alone, as to a parameter server.
+    """
+
+    @abstractmethod
+    def compress(self, bucket: Bucket) -> list[Tensor]:
+        """Moves what is sent from a bucket's compressed part into a message.
+
+        Args:
+            bucket: What is to be sent. In its compressed part, what the message leaves out remains; the uncompressed
+                part is ignored.
+
+        Returns:
+            The message: contiguous tensors with the dtypes and sizes of :meth:`message_layout`.
+        """
+
+    @abstractmethod
+    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+        """Dtype and number of elements of each tensor of this step's message about a bucket.
+
+        They depend only on the step and on the bucket's names and sizes, so all ranks know each other's layouts.
+        """
+
+    @abstractmethod
+    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
+        """Adds a message, which may come from another rank, to a bucket's compressed part, in place."""
+
+    @override
+    def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
+        """All-gathers the messages; every rank adds them in the order of ranks, so all ranks get the same bits."""
+        payload = self.encode(bucket)
+        payloads, pending = communicator.start_all_gather(payload)
+        yield pending
+        bucket.flat.zero_()
+        for received in payloads:
+            self.decode(received, bucket)
+
+    def encode(self, bucket: Bucket) -> Tensor:
+        """This rank's message about a bucket, uint8 ``[bytes]``; what it leaves out stays in the residuals."""
+        return pack([bucket.uncompressed_part, *self.compress(self._add_residuals(bucket))])
+
+    def decode(self, payload: Tensor, bucket: Bucket) -> None:
+        """Adds what a rank encoded in this step to a bucket of the same names and sizes.
+
+        Raises:
+            ValueError: The payload's size differs from this step's layout.
+        """
+        uncompressed, *message = unpack(payload, self.payload_layout(bucket))
+        bucket.uncompressed_part.add_(uncompressed)
+        self.add_decompressed(message, bucket)
+
+    def payload_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
+        """Dtype and number of elements of each part that :meth:`encode` packs: uncompressed part, then message."""
+        return [(bucket.flat.dtype, bucket.uncompressed_numel), *self.message_layout(bucket)]
+
+    def _add_residuals(self, bucket: Bucket) -> Bucket:
+        """The residuals with the bucket's gradients added; the bucket itself without error feedback."""
+        return self.residuals.accumulate(bucket) if self.residuals is not None else bucket
+
+
+def compressor_class(config: Config) -> type[Compressor]:
+    """The class of the configured compressor."""
     return cast(type[Compressor], choice("compression", config.compression.name).target)
 
 
 def build(config: CompressionConfig, seed: int = 0) -> Compressor:
-    """The compressor that the configuration names."""
-    made: Compressor = choice("compression", config.name).target(config, seed)
-    return made
+    """The configured compressor."""
+    compressor: Compressor = choice("compression", config.name).target(config, seed)
+    return compressor

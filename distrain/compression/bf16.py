@@ -11,9 +11,9 @@ from distrain.config.schema import CompressionConfig
 
 @register("compression", "bf16", CompressionConfig)
 class BF16(Cast):
-    """8 significant bits, a relative error of at most 2⁻⁸ (0.4 %) each time a number is rounded.
+    """Casts to 8 significant bits: each rounding has a relative error of at most 2⁻⁸ (0.4 %).
 
-    The range is float32's, so that small gradients don't vanish and large ones don't become infinite. Kalamkar et al.
+    The range is float32's, so small gradients do not become zero and large ones do not become infinite. Kalamkar et al.
     2019, "A Study of BFLOAT16 for Deep Learning Training" (arXiv 1905.12322), §3.
     """
 

@@ -11,12 +11,12 @@ from distrain.config.schema import CompressionConfig
 
 @register("compression", "fp16", CompressionConfig)
 class FP16(Cast):
-    """11 significant bits, a relative error of at most 2⁻¹¹ (4.9e-4) each time a number is rounded.
+    """Casts to 11 significant bits: each rounding has a relative error of at most 2⁻¹¹ (4.9e-4).
 
-    Below 6.1e-5 fewer bits are left, and below 3e-8 the result is zero. Above 65,504 it is infinite, and stays so: the
-    optimizer sees an infinite gradient, and with ``trainer.precision=fp16`` loss scaling skips that step, which it
-    could not if the number were cut off. Each rank's share is divided by the global batch's size before it travels, so
-    the sum overflows only where the mean gradient, times the loss scale, does.
+    Magnitudes below 6.1e-5 keep fewer bits, and those below 3e-8 become zero. Magnitudes above 65,504 become infinite
+    and are not clamped: the optimizer sees an infinite gradient, and with ``trainer.precision=fp16`` loss scaling skips
+    that step, which it could not do if the number were clamped. Each rank's gradient is divided by the global batch
+    size before it is sent, so the sum overflows only where the mean gradient, times the loss scale, does.
     """
 
     dtype = torch.float16

@@ -1,42 +1,44 @@
-"""No compression: gradients travel as they are."""
+"""No compression."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator, Pending
-from distrain.compression.base import Compressor
+from distrain.compression.base import MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.config.registry import register
 from distrain.config.schema import CompressionConfig
 
 
 @register("compression", "none", CompressionConfig)
-class NoCompression(Compressor):
-    """One all-reduce a bucket."""
+class NoCompression(MessageCompressor):
+    """Sums gradients uncompressed, by one all-reduce per bucket.
 
-    def compresses(self, parameter: nn.Parameter) -> bool:
-        """Nothing is."""
-        return False
+    Every bucket consists of its uncompressed part alone, so messages are empty.
+    """
 
+    @override
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
-        """All-reduces the whole bucket."""
         yield communicator.start_all_reduce(bucket.flat)
 
+    @override
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: no step depends on an earlier one."""
+        """Empty: no step depends on an earlier one."""
         return {}
 
-    def compress(self, owed: Bucket) -> list[Tensor]:
-        """Nothing: all is in the plain part."""
+    @override
+    def compress(self, bucket: Bucket) -> list[Tensor]:
         return []
 
+    @override
     def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        """See :meth:`compress`."""
         return []
 
+    @override
     def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
-        """See :meth:`compress`."""
+        pass

@@ -6,58 +6,62 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator, Pending
 from distrain.compression.bucket import Bucket
-from distrain.compression.sparse import SparseCompressor, SparseConfig, joined, stratified
+from distrain.compression.sparse import SparseCompressor, SparseConfig, positions_in_bucket, stratified_sample
 from distrain.config.registry import register
 
 
 @register("compression", "randomk", SparseConfig)
 class RandomK(SparseCompressor):
-    """Sends elements that (seed, step, parameter name) tell, so that no positions travel and the values can be summed.
+    """Sends elements determined by (seed, step, parameter name), so no positions are sent and values can be summed.
 
-    Stich et al. 2018, "Sparsified SGD with Memory" (arXiv 1809.07599), definition 2.1, by tensor, drawn as
-    :func:`stratified` does. Without error feedback the values are divided by the probability with which they are drawn,
-    so that the expected sum is the uncompressed one (Wangni et al. 2018, arXiv 1710.09854, §2).
+    Stich et al. 2018, "Sparsified SGD with Memory" (arXiv 1809.07599), definition 2.1, per tensor, drawn by
+    :func:`stratified_sample`. Without error feedback the values are divided by their probability of being drawn, so the
+    expected sum is the uncompressed one (Wangni et al. 2018, arXiv 1710.09854, §2).
     """
 
+    @override
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
-        """One all-reduce of the plain part and the chosen values; all ranks choose the same."""
-        owed = self.residuals.add(bucket) if self.residuals is not None else bucket
+        """All-reduces the uncompressed part and the chosen values together."""
         positions = self._positions(bucket, self.step)
-        travelling = torch.cat([bucket.uncompressed_part, self._take(owed, positions)])
-        yield communicator.start_all_reduce(travelling)
-        plain, values = travelling.split([bucket.uncompressed_numel, len(positions)])
-        bucket.uncompressed_part.copy_(plain)
+        values = self._extract_scaled(self._add_residuals(bucket), positions)
+        message = torch.cat([bucket.uncompressed_part, values])
+        yield communicator.start_all_reduce(message)
+        uncompressed, values = message.split([bucket.uncompressed_numel, len(positions)])
+        bucket.uncompressed_part.copy_(uncompressed)
         bucket.compressed_part.zero_().index_copy_(0, positions, values)
 
-    def compress(self, owed: Bucket) -> list[Tensor]:
-        """The step, by which a receiver that is at another one knows the positions; then the values."""
-        step = torch.tensor([self.step], device=owed.flat.device)
-        return [step, self._take(owed, self._positions(owed, self.step))]
+    @override
+    def compress(self, bucket: Bucket) -> list[Tensor]:
+        step = torch.tensor([self.step], device=bucket.flat.device)
+        return [step, self._extract_scaled(bucket, self._positions(bucket, self.step))]
 
+    @override
     def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        """Step and values."""
+        """The sender's step, from which a receiver at another step derives the positions; then the values."""
         return [(torch.int64, 1), (bucket.flat.dtype, sum(self.counts(bucket, self.step).values()))]
 
+    @override
     def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
-        """Adds each value where it belongs."""
         step, values = message
         bucket.compressed_part.index_add_(0, self._positions(bucket, int(step)), values)
 
     def _positions(self, bucket: Bucket, step: int) -> Tensor:
         counts = self.counts(bucket, step)
         chosen = {
-            name: stratified(tensor.numel(), counts[name], self.key(step, name))
+            name: stratified_sample(tensor.numel(), counts[name], self.draw_key(step, name))
             for name, tensor in bucket.compressed_tensors.items()
         }
-        return joined(bucket, chosen)
+        return positions_in_bucket(bucket, chosen)
 
-    def _take(self, owed: Bucket, positions: Tensor) -> Tensor:
-        values = self.take_at(owed, positions, owed.flat.dtype)
+    def _extract_scaled(self, bucket: Bucket, positions: Tensor) -> Tensor:
+        """Removes the elements to send; without error feedback they are divided by their probability."""
+        values = self.extract(bucket, positions, bucket.flat.dtype)
         if self.residuals is None:
-            parts = values.split(list(self.counts(owed, self.step).values()))
-            for tensor, part in zip(owed.compressed_tensors.values(), parts, strict=True):
+            parts = values.split(list(self.counts(bucket, self.step).values()))
+            for tensor, part in zip(bucket.compressed_tensors.values(), parts, strict=True):
                 part.mul_(tensor.numel() / len(part))
         return values

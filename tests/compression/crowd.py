@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import DONE, Communicator, Pending
-from distrain.compression.base import Compressor, LossyConfig, build
+from distrain.compression.base import Compressor, LossyConfig, MessageCompressor, build
 from distrain.compression.bucket import Bucket
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import Gradients
@@ -31,11 +31,13 @@ class Odd(nn.Module):
         self.bias = nn.Parameter(torch.zeros(11))
 
 
-def compressor(*overrides: str, seed: int = 0) -> Compressor:
+def compressor(*overrides: str, seed: int = 0) -> MessageCompressor:
     """What these overrides configure; tensors of any size are compressed where the compressor has a limit."""
     # Threads on tensors this small wait for each other longer than they work; after the test they are as before.
     torch.set_num_threads(1)
-    return build(_configuration(overrides), seed)
+    made = build(_configuration(overrides), seed)
+    assert isinstance(made, MessageCompressor)
+    return made
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distrain.cli import app
 from distrain.communication.collectives import Communicator, Pending, digest
@@ -196,19 +196,10 @@ class Fake(Compressor):
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
         self.seen.append(bucket)
         time.sleep(self.sleeps)
-        owed = self.residuals.add(bucket) if self.residuals is not None else bucket
+        owed = self.residuals.accumulate(bucket) if self.residuals is not None else bucket
         bucket.compressed_part.copy_(owed.compressed_part).mul_(0.5)
         owed.compressed_part.mul_(0.5)
         yield communicator.start_all_reduce(bucket.flat)
-
-    def compress(self, owed: Bucket) -> list[Tensor]:
-        raise NotImplementedError
-
-    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        raise NotImplementedError
-
-    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
-        raise NotImplementedError
 
 
 class Slow(Fake):

@@ -133,6 +133,7 @@ def test_the_communicator_says_whose_draws_they_are() -> None:
 @pytest.mark.parametrize(("bits", "ratio"), [(8, 4), (4, 8), (2, 16)])
 def test_bytes_are_really_fewer(bits: int, ratio: int) -> None:
     compressor = base.build(compose("compression=qsgd", f"compression.bits={bits}").compression)
+    assert isinstance(compressor, QSGD)
     flat = torch.randn(1_000_000)
     bucket = Bucket(flat, {"weight": flat})
     assert 0.95 * ratio < bucket.bytes / compressor.encode(bucket).numel() < ratio

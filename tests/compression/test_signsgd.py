@@ -50,6 +50,7 @@ def test_by_default_a_model_takes_a_thirtieth_of_its_bytes_and_feeds_errors_back
     compressor = base.build(compose("compression=signsgd").compression)
     flat = torch.randn(1_000_000)
     bucket = Bucket(flat, {"weight": flat})
+    assert isinstance(compressor, SignSGD)
     assert 30 < bucket.bytes / compressor.encode(bucket).numel() < 32
     assert compressor.residuals is not None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import digest, ring_all_reduce_bytes
 from distrain.compression.error_feedback import Residuals
-from distrain.compression.sparse import SparseCompressor, stratified
+from distrain.compression.sparse import SparseCompressor, stratified_sample
 from distrain.errors import ConfigError
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
@@ -227,7 +227,7 @@ def test_a_new_compressor_with_the_state_goes_on_bit_for_bit(name: str) -> None:
 )
 def test_positions_drawn_differ_and_lie_in_range(size: int, count: int) -> None:
     for key in "abc":
-        drawn = stratified(size, count, key)
+        drawn = stratified_sample(size, count, key)
         assert drawn.dtype == torch.int64
         assert len(drawn.unique()) == count
         assert drawn.min() >= 0
@@ -236,10 +236,10 @@ def test_positions_drawn_differ_and_lie_in_range(size: int, count: int) -> None:
 
 def test_the_draw_depends_on_its_key_alone() -> None:
     torch.manual_seed(1)
-    first = stratified(10_000, 100, "key")
+    first = stratified_sample(10_000, 100, "key")
     torch.manual_seed(2)
-    assert torch.equal(stratified(10_000, 100, "key"), first)
-    assert not torch.equal(stratified(10_000, 100, "another key"), first)
+    assert torch.equal(stratified_sample(10_000, 100, "key"), first)
+    assert not torch.equal(stratified_sample(10_000, 100, "another key"), first)
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 7), (23, 5), (12, 4)])
@@ -247,7 +247,7 @@ def test_every_position_is_as_likely_as_any_other(size: int, count: int) -> None
     draws = 4000
     seen = torch.zeros(size)
     for number in range(draws):
-        seen[stratified(size, count, str(number))] += 1
+        seen[stratified_sample(size, count, str(number))] += 1
     share = count / size
     # Five standard deviations of a binomial distribution.
     assert (seen / draws - share).abs().max() < 5 * (share * (1 - share) / draws) ** 0.5
@@ -255,7 +255,7 @@ def test_every_position_is_as_likely_as_any_other(size: int, count: int) -> None
 
 def test_every_position_of_a_stretch_can_be_drawn() -> None:
     # Stretches of three and of two, so that the second draw may lie next to the first or far from it, on either side.
-    drawn = [stratified(5, 2, str(number)) for number in range(60)]
+    drawn = [stratified_sample(5, 2, str(number)) for number in range(60)]
     assert {int(second - first) % 5 for first, second in drawn} == {1, 2, 3, 4}
 
 

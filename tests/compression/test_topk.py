@@ -36,13 +36,13 @@ def test_the_largest_are_chosen_in_order(size: int, density: float, sample_above
 def test_the_sample_spares_comparing_most_elements_and_misses_none(count: int) -> None:
     magnitudes = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
     for number in range(20):
-        candidates = topk._exceeding(magnitudes, count, str(number))
+        candidates = topk._candidates(magnitudes, count, str(number))
         assert count <= len(candidates) < max(3 * count, 1_000)
 
 
 def test_a_sample_that_misleads_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(1000.0)
-    monkeypatch.setattr(topk, "_exceeding", lambda magnitudes, count, key: torch.tensor([999]))
+    monkeypatch.setattr(topk, "_candidates", lambda magnitudes, count, key: torch.tensor([999]))
     assert largest(tensor, 10, SAMPLED, "key").tolist() == list(range(990, 1000))
 
 

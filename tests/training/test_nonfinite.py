@@ -363,8 +363,7 @@ def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -
     [
         (
             ("strategy=ddp", "compression=topk", "trainer.on_nonfinite=skip"),
-            "trainer.on_nonfinite=skip: would leave NaN in what compression=topk has not sent yet; "
-            "choices: stop, rewind",
+            "trainer.on_nonfinite=skip: would leave NaN in the residuals of compression=topk; choices: stop, rewind",
         ),
         (
             ("strategy=ddp", "compression=auto", "trainer.on_nonfinite=skip"),

@@ -1,1 +1,1 @@
-"""How numbers become few bytes: bits, positions, packing."""
+"""Compact encodings of numbers as bytes: small integers, positions, several tensors in one message."""

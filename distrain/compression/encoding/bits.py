@@ -1,8 +1,8 @@
-"""Small numbers as bytes: 8, 4, 2 or 1 of them in each.
+"""Small integers as bytes: 1, 2, 4 or 8 of them per byte.
 
-The layout is planar: the numbers are cut into as many runs of one length as a byte holds numbers, and byte i holds the
-i-th number of each run, the first run's in its lowest bits. So packing and unpacking are a few operations on whole
-runs, which every device does at memory speed, and the bytes are the same on all of them.
+The layout is planar. The integers are cut into runs of equal length, as many runs as a byte holds integers. Byte i
+holds the i-th integer of each run, the first run's in its lowest bits. Packing and unpacking are thus a few operations
+on whole runs, which every device does at memory speed, and the bytes are the same on all devices.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch.nn import functional as F
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that ``count`` numbers of ``bits`` bits take."""
+    """Number of bytes that ``count`` integers of ``bits`` bits take."""
     return -(-count * bits // 8)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Packs small numbers along the last dimension.
+    """Packs small integers along the last dimension.
 
     Args:
-        codes: uint8 or bool ``[..., n]``; only the lowest ``bits`` bits of each count.
+        codes: uint8 or bool ``[..., n]``; only the lowest ``bits`` bits of each are used.
         bits: 1, 2, 4 or 8.
 
     Returns:
-        uint8 ``[..., packed_size(n, bits)]``; what is left over in the last bytes is zero.
+        uint8 ``[..., packed_size(n, bits)]``; unused bits of the last bytes are zero.
     """
     runs, count = 8 // bits, codes.shape[-1]
     length = packed_size(count, bits)
@@ -40,12 +40,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The numbers that :func:`pack_bits` packed.
+    """The integers that :func:`pack_bits` packed.
 
     Args:
         packed: uint8 ``[..., packed_size(count, bits)]``.
         bits: 1, 2, 4 or 8.
-        count: How many numbers the last dimension held.
+        count: Number of integers along the last dimension.
 
     Returns:
         uint8 ``[..., count]``, each below ``2**bits``.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Ledger
-from distrain.compression.base import Compressor
+from distrain.compression.base import MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.errors import PeerLost
 from distrain.reporting.metrics import Stopwatch
@@ -65,7 +65,7 @@ class Link:
         server: Peer,
         connections: Mapping[str, Connection],
         named: Mapping[str, nn.Parameter],
-        compressor: Compressor,
+        compressor: MessageCompressor,
         stopwatch: Stopwatch,
         ledger: Ledger,
         silence_seconds: float,

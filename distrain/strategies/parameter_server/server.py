@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
 from distrain.communication.collectives import DTYPES
-from distrain.compression.base import Compressor
-from distrain.compression.bucket import Bucket
+from distrain.compression.base import MessageCompressor
 from distrain.compression.encoding.packing import pack, packed_size, unpack
 from distrain.errors import PeerLost
 from distrain.gradients.buckets import Gradients, clip
@@ -84,7 +83,7 @@ class Shard:
     named: dict[str, nn.Parameter]
     gradients: Gradients
     optimizer: torch.optim.Optimizer
-    compressor: Compressor
+    compressor: MessageCompressor
 
     def room(self) -> Packed:
         """Room for a copy of the parameters."""
@@ -93,11 +92,7 @@ class Shard:
     def push_sizes(self, step: int) -> list[int]:
         """Bytes of each bucket's message in a step."""
         self.compressor.step = step
-        return [packed_size(_form(bucket, self.compressor)) for bucket in self.gradients.buckets]
-
-
-def _form(bucket: Bucket, compressor: Compressor) -> list[tuple[torch.dtype, int]]:
-    return [(bucket.flat.dtype, bucket.uncompressed_numel), *compressor.message_layout(bucket)]
+        return [packed_size(self.compressor.payload_layout(bucket)) for bucket in self.gradients.buckets]
 
 
 @dataclass

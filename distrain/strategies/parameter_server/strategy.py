@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import Carried
 from distrain.communication.collectives import Communicator
+from distrain.compression.base import MessageCompressor
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError, NonFinite, Stopped
@@ -132,6 +133,8 @@ class ParameterServer(Single):
     BatchNorm normalises by each worker's share; running statistics, which stay with the workers, are averaged for
     evaluation and checkpoints.
     """
+
+    compressor: MessageCompressor
 
     # Workers may die, and a process group fails with the first of them.
     saves_in_background = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distrain.communication.collectives import Communicator, Pending, ring_all_reduce_bytes
 from distrain.compression.autotune.advice import Advisor, uncompressed, verdict, wanted
@@ -192,15 +192,6 @@ class Slow(Compressor):
         yield communicator.start_all_reduce(again)
         time.sleep(self.sleeps[2])
         bucket.flat.copy_(mean).add_(again)
-
-    def compress(self, owed: Bucket) -> list[Tensor]:
-        raise NotImplementedError
-
-    def message_layout(self, bucket: Bucket) -> list[tuple[torch.dtype, int]]:
-        raise NotImplementedError
-
-    def add_decompressed(self, message: list[Tensor], bucket: Bucket) -> None:
-        raise NotImplementedError
 
 
 class Quick(Slow):

@@ -50,5 +50,5 @@ def test_the_shortest_code_is_taken(density: float, bits: float, low_bits: int) 
 def test_a_message_with_another_number_of_positions_is_refused() -> None:
     code = PositionCode(5, 1000, 8)
     low, high = code.write(some(5, 1000))
-    with pytest.raises(ValueError, match="a message tells 0 positions where 5 were expected"):
+    with pytest.raises(ValueError, match="a message holds 0 positions where 5 were expected"):
         code.read(low, torch.zeros_like(high))
