@@ -20,7 +20,7 @@ from torch import nn
 
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.autotune.link_model import Link, measure_link
-from distrain.strategies.base import trained
+from distrain.gradients.trainable_parameters import trainable_parameters
 
 if TYPE_CHECKING:
     from distrain.gradients.buckets import Gradients
@@ -164,7 +164,7 @@ class Bucketing:
 
 def bytes_of(model: nn.Module) -> int:
     """Size of all gradients of a model."""
-    return sum(p.numel() * p.element_size() for p in trained(model).values())
+    return sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
 
 
 def measure(replicas: Communicator, everyone: Communicator, device: torch.device, most: int) -> Pace:

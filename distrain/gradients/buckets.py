@@ -21,44 +21,17 @@ from distrain.communication.collectives import Communicator, ring_all_reduce_byt
 from distrain.compression.autotune import advice
 from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
+from distrain.gradients.clip import ScalableGradients
 from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
 
 MB = 1024 * 1024
 
 
-class Scalable(Protocol):
-    """Gradients of a whole model, wherever its parts lie."""
-
-    def norm(self) -> Tensor:
-        """Euclidean norm over all of them, a scalar."""
-
-    def scale(self, factor: Tensor) -> None:
-        """Multiplies all of them by a scalar."""
-
-
-def clip(gradients: Scalable, most: float | None, norm: Tensor | None = None) -> Tensor | None:
-    """Scales gradients whose norm exceeds ``most``, by torch.nn.utils.clip_grad_norm_'s formula.
-
-    Args:
-        gradients: Scaled in place.
-        most: The limit, if there is one.
-        norm: Their norm, where it is known.
-
-    Returns:
-        The norm before; without a limit it is not computed.
-    """
-    if most is None:
-        return norm
-    norm = gradients.norm() if norm is None else norm
-    gradients.scale((most / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
 class Carrier(Protocol):
     """Takes complete buckets away."""
 
-    def arm(self) -> None:
+    def begin_last_backward(self) -> None:
         """The last backward pass of a step begins."""
 
     def start(self, bucket: Bucket) -> None:
@@ -68,7 +41,7 @@ class Carrier(Protocol):
         """Called after the last bucket of a step."""
 
 
-class Reduced(Scalable, Protocol):
+class Reduced(ScalableGradients, Protocol):
     """Gradients that are zeroed, accumulated and reduced together; see :class:`Gradients`."""
 
     buckets: list[Bucket]
@@ -80,7 +53,7 @@ class Reduced(Scalable, Protocol):
     def zero(self) -> None:
         """Starts a new sum."""
 
-    def arm(self) -> None:
+    def begin_last_backward(self) -> None:
         """The last backward pass of a step comes."""
 
     def finish(self) -> None:
@@ -128,9 +101,9 @@ class Gradients:
         self._missing: list[int] = []
         self._handles: list[RemovableHandle] = []
         self._trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        self.lay_out(first_bucket_mb, bucket_mb, last_bucket_mb)
+        self.rebuild_buckets(first_bucket_mb, bucket_mb, last_bucket_mb)
 
-    def lay_out(self, first_bucket_mb: float, bucket_mb: float, last_bucket_mb: float) -> None:
+    def rebuild_buckets(self, first_bucket_mb: float, bucket_mb: float, last_bucket_mb: float) -> None:
         """Cuts the gradients anew, which become zero; never amid a step. Sizes are those of the class."""
         for handle in self._handles:
             handle.remove()
@@ -161,11 +134,11 @@ class Gradients:
         for bucket in self.buckets:
             bucket.flat.zero_()
 
-    def arm(self) -> None:
+    def begin_last_backward(self) -> None:
         """From now on a bucket is sent off as soon as it is complete; call before the last backward pass of a step."""
         self._armed = True
         if self._exchanges is not None:
-            self._exchanges.arm()
+            self._exchanges.begin_last_backward()
         self._next = 0
         for index, bucket in enumerate(self.buckets):
             self._missing[index] = len(bucket.tensors)

@@ -29,7 +29,7 @@ class Exchanges:
         self._under_way: list[_Exchange] = []
         self._held: list[Bucket] = []
 
-    def arm(self) -> None:
+    def begin_last_backward(self) -> None:
         """The last backward pass of a step begins, and with it the first bucket fills up."""
         if self._compressor.observer is not None:
             self._compressor.observer.armed(self._communicator)

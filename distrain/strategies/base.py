@@ -303,11 +303,6 @@ class Strategy(ABC):
         return fit()
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that get gradients, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def chosen(config: Config) -> type[Strategy]:
     """The class of the strategy that the configuration names."""
     return cast(type[Strategy], choice("strategy", config.strategy.name).target)

@@ -151,5 +151,5 @@ class DDP(Single):
         if saved["layout"] == self.layout:
             assert isinstance(self.gradients, Gradients)
             self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
-            self.gradients.lay_out(*self._bucketing.sizes(self.gradients.bytes))
+            self.gradients.rebuild_buckets(*self._bucketing.sizes(self.gradients.bytes))
         return super().load_state_dict(saved)

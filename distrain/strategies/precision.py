@@ -12,7 +12,7 @@ from torch import Tensor
 from distrain.checkpoint.restore_report import Carried
 
 if TYPE_CHECKING:
-    from distrain.gradients.buckets import Scalable
+    from distrain.gradients.clip import ScalableGradients
 
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,7 +61,7 @@ class Precision:
             loss = loss * ((loss - loss).detach() + 1)
         return loss * self._scale if self.name == "fp16" else loss
 
-    def unscale(self, gradients: Scalable) -> None:
+    def unscale(self, gradients: ScalableGradients) -> None:
         """Takes the scale out of the gradients."""
         if self.name == "fp16":
             gradients.scale(torch.tensor(1.0 / self._scale, device=self._device))

@@ -15,7 +15,8 @@ from distrain.communication.collectives import Communicator
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig
 from distrain.errors import ConfigError
-from distrain.gradients.buckets import Gradients, Reduced, clip
+from distrain.gradients.buckets import Gradients, Reduced
+from distrain.gradients.clip import clip_gradient_norm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers
 from distrain.strategies.precision import Precision
@@ -101,7 +102,7 @@ class Single(Strategy):
         losses, metric_sums, samples = [], [], 0
         for index, (inputs, targets) in enumerate(pieces):
             if sends and index == len(pieces) - 1:
-                self.gradients.arm()
+                self.gradients.begin_last_backward()
             with self.precision.autocast():
                 outputs = self._forward(inputs)
                 loss_sum, size = self.task.loss(outputs, targets)
@@ -110,7 +111,7 @@ class Single(Strategy):
             metric_sums.append(self.task.measure(outputs.detach(), targets))
             samples += size
         if sends and not pieces:
-            self.gradients.arm()
+            self.gradients.begin_last_backward()
         if not pieces:
             return self._no_samples()
         # The usual single piece needs no kernel to be summed.
@@ -137,7 +138,7 @@ class Single(Strategy):
         """Applies the gradient; returns whether that was left out because it is not finite."""
         self.precision.unscale(self.gradients)
         norm = self.gradients.norm() if self.precision.looks else None
-        self._norm = clip(self.gradients, self._clip, norm)
+        self._norm = clip_gradient_norm(self.gradients, self._clip, norm)
         updated = self.precision.step(self.optimizer, self._norm)
         if not updated and self._kept is not None:
             self._kept.put_back()

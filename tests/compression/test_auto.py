@@ -300,7 +300,7 @@ def _exchange_on_rank(
         for _ in range(steps):
             gradients.zero()
             used.begin_step()
-            gradients.arm()
+            gradients.begin_last_backward()
             for bucket in gradients.buckets:
                 bucket.flat.copy_(torch.randn(bucket.flat.shape, generator=generator, dtype=torch.float64))
             given = given + torch.cat([bucket.flat for bucket in gradients.buckets])
@@ -384,7 +384,7 @@ def test_one_process_has_nothing_to_choose() -> None:
     gradients = gradients_of(used)
     for _ in range(12):
         used.begin_step()
-        gradients.arm()
+        gradients.begin_last_backward()
         gradients.finish()
     assert used.report() == {"chosen": None}
     assert used.step == 12

@@ -82,7 +82,7 @@ def _exchange_on_rank(names: list[str], steps: int) -> dict[str, Any]:
             given, got = torch.zeros(()), torch.zeros(())
             for _ in range(steps):
                 compressor.begin_step()
-                gradients.arm()
+                gradients.begin_last_backward()
                 for bucket in gradients.buckets:
                     bucket.flat.copy_(torch.randn(bucket.flat.shape, generator=generator, dtype=torch.float64))
                 given = given + _by_name(gradients)

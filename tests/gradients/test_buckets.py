@@ -180,7 +180,7 @@ def test_backward_passes_add_up_in_place_and_leave_once(make: Callable[[], nn.Mo
         made.zero()
         model(inputs[0]).square().sum().backward()
         assert recorder.left == []
-        made.arm()
+        made.begin_last_backward()
         model(inputs[1]).square().sum().backward()
         made.finish()
         assert recorder.left == names(made)
@@ -232,7 +232,7 @@ def test_a_bucket_leaves_while_the_backward_pass_still_runs() -> None:
     recorder = Recorder()
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     made = one_layer_a_bucket(model, recorder)
-    made.arm()
+    made.begin_last_backward()
     model(torch.ones(1, 3)).sum().backward()
     assert recorder.left == names(made)
     assert recorder.complete == [1, 2, 3]
@@ -241,7 +241,7 @@ def test_a_bucket_leaves_while_the_backward_pass_still_runs() -> None:
 def test_buckets_leave_in_their_order_whatever_the_backward_pass_finishes_first() -> None:
     recorder, model = Recorder(), Backwards()
     made = one_layer_a_bucket(model, recorder)
-    made.arm()
+    made.begin_last_backward()
     model(torch.ones(1, 3)).sum().backward()
     assert recorder.left == names(made)
     # The first bucket was complete last, and the others waited for it.
@@ -254,7 +254,7 @@ def test_unused_parameters_and_an_empty_share_contribute_zeros() -> None:
     made = one_layer_a_bucket(model, recorder)
     model(torch.ones(1, 3)).sum().backward()
     made.zero()
-    made.arm()
+    made.begin_last_backward()
     # The last layer, which fills the first bucket, takes no part.
     model[1](model[0](torch.ones(1, 3))).sum().backward()
     assert recorder.left == []
@@ -263,7 +263,7 @@ def test_unused_parameters_and_an_empty_share_contribute_zeros() -> None:
     assert [bool(bucket.flat.any()) for bucket in made.buckets] == [False, True, True]
     recorder.left.clear()
     made.zero()
-    made.arm()
+    made.begin_last_backward()
     made.finish()
     assert recorder.left == names(made)
     assert not any(bucket.flat.any() for bucket in made.buckets)
@@ -275,7 +275,7 @@ def test_nothing_leaves_unless_armed(make: Callable[[], nn.Module]) -> None:
     made = one_layer_a_bucket(model, recorder)
     model(torch.ones(1, 3)).sum().backward()
     assert recorder.left == []
-    made.arm()
+    made.begin_last_backward()
     model(torch.ones(1, 3)).sum().backward()
     made.finish()
     assert len(recorder.left) == 3
@@ -286,7 +286,7 @@ def test_nothing_leaves_unless_armed(make: Callable[[], nn.Module]) -> None:
 def test_the_wait_is_booked_as_communication() -> None:
     stopwatch = Stopwatch(torch.device("cpu"))
     made = Gradients(parameters(a=1), replicas(2), Recorder(), stopwatch)
-    made.arm()
+    made.begin_last_backward()
     with stopwatch.step():
         made.finish()
     step, communication, _ = stopwatch.collect()

@@ -59,7 +59,7 @@ def diary(collectives: int, holds: bool | None = None) -> list[str]:
     exchanges = Exchanges(compressor, Communicator(), Stopwatch(torch.device("cpu")))
     for _ in range(2):
         compressor.lines.clear()
-        exchanges.arm()
+        exchanges.begin_last_backward()
         for size in (1, 2, 3):
             exchanges.start(Bucket(torch.zeros(size), {}))
         exchanges.finish()
@@ -102,7 +102,7 @@ def test_a_recorder_keeps_the_times_of_steps_that_exchanged_something(monkeypatc
         recorder.close()
         recorder.open()
         if sizes:
-            exchanges.arm()
+            exchanges.begin_last_backward()
             for size in sizes:
                 exchanges.start(Bucket(torch.zeros(size), {}))
             exchanges.finish()

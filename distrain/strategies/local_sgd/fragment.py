@@ -169,7 +169,7 @@ class Fragment:
         self.reset()
         self._travels = self._communicator.size > 1
         if self._travels:
-            self._exchanges.arm()
+            self._exchanges.begin_last_backward()
         for part in self._parts:
             torch.sub(part.anchor.flat, part.copies().flat, out=part.bucket.flat).mul_(weight)
             if self._travels:

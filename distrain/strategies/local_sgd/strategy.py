@@ -19,11 +19,12 @@ from distrain.config.schema import CompressionConfig, Config, StrategyConfig, se
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError, missing
 from distrain.gradients.buckets import Gradients
+from distrain.gradients.linear_partition import linear_partition
+from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
-from distrain.strategies.base import MakeOptimizer, StepResult, trained
+from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.local_sgd.divergence_check import Agreement
 from distrain.strategies.local_sgd.fragment import Fragment, Outer, Seen, weighted_mean
-from distrain.strategies.pipeline import split
 from distrain.strategies.single import Single
 from distrain.tasks.base import Task
 
@@ -158,7 +159,7 @@ class LocalSGD(Single):
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses more fragments than parameters."""
         assert isinstance(config.strategy, LocalSGDConfig)
-        most = len(trained(model))
+        most = len(trainable_parameters(model))
         if config.strategy.fragments > most:
             raise ConfigError(
                 "strategy.fragments", config.strategy.fragments, f"the model has only {most} parameters to cut between"
@@ -174,7 +175,7 @@ class LocalSGD(Single):
         outer = Outer()
         if options.outer_optimizer != "average":
             outer = Outer(options.outer_lr, options.outer_momentum, options.outer_optimizer == "nesterov")
-        self._parameters = trained(model)
+        self._parameters = trainable_parameters(model)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         #: All that differs between ranks and is merged, by name.
         self._copies: dict[str, Tensor] = {**self._parameters, **buffers}
@@ -479,7 +480,7 @@ def _cut(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, n
     """A row of parameters in parts whose largest has as few bytes as can be."""
     row = list(parameters.items())
     sizes = [float(parameter.numel() * parameter.element_size()) for _, parameter in row]
-    starts = split.partition(sizes, [0.0] * len(row), count, range(1, len(row)))
+    starts = linear_partition(sizes, [0.0] * len(row), count, range(1, len(row)))
     return [dict(row[start:stop]) for start, stop in zip(starts, [*starts[1:], len(row)], strict=True)]
 
 

@@ -95,7 +95,7 @@ class Link:
 
     # --- what Gradients asks of what carries its buckets -------------------------------------------------------------
 
-    def arm(self) -> None:
+    def begin_last_backward(self) -> None:
         """Nothing to prepare: :meth:`begin` has."""
 
     def start(self, bucket: Bucket) -> None:

@@ -24,7 +24,8 @@ from distrain.communication.collectives import DTYPES
 from distrain.compression.base import MessageCompressor
 from distrain.compression.encoding.packing import pack, packed_size, unpack
 from distrain.errors import PeerLost
-from distrain.gradients.buckets import Gradients, clip
+from distrain.gradients.buckets import Gradients
+from distrain.gradients.clip import clip_gradient_norm
 from distrain.strategies.parameter_server.collectives import Meeting
 from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
@@ -447,7 +448,7 @@ class Server:
                     if self._rules.on_nonfinite != "stop" and not math.isfinite(norm.real("norm")):
                         self._leave_out()
                     else:
-                        clip(_Whole(self.shard.gradients, norm.real("norm")), self._rules.clip)
+                        clip_gradient_norm(_Whole(self.shard.gradients, norm.real("norm")), self._rules.clip)
                         self._update(push.rate)
 
     def _sum(self, pushes: Sequence[_Push]) -> None:

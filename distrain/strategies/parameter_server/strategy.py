@@ -20,10 +20,12 @@ from distrain.compression.base import MessageCompressor
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError, NonFinite, Stopped
-from distrain.gradients.buckets import MB, Gradients, Reduced, clip
+from distrain.gradients.buckets import MB, Gradients, Reduced
+from distrain.gradients.clip import clip_gradient_norm
+from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
-from distrain.strategies.base import MakeOptimizer, StepResult, trained
+from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.parameter_server.client import Link, Links
 from distrain.strategies.parameter_server.collectives import Everyone
 from distrain.strategies.parameter_server.connect import Door, Peer, enter, own_address
@@ -195,7 +197,7 @@ class ParameterServer(Single):
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses more servers than there are tensors for."""
         assert isinstance(config.strategy, ParameterServerConfig)
-        tensors = len(trained(model))
+        tensors = len(trainable_parameters(model))
         if config.strategy.servers > tensors:
             raise ConfigError(
                 "strategy.servers", config.strategy.servers, f"the model has only {tensors} tensors to hold"
@@ -223,7 +225,7 @@ class ParameterServer(Single):
         """Divides the parameters and connects the ranks; see the base class."""
         world, all_ranks = self.runtime.world, self.runtime.communicator()
         self.agree_on(model, all_ranks)
-        parameters = list(trained(model).items())
+        parameters = list(trainable_parameters(model).items())
         sizes = [parameter.numel() * parameter.element_size() for _, parameter in parameters]
         shards = [
             dict(parameters[position] for position in positions) for positions in balanced(sizes, self.options.servers)
@@ -410,7 +412,7 @@ class ParameterServer(Single):
                 gradients.zero()
                 self._links.begin(self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share)
             elif most is not None:
-                clip(gradients, most * share, norm)
+                clip_gradient_norm(gradients, most * share, norm)
 
         return clip_own
 
@@ -617,16 +619,16 @@ class _Shards:
         for shard in self._shards:
             shard.zero()
 
-    def arm(self) -> None:
+    def begin_last_backward(self) -> None:
         if self._first is None:
             for shard in self._shards:
-                shard.arm()
+                shard.begin_last_backward()
 
     def finish(self) -> None:
         if self._first is not None:
             self._first(self)
             for shard in self._shards:
-                shard.arm()
+                shard.begin_last_backward()
         for shard in self._shards:
             shard.finish()
 

@@ -161,49 +161,6 @@ def measure_link(line: Communicator, device: torch.device, repeats: int = 3) -> 
     return max(found[0] - a_byte * _MESSAGES[0], 0.0), a_byte
 
 
-def partition(weights: Sequence[float], hand_over: Sequence[float], stages: int, cuts: Sequence[int]) -> list[int]:
-    """Cuts a row of blocks so that the slowest stage is as fast as can be.
-
-    Dynamic programming over (blocks, stages), exact, in O(blocks² · stages).
-
-    Args:
-        weights: Each block's time.
-        hand_over: Time to hand over what each block gives, added to the stage that ends with it.
-        stages: How many.
-        cuts: Positions that a stage may begin with, besides 0.
-
-    Returns:
-        The first block of each stage; the first is 0.
-
-    Raises:
-        ValueError: There are too few cuts.
-    """
-    count = len(weights)
-    sums = [0.0]
-    for weight in weights:
-        sums.append(sums[-1] + weight)
-
-    def cost(start: int, stop: int) -> float:
-        return sums[stop] - sums[start] + (hand_over[stop - 1] if stop < count else 0.0)
-
-    # best[stop]: the fastest slowest stage of the first `stop` blocks in the stages so far, and where those begin.
-    best: dict[int, tuple[float, list[int]]] = {stop: (cost(0, stop), [0]) for stop in [*cuts, count]}
-    for _ in range(stages - 1):
-        more: dict[int, tuple[float, list[int]]] = {}
-        for stop in [*cuts, count]:
-            options = [
-                (max(slowest, cost(start, stop)), [*starts, start])
-                for start, (slowest, starts) in best.items()
-                if start < stop and start in cuts
-            ]
-            if options:
-                more[stop] = min(options)
-        best = more
-    if count not in best:
-        raise ValueError(f"{stages} stages need {stages - 1} cuts, there are {len(cuts)}")
-    return best[count][1]
-
-
 def table(costs: Sequence[BlockCost], starts: Sequence[int], where: Sequence[int]) -> list[dict[str, Any]]:
     """What each stage holds and takes, one row a stage."""
     rows = []

@@ -20,7 +20,9 @@ from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError
 from distrain.files.writing import write_json
 from distrain.gradients.bucket_sizes import Bucketing, bytes_of
-from distrain.gradients.buckets import Gradients, clip
+from distrain.gradients.buckets import Gradients
+from distrain.gradients.clip import clip_gradient_norm
+from distrain.gradients.linear_partition import linear_partition
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers
@@ -97,7 +99,7 @@ class Pipeline(Strategy):
         self._orders: dict[int, list[Work]] = {}
         self._clip = config.trainer.grad_clip_norm
         self._norm: Tensor | None = None
-        self._recorder = timeline.Recorder(runtime.device)
+        self._recorder = timeline.SpanRecorder(runtime.device)
         self._figures: dict[str, Figure] = {}
 
     @classmethod
@@ -228,7 +230,7 @@ class Pipeline(Strategy):
             weights = [cost.forward_ms + cost.backward_ms for cost in costs]
             # An activation there and its gradient back.
             hand_over = [2 * (latency + a_byte * cost.output_bytes) for cost in costs]
-            starts = split.partition(weights, hand_over, self.options.stages, split.allowed_cuts(model))
+            starts = linear_partition(weights, hand_over, self.options.stages, split.allowed_cuts(model))
         self.split_table = split.table(costs, starts, self._where)
         return starts
 
@@ -273,7 +275,7 @@ class Pipeline(Strategy):
             loss_sum, metric_sums = self._run(pieces, batch.global_count) if count else self._no_sums()
             for index in self.stages:
                 if not count or len(self.stages) > 1:
-                    self.gradients[index].arm()
+                    self.gradients[index].begin_last_backward()
                 self.gradients[index].finish()
             batchnorm.settle(self._modules)
             left_out = self._update()
@@ -358,7 +360,7 @@ class Pipeline(Strategy):
                 # With several stages a rank, replicas with fewer microbatches might finish them in another order, and
                 # their collectives would not match; then all wait for the end.
                 if not left[work.stage] and len(self.stages) == 1:
-                    self.gradients[work.stage].arm()
+                    self.gradients[work.stage].begin_last_backward()
             if work.kind == "weight":
                 with self._recorder.span(*work):
                     stage.backward_weight(m)
@@ -379,7 +381,7 @@ class Pipeline(Strategy):
         """
         self.precision.unscale(self)
         norm = self.norm() if self.precision.looks else None
-        self._norm = clip(self, self._clip, norm)
+        self._norm = clip_gradient_norm(self, self._clip, norm)
         updated = self.precision.step(self.optimizer, self._norm)
         if not updated and self._kept is not None:
             self._kept.put_back()
@@ -506,7 +508,7 @@ class Pipeline(Strategy):
         if saved["layout"] == self.layout:
             self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
             for gradients in self.gradients.values():
-                gradients.lay_out(*self._bucketing.sizes(gradients.bytes))
+                gradients.rebuild_buckets(*self._bucketing.sizes(gradients.bytes))
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         named_state.check_names(self._names_of_all, saved["model"])
         for module in self._modules:

@@ -48,7 +48,7 @@ class Span:
     end: float
 
 
-class Recorder:
+class SpanRecorder:
     """Keeps the last few steps' spans; on a GPU as events that are read later, so that nothing waits for them.
 
     Args:

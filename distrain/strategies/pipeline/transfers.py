@@ -11,7 +11,7 @@ from torch import Tensor
 from distrain.communication.collectives import Communicator, Pending
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.pipeline.schedule import Work
-from distrain.strategies.pipeline.timeline import Recorder
+from distrain.strategies.pipeline.timeline import SpanRecorder
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Mail:
         forward_line: Communicator,
         backward_line: Communicator,
         device: torch.device,
-        recorder: Recorder,
+        recorder: SpanRecorder,
         stopwatch: Stopwatch,
     ) -> None:
         self._where = where

@@ -278,7 +278,7 @@ def _train_on_rank(make: Callable[[CompressionConfig], Compressor], steps: int) 
             compressor.begin_step()
             watched.append(isinstance(compressor.observer, Advisor))
             gradients.zero()
-            gradients.arm()
+            gradients.begin_last_backward()
             time.sleep(0.01)
             for bucket in gradients.buckets:
                 bucket.flat.fill_(step + everyone.rank)

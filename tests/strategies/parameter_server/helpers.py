@@ -104,7 +104,7 @@ class Running:
         held = self.gradients[worker]
         for bucket in held.buckets:
             bucket.flat.fill_(value)
-        held.arm()
+        held.begin_last_backward()
         held.finish()
         link.ask()
         link.take()

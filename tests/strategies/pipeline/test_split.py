@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -12,30 +11,6 @@ from torch import nn
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 from distrain.strategies.pipeline import split
-
-
-def slowest(weights: list[float], starts: tuple[int, ...]) -> float:
-    return max(sum(weights[a:b]) for a, b in zip(starts, [*starts[1:], len(weights)], strict=True))
-
-
-@pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_the_partition_is_the_best_of_all(stages: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        weights = torch.rand(9, generator=generator).tolist()
-        found = split.partition(weights, [0.0] * 9, stages, range(1, 9))
-        every = ((0, *cuts) for cuts in itertools.combinations(range(1, 9), stages - 1))
-        assert slowest(weights, tuple(found)) == pytest.approx(min(slowest(weights, starts) for starts in every))
-
-
-def test_handing_over_counts() -> None:
-    assert split.partition([1, 1, 1, 1], [0, 9, 0, 0], 2, [1, 2, 3]) == [0, 1]
-
-
-def test_only_allowed_cuts_are_made() -> None:
-    assert split.partition([1, 1, 1, 1], [0] * 4, 2, [3]) == [0, 3]
-    with pytest.raises(ValueError, match="3 stages need 2 cuts"):
-        split.partition([1, 1, 1], [0] * 3, 3, [1])
 
 
 def linear(count: int) -> BlockSequence:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distrain.strategies.pipeline.timeline import Recorder, Span, aligned, chrome_trace, measured_bubble, write
+from distrain.strategies.pipeline.timeline import Span, SpanRecorder, aligned, chrome_trace, measured_bubble, write
 
 LANES = [
     [Span("forward", 0, 0, 0.0, 1.0), Span("send", 1, 0, 1.0, 1.1), Span("backward", 0, 0, 4.0, 6.0)],
@@ -22,7 +22,7 @@ def test_waiting_and_sending_are_idle() -> None:
 
 
 def test_what_comes_between_steps_belongs_to_none() -> None:
-    recorder = Recorder(torch.device("cpu"), steps=2)
+    recorder = SpanRecorder(torch.device("cpu"), steps=2)
     for microbatch in range(3):
         recorder.begin()
         with recorder.span("forward", 0, microbatch):
