@@ -26,6 +26,7 @@ import yaml
 from PIL import Image
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.cli import evaluate, hydra_entry, predict, settings
 from distrain.cli.run_folder import RunFolder
@@ -114,7 +115,7 @@ def test_a_pickle_in_a_run_folder_is_named(run: Path, planted: bytes, name: str)
 
 
 def test_a_pickle_in_place_of_any_file_of_a_checkpoint_is_named(run: Path, planted: bytes) -> None:
-    path = checkpoint_format.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     files = sorted(file for file in path.rglob("*") if file.is_file())
     assert len(files) >= 4
     for file in files:
@@ -347,35 +348,35 @@ def test_deep_nesting_is_one_line(run: Path, depth: int) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 def test_deep_nesting_in_a_checkpoint_is_damage(run: Path, name: str) -> None:
-    path = checkpoint_format.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     (path / name).write_text('{"a":' * 50_000)
-    assert name in one_line(lambda: checkpoint_format.verify(path), DamagedCheckpoint)
+    assert name in one_line(lambda: checkpoint_reader.verify(path), DamagedCheckpoint)
     assert name in one_line(lambda: RunFolder.open(str(run)).weights(str(path)))
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../../config.yaml", "..", ".", "", "logs/../state.json", "a\0b"])
 def test_a_manifest_names_files_of_its_folder_alone(run: Path, name: str) -> None:
-    path = checkpoint_format.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     manifest = (path / "manifest.json").read_text()
     first = next(iter(json.loads(manifest)))
     (path / "manifest.json").write_text(manifest.replace(json.dumps(first), json.dumps(name), 1))
-    one_line(lambda: checkpoint_format.verify(path), DamagedCheckpoint)
+    one_line(lambda: checkpoint_reader.verify(path), DamagedCheckpoint)
 
 
 def test_a_link_that_leaves_a_checkpoint_is_not_followed(run: Path, tmp_path: Path) -> None:
-    path = checkpoint_format.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     for file in sorted(path.iterdir()):
         elsewhere = tmp_path / "elsewhere"
         shutil.move(file, elsewhere)
         file.symlink_to(elsewhere)
-        assert f"{file} is a link that leaves" in one_line(lambda: checkpoint_format.verify(path), DamagedCheckpoint)
+        assert f"{file} is a link that leaves" in one_line(lambda: checkpoint_reader.verify(path), DamagedCheckpoint)
         file.unlink()
         shutil.move(elsewhere, file)
-    checkpoint_format.verify(path)
+    checkpoint_reader.verify(path)
 
 
 def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run: Path) -> None:
-    path = checkpoint_format.all_in(run / "checkpoints")[-1]
+    path = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     for file in (path / "manifest.json", path / "state.json", run / "data.json", run / "config.yaml"):
         file.unlink()
         os.mkfifo(file)
@@ -443,8 +444,8 @@ def of_tensors(**tensors: dict[str, Any]) -> bytes:
 def test_a_tensor_file_that_claims_what_it_has_not_is_damaged(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors is no safetensors file"):
-        checkpoint_format._load_tensors(file)
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors is not a safetensors file"):
+        checkpoint_reader._load_tensors(file)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], rows: bytes = b"") -> bytes:

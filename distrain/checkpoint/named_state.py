@@ -1,4 +1,4 @@
-"""Model and optimizer state by the unsplit model's parameter names, so that any strategy reads what any other wrote."""
+"""Model and optimizer state by the unsplit model's parameter names, so that any strategy can load any other's state."""
 
 from __future__ import annotations
 
@@ -8,33 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What an optimizer keeps.
+    """An optimizer's state by parameter name.
 
     Returns:
-        Tensors as ``<parameter name>/<what>`` and non-tensors in the same way.
+        The tensors as ``<parameter name>/<state name>``, and the other values with the same kind of keys.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for parameter, kept in optimizer.state.items():
-        for what, value in kept.items():
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{names[parameter]}/{what}"] = value
+                tensors[f"{names[parameter]}/{key}"] = value
             elif value is not None:
-                scalars[f"{names[parameter]}/{what}"] = value
+                scalars[f"{names[parameter]}/{key}"] = value
     return tensors, scalars
 
 
 def check_optimizer(name: str, scalars: Mapping[str, Any]) -> None:
-    """Compares the optimizer with the one that was saved.
+    """Compares this run's optimizer with the one of the saved run.
+
+    Args:
+        name: This run's ``optimizer.name``.
+        scalars: The saved scalars.
 
     Raises:
-        ValueError: It is another kind, whose state means something else.
+        ValueError: They differ; one optimizer's state has no meaning for another.
     """
     saved = scalars["optimizer_name"]
     if saved != name:
@@ -47,71 +51,74 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Gives an optimizer what :func:`optimizer_state` took; state of parameters held elsewhere is left out.
+    """Loads what :func:`optimizer_state` returned; the state of parameters that this optimizer doesn't hold is ignored.
 
     Raises:
         ValueError: A tensor's shape differs from its parameter's.
     """
-    held = {name: parameter for parameter, name in names.items()}
+    parameters = {name: parameter for parameter, name in names.items()}
     for key, value in {**tensors, **scalars}.items():
-        name, _, what = key.rpartition("/")
-        if name not in held:
+        name, _, state_name = key.rpartition("/")
+        if name not in parameters:
             continue
-        parameter = held[name]
-        # A count of steps is a scalar that stays on the CPU; a scalar parameter's moments go where it is.
-        if isinstance(value, Tensor) and (value.dim() > 0 or (parameter.dim() == 0 and what != "step")):
+        parameter = parameters[name]
+        # A step count is a scalar that stays on the CPU; a scalar parameter's moments are on the parameter's device.
+        if isinstance(value, Tensor) and (value.dim() > 0 or (parameter.dim() == 0 and state_name != "step")):
             if value.shape != parameter.shape:
                 raise ValueError(
                     f"optimizer state {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
                 )
-            # Same type, device and strides as the parameter, as the fused kernels want it.
+            # Fused kernels need the parameter's dtype, device and strides.
             value = torch.empty_like(parameter).copy_(value)
         elif isinstance(value, Tensor):
             value = value.clone()
             if any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
-        optimizer.state[parameter][what] = value
+        optimizer.state[parameter][state_name] = value
 
 
-def check_names(held: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Compares the names of two models.
+def check_names(model_names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Compares a model's names with those of saved tensors.
 
     Raises:
-        ValueError: A name is missing or too many; the first few are named.
+        ValueError: A name is missing, or is not in the model; the first few are named.
     """
-    names = list(held)
+    names = list(model_names)
     problems = [f"{name} is missing" for name in names if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in names]
-    _refuse(problems)
+    _raise_if_any(problems)
 
 
-#: The part of a saved run that holds what its strategy's ranks had each for themselves.
-LOCAL = "local state"
+#: Name of the part that holds the state of each rank only, such as its copy of the model in local SGD.
+LOCAL_STATE = "local state"
 
 
-def carried(saved: Mapping[str, Any], dtype: torch.dtype) -> list[Carried]:
-    """What becomes of a saved model and optimizer, which are loaded by name, and of what is not.
+def restored_parts(saved: Mapping[str, Any], dtype: torch.dtype) -> list[RestoredPart]:
+    """What becomes of a saved model, optimizer and local state when a strategy loads them by name.
 
     Args:
-        saved: What a strategy saved; ``copies`` among its scalars says of how many ranks' copies the model is the mean.
+        saved: A strategy's saved state. ``copies`` among its scalars is the number of ranks whose copies of the model
+            were averaged into the saved one.
         dtype: Floating-point type of this run's parameters.
     """
     formats = {tensor.dtype for tensor in saved["model"].values() if tensor.is_floating_point()} - {dtype}
     copies = int(saved["scalars"].get("copies", 1))
-    merged = Carried("model", "redistributed", f"the mean of {copies} ranks' copies")
-    moments = Carried("optimizer", "redistributed", f"moments are the mean of {copies} ranks'")
+    merged = RestoredPart("model", "redistributed", f"the mean of {copies} ranks' copies")
+    moments = RestoredPart("optimizer", "redistributed", f"moments are the mean of {copies} ranks'")
     if copies == 1:
-        merged = Carried("model", "exact", f"{len(saved['model'])} tensors, by name")
-        moments = Carried("optimizer", "exact", f"{len(saved['optimizer'])} tensors, by name")
+        merged = RestoredPart("model", "exact", f"{len(saved['model'])} tensors, by name")
+        moments = RestoredPart("optimizer", "exact", f"{len(saved['optimizer'])} tensors, by name")
     if formats:
-        merged = Carried("model", "changed", f"{', '.join(sorted(map(_short, formats)))} to {_short(dtype)}")
+        merged = RestoredPart("model", "changed", f"{', '.join(sorted(map(_short, formats)))} to {_short(dtype)}")
     if not saved["optimizer"] and not saved["scalars"]["optimizer"]:
-        moments = Carried("optimizer", "absent", "it had kept nothing")
+        moments = RestoredPart("optimizer", "absent", "it had no state")
     elif formats:
-        moments = Carried("optimizer", "changed", merged.why)
-    local = Carried(LOCAL, "absent", "all ranks had the same model")
+        moments = RestoredPart("optimizer", "changed", merged.why)
+    local = RestoredPart(LOCAL_STATE, "absent", "all ranks had the same model")
     if copies > 1:
-        local = Carried(LOCAL, "reset", "all ranks go on from the mean; how far their copies had parted is lost")
+        local = RestoredPart(
+            LOCAL_STATE, "reset", "all ranks continue from the mean; the differences between their copies are lost"
+        )
     return [merged, moments, local]
 
 
@@ -119,7 +126,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse(problems: list[str]) -> None:
+def _raise_if_any(problems: list[str]) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError("the saved model is not this model: " + "; ".join(problems[:3]) + more)
@@ -130,16 +137,16 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies parameters and buffers into the model, in place.
 
     Raises:
-        ValueError: A name is missing or too many, or a shape differs; the first few are named.
+        ValueError: A name is missing or is not in the model, or a shape differs; the first few are named.
     """
-    held = model.state_dict()
-    check_names(held, tensors)
-    _refuse(
+    targets = model.state_dict()
+    check_names(targets, tensors)
+    _raise_if_any(
         [
-            f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(held[name].shape)}"
-            for name in held
-            if tensors[name].shape != held[name].shape
+            f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(target.shape)}"
+            for name, target in targets.items()
+            if tensors[name].shape != target.shape
         ]
     )
-    for name, tensor in held.items():
-        tensor.copy_(tensors[name])
+    for name, target in targets.items():
+        target.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""How far a run has come, and how that is read back from a checkpoint."""
+"""A run's position: counts of steps, epochs and samples, and its best results; read back from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Names of fields in checkpoints of 0.1, which knew no metric but accuracy, and what they are called now.
+#: Field names in checkpoints of release 0.1, whose only metric was accuracy, and today's names.
 _RENAMED = {"val_accuracy": "val_score", "best_accuracy": "best_score"}
 
 
 @dataclass
 class Progress:
-    """How far the run has come; all that the trainer itself needs to go on.
+    """The run's position: all state of the trainer itself that a resumed run needs.
 
     Attributes:
-        step: Updates done.
-        epoch: Epochs finished.
+        step: Number of updates done.
+        epoch: Number of epochs finished.
         epoch_samples: Samples of the current epoch that all ranks together have consumed.
         samples: Samples consumed since the start.
-        epoch_sums: Loss, the task's metrics and count of this epoch's samples so far, summed; empty for no samples.
-        train_loss: Mean loss of the last whole epoch.
-        val_score: The task's first metric on the validation split after it.
-        best_score: The best of these so far.
-        best_step: The step it was reached at.
-        skipped_updates: Updates left out because a gradient was not finite; of ranks that decide alone each one's.
-        rewinds: How often the run went back to a checkpoint for the same reason.
+        epoch_sums: Sums over this epoch's samples so far: loss, the task's metrics, count; empty before any sample.
+        train_loss: Mean loss of the last complete epoch.
+        val_score: The task's first metric on the validation split after that epoch.
+        best_score: The best ``val_score`` so far.
+        best_step: The step at which it was reached.
+        skipped_updates: Updates skipped because a gradient was not finite. Where each rank decides alone, the sum of
+            all ranks' skips.
+        rewinds: How often the run went back to a checkpoint because gradients were not finite.
     """
 
     step: int = 0
@@ -43,14 +44,14 @@ class Progress:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any], metrics: int) -> Progress:
-        """Takes back what was saved, which may be a stranger's.
+        """Makes a :class:`Progress` of saved fields, which are not trusted.
 
         Args:
-            saved: The fields by name; one that is missing came with a later release and has its default.
-            metrics: How many metrics the run's task has.
+            saved: The fields by name. Older releases saved fewer; a missing field has its default.
+            metrics: Number of metrics of the run's task.
 
         Raises:
-            ValueError: A name that is no field, or a value that can't be one; the message names it.
+            ValueError: A name is not a field, or a value is not of the field's type; the message names it.
         """
         saved = {_RENAMED.get(name, name): value for name, value in saved.items()}
         fields = {spec.name: spec for spec in dataclasses.fields(cls)}
@@ -58,7 +59,7 @@ class Progress:
             if name not in fields:
                 raise ValueError(f"progress.{name} is unknown")
             if not _fits(str(fields[name].type), value):
-                raise ValueError(f"progress.{name}={value!r} is no {fields[name].type}")
+                raise ValueError(f"progress.{name}={value!r} is not of type {fields[name].type}")
         sums = saved.get("epoch_sums", [])
         if sums and len(sums) != 2 + metrics:
             raise ValueError(f"progress.epoch_sums={sums!r} must hold loss, {metrics} metrics and count")
@@ -66,6 +67,7 @@ class Progress:
 
 
 def _fits(kind: str, value: object) -> bool:
+    """Whether a value read from JSON fits a field's annotation."""
     if value is None:
         return kind.endswith("| None")
     if isinstance(value, bool):
@@ -74,4 +76,4 @@ def _fits(kind: str, value: object) -> bool:
         return isinstance(value, int) and value >= 0
     if kind.startswith("float"):
         return isinstance(value, int | float)
-    return isinstance(value, list) and all(_fits("float", each) for each in value)
+    return isinstance(value, list) and all(_fits("float", item) for item in value)

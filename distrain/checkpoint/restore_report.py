@@ -1,4 +1,4 @@
-"""What became of each part of a saved run when another goes on from it."""
+"""What became of each part of a saved run when another run continues from it."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-#: ``exact``: as it was saved. ``redistributed``: the same whole, held by other ranks. ``changed``: as this run's
-#: configuration wants it. ``reset``: lost, and begun anew. ``absent``: the saved run had none.
-How = Literal["exact", "redistributed", "changed", "reset", "absent"]
+#: ``exact``: as it was saved. ``redistributed``: the same state, divided among the ranks in another way. ``changed``:
+#: replaced by what this run's configuration says. ``reset``: lost, and started anew. ``absent``: not in the saved run.
+RestoreOutcome = Literal["exact", "redistributed", "changed", "reset", "absent"]
 
 _WORST_FIRST = ("reset", "changed", "redistributed", "exact", "absent")
 
 
 @dataclass(frozen=True)
-class Carried:
-    """One part of a run's state.
+class RestoredPart:
+    """One part of a run's state after a restore.
 
     Attributes:
-        part: What it is.
+        part: Name of the part.
         how: What became of it.
         why: The reason, in a few words.
     """
 
     part: str
-    how: How
+    how: RestoreOutcome
     why: str
 
 
-def worst(ranks: Sequence[Sequence[Carried]]) -> list[Carried]:
-    """Of what ranks say of the same parts, that which lost most.
+def worst(ranks: Sequence[Sequence[RestoredPart]]) -> list[RestoredPart]:
+    """The worst outcome of each part over all ranks.
 
     Args:
-        ranks: What each rank says, all with the same parts in the same order.
+        ranks: Each rank's parts; all ranks report the same parts in the same order.
     """
-    return [min(said, key=lambda each: _WORST_FIRST.index(each.how)) for said in zip(*ranks, strict=True)]
+    return [min(outcomes, key=lambda part: _WORST_FIRST.index(part.how)) for outcomes in zip(*ranks, strict=True)]
 
 
-def table(parts: Iterable[Carried]) -> str:
-    """One line a part, in columns."""
+def table(parts: Iterable[RestoredPart]) -> str:
+    """One line per part, in columns."""
     rows = list(parts)
-    part = max((len(row.part) for row in rows), default=0)
-    how = max(map(len, get_args(How)))
-    return "\n".join(f"  {row.part:<{part}}  {row.how:<{how}}  {row.why}" for row in rows)
+    name_width = max((len(row.part) for row in rows), default=0)
+    how_width = max(map(len, get_args(RestoreOutcome)))
+    return "\n".join(f"  {row.part:<{name_width}}  {row.how:<{how_width}}  {row.why}" for row in rows)

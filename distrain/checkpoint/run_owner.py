@@ -1,8 +1,8 @@
-"""Which start of a run writes its folder.
+"""Which start of a run may write into the run's folder.
 
-An agent that is killed leaves its workers behind, a node that is cut off goes on by itself, a command is typed twice:
-then two starts of one run would write the same files. The later one takes the folder over, and the earlier one ends
-before it saves again.
+Two processes may train the same run at once: an agent that was killed left its workers behind, a node was cut off from
+the others and continues, or a command was typed twice. Both would write the same files. The later start becomes the
+owner of the folder, and the earlier one ends before it saves again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import uuid
 from pathlib import Path
 
 
-class Claim:
-    """A start's claim on a folder, made by its rank 0.
+class RunOwner:
+    """Makes this start the owner of a folder; rank 0 creates it.
 
     Args:
         folder: The run's ``checkpoints`` folder.
@@ -23,27 +23,27 @@ class Claim:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / ".claim"
-        self._mine = json.dumps({"name": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()})
+        self._own_claim = json.dumps({"name": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()})
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / f".claim.{os.getpid()}"
-        new.write_text(self._mine)
+        new.write_text(self._own_claim)
         new.replace(self._file)
 
     def check(self) -> None:
-        """Makes sure that no later start has claimed the folder.
+        """Checks that no later start has become the owner.
 
         Raises:
-            RuntimeError: One has; it says where.
+            RuntimeError: A later start has; the message names its host and process.
         """
         try:
-            found = self._file.read_text()
+            claim = self._file.read_text()
         except OSError:
-            # Gone with its folder, or a file system out of breath: saving will tell.
+            # The folder was removed, or the file system fails for a moment. Saving reports it if it lasts.
             return
-        if found != self._mine:
-            raise RuntimeError(f"another start of this run has taken over {self._file.parent}: {found}")
+        if claim != self._own_claim:
+            raise RuntimeError(f"another start of this run has taken over {self._file.parent}: {claim}")
 
     def release(self) -> None:
-        """The run has ended; nobody writes any more."""
+        """Gives up ownership when the run has ended."""
         self.check()
         self._file.unlink(missing_ok=True)

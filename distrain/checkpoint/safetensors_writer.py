@@ -1,16 +1,15 @@
-"""Files of named tensors in the safetensors format, written piece by piece.
+"""Writes named tensors into a file in the safetensors format, piece by piece.
 
-The library's own writer copies every tensor into an object of Python's and keeps the interpreter's lock meanwhile,
-which holds up training while a file is written in the background. Here the bytes go from the tensor's memory to the
-disk and into the checksum, both of which let other threads run. The format is described at
-https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the header, the tensors' bytes.
+The library's own writer copies every tensor into a Python object while it holds the interpreter's lock, which delays
+training while a file is written in the background. Here the bytes go straight from the tensor's memory to the disk and
+into the checksum; both release the lock. The format is described at https://huggingface.co/docs/safetensors: eight
+bytes with the length of a JSON header, the header, the tensors' bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from distrain.files.writing import flush_and_sync
+
 Chunk = bytes | memoryview
 
-_NAMES = {
+_DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -29,11 +30,11 @@ _NAMES = {
 }  # fmt: skip
 
 
-class Content(TypedDict):
-    """What a manifest says of a file.
+class FileDigest(TypedDict):
+    """A file's entry in a manifest.
 
     Attributes:
-        bytes: Its size.
+        bytes: Size of the file.
         sha256: SHA-256 of its content, in hexadecimal digits.
     """
 
@@ -41,21 +42,21 @@ class Content(TypedDict):
     sha256: str
 
 
-def chunks(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
-    """The bytes of a file that holds the tensors, in order; no tensor is copied that lies contiguous on the CPU.
+def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
+    """The bytes of a file that holds the tensors, in order. Contiguous tensors on the CPU are not copied.
 
     Raises:
-        TypeError: A tensor's type has no place in the format.
+        TypeError: The format does not know a tensor's dtype.
     """
     # Larger elements first, so that each tensor is aligned in a file that is mapped into memory.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, end = {}, 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in _DTYPE_NAMES:
             raise TypeError(f"{name} is of {tensor.dtype}, which a checkpoint can't hold")
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
@@ -65,11 +66,11 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
             yield flat.view(torch.uint8).numpy().data
 
 
-def write(path: Path, content: Iterable[Chunk]) -> Content:
+def write(path: Path, content: Iterable[Chunk]) -> FileDigest:
     """Writes a file and syncs it to the disk.
 
     Raises:
-        OSError: With the path, which a write that finds the disk full does not tell by itself.
+        OSError: It could not be written. The error holds the path, which Python's own error for a full disk lacks.
     """
     total, size = hashlib.sha256(), 0
     try:
@@ -78,13 +79,12 @@ def write(path: Path, content: Iterable[Chunk]) -> Content:
                 file.write(chunk)
                 total.update(chunk)
                 size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+            flush_and_sync(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     return {"bytes": size, "sha256": total.hexdigest()}
 
 
-def content_of(packed: bytes) -> Content:
-    """What a manifest says of a file with these bytes."""
-    return {"bytes": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
+def digest_of(content: bytes) -> FileDigest:
+    """The manifest entry of a file with this content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import named_state
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.config.load import load_config
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
-from distrain.files.untrusted import Unreadable, read_json, read_text
+from distrain.files.untrusted import UnreadableFile, read_json, read_text
 from distrain.models.build import instantiate_model
 from distrain.tasks import base as tasks
 
@@ -111,20 +112,20 @@ class RunFolder:
             try:
                 path = self._find(which)
                 progress = checkpoint_progress(path)
-                return Weights(path, progress["step"], checkpoint_format.load_model(path))
+                return Weights(path, progress["step"], checkpoint_reader.load_model(path))
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):
                     raise ConfigError("checkpoint", which, str(error)) from error
         raise ConfigError("checkpoint", which, f"is removed while it is read, {_ATTEMPTS} times in a row; copy the run")
 
     def _find(self, which: str) -> Path:
-        folder = checkpoint_format.folder_of(self.path)
+        folder = checkpoint_format.checkpoints_folder(self.path)
         if which not in (_NEWEST, _BEST):
             if not Path(which).expanduser().is_dir():
-                there = [str(path) for path in checkpoint_format.all_in(folder)]
+                there = [str(path) for path in checkpoint_format.list_checkpoints(folder)]
                 raise ConfigError("checkpoint", which, "is not a checkpoint's folder", [_NEWEST, _BEST, *there])
             return Path(which).expanduser()
-        newest = checkpoint_format.newest_valid(folder)
+        newest = checkpoint_reader.newest_valid(folder)
         if newest is None:
             raise ConfigError("run", self.path, "has no complete checkpoint yet")
         if which == _NEWEST:
@@ -132,7 +133,7 @@ class RunFolder:
         best = checkpoint_progress(newest)["best_step"]
         if best is None:
             raise ConfigError("checkpoint", _BEST, "the run has no validation accuracy to choose by", [_NEWEST])
-        path = checkpoint_format.path_of(folder, best)
+        path = checkpoint_format.checkpoint_path(folder, best)
         if not path.is_dir():
             raise ConfigError("checkpoint", _BEST, f"{path} is gone", [_NEWEST])
         return path
@@ -173,7 +174,7 @@ def checkpoint_progress(path: Path) -> dict[str, Any]:
     """
     file = path / "state.json"
     try:
-        progress = read_json(file, checkpoint_format.LARGEST_JSON)["progress"]
+        progress = read_json(file, checkpoint_format.MAX_JSON_BYTES)["progress"]
         found = {"step": progress["step"], "best_step": progress["best_step"]}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
@@ -193,7 +194,7 @@ def _read(read: Callable[[Path, int], T], path: Path, largest: int) -> T:
         return read(path, largest)
     except FileNotFoundError:
         raise ConfigError("run", path.parent, f"has no {path.name}; is it a run's folder?") from None
-    except Unreadable as error:
+    except UnreadableFile as error:
         raise ConfigError("run", path.parent, str(error)) from error
 
 

@@ -16,21 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.communication.shared_memory.channel import DONE, REDUCE_OPS, Channel, Pending, Reduction
+from distrain.communication.shared_memory.channel import SharedMemoryChannel
 from distrain.communication.shared_memory.connect import channels
-from distrain.communication.shared_memory.hierarchical import Hosts
+from distrain.communication.types import DONE, DTYPES, REDUCE_OPS, Channel, Pending, Reduction
 
-__all__ = [
-    "DONE", "DTYPES", "Communicator", "Ledger", "Pending", "Reduction", "digest", "ring_all_reduce_bytes",
-]  # fmt: skip
-#: What a peer may say that its tensors are.
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
+#: The dtypes that a channel carries.
+_CHANNEL_DTYPES = frozenset(DTYPES.values())
 
 
 class _Started:
@@ -90,7 +81,7 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.ledger = ledger if ledger is not None else Ledger()
-        self._channel: Channel | Hosts | None = None
+        self._channel: Channel | None = None
         self._met = self.size == 1
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -172,7 +163,7 @@ class Communicator:
             self.ledger.sent["reduce_scatter"] += (self.size - 1) * part.numel() * part.element_size()
             parts = list(tensor.contiguous().chunk(self.size))
             dist.reduce_scatter(part, parts, op=REDUCE_OPS[reduction], group=self.group)
-        elif isinstance(channel := self._channel_for(tensor), Channel):
+        elif isinstance(channel := self._channel_for(tensor), SharedMemoryChannel):
             self._count_all_reduce(tensor)
             channel.reduce_scatter(part, tensor, reduction)
         else:
@@ -197,7 +188,7 @@ class Communicator:
         assert work is not None, "a rank outside the group receives"
         return _Started(work)
 
-    def share(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    def all_gather_json(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
         """Every rank's plain data (what JSON can hold), in order of rank."""
         if self.size == 1:
             return [dict(mine)]
@@ -208,11 +199,11 @@ class Communicator:
         gathered = self.all_gather(padded)
         return [json.loads(bytes(each[:length].tolist())) for each, length in zip(gathered, lengths, strict=True)]
 
-    def share_tensors(self, mine: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    def merge_tensors(self, mine: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """All ranks' named tensors together; a name that several ranks hold is the first one's."""
         if self.size == 1:
             return dict(mine)
-        described = self.share(
+        described = self.all_gather_json(
             {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in mine.items()},
             device,
         )
@@ -243,9 +234,9 @@ class Communicator:
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
 
-    def _channel_for(self, tensor: Tensor | None) -> Channel | Hosts | None:
+    def _channel_for(self, tensor: Tensor | None) -> Channel | None:
         """What carries a tensor past the backend, if anything does; the group's first call is a collective."""
-        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in Channel.DTYPES):
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in _CHANNEL_DTYPES):
             return None
         if not self._met:
             self._met = True
@@ -254,7 +245,7 @@ class Communicator:
             by_backend = Communicator(self.group)
             by_backend._met = True
             cpu = torch.device("cpu")
-            self._channel = channels.of(self.group, lambda mine: by_backend.share(mine, cpu))
+            self._channel = channels.of(self.group, lambda mine: by_backend.all_gather_json(mine, cpu))
         return self._channel
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.compression import base
 from distrain.compression.autotune.candidates import Table, choose, turns
 from distrain.compression.autotune.link_model import measure_link
@@ -243,7 +244,7 @@ class Auto(Compressor):
             "steps": [dataclasses.asdict(Backdrop.of(step)) for step in held],
             "costs": {name: cost.to_plain() for name, cost in costs.items()},
         }
-        everyone = self._communicator.share(mine, self._device)
+        everyone = self._communicator.all_gather_json(mine, self._device)
         steps = [[Backdrop(**step) for step in each["steps"]] for each in everyone]
         table = Table(link, max(statistics.median(step.rest for step in own) for own in steps))
         for name in costs:
@@ -289,7 +290,7 @@ class Auto(Compressor):
 
     def _slowest(self, steps: Sequence[Step]) -> list[float]:
         """Seconds of each step until its last bucket held its sum, on the rank where that took longest."""
-        shared = self._communicator.share({"spans": [step.span for step in steps]}, self._device)
+        shared = self._communicator.all_gather_json({"spans": [step.span for step in steps]}, self._device)
         return [max(spans) for spans in zip(*(each["spans"] for each in shared), strict=True)]
 
     def _keep(self, name: str) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.compression.autotune.step_trace import Observer
 from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.packing import pack, unpack

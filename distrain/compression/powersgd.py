@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distrain import rng
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.compression.base import LossyConfig, MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.config.registry import register

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain import rng
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.config.registry import register

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.sparse import SparseCompressor, SparseConfig, positions_in_bucket, stratified_sample
 from distrain.config.registry import register

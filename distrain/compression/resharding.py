@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.compression.base import Compressor
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def restore(
     rank: int,
     names: Iterable[str],
     replicas: int,
-) -> list[Carried]:
+) -> list[RestoredPart]:
     """Gives a rank's compressor its part of what all ranks of an earlier run kept.
 
     In the same layout each rank takes back its own, bit for bit. In another one what the ranks had not sent yet is
@@ -66,27 +66,29 @@ def restore(
     ]
 
 
-def _residuals(compressor: Compressor, found: Mapping[str, Tensor], moved: tuple[int, int] | None) -> Carried:
+def _residuals(compressor: Compressor, found: Mapping[str, Tensor], moved: tuple[int, int] | None) -> RestoredPart:
     if not any(key.startswith(_SHARES) for key in found):
-        return Carried(RESIDUALS, "absent", "nothing was kept back")
+        return RestoredPart(RESIDUALS, "absent", "nothing was kept back")
     if compressor.residuals is None:
         name = compressor.config.name
         log.warning("compression=%s has no place for what the saved run's ranks had not sent yet; it is lost", name)
-        return Carried(RESIDUALS, "reset", f"compression={name} has no place for what was not sent yet")
+        return RestoredPart(RESIDUALS, "reset", f"compression={name} has no place for what was not sent yet")
     if moved is None:
-        return Carried(RESIDUALS, "exact", "each rank's own")
+        return RestoredPart(RESIDUALS, "exact", "each rank's own")
     ranks, replicas = moved
-    return Carried(RESIDUALS, "redistributed", f"the sum over {ranks} ranks, in equal shares among {replicas} replicas")
+    return RestoredPart(
+        RESIDUALS, "redistributed", f"the sum over {ranks} ranks, in equal shares among {replicas} replicas"
+    )
 
 
-def _factors(compressor: Compressor, found: Mapping[str, Tensor], *, same_layout: bool) -> Carried:
+def _factors(compressor: Compressor, found: Mapping[str, Tensor], *, same_layout: bool) -> RestoredPart:
     saved = {key for key in found if key != "step" and not key.startswith(_SHARES)}
     if not saved:
-        return Carried(FACTORS, "absent", "none were saved")
+        return RestoredPart(FACTORS, "absent", "none were saved")
     if not saved <= compressor.state_dict().keys():
-        return Carried(FACTORS, "reset", f"compression={compressor.config.name} has no use for them")
+        return RestoredPart(FACTORS, "reset", f"compression={compressor.config.name} has no use for them")
     if same_layout:
-        return Carried(FACTORS, "exact", "each rank's own")
+        return RestoredPart(FACTORS, "exact", "each rank's own")
     if any(key.startswith(_MEASURED) for key in saved):
-        return Carried(FACTORS, "reset", "measured anew on these ranks")
-    return Carried(FACTORS, "exact", "the same on all replicas")
+        return RestoredPart(FACTORS, "reset", "measured anew on these ranks")
+    return RestoredPart(FACTORS, "exact", "the same on all replicas")

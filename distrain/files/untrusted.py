@@ -1,4 +1,4 @@
-"""Small files that may come from a stranger: plain, of bounded size, and data however they are made."""
+"""Reading small files that may come from a stranger: regular files only, of bounded size, as data that runs no code."""
 
 from __future__ import annotations
 
@@ -7,60 +7,64 @@ from pathlib import Path
 from typing import Any
 
 
+class UnreadableFile(ValueError):
+    """A file does not hold what it should; the message names the file and the reason in one line."""
+
+
 def printable(text: str) -> str:
-    """The text without what would steer a terminal: names in a run's folder are a stranger's."""
+    """Replaces non-printable characters, which could send commands to a terminal, in text from an untrusted source."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-class Unreadable(ValueError):
-    """A file isn't what it should be; the message names the file and says why, in one line."""
-
-
-def read_text(path: Path, largest: int) -> str:
+def read_text(path: Path, max_bytes: int) -> str:
     """Reads a text file.
 
     Args:
         path: The file.
-        largest: Most bytes it may have.
+        max_bytes: Largest size that is read.
 
     Raises:
-        FileNotFoundError: There is none.
-        Unreadable: It is no plain file (a pipe would never end), too large, or no UTF-8.
+        FileNotFoundError: There is no such file.
+        UnreadableFile: It is not a regular file (reading a pipe would never end), is too large, or is not UTF-8.
     """
     if not path.exists():
         raise FileNotFoundError(path)
     if not path.is_file():
-        raise Unreadable(f"{path.name} is no plain file")
+        raise UnreadableFile(f"{path.name} is not a regular file")
     try:
         with path.open("rb") as file:
-            content = file.read(largest + 1)
+            content = file.read(max_bytes + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise Unreadable(f"{path.name} can't be read ({error})") from error
-    if len(content) > largest:
-        raise Unreadable(f"{path.name} has more than {largest} bytes")
+        raise UnreadableFile(f"{path.name} can't be read ({error})") from error
+    if len(content) > max_bytes:
+        raise UnreadableFile(f"{path.name} has more than {max_bytes} bytes")
     return text
 
 
-def read_json(path: Path, largest: int) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
+    Args:
+        path: The file.
+        max_bytes: Largest size that is read.
+
     Raises:
-        FileNotFoundError: There is none.
-        Unreadable: As :func:`read_text`, or it is no JSON object, nested too deep, or names a key twice, of which the
-            last would be believed.
+        FileNotFoundError: There is no such file.
+        UnreadableFile: As for :func:`read_text`; or it is not a JSON object, is nested too deep, or holds a key twice,
+            which JSON readers resolve differently.
     """
-    text = read_text(path, largest)
+    text = read_text(path, max_bytes)
     try:
-        content = json.loads(text, object_pairs_hook=_without_doubles)
+        content = json.loads(text, object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{path.name} is not JSON ({error})") from error
+        raise UnreadableFile(f"{path.name} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise Unreadable(f"{path.name} is not a mapping of keys to values")
+        raise UnreadableFile(f"{path.name} is not a mapping of keys to values")
     return content
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a key appears twice")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""Plain data as files that people can read."""
+"""Writing files: plain data as JSON or YAML, and syncing to the disk."""
 
 from __future__ import annotations
 
@@ -7,36 +7,51 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 
-def as_json(content: Mapping[str, Any]) -> str:
-    """Plain data as JSON that people can read too; a number that is not finite, which JSON lacks, is null."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+def to_json(content: Mapping[str, Any]) -> str:
+    """Plain data as indented JSON. NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_without_nonfinite(content), indent=2, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data; see :func:`as_json`."""
-    path.write_text(as_json(content))
+    """Writes plain data as JSON; see :func:`to_json`."""
+    path.write_text(to_json(content))
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As :func:`write_json`, but a reader finds the old file or the whole new one, whoever else writes it."""
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    write_json(whole, content)
-    whole.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Like :func:`write_json`, but atomic: readers see the old file or the new one, even if several processes write."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_json(temporary, content)
+    temporary.replace(path)
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as YAML, keys in their order."""
+    """Writes plain data as YAML and keeps the order of the keys."""
     path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def flush_and_sync(file: IO[bytes]) -> None:
+    """Writes a file's buffer out and syncs its content to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Syncs a folder's entries to the disk, so that new names in it survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

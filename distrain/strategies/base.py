@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import resharding
@@ -168,7 +168,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[Carried]:
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[RestoredPart]:
         """Takes back what :meth:`state_dict` gave, under this or another strategy.
 
         ``model`` and ``optimizer`` are those of all ranks together, ``compressor`` and ``local`` are sequences of what
@@ -223,7 +223,7 @@ class Strategy(ABC):
             for tensor in model.state_dict().values():
                 communicator.broadcast(tensor)
 
-    def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> list[Carried]:
+    def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> list[RestoredPart]:
         """Takes this rank's part of what the compressors of a saved run kept, and says what became of it.
 
         Args:
@@ -234,10 +234,10 @@ class Strategy(ABC):
         travelled = saved["layout"].get("travels", Strategy.compressed_quantity)
         if travelled != self.compressed_quantity:
             if all(key == "step" for each in saved["compressor"] for key in each):
-                return [Carried(part, "absent", "none were saved") for part in _COMPRESSORS_PARTS]
+                return [RestoredPart(part, "absent", "none were saved") for part in _COMPRESSORS_PARTS]
             log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
             return [
-                Carried(part, "reset", f"{travelled} travelled, now {self.compressed_quantity}")
+                RestoredPart(part, "reset", f"{travelled} travelled, now {self.compressed_quantity}")
                 for part in _COMPRESSORS_PARTS
             ]
         carried = resharding.restore(

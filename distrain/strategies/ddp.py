@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config, StrategyConfig, setting
@@ -146,7 +146,7 @@ class DDP(Single):
         found["scalars"]["buckets"] = self._bucketing.state_dict()
         return found
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         """Takes back the buckets' sizes too, where the ranks are arranged as they were; see the base class."""
         if saved["layout"] == self.layout:
             assert isinstance(self.gradients, Gradients)

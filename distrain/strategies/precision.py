@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 
 if TYPE_CHECKING:
     from distrain.gradients.clip import ScalableGradients
@@ -92,12 +92,12 @@ class Precision:
         """The loss scale and how long it has held; empty where losses aren't scaled."""
         return {"scale": self._scale, "good_steps": self._good_steps} if self.name == "fp16" else {}
 
-    def load_state_dict(self, saved: Mapping[str, float]) -> Carried:
+    def load_state_dict(self, saved: Mapping[str, float]) -> RestoredPart:
         """Takes back what :meth:`state_dict` gave; what another precision gave is left out."""
         part = "loss scale"
         if self.name != "fp16":
-            return Carried(part, "absent", f"{self.name} scales no loss")
+            return RestoredPart(part, "absent", f"{self.name} scales no loss")
         if not saved:
-            return Carried(part, "reset", f"the saved run had none; it begins at {self._scale:g}")
+            return RestoredPart(part, "reset", f"the saved run had none; it begins at {self._scale:g}")
         self._scale, self._good_steps = float(saved["scale"]), int(saved["good_steps"])
-        return Carried(part, "exact", f"{self._scale:g} for {self._good_steps} steps")
+        return RestoredPart(part, "exact", f"{self._scale:g} for {self._good_steps} steps")

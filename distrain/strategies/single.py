@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig
@@ -185,13 +185,13 @@ class Single(Strategy):
             },
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         """Takes back what :meth:`state_dict` gave; see the base class."""
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         named_state.load_model(self.model, saved["model"])
         named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         return [
-            *named_state.carried(saved, self.precision.dtype),
+            *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, self._names.values(), self.replicas.size),
         ]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.progress import Progress
-from distrain.checkpoint.restore_report import Carried, table, worst
+from distrain.checkpoint.restore_report import RestoredPart, table, worst
 from distrain.communication.collectives import Communicator
 from distrain.config.load import changes, to_container
 from distrain.config.schema import Config
@@ -44,7 +45,7 @@ class Resumed:
 
     path: Path
     progress: Progress
-    parts: list[Carried]
+    parts: list[RestoredPart]
 
 
 # --- does it fit? ----------------------------------------------------------------------------------------------------
@@ -64,18 +65,18 @@ def check(config: Config) -> None:
         if not path.is_dir():
             raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
         try:
-            checkpoint_format.verify(path)
+            checkpoint_reader.verify(path)
         except DamagedCheckpoint as error:
             raise ConfigError("resume", config.resume, str(error)) from error
         refuse_if_changed(config, path, *_peek(path))
     elif config.run_dir is not None:
-        folder = checkpoint_format.folder_of(Path(config.run_dir))
+        folder = checkpoint_format.checkpoints_folder(Path(config.run_dir))
         try:
-            for path in checkpoint_format.all_in(folder)[-1:]:
+            for path in checkpoint_format.list_checkpoints(folder)[-1:]:
                 refuse_if_changed(config, path, *_peek(path))
         except ConfigError:
             # It may be damaged, and not the one that will be chosen. To look at that costs time.
-            chosen = checkpoint_format.newest_valid(folder)
+            chosen = checkpoint_reader.newest_valid(folder)
             if chosen is not None:
                 refuse_if_changed(config, chosen, *_peek(chosen))
 
@@ -83,7 +84,7 @@ def check(config: Config) -> None:
 def _peek(path: Path) -> tuple[dict[str, Any] | None, bool]:
     """The configuration of the run that saved a checkpoint, if it says, and whether it was amid an epoch."""
     try:
-        held = read_json(path / "state.json", checkpoint_format.LARGEST_JSON)
+        held = read_json(path / "state.json", checkpoint_format.MAX_JSON_BYTES)
         return dict(held["config"]), bool(held["progress"]["epoch_samples"])
     except (OSError, ValueError, TypeError, KeyError):
         # Damaged, or of before configurations were saved: loading it will tell.
@@ -145,11 +146,11 @@ def trainer_of_before(config: Config, runtime: Runtime) -> dict[str, Any]:
     if runtime.is_main and config.resume != "never":
         paths = [Path(config.resume)]
         if config.resume == "auto":
-            paths = checkpoint_format.all_in(checkpoint_format.folder_of(runtime.run_dir))[::-1]
+            paths = checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(runtime.run_dir))[::-1]
         saved = next((found for path in paths if (found := _peek(path)[0]) is not None), {})
         held = saved.get("trainer")
     held = held if isinstance(held, dict) else {}
-    trainer: dict[str, Any] = runtime.communicator().share({"trainer": held}, runtime.device)[0]["trainer"]
+    trainer: dict[str, Any] = runtime.communicator().all_gather_json({"trainer": held}, runtime.device)[0]["trainer"]
     return trainer
 
 
@@ -158,9 +159,9 @@ def trainer_of_before(config: Config, runtime: Runtime) -> dict[str, Any]:
 
 def newest(runtime: Runtime, everyone: Communicator) -> Path | None:
     """The newest sound checkpoint of this run, by rank 0's choice; all ranks call it together."""
-    folder = checkpoint_format.folder_of(runtime.run_dir)
-    found = checkpoint_format.newest_valid(folder) if everyone.rank == 0 else None
-    name = everyone.share({"name": found.name if found is not None else None}, runtime.device)[0]["name"]
+    folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
+    found = checkpoint_reader.newest_valid(folder) if everyone.rank == 0 else None
+    name = everyone.all_gather_json({"name": found.name if found is not None else None}, runtime.device)[0]["name"]
     return None if name is None else folder / name
 
 
@@ -193,11 +194,13 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, task: Task, path
     everyone = strategy.everyone
     problem = ""
     try:
-        state, where = checkpoint_format.load(path)
+        state, where = checkpoint_reader.load(path)
         progress = Progress.read(where, len(task.metrics))
     except (DamagedCheckpoint, OSError, ValueError) as error:
         problem = str(error)
-    for rank, told in enumerate(everyone.share({"problem": problem, "host": runtime.world.host}, runtime.device)):
+    for rank, told in enumerate(
+        everyone.all_gather_json({"problem": problem, "host": runtime.world.host}, runtime.device)
+    ):
         if told["problem"]:
             raise ConfigError("resume", path, f"rank {rank} on {told['host']} can't read it: {told['problem']}")
     saved: Mapping[str, Any] | None = state.get("config")
@@ -206,8 +209,8 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, task: Task, path
         mine = strategy.load_state_dict(state)
     except ValueError as error:
         raise ConfigError("resume", path, str(error)) from error
-    said = everyone.share({"parts": [astuple(part) for part in mine]}, runtime.device)
-    parts = worst([[Carried(*row) for row in each["parts"]] for each in said])
+    said = everyone.all_gather_json({"parts": [astuple(part) for part in mine]}, runtime.device)
+    parts = worst([[RestoredPart(*row) for row in each["parts"]] for each in said])
     changed = changes(saved, to_container(config)) if saved is not None else {}
     # A key that only one of the two has belongs to a choice that differs by name.
     changed = {k: change for k, change in changed.items() if k not in _ELSEWHERE and NO_VALUE not in change}
@@ -224,36 +227,36 @@ def _load(config: Config, runtime: Runtime, strategy: Strategy, task: Task, path
 
 def _trainers_parts(
     progress: Progress, changes: Mapping[str, tuple[str, str]], samples: int, *, same_layout: bool
-) -> list[Carried]:
+) -> list[RestoredPart]:
     """What becomes of that which no strategy has a part in."""
     step, epoch, consumed = progress.step, progress.epoch, progress.epoch_samples
     rate = {key: change for key, change in changes.items() if key.startswith(_SCHEDULE)}
-    schedule = Carried("schedule", "exact", f"a function of the step, {step}")
+    schedule = RestoredPart("schedule", "exact", f"a function of the step, {step}")
     if rate:
-        schedule = Carried("schedule", "changed", f"from step {step} on by {_shown(rate)}")
+        schedule = RestoredPart("schedule", "changed", f"from step {step} on by {_shown(rate)}")
     order = {key: change for key, change in changes.items() if key in _ORDER}
-    position = Carried(
+    position = RestoredPart(
         "data position", "exact", f"epoch {epoch}, {consumed} of {samples} samples seen, the rest to come once"
     )
     if order:
-        position = Carried("data position", "changed", f"epoch {epoch} in another order: {_shown(order)}")
-    draws = Carried("random draws", "exact", "of seed, step and sample")
+        position = RestoredPart("data position", "changed", f"epoch {epoch} in another order: {_shown(order)}")
+    draws = RestoredPart("random draws", "exact", "of seed, step and sample")
     if "seed" in changes:
-        draws = Carried("random draws", "reset", f"of another seed: {_shown({'seed': changes['seed']})}")
+        draws = RestoredPart("random draws", "reset", f"of another seed: {_shown({'seed': changes['seed']})}")
     elif not same_layout:
-        draws = Carried(
+        draws = RestoredPart(
             "random draws", "redistributed", "order and augmentation exact; dropout's go by share of a batch"
         )
-    best = Carried("best metric", "absent", "no evaluation yet")
+    best = RestoredPart("best metric", "absent", "no evaluation yet")
     if progress.best_score is not None:
-        best = Carried("best metric", "exact", f"{progress.best_score:.4f} at step {progress.best_step}")
+        best = RestoredPart("best metric", "exact", f"{progress.best_score:.4f} at step {progress.best_step}")
     return [schedule, position, draws, best]
 
 
 def finished(run_dir: Path, step: int) -> dict[str, Any] | None:
     """What ``summary.json`` says of a run that ended at this step; ``None`` where it says nothing of it."""
     try:
-        summary = read_json(run_dir / "summary.json", checkpoint_format.LARGEST_JSON)
+        summary = read_json(run_dir / "summary.json", checkpoint_format.MAX_JSON_BYTES)
         return summary if summary["steps"] == step else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import retention as checkpoint_retention
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.runtime.runtime import Runtime
@@ -141,14 +143,14 @@ class Saver:
         """Writes a checkpoint and removes old ones; returns the step if it could not be written."""
         start, step = time.perf_counter(), int(progress["step"])
         try:
-            checkpoint_format.save(self._folder, state, progress, self._everyone, self._device)
-        except checkpoint_format.NotSaved as error:
+            checkpoint_writer.save(self._folder, state, progress, self._everyone, self._device)
+        except checkpoint_writer.SaveFailed as error:
             if self._everyone.rank == 0:
                 log.error("CHECKPOINT NOT SAVED at step %d: %s. The run goes on; older checkpoints stay", step, error)
             return step
         self._seconds.append(time.perf_counter() - start)
         if self._everyone.rank == 0:
-            checkpoint_format.prune(self._folder, self._keep, progress["best_step"], step)
+            checkpoint_retention.prune(self._folder, self._keep, progress["best_step"], step)
         return None
 
 
@@ -184,7 +186,7 @@ class _Staging:
             self._prepared = None
         before, self._places = self._places, {}
         copied = dict(state)
-        for part in (*checkpoint_format.PARTS, *checkpoint_format.OWN_PARTS):
+        for part in (*checkpoint_format.PARTS, *checkpoint_format.PER_RANK_PARTS):
             copied[part] = {
                 name: self._copy(f"{part}/{name}", tensor.detach(), before)
                 for name, tensor in state.get(part, {}).items()
@@ -236,9 +238,9 @@ def _place(tensor: Tensor) -> Tensor:
 
 def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
     """The run's saver, with the group of ranks that it needs for itself; all ranks call it together."""
-    folder, keep = checkpoint_format.folder_of(runtime.run_dir), config.checkpoint.keep
+    folder, keep = checkpoint_format.checkpoints_folder(runtime.run_dir), config.checkpoint.keep
     if runtime.is_main:
-        checkpoint_format.tidy(folder)
+        checkpoint_retention.remove_leftovers(folder)
     if not config.checkpoint.background or not strategy.saves_in_background:
         return Saver(folder, keep, strategy.everyone, runtime.device, background=False)
     if runtime.world.size == 1:

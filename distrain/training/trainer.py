@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.progress import Progress
-from distrain.checkpoint.run_owner import Claim
+from distrain.checkpoint.run_owner import RunOwner
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data.base import Splits
@@ -89,7 +90,7 @@ class Trainer:
         self._bytes = 0
         self._logged = (0, 0)
         self._started = time.perf_counter()
-        self._checkpoints = checkpoint_format.folder_of(runtime.run_dir)
+        self._checkpoints = checkpoint_format.checkpoints_folder(runtime.run_dir)
         self._saver = saver.build(config, runtime, strategy)
         self._saved_step: int | None = None
         self._best_before: tuple[float | None, int | None] = (None, None)
@@ -101,7 +102,7 @@ class Trainer:
         self._generators = generators(runtime.device)
         self._guard = NonFiniteGuard(config, strategy, self._everyone)
         self._trail = Trail(self._everyone, runtime.device)
-        self._claim: Claim | None = None
+        self._claim: RunOwner | None = None
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -329,7 +330,7 @@ class Trainer:
         self._saver.save(state, asdict(self.progress), began)
         self._saved_step = self.progress.step
         self._control.note_save()
-        self._trail.add(checkpoint_format.path_of(self._checkpoints, self.progress.step), self.progress.step)
+        self._trail.add(checkpoint_format.checkpoint_path(self._checkpoints, self.progress.step), self.progress.step)
 
     def _save_for_sure(self) -> None:
         """Saves where nothing may be lost: a run that leaves its last step nowhere has not succeeded."""
@@ -347,7 +348,7 @@ class Trainer:
         with self._clock.paused():
             self._settle_save()
             path = self._trail.back(self.progress.step)
-            self.strategy.load_state_dict(checkpoint_format.load(path)[0])
+            self.strategy.load_state_dict(checkpoint_reader.load(path)[0])
         self._guard.wants_back = False
         self.progress.rewinds += 1
         log.warning("went back to %s; the data go on after step %d", path, self.progress.step)
@@ -364,7 +365,7 @@ class Trainer:
 
     def _resume(self) -> None:
         if self.runtime.is_main:
-            self._claim = Claim(self._checkpoints)
+            self._claim = RunOwner(self._checkpoints)
         found = resume.resume(self.config, self.runtime, self.strategy, self.task, len(self.splits.train))
         if found is not None:
             self.progress = found.progress

@@ -23,8 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import retention as checkpoint_retention
 from distrain.checkpoint import safetensors_writer
-from distrain.checkpoint.format import DamagedCheckpoint, NotSaved
+from distrain.checkpoint import writer as checkpoint_writer
+from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.checkpoint.writer import SaveFailed
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests import runs
@@ -67,7 +71,7 @@ def progress(step: int) -> dict[str, Any]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return checkpoint_format.save(tmp_path, state(), progress(40))
+    return checkpoint_writer.save(tmp_path, state(), progress(40))
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def rewritten(folder: Path, name: str, content: bytes) -> None:
 
 def test_everything_comes_back_as_it_was(saved: Path) -> None:
     expected = state()
-    found, where = checkpoint_format.load(saved)
+    found, where = checkpoint_reader.load(saved)
     assert where == progress(40)
     assert found["scalars"] == expected["scalars"]
     assert found["layout"] == expected["layout"]
@@ -138,8 +142,8 @@ def _save_on_rank(folder: Path, split: bool, apart: bool) -> list[list[float]]:
         # Hosts that share no file system have each a folder of their own by the same name.
         mine = folder / (f"host_{rank}" if apart else "shared")
         everyone = runtime.communicator()
-        checkpoint_format.save(mine, state_of_rank(rank, 3, split), progress(5), everyone, runtime.device)
-        found, _ = checkpoint_format.load(folder / ("host_0" if apart else "shared") / "step_00000005")
+        checkpoint_writer.save(mine, state_of_rank(rank, 3, split), progress(5), everyone, runtime.device)
+        found, _ = checkpoint_reader.load(folder / ("host_0" if apart else "shared") / "step_00000005")
     expected = state()
     assert all(torch.equal(found[part][name], expected[part][name]) for part in PARTS for name in expected[part])
     return [each["residual/weight"].tolist() if each else [] for each in found["compressor"]]
@@ -155,14 +159,14 @@ def test_what_ranks_save_together_comes_back(tmp_path: Path, split: bool, apart:
     held = [name for name in held if name != "optimizer_00000"]
     names = {f"{name}.safetensors" for name in (*held, "rank_00000", "rank_00002")} | {"manifest.json", "state.json"}
     assert {path.name for path in folder.iterdir()} == names
-    assert checkpoint_format.load_model(folder).keys() == state()["model"].keys()
+    assert checkpoint_reader.load_model(folder).keys() == state()["model"].keys()
 
 
 def test_a_tensor_in_two_files_is_refused(saved: Path) -> None:
     content = (saved / "model.safetensors").read_bytes()
     rewritten(saved, "model_00001.safetensors", content)
     with pytest.raises(DamagedCheckpoint, match=r"model_00001\.safetensors holds .*, which another file holds too"):
-        checkpoint_format.load(saved)
+        checkpoint_reader.load(saved)
 
 
 @pytest.mark.parametrize("name", ["../state.json", "logs/x"])
@@ -177,29 +181,29 @@ def test_a_file_that_the_manifest_doesn_t_list_is_not_read(saved: Path) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     del manifest["rank_00000.safetensors"]
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    assert list(checkpoint_format.load(saved)[0]["compressor"]) == [{}]
+    assert list(checkpoint_reader.load(saved)[0]["compressor"]) == [{}]
 
 
 def test_the_model_can_be_read_alone(saved: Path) -> None:
-    model = checkpoint_format.load_model(saved)
+    model = checkpoint_reader.load_model(saved)
     assert model.keys() == state()["model"].keys()
     assert torch.equal(model["kernel"], state()["model"]["kernel"])
 
 
 def test_saving_changes_no_tensor_and_keeps_none(tmp_path: Path) -> None:
     given = state()
-    folder = checkpoint_format.save(tmp_path, given, progress(1))
+    folder = checkpoint_writer.save(tmp_path, given, progress(1))
     assert given["model"]["inner.weight"] is given["model"]["outer.weight"]
     assert given["model"]["kernel"].is_contiguous(memory_format=torch.channels_last)
-    found, _ = checkpoint_format.load(folder)
+    found, _ = checkpoint_reader.load(folder)
     found["model"]["part"].zero_()
     assert given["model"]["part"].any()
 
 
 def test_the_same_step_saved_again_replaces_the_first(saved: Path) -> None:
-    again = checkpoint_format.save(saved.parent, state(seed=1), progress(40) | {"epoch": 3})
+    again = checkpoint_writer.save(saved.parent, state(seed=1), progress(40) | {"epoch": 3})
     assert again == saved
-    found, where = checkpoint_format.load(again)
+    found, where = checkpoint_reader.load(again)
     assert where["epoch"] == 3
     assert torch.equal(found["model"]["part"], state(seed=1)["model"]["part"])
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -207,8 +211,8 @@ def test_the_same_step_saved_again_replaces_the_first(saved: Path) -> None:
 
 BREAKABLE: dict[str, Any] = {
     "a tensor's file": (safetensors_writer, "write"),
-    "state.json": (checkpoint_format, "as_json"),
-    "the folder": (checkpoint_format, "_sync"),
+    "state.json": (checkpoint_writer, "to_json"),
+    "the folder": (checkpoint_writer, "sync_folder"),
     "its name": (Path, "rename"),
     "a new folder": (Path, "mkdir"),
 }
@@ -224,14 +228,14 @@ def test_a_save_that_fails_leaves_the_others_as_they_are(
     owner, name = BREAKABLE[broken]
     monkeypatch.setattr(owner, name, full_disk)
     for step in (40, 50):
-        with pytest.raises(NotSaved) as caught:
-            checkpoint_format.save(saved.parent, state(seed=1), progress(step))
+        with pytest.raises(SaveFailed) as caught:
+            checkpoint_writer.save(saved.parent, state(seed=1), progress(step))
         where = f"rank 0 on {socket.gethostname()}: somewhere: No space left on device (ENOSPC)"
         assert str(caught.value) == where
     monkeypatch.undo()
     assert list(saved.parent.iterdir()) == [saved]
-    assert torch.equal(checkpoint_format.load(saved)[0]["model"]["part"], state()["model"]["part"])
-    checkpoint_format.load(checkpoint_format.save(saved.parent, state(), progress(50)))
+    assert torch.equal(checkpoint_reader.load(saved)[0]["model"]["part"], state()["model"]["part"])
+    checkpoint_reader.load(checkpoint_writer.save(saved.parent, state(), progress(50)))
 
 
 def _save_where_one_rank_can_t(folder: Path) -> list[str]:
@@ -239,19 +243,19 @@ def _save_where_one_rank_can_t(folder: Path) -> list[str]:
     with Runtime(runs.small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
         everyone, write = runtime.communicator(), safetensors_writer.write
 
-        def full_disk(path: Path, content: Any) -> safetensors_writer.Content:
+        def full_disk(path: Path, content: Any) -> safetensors_writer.FileDigest:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
 
         for faulty in range(2):
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(safetensors_writer, "write", full_disk if rank == faulty else write)
-                with pytest.raises(NotSaved) as caught:
-                    checkpoint_format.save(folder / "checkpoints", state_of_rank(rank, 2, True), progress(5), everyone)
+                with pytest.raises(SaveFailed) as caught:
+                    checkpoint_writer.save(folder / "checkpoints", state_of_rank(rank, 2, True), progress(5), everyone)
             said.append(str(caught.value))
             everyone.barrier()
             assert list((folder / "checkpoints").iterdir()) == []
             everyone.barrier()
-        checkpoint_format.save(folder / "checkpoints", state_of_rank(rank, 2, True), progress(5), everyone)
+        checkpoint_writer.save(folder / "checkpoints", state_of_rank(rank, 2, True), progress(5), everyone)
     return said
 
 
@@ -261,14 +265,14 @@ def test_what_one_rank_can_t_write_all_ranks_know(tmp_path: Path) -> None:
     for faulty, line in enumerate(first):
         assert line.startswith(f"rank {faulty} on {socket.gethostname()}: {tmp_path}/checkpoints/.step_00000005.")
         assert line.endswith(f"/model_{faulty:05d}.safetensors: Disk quota exceeded (EDQUOT)")
-    checkpoint_format.load(tmp_path / "checkpoints" / "step_00000005")
+    checkpoint_reader.load(tmp_path / "checkpoints" / "step_00000005")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
 def refuses(folder: Path, name: str) -> None:
-    for read in (checkpoint_format.load, checkpoint_format.load_model, checkpoint_format.verify):
+    for read in (checkpoint_reader.load, checkpoint_reader.load_model, checkpoint_reader.verify):
         with pytest.raises(DamagedCheckpoint) as caught:
             read(folder)
         assert str(folder / name) in str(caught.value)
@@ -311,23 +315,23 @@ def test_one_flipped_bit_anywhere_in_the_manifest_is_found(saved: Path) -> None:
             harmless = False
         if not harmless:
             with pytest.raises(DamagedCheckpoint, match=str(saved)):
-                checkpoint_format.verify(saved)
+                checkpoint_reader.verify(saved)
 
 
 def test_any_bit_and_any_cut_of_any_file_is_found_and_the_older_one_used(tmp_path: Path, warnings: list[str]) -> None:
-    older = checkpoint_format.save(tmp_path, state(), progress(40))
-    newer = checkpoint_format.save(tmp_path, {**state(seed=1), "model": {}, "optimizer": {}}, progress(41))
+    older = checkpoint_writer.save(tmp_path, state(), progress(40))
+    newer = checkpoint_writer.save(tmp_path, {**state(seed=1), "model": {}, "optimizer": {}}, progress(41))
     for part in PARTS:
         # As two stages of a pipeline leave it, where a bit makes one file's name of the other's.
         (newer / f"{part}.safetensors").unlink()
         for rank in range(2):
             name = f"{part}_{rank:05d}.safetensors"
-            rewritten(newer, name, b"".join(safetensors_writer.chunks(part_of(state(seed=1)[part], rank, 2))))
+            rewritten(newer, name, b"".join(safetensors_writer.serialize(part_of(state(seed=1)[part], rank, 2))))
     manifest = json.loads((newer / "manifest.json").read_text())
     kept = {name: entry for name, entry in manifest.items() if (newer / name).exists()}
     (newer / "manifest.json").write_text(json.dumps(kept, indent=2))
-    checkpoint_format.load(newer)
-    assert checkpoint_format.newest_valid(tmp_path) == newer
+    checkpoint_reader.load(newer)
+    assert checkpoint_reader.newest_valid(tmp_path) == newer
     draw = random.Random(0)
     files = sorted(newer.iterdir())
     assert len(files) == 7
@@ -338,11 +342,11 @@ def test_any_bit_and_any_cut_of_any_file_is_found_and_the_older_one_used(tmp_pat
         flipped = content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
         file.write_bytes(flipped if attempt // len(files) % 2 else content[:place])
         warnings.clear()
-        assert checkpoint_format.newest_valid(tmp_path) == older, (file, place, attempt)
+        assert checkpoint_reader.newest_valid(tmp_path) == older, (file, place, attempt)
         assert len(warnings) == 1
         assert str(newer) in warnings[0]
         file.write_bytes(content)
-    assert checkpoint_format.newest_valid(tmp_path) == newer
+    assert checkpoint_reader.newest_valid(tmp_path) == newer
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '{"state.json": 3}', '{"state.json": {"bytes": "x"}}', "{}"])
@@ -355,7 +359,7 @@ def test_a_manifest_of_another_shape_is_named(saved: Path, content: str) -> None
 def test_a_state_of_another_shape_is_named(saved: Path, content: str) -> None:
     rewritten(saved, "state.json", content.encode("latin-1"))
     with pytest.raises(DamagedCheckpoint, match=r"state\.json can't be read"):
-        checkpoint_format.load(saved)
+        checkpoint_reader.load(saved)
 
 
 class Bomb:
@@ -383,7 +387,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_never_run(
     else:
         rewritten(saved, name, planted.read_bytes())
     with pytest.raises(DamagedCheckpoint, match=name):
-        checkpoint_format.load(saved)[0]["compressor"][0]
+        checkpoint_reader.load(saved)[0]["compressor"][0]
     assert not mark.exists()
     # It would have run.
     pickle.loads(pickle.dumps(Bomb(mark)))
@@ -394,11 +398,11 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_never_run(
 
 
 def steps(folder: Path) -> list[str]:
-    return [path.name for path in checkpoint_format.all_in(folder)]
+    return [path.name for path in checkpoint_format.list_checkpoints(folder)]
 
 
 def several(folder: Path, *numbers: int) -> list[Path]:
-    return [checkpoint_format.save(folder, state(), progress(number)) for number in numbers]
+    return [checkpoint_writer.save(folder, state(), progress(number)) for number in numbers]
 
 
 def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> None:
@@ -407,29 +411,29 @@ def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> N
     (tmp_path / "step_00003000.old").mkdir()
     (tmp_path / "step_00004000").write_text("no folder")
     assert steps(tmp_path) == ["step_00000030", "step_00000200", "step_00001000"]
-    assert checkpoint_format.all_in(tmp_path / "nowhere") == []
+    assert checkpoint_format.list_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_the_newest_valid_one_is_found_and_damaged_ones_are_named(tmp_path: Path, warnings: list[str]) -> None:
     oldest, middle, newest = several(tmp_path, 10, 20, 30)
-    assert checkpoint_format.newest_valid(tmp_path) == newest
+    assert checkpoint_reader.newest_valid(tmp_path) == newest
     assert warnings == []
     (newest / "manifest.json").unlink()
     (middle / "model.safetensors").write_bytes(b"")
-    assert checkpoint_format.newest_valid(tmp_path) == oldest
+    assert checkpoint_reader.newest_valid(tmp_path) == oldest
     assert len(warnings) == 2
     assert str(newest / "manifest.json") in warnings[0]
     assert str(middle / "model.safetensors") in warnings[1]
     (oldest / "state.json").unlink()
-    assert checkpoint_format.newest_valid(tmp_path) is None
-    assert checkpoint_format.newest_valid(tmp_path / "nowhere") is None
+    assert checkpoint_reader.newest_valid(tmp_path) is None
+    assert checkpoint_reader.newest_valid(tmp_path / "nowhere") is None
 
 
 def test_a_half_written_one_is_never_taken(saved: Path, warnings: list[str]) -> None:
     half = saved.with_name(".step_00000050.4711")
     half.mkdir()
     (half / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
-    assert checkpoint_format.newest_valid(saved.parent) == saved
+    assert checkpoint_reader.newest_valid(saved.parent) == saved
     assert warnings == []
 
 
@@ -453,7 +457,7 @@ def test_pruning_keeps_the_newest_and_the_best(
 ) -> None:
     for number in (10, 20, 30, 40, 50):
         (tmp_path / f"step_{number:08d}").mkdir()
-    checkpoint_format.prune(tmp_path, keep, best, newest)
+    checkpoint_retention.prune(tmp_path, keep, best, newest)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step_{number:08d}" for number in left]
 
 
@@ -466,7 +470,7 @@ def test_what_can_t_be_removed_is_said_and_does_no_harm(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(shutil, "rmtree", read_only)
-    checkpoint_format.prune(tmp_path, 1, None, 20)
+    checkpoint_retention.prune(tmp_path, 1, None, 20)
     assert len(warnings) == 1
     assert "can't remove an old checkpoint" in warnings[0]
     assert steps(tmp_path) == ["step_00000020"]
@@ -494,8 +498,8 @@ def _save_and_be_killed(folder: Path, after: int) -> None:
         for name in names:
             setattr(owner, name, counted(getattr(owner, name)))
     for step in (40, 50):
-        checkpoint_format.save(folder, state(seed=step), progress(step))
-    checkpoint_format.prune(folder, 1, None, 50)
+        checkpoint_writer.save(folder, state(seed=step), progress(step))
+    checkpoint_retention.prune(folder, 1, None, 50)
 
 
 def _kill_at_every_moment(folder: Path) -> int:
@@ -514,32 +518,24 @@ def _kill_at_every_moment(folder: Path) -> int:
 
 
 def test_killed_at_any_moment_nothing_is_lost_and_nothing_half_is_believed(tmp_path: Path) -> None:
-    checkpoint_format.save(tmp_path / "original", state(seed=39), progress(40))
+    checkpoint_writer.save(tmp_path / "original", state(seed=39), progress(40))
     (killed,) = run_ranks(_kill_at_every_moment, 1, tmp_path)
     assert killed > 30
     found = []
     for after in range(killed):
         folder = tmp_path / str(after)
-        assert all(_is_valid(path) for path in checkpoint_format.all_in(folder))
-        checkpoint_format.tidy(folder)
+        assert all(checkpoint_reader.is_valid(path) for path in checkpoint_format.list_checkpoints(folder))
+        checkpoint_retention.remove_leftovers(folder)
         assert not list(folder.glob(".*"))
-        newest = checkpoint_format.newest_valid(folder)
+        newest = checkpoint_reader.newest_valid(folder)
         assert newest is not None
-        held, where = checkpoint_format.load(newest)
+        held, where = checkpoint_reader.load(newest)
         # Of step 40 it is the old one or the new one.
         (seed,) = [seed for seed in (39, 40, 50) if torch.equal(held["model"]["part"], state(seed)["model"]["part"])]
         assert where["step"] == max(seed, 40)
         found.append(seed)
     assert found == sorted(found)
     assert set(found) == {39, 40, 50}
-
-
-def _is_valid(path: Path) -> bool:
-    try:
-        checkpoint_format.verify(path)
-    except DamagedCheckpoint:
-        return False
-    return True
 
 
 def _dead_process() -> int:
@@ -559,13 +555,13 @@ def test_only_what_nothing_uses_is_cleared_away(tmp_path: Path, kind: str) -> No
         (tmp_path / name).mkdir()
     for name in old:
         os.utime(tmp_path / name, (time.time() - 4000,) * 2)
-    checkpoint_format.tidy(tmp_path)
+    checkpoint_retention.remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*used, *others}
-    checkpoint_format.tidy(tmp_path / "nowhere")
+    checkpoint_retention.remove_leftovers(tmp_path / "nowhere")
 
 
 def test_an_old_checkpoint_that_made_room_comes_back(saved: Path) -> None:
     saved.rename(saved.with_name(f".{saved.name}.{socket.gethostname()}.{_dead_process()}.replaced"))
-    checkpoint_format.tidy(saved.parent)
+    checkpoint_retention.remove_leftovers(saved.parent)
     assert list(saved.parent.iterdir()) == [saved]
-    checkpoint_format.load(saved)
+    checkpoint_reader.load(saved)

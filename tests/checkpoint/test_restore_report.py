@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from distrain.checkpoint.restore_report import Carried, table, worst
+from distrain.checkpoint.restore_report import RestoredPart, table, worst
 
 
 def test_of_several_ranks_the_one_that_lost_most_is_told() -> None:
-    first = [Carried("model", "exact", "a"), Carried("residuals", "absent", "b"), Carried("scale", "changed", "c")]
+    first = [
+        RestoredPart("model", "exact", "a"),
+        RestoredPart("residuals", "absent", "b"),
+        RestoredPart("scale", "changed", "c"),
+    ]
     second = [
-        Carried("model", "redistributed", "d"),
-        Carried("residuals", "exact", "e"),
-        Carried("scale", "reset", "f"),
+        RestoredPart("model", "redistributed", "d"),
+        RestoredPart("residuals", "exact", "e"),
+        RestoredPart("scale", "reset", "f"),
     ]
     assert [part.why for part in worst([first, second])] == ["d", "e", "f"]
     assert worst([first]) == first
 
 
 def test_columns_stand_below_each_other() -> None:
-    lines = table([Carried("model", "exact", "by name"), Carried("random draws", "reset", "another seed")]).splitlines()
+    lines = table(
+        [RestoredPart("model", "exact", "by name"), RestoredPart("random draws", "reset", "another seed")]
+    ).splitlines()
     assert [line.split() for line in lines] == [
         ["model", "exact", "by", "name"],
         ["random", "draws", "reset", "another", "seed"],

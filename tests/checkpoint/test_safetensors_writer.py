@@ -30,7 +30,7 @@ TENSORS = {
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
-    safetensors_writer.write(tmp_path / "file", safetensors_writer.chunks(TENSORS))
+    safetensors_writer.write(tmp_path / "file", safetensors_writer.serialize(TENSORS))
     found = load_file(tmp_path / "file")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -44,7 +44,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
 def test_it_is_what_the_library_would_write(tmp_path: Path) -> None:
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in TENSORS.items()}
     save_file(plain, tmp_path / "theirs")
-    safetensors_writer.write(tmp_path / "ours", safetensors_writer.chunks(TENSORS))
+    safetensors_writer.write(tmp_path / "ours", safetensors_writer.serialize(TENSORS))
     theirs, ours = ((tmp_path / name).read_bytes() for name in ("theirs", "ours"))
     sizes = [int.from_bytes(each[:8], "little") for each in (theirs, ours)]
     assert sum(tensor.numel() * tensor.element_size() for tensor in plain.values()) == len(ours) - 8 - sizes[1]
@@ -53,13 +53,13 @@ def test_it_is_what_the_library_would_write(tmp_path: Path) -> None:
 
 
 def test_no_tensor_at_all_is_a_file_too(tmp_path: Path) -> None:
-    safetensors_writer.write(tmp_path / "file", safetensors_writer.chunks({}))
+    safetensors_writer.write(tmp_path / "file", safetensors_writer.serialize({}))
     assert load_file(tmp_path / "file") == {}
 
 
 def test_memory_goes_to_the_file_without_a_copy() -> None:
     tensor = torch.zeros(4)
-    _, memory = safetensors_writer.chunks({"tensor": tensor})
+    _, memory = safetensors_writer.serialize({"tensor": tensor})
     tensor.fill_(1)
     assert bytes(memory) == torch.ones(4).numpy().tobytes()
 
@@ -68,12 +68,12 @@ def test_size_and_checksum_are_the_files(tmp_path: Path) -> None:
     content = safetensors_writer.write(tmp_path / "file", [b"some", memoryview(b"thing")])
     assert (tmp_path / "file").read_bytes() == b"something"
     assert content == {"bytes": 9, "sha256": hashlib.sha256(b"something").hexdigest()}
-    assert safetensors_writer.content_of(b"something") == content
+    assert safetensors_writer.digest_of(b"something") == content
 
 
 def test_a_type_without_a_name_in_the_format_is_refused_by_the_tensor_s_name() -> None:
     with pytest.raises(TypeError, match=r"phase is of torch\.complex64"):
-        list(safetensors_writer.chunks({"phase": torch.zeros(2, dtype=torch.complex64)}))
+        list(safetensors_writer.serialize({"phase": torch.zeros(2, dtype=torch.complex64)}))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import distrain
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli import export, hydra_entry, settings
 from distrain.cli.export import ExportSettings
 from distrain.errors import ConfigError
@@ -34,8 +36,8 @@ def test_holds_the_state_dict_and_all_one_needs_to_use_it(
 ) -> None:
     path = export.run(configured(run, f"output={tmp_path}/model.safetensors"))
     tensors, metadata = read(path)
-    last = checkpoint_format.all_in(run / "checkpoints")[-1]
-    saved = checkpoint_format.load_model(last)
+    last = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
+    saved = checkpoint_reader.load_model(last)
     assert tensors.keys() == saved.keys()
     assert all(tensor.equal(saved[name]) for name, tensor in tensors.items())
     data = json.loads((run / "data.json").read_text())
@@ -51,21 +53,21 @@ def test_holds_the_state_dict_and_all_one_needs_to_use_it(
 
 
 def test_the_chosen_checkpoint(run: Path, tmp_path: Path) -> None:
-    first = checkpoint_format.all_in(run / "checkpoints")[0]
+    first = checkpoint_format.list_checkpoints(run / "checkpoints")[0]
     tensors, metadata = read(export.run(configured(run, f"output={tmp_path}/m", f"checkpoint={first}")))
     assert metadata["step"] == str(int(first.name[5:]))
-    assert all(tensor.equal(tensors[name]) for name, tensor in checkpoint_format.load_model(first).items())
+    assert all(tensor.equal(tensors[name]) for name, tensor in checkpoint_reader.load_model(first).items())
 
 
 def test_floating_point_becomes_float32_and_counters_stay(run: Path, tmp_path: Path) -> None:
-    last = checkpoint_format.all_in(run / "checkpoints")[-1]
-    state, progress = checkpoint_format.load(last)
+    last = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
+    state, progress = checkpoint_reader.load(last)
     model = {
         "double": torch.rand(3, 2, dtype=torch.float64),
         "half": torch.rand(3, dtype=torch.bfloat16),
         "batches": torch.tensor(7),
     }
-    checkpoint_format.save(last.parent, {**state, "model": model, "compressor": {}, "local": {}}, progress)
+    checkpoint_writer.save(last.parent, {**state, "model": model, "compressor": {}, "local": {}}, progress)
     tensors, _ = read(export.run(configured(run, f"output={tmp_path}/m")))
     assert tensors["double"].equal(model["double"].float())
     assert tensors["half"].equal(model["half"].float())

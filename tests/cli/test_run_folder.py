@@ -14,6 +14,8 @@ import torch
 import yaml
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.config.load import to_container
 from distrain.errors import ConfigError
@@ -60,7 +62,7 @@ def test_a_run_of_before_a_key_came_is_read(run: Path) -> None:
 
 def test_model_has_the_weights_of_the_checkpoint(run: Path) -> None:
     model = newest(run)
-    saved = checkpoint_format.load_model(checkpoint_format.all_in(run / "checkpoints")[-1])
+    saved = checkpoint_reader.load_model(checkpoint_format.list_checkpoints(run / "checkpoints")[-1])
     assert model.state_dict().keys() == saved.keys()
     assert all(tensor.equal(saved[name]) for name, tensor in model.state_dict().items())
     assert not model.training
@@ -204,9 +206,9 @@ def weights(run: Path, which: str = "newest") -> Weights:
 
 def set_progress(path: Path, **changes: Any) -> None:
     """Changes what a checkpoint says of the run, as if it had been saved so."""
-    state, progress = checkpoint_format.load(path)
+    state, progress = checkpoint_reader.load(path)
     step = int(path.name[5:])
-    saved = checkpoint_format.save(
+    saved = checkpoint_writer.save(
         path.parent / "again", {**state, "compressor": {}, "local": {}}, {**progress, "step": step, **changes}
     )
     shutil.rmtree(path)
@@ -214,7 +216,7 @@ def set_progress(path: Path, **changes: Any) -> None:
 
 
 def test_newest_and_best_and_by_path(run: Path) -> None:
-    first, last = checkpoint_format.all_in(run / "checkpoints")
+    first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
     set_progress(last, best_step=int(first.name[5:]))
     assert (weights(run).path, weights(run).step) == (last, int(last.name[5:]))
     assert (weights(run, "best").path, weights(run, "best").step) == (first, int(first.name[5:]))
@@ -225,7 +227,7 @@ def test_newest_and_best_and_by_path(run: Path) -> None:
 
 
 def test_a_damaged_newest_is_left_out_and_a_damaged_chosen_one_refused(run: Path) -> None:
-    first, last = checkpoint_format.all_in(run / "checkpoints")
+    first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
     file = last / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert weights(run).path == first
@@ -238,7 +240,7 @@ def test_no_checkpoint_is_said(run: Path) -> None:
         weights(run, "nowhere")
     with pytest.raises(ConfigError, match=r"checkpoint=.*manifest\.json is missing|state\.json is missing"):
         weights(run, str(run))
-    set_progress(checkpoint_format.all_in(run / "checkpoints")[-1], best_step=None)
+    set_progress(checkpoint_format.list_checkpoints(run / "checkpoints")[-1], best_step=None)
     with pytest.raises(ConfigError, match="the run has no validation accuracy to choose by"):
         weights(run, "best")
     shutil.rmtree(run / "checkpoints")
@@ -249,21 +251,21 @@ def test_no_checkpoint_is_said(run: Path) -> None:
 def test_a_checkpoint_that_a_running_run_removes_meanwhile_is_no_mistake(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, last = checkpoint_format.all_in(run / "checkpoints")
-    load_model = checkpoint_format.load_model
+    first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
+    load_model = checkpoint_reader.load_model
 
     def slow(path: Path) -> Any:
         if path == last:
             shutil.rmtree(last)
         return load_model(path)
 
-    monkeypatch.setattr(checkpoint_format, "load_model", slow)
+    monkeypatch.setattr(checkpoint_reader, "load_model", slow)
     assert weights(run).path == first
 
 
 @pytest.mark.parametrize("progress", [None, {}, {"step": "1", "best_step": None}, {"step": 1, "best_step": "../../x"}])
 def test_where_a_checkpoint_stands_is_checked(run: Path, progress: object) -> None:
-    last = checkpoint_format.all_in(run / "checkpoints")[-1]
+    last = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     (last / "state.json").write_text(json.dumps({"progress": progress}))
     with pytest.raises(ConfigError, match=r"state\.json (can't be read|has steps that are no whole numbers)"):
         weights(run, str(last))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.communication.collectives import DONE, Communicator, Ledger, _tree_children, digest, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator, Ledger, _tree_children, digest, ring_all_reduce_bytes
+from distrain.communication.types import DONE
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests.harness import run_ranks

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from distrain.communication.collectives import DONE, Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import DONE, Pending
 from distrain.compression.base import Compressor, LossyConfig, MessageCompressor, build
 from distrain.compression.bucket import Bucket
 from distrain.config.schema import CompressionConfig

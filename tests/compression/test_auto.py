@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from distrain.cli import app
-from distrain.communication.collectives import Communicator, Pending, digest
+from distrain.communication.collectives import Communicator, digest
+from distrain.communication.types import Pending
 from distrain.compression import auto, base
 from distrain.compression.auto import Auto, AutoConfig
 from distrain.compression.autotune import candidates as selection

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.communication.collectives import digest
 from distrain.compression import base
 from distrain.config.registry import choices
@@ -159,7 +160,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 def _residuals(path: Path) -> dict[str, Tensor]:
     """What all ranks together had not sent yet."""
-    state, _ = checkpoint_format.load(path)
+    state, _ = checkpoint_reader.load(path)
     total: dict[str, Tensor] = {}
     for own in state["compressor"]:
         for key, tensor in own.items():
@@ -201,7 +202,7 @@ def _resave_on_rank(configuration: Any) -> None:
         trainer = app.build_trainer(configuration, runtime, splits)
         trainer._resume()
         state = {**trainer.strategy.state_dict(), "layout": trainer.strategy.layout}
-        checkpoint_format.save(runtime.run_dir / "resaved", state, asdict(trainer.progress), runtime.communicator())
+        checkpoint_writer.save(runtime.run_dir / "resaved", state, asdict(trainer.progress), runtime.communicator())
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distrain.errors import ConfigError
-from distrain.files.untrusted import Unreadable, printable, read_json, read_text
+from distrain.files.untrusted import UnreadableFile, printable, read_json, read_text
 
 
 def test_a_plain_file_is_read(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_plain_file_is_read(tmp_path: Path) -> None:
         (b"", "is not JSON"),
         (b"[1]", "is not a mapping"),
         (b"\xff{}", "can't be read"),
-        (b'{"a": {"b": 1, "b": 2}}', r"is not JSON \(a name stands twice\)"),
+        (b'{"a": {"b": 1, "b": 2}}', r"is not JSON \(a key appears twice\)"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"a":' * 100_000, "is not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
@@ -32,7 +32,7 @@ def test_a_plain_file_is_read(tmp_path: Path) -> None:
 )
 def test_anything_else_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(Unreadable, match=rf"^a\.json {said}"):
+    with pytest.raises(UnreadableFile, match=rf"^a\.json {said}"):
         read_json(tmp_path / "a.json", 1_000_000)
 
 
@@ -41,7 +41,7 @@ def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("pipe", "folder", "endless"):
-        with pytest.raises(Unreadable, match=f"^{name} is no plain file"):
+        with pytest.raises(UnreadableFile, match=f"^{name} is not a regular file"):
             read_text(tmp_path / name, 10)
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name in ("nothing", "broken"):

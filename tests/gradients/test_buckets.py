@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.communication.collectives import DONE, Communicator, Pending, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.communication.types import DONE, Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from distrain.communication.collectives import DONE, Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import DONE, Pending
 from distrain.compression.autotune import step_trace
 from distrain.compression.autotune.step_trace import Observer, Recorder, Segment, Step, typical
 from distrain.compression.bucket import Bucket

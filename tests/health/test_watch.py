@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from distrain.cli import app
-from distrain.communication.collectives import DONE, Pending, _Started
+from distrain.communication.collectives import _Started
+from distrain.communication.types import DONE, Pending
 from distrain.config.schema import Config
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share

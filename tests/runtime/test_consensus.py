@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.errors import EXIT_STOPPED, Stopped, Terminated
@@ -84,7 +85,7 @@ def stopped_file(folder: Path) -> dict[str, Any] | None:
 
 
 def saved_model(folder: Path, step: int) -> dict[str, Tensor]:
-    return checkpoint_format.load_model(folder / "checkpoints" / f"step_{step:08d}")
+    return checkpoint_reader.load_model(folder / "checkpoints" / f"step_{step:08d}")
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(number: signal.Si
 def test_a_stop_at_an_epoch_s_last_step_leaves_its_evaluation_to_the_run_that_goes_on(tmp_path: Path) -> None:
     options = (*LONG, f"run_dir={tmp_path}", "trainer.max_steps=6")
     assert train(small(*options), after=5)["step"] == 5
-    _, progress = checkpoint_format.load(tmp_path / "checkpoints" / "step_00000005")
+    _, progress = checkpoint_reader.load(tmp_path / "checkpoints" / "step_00000005")
     assert (progress["epoch"], progress["epoch_samples"]) == (0, 48)
     train(small(*options))
     epochs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -129,7 +130,7 @@ def test_a_checkpoint_comes_so_many_minutes_after_the_last(tmp_path: Path) -> No
     train(small(*LONG, f"run_dir={tmp_path / 'often'}", "checkpoint.every_minutes=1e-9", "trainer.max_steps=4"))
     train(small(*LONG, f"run_dir={tmp_path / 'seldom'}", "checkpoint.every_minutes=99", "trainer.max_steps=4"))
     steps = {
-        folder: [int(path.name[5:]) for path in checkpoint_format.all_in(tmp_path / folder / "checkpoints")]
+        folder: [int(path.name[5:]) for path in checkpoint_format.list_checkpoints(tmp_path / folder / "checkpoints")]
         for folder in ("often", "seldom")
     }
     assert steps == {"often": [1, 2, 3, 4], "seldom": [4]}
@@ -251,7 +252,7 @@ def test_all_ranks_stop_after_the_same_step_whoever_is_asked(name: str, tmp_path
     assert {each["step"] for each in found[: ranks - servers]} == {step}
     assert step > 6
     assert name != "local_sgd" or step % 4 == 0
-    _, progress = checkpoint_format.load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    _, progress = checkpoint_reader.load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     assert (progress["step"], progress["samples"]) == (step, step // 5 * 48 + step % 5 * 10)
     if name != "local_sgd":
         return
@@ -262,7 +263,7 @@ def test_all_ranks_stop_after_the_same_step_whoever_is_asked(name: str, tmp_path
     run_ranks(train, ranks, config("whole", more))
     for part in ("model", "optimizer"):
         ours, theirs = (
-            checkpoint_format.load(tmp_path / f / "checkpoints" / f"step_{step + 3:08d}")[0] for f in ("run", "whole")
+            checkpoint_reader.load(tmp_path / f / "checkpoints" / f"step_{step + 3:08d}")[0] for f in ("run", "whole")
         )
         assert same(ours[part], theirs[part])
 

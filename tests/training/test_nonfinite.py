@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.cli import app
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
@@ -261,11 +262,11 @@ def test_all_ranks_go_back_to_the_newest_checkpoint_and_then_to_the_one_before(s
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert [path[-13:] for path in re.findall(r"went back to (\S+);", log)] == ["step_00000004", "step_00000002"]
     # What is saved right after going back is what was gone back to, with the data further on.
-    four, six = (checkpoint_format.load(tmp_path / "checkpoints" / f"step_{step:08d}") for step in (4, 6))
+    four, six = (checkpoint_reader.load(tmp_path / "checkpoints" / f"step_{step:08d}") for step in (4, 6))
     for part in ("model", "optimizer"):
         assert all(torch.equal(six[0][part][name], tensor) for name, tensor in four[0][part].items())
     assert (six[1]["samples"], six[1]["rewinds"]) == (48 + 10, 1)
-    newest = checkpoint_format.load(checkpoint_format.all_in(tmp_path / "checkpoints")[-1])[0]
+    newest = checkpoint_reader.load(checkpoint_format.list_checkpoints(tmp_path / "checkpoints")[-1])[0]
     assert all(finite(kept) for kept in newest["compressor"])
     assert (strategy == "ddp") == any(name.startswith("residual") for name in newest["compressor"][0])
 
@@ -315,7 +316,7 @@ def test_the_run_ends_with_the_name_of_the_rank_and_nothing_bad_is_saved(strateg
     assert len(failed) == len(found)
     report = json.loads((tmp_path / "failure.json").read_text())
     assert report["rank"] == rank
-    saved = checkpoint_format.all_in(tmp_path / "checkpoints")
+    saved = checkpoint_format.list_checkpoints(tmp_path / "checkpoints")
     if strategy == "async":
         # The server refuses the gradient before the worker has looked at its loss.
         assert "NonFinite: " in report["error"]
@@ -323,7 +324,7 @@ def test_the_run_ends_with_the_name_of_the_rank_and_nothing_bad_is_saved(strateg
         assert report["step"] == 5
         assert report["error"].startswith("NonFinite: the loss is nan in step 6, samples ")
         assert [path.name for path in saved] == ["step_00000002", "step_00000004"]
-    assert all(finite(checkpoint_format.load(path)[0]["model"]) for path in saved)
+    assert all(finite(checkpoint_reader.load(path)[0]["model"]) for path in saved)
 
 
 def test_parameters_that_are_nan_are_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +332,7 @@ def test_parameters_that_are_nan_are_not_saved(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(Failed):
         train(config("single", tmp_path, "checkpoint.every_steps=3"), 0, {3: "gradient"})
     assert "holds NaN after step 3, which is not saved" in capsys.readouterr().err
-    assert checkpoint_format.all_in(tmp_path / "checkpoints") == []
+    assert checkpoint_format.list_checkpoints(tmp_path / "checkpoints") == []
 
 
 def test_what_may_be_saved() -> None:

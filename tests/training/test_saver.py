@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import safetensors_writer
-from distrain.checkpoint.safetensors_writer import Content
+from distrain.checkpoint import writer as checkpoint_writer
+from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
 from distrain.errors import Failed
 from distrain.runtime.runtime import Runtime
@@ -73,7 +75,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.came = threading.Event(), threading.Event()
         self.entered = 0
-        save = checkpoint_format.save
+        save = checkpoint_writer.save
 
         def slow(*args: Any, **kwargs: Any) -> Path:
             self.entered += 1
@@ -81,7 +83,7 @@ class Gate:
             assert self.opened.wait(30)
             return save(*args, **kwargs)
 
-        monkeypatch.setattr(checkpoint_format, "save", slow)
+        monkeypatch.setattr(checkpoint_writer, "save", slow)
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, times: int = 10**6) -> None:
     """The next files can't be written."""
     write, left = safetensors_writer.write, [times]
 
-    def fail(path: Path, content: Any) -> Content:
+    def fail(path: Path, content: Any) -> FileDigest:
         left[0] -= 1
         if left[0] < 0:
             return write(path, content)
@@ -160,7 +162,7 @@ def test_memory_for_the_first_copy_is_made_ready_after_the_first_step(tmp_path: 
     assert not behind._staging._spare
     behind.poll()
     behind.wait()
-    assert checkpoint_format.load_model(tmp_path / "step_00000001").keys() == trained.keys()
+    assert checkpoint_reader.load_model(tmp_path / "step_00000001").keys() == trained.keys()
 
 
 @pytest.mark.gpu
@@ -173,7 +175,7 @@ def test_tensors_on_a_gpu_are_as_they_were_when_they_were_saved(tmp_path: Path) 
     behind.save(given, progress(1))
     given["model"]["large"].zero_()
     behind.wait()
-    assert torch.equal(checkpoint_format.load(tmp_path / "step_00000001")[0]["model"]["large"], expected)
+    assert torch.equal(checkpoint_reader.load(tmp_path / "step_00000001")[0]["model"]["large"], expected)
 
 
 def test_one_save_is_under_way_at_a_time_and_the_next_one_waits(tmp_path: Path, gate: Gate) -> None:
@@ -184,12 +186,12 @@ def test_one_save_is_under_way_at_a_time_and_the_next_one_waits(tmp_path: Path, 
     second.start()
     time.sleep(0.1)
     assert (gate.entered, second.is_alive()) == (1, True)
-    assert checkpoint_format.all_in(tmp_path) == []
+    assert checkpoint_format.list_checkpoints(tmp_path) == []
     gate.opened.set()
     second.join(30)
     behind.wait()
     assert gate.entered == 2
-    assert [path.name for path in checkpoint_format.all_in(tmp_path)] == ["step_00000001", "step_00000002"]
+    assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         behind.save(whole_state(), progress(step, best=min(step, 2)))
     behind.wait()
-    assert [int(path.name[5:]) for path in checkpoint_format.all_in(tmp_path)] == [2, 5, 6]
+    assert [int(path.name[5:]) for path in checkpoint_format.list_checkpoints(tmp_path)] == [2, 5, 6]
 
 
 def test_what_saving_cost_is_reported(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +266,7 @@ def test_a_run_that_ends_in_an_error_waits_for_a_save_but_not_for_ever(
     monkeypatch.setattr(saving, "_PATIENCE_SECONDS", 30)
     threading.Timer(0.2, gate.opened.set).start()
     behind.close()
-    assert [path.name for path in checkpoint_format.all_in(tmp_path)] == ["step_00000001"]
+    assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
@@ -282,7 +284,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, said: list[str]) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
         behind.save(whole_state(), progress(3))
         behind.wait()
-        assert checkpoint_format.newest_valid(tmp_path) == tmp_path / "step_00000003"
+        assert checkpoint_reader.newest_valid(tmp_path) == tmp_path / "step_00000003"
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -313,7 +315,7 @@ def test_two_ranks_save_while_they_train_and_agree_on_what_failed(tmp_path: Path
     left = sorted((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in left] == ["step_00000001", "step_00000003", "step_00000004"]
     for path in left:
-        checkpoint_format.load(path)
+        checkpoint_reader.load(path)
     (line,) = [line for line in (tmp_path / "logs" / "rank_0.log").read_text().splitlines() if "ERROR" in line]
     assert f"rank 1 on {HERE}: " in line
     assert "model_00001.safetensors: No space left on device (ENOSPC)" in line
@@ -381,7 +383,7 @@ def test_a_run_outlives_a_full_disk_and_believes_in_no_best_checkpoint_that_is_n
     # The second epoch ends at step 10 with the best accuracy, which can't be saved.
     run = Run(tmp_path, *options, callback=Chosen(monkeypatch, 9, 11))
     assert run.checkpoints == [4, 5, 8, 12, 15]
-    assert [checkpoint_format.load(run.checkpoint(step))[1]["best_step"] for step in run.checkpoints] == [
+    assert [checkpoint_reader.load(run.checkpoint(step))[1]["best_step"] for step in run.checkpoints] == [
         None,
         5,
         5,
@@ -405,7 +407,7 @@ def test_a_run_whose_last_step_can_not_be_saved_has_not_succeeded(
     monkeypatch.setattr(trainer_module, "_LAST_SAVES", (0, 0.01))
     with pytest.raises(Failed):
         Run(tmp_path, "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=99))
-    assert checkpoint_format.all_in(tmp_path / "checkpoints") == []
+    assert checkpoint_format.list_checkpoints(tmp_path / "checkpoints") == []
     assert not (tmp_path / "summary.json").exists()
     assert "step 5, the last one, could not be saved" in (tmp_path / "failure.json").read_text()
 
@@ -435,7 +437,7 @@ def test_a_failure_lets_a_save_that_is_under_way_become_complete(
 
     with pytest.raises(Failed):
         Run(tmp_path, "checkpoint.every_steps=2", callback=Fails())
-    assert [path.name for path in checkpoint_format.all_in(tmp_path / "checkpoints")] == ["step_00000002"]
+    assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
 
 
 def test_a_new_run_clears_away_what_a_dead_one_left(tmp_path: Path) -> None:
@@ -450,7 +452,7 @@ def test_a_new_run_clears_away_what_a_dead_one_left(tmp_path: Path) -> None:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    return checkpoint_format.load_model(path)
+    return checkpoint_reader.load_model(path)
 
 
 def test_stages_save_their_own_files_and_any_strategy_reads_them(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distrain.checkpoint import format as checkpoint_format
-from distrain.checkpoint.run_owner import Claim
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint.run_owner import RunOwner
 from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.errors import Failed
@@ -101,7 +102,7 @@ class Run:
 
     @property
     def checkpoints(self) -> list[int]:
-        return [int(path.name[5:]) for path in checkpoint_format.all_in(self.folder / "checkpoints")]
+        return [int(path.name[5:]) for path in checkpoint_format.list_checkpoints(self.folder / "checkpoints")]
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step_{step:08d}"
@@ -248,7 +249,7 @@ def test_a_run_may_end_amid_an_epoch_with_all_that_an_end_has(tmp_path: Path) ->
     assert (run.summary["steps"], run.summary["epochs"], run.summary["samples"]) == (7, 1, TRAIN + 20)
     assert run.summary["test_count"] == TEST
     assert run.summary["train_loss"] == run.rows("epoch")[0]["epoch/train_loss"]
-    _, progress = checkpoint_format.load(run.checkpoint(7))
+    _, progress = checkpoint_reader.load(run.checkpoint(7))
     assert (progress["step"], progress["epoch"], progress["epoch_samples"]) == (7, 1, 20)
     assert progress["epoch_sums"][2] == 20
     assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
@@ -275,7 +276,7 @@ def test_no_validation_images_no_validation(tmp_path: Path) -> None:
     assert not any("val" in name for name in row)
     assert run.summary["val_accuracy"] is None
     assert run.summary["samples"] == 53
-    _, progress = checkpoint_format.load(run.checkpoint(6))
+    _, progress = checkpoint_reader.load(run.checkpoint(6))
     assert progress["best_step"] is None
 
 
@@ -316,7 +317,7 @@ def test_checkpoints_come_every_so_many_steps_and_epochs_and_old_ones_go(tmp_pat
     kept = Run(tmp_path / "all", *options, "checkpoint.keep=99")
     assert kept.checkpoints == [3, 6, 9, 10, 12, 15, 18, 20]
     run = Run(tmp_path / "few", *options, "checkpoint.keep=1")
-    _, progress = checkpoint_format.load(run.checkpoint(20))
+    _, progress = checkpoint_reader.load(run.checkpoint(20))
     assert set(run.checkpoints) <= {20, progress["best_step"]}
     assert same(run.model, kept.model)
 
@@ -370,8 +371,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved: Run, step: in
         for name in ("epoch", "epoch/train_loss", "epoch/train_accuracy", "epoch/val_loss", "epoch/val_accuracy"):
             assert row[name] == pytest.approx(expected[name], rel=1e-14), name
     assert torch.equal(
-        checkpoint_format.load(run.checkpoint(15))[0]["optimizer"]["hidden.weight/exp_avg"],
-        checkpoint_format.load(saved.checkpoint(15))[0]["optimizer"]["hidden.weight/exp_avg"],
+        checkpoint_reader.load(run.checkpoint(15))[0]["optimizer"]["hidden.weight/exp_avg"],
+        checkpoint_reader.load(saved.checkpoint(15))[0]["optimizer"]["hidden.weight/exp_avg"],
     )
 
 
@@ -439,9 +440,9 @@ def test_a_later_start_takes_the_folder_over(tmp_path: Path, capsys: pytest.Capt
     class AnotherStarts(Callback):
         def on_step_end(self, trainer: Trainer) -> None:
             if trainer.progress.step == 3:
-                Claim(tmp_path / "checkpoints")
+                RunOwner(tmp_path / "checkpoints")
 
     with pytest.raises(Failed):
         Run(tmp_path, "checkpoint.every_steps=2", callback=AnotherStarts())
     assert "failed at step 4: RuntimeError: another start of this run has taken over" in capsys.readouterr().err
-    assert [path.name for path in checkpoint_format.all_in(tmp_path / "checkpoints")] == ["step_00000002"]
+    assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]

@@ -15,16 +15,15 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distrain.communication.shared_memory.arena import Arena, Memory, Slot
 from distrain.communication.shared_memory.control_block import ENTRIES, FINISHED, GIVEN_UP, Board, Entry
 from distrain.communication.shared_memory.peer import Peer, Who
 from distrain.communication.shared_memory.reduce import Offer, add_up_alone, add_up_together, share_size
+from distrain.communication.types import DTYPES, Reduction
 
 #: Bytes of a part of a long tensor.
 _PART = 1 << 20
@@ -35,17 +34,10 @@ _FLAG = 64
 #: Parts that a source may be ahead of who reads them.
 _AHEAD = 4
 
-Reduction = Literal["sum", "max", "min"]
-#: What the backends call them.
-REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
 _KINDS = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce_scatter", "reduce", "gather")
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 _REDUCTION_NAMES = tuple(_REDUCTIONS)
-_DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-)  # fmt: skip
+_DTYPES = tuple(DTYPES.values())
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
@@ -68,28 +60,18 @@ def _in_words(entry: Entry) -> str:
     return f"{kind}{which} of {count} {str(dtype).removeprefix('torch.')}"
 
 
-class Pending(Protocol):
-    """A collective that was started and must be waited for before its tensor is read."""
-
-    def wait(self) -> object:
-        """Blocks until done; on a GPU only the current stream waits."""
-
-
-class _Done:
-    def wait(self) -> None:
-        return
-
-
-DONE: Pending = _Done()
-
-
 class Operation:
     """A collective that was started."""
 
     __slots__ = ("_channel", "_number", "awaited", "entry", "finish")
 
     def __init__(
-        self, channel: Channel, number: int, entry: Entry, awaited: Sequence[Peer], finish: Callable[[], None]
+        self,
+        channel: SharedMemoryChannel,
+        number: int,
+        entry: Entry,
+        awaited: Sequence[Peer],
+        finish: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._number = number
@@ -108,11 +90,11 @@ class Operation:
         self._channel.finish(self._number)
 
 
-class Channel:
+class SharedMemoryChannel:
     """The collectives of one group whose ranks are all on this host.
 
     All ranks start the same collectives in the same order by the same calls, each from one thread at a time. Tensors
-    are on the CPU, of the types that :attr:`DTYPES` holds and of any layout.
+    are on the CPU, of the types in :data:`~distrain.communication.types.DTYPES` and of any layout.
 
     Args:
         rank: This one's place in the group; 0 is its first rank's.
@@ -120,8 +102,6 @@ class Channel:
         arena: This rank's.
         peers: All other ranks by their place in the group.
     """
-
-    DTYPES = frozenset(_DTYPES)
 
     def __init__(self, rank: int, who: Who, arena: Arena, peers: dict[int, Peer]) -> None:
         self._rank = rank

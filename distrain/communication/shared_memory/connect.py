@@ -21,10 +21,11 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from distrain.communication.shared_memory.arena import Arena, Memory
-from distrain.communication.shared_memory.channel import Channel
+from distrain.communication.shared_memory.channel import SharedMemoryChannel
 from distrain.communication.shared_memory.control_block import BOARD_SIZE, Board
-from distrain.communication.shared_memory.hierarchical import Hosts, Neighbours, Network
+from distrain.communication.shared_memory.hierarchical import HierarchicalChannel, Neighbours, Network
 from distrain.communication.shared_memory.peer import Peer, Who
+from distrain.communication.types import Channel
 from distrain.health.process import Process
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,10 @@ class Channels:
     def __init__(self) -> None:
         self.allowed = True
         self._lock = threading.Lock()
-        self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | Hosts | None] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
 
-    def of(self, group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
+    def of(self, group: dist.ProcessGroup, share: Share) -> Channel | None:
         """What carries a group's collectives; the first call is a collective, whose outcome all its ranks share.
 
         Args:
@@ -103,7 +104,7 @@ class _Apart(Exception):
     """Ranks that could share memory can't: which one, and why."""
 
 
-def _meet(group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
+def _meet(group: dist.ProcessGroup, share: Share) -> Channel | None:
     try:
         here = place()
     except OSError:
@@ -133,10 +134,12 @@ def _meet(group: dist.ProcessGroup, share: Share) -> Channel | Hosts | None:
         store = PrefixStore(f"hosts/{told[0]['token']}", _get_process_group_store(group))
         limit = timedelta(seconds=_limit(group))
         network = cast(Network, dist.ProcessGroupGloo(store, layout.index(near), len(layout), limit))
-    return Hosts(own, layout, Neighbours(up, down) if up is not None and down is not None else None, network)
+    return HierarchicalChannel(
+        own, layout, Neighbours(up, down) if up is not None and down is not None else None, network
+    )
 
 
-def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> Channel | None:
+def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> SharedMemoryChannel | None:
     """What the ranks of this host share; all of the group call this at once, and it takes all that have neighbours.
 
     Returns:
@@ -162,7 +165,7 @@ def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> Channel
         raise
     if arena is None:
         return None
-    return Channel(place_here, Who(dist.get_rank(), socket.gethostname()), arena, peers)
+    return SharedMemoryChannel(place_here, Who(dist.get_rank(), socket.gethostname()), arena, peers)
 
 
 def _agreed(mine: dict[str, Any], share: Share) -> list[dict[str, Any]]:

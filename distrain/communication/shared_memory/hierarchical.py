@@ -20,15 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.communication.shared_memory.channel import (
-    DONE,
-    REDUCE_OPS,
-    Channel,
-    Pending,
-    Reduction,
-    flattened,
-    put_back,
-)
+from distrain.communication.shared_memory.channel import SharedMemoryChannel, flattened, put_back
+from distrain.communication.types import DONE, REDUCE_OPS, Pending, Reduction
 
 #: What gloo reduces.
 _REDUCED = frozenset(
@@ -60,8 +53,8 @@ class Neighbours(NamedTuple):
         down: Brings back what is for all; apart, since the first rank gets there later than the others.
     """
 
-    up: Channel
-    down: Channel
+    up: SharedMemoryChannel
+    down: SharedMemoryChannel
 
 
 class _Job:
@@ -99,8 +92,8 @@ class _Then:
             self._pending, self._then = DONE, None
 
 
-class Hosts:
-    """The collectives of one group, as :class:`~distrain.communication.shared_memory.channel.Channel` has them.
+class HierarchicalChannel:
+    """The collectives of a group of ranks on several hosts.
 
     Args:
         rank: This one's place in the group.

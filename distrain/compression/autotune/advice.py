@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.communication.collectives import Communicator, Pending, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.communication.types import Pending
 from distrain.compression.autotune.link_model import Link, measure_link
 from distrain.compression.autotune.simulation import Backdrop, BucketCost, Cost, predicted
 from distrain.compression.autotune.step_trace import Recorder, Step, typical
@@ -114,7 +115,7 @@ class Advisor(Recorder):
             "usual": [step.span for step in usual],
             "rest": statistics.median(step.rest for step in [*usual, *held]),
         }
-        everyone = self.communicator.share(mine, self.device)
+        everyone = self.communicator.all_gather_json(mine, self.device)
         takes = typical(_slowest(everyone, "usual"))[0] + max(each["rest"] for each in everyone)
         steps = [[Backdrop(**step) for step in each["steps"]] for each in everyone]
         costs = [uncompressed(self._sizes, self.communicator.size)] * len(everyone)
@@ -141,7 +142,7 @@ class Advisor(Recorder):
             "without": [step.bare for step in rehearsed[1:]],
             "rest": statistics.median(step.rest for step in usual + rehearsed),
         }
-        everyone = self.communicator.share(mine, self.device)
+        everyone = self.communicator.all_gather_json(mine, self.device)
         rest = max(each["rest"] for each in everyone)
         takes, error = typical(_slowest(everyone, "usual"))
         without, other_error = typical(_slowest(everyone, "without"))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.compression.autotune.step_trace import now
 
 #: A message that takes so long tells the bandwidth; on slow links larger ones would only cost time.

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain.communication.collectives import DONE, Communicator, Pending, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.communication.types import DONE, Pending
 from distrain.compression.autotune.link_model import Link
 from distrain.compression.autotune.step_trace import Step, now
 from distrain.compression.base import Compressor

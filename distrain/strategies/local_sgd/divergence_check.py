@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.communication.collectives import Communicator, Pending, digest
+from distrain.communication.collectives import Communicator, digest
+from distrain.communication.types import Pending
 
 
 @dataclass

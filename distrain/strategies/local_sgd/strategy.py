@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
 from distrain.config.registry import register
@@ -443,7 +443,7 @@ class LocalSGD(Single):
         return {**saved, "local": local}
 
     @torch.no_grad()
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         """Takes back what :meth:`state_dict` gave; see the base class."""
         self._own = None
         for fragment in self._fragments:
@@ -470,8 +470,8 @@ class LocalSGD(Single):
             for name, tensor in _below("copy", local).items():
                 held[name].copy_(tensor)
             scale = self.precision.load_state_dict({k: v.item() for k, v in _below("precision", local).items()})
-            carried[-1] = Carried(
-                named_state.LOCAL, "exact", "each rank's copy, its anchor and samples since the last merge"
+            carried[-1] = RestoredPart(
+                named_state.LOCAL_STATE, "exact", "each rank's copy, its anchor and samples since the last merge"
             )
         return [*carried, scale, residuals, factors]
 

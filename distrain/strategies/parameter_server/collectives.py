@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.communication.collectives import DONE, DTYPES, Communicator, Pending, Reduction
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import DONE, DTYPES, Pending, Reduction
 from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -266,7 +267,7 @@ class Everyone(Communicator):
         tensor.copy_(_like(self._ask(Kind.RECEIVE, asked, None, Kind.RESULT, lambda _: size)[1], tensor))
         return DONE
 
-    def share(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    def all_gather_json(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
         """See the base class."""
         return list(self._meet("share", torch.empty(0), shared=dict(mine))[0].meta["shared"])
 

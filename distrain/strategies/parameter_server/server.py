@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.communication.collectives import DTYPES
+from distrain.communication.types import DTYPES
 from distrain.compression.base import MessageCompressor
 from distrain.compression.encoding.packing import pack, packed_size, unpack
 from distrain.errors import PeerLost

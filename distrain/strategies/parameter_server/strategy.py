@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.compression.base import MessageCompressor
 from distrain.config.registry import choices, register
@@ -230,17 +230,17 @@ class ParameterServer(Single):
         shards = [
             dict(parameters[position] for position in positions) for positions in balanced(sizes, self.options.servers)
         ]
-        hosts = [str(told["host"]) for told in all_ranks.share({"host": world.host}, self.runtime.device)]
+        hosts = [str(told["host"]) for told in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
         peers = [Peer(rank, host) for rank, host in enumerate(hosts)]
         workers, servers = peers[: self._workers], peers[self._workers :]
         if self.is_server:
             address = own_address(hosts)
             door = Door(address)
             told = {"address": address.publish, "port": door.port, "token": door.token}
-            all_ranks.share(told, self.runtime.device)
+            all_ranks.all_gather_json(told, self.runtime.device)
             self._serve(shards[world.rank - self._workers], make_optimizer, workers, door, sum(sizes))
             return
-        doors = all_ranks.share({}, self.runtime.device)[self._workers :]
+        doors = all_ranks.all_gather_json({}, self.runtime.device)[self._workers :]
         seconds = self.config.runtime.setup_timeout_seconds
         links = []
         for server, door_, shard in zip(servers, doors, shards, strict=True):
@@ -585,7 +585,7 @@ class ParameterServer(Single):
         self._meet()
         return self._saved(model, tensors, scalars)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         """Gives the servers what any strategy saved; see the base class."""
         carried = super().load_state_dict(saved)
         # Checked by loading it here as every strategy does; workers keep none of it.

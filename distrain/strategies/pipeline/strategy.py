@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.checkpoint.restore_report import Carried
+from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config, StrategyConfig, setting
@@ -221,7 +221,7 @@ class Pipeline(Strategy):
             costs = split.measure(model, example[:size], self.precision.autocast)
         link = split.measure_link(self.line, self.runtime.device)
         mine = {"costs": split.to_rows(costs), "link": link}
-        measured = self.runtime.communicator().share(mine, self.runtime.device)[0]
+        measured = self.runtime.communicator().all_gather_json(mine, self.runtime.device)[0]
         costs = [split.BlockCost(**row) for row in measured["costs"]]
         latency, a_byte = measured["link"]
         if self.options.boundaries:
@@ -441,7 +441,7 @@ class Pipeline(Strategy):
         peaks = {str(index): stage.peak_activation_bytes for index, stage in self.stages.items()}
         self.runtime.communicator().barrier()
         mine = {"clock": time.perf_counter(), "host": self.runtime.world.host, "steps": steps, "peaks": peaks}
-        everyone = self.line.share(mine, self.runtime.device)
+        everyone = self.line.all_gather_json(mine, self.runtime.device)
         options = self.options
         recorded = timeline.aligned(everyone)
         bubbles = sorted(timeline.measured_bubble(lanes) for lanes in recorded)
@@ -480,7 +480,7 @@ class Pipeline(Strategy):
 
     def model_state(self) -> dict[str, Tensor]:
         """The unsplit model's parameters and buffers; all ranks call it together."""
-        shared = self.line.share_tensors(self._held(), self.runtime.device)
+        shared = self.line.merge_tensors(self._held(), self.runtime.device)
         return {name: shared[name] for name in self._names_of_all}
 
     def _held(self) -> dict[str, Tensor]:
@@ -489,7 +489,7 @@ class Pipeline(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """This rank's stages, which the first replica saves; see the base class."""
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
-        everyone = self.line.share(scalars, self.runtime.device)
+        everyone = self.line.all_gather_json(scalars, self.runtime.device)
         saves = self.replicas.rank == 0
         return {
             "model": self._held() if saves else {},
@@ -503,7 +503,7 @@ class Pipeline(Strategy):
             },
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[Carried]:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         """Takes this rank's part of what any strategy saved; see the base class."""
         if saved["layout"] == self.layout:
             self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
@@ -515,7 +515,7 @@ class Pipeline(Strategy):
             named_state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
         named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         return [
-            *named_state.carried(saved, self.precision.dtype),
+            *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, self._names.values(), self.replicas.size),
         ]

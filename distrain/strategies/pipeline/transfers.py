@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.communication.collectives import Communicator, Pending
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Pending
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.pipeline.schedule import Work
 from distrain.strategies.pipeline.timeline import SpanRecorder

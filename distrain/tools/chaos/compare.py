@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
 
 
 def differences(reference: Path, other: Path) -> list[str]:
@@ -19,12 +20,14 @@ def differences(reference: Path, other: Path) -> list[str]:
         reference: The undisturbed run's folder.
         other: The other's.
     """
-    mine, theirs = (checkpoint_format.newest_valid(checkpoint_format.folder_of(run)) for run in (reference, other))
+    mine, theirs = (
+        checkpoint_reader.newest_valid(checkpoint_format.checkpoints_folder(run)) for run in (reference, other)
+    )
     if mine is None or theirs is None:
         return ["there is no checkpoint"]
     if mine.name != theirs.name:
         return [f"ended with {theirs.name}, not with {mine.name}"]
-    (expected, _), (found, _) = checkpoint_format.load(mine), checkpoint_format.load(theirs)
+    (expected, _), (found, _) = checkpoint_reader.load(mine), checkpoint_reader.load(theirs)
     problems = []
     for part in ("model", "optimizer"):
         names = [

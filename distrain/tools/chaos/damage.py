@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import retention as checkpoint_retention
 from distrain.tools.chaos.plan import Fault
 
 #: Ends of the names of hidden folders that are on their way out.
@@ -31,16 +32,16 @@ class Checkpoints:
         So the next start would; without it what is the newest can't be told.
         """
         for path in self.folder.glob(".step_*"):
-            checkpoint_format.give_name(path)
+            checkpoint_retention.publish(path)
 
     def newest(self) -> Path | None:
         """The newest one that we have not damaged."""
-        whole = [path for path in checkpoint_format.all_in(self.folder) if not self.is_damaged(path)]
+        whole = [path for path in checkpoint_format.list_checkpoints(self.folder) if not self.is_damaged(path)]
         return whole[-1] if whole else None
 
     def damaged(self) -> list[Path]:
         """Those that we have damaged and that nobody has replaced or removed."""
-        return [path for path in checkpoint_format.all_in(self.folder) if self.is_damaged(path)]
+        return [path for path in checkpoint_format.list_checkpoints(self.folder) if self.is_damaged(path)]
 
     def is_damaged(self, path: Path) -> bool:
         """Whether we have damaged this folder, or one that stood here before it."""

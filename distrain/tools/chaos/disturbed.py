@@ -133,7 +133,7 @@ class Disturbed:
         self._disk = disk
         self._network = network
         self._say = say
-        self._checkpoints = Checkpoints(checkpoint_format.folder_of(folder))
+        self._checkpoints = Checkpoints(checkpoint_format.checkpoints_folder(folder))
         self._waiting: list[_Waiting] = []
 
     def to_the_end(self, faults_to_come: deque[Fault]) -> list[str]:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.communication.collectives import DTYPES, Communicator, Reduction
+from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.control_block import ENTRIES
+from distrain.communication.types import DTYPES, Reduction
 from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory

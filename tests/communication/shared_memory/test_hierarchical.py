@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.cli.run_folder import RunFolder
-from distrain.communication.collectives import Communicator, Reduction, digest
+from distrain.communication.collectives import Communicator, digest
 from distrain.communication.shared_memory import connect
-from distrain.communication.shared_memory.hierarchical import Hosts
+from distrain.communication.shared_memory.hierarchical import HierarchicalChannel
+from distrain.communication.types import Reduction
 from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
@@ -40,7 +41,7 @@ def among_hosts(layout: str, limit: float = 30) -> Communicator:
     settle(layout)
     everyone = form_group(limit)
     assert shares_memory(everyone)
-    assert isinstance(everyone._channel, Hosts)
+    assert isinstance(everyone._channel, HierarchicalChannel)
     return everyone
 
 
@@ -126,7 +127,7 @@ def groups_of_two_shapes() -> list[float]:
     halves = [dist.new_group([0, 1, 2]), dist.new_group([3, 4, 5])]
     half = Communicator(halves[everyone.rank // 3])
     found = [float(each.all_reduce(torch.ones(()))) for each in (half, everyone, half)]
-    assert isinstance(half._channel, Hosts)
+    assert isinstance(half._channel, HierarchicalChannel)
     return found
 
 
@@ -166,7 +167,7 @@ def one_can_t(layout: str) -> str:
     return carrier_of(layout)
 
 
-@pytest.mark.parametrize(("layout", "found"), [("aabb", "NoneType"), ("aab", "Hosts")])
+@pytest.mark.parametrize(("layout", "found"), [("aabb", "NoneType"), ("aab", "HierarchicalChannel")])
 def test_all_do_without_if_a_rank_with_neighbours_can_t_share(layout: str, found: str) -> None:
     assert run_ranks(one_can_t, len(layout), layout) == [found] * len(layout)
 

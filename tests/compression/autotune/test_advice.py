@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.communication.collectives import Communicator, Pending, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.communication.types import Pending
 from distrain.compression.autotune.advice import Advisor, uncompressed, verdict, wanted
 from distrain.compression.autotune.link_model import Link, Point, measure_link
 from distrain.compression.autotune.simulation import (

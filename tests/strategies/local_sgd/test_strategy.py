@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli import app
 from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.data.batch import Batch
@@ -344,9 +345,9 @@ def put_into(runtime: Runtime, saved: Single, into: Single) -> None:
     """Saves one strategy and loads the other from it."""
     everyone = runtime.communicator()
     state = {**saved.state_dict(), "layout": saved.layout}
-    path = checkpoint_format.save(runtime.run_dir / "checkpoints", state, {"step": 0}, everyone, runtime.device)
+    path = checkpoint_writer.save(runtime.run_dir / "checkpoints", state, {"step": 0}, everyone, runtime.device)
     everyone.barrier()
-    into.load_state_dict(checkpoint_format.load(path)[0])
+    into.load_state_dict(checkpoint_reader.load(path)[0])
     everyone.barrier()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.communication.collectives import Reduction
+from distrain.communication.types import Reduction
 from distrain.strategies.parameter_server.collectives import Everyone, Meeting
 from distrain.strategies.parameter_server.protocol import Frame, Kind, ProtocolError
 
@@ -103,7 +103,7 @@ def test_broadcast_gather_and_shared_data() -> None:
     with workers(3) as them:
         assert them.all(lambda one, rank: int(one.broadcast(torch.tensor(rank), source=1))) == [1, 1, 1]
         gathered = them.all(lambda one, rank: [int(each) for each in one.all_gather(torch.tensor(rank))])
-        shared = them.all(lambda one, rank: one.share({"host": f"h{rank}"}, CPU))
+        shared = them.all(lambda one, rank: one.all_gather_json({"host": f"h{rank}"}, CPU))
     assert gathered == [[0, 1, 2]] * 3
     assert shared == [[{"host": "h0"}, {"host": "h1"}, {"host": "h2"}]] * 3
 
@@ -129,7 +129,7 @@ def test_who_dies_is_not_waited_for() -> None:
             (1, 2, [0, 2]),
         ]
         # From now on the third is the second.
-        gathered = [them.do(rank, lambda one: one.share({"rank": one.rank}, CPU)) for rank in (0, 2)]
+        gathered = [them.do(rank, lambda one: one.all_gather_json({"rank": one.rank}, CPU)) for rank in (0, 2)]
         assert [each.result(10) for each in gathered] == [[{"rank": 0}, {"rank": 1}]] * 2
 
 

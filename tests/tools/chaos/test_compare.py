@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.tools.chaos import compare
 
 
@@ -20,7 +20,7 @@ def save(run: Path, model: Tensor, moment: Tensor | None = None, step: int = 10)
         "scalars": {},
         "layout": {"world_size": 1},
     }
-    checkpoint_format.save(run / "checkpoints", state, {"step": step, "best_step": None})
+    checkpoint_writer.save(run / "checkpoints", state, {"step": step, "best_step": None})
     return run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.tools.chaos.damage import Checkpoints
 from distrain.tools.chaos.plan import Fault
 
@@ -96,7 +96,7 @@ def test_a_hidden_folder_is_a_save_in_progress_unless_it_is_on_its_way_out(check
 
 def test_a_save_that_is_complete_gets_its_name_and_one_that_is_not_stays_hidden(checkpoints: Checkpoints) -> None:
     held = {"model": {}, "optimizer": {}, "scalars": {}, "layout": {"world_size": 1}}
-    saved = checkpoint_format.save(checkpoints.folder, held, {"step": 30})
+    saved = checkpoint_writer.save(checkpoints.folder, held, {"step": 30})
     saved.rename(checkpoints.folder / ".step_00000030.host.1")
     make(checkpoints.folder / ".step_00000040.host.1")
     checkpoints.name_complete()

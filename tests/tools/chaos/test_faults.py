@@ -9,7 +9,7 @@ from distrain.tools.chaos.faults import loaded_from, wrong_resume
 OLD, NEW = Path("run/checkpoints/step_00000010"), Path("run/checkpoints/step_00000020")
 WENT_ON = "12:00 INFO distrain.training.resume: resumed from /a: b/run/checkpoints/step_000000{}: step {}, epoch 0\n"
 LEFT_OUT = (
-    "12:00 WARNING distrain.checkpoint.format: "
+    "12:00 WARNING distrain.checkpoint.reader: "
     "checkpoint left out: run/checkpoints/step_00000020/state.json is missing\n"
 )
 

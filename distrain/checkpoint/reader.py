@@ -1,0 +1,189 @@
+"""Reading a checkpoint: every file is compared with the manifest first, and no file can run code."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import safetensors.torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distrain.checkpoint.format import (
+    MAX_JSON_BYTES,
+    PARTS,
+    PER_RANK_PARTS,
+    DamagedCheckpoint,
+    list_checkpoints,
+    part_files,
+    per_rank_file,
+)
+from distrain.files.untrusted import read_json
+
+log = logging.getLogger(__name__)
+
+
+class PerRankTensors(Sequence[Mapping[str, Tensor]]):
+    """The tensors that each rank of the saving run had for itself, in order of rank; read from disk when indexed.
+
+    Args:
+        path: The checkpoint's folder.
+        part: ``compressor`` or ``local``.
+        ranks: World size of the run that saved.
+        files: The checkpoint's files; a rank without such tensors has no file.
+    """
+
+    def __init__(self, path: Path, part: str, ranks: int, files: Container[str]) -> None:
+        self._path = path
+        self._part = part
+        self._ranks = ranks
+        self._files = files
+
+    def __len__(self) -> int:
+        return self._ranks
+
+    @overload
+    def __getitem__(self, rank: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[Mapping[str, Tensor]]: ...
+    def __getitem__(self, rank: int | slice) -> Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
+        if isinstance(rank, slice):
+            return [self[index] for index in range(*rank.indices(len(self)))]
+        if not 0 <= rank < self._ranks:
+            raise IndexError(rank)
+        if per_rank_file(rank) not in self._files:
+            return {}
+        prefix = f"{self._part}/"
+        tensors = _load_tensors(self._path / per_rank_file(rank))
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint after checking it against its manifest.
+
+    Returns:
+        ``(state, progress)`` as given to :func:`distrain.checkpoint.writer.save`, with tensors on the CPU.
+        ``compressor`` and ``local`` are :class:`PerRankTensors`.
+
+    Raises:
+        DamagedCheckpoint: A file is missing, cut short, or changed.
+    """
+    files = verify(path)
+    state: dict[str, Any] = {}
+    try:
+        content = read_json(path / "state.json", MAX_JSON_BYTES)
+        state["scalars"], progress = dict(content["scalars"]), dict(content["progress"])
+        state["layout"] = dict(content["layout"])
+        # Old checkpoints were saved without a configuration.
+        state["config"] = dict(content["config"]) if content.get("config") is not None else None
+        ranks = int(state["layout"]["world_size"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{path / 'state.json'} can't be read") from error
+    for part in PARTS:
+        state[part] = _load_part(path, part, files)
+    for part in PER_RANK_PARTS:
+        state[part] = PerRankTensors(path, part, ranks, files)
+    return state, progress
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """Reads the model's tensors only, after checking the whole checkpoint against its manifest.
+
+    Raises:
+        DamagedCheckpoint: A file is missing, cut short, or changed.
+    """
+    return _load_part(path, "model", verify(path))
+
+
+def verify(path: Path) -> set[str]:
+    """Compares every file with the manifest.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        DamagedCheckpoint: Names the first file that differs.
+    """
+    manifest_path = path / "manifest.json"
+    try:
+        manifest = read_json(manifest_path, MAX_JSON_BYTES)
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{manifest_path} is missing") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise DamagedCheckpoint(f"{manifest_path} can't be read") from None
+    _check_link(manifest_path)
+    required = [
+        *(name for part in PARTS for name in part_files(part, expected) or [f"{part}.safetensors"]),
+        "state.json",
+    ]
+    for name in [*required, *(name for name in expected if name not in required)]:
+        file = path / name
+        if file.name != name:
+            raise DamagedCheckpoint(f"{manifest_path} lists {name!r}, which is not the name of a checkpoint's file")
+        if name not in expected:
+            raise DamagedCheckpoint(f"{manifest_path} doesn't list {name}")
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file} is missing")
+        _check_link(file)
+        size, digest = expected[name]
+        if file.stat().st_size != size:
+            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, not {size}")
+        if _sha256(file) != digest:
+            raise DamagedCheckpoint(f"{file} differs from its checksum")
+    return set(expected)
+
+
+def is_valid(path: Path) -> bool:
+    """Whether a checkpoint passes :func:`verify`."""
+    try:
+        verify(path)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """The newest checkpoint that passes :func:`verify`; newer damaged ones are skipped and named in the log."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify(path)
+        except DamagedCheckpoint as error:
+            log.warning("checkpoint left out: %s", error)
+            continue
+        return path
+    return None
+
+
+def _load_part(path: Path, part: str, files: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of ``model`` or ``optimizer``, from one file or from the files of several ranks."""
+    merged: dict[str, Tensor] = {}
+    for name in part_files(part, files):
+        tensors = _load_tensors(path / name)
+        for duplicate in merged.keys() & tensors.keys():
+            raise DamagedCheckpoint(f"{path / name} holds {duplicate}, which another file holds too")
+        merged |= tensors
+    return merged
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} is not a safetensors file: {error}") from error
+
+
+def _check_link(file: Path) -> None:
+    if not file.resolve().is_relative_to(file.parent.resolve()):
+        raise DamagedCheckpoint(f"{file} is a link that leaves the checkpoint")
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()

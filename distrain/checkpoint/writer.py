@@ -1,0 +1,206 @@
+"""Saving a checkpoint: every rank writes its own files, then rank 0 makes the complete folder visible."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrain.checkpoint import safetensors_writer
+from distrain.checkpoint.format import PARTS, PER_RANK_PARTS, checkpoint_path, per_rank_file, temporary_path
+from distrain.checkpoint.safetensors_writer import FileDigest
+from distrain.communication.collectives import Communicator
+from distrain.files.writing import sync_folder, to_json
+
+#: Tag of the messages that carry the files of ranks that don't see rank 0's folder.
+_FILE_TAG = 1
+_CPU = torch.device("cpu")
+
+
+class SaveFailed(OSError):
+    """A rank could not write its part of a checkpoint; raised on all ranks, and names rank, host, path and error."""
+
+
+def save(
+    folder: Path,
+    state: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    communicator: Communicator | None = None,
+    device: torch.device = _CPU,
+) -> Path:
+    """Writes a checkpoint into a hidden folder and renames it when it is complete. A collective call.
+
+    Each rank writes, syncs and hashes its own files. A rank that doesn't see rank 0's folder sends its files there.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        state: A strategy's ``state_dict()``, its ``layout`` and the run's ``config`` as plain data. ``model`` and
+            ``optimizer`` hold this rank's tensors, ``compressor`` and ``local`` the state of this rank only; of
+            ``scalars`` and ``layout`` those of rank 0 are saved.
+        progress: The trainer's position; ``step`` names the checkpoint.
+        communicator: The ranks that save together; by default this rank alone.
+        device: Device of the tensors that ``communicator`` exchanges.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SaveFailed: A rank could not write. Existing checkpoints are unchanged, and the temporary folder is removed.
+    """
+    communicator = communicator if communicator is not None else Communicator()
+    final = checkpoint_path(folder, int(progress["step"]))
+    temporary = temporary_path(final)
+    try:
+        _save(temporary, final, state, progress, _ErrorExchange(communicator, device))
+    except SaveFailed:
+        if communicator.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _save(
+    temporary: Path, final: Path, state: Mapping[str, Any], progress: Mapping[str, Any], exchange: _ErrorExchange
+) -> None:
+    rank = exchange.communicator.rank
+    with exchange.catching_errors():
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    ranks = exchange.all_gather({"folder": temporary.name, "parts": [part for part in PARTS if state[part]]})
+    # The name holds the process id, so all ranks use the one of rank 0.
+    temporary = final.parent / ranks[0]["folder"]
+    holders = {part: [index for index, other in enumerate(ranks) if part in other["parts"]] for part in PARTS}
+    digests = _write_rank_files(temporary, _files_of_rank(rank, state, holders), exchange)
+    with exchange.catching_errors():
+        if rank == 0 and not exchange.error:
+            content = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
+            content["config"] = state.get("config")
+            _complete(temporary, final, content, digests)
+    # No rank continues before all know whether the checkpoint exists.
+    exchange.all_gather({})
+
+
+class _ErrorExchange:
+    """Exchanges plain data among the ranks that save; an error of one rank is raised on all.
+
+    Args:
+        communicator: The ranks.
+        device: Device of the tensors that they exchange.
+
+    Attributes:
+        error: This rank's file error as text, once there was one.
+    """
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self.communicator = communicator
+        self.device = device
+        self.error: str | None = None
+
+    @contextmanager
+    def catching_errors(self) -> Iterator[None]:
+        """Keeps an ``OSError`` of the block for the next :meth:`all_gather`, where the other ranks wait for it."""
+        try:
+            yield
+        except OSError as error:
+            code = errno.errorcode.get(error.errno or 0, "no errno")
+            path = f"{error.filename}: " if error.filename else ""
+            self.error = f"{path}{error.strerror or error} ({code})"
+
+    def all_gather(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's plain data, in order of rank.
+
+        Raises:
+            SaveFailed: A rank had an error.
+        """
+        ranks = self.communicator.all_gather_json(
+            {**data, "host": socket.gethostname(), "error": self.error}, self.device
+        )
+        errors = [
+            f"rank {rank} on {other['host']}: {other['error']}" for rank, other in enumerate(ranks) if other["error"]
+        ]
+        if errors:
+            raise SaveFailed("; ".join(errors))
+        return ranks
+
+
+def _files_of_rank(
+    rank: int, state: Mapping[str, Any], holders: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, Tensor]]:
+    """The files that a rank writes: their tensors by file name.
+
+    Args:
+        rank: This rank.
+        state: As given to :func:`save`.
+        holders: The ranks that hold tensors of each part.
+    """
+    files = {}
+    for part in PARTS:
+        writers = holders[part] or [0]
+        if rank in writers:
+            name = f"{part}.safetensors" if len(writers) == 1 else f"{part}_{rank:05d}.safetensors"
+            files[name] = dict(state[part])
+    own = {f"{part}/{name}": tensor for part in PER_RANK_PARTS for name, tensor in state.get(part, {}).items()}
+    if own:
+        files[per_rank_file(rank)] = own
+    return files
+
+
+def _write_rank_files(
+    temporary: Path, files: Mapping[str, Mapping[str, Tensor]], exchange: _ErrorExchange
+) -> dict[str, FileDigest]:
+    """Writes this rank's files, or sends them to rank 0 to be written; returns the digests of all ranks' files."""
+    communicator, device = exchange.communicator, exchange.device
+    digests: dict[str, FileDigest] = {}
+    serialized: dict[str, bytes] = {}
+    sees_folder = temporary.is_dir()
+    with exchange.catching_errors():
+        for name, tensors in files.items():
+            if sees_folder:
+                digests[name] = safetensors_writer.write(temporary / name, safetensors_writer.serialize(tensors))
+            else:
+                serialized[name] = b"".join(safetensors_writer.serialize(tensors))
+                digests[name] = safetensors_writer.digest_of(serialized[name])
+    ranks = exchange.all_gather({"digests": digests, "sends": list(serialized)})
+    for rank, other in enumerate(ranks):
+        for name in other["sends"]:
+            if communicator.rank == rank:
+                content = torch.frombuffer(bytearray(serialized[name]), dtype=torch.uint8).to(device)
+                communicator.start_send(content, to=0, tag=_FILE_TAG).wait()
+            elif communicator.rank == 0:
+                content = torch.empty(other["digests"][name]["bytes"], dtype=torch.uint8, device=device)
+                communicator.start_receive(content, rank, tag=_FILE_TAG).wait()
+                # After an error the rest is received all the same, since its senders wait for that.
+                with exchange.catching_errors():
+                    safetensors_writer.write(temporary / name, [content.cpu().numpy().data])
+    return {name: digest for other in ranks for name, digest in other["digests"].items()}
+
+
+def _complete(temporary: Path, final: Path, content: Mapping[str, Any], digests: Mapping[str, FileDigest]) -> None:
+    """Writes ``state.json`` and the manifest, and publishes the folder under its final name."""
+    state_digest = safetensors_writer.write(temporary / "state.json", [to_json(content).encode()])
+    # Without a newline at the end, so that a manifest that lost its last byte is no longer JSON.
+    manifest = json.dumps(dict(sorted({**digests, "state.json": state_digest}.items())), indent=2).encode()
+    safetensors_writer.write(temporary / "manifest.json", [manifest])
+    sync_folder(temporary)
+    # A resumed run may save the same step again. Renaming needs the name to be free, and a folder that is being deleted
+    # must not look like a checkpoint, so the old one is renamed first and deleted last.
+    replaced = final.parent / f"{temporary.name}.replaced"
+    if final.exists():
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
