@@ -7,15 +7,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distrain.cli import hydra_entry
+from distrain.cli import hydra_entry, testnet
 from distrain.config.load import load_settings
-from distrain.tools.testnet import command
 
 
 def task(composed: DictConfig) -> None:
     """Makes, uses or ends a test network."""
     hydra_entry.restore_environment()
-    sys.exit(command.run(load_settings(command.NetworkSettings, composed), typed))
+    sys.exit(testnet.run(load_settings(testnet.NetworkSettings, composed), typed))
 
 
 if __name__ == "__main__":

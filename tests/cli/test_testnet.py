@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from distrain.cli import testnet
+from distrain.cli.testnet import NetworkSettings
 from distrain.errors import ConfigError
-from distrain.tools.testnet import command, network
-from distrain.tools.testnet.command import NetworkSettings
+from distrain.tools.testnet import network
 from distrain.tools.testnet.network import Network
 from tests.hosts import needs_network
 
-LAUNCHER = Path(__file__).parents[3] / "launch" / "testnet.py"
+LAUNCHER = Path(__file__).parents[2] / "launch" / "testnet.py"
 
 
 def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,21 +39,21 @@ def settings(**changes: object) -> NetworkSettings:
 
 @pytest.mark.parametrize(("text", "value"), [("10ms", 0.01), ("0.5s", 0.5), ("200us", 2e-4), (None, 0.0)])
 def test_times_have_units(text: str | None, value: float) -> None:
-    assert command.seconds("delay", text) == pytest.approx(value)
+    assert testnet.seconds("delay", text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["10", "ms", "-1ms", "1h", "1e3ms"])
 def test_other_times_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"^delay={text}: must be a time like 10ms"):
-        command.seconds("delay", text)
+        testnet.seconds("delay", text)
 
 
 def test_share_is_in_percent() -> None:
-    assert command.share("loss", "0.1%") == pytest.approx(0.001)
-    assert command.share("loss", "100%") == 1.0
+    assert testnet.share("loss", "0.1%") == pytest.approx(0.001)
+    assert testnet.share("loss", "100%") == 1.0
     for text in ("0.1", "101%", "%", "-1%"):
         with pytest.raises(ConfigError, match=f"^loss={text}: must be a share"):
-            command.share("loss", text)
+            testnet.share("loss", text)
 
 
 def test_rendezvous_puts_the_first_host_first() -> None:
@@ -67,7 +68,7 @@ def test_rendezvous_puts_the_first_host_first() -> None:
 def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^testnet: a test network needs root") as refused:
-        command.run(settings(), ["true"])
+        testnet.run(settings(), ["true"])
     assert "\n" not in str(refused.value)
 
 
@@ -79,7 +80,7 @@ def test_without_its_tools_one_line_says_which(monkeypatch: pytest.MonkeyPatch) 
 
 def test_command_on_a_network_that_is_not_up_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^name=nowhere: no such test network is up"):
-        command.run(settings(action="on", name="nowhere"), ["true"])
+        testnet.run(settings(action="on", name="nowhere"), ["true"])
 
 
 @needs_network
@@ -111,7 +112,7 @@ def test_mistake_is_one_line() -> None:
 @needs_network
 def test_rate_that_tc_refuses_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^rate=fast: tc refuses it, which wants 100mbit or 1gbit"):
-        command.run(settings(rate="fast"), ["true"])
+        testnet.run(settings(rate="fast"), ["true"])
 
 
 @needs_network
@@ -121,4 +122,4 @@ def test_on_runs_on_a_host_of_a_network_that_is_up() -> None:
         assert done.stdout.splitlines() == ["host1", f"{network.address(0)}:29500"]
         assert done.returncode == 4
         with pytest.raises(ConfigError, match=r"^host=2: standing has hosts 0 to 1"):
-            command.run(settings(action="on", name="standing", host=2), ["true"])
+            testnet.run(settings(action="on", name="standing", host=2), ["true"])
