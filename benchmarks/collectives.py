@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.communication.collectives import Communicator
-from distrain.communication.shared_memory.connect import channels
+from distrain.communication.shared_memory.connect import channel_registry
 from distrain.tools.testnet import network
 
 #: Calls of a round last about so long by gloo's first one, in seconds.
@@ -55,7 +55,7 @@ def communicators() -> dict[str, Communicator]:
     """One for each carrier, which has met its peers."""
     made: dict[str, Communicator] = {}
     for name, allowed in (("gloo", False), ("memory", True)):
-        channels.allowed = allowed
+        channel_registry.enabled = allowed
         made[name] = Communicator(dist.new_group(backend="gloo"))
         made[name].barrier()
     return made

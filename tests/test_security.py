@@ -30,13 +30,14 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.cli import evaluate, hydra_entry, predict, settings
 from distrain.cli.run_folder import RunFolder
+from distrain.communication.types import RankName
 from distrain.data import cifar10, decode, image_cache
 from distrain.data.decode import DecodeError
 from distrain.data.digits import Digits
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.strategies.parameter_server.collectives import Meeting
-from distrain.strategies.parameter_server.connect import CHANNELS, Address, Door, Peer, enter
+from distrain.strategies.parameter_server.connect import CHANNELS, Address, Door, enter
 from distrain.strategies.parameter_server.protocol import Frame, Kind, ProtocolError
 from distrain.strategies.parameter_server.server import receive_state
 from tests.data.helpers import ROOT, source, write_image
@@ -562,12 +563,12 @@ def test_a_stranger_at_the_door_is_turned_away(sent: bytes) -> None:
             except OSError:
                 # Turned away before all was said.
                 answers.append(b"")
-        for connection in enter(Peer(1, "there"), "127.0.0.1", door.port, door.token, 0, 10).values():
+        for connection in enter(RankName(1, "there"), "127.0.0.1", door.port, door.token, 0, 10).values():
             connection.close()
 
     visitor = threading.Thread(target=come)
     visitor.start()
-    found = door.admit([Peer(0, "here")], 10)
+    found = door.admit([RankName(0, "here")], 10)
     visitor.join()
     assert answers == [b""]
     assert sorted(channel for _, channel in found) == sorted(CHANNELS)

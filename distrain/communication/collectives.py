@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.communication.shared_memory.channel import SharedMemoryChannel
-from distrain.communication.shared_memory.connect import channels
+from distrain.communication.shared_memory.connect import channel_registry
 from distrain.communication.types import DONE, DTYPES, REDUCE_OPS, Channel, Pending, Reduction
 
 #: The dtypes that a channel carries.
@@ -245,7 +245,9 @@ class Communicator:
             by_backend = Communicator(self.group)
             by_backend._met = True
             cpu = torch.device("cpu")
-            self._channel = channels.of(self.group, lambda mine: by_backend.all_gather_json(mine, cpu))
+            self._channel = channel_registry.get_or_connect(
+                self.group, lambda mine: by_backend.all_gather_json(mine, cpu)
+            )
         return self._channel
 
 

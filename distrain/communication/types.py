@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -20,6 +21,22 @@ DTYPES = {
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RankName:
+    """A rank as messages name it.
+
+    Attributes:
+        rank: Its number among all ranks of the job.
+        host: Name of its host.
+    """
+
+    rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
 
 
 class Pending(Protocol):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from distrain.files.writing import flush_and_sync
+
 log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<Q")
@@ -46,8 +48,7 @@ def remove_events(folder: Path, is_valid: Callable[[int, Any], bool]) -> None:
                     new.write(record)
                     has_values = has_values or bool(values)
             unchanged = new.tell() == size
-            new.flush()
-            os.fsync(new.fileno())
+            flush_and_sync(new)
         if read_bytes < size:
             log.warning(
                 "removed everything after byte %d of %s: the record there is truncated or corrupt", read_bytes, path

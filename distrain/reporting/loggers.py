@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from distrain.config.registry import choice, register
 from distrain.config.schema import Config, LoggerConfig, setting
+from distrain.files.writing import flush_and_sync
 from distrain.reporting import event_files
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ class MetricsFile(Logger):
                 elif _is_valid_after_rewind(row, step, mid_epoch=mid_epoch):
                     new.write(line)
             unchanged = new.tell() == old.tell()
-            new.flush()
-            os.fsync(new.fileno())
+            flush_and_sync(new)
         # The file is replaced atomically, and only if a row was removed.
         if unchanged:
             new_path.unlink()

@@ -22,7 +22,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from tqdm import tqdm
 
 from distrain.communication.collectives import Communicator
-from distrain.communication.shared_memory.connect import channels
+from distrain.communication.shared_memory.connect import channel_registry
 from distrain.config.load import difference, fingerprint, to_container
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed, PeerLost, Stopped, Terminated, missing, refused
@@ -104,7 +104,7 @@ class Runtime:
     def __enter__(self) -> Runtime:
         try:
             self._set_threads()
-            channels.allowed = self.config.runtime.shared_memory == "auto"
+            channel_registry.enabled = self.config.runtime.shared_memory == "auto"
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             chooses = self._keep_logs and self.config.run_dir is None
@@ -147,7 +147,7 @@ class Runtime:
             self._close()
             raise Failed from broken
         # Before the groups go: of one that nobody holds any more it would not be known that it had memory.
-        channels.drop()
+        channel_registry.close_all()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._close()
@@ -155,7 +155,7 @@ class Runtime:
     def _close(self) -> None:
         if self._watch is not None:
             self._watch.close()
-        channels.drop()
+        channel_registry.close_all()
         self._signals.restore()
         if self._fault_file is not None:
             self._fault_file.close()

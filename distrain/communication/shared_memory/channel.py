@@ -4,7 +4,7 @@ Each rank writes into memory of its own and reads its peers'. To start a collect
 and to announce it; that never waits. To wait for it is to wait until the peers have announced theirs, and to add up all
 slots, in order of rank, straight into the tensor: every rank gets the same bits, and needs of its peers no more than
 that they start the same collectives in the same order. A slot is free again once all ranks have finished what it was
-for. Who only gives, as most ranks in a reduction or a gathering for the first one, never waits at all.
+for. RankName only gives, as most ranks in a reduction or a gathering for the first one, never waits at all.
 
 Where a call starts and waits at once, long tensors travel in parts, so that what one rank wrote is still in a cache
 when the other reads it.
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from distrain.communication.shared_memory.arena import Arena, Memory, Slot
 from distrain.communication.shared_memory.control_block import ENTRIES, FINISHED, GIVEN_UP, Board, Entry
-from distrain.communication.shared_memory.peer import Peer, Who
+from distrain.communication.shared_memory.peer import Peer
 from distrain.communication.shared_memory.reduce import Offer, add_up_alone, add_up_together, share_size
-from distrain.communication.types import DTYPES, Reduction
+from distrain.communication.types import DTYPES, RankName, Reduction
 
 #: Bytes of a part of a long tensor.
 _PART = 1 << 20
@@ -103,7 +103,7 @@ class SharedMemoryChannel:
         peers: All other ranks by their place in the group.
     """
 
-    def __init__(self, rank: int, who: Who, arena: Arena, peers: dict[int, Peer]) -> None:
+    def __init__(self, rank: int, who: RankName, arena: Arena, peers: dict[int, Peer]) -> None:
         self._rank = rank
         self._who = who
         self._arena = arena
@@ -312,7 +312,7 @@ class SharedMemoryChannel:
             code: What it is.
             size: Bytes of each rank's tensor, by which ranks see that they mean the same.
             message: This rank's; ``None`` if it gives nothing.
-            awaited: Who must have started before it can be finished.
+            awaited: RankName must have started before it can be finished.
             finish: Finishes it.
             room: Bytes behind the message for what this rank computes, and with them a word before it, which is 0.
         """

@@ -24,8 +24,8 @@ from distrain.communication.shared_memory.arena import Arena, Memory
 from distrain.communication.shared_memory.channel import SharedMemoryChannel
 from distrain.communication.shared_memory.control_block import BOARD_SIZE, Board
 from distrain.communication.shared_memory.hierarchical import HierarchicalChannel, Neighbours, Network
-from distrain.communication.shared_memory.peer import Peer, Who
-from distrain.communication.types import Channel
+from distrain.communication.shared_memory.peer import Peer
+from distrain.communication.types import Channel, RankName
 from distrain.health.process import Process
 
 log = logging.getLogger(__name__)
@@ -47,20 +47,20 @@ def place() -> list[str]:
     return [boot, *(str(Path("/proc/self/ns", kind).readlink()) for kind in ("net", "pid")), socket.gethostname()]
 
 
-class Channels:
+class ChannelRegistry:
     """The groups of this process that share memory.
 
     Attributes:
-        allowed: Whether any may; must be the same on all ranks of a group.
+        enabled: Whether any may; must be the same on all ranks of a group.
     """
 
     def __init__(self) -> None:
-        self.allowed = True
+        self.enabled = True
         self._lock = threading.Lock()
-        self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = weakref.WeakKeyDictionary()
+        self._channels: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
 
-    def of(self, group: dist.ProcessGroup, share: Share) -> Channel | None:
+    def get_or_connect(self, group: dist.ProcessGroup, share: Share) -> Channel | None:
         """What carries a group's collectives; the first call is a collective, whose outcome all its ranks share.
 
         Args:
@@ -70,11 +70,11 @@ class Channels:
         Returns:
             ``None`` if the group's backend must do.
         """
-        if not self.allowed or dist.get_backend(group) != "gloo":
+        if not self.enabled or dist.get_backend(group) != "gloo":
             return None
         with self._lock:
-            if group in self._known:
-                return self._known[group]
+            if group in self._channels:
+                return self._channels[group]
         try:
             carrier = _meet(group, share)
         except _Apart as problem:
@@ -83,21 +83,21 @@ class Channels:
                 self._told.add(str(problem))
                 log.warning("ranks of this host talk over the network, since they can't share memory: %s", problem)
         with self._lock:
-            self._known[group] = carrier
+            self._channels[group] = carrier
         return carrier
 
-    def drop(self) -> None:
+    def close_all(self) -> None:
         """The groups are no more."""
         with self._lock:
-            for carrier in self._known.values():
+            for carrier in self._channels.values():
                 if carrier is not None:
                     carrier.close()
-            self._known.clear()
+            self._channels.clear()
             self._told.clear()
 
 
 #: Those of this process.
-channels = Channels()
+channel_registry = ChannelRegistry()
 
 
 class _Apart(Exception):
@@ -165,7 +165,7 @@ def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> SharedM
         raise
     if arena is None:
         return None
-    return SharedMemoryChannel(place_here, Who(dist.get_rank(), socket.gethostname()), arena, peers)
+    return SharedMemoryChannel(place_here, RankName(dist.get_rank(), socket.gethostname()), arena, peers)
 
 
 def _agreed(mine: dict[str, Any], share: Share) -> list[dict[str, Any]]:
@@ -212,7 +212,7 @@ def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, 
         memory = Memory(int(each["pid"]), int(each["descriptor"]))
         process = Process(each["pid"], each["started"])
         peers[index] = Peer(
-            Who(each["rank"], each["host"]), process, memory, limit, crowded=crowded, moves=index < rank
+            RankName(each["rank"], each["host"]), process, memory, limit, crowded=crowded, moves=index < rank
         )
         if peers[index].token != each["token"]:
             raise OSError(f"process {each['pid']} is another here than for itself")

@@ -6,12 +6,12 @@ import ctypes
 import math
 import os
 import time
-from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from distrain.communication.shared_memory.arena import Memory
 from distrain.communication.shared_memory.control_block import FINISHED, GIVEN_UP, STARTED, Board, Entry
+from distrain.communication.types import RankName
 from distrain.errors import PeerLost
 from distrain.health.judge import UNREPORTED_EXIT
 from distrain.health.process import Process
@@ -30,22 +30,6 @@ _LEAST_SLEEP, _MOST_SLEEP, _SLEEP_SHARE = 5e-5, 1e-3, 0.05
 _LOOK_SECONDS = 0.02
 
 
-@dataclass(frozen=True)
-class Who:
-    """A rank as messages name it.
-
-    Attributes:
-        rank: Among all ranks of the job.
-        host: Its name.
-    """
-
-    rank: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}"
-
-
 class Peer:
     """Another rank of this host, as far as its memory tells.
 
@@ -62,7 +46,9 @@ class Peer:
         memory: As given.
     """
 
-    def __init__(self, who: Who, process: Process, memory: Memory, limit: float, *, crowded: bool, moves: bool) -> None:
+    def __init__(
+        self, who: RankName, process: Process, memory: Memory, limit: float, *, crowded: bool, moves: bool
+    ) -> None:
         self.who = who
         self._process = process
         self.memory = memory

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Ledger
+from distrain.communication.types import RankName
 from distrain.compression.base import MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.errors import PeerLost
 from distrain.reporting.metrics import Stopwatch
-from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
 from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind
 from distrain.strategies.parameter_server.server import described, packed, receive_state
@@ -62,7 +62,7 @@ class Link:
 
     def __init__(
         self,
-        server: Peer,
+        server: RankName,
         connections: Mapping[str, Connection],
         named: Mapping[str, nn.Parameter],
         compressor: MessageCompressor,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from distrain.communication.types import RankName
 from distrain.strategies.parameter_server.protocol import Connection, Kind, ProtocolError
 
 #: A worker's connections to a server: parameters, everything else that is asked and answered, and signs of life.
@@ -23,17 +24,6 @@ _GREETING_SECONDS = 10.0
 _LARGEST_GREETING = 4096
 #: Linux's request for an interface's address.
 _SIOCGIFADDR = 0x8915
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A rank at the other end of a connection."""
-
-    rank: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -101,10 +91,10 @@ class Door:
         self.port: int = self._socket.getsockname()[1]
         self.token = secrets.token_hex(32)
         self._changed = threading.Condition()
-        self._expected: dict[tuple[int, str], Peer] = {}
+        self._expected: dict[tuple[int, str], RankName] = {}
         self._greeted: dict[tuple[int, str], Connection] = {}
 
-    def admit(self, peers: Iterable[Peer], seconds: float) -> dict[tuple[int, str], Connection]:
+    def admit(self, peers: Iterable[RankName], seconds: float) -> dict[tuple[int, str], Connection]:
         """Waits until every peer has all its connections.
 
         Returns:
@@ -153,7 +143,7 @@ class Door:
             connection.close()
 
 
-def enter(server: Peer, address: str, port: int, token: str, rank: int, seconds: float) -> dict[str, Connection]:
+def enter(server: RankName, address: str, port: int, token: str, rank: int, seconds: float) -> dict[str, Connection]:
     """Opens a worker's connections to a server.
 
     Args:

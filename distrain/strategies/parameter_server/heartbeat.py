@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from distrain.communication.types import RankName
 from distrain.errors import PeerLost
-from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.protocol import Connection, Kind, ProtocolError
 
 #: Signs of life within the time that silence may last.
@@ -30,7 +30,7 @@ class Word:
     """
 
     reason: str
-    culprit: Peer | None = None
+    culprit: RankName | None = None
     expelled: bool = False
     left: bool = False
     stopped: str | None = None
@@ -59,7 +59,7 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def say(self, reason: str, *, culprit: Peer | None = None, expelled: bool = False, fatal: bool = False) -> None:
+    def say(self, reason: str, *, culprit: RankName | None = None, expelled: bool = False, fatal: bool = False) -> None:
         """Tells the peer why this rank will be gone.
 
         Raises:
@@ -140,13 +140,13 @@ def _word(meta: dict[str, object]) -> Word:
     culprit = meta.get("culprit")
     named = None
     if isinstance(culprit, list) and len(culprit) == 2 and isinstance(culprit[0], int):
-        named = Peer(culprit[0], str(culprit[1]))
+        named = RankName(culprit[0], str(culprit[1]))
     return Word(str(meta.get("reason")), named, expelled=meta.get("expelled") is True, fatal=meta.get("fatal") is True)
 
 
-def last_word_of(error: BaseException) -> tuple[str, Peer | None]:
+def last_word_of(error: BaseException) -> tuple[str, RankName | None]:
     """What to tell peers about an error that ends this rank: the reason, and who is behind it if not this rank."""
     if isinstance(error, PeerLost):
-        return error.reason, Peer(error.rank, error.host)
+        return error.reason, RankName(error.rank, error.host)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}".removesuffix(": "), None

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.communication.types import DTYPES
+from distrain.communication.types import DTYPES, RankName
 from distrain.compression.base import MessageCompressor
 from distrain.compression.encoding.packing import pack, packed_size, unpack
 from distrain.errors import PeerLost
 from distrain.gradients.buckets import Gradients
 from distrain.gradients.clip import clip_gradient_norm
 from distrain.strategies.parameter_server.collectives import Meeting
-from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
 from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind
 from distrain.strategies.parameter_server.shards import Packed
@@ -112,7 +111,7 @@ class Worker:
         left: Whether it was done.
     """
 
-    peer: Peer
+    peer: RankName
     steps: int = 0
     samples: int = 0
     staleness: Counter[int] = field(default_factory=Counter)
@@ -208,10 +207,10 @@ class Server:
 
     def __init__(
         self,
-        me: Peer,
+        me: RankName,
         shard: Shard,
         rules: Rules,
-        workers: Sequence[Peer],
+        workers: Sequence[RankName],
         connections: Mapping[tuple[int, str], Connection],
         told: Callable[[Worker], None],
         wish: Callable[[], int] = lambda: 0,
@@ -308,7 +307,7 @@ class Server:
         for channel in ("work", "talk", "pulse"):
             self._connections[worker.peer.rank, channel].cut()
 
-    def _tell(self, rank: int, reason: str, *, culprit: Peer | None = None, expelled: bool = False) -> None:
+    def _tell(self, rank: int, reason: str, *, culprit: RankName | None = None, expelled: bool = False) -> None:
         try:
             self._pulses[rank].say(reason, culprit=culprit, expelled=expelled)
         except OSError:

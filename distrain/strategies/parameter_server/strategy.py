@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
+from distrain.communication.types import RankName
 from distrain.compression.base import MessageCompressor
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig, setting
@@ -28,7 +29,7 @@ from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.parameter_server.client import Link, Links
 from distrain.strategies.parameter_server.collectives import Everyone
-from distrain.strategies.parameter_server.connect import Door, Peer, enter, own_address
+from distrain.strategies.parameter_server.connect import Door, enter, own_address
 from distrain.strategies.parameter_server.protocol import Kind
 from distrain.strategies.parameter_server.server import Rules, Server, Shard, Worker
 from distrain.strategies.parameter_server.shards import balanced
@@ -231,7 +232,7 @@ class ParameterServer(Single):
             dict(parameters[position] for position in positions) for positions in balanced(sizes, self.options.servers)
         ]
         hosts = [str(told["host"]) for told in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
-        peers = [Peer(rank, host) for rank, host in enumerate(hosts)]
+        peers = [RankName(rank, host) for rank, host in enumerate(hosts)]
         workers, servers = peers[: self._workers], peers[self._workers :]
         if self.is_server:
             address = own_address(hosts)
@@ -275,7 +276,12 @@ class ParameterServer(Single):
         )
 
     def _serve(
-        self, named: dict[str, nn.Parameter], make_optimizer: MakeOptimizer, workers: list[Peer], door: Door, size: int
+        self,
+        named: dict[str, nn.Parameter],
+        make_optimizer: MakeOptimizer,
+        workers: list[RankName],
+        door: Door,
+        size: int,
     ) -> None:
         options, trainer = self.options, self.config.trainer
         self.optimizer = make_optimizer(named.items())
@@ -292,7 +298,7 @@ class ParameterServer(Single):
             largest=_LARGEST_COUNT + 4 * size,
         )
         connections = door.admit(workers, self.config.runtime.setup_timeout_seconds)
-        me = Peer(self.runtime.world.rank, self.runtime.world.host)
+        me = RankName(self.runtime.world.rank, self.runtime.world.host)
         self._server = Server(
             me,
             shard,

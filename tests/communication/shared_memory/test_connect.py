@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distrain.communication.shared_memory import connect
-from distrain.communication.shared_memory.connect import channels
+from distrain.communication.shared_memory.connect import channel_registry
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests.communication.shared_memory.ranks import form_group, shares_memory
@@ -56,7 +56,7 @@ def spoil(how: str) -> None:
     elif how == "processor":
         connect.platform.machine = lambda: "aarch64"  # type: ignore[attr-defined]
     elif how == "off":
-        channels.allowed = False
+        channel_registry.enabled = False
 
 
 def meet(how: str) -> tuple[bool, list[str], float]:
@@ -118,7 +118,7 @@ def configured(folder: Path, value: str) -> tuple[bool, bool, int]:
         assert everyone._channel is None or everyone._channel is not aside._channel
         # Another communicator of the same group meets nobody: it shares what was agreed on.
         assert (runtime.communicator()._channel_for(None) is everyone._channel) == (everyone.rank >= 0)
-    return *shared, len(channels._known)
+    return *shared, len(channel_registry._channels)
 
 
 @pytest.mark.parametrize(("value", "shared"), [("auto", True), ("off", False)])

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from distrain.communication.collectives import Communicator, Ledger
+from distrain.communication.types import RankName
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.parameter_server.client import Link
-from distrain.strategies.parameter_server.connect import Door, Peer, enter, own_address
+from distrain.strategies.parameter_server.connect import Door, enter, own_address
 from distrain.strategies.parameter_server.protocol import Connection
 from distrain.strategies.parameter_server.server import Rules, Server, Shard, Worker
 
@@ -125,8 +126,8 @@ def running(
     made = (optimizer or torch.optim.SGD)(model.parameters(), lr=1.0)
     shard = Shard(dict(model.named_parameters()), gradients(model, None), made, compressor())
     door = Door(own_address([HERE]))
-    peers = [Peer(rank, HERE) for rank in range(workers)]
-    me = Peer(workers, HERE)
+    peers = [RankName(rank, HERE) for rank in range(workers)]
+    me = RankName(workers, HERE)
     opened: list[dict[str, Connection]] = []
 
     def come() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from distrain.communication.types import RankName
 from distrain.strategies.parameter_server import connect
-from distrain.strategies.parameter_server.connect import Address, Door, Peer, enter, own_address
+from distrain.strategies.parameter_server.connect import Address, Door, enter, own_address
 from distrain.strategies.parameter_server.protocol import Connection, Kind
 
-SERVER = Peer(1, "there")
+SERVER = RankName(1, "there")
 LOOPBACK = Address("127.0.0.1", "127.0.0.1", socket.AF_INET)
 
 
@@ -23,7 +24,7 @@ def admitted(door: Door, comes: Callable[[], Any], seconds: float = 10) -> dict[
     visitor = threading.Thread(target=comes)
     visitor.start()
     try:
-        return door.admit([Peer(0, "here")], seconds)
+        return door.admit([RankName(0, "here")], seconds)
     finally:
         visitor.join()
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from distrain.communication.types import RankName
 from distrain.errors import PeerLost
-from distrain.strategies.parameter_server.connect import Peer
 from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
 from distrain.strategies.parameter_server.protocol import Connection, Kind
 from tests.strategies.parameter_server.helpers import pair
@@ -65,9 +65,9 @@ def test_silence_in_the_middle_of_a_frame_is_silence() -> None:
 def test_a_peer_says_why_it_goes_and_who_is_behind_it() -> None:
     with pair() as (near, far):
         heard, other = Heard(near), Heard(far)
-        other.pulse.say("ValueError: wrong", culprit=Peer(2, "elsewhere"))
+        other.pulse.say("ValueError: wrong", culprit=RankName(2, "elsewhere"))
         other.pulse.cut()
-        assert heard.word() == Word("ValueError: wrong", Peer(2, "elsewhere"))
+        assert heard.word() == Word("ValueError: wrong", RankName(2, "elsewhere"))
         other.word()
 
 
@@ -91,8 +91,8 @@ def test_what_is_no_sign_of_life_ends_it() -> None:
     [
         (ValueError("wrong\nwith more"), ("ValueError: wrong", None)),
         (KeyboardInterrupt(), ("KeyboardInterrupt", None)),
-        (PeerLost(3, "there", "silent"), ("silent", Peer(3, "there"))),
+        (PeerLost(3, "there", "silent"), ("silent", RankName(3, "there"))),
     ],
 )
-def test_what_peers_are_told_about_an_error(error: BaseException, told: tuple[str, Peer | None]) -> None:
+def test_what_peers_are_told_about_an_error(error: BaseException, told: tuple[str, RankName | None]) -> None:
     assert last_word_of(error) == told
