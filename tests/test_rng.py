@@ -1,3 +1,5 @@
+"""Random draws as pure functions of keys."""
+
 from __future__ import annotations
 
 import torch
@@ -5,14 +7,14 @@ import torch
 from distrain import rng
 
 
-def test_bits_are_splitmix64_s() -> None:
+def test_bits_agree_with_splitmix64() -> None:
     # The first outputs of the reference implementation for the state 0.
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     got = [value & (2**64 - 1) for value in rng.bits(0, torch.arange(3)).tolist()]
     assert got == expected
 
 
-def test_a_key_depends_on_each_part_and_their_order() -> None:
+def test_key_depends_on_each_part_and_their_order() -> None:
     keys = {rng.key(*parts) for parts in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (-1,), (2**40,)]}
     assert len(keys) == 9
     assert all(-(2**63) <= key < 2**63 for key in keys)
@@ -30,3 +32,9 @@ def test_below_is_uniform_and_within_its_limits() -> None:
 def test_permutation_holds_each_position_once() -> None:
     assert rng.permutation(5, 1000).sort().values.equal(torch.arange(1000))
     assert rng.permutation(5, 0).tolist() == []
+
+
+def test_words_are_a_fixed_function_of_text_and_count() -> None:
+    # Draws of resumed runs depend on these values.
+    assert rng.words("7/3/0/weight", 1) == [17155970723543386576]
+    assert rng.words("7/3/weight", 2) == [14118079462540539357, 11107178226537733921]

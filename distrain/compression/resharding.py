@@ -1,4 +1,4 @@
-"""A compressor's state on other ranks than those that saved it."""
+"""Distributes a saved compressor state over the ranks of a new run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from distrain.compression.base import Compressor
 
 log = logging.getLogger(__name__)
 
-#: What the ranks hold as shares of a sum; everything else is the same on all ranks that hold the parameter.
-_SHARES = ("residual", "velocity")
-#: What was measured on the ranks that saved, and holds for those alone.
+#: Kinds of state of which only the sum over the ranks matters; all others are equal on all ranks that hold the
+#: parameter.
+_SUMMED = ("residual", "velocity")
+#: Kinds of state that were measured on the saving ranks and do not apply to others.
 _MEASURED = ("choice",)
+#: The parts that :func:`restore` reports on.
 RESIDUALS, FACTORS = "residuals", "compressor's factors"
 
 
@@ -29,66 +31,78 @@ def restore(
     names: Iterable[str],
     replicas: int,
 ) -> list[RestoredPart]:
-    """Gives a rank's compressor its part of what all ranks of an earlier run kept.
+    """Loads this rank's part of the compressor state that all ranks of an earlier run saved.
 
-    In the same layout each rank takes back its own, bit for bit. In another one what the ranks had not sent yet is
-    summed by parameter and each replica takes an equal share, so that the sum, which is all that training sees of it,
-    is kept; a factor that all replicas share is taken as it is.
+    In the same layout each rank gets its own state back, bit for bit. In another layout residuals are summed over the
+    saving ranks by parameter and each replica gets an equal share: training depends on their sum alone, and that is
+    preserved. State that is equal on all replicas is copied.
 
     Args:
-        compressor: This rank's, new.
-        saved: What each rank's compressor kept, by ``<what>/<parameter name>``.
-        same_layout: Whether the ranks are arranged as they were.
+        compressor: This rank's new compressor; its state is replaced.
+        saved: State of each saving rank's compressor, by ``<kind>/<parameter name>``.
+        same_layout: Whether parameters are distributed over the ranks as they were.
         rank: This rank in the world.
         names: Parameters that this rank holds.
-        replicas: How many ranks hold each of them.
+        replicas: Number of ranks that hold each of them.
 
     Returns:
-        What became of residuals and of all else.
+        How the residuals and everything else were restored.
     """
-    found: dict[str, Tensor] = {}
-    if same_layout:
-        found = dict(saved[rank])
-    else:
-        held = set(names)
-        for key, tensor in ((key, tensor) for state in saved for key, tensor in state.items()):
-            what, _, name = key.partition("/")
-            if what == "step":
-                found[key] = torch.maximum(found[key], tensor) if key in found else tensor
-            elif name in held and what in _SHARES:
-                found[key] = found[key].add_(tensor / replicas) if key in found else tensor / replicas
-            elif name in held and key not in found:
-                found[key] = tensor
-    compressor.load_state_dict(found)
+    state = dict(saved[rank]) if same_layout else _redistributed(saved, set(names), replicas)
+    compressor.load_state_dict(state)
     return [
-        _residuals(compressor, found, None if same_layout else (len(saved), replicas)),
-        _factors(compressor, found, same_layout=same_layout),
+        _residuals_report(compressor, state, None if same_layout else (len(saved), replicas)),
+        _factors_report(compressor, state, same_layout=same_layout),
     ]
 
 
-def _residuals(compressor: Compressor, found: Mapping[str, Tensor], moved: tuple[int, int] | None) -> RestoredPart:
-    if not any(key.startswith(_SHARES) for key in found):
-        return RestoredPart(RESIDUALS, "absent", "nothing was kept back")
+def _redistributed(saved: Sequence[Mapping[str, Tensor]], names: set[str], replicas: int) -> dict[str, Tensor]:
+    """The state of a rank that holds the named parameters, where each has so many replicas."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in ((key, tensor) for saved_state in saved for key, tensor in saved_state.items()):
+        kind, _, name = key.partition("/")
+        if kind == "step":
+            state[key] = torch.maximum(state[key], tensor) if key in state else tensor
+        elif name in names and kind in _SUMMED:
+            state[key] = state[key].add_(tensor / replicas) if key in state else tensor / replicas
+        elif name in names and key not in state:
+            state[key] = tensor
+    return state
+
+
+def _residuals_report(
+    compressor: Compressor, state: Mapping[str, Tensor], redistributed: tuple[int, int] | None
+) -> RestoredPart:
+    """How residuals were restored.
+
+    Args:
+        compressor: After loading.
+        state: What was loaded.
+        redistributed: Number of saving ranks and of replicas now; ``None`` in the same layout.
+    """
+    if not any(key.startswith(_SUMMED) for key in state):
+        return RestoredPart(RESIDUALS, "absent", "none were saved")
     if compressor.residuals is None:
         name = compressor.config.name
-        log.warning("compression=%s has no place for what the saved run's ranks had not sent yet; it is lost", name)
-        return RestoredPart(RESIDUALS, "reset", f"compression={name} has no place for what was not sent yet")
-    if moved is None:
+        log.warning("compression=%s keeps no residuals; those of the saved run are discarded", name)
+        return RestoredPart(RESIDUALS, "reset", f"compression={name} keeps no residuals")
+    if redistributed is None:
         return RestoredPart(RESIDUALS, "exact", "each rank's own")
-    ranks, replicas = moved
+    ranks, replicas = redistributed
     return RestoredPart(
         RESIDUALS, "redistributed", f"the sum over {ranks} ranks, in equal shares among {replicas} replicas"
     )
 
 
-def _factors(compressor: Compressor, found: Mapping[str, Tensor], *, same_layout: bool) -> RestoredPart:
-    saved = {key for key in found if key != "step" and not key.startswith(_SHARES)}
+def _factors_report(compressor: Compressor, state: Mapping[str, Tensor], *, same_layout: bool) -> RestoredPart:
+    """How everything but residuals and the step was restored."""
+    saved = {key for key in state if key != "step" and not key.startswith(_SUMMED)}
     if not saved:
         return RestoredPart(FACTORS, "absent", "none were saved")
     if not saved <= compressor.state_dict().keys():
-        return RestoredPart(FACTORS, "reset", f"compression={compressor.config.name} has no use for them")
+        return RestoredPart(FACTORS, "reset", f"compression={compressor.config.name} does not use them")
     if same_layout:
         return RestoredPart(FACTORS, "exact", "each rank's own")
     if any(key.startswith(_MEASURED) for key in saved):
-        return RestoredPart(FACTORS, "reset", "measured anew on these ranks")
-    return RestoredPart(FACTORS, "exact", "the same on all replicas")
+        return RestoredPart(FACTORS, "reset", "measured again on these ranks")
+    return RestoredPart(FACTORS, "exact", "equal on all replicas")

@@ -13,11 +13,11 @@ from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.compression.crowd import Crowd, Odd, bucket_for, compressor
+from tests.compression.simulated_ranks import Odd, SimulatedRanks, bucket_for, compressor
 from tests.harness import run_ranks
 from tests.runs import small
 
-#: Of each cast its dtype, and the largest relative error of rounding once.
+#: Dtype of each cast, and the largest relative error of one rounding.
 CASTS = {"fp16": (torch.float16, 2**-11), "bf16": (torch.bfloat16, 2**-8)}
 both = pytest.mark.parametrize("name", CASTS)
 
@@ -30,26 +30,26 @@ def test_small_tensors_and_vectors_are_cast_too(name: str) -> None:
 
 
 @both
-def test_two_ranks_get_the_sum_of_the_rounded_shares_rounded(name: str) -> None:
+def test_two_ranks_get_the_rounded_sum_of_rounded_gradients(name: str) -> None:
     dtype, _ = CASTS[name]
-    crowd = Crowd(2, f"compression={name}")
-    first, second = crowd.gradients()
+    simulated = SimulatedRanks(2, f"compression={name}")
+    first, second = simulated.gradients()
     expected = first.to(dtype) + second.to(dtype)
-    assert torch.equal(crowd.step([first, second]), expected.float())
+    assert torch.equal(simulated.step([first, second]), expected.float())
 
 
 @both
-def test_what_16_bits_can_say_is_summed_exactly(name: str) -> None:
-    crowd = Crowd(3, f"compression={name}")
-    shares = [torch.arange(len(crowd.buckets[0].flat)).remainder(64).float() for _ in range(3)]
-    assert torch.equal(crowd.step(shares), 3 * shares[0])
+def test_values_exact_in_16_bits_are_summed_exactly(name: str) -> None:
+    simulated = SimulatedRanks(3, f"compression={name}")
+    shares = [torch.arange(len(simulated.buckets[0].flat)).remainder(64).float() for _ in range(3)]
+    assert torch.equal(simulated.step(shares), 3 * shares[0])
 
 
 def test_fp16_overflows_to_infinity_and_underflows_to_zero() -> None:
-    crowd = Crowd(1, "compression=fp16")
-    gradient = torch.zeros_like(crowd.buckets[0].flat)
+    simulated = SimulatedRanks(1, "compression=fp16")
+    gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[:5] = torch.tensor([1e5, -1e5, float("nan"), 1e-8, 6e4])
-    got = crowd.step([gradient])
+    got = simulated.step([gradient])
     assert got[:2].tolist() == [float("inf"), float("-inf")]
     assert got[2].isnan()
     assert got[3] == 0
@@ -57,13 +57,13 @@ def test_fp16_overflows_to_infinity_and_underflows_to_zero() -> None:
 
 
 def test_bf16_has_the_range_of_float32() -> None:
-    crowd = Crowd(1, "compression=bf16")
-    gradient = torch.logspace(-37, 38, len(crowd.buckets[0].flat))
-    torch.testing.assert_close(crowd.step([gradient]), gradient, rtol=2**-8, atol=0)
+    simulated = SimulatedRanks(1, "compression=bf16")
+    gradient = torch.logspace(-37, 38, len(simulated.buckets[0].flat))
+    torch.testing.assert_close(simulated.step([gradient]), gradient, rtol=2**-8, atol=0)
 
 
 @both
-def test_one_rank_s_message_takes_two_bytes_an_element_and_is_added(name: str) -> None:
+def test_message_takes_two_bytes_per_element_and_is_added(name: str) -> None:
     dtype, error = CASTS[name]
     used = compressor(f"compression={name}")
     bucket = bucket_for(used)
@@ -71,7 +71,7 @@ def test_one_rank_s_message_takes_two_bytes_an_element_and_is_added(name: str) -
     bucket.flat.copy_(given)
     message = used.encode(bucket)
     assert message.numel() == pytest.approx(2 * given.numel(), abs=7)
-    assert bucket.flat.abs().max() <= error  # what was rounded off
+    assert bucket.flat.abs().max() <= error  # the rounding error
     assert torch.equal(bucket.flat + given.to(dtype), given)
     receiver = bucket_for(used)
     receiver.flat.fill_(1)
@@ -92,7 +92,7 @@ def test_double_gradients_stay_double(name: str) -> None:
 
 
 @both
-def test_nothing_is_kept_between_steps(name: str) -> None:
+def test_only_the_step_is_kept_between_steps(name: str) -> None:
     used = compressor(f"compression={name}")
     used.begin_step()
     assert used.state_dict() == {"step": torch.tensor(1)}
@@ -130,6 +130,6 @@ def test_gloo_sums_16_bits(ranks: int) -> None:
     for name, (_, error) in CASTS.items():
         first = everyone[0][name]
         assert all(found[name] == first for found in everyone)
-        # Numbers up to 8, rounded once as shares and once for each addition.
+        # Numbers up to 8, rounded once per rank and once per addition.
         assert 0 < first["error"] < 8 * error * ranks
         assert first["bytes"] == ring_all_reduce_bytes(2 * first["elements"], ranks)

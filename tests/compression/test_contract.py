@@ -1,4 +1,4 @@
-"""What every compressor promises: no hang, the same bits on all ranks, nothing lost, exact limits, and resume."""
+"""What every compressor promises: equal bits on all ranks, error feedback, exact limits, and exact resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.harness import run_ranks
 from tests.runs import relative_difference, small, train_on_rank
 
 ALL = sorted(set(choices("compression")) - {"auto"})
-#: Small enough that the test's tensors are compressed, and some choices that the defaults leave out.
+#: Overrides per compressor, so that the tests' small tensors are compressed.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("compression=none",),
     "fp16": ("compression=fp16",),
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "qsgd": ("compression=qsgd", "compression.bits=4"),
     "signsgd": ("compression=signsgd",),
 }
-#: Where nothing is lost.
+#: Settings in which a compressor loses nothing.
 LOSSLESS = {
     "powersgd": ("compression=powersgd", "compression.rank=1000", "compression.min_compression_rate=0.001"),
     "topk": ("compression=topk", "compression.density=1", "compression.values=full"),
@@ -80,24 +80,24 @@ def _exchange_on_rank(names: list[str], steps: int) -> dict[str, Any]:
             )
             assert len(gradients.buckets) >= 3
             generator = torch.Generator().manual_seed(world.rank)
-            given, got = torch.zeros(()), torch.zeros(())
+            contributed, aggregated = torch.zeros(()), torch.zeros(())
             for _ in range(steps):
                 compressor.begin_step()
                 gradients.begin_last_backward()
                 for bucket in gradients.buckets:
                     bucket.flat.copy_(torch.randn(bucket.flat.shape, generator=generator, dtype=torch.float64))
-                given = given + _by_name(gradients)
+                contributed = contributed + _by_name(gradients)
                 gradients.finish()
-                got = got + _by_name(gradients)
+                aggregated = aggregated + _by_name(gradients)
             state = compressor.state_dict()
-            kept = torch.cat(
+            residual = torch.cat(
                 [state.get(f"residual/{key}", torch.zeros_like(p)).flatten() for key, p in model.named_parameters()]
             )
             found[name] = {
-                "digest": int(digest([got])),
-                "given": everyone.all_reduce(given),
-                "got": got,
-                "kept": everyone.all_reduce(kept.clone()),
+                "digest": int(digest([aggregated])),
+                "contributed": everyone.all_reduce(contributed),
+                "aggregated": aggregated,
+                "residual": everyone.all_reduce(residual.clone()),
                 "residuals": compressor.residuals is not None,
                 "sent": everyone.ledger.total(),
             }
@@ -110,15 +110,17 @@ def _by_name(gradients: Gradients) -> Tensor:
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 60), (3, 200), (4, 40)])
-def test_all_ranks_get_the_same_and_nothing_is_lost(ranks: int, steps: int) -> None:
+def test_all_ranks_get_equal_sums_and_residuals_hold_the_rest(ranks: int, steps: int) -> None:
     everyone = run_ranks(_exchange_on_rank, ranks, ALL, steps, timeout=150)
     for name in ALL:
         assert len({found[name]["digest"] for found in everyone}) == 1, name
         first = everyone[0][name]
         if first["residuals"]:
-            # Over all steps: what was given is what came and what is still owed.
-            torch.testing.assert_close(first["got"] + first["kept"], first["given"], rtol=1e-9, atol=1e-9, msg=name)
-            assert first["kept"].abs().max() > 0, name
+            # Over all steps the aggregated sums and the residuals add up to what the ranks contributed.
+            torch.testing.assert_close(
+                first["aggregated"] + first["residual"], first["contributed"], rtol=1e-9, atol=1e-9, msg=name
+            )
+            assert first["residual"].abs().max() > 0, name
 
 
 def _train(*more: str, strategy: str = "ddp") -> Any:
@@ -133,7 +135,7 @@ def _train(*more: str, strategy: str = "ddp") -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(LOSSLESS))
-def test_the_lossless_limit_is_no_compression(name: str, tmp_path: Path) -> None:
+def test_lossless_settings_train_like_no_compression(name: str, tmp_path: Path) -> None:
     found = {}
     for label, chosen in {"plain": VARIANTS["none"], "limit": (*LOSSLESS[name], "compression.min_elements=1")}.items():
         (first, second) = run_ranks(train_on_rank, 2, _train(*chosen, f"run_dir={tmp_path / label}"))
@@ -143,7 +145,7 @@ def test_the_lossless_limit_is_no_compression(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "none"])
-def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(name: str, tmp_path: Path) -> None:
     through = _train(
         *overrides(name), "checkpoint.every_steps=7", "checkpoint.keep=9", f"run_dir={tmp_path / 'through'}"
     )
@@ -159,7 +161,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 def _residuals(path: Path) -> dict[str, Tensor]:
-    """What all ranks together had not sent yet."""
+    """The sum of all ranks' residuals, by state key."""
     state, _ = checkpoint_reader.load(path)
     total: dict[str, Tensor] = {}
     for own in state["compressor"]:
@@ -172,26 +174,28 @@ def _residuals(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("ranks", "strategy"), [(2, ("ddp",)), (4, ("pipeline", "strategy.stages=2"))], ids=["ddp", "pipeline"]
 )
-def test_on_other_ranks_the_sum_of_the_residuals_is_kept(ranks: int, strategy: tuple[str, ...], tmp_path: Path) -> None:
+def test_resuming_on_other_ranks_preserves_the_sum_of_residuals(
+    ranks: int, strategy: tuple[str, ...], tmp_path: Path
+) -> None:
     chosen = (*overrides("topk"), *NET, "compression.density=0.01")
     saved = _train(*chosen, "trainer.max_steps=4", "checkpoint.keep=9", f"run_dir={tmp_path / 'saved'}")
     run_ranks(train_on_rank, 3, saved)
     before = tmp_path / "saved" / "checkpoints" / "step_00000004"
-    # No step more: what is saved again is what was given to the new ranks.
+    # No further step: what is saved again is what the new ranks loaded.
     again = _train(
         *strategy[1:], *chosen, "trainer.max_steps=5", f"resume={before}", f"run_dir={tmp_path / 'again'}",
         strategy=strategy[0],
     )  # fmt: skip
     run_ranks(_resave_on_rank, ranks, again)
-    kept, expected = _residuals(tmp_path / "again" / "resaved" / "step_00000004"), _residuals(before)
-    assert kept.keys() == expected.keys()
+    residual, expected = _residuals(tmp_path / "again" / "resaved" / "step_00000004"), _residuals(before)
+    assert residual.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(kept[key], tensor, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(residual[key], tensor, rtol=1e-5, atol=1e-7)
         assert tensor.abs().sum() > 0
 
 
 def _resave_on_rank(configuration: Any) -> None:
-    """Resumes and saves what it was given at once."""
+    """Resumes and immediately saves what was loaded."""
     from dataclasses import asdict
 
     from distrain.cli import app
@@ -206,7 +210,7 @@ def _resave_on_rank(configuration: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd"])
-def test_replicas_of_a_pipeline_stay_the_same(name: str, tmp_path: Path) -> None:
+def test_replicas_of_a_pipeline_stay_equal(name: str, tmp_path: Path) -> None:
     configuration = _train(*overrides(name), *NET, "strategy.stages=2", f"run_dir={tmp_path}", strategy="pipeline")
     everyone = run_ranks(train_on_rank, 4, configuration)
     first = everyone[0]
@@ -215,7 +219,7 @@ def test_replicas_of_a_pipeline_stay_the_same(name: str, tmp_path: Path) -> None
     assert first["summary"]["bytes_sent_per_step"] > 0
 
 
-def test_one_process_pays_what_is_owed_in_its_first_step(tmp_path: Path) -> None:
+def test_one_process_adds_saved_residuals_to_its_first_step(tmp_path: Path) -> None:
     chosen = (*overrides("topk"), "compression.density=0.01")
     run_ranks(
         train_on_rank, 3, _train(*chosen, "trainer.max_steps=4", "checkpoint.keep=9", f"run_dir={tmp_path / 'saved'}")
@@ -225,8 +229,8 @@ def test_one_process_pays_what_is_owed_in_its_first_step(tmp_path: Path) -> None
     paying = _train(*chosen, *resumed, f"run_dir={tmp_path / 'paying'}", strategy="single")
     plain = _train(*resumed, f"run_dir={tmp_path / 'plain'}", strategy="single")
     (paid,), (unpaid,) = run_ranks(train_on_rank, 1, paying), run_ranks(train_on_rank, 1, plain)
-    for key, owed in _residuals(before).items():
+    for key, residual in _residuals(before).items():
         name = key.removeprefix("residual/")
-        # One step of plain SGD moves by the rate times what was owed.
+        # A step of plain SGD moves a parameter by the learning rate times the residual.
         moved = unpaid["model"][name] - paid["model"][name]
-        torch.testing.assert_close(moved, plain.optimizer.lr * owed, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(moved, plain.optimizer.lr * residual, rtol=1e-3, atol=1e-6)

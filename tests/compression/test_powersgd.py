@@ -1,4 +1,4 @@
-"""compression=powersgd sends each gradient matrix as the product of two thin ones, and owes the rest."""
+"""compression=powersgd: factors, residuals, exact limits, resume, and agreement with the paper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.harness import run_ranks
 from tests.runs import compose, small
 
 ALONE = Communicator()
-#: Name, shape and whether it is stored channels-last; each travels by itself or with a neighbour.
+#: Shape of each parameter, and whether it is stored channels-last.
 SHAPES: dict[str, tuple[tuple[int, ...], bool]] = {
     "stem": ((6, 3, 3, 3), True),
     "norm": ((7,), False),
@@ -71,7 +71,7 @@ def step(used: PowerSGD, *buckets: Bucket, communicator: Communicator = ALONE) -
 
 
 def sent(used: PowerSGD, matrix: Tensor) -> Tensor:
-    """What a step sends of a matrix."""
+    """The approximation of a matrix that a step sends."""
     bucket = one(matrix)
     step(used, bucket)
     return bucket.tensors["weight"]
@@ -103,17 +103,17 @@ def best(matrix: Tensor, rank: int) -> Tensor:
         ((2, 500), {"rank": 9, "min_compression_rate": 0.9}, True),
         ((2, 500), {"rank": 9, "min_compression_rate": 1}, False),
         ((2, 500), {"rank": 1, "alternate": True}, True),
-        # In turns one factor alone can't send even a matrix of its rank.
+        # A single factor of full rank can't send the matrix exactly.
         ((2, 500), {"rank": 2, "alternate": True}, False),
     ],
 )
-def test_what_factors_make_smaller_is_compressed(
+def test_tensors_are_compressed_if_their_factors_are_smaller(
     shape: tuple[int, ...], changes: dict[str, Any], expected: bool
 ) -> None:
     assert compressor(**changes).compresses(nn.Parameter(torch.zeros(shape))) is expected
 
 
-def test_turns_need_the_last_step_s_factor() -> None:
+def test_alternate_requires_warm_start() -> None:
     assert compose("compression=powersgd", "compression.alternate=true").compression.name == "powersgd"
     with pytest.raises(ConfigError, match=r"compression\.warm_start"):
         compose("compression=powersgd", "compression.alternate=true", "compression.warm_start=false")
@@ -124,10 +124,10 @@ def test_turns_need_the_last_step_s_factor() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (1, 9), (9, 1)])
-def test_at_full_rank_nothing_is_lost(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_full_rank_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
     used = compressor(rank=9)
     for number in range(5):
-        # Of singular values from 1 to 1e-4, so that the factors are badly conditioned.
+        # Singular values from 1 to 1e-4 make the factors badly conditioned.
         matrix = noise(*shape, seed=number) @ torch.diag(torch.logspace(0, -4, shape[1], dtype=torch.float64))
         found = sent(used, matrix.to(dtype))
         assert found.dtype == dtype
@@ -136,14 +136,14 @@ def test_at_full_rank_nothing_is_lost(shape: tuple[int, int], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("warm_start", [True, False])
-def test_a_matrix_of_the_rank_is_sent_exactly(warm_start: bool) -> None:
+def test_matrix_of_the_configured_rank_is_sent_exactly(warm_start: bool) -> None:
     used = compressor(rank=1, warm_start=warm_start)
     for number in range(4):
         matrix = noise(20, 1, seed=number) @ noise(1, 30, seed=99 + number)
         torch.testing.assert_close(sent(used, matrix), matrix)
 
 
-def test_in_turns_a_matrix_of_the_rank_is_sent_exactly_once_the_factors_know_it() -> None:
+def test_alternating_factors_converge_to_a_matrix_of_the_configured_rank() -> None:
     used = compressor(rank=1, alternate=True, error_feedback=False)
     matrix = noise(20, 1) @ noise(1, 30, seed=1)
     assert (sent(used, matrix) - matrix).norm() > 0.5 * matrix.norm()
@@ -152,7 +152,7 @@ def test_in_turns_a_matrix_of_the_rank_is_sent_exactly_once_the_factors_know_it(
 
 
 @pytest.mark.parametrize("alternate", [False, True])
-def test_warm_starts_find_the_nearest_matrix_of_the_rank(alternate: bool) -> None:
+def test_warm_start_finds_the_nearest_matrix_of_the_rank(alternate: bool) -> None:
     matrix = noise(12, 12) @ torch.diag(torch.logspace(0, -3, 12, dtype=torch.float64)) @ noise(12, 40, seed=1)
     warm = compressor(rank=3, alternate=alternate, error_feedback=False)
     cold = compressor(rank=3, warm_start=False, error_feedback=False)
@@ -163,12 +163,12 @@ def test_warm_starts_find_the_nearest_matrix_of_the_rank(alternate: bool) -> Non
     lost = float((matrix - best(matrix, 3)).norm())
     draws = [float((matrix - sent(cold, matrix)).norm()) for _ in range(3)]
     assert min(draws) > 1.01 * lost
-    # Each step draws its own.
+    # Each step draws its own factor.
     assert len(set(draws)) == 3
 
 
 @pytest.mark.parametrize("alternate", [False, True])
-def test_a_matrix_that_comes_again_arrives_whole_in_the_end(alternate: bool) -> None:
+def test_error_feedback_sends_a_repeated_matrix_completely(alternate: bool) -> None:
     used, matrix = compressor(alternate=alternate), noise(10, 30)
     total = torch.zeros_like(matrix)
     for _ in range(100):
@@ -177,11 +177,11 @@ def test_a_matrix_that_comes_again_arrives_whole_in_the_end(alternate: bool) -> 
 
 
 @pytest.mark.parametrize("alternate", [False, True])
-def test_gradients_of_zero_are_no_dead_end(alternate: bool) -> None:
+def test_zero_gradients_do_not_block_later_steps(alternate: bool) -> None:
     used, dead = compressor(alternate=alternate), noise(8, 30)
     for _ in range(3):
         assert sent(used, torch.zeros(8, 30, dtype=torch.float64)).eq(0).all()
-    # Filters and channels that never learn are rows and columns of zeros.
+    # Filters and channels without gradients are rows and columns of zeros.
     dead[:4] = 0
     dead[:, :6] = 0
     for _ in range(2):
@@ -190,19 +190,19 @@ def test_gradients_of_zero_are_no_dead_end(alternate: bool) -> None:
 
 @pytest.mark.parametrize("alternate", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_of_less_than_the_rank_nothing_is_made_up(rank: int, alternate: bool) -> None:
+def test_matrix_of_lower_rank_gains_no_spurious_components(rank: int, alternate: bool) -> None:
     used = compressor(rank=rank, alternate=alternate, error_feedback=False)
     matrix = noise(20, 1, dtype=torch.float32) @ noise(1, 30, seed=1, dtype=torch.float32)
     for number in range(6):
         found = sent(used, matrix)
-        # A projection never adds, and here it ends up leaving nothing out.
+        # A projection never increases the norm, and here it soon leaves nothing out.
         assert found.norm() <= matrix.norm() * (1 + 1e-5)
         if number:
             torch.testing.assert_close(found, matrix)
 
 
 @pytest.mark.parametrize("alternate", [False, True])
-def test_an_overflow_shows_and_passes(alternate: bool) -> None:
+def test_overflow_is_visible_and_does_not_persist(alternate: bool) -> None:
     used, matrix = compressor(alternate=alternate, error_feedback=False), noise(8, 30)
     sent(used, matrix)
     broken = matrix.clone()
@@ -215,7 +215,7 @@ def test_an_overflow_shows_and_passes(alternate: bool) -> None:
 
 
 @pytest.mark.parametrize("alternate", [False, True])
-def test_the_first_steps_travel_uncompressed(alternate: bool) -> None:
+def test_first_steps_are_sent_uncompressed(alternate: bool) -> None:
     used = compressor(start_step=2, alternate=alternate)
     for number in range(1, 4):
         matrix = noise(8, 30, seed=number)
@@ -224,29 +224,29 @@ def test_the_first_steps_travel_uncompressed(alternate: bool) -> None:
         assert used.phases == (2 if number == 3 and not alternate else 1)
 
 
-# --- one rank by itself ----------------------------------------------------------------------------------------------
+# --- one rank's own message -------------------------------------------------------------------------------------------
 
 
-def test_a_message_and_what_is_left_are_what_was_owed() -> None:
+def test_message_and_residual_add_up_to_the_input() -> None:
     used, matrix = compressor(), noise(8, 30)
     lost = []
     for _ in range(8):
         used.begin_step()
-        owed, received = one(matrix), one(noise(8, 30, seed=1))
-        message = used.compress(owed)
+        residual, received = one(matrix), one(noise(8, 30, seed=1))
+        message = used.compress(residual)
         assert (
             [(part.dtype, part.numel()) for part in message]
-            == used.message_layout(owed)
+            == used.message_layout(residual)
             == [
                 (torch.float64, 16),
                 (torch.float64, 60),
             ]
         )
         used.add_decompressed(message, received)
-        whole = received.flat - noise(8, 30, seed=1).flatten() + owed.flat
+        whole = received.flat - noise(8, 30, seed=1).flatten() + residual.flat
         torch.testing.assert_close(whole.view(8, 30), matrix)
-        lost.append(float(owed.flat.norm()))
-    # The factors of the last message make the next one better.
+        lost.append(float(residual.flat.norm()))
+    # Starting from the last message's factors makes the next one better.
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] >= float((matrix - best(matrix, 2)).norm())
 
@@ -272,7 +272,7 @@ def test_messages_of_several_ranks_add_up() -> None:
 
 @pytest.mark.parametrize("steps", [3, 4])
 @pytest.mark.parametrize("alternate", [False, True])
-def test_a_copy_goes_on_bit_for_bit(alternate: bool, steps: int) -> None:
+def test_restored_copy_continues_bit_for_bit(alternate: bool, steps: int) -> None:
     def gradients(number: int) -> list[Bucket]:
         return [
             one(noise(5, 31, seed=number, dtype=torch.float32), "first"),
@@ -301,7 +301,7 @@ def test_a_copy_goes_on_bit_for_bit(alternate: bool, steps: int) -> None:
         assert torch.equal(tensor, copy.state_dict()[name]), name
 
 
-def test_factors_of_another_rank_start_anew_by_seed_and_name() -> None:
+def test_factors_of_another_rank_are_drawn_again_by_seed_and_name() -> None:
     matrix = noise(6, 20)
     used = compressor(rank=2, error_feedback=False)
     sent(used, matrix)
@@ -322,12 +322,12 @@ def test_factors_of_another_rank_start_anew_by_seed_and_name() -> None:
 
 @dataclass
 class Kept:
-    """What a rank saw in a number of steps.
+    """Observations of one rank over a number of steps.
 
     Attributes:
         buckets: Names in each bucket.
         digests: Hash of all gradients after each step.
-        error: How far aggregate and residuals were from what was to be sent; gradients are of size one.
+        error: Largest deviation of aggregate and residuals from what was to be sent; gradients are about 1.
         sent: Bytes by the ledger in each step.
         results: The gradients after each of the first steps, by name.
         states: The compressor's state after these steps.
@@ -359,7 +359,7 @@ def gradient(name: str, rank: int, number: int) -> Tensor:
     """A rank's share of a gradient in a step, float64; a part of it is the same in all steps."""
     shape, seed = SHAPES[name][0], 1000 * rank + len(name)
     drawn = noise(*shape, seed=seed) + noise(*shape, seed=seed + 10 * number)
-    # A step in which nothing is learnt, and one in which one rank has no samples.
+    # In one step all gradients are zero, and in one step those of rank 0.
     return torch.zeros(shape, dtype=torch.float64) if number == 7 or (number == 9 and rank == 0) else drawn
 
 
@@ -389,19 +389,21 @@ def on_each_rank(folder: Path) -> dict[str, Kept]:
             buckets = made(used, communicator, dtype).buckets
             assert len(buckets) > 3
             kept = found[run] = Kept([list(bucket.tensors) for bucket in buckets], [], 0.0, [], [], [], [])
-            owed = {name: torch.zeros(shape, dtype=torch.float64) for name, (shape, _) in SHAPES.items()}
+            residual = {name: torch.zeros(shape, dtype=torch.float64) for name, (shape, _) in SHAPES.items()}
             for number in range(STEPS if len(found) <= 2 else FEW):
                 shares = {name: gradient(name, everyone.rank, number) for name in SHAPES}
                 for bucket in buckets:
                     for name, tensor in bucket.tensors.items():
                         tensor.copy_(shares[name])
-                due = sums({name: owed[name] + share for name, share in shares.items()}, everyone)
+                due = sums({name: residual[name] + share for name, share in shares.items()}, everyone)
                 before = communicator.ledger.total()
                 step(used, *buckets, communicator=communicator)
                 kept.sent.append(communicator.ledger.total() - before)
                 state = {name: tensor.clone() for name, tensor in used.state_dict().items()}
-                owed = {name: state.get(f"residual/{name}", torch.zeros(each.shape)) for name, each in shares.items()}
-                left = sums(owed, everyone)
+                residual = {
+                    name: state.get(f"residual/{name}", torch.zeros(each.shape)) for name, each in shares.items()
+                }
+                left = sums(residual, everyone)
                 result = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors.items()}
                 for name, tensor in result.items():
                     kept.error = max(kept.error, float((tensor + left[name] - due[name]).abs().max()))
@@ -419,7 +421,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def rank_of(run: str, name: str) -> int | None:
-    """Rank of the factors that are to travel for a tensor; ``None`` if it travels as it is."""
+    """Expected rank of a tensor's factors; ``None`` if it is sent uncompressed."""
     shape = SHAPES[name][0]
     if len(shape) == 1:
         return None
@@ -429,7 +431,7 @@ def rank_of(run: str, name: str) -> int | None:
 
 
 def ring_bytes(run: str, names: list[str], number: int, ranks: int) -> int:
-    """Bytes a rank is to send for a bucket in a step."""
+    """Bytes a rank should send for a bucket in a step."""
     size = 8 if "double" in run else 4
     plain = lefts = rights = whole = 0
     for name in names:
@@ -456,7 +458,7 @@ def test_all_ranks_hold_the_same_bits_after_every_step(ranks: list[dict[str, Kep
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_what_was_to_be_sent_is_what_was_sent_and_what_is_left(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_sum_and_residuals_add_up_to_the_gradients(ranks: list[dict[str, Kept]], run: str) -> None:
     for each in ranks:
         assert each[run].error < (1e-12 if "double" in run else 1e-4)
 
@@ -470,7 +472,7 @@ def test_the_ledger_counts_factors(ranks: list[dict[str, Kept]], run: str) -> No
 
 
 @pytest.mark.parametrize("run", ["full rank", "start"])
-def test_uncompressed_steps_and_full_rank_are_the_plain_sum(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_uncompressed_steps_and_full_rank_give_the_exact_sum(ranks: list[dict[str, Kept]], run: str) -> None:
     for number, result in enumerate(ranks[0][run].results):
         plain = {name: sum(gradient(name, rank, number) for rank in range(len(ranks))) for name in SHAPES}
         exact = [
@@ -495,7 +497,7 @@ def gram_schmidt(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("run", ["two phases, double", "in turns"])
-def test_a_step_is_the_paper_s(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_step_agrees_with_the_formulas_of_the_paper(ranks: list[dict[str, Kept]], run: str) -> None:
     kept = ranks[0][run]
     compressed = [name for name in SHAPES if rank_of(run, name) is not None]
     assert len(compressed) > 4
@@ -518,7 +520,7 @@ def test_a_step_is_the_paper_s(ranks: list[dict[str, Kept]], run: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["two phases, double", "in turns"])
-def test_no_rank_keeps_anything_in_the_direction_of_what_was_sent(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_residuals_are_orthogonal_to_what_was_sent(ranks: list[dict[str, Kept]], run: str) -> None:
     compressed = [name for name in SHAPES if rank_of(run, name) is not None]
     for each in ranks:
         for number, (result, state) in enumerate(zip(each[run].results, each[run].states, strict=True)):

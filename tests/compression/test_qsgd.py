@@ -1,4 +1,4 @@
-"""compression=qsgd: levels, the probability of rounding up, and whose draws they are."""
+"""compression=qsgd: levels, the probability of rounding up, and what the draws depend on."""
 
 from __future__ import annotations
 
@@ -23,81 +23,81 @@ def make(bits: int = 4, norm: str = "max", *, group: int = 64, seed: int = 0) ->
 
 
 def rounded(compressor: QSGD, values: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """What a message about the values stands for, and its steps."""
-    flat, heard = values.clone(), torch.zeros_like(values)
+    """What a message about the values decodes to, and its step sizes."""
+    flat, received = values.clone(), torch.zeros_like(values)
     message = compressor.compress(Bucket(flat, {name: flat}))
-    compressor.add_decompressed(message, Bucket(heard, {name: heard}))
-    return heard, message[0]
+    compressor.add_decompressed(message, Bucket(received, {name: received}))
+    return received, message[0]
 
 
 @pytest.mark.parametrize(("bits", "norm"), SCHEMES)
 def test_the_mean_over_many_draws_is_the_value(bits: int, norm: str) -> None:
     draws = 20_000
     values = torch.randn(64, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
-    heard, steps = rounded(make(bits, norm), values.repeat(draws))
+    received, steps = rounded(make(bits, norm), values.repeat(draws))
     step = float(steps[0])
-    mean = heard.view(draws, 64).mean(0)
+    mean = received.view(draws, 64).mean(0)
     # Rounding up with probability p has variance p (1 - p) step², at most a quarter of step²; six standard deviations
     # of the mean leave one of the 384 means of this test outside in a run in a million.
     up = values / step - (values / step).floor()
     deviation = step * (up * (1 - up) / draws).sqrt()
     assert ((mean - values).abs() <= 6 * deviation + step * 2**-16).all()
-    assert (heard.view(draws, 64).var(0) - step**2 * up * (1 - up)).abs().max() < 0.05 * step**2
+    assert (received.view(draws, 64).var(0) - step**2 * up * (1 - up)).abs().max() < 0.05 * step**2
 
 
 @pytest.mark.parametrize(("bits", "norm"), SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_element_is_off_by_a_whole_step(bits: int, norm: str, dtype: torch.dtype) -> None:
+def test_rounding_error_is_below_one_step(bits: int, norm: str, dtype: torch.dtype) -> None:
     values = torch.randn(64 * 500 + 13, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    heard, steps = rounded(make(bits, norm), values)
+    received, steps = rounded(make(bits, norm), values)
     each = steps.repeat_interleave(64)[: len(values)]
-    assert ((heard - values).abs() < each * (1 + 1e-5)).all()
-    levels = heard / each
+    assert ((received - values).abs() < each * (1 + 1e-5)).all()
+    levels = received / each
     assert (levels - levels.round()).abs().max() < 1e-4
     assert levels.abs().max() <= 2 ** (bits - 1) - 1 + 1e-4
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_values_that_are_levels_stay(bits: int) -> None:
+def test_values_that_are_levels_are_exact(bits: int) -> None:
     highest = 2 ** (bits - 1) - 1
     levels = torch.arange(-highest, highest + 1).repeat(1000).float()
-    heard, _ = rounded(make(bits, group=len(levels)), levels)
-    assert torch.equal(heard, levels)
+    received, _ = rounded(make(bits, group=len(levels)), levels)
+    assert torch.equal(received, levels)
 
 
-def test_the_probability_has_sixteen_bits() -> None:
+def test_probability_of_rounding_up_has_16_bits() -> None:
     values = torch.full((2**20,), 2.0**-12)
     values[0] = 1
-    heard, steps = rounded(make(2, group=len(values)), values)
+    received, steps = rounded(make(2, group=len(values)), values)
     assert steps.tolist() == [1.0]
     expected = len(values) * 2.0**-12
-    assert abs(float(heard.sum()) - 1 - expected) < 6 * math.sqrt(expected)
+    assert abs(float(received.sum()) - 1 - expected) < 6 * math.sqrt(expected)
 
 
-def test_draws_favour_neither_side() -> None:
+def test_rounding_is_symmetric_around_zero() -> None:
     for value in (2.0**-20, -(2.0**-20)):
         values = torch.full((2**20,), value)
         values[0] = 1
-        heard, _ = rounded(make(2, group=len(values)), values)
-        assert heard.count_nonzero() == 1
+        received, _ = rounded(make(2, group=len(values)), values)
+        assert received.count_nonzero() == 1
 
 
-def test_a_quotient_above_the_highest_level_is_that_level() -> None:
+def test_quotients_above_the_highest_level_are_clamped() -> None:
     values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     above = values[values / (values / 127) > 127]
     assert len(above) > 10
     values = above.repeat(2**20 // len(above))
-    heard, _ = rounded(make(8, group=1), values)
-    torch.testing.assert_close(heard, values)
+    received, _ = rounded(make(8, group=1), values)
+    torch.testing.assert_close(received, values)
 
 
-def test_the_largest_magnitude_is_the_finer_scale() -> None:
+def test_max_norm_has_smaller_error_than_l2() -> None:
     values = torch.randn(51200, generator=torch.Generator().manual_seed(0))
     errors = {norm: float((rounded(make(4, norm, group=512), values)[0] - values).norm()) for norm in ("max", "l2")}
     assert errors["max"] < 0.5 * errors["l2"]
 
 
-def test_draws_differ_between_steps_ranks_seeds_and_buckets_and_nothing_else() -> None:
+def test_draws_depend_on_step_rank_seed_and_bucket_alone() -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     first = rounded(make(), values)[0]
     assert torch.equal(rounded(make(), values)[0], first)
@@ -106,11 +106,11 @@ def test_draws_differ_between_steps_ranks_seeds_and_buckets_and_nothing_else() -
     elsewhere.rank = 1
     others = [rounded(later, values), rounded(elsewhere, values), rounded(make(seed=1), values)]
     others.append(rounded(make(), values, name="other"))
-    found = [first, *(heard for heard, _ in others)]
+    found = [first, *(received for received, _ in others)]
     assert len({tuple(each.tolist()) for each in found}) == len(found)
 
 
-def test_the_errors_of_two_ranks_are_independent() -> None:
+def test_errors_of_two_ranks_are_independent() -> None:
     values = torch.randn(64_000, generator=torch.Generator().manual_seed(0))
     here, there = make(2), make(2)
     there.rank = 1
@@ -118,7 +118,7 @@ def test_the_errors_of_two_ranks_are_independent() -> None:
     assert abs(float(torch.corrcoef(errors)[0, 1])) < 6 / math.sqrt(values.numel())
 
 
-def test_the_communicator_says_whose_draws_they_are() -> None:
+def test_draws_are_made_for_the_communicator_s_rank() -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     alone = Communicator()
     alone.rank = 3
@@ -131,7 +131,7 @@ def test_the_communicator_says_whose_draws_they_are() -> None:
 
 
 @pytest.mark.parametrize(("bits", "ratio"), [(8, 4), (4, 8), (2, 16)])
-def test_bytes_are_really_fewer(bits: int, ratio: int) -> None:
+def test_message_size_matches_the_number_of_bits(bits: int, ratio: int) -> None:
     compressor = base.build(compose("compression=qsgd", f"compression.bits={bits}").compression)
     assert isinstance(compressor, QSGD)
     flat = torch.randn(1_000_000)
@@ -148,7 +148,7 @@ def test_bytes_are_really_fewer(bits: int, ratio: int) -> None:
         ("compression.bucket_size=0", "compression.bucket_size=0: must be at least 1"),
     ],
 )
-def test_other_numbers_of_bits_and_norms_are_refused(override: str, line: str) -> None:
+def test_unsupported_bits_and_norms_are_refused(override: str, line: str) -> None:
     with pytest.raises(ConfigError) as refused:
         compose("compression=qsgd", override)
     assert str(refused.value).startswith(line)

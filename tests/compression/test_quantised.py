@@ -1,4 +1,4 @@
-"""What compressors that round to levels share: messages, groups, what is left over, and the exchange."""
+"""What compressors that round to levels have in common: messages, groups, residuals, and the exchange."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make(kind: str, *, error_feedback: bool = True, group: int = GROUP, seed: in
 def bucket(
     size: int, plain: int = 0, *, seed: int = 0, dtype: torch.dtype = torch.float32, name: str = "weight"
 ) -> Bucket:
-    """Random gradients of magnitudes that differ from group to group; two tensors, and a plain one if asked."""
+    """Random gradients whose magnitudes differ between groups: two tensors, and ``plain`` uncompressed elements."""
     generator = torch.Generator().manual_seed(seed)
     flat = torch.randn(size + plain, generator=generator, dtype=dtype)
     magnitudes = 10.0 ** torch.randint(-4, 5, (len(flat) // GROUP + 1,), generator=generator)
@@ -45,38 +45,36 @@ def bucket(
     return Bucket(flat, {key: view for key, view in zip(parts, views, strict=True) if len(view)}, plain)
 
 
-def said(compressor: Quantised, message: list[Tensor], about: Bucket) -> Tensor:
-    """The elements that a message stands for."""
-    heard = about.clone()
-    heard.flat.zero_()
-    compressor.add_decompressed(message, heard)
-    return heard.compressed_part
+def decoded(compressor: Quantised, message: list[Tensor], about: Bucket) -> Tensor:
+    """The elements that a message decodes to."""
+    received = about.clone()
+    received.flat.zero_()
+    compressor.add_decompressed(message, received)
+    return received.compressed_part
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a thousand elements are several blocks."""
+    """Makes a thousand elements take several blocks."""
     monkeypatch.setattr(quantised, "_BLOCK", 8 * GROUP + 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 7, 31, 32, 33, 255, 256, 257, 513, 1024, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_was_owed_is_what_was_sent_and_what_is_left(
-    kind: str, size: int, dtype: torch.dtype, small_blocks: None
-) -> None:
+def test_message_and_residual_add_up_to_the_input(kind: str, size: int, dtype: torch.dtype, small_blocks: None) -> None:
     compressor, original = make(kind), bucket(size, dtype=dtype)
-    owed = original.clone()
-    message = compressor.compress(owed)
-    sent = said(compressor, message, original)
+    residual = original.clone()
+    message = compressor.compress(residual)
+    sent = decoded(compressor, message, original)
     assert sent.abs().sum() > 0
     rounding = 4 * torch.finfo(dtype).eps * torch.maximum(sent.abs(), original.flat.abs())
-    assert ((sent + owed.flat - original.flat).abs() <= rounding).all()
+    assert ((sent + residual.flat - original.flat).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 7, 513, 1500])
-def test_a_message_takes_its_bits_and_a_scale_a_group(kind: str, size: int, small_blocks: None) -> None:
+def test_message_size_is_bits_per_element_and_a_scale_per_group(kind: str, size: int, small_blocks: None) -> None:
     compressor, original = make(kind), bucket(size, plain=5)
     message = compressor.compress(original.clone())
     assert [(part.dtype, part.numel()) for part in message] == compressor.message_layout(original)
@@ -89,41 +87,41 @@ def test_a_message_takes_its_bits_and_a_scale_a_group(kind: str, size: int, smal
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [7, 256, 1500])
-def test_a_gpus_large_operations_make_the_same_message(
+def test_processing_all_rows_at_once_gives_the_same_message(
     kind: str, size: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = bucket(size)
-    by_rows, owed = make(kind), original.clone()
-    expected, left = by_rows.compress(owed), owed.flat
-    heard = said(by_rows, expected, original)
+    by_rows, residual = make(kind), original.clone()
+    expected, left = by_rows.compress(residual), residual.flat
+    received = decoded(by_rows, expected, original)
     monkeypatch.setattr(Quantised, "_row_by_row", lambda self, bucket: False)
-    at_once, owed = make(kind), original.clone()
-    message = at_once.compress(owed)
+    at_once, residual = make(kind), original.clone()
+    message = at_once.compress(residual)
     assert all(torch.equal(part, wanted) for part, wanted in zip(message, expected, strict=True))
-    assert torch.equal(owed.flat, left)
-    assert torch.equal(said(at_once, message, original), heard)
+    assert torch.equal(residual.flat, left)
+    assert torch.equal(decoded(at_once, message, original), received)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_sends_what_it_no_longer_owes(kind: str, small_blocks: None) -> None:
+def test_message_and_residual_add_up_on_a_gpu(kind: str, small_blocks: None) -> None:
     original = bucket(1500)
     flat = original.flat.cuda()
-    owed = Bucket(flat, {"weight": flat})
-    message = make(kind).compress(owed)
-    sent = said(make(kind), [part.cpu() for part in message], original)
-    torch.testing.assert_close(sent + owed.flat.cpu(), original.flat, rtol=1e-5, atol=1e-2)
-    assert torch.equal(said(make(kind), message, owed).cpu(), sent)
+    residual = Bucket(flat, {"weight": flat})
+    message = make(kind).compress(residual)
+    sent = decoded(make(kind), [part.cpu() for part in message], original)
+    torch.testing.assert_close(sent + residual.flat.cpu(), original.flat, rtol=1e-5, atol=1e-2)
+    assert torch.equal(decoded(make(kind), message, residual).cpu(), sent)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_do_not_depend_on_each_other(kind: str) -> None:
+def test_groups_are_independent(kind: str) -> None:
     original = bucket(4 * GROUP)
     original.flat[GROUP : 2 * GROUP] = 0
     original.flat[2 * GROUP : 3 * GROUP] *= 1e6
     message = make(kind).compress(original.clone())
-    sent = said(make(kind), message, original).view(4, GROUP)
+    sent = decoded(make(kind), message, original).view(4, GROUP)
     assert not sent[1].any()
     for group, values in zip(sent, original.flat.view(4, GROUP), strict=True):
         largest = values.abs().max()
@@ -132,52 +130,52 @@ def test_groups_do_not_depend_on_each_other(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-40, 1e-38])
-def test_the_smallest_numbers_stay_small(kind: str, tiny: float) -> None:
+def test_tiny_numbers_stay_tiny(kind: str, tiny: float) -> None:
     original = bucket(GROUP)
     original.flat.fill_(tiny)
-    compressor, owed = make(kind), original.clone()
-    sent = said(compressor, compressor.compress(owed), original)
+    compressor, residual = make(kind), original.clone()
+    sent = decoded(compressor, compressor.compress(residual), original)
     assert sent.abs().max() <= 2e-38
-    assert owed.flat.abs().max() <= 2e-38
+    assert residual.flat.abs().max() <= 2e-38
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_group_once(kind: str, bad: float) -> None:
+def test_non_finite_element_affects_its_group_in_one_step_only(kind: str, bad: float) -> None:
     compressor, original = make(kind), bucket(3 * GROUP + 1)
     compressor.begin_step()
     clean, spoilt = original.clone(), original.clone()
     spoilt.flat[GROUP + 3] = bad
-    expected = said(compressor, make(kind).compress(clean), original)
+    expected = decoded(compressor, make(kind).compress(clean), original)
     payload = compressor.encode(spoilt)
-    heard = original.clone()
-    heard.flat.zero_()
-    compressor.decode(payload, heard)
-    assert not heard.flat[GROUP + 3].isfinite()
-    assert heard.flat[:GROUP].isfinite().all()
-    assert heard.flat[2 * GROUP :].isfinite().all()
-    if kind == "signsgd":  # the others draw
-        assert torch.equal(heard.flat[2 * GROUP :], expected[2 * GROUP :])
+    received = original.clone()
+    received.flat.zero_()
+    compressor.decode(payload, received)
+    assert not received.flat[GROUP + 3].isfinite()
+    assert received.flat[:GROUP].isfinite().all()
+    assert received.flat[2 * GROUP :].isfinite().all()
+    if kind == "signsgd":  # the others draw at random
+        assert torch.equal(received.flat[2 * GROUP :], expected[2 * GROUP :])
     norm = compressor.residual_norm()
     assert norm is not None
     assert norm.isfinite()
     compressor.begin_step()
-    heard.flat.zero_()
-    compressor.decode(compressor.encode(original.clone()), heard)
-    assert heard.flat.isfinite().all()
+    received.flat.zero_()
+    compressor.decode(compressor.encode(original.clone()), received)
+    assert received.flat.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bucket_may_hold_nothing_to_compress(kind: str) -> None:
+def test_bucket_without_compressed_part_is_sent(kind: str) -> None:
     compressor, original = make(kind), bucket(0, plain=3)
-    heard = original.clone()
-    heard.flat.zero_()
-    compressor.decode(compressor.encode(original.clone()), heard)
-    assert torch.equal(heard.flat, original.flat)
+    received = original.clone()
+    received.flat.zero_()
+    compressor.decode(compressor.encode(original.clone()), received)
+    assert torch.equal(received.flat, original.flat)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_error_feedback_nothing_is_kept(kind: str) -> None:
+def test_without_error_feedback_no_residual_is_kept(kind: str) -> None:
     compressor = make(kind, error_feedback=False)
     compressor.begin_step()
     compressor.encode(bucket(100))
@@ -195,7 +193,7 @@ def _payloads(compressor: Quantised, steps: range) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error_feedback", [True, False])
-def test_a_restored_compressor_goes_on_bit_for_bit(kind: str, error_feedback: bool) -> None:
+def test_restored_compressor_continues_bit_for_bit(kind: str, error_feedback: bool) -> None:
     through = make(kind, error_feedback=error_feedback, seed=5)
     expected = _payloads(through, range(6))[6:]
     stopped = make(kind, error_feedback=error_feedback, seed=5)
@@ -218,19 +216,19 @@ def _exchange_on_rank(steps: int) -> dict[str, Any]:
             compressor = make(kind)
             exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
             sizes = {"a": (513, 7), "b": (7, 0), "c": (1, 3)}
-            given, got, bytes_ = torch.zeros(0), torch.zeros(0), 0
+            contributed, aggregated, bytes_ = torch.zeros(0), torch.zeros(0), 0
             for step in range(steps):
                 compressor.begin_step()
                 seed = step * world.size + world.rank
                 buckets = [bucket(n, p, seed=seed, dtype=torch.float64, name=name) for name, (n, p) in sizes.items()]
-                given = _plus(given, buckets)
+                contributed = _plus(contributed, buckets)
                 for each in buckets:
                     exchanges.start(each)
                 exchanges.finish()
-                got = _plus(got, buckets)
+                aggregated = _plus(aggregated, buckets)
                 bytes_ += sum(make(kind).encode(each).numel() for each in buckets)
             state = compressor.state_dict()
-            kept = torch.cat(
+            residual = torch.cat(
                 [
                     state.get(f"residual/{name}", torch.zeros_like(tensor))
                     for each in buckets
@@ -238,10 +236,10 @@ def _exchange_on_rank(steps: int) -> dict[str, Any]:
                 ]
             )
             found[kind] = {
-                "digest": int(digest([got])),
-                "got": got,
-                "given": everyone.all_reduce(given),
-                "kept": everyone.all_reduce(kept),
+                "digest": int(digest([aggregated])),
+                "aggregated": aggregated,
+                "contributed": everyone.all_reduce(contributed),
+                "residual": everyone.all_reduce(residual),
                 "counted": everyone.ledger.sent["all_gather"],
                 "sent": bytes_ * (world.size - 1),
             }
@@ -254,13 +252,15 @@ def _plus(total: Tensor, buckets: list[Bucket]) -> Tensor:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_all_ranks_get_the_same_sum_and_nothing_is_lost(ranks: int) -> None:
+def test_all_ranks_get_equal_sums_and_residuals_hold_the_rest(ranks: int) -> None:
     everyone = run_ranks(_exchange_on_rank, ranks, 5)
     for kind in KINDS:
         assert len({found[kind]["digest"] for found in everyone}) == 1
         first = everyone[0][kind]
-        largest = float(first["given"].abs().max())
-        torch.testing.assert_close(first["got"] + first["kept"], first["given"], rtol=0, atol=1e-13 * largest)
-        assert first["kept"].any()
+        largest = float(first["contributed"].abs().max())
+        torch.testing.assert_close(
+            first["aggregated"] + first["residual"], first["contributed"], rtol=0, atol=1e-13 * largest
+        )
+        assert first["residual"].any()
         for found in everyone:
             assert found[kind]["counted"] == found[kind]["sent"] > 0

@@ -1,4 +1,4 @@
-"""compression=randomk: random elements that all ranks know, so that their values are summed on the way."""
+"""compression=randomk: random elements that all ranks draw alike, so an all-reduce can sum their values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.compression.randomk import RandomK
-from tests.compression.crowd import Crowd, bucket_for, compressor
+from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, compressor
 
 
 def randomk(*overrides: str, seed: int = 0) -> RandomK:
@@ -46,7 +46,7 @@ def test_ranks_send_the_same_elements() -> None:
     assert sent(randomk()) == sent(randomk())
 
 
-def test_tensors_steps_and_seeds_differ() -> None:
+def test_draws_differ_between_tensors_steps_and_seeds() -> None:
     used = randomk()
     first, second, other = sent(used), sent(used), sent(randomk(seed=1))
     assert len(first["a"]) == 50
@@ -54,44 +54,44 @@ def test_tensors_steps_and_seeds_differ() -> None:
     assert len({tuple(draw) for draw in draws}) == 6
 
 
-def test_the_draw_does_not_depend_on_what_else_is_in_the_bucket() -> None:
+def test_draw_does_not_depend_on_other_tensors_of_the_bucket() -> None:
     assert sent(randomk(), OneTwin)["a"] == sent(randomk(), Twins)["a"]
 
 
 def test_values_of_all_ranks_are_summed_where_they_were_drawn() -> None:
-    crowd = Crowd(3, "compression=randomk", "compression.density=0.05", model=Twins)
-    gradients = crowd.gradients()
-    got, total = crowd.step(gradients), sum(gradients[1:], start=gradients[0])
+    simulated = SimulatedRanks(3, "compression=randomk", "compression.density=0.05", model=Twins)
+    gradients = simulated.gradients()
+    got, total = simulated.step(gradients), sum(gradients[1:], start=gradients[0])
     chosen = got != 0
     assert chosen.sum() == 100
     torch.testing.assert_close(got[chosen], total[chosen])
-    assert not crowd.owed()[chosen].any()
+    assert not simulated.residuals()[chosen].any()
 
 
-def test_every_element_is_sent_in_time() -> None:
-    crowd = Crowd(1, "compression=randomk", "compression.density=0.25", model=Twins)
-    gradient = crowd.gradients()[0]
-    total = crowd.step([gradient])
+def test_every_element_is_sent_eventually() -> None:
+    simulated = SimulatedRanks(1, "compression=randomk", "compression.density=0.25", model=Twins)
+    gradient = simulated.gradients()[0]
+    total = simulated.step([gradient])
     for _ in range(60):
-        total += crowd.step([torch.zeros_like(gradient)])
+        total += simulated.step([torch.zeros_like(gradient)])
     torch.testing.assert_close(total, gradient)
 
 
 @pytest.mark.parametrize("density", [0.3, 0.7])
 def test_without_error_feedback_the_expected_sum_is_the_uncompressed_one(density: float) -> None:
     overrides = ("compression=randomk", f"compression.density={density}", "compression.error_feedback=false")
-    crowd = Crowd(1, *overrides, model=Twins)
+    simulated = SimulatedRanks(1, *overrides, model=Twins)
     gradient = torch.ones(2000)
     steps, mean = 400, torch.zeros(2000)
     for _ in range(steps):
-        got = crowd.step([gradient])
+        got = simulated.step([gradient])
         assert got.sum() == pytest.approx(2000)
         mean += got / steps
     # Six standard deviations of 1 drawn with probability p and divided by p.
     assert (mean - 1).abs().max() < 6 * ((1 / density - 1) / steps) ** 0.5
 
 
-def test_a_receiver_at_another_step_knows_the_elements() -> None:
+def test_receiver_at_another_step_derives_the_positions() -> None:
     sender, receiver = randomk(), randomk()
     bucket = bucket_for(sender, Twins())
     bucket.flat.copy_(torch.arange(1.0, 2001.0))
@@ -107,14 +107,14 @@ def test_a_receiver_at_another_step_knows_the_elements() -> None:
     assert torch.equal(got.flat[chosen], given[chosen])
 
 
-def test_a_message_is_the_step_and_the_values() -> None:
+def test_message_holds_the_step_and_the_values() -> None:
     used = randomk()
     bucket = bucket_for(used, Twins())
     used.begin_step()
     assert used.encode(bucket).numel() == 8 + 4 * 100
 
 
-def test_a_bucket_with_nothing_to_compress_travels_as_it_is() -> None:
-    crowd = Crowd(2, "compression=randomk", "compression.min_elements=1000000")
-    gradients: list[Tensor] = crowd.gradients()
-    assert torch.equal(crowd.step(gradients), gradients[0] + gradients[1])
+def test_bucket_without_compressed_part_is_summed_exactly() -> None:
+    simulated = SimulatedRanks(2, "compression=randomk", "compression.min_elements=1000000")
+    gradients: list[Tensor] = simulated.gradients()
+    assert torch.equal(simulated.step(gradients), gradients[0] + gradients[1])

@@ -1,4 +1,4 @@
-"""compression=signsgd: one bit an element, and what error feedback makes of it."""
+"""compression=signsgd: one bit per element, and error feedback."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def make(*, error_feedback: bool = True, group: int = 4) -> SignSGD:
 
 
 def sent(compressor: SignSGD, gradient: Tensor) -> Tensor:
-    """What a step's message stands for."""
+    """What a step's message decodes to."""
     compressor.begin_step()
-    heard = torch.zeros_like(gradient)
+    received = torch.zeros_like(gradient)
     flat = gradient.clone()
-    compressor.decode(compressor.encode(Bucket(flat, {"weight": flat})), Bucket(heard, {"weight": heard}))
-    return heard
+    compressor.decode(compressor.encode(Bucket(flat, {"weight": flat})), Bucket(received, {"weight": received}))
+    return received
 
 
-def test_an_element_arrives_as_the_mean_magnitude_of_its_group_with_its_sign() -> None:
+def test_element_becomes_its_sign_times_the_mean_magnitude_of_its_group() -> None:
     gradient = torch.tensor([1.0, -3.0, 2.0, -6.0, 0.5, -0.0, 0.0])
     third = 0.5 / 3
-    heard = sent(make(error_feedback=False), gradient)
-    torch.testing.assert_close(heard, torch.tensor([3.0, -3.0, 3.0, -3.0, third, -third, third]))
+    received = sent(make(error_feedback=False), gradient)
+    torch.testing.assert_close(received, torch.tensor([3.0, -3.0, 3.0, -3.0, third, -third, third]))
 
 
-def test_what_is_left_out_is_sent_later() -> None:
+def test_error_feedback_sends_later_what_was_left_out() -> None:
     compressor = make()
     total = torch.zeros(4)
     for _ in range(300):
@@ -40,13 +40,13 @@ def test_what_is_left_out_is_sent_later() -> None:
     torch.testing.assert_close(total / 300, torch.tensor([1.0, -0.25, 0.03, 0.0]), rtol=0, atol=0.02)
 
 
-def test_signs_and_scales_are_all_that_travels() -> None:
+def test_message_holds_signs_and_scales_alone() -> None:
     flat = torch.randn(4096)
     steps, signs = make(group=512).compress(Bucket(flat, {"weight": flat}))
     assert (steps.numel(), signs.numel()) == (8, 4096 // 8)
 
 
-def test_by_default_a_model_takes_a_thirtieth_of_its_bytes_and_feeds_errors_back() -> None:
+def test_default_sends_a_thirtieth_of_the_bytes_with_error_feedback() -> None:
     compressor = base.build(compose("compression=signsgd").compression)
     flat = torch.randn(1_000_000)
     bucket = Bucket(flat, {"weight": flat})

@@ -1,4 +1,4 @@
-"""What top-k and random-k have in common: how much is sent, what is kept, and that nothing is lost."""
+"""What top-k and random-k have in common: how much is sent, error feedback, momentum correction, and drawing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.compression.crowd import Crowd, bucket_for, compressor
+from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, compressor
 from tests.harness import run_ranks
 from tests.runs import compose, small
 
@@ -42,7 +42,7 @@ class Vector(nn.Module):
 
 
 @both
-def test_of_every_tensor_the_same_share_is_sent_rounded_up(name: str) -> None:
+def test_number_of_elements_is_density_times_size_rounded_up(name: str) -> None:
     used = sparse(f"compression={name}", "compression.density=0.1")
     bucket = bucket_for(used)
     assert used.counts(bucket, 1) == {"images": 27, "many": 6554, "few": 1, "one": 1}
@@ -50,7 +50,7 @@ def test_of_every_tensor_the_same_share_is_sent_rounded_up(name: str) -> None:
 
 
 @both
-def test_warm_up_begins_at_a_quarter_and_falls_by_the_same_factor_each_step(name: str) -> None:
+def test_warmup_density_falls_exponentially_from_a_quarter(name: str) -> None:
     used = sparse(f"compression={name}", "compression.density=0.001", "compression.warmup_steps=4")
     densities = [used.density(step) for step in range(1, 8)]
     assert densities[0] == 0.25
@@ -60,13 +60,13 @@ def test_warm_up_begins_at_a_quarter_and_falls_by_the_same_factor_each_step(name
 
 
 @both
-def test_warm_up_never_sends_less_than_what_follows(name: str) -> None:
+def test_warmup_density_is_never_below_the_final_one(name: str) -> None:
     used = sparse(f"compression={name}", "compression.density=0.5", "compression.warmup_steps=4")
     assert {used.density(step) for step in range(1, 8)} == {0.5}
 
 
 @both
-def test_messages_shrink_during_warm_up(name: str) -> None:
+def test_messages_shrink_during_warmup(name: str) -> None:
     used = sparse(f"compression={name}", "compression.density=0.01", "compression.warmup_steps=3")
     bucket, sizes = bucket_for(used), []
     for _ in range(5):
@@ -86,7 +86,7 @@ def test_momentum_correction_needs_error_feedback(name: str) -> None:
 
 
 @both
-def test_momentum_correction_takes_the_place_of_the_optimizer_s(name: str) -> None:
+def test_momentum_correction_excludes_optimizer_momentum(name: str) -> None:
     chosen = (f"compression={name}", "compression.momentum_correction=0.9", "optimizer=sgd")
     SparseCompressor.check(compose(*chosen))
     with pytest.raises(ConfigError, match=r"momentum_correction=0.9: takes the place of optimizer.momentum=0.5"):
@@ -102,121 +102,125 @@ def test_values_outside_their_limits_are_refused(name: str, key: str, value: flo
         compose(f"compression={name}", f"compression.{key}={value}")
 
 
-# --- nothing is lost -------------------------------------------------------------------------------------------------
+# --- error feedback ---------------------------------------------------------------------------------------------------
 
 
 @both
 @pytest.mark.parametrize("more", [(), ("compression.warmup_steps=3",)], ids=["", "warmup"])
-def test_what_came_and_what_is_still_owed_is_what_was_given(name: str, more: tuple[str, ...]) -> None:
-    crowd = Crowd(3, f"compression={name}", "compression.density=0.05", *more)
+def test_sum_and_residuals_add_up_to_the_gradients(name: str, more: tuple[str, ...]) -> None:
+    simulated = SimulatedRanks(3, f"compression={name}", "compression.density=0.05", *more)
     for _ in range(5):
-        owed, gradients = crowd.owed(), crowd.gradients()
-        got = crowd.step(gradients)
-        # To the rounding of a few float32 additions of numbers up to about 10.
-        torch.testing.assert_close(got + crowd.owed(), sum(gradients, start=owed), rtol=0, atol=1e-5)
-    assert crowd.owed().any()
+        residual, gradients = simulated.residuals(), simulated.gradients()
+        aggregated = simulated.step(gradients)
+        # Up to the rounding of a few float32 additions of numbers up to about 10.
+        torch.testing.assert_close(
+            aggregated + simulated.residuals(), sum(gradients, start=residual), rtol=0, atol=1e-5
+        )
+    assert simulated.residuals().any()
 
 
 @both
-def test_tensors_that_travel_as_they_are_are_summed(name: str) -> None:
-    crowd = Crowd(3, f"compression={name}", "compression.density=0.05")
-    gradients = crowd.gradients()
-    got = crowd.step(gradients)
-    torch.testing.assert_close(got[-11:], sum(gradients[1:], start=gradients[0])[-11:])
+def test_uncompressed_tensors_are_summed_exactly(name: str) -> None:
+    simulated = SimulatedRanks(3, f"compression={name}", "compression.density=0.05")
+    gradients = simulated.gradients()
+    aggregated = simulated.step(gradients)
+    torch.testing.assert_close(aggregated[-11:], sum(gradients[1:], start=gradients[0])[-11:])
 
 
 @both
 @pytest.mark.parametrize("feedback", ["true", "false"])
-def test_at_full_density_the_sum_is_the_uncompressed_one_and_nothing_is_owed(name: str, feedback: str) -> None:
+def test_full_density_gives_the_exact_sum_and_no_residual(name: str, feedback: str) -> None:
     values = ("compression.values=full",) if name == "topk" else ()
-    crowd = Crowd(3, f"compression={name}", "compression.density=1", f"compression.error_feedback={feedback}", *values)
+    simulated = SimulatedRanks(
+        3, f"compression={name}", "compression.density=1", f"compression.error_feedback={feedback}", *values
+    )
     for _ in range(2):
-        gradients = crowd.gradients()
-        got, expected = crowd.step(gradients), sum(gradients[1:], start=gradients[0])
-        assert (got - expected).norm() <= 1e-6 * expected.norm()
-        assert not crowd.owed().any()
+        gradients = simulated.gradients()
+        aggregated, expected = simulated.step(gradients), sum(gradients[1:], start=gradients[0])
+        assert (aggregated - expected).norm() <= 1e-6 * expected.norm()
+        assert not simulated.residuals().any()
 
 
 @both
-def test_without_error_feedback_nothing_is_kept(name: str) -> None:
-    crowd = Crowd(2, f"compression={name}", "compression.error_feedback=false")
-    crowd.step(crowd.gradients())
-    assert crowd.compressors[0].state_dict().keys() == {"step"}
-    got = crowd.step([torch.zeros_like(bucket.flat) for bucket in crowd.buckets])
-    assert not got.any()
+def test_without_error_feedback_no_residual_is_kept(name: str) -> None:
+    simulated = SimulatedRanks(2, f"compression={name}", "compression.error_feedback=false")
+    simulated.step(simulated.gradients())
+    assert simulated.compressors[0].state_dict().keys() == {"step"}
+    aggregated = simulated.step([torch.zeros_like(bucket.flat) for bucket in simulated.buckets])
+    assert not aggregated.any()
 
 
 @both
-def test_the_residual_s_norm_is_that_of_what_is_owed(name: str) -> None:
-    crowd = Crowd(1, f"compression={name}", "compression.density=0.05")
-    assert crowd.compressors[0].residual_norm() is None
-    crowd.step(crowd.gradients())
-    norm = crowd.compressors[0].residual_norm()
+def test_residual_norm_is_the_norm_of_all_residuals(name: str) -> None:
+    simulated = SimulatedRanks(1, f"compression={name}", "compression.density=0.05")
+    assert simulated.compressors[0].residual_norm() is None
+    simulated.step(simulated.gradients())
+    norm = simulated.compressors[0].residual_norm()
     assert norm is not None
-    torch.testing.assert_close(norm, crowd.owed().norm())
+    torch.testing.assert_close(norm, simulated.residuals().norm())
 
 
 # --- momentum correction ---------------------------------------------------------------------------------------------
 
 
 @both
-def test_momentum_gathers_where_nothing_is_sent_and_is_forgotten_where_it_is(name: str) -> None:
-    crowd = Crowd(
+def test_velocity_accumulates_and_is_cleared_where_elements_are_sent(name: str) -> None:
+    simulated = SimulatedRanks(
         1, f"compression={name}", "compression.density=0.25", "compression.momentum_correction=0.5", model=Vector
     )
-    used, (bucket,) = crowd.compressors[0], crowd.buckets
+    used, (bucket,) = simulated.compressors[0], simulated.buckets
     assert isinstance(used.residuals, Residuals)
-    velocity, owed = torch.zeros(8), torch.zeros(8)
-    # So that top-k, too, sends other elements in each step; all exact in bf16.
+    velocity, residual = torch.zeros(8), torch.zeros(8)
+    # Rolled, so that top-k also sends other elements in each step. All values are exact in bf16.
     for step in range(6):
         gradient = torch.zeros(10)
         gradient[:8] = torch.tensor([1.0, -2, 0.5, 4, 0.25, -1, 2, 0]).roll(step)
         velocity = 0.5 * velocity + gradient[:8]
-        owed = owed + velocity
-        got = crowd.step([gradient])[:8]
-        sent = got != 0
+        residual = residual + velocity
+        aggregated = simulated.step([gradient])[:8]
+        sent = aggregated != 0
         assert 1 <= sent.sum() <= 2
-        assert torch.equal(got[sent], owed[sent])
-        owed[sent], velocity[sent] = 0, 0
-        if name == "randomk":  # it may send what is zero
-            chosen = state_of(crowd, "velocity") != velocity
+        assert torch.equal(aggregated[sent], residual[sent])
+        residual[sent], velocity[sent] = 0, 0
+        if name == "randomk":  # it may send zeros
+            chosen = state_of(simulated, "velocity") != velocity
             assert chosen.sum() <= 2 - sent.sum()
-            owed[chosen], velocity[chosen] = 0, 0
-        assert torch.equal(state_of(crowd, "velocity"), velocity)
-        assert torch.equal(state_of(crowd, "residual"), owed)
+            residual[chosen], velocity[chosen] = 0, 0
+        assert torch.equal(state_of(simulated, "velocity"), velocity)
+        assert torch.equal(state_of(simulated, "residual"), residual)
     assert velocity.any()
     assert bucket.uncompressed_numel == 2
 
 
-def state_of(crowd: Crowd, what: str) -> Tensor:
-    return crowd.compressors[0].state_dict()[f"{what}/weight"].flatten()
+def state_of(simulated: SimulatedRanks, what: str) -> Tensor:
+    return simulated.compressors[0].state_dict()[f"{what}/weight"].flatten()
 
 
 @both
-def test_plain_tensors_have_no_momentum(name: str) -> None:
-    crowd = Crowd(1, f"compression={name}", "compression.momentum_correction=0.5", model=Vector)
-    assert [crowd.step([torch.ones(10)])[-2:].tolist() for _ in range(3)] == [[1, 1]] * 3
+def test_uncompressed_tensors_have_no_momentum(name: str) -> None:
+    simulated = SimulatedRanks(1, f"compression={name}", "compression.momentum_correction=0.5", model=Vector)
+    assert [simulated.step([torch.ones(10)])[-2:].tolist() for _ in range(3)] == [[1, 1]] * 3
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
 @both
-def test_a_new_compressor_with_the_state_goes_on_bit_for_bit(name: str) -> None:
+def test_restored_compressor_continues_bit_for_bit(name: str) -> None:
     overrides = (
         f"compression={name}",
         "compression.density=0.05",
         "compression.momentum_correction=0.9",
         "compression.warmup_steps=4",
     )
-    crowd, resumed = Crowd(2, *overrides), Crowd(2, *overrides)
+    simulated, resumed = SimulatedRanks(2, *overrides), SimulatedRanks(2, *overrides)
     for _ in range(3):
-        crowd.step(crowd.gradients())
-    for used, fresh in zip(crowd.compressors, resumed.compressors, strict=True):
+        simulated.step(simulated.gradients())
+    for used, fresh in zip(simulated.compressors, resumed.compressors, strict=True):
         fresh.load_state_dict({key: tensor.clone() for key, tensor in used.state_dict().items()})
     for _ in range(3):
-        gradients = crowd.gradients()
-        assert torch.equal(crowd.step(gradients), resumed.step(gradients))
+        gradients = simulated.gradients()
+        assert torch.equal(simulated.step(gradients), resumed.step(gradients))
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def test_a_new_compressor_with_the_state_goes_on_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize(
     ("size", "count"), [(1, 1), (7, 1), (7, 7), (7, 5), (65_537, 1), (65_537, 3277), (65_537, 65_536)]
 )
-def test_positions_drawn_differ_and_lie_in_range(size: int, count: int) -> None:
+def test_drawn_positions_are_distinct_and_in_range(size: int, count: int) -> None:
     for key in "abc":
         drawn = stratified_sample(size, count, key)
         assert drawn.dtype == torch.int64
@@ -234,7 +238,7 @@ def test_positions_drawn_differ_and_lie_in_range(size: int, count: int) -> None:
         assert drawn.max() < size
 
 
-def test_the_draw_depends_on_its_key_alone() -> None:
+def test_draw_depends_on_its_key_alone() -> None:
     torch.manual_seed(1)
     first = stratified_sample(10_000, 100, "key")
     torch.manual_seed(2)
@@ -243,7 +247,7 @@ def test_the_draw_depends_on_its_key_alone() -> None:
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 7), (23, 5), (12, 4)])
-def test_every_position_is_as_likely_as_any_other(size: int, count: int) -> None:
+def test_all_positions_are_equally_likely(size: int, count: int) -> None:
     draws = 4000
     seen = torch.zeros(size)
     for number in range(draws):
@@ -253,8 +257,8 @@ def test_every_position_is_as_likely_as_any_other(size: int, count: int) -> None
     assert (seen / draws - share).abs().max() < 5 * (share * (1 - share) / draws) ** 0.5
 
 
-def test_every_position_of_a_stretch_can_be_drawn() -> None:
-    # Stretches of three and of two, so that the second draw may lie next to the first or far from it, on either side.
+def test_every_position_of_an_interval_can_be_drawn() -> None:
+    # Intervals of three and of two: the second draw may lie next to the first or far from it, on either side.
     drawn = [stratified_sample(5, 2, str(number)) for number in range(60)]
     assert {int(second - first) % 5 for first, second in drawn} == {1, 2, 3, 4}
 
@@ -273,40 +277,40 @@ def _on_rank() -> dict[str, Any]:
             bucket = bucket_for(used)
             exchanges = Exchanges(used, everyone, Stopwatch(runtime.device))
             torch.manual_seed(world.rank)
-            given, got = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
+            contributed, aggregated = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
             for _ in range(3):
                 used.begin_step()
                 bucket.flat.normal_()
-                given += bucket.flat
+                contributed += bucket.flat
                 before = everyone.ledger.total()
                 exchanges.start(bucket)
                 exchanges.finish()
                 sent = everyone.ledger.total() - before
-                got += bucket.flat
-            kept = torch.cat([used.state_dict()[f"residual/{key}"].flatten() for key in bucket.compressed_tensors])
-            everyone.all_reduce(given)
-            everyone.all_reduce(kept)
-            inside = given.numel() - bucket.uncompressed_numel
+                aggregated += bucket.flat
+            residual = torch.cat([used.state_dict()[f"residual/{key}"].flatten() for key in bucket.compressed_tensors])
+            everyone.all_reduce(contributed)
+            everyone.all_reduce(residual)
+            inside = contributed.numel() - bucket.uncompressed_numel
             names = list(bucket.compressed_tensors)
             flat = torch.cat([bucket.tensors[key].flatten() for key in names])
             assert flat.numel() == inside
             found[name] = {
-                "digest": int(digest([got])),
+                "digest": int(digest([aggregated])),
                 "sent": sent,
                 "message": used.encode(bucket).numel(),
                 "elements": sum(used.counts(bucket, used.step).values()) + bucket.uncompressed_numel,
-                "sum": (float(got[:inside].sum() + kept.sum()), float(given[:inside].sum())),
+                "sum": (float(aggregated[:inside].sum() + residual.sum()), float(contributed[:inside].sum())),
             }
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_on_gloo_all_ranks_get_the_same_and_the_ledger_counts_the_messages(ranks: int) -> None:
+def test_gloo_ranks_get_equal_sums_and_bytes_are_counted(ranks: int) -> None:
     everyone = run_ranks(_on_rank, ranks)
     for name in ("topk", "randomk"):
         assert len({found[name]["digest"] for found in everyone}) == 1
-        came, given = everyone[0][name]["sum"]
-        assert came == pytest.approx(given, abs=0.05)
+        sum_and_residuals, contributed = everyone[0][name]["sum"]
+        assert sum_and_residuals == pytest.approx(contributed, abs=0.05)
     for found in everyone:
         assert found["topk"]["sent"] == (ranks - 1) * found["topk"]["message"]
         assert found["randomk"]["sent"] == ring_all_reduce_bytes(4 * found["randomk"]["elements"], ranks)

@@ -1,4 +1,4 @@
-"""compression=topk: the largest elements of each tensor travel with their positions."""
+"""compression=topk: the largest elements of each tensor are sent with their positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.compression import topk
 from distrain.compression.topk import TopK, largest
-from tests.compression.crowd import Crowd, bucket_for, compressor
+from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, compressor
 
 SAMPLED, EXACT = 1, 10**9
 
@@ -25,22 +25,22 @@ def reference(tensor: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("sample_above", [SAMPLED, EXACT])
 @pytest.mark.parametrize("density", [0.0001, 0.01, 0.05, 0.5, 0.99, 1])
 @pytest.mark.parametrize("size", [1, 7, 30_011])
-def test_the_largest_are_chosen_in_order(size: int, density: float, sample_above: int) -> None:
+def test_largest_elements_are_chosen_in_ascending_order(size: int, density: float, sample_above: int) -> None:
     count = max(1, math.ceil(density * size))
-    # Heavy tails, as gradients have; no two alike.
+    # Heavy tails, as gradients have, and no two magnitudes equal.
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
     assert torch.equal(largest(tensor, count, sample_above, "key"), reference(tensor, count))
 
 
 @pytest.mark.parametrize("count", [30, 3_000, 12_000])
-def test_the_sample_spares_comparing_most_elements_and_misses_none(count: int) -> None:
+def test_sampled_threshold_leaves_few_candidates_but_enough(count: int) -> None:
     magnitudes = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
     for number in range(20):
         candidates = topk._candidates(magnitudes, count, str(number))
         assert count <= len(candidates) < max(3 * count, 1_000)
 
 
-def test_a_sample_that_misleads_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_candidates_still_give_the_exact_result(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(1000.0)
     monkeypatch.setattr(topk, "_candidates", lambda magnitudes, count, key: torch.tensor([999]))
     assert largest(tensor, 10, SAMPLED, "key").tolist() == list(range(990, 1000))
@@ -48,7 +48,7 @@ def test_a_sample_that_misleads_costs_time_only(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("sample_above", [SAMPLED, EXACT])
 @pytest.mark.parametrize("value", [0.0, 3.0, float("nan"), float("inf")])
-def test_of_equal_elements_and_of_numbers_that_are_none_as_many_are_chosen(value: float, sample_above: int) -> None:
+def test_equal_and_non_finite_elements_give_the_right_count(value: float, sample_above: int) -> None:
     tensor = torch.full((5000,), value)
     tensor[17] = 5.0
     chosen = largest(tensor, 100, sample_above, "key")
@@ -62,21 +62,21 @@ def test_of_equal_elements_and_of_numbers_that_are_none_as_many_are_chosen(value
 
 
 def test_each_rank_sends_its_own_largest_and_keeps_the_rest() -> None:
-    crowd = Crowd(2, "compression=topk", "compression.density=0.01")
-    first, second = crowd.gradients()
+    simulated = SimulatedRanks(2, "compression=topk", "compression.density=0.01")
+    first, second = simulated.gradients()
     images = slice(0, 270)  # the first tensor in the bucket, of which 3 elements are sent
     first[images] = 0.0
     second[images] = 0.0
     first[[3, 5, 200]] = torch.tensor([8.0, -9.0, 7.0])
     first[100] = 1.0
     second[[5, 6, 269]] = torch.tensor([2.0, 3.0, 4.0])
-    got = crowd.step([first, second])[images]
+    got = simulated.step([first, second])[images]
     assert got.nonzero().flatten().tolist() == [3, 5, 6, 200, 269]
     assert got[[3, 5, 6, 200, 269]].tolist() == [8, -7, 3, 7, 4]
-    assert crowd.owed()[images].nonzero().flatten().tolist() == [100]
+    assert simulated.residuals()[images].nonzero().flatten().tolist() == [100]
 
 
-def test_elements_of_a_channels_last_weight_come_back_to_their_places() -> None:
+def test_elements_of_a_channels_last_weight_keep_their_positions() -> None:
     used = compressor("compression=topk", "compression.density=0.01")
     bucket, receiver = bucket_for(used), bucket_for(used)
     bucket.tensors["images"][2, 3, 1, 0] = 5.0
@@ -86,36 +86,36 @@ def test_elements_of_a_channels_last_weight_come_back_to_their_places() -> None:
     assert receiver.flat.count_nonzero() == 1
 
 
-def test_what_bf16_rounds_off_is_kept() -> None:
-    crowd = Crowd(1, "compression=topk", "compression.density=0.01", "compression.values=bf16")
-    gradient = torch.zeros_like(crowd.buckets[0].flat)
+def test_bf16_rounding_error_stays_in_the_residual() -> None:
+    simulated = SimulatedRanks(1, "compression=topk", "compression.density=0.01", "compression.values=bf16")
+    gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[0] = 1 + 2**-12
-    got = crowd.step([gradient])
+    got = simulated.step([gradient])
     assert got[0] == 1
-    assert crowd.owed()[0] == 2**-12
+    assert simulated.residuals()[0] == 2**-12
 
 
-def test_full_values_are_sent_whole() -> None:
-    crowd = Crowd(1, "compression=topk", "compression.density=0.01", "compression.values=full")
-    gradient = torch.zeros_like(crowd.buckets[0].flat)
+def test_full_values_are_sent_unrounded() -> None:
+    simulated = SimulatedRanks(1, "compression=topk", "compression.density=0.01", "compression.values=full")
+    gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[0] = 1 + 2**-12
-    assert crowd.step([gradient])[0] == 1 + 2**-12
-    assert not crowd.owed().any()
+    assert simulated.step([gradient])[0] == 1 + 2**-12
+    assert not simulated.residuals().any()
 
 
 @pytest.mark.parametrize("values", ["bf16", "full"])
-def test_infinity_is_sent_and_not_kept(values: str) -> None:
-    crowd = Crowd(1, "compression=topk", "compression.density=0.02", f"compression.values={values}")
-    gradient = torch.zeros_like(crowd.buckets[0].flat)
+def test_non_finite_values_are_sent_and_leave_no_residual(values: str) -> None:
+    simulated = SimulatedRanks(1, "compression=topk", "compression.density=0.02", f"compression.values={values}")
+    gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[[0, 5]] = torch.tensor([float("inf"), float("nan")])
-    got = crowd.step([gradient])
+    got = simulated.step([gradient])
     assert got[0].isinf()
     assert got[5].isnan()
-    assert not crowd.owed().any()
+    assert not simulated.residuals().any()
 
 
 @pytest.mark.parametrize(("values", "bits"), [("bf16", 16), ("full", 32)])
-def test_the_message_is_values_and_six_bits_a_position(values: str, bits: int) -> None:
+def test_message_takes_about_six_bits_per_position(values: str, bits: int) -> None:
     used = compressor("compression=topk", "compression.density=0.05", f"compression.values={values}")
     assert isinstance(used, TopK)
     bucket = bucket_for(used)
@@ -129,7 +129,7 @@ def test_the_message_is_values_and_six_bits_a_position(values: str, bits: int) -
     assert message.dtype == torch.uint8
 
 
-def test_all_messages_of_a_step_are_of_one_size() -> None:
+def test_message_size_does_not_depend_on_content() -> None:
     sizes = set()
     for fill in (0.0, 1.0, float("nan")):
         used = compressor("compression=topk")
@@ -140,7 +140,7 @@ def test_all_messages_of_a_step_are_of_one_size() -> None:
     assert len(sizes) == 1
 
 
-def test_a_message_that_is_cut_off_is_refused() -> None:
+def test_truncated_message_is_refused() -> None:
     used = compressor("compression=topk")
     bucket = bucket_for(used)
     used.begin_step()
@@ -149,7 +149,7 @@ def test_a_message_that_is_cut_off_is_refused() -> None:
         used.decode(message[:-8], bucket)
 
 
-def test_a_bucket_with_nothing_to_compress_travels_as_it_is() -> None:
-    crowd = Crowd(2, "compression=topk", "compression.min_elements=1000000")
-    gradients = crowd.gradients()
-    assert torch.equal(crowd.step(gradients), gradients[0] + gradients[1])
+def test_bucket_without_compressed_part_is_summed_exactly() -> None:
+    simulated = SimulatedRanks(2, "compression=topk", "compression.min_elements=1000000")
+    gradients = simulated.gradients()
+    assert torch.equal(simulated.step(gradients), gradients[0] + gradients[1])

@@ -21,7 +21,7 @@ def codes(bits: int, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("count", SIZES)
-def test_what_was_packed_comes_back(bits: int, count: int) -> None:
+def test_unpacking_restores_what_was_packed(bits: int, count: int) -> None:
     original = codes(bits, count)
     packed = pack_bits(original, bits)
     assert packed.dtype == torch.uint8
@@ -40,17 +40,17 @@ def test_byte_i_holds_the_ith_number_of_each_run(bits: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [8, 4096])
-def test_single_bits_are_numpys_across_runs(count: int) -> None:
+def test_single_bits_agree_with_numpy_across_runs(count: int) -> None:
     original = codes(1, count)
     expected = np.packbits(original.view(8, -1).numpy(), axis=0, bitorder="little")
     assert pack_bits(original, 1).tolist() == expected.ravel().tolist()
 
 
-def test_left_over_bits_are_zero() -> None:
+def test_unused_bits_are_zero() -> None:
     assert pack_bits(torch.full((3,), 3, dtype=torch.uint8), 2).tolist() == [0b00111111]
 
 
-def test_truth_values_are_single_bits() -> None:
+def test_booleans_are_packed_as_single_bits() -> None:
     flags = torch.tensor([True, False, True, True, False])
     packed = pack_bits(flags, 1)
     assert packed.tolist() == [0b01101]
@@ -64,7 +64,7 @@ def test_higher_bits_of_a_number_do_not_reach_its_neighbours(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_rows_are_packed_each_by_itself(bits: int) -> None:
+def test_rows_are_packed_separately(bits: int) -> None:
     original = codes(bits, 2, 3, 13)
     packed = pack_bits(original, bits)
     assert packed.shape == (2, 3, packed_size(13, bits))
@@ -72,7 +72,7 @@ def test_rows_are_packed_each_by_itself(bits: int) -> None:
     assert torch.equal(unpack_bits(packed, bits, 13), original)
 
 
-def test_packing_leaves_the_numbers_alone() -> None:
+def test_packing_does_not_change_its_input() -> None:
     for bits in WIDTHS:
         original = codes(bits, 64)
         before = original.clone()

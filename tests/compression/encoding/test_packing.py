@@ -8,7 +8,7 @@ import torch
 from distrain.compression.encoding.packing import pack, unpack
 
 
-def test_parts_of_any_type_come_back_in_order() -> None:
+def test_parts_of_any_dtype_are_restored_in_order() -> None:
     parts = [
         torch.tensor([1.5, -2.5, 3.5]),
         torch.tensor([7], dtype=torch.uint8),
@@ -23,7 +23,7 @@ def test_parts_of_any_type_come_back_in_order() -> None:
     assert all(torch.equal(part, original) for part, original in zip(found, parts, strict=True))
 
 
-def test_every_part_begins_at_a_multiple_of_eight_bytes() -> None:
+def test_every_part_starts_at_a_multiple_of_eight_bytes() -> None:
     parts = [torch.ones(3, dtype=torch.uint8), torch.ones(3), torch.ones(2, dtype=torch.float64)]
     packed = pack(parts)
     assert packed.tolist()[:8] == [1, 1, 1, 0, 0, 0, 0, 0]
@@ -43,6 +43,6 @@ def test_parts_are_views_of_the_message() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2, 300])
-def test_a_message_of_another_size_is_refused(count: int) -> None:
+def test_message_of_wrong_size_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"a message of 16 bytes should have {-(-count * 4 // 8) * 8}"):
         unpack(pack([torch.zeros(4)]), [(torch.float32, count)])

@@ -19,7 +19,7 @@ def some(count: int, size: int) -> Tensor:
 
 @pytest.mark.parametrize("low_bits", CODES)
 @pytest.mark.parametrize("size", SIZES)
-def test_what_was_written_is_read(size: int, low_bits: int) -> None:
+def test_reading_restores_what_was_written(size: int, low_bits: int) -> None:
     for count in {1, max(1, size // 100), max(1, size // 3), max(1, size - 1), size}:
         code = PositionCode(count, size, low_bits)
         for positions in (some(count, size), torch.arange(count), torch.arange(size - count, size)):
@@ -29,7 +29,7 @@ def test_what_was_written_is_read(size: int, low_bits: int) -> None:
             assert torch.equal(code.read(*written), positions)
 
 
-def test_nothing_in_nothing() -> None:
+def test_empty_tensor_has_an_empty_code() -> None:
     code = PositionCode.shortest(0, 0)
     assert code.bytes == (0, 0)
     assert code.read(*code.write(torch.empty(0, dtype=torch.int64))).tolist() == []
@@ -38,7 +38,7 @@ def test_nothing_in_nothing() -> None:
 @pytest.mark.parametrize(
     ("density", "bits", "low_bits"), [(0.001, 13, 8), (0.01, 9.4, 8), (0.05, 6.3, 4), (0.25, 4, 0), (1, 0, 0)]
 )
-def test_the_shortest_code_is_taken(density: float, bits: float, low_bits: int) -> None:
+def test_shortest_code_is_chosen(density: float, bits: float, low_bits: int) -> None:
     count, size = round(density * 1_000_000), 1_000_000
     code = PositionCode.shortest(count, size)
     assert code.low_bits == low_bits
@@ -47,7 +47,7 @@ def test_the_shortest_code_is_taken(density: float, bits: float, low_bits: int) 
     assert sum(code.bytes) <= size / 8
 
 
-def test_a_message_with_another_number_of_positions_is_refused() -> None:
+def test_message_with_wrong_number_of_positions_is_refused() -> None:
     code = PositionCode(5, 1000, 8)
     low, high = code.write(some(5, 1000))
     with pytest.raises(ValueError, match="a message holds 0 positions where 5 were expected"):

@@ -1,4 +1,4 @@
-"""Several ranks in one process: buckets of odd shapes, and exchanges that are delivered by hand."""
+"""Several ranks in one process: buckets of odd shapes, and collectives completed in lock step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.runs import compose
 
 
 class Odd(nn.Module):
-    """Sizes that divide by nothing, a weight that doesn't lie in rows, and tensors that travel as they are."""
+    """Parameters of odd sizes, one of them channels-last, and a bias that most compressors send uncompressed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Odd(nn.Module):
 
 
 def compressor(*overrides: str, seed: int = 0) -> MessageCompressor:
-    """What these overrides configure; tensors of any size are compressed where the compressor has a limit."""
-    # Threads on tensors this small wait for each other longer than they work; after the test they are as before.
+    """The configured compressor, with ``min_elements=1`` unless overridden."""
+    # On tensors this small threads cost more than they gain. A fixture restores their number after the test.
     torch.set_num_threads(1)
     made = build(_configuration(overrides), seed)
     assert isinstance(made, MessageCompressor)
@@ -56,8 +56,8 @@ def bucket_for(used: Compressor, model: nn.Module | None = None) -> Bucket:
     return bucket
 
 
-class Crowd:
-    """Ranks that exchange one bucket in lock step."""
+class SimulatedRanks:
+    """Ranks in one process that exchange one bucket in lock step."""
 
     def __init__(self, size: int, *overrides: str, model: type[nn.Module] = Odd) -> None:
         self.compressors = [compressor(*overrides) for _ in range(size)]
@@ -65,14 +65,14 @@ class Crowd:
         self._generator = torch.Generator().manual_seed(0)
 
     def gradients(self) -> list[Tensor]:
-        """Other random gradients for every rank."""
+        """New random gradients for every rank."""
         return [torch.randn(bucket.flat.shape, generator=self._generator) for bucket in self.buckets]
 
     def step(self, gradients: Sequence[Tensor]) -> Tensor:
         """One step's exchange.
 
         Returns:
-            The sum that all ranks got; that it is the same to the bit is asserted.
+            The sum that all ranks got. Asserts that it is equal on all ranks bit for bit.
         """
         ranks = [_Rank(len(self.buckets)) for _ in self.buckets]
         under_way: list[Iterator[Pending]] = []
@@ -90,8 +90,8 @@ class Crowd:
             assert torch.equal(bucket.flat.view(torch.uint8), self.buckets[0].flat.view(torch.uint8))
         return self.buckets[0].flat.clone()
 
-    def owed(self) -> Tensor:
-        """What all ranks together have not sent yet, in the layout of the bucket; zero where all is sent."""
+    def residuals(self) -> Tensor:
+        """The sum of all ranks' residuals, in the layout of the bucket; zero for uncompressed tensors."""
         total = torch.zeros_like(self.buckets[0].flat)
         for used, bucket in zip(self.compressors, self.buckets, strict=True):
             state, offset = used.state_dict(), 0
@@ -104,7 +104,7 @@ class Crowd:
 
 
 class _Rank:
-    """What a compressor needs of a communicator; what it starts is done when all ranks have started it."""
+    """The part of a communicator that compressors use; a collective completes when all ranks have started it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
