@@ -118,9 +118,9 @@ def main() -> None:
         rank, ranks, folder = arguments.worker
         work(int(rank), int(ranks), folder, arguments)
         return
-    with network.Network(arguments.hosts) if arguments.hosts > 1 else contextlib.nullcontext() as net:
+    with network.VirtualNetwork(arguments.hosts) if arguments.hosts > 1 else contextlib.nullcontext() as net:
         if net is not None:
-            net.limit(arguments.link)
+            net.set_rate(arguments.link)
         rows = [row for ranks in arguments.ranks for row in start(ranks, arguments.hosts, net)]
     print(f"{'ranks':>5} {'operation':16} {'bytes':>10} {'gloo ms':>9} {'memory ms':>9} {'ratio':>6}")
     for row in rows:
@@ -131,7 +131,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def start(ranks: int, hosts: int, net: network.Network | None) -> list[dict[str, Any]]:
+def start(ranks: int, hosts: int, net: network.VirtualNetwork | None) -> list[dict[str, Any]]:
     """Runs all ranks, and returns what they measured."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []

@@ -90,7 +90,7 @@ class Record:
         """Notes a step that has ended."""
         if first:
             self._start = time.perf_counter()
-        self.rows.append((time.perf_counter() - self._start, loss, counted, network.payload_sent()))
+        self.rows.append((time.perf_counter() - self._start, loss, counted, network.payload_bytes_sent()))
 
     def done(self) -> bool:
         """Whether this host has seen enough; hosts agree by asking the first."""
@@ -210,7 +210,9 @@ def work(arguments: argparse.Namespace) -> None:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def measure(net: network.Network, arguments: argparse.Namespace, contender: str, seconds: float) -> dict[str, Any]:
+def measure(
+    net: network.VirtualNetwork, arguments: argparse.Namespace, contender: str, seconds: float
+) -> dict[str, Any]:
     """Runs one contender on all hosts and sums up what they recorded."""
     with tempfile.TemporaryDirectory() as scratch:
         processes = []
@@ -358,9 +360,9 @@ def main() -> None:
     arguments.root = str(Path(arguments.root).resolve())
     found: list[dict[str, Any]] = []
     for hosts in arguments.hosts:
-        with network.Network(hosts) as net:
+        with network.VirtualNetwork(hosts) as net:
             for number, link in enumerate(arguments.links):
-                net.limit(None if link == "none" else link)
+                net.set_rate(None if link == "none" else link)
                 curve = number == 0 and hosts == arguments.hosts[0]
                 rows = []
                 for contender in arguments.only:

@@ -63,7 +63,7 @@ SPEED = [
 QUIET = ["logger=none", "trainer.progress=off", "runtime.threads=1", "resume=never"]
 
 
-def measure(net: network.Network, name: str, keys: list[str], patience: float) -> dict[str, Any]:
+def measure(net: network.VirtualNetwork, name: str, keys: list[str], patience: float) -> dict[str, Any]:
     """Runs a contender to its end and returns its summary; of hosts that train alone their speeds are summed."""
     served = "parameter_server" in CONTENDERS[name][0]
     alone = name == "alone"
@@ -99,7 +99,7 @@ def measure(net: network.Network, name: str, keys: list[str], patience: float) -
     return found
 
 
-def speed(net: network.Network, arguments: argparse.Namespace, link: str, name: str) -> dict[str, Any]:
+def speed(net: network.VirtualNetwork, arguments: argparse.Namespace, link: str, name: str) -> dict[str, Any]:
     """Images per second, milliseconds a step and bytes a rank and step."""
     steps = max(arguments.steps // 8, 12) if name in WAITING and link != "none" else arguments.steps
     if link == "none":
@@ -115,7 +115,7 @@ def speed(net: network.Network, arguments: argparse.Namespace, link: str, name: 
     }
 
 
-def accuracy(net: network.Network, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+def accuracy(net: network.VirtualNetwork, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """Test accuracy after the epochs, and bytes a rank and step."""
     keys = ["model=cifar_cnn", "data=cifar10", f"data.root={arguments.root}", f"data.batch_size={arguments.batch}"]
     keys += [f"trainer.epochs={arguments.epochs}", *QUIET, *arguments.override]
@@ -200,13 +200,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.root = str(Path(arguments.root).resolve())
     found: dict[str, dict[str, Any]] = {name: {} for name in arguments.only}
-    with network.Network(TRAINING_HOSTS + 1) as net:
+    with network.VirtualNetwork(TRAINING_HOSTS + 1) as net:
         for link in arguments.links if arguments.steps else []:
-            net.limit(None if link == "none" else link)
+            net.set_rate(None if link == "none" else link)
             for name in arguments.only:
                 found[name][link] = speed(net, arguments, link, name)
                 print(f"# {link}, {name}: {found[name][link]}", file=sys.stderr, flush=True)
-        net.limit(None)
+        net.set_rate(None)
         for name in arguments.only if arguments.epochs else []:
             if name != "alone":
                 found[name]["accuracy"] = accuracy(net, arguments, name)

@@ -1,4 +1,4 @@
-"""Hosts on one machine: ``python launch/testnet.py hosts=4 rate=100mbit -- torchrun launch/train.py strategy=ddp``."""
+"""Virtual hosts on one machine: ``python launch/testnet.py hosts=4 rate=100mbit -- torchrun launch/train.py …``."""
 
 from __future__ import annotations
 

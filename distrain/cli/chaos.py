@@ -25,7 +25,7 @@ from distrain.tools.chaos.campaign import Campaign, Unusable
 from distrain.tools.chaos.disturbed import Recovery, Training
 from distrain.tools.chaos.job import Hosts, Launcher, OneHost
 from distrain.tools.chaos.plan import KINDS
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 
 _NETWORKED = [name for name, kind in KINDS.items() if kind.needs_network]
 
@@ -162,16 +162,16 @@ def _possible(settings: ChaosSettings) -> list[str]:
 def _no_network(hosts: int) -> str | None:
     """Why there can be no test network of so many hosts, if so."""
     try:
-        with Network(hosts) as network:
-            network.slow(0.001)
+        with VirtualNetwork(hosts) as network:
+            network.add_delay(0.001)
     except (RuntimeError, ValueError) as error:
         return str(error)
     return None
 
 
 @contextlib.contextmanager
-def _networked(nproc: int, launch: Path) -> Iterator[tuple[Launcher, Network]]:
-    with Network(nproc) as network:
+def _networked(nproc: int, launch: Path) -> Iterator[tuple[Launcher, VirtualNetwork]]:
+    with VirtualNetwork(nproc) as network:
         yield Hosts(network, launch), network
 
 

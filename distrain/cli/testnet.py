@@ -1,4 +1,4 @@
-"""``launch/testnet.py``: runs a command on every host of a test network, or keeps one up to run commands on."""
+"""``launch/testnet.py``: makes a test network, runs a command on every host, or keeps the network up for commands."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import NoReturn
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, missing
 from distrain.tools.testnet import network
-from distrain.tools.testnet.network import Network, host_name
+from distrain.tools.testnet.network import VirtualNetwork, host_name
 
-#: Seconds that commands get to end after a signal before they are killed; torchrun's own for its ranks is 30.
-_GRACE = 40.0
+#: Seconds between forwarding a signal and killing the commands. torchrun gives its ranks 30.
+_GRACE_SECONDS = 40.0
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
@@ -32,16 +32,18 @@ class NetworkSettings:
     action: str = setting(
         "up: make a network; on: run a command on a host; down: end networks.", choices=("up", "on", "down")
     )
-    hosts: int = setting("How many hosts.", at_least=1, at_most=154)
-    rate: str | None = setting("What each host may send, like 100mbit or 1gbit; null: no limit.")
-    delay: str | None = setting("What each packet takes from host to host, like 10ms; null: none.")
-    loss: str | None = setting("Share of packets that don't arrive, like 0.1%; null: none.")
-    name: str | None = setting("What the network is called; null: a number for up, the only one for on, all for down.")
-    host: int = setting("on: which host, counted from 0.", at_least=0)
+    hosts: int = setting("Number of hosts.", at_least=1, at_most=154)
+    rate: str | None = setting("Rate at which each host can send, like 100mbit or 1gbit; null: no limit.")
+    delay: str | None = setting("Delay of each packet from host to host, like 10ms; null: none.")
+    loss: str | None = setting("Share of packets that are dropped, like 0.1%; null: none.")
+    name: str | None = setting(
+        "Name of the network; null: a number for up, the only network for on, all networks for down."
+    )
+    host: int = setting("on: number of the host, from 0.", at_least=0)
 
 
-class _Stopped(Exception):
-    """A signal asks this process to end."""
+class _SignalReceived(Exception):
+    """A signal that asks this process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -49,82 +51,82 @@ class _Stopped(Exception):
 
 
 def run(settings: NetworkSettings, command: Sequence[str]) -> int:
-    """Does what the settings say.
+    """Carries out ``action``.
 
     Args:
         settings: The command line before ``--``.
-        command: What stands behind it.
+        command: The command line after ``--``.
 
     Returns:
-        The exit code: the command's on the first host where it failed, as shells count.
+        The exit code: that of the first host on which the command failed (128 + number for a signal), else 0.
 
     Raises:
-        ConfigError: A setting can't be used, or this machine can't make networks.
+        ConfigError: A setting is invalid, or this machine can't make networks.
     """
     if settings.action == "down":
-        ended = network.down(settings.name)
-        print(f"ended: {', '.join(ended)}" if ended else "there is no such test network", flush=True)
+        removed = network.shut_down(settings.name)
+        print(f"ended: {', '.join(removed)}" if removed else "there is no such test network", flush=True)
         return 0
     if settings.action == "on":
-        _replace(settings, command)
-    delay, loss = seconds("delay", settings.delay), share("loss", settings.loss)
-    if settings.name in network.running():
+        _exec_on_host(settings, command)
+    delay, loss = parse_seconds("delay", settings.delay), parse_share("loss", settings.loss)
+    if settings.name in network.running_networks():
         raise ConfigError("name", settings.name, "a test network of this name is up")
-    with _stoppable(), contextlib.ExitStack() as stack:
+    with _signals_as_exceptions(), contextlib.ExitStack() as stack:
         try:
-            net = _made(stack, Network(settings.hosts, delay=delay, loss=loss, name=settings.name))
+            net = _enter_network(stack, VirtualNetwork(settings.hosts, delay=delay, loss=loss, name=settings.name))
             if settings.rate is not None:
-                _limit(net, settings.rate)
-            return _everywhere(net, command) if command else _hold(net)
-        except _Stopped as stopped:
-            return 128 + stopped.number
+                _set_rate(net, settings.rate)
+            return _run_on_all(net, command) if command else _wait_for_signal(net)
+        except _SignalReceived as received:
+            return 128 + received.number
 
 
-def seconds(key: str, text: str | None) -> float:
-    """A time like ``10ms``, in seconds.
+def parse_seconds(key: str, text: str | None) -> float:
+    """Converts a time like ``10ms`` to seconds.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: The text is not such a time.
     """
     if text is None:
         return 0.0
-    found = re.fullmatch(r"(\d+\.?\d*)(s|ms|us)", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+\.?\d*)(s|ms|us)", text)
+    if match is None:
         raise ConfigError(key, text, "must be a time like 10ms, 0.5s or 200us")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]
 
 
-def share(key: str, text: str | None) -> float:
-    """A share like ``0.1%``, as a number from 0 to 1.
+def parse_share(key: str, text: str | None) -> float:
+    """Converts a share like ``0.1%`` to a number from 0 to 1.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: The text is not such a share.
     """
     if text is None:
         return 0.0
-    found = re.fullmatch(r"(\d+\.?\d*)%", text)
-    if found is None or float(found[1]) > 100:
+    match = re.fullmatch(r"(\d+\.?\d*)%", text)
+    if match is None or float(match[1]) > 100:
         raise ConfigError(key, text, "must be a share of the packets like 0.1%")
-    return float(found[1]) / 100
+    return float(match[1]) / 100
 
 
-def _made(stack: contextlib.ExitStack, net: Network) -> Network:
+def _enter_network(stack: contextlib.ExitStack, net: VirtualNetwork) -> VirtualNetwork:
     try:
         return stack.enter_context(net)
     except RuntimeError as error:
         raise missing("testnet", str(error)) from error
 
 
-def _limit(net: Network, rate: str) -> None:
+def _set_rate(net: VirtualNetwork, rate: str) -> None:
     try:
-        net.limit(rate)
+        net.set_rate(rate)
     except RuntimeError as error:
-        raise ConfigError("rate", rate, f"tc refuses it, which wants 100mbit or 1gbit ({error})") from error
+        raise ConfigError("rate", rate, f"tc refuses this rate; write 100mbit or 1gbit ({error})") from error
 
 
-def _replace(settings: NetworkSettings, command: Sequence[str]) -> NoReturn:
-    """Becomes the command on a host of a network that is up."""
-    up = network.running()
+def _exec_on_host(settings: NetworkSettings, command: Sequence[str]) -> NoReturn:
+    """Replaces this process by the command, on a host of a running network."""
+    up = network.running_networks()
     name = settings.name
     if name is None and len(up) == 1:
         name = next(iter(up))
@@ -134,16 +136,16 @@ def _replace(settings: NetworkSettings, command: Sequence[str]) -> NoReturn:
     if settings.host >= hosts:
         raise ConfigError("host", settings.host, f"{name} has hosts 0 to {hosts - 1}")
     if not command:
-        raise missing("command", "write what to run after two dashes: testnet.py on host=0 -- COMMAND")
-    os.environ.update({"GLOO_SOCKET_IFNAME": "eth0", **network.rendezvous(settings.host, hosts)})
-    line = network.command_on(up[name][host_name(settings.host)], command)
+        raise missing("command", "write the command after two dashes: testnet.py on host=0 -- COMMAND")
+    os.environ.update({"GLOO_SOCKET_IFNAME": "eth0", **network.rendezvous_variables(settings.host, hosts)})
+    line = network.command_inside(up[name][host_name(settings.host)], command)
     os.execv(line[0], line)
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
+def _signals_as_exceptions() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
-        raise _Stopped(number)
+        raise _SignalReceived(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, stop) for number in numbers]
@@ -154,7 +156,7 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _hold(net: Network) -> int:
+def _wait_for_signal(net: VirtualNetwork) -> int:
     print(
         f"test network {net.name}: {', '.join(f'{host_name(host)} {net.address(host)}' for host in range(net.hosts))}\n"
         f"run there: python launch/testnet.py on name={net.name} host=0 -- COMMAND\n"
@@ -165,12 +167,12 @@ def _hold(net: Network) -> int:
         signal.pause()
 
 
-def _everywhere(net: Network, command: Sequence[str]) -> int:
-    """Runs the command on every host, with its lines behind the host's name."""
+def _run_on_all(net: VirtualNetwork, command: Sequence[str]) -> int:
+    """Runs the command on every host and prints its output, each line behind the host's name."""
     processes = [net.start(host, command) for host in range(net.hosts)]
-    mouth = threading.Lock()
+    lock = threading.Lock()
     printers = [
-        threading.Thread(target=_print, args=(host_name(host), process, mouth), daemon=True)
+        threading.Thread(target=_print_lines, args=(host_name(host), process, lock), daemon=True)
         for host, process in enumerate(processes)
     ]
     for printer in printers:
@@ -178,35 +180,35 @@ def _everywhere(net: Network, command: Sequence[str]) -> int:
     try:
         for process in processes:
             process.wait()
-    except _Stopped as stopped:
+    except _SignalReceived as received:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(stopped.number)
-        limit = time.monotonic() + _GRACE
+                process.send_signal(received.number)
+        deadline = time.monotonic() + _GRACE_SECONDS
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, limit - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
         raise
     finally:
-        # What they left behind on a host may hold their output open; it ends with the network.
+        # A process left behind on a host may keep the output open; it is killed with the network.
         for printer in printers:
             printer.join(1)
     codes = [process.returncode for process in processes]
     for host, code in enumerate(codes):
         if code:
-            print(f"{host_name(host)} | ended with {_told(code)}", file=sys.stderr, flush=True)
-    worst = next((code for code in codes if code), 0)
-    return 128 - worst if worst < 0 else worst
+            print(f"{host_name(host)} | ended with {_describe_exit(code)}", file=sys.stderr, flush=True)
+    failed = next((code for code in codes if code), 0)
+    return 128 - failed if failed < 0 else failed
 
 
-def _told(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
 
 
-def _print(host: str, process: subprocess.Popen[bytes], mouth: threading.Lock) -> None:
+def _print_lines(host: str, process: subprocess.Popen[bytes], lock: threading.Lock) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        # A progress bar returns to the start of its line.
+        # Of a progress bar, which rewrites its line, only the last state is printed.
         text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
-        with mouth:
+        with lock:
             print(f"{host} | {text}", flush=True)

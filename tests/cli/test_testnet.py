@@ -1,4 +1,4 @@
-"""``launch/testnet.py``: what may be typed, and what is said."""
+"""``launch/testnet.py``: its settings and its messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distrain.cli import testnet
 from distrain.cli.testnet import NetworkSettings
 from distrain.errors import ConfigError
 from distrain.tools.testnet import network
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 from tests.hosts import needs_network
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "testnet.py"
@@ -39,25 +39,25 @@ def settings(**changes: object) -> NetworkSettings:
 
 @pytest.mark.parametrize(("text", "value"), [("10ms", 0.01), ("0.5s", 0.5), ("200us", 2e-4), (None, 0.0)])
 def test_times_have_units(text: str | None, value: float) -> None:
-    assert testnet.seconds("delay", text) == pytest.approx(value)
+    assert testnet.parse_seconds("delay", text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["10", "ms", "-1ms", "1h", "1e3ms"])
 def test_other_times_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"^delay={text}: must be a time like 10ms"):
-        testnet.seconds("delay", text)
+        testnet.parse_seconds("delay", text)
 
 
 def test_share_is_in_percent() -> None:
-    assert testnet.share("loss", "0.1%") == pytest.approx(0.001)
-    assert testnet.share("loss", "100%") == 1.0
+    assert testnet.parse_share("loss", "0.1%") == pytest.approx(0.001)
+    assert testnet.parse_share("loss", "100%") == 1.0
     for text in ("0.1", "101%", "%", "-1%"):
         with pytest.raises(ConfigError, match=f"^loss={text}: must be a share"):
-            testnet.share("loss", text)
+            testnet.parse_share("loss", text)
 
 
 def test_rendezvous_puts_the_first_host_first() -> None:
-    found = [network.rendezvous(host, 12) for host in range(12)]
+    found = [network.rendezvous_variables(host, 12) for host in range(12)]
     # torchrun ranks hosts by their addresses, as text.
     assert sorted(each["PET_LOCAL_ADDR"] for each in found) == [each["PET_LOCAL_ADDR"] for each in found]
     assert [each["PET_RDZV_CONF"] for each in found] == ["is_host=1"] + 11 * ["is_host=0"]
@@ -65,17 +65,20 @@ def test_rendezvous_puts_the_first_host_first() -> None:
     assert [each["RANK"] for each in found] == [str(host) for host in range(12)]
 
 
-def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_root_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^testnet: a test network needs root") as refused:
         testnet.run(settings(), ["true"])
     assert "\n" not in str(refused.value)
 
 
-def test_without_its_tools_one_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("distrain.tools.testnet.network.shutil.which", lambda tool: None if tool == "tc" else tool)
-    assert network.lacking() == "a test network needs tc, from the packages iproute2, util-linux, mount and hostname"
+    assert (
+        network.unavailable_reason()
+        == "a test network needs tc, from the packages iproute2, util-linux, mount and hostname"
+    )
 
 
 def test_command_on_a_network_that_is_not_up_is_refused() -> None:
@@ -84,8 +87,8 @@ def test_command_on_a_network_that_is_not_up_is_refused() -> None:
 
 
 @needs_network
-def test_runs_on_every_host_and_says_who_failed() -> None:
-    # What the command itself sets for Hydra is not handed on.
+def test_command_runs_on_every_host_and_the_failed_host_is_named() -> None:
+    # The launcher's own HYDRA_FULL_ERROR is not passed to the command.
     done = typed(
         "hosts=3", "--", "sh", "-c", "echo $RANK of $WORLD_SIZE $HYDRA_FULL_ERROR; test $(hostname) != host1 || exit 9"
     )
@@ -95,7 +98,7 @@ def test_runs_on_every_host_and_says_who_failed() -> None:
 
 
 @needs_network
-def test_links_are_as_typed() -> None:
+def test_links_have_the_requested_properties() -> None:
     script = "test $(hostname) = host0 && tc qdisc show dev eth0 || true"
     done = typed("hosts=2", "rate=100mbit", "delay=1ms", "loss=0.1%", "--", "sh", "-c", script)
     assert done.returncode == 0, done.stderr
@@ -103,21 +106,21 @@ def test_links_are_as_typed() -> None:
     assert "rate 100Mbit" in done.stdout
 
 
-def test_mistake_is_one_line() -> None:
+def test_invalid_setting_is_refused_in_one_line() -> None:
     done = typed("hosts=0")
     assert done.returncode == 2
     assert done.stderr == "distrain: hosts=0: must be at least 1\n"
 
 
 @needs_network
-def test_rate_that_tc_refuses_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"^rate=fast: tc refuses it, which wants 100mbit or 1gbit"):
+def test_rate_that_tc_refuses_is_reported() -> None:
+    with pytest.raises(ConfigError, match=r"^rate=fast: tc refuses this rate; write 100mbit or 1gbit"):
         testnet.run(settings(rate="fast"), ["true"])
 
 
 @needs_network
-def test_on_runs_on_a_host_of_a_network_that_is_up() -> None:
-    with Network(2, name="standing"):
+def test_on_runs_the_command_on_one_host() -> None:
+    with VirtualNetwork(2, name="standing"):
         done = typed("on", "name=standing", "host=1", "--", "sh", "-c", "hostname; echo $PET_RDZV_ENDPOINT; exit 4")
         assert done.stdout.splitlines() == ["host1", f"{network.address(0)}:29500"]
         assert done.returncode == 4

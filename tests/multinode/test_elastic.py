@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from distrain.cli.run_folder import RunFolder
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 from tests.harness import run_ranks
 from tests.hosts import needs_network
 from tests.runs import LAUNCH, SMALL, relative_difference, small
@@ -44,7 +44,7 @@ QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"
 PATIENCE = 90
 
 
-def start(net: Network, host: int, run: Path) -> subprocess.Popen[bytes]:
+def start(net: VirtualNetwork, host: int, run: Path) -> subprocess.Popen[bytes]:
     """The torchrun agent of a host, as ``docs/recovery.md`` starts it; what all say is in one file."""
     return net.start(
         host,
@@ -64,7 +64,7 @@ def start(net: Network, host: int, run: Path) -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def started(net: Network, run: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started(net: VirtualNetwork, run: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     agents = [start(net, host, run) for host in range(net.hosts)]
     try:
         yield agents
@@ -89,11 +89,11 @@ def newest(run: Path) -> Path | None:
 @pytest.mark.parametrize("lost", [1, 2])
 def test_the_others_go_on_to_the_parameters_of_an_undisturbed_run(lost: int, tmp_path: Path) -> None:
     run, said = tmp_path / "run", tmp_path / "said"
-    with Network(3) as net, started(net, run) as agents:
+    with VirtualNetwork(3) as net, started(net, run) as agents:
         until((run / "logs" / "rank_2.log").exists, "three hosts begin", said)
         before = newest(run)
         until(lambda: newest(run) != before, "they save", said)
-        net.lose(lost)
+        net.power_off(lost)
         assert not (run / "summary.json").exists(), "the run is too short to be disturbed"
         for host in {0, 1, 2} - {lost}:
             assert agents[host].wait(PATIENCE) == 0, said.read_text()[-3000:]

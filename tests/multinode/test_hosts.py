@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.hosts import needs_network, on_host, run_on_hosts
 from tests.runs import relative_difference, small, train_on_rank
@@ -24,14 +24,14 @@ SGD = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.max_steps=12", "trainer.pr
 
 
 @pytest.fixture(scope="module")
-def two_hosts() -> Iterator[Network]:
-    with Network(2) as net:
+def two_hosts() -> Iterator[VirtualNetwork]:
+    with VirtualNetwork(2) as net:
         yield net
 
 
 @pytest.fixture(scope="module")
-def four_hosts() -> Iterator[Network]:
-    with Network(4) as net:
+def four_hosts() -> Iterator[VirtualNetwork]:
+    with VirtualNetwork(4) as net:
         yield net
 
 
@@ -43,7 +43,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return model
 
 
-def train(net: Network, folder: Any, *overrides: str) -> dict[str, Any]:
+def train(net: VirtualNetwork, folder: Any, *overrides: str) -> dict[str, Any]:
     """Trains on all hosts; rank 0's outcome."""
     outcome: dict[str, Any] = run_on_hosts(net, train_on_rank, small(*SGD, f"run_dir={folder}", *overrides))[0]
     return outcome
@@ -73,7 +73,7 @@ def test_hosts_train_the_parameters_of_one_process(
     ids=" ".join,
 )
 def test_hosts_train_what_as_many_ranks_of_one_host_train(
-    keys: tuple[str, ...], two_hosts: Network, tmp_path: Any
+    keys: tuple[str, ...], two_hosts: VirtualNetwork, tmp_path: Any
 ) -> None:
     together = train(two_hosts, tmp_path / "hosts", *keys)
     config = small(*SGD, f"run_dir={tmp_path / 'one'}", *keys)
@@ -85,7 +85,7 @@ def test_hosts_train_what_as_many_ranks_of_one_host_train(
 def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path) -> None:
     keys = ("strategy=ddp", "trainer.max_steps=1000000", "trainer.epochs=1000000", "runtime.timeout_seconds=3")
     config = small("model=simple_cnn", *keys, f"run_dir={tmp_path}", "trainer.log_every_steps=1")
-    with Network(2) as net:
+    with VirtualNetwork(2) as net:
         lost: list[float] = []
 
         def cut() -> None:
@@ -93,12 +93,12 @@ def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path
             deadline = time.monotonic() + 40
             while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            net.lose(1)
+            net.power_off(1)
             lost.append(time.monotonic())
 
         cutting = threading.Thread(target=cut)
         cutting.start()
-        holders = [net.holder(host) for host in range(net.hosts)]
+        holders = [net.namespace_pid(host) for host in range(net.hosts)]
         stays, goes = run_ranks_to_the_end(on_host, 2, holders, train_on_rank, (config,), timeout=55)
         ended = time.monotonic()
         cutting.join()

@@ -16,7 +16,7 @@ from distrain.tools.chaos import compare, disk
 from distrain.tools.chaos.disturbed import Disturbed, Recovery, Training
 from distrain.tools.chaos.job import Job, Launcher
 from distrain.tools.chaos.plan import KINDS, Run, draw_kinds, plan
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 
 _POLL_SECONDS = 0.01
 #: A small disk holds so many times what the undisturbed run left.
@@ -65,7 +65,7 @@ class Campaign:
 
     training: Training
     launcher: Launcher
-    networked: Callable[[], AbstractContextManager[tuple[Launcher, Network]]]
+    networked: Callable[[], AbstractContextManager[tuple[Launcher, VirtualNetwork]]]
     folder: Path
     patience_seconds: float
     keep: bool

@@ -14,7 +14,7 @@ from distrain.tools.chaos.damage import Checkpoints
 from distrain.tools.chaos.disk import Disk
 from distrain.tools.chaos.job import Job, Launcher
 from distrain.tools.chaos.plan import KINDS, Fault, Follows
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 
 _POLL_SECONDS = 0.01
 #: What a run may take to be gone, besides its own time limit.
@@ -120,7 +120,7 @@ class Disturbed:
         *,
         patience_seconds: float,
         disk: Disk | None,
-        network: Network | None,
+        network: VirtualNetwork | None,
         say: Callable[[str], None],
     ) -> None:
         self.recoveries: list[Recovery] = []

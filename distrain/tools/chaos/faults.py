@@ -14,7 +14,7 @@ from distrain.tools.chaos.damage import Checkpoints
 from distrain.tools.chaos.disk import FULL, Disk
 from distrain.tools.chaos.job import Job
 from distrain.tools.chaos.plan import KINDS, Fault, Follows
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 
 #: A full disk must be met by a save, and told of, within this time.
 _FIRST_SAVE_SECONDS = 30
@@ -42,7 +42,7 @@ class Scene:
     job: Job
     checkpoints: Checkpoints
     disk: Disk | None = None
-    network: Network | None = None
+    network: VirtualNetwork | None = None
     mends: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -131,8 +131,8 @@ def _cut_link(scene: Scene, fault: Fault) -> str:
     assert scene.network is not None
     if scene.job.has_ended():
         raise Missed("the run had ended")
-    scene.network.cut(fault.rank)
-    scene.mends.append(scene.network.mend)
+    scene.network.cut_link(fault.rank)
+    scene.mends.append(scene.network.restore_links)
     return f"link of rank {fault.rank}'s host cut"
 
 
@@ -141,11 +141,11 @@ def _delay_link(scene: Scene, fault: Fault) -> str:
     seconds = fault.draws[0] * _LONGEST_WHILE
     if scene.job.has_ended():
         raise Missed("the run had ended")
-    scene.network.slow(_LATE_SECONDS)
+    scene.network.add_delay(_LATE_SECONDS)
     try:
         time.sleep(seconds)
     finally:
-        scene.network.mend()
+        scene.network.restore_links()
     return f"links slow for {seconds:.1f} s"
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from distrain.errors import ConfigError
 from distrain.tools.chaos import processes
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 
 #: Longest line of metrics.jsonl that is looked for.
 _TAIL = 1 << 16
@@ -86,7 +86,7 @@ class Hosts:
         launch: The folder with distrain's ``train.py``.
     """
 
-    def __init__(self, network: Network, launch: Path) -> None:
+    def __init__(self, network: VirtualNetwork, launch: Path) -> None:
         self.network = network
         self._launch = launch
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrain.tools.testnet.network import leads_in
+from distrain.tools.testnet.network import is_entry_process
 
 #: The environment variable that holds the mark.
 VARIABLE = "DISTRAIN_CHAOS"
@@ -38,7 +38,7 @@ def ranks(mark: str) -> dict[int, int]:
     found = {
         pid: int(variables["RANK"])
         for pid, variables in marked(mark).items()
-        if "RANK" in variables and not leads_in(pid)
+        if "RANK" in variables and not is_entry_process(pid)
     }
     return {rank: pid for pid, rank in found.items() if _parent(pid) not in found}
 

@@ -1,1 +1,1 @@
-"""Several hosts on one Linux machine, with links of a chosen bandwidth, delay and loss."""
+"""Virtual hosts on one Linux machine, joined by links of a chosen bandwidth, delay and packet loss."""

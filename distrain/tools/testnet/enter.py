@@ -1,7 +1,7 @@
 """Runs a command inside the namespaces of another process: ``python enter.py PID COMMAND...``.
 
-util-linux's ``nsenter`` keeps signals to itself, and leaves the command behind when it is killed; this hands signals
-on, ends as the command ended, and takes the command along when it is killed itself.
+Unlike util-linux's ``nsenter``, this forwards signals to the command, ends with the command's exit status, and kills
+the command when it is killed itself.
 """
 
 from __future__ import annotations
@@ -12,44 +12,45 @@ import signal
 import sys
 from pathlib import Path
 
-#: The mount namespace is last: after it ``/proc`` shows the holder's processes only.
-_SPACES = ("pid_for_children", "net", "uts", "mnt")
+#: The mount namespace comes last, because afterwards ``/proc`` shows the holder's processes only.
+_NAMESPACES = ("pid_for_children", "net", "uts", "mnt")
 _PR_SET_PDEATHSIG = 1
-_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def enter(holder: int) -> None:
-    """The calling process, which must have one thread, goes on inside the holder's namespaces.
+def enter_namespaces(holder: int) -> None:
+    """Forks a child inside the holder's namespaces; returns in the child only.
 
-    Returns in a child of it, because a process can't change the namespace in which it counts. What called stays
-    outside, hands signals on, and ends as the child ends; the child dies with it.
+    A fork is needed because a process can't change its own PID namespace. The calling process, which must have a single
+    thread, never returns: it forwards signals to the child and ends with the child's exit status. The child is killed
+    if the caller dies.
 
     Args:
-        holder: Process number of one that made network, host name, mount and process namespaces.
+        holder: Number of a process that has network, host name, mount and PID namespaces of its own.
 
     Raises:
-        OSError: The holder is gone, or the kernel refuses.
+        OSError: The holder has ended, or the kernel refuses.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     folder = Path.cwd()
-    opened = [os.open(f"/proc/{holder}/ns/{space}", os.O_RDONLY) for space in _SPACES]
-    for space, descriptor in zip(_SPACES, opened, strict=True):
+    descriptors = [os.open(f"/proc/{holder}/ns/{space}", os.O_RDONLY) for space in _NAMESPACES]
+    for space, descriptor in zip(_NAMESPACES, descriptors, strict=True):
         if libc.setns(descriptor, 0):
             number = ctypes.get_errno()
             raise OSError(number, f"can't enter namespace {space} of process {holder}: {os.strerror(number)}")
         os.close(descriptor)
-    # Another mount namespace starts at its root.
+    # Entering a mount namespace changes the working directory to its root.
     os.chdir(folder)
-    # What comes before there is a child to hand it on to must wait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
+    # Signals stay pending until there is a child to forward them to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     child = os.fork()
     if child == 0:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         return
-    for number in _HANDED_ON:
+    for number in _FORWARDED:
         signal.signal(number, lambda number, _: os.kill(child, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0:
         if -code != signal.SIGKILL:
@@ -60,12 +61,12 @@ def enter(holder: int) -> None:
 
 def main() -> None:
     """The command line."""
-    enter(int(sys.argv[1]))
+    enter_namespaces(int(sys.argv[1]))
     command = sys.argv[2:]
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        # As shells say it.
+        # The message and exit code of shells.
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         sys.exit(127)
 

@@ -1,7 +1,7 @@
-"""A switch that holds every frame back and loses some: ``python relay.py SECONDS LOSS PORT...``.
+"""A software switch that delays every frame and drops some: ``python relay.py SECONDS LOSS PORT...``.
 
-For kernels without netem, and the same on those that have it. Port number i leads to the host with the address
-``02:00:00:00:xx:xx`` that :func:`hardware_address` gives.
+Provides delay and loss on every kernel, because not all have netem. Port i leads to the host whose MAC address is
+:func:`hardware_address` of i.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import time
 _ETH_P_ALL = 3
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _BUFFER = 32 << 20
-# Linux's options of packet sockets. With a header that says what is left to do, frames larger than the wire's pass
-# whole and without their checksums, as the interfaces of one machine hand them to each other.
+# Linux's options of packet sockets. With PACKET_VNET_HDR each frame comes with a header that describes pending
+# segmentation and checksums, so that oversized frames without checksums pass unchanged between interfaces.
 _SOL_PACKET, _PACKET_VNET_HDR, _PACKET_IGNORE_OUTGOING = 263, 15, 23
-_HEADER = 10
-_LARGEST = 1 << 17
-#: Frames taken from one port before the others have their turn.
-_TURN = 64
+_HEADER_BYTES = 10
+_MAX_FRAME_BYTES = 1 << 17
+#: Most frames taken from one port before the next port is served.
+_FRAMES_PER_TURN = 64
 
 
 def hardware_address(port: int) -> str:
-    """The address of the interface behind a port, counted from 0."""
+    """MAC address of the host behind a port, counted from 0."""
     return f"02:00:00:00:{port >> 8:02x}:{port & 255:02x}"
 
 
@@ -37,7 +37,7 @@ def _open(name: str) -> socket.socket:
         try:
             port.setsockopt(socket.SOL_SOCKET, forced, _BUFFER)
         except PermissionError:
-            # The root of a user namespace gets what the system allows everybody.
+            # Root of a user namespace is bound by the system's limit for all users.
             port.setsockopt(socket.SOL_SOCKET, allowed, _BUFFER)
     port.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
     port.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
@@ -47,38 +47,38 @@ def _open(name: str) -> socket.socket:
 
 
 def relay(names: list[str], delay: float, loss: float) -> None:
-    """Passes frames on until the process is ended.
+    """Forwards frames until the process is ended.
 
     Args:
-        names: The interface of each port.
-        delay: Seconds by which each frame is held back.
-        loss: Share of the frames that go nowhere, from 0 to 1.
+        names: Interface of each port.
+        delay: Seconds by which each frame is delayed.
+        loss: Share of frames that are dropped, from 0 to 1.
     """
     ports = [_open(name) for name in names]
     print("ready", flush=True)
     waiting: collections.deque[tuple[float, list[socket.socket], bytes]] = collections.deque()
     while True:
-        # The delay is one for all, so what came first leaves first.
+        # All frames have the same delay, so they leave in order of arrival.
         timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         for port in select.select(ports, [], [], timeout)[0]:
-            for _ in range(_TURN):
+            for _ in range(_FRAMES_PER_TURN):
                 try:
-                    frame = port.recv(_LARGEST)
+                    frame = port.recv(_MAX_FRAME_BYTES)
                 except OSError:
-                    # Empty, or its host has gone.
+                    # No frame is waiting, or the host is gone.
                     break
                 if random.random() >= loss:
                     waiting.append((time.monotonic() + delay, _targets(ports, port, frame), frame))
         while waiting and waiting[0][0] <= time.monotonic():
             _, targets, frame = waiting.popleft()
             for port in targets:
-                # A host that is gone or can't keep up: the frame is lost, as on a wire.
+                # The host is gone or its buffer is full: the frame is dropped, as on a real link.
                 with contextlib.suppress(OSError):
                     port.send(frame)
 
 
 def _targets(ports: list[socket.socket], source: socket.socket, frame: bytes) -> list[socket.socket]:
-    target = frame[_HEADER : _HEADER + 6]
+    target = frame[_HEADER_BYTES : _HEADER_BYTES + 6]
     if target[0] & 1:
         return [port for port in ports if port is not source]
     number = target[4] << 8 | target[5]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distrain.tools.chaos import processes
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 from tests.hosts import needs_network
 
 if sys.platform != "linux":
@@ -70,7 +70,7 @@ def test_a_rank_is_the_first_process_that_has_its_number(start: Any) -> None:
 
 @needs_network
 def test_ranks_on_hosts_are_reached_from_outside() -> None:
-    with Network(2) as net:
+    with VirtualNetwork(2) as net:
         # RANK is the host's number; a worker of a rank's own has it too.
         command = ["sh", "-c", "sleep 60 & wait"]
         started = [net.start(host, command, {processes.VARIABLE: MARK}) for host in range(2)]

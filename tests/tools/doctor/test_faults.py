@@ -18,7 +18,7 @@ import pytest
 from distrain.cli import doctor
 from distrain.cli.doctor import DoctorSettings
 from distrain.errors import Failed
-from distrain.tools.testnet.network import Network, address
+from distrain.tools.testnet.network import VirtualNetwork, address
 from tests.hosts import needs_network, run_on_hosts
 
 pytestmark = needs_network
@@ -40,9 +40,9 @@ def examine(plants: Mapping[int, Mapping[str, Any]], wait: float, output: str) -
     return said.getvalue()
 
 
-def on_host(net: Network, host: int, *line: str) -> None:
+def on_host(net: VirtualNetwork, host: int, *line: str) -> None:
     """Runs a command on a host."""
-    subprocess.run(["nsenter", "--target", str(net.holder(host)), "--net", *line], check=True)
+    subprocess.run(["nsenter", "--target", str(net.namespace_pid(host)), "--net", *line], check=True)
 
 
 Found = dict[str, list[tuple[str, str]]]
@@ -69,9 +69,9 @@ def four_faults(tmp_path_factory: pytest.TempPathFactory) -> Found:
         1: {"path": [str(old.parent)]},
         2: {"clock": 120.0},
     }
-    with Network(4) as net:
-        net.limit("300mbit", [0, 1, 2])
-        net.limit("5mbit", [3])
+    with VirtualNetwork(4) as net:
+        net.set_rate("300mbit", [0, 1, 2])
+        net.set_rate("5mbit", [3])
         run_on_hosts(net, examine, plants, 20.0, str(folder / "found.json"))
     return findings(folder / "found.json")
 
@@ -112,7 +112,7 @@ def names_and_interfaces(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Three hosts without name service: one names its interface, one the wrong one, one none."""
     output = tmp_path_factory.mktemp("names") / "found.json"
     plants = {1: {"variables": {"GLOO_SOCKET_IFNAME": "lo"}}, 2: {"variables": {"GLOO_SOCKET_IFNAME": ""}}}
-    with Network(3, names=False) as net:
+    with VirtualNetwork(3, names=False) as net:
         run_on_hosts(net, examine, plants, 20.0, str(output))
     return findings(output)
 
@@ -138,7 +138,7 @@ def test_host_name_that_does_not_resolve(names_and_interfaces: Found) -> None:
 def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Four hosts: the second and the third can't talk, and the fourth never starts."""
     output = tmp_path_factory.mktemp("ports") / "found.json"
-    with Network(4) as net:
+    with VirtualNetwork(4) as net:
         on_host(net, 1, "ip", "route", "add", "blackhole", address(2))
         run_on_hosts(net, examine, {3: {"stays away": True}}, 3.0, str(output))
     return findings(output)
@@ -161,7 +161,7 @@ def test_rank_that_never_arrives(cut_off: Found) -> None:
 
 def test_port_where_ranks_meet_is_closed(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    with Network(2) as net:
+    with VirtualNetwork(2) as net:
         # Answers from there get lost, as behind a firewall.
         on_host(net, 0, "ip", "rule", "add", "ipproto", "tcp", "sport", "29501", "blackhole")
         _, said = run_on_hosts(net, examine, {}, 2.0, str(output))

@@ -1,4 +1,4 @@
-"""Hosts on this machine: each for itself, joined by links as they were asked for, and gone in the end."""
+"""Virtual hosts are isolated, their links have the requested properties, and nothing is left of them afterwards."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 
 from distrain.tools.testnet import network
-from distrain.tools.testnet.network import Network
+from distrain.tools.testnet.network import VirtualNetwork
 from tests.hosts import needs_network
 
 pytestmark = needs_network
 
 
-def said(net: Network, host: int, script: str) -> str:
-    """What a Python script prints on a host."""
+def run_script(net: VirtualNetwork, host: int, script: str) -> str:
+    """Runs a Python script on a host and returns its output."""
     process = net.start(host, [sys.executable, "-I", "-S", "-c", script])
     text, _ = process.communicate(timeout=20)
     assert process.returncode == 0, text
     return text.decode().strip()
 
 
-def started(net: Network, host: int, script: str, before: str = ":") -> subprocess.Popen[bytes]:
-    """A shell's script that is under way on a host."""
+def start_script(net: VirtualNetwork, host: int, script: str, before: str = ":") -> subprocess.Popen[bytes]:
+    """Starts a shell script on a host; returns once it is running."""
     process = net.start(host, ["sh", "-c", f"{before}; echo up; {script}"])
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
@@ -35,24 +35,26 @@ def started(net: Network, host: int, script: str, before: str = ":") -> subproce
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Network]:
-    with Network(2) as net:
+def pair() -> Iterator[VirtualNetwork]:
+    with VirtualNetwork(2) as net:
         yield net
 
 
-def test_host_has_its_own_name_interface_and_processes(pair: Network) -> None:
-    assert said(pair, 1, "import socket; print(socket.gethostname())") == "host1"
-    assert said(pair, 0, "import socket; print(*sorted(name for _, name in socket.if_nameindex()))") == "eth0 lo"
-    assert said(pair, 0, "import socket; print(socket.gethostbyname('host1'))") == pair.address(1)
-    assert int(said(pair, 0, "import os; print(sum(name.isdigit() for name in os.listdir('/proc')))")) < 10
-    assert said(pair, 0, "import os; print(os.environ['GLOO_SOCKET_IFNAME'], os.environ['PET_NNODES'])") == "eth0 2"
+def test_host_has_its_own_name_interface_and_processes(pair: VirtualNetwork) -> None:
+    assert run_script(pair, 1, "import socket; print(socket.gethostname())") == "host1"
+    assert run_script(pair, 0, "import socket; print(*sorted(name for _, name in socket.if_nameindex()))") == "eth0 lo"
+    assert run_script(pair, 0, "import socket; print(socket.gethostbyname('host1'))") == pair.address(1)
+    assert int(run_script(pair, 0, "import os; print(sum(name.isdigit() for name in os.listdir('/proc')))")) < 10
+    assert (
+        run_script(pair, 0, "import os; print(os.environ['GLOO_SOCKET_IFNAME'], os.environ['PET_NNODES'])") == "eth0 2"
+    )
 
 
-def test_command_starts_where_it_is_typed(pair: Network) -> None:
-    assert said(pair, 0, "import os; print(os.getcwd())") == str(Path.cwd())
+def test_command_starts_where_it_is_typed(pair: VirtualNetwork) -> None:
+    assert run_script(pair, 0, "import os; print(os.getcwd())") == str(Path.cwd())
 
 
-def test_what_is_printed_goes_to_a_log(pair: Network, tmp_path: Path) -> None:
+def test_what_is_printed_goes_to_a_log(pair: VirtualNetwork, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = pair.start(1, ["sh", "-c", "echo $RANK; echo $MINE >&2"], {"MINE": "mine", "RANK": "7"}, log)
     assert process.wait(10) == 0
@@ -61,23 +63,23 @@ def test_what_is_printed_goes_to_a_log(pair: Network, tmp_path: Path) -> None:
     assert log.read_text() == "7\nmine\nmore\n"
 
 
-def test_exit_code_and_signals_reach_through(pair: Network) -> None:
+def test_exit_code_and_signals_reach_through(pair: VirtualNetwork) -> None:
     ends = pair.start(0, ["sh", "-c", "exit 7"])
     assert ends.wait(10) == 7
     missing = pair.start(0, ["no-such-command"])
     assert missing.communicate(timeout=10)[0].decode() == "no-such-command: No such file or directory\n"
     assert missing.returncode == 127
-    waits = started(pair, 0, "sleep 60 >/dev/null 2>&1 & wait", before="trap 'echo asked; exit 5' TERM")
+    waits = start_script(pair, 0, "sleep 60 >/dev/null 2>&1 & wait", before="trap 'echo asked; exit 5' TERM")
     waits.send_signal(signal.SIGTERM)
     assert waits.communicate(timeout=10)[0] == b"asked\n"
     assert waits.returncode == 5
-    dies = started(pair, 0, "exec sleep 62.5")
+    dies = start_script(pair, 0, "exec sleep 62.5")
     dies.kill()
     assert dies.wait(10) == -signal.SIGKILL
-    wait_until(lambda: "62.5" not in said(pair, 0, PROCESSES))
+    wait_until(lambda: "62.5" not in run_script(pair, 0, PROCESSES))
 
 
-#: The command lines of a host's processes.
+#: Prints the command lines of a host's processes.
 PROCESSES = "import pathlib; print([p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')])"
 
 
@@ -89,7 +91,7 @@ def wait_until(holds: object, seconds: float = 10) -> None:
         time.sleep(0.05)
 
 
-#: Host 1 answers each message of so many bytes with one byte; host 0 prints the seconds of the fastest of them.
+#: Host 1 answers each message of `size` bytes with one byte; host 0 prints the seconds of the fastest round trip.
 ANSWER = """
 import socket
 with socket.create_server(("", 5000)) as server:
@@ -113,11 +115,11 @@ with socket.create_connection(("{address}", 5000)) as caller:
         found.append(time.monotonic() - begin)
 print(min(found))
 """
-#: Host 1 prints how many datagrams come from host 0 until one says that it was the last.
+#: Host 1 prints how many datagrams arrive from host 0 before the one that marks the end.
 COUNT = """
 import socket
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-    # SO_RCVBUFFORCE: what waits for a busy machine must not count as lost.
+    # SO_RCVBUFFORCE: a busy machine must not drop datagrams from a full buffer.
     sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)
     sock.bind(("", 5000))
     print("ready", flush=True)
@@ -134,52 +136,52 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
 """
 
 
-def talk(net: Network, server: str, client: str, **values: object) -> tuple[str, str]:
-    """What host 1's and host 0's scripts print, the first of them started first."""
+def talk(net: VirtualNetwork, server: str, client: str, **values: object) -> tuple[str, str]:
+    """Runs a server script on host 1, then a client script on host 0; returns what both print."""
     serving = net.start(1, [sys.executable, "-I", "-S", "-c", server.format(**values)])
     assert serving.stdout is not None
     assert serving.stdout.readline() == b"ready\n"
-    asked = said(net, 0, client.format(address=net.address(1), **values))
+    asked = run_script(net, 0, client.format(address=net.address(1), **values))
     return serving.communicate(timeout=20)[0].decode().strip(), asked
 
 
-def fastest(net: Network, count: int, size: int) -> float:
-    """Seconds of the fastest of so many messages of so many bytes, answered by one byte."""
+def fastest(net: VirtualNetwork, count: int, size: int) -> float:
+    """Seconds of the fastest of `count` round trips, each with `size` bytes there and one byte back."""
     return float(talk(net, ANSWER, ASK, count=count, size=size)[1])
 
 
-def test_rate_limits_what_a_host_sends(pair: Network) -> None:
-    pair.limit("20mbit", [0])
+def test_rate_limits_what_a_host_sends(pair: VirtualNetwork) -> None:
+    pair.set_rate("20mbit", [0])
     try:
         slow = fastest(pair, 1, 1_000_000)
     finally:
-        pair.limit(None)
-    # What fits the token bucket goes at once: 744 kB remain for 2.5 MB a second.
+        pair.set_rate(None)
+    # 256 kB fit the token bucket and pass at once; the other 744 kB pass at 2.5 MB/s.
     assert 0.25 < slow < 3
     assert fastest(pair, 5, 1_000_000) < 0.25
 
 
-def test_rate_that_is_none_is_refused(pair: Network) -> None:
+def test_invalid_rate_is_refused(pair: VirtualNetwork) -> None:
     with pytest.raises(RuntimeError, match="fast"):
-        pair.limit("fast")
+        pair.set_rate("fast")
 
 
 def test_delay_holds_each_packet_back() -> None:
-    with Network(2, delay=0.02) as net:
-        # There and back.
+    with VirtualNetwork(2, delay=0.02) as net:
+        # Once for the message and once for the answer.
         assert 0.04 <= fastest(net, 10, 10) < 0.1
         # Large frames pass too.
         assert 0.04 <= fastest(net, 2, 1_000_000) < 1
 
 
 def test_loss_takes_its_share_of_the_packets() -> None:
-    with Network(2, loss=0.2) as net:
+    with VirtualNetwork(2, loss=0.2) as net:
         came = int(talk(net, COUNT, SEND, count=1000)[0])
     # Four standard deviations around 800.
     assert 750 <= came <= 850
 
 
-#: Host 1 sends every datagram back; host 0 prints the seconds until one of so many has come back, or none.
+#: Host 1 returns every datagram; host 0 prints the seconds of the first answered attempt, or None.
 ECHO = """
 import socket
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -207,67 +209,67 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.001])
-def test_link_that_is_cut_is_dead_until_it_is_mended(delay: float) -> None:
-    with Network(2, delay=delay) as net:
+def test_cut_link_passes_nothing_until_it_is_restored(delay: float) -> None:
+    with VirtualNetwork(2, delay=delay) as net:
         net.start(1, [sys.executable, "-I", "-S", "-c", ECHO])
         called = CALL.format(attempts=50, address=net.address(1))
-        assert said(net, 0, called) != "None"
-        net.cut(1)
-        assert said(net, 0, CALL.format(attempts=3, address=net.address(1))) == "None"
-        net.mend()
-        assert said(net, 0, called) != "None"
+        assert run_script(net, 0, called) != "None"
+        net.cut_link(1)
+        assert run_script(net, 0, CALL.format(attempts=3, address=net.address(1))) == "None"
+        net.restore_links()
+        assert run_script(net, 0, called) != "None"
 
 
-def test_links_are_slow_until_they_are_mended(pair: Network) -> None:
-    pair.limit("20mbit", [0])
+def test_links_are_slow_until_they_are_restored(pair: VirtualNetwork) -> None:
+    pair.set_rate("20mbit", [0])
     try:
-        pair.slow(0.05)
-        # Held back, or in a bucket of 4 kB that fills up with 32 kB a second.
+        pair.add_delay(0.05)
+        # Delayed by netem, or throttled by a bucket of 4 kB that refills at 32 kB/s.
         assert fastest(pair, 1, 8_000) > 0.04
-        pair.mend()
+        pair.restore_links()
         assert fastest(pair, 5, 8_000) < 0.04
-        # The rate is again what it was.
+        # The former rate applies again.
         assert fastest(pair, 1, 1_000_000) > 0.25
     finally:
-        pair.limit(None)
+        pair.set_rate(None)
     assert fastest(pair, 5, 1_000_000) < 0.25
 
 
-def test_only_the_process_outside_leads_in(pair: Network) -> None:
-    waits = started(pair, 0, "exec sleep 60.25")
-    assert network.leads_in(waits.pid)
-    assert not network.leads_in(inside(waits.pid))
+def test_only_the_process_outside_the_host_is_an_entry_process(pair: VirtualNetwork) -> None:
+    waits = start_script(pair, 0, "exec sleep 60.25")
+    assert network.is_entry_process(waits.pid)
+    assert not network.is_entry_process(inside(waits.pid))
     waits.kill()
     waits.wait()
-    assert not network.leads_in(waits.pid)
+    assert not network.is_entry_process(waits.pid)
 
 
 def inside(process: int) -> int:
-    """The number here of a process's only child."""
+    """Process number of a process's only child."""
     return int(Path(f"/proc/{process}/task/{process}/children").read_text())
 
 
-def test_lost_host_says_nothing(pair: Network) -> None:
-    with Network(2) as net:
-        stays = started(net, 1, "exec sleep 60")
-        net.lose(1)
+def test_powered_off_host_does_not_answer(pair: VirtualNetwork) -> None:
+    with VirtualNetwork(2) as net:
+        stays = start_script(net, 1, "exec sleep 60")
+        net.power_off(1)
         assert stays.wait(10) == -signal.SIGKILL
         script = f"import socket; s = socket.socket(); s.settimeout(0.3); print(s.connect_ex(('{net.address(1)}', 80)))"
-        # No answer, where a host that is up refuses.
-        assert said(net, 0, script) == "11"
-        assert said(pair, 0, script) == "111"
+        # EAGAIN: no answer. A running host refuses the connection: ECONNREFUSED.
+        assert run_script(net, 0, script) == "11"
+        assert run_script(pair, 0, script) == "111"
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    with Network(2, name="short") as net:
-        stays = started(net, 1, "trap '' TERM HUP; sleep 60 & sleep 60")
-        assert "short" in network.running()
+def test_no_process_outlives_the_network(tmp_path: Path) -> None:
+    with VirtualNetwork(2, name="short") as net:
+        stays = start_script(net, 1, "trap '' TERM HUP; sleep 60 & sleep 60")
+        assert "short" in network.running_networks()
     assert stays.wait(10) == -signal.SIGKILL
-    assert "short" not in network.running()
+    assert "short" not in network.running_networks()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_is_left_of_a_maker_that_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
+def test_network_ends_with_the_process_that_made_it(number: signal.Signals, tmp_path: Path) -> None:
     marker = tmp_path / "left-behind"
     command = ["sh", "-c", f"trap '' HUP; : >{marker}.$(hostname); exec sleep 61.7"]
     launcher = Path(__file__).parents[3] / "launch" / "testnet.py"
@@ -280,14 +282,14 @@ def test_nothing_is_left_of_a_maker_that_is_stopped(number: signal.Signals, tmp_
         wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 20)
         maker.send_signal(number)
         assert maker.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
-        wait_until(lambda: tmp_path.name not in network.running())
+        wait_until(lambda: tmp_path.name not in network.running_networks())
         wait_until(lambda: not sleeping("61.7"))
     finally:
         maker.kill()
 
 
 def sleeping(seconds: str) -> bool:
-    """Whether a `sleep` of so many seconds runs anywhere on this machine."""
+    """Whether a `sleep` with this argument runs anywhere on this machine."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if path.read_bytes() == f"sleep\0{seconds}\0".encode():
@@ -297,16 +299,16 @@ def sleeping(seconds: str) -> bool:
     return False
 
 
-def test_down_ends_the_network_that_is_named() -> None:
-    with Network(1, name="named") as net, Network(1, name="other"):
-        waits = started(net, 0, "exec sleep 60")
-        assert network.down("named") == ["named"]
+def test_shut_down_removes_only_the_named_network() -> None:
+    with VirtualNetwork(1, name="named") as net, VirtualNetwork(1, name="other"):
+        waits = start_script(net, 0, "exec sleep 60")
+        assert network.shut_down("named") == ["named"]
         assert waits.wait(10) == -signal.SIGKILL
-        assert "named" not in network.running()
-        assert "other" in network.running()
-    assert network.down("named") == []
+        assert "named" not in network.running_networks()
+        assert "other" in network.running_networks()
+    assert network.shut_down("named") == []
 
 
 def test_too_many_hosts_are_refused() -> None:
     with pytest.raises(ValueError, match="1 to 154 hosts, not 155"):
-        Network(155)
+        VirtualNetwork(155)
