@@ -1,1 +1,1 @@
-"""Data sets, the order of samples, whole-batch augmentation, and the loader that makes batches of them."""
+"""Data sets, the order of samples, augmentation, and the loader that makes batches."""

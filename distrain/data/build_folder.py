@@ -1,4 +1,4 @@
-"""Files that several processes may want to make at the same time: locks, and folders complete or absent."""
+"""Creates files that several processes need: one of them does it, and files appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
-    """Holds a folder's lock and gives an empty folder inside of it to build in, removed at the end.
+    """Locks a folder and yields an empty temporary folder inside of it, which is removed at the end.
 
-    The lock ends with its process, however that dies; what a killed process left half-built is removed by the next
-    one. Those who waited find out for themselves whether the work is done. What is built becomes visible by
-    :func:`publish`.
+    Files are created in the temporary folder and moved to their final place by :func:`publish`. A process that had to
+    wait for the lock must check whether the work is already done. The operating system releases the lock when its
+    process ends for any reason; a temporary folder that a killed process left behind is removed by the next one.
 
     Args:
-        key: The configuration key that names ``folder``, for the error.
-        folder: Made where it is missing.
+        key: The configuration key that names ``folder``, for the error message.
+        folder: Folder to lock; created if it is missing.
 
     Raises:
         ConfigError: The folder can't be written or locked.
@@ -42,7 +42,7 @@ def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
     try:
         _lock(key, folder, lock)
         for stale in folder.glob(f"{_BUILD}*"):
-            _log.warning("removing %s, left by a process that was stopped", stale)
+            _log.warning("removing %s, which a killed process left behind", stale)
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=_BUILD, dir=folder, ignore_cleanup_errors=True) as temporary:
             yield Path(temporary)
@@ -51,7 +51,7 @@ def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
 
 
 def is_build_folder(folder: Path) -> bool:
-    """Whether :func:`locked_build_folder` has worked there before."""
+    """Whether :func:`locked_build_folder` was used in this folder before."""
     return (folder / _LOCK).is_file()
 
 
@@ -60,31 +60,31 @@ def _lock(key: str, folder: Path, lock: int) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.info("waiting for another process that works in %s", folder)
+            _log.info("waiting for another process that is writing to %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise ConfigError(key, folder, "lies on a file system without locks; choose a local folder") from error
+            raise ConfigError(key, folder, "is on a file system without locks; choose a local folder") from error
         raise
 
 
 def publish(built: Path, target: Path) -> None:
-    """Makes a file or folder visible under its name, at once and only when all of it is on the disk.
+    """Moves a complete file or folder to its final place, atomically and after all of it is written to disk.
 
     Args:
-        built: On the same file system.
-        target: A file that is there is replaced; a folder must not be there.
+        built: The file or folder, on the same file system as ``target``.
+        target: The final place. An existing file is replaced; a folder must not exist yet.
     """
     for path in sorted(built.rglob("*"), reverse=True) if built.is_dir() else []:
-        _synchronise(path)
-    _synchronise(built)
+        _fsync(path)
+    _fsync(built)
     built.replace(target)
-    _synchronise(target.parent)
+    _fsync(target.parent)
 
 
-def _synchronise(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

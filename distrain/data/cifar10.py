@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, "Learning multiple layers of features from tiny images", 2009) in its official binary files."""
+"""CIFAR-10 (Krizhevsky, "Learning multiple layers of features from tiny images", 2009), from its binary files."""
 
 from __future__ import annotations
 
@@ -32,29 +32,30 @@ FOLDER = "cifar-10-batches-bin"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _SHAPE = (3, 32, 32)
-_RECORD = 1 + 3 * 32 * 32  # a label byte, then the planes of red, green and blue
-#: Images a file holds.
+_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue planes
+#: Images per file.
 BATCH_IMAGES = 10_000
 _TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 _TEST = "test_batch.bin"
 _NAMES = "batches.meta.txt"
 _FILES = (*_TRAIN, _TEST, _NAMES)
-_LARGEST_TEXT = 1 << 16
-_LARGEST_ARCHIVE = 1 << 28
+#: Limits in bytes.
+_MAX_TEXT, _MAX_ARCHIVE = 1 << 16, 1 << 28
+#: Bytes that are downloaded at a time.
 _BLOCK = 1 << 20
 _TIMEOUT_SECONDS = 60
 
 
 @dataclass
 class Cifar10Config(DataConfig):
-    """Where the files are, and whether they may be fetched."""
+    """Keys of ``data=cifar10``."""
 
-    download: bool = setting("Fetch the files (170 MB) if they are not there.")
+    download: bool = setting("Download the files (170 MB) if they are missing.")
 
 
 @register("data", "cifar10", Cifar10Config)
 class Cifar10(DataSource):
-    """50,000 training and 10,000 test images, 3x32x32, ten classes; always in memory (184 MB)."""
+    """50,000 training and 10,000 test images, 3x32x32, of ten classes; always in memory (184 MB)."""
 
     compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"download"}
 
@@ -66,45 +67,52 @@ class Cifar10(DataSource):
     def __init__(self, config: Cifar10Config) -> None:
         self._config = config
         if config.root is None:
-            raise ConfigError("data.root", None, f"needs the folder that holds {FOLDER}")
+            raise ConfigError("data.root", None, f"needs the folder that contains {FOLDER}")
         self._root = Path(config.root).expanduser()
 
     def describe(self) -> DataSpec:
-        """3x32x32 and the ten classes.
+        """Returns 3x32x32 and the ten classes.
 
         Raises:
             ConfigError: A file is missing and may not be downloaded, or has the wrong size.
         """
-        folder = self._complete()
+        folder = self._complete_folder()
         if folder is None and not self._config.download:
-            problem = f"lacks {FOLDER} or one of its files; type data.root=FOLDER that has them, or data.download=true"
-            raise ConfigError("data.root", self._config.root, f"{problem} to fetch them (170 MB)")
+            problem = (
+                f"lacks {FOLDER} or one of its files; set data.root to the folder that has them, or data.download=true"
+            )
+            raise ConfigError("data.root", self._config.root, f"{problem} to download them (170 MB)")
         classes = CLASSES if folder is None else self._classes(folder / _NAMES)
         return checked(self._config, DataSpec(*_SHAPE, classes))
 
     def load(self) -> Splits:
-        """Reads the files; downloads them first, if they are missing and it is allowed.
+        """Reads the files; downloads them first if they are missing and ``data.download`` allows it.
 
         Raises:
-            ConfigError: The download failed, or a file is broken.
+            ConfigError: The download failed, or a file is missing or corrupt.
         """
-        if self._complete() is None and self._config.download:
+        if self._complete_folder() is None and self._config.download:
             self._download()
-        spec, folder = self.describe(), self._complete()
-        assert folder is not None
+        spec, folder = self.describe(), self._complete_folder()
+        if folder is None:
+            raise ConfigError("data.root", self._config.root, f"lacks {FOLDER} or one of its files")
         train = [self._read(folder / name) for name in _TRAIN]
         images = Images(torch.cat([pixels for pixels, _ in train]), torch.cat([labels for _, labels in train]))
         return assemble(self._config, spec, images, Images(*self._read(folder / _TEST)))
 
-    def _complete(self) -> Path | None:
-        """The folder that holds all files, each of the right size; ``None`` where one is missing."""
+    def _complete_folder(self) -> Path | None:
+        """The folder that contains all files; ``None`` if a file is missing.
+
+        Raises:
+            ConfigError: A file has the wrong size.
+        """
         for folder in (self._root / FOLDER, self._root):
             if not all((folder / name).is_file() for name in _FILES):
                 continue
             for name in (*_TRAIN, _TEST):
-                size, right = (folder / name).stat().st_size, BATCH_IMAGES * _RECORD
-                if size != right:
-                    problem = f"{name} has {size} bytes, not {right}; delete it and fetch it anew"
+                size, expected = (folder / name).stat().st_size, BATCH_IMAGES * _RECORD
+                if size != expected:
+                    problem = f"{name} has {size} bytes, not {expected}; delete it and download it again"
                     raise ConfigError("data.root", folder, problem)
             return folder
         return None
@@ -112,7 +120,7 @@ class Cifar10(DataSource):
     @staticmethod
     def _classes(path: Path) -> tuple[str, ...]:
         with path.open("rb") as file:
-            text = file.read(_LARGEST_TEXT).decode("utf-8", errors="replace")
+            text = file.read(_MAX_TEXT).decode("utf-8", errors="replace")
         names = tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(names) != len(CLASSES):
             raise missing("data.root", f"{path} names {len(names)} classes, not {len(CLASSES)}")
@@ -127,17 +135,17 @@ class Cifar10(DataSource):
         records = records.reshape(-1, _RECORD)
         if records[:, 0].max() >= len(CLASSES):
             row = int(records[:, 0].argmax())
-            problem = f"{path.name} is broken: record {row} has label {records[row, 0]}, and labels go from 0 to 9"
+            problem = f"{path.name} is corrupt: record {row} has label {records[row, 0]}, and labels are 0 to 9"
             raise ConfigError("data.root", path.parent, problem)
         pixels = torch.from_numpy(records[:, 1:].reshape(-1, *_SHAPE))
         return pixels, torch.from_numpy(records[:, 0].astype(np.int64))
 
     def _download(self) -> None:
         with locked_build_folder("data.root", self._root) as temporary:
-            if self._complete() is not None:
-                return  # another process was faster
+            if self._complete_folder() is not None:
+                return  # another process downloaded them while this one waited for the lock
             archive = temporary / "archive.tar.gz"
-            _fetch(archive)
+            _download_archive(archive)
             unpacked = _unpack(archive, temporary / "files")
             target = self._root / FOLDER
             target.mkdir(exist_ok=True)
@@ -146,46 +154,46 @@ class Cifar10(DataSource):
             _log.info("CIFAR-10 is in %s", target)
 
 
-def _fetch(archive: Path) -> None:
-    """Downloads to a file and compares its checksum."""
-    digest = hashlib.md5(usedforsecurity=False)  # the checksum that its publisher gives
+def _download_archive(archive: Path) -> None:
+    """Downloads the archive and checks its checksum."""
+    digest = hashlib.md5(usedforsecurity=False)  # the only checksum that is published
     try:
         with urllib.request.urlopen(URL, timeout=_TIMEOUT_SECONDS) as response, archive.open("wb") as file:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
             with tqdm(desc="CIFAR-10", total=total, unit="B", unit_scale=True, disable=None) as bar:
                 while block := response.read(_BLOCK):
-                    if file.tell() + len(block) > _LARGEST_ARCHIVE:
-                        raise ConfigError("data.download", True, f"{URL} sends more than {_LARGEST_ARCHIVE} bytes")
+                    if file.tell() + len(block) > _MAX_ARCHIVE:
+                        raise ConfigError("data.download", True, f"{URL} sends more than {_MAX_ARCHIVE} bytes")
                     file.write(block)
                     digest.update(block)
                     bar.update(len(block))
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise ConfigError("data.download", True, f"{URL} can't be fetched ({reason})") from error
+        raise ConfigError("data.download", True, f"{URL} can't be downloaded ({reason})") from error
     if digest.hexdigest() != MD5:
         raise ConfigError("data.download", True, f"{URL} has MD5 {digest.hexdigest()}, not {MD5}; nothing was unpacked")
 
 
 def _unpack(archive: Path, folder: Path) -> list[Path]:
-    """Takes the known files out of the archive, and nothing else; a name never decides where a file goes."""
+    """Extracts the known files only; no name in the archive determines where a file is written."""
     folder.mkdir()
-    found: dict[str, Path] = {}
+    extracted: dict[str, Path] = {}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 if member.name != f"{FOLDER}/{name}" or name not in _FILES:
                     continue
-                largest = _LARGEST_TEXT if name == _NAMES else BATCH_IMAGES * _RECORD
-                content = tar.extractfile(member) if member.isreg() and member.size <= largest else None
+                max_size = _MAX_TEXT if name == _NAMES else BATCH_IMAGES * _RECORD
+                content = tar.extractfile(member) if member.isreg() and member.size <= max_size else None
                 if content is None:
-                    problem = f"{URL} holds {member.name}, which is not a plain file of the known size"
+                    problem = f"{URL} contains {member.name}, which is not a plain file of the expected size"
                     raise ConfigError("data.download", True, problem)
-                found[name] = folder / name
-                found[name].write_bytes(content.read())
+                extracted[name] = folder / name
+                extracted[name].write_bytes(content.read())
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ConfigError("data.download", True, f"{URL} can't be unpacked ({error})") from error
-    if lost := [name for name in _FILES if name not in found]:
-        raise ConfigError("data.download", True, f"{URL} lacks {', '.join(lost)}")
-    return list(found.values())
+    if absent := [name for name in _FILES if name not in extracted]:
+        raise ConfigError("data.download", True, f"{URL} lacks {', '.join(absent)}")
+    return list(extracted.values())

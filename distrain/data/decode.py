@@ -1,7 +1,8 @@
-"""Decoding one image file, and a worker process that decodes many.
+"""Decodes image files, one at a time or in worker processes.
 
-A worker is ``python -m distrain.data.decode JOB INDEX COUNT``. It imports neither torch nor the program that started
-it, and nothing is pickled: the job is JSON, the pixels go straight into a file, the answers are lines of JSON.
+A worker is started as ``python -m distrain.data.decode JOB INDEX COUNT``. It imports neither torch nor the program that
+started it, and nothing is pickled: the job is a JSON file, pixels are written directly to a file, and messages to the
+parent process are lines of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-#: The only decoders that are ever used, whatever a file claims to be.
+#: The only decoders that are used, whatever format a file claims to have.
 FORMATS = ("JPEG", "PNG")
-#: File names that are taken for images.
+#: File name extensions of images.
 SUFFIXES = (".jpg", ".jpeg", ".png")
-#: An image that claims more is refused before it is decoded; Pillow's own limit, 256 MiB of colours.
+#: Larger images are refused before they are decoded. This is Pillow's own limit: 256 MiB of RGB values.
 LARGEST_PIXELS = (1 << 28) // 3
-#: No file whose pixels are allowed needs more, whatever else it carries.
+#: Larger files are refused, in bytes; no image of an allowed size needs more.
 LARGEST_FILE = 1 << 30
-#: Images a worker decodes between two reports.
+#: Number of images that a worker decodes between two progress messages.
 CHUNK = 64
+#: Longer reasons for a failure are cut off.
 _REASON_LENGTH = 300
 
 
 class DecodeError(ValueError):
-    """A file that can't be decoded; the message names it and says why, in one line."""
+    """A file can't be decoded.
+
+    Args:
+        path: The file.
+        reason: Why it can't be decoded.
+
+    Attributes:
+        reason: The reason as one line of limited length.
+    """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.reason = " ".join(reason.split())[:_REASON_LENGTH]
@@ -39,23 +49,24 @@ class DecodeError(ValueError):
 
 
 def decode(path: str | os.PathLike[str], height: int, width: int, channels: int) -> npt.NDArray[np.uint8]:
-    """Decodes a JPEG or PNG file and brings it to a size.
+    """Decodes a JPEG or PNG file, and resizes and crops the image.
 
-    The image is turned upright (EXIF), its shorter side scaled to the target, and the middle cut out; an image that has
-    the size already is not touched. Transparency is dropped; 16-bit grey keeps its upper 8 bits.
+    The image is rotated as its EXIF orientation says, scaled until it just covers the target size, and centre-cropped;
+    an image that already has the target size is unchanged. Transparency is dropped; 16-bit greyscale keeps its upper 8
+    bits.
 
     Args:
         path: The file.
-        height: Rows of the result.
-        width: Columns of the result.
-        channels: 3 for RGB, 1 for grey.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        channels: 3 for RGB, 1 for greyscale.
 
     Returns:
         uint8 [channels, height, width].
 
     Raises:
-        DecodeError: Not a JPEG or PNG file, truncated, broken, not readable, of more than ``LARGEST_PIXELS`` pixels or
-            ``LARGEST_FILE`` bytes.
+        DecodeError: Not a JPEG or PNG file, truncated, corrupt, not readable, more than ``LARGEST_PIXELS`` pixels, or
+            more than ``LARGEST_FILE`` bytes.
     """
     try:
         if Path(path).stat().st_size > LARGEST_FILE:
@@ -63,41 +74,41 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
         with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > LARGEST_PIXELS:
                 raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
-            # A JPEG far larger than needed is decoded at a fraction of its size, still twice what is needed.
+            # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
             opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
-            image = _fitted(_flat(ImageOps.exif_transpose(opened), channels), height, width)
-    except Exception as error:  # broken files make Pillow raise nearly anything, SyntaxError and struct.error included
+            image = _resize_and_crop(_to_channels(ImageOps.exif_transpose(opened), channels), height, width)
+    except Exception as error:  # corrupt files make Pillow raise almost anything, even SyntaxError and struct.error
         raise DecodeError(path, str(error) or type(error).__name__) from error
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _flat(image: Image.Image, channels: int) -> Image.Image:
-    """The image in RGB or grey."""
+def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Converts to RGB (3 channels) or greyscale (1 channel)."""
     if image.mode.startswith("I"):
-        # Pillow would clip 16-bit values at 255.
+        # Pillow's conversion would clip 16-bit values at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     if image.size == (width, height):
         return image
-    # Scaling and cutting in one step, so that a long thin image is never made large first.
+    # Scales and crops in one step; scaling first would make a large intermediate image of a long, thin one.
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
     return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
-def work(job: dict[str, Any], index: int, count: int) -> None:
-    """Decodes every ``count``-th chunk of a job's files and reports each chunk, and each broken file, on stdout.
+def decode_chunks(job: dict[str, Any], index: int, count: int) -> None:
+    """Decodes every ``count``-th chunk of a job's files, and reports each chunk and each broken file on stdout.
 
     Args:
-        job: ``root``, ``files`` (paths below it), ``height``, ``width``, ``channels``; ``images`` and ``moments``, the
-            files to write, in which each image has its own place.
-        index: This worker.
-        count: Workers.
+        job: ``root``; ``files``, paths relative to it; ``height``, ``width`` and ``channels``; ``images`` and
+            ``moments``, paths of the output files, which must have their final size already.
+        index: Index of this worker, counted from 0.
+        count: Number of workers.
     """
     root, files = job["root"], job["files"]
     height, width, channels = job["height"], job["width"], job["channels"]
@@ -129,18 +140,25 @@ def _write(file: Any, data: bytes, offset: int) -> None:
 
 
 def _report(message: dict[str, Any]) -> None:
-    # One write of less than PIPE_BUF bytes, so that the workers can share a pipe.
+    # One write of less than PIPE_BUF bytes is atomic, so that all workers can share a pipe.
     os.write(sys.stdout.fileno(), (json.dumps(message) + "\n").encode())
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one worker; see the module."""
+    """Runs one worker; see the module's docstring.
+
+    Args:
+        arguments: Path of the job file, the worker's index, number of workers.
+
+    Returns:
+        The exit code.
+    """
     path, index, count = arguments
-    warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
+    warnings.simplefilter("ignore")  # Pillow warns about files that it can read nevertheless
     try:
-        work(json.loads(Path(path).read_text()), int(index), int(count))
+        decode_chunks(json.loads(Path(path).read_text()), int(index), int(count))
     except BrokenPipeError:
-        return 1  # the builder has gone
+        return 1  # the parent process has ended
     except OSError as error:
         _report({"failed": str(error)[:_REASON_LENGTH]})
         return 1

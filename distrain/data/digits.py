@@ -1,4 +1,4 @@
-"""The 8x8 digits that ship inside scikit-learn: 1,797 real images, no download."""
+"""The 8x8 digits that are part of the scikit-learn package: 1,797 images, without a download."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from distrain.errors import missing
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
 _SIDE = 8
-_LARGEST = 16
+#: Largest pixel value in the file.
+_MAX_VALUE = 16
 _TEST_FRACTION = 0.2
-#: Characters, several times what the file has.
-_LARGEST_TEXT = 1 << 20
+#: Limit in characters, several times the length of the file.
+_MAX_TEXT = 1 << 20
 
 
 @dataclass
 class DigitsConfig(DataConfig):
-    """No keys of its own; a fifth of the images is for testing, chosen by ``split_seed``."""
+    """Keys of ``data=digits``; ``split_seed`` selects a fifth of the images for testing."""
 
 
 @register("data", "digits", DigitsConfig)
 class Digits(DataSource):
     """The test set of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, UCI, 1998).
 
-    The file is read from scikit-learn's installed package without importing it.
+    The file is read from the installed scikit-learn package, which is not imported.
     """
 
     def __init__(self, config: DigitsConfig) -> None:
         self._config = config
 
     def describe(self) -> DataSpec:
-        """1x8x8, ten classes.
+        """Returns 1x8x8 and ten classes.
 
         Raises:
             ConfigError: scikit-learn isn't installed.
@@ -49,23 +50,23 @@ class Digits(DataSource):
         return checked(self._config, DataSpec(1, _SIDE, _SIDE, tuple("0123456789")))
 
     def load(self) -> Splits:
-        """Reads the file; values 0 to 16 become 0 to 255.
+        """Reads the file; pixel values 0 to 16 are scaled to 0 to 255.
 
         Raises:
-            ConfigError: The file can't be read, or isn't what it should be.
+            ConfigError: The file can't be read, or has an unexpected content.
         """
         spec, path = self.describe(), self._path()
         try:
             with gzip.open(path, "rt") as file:
-                text = file.read(_LARGEST_TEXT)
+                text = file.read(_MAX_TEXT)
             table = np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.int64, ndmin=2)
         except (OSError, EOFError, ValueError) as error:
             raise missing("data", f"{path} can't be read ({error})") from error
-        limits = np.array([_LARGEST] * _SIDE * _SIDE + [9])
+        limits = np.array([_MAX_VALUE] * _SIDE * _SIDE + [9])
         if table.shape[1] != len(limits) or table.min() < 0 or (table > limits).any():
-            raise missing("data", f"{path} doesn't hold 8x8 digits with values from 0 to {_LARGEST}")
-        # Rounded, in integers: 16 becomes 255.
-        pixels = (table[:, :-1] * 255 + _LARGEST // 2) // _LARGEST
+            raise missing("data", f"{path} doesn't contain 8x8 digits with values from 0 to {_MAX_VALUE}")
+        # Integer arithmetic, rounded to the nearest.
+        pixels = (table[:, :-1] * 255 + _MAX_VALUE // 2) // _MAX_VALUE
         images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, _SIDE, _SIDE)
         everything = Images(images, torch.from_numpy(table[:, -1].copy()))
         keep, test = hold_out_test(len(everything), _TEST_FRACTION, self._config.split_seed)
@@ -76,4 +77,7 @@ class Digits(DataSource):
         for folder in (package.submodule_search_locations or []) if package else []:
             if (path := Path(folder) / _FILE).is_file():
                 return path
-        raise missing("data=digits", "the images lie in scikit-learn's package; type pip install 'distrain[digits]'")
+        raise missing(
+            "data=digits",
+            "needs scikit-learn, which contains the images; run pip install 'distrain[digits]'",
+        )

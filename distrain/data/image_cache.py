@@ -1,13 +1,13 @@
-"""Image files decoded once, into a memory-mapped cache that all ranks and jobs of a host share.
+"""A memory-mapped cache of decoded images, shared by all ranks and jobs of a host.
 
-A cache is a folder, named by a hash of everything its content depends on::
+A cache is a folder whose name is a hash of everything that its content depends on::
 
-    images.u8     uint8 [N, C, H, W], one image after the other; zeros for a broken one
+    images.u8     uint8 [N, C, H, W]; zeros for an image that can't be decoded
     moments.i64   int64 [N, C, 2], sums and sums of squares of each image's pixels, for the channel statistics
-    meta.json     what it was made from, its shape, and the broken images with the reasons
+    meta.json     number and shape of the images, and which can't be decoded for what reason
 
-It is built in a temporary folder under a lock and renamed when all of it is on the disk: it is there completely or
-not at all. Old ones are never removed; any may be deleted when no run uses it.
+It is built in a temporary folder under a lock, written to disk and then renamed, so that it exists completely or not at
+all. Caches are never removed automatically; any may be deleted while no run uses it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1
 _IMAGES, _MOMENTS, _META = "images.u8", "moments.i64", "meta.json"
 _MOMENT_BYTES = 2 * 8
-_LARGEST_META = 1 << 30
+_MAX_META_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file as it was listed: its path below the root, size in bytes, and time of change in nanoseconds."""
+    """An image file: path relative to the root, size in bytes, and modification time in nanoseconds."""
 
     path: str
     size: int
@@ -54,7 +54,16 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """All that a cache's content depends on."""
+    """Everything that a cache's content depends on.
+
+    Attributes:
+        root: Folder of the image files.
+        files: The image files, in the order of the cache.
+        channels: 3 for RGB, 1 for greyscale.
+        height: Height of the decoded images in pixels.
+        width: Width of the decoded images in pixels.
+        skip_broken: Whether images that can't be decoded are allowed.
+    """
 
     root: Path
     files: Sequence[ImageFile]
@@ -69,17 +78,17 @@ class CacheSpec:
         return self.channels * self.height * self.width
 
     def digest(self, folder: Path) -> str:
-        """The name of this cache below ``folder``.
+        """The name of this cache in ``folder``.
 
-        A cache that lies below the root it was made from stays valid when both are moved; elsewhere, where several
-        roots may share the folder, the root counts too.
+        If ``folder`` is below the root, the name doesn't depend on the root's path, so that the cache stays valid when
+        the root is moved. Otherwise several roots may share the folder, and the name depends on the root's path too.
         """
         root = "" if folder.resolve().is_relative_to(self.root.resolve()) else os.fspath(self.root.resolve())
         digest = hashlib.sha256()
         head = [_FORMAT, root, self.channels, self.height, self.width, self.skip_broken]
         digest.update(json.dumps(head).encode())
         for file in self.files:
-            # The separators can't be part of a path, so that no two lists look alike.
+            # A path can't contain the separator, so different lists of files give different byte strings.
             digest.update(os.fsencode(file.path) + b"\0%d\0%d\0" % (file.size, file.mtime_ns))
         return digest.hexdigest()[:24]
 
@@ -90,8 +99,8 @@ class ImageCache:
 
     Attributes:
         images: uint8 [N, C, H, W], a read-only memory map of the file.
-        moments: int64 [N, C, 2].
-        broken: Positions of the files that could not be decoded.
+        moments: int64 [N, C, 2], sums and sums of squares of each image's pixels.
+        broken: Indices of the images that could not be decoded.
     """
 
     images: Tensor
@@ -100,52 +109,54 @@ class ImageCache:
 
 
 def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCache:
-    """The cache of these files; made now if it isn't there.
+    """Opens the cache of some image files, and builds it first if it doesn't exist.
 
-    One of the processes that ask at the same time makes it, the others wait.
+    If several processes call this at the same time, one of them builds the cache while the others wait.
 
     Args:
         spec: What to decode, and how.
-        folder: Where caches lie.
-        workers: Processes that decode; ``None``: one for each core this process may use.
+        folder: Folder that holds caches.
+        workers: Number of decoding processes; ``None``: one for each CPU core that this process may use.
 
     Raises:
-        ConfigError: A broken image that may not be skipped, too little space, a folder that can't be written.
+        ConfigError: An image can't be decoded and may not be skipped, there is too little disk space, or the folder
+            can't be written.
     """
     target = folder / spec.digest(folder)
     cache = _open(spec, target)
     if cache is None:
         with locked_build_folder("data.cache", folder) as temporary:
-            cache = _open(spec, target)  # another process may have been faster
+            cache = _open(spec, target)  # another process may have built it meanwhile
             if cache is None:
                 if target.exists():
                     _log.warning("removing %s, which is damaged", target)
                     shutil.rmtree(target)
                 built = temporary / "cache"
-                _build(spec, built, workers or _cores())
+                _build(spec, built, workers or _available_cores())
                 publish(built, target)
                 cache = _open(spec, target)
-    assert cache is not None
+    if cache is None:
+        raise ConfigError("data.cache", folder, f"{target.name} was damaged or deleted right after it was built")
     return cache
 
 
 def _open(spec: CacheSpec, target: Path) -> ImageCache | None:
-    """The cache if it is complete; its files' sizes are compared, their content is trusted."""
+    """Returns the cache if it is complete, else ``None``; checks the files' sizes but not their content."""
     count, shape = len(spec.files), (spec.channels, spec.height, spec.width)
     try:
-        meta = read_json(target / _META, _LARGEST_META)
-        whole = (target / _IMAGES).stat().st_size == count * spec.image_bytes
-        whole = whole and (target / _MOMENTS).stat().st_size == count * spec.channels * _MOMENT_BYTES
-        broken = tuple(int(position) for position in meta["broken"])
+        meta = read_json(target / _META, _MAX_META_BYTES)
+        complete = (target / _IMAGES).stat().st_size == count * spec.image_bytes
+        complete = complete and (target / _MOMENTS).stat().st_size == count * spec.channels * _MOMENT_BYTES
+        broken = tuple(int(index) for index in meta["broken"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    if not whole or any(not 0 <= position < count for position in broken):
+    if not complete or any(not 0 <= index < count for index in broken):
         return None
-    # Not torch.from_file, whose private map may not be larger than the host's memory.
+    # Not torch.from_file: its private memory map can't be larger than the host's memory.
     pixels = np.memmap(target / _IMAGES, dtype=np.uint8, mode="r", shape=(count, *shape))
     moments = torch.from_numpy(np.fromfile(target / _MOMENTS, dtype=np.int64))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it can't be written is meant
+        warnings.simplefilter("ignore", UserWarning)  # the tensor is meant to be read-only
         images = torch.from_numpy(pixels)
     return ImageCache(images, moments.view(count, spec.channels, 2), broken)
 
@@ -155,7 +166,7 @@ def _build(spec: CacheSpec, built: Path, workers: int) -> None:
     sizes = {_IMAGES: spec.image_bytes, _MOMENTS: spec.channels * _MOMENT_BYTES}
     needed, free = len(spec.files) * sum(sizes.values()), shutil.disk_usage(built).free
     if needed > free:
-        problem = f"the cache takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
+        problem = f"the cache needs {needed / 2**20:.0f} MiB, and only {free / 2**20:.0f} MiB are free"
         raise ConfigError("data.cache", built.parent.parent, problem)
     for name, size in sizes.items():
         with (built / name).open("wb") as file:
@@ -182,16 +193,16 @@ def _build(spec: CacheSpec, built: Path, workers: int) -> None:
         "images": len(spec.files),
         "shape": [spec.channels, spec.height, spec.width],
         "broken": broken,
-        "broken_files": {spec.files[position].path: reason for position, reason in broken.items()},
+        "broken_files": {spec.files[index].path: reason for index, reason in broken.items()},
     }
     (built / _META).write_text(json.dumps(meta, indent=1))
 
 
 def _decode(spec: CacheSpec, job: Path, count: int) -> dict[int, str]:
-    """Runs the workers; returns the broken files' positions and reasons, in their order."""
+    """Runs ``count`` workers; returns the index and reason of each file that can't be decoded, in order."""
     reader, writer = os.pipe()
-    # This very package, whatever the current folder holds: modules beside somebody's images are not imported. Python
-    # 3.10 knows no PYTHONSAFEPATH, so the workers stand elsewhere, too.
+    # Workers must import this package, and no modules from the current folder, which may be a folder of untrusted
+    # images. Python 3.10 ignores PYTHONSAFEPATH, so the workers' current folder is changed too.
     source = os.fspath(Path(distrain.__file__).resolve().parent.parent)
     paths = [os.fspath(Path(part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {
@@ -212,19 +223,19 @@ def _decode(spec: CacheSpec, job: Path, count: int) -> dict[int, str]:
                     workers.append(worker)
             finally:
                 os.close(writer)
-            broken = _follow(spec, lines)
+            broken = _collect_reports(spec, lines)
             codes = [worker.wait() for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
     if any(codes):
-        raise ConfigError("data.workers", count, f"a decoding process ended with code {next(filter(None, codes))}")
+        raise ConfigError("data.workers", count, f"a decoding process ended with exit code {next(filter(None, codes))}")
     return dict(sorted(broken.items()))
 
 
-def _follow(spec: CacheSpec, lines: IO[bytes]) -> dict[int, str]:
-    """Reads what the workers report until all of them have ended."""
+def _collect_reports(spec: CacheSpec, lines: IO[bytes]) -> dict[int, str]:
+    """Reads the workers' messages until all workers have ended; returns the reasons of broken files by index."""
     broken: dict[int, str] = {}
     with tqdm(desc="decoding", total=len(spec.files), unit="image", disable=None) as bar:
         for line in lines:
@@ -241,5 +252,5 @@ def _follow(spec: CacheSpec, lines: IO[bytes]) -> dict[int, str]:
     return broken
 
 
-def _cores() -> int:
+def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A tree of JPEG and PNG files, one folder a class."""
+"""A tree of JPEG and PNG files with one folder per class."""
 
 from __future__ import annotations
 
@@ -28,30 +28,34 @@ _TRAIN, _VAL, _TEST = "train", "val", "test"
 
 @dataclass
 class ImageFolderConfig(DataConfig):
-    """How files become images."""
+    """Keys of ``data=image_folder``."""
 
-    height: int = setting("Rows each image is brought to.", at_least=1)
-    width: int = setting("Columns each image is brought to.", at_least=1)
-    channels: int = setting("3: RGB, 1: grey.", choices=(1, 3))
-    test_fraction: float = setting("Share of the images for testing where there is no test folder.", above=0, below=1)
-    on_error: str = setting("What a broken image does: end the run, or be left out.", choices=("stop", "skip"))
-    cache: str | None = setting("Folder for decoded images; null: .distrain-cache in root, else in the user's cache.")
-    workers: int | None = setting("Processes that decode; null: one a core.", at_least=1)
+    height: int = setting("Height of each image after resizing, in pixels.", at_least=1)
+    width: int = setting("Width of each image after resizing, in pixels.", at_least=1)
+    channels: int = setting("3: RGB, 1: greyscale.", choices=(1, 3))
+    test_fraction: float = setting("Share of the images used for testing if there is no test folder.", above=0, below=1)
+    on_error: str = setting(
+        "If an image can't be decoded: stop ends the run, skip leaves it out.", choices=("stop", "skip")
+    )
+    cache: str | None = setting("Folder for decoded images; null: .distrain-cache in root, or the user's cache.")
+    workers: int | None = setting("Decoding processes; null: one per CPU core.", at_least=1)
 
 
 @dataclass(frozen=True)
 class _Listing:
+    """All image files, and the class of each; ``parts`` has the indices of train, val and test images."""
+
     files: list[ImageFile]
     labels: list[int]
-    parts: dict[str, list[int]]  # which of the files are train, val and test
+    parts: dict[str, list[int]]
 
 
 @register("data", "image_folder", ImageFolderConfig)
 class ImageFolder(DataSource):
-    """``root/{train,test[,val]}/<class>/*``, or ``root/<class>/*`` with test images chosen by ``split_seed``.
+    """``root/{train,test[,val]}/<class>/*``, or ``root/<class>/*`` with test images selected by ``split_seed``.
 
-    Class folders are taken in the order of their names. Hidden files and other types are ignored, and symbolic links
-    that leave the root are not followed.
+    Classes are numbered in the order of their folders' names. Hidden files and other file types are ignored. Symbolic
+    links to places outside of the root are not followed.
     """
 
     compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"cache", "workers"}
@@ -68,14 +72,15 @@ class ImageFolder(DataSource):
     def __init__(self, config: ImageFolderConfig) -> None:
         self._config = config
         if config.root is None:
-            raise ConfigError("data.root", None, "needs the folder that holds the images")
+            raise ConfigError("data.root", None, "needs the folder that contains the images")
         self._root = Path(config.root).expanduser()
 
     def describe(self) -> DataSpec:
-        """The configured size, and a class for each folder; no file is opened.
+        """Returns the configured size and one class per folder, without opening any file.
 
         Raises:
-            ConfigError: No such folder, fewer than two classes, or a test class that training doesn't have.
+            ConfigError: There is no such folder, there are fewer than two classes, or the test or validation images
+                have a class that the training images lack.
         """
         c = self._config
         if not self._root.is_dir():
@@ -86,23 +91,24 @@ class ImageFolder(DataSource):
             raise ConfigError("data.root", c.root, f"needs a folder for each of two or more classes in {parts[_TRAIN]}")
         for folder in parts.values():
             if unknown := sorted(set(_folders(self._root, folder)) - set(classes)):
-                raise ConfigError("data.root", c.root, f"{folder} has a class that training lacks: {unknown[0]}")
+                raise ConfigError("data.root", c.root, f"{folder} has a class without training images: {unknown[0]}")
         return checked(c, DataSpec(c.channels, c.height, c.width, tuple(classes)))
 
     def load(self) -> Splits:
-        """Decodes the files into a cache, or opens the one that is there.
+        """Opens the cache of decoded images; decodes the files first if it doesn't exist.
 
         Raises:
-            ConfigError: A class without images, a broken image that may not be skipped, a cache that can't be written.
+            ConfigError: A class has no images, an image can't be decoded and may not be skipped, or the cache can't be
+                written.
         """
         c, spec = self._config, self.describe()
         listing = self._list(spec.classes)
         recipe = CacheSpec(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
         cache = open_or_build(recipe, self._cache_folder(), c.workers)
         if cache.broken:
-            _log.warning("left out %d of %d images that can't be decoded", len(cache.broken), len(listing.files))
+            _log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(listing.files))
         everything = self._images(cache, listing)
-        rows = {part: _without(positions, cache.broken) for part, positions in listing.parts.items()}
+        rows = {part: _without(indices, cache.broken) for part, indices in listing.parts.items()}
         if _TEST not in rows:
             keep, test = hold_out_test(len(rows[_TRAIN]), c.test_fraction, c.split_seed)
             rows[_TRAIN], rows[_TEST] = rows[_TRAIN][keep], rows[_TRAIN][test]
@@ -117,22 +123,22 @@ class ImageFolder(DataSource):
         return Images(cache.images, labels, torch.arange(len(labels)) if streamed else None)
 
     def _parts(self) -> dict[str, str]:
-        """The folders of train, val and test below the root, as far as there are any."""
-        found = {part: part for part in (_TRAIN, _VAL, _TEST) if (self._root / part).is_dir()}
-        for part in found:
-            if not _inside(self._root, self._root / part):
-                raise ConfigError("data.root", self._config.root, f"{part} is a symbolic link that leaves the folder")
-        return found if _TRAIN in found else {_TRAIN: "."}
+        """The folder of train, val and test images, relative to the root; without val or test if there is none."""
+        folders = {part: part for part in (_TRAIN, _VAL, _TEST) if (self._root / part).is_dir()}
+        for part in folders:
+            if not _is_inside(self._root, self._root / part):
+                raise ConfigError("data.root", self._config.root, f"{part} is a symbolic link to outside of the folder")
+        return folders if _TRAIN in folders else {_TRAIN: "."}
 
     def _list(self, classes: tuple[str, ...]) -> _Listing:
         listing = _Listing([], [], {})
         for part, folder in self._parts().items():
             start = len(listing.files)
             for label, name in enumerate(classes):
-                before = len(listing.files)
-                listing.files.extend(_image_files(self._root, Path(folder, name)))
-                listing.labels.extend([label] * (len(listing.files) - before))
-                if part == _TRAIN and len(listing.files) == before:
+                files = list(_image_files(self._root, Path(folder, name)))
+                listing.files.extend(files)
+                listing.labels.extend([label] * len(files))
+                if part == _TRAIN and not files:
                     raise ConfigError("data.root", self._config.root, f"{folder}/{name} has no JPEG or PNG files")
             listing.parts[part] = list(range(start, len(listing.files)))
         return listing
@@ -140,13 +146,14 @@ class ImageFolder(DataSource):
     def _cache_folder(self) -> Path:
         if self._config.cache is not None:
             return Path(self._config.cache).expanduser()
-        inside = self._root / _CACHE
-        if os.access(inside if inside.exists() else self._root, os.W_OK):
-            return inside
+        in_root = self._root / _CACHE
+        if os.access(in_root if in_root.exists() else self._root, os.W_OK):
+            return in_root
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrain"
 
 
 def _folders(root: Path, part: str) -> list[str]:
+    """Sorted names of the folders in ``root/part``; empty if that doesn't exist."""
     folder = root / part
     if not folder.is_dir():
         return []
@@ -154,7 +161,7 @@ def _folders(root: Path, part: str) -> list[str]:
 
 
 def _image_files(root: Path, folder: Path) -> Iterator[ImageFile]:
-    """The images of a class, in the order of their names."""
+    """Yields the images of a class, sorted by name."""
     if not (root / folder).is_dir():
         return
     for entry in _entries(root, root / folder):
@@ -164,28 +171,28 @@ def _image_files(root: Path, folder: Path) -> Iterator[ImageFile]:
 
 
 def _entries(root: Path, folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, sorted; nothing hidden, and no link that leaves the root."""
-    found, left = [], 0
+    """Entries of a folder, sorted by name, without hidden ones and links to outside of the root."""
+    result, skipped_links = [], 0
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_symlink() and not _inside(root, Path(entry.path)):
-                    left += 1
+                if entry.is_symlink() and not _is_inside(root, Path(entry.path)):
+                    skipped_links += 1
                 else:
-                    found.append(entry)
+                    result.append(entry)
     except OSError as error:
         raise missing("data.root", f"{folder} can't be read ({error.strerror})") from error
-    if left:
-        _log.warning("not following %d symbolic links in %s that leave %s", left, folder, root)
-    return sorted(found, key=lambda entry: entry.name)
+    if skipped_links:
+        _log.warning("ignoring %d symbolic links in %s to outside of %s", skipped_links, folder, root)
+    return sorted(result, key=lambda entry: entry.name)
 
 
-def _inside(root: Path, path: Path) -> bool:
+def _is_inside(root: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
 
 
-def _without(positions: list[int], broken: tuple[int, ...]) -> Tensor:
-    gone = set(broken)
-    return torch.tensor([position for position in positions if position not in gone], dtype=torch.int64)
+def _without(indices: list[int], broken: tuple[int, ...]) -> Tensor:
+    excluded = set(broken)
+    return torch.tensor([index for index in indices if index not in excluded], dtype=torch.int64)

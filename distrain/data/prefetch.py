@@ -1,4 +1,4 @@
-"""Making items ready in a background thread."""
+"""Prepares items in a background thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Done:
 
 
 class _Producer(Generic[T]):
-    """Fills ``ready`` from ``items``, at most ``depth`` ahead of what was taken."""
+    """Fills the queue ``ready`` from ``items`` in a thread, at most ``depth`` items ahead of the consumer."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self.ready: SimpleQueue[T | _Failure | _Done] = SimpleQueue()
@@ -37,25 +37,29 @@ class _Producer(Generic[T]):
                 if self._stopped:
                     return
             self.ready.put(_Done())
-        except BaseException as error:  # the consumer raises it again
+        except BaseException as error:  # raised again in the consumer's thread
             self.ready.put(_Failure(error))
 
-    def taken(self) -> None:
-        """One more item may be made."""
+    def release_slot(self) -> None:
+        """Allows one more item to be prepared."""
         self._slots.release()
 
     def stop(self) -> None:
-        """Ends the thread; waits for the item that is in the making."""
+        """Ends the thread; waits until the item that is being prepared is finished."""
         self._stopped = True
         self._slots.release()
         self._thread.join()
 
 
 def prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yields ``items`` while a background thread makes up to ``depth`` of them ready.
+    """Yields items while a background thread prepares up to ``depth`` of them in advance.
 
-    What ``items`` raises is raised here, with its traceback. Closing the generator (or leaving its loop) ends the
-    thread; an item that is being made is finished first.
+    An exception in ``items`` is raised here with its traceback. Closing the generator, or leaving the loop over it,
+    ends the thread; an item that is being prepared is finished first.
+
+    Args:
+        items: Where the items come from; advanced in the background thread only.
+        depth: Largest number of items that are prepared in advance.
     """
     producer = _Producer(items, depth)
     try:
@@ -65,8 +69,8 @@ def prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:
                 raise item.error
             if isinstance(item, _Done):
                 return
-            # Released before the yield: the next item is made while the consumer works on this one.
-            producer.taken()
+            # Released before the yield, so that the next item is prepared while the consumer works on this one.
+            producer.release_slot()
             yield item
     finally:
         producer.stop()

@@ -1,4 +1,4 @@
-"""Which samples a step sees: one order for the whole job, and each shard's contiguous share of a batch."""
+"""Selects the samples of a step: one order for all ranks, and a contiguous part of each batch per shard."""
 
 from __future__ import annotations
 
@@ -6,45 +6,46 @@ from torch import Tensor
 
 from distrain import rng
 
+#: Identifies the order of samples among the uses of random numbers.
 _ORDER = 1
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order in which an epoch visits a split.
+    """Returns the order in which an epoch visits the samples of a split.
 
     Args:
         seed: The run's seed.
         epoch: Counted from 0.
-        count: Samples in the split.
+        count: Number of samples in the split.
 
     Returns:
-        int64 [count], a permutation that depends on the arguments alone.
+        A permutation, int64 [count], that depends on the arguments only.
     """
     return rng.permutation(rng.key(_ORDER, seed, epoch), count)
 
 
 def batch_share(seed: int, samples: int, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> list[int]:
-    """Positions in the split of a shard's samples of one batch.
+    """Returns the positions in the split of a shard's samples of one batch.
 
     Args:
         seed: The run's seed.
-        samples: In the split.
+        samples: Number of samples in the split.
         epoch: Counted from 0.
-        offset: First sample of the batch, in the order of the epoch.
-        count: Samples of the batch; the last one of an epoch may have fewer.
-        shard: ``(index, count)``.
+        offset: Index of the batch's first sample in the order of the epoch.
+        count: Samples per batch; an epoch's last batch may have fewer.
+        shard: Index of the shard and number of shards.
     """
     low, high = shard_bounds(max(min(count, samples - offset), 0), *shard)
-    found: list[int] = epoch_order(seed, epoch, samples)[offset + low : offset + high].tolist()
-    return found
+    positions: list[int] = epoch_order(seed, epoch, samples)[offset + low : offset + high].tolist()
+    return positions
 
 
 def shard_bounds(count: int, index: int, shards: int) -> tuple[int, int]:
-    """The half-open range of ``count`` samples that shard ``index`` of ``shards`` takes.
+    """Returns the half-open range of ``count`` samples that belongs to shard ``index`` of ``shards``.
 
-    Ranges are contiguous, cover everything once, and differ by at most one sample (the first ones are longer); with
-    fewer samples than shards the last ones are empty.
+    The ranges are contiguous and contain every sample once. Their sizes differ by at most one; the first shards have
+    the larger ranges. With fewer samples than shards, the last ranges are empty.
     """
-    share, extra = divmod(count, shards)
-    start = index * share + min(index, extra)
-    return start, start + share + (index < extra)
+    size, larger = divmod(count, shards)
+    start = index * size + min(index, larger)
+    return start, start + size + (index < larger)

@@ -1,4 +1,4 @@
-"""Made-up images of any shape: a smooth prototype a class, plus noise. Learnable, and needs no files."""
+"""Generated images of any shape: a smooth prototype per class, plus noise. They can be learned and need no files."""
 
 from __future__ import annotations
 
@@ -13,49 +13,51 @@ from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
 from distrain.errors import ConfigError
 
+#: Pixel values that are generated at a time.
 _CHUNK_VALUES = 1 << 22
+#: Factor by which prototypes are enlarged.
 _COARSE = 4
 
 
 @dataclass
 class SyntheticConfig(DataConfig):
-    """Shape, sizes and difficulty."""
+    """Keys of ``data=synthetic``."""
 
-    channels: int = setting("Channels of an image.", at_least=1)
-    height: int = setting("Rows of an image.", at_least=1)
-    width: int = setting("Columns of an image.", at_least=1)
-    classes: int = setting("How many classes.", at_least=2)
-    train_size: int = setting("Images for training and validation.", at_least=2)
-    test_size: int = setting("Images for testing.", at_least=1)
-    noise: float = setting("Standard deviation of the noise, in units of the whole range of values.", at_least=0)
-    generator_seed: int = setting("Fixes the images; not the run's seed, so that runs compare.", at_least=0)
+    channels: int = setting("Channels of each image.", at_least=1)
+    height: int = setting("Height of each image in pixels.", at_least=1)
+    width: int = setting("Width of each image in pixels.", at_least=1)
+    classes: int = setting("Number of classes.", at_least=2)
+    train_size: int = setting("Number of images for training and validation.", at_least=2)
+    test_size: int = setting("Number of images for testing.", at_least=1)
+    noise: float = setting("Standard deviation of the noise; 1 is the whole range of pixel values.", at_least=0)
+    generator_seed: int = setting("Determines the images; independent of the run's seed.", at_least=0)
 
 
 @register("data", "synthetic", SyntheticConfig)
 class Synthetic(DataSource):
-    """Image i belongs to class i modulo the number of classes: its class's prototype plus Gaussian noise.
+    """Image i is the prototype of class (i modulo the number of classes) plus Gaussian noise.
 
-    Prototypes are coarse random patterns, enlarged, so that convolution and pooling don't destroy them.
+    Prototypes are enlarged random patterns, which are coarse enough to survive convolution and pooling.
     """
 
     def __init__(self, config: SyntheticConfig) -> None:
         self._config = config
 
     def describe(self) -> DataSpec:
-        """The configured shape.
+        """Returns the configured shape and number of classes.
 
         Raises:
-            ConfigError: The images take more memory than allowed.
+            ConfigError: The images need more memory than ``data.memory_limit_mb``.
         """
         c = self._config
         megabytes = (c.train_size + c.test_size) * c.channels * c.height * c.width / 2**20
         if megabytes > c.memory_limit_mb:
-            problem = f"synthetic images lie in memory, and these take {megabytes:.0f} MiB"
+            problem = f"synthetic images are kept in memory, and these take {megabytes:.0f} MiB"
             raise ConfigError("data.memory_limit_mb", c.memory_limit_mb, problem)
         return checked(c, DataSpec(c.channels, c.height, c.width, tuple(str(i) for i in range(c.classes))))
 
     def load(self) -> Splits:
-        """Makes the images."""
+        """Generates the images."""
         c, spec = self._config, self.describe()
         generator = torch.Generator().manual_seed(c.generator_seed)
         shape = (c.classes, c.channels, -(-c.height // _COARSE), -(-c.width // _COARSE))

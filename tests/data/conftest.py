@@ -10,9 +10,9 @@ from tests.data.helpers import write_image
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Two classes of grey PNG files, 5x4 pixels: image i of class a has the value 10 i, of class b 100 + 10 i.
+    """Two classes of grey PNG files, 5x4 pixels, with 8 training and 4 test images per class.
 
-    8 a class for training, 4 for testing.
+    All pixels of image i have the value 10 i in class a and 100 + 10 i in class b.
     """
     root = tmp_path / "tree"
     for part, count in (("train", 8), ("test", 4)):

@@ -1,4 +1,4 @@
-"""Building configurations and small files for the tests of the data package."""
+"""Configurations and small files for tests of the data package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def source(choice: str, **changes: Any) -> DataSource:
-    """The data set as its YAML file configures it, with changes; dots in keys are written as double underscores."""
+    """The data set as configured by its YAML file and some changes; a dot in a key is written as two underscores."""
     node = OmegaConf.load(ROOT / "conf" / "data" / f"{choice}.yaml")
     for key, value in changes.items():
         OmegaConf.update(node, key.replace("__", "."), value)
@@ -29,7 +29,7 @@ def source(choice: str, **changes: Any) -> DataSource:
 
 
 def data_config(**changes: Any) -> DataConfig:
-    """The keys that all data sets share, from a YAML file without statistics."""
+    """Settings with the keys that all data sets share, without channel statistics."""
     return cast(DataConfig, source("synthetic", **changes)._config)  # type: ignore[attr-defined]
 
 

@@ -1,3 +1,5 @@
+"""Augmented samples follow their random draws, which depend on seed, epoch and position only."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,30 +12,30 @@ from tests.data.helpers import augment, random_images
 HEIGHT, WIDTH = 8, 6
 
 
-def test_each_sample_is_what_its_draws_say() -> None:
+def test_each_sample_is_augmented_by_its_draws() -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=2, cutout=3), HEIGHT, WIDTH, seed=1)
     images = random_images(60).images
     draws = augmentation.draws(0, torch.arange(60))
-    moved = augmentation.flip_and_crop(images, draws)
-    cut = augmentation.cutout_(moved.float() + 1, draws)
+    cropped = augmentation.flip_and_crop(images, draws)
+    cut = augmentation.cutout_(cropped.float() + 1, draws)
     for i, (flip, top, left, row, column) in enumerate(draws.T.tolist()):
         expected = images[i].flip(2) if flip else images[i]
         expected = F.pad(expected, (2, 2, 2, 2))[:, top : top + HEIGHT, left : left + WIDTH]
-        assert moved[i].equal(expected)
+        assert cropped[i].equal(expected)
         expected = expected.float() + 1
         expected[:, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = 0
         assert cut[i].equal(expected)
 
 
-def test_channels_last_images_are_augmented_alike() -> None:
+def test_channels_last_images_give_the_same_result() -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=2), HEIGHT, WIDTH, seed=1)
     images = random_images(20).images
     draws = augmentation.draws(0, torch.arange(20))
-    moved = augmentation.flip_and_crop(images.contiguous(memory_format=torch.channels_last), draws)
-    assert moved.equal(augmentation.flip_and_crop(images, draws))
+    cropped = augmentation.flip_and_crop(images.contiguous(memory_format=torch.channels_last), draws)
+    assert cropped.equal(augmentation.flip_and_crop(images, draws))
 
 
-def test_draws_depend_on_seed_epoch_and_position_alone() -> None:
+def test_draws_depend_on_seed_epoch_and_position_only() -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=4, cutout=2), HEIGHT, WIDTH, seed=1)
     draws = augmentation.draws(3, torch.arange(100))
     chosen = torch.tensor([17, 99, 0])
@@ -54,7 +56,7 @@ def test_draws_are_uniform_and_independent() -> None:
     assert correlation.abs().max() < 0.04
 
 
-def test_alternating_flips_turn_each_image_over_in_every_epoch() -> None:
+def test_alternating_flips_alternate_from_epoch_to_epoch() -> None:
     alternating = Augmentation(augment(flip="alternating"), HEIGHT, WIDTH, seed=1)
     positions = torch.arange(100)
     first = alternating.draws(0, positions)[0]
@@ -63,30 +65,26 @@ def test_alternating_flips_turn_each_image_over_in_every_epoch() -> None:
         assert alternating.draws(epoch, positions)[0].equal(first if epoch % 2 == 0 else 1 - first)
 
 
-def test_a_reflecting_border_is_torch_s() -> None:
+def test_a_reflected_border_agrees_with_torch() -> None:
     augmentation = Augmentation(augment(crop_padding=3, crop_border="reflect"), HEIGHT, WIDTH, seed=1)
     images = random_images(20).images
     draws = augmentation.draws(0, torch.arange(20))
     padded = F.pad(images.double(), (3, 3, 3, 3), mode="reflect").byte()
-    for moved, whole, (_, top, left, _, _) in zip(
+    for cropped, whole, (_, top, left, _, _) in zip(
         augmentation.flip_and_crop(images, draws), padded, draws.T.tolist(), strict=True
     ):
-        assert moved.equal(whole[:, top : top + HEIGHT, left : left + WIDTH])
+        assert cropped.equal(whole[:, top : top + HEIGHT, left : left + WIDTH])
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_share_may_be_empty(count: int) -> None:
+def test_a_batch_may_be_empty(count: int) -> None:
     augmentation = Augmentation(augment(flip=True, crop_padding=1, cutout=2), HEIGHT, WIDTH, seed=0)
     images = random_images(count).images
     draws = augmentation.draws(0, torch.arange(count))
-    assert augmentation.cutout_(augmentation.flip_and_crop(images, draws).float(), draws).shape == (
-        count,
-        3,
-        HEIGHT,
-        WIDTH,
-    )
+    augmented = augmentation.cutout_(augmentation.flip_and_crop(images, draws).float(), draws)
+    assert augmented.shape == (count, 3, HEIGHT, WIDTH)
 
 
-def test_nothing_configured_is_not_active() -> None:
+def test_augmentation_is_active_only_if_configured() -> None:
     assert not Augmentation(augment(), HEIGHT, WIDTH, seed=0).active
     assert Augmentation(augment(cutout=1), HEIGHT, WIDTH, seed=0).active

@@ -1,3 +1,5 @@
+"""Only one process builds at a time, and results appear completely or not at all."""
+
 from __future__ import annotations
 
 import threading
@@ -10,31 +12,31 @@ from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError
 
 
-def test_only_one_builds_at_a_time(tmp_path: Path) -> None:
-    inside, most = 0, 0
+def test_only_one_thread_builds_at_a_time(tmp_path: Path) -> None:
+    active, max_active = 0, 0
     guard = threading.Lock()
 
     def build() -> None:
-        nonlocal inside, most
+        nonlocal active, max_active
         with locked_build_folder("data.cache", tmp_path) as temporary:
             with guard:
-                inside += 1
-                most = max(most, inside)
+                active += 1
+                max_active = max(max_active, active)
             (temporary / "file").write_text("x" * 1000)
             time.sleep(0.02)
             with guard:
-                inside -= 1
+                active -= 1
 
     threads = [threading.Thread(target=build) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1
+    assert max_active == 1
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_what_a_killed_builder_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".build-old" / "cache").mkdir(parents=True)
     (tmp_path / "complete").mkdir()
     with locked_build_folder("data.cache", tmp_path):
@@ -42,7 +44,7 @@ def test_what_a_killed_builder_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert (tmp_path / "complete").exists()
 
 
-def test_publish_moves_a_whole_folder(tmp_path: Path) -> None:
+def test_publish_moves_a_folder(tmp_path: Path) -> None:
     with locked_build_folder("data.cache", tmp_path) as temporary:
         (temporary / "new" / "deep").mkdir(parents=True)
         (temporary / "new" / "deep" / "file").write_text("content")
@@ -50,7 +52,7 @@ def test_publish_moves_a_whole_folder(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "deep" / "file").read_text() == "content"
 
 
-def test_a_folder_that_can_not_be_written_names_its_key(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"data\.cache=.*file/cache: can't be written"),

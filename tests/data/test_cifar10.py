@@ -1,3 +1,5 @@
+"""CIFAR-10 is read as its format says, downloaded at most once, and corrupt files or archives are refused."""
+
 from __future__ import annotations
 
 import hashlib
@@ -14,7 +16,7 @@ from distrain.data import cifar10
 from distrain.errors import ConfigError
 from tests.data.helpers import source
 
-IMAGES = 20  # a file
+IMAGES = 20  # per file
 NAMES = "\n".join(cifar10.CLASSES) + "\n\n"
 BATCHES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
@@ -25,7 +27,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents() -> dict[str, bytes]:
-    """The official files, small: image i of file k is filled with 20 k + i in red, 1 in green, 2 in blue."""
+    """Small files in the official format: image i of file k has red 20 k + i, green 1 and blue 2."""
     files = {"batches.meta.txt": NAMES.encode()}
     for k, name in enumerate(BATCHES):
         files[name] = b"".join(
@@ -44,7 +46,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, archive: Path, members: dict[str, bytes | tarfile.TarInfo]) -> None:
-    """Makes an archive of these members what a download gives, checksum included."""
+    """Makes the download return an archive of these members, with a matching checksum."""
     with tarfile.open(archive, "w:gz") as tar:
         for name, content in members.items():
             if isinstance(content, tarfile.TarInfo):
@@ -62,7 +64,7 @@ def official() -> dict[str, bytes | tarfile.TarInfo]:
 
 
 @pytest.mark.parametrize("below", ["", "cifar-10-batches-bin"])
-def test_planes_and_labels_are_read_as_the_format_says(root: Path, below: str) -> None:
+def test_pixels_and_labels_are_read_as_the_format_says(root: Path, below: str) -> None:
     data = source("cifar10", root=str(root / below))
     assert data.describe().classes == cifar10.CLASSES
     splits = data.load()
@@ -77,7 +79,7 @@ def test_planes_and_labels_are_read_as_the_format_says(root: Path, below: str) -
     assert splits.mean == (0.4914, 0.4822, 0.4465)
 
 
-def test_missing_files_are_one_line_that_says_what_to_type(tmp_path: Path) -> None:
+def test_missing_files_are_refused_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         source("cifar10", root=str(tmp_path)).describe()
     message = str(caught.value)
@@ -86,25 +88,23 @@ def test_missing_files_are_one_line_that_says_what_to_type(tmp_path: Path) -> No
     assert "data.download=true" in message
 
 
-def test_a_truncated_file_is_named(root: Path) -> None:
+def test_a_truncated_file_is_refused(root: Path) -> None:
     path = root / "cifar-10-batches-bin" / "data_batch_3.bin"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ConfigError, match=r"data_batch_3\.bin has 61455 bytes, not 61460"):
         source("cifar10", root=str(root)).describe()
 
 
-def test_a_wrong_label_is_named(root: Path) -> None:
+def test_an_invalid_label_is_refused(root: Path) -> None:
     path = root / "cifar-10-batches-bin" / "test_batch.bin"
     content = np.frombuffer(path.read_bytes(), dtype=np.uint8).copy()
     content[3073 * 4] = 200
     path.write_bytes(content.tobytes())
-    with pytest.raises(ConfigError, match=r"test_batch\.bin is broken: record 4 has label 200"):
+    with pytest.raises(ConfigError, match=r"test_batch\.bin is corrupt: record 4 has label 200"):
         source("cifar10", root=str(root)).load()
 
 
-def test_download_happens_only_when_asked_and_leaves_only_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_downloaded_only_if_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, tmp_path / "a.tar.gz", official() | {"cifar-10-batches-bin/readme.html": b"<html>"})
     root = tmp_path / "new" / "root"
     with pytest.raises(ConfigError):
@@ -117,17 +117,17 @@ def test_download_happens_only_when_asked_and_leaves_only_the_files(
     assert {path.name: path.read_bytes() for path in (root / "cifar-10-batches-bin").iterdir()} == contents()
 
 
-def test_ranks_that_race_download_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_ranks_download_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, tmp_path / "a.tar.gz", official())
-    fetched: list[Path] = []
+    downloads: list[Path] = []
     sizes: list[int] = []
-    fetch = cifar10._fetch
+    download = cifar10._download_archive
 
     def counted(archive: Path) -> None:
-        fetched.append(archive)
-        fetch(archive)
+        downloads.append(archive)
+        download(archive)
 
-    monkeypatch.setattr(cifar10, "_fetch", counted)
+    monkeypatch.setattr(cifar10, "_download_archive", counted)
 
     def rank() -> None:
         sizes.append(len(source("cifar10", root=str(tmp_path / "root"), download=True).load().train))
@@ -138,10 +138,10 @@ def test_ranks_that_race_download_once(tmp_path: Path, monkeypatch: pytest.Monke
     for thread in threads:
         thread.join()
     assert sizes == [90] * 4
-    assert len(fetched) == 1
+    assert len(downloads) == 1
 
 
-def test_a_wrong_checksum_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_with_a_wrong_checksum_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, tmp_path / "a.tar.gz", official())
     monkeypatch.setattr(cifar10, "MD5", "0" * 32)
     with pytest.raises(ConfigError, match="not 00000000000000000000000000000000; nothing was unpacked"):
@@ -150,7 +150,7 @@ def test_a_wrong_checksum_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def special(kind: bytes, name: str = "cifar-10-batches-bin/test_batch.bin") -> dict[str, bytes | tarfile.TarInfo]:
-    """A link, device or pipe in place of a file."""
+    """A link, device or pipe instead of a file."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, "/etc/passwd"
     return {name: info}
@@ -164,7 +164,7 @@ def special(kind: bytes, name: str = "cifar-10-batches-bin/test_batch.bin") -> d
         (special(tarfile.SYMTYPE, "cifar-10-batches-bin"), "lacks test_batch.bin"),
         ({"cifar-10-batches-bin/./test_batch.bin": b""}, "lacks test_batch.bin"),
         ({"../cifar-10-batches-bin/test_batch.bin": b""}, "lacks test_batch.bin"),
-        ({"cifar-10-batches-bin/test_batch.bin": b"x" * (IMAGES * 3073 + 1)}, "not a plain file of the known size"),
+        ({"cifar-10-batches-bin/test_batch.bin": b"x" * (IMAGES * 3073 + 1)}, "not a plain file of the expected size"),
         ({"cifar-10-batches-bin/../test_batch.bin": b""}, "lacks test_batch.bin"),
         ({"/cifar-10-batches-bin/test_batch.bin": b""}, "lacks test_batch.bin"),
     ],
@@ -179,7 +179,7 @@ def test_unexpected_archive_members_are_refused(
     assert [path.name for path in (tmp_path / "root").iterdir()] == [".lock"]
 
 
-def test_an_address_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "URL", (tmp_path / "nothing.tar.gz").as_uri())
-    with pytest.raises(ConfigError, match="can't be fetched"):
+    with pytest.raises(ConfigError, match="can't be downloaded"):
         source("cifar10", root=str(tmp_path / "root"), download=True).load()

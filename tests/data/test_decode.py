@@ -1,3 +1,5 @@
+"""Images are decoded, resized and cropped as documented, and files that are not whole images are refused."""
+
 from __future__ import annotations
 
 import io
@@ -18,19 +20,19 @@ def gradient(height: int, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np
     return np.stack((rows, columns, rows + columns), axis=2).astype(np.uint8)
 
 
-def test_an_image_of_the_right_size_is_not_touched(tmp_path: Path) -> None:
+def test_an_image_of_the_target_size_is_unchanged(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", gradient(6, 9))
     assert np.array_equal(decode(tmp_path / "a.png", 6, 9, 3), gradient(6, 9).transpose(2, 0, 1))
 
 
-def test_jpeg_is_what_pillow_decodes(tmp_path: Path) -> None:
+def test_a_jpeg_is_decoded_as_by_pillow(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     write_image(path, gradient(16, 16))
     assert np.array_equal(decode(path, 16, 16, 3), np.asarray(Image.open(path)).transpose(2, 0, 1))
 
 
-def test_the_shorter_side_is_scaled_and_the_middle_cut_out(tmp_path: Path) -> None:
-    # Black, white and black thirds: the middle third is what a square keeps.
+def test_other_sizes_are_scaled_and_centre_cropped(tmp_path: Path) -> None:
+    # Thirds in black, white and black: a square crop keeps the middle third.
     pixels = np.zeros((20, 60, 3), dtype=np.uint8)
     pixels[:, 20:40] = 255
     write_image(tmp_path / "wide.png", pixels)
@@ -41,28 +43,28 @@ def test_the_shorter_side_is_scaled_and_the_middle_cut_out(tmp_path: Path) -> No
         assert decoded[:, 1:-1, 1:-1].min() == 255
 
 
-def test_a_large_jpeg_is_reduced_faithfully(tmp_path: Path) -> None:
+def test_a_large_jpeg_is_reduced_with_small_error(tmp_path: Path) -> None:
     pixels = np.asarray(Image.fromarray(gradient(8, 8) * 16).resize((800, 800), Image.Resampling.BILINEAR))
     write_image(tmp_path / "large.jpg", pixels)
     expected = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     assert np.abs(decode(tmp_path / "large.jpg", 32, 32, 3).astype(int) - expected).max() <= 6
 
 
-def test_colour_becomes_grey_and_grey_becomes_colour(tmp_path: Path) -> None:
+def test_colour_and_greyscale_are_converted(tmp_path: Path) -> None:
     write_image(tmp_path / "colour.png", np.full((4, 4, 3), [255, 0, 0], dtype=np.uint8))
     write_image(tmp_path / "grey.png", np.full((4, 4), 77, dtype=np.uint8))
     assert np.unique(decode(tmp_path / "colour.png", 4, 4, 1)).tolist() == [76]
     assert np.unique(decode(tmp_path / "grey.png", 4, 4, 3)).tolist() == [77]
 
 
-def test_16_bit_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
+def test_16_bit_greyscale_keeps_its_upper_8_bits(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x8123, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert np.unique(decode(tmp_path / "deep.png", 4, 4, 1)).tolist() == [0x81]
 
 
-def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+def test_a_photograph_is_rotated_as_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     pixels = np.zeros((16, 32, 3), dtype=np.uint8)
     pixels[:, :16] = 255
     Image.fromarray(pixels).save(tmp_path / "side.jpg", exif=exif, quality=95)
@@ -72,7 +74,7 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "gif", "missing", "folder"])
-def test_what_is_no_whole_jpeg_or_png_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_files_that_are_not_complete_jpeg_or_png_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.jpg"
     if kind == "folder":
         path.mkdir()
@@ -95,11 +97,11 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, mo
         decode(tmp_path / "bomb.png", 8, 8, 3)
 
 
-def test_a_long_thin_image_is_not_made_large(tmp_path: Path) -> None:
+def test_a_long_thin_image_is_decoded_without_a_large_intermediate(tmp_path: Path) -> None:
     write_image(tmp_path / "thin.png", np.full((1, 30_000, 3), 9, dtype=np.uint8))
     assert np.unique(decode(tmp_path / "thin.png", 64, 64, 3)).tolist() == [9]
 
 
-def test_decoding_needs_no_torch() -> None:
+def test_decoding_does_not_import_torch() -> None:
     script = "import sys, distrain.data.decode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

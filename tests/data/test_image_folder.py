@@ -1,3 +1,5 @@
+"""A tree of image files becomes splits and classes, is decoded once into a cache, and bad trees are refused."""
+
 from __future__ import annotations
 
 import logging
@@ -25,7 +27,7 @@ def load(root: Path, **changes: object) -> Splits:
 
 
 def values(images: torch.Tensor) -> list[int]:
-    """The one value that all pixels of each image have."""
+    """Value of each image's pixels, which must all be equal."""
     assert images.flatten(1).amin(1).equal(images.flatten(1).amax(1))
     return images[:, 0, 0, 0].tolist()
 
@@ -34,15 +36,15 @@ def caches(root: Path) -> list[Path]:
     return sorted(path for path in (root / ".distrain-cache").iterdir() if not path.name.startswith("."))
 
 
-def test_folders_are_splits_and_classes(tree: Path) -> None:
+def test_folders_determine_splits_and_classes(tree: Path) -> None:
     splits = load(tree, workers=2)
     assert splits.spec.classes == ("a", "b")
     assert (len(splits.train), len(splits.val), len(splits.test)) == (14, 2, 8)
     assert splits.resident
     assert values(splits.test.images) == [0, 10, 20, 30, 100, 110, 120, 130]
     assert splits.test.targets.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    together = values(splits.train.images) + values(splits.val.images)
-    assert sorted(together) == [*range(0, 80, 10), *range(100, 180, 10)]
+    all_values = values(splits.train.images) + values(splits.val.images)
+    assert sorted(all_values) == [*range(0, 80, 10), *range(100, 180, 10)]
     assert [int(value >= 100) for value in values(splits.train.images)] == splits.train.targets.tolist()
 
 
@@ -60,22 +62,22 @@ def test_classes_directly_below_the_root_get_a_test_split(tree: Path) -> None:
         *range(0, 80, 10),
         *range(100, 180, 10),
     ]
-    # The cache that now lies below the root is no class.
+    # The cache, which is now below the root, is not taken for a class.
     assert load(tree / "train", test_fraction=0.25).test.targets.equal(splits.test.targets)
 
 
-def test_images_above_the_memory_limit_stream_from_the_map(tree: Path) -> None:
+def test_images_above_the_memory_limit_are_memory_mapped(tree: Path) -> None:
     resident, mapped = load(tree), load(tree, memory_limit_mb=0)
     assert not mapped.resident
     assert (mapped.mean, mapped.std) == (resident.mean, resident.std)
     for name in ("train", "val", "test"):
-        one, other = getattr(mapped, name), getattr(resident, name)
-        assert one.rows is not None
-        assert one.pick(torch.arange(len(one))).equal(other.images)
-        assert one.targets.equal(other.targets)
+        actual, expected = getattr(mapped, name), getattr(resident, name)
+        assert actual.rows is not None
+        assert actual.pick(torch.arange(len(actual))).equal(expected.images)
+        assert actual.targets.equal(expected.targets)
 
 
-def test_statistics_come_from_the_training_images(tree: Path) -> None:
+def test_statistics_are_those_of_the_training_images(tree: Path) -> None:
     splits = load(tree)
     pixels = splits.train.images.double() / 255
     assert splits.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
@@ -88,7 +90,7 @@ def test_images_are_decoded_once(tree: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load(tree).train.images.equal(first.train.images)
 
 
-def test_a_changed_file_or_size_gets_a_cache_of_its_own(tree: Path) -> None:
+def test_a_changed_file_or_size_gets_a_new_cache(tree: Path) -> None:
     load(tree)
     assert len(caches(tree)) == 1
     load(tree, channels=1)
@@ -96,27 +98,27 @@ def test_a_changed_file_or_size_gets_a_cache_of_its_own(tree: Path) -> None:
     write_image(tree / "test" / "a" / "0.png", np.full((5, 4, 3), 99, dtype=np.uint8))
     assert values(load(tree).test.images)[0] == 99
     assert len(caches(tree)) == 3
-    # The same bytes at another time count as a change.
+    # A new modification time counts as a change, even if the bytes are the same.
     os.utime(tree / "test" / "a" / "1.png", ns=(0, 12345))
     load(tree)
     assert len(caches(tree)) == 4
 
 
-def test_a_cache_moves_with_its_tree(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_stays_valid_when_its_tree_is_moved(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(tree)
     moved = tree.rename(tree.parent / "moved")
     monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("decoded again"))
     assert len(load(moved).train) == 14
 
 
-def test_a_damaged_cache_is_built_again(tree: Path) -> None:
+def test_a_damaged_cache_is_rebuilt(tree: Path) -> None:
     expected = load(tree).train.images
     path = caches(tree)[0] / "images.u8"
     path.write_bytes(path.read_bytes()[:-1])
     assert load(tree).train.images.equal(expected)
 
 
-def test_a_read_only_tree_is_cached_for_the_user(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_tree_uses_the_users_cache(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     assert len(load(tree).train) == 14
@@ -124,14 +126,14 @@ def test_a_read_only_tree_is_cached_for_the_user(tree: Path, tmp_path: Path, mon
     assert len([path for path in (tmp_path / "user" / "distrain").iterdir() if path.is_dir()]) == 1
 
 
-def break_one(tree: Path) -> Path:
+def truncate_one_image(tree: Path) -> Path:
     path = tree / "train" / "a" / "3.png"
     path.write_bytes(path.read_bytes()[:40])
     return path
 
 
-def test_a_broken_image_ends_the_run_and_is_named(tree: Path) -> None:
-    path = break_one(tree)
+def test_a_broken_image_ends_the_run_with_its_path(tree: Path) -> None:
+    path = truncate_one_image(tree)
     with pytest.raises(ConfigError) as caught:
         load(tree)
     assert str(path) in str(caught.value)
@@ -139,18 +141,18 @@ def test_a_broken_image_ends_the_run_and_is_named(tree: Path) -> None:
     assert caches(tree) == []
 
 
-def test_broken_images_are_left_out_and_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
-    break_one(tree)
-    (tree / "test" / "b" / "9.jpg").write_bytes(b"no image")
-    for _ in range(2):  # decoded, and from the cache
+def test_broken_images_are_skipped_and_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    truncate_one_image(tree)
+    (tree / "test" / "b" / "9.jpg").write_bytes(b"not an image")
+    for _ in range(2):  # first decoded, then read from the cache
         caplog.clear()
         splits = load(tree, on_error="skip", val_fraction=0.0)
-        assert "left out 2 of 25 images" in caplog.text
+        assert "skipped 2 of 25 images" in caplog.text
         assert values(splits.train.images) == [0, 10, 20, 40, 50, 60, 70, *range(100, 180, 10)]
         assert len(splits.test) == 8
 
 
-def test_links_that_leave_the_root_are_not_followed(
+def test_links_to_outside_of_the_root_are_not_followed(
     tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_image(tmp_path / "outside" / "secret.png", np.full((5, 4, 3), 1, dtype=np.uint8))
@@ -160,17 +162,17 @@ def test_links_that_leave_the_root_are_not_followed(
     splits = load(tree)
     assert splits.spec.classes == ("a", "b")
     assert values(splits.test.images)[:5] == [0, 10, 20, 30, 100]
-    assert "not following 1 symbolic links" in caplog.text
+    assert "ignoring 1 symbolic links" in caplog.text
 
 
-def test_other_files_are_ignored(tree: Path) -> None:
+def test_hidden_files_and_other_types_are_ignored(tree: Path) -> None:
     (tree / "train" / "a" / "notes.txt").write_text("x")
     (tree / "train" / "a" / ".hidden.png").write_text("x")
     (tree / "train" / "list.csv").write_text("x")
     assert len(load(tree, val_fraction=0.0).train) == 16
 
 
-def test_wrong_folders_are_refused_before_anything_is_decoded(tree: Path, tmp_path: Path) -> None:
+def test_invalid_folders_are_refused_before_decoding(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.root=.*nowhere: is not a folder"):
         source("image_folder", root=str(tmp_path / "nowhere")).describe()
     with pytest.raises(ConfigError, match=r"data\.root=null: needs the folder"):
@@ -179,7 +181,7 @@ def test_wrong_folders_are_refused_before_anything_is_decoded(tree: Path, tmp_pa
     with pytest.raises(ConfigError, match="two or more classes"):
         source("image_folder", root=str(tmp_path / "empty")).describe()
     (tree / "test" / "zebra").mkdir()
-    with pytest.raises(ConfigError, match="test has a class that training lacks: zebra"):
+    with pytest.raises(ConfigError, match="test has a class without training images: zebra"):
         source("image_folder", root=str(tree)).describe()
 
 
@@ -189,10 +191,10 @@ def test_a_class_without_images_is_refused(tree: Path) -> None:
         load(tree)
 
 
-def test_too_little_space_is_said_beforehand(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused_before_decoding(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tree)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(ConfigError, match=r"data\.cache=.*: the cache takes .* MiB, and 0 MiB are free"):
+    with pytest.raises(ConfigError, match=r"data\.cache=.*: the cache needs .* MiB, and only 0 MiB are free"):
         load(tree)
 
 
@@ -202,39 +204,39 @@ def build(tree: Path, log: Path) -> None:
     logging.info("%d images", len(train))
 
 
-def builder(tree: Path, log: Path) -> BaseProcess:
-    """A job of its own."""
+def start_job(tree: Path, log: Path) -> BaseProcess:
+    """A job in a process of its own."""
     job = CONTEXT.Process(target=build, args=(tree, log))
     job.start()
     return job
 
 
-def wait_for(happened: Callable[[], object]) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_of_jobs_that_race_one_builds_and_the_others_wait(tree: Path, tmp_path: Path) -> None:
+def test_one_of_several_jobs_builds_while_the_others_wait(tree: Path, tmp_path: Path) -> None:
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     with locked_build_folder("data.cache", tree / ".distrain-cache"):
-        jobs = [builder(tree, log) for log in logs]
+        jobs = [start_job(tree, log) for log in logs]
         wait_for(lambda: all(log.exists() and "waiting for another process" in log.read_text() for log in logs))
     for job in jobs:
         job.join(60)
         assert job.exitcode == 0
-    said = [log.read_text() for log in logs]
-    assert all("14 images" in each for each in said)
-    assert sum("decoding 24 images" in each for each in said) == 1
+    texts = [log.read_text() for log in logs]
+    assert all("14 images" in text for text in texts)
+    assert sum("decoding 24 images" in text for text in texts) == 1
     assert len(caches(tree)) == 1
     assert not list((tree / ".distrain-cache").glob(".build-*"))
 
 
-def test_a_killed_builder_leaves_nothing_that_counts(tree: Path, tmp_path: Path) -> None:
+def test_a_killed_job_leaves_no_cache(tree: Path, tmp_path: Path) -> None:
     for i in range(3000):
         os.link(tree / "train" / "a" / "0.png", tree / "train" / "a" / f"copy{i}.png")
-    job = builder(tree, tmp_path / "log")
+    job = start_job(tree, tmp_path / "log")
     wait_for(lambda: list(tree.glob(".distrain-cache/.build-*/cache/images.u8")))
     job.kill()
     job.join()

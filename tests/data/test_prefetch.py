@@ -1,3 +1,5 @@
+"""Items are prepared in a background thread in their order, and no thread is left behind."""
+
 from __future__ import annotations
 
 import threading
@@ -20,32 +22,32 @@ def test_yields_the_same_items_in_the_same_order(depth: int) -> None:
     assert background_threads() == 0
 
 
-def test_stays_at_most_depth_items_ahead() -> None:
-    made = []
+def test_at_most_depth_items_are_prepared_in_advance() -> None:
+    prepared = []
 
     def items() -> Iterator[int]:
         for i in range(100):
-            made.append(i)
+            prepared.append(i)
             yield i
 
     stream = prefetched(items(), 3)
     assert next(stream) == 0
     time.sleep(0.1)
-    assert made == [0, 1, 2, 3]
+    assert prepared == [0, 1, 2, 3]
     stream.close()
 
 
-def test_items_are_made_while_the_consumer_works() -> None:
-    second_made = threading.Event()
+def test_items_are_prepared_while_the_consumer_works() -> None:
+    second_prepared = threading.Event()
 
     def items() -> Iterator[int]:
         yield 0
-        second_made.set()
+        second_prepared.set()
         yield 1
 
     stream = prefetched(items(), 1)
     next(stream)
-    assert second_made.wait(5)
+    assert second_prepared.wait(5)
     stream.close()
 
 
@@ -54,7 +56,7 @@ def broken() -> Iterator[int]:
     raise ValueError("the third image is broken")
 
 
-def test_an_error_reaches_the_consumer_with_its_traceback() -> None:
+def test_an_exception_reaches_the_consumer_with_its_traceback() -> None:
     stream = prefetched(broken(), 2)
     assert next(stream) == 1
     with pytest.raises(ValueError, match="the third image is broken") as caught:

@@ -1,3 +1,5 @@
+"""Synthetic images have the configured shape, are reproducible and can be learned."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,7 +19,7 @@ def test_shapes_are_as_configured() -> None:
     assert splits.spec.classes == ("0", "1", "2")
 
 
-def test_images_are_fixed_by_their_own_seed() -> None:
+def test_images_depend_on_their_own_seed_only() -> None:
     first = source("synthetic", **SMALL).load()
     torch.manual_seed(1)
     assert source("synthetic", **SMALL).load().train.images.equal(first.train.images)
