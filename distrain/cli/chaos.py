@@ -61,7 +61,7 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
     """
     target = Path(settings.json).expanduser() if settings.json else None
     if target:
-        output.check(target)
+        output.check_writable(target)
     if not Path("/proc/self/environ").exists():
         raise missing("chaos", "finds processes by /proc, which only Linux has")
     launcher = OneHost(settings.launcher, launch, settings.nproc)

@@ -63,7 +63,7 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
     folder = RunFolder.open(settings.run)
     target = _target(settings, folder)
     if target is not None:
-        output.check(target)
+        output.check_writable(target)
     config = _adapted(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
     task = tasks.build(config, folder.spec)

@@ -52,7 +52,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     one_process("export", world or World.from_environment())
     folder = RunFolder.open(settings.run)
     target = Path(settings.output).expanduser()
-    output.check(target)
+    output.check_writable(target)
     weights = folder.weights(settings.checkpoint)
     tensors = {name: _plain(tensor) for name, tensor in weights.tensors.items()}
 

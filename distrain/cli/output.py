@@ -14,7 +14,7 @@ from distrain.errors import ConfigError
 _KEY = "output"
 
 
-def check(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Finds out whether a file can be written there.
 
     Raises:

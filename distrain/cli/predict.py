@@ -91,7 +91,7 @@ def _target(wanted: str | None) -> Path | None:
     path = Path(wanted).expanduser()
     if path.suffix.lower() not in _FORMATS:
         raise ConfigError("output", wanted, "its ending says the format", _FORMATS)
-    output.check(path)
+    output.check_writable(path)
     return path
 
 

@@ -42,10 +42,10 @@ def test_a_link_under_the_name_is_not_followed(tmp_path: Path) -> None:
 
 def test_a_place_that_takes_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
-        output.check(tmp_path / "nowhere" / "x.json")
+        output.check_writable(tmp_path / "nowhere" / "x.json")
     with pytest.raises(ConfigError, match="is not a plain file"):
-        output.check(tmp_path)
-    output.check(tmp_path / "x.json")
+        output.check_writable(tmp_path)
+    output.check_writable(tmp_path / "x.json")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="is read-only"):
-        output.check(tmp_path / "x.json")
+        output.check_writable(tmp_path / "x.json")

@@ -1,1 +1,1 @@
-"""Finds out what keeps the ranks of a job from working together, even where no process group can form."""
+"""Finds out why the ranks of a job cannot work together, even where no process group can form."""

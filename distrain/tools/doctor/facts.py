@@ -1,4 +1,4 @@
-"""What a rank finds out about its host without talking to anybody."""
+"""What a rank can find out about its host without communicating with other ranks."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from distrain.runtime.device import available_cores
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
 
-#: Packages whose version matters to a run.
+#: Packages whose version may change or break a run.
 _PACKAGES = ("torch", "numpy", "safetensors", "hydra-core", "omegaconf")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """One rank and its host; plain data, so that it travels as JSON.
+class RankFacts:
+    """One rank and its host; plain data that can be sent as JSON.
 
     Attributes:
         rank: The rank.
         host: The host's name.
-        machine: Tells machines apart that share a name.
-        local_rank: Its number among the host's ranks.
-        local_size: How many ranks the host has.
-        versions: By package; ``distrain`` is its version and a hash of its code.
-        interface: The interface that gloo uses.
-        address: That interface's address; empty where there is none.
-        why: Why gloo uses it.
-        named: Whether ``GLOO_SOCKET_IFNAME`` says so.
-        nccl_interfaces: What NCCL may take.
-        interfaces: All interfaces' addresses by name.
-        route: This host's address on the way to where ranks meet.
-        own_name: What the host's own name leads to; empty where it doesn't resolve.
-        cores: CPU cores that the process may use.
-        quota: CPU time that its container may use, in cores; ``None`` for no limit.
-        numa_nodes: How many parts the machine's memory has.
-        threads: What ``OMP_NUM_THREADS`` asks for; ``None`` where it is not set.
-        gpus: Each GPU's name.
-        gpu_links: How GPUs are joined, one line a pair.
-        backends: What torch can talk by.
+        machine: Identifies the machine; differs between machines that share a name.
+        local_rank: The rank's number among the ranks of its host.
+        local_size: Number of ranks on the host.
+        versions: Version of each package; that of ``distrain`` includes a hash of its code.
+        interface: The network interface that gloo uses.
+        address: That interface's address; empty if it has none.
+        why: Why gloo uses this interface.
+        named: Whether ``GLOO_SOCKET_IFNAME`` is set.
+        nccl_interfaces: Interfaces that NCCL may use.
+        interfaces: Address of each interface, by name.
+        route: This host's address on the route to the rendezvous.
+        own_name: The address to which the host's own name resolves; empty if it does not resolve.
+        cores: Number of CPU cores that the process may use.
+        quota: CPU limit of the process's container, in cores; ``None`` for no limit.
+        numa_nodes: Number of NUMA nodes.
+        threads: Value of ``OMP_NUM_THREADS``; ``None`` if it is not set.
+        gpus: Name of each GPU.
+        gpu_links: How GPUs are connected, one line per pair.
+        backends: Backends that torch was built with.
     """
 
     rank: int
@@ -75,22 +75,22 @@ class Facts:
     backends: list[str]
 
     @property
-    def place(self) -> str:
-        """How messages name it."""
+    def label(self) -> str:
+        """The rank and its host, as messages name them."""
         return f"rank {self.rank} on {self.host}"
 
 
-def gather(world: World, meeting_place: str) -> Facts:
-    """Examines this rank.
+def gather_facts(world: World, rendezvous_host: str) -> RankFacts:
+    """Examines this rank and its host.
 
     Args:
-        world: Its place.
-        meeting_place: Name or address of the host where ranks meet; empty for none.
+        world: This rank's place among all ranks.
+        rendezvous_host: Name or address of the host where ranks meet; empty if there is none.
     """
     choice, here = interfaces.gloo_choice(), interfaces.addresses()
-    met = interfaces.resolve(meeting_place).address if meeting_place else ""
+    rendezvous_address = interfaces.resolve(rendezvous_host).address if rendezvous_host else ""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return Facts(
+    return RankFacts(
         rank=world.rank,
         host=world.host,
         machine=_machine(),
@@ -103,7 +103,7 @@ def gather(world: World, meeting_place: str) -> Facts:
         named=bool(os.environ.get("GLOO_SOCKET_IFNAME")),
         nccl_interfaces=interfaces.nccl_choices(here),
         interfaces=here,
-        route=interfaces.towards(met) if met else interfaces.towards(),
+        route=interfaces.source_address(rendezvous_address) if rendezvous_address else interfaces.source_address(),
         own_name=interfaces.resolve(socket.gethostname()).address,
         cores=available_cores(),
         quota=cpu_quota(),
@@ -116,23 +116,23 @@ def gather(world: World, meeting_place: str) -> Facts:
 
 
 def versions() -> dict[str, str]:
-    """What must not differ between hosts."""
-    found = {"python": platform.python_version()}
+    """Returns the versions that should be the same on all hosts, by package."""
+    by_package = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            by_package[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "none"
-    found["distrain"] = f"{distrain.__version__} ({code_hash(Path(distrain.__file__).parent)})"
+            by_package[package] = "none"
+    by_package["distrain"] = f"{distrain.__version__} ({code_hash(Path(distrain.__file__).parent)})"
     if torch.cuda.is_available():
-        found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["gpu driver"] = _driver()
-    return found
+        by_package["cuda"] = str(torch.version.cuda)
+        by_package["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        by_package["gpu driver"] = _driver()
+    return by_package
 
 
 def code_hash(folder: Path) -> str:
-    """Eight digits that change with any Python file below a folder."""
+    """Returns eight hexadecimal digits that change with any Python file below a folder."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         total.update(path.relative_to(folder).as_posix().encode())
@@ -141,11 +141,16 @@ def code_hash(folder: Path) -> str:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The cores' worth of time that limits of control groups leave, a container's say; ``None`` without one."""
+    """Returns the CPU limit of this process's control groups, such as a container's, in cores; ``None`` for no limit.
+
+    Args:
+        root: Where control groups are mounted.
+        own: File that names this process's control group.
+    """
     limits = []
     lines = own.read_text().splitlines() if own.exists() else []
     inner = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
-    # A limit holds for all groups below it.
+    # A group's limit holds for all groups below it.
     for folder in {root / inner, *(root / inner).parents}:
         if (folder / "cpu.max").exists() and folder.is_relative_to(root):
             quota, period = (folder / "cpu.max").read_text().split()
@@ -163,19 +168,19 @@ def _machine() -> str:
     if boot.exists():
         parts.append(boot.read_text().strip())
     if network.exists():
-        # Containers of one machine are hosts of their own.
+        # Containers of one machine have their own network, so they count as different hosts.
         parts.append(str(network.stat().st_ino))
     return "/".join(parts) or platform.node()
 
 
 def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)*", path.read_text()) if path.exists() else None
-    return found[0] if found else "unknown"
+    version = re.search(r"\d+\.\d+(\.\d+)*", path.read_text()) if path.exists() else None
+    return version[0] if version else "unknown"
 
 
 def _gpu_links() -> list[str]:
-    """``GPU0 - GPU1: NV18`` and so on, by nvidia-smi; by what CUDA says of peer access without it."""
+    """Returns lines like ``GPU0 - GPU1: NV18`` from nvidia-smi, or CUDA's peer access where nvidia-smi is missing."""
     count = torch.cuda.device_count()
     if count < 2:
         return []
@@ -192,7 +197,7 @@ def _gpu_links() -> list[str]:
 
 
 def parse_topology(table: str, count: int) -> list[str]:
-    """The pairs of the first ``count`` GPUs in what ``nvidia-smi topo -m`` prints."""
+    """Returns the link between each pair of the first ``count`` GPUs from the output of ``nvidia-smi topo -m``."""
     rows = {}
     for line in re.sub(r"\x1b\[[0-9;]*m", "", table).splitlines():
         name, *cells = line.split()[: count + 1] or [""]

@@ -1,4 +1,4 @@
-"""What the doctor prints."""
+"""Formats the doctor's results for people and for scripts."""
 
 from __future__ import annotations
 
@@ -6,97 +6,98 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from distrain.tools.doctor.findings import Examination, Finding, mbits
+from distrain.tools.doctor.examination import Examination
+from distrain.tools.doctor.findings import Finding, format_rate
 
 
-def text(found: Examination, findings: Sequence[Finding]) -> str:
-    """The whole report."""
-    parts = [_ranks(found)]
-    if any(pair.latency is not None for pair in found.pairs):
-        parts.append(_links(found))
-    reductions = [reduction for reduction in found.reductions if reduction.points]
-    for reduction in reductions:
-        rows = [["all-reduce by " + reduction.backend, "time", "each rank sends at"]]
-        for sent, seconds in reduction.points:
-            rows.append([_bytes(sent), f"{1000 * seconds:.3g} ms", mbits(sent / seconds)])
-        parts.append(table(rows))
-    facts = next(iter(found.facts.values()))
-    parts.append("\n".join(f"{name} {version}" for name, version in facts.versions.items()))
-    for facts in found.hosts:
+def format_report(examination: Examination, findings: Sequence[Finding]) -> str:
+    """Returns the whole report: ranks, links, all-reduce times, versions, GPUs and findings."""
+    parts = [_rank_table(examination)]
+    if any(link.latency is not None for link in examination.links):
+        parts.append(_link_table(examination))
+    for timing in examination.all_reduce:
+        if timing.points:
+            rows = [[f"all-reduce ({timing.backend})", "time", "each rank sends"]]
+            for sent, seconds in timing.points:
+                rows.append([_format_bytes(sent), f"{1000 * seconds:.3g} ms", format_rate(sent / seconds)])
+            parts.append(format_table(rows))
+    first = next(iter(examination.facts.values()))
+    parts.append("\n".join(f"{name} {version}" for name, version in first.versions.items()))
+    for facts in examination.hosts:
         if facts.gpus:
             parts.append("\n".join([f"{facts.host}: {', '.join(facts.gpus)}", *facts.gpu_links]))
-    parts.append(advice(findings))
+    parts.append(format_findings(findings))
     return "\n\n".join(parts) + "\n"
 
 
-def advice(findings: Sequence[Finding]) -> str:
-    """The findings alone: what is wrong, what is worth knowing, and what to type."""
+def format_findings(findings: Sequence[Finding]) -> str:
+    """Returns each problem and note with its advice, and how many problems there are."""
     lines = []
     for finding in findings:
         lines.append(f"{'WRONG' if finding.wrong else 'note '}  {finding.problem}")
         lines.append(f"       -> {finding.advice}")
-    wrong = sum(finding.wrong for finding in findings)
-    lines.append(f"{wrong} thing{'s' if wrong != 1 else ''} wrong" if wrong else "nothing is wrong")
+    problems = sum(finding.wrong for finding in findings)
+    lines.append(f"{problems} problem{'s' if problems != 1 else ''} found" if problems else "no problem found")
     return "\n".join(lines)
 
 
-def as_json(found: Examination, findings: Sequence[Finding]) -> dict[str, Any]:
-    """The same for scripts."""
+def as_json(examination: Examination, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Returns the report for scripts, as plain data."""
     return {
         "findings": [dataclasses.asdict(finding) for finding in findings],
-        "ranks": [dataclasses.asdict(facts) for facts in found.facts.values()],
-        "pairs": [dataclasses.asdict(pair) for pair in found.pairs],
-        "all_reduce": [dataclasses.asdict(reduction) for reduction in found.reductions],
+        "ranks": [dataclasses.asdict(facts) for facts in examination.facts.values()],
+        "pairs": [dataclasses.asdict(link) for link in examination.links],
+        "all_reduce": [dataclasses.asdict(timing) for timing in examination.all_reduce],
     }
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligns rows of cells in columns as wide as their widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def _ranks(found: Examination) -> str:
+def _rank_table(examination: Examination) -> str:
     rows = [["rank", "host", "interface", "because", "cores", "threads", "GPUs"]]
-    for rank in sorted({*range(found.size), *found.facts}):
-        facts = found.facts.get(rank)
+    for rank in sorted({*range(examination.size), *examination.facts}):
+        facts = examination.facts.get(rank)
         if facts is None:
             rows.append([str(rank), "never arrived", "", "", "", "", ""])
             continue
-        threads = found.threads or facts.threads
+        threads = examination.threads or facts.threads
         rows.append(
             [
                 str(rank),
                 facts.host,
                 f"{facts.interface} {facts.address}".strip(),
                 facts.why,
-                f"{facts.cores}" if facts.quota is None else f"{facts.cores} (of which {facts.quota:g} may be used)",
+                f"{facts.cores}" if facts.quota is None else f"{facts.cores} (limited to {facts.quota:g})",
                 "-" if threads is None else str(threads),
                 str(len(facts.gpus)),
             ]
         )
-    return table(rows)
+    return format_table(rows)
 
 
-def _links(found: Examination) -> str:
-    rows = [["link", "there and back", "there", "back", "clock"]]
-    for pair in found.pairs:
-        if pair.sent is not None and pair.latency is not None:
+def _link_table(examination: Examination) -> str:
+    rows = [["link", "round trip", "forward", "back", "clock offset"]]
+    for link in examination.links:
+        if link.sent is not None and link.latency is not None:
             rows.append(
                 [
-                    f"{found.facts[pair.source].host} - {found.facts[pair.target].host}",
-                    f"{1000 * pair.latency:.3g} ms",
-                    mbits(pair.sent),
-                    mbits(pair.received),
-                    "-" if pair.skew is None else f"{pair.skew:+.4f} s",
+                    f"{examination.facts[link.source].host} - {examination.facts[link.target].host}",
+                    f"{1000 * link.latency:.3g} ms",
+                    format_rate(link.sent),
+                    format_rate(link.received),
+                    "-" if link.skew is None else f"{link.skew:+.4f} s",
                 ]
             )
-    return table(rows)
+    return format_table(rows)
 
 
-def _bytes(count: int) -> str:
+def _format_bytes(count: int) -> str:
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -12,25 +12,25 @@ import torch
 
 from distrain.runtime.world import World
 from distrain.tools.doctor import facts, interfaces
-from distrain.tools.doctor.facts import Facts
+from distrain.tools.doctor.facts import RankFacts
 
 
-def test_facts_of_this_host_travel_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_this_host_survive_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    found = facts.gather(World(1, 2, 0, 2, "here"), "127.0.0.1")
-    assert Facts(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
-    assert found.place == "rank 1 on here"
-    assert found.versions["torch"] == torch.__version__
-    assert found.threads == 3
-    assert found.cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert found.route == "127.0.0.1"
-    assert "gloo" in found.backends
+    own = facts.gather_facts(World(1, 2, 0, 2, "here"), "127.0.0.1")
+    assert RankFacts(**json.loads(json.dumps(dataclasses.asdict(own)))) == own
+    assert own.label == "rank 1 on here"
+    assert own.versions["torch"] == torch.__version__
+    assert own.threads == 3
+    assert own.cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert own.route == "127.0.0.1"
+    assert "gloo" in own.backends
 
 
-def test_interfaces_of_this_host_have_a_loopback() -> None:
-    found = interfaces.addresses()
-    assert interfaces.interface_of("127.0.0.1", found) or not Path("/proc/net").exists()
+def test_this_host_has_a_loopback_interface() -> None:
+    own = interfaces.addresses()
+    assert interfaces.interface_of("127.0.0.1", own) or not Path("/proc/net").exists()
 
 
 def test_code_hash_changes_with_any_file(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_code_hash_changes_with_any_file(tmp_path: Path) -> None:
     assert facts.code_hash(tmp_path) != before
 
 
-def test_quota_is_the_tightest_of_the_groups_above(tmp_path: Path) -> None:
+def test_cpu_limit_is_the_lowest_of_all_parent_control_groups(tmp_path: Path) -> None:
     root, own = tmp_path / "cgroup", tmp_path / "own"
     inner = root / "job" / "step"
     inner.mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_quota_is_the_tightest_of_the_groups_above(tmp_path: Path) -> None:
     assert facts.cpu_quota(root, own) == 0.5
 
 
-def test_quota_of_old_control_groups(tmp_path: Path) -> None:
+def test_cpu_limit_is_read_from_control_groups_version_1(tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
@@ -64,7 +64,7 @@ def test_quota_of_old_control_groups(tmp_path: Path) -> None:
     assert facts.cpu_quota(tmp_path, tmp_path / "none") == 2.5
 
 
-def test_topology_of_nvidia_smi() -> None:
+def test_gpu_links_are_read_from_nvidia_smi() -> None:
     table = (
         "\t\x1b[4mGPU0\tGPU1\tGPU2\tCPU Affinity\tNUMA Affinity\x1b[0m\n"
         "GPU0\t X \tNV18\tSYS\t0-15\t0\n"

@@ -1,4 +1,4 @@
-"""From what ranks know to what is wrong: one fault at a time in an otherwise healthy job."""
+"""Which findings follow from one fault in an otherwise healthy job."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 
 from distrain.tools.doctor import findings, report
-from distrain.tools.doctor.facts import Facts
-from distrain.tools.doctor.findings import Examination, judge
-from distrain.tools.doctor.group import Reduction
-from distrain.tools.doctor.links import Pair
+from distrain.tools.doctor.all_reduce import AllReduceTiming
+from distrain.tools.doctor.examination import Examination
+from distrain.tools.doctor.facts import RankFacts
+from distrain.tools.doctor.findings import diagnose
+from distrain.tools.doctor.links import LinkMeasurement
 
 GIGABIT = 117e6
 
 
-def rank(number: int, **changes: Any) -> Facts:
-    """A rank on a host of its own, without a fault."""
+def rank(number: int, **changes: Any) -> RankFacts:
+    """Facts about a rank on its own host, without a fault."""
     address = f"10.0.0.{number + 1}"
-    sound = Facts(
+    healthy = RankFacts(
         rank=number,
         host=f"node{number}",
         machine=f"machine{number}",
@@ -28,7 +29,7 @@ def rank(number: int, **changes: Any) -> Facts:
         versions={"python": "3.11.2", "torch": "2.13.0", "distrain": "0.1.0 (12345678)"},
         interface="eth0",
         address=address,
-        why=f"its own name 'node{number}' leads to {address}",
+        why=f"its own name 'node{number}' resolves to {address}",
         named=False,
         nccl_interfaces=["eth0"],
         interfaces={"lo": "127.0.0.1", "eth0": address},
@@ -42,44 +43,44 @@ def rank(number: int, **changes: Any) -> Facts:
         gpu_links=[],
         backends=["gloo"],
     )
-    return dataclasses.replace(sound, **changes)
+    return dataclasses.replace(healthy, **changes)
 
 
-def job(*ranks: Facts, **changes: Any) -> Examination:
-    """Ranks that measured a fast network."""
-    facts = {each.rank: each for each in ranks}
-    pairs = [
-        Pair(a, b, {}, 1e-4, GIGABIT if a < b else None, GIGABIT if a < b else None, 0.0)
+def job(*ranks: RankFacts, **changes: Any) -> Examination:
+    """Results of a job whose ranks measured a fast network."""
+    facts = {own.rank: own for own in ranks}
+    links = [
+        LinkMeasurement(a, b, {}, 1e-4, GIGABIT if a < b else None, GIGABIT if a < b else None, 0.0)
         for a in facts
         for b in facts
         if a != b
     ]
-    sound = Examination(len(facts), 30, facts, {number: each.route for number, each in facts.items()}, pairs)
-    return dataclasses.replace(sound, **changes)
+    healthy = Examination(len(facts), 30, facts, {number: own.route for number, own in facts.items()}, links)
+    return dataclasses.replace(healthy, **changes)
 
 
-def changed(found: Examination, source: int, target: int, **changes: Any) -> Examination:
-    """With one pair's measurement changed."""
-    pairs = [
-        dataclasses.replace(pair, **changes) if (pair.source, pair.target) == (source, target) else pair
-        for pair in found.pairs
+def changed(examination: Examination, source: int, target: int, **changes: Any) -> Examination:
+    """Returns the examination with the measurement of one link changed."""
+    links = [
+        dataclasses.replace(link, **changes) if (link.source, link.target) == (source, target) else link
+        for link in examination.links
     ]
-    return dataclasses.replace(found, pairs=pairs)
+    return dataclasses.replace(examination, links=links)
 
 
-def only(found: Examination) -> findings.Finding:
-    """The one finding."""
-    (finding,) = judge(found)
+def only(examination: Examination) -> findings.Finding:
+    """Returns the one finding, and fails if there are more or none."""
+    (finding,) = diagnose(examination)
     return finding
 
 
 def test_healthy_job_has_no_findings() -> None:
-    found = job(rank(0), rank(1), rank(2))
-    assert judge(found) == []
-    assert report.text(found, []).endswith("nothing is wrong\n")
+    examination = job(rank(0), rank(1), rank(2))
+    assert diagnose(examination) == []
+    assert report.format_report(examination, []).endswith("no problem found\n")
 
 
-def test_another_torch_is_named_with_its_host() -> None:
+def test_different_torch_version_is_reported_with_its_host() -> None:
     other = rank(1, versions={**rank(1).versions, "torch": "2.6.0"})
     finding = only(job(rank(0), other, rank(2)))
     assert finding.wrong
@@ -87,7 +88,7 @@ def test_another_torch_is_named_with_its_host() -> None:
     assert finding.advice == "on node1: pip install 'torch==2.13.0'"
 
 
-def test_other_code_is_wrong_and_another_numpy_worth_knowing() -> None:
+def test_different_code_is_a_problem_and_different_numpy_a_note() -> None:
     finding = only(job(rank(0), rank(1, versions={**rank(1).versions, "distrain": "0.1.0 (abcdef01)"})))
     assert (finding.kind, finding.wrong) == ("distrain version", True)
     assert "git" in finding.advice
@@ -95,7 +96,7 @@ def test_other_code_is_wrong_and_another_numpy_worth_knowing() -> None:
     assert (finding.kind, finding.wrong) == ("numpy version", False)
 
 
-def test_loopback_is_wrong_only_among_several_hosts() -> None:
+def test_loopback_is_a_problem_only_among_several_hosts() -> None:
     lo = {"interface": "lo", "address": "127.0.0.1", "why": "GLOO_SOCKET_IFNAME=lo"}
     finding = only(job(rank(0), rank(1, **lo)))
     assert finding.kind == "wrong interface"
@@ -103,83 +104,83 @@ def test_loopback_is_wrong_only_among_several_hosts() -> None:
         "rank 1 on node1 would use lo (127.0.0.1), which no other host can reach: GLOO_SOCKET_IFNAME=lo"
     )
     assert finding.advice == "on node1: export GLOO_SOCKET_IFNAME=eth0"
-    assert judge(job(rank(0, **lo))) == []
+    assert diagnose(job(rank(0, **lo))) == []
 
 
-def test_interface_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_missing_interface_is_reported_with_the_existing_ones() -> None:
     gone = {"interface": "ib0", "address": "", "why": "GLOO_SOCKET_IFNAME=ib0 names no interface with an address here"}
     finding = only(job(rank(0), rank(1, **gone)))
     assert "lo (127.0.0.1), eth0 (10.0.0.2)" in finding.problem
     assert finding.advice.endswith("export GLOO_SOCKET_IFNAME=eth0")
 
 
-def test_interface_that_others_cannot_reach_while_another_answers() -> None:
+def test_unreachable_interface_is_reported_if_another_is_reachable() -> None:
     docker = {"interface": "docker0", "address": "172.17.0.1"}
     docker["interfaces"] = {"docker0": "172.17.0.1", "eth0": "10.0.0.2"}  # type: ignore[assignment]
-    found = changed(job(rank(0), rank(1, **docker)), 0, 1, errors={"172.17.0.1": "no answer"})
-    finding = only(found)
+    examination = changed(job(rank(0), rank(1, **docker)), 0, 1, errors={"172.17.0.1": "no answer"})
+    finding = only(examination)
     assert "docker0 (172.17.0.1), which other hosts can't reach, while they reach 10.0.0.2" in finding.problem
     assert finding.advice == "on node1: export GLOO_SOCKET_IFNAME=eth0"
 
 
-def test_gpus_need_nccl_told_too() -> None:
+def test_advice_sets_nccls_interface_on_hosts_with_gpus() -> None:
     lo = {"interface": "lo", "address": "127.0.0.1", "gpus": ["H100"]}
-    finding = next(each for each in judge(job(rank(0, gpus=["H100"]), rank(1, **lo))) if each.kind == "wrong interface")
+    finding = next(one for one in diagnose(job(rank(0, gpus=["H100"]), rank(1, **lo))) if one.kind == "wrong interface")
     assert finding.advice == "on node1: export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
 
 
-def test_pair_that_cannot_connect_names_both_hosts_and_the_reason() -> None:
-    found = job(rank(0), rank(1))
-    shut = changed(found, 1, 0, errors={"10.0.0.1": "no answer: a firewall drops packets"}, latency=None)
-    finding = only(shut)
+def test_failed_connection_is_reported_with_both_hosts_and_the_reason() -> None:
+    examination = job(rank(0), rank(1))
+    closed = changed(examination, 1, 0, errors={"10.0.0.1": "no answer: a firewall drops packets"}, latency=None)
+    finding = only(closed)
     assert finding.kind == "closed port"
     assert finding.problem.startswith("node1 can't connect to node0 (10.0.0.1: no answer")
     assert "iptables -I INPUT -p tcp -s 10.0.0.2 -j ACCEPT" in finding.advice
 
 
-def test_own_name_that_does_not_resolve() -> None:
+def test_unresolvable_own_name_is_reported() -> None:
     why = "its own name 'node1' doesn't resolve (unknown), so gloo takes the loopback"
-    lost = rank(1, own_name="", interface="lo", address="127.0.0.1", why=why)
-    kinds = {finding.kind: finding for finding in judge(job(rank(0), lost))}
+    unresolved = rank(1, own_name="", interface="lo", address="127.0.0.1", why=why)
+    kinds = {finding.kind: finding for finding in diagnose(job(rank(0), unresolved))}
     assert set(kinds) == {"host name", "wrong interface"}
     assert "echo '10.0.0.2 node1' >> /etc/hosts" in kinds["host name"].advice
-    # With an interface named, the name isn't asked for.
+    # gloo doesn't look up the name where GLOO_SOCKET_IFNAME is set.
     named = only(job(rank(0), rank(1, own_name="", named=True)))
     assert (named.kind, named.wrong) == ("host name", False)
 
 
-def test_two_machines_of_one_name() -> None:
+def test_two_machines_with_the_same_name_are_reported() -> None:
     finding = only(job(rank(0, host="localhost"), rank(1, host="localhost")))
     assert finding.problem == "2 machines call themselves 'localhost', so ranks can't tell them apart"
 
 
-def test_slow_host_is_told_from_a_slow_link() -> None:
-    found = job(*(rank(number) for number in range(4)))
-    link = changed(found, 1, 2, sent=GIGABIT / 10)
+def test_slow_host_is_distinguished_from_a_slow_link() -> None:
+    examination = job(*(rank(number) for number in range(4)))
+    link = changed(examination, 1, 2, sent=GIGABIT / 10)
     assert only(link).problem.startswith("node1 to node2 is slow: 93.6 Mbit/s; the median link carries 936 Mbit/s")
     for target in range(3):
-        # The last host's way back to each of the others.
-        found = changed(found, target, 3, received=1e6)
-    assert only(found).problem.startswith("everything from node3 is slow: 8 Mbit/s")
+        # From the last host to each of the others.
+        examination = changed(examination, target, 3, received=1e6)
+    assert only(examination).problem.startswith("all traffic from node3 is slow: 8 Mbit/s")
 
 
-def test_network_that_is_slow_altogether() -> None:
+def test_network_whose_links_are_all_slow_is_reported_once() -> None:
     two = changed(job(rank(0), rank(1)), 0, 1, sent=5e6, received=5e6)
     assert only(two).problem == "all links are slow: 40 Mbit/s"
     hundred = changed(job(rank(0), rank(1)), 0, 1, sent=11.8e6, received=11.8e6)
-    assert judge(hundred) == []
+    assert diagnose(hundred) == []
     finding = only(dataclasses.replace(hundred, expected=125e6))
-    assert finding.problem == "all links are slow: 94.4 Mbit/s, not 1 Gbit/s"
+    assert finding.problem == "all links are slow: 94.4 Mbit/s (expected 1 Gbit/s)"
 
 
-def test_clock_that_differs_by_more_than_its_measurement_bears() -> None:
-    found = job(rank(0), rank(1))
-    finding = only(changed(found, 0, 1, skew=-90.0))
+def test_clock_difference_beyond_the_measurements_accuracy_is_reported() -> None:
+    examination = job(rank(0), rank(1))
+    finding = only(changed(examination, 0, 1, skew=-90.0))
     assert finding.problem.startswith("the clock of node1 is 90.0 s behind that of node0")
-    assert judge(changed(found, 0, 1, skew=1.5, latency=2.0)) == []
+    assert diagnose(changed(examination, 0, 1, skew=1.5, latency=2.0)) == []
 
 
-def test_threads_and_ranks_beyond_the_cores() -> None:
+def test_more_threads_or_ranks_than_cores_are_reported() -> None:
     crowded = rank(0, threads=8, local_size=2)
     finding = only(job(crowded))
     assert finding.problem.startswith("node0 has 4 cores for 2 rank(s) of 8 threads each")
@@ -188,45 +189,45 @@ def test_threads_and_ranks_beyond_the_cores() -> None:
     assert only(job(rank(0, local_size=5))).kind == "too many ranks"
 
 
-def test_limit_of_a_container() -> None:
+def test_cpu_limit_of_a_container_is_reported() -> None:
     finding = only(job(rank(0, quota=1.5)))
     assert (finding.kind, finding.wrong) == ("cpu limit", False)
 
 
-def test_rank_that_never_arrived() -> None:
+def test_rank_that_did_not_arrive_is_reported() -> None:
     finding = only(job(rank(0), rank(2), size=3))
     assert finding.problem == "rank 1 never arrived within 30 s"
-    assert "rank  host           interface" in report.text(job(rank(0), rank(2), size=3), [finding])
+    assert "rank  host           interface" in report.format_report(job(rank(0), rank(2), size=3), [finding])
 
 
-def test_gpus_too_few_and_far_apart() -> None:
-    found = judge(job(rank(0, local_size=2, gpus=["A"]), rank(1, gpus=["A", "B"], gpu_links=["GPU0 - GPU1: SYS"])))
-    assert [(finding.kind, finding.wrong) for finding in found] == [
+def test_missing_and_distant_gpus_are_reported() -> None:
+    results = diagnose(job(rank(0, local_size=2, gpus=["A"]), rank(1, gpus=["A", "B"], gpu_links=["GPU0 - GPU1: SYS"])))
+    assert [(finding.kind, finding.wrong) for finding in results] == [
         ("too few gpus", True),
         ("gpu links", False),
         ("mixed gpus", False),
     ]
 
 
-def test_nccl_on_another_interface() -> None:
+def test_wrong_interface_of_nccl_is_reported() -> None:
     finding = only(job(rank(0, gpus=["A"]), rank(1, gpus=["A"], nccl_interfaces=["ib0"])))
-    assert finding.problem == "NCCL on node1 would use ib0; eth0 leads to the other hosts"
+    assert finding.problem == "NCCL on node1 would use ib0; eth0 is the one that reaches the other hosts"
     assert finding.advice == "on node1: export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
 
 
-def test_group_that_does_not_form() -> None:
-    finding = only(job(rank(0), rank(1), reductions=[Reduction("gloo", "no answer within 30 s")]))
+def test_process_group_that_does_not_form_is_reported() -> None:
+    finding = only(job(rank(0), rank(1), all_reduce=[AllReduceTiming("gloo", "no answer within 30 s")]))
     assert finding.problem == "gloo: all-reduce over all ranks failed: no answer within 30 s"
 
 
-@pytest.mark.parametrize(("rate", "said"), [(1.25e9, "10 Gbit/s"), (GIGABIT, "936 Mbit/s"), (1e4, "0.08 Mbit/s")])
-def test_rates_are_said_in_bits(rate: float, said: str) -> None:
-    assert findings.mbits(rate) == said
+@pytest.mark.parametrize(("rate", "expected"), [(1.25e9, "10 Gbit/s"), (GIGABIT, "936 Mbit/s"), (1e4, "0.08 Mbit/s")])
+def test_rates_are_shown_in_bits_per_second(rate: float, expected: str) -> None:
+    assert findings.format_rate(rate) == expected
 
 
-def test_what_is_wrong_comes_first_and_is_counted() -> None:
-    found = judge(job(rank(0, quota=2.0), rank(1, versions={**rank(1).versions, "torch": "2.6.0"})))
-    assert [finding.wrong for finding in found] == [True, False]
-    text = report.advice(found)
+def test_problems_come_before_notes_and_are_counted() -> None:
+    results = diagnose(job(rank(0, quota=2.0), rank(1, versions={**rank(1).versions, "torch": "2.6.0"})))
+    assert [finding.wrong for finding in results] == [True, False]
+    text = report.format_findings(results)
     assert text.startswith("WRONG  torch is")
-    assert text.endswith("1 thing wrong")
+    assert text.endswith("1 problem found")
