@@ -1,4 +1,4 @@
-"""Where a rank is in its work: written by the thread that works, read by the one that watches."""
+"""What a rank is working on: written by the thread that works, read by the thread that watches it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: A rank that does nothing, as far as anybody has said, or answers others, has no progress of its own to be judged by.
-_UNMEASURED = ("", "serving")
+#: Phases without a deadline: before a phase is set, and while a parameter server waits for requests.
+_UNTIMED_PHASES = ("", "serving")
 
 
 class RankActivity:
-    """What a rank is at; plain attributes, so that keeping it up to date costs a step nothing.
+    """What a rank is working on. These are plain attributes, so an update in every step costs nothing.
 
     Attributes:
-        phase: ``set-up``, ``training``, ``evaluation``, ``saving``, ``finishing``, ``serving``, or nothing.
-        progress: Goes up with every step, batch and phase; only that it does is of interest.
-        step: Updates done.
+        phase: ``set-up``, ``training``, ``evaluation``, ``saving``, ``finishing``, ``serving``, or empty.
+        progress: Increases with every step, batch and phase. Only a change matters, not the value.
+        step: Optimizer updates done.
         epoch: Epochs finished.
-        offset: First sample of the batch in work, in the order of the epoch.
-        count: Samples of the batch in work over all shards, if the epoch has so many left.
-        shard: ``(index, count)``: this rank's share of it; ``(0, 0)`` before the first.
-        independent_steps: The ranks don't keep step, so another rank's position says nothing of this one's.
-        expendable: The others go on if this rank fails.
-        find_samples: From ``epoch``, ``offset``, ``count`` and ``shard`` to the positions in the training split of the
-            samples that a rank has in work; ``None`` where no data is known.
+        offset: Index of the current batch's first sample, in the order of the epoch.
+        count: Samples of the current batch over all data shards; the last batch of an epoch may hold fewer.
+        shard: ``(index, count)``: this rank's share of the batch; ``(0, 0)`` before the first batch.
+        independent_steps: The ranks do not run in lockstep, so another rank's step says nothing about this one's.
+        expendable: The other ranks continue if this rank fails.
+        find_samples: Maps ``epoch``, ``offset``, ``count`` and ``shard`` to the positions in the training split of a
+            rank's part of the batch; ``None`` if there is no data set.
     """
 
     def __init__(self) -> None:
@@ -37,43 +37,43 @@ class RankActivity:
         self.find_samples: Callable[[int, int, int, tuple[int, int]], list[int]] | None = None
 
     @property
-    def is_measured(self) -> bool:
-        """Whether a rank that does this must make progress."""
-        return self.phase not in _UNMEASURED
+    def is_timed(self) -> bool:
+        """Whether a rank in this phase must make progress within a time limit."""
+        return self.phase not in _UNTIMED_PHASES
 
     def enter_epoch(self, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> None:
-        """Training goes on at this place of an epoch."""
+        """Records that training starts or continues at this place of an epoch; see the attributes."""
         self.epoch, self.offset, self.count, self.shard = epoch, offset, count, shard
         self.phase = "training"
         self.progress += 1
 
     def advance(self, step: int, offset: int) -> None:
-        """A step is done; the next batch begins at ``offset``."""
+        """Records that ``step`` updates are done and that the next batch begins at ``offset``."""
         self.step, self.offset = step, offset
         self.progress += 1
 
     def samples(self) -> list[int] | None:
-        """The samples that this rank has in work; ``None`` outside of training."""
+        """Positions in the training split of this rank's part of the current batch; ``None`` outside training."""
         if self.find_samples is None or self.phase != "training":
             return None
         return self.find_samples(self.epoch, self.offset, self.count, self.shard)
 
 
-def in_phase(what: str) -> Callable[[F], F]:
-    """Decorates a method of something with a ``runtime``: what the rank is doing while it runs.
+def in_phase(phase: str) -> Callable[[F], F]:
+    """Decorates a method of an object with a ``runtime``: sets the rank's phase while the method runs.
 
-    After an error it stays, for the report.
+    If the method raises, the phase is kept, so that the failure report shows it.
     """
 
     def decorate(method: F) -> F:
         @functools.wraps(method)
         def decorated(self: Any, *args: Any, **kwargs: Any) -> Any:
-            position: RankActivity = self.runtime.activity
-            before, position.phase = position.phase, what
-            position.progress += 1
+            activity: RankActivity = self.runtime.activity
+            previous, activity.phase = activity.phase, phase
+            activity.progress += 1
             result = method(self, *args, **kwargs)
-            position.phase = before
-            position.progress += 1
+            activity.phase = previous
+            activity.progress += 1
             return result
 
         return cast(F, decorated)

@@ -1,4 +1,4 @@
-"""The last words of a process that crashes below Python, such as by a segmentation fault."""
+"""Stacks of a process that crashes below Python, for example by a segmentation fault."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import IO
 
 
 class CrashDump:
-    """Where Python writes all threads' stacks when a fatal signal ends the process; without one nothing is left of it.
+    """A file to which Python writes the stacks of all threads if a fatal signal ends the process.
 
     Args:
-        path: The file. An old one is emptied.
+        path: The file. Its previous content is deleted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,7 +22,7 @@ class CrashDump:
         faulthandler.enable(self._file)
 
     def close(self) -> None:
-        """Stops recording and removes the file if it is empty, as it is unless the process crashed."""
+        """Stops recording and removes the file, which is empty unless the process crashed."""
         if self._file is None:
             return
         faulthandler.disable()
@@ -34,14 +34,20 @@ class CrashDump:
             self._path.unlink(missing_ok=True)
 
 
-def crash_dump_path(folder: Path, rank: int) -> Path:
-    """The file of a rank, below the run folder."""
-    return folder / "logs" / f"rank_{rank}.fault"
+def crash_dump_path(run_dir: Path, rank: int) -> Path:
+    """A rank's file in the run folder."""
+    return run_dir / "logs" / f"rank_{rank}.fault"
 
 
-def read_crash_dump(folder: Path | None, rank: int) -> str:
-    """What a rank that is gone has left; nothing unless it crashed, and its empty file is then removed."""
-    path = crash_dump_path(folder, rank) if folder is not None else Path()
+def read_crash_dump(run_dir: Path | None, rank: int) -> str:
+    """Returns what a process that has ended wrote when it crashed; removes an empty file.
+
+    Returns:
+        The stacks, or an empty string if the process did not crash.
+    """
+    if run_dir is None:
+        return ""
+    path = crash_dump_path(run_dir, rank)
     if not path.is_file():
         return ""
     if not path.stat().st_size:

@@ -1,4 +1,4 @@
-"""What is left of a failure: who failed first, told once by every rank, and ``failure.json``."""
+"""Ranks agree on which of them failed first, and report that failure on stderr and in ``failure.json``."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from distrain.files.writing import replace_json
 
 log = logging.getLogger(__name__)
 
-FILE = "failure.json"
-#: Key in the run's store under which the first failure is told, and what it holds until then.
-CLAIM, NO_CLAIM = "failure", "-"
-#: How long a rank waits for another thread of it that is telling already.
-_PATIENCE_SECONDS = 3.0
+REPORT_NAME = "failure.json"
+#: Key in the run's store that holds the first failure, and its value as long as no rank has failed.
+FIRST_FAILURE_KEY, NO_FAILURE = "failure", "-"
+#: How long a thread waits while another thread of this process reports a failure.
+_LOCK_SECONDS = 3.0
 
 
 @dataclass
 class Failure:
-    """What ``failure.json`` holds.
+    """The content of ``failure.json``.
 
     Attributes:
         rank: The rank that failed first.
-        host: Its host.
-        step: Updates it had done.
-        samples: Positions in the training split of its share of the batch in work; ``None`` outside of training.
-        error: Kind and message in one line.
-        traceback: Where, as Python prints it; for a rank that can't say so itself the last that was known.
-        time: When it was told, by the clock of the rank that tells.
-        others: Where every other rank was: ``rank``, ``host``, ``step``, ``doing``, ``waiting`` (for other ranks) and
-            the innermost calls of its ``stack``.
+        host: Name of its host.
+        step: Optimizer updates it had done.
+        error: Type and message of the error in one line.
+        samples: Positions in the training split of its part of the current batch; ``None`` outside training.
+        traceback: Where it failed, as Python prints it; the last known stack of a rank that could not report itself.
+        time: When the failure was reported, by the clock of the rank that wrote the report.
+        others: The state of every other rank: ``rank``, ``host``, ``step``, ``doing`` (its phase), ``waiting`` (for
+            other ranks) and ``stack`` (its innermost calls).
     """
 
     rank: int
@@ -52,117 +52,118 @@ class Failure:
     time: str = ""
     others: list[dict[str, Any]] = field(default_factory=list)
 
-    def line(self) -> str:
-        """The last line that a user reads."""
+    def summary(self) -> str:
+        """The failure in one line, for users."""
         return f"rank {self.rank} on {self.host} failed at step {self.step}: {self.error}"
 
 
-def archive_previous_report(folder: Path) -> None:
-    """Renames the report of an earlier run in this folder: there is one only if the last run failed."""
+def archive_previous_report(run_dir: Path) -> None:
+    """Renames an earlier run's report in this folder, so that ``failure.json`` exists only if the last run failed."""
     with contextlib.suppress(FileNotFoundError):
-        folder.joinpath(FILE).replace(folder / f"previous_{FILE}")
+        run_dir.joinpath(REPORT_NAME).replace(run_dir / f"previous_{REPORT_NAME}")
 
 
 @dataclass(frozen=True)
 class FirstFailure:
-    """What the first rank to know of a failure tells all others.
+    """What the first rank that detects a failure publishes to all others.
 
     Attributes:
-        failure: Its first four values.
-        by: Who tells.
+        failure: Rank, host, step and error; the other fields are empty.
+        detected_by: The rank that published it.
     """
 
     failure: Failure
-    by: int
+    detected_by: int
 
-    def packed(self) -> str:
-        """As text."""
+    def to_json(self) -> str:
+        """Encodes it for the store."""
         failure = self.failure
-        return json.dumps([failure.rank, failure.host, failure.step, failure.error, self.by])
+        return json.dumps([failure.rank, failure.host, failure.step, failure.error, self.detected_by])
 
     @classmethod
-    def unpacked(cls, text: bytes | str) -> FirstFailure | None:
-        """The other way round; ``None`` if there is none yet."""
-        if text in (NO_CLAIM, NO_CLAIM.encode()):
+    def from_json(cls, text: bytes | str) -> FirstFailure | None:
+        """Decodes the store's value; ``None`` if no rank has failed."""
+        if text in (NO_FAILURE, NO_FAILURE.encode()):
             return None
-        *of_failure, by = json.loads(text)
-        return cls(Failure(*of_failure), by)
+        *failure_fields, detected_by = json.loads(text)
+        return cls(Failure(*failure_fields), detected_by)
 
 
-#: Adds samples, and where the other ranks are as far as the store says, to a failure that is written.
-Complete = Callable[[Failure, Store | None], None]
+#: Adds the samples and the other ranks' states, as far as the store has them, to a failure before it is written.
+AddDetails = Callable[[Failure, Store | None], None]
 
 
 class FailureReporter:
-    """Tells of a failure, once, whichever thread of this process hears of it first.
+    """Reports a failure once per process, whichever thread detects it first.
 
-    The first rank to claim it in the store writes ``failure.json``; the others read the claim.
+    The first rank that publishes its failure in the store writes ``failure.json``. The others repeat what it published.
 
     Args:
-        rank: This one.
+        rank: This rank.
 
     Attributes:
-        folder: Where ``failure.json`` goes; ``None``: nowhere.
-        told: What was told.
+        run_dir: Where ``failure.json`` is written; ``None`` if it is not to be written.
+        reported: The failure that was reported; ``None`` before that.
     """
 
     def __init__(self, rank: int) -> None:
-        self.folder: Path | None = None
-        self.told: FirstFailure | None = None
+        self.run_dir: Path | None = None
+        self.reported: FirstFailure | None = None
         self._rank = rank
         self._lock = threading.Lock()
 
-    def tell(self, failure: Failure, here: str, store: Store | None, complete: Complete) -> None:
-        """Tells, unless that was done.
+    def report(self, failure: Failure, local_stack: str, store: Store | None, add_details: AddDetails) -> None:
+        """Reports a failure, unless this process has already reported one.
 
         Args:
-            failure: What this rank knows.
-            here: Where this rank was, for its log, if another one failed.
-            store: Where failures are claimed; ``None`` where there is none or it can't be reached.
-            complete: Called before it is written.
+            failure: What this rank has detected.
+            local_stack: Where this rank was; logged if another rank failed first.
+            store: Where the first failure is published; ``None`` if there is no store or it cannot be reached.
+            add_details: Called before ``failure.json`` is written.
         """
-        if not self._lock.acquire(timeout=_PATIENCE_SECONDS):
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
             return
         try:
-            if self.told is None:
-                self._tell(failure, here, store, complete)
+            if self.reported is None:
+                self._report(failure, local_stack, store, add_details)
         finally:
             self._lock.release()
 
-    def _tell(self, failure: Failure, here: str, store: Store | None, complete: Complete) -> None:
-        mine = FirstFailure(failure, self._rank)
-        first = mine
+    def _report(self, failure: Failure, local_stack: str, store: Store | None, add_details: AddDetails) -> None:
+        own = FirstFailure(failure, self._rank)
+        first = own
         if store is not None:
             try:
-                first = FirstFailure.unpacked(store.compare_set(CLAIM, NO_CLAIM, mine.packed())) or mine
+                value = store.compare_set(FIRST_FAILURE_KEY, NO_FAILURE, own.to_json())
+                first = FirstFailure.from_json(value) or own
             except RuntimeError as error:
-                # It went with its host; what this rank knows is all there is.
-                log.warning("nobody hears of this failure: %s", first_line(error))
-        if first.packed() == mine.packed():
-            first = mine
-            complete(failure, store)
+                # The store ended with the process that served it. This rank reports what it knows.
+                log.warning("this failure could not be published to the other ranks: %s", first_line(error))
+        if first.to_json() == own.to_json():
+            first = own
+            add_details(failure, store)
             failure.time = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             self._write(failure)
-        self.told = first
-        line = first.failure.line()
+        self.reported = first
+        summary = first.failure.summary()
         if first.failure.rank == self._rank:
-            log.error("%s\n%s", first.failure.error, here)
-            say(f"distrain: {line}")
+            log.error("%s\n%s", first.failure.error, local_stack)
+            print_to_stderr(f"distrain: {summary}")
         else:
-            log.error("stopped because %s\n%s", line, here)
-            say(f"distrain: rank {self._rank} stopped because {line}")
+            log.error("stopped because %s\n%s", summary, local_stack)
+            print_to_stderr(f"distrain: rank {self._rank} stopped because {summary}")
 
     def _write(self, failure: Failure) -> None:
-        if self.folder is None:
+        if self.run_dir is None:
             return
         try:
-            replace_json(self.folder / FILE, asdict(failure))
+            replace_json(self.run_dir / REPORT_NAME, asdict(failure))
         except OSError as error:
-            log.error("%s can't be written: %s", FILE, error)
+            log.error("%s can't be written: %s", REPORT_NAME, error)
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether an error may be the echo of another rank's."""
+    """Whether an error may be the consequence of another rank's failure: a collective or a connection broke off."""
     text = str(error).lower()
     words = ("gloo", "nccl", "connection", "socket")
     return isinstance(error, dist.DistError) or (
@@ -171,10 +172,10 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def say(line: str) -> None:
-    """Prints a line for the user."""
+def print_to_stderr(line: str) -> None:
+    """Prints a line for the user at once."""
     print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Which rank holds up the others, judged from what each says of itself once a second.
+"""Decides which rank blocks the run, from the heartbeats that every rank publishes.
 
-All times are the observer's own, of a clock that only goes forward: when it last saw something change. Clocks of other
-hosts, and ages that others computed, play no part.
+All times are read from the observer's own monotonic clock: when *it* last saw a value change. Clocks of other hosts and
+ages computed by other ranks are not used.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import astuple, dataclass, replace
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life.
+    """A rank's state, published at regular intervals as a sign of life.
 
     Attributes:
-        number: Of this beat; each has another one.
-        progress: Goes up while the rank gets on; ``None`` for one that is not judged by that.
-        step: Updates done.
-        phase: In a word.
+        number: Sequence number, different for every heartbeat of a rank.
+        progress: Increases while the rank makes progress; ``None`` in phases without a time limit.
+        step: Optimizer updates done.
+        phase: What the rank is doing; see :class:`~distrain.health.activity.RankActivity`.
         waiting: Its main thread waits for other ranks.
-        expendable: The others go on without it.
-        left: It is about to end; nothing more will come.
-        ending: It knows that the run has failed, and says where it was then.
+        expendable: The other ranks continue without it.
+        leaving: The last heartbeat before the process ends in an orderly way.
+        failing: The rank knows that the run has failed; the values are those at that moment.
         shard: ``(index, count)``: its share of a batch.
     """
 
@@ -33,73 +33,73 @@ class Heartbeat:
     phase: str = ""
     waiting: bool = False
     expendable: bool = False
-    left: bool = False
-    ending: bool = False
+    leaving: bool = False
+    failing: bool = False
     shard: tuple[int, int] = (0, 0)
 
-    def packed(self) -> str:
-        """As text of a few dozen bytes."""
+    def to_json(self) -> str:
+        """Encodes the heartbeat for the store, in less than 100 bytes."""
         return json.dumps(astuple(self))
 
     @classmethod
-    def unpacked(cls, text: str | bytes) -> Heartbeat:
-        """The other way round."""
-        told = json.loads(text)
-        # JSON knows no tuples.
-        return replace(cls(*told), shard=tuple(told[-1]))
+    def from_json(cls, text: str | bytes) -> Heartbeat:
+        """Decodes a heartbeat."""
+        values = json.loads(text)
+        # JSON has lists where Python has tuples.
+        return replace(cls(*values), shard=tuple(values[-1]))
 
 
 @dataclass
 class ObservedRank:
-    """What an observer knows of a rank.
+    """What an observer knows about a rank.
 
     Attributes:
-        beat: The last one.
-        beat_seen: When a new beat was seen last, in seconds.
-        progress_seen: When progress, or something else to do, was seen last.
-        gone: Its process, on the observer's host, is not there any more.
+        heartbeat: The latest one.
+        heartbeat_time: When a new heartbeat was last seen, in seconds.
+        progress_time: When a change of progress or phase was last seen, in seconds.
+        exited: The rank's process, on the observer's host, has ended.
     """
 
-    beat: Heartbeat
-    beat_seen: float
-    progress_seen: float
-    gone: bool = False
+    heartbeat: Heartbeat
+    heartbeat_time: float
+    progress_time: float
+    exited: bool = False
 
-    def look(self, beat: Heartbeat, now: float) -> None:
-        """Takes in the newest beat."""
-        if beat.number != self.beat.number:
-            self.beat_seen = now
-        if (beat.progress, beat.phase) != (self.beat.progress, self.beat.phase):
-            self.progress_seen = now
-        self.beat = beat
+    def update(self, heartbeat: Heartbeat, now: float) -> None:
+        """Records the heartbeat read at time ``now``."""
+        if heartbeat.number != self.heartbeat.number:
+            self.heartbeat_time = now
+        if (heartbeat.progress, heartbeat.phase) != (self.heartbeat.progress, self.heartbeat.phase):
+            self.progress_time = now
+        self.heartbeat = heartbeat
 
-    def forgive(self, now: float) -> None:
-        """Starts the clocks anew: the observer itself was away."""
-        self.beat_seen = self.progress_seen = now
+    def reset_clocks(self, now: float) -> None:
+        """Restarts both time limits, because the observer itself was suspended."""
+        self.heartbeat_time = self.progress_time = now
 
     @property
-    def counts(self) -> bool:
-        """Whether the others need it."""
-        return not (self.beat.left or self.beat.expendable)
+    def is_required(self) -> bool:
+        """Whether the run needs this rank: it is neither leaving nor expendable."""
+        return not (self.heartbeat.leaving or self.heartbeat.expendable)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is too long, in seconds.
+    """Time limits in seconds.
 
     Attributes:
-        silence: Without a beat.
-        step: Without progress.
-        setup: The same before the first step and after the last, when figures may be drawn.
+        silence: Longest time without a new heartbeat.
+        step: Longest time without progress.
+        setup: Longest time without progress before the first step and after the last one.
     """
 
     silence: float
     step: float
     setup: float
 
-    def of(self, beat: Heartbeat) -> tuple[float, str]:
-        """How long a rank may be without progress in what it does, and the key that says so."""
-        if beat.phase in ("set-up", "finishing"):
+    def for_progress(self, heartbeat: Heartbeat) -> tuple[float, str]:
+        """Returns the limit that applies in the heartbeat's phase, and the configuration key that sets it."""
+        if heartbeat.phase in ("set-up", "finishing"):
             return self.setup, "runtime.setup_timeout_seconds"
         return self.step, "runtime.timeout_seconds"
 
@@ -109,62 +109,70 @@ UNREPORTED_EXIT = "the process exited without reporting an error (killed?)"
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rank that is to blame, and why in words."""
+    """The rank that blocks the run, and the reason."""
 
     rank: int
     reason: str
 
 
-def judge(own: int, seen: Mapping[int, ObservedRank], limits: Limits, now: float) -> Verdict | None:
-    """Who holds up the run, if anybody does.
+def judge(own_rank: int, ranks: Mapping[int, ObservedRank], limits: Limits, now: float) -> Verdict | None:
+    """Returns the rank that blocks the run, or ``None`` if all is well.
 
-    A process that is gone; else the rank that has been silent for longest; else one that makes no progress though it
-    waits for nobody; else, if all wait and have done so for too long, the one that is furthest behind.
+    In this order of priority: a rank whose process has ended; the rank without a heartbeat for longest; a rank that
+    makes no progress although it waits for no other; and, if all ranks have been waiting for too long, the one with
+    the fewest steps.
 
     Args:
-        own: The observer, which is not silent to itself.
-        seen: Every rank.
-        limits: How long is too long.
-        now: By the observer's clock.
+        own_rank: The observer, whose own heartbeats are not checked.
+        ranks: Every rank of the run, the observer included.
+        limits: Time limits.
+        now: The observer's clock, in seconds.
     """
-    counting = {rank: each for rank, each in seen.items() if each.counts}
-    for rank, each in counting.items():
-        if each.gone:
+    required = {rank: observed for rank, observed in ranks.items() if observed.is_required}
+    for rank, observed in required.items():
+        if observed.exited:
             return Verdict(rank, UNREPORTED_EXIT)
-    silent = [rank for rank, each in counting.items() if rank != own and now - each.beat_seen > limits.silence]
+    silent = [
+        rank
+        for rank, observed in required.items()
+        if rank != own_rank and now - observed.heartbeat_time > limits.silence
+    ]
     if silent:
-        rank = min(silent, key=lambda rank: (counting[rank].beat_seen, rank))
-        return Verdict(
-            rank, f"no sign of life for {limits.silence:g} s (stopped, or its host or network is gone){_at(seen[rank])}"
-        )
-    # Those that the others can do without are waited for as well, until they are gone.
-    working = {
-        rank: each
-        for rank, each in seen.items()
-        if each.beat.progress is not None and not each.beat.left and not each.gone
+        rank = min(silent, key=lambda rank: (required[rank].heartbeat_time, rank))
+        cause = "its process is stopped, or its host or network is down"
+        return Verdict(rank, f"no heartbeat for {limits.silence:g} s ({cause}){_in_phase(ranks[rank])}")
+    # Expendable ranks are included: the others wait for them too, as long as their processes exist.
+    timed = {
+        rank: observed
+        for rank, observed in ranks.items()
+        if observed.heartbeat.progress is not None and not observed.heartbeat.leaving and not observed.exited
     }
-    late = {rank: each for rank, each in working.items() if now - each.progress_seen > limits.of(each.beat)[0]}
-    busy = [rank for rank, each in late.items() if each.counts and not each.beat.waiting]
+    late = {
+        rank: observed
+        for rank, observed in timed.items()
+        if now - observed.progress_time > limits.for_progress(observed.heartbeat)[0]
+    }
+    busy = [rank for rank, observed in late.items() if observed.is_required and not observed.heartbeat.waiting]
     if busy:
-        # The others may be late because of the one that is furthest behind, in steps or else in time.
-        rank = min(busy, key=lambda rank: (late[rank].beat.step, late[rank].progress_seen, rank))
+        # The others may be late only because of the one with the fewest steps, or the one that is late for longest.
+        rank = min(busy, key=lambda rank: (late[rank].heartbeat.step, late[rank].progress_time, rank))
         return Verdict(rank, f"{_no_progress(limits, late[rank])}, and it waits for no other rank")
-    if late and len(late) == len(working) and all(each.beat.waiting for each in late.values()):
-        rank = min(late, key=lambda rank: (late[rank].beat.step, rank))
+    if late and len(late) == len(timed) and all(observed.heartbeat.waiting for observed in late.values()):
+        rank = min(late, key=lambda rank: (late[rank].heartbeat.step, rank))
         return Verdict(rank, f"{_no_progress(limits, late[rank])}; all ranks wait, and this one is furthest behind")
     return None
 
 
-def is_stuck(own: ObservedRank, limits: Limits, now: float) -> str | None:
-    """Why a rank should give itself up that nobody else would, because the others go on without it."""
-    late = own.beat.progress is not None and now - own.progress_seen > limits.of(own.beat)[0]
-    return _no_progress(limits, own) if late and not own.beat.waiting else None
+def why_stuck(own: ObservedRank, limits: Limits, now: float) -> str | None:
+    """Returns why this rank is stuck, or ``None``; for expendable ranks, which :func:`judge` does not accuse."""
+    late = own.heartbeat.progress is not None and now - own.progress_time > limits.for_progress(own.heartbeat)[0]
+    return _no_progress(limits, own) if late and not own.heartbeat.waiting else None
 
 
-def _no_progress(limits: Limits, seen: ObservedRank) -> str:
-    seconds, key = limits.of(seen.beat)
-    return f"no progress within {key}={seconds:g}{_at(seen)}"
+def _no_progress(limits: Limits, observed: ObservedRank) -> str:
+    seconds, key = limits.for_progress(observed.heartbeat)
+    return f"no progress within {key}={seconds:g}{_in_phase(observed)}"
 
 
-def _at(seen: ObservedRank) -> str:
-    return f" in {seen.beat.phase}" if seen.beat.phase else ""
+def _in_phase(observed: ObservedRank) -> str:
+    return f" in {observed.heartbeat.phase}" if observed.heartbeat.phase else ""

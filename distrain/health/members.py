@@ -1,4 +1,4 @@
-"""The ranks of a run and what they leave in its store for each other."""
+"""The ranks of a run, and the keys under which each publishes its state in the run's store."""
 
 from __future__ import annotations
 
@@ -8,67 +8,68 @@ from dataclasses import asdict, dataclass
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from distrain.health.failure_report import CLAIM, NO_CLAIM
+from distrain.health.failure_report import FIRST_FAILURE_KEY, NO_FAILURE
 from distrain.health.judge import Heartbeat
 from distrain.health.process import Process
 
 
 @dataclass(frozen=True)
 class Member:
-    """A rank.
+    """A rank as another rank sees it.
 
     Attributes:
-        host: Where it is.
-        process: Its number there.
-        is_near: The rank that knows this is on the same host and sees its process.
+        host: Name of its host.
+        process: Its process on that host.
+        is_local: The observer runs on the same host and can see the process.
     """
 
     host: str
     process: Process
-    is_near: bool
+    is_local: bool
 
     @property
-    def is_gone(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether its process is known to have ended."""
-        return self.is_near and not self.process.is_alive
+        return self.is_local and not self.process.is_alive
 
 
-def join(store: Store, rank: int, host: str) -> None:
-    """Tells the store who this rank is; it is counted in from then on."""
+def register(store: Store, rank: int, host: str) -> None:
+    """Publishes this rank's host and process; every rank does so before any calls :func:`read_members`."""
     if rank == 0:
-        store.set(CLAIM, NO_CLAIM)
-    store.set(beat_key(rank), Heartbeat().packed())
+        store.set(FIRST_FAILURE_KEY, NO_FAILURE)
+    store.set(heartbeat_key(rank), Heartbeat().to_json())
     store.set(member_key(rank), json.dumps({"host": host, **asdict(Process.current())}))
 
 
-def find_members(store: Store, size: int, host: str) -> list[Member]:
-    """All ranks, which must have joined, as a rank on ``host`` sees them."""
-    found = []
-    for text in store.multi_get([member_key(rank) for rank in range(size)]):
-        told = json.loads(text)
-        process = Process(told["pid"], told["started"])
-        # Containers may share a name and not see each other's processes.
-        found.append(Member(told["host"], process, told["host"] == host and process.is_alive))
-    return found
+def read_members(store: Store, world_size: int, own_host: str) -> list[Member]:
+    """Returns all ranks as seen from ``own_host``; all must have registered."""
+    members = []
+    for text in store.multi_get([member_key(rank) for rank in range(world_size)]):
+        published = json.loads(text)
+        process = Process(published["pid"], published["started"])
+        # Containers may have the same host name and yet not see each other's processes.
+        is_local = published["host"] == own_host and process.is_alive
+        members.append(Member(published["host"], process, is_local))
+    return members
 
 
-def read_beats(store: Store, ranks: Iterable[int]) -> dict[int, Heartbeat]:
-    """The last beat of each rank."""
+def read_heartbeats(store: Store, ranks: Iterable[int]) -> dict[int, Heartbeat]:
+    """Returns the latest heartbeat of each of these ranks."""
     ranks = list(ranks)
-    found = store.multi_get([beat_key(rank) for rank in ranks])
-    return {rank: Heartbeat.unpacked(text) for rank, text in zip(ranks, found, strict=True)}
+    values = store.multi_get([heartbeat_key(rank) for rank in ranks])
+    return {rank: Heartbeat.from_json(text) for rank, text in zip(ranks, values, strict=True)}
 
 
 def member_key(rank: int) -> str:
-    """Where the store has what :func:`join` told; a rank is there when this is."""
+    """The key of what :func:`register` publishes last; the rank has registered if it exists."""
     return f"member/{rank}"
 
 
-def beat_key(rank: int) -> str:
-    """Where it has a rank's last beat."""
-    return f"beat/{rank}"
+def heartbeat_key(rank: int) -> str:
+    """The key of a rank's latest heartbeat."""
+    return f"heartbeat/{rank}"
 
 
-def told_key(rank: int) -> str:
-    """Where it has what only matters after a failure: the batch in work, and the main thread's calls."""
-    return f"told/{rank}"
+def details_key(rank: int) -> str:
+    """The key of a rank's :class:`~distrain.health.rank_states.RankDetails`, read only after a failure."""
+    return f"details/{rank}"

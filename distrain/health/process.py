@@ -1,4 +1,4 @@
-"""Other processes of this host: whether they are still there, whether they stand still, and ending them."""
+"""Processes of this host: whether they are alive or stopped, and killing them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """A process, whatever else gets its number later.
+    """A process; another one that gets the same process ID later is not mistaken for it.
 
     Attributes:
-        pid: Its number.
-        started: When it started, in clock ticks since boot; ``None`` where the system has no ``/proc``.
+        pid: Process ID.
+        started: Start time in clock ticks since boot; ``None`` on systems without ``/proc``.
     """
 
     pid: int
@@ -26,30 +26,30 @@ class Process:
 
     @classmethod
     def current(cls) -> Process:
-        """This one."""
-        return cls(os.getpid(), _stat(os.getpid())[1])
+        """The calling process."""
+        return cls(os.getpid(), _state_and_start(os.getpid())[1])
 
     @property
     def is_alive(self) -> bool:
-        """Whether it is there and not only the zombie that its parent has not looked at yet."""
+        """Whether the process exists and is not a zombie."""
         if self.started is None:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, 0)
                 return True
             return False
-        state, started = _stat(self.pid)
+        state, started = _state_and_start(self.pid)
         return started == self.started and state not in ("Z", "X")
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal stopped it; unknown, and therefore no, without ``/proc``."""
-        return self.started is not None and _stat(self.pid) == ("T", self.started)
+        """Whether a signal has suspended the process; false on systems without ``/proc``, where it is unknown."""
+        return self.started is not None and _state_and_start(self.pid) == ("T", self.started)
 
     def kill(self, seconds: float = 0.5) -> None:
-        """Ends it, but no other process that has its number now; does nothing without ``/proc``.
+        """Kills the process, but no other one that has its ID now; does nothing on systems without ``/proc``.
 
         Args:
-            seconds: How long to wait until it is gone.
+            seconds: How long to wait until it has ended.
         """
         if self.started is None:
             return
@@ -60,10 +60,10 @@ class Process:
             time.sleep(0.01)
 
 
-def _stat(pid: int) -> tuple[str, int | None]:
-    """State and start of a process, of proc(5)'s ``stat``; none for one that is gone, or without ``/proc``."""
+def _state_and_start(pid: int) -> tuple[str, int | None]:
+    """A process's state and start time from ``/proc/PID/stat``, see proc(5); ``("", None)`` if it can't be read."""
     try:
-        # The program's name, in brackets, may hold anything.
+        # The second field, the program's name in parentheses, may contain spaces and parentheses itself.
         fields = _PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "", None

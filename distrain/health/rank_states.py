@@ -1,4 +1,4 @@
-"""Where every rank was when the run failed: what ``failure.json`` says besides the error."""
+"""The state of every rank when the run failed: what ``failure.json`` contains besides the error."""
 
 from __future__ import annotations
 
@@ -14,134 +14,137 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from distrain.health.activity import RankActivity
 from distrain.health.failure_report import first_line
 from distrain.health.judge import Heartbeat
-from distrain.health.members import Member, read_beats, told_key
+from distrain.health.members import Member, details_key, read_heartbeats
 
 log = logging.getLogger(__name__)
 
-#: How long after its next beat is due a rank has said where it was when it heard of the failure.
-_PATIENCE_SECONDS = 0.7
-#: ThreadStack of the other ranks that are kept.
-_INNERMOST = 3
+#: A rank reads of a failure when its next heartbeat is due; it then has this much longer to publish its final state.
+_GRACE_SECONDS = 0.7
+#: Innermost calls kept of the stack of each rank that did not fail first.
+_STACK_LINES = 3
 
 
 @dataclass(frozen=True)
 class RankDetails:
-    """What a rank tells besides its beat, for the case that it fails.
+    """What a rank publishes besides its heartbeat; read only after a failure.
 
     Attributes:
-        epoch: Of the batch in work, as in :class:`~distrain.health.activity.RankActivity`; so are the next two.
-        offset: See there.
-        count: See there.
-        calls: Where its main thread is.
+        epoch: Epoch of the current batch, as in :class:`~distrain.health.activity.RankActivity`.
+        offset: Index of the batch's first sample, likewise.
+        count: Samples of the batch over all shards, likewise.
+        stack: The innermost calls of its main thread.
     """
 
     epoch: int
     offset: int
     count: int
-    calls: list[str]
+    stack: list[str]
 
-    def packed(self) -> str:
-        """As text."""
-        return json.dumps([self.epoch, self.offset, self.count, self.calls])
+    def to_json(self) -> str:
+        """Encodes the details for the store."""
+        return json.dumps([self.epoch, self.offset, self.count, self.stack])
 
     @classmethod
-    def unpacked(cls, text: bytes) -> RankDetails:
-        """The other way round."""
+    def from_json(cls, text: bytes) -> RankDetails:
+        """Decodes details."""
         return cls(*json.loads(text))
 
 
 @dataclass(frozen=True)
 class RankStates:
-    """What is known of all ranks.
+    """What one rank knows about all ranks.
 
     Attributes:
-        beats: The last of each rank.
-        told: What they told besides, of those that did.
+        heartbeats: The latest heartbeat of each rank.
+        details: The details of each rank that has published them.
     """
 
-    beats: dict[int, Heartbeat]
-    told: dict[int, RankDetails]
+    heartbeats: dict[int, Heartbeat]
+    details: dict[int, RankDetails]
 
     @classmethod
     def read(
         cls,
         store: Store,
-        beats: dict[int, Heartbeat],
+        heartbeats: dict[int, Heartbeat],
         members: Sequence[Member],
-        mute: Collection[int],
-        seconds: float,
+        unresponsive: Collection[int],
+        interval: float,
     ) -> RankStates:
-        """Reads where the ranks are, once all that can have heard of the failure have said so.
+        """Waits until the ranks that are still alive have published their final state, and reads it.
 
         Args:
-            store: Where they tell it.
-            beats: What is known already, for a store that can't be reached.
-            members: Of the run.
-            mute: Ranks that won't say so.
-            seconds: Between two beats.
+            store: Where they publish it.
+            heartbeats: The heartbeats known already; returned if the store cannot be reached.
+            members: All ranks of the run.
+            unresponsive: Ranks that will not publish a final state and are not waited for.
+            interval: Seconds between two heartbeats.
         """
-        told: dict[int, RankDetails] = {}
-        deadline = time.monotonic() + seconds + _PATIENCE_SECONDS
+        details: dict[int, RankDetails] = {}
+        deadline = time.monotonic() + interval + _GRACE_SECONDS
         try:
-            beats = read_beats(store, beats)
+            heartbeats = read_heartbeats(store, heartbeats)
             while time.monotonic() < deadline and any(
-                rank not in mute and not (beat.ending or beat.left or members[rank].is_gone)
-                for rank, beat in beats.items()
+                rank not in unresponsive and not (beat.failing or beat.leaving or members[rank].has_exited)
+                for rank, beat in heartbeats.items()
             ):
                 time.sleep(0.05)
-                beats = read_beats(store, beats)
-            # A rank that failed at once has told nothing, and waiting for it would take long.
-            there = [rank for rank in beats if store.check([told_key(rank)])]
-            told = {rank: RankDetails.unpacked(store.get(told_key(rank))) for rank in there}
+                heartbeats = read_heartbeats(store, heartbeats)
+            # A rank that failed right after it registered has published no details, and get() would wait for them.
+            published = [rank for rank in heartbeats if store.check([details_key(rank)])]
+            details = {rank: RankDetails.from_json(store.get(details_key(rank))) for rank in published}
         except RuntimeError as error:
-            log.warning("where the other ranks were can't be read: %s", first_line(error))
-        return cls(beats, told)
+            log.warning("the state of the other ranks can't be read: %s", first_line(error))
+        return cls(heartbeats, details)
 
     def stack(self, rank: int) -> str:
-        """What its main thread was in, as far as is known."""
-        if rank not in self.told or not self.told[rank].calls:
+        """A rank's last known stack as text; empty if it is unknown."""
+        if rank not in self.details or not self.details[rank].stack:
             return ""
-        return "\n".join(["last known stack of its main thread:", *self.told[rank].calls])
+        return "\n".join(["last known stack of its main thread:", *self.details[rank].stack])
 
     def samples(self, rank: int, own_rank: int, own: RankActivity) -> list[int] | None:
-        """Positions in the training split of what a rank had in work; ``None`` if that is unknown or nothing.
+        """Positions in the training split of a rank's part of its current batch.
 
         Args:
-            rank: Which.
-            own_rank: The rank that asks.
-            own: Its position.
+            rank: The rank asked about.
+            own_rank: The calling rank.
+            own: The calling rank's activity.
+
+        Returns:
+            The positions, or ``None`` if they are unknown or the rank was not training.
         """
         if rank == own_rank:
             return own.samples()
-        # Its last word may be a second old; ranks that keep step are where the furthest of them is.
-        like = (
-            [rank]
-            if own.independent_steps
-            else [each for each, beat in self.beats.items() if beat.progress is not None]
-        )
-        furthest = max(like, default=rank, key=lambda each: self.beats[each].step)
-        beat, told = self.beats[furthest], self.told.get(furthest)
-        if not own.independent_steps and own.is_measured and own.step >= beat.step:
-            place, doing = (own.epoch, own.offset, own.count), own.phase
-        elif told is not None:
-            place, doing = (told.epoch, told.offset, told.count), beat.phase
+        # A rank's last heartbeat may be a second old. Ranks in lockstep are all at the step of the furthest one.
+        comparable = [rank] if own.independent_steps else self._timed_ranks()
+        furthest = max(comparable, default=rank, key=lambda each: self.heartbeats[each].step)
+        heartbeat, details = self.heartbeats[furthest], self.details.get(furthest)
+        if not own.independent_steps and own.is_timed and own.step >= heartbeat.step:
+            batch, phase = (own.epoch, own.offset, own.count), own.phase
+        elif details is not None:
+            batch, phase = (details.epoch, details.offset, details.count), heartbeat.phase
         else:
             return None
-        if own.find_samples is None or doing != "training" or not self.beats[rank].shard[1]:
+        shard = self.heartbeats[rank].shard
+        if own.find_samples is None or phase != "training" or not shard[1]:
             return None
-        return own.find_samples(*place, self.beats[rank].shard)
+        return own.find_samples(*batch, shard)
+
+    def _timed_ranks(self) -> list[int]:
+        return [rank for rank, heartbeat in self.heartbeats.items() if heartbeat.progress is not None]
 
     def others(self, failed: int, members: Sequence[Member]) -> list[dict[str, Any]]:
-        """Where all ranks but one were, as plain data."""
+        """The states of all ranks but the failed one, as plain data for ``failure.json``."""
         return [
             {
                 "rank": rank,
                 "host": members[rank].host,
-                "step": beat.step,
-                "doing": beat.phase,
-                "waiting": beat.waiting,
-                "stack": self.told[rank].calls[-_INNERMOST:] if rank in self.told else [],
+                "step": heartbeat.step,
+                "doing": heartbeat.phase,
+                "waiting": heartbeat.waiting,
+                "stack": self.details[rank].stack[-_STACK_LINES:] if rank in self.details else [],
             }
-            for rank, beat in self.beats.items()
+            for rank, heartbeat in self.heartbeats.items()
             if rank != failed
         ]

@@ -1,4 +1,4 @@
-"""Where a thread is: its innermost calls as text, and whether it waits for other ranks."""
+"""Where a thread is: its innermost calls as text, and whether it is waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import traceback
 from dataclasses import dataclass
 from types import FrameType
 
-_MOST = 12
-#: A thread that is in one of these modules waits for other ranks.
-_COMMUNICATION = frozenset(
+_MAX_LINES = 12
+#: Modules that wait for other ranks: a thread with a frame in one of them is considered to be waiting.
+WAITING_MODULES = frozenset(
     {
         "distrain.communication.collectives",
         "distrain.strategies.parameter_server.collectives",
@@ -28,7 +28,7 @@ class ThreadStack:
     """Where a thread is.
 
     Attributes:
-        lines: Its innermost calls, outermost first.
+        lines: Its innermost calls, the outermost of them first, at most 12.
         waiting: It waits for other ranks.
     """
 
@@ -37,36 +37,36 @@ class ThreadStack:
 
     @classmethod
     def of_thread(cls, identifier: int) -> ThreadStack:
-        """Of a thread that may be doing anything, by :func:`threading.get_ident`'s number."""
+        """The stack of a running thread, given its :func:`threading.get_ident` number."""
         return cls.of_frame(sys._current_frames().get(identifier))
 
     @classmethod
     def of_frame(cls, frame: FrameType | None) -> ThreadStack:
-        """Of whoever is in this frame."""
+        """The stack that ends in this frame; empty for ``None``."""
         lines: list[str] = []
         waiting = False
         while frame is not None:
-            if len(lines) < _MOST:
+            if len(lines) < _MAX_LINES:
                 lines.append(_line(frame, frame.f_lineno))
-            waiting = waiting or _is_communication(frame)
+            waiting = waiting or _is_waiting(frame)
             frame = frame.f_back
         return cls(lines[::-1], waiting)
 
     @classmethod
     def of_error(cls, error: BaseException) -> ThreadStack:
-        """Where an error came from."""
+        """The stack at which an error was raised."""
         frames = list(traceback.walk_tb(error.__traceback__))
         return cls(
-            [_line(frame, line) for frame, line in frames[-_MOST:]],
-            any(_is_communication(frame) for frame, _ in frames),
+            [_line(frame, line) for frame, line in frames[-_MAX_LINES:]],
+            any(_is_waiting(frame) for frame, _ in frames),
         )
 
 
 def _line(frame: FrameType, line: int) -> str:
-    # Without the source itself, which would be read from disk. co_qualname is of Python 3.11 and later.
+    # The source line is left out, since it would have to be read from disk. co_qualname needs Python 3.11.
     code = frame.f_code
     return f'  File "{code.co_filename}", line {line}, in {getattr(code, "co_qualname", code.co_name)}'
 
 
-def _is_communication(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") in _COMMUNICATION
+def _is_waiting(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") in WAITING_MODULES

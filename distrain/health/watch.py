@@ -1,7 +1,8 @@
-"""Signs of life outside the collectives: a rank that hangs, stands still or is gone is named, and all ranks end.
+"""Monitors all ranks with heartbeats: a rank that hangs, is stopped or has ended is named, and all ranks then end.
 
-Each rank has a thread that writes a beat to the run's store once a second, over a connection of its own, reads
-everybody's, and judges by :mod:`distrain.health.judge`. A blocked main thread delays neither.
+Each rank has a thread that publishes a heartbeat to the run's store once a second, over a connection of its own. It
+reads the heartbeats of all ranks, and evaluates them with :mod:`distrain.health.judge`, even while the main thread
+blocks.
 """
 
 from __future__ import annotations
@@ -21,225 +22,233 @@ from distrain.errors import PeerLost, Terminated
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import read_crash_dump
 from distrain.health.failure_report import (
-    CLAIM,
-    NO_CLAIM,
+    FIRST_FAILURE_KEY,
+    NO_FAILURE,
     Failure,
     FailureReporter,
     FirstFailure,
     first_line,
     is_broken_connection,
-    say,
+    print_to_stderr,
 )
-from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, is_stuck, judge
-from distrain.health.members import beat_key, find_members, read_beats, told_key
+from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, judge, why_stuck
+from distrain.health.members import details_key, heartbeat_key, read_heartbeats, read_members
 from distrain.health.rank_states import RankDetails, RankStates
 from distrain.health.thread_stack import ThreadStack
 
 log = logging.getLogger(__name__)
 
 _INTERVAL_SECONDS = 1.0
-#: Beats within the time that silence may last.
-_BEATS = 4
-#: How long the main thread gets to fail by itself when the run has failed.
-_MOMENT_SECONDS = 3.0
-#: How long a rank that others blame gets to end itself.
-_LAST_WORDS_SECONDS = 2.0
-_DYING_SECONDS = 1.0
-#: How long a peer whose failure broke a collective off has to say so, and to be missed if it can't.
-_SAY_SECONDS, _MISS_SECONDS = 2.0, 6.0
-#: After this the process ends even if its last words can't be written.
-_AT_LAST_SECONDS = 10.0
+#: Heartbeats within the longest permitted silence.
+_HEARTBEATS_PER_SILENCE = 4
+#: After a failure of the run: how long the main thread may take to end by itself.
+_MAIN_THREAD_SECONDS = 3.0
+#: How long a rank that others hold responsible may take to end itself before it is killed.
+_BLAMED_RANK_SECONDS = 2.0
+#: How long a process on this host may take to end after its connections closed.
+_EXIT_SECONDS = 1.0
+#: After a broken collective: how long the peer that caused it may take to report, and how long a silent one is sought.
+_REPORT_SECONDS, _SEARCH_SECONDS = 2.0, 6.0
+#: After a failure the process ends after this time even if the report can't be written.
+_FORCED_EXIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class WatchIdentity:
-    """Where the ranks of a run find each other.
+    """Who a :class:`Watch` runs for.
 
     Attributes:
-        rank: This one.
-        size: How many there are.
-        host: This one's.
-        address: Of the store, for messages.
-        is_served_by_rank_0: The store goes with rank 0's process; else with its launcher.
+        rank: This rank.
+        world_size: Number of ranks.
+        host: Name of this rank's host.
+        store_address: Address of the run's store, for messages.
+        rank_0_serves_store: The store ends with rank 0's process; otherwise the launcher serves it.
     """
 
     rank: int
-    size: int
+    world_size: int
     host: str
-    address: str
-    is_served_by_rank_0: bool
+    store_address: str
+    rank_0_serves_store: bool
 
 
 class Watch:
-    """Watches over the ranks of a run.
+    """Publishes this rank's heartbeats and monitors those of all ranks. Created by the main thread.
 
     Args:
-        meeting: Who they are; all have joined.
-        store: A connection to their store for this alone.
-        limits: How long is too long.
-        position: This rank's, kept up to date by the thread that makes this object.
-        reporter: Tells of failures.
-        before_end: Called before a thread of this object ends the process.
+        identity: This rank and its run; all ranks must have registered (:func:`distrain.health.members.register`).
+        store: A connection to the run's store that only this object uses.
+        limits: Time limits.
+        activity: What this rank is doing; kept up to date by the main thread.
+        reporter: Reports failures.
+        before_exit: Called before a thread of this object ends the process.
     """
 
     def __init__(
         self,
-        meeting: WatchIdentity,
+        identity: WatchIdentity,
         store: Store,
         limits: Limits,
-        position: RankActivity,
+        activity: RankActivity,
         reporter: FailureReporter,
-        before_end: Callable[[], None],
+        before_exit: Callable[[], None],
     ) -> None:
-        self._meeting = meeting
-        self._rank = meeting.rank
+        self._identity = identity
+        self._rank = identity.rank
         self._store = store
         self._limits = limits
-        self._position = position
+        self._activity = activity
         self._reporter = reporter
-        self._before_end = before_end
-        self._members = find_members(store, meeting.size, meeting.host)
-        self._interval = min(_INTERVAL_SECONDS, limits.silence / _BEATS)
-        # An observer that was away for longer than this can't tell who else was.
-        self._absence = max(_INTERVAL_SECONDS, min(limits.silence, limits.step) / 2)
-        self._main = threading.get_ident()
+        self._before_exit = before_exit
+        self._members = read_members(store, identity.world_size, identity.host)
+        self._interval = min(_INTERVAL_SECONDS, limits.silence / _HEARTBEATS_PER_SILENCE)
+        # If this thread did not run for longer than this, the whole job may have been suspended: start the clocks anew.
+        self._longest_gap = max(_INTERVAL_SECONDS, min(limits.silence, limits.step) / 2)
+        self._main_thread = threading.get_ident()
         now = time.monotonic()
-        self._seen = {rank: ObservedRank(Heartbeat(), now, now) for rank in range(meeting.size)}
-        self._looked = now
+        self._observed = {rank: ObservedRank(Heartbeat(), now, now) for rank in range(identity.world_size)}
+        self._last_check = now
         self._suspect: int | None = None
-        self._frozen: ThreadStack | None = None
-        self._number = self._sent = 0
-        self._talking_since: float | None = None
-        self._ending_since: float | None = None
+        self._stack_of_error: ThreadStack | None = None
+        # Sequence numbers of the latest heartbeat begun, and of the latest one in the store.
+        self._number = self._published = 0
+        # When the request to the store, or the end of the process, began that is under way; None if there is none.
+        self._request_began: float | None = None
+        self._exit_began: float | None = None
         self._changed = threading.Condition()
         self._wake, self._closing, self._done = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="distrain-watch", daemon=True)
         self._thread.start()
         threading.Thread(target=self._guard, name="distrain-watch-guard", daemon=True).start()
 
-    # --- what the main thread asks -----------------------------------------------------------------------------------
+    # --- called by the main thread -----------------------------------------------------------------------------------
 
-    def announce(self) -> None:
-        """Beats now, and returns when the store has it."""
+    def publish_now(self) -> None:
+        """Publishes a heartbeat now, and returns when the store has it."""
         with self._changed:
-            wanted = self._number + 1
+            number = self._number + 1
             self._wake.set()
-            self._changed.wait_for(lambda: self._sent >= wanted or self._done.is_set(), _MOMENT_SECONDS)
+            self._changed.wait_for(lambda: self._published >= number or self._done.is_set(), _MAIN_THREAD_SECONDS)
 
     def close(self) -> None:
-        """Says good-bye; if the run has failed, processes of this host that stand still are ended first."""
+        """Publishes that this rank leaves, kills local processes that would not end by themselves, ends the watch."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(_MOMENT_SECONDS)
+        self._thread.join(_MAIN_THREAD_SECONDS)
 
-    def freeze(self, error: BaseException) -> None:
-        """From now on the main thread is said to be where this error came from, not where it is dealt with."""
-        self._frozen = ThreadStack.of_error(error)
+    def keep_stack_of(self, error: BaseException) -> None:
+        """Publishes from now on the stack at which this error was raised, instead of the main thread's current one."""
+        self._stack_of_error = ThreadStack.of_error(error)
 
-    def culprit(self, error: BaseException, store: Store, passed_over: Collection[int]) -> Failure | None:
-        """Another rank that is behind an error of this one, as far as can be seen; ``None`` if it tells so itself.
+    def find_cause(self, error: BaseException, store: Store, ignored_ranks: Collection[int]) -> Failure | None:
+        """Returns the failure of another rank that caused an error on this one.
 
         Args:
             error: What ended this rank.
-            store: The main thread's connection.
-            passed_over: Ranks that are gone and are not the reason.
+            store: The main thread's connection to the store.
+            ignored_ranks: Ranks that ended earlier and did not stop the run.
+
+        Returns:
+            The failure, or ``None`` if this rank's error has no such cause or the other rank has already reported it.
 
         Raises:
-            RuntimeError: The store is gone.
+            RuntimeError: The store cannot be reached.
         """
         broken = is_broken_connection(error)
         if not (broken or isinstance(error, Terminated | PeerLost)):
             return None
-        lost = self.failure_of(error.rank, error.reason) if isinstance(error, PeerLost) else None
+        lost_peer = self.describe_failure(error.rank, error.reason) if isinstance(error, PeerLost) else None
         began = time.monotonic()
-        # A collective that breaks off is most often a peer's failure: give that peer the time to say so.
-        while (waited := time.monotonic() - began) < _MISS_SECONDS:
-            # In this order: who said something and then ended, did so in the store before.
-            gone = [rank for rank, member in enumerate(self._members) if member.is_gone]
-            if store.get(CLAIM) != NO_CLAIM.encode():
-                return lost
-            for rank, beat in read_beats(store, gone).items():
-                # Where a launcher ends the others, one that they would have done without is the reason after all.
-                done_without = beat.expendable and not isinstance(error, Terminated)
-                # A server learns from beats which step it was, and they may be a second old.
-                is_early = waited < _SAY_SECONDS and not self._position.is_measured
-                if not (beat.left or done_without or rank in passed_over or is_early):
-                    return self.failure_of(rank, UNREPORTED_EXIT)
-            if waited > _SAY_SECONDS:
-                if not broken or all(member.is_near for member in self._members):
+        # Most often a collective breaks off because a peer failed. That peer gets time to report its own failure.
+        while (waited := time.monotonic() - began) < _SEARCH_SECONDS:
+            # In this order: a process publishes its failure before it ends, so an ended one is read after it published.
+            exited = [rank for rank, member in enumerate(self._members) if member.has_exited]
+            if store.get(FIRST_FAILURE_KEY) != NO_FAILURE.encode():
+                return lost_peer
+            for rank, heartbeat in read_heartbeats(store, exited).items():
+                # If the launcher ends this rank, the end of an expendable rank is why it does so.
+                was_expendable = heartbeat.expendable and not isinstance(error, Terminated)
+                # A parameter server learns the failed rank's step from its heartbeats, the last of which may be due.
+                is_early = waited < _REPORT_SECONDS and not self._activity.is_timed
+                if not (heartbeat.leaving or was_expendable or rank in ignored_ranks or is_early):
+                    return self.describe_failure(rank, UNREPORTED_EXIT)
+            if waited > _REPORT_SECONDS:
+                if not broken or all(member.is_local for member in self._members):
                     break
-                for rank in self._missed():
-                    return self.failure_of(rank, "its connections broke off and it gives no sign of life")
+                for rank in self._silent_remote_ranks():
+                    return self.describe_failure(rank, "its connections broke off and it sends no heartbeats")
             time.sleep(0.05)
-        return lost
+        return lost_peer
 
     def knows_of_failure(self, store: Store) -> bool:
-        """Whether a rank has told of a failure, or is gone without a word; answers at once."""
-        gone = (self._members[rank].is_gone and not seen.beat.left for rank, seen in self._seen.items())
-        return store.get(CLAIM) != NO_CLAIM.encode() or any(gone)
+        """Whether a rank has reported a failure, or has ended without reporting one; returns at once."""
+        exited = (
+            self._members[rank].has_exited and not seen.heartbeat.leaving for rank, seen in self._observed.items()
+        )
+        return store.get(FIRST_FAILURE_KEY) != NO_FAILURE.encode() or any(exited)
 
-    def _missed(self) -> list[int]:
-        """Ranks on other hosts that left out a few beats, which alone would not be a failure."""
-        latest = time.monotonic() - (_BEATS - 0.5) * self._interval
+    def _silent_remote_ranks(self) -> list[int]:
+        """Ranks on other hosts with a few missing heartbeats, which alone would not count as a failure."""
+        latest = time.monotonic() - (_HEARTBEATS_PER_SILENCE - 0.5) * self._interval
         return [
             rank
-            for rank, seen in self._seen.items()
-            if not self._members[rank].is_near and not seen.beat.left and seen.beat_seen < latest
+            for rank, observed in self._observed.items()
+            if not self._members[rank].is_local and not observed.heartbeat.leaving and observed.heartbeat_time < latest
         ]
 
-    def failure_of(self, rank: int, error: str) -> Failure:
-        """What there is to tell of another rank."""
-        steps = [self._seen[rank].beat.step]
-        if not self._position.independent_steps:
-            # Its last beat may be a second old; ranks that keep step wait for each other in the same one.
-            steps += [seen.beat.step for seen in self._seen.values() if seen.beat.progress is not None]
-            steps += [self._position.step] if self._position.is_measured else []
-        words = self._last_words(rank)
-        if error == UNREPORTED_EXIT and words:
-            error = f"the process crashed: {words.splitlines()[0]}"
+    def describe_failure(self, rank: int, error: str) -> Failure:
+        """Builds the report of another rank's failure, as far as this rank knows."""
+        steps = [self._observed[rank].heartbeat.step]
+        if not self._activity.independent_steps:
+            # The failed rank's last heartbeat may be a second old. Ranks in lockstep wait for each other in one step.
+            steps += [seen.heartbeat.step for seen in self._observed.values() if seen.heartbeat.progress is not None]
+            steps += [self._activity.step] if self._activity.is_timed else []
+        crash_dump = self._crash_dump(rank)
+        if error == UNREPORTED_EXIT and crash_dump:
+            error = f"the process crashed: {crash_dump.splitlines()[0]}"
         return Failure(rank, self._members[rank].host, max(steps), error)
 
-    def loss_of_store(self, problem: str) -> Failure:
-        """Whose failure it is that the store can't be reached."""
-        address, by_rank_0 = self._meeting.address, self._meeting.is_served_by_rank_0
-        if by_rank_0 and self._members[0].is_near:
-            # A process that is killed closes its connections a little before it is gone.
-            deadline = time.monotonic() + _DYING_SECONDS
+    def describe_store_failure(self, problem: str) -> Failure:
+        """Builds the report of a store that cannot be reached; the rank that served it counts as failed."""
+        address, by_rank_0 = self._identity.store_address, self._identity.rank_0_serves_store
+        if by_rank_0 and self._members[0].is_local:
+            # The connections of a killed process close shortly before the process has ended.
+            deadline = time.monotonic() + _EXIT_SECONDS
             while time.monotonic() < deadline:
-                if self._members[0].is_gone:
-                    return self.failure_of(0, UNREPORTED_EXIT)
+                if self._members[0].has_exited:
+                    return self.describe_failure(0, UNREPORTED_EXIT)
                 time.sleep(0.02)
-        served = f"the store at {address}, which {'it' if by_rank_0 else 'its launcher'} served, can't be reached"
-        return self.failure_of(0, f"{served}: {problem}")
+        server = "this rank" if by_rank_0 else "its launcher"
+        return self.describe_failure(0, f"the store at {address}, served by {server}, can't be reached: {problem}")
 
-    def complete(self, failure: Failure, store: Store | None) -> None:
-        """Adds what is known of all ranks to a failure.
+    def add_details(self, failure: Failure, store: Store | None) -> None:
+        """Adds what is known about all ranks to a failure.
 
         Args:
-            failure: Whose ``samples``, ``others`` and, if there is none, ``traceback`` are set.
-            store: To read from; ``None`` if it can't be reached.
+            failure: Its ``samples`` and ``others`` are set, and its ``traceback`` if it has none.
+            store: Where the ranks' states are read; ``None`` if it cannot be reached.
         """
         rank = failure.rank
-        found = RankStates({each: seen.beat for each, seen in self._seen.items()}, {})
+        states = RankStates({each: observed.heartbeat for each, observed in self._observed.items()}, {})
         if store is not None:
-            found = RankStates.read(store, found.beats, self._members, (rank, self._rank), self._interval)
-        found.beats[self._rank], found.told[self._rank] = self._words()
-        failure.samples = found.samples(rank, self._rank, self._position)
-        failure.traceback = failure.traceback or self._last_words(rank) or found.stack(rank)
-        failure.others = found.others(rank, self._members)
+            states = RankStates.read(store, states.heartbeats, self._members, (rank, self._rank), self._interval)
+        states.heartbeats[self._rank], states.details[self._rank] = self._own_state()
+        failure.samples = states.samples(rank, self._rank, self._activity)
+        failure.traceback = failure.traceback or self._crash_dump(rank) or states.stack(rank)
+        failure.others = states.others(rank, self._members)
 
-    def _last_words(self, rank: int) -> str:
-        return read_crash_dump(self._reporter.folder, rank) if self._members[rank].is_gone else ""
+    def _crash_dump(self, rank: int) -> str:
+        return read_crash_dump(self._reporter.run_dir, rank) if self._members[rank].has_exited else ""
 
-    # --- beating -----------------------------------------------------------------------------------------------------
+    # --- heartbeats, in the watch's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             self._watch()
         except RuntimeError as error:
-            # Where rank 0 serves the store, that ends with the run.
-            if not self._closing.wait(_MOMENT_SECONDS):
-                self._end(self.loss_of_store(first_line(error)), None)
+            # A store that rank 0 serves also ends when the run ends as it should.
+            if not self._closing.wait(_MAIN_THREAD_SECONDS):
+                self._end_run(self.describe_store_failure(first_line(error)), None)
         finally:
             self._done.set()
             with self._changed:
@@ -248,153 +257,159 @@ class Watch:
     def _watch(self) -> None:
         while True:
             closing = self._closing.is_set()
-            claim = self._exchange(left=closing)
-            if claim is not None:
-                # Whoever writes the report waits for where this rank was.
-                self._exchange(left=closing, ending=True)
-                self._end(claim.failure, self._store)
+            first_failure = self._exchange(leaving=closing)
+            if first_failure is not None:
+                # The rank that writes the report waits for this one's state.
+                self._exchange(leaving=closing, failing=True)
+                self._end_run(first_failure.failure, self._store)
                 return
             if closing:
-                self._put_down(None)
-                if self._rank == 0 and self._meeting.is_served_by_rank_0:
-                    self._see_off()
+                self._kill_local_leftovers(None)
+                if self._rank == 0 and self._identity.rank_0_serves_store:
+                    self._wait_until_all_leave()
                 return
-            failure = self._judge()
+            failure = self._check()
             if failure is not None and not self._closing.is_set():
-                self._end(failure, self._store)
+                self._end_run(failure, self._store)
                 return
             self._wake.wait(self._interval)
             self._wake.clear()
 
-    def _exchange(self, *, left: bool, ending: bool = False) -> FirstFailure | None:
-        """Beats and reads everybody's beats; returns the run's failure, if somebody told of one."""
+    def _exchange(self, *, leaving: bool, failing: bool = False) -> FirstFailure | None:
+        """Publishes a heartbeat and reads those of all ranks; returns the run's first failure, if there is one."""
         with self._changed:
             self._number += 1
             number = self._number
-        beat, told = self._words(left=left, ending=ending)
-        self._talking_since = time.monotonic()
-        self._store.set(beat_key(self._rank), beat.packed())
-        self._store.set(told_key(self._rank), told.packed())
-        # Before the beats are read: who ends as it should has said so in the store first.
-        gone = [rank for rank, member in enumerate(self._members) if member.is_gone]
-        claim = FirstFailure.unpacked(self._store.get(CLAIM))
-        beats = read_beats(self._store, self._seen)
+        heartbeat, details = self._own_state(leaving=leaving, failing=failing)
+        self._request_began = time.monotonic()
+        self._store.set(heartbeat_key(self._rank), heartbeat.to_json())
+        self._store.set(details_key(self._rank), details.to_json())
+        # Before the heartbeats are read: a process that ends in an orderly way has published "leaving" before.
+        exited = [rank for rank, member in enumerate(self._members) if member.has_exited]
+        first_failure = FirstFailure.from_json(self._store.get(FIRST_FAILURE_KEY))
+        heartbeats = read_heartbeats(self._store, self._observed)
         now = time.monotonic()
-        self._talking_since = None
-        for rank, seen in self._seen.items():
-            seen.look(beats[rank], now)
-            seen.gone = rank in gone
+        self._request_began = None
+        for rank, observed in self._observed.items():
+            observed.update(heartbeats[rank], now)
+            observed.exited = rank in exited
         with self._changed:
-            self._sent = number
+            self._published = number
             self._changed.notify_all()
-        return claim
+        return first_failure
 
-    def _words(self, *, left: bool = False, ending: bool = False) -> tuple[Heartbeat, RankDetails]:
-        """What this rank has to tell the others now."""
-        position, calls = self._position, self._calls()
-        beat = Heartbeat(
+    def _own_state(self, *, leaving: bool = False, failing: bool = False) -> tuple[Heartbeat, RankDetails]:
+        activity, stack = self._activity, self._stack()
+        heartbeat = Heartbeat(
             self._number,
-            position.progress if position.is_measured else None,
-            position.step,
-            position.phase,
-            calls.waiting,
-            position.expendable,
-            left,
-            ending,
-            position.shard,
+            activity.progress if activity.is_timed else None,
+            activity.step,
+            activity.phase,
+            stack.waiting,
+            activity.expendable,
+            leaving,
+            failing,
+            activity.shard,
         )
-        return beat, RankDetails(position.epoch, position.offset, position.count, calls.lines)
+        return heartbeat, RankDetails(activity.epoch, activity.offset, activity.count, stack.lines)
 
-    def _calls(self) -> ThreadStack:
-        return self._frozen or ThreadStack.of_thread(self._main)
+    def _stack(self) -> ThreadStack:
+        return self._stack_of_error or ThreadStack.of_thread(self._main_thread)
 
-    def _judge(self) -> Failure | None:
+    def _check(self) -> Failure | None:
+        """Evaluates the heartbeats; returns the failure if the same rank was found responsible twice in a row."""
         now = time.monotonic()
-        absent, self._looked = now - self._looked > self._absence, now
-        if absent:
-            for seen in self._seen.values():
-                seen.forgive(now)
-        stuck = is_stuck(self._seen[self._rank], self._limits, now)
-        if stuck is not None and self._position.expendable and not self._closing.is_set():
-            self._give_up(stuck)
-        verdict = judge(self._rank, self._seen, self._limits, now)
+        was_suspended, self._last_check = now - self._last_check > self._longest_gap, now
+        if was_suspended:
+            for observed in self._observed.values():
+                observed.reset_clocks(now)
+        reason = why_stuck(self._observed[self._rank], self._limits, now)
+        if reason is not None and self._activity.expendable and not self._closing.is_set():
+            self._exit_alone(reason)
+        verdict = judge(self._rank, self._observed, self._limits, now)
         suspect, self._suspect = self._suspect, None if verdict is None else verdict.rank
-        # Twice, since a rank may just have begun or ended to wait.
+        # Twice, since a rank may have begun or ceased to wait just before its heartbeat.
         if verdict is None or suspect != verdict.rank:
             return None
-        return self.failure_of(verdict.rank, verdict.reason)
+        return self.describe_failure(verdict.rank, verdict.reason)
 
-    def _see_off(self) -> None:
-        """Waits a moment for the others, who would find the store gone."""
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+    def _wait_until_all_leave(self) -> None:
+        """Waits briefly for the other ranks, which would report a failure if the store ended before they leave."""
+        deadline = time.monotonic() + _BLAMED_RANK_SECONDS
         while time.monotonic() < deadline:
-            if all(beat.left for beat in read_beats(self._store, self._seen).values()):
+            if all(heartbeat.leaving for heartbeat in read_heartbeats(self._store, self._observed).values()):
                 return
             time.sleep(0.01)
 
     def _guard(self) -> None:
-        """Looks after the other thread, which may be caught in a call to a store that is gone without a word."""
-        looked = time.monotonic()
+        """Monitors the watch's own thread, which may block in a request to a store that no longer answers."""
+        last_check = time.monotonic()
         while not self._done.wait(self._interval):
             now = time.monotonic()
-            if now - looked > self._absence and self._talking_since is not None:
-                self._talking_since = now
-            looked, talking_since = now, self._talking_since
-            if self._ending_since is not None:
-                if now - self._ending_since > _AT_LAST_SECONDS and not self._closing.is_set():
+            if now - last_check > self._longest_gap and self._request_began is not None:
+                self._request_began = now
+            last_check, request_began = now, self._request_began
+            if self._exit_began is not None:
+                if now - self._exit_began > _FORCED_EXIT_SECONDS and not self._closing.is_set():
                     os._exit(1)
-            elif talking_since is not None and now - talking_since > self._limits.silence:
-                failure = self.loss_of_store(f"no answer for {self._limits.silence:g} s")
-                threading.Thread(target=self._end, args=(failure, None), daemon=True).start()
+            elif request_began is not None and now - request_began > self._limits.silence:
+                failure = self.describe_store_failure(f"no answer for {self._limits.silence:g} s")
+                threading.Thread(target=self._end_run, args=(failure, None), daemon=True).start()
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    # --- ending the process ------------------------------------------------------------------------------------------
 
-    def _end(self, failure: Failure, store: Store | None) -> None:
-        """Tells of the failure, and ends this process unless the main thread does so itself."""
-        self._ending_since = time.monotonic()
-        self._reporter.tell(failure, self._here(), store, self.complete)
-        told = self._reporter.told
-        self._put_down(told)
-        # A rank that others blame is beyond help, and they wait for it to go.
-        is_blamed = told is not None and told.failure.rank == self._rank != told.by
-        if not self._closing.wait(0 if is_blamed else _MOMENT_SECONDS):
-            self._leave()
+    def _end_run(self, failure: Failure, store: Store | None) -> None:
+        """Reports the failure, and ends this process unless the main thread does so itself in time."""
+        self._exit_began = time.monotonic()
+        self._reporter.report(failure, self._local_stack(), store, self.add_details)
+        reported = self._reporter.reported
+        self._kill_local_leftovers(reported)
+        # The main thread of a rank that others hold responsible will not end by itself, and they wait for its end.
+        is_blamed = reported is not None and reported.failure.rank == self._rank != reported.detected_by
+        if not self._closing.wait(0 if is_blamed else _MAIN_THREAD_SECONDS):
+            self._exit_process()
 
-    def _give_up(self, reason: str) -> NoReturn:
-        """Ends this process alone; the others go on."""
-        self._ending_since = time.monotonic()
-        failure = self.failure_of(self._rank, reason)
-        log.error("%s\n%s", failure.error, self._here())
-        say(f"distrain: {failure.line()}; the others go on")
-        self._exchange(left=True)
-        self._leave()
+    def _exit_alone(self, reason: str) -> NoReturn:
+        """Ends this expendable rank; the other ranks continue."""
+        self._exit_began = time.monotonic()
+        failure = self.describe_failure(self._rank, reason)
+        log.error("%s\n%s", failure.error, self._local_stack())
+        print_to_stderr(f"distrain: {failure.summary()}; the other ranks continue")
+        self._exchange(leaving=True)
+        self._exit_process()
 
-    def _leave(self) -> NoReturn:
-        self._before_end()
+    def _exit_process(self) -> NoReturn:
+        self._before_exit()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
 
-    def _here(self) -> str:
-        return "\n".join(["its main thread is in:", *self._calls().lines])
+    def _local_stack(self) -> str:
+        return "\n".join(["its main thread is in:", *self._stack().lines])
 
-    def _put_down(self, claim: FirstFailure | None) -> None:
-        """Ends processes of this host that will not end by themselves; a launcher would wait half a minute for them.
+    def _kill_local_leftovers(self, first_failure: FirstFailure | None) -> None:
+        """Kills processes of this host that will not end by themselves; launchers wait half a minute for such ones.
 
-        After a failure those are the rank that is to blame, if it did not say so itself, and whatever a signal stopped;
-        at the end of a run that succeeded, stopped ones that the others did without.
+        Args:
+            first_failure: After a failure the responsible rank is killed, unless it reported the failure itself, and so
+                is every rank that a signal has stopped. ``None`` at the end of a run that succeeded: only stopped
+                expendable ranks are killed.
         """
-        near = {rank: each.process for rank, each in enumerate(self._members) if each.is_near and rank != self._rank}
-        if claim is None:
-            near = {rank: process for rank, process in near.items() if self._seen[rank].beat.expendable}
-        elif claim.failure.rank in near and claim.by != claim.failure.rank:
-            blamed = near[claim.failure.rank]
-            deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        processes = {
+            rank: member.process for rank, member in enumerate(self._members) if member.is_local and rank != self._rank
+        }
+        if first_failure is None:
+            processes = {
+                rank: process for rank, process in processes.items() if self._observed[rank].heartbeat.expendable
+            }
+        elif first_failure.failure.rank in processes and first_failure.detected_by != first_failure.failure.rank:
+            blamed = processes[first_failure.failure.rank]
+            deadline = time.monotonic() + _BLAMED_RANK_SECONDS
             while blamed.is_alive and not blamed.is_stopped and time.monotonic() < deadline:
                 time.sleep(0.05)
             blamed.kill()
-            # It could not remove its empty file itself.
-            self._last_words(claim.failure.rank)
-        for process in near.values():
+            # A killed process leaves its empty crash dump behind; reading removes it.
+            self._crash_dump(first_failure.failure.rank)
+        for process in processes.values():
             if process.is_stopped:
                 process.kill()

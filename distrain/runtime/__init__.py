@@ -1,1 +1,1 @@
-"""A rank's surroundings: process group, device, rendezvous, signals, agreement among ranks, memory."""
+"""What a rank runs in: process group, device, rendezvous, signals, agreement among ranks, memory."""

@@ -1,8 +1,9 @@
-"""What all ranks agree on between steps: to stop, to save, to go back to a checkpoint.
+"""How all ranks agree, between steps, to stop, to save, or to go back to a checkpoint.
 
-Any rank may wish for one of these at any moment (a signal came, the time is up, a gradient was not finite), but only
-what all do at the same step is safe. A question to all ranks in every step would cost more than many steps do, so they
-ask each other a few times a second, over a process group of its own, and read the answers later: nobody waits.
+A rank may request one of these at any moment (it received a signal, the time is up, a gradient was not finite), but all
+ranks must act on it after the same step. Asking all ranks in every step would cost more than many steps take. So they
+exchange their requests a few times a second, over a process group used for nothing else, and read the result later
+without waiting.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
@@ -25,18 +27,19 @@ if TYPE_CHECKING:
     from distrain.config.schema import Config
     from distrain.runtime.runtime import Runtime
 
-#: Seconds between two questions.
+#: Seconds between two exchanges.
 _PERIOD = 0.35
-#: Where ranks meet less often than this, in seconds, they can wait for an answer at once: it takes a few milliseconds.
-_SELDOM = 0.5
-#: The number of steps between questions grows by no more than this factor at once; a step may be fast by accident.
+#: If steps take longer than this, in seconds, ranks wait for the result at once, which takes a few milliseconds.
+_INFREQUENT = 0.5
+#: The number of steps between exchanges grows at most by this factor at once, since a few steps may be fast by chance.
 _GROWTH = 4
 
 STOPPED_FILE = "stopped.json"
+_TIME_LIMIT = "trainer.max_minutes"
 
 
 class Request(enum.IntFlag):
-    """What a rank wants all to do after a step."""
+    """What a rank asks all ranks to do after a step."""
 
     NOTHING = 0
     SAVE = 1
@@ -47,169 +50,166 @@ class Request(enum.IntFlag):
 
     @property
     def reason(self) -> str | None:
-        """Why the run stops, if it does; the most urgent reason."""
-        for wish, reason in (
-            (Request.SIGTERM, "SIGTERM"),
-            (Request.SIGUSR1, "SIGUSR1"),
-            (Request.TIME_LIMIT, _TIME_LIMIT),
-        ):
-            if wish in self:
-                return reason
-        return None
+        """The most urgent reason to stop the run: a signal or a configuration key; ``None`` if it continues."""
+        reasons = ((Request.SIGTERM, "SIGTERM"), (Request.SIGUSR1, "SIGUSR1"), (Request.TIME_LIMIT, _TIME_LIMIT))
+        return next((reason for request, reason in reasons if request in self), None)
 
 
-_TIME_LIMIT = "trainer.max_minutes"
-_WISHES = (Request.SAVE, Request.REWIND, Request.TIME_LIMIT, Request.SIGUSR1, Request.SIGTERM)
+_REQUESTS = (Request.SAVE, Request.REWIND, Request.TIME_LIMIT, Request.SIGUSR1, Request.SIGTERM)
 
 
 class Consensus(Protocol):
-    """Carries wishes to all ranks."""
+    """Combines the requests of all ranks."""
 
-    def agree(self, wish: Request) -> Request:
+    def agree(self, request: Request) -> Request:
         """Called by every rank after every step.
 
         Args:
-            wish: This rank's, again and again until it is heard.
+            request: This rank's request, repeated until it is part of a result.
 
         Returns:
-            What is to be done now: after the same step, the same on all ranks.
+            What to do now. All ranks get the same result after the same step.
         """
 
     def close(self) -> None:
-        """Ends it; all ranks call it after the same step."""
+        """Ends the exchange; all ranks call it after the same step."""
 
 
-class SingleRankConsensus:
-    """One rank's."""
+class SingleRankConsensus(Consensus):
+    """The consensus of a single rank: every request is granted at once."""
 
-    def agree(self, wish: Request) -> Request:
-        """At once."""
-        return wish
+    @override
+    def agree(self, request: Request) -> Request:
+        return request
 
+    @override
     def close(self) -> None:
-        """Nothing is under way."""
+        pass
 
 
-class AllReduceConsensus:
-    """One all-reduce after the other, each begun after a step and read after a later one.
+class AllReduceConsensus(Consensus):
+    """Combines requests in all-reduces, each started after one step and read after a later one.
 
-    How many steps lie between follows from how long the slowest rank's steps take, which the all-reduce carries too, so
-    all ranks begin and read after the same steps.
+    The number of steps in between follows from the slowest rank's time per step, which the all-reduce also carries, so
+    all ranks start and read an all-reduce after the same steps.
 
     Args:
-        communicator: The ranks, on the CPU, for this alone; they take the same number of steps.
-        met: Whether the ranks waited for each other in the last step; only then a round begins or is read, so ranks
-            that train apart are not made to keep step.
-        wait_if_infrequent: Wait for the answer at once where ranks meet seldom.
+        communicator: The ranks, for tensors on the CPU, used for nothing else. All ranks take the same number of steps.
+        synchronised: Returns whether the ranks synchronised in the last step. Only then an all-reduce is started or
+            read, so that ranks that train independently are not forced into lockstep.
+        wait_if_infrequent: Whether to wait for the result at once if synchronised steps are long.
     """
 
-    def __init__(self, communicator: Communicator, met: Callable[[], bool], *, wait_if_infrequent: bool = True) -> None:
+    def __init__(
+        self, communicator: Communicator, synchronised: Callable[[], bool], *, wait_if_infrequent: bool = True
+    ) -> None:
         self._communicator = communicator
-        self._met = met
-        self._prompt = wait_if_infrequent
-        self._round: tuple[Tensor, Pending] | None = None
-        self._slowest = 0.0
-        self._every = self._left = 1
-        self._seconds: list[float] = []
-        self._last = time.perf_counter()
+        self._synchronised = synchronised
+        self._wait_if_infrequent = wait_if_infrequent
+        self._pending: tuple[Tensor, Pending] | None = None
+        self._slowest_step = 0.0
+        self._interval = self._steps_left = 1
+        self._step_seconds: list[float] = []
+        self._last_step = time.perf_counter()
 
-    def agree(self, wish: Request) -> Request:
-        """Reads the last round's answer and begins the next, when it is time; see the protocol."""
-        if not self._met():
+    @override
+    def agree(self, request: Request) -> Request:
+        if not self._synchronised():
             return Request.NOTHING
         now = time.perf_counter()
-        self._seconds.append(now - self._last)
-        self._last = now
-        self._left -= 1
-        if self._left:
+        self._step_seconds.append(now - self._last_step)
+        self._last_step = now
+        self._steps_left -= 1
+        if self._steps_left:
             return Request.NOTHING
-        heard = self._read()
-        self._begin(wish & ~heard)
-        if self._prompt and self._slowest > _SELDOM:
-            heard |= self._read()
-        affordable = int(_PERIOD / self._slowest) if self._slowest else 1
-        self._every = self._left = max(1, min(affordable, _GROWTH * self._every))
-        return heard
+        agreed = self._read()
+        self._start(request & ~agreed)
+        if self._wait_if_infrequent and self._slowest_step > _INFREQUENT:
+            agreed |= self._read()
+        affordable = int(_PERIOD / self._slowest_step) if self._slowest_step else 1
+        self._interval = self._steps_left = max(1, min(affordable, _GROWTH * self._interval))
+        return agreed
 
+    @override
     def close(self) -> None:
-        """Reads what is under way, so that no message is left behind."""
+        # Completes the all-reduce that is under way, so that no message is left in the group.
         self._read()
 
-    def _begin(self, wish: Request) -> None:
-        # The middle one: evaluation, a save or a short last batch of an epoch say nothing about steps.
-        mine = [float(each in wish) for each in _WISHES] + [statistics.median(self._seconds)]
-        self._seconds.clear()
-        tensor = torch.tensor(mine, dtype=torch.float64)
-        self._round = tensor, self._communicator.start_all_reduce(tensor, "max")
+    def _start(self, request: Request) -> None:
+        # The median: evaluation, a checkpoint or an epoch's short last batch say nothing about the usual step.
+        values = [float(each in request) for each in _REQUESTS] + [statistics.median(self._step_seconds)]
+        self._step_seconds.clear()
+        tensor = torch.tensor(values, dtype=torch.float64)
+        self._pending = tensor, self._communicator.start_all_reduce(tensor, "max")
 
     def _read(self) -> Request:
-        if self._round is None:
+        if self._pending is None:
             return Request.NOTHING
-        (tensor, pending), self._round = self._round, None
+        (tensor, pending), self._pending = self._pending, None
         pending.wait()
-        *wishes, self._slowest = tensor.tolist()
-        heard = Request.NOTHING
-        for each, wished in zip(_WISHES, wishes, strict=True):
-            heard |= each if wished else Request.NOTHING
-        return heard
+        *flags, self._slowest_step = tensor.tolist()
+        agreed = Request.NOTHING
+        for request, flag in zip(_REQUESTS, flags, strict=True):
+            agreed |= request if flag else Request.NOTHING
+        return agreed
 
 
 def request_from_signal(signal_name: str | None) -> Request:
-    """What a signal asks for."""
+    """What a signal requests; nothing for ``None``."""
     return Request.NOTHING if signal_name is None else Request[signal_name]
 
 
 class RunControl:
-    """Gathers this rank's wishes, and tells what all agreed on.
+    """Collects this rank's requests, and returns what all ranks agreed on.
 
     Args:
-        config: The run's configuration; the times are rank 0's business.
+        config: The run's configuration. Only rank 0 checks its time limits.
         runtime: Knows of signals, and when the run began.
-        consensus: Carries wishes.
+        consensus: Combines the requests of all ranks.
     """
 
     def __init__(self, config: Config, runtime: Runtime, consensus: Consensus) -> None:
         self._runtime = runtime
         self._consensus = consensus
-        self._limit = self._every = float("inf")
+        self._end_time = self._save_seconds = float("inf")
         if runtime.is_main:
-            self._limit = runtime.start_time + 60 * (config.trainer.max_minutes or float("inf"))
-            self._every = 60 * (config.checkpoint.every_minutes or float("inf"))
-        self._saved = time.monotonic()
+            self._end_time = runtime.start_time + 60 * (config.trainer.max_minutes or float("inf"))
+            self._save_seconds = 60 * (config.checkpoint.every_minutes or float("inf"))
+        self._last_save = time.monotonic()
 
-    def agree(self, wish: Request = Request.NOTHING) -> Request:
-        """What all ranks do now; called by all of them after every step.
+    def agree(self, request: Request = Request.NOTHING) -> Request:
+        """Returns what all ranks do now; called by all of them after every step.
 
         Args:
-            wish: This rank's besides signals and times.
+            request: This rank's request, besides signals and time limits.
 
         Raises:
-            Terminated: The signal came because another rank failed.
+            Terminated: A signal came because another rank failed.
         """
-        asked = self._runtime.stop_requested
-        if asked is not None:
+        signal_name = self._runtime.stop_requested
+        if signal_name is not None:
             self._runtime.raise_if_another_rank_failed()
-            wish |= request_from_signal(asked)
-        if time.time() >= self._limit:
-            wish |= Request.TIME_LIMIT
-        if time.monotonic() - self._saved >= self._every:
-            wish |= Request.SAVE
-        return self._consensus.agree(wish)
+            request |= request_from_signal(signal_name)
+        if time.time() >= self._end_time:
+            request |= Request.TIME_LIMIT
+        if time.monotonic() - self._last_save >= self._save_seconds:
+            request |= Request.SAVE
+        return self._consensus.agree(request)
 
     def note_save(self) -> None:
-        """A checkpoint was saved just now."""
-        self._saved = time.monotonic()
+        """Records that a checkpoint was saved just now."""
+        self._last_save = time.monotonic()
 
     def close(self) -> None:
-        """Ends it; all ranks call it after the same step."""
+        """Ends the exchange of requests; all ranks call it after the same step."""
         self._consensus.close()
 
 
 def write_stop_file(run_dir: Path, reason: str, step: int, exit_code: int) -> None:
-    """Leaves word of a stop for launchers, whose own exit code may say less; see :func:`remove_stop_file`."""
+    """Writes ``stopped.json``, for launchers whose own exit code does not tell that the run stopped on request."""
     write_json(run_dir / STOPPED_FILE, {"reason": reason, "step": step, "exit_code": exit_code})
 
 
 def remove_stop_file(run_dir: Path) -> None:
-    """Removes the word: the run goes on."""
+    """Removes ``stopped.json``, because the run continues."""
     (run_dir / STOPPED_FILE).unlink(missing_ok=True)

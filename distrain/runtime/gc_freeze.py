@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from looking again and again at what a run needs to its end."""
+"""Excludes long-lived objects from Python's garbage collection during training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def frozen_gc() -> Iterator[None]:
-    """What lives now is not looked at inside.
+    """Excludes currently live objects from garbage collection inside this block.
 
-    A full collection goes through every object, of which imports alone leave hundreds of thousands: it holds up a rank
-    for more than a tenth of a second, at a moment of its own, while the others wait. What comes to life inside is
-    collected as ever. Where somebody has frozen objects already, they know better.
+    A full collection visits every object, and imports alone create hundreds of thousands. It would delay a rank by more
+    than 0.1 s, each rank at another moment, while the others wait. Objects created inside the block are collected as
+    usual. Does nothing if the caller has already frozen objects.
     """
     if gc.get_freeze_count():
         yield

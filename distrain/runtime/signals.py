@@ -1,4 +1,4 @@
-"""SignalHandler that ask a run to stop: a flag while somebody looks at it, an exception otherwise."""
+"""Signals that ask a run to stop: recorded if the run can save first, raised as an exception otherwise."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from distrain.errors import Terminated
 
 log = logging.getLogger(__name__)
 
-#: A launcher may hand on a signal that every process got already; within this time it is the same request.
+#: A launcher may forward a signal that every process has received already. Within this time it is the same request.
 _SAME_REQUEST_SECONDS = 5.0
 
 
 class Stoppable(Protocol):
-    """What can be asked to stop.
+    """An object that can be asked to stop.
 
     Attributes:
-        stoppable: Somebody looks at ``stop_requested`` from time to time.
-        stop_requested: The signal's name.
+        stoppable: Whether ``stop_requested`` is checked at regular intervals.
+        stop_requested: The signal's name; ``None`` if there was none.
     """
 
     stoppable: bool
@@ -32,44 +32,44 @@ class Stoppable(Protocol):
 class SignalHandler:
     """Handles SIGTERM and SIGUSR1, which batch systems send some time before they end a job.
 
-    While ``asked.stoppable``, either sets ``asked.stop_requested``. A second SIGTERM, or one at any other time, raises
-    :class:`~distrain.errors.Terminated` in the main thread; SIGUSR1 is then ignored.
+    While ``target.stoppable``, either signal sets ``target.stop_requested``. A second SIGTERM, or one while the target
+    is not stoppable, raises :class:`~distrain.errors.Terminated` in the main thread; SIGUSR1 is then ignored.
 
     Args:
-        asked: Who is to stop.
+        target: The object that is asked to stop.
 
     Attributes:
-        deaf: Nothing is heard any more: the run ends as it is.
+        ignored: Set when the run has failed and is ending: both signals are then ignored.
     """
 
-    def __init__(self, asked: Stoppable) -> None:
-        self.deaf = False
-        self._asked = asked
+    def __init__(self, target: Stoppable) -> None:
+        self.ignored = False
+        self._target = target
         self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Handles signals from now on; does nothing outside of the main thread, where Python forbids it."""
+        """Starts to handle the signals; does nothing outside the main thread, where Python forbids it."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Leaves them to whoever handled them before."""
+        """Restores the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        # The launcher ends the others when one rank fails; that one's failure is being told already.
-        if self.deaf:
+        # When one rank fails, the launcher ends the others, which are already reporting that failure.
+        if self.ignored:
             return
-        name, now, asked = signal.Signals(number).name, time.monotonic(), self._asked
-        if name == asked.stop_requested and now - self._requested_at < _SAME_REQUEST_SECONDS:
+        name, now, target = signal.Signals(number).name, time.monotonic(), self._target
+        if name == target.stop_requested and now - self._requested_at < _SAME_REQUEST_SECONDS:
             return
-        if number == signal.SIGTERM and (not asked.stoppable or name == asked.stop_requested):
+        if number == signal.SIGTERM and (not target.stoppable or name == target.stop_requested):
             raise Terminated("ended by SIGTERM")
-        if not asked.stoppable:
-            log.warning("%s is ignored: nothing is being trained that could be saved and stopped", name)
-        elif asked.stop_requested != "SIGTERM":
-            asked.stop_requested, self._requested_at = name, now
+        if not target.stoppable:
+            log.warning("%s is ignored: no training is running that could be saved and stopped", name)
+        elif target.stop_requested != "SIGTERM":
+            target.stop_requested, self._requested_at = name, now

@@ -1,4 +1,4 @@
-"""A rank's place among all, as the launcher's environment says."""
+"""A rank's place among all ranks, from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from dataclasses import dataclass
 
 from distrain.errors import ConfigError
 
-#: Digits of a number in the launcher's environment.
-LONGEST_NUMBER = 9
+#: Longest number accepted from the launcher's environment, in digits.
+MAX_DIGITS = 9
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among all, as the launcher's environment says."""
+    """A rank's place among all ranks.
+
+    Attributes:
+        rank: Index of this rank among all.
+        size: Number of ranks.
+        local_rank: Index of this rank among those on its host.
+        local_size: Number of ranks on its host.
+        host: Name of its host.
+    """
 
     rank: int
     size: int
@@ -32,7 +40,7 @@ class World:
 
         def number(name: str, default: int) -> int:
             text = os.environ.get(name, str(default))
-            if not text.isdecimal() or len(text) > LONGEST_NUMBER:
+            if not text.isdecimal() or len(text) > MAX_DIGITS:
                 raise ConfigError(name, text, "the launcher's environment variable must be a whole number")
             return int(text)
 

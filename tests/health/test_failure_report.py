@@ -1,4 +1,4 @@
-"""Who failed first is told by every rank, and written once."""
+"""Every rank reports the first failure, and one rank writes it to ``failure.json``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from distrain.health.failure_report import (
-    CLAIM,
-    NO_CLAIM,
+    FIRST_FAILURE_KEY,
+    NO_FAILURE,
     Failure,
     FailureReporter,
     FirstFailure,
@@ -21,73 +21,76 @@ from distrain.health.failure_report import (
 )
 
 
-def store() -> Store:
-    made: Store = HashStore()
-    made.set(CLAIM, NO_CLAIM)
-    return made
+def make_store() -> Store:
+    store: Store = HashStore()
+    store.set(FIRST_FAILURE_KEY, NO_FAILURE)
+    return store
 
 
-def complete(failure: Failure, _: Store | None) -> None:
+def add_details(failure: Failure, _: Store | None) -> None:
     failure.samples = [3, 1]
     failure.others = [{"rank": 1 - failure.rank}]
 
 
-def reporter(rank: int, folder: Path) -> FailureReporter:
-    made = FailureReporter(rank)
-    made.folder = folder
-    return made
+def make_reporter(rank: int, run_dir: Path) -> FailureReporter:
+    reporter = FailureReporter(rank)
+    reporter.run_dir = run_dir
+    return reporter
 
 
-def test_the_first_to_know_writes_and_all_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = store()
-    first, second = reporter(0, tmp_path), reporter(1, tmp_path)
-    first.tell(Failure(2, "there", 5, "the process is gone"), "waited here", common, complete)
+def test_the_first_rank_to_detect_a_failure_writes_it_and_all_report_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store()
+    first, second = make_reporter(0, tmp_path), make_reporter(1, tmp_path)
+    first.report(Failure(2, "there", 5, "the process exited"), "waited here", store, add_details)
     written = (tmp_path / "failure.json").read_text()
-    second.tell(Failure(1, "here", 5, "RuntimeError: connection closed"), "waited there", common, complete)
-    line = "stopped because rank 2 on there failed at step 5: the process is gone"
+    second.report(Failure(1, "here", 5, "RuntimeError: connection closed"), "waited there", store, add_details)
+    line = "stopped because rank 2 on there failed at step 5: the process exited"
     assert capsys.readouterr().err == f"distrain: rank 0 {line}\ndistrain: rank 1 {line}\n"
     assert (tmp_path / "failure.json").read_text() == written
-    found = json.loads(written)
-    assert found.pop("time")[:2] == "20"
-    assert found == {
+    report = json.loads(written)
+    assert report.pop("time")[:2] == "20"
+    assert report == {
         "rank": 2,
         "host": "there",
         "step": 5,
-        "error": "the process is gone",
+        "error": "the process exited",
         "samples": [3, 1],
         "traceback": "",
         "others": [{"rank": -1}],
     }
 
 
-def test_a_process_tells_once_whoever_asks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    teller = reporter(0, tmp_path)
+def test_a_process_reports_only_one_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = make_reporter(0, tmp_path)
     for error in ("first", "second"):
-        teller.tell(Failure(0, "here", 1, error), "", store(), complete)
+        reporter.report(Failure(0, "here", 1, error), "", make_store(), add_details)
     assert capsys.readouterr().err == "distrain: rank 0 on here failed at step 1: first\n"
 
 
-def test_without_a_store_a_rank_tells_what_it_knows(tmp_path: Path) -> None:
-    reporter(0, tmp_path).tell(Failure(0, "here", 1, "broken"), "", None, complete)
+def test_without_a_store_a_rank_reports_what_it_knows(tmp_path: Path) -> None:
+    make_reporter(0, tmp_path).report(Failure(0, "here", 1, "broken"), "", None, add_details)
     assert json.loads((tmp_path / "failure.json").read_text())["error"] == "broken"
 
 
-def test_a_full_disk_does_not_hide_the_failure(
+def test_a_report_that_cannot_be_written_does_not_hide_the_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):
-        reporter(0, tmp_path / "not" / "there").tell(Failure(0, "here", 1, "broken"), "", None, complete)
+        reporter = make_reporter(0, tmp_path / "not" / "there")
+        reporter.report(Failure(0, "here", 1, "broken"), "", None, add_details)
     assert "rank 0 on here failed at step 1: broken" in capsys.readouterr().err
     assert "failure.json can't be written" in caplog.text
 
 
-def test_a_claim_travels_as_text() -> None:
-    claim = FirstFailure(Failure(1, "there", 5, 'KeyError: "ü"'), by=0)
-    assert FirstFailure.unpacked(claim.packed().encode()) == claim
-    assert FirstFailure.unpacked(NO_CLAIM.encode()) is None
+def test_the_first_failure_can_be_stored_as_text() -> None:
+    first = FirstFailure(Failure(1, "there", 5, 'KeyError: "ü"'), detected_by=0)
+    assert FirstFailure.from_json(first.to_json().encode()) == first
+    assert FirstFailure.from_json(NO_FAILURE.encode()) is None
 
 
-def test_the_report_of_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
+def test_the_report_of_an_earlier_run_is_archived(tmp_path: Path) -> None:
     archive_previous_report(tmp_path)
     (tmp_path / "failure.json").write_text("of the first run")
     archive_previous_report(tmp_path)
@@ -103,5 +106,5 @@ def test_the_report_of_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
         (ValueError("socket"), False),
     ],
 )
-def test_errors_that_may_be_the_echo_of_anothers_are_known(error: Exception, broken: bool) -> None:
+def test_errors_that_may_be_caused_by_another_rank_are_recognised(error: Exception, broken: bool) -> None:
     assert is_broken_connection(error) == broken

@@ -1,4 +1,4 @@
-"""Processes of this host."""
+"""Processes of this host: alive, stopped, or ended."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from distrain.health.process import Process, _stat
+from distrain.health.process import Process, _state_and_start
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
@@ -27,41 +27,41 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def of(child: subprocess.Popen[bytes]) -> Process:
-    return Process(child.pid, _stat(child.pid)[1])
+def process_of(child: subprocess.Popen[bytes]) -> Process:
+    return Process(child.pid, _state_and_start(child.pid)[1])
 
 
-def wait_for(happened: object) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 5
-    while not happened():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_this_process_lives() -> None:
+def test_this_process_is_alive() -> None:
     assert Process.current().is_alive
     assert not Process.current().is_stopped
 
 
-def test_a_zombie_does_not_live(child: subprocess.Popen[bytes]) -> None:
-    process = of(child)
+def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:
+    process = process_of(child)
     assert process.is_alive
     os.kill(child.pid, signal.SIGKILL)
     wait_for(lambda: not process.is_alive)
-    # Nobody has waited for it yet.
+    # Its parent has not waited for it yet.
     assert child.returncode is None
 
 
-def test_another_process_with_the_same_number_is_another_one(child: subprocess.Popen[bytes]) -> None:
-    earlier = replace(of(child), started=1)
+def test_a_process_that_got_the_same_id_later_is_not_mistaken_for_it(child: subprocess.Popen[bytes]) -> None:
+    earlier = replace(process_of(child), started=1)
     assert not earlier.is_alive
     earlier.kill()
     time.sleep(0.05)
-    assert of(child).is_alive
+    assert process_of(child).is_alive
 
 
-def test_a_stopped_process_stands_still_and_can_be_ended(child: subprocess.Popen[bytes]) -> None:
-    process = of(child)
+def test_a_stopped_process_is_recognised_and_can_be_killed(child: subprocess.Popen[bytes]) -> None:
+    process = process_of(child)
     assert not process.is_stopped
     os.kill(child.pid, signal.SIGSTOP)
     wait_for(lambda: process.is_stopped)

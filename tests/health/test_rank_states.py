@@ -1,4 +1,4 @@
-"""What was in work when a rank failed, from what the ranks told last."""
+"""The state of each rank when one failed, from what the ranks published last."""
 
 from __future__ import annotations
 
@@ -6,66 +6,66 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from distrain.health.activity import RankActivity
 from distrain.health.judge import Heartbeat
-from distrain.health.members import Member, beat_key, told_key
+from distrain.health.members import Member, details_key, heartbeat_key
 from distrain.health.process import Process
 from distrain.health.rank_states import RankDetails, RankStates
 
 
-def position(step: int, *, independent_steps: bool = False) -> RankActivity:
-    """An observer's; a batch has 10 samples."""
-    made = RankActivity()
-    made.find_samples = lambda epoch, offset, count, shard: [epoch, offset, count, *shard]
-    made.enter_epoch(0, 10 * step, 10, (0, 2))
-    made.step, made.independent_steps = step, independent_steps
-    return made
+def activity_at(step: int, *, independent_steps: bool = False) -> RankActivity:
+    """An observer's activity; a batch has 10 samples."""
+    activity = RankActivity()
+    activity.find_samples = lambda epoch, offset, count, shard: [epoch, offset, count, *shard]
+    activity.enter_epoch(0, 10 * step, 10, (0, 2))
+    activity.step, activity.independent_steps = step, independent_steps
+    return activity
 
 
-def found(step: int, doing: str = "training") -> RankStates:
-    """Rank 1's last words, of that step."""
-    beats = {0: Heartbeat(9, 40, 5, "training", shard=(0, 2)), 1: Heartbeat(9, 40, step, doing, shard=(1, 2))}
-    return RankStates(beats, {1: RankDetails(0, 10 * step, 10, [])})
+def states_with(step: int, phase: str = "training") -> RankStates:
+    """Rank 0 is at step 5; rank 1 was at ``step`` when it published its state last."""
+    heartbeats = {0: Heartbeat(9, 40, 5, "training", shard=(0, 2)), 1: Heartbeat(9, 40, step, phase, shard=(1, 2))}
+    return RankStates(heartbeats, {1: RankDetails(0, 10 * step, 10, [])})
 
 
-def test_a_rank_that_keeps_step_was_where_the_others_wait() -> None:
-    # Its last beat was two steps earlier.
-    assert found(3).samples(1, 0, position(5)) == [0, 50, 10, 1, 2]
+def test_a_rank_in_lockstep_was_at_the_step_in_which_the_others_wait() -> None:
+    # It published its last heartbeat two steps earlier.
+    assert states_with(3).samples(1, 0, activity_at(5)) == [0, 50, 10, 1, 2]
 
 
-def test_a_rank_that_does_not_was_where_it_said_last() -> None:
-    assert found(3).samples(1, 0, position(5, independent_steps=True)) == [0, 30, 10, 1, 2]
+def test_a_rank_with_independent_steps_was_where_it_published_last() -> None:
+    assert states_with(3).samples(1, 0, activity_at(5, independent_steps=True)) == [0, 30, 10, 1, 2]
 
 
-def test_a_rank_that_was_ahead_was_where_it_said_last() -> None:
-    assert found(6).samples(1, 0, position(5)) == [0, 60, 10, 1, 2]
+def test_a_rank_that_was_ahead_was_where_it_published_last() -> None:
+    assert states_with(6).samples(1, 0, activity_at(5)) == [0, 60, 10, 1, 2]
 
 
-def test_a_server_learns_it_from_the_workers() -> None:
-    server = position(0)
+def test_a_parameter_server_knows_the_samples_from_the_workers() -> None:
+    server = activity_at(0)
     server.phase = "serving"
-    whereabouts = found(3)
-    whereabouts.told[0] = RankDetails(0, 50, 10, [])
-    assert whereabouts.samples(1, 2, server) == [0, 50, 10, 1, 2]
+    states = states_with(3)
+    states.details[0] = RankDetails(0, 50, 10, [])
+    assert states.samples(1, 2, server) == [0, 50, 10, 1, 2]
 
 
-def test_outside_of_training_there_are_none() -> None:
-    assert found(6, "evaluation").samples(1, 0, position(5, independent_steps=True)) is None
+def test_outside_training_there_are_no_samples() -> None:
+    assert states_with(6, "evaluation").samples(1, 0, activity_at(5, independent_steps=True)) is None
 
 
-def test_a_rank_that_said_nothing_is_unknown() -> None:
-    silent = RankStates({0: Heartbeat(9, 40, 5, "training", shard=(0, 2)), 1: Heartbeat()}, {})
-    assert silent.samples(1, 0, position(5)) is None
-    assert silent.stack(1) == ""
+def test_the_state_of_a_rank_that_published_nothing_is_unknown() -> None:
+    states = RankStates({0: Heartbeat(9, 40, 5, "training", shard=(0, 2)), 1: Heartbeat()}, {})
+    assert states.samples(1, 0, activity_at(5)) is None
+    assert states.stack(1) == ""
 
 
-def test_the_report_waits_until_the_others_have_said_where_they_are() -> None:
+def test_the_final_states_of_the_other_ranks_are_waited_for_but_not_forever() -> None:
     store = HashStore()
-    members = [Member("here", Process.current(), is_near=True)] * 3
-    for rank, beat in enumerate([Heartbeat(), Heartbeat(step=4, waiting=True, ending=True), Heartbeat(step=4)]):
-        store.set(beat_key(rank), beat.packed())
-    store.set(told_key(1), RankDetails(0, 40, 10, ["outer", "calls", "of", "wait"]).packed())
-    # Rank 2 never answers, and is not waited for endlessly.
-    whereabouts = RankStates.read(store, dict.fromkeys(range(3), Heartbeat()), members, mute=(0,), seconds=0)
-    assert whereabouts.others(0, members) == [
+    members = [Member("here", Process.current(), is_local=True)] * 3
+    for rank, heartbeat in enumerate([Heartbeat(), Heartbeat(step=4, waiting=True, failing=True), Heartbeat(step=4)]):
+        store.set(heartbeat_key(rank), heartbeat.to_json())
+    store.set(details_key(1), RankDetails(0, 40, 10, ["outer", "calls", "of", "wait"]).to_json())
+    # Rank 2 never publishes a final state.
+    states = RankStates.read(store, dict.fromkeys(range(3), Heartbeat()), members, unresponsive=(0,), interval=0)
+    assert states.others(0, members) == [
         {"rank": 1, "host": "here", "step": 4, "doing": "", "waiting": True, "stack": ["calls", "of", "wait"]},
         {"rank": 2, "host": "here", "step": 4, "doing": "", "waiting": False, "stack": []},
     ]

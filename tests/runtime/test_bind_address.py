@@ -1,4 +1,4 @@
-"""A job's own ports are open no wider than its ranks need."""
+"""A job's own sockets listen on no more addresses than its ranks need."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.harness import run_ranks
 from tests.runs import small
 
 SECONDS = datetime.timedelta(seconds=10)
-ALL_HERE = World(0, 2, 0, 2, "here")
-ELSEWHERE_TOO = World(0, 2, 0, 1, "here")
-_LISTENS = "0A"
+ONE_HOST = World(0, 2, 0, 2, "here")
+TWO_HOSTS = World(0, 2, 0, 1, "here")
+_LISTENING = "0A"
 
 
 @pytest.fixture(autouse=True)
@@ -35,73 +35,73 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
-def listening_at() -> list[str]:
-    """Addresses, as hexadecimal digits, at which this process listens by TCP."""
+def listening_addresses() -> list[str]:
+    """Addresses, in hexadecimal digits, on which this process listens for TCP connections."""
     inodes = set()
     for descriptor in Path("/proc/self/fd").iterdir():
-        # The listing's own is gone.
+        # The descriptor of the listing itself is closed by now.
         with contextlib.suppress(FileNotFoundError):
             inodes.add(str(descriptor.readlink()))
-    found = []
+    addresses = []
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == _LISTENS and f"socket:[{fields[9]}]" in inodes:
-                found.append(fields[1].partition(":")[0])
-    return found
+            if fields[3] == _LISTENING and f"socket:[{fields[9]}]" in inodes:
+                addresses.append(fields[1].partition(":")[0])
+    return addresses
 
 
 def is_loopback(address: str) -> bool:
-    # Of each 32-bit word the bytes stand in the machine's order.
+    # The bytes of each 32-bit word are in the machine's order.
     words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
     raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
     return ipaddress.ip_address(raw).is_loopback
 
 
 def listen_on_rank(configuration: Config, port: int) -> tuple[int, list[str]]:
-    """What a rank's process listens at while the job runs, when the first rank serves the store."""
+    """Returns the addresses on which a rank listens while the job runs; rank 0 serves the store."""
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     world = World.from_environment()
     with Runtime(configuration, world) as runtime:
         group = dist.new_group(list(range(world.size)))
         dist.barrier(group)
         runtime.communicator().barrier()
-        found = listening_at()
+        addresses = listening_addresses()
         runtime.communicator().barrier()
-    return world.rank, found
+    return world.rank, addresses
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tables of sockets")
-def test_ranks_of_one_host_listen_on_loopback_alone(tmp_path: Path) -> None:
+def test_ranks_of_one_host_listen_on_loopback_only(tmp_path: Path) -> None:
     configuration = small("strategy=ddp", f"run_dir={tmp_path}")
-    for rank, found in run_ranks(listen_on_rank, 2, configuration, free_port()):
-        # The store, and a port for each group.
-        assert len(found) >= (3 if rank == 0 else 2)
-        assert [address for address in found if not is_loopback(address)] == []
+    for rank, addresses in run_ranks(listen_on_rank, 2, configuration, free_port()):
+        # One for the store, and one for each group.
+        assert len(addresses) >= (3 if rank == 0 else 2)
+        assert [address for address in addresses if not is_loopback(address)] == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tables of sockets")
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-@pytest.mark.parametrize("world", [ALL_HERE, ELSEWHERE_TOO], ids=["one host", "several hosts"])
-def test_a_store_at_loopback_listens_there_and_can_be_reached(name: str, world: World) -> None:
-    port, before = free_port(), listening_at()
+@pytest.mark.parametrize("world", [ONE_HOST, TWO_HOSTS], ids=["one host", "several hosts"])
+def test_a_store_at_a_loopback_address_listens_only_there(name: str, world: World) -> None:
+    port, before = free_port(), listening_addresses()
     store = open_store(name, port, world, serves=True, timeout=SECONDS)
-    new = listening_at()
+    new = listening_addresses()
     for address in before:
         new.remove(address)
     assert len(new) == 1
     assert is_loopback(new[0])
-    guest = open_store(name, port, world, serves=False, timeout=SECONDS)
-    guest.set("key", "value")
+    client = open_store(name, port, world, serves=False, timeout=SECONDS)
+    client.set("key", "value")
     assert store.get("key") == b"value"
 
 
 def bound_to(monkeypatch: pytest.MonkeyPatch, world: World, *addresses: str) -> str | None:
-    """Where the store would listen if its host's name led to these addresses."""
+    """Returns where the store would listen if its host's name resolved to these addresses."""
 
     def lookup(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
         families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in addresses]
@@ -112,50 +112,50 @@ def bound_to(monkeypatch: pytest.MonkeyPatch, world: World, *addresses: str) -> 
 
     port = free_port()
     with monkeypatch.context() as patch:
-        # create_server takes numbers, and looks nothing up.
+        # create_server is given IP addresses and looks nothing up.
         patch.setattr(socket, "getaddrinfo", lookup)
-        found = bind_address._bound("head-node", port, world)
-    if found is None:
+        listener = bind_address._listen("head-node", port, world)
+    if listener is None:
         return None
-    with found:
-        return str(found.getsockname()[0])
+    with listener:
+        return str(listener.getsockname()[0])
 
 
-def test_a_name_that_leads_only_its_own_host_to_loopback_is_no_place_to_wait_for_others(
+def test_a_name_that_is_loopback_only_on_its_own_host_is_not_used_for_several_hosts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As Debian's /etc/hosts has it.
-    assert bound_to(monkeypatch, ELSEWHERE_TOO, "127.0.1.1") is None
-    assert bound_to(monkeypatch, ALL_HERE, "127.0.1.1") == "127.0.1.1"
+    # Debian's /etc/hosts maps the host's own name to this address.
+    assert bound_to(monkeypatch, TWO_HOSTS, "127.0.1.1") is None
+    assert bound_to(monkeypatch, ONE_HOST, "127.0.1.1") == "127.0.1.1"
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert bound_to(monkeypatch, ALL_HERE, "127.0.1.1") is None
+    assert bound_to(monkeypatch, ONE_HOST, "127.0.1.1") is None
 
 
-def test_an_address_that_is_not_this_hosts_is_left_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    # That of a service or of a router that leads here.
-    assert bound_to(monkeypatch, ELSEWHERE_TOO, "192.0.2.1") is None
-    assert bound_to(monkeypatch, ELSEWHERE_TOO, "192.0.2.1", "127.0.0.1") is None
+def test_an_address_of_another_host_is_left_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The address of a service or a router that forwards to this host.
+    assert bound_to(monkeypatch, TWO_HOSTS, "192.0.2.1") is None
+    assert bound_to(monkeypatch, TWO_HOSTS, "192.0.2.1", "127.0.0.1") is None
 
 
-def test_a_port_that_is_taken_is_said_by_the_store() -> None:
+def test_a_port_that_is_taken_is_reported_by_the_store() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(dist.DistError, match=r"address already in use|EADDRINUSE"),
     ):
-        open_store("127.0.0.1", taken.getsockname()[1], ALL_HERE, serves=True, timeout=SECONDS)
+        open_store("127.0.0.1", taken.getsockname()[1], ONE_HOST, serves=True, timeout=SECONDS)
 
 
-def test_gloo_stays_on_one_host_and_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    restrict_gloo_to_loopback(ELSEWHERE_TOO)
+def test_gloo_uses_loopback_on_one_host_and_keeps_the_users_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    restrict_gloo_to_loopback(TWO_HOSTS)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    restrict_gloo_to_loopback(ALL_HERE)
+    restrict_gloo_to_loopback(ONE_HOST)
     assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    restrict_gloo_to_loopback(ALL_HERE)
+    restrict_gloo_to_loopback(ONE_HOST)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
-def test_a_launcher_that_says_nothing_may_have_started_ranks_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_single_host(ALL_HERE)
+def test_if_the_launcher_does_not_say_ranks_may_run_on_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_single_host(ONE_HOST)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert not is_single_host(ALL_HERE)
+    assert not is_single_host(ONE_HOST)

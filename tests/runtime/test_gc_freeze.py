@@ -1,4 +1,4 @@
-"""The garbage collector while a run lasts."""
+"""Objects that exist before training are excluded from garbage collection during it."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from distrain.runtime.gc_freeze import frozen_gc
 
 
 class Node:
-    """May refer to itself."""
+    """Refers to itself, so only the garbage collector can free it."""
 
     def __init__(self) -> None:
-        self.me = self
+        self.self = self
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_frozen() -> Iterator[None]:
+def unfrozen() -> Iterator[None]:
     gc.unfreeze()
     yield
     gc.unfreeze()
 
 
-def looked_at(node: Node) -> bool:
-    return any(each is node for each in gc.get_objects())
+def is_tracked(node: Node) -> bool:
+    return any(tracked is node for tracked in gc.get_objects())
 
 
-def test_what_lives_is_not_looked_at_until_the_end() -> None:
+def test_live_objects_are_excluded_until_the_block_ends() -> None:
     node = Node()
     with frozen_gc():
-        assert not looked_at(node)
-    assert looked_at(node)
+        assert not is_tracked(node)
+    assert is_tracked(node)
 
 
-def test_what_comes_to_life_inside_is_collected() -> None:
+def test_objects_created_inside_are_collected() -> None:
     with frozen_gc():
         ref = weakref.ref(Node())
         gc.collect()
         assert ref() is None
 
 
-def test_it_ends_with_an_error_too() -> None:
+def test_an_error_ends_the_exclusion_too() -> None:
     node = Node()
     with pytest.raises(RuntimeError), frozen_gc():
         raise RuntimeError
-    assert looked_at(node)
+    assert is_tracked(node)
 
 
-def test_what_others_have_frozen_stays_so() -> None:
+def test_objects_frozen_by_the_caller_stay_frozen() -> None:
     node = Node()
     gc.freeze()
     with frozen_gc():
         pass
-    assert not looked_at(node)
+    assert not is_tracked(node)

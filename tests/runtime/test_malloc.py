@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process, which gets it again without asking the system."""
+"""Freed memory stays with the process, which reuses it without asking the operating system."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MB = 1024 * 1024
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 
 
-def faults(prepare: Callable[[], bool]) -> tuple[bool, int]:
-    """What a preparation says, and how many new pages ten rounds of the same allocations take after it."""
-    kept = prepare()
+def page_faults(prepare: Callable[[], bool]) -> tuple[bool, int]:
+    """Returns the result of ``prepare``, and the page faults of ten rounds of the same allocations after it."""
+    result = prepare()
 
     def allocate() -> None:
         held = [torch.ones(size * MB // 4) for size in (5, 40)]
@@ -28,23 +28,23 @@ def faults(prepare: Callable[[], bool]) -> tuple[bool, int]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         allocate()
-    return kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return result, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def nothing() -> bool:
+def change_nothing() -> bool:
     return False
 
 
 @needs_glibc
-def test_a_step_s_memory_is_the_last_step_s() -> None:
-    ((_, usual),) = run_ranks(faults, 1, nothing)
-    ((kept, few),) = run_ranks(faults, 1, retain_freed_memory)
-    # Blocks of 40 MiB are given back each time, unless they are kept; a page may be as large as 2 MiB.
-    assert usual >= 10 * 40 / 2
-    assert kept
-    assert few < usual / 5
+def test_a_step_reuses_the_memory_of_the_last_one() -> None:
+    ((_, without),) = run_ranks(page_faults, 1, change_nothing)
+    ((retains, with_retention),) = run_ranks(page_faults, 1, retain_freed_memory)
+    # Without it, blocks of 40 MiB are returned each time. A page may be as large as 2 MiB.
+    assert without >= 10 * 40 / 2
+    assert retains
+    assert with_retention < without / 5
 
 
-def test_settings_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_in_the_environment_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     assert not retain_freed_memory()

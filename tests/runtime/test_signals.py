@@ -16,21 +16,21 @@ from distrain.runtime.signals import SignalHandler
 
 
 @dataclass
-class Asked:
-    """What the signals ask to stop."""
+class Target:
+    """The object that the signals ask to stop."""
 
     stoppable: bool = True
     stop_requested: str | None = None
 
 
 @pytest.fixture
-def asked() -> Iterator[Asked]:
-    """Handles the test process's own signals."""
-    asked = Asked()
-    handled = SignalHandler(asked)
-    handled.install()
-    yield asked
-    handled.restore()
+def target() -> Iterator[Target]:
+    """The target of this process's signals."""
+    target = Target()
+    handler = SignalHandler(target)
+    handler.install()
+    yield target
+    handler.restore()
 
 
 def send(name: str) -> None:
@@ -38,64 +38,66 @@ def send(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_sets_a_flag_while_somebody_looks(name: str, asked: Asked) -> None:
+def test_a_signal_is_recorded_while_the_target_is_stoppable(name: str, target: Target) -> None:
     send(name)
-    assert asked.stop_requested == name
+    assert target.stop_requested == name
 
 
-def test_otherwise_sigterm_ends_the_run(asked: Asked) -> None:
-    asked.stoppable = False
+def test_sigterm_ends_a_run_that_is_not_stoppable(target: Target) -> None:
+    target.stoppable = False
     with pytest.raises(Terminated, match="ended by SIGTERM"):
         send("SIGTERM")
-    assert asked.stop_requested is None
+    assert target.stop_requested is None
 
 
-def test_otherwise_sigusr1_is_ignored_with_a_word(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
-    asked.stoppable = False
+def test_sigusr1_is_ignored_with_a_warning_if_the_run_is_not_stoppable(
+    target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
+    target.stoppable = False
     with caplog.at_level(logging.WARNING):
         send("SIGUSR1")
-    assert asked.stop_requested is None
+    assert target.stop_requested is None
     assert "SIGUSR1 is ignored" in caplog.text
 
 
-def test_a_second_sigterm_ends_the_run(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_sigterm_ends_the_run(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "_SAME_REQUEST_SECONDS", 0)
     send("SIGTERM")
     with pytest.raises(Terminated):
         send("SIGTERM")
 
 
-def test_the_same_request_may_come_from_the_system_and_from_the_launcher(asked: Asked) -> None:
+def test_a_signal_forwarded_by_the_launcher_is_the_same_request(target: Target) -> None:
     send("SIGTERM")
-    asked.stoppable = False
+    target.stoppable = False
     send("SIGTERM")
-    assert asked.stop_requested == "SIGTERM"
+    assert target.stop_requested == "SIGTERM"
 
 
-def test_sigterm_after_a_warning_is_still_a_request(asked: Asked) -> None:
+def test_sigterm_after_sigusr1_is_still_a_request(target: Target) -> None:
     send("SIGUSR1")
     send("SIGTERM")
-    assert asked.stop_requested == "SIGTERM"
+    assert target.stop_requested == "SIGTERM"
     send("SIGUSR1")
-    assert asked.stop_requested == "SIGTERM"
+    assert target.stop_requested == "SIGTERM"
 
 
-def test_a_run_that_is_failing_hears_nothing() -> None:
-    asked = Asked(stoppable=False)
-    handled = SignalHandler(asked)
-    handled.install()
+def test_a_run_that_is_failing_ignores_signals() -> None:
+    target = Target(stoppable=False)
+    handler = SignalHandler(target)
+    handler.install()
     try:
-        handled.deaf = True
+        handler.ignored = True
         send("SIGTERM")
-        assert asked.stop_requested is None
+        assert target.stop_requested is None
     finally:
-        handled.restore()
+        handler.restore()
 
 
-def test_handlers_are_left_as_they_were() -> None:
+def test_previous_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    handled = SignalHandler(Asked())
-    handled.install()
+    handler = SignalHandler(Target())
+    handler.install()
     assert signal.getsignal(signal.SIGTERM) != before[0]
-    handled.restore()
+    handler.restore()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before

@@ -22,7 +22,7 @@ from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import NormNet, relative_difference, small, train_on_rank
-from tests.runtime.test_runtime import Ending, ending
+from tests.runtime.test_runtime import Ending, train_to_the_end
 
 SERVER = "strategy=parameter_server"
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
@@ -164,7 +164,7 @@ def test_a_killed_worker_is_left_behind_and_every_other_sample_is_seen(tmp_path:
     configuration = fragile(
         tmp_path, "SIGKILL", 1, "strategy.mode=async", "strategy.servers=2", "data.val_fraction=0.1"
     )
-    endings = run_ranks_to_the_end(ending, 5, configuration)
+    endings = run_ranks_to_the_end(train_to_the_end, 5, configuration)
     assert isinstance(endings[1], RankFailed)
     assert "died with exit code -9" in str(endings[1])
     for rank in (0, 2, 3, 4):
@@ -191,9 +191,9 @@ def test_a_killed_worker_is_left_behind_and_every_other_sample_is_seen(tmp_path:
 
 
 def test_a_worker_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
-    endings = run_ranks_to_the_end(ending, 3, fragile(tmp_path, "raise", 1, "strategy.mode=ssp"))
+    endings = run_ranks_to_the_end(train_to_the_end, 3, fragile(tmp_path, "raise", 1, "strategy.mode=ssp"))
     assert [each.outcome for each in endings] == ["finished", "Failed", "finished"]
-    assert endings[1].last_line.endswith("ArithmeticError: planted; the others go on")
+    assert endings[1].last_line.endswith("ArithmeticError: planted; the other ranks continue")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parameter_server"]["lost_workers"][0]["reason"] == "ArithmeticError: planted"
     assert not (tmp_path / "failure.json").exists()
@@ -204,7 +204,7 @@ def test_a_worker_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> Non
 )
 def test_who_can_not_be_done_without_ends_the_run_with_its_name(mode: str, rank: int, who: str, tmp_path: Path) -> None:
     configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}")
-    endings = run_ranks_to_the_end(ending_of_server if who == "server" else ending, 3, configuration)
+    endings = run_ranks_to_the_end(ending_of_server if who == "server" else train_to_the_end, 3, configuration)
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["rank"], failure["error"]) == (rank, "the process exited without reporting an error (killed?)")
     for other in {0, 1, 2} - {rank}:
@@ -214,7 +214,7 @@ def test_who_can_not_be_done_without_ends_the_run_with_its_name(mode: str, rank:
 
 
 def ending_of_server(configuration: Config) -> Ending:
-    """As :func:`ending`; a server dies in the middle of its work."""
+    """As :func:`train_to_the_end`; a server dies in the middle of its work."""
     if os.environ["RANK"] == "2":
         import signal
         import threading
@@ -225,7 +225,7 @@ def ending_of_server(configuration: Config) -> Ending:
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=die, daemon=True).start()
-    return ending(configuration)
+    return train_to_the_end(configuration)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

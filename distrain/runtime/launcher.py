@@ -1,0 +1,28 @@
+"""What the launcher (torchrun, for example) says in the environment about the store at which the ranks meet."""
+
+from __future__ import annotations
+
+import os
+
+from distrain.errors import ConfigError
+from distrain.runtime.world import MAX_DIGITS
+
+
+def store_address(world_size: int) -> tuple[str, int]:
+    """Host and port of the store.
+
+    Args:
+        world_size: Number of ranks, for the error message.
+
+    Raises:
+        ConfigError: The port is missing or is not a port number.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal() or len(port) > MAX_DIGITS or not 0 < int(port) < 1 << 16:
+        raise ConfigError("MASTER_PORT", port, f"WORLD_SIZE={world_size} needs the port at which ranks meet")
+    return address, int(port)
+
+
+def serves_store() -> bool:
+    """Whether the launcher serves the store, which then outlives the ranks; otherwise rank 0 serves it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
