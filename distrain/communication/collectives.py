@@ -1,7 +1,7 @@
-"""The few collectives distrain uses, over an explicit group of ranks, with every byte counted.
+"""The collectives that distrain uses, over an explicit group of ranks, with a count of all bytes sent.
 
-A :class:`Communicator` of one rank needs no process group and does nothing, so that code written for many ranks runs
-unchanged on one. Tensors only: nothing is pickled, so nothing that a peer sends can run code.
+A :class:`Communicator` of one rank needs no process group and sends nothing, so code written for many ranks runs
+unchanged on one. Only tensors and JSON are exchanged. Nothing is pickled, so no peer's message can run code.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from distrain.communication.types import DONE, DTYPES, REDUCE_OPS, Channel, Pend
 _CHANNEL_DTYPES = frozenset(DTYPES.values())
 
 
-class _Started:
-    """A backend's work, waited for by a call of this module, by which a watcher knows what a rank waits for."""
+class _BackendWork:
+    """A collective started by the backend.
+
+    Waiting passes through this module on purpose: :mod:`distrain.health.thread_stack` recognises a rank that waits for
+    others by the modules on its stack.
+    """
 
     def __init__(self, work: Pending) -> None:
         self._work = work
@@ -35,28 +39,31 @@ class _Started:
 
 
 class Ledger:
-    """Bytes this rank put on the wire, by kind of collective.
+    """Bytes that this rank has sent, by kind of collective.
 
-    The count follows the algorithms the backends use among hosts of one rank each: a ring for all-reduce and
-    all-gather, a binomial tree for broadcast. Headers are not counted. What goes from rank to rank is counted whether
-    or not the two share a host's memory, so that the figures of one layout of ranks compare with those of another.
+    The count follows the algorithms that the backends use among hosts of one rank each: a ring for all-reduce and
+    all-gather, a binomial tree for broadcast. Headers are not counted. Bytes are counted whether or not two ranks share
+    a host's memory, so that the figures of different placements of ranks can be compared.
+
+    Attributes:
+        sent: Bytes by kind of collective.
     """
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
 
     def total(self) -> int:
-        """Bytes this rank has sent so far."""
+        """Bytes that this rank has sent so far."""
         return sum(self.sent.values())
 
 
 def ring_all_reduce_bytes(size: int, ranks: int) -> int:
-    """Bytes each rank sends in a ring all-reduce of ``size`` bytes: a reduce-scatter, then an all-gather."""
+    """Bytes that each rank sends in a ring all-reduce of ``size`` bytes: a reduce-scatter, then an all-gather."""
     return 2 * (ranks - 1) * size // ranks
 
 
 def _tree_children(rank: int, source: int, ranks: int) -> int:
-    """How many ranks this one sends to in a binomial-tree broadcast."""
+    """Number of ranks that ``rank`` sends to in a binomial-tree broadcast from ``source``."""
     virtual, children, step = (rank - source) % ranks, 0, 1
     while step < ranks:
         if virtual < step and virtual + step < ranks:
@@ -68,12 +75,18 @@ def _tree_children(rank: int, source: int, ranks: int) -> int:
 class Communicator:
     """The collectives of one group of ranks.
 
-    Tensors on the CPU go through memory among ranks of one host, and else by the group's backend; see
-    :mod:`distrain.communication.shared_memory`.
+    CPU tensors travel through shared memory among ranks of one host where that is possible; see
+    :mod:`distrain.communication.shared_memory`. All other tensors use the group's backend.
 
     Args:
         group: The process group; ``None`` for a group of this rank alone.
-        ledger: Where the bytes are counted; shared between communicators of one strategy.
+        ledger: Counts the bytes; the communicators of one strategy share it.
+
+    Attributes:
+        group: As given.
+        rank: This rank's number in the group.
+        size: Number of ranks in the group.
+        ledger: As given.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, ledger: Ledger | None = None) -> None:
@@ -82,7 +95,7 @@ class Communicator:
         self.size = dist.get_world_size(group) if group is not None else 1
         self.ledger = ledger if ledger is not None else Ledger()
         self._channel: Channel | None = None
-        self._met = self.size == 1
+        self._connected = self.size == 1
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
         """Reduces ``tensor`` over the group, in place, and returns it."""
@@ -95,7 +108,7 @@ class Communicator:
         return tensor
 
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Pending:
-        """Starts an in-place all-reduce; the tensor must not be touched until the result was waited for."""
+        """Starts an in-place all-reduce; the tensor must not be read or written until ``wait`` has returned."""
         if self.size == 1:
             return DONE
         self._count_all_reduce(tensor)
@@ -103,10 +116,10 @@ class Communicator:
         if channel is not None:
             return channel.start_all_reduce(tensor, reduction)
         work: Pending = dist.all_reduce(tensor, op=REDUCE_OPS[reduction], group=self.group, async_op=True)
-        return _Started(work)
+        return _BackendWork(work)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Copies ``tensor`` from the group's rank ``source`` to all, in place, and returns it."""
+        """Copies the tensor of the group's rank ``source`` into ``tensor`` on all ranks, and returns it."""
         if self.size == 1:
             return tensor
         sends = _tree_children(self.rank, source, self.size)
@@ -125,7 +138,7 @@ class Communicator:
             gathered, pending = self.start_all_gather(tensor)
             pending.wait()
         else:
-            gathered = self._room_to_gather(tensor)
+            gathered = self._gather_buffers(tensor)
             channel.all_gather(gathered, tensor)
         return gathered
 
@@ -133,25 +146,25 @@ class Communicator:
         """Starts to gather every rank's ``tensor`` (all of one shape and dtype), which must not be changed meanwhile.
 
         Returns:
-            Every rank's, in order of rank, and what to wait for before they are read.
+            Every rank's tensor, in order of rank, and the pending collective to wait for before they are read.
         """
         if self.size == 1:
             return [tensor], DONE
-        gathered = self._room_to_gather(tensor)
+        gathered = self._gather_buffers(tensor)
         channel = self._channel_for(tensor)
         if channel is not None:
             return gathered, channel.start_all_gather(gathered, tensor)
         work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
-        return gathered, _Started(work)
+        return gathered, _BackendWork(work)
 
     def reduce_scatter(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Reduces ``tensor``, ``[size * n, ...]``, over the group.
+        """Reduces ``tensor``, ``[size * n, ...]``, over the group and returns this rank's part of the result.
 
         Returns:
-            The ``rank``-th part of the result, ``[n, ...]``; on a group of one rank ``tensor`` itself.
+            Part number ``rank`` of the result, ``[n, ...]``; in a group of one rank ``tensor`` itself.
 
         Raises:
-            ValueError: Its first dimension can't be cut in ``size`` equal parts.
+            ValueError: The first dimension is not divisible by ``size``.
         """
         if tensor.dim() == 0 or len(tensor) % self.size:
             raise ValueError(f"a tensor of shape {list(tensor.shape)} can't be cut in {self.size} equal parts")
@@ -167,60 +180,68 @@ class Communicator:
             self._count_all_reduce(tensor)
             channel.reduce_scatter(part, tensor, reduction)
         else:
-            # gloo, where it knows this at all, does and sends the same.
+            # gloo, in releases that have reduce_scatter, also sends as much as an all-reduce.
             whole = self.all_reduce(tensor.detach().clone(memory_format=torch.contiguous_format), reduction)
             part.copy_(whole[self.rank * count : (self.rank + 1) * count])
         return part
 
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
-        """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; it must live until waited for.
+        """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; keep it alive until ``wait`` has returned.
 
-        The receiver must expect the same size and type: the backend doesn't check.
+        The receiver must expect the same size and dtype: the backend doesn't check.
         """
         self.ledger.sent["send"] += tensor.numel() * tensor.element_size()
         work = dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
         assert work is not None, "a rank outside the group sends"
-        return _Started(work)
+        return _BackendWork(work)
 
     def start_receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
         """Starts receiving into ``tensor`` (contiguous) what the group's rank ``source`` sends with the same tag."""
         work = dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
         assert work is not None, "a rank outside the group receives"
-        return _Started(work)
+        return _BackendWork(work)
 
-    def all_gather_json(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
-        """Every rank's plain data (what JSON can hold), in order of rank."""
+    def all_gather_json(self, data: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """Every rank's ``data`` (anything that JSON can hold), in order of rank; exchanged by tensors on ``device``."""
         if self.size == 1:
-            return [dict(mine)]
-        text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8).to(device)
+            return [dict(data)]
+        text = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8).to(device)
         lengths = torch.stack(self.all_gather(torch.tensor(len(text), device=device))).tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
         padded[: len(text)] = text
         gathered = self.all_gather(padded)
-        return [json.loads(bytes(each[:length].tolist())) for each, length in zip(gathered, lengths, strict=True)]
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(gathered, lengths, strict=True)]
 
-    def merge_tensors(self, mine: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """All ranks' named tensors together; a name that several ranks hold is the first one's."""
+    def merge_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The union of all ranks' named tensors, on all ranks.
+
+        Args:
+            tensors: This rank's tensors. If several ranks hold a name, the first rank's tensor is taken.
+            device: Device of the result.
+
+        Raises:
+            ValueError: A rank offers a tensor of an unknown dtype.
+        """
         if self.size == 1:
-            return dict(mine)
-        described = self.all_gather_json(
-            {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in mine.items()},
+            return dict(tensors)
+        offered = self.all_gather_json(
+            {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()},
             device,
         )
-        found: dict[str, Tensor] = {}
-        for rank, names in enumerate(described):
-            for name, (shape, dtype) in names.items():
-                if name not in found:
+        merged: dict[str, Tensor] = {}
+        for rank, entries in enumerate(offered):
+            for name, (shape, dtype) in entries.items():
+                if name not in merged:
                     if dtype not in DTYPES:
-                        raise ValueError(f"rank {rank} offers {name} as {dtype!r}, which is no type of a tensor")
+                        raise ValueError(f"rank {rank} offers {name} with dtype {dtype!r}, which is unknown")
                     tensor = torch.empty(shape, dtype=DTYPES[dtype], device=device)
                     if rank == self.rank:
-                        tensor.copy_(mine[name])
-                    found[name] = self.broadcast(tensor, rank)
-        return found
+                        tensor.copy_(tensors[name])
+                    merged[name] = self.broadcast(tensor, rank)
+        return merged
 
     def barrier(self) -> None:
-        """Waits until all ranks of the group are here."""
+        """Waits until all ranks of the group have called this."""
         channel = self._channel_for(None)
         if channel is not None:
             channel.barrier()
@@ -230,29 +251,29 @@ class Communicator:
     def _count_all_reduce(self, tensor: Tensor) -> None:
         self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
 
-    def _room_to_gather(self, tensor: Tensor) -> list[Tensor]:
+    def _gather_buffers(self, tensor: Tensor) -> list[Tensor]:
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
 
     def _channel_for(self, tensor: Tensor | None) -> Channel | None:
-        """What carries a tensor past the backend, if anything does; the group's first call is a collective."""
+        """The channel that replaces the backend for a tensor, or ``None``; a group's first call is a collective."""
         if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in _CHANNEL_DTYPES):
             return None
-        if not self._met:
-            self._met = True
-            assert self.group is not None, "a rank alone has met all there are"
-            # Until that is known this group talks as any other, and what it says so is not counted.
+        if not self._connected:
+            self._connected = True
+            assert self.group is not None, "a group of one rank needs no channel"
+            # To connect, the ranks exchange data by the backend; a communicator of its own leaves that uncounted.
             by_backend = Communicator(self.group)
-            by_backend._met = True
+            by_backend._connected = True
             cpu = torch.device("cpu")
             self._channel = channel_registry.get_or_connect(
-                self.group, lambda mine: by_backend.all_gather_json(mine, cpu)
+                self.group, lambda data: by_backend.all_gather_json(data, cpu)
             )
         return self._channel
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:
-    """A 63-bit hash of the tensors' bits as an int64 scalar on the CPU, for comparing ranks."""
+    """A 63-bit hash of the tensors' bits as an int64 scalar on the CPU; ranks compare it to compare the tensors."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

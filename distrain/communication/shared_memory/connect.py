@@ -1,4 +1,4 @@
-"""Which ranks of a group share memory: those of one host each, if all can that have neighbours; on which all agree."""
+"""Groups ranks by host and opens shared memory; all ranks agree, or all use gloo."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from distrain.communication.shared_memory.arena import Arena, Memory
+from distrain.communication.shared_memory.arena import Arena, MappedArena
 from distrain.communication.shared_memory.channel import SharedMemoryChannel
-from distrain.communication.shared_memory.control_block import BOARD_SIZE, Board
-from distrain.communication.shared_memory.hierarchical import HierarchicalChannel, Neighbours, Network
+from distrain.communication.shared_memory.control_block import CONTROL_BLOCK_BYTES, ControlBlock
+from distrain.communication.shared_memory.hierarchical import HierarchicalChannel, HostChannels, LeaderGroup
 from distrain.communication.shared_memory.peer import Peer
 from distrain.communication.types import Channel, RankName
 from distrain.health.process import Process
 
 log = logging.getLogger(__name__)
 
-#: Gives every rank's plain data to all, in order of rank, by other means.
-Share = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
-_LONGEST_REASON = 200
+#: Gathers every rank's plain data, in order of rank, by the group's own backend.
+AllGatherJson = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
+_MAX_PROBLEM_LENGTH = 200
 
 
-def place() -> list[str]:
-    """What is the same for ranks that may share memory: one kernel, its namespaces of network and processes, one name.
+def host_identity() -> list[str]:
+    """What ranks that can share memory have in common: a kernel, its network and process namespaces, and a host name.
 
-    Ranks in network namespaces of their own are hosts of a network that somebody set up in one kernel.
+    Ranks in different network namespaces count as different hosts, which is how a network is simulated in one kernel.
 
     Raises:
-        OSError: The system doesn't say.
+        OSError: The system doesn't tell.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return [boot, *(str(Path("/proc/self/ns", kind).readlink()) for kind in ("net", "pid")), socket.gethostname()]
 
 
 class ChannelRegistry:
-    """The groups of this process that share memory.
+    """The channels of this process's groups.
 
     Attributes:
-        enabled: Whether any may; must be the same on all ranks of a group.
+        enabled: Whether groups may share memory; must be the same on all ranks of a group.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self._lock = threading.Lock()
         self._channels: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = weakref.WeakKeyDictionary()
-        self._told: set[str] = set()
+        self._logged_problems: set[str] = set()
 
-    def get_or_connect(self, group: dist.ProcessGroup, share: Share) -> Channel | None:
-        """What carries a group's collectives; the first call is a collective, whose outcome all its ranks share.
+    def get_or_connect(self, group: dist.ProcessGroup, all_gather_json: AllGatherJson) -> Channel | None:
+        """The channel of a group. The first call for a group is a collective, and all its ranks get the same answer.
 
         Args:
-            group: Of more than one rank.
-            share: Over this group, by its own backend.
+            group: A group of more than one rank.
+            all_gather_json: Exchanges data over this group by its own backend.
 
         Returns:
-            ``None`` if the group's backend must do.
+            The channel, or ``None`` if the group must use its backend.
         """
         if not self.enabled or dist.get_backend(group) != "gloo":
             return None
@@ -76,150 +76,168 @@ class ChannelRegistry:
             if group in self._channels:
                 return self._channels[group]
         try:
-            carrier = _meet(group, share)
-        except _Apart as problem:
-            carrier = None
-            if str(problem) not in self._told:
-                self._told.add(str(problem))
+            channel = _connect(group, all_gather_json)
+        except _CannotShareMemory as problem:
+            channel = None
+            if str(problem) not in self._logged_problems:
+                self._logged_problems.add(str(problem))
                 log.warning("ranks of this host talk over the network, since they can't share memory: %s", problem)
         with self._lock:
-            self._channels[group] = carrier
-        return carrier
+            self._channels[group] = channel
+        return channel
 
     def close_all(self) -> None:
-        """The groups are no more."""
+        """Closes all channels, when their groups are destroyed."""
         with self._lock:
-            for carrier in self._channels.values():
-                if carrier is not None:
-                    carrier.close()
+            for channel in self._channels.values():
+                if channel is not None:
+                    channel.close()
             self._channels.clear()
-            self._told.clear()
+            self._logged_problems.clear()
 
 
-#: Those of this process.
+#: The channels of this process.
 channel_registry = ChannelRegistry()
 
 
-class _Apart(Exception):
-    """Ranks that could share memory can't: which one, and why."""
+class _CannotShareMemory(Exception):
+    """Ranks of one host can't share memory; the message names the rank and the reason."""
 
 
-def _meet(group: dist.ProcessGroup, share: Share) -> Channel | None:
+def _connect(group: dist.ProcessGroup, all_gather_json: AllGatherJson) -> Channel | None:
+    """Connects all ranks of a group; ``None`` if every rank is alone on its host."""
     try:
-        here = place()
+        identity = host_identity()
     except OSError:
-        # Where ranks with neighbours can't share memory they will say so; one without need not.
-        here = [socket.gethostname()]
-    told = _agreed({"problem": "", "place": here, "token": secrets.randbits(62)}, share)
+        # If this rank has neighbours, they can't map its arena and report that. A rank alone on its host needs no more.
+        identity = [socket.gethostname()]
+    ranks = _agree({"problem": "", "place": identity, "token": secrets.randbits(62)}, all_gather_json)
     hosts: dict[tuple[str, ...], list[int]] = {}
-    for rank, each in enumerate(told):
-        hosts.setdefault(tuple(each["place"]), []).append(rank)
-    own, layout = dist.get_rank(group), list(hosts.values())
+    for rank, other in enumerate(ranks):
+        hosts.setdefault(tuple(other["place"]), []).append(rank)
+    own_rank, layout = dist.get_rank(group), list(hosts.values())
     if len(layout) == 1:
-        return _channel(group, layout[0], share)
-    if len(layout) == len(told):
+        return _connect_host(group, layout[0], all_gather_json)
+    if len(layout) == len(ranks):
         return None
-    near = next(ranks for ranks in layout if own in ranks)
-    up = _channel(group, near, share)
+    host_ranks = next(members for members in layout if own_rank in members)
+    to_leader = _connect_host(group, host_ranks, all_gather_json)
     try:
-        down = _channel(group, near, share)
-    except _Apart:
-        if up is not None:
-            up.close()
+        from_leader = _connect_host(group, host_ranks, all_gather_json)
+    except _CannotShareMemory:
+        if to_leader is not None:
+            to_leader.close()
         raise
-    network = None
-    if own == near[0]:
-        # Not a group by torch.distributed.new_group, whose name counts the groups that a rank is in: first ranks are in
-        # more of them than others, so that two of them might not agree on it.
-        store = PrefixStore(f"hosts/{told[0]['token']}", _get_process_group_store(group))
-        limit = timedelta(seconds=_limit(group))
-        network = cast(Network, dist.ProcessGroupGloo(store, layout.index(near), len(layout), limit))
-    return HierarchicalChannel(
-        own, layout, Neighbours(up, down) if up is not None and down is not None else None, network
-    )
+    host_channels = None
+    if to_leader is not None and from_leader is not None:
+        host_channels = HostChannels(to_leader, from_leader)
+    leaders = None
+    if own_rank == host_ranks[0]:
+        # Made without torch.distributed.new_group, which names a group by how many groups the rank is in. Leaders can
+        # be in different numbers of groups, and so might not agree on the name.
+        store = PrefixStore(f"hosts/{ranks[0]['token']}", _get_process_group_store(group))
+        timeout = timedelta(seconds=_timeout(group))
+        leaders = cast(LeaderGroup, dist.ProcessGroupGloo(store, layout.index(host_ranks), len(layout), timeout))
+    return HierarchicalChannel(own_rank, layout, host_channels, leaders)
 
 
-def _channel(group: dist.ProcessGroup, near: list[int], share: Share) -> SharedMemoryChannel | None:
-    """What the ranks of this host share; all of the group call this at once, and it takes all that have neighbours.
+def _connect_host(
+    group: dist.ProcessGroup, host_ranks: list[int], all_gather_json: AllGatherJson
+) -> SharedMemoryChannel | None:
+    """Opens shared memory among the ranks of this host. A collective of the whole group.
+
+    Args:
+        group: The group.
+        host_ranks: Its ranks on this host, by their numbers in the group.
+        all_gather_json: Exchanges data over the group.
 
     Returns:
-        ``None`` for a rank without neighbours.
+        ``None`` for a rank that is alone on its host.
 
     Raises:
-        _Apart: Any rank of the group can't.
+        _CannotShareMemory: A rank of the group that is not alone on its host can't share memory.
     """
-    place_here = near.index(dist.get_rank(group))
-    arena, mine = _offer() if len(near) > 1 else (None, {"problem": ""})
+    local_rank = host_ranks.index(dist.get_rank(group))
+    arena, description = _allocate_arena() if len(host_ranks) > 1 else (None, {"problem": ""})
     peers: dict[int, Peer] = {}
     problem = ""
     try:
-        everyone = _agreed(mine, share)
+        ranks = _agree(description, all_gather_json)
         try:
-            peers = _open([everyone[rank] for rank in near], place_here, _limit(group))
+            peers = _map_peers([ranks[rank] for rank in host_ranks], local_rank, _timeout(group))
         except (OSError, ValueError) as error:
-            problem = str(error)[:_LONGEST_REASON]
-        _agreed({"problem": problem}, share)
-    except _Apart:
+            problem = str(error)[:_MAX_PROBLEM_LENGTH]
+        _agree({"problem": problem}, all_gather_json)
+    except _CannotShareMemory:
         if arena is not None:
             arena.close()
         raise
     if arena is None:
         return None
-    return SharedMemoryChannel(place_here, RankName(dist.get_rank(), socket.gethostname()), arena, peers)
+    return SharedMemoryChannel(local_rank, RankName(dist.get_rank(), socket.gethostname()), arena, peers)
 
 
-def _agreed(mine: dict[str, Any], share: Share) -> list[dict[str, Any]]:
-    """What every rank tells, if none tells of a problem."""
-    own = Process.current()
-    who = {"rank": dist.get_rank(), "host": socket.gethostname(), "pid": own.pid, "started": own.started}
-    everyone = share({**who, **mine})
-    for each in everyone:
-        if each["problem"]:
-            raise _Apart(f"rank {each['rank']} on {each['host']}: {each['problem']}")
-    return everyone
+def _agree(description: dict[str, Any], all_gather_json: AllGatherJson) -> list[dict[str, Any]]:
+    """Every rank's description, with its name and process.
+
+    Raises:
+        _CannotShareMemory: A rank describes a problem.
+    """
+    process = Process.current()
+    name = {"rank": dist.get_rank(), "host": socket.gethostname(), "pid": process.pid, "started": process.started}
+    ranks = all_gather_json({**name, **description})
+    for other in ranks:
+        if other["problem"]:
+            raise _CannotShareMemory(f"rank {other['rank']} on {other['host']}: {other['problem']}")
+    return ranks
 
 
-def _offer() -> tuple[Arena | None, dict[str, Any]]:
-    """This rank's memory, if it has any to share, and what its peers need to know."""
+def _allocate_arena() -> tuple[Arena | None, dict[str, Any]]:
+    """This rank's arena, and a description by which its peers can map it, or of the problem if there is no arena."""
     try:
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-            # See distrain.communication.shared_memory.control_block for why.
+            # See distrain.communication.shared_memory.control_block for the reason.
             raise OSError(f"not on {sys.platform} {platform.machine()}")
-        if _addresses_are_limited():
-            raise OSError("the addresses of a process are limited here (ulimit -v), and arenas take many")
-        arena = Arena(BOARD_SIZE)
+        if _address_space_is_limited():
+            raise OSError("the address space of a process is limited here (ulimit -v), and arenas need much of it")
+        arena = Arena(CONTROL_BLOCK_BYTES)
     except (OSError, AttributeError) as error:
         # A Python that was built against an old C library has no memfd_create.
-        return None, {"problem": str(error)[:_LONGEST_REASON]}
+        return None, {"problem": str(error)[:_MAX_PROBLEM_LENGTH]}
     token = secrets.randbits(62)
-    Board(arena.words).token = token
+    ControlBlock(arena.words).token = token
     return arena, {"problem": "", "descriptor": arena.descriptor, "token": token}
 
 
-def _addresses_are_limited() -> bool:
+def _address_space_is_limited() -> bool:
     import resource  # not on every system
 
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
-def _open(everyone: list[dict[str, Any]], rank: int, limit: float) -> dict[int, Peer]:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    crowded = max(len(everyone), local) > len(os.sched_getaffinity(0))
+def _map_peers(descriptions: list[dict[str, Any]], local_rank: int, timeout: float) -> dict[int, Peer]:
+    """Maps the arenas of the other ranks of this host.
+
+    Args:
+        descriptions: Those of all ranks of this host.
+        local_rank: Index of this rank among them.
+        timeout: Longest wait for a peer in a collective, in seconds.
+    """
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    oversubscribed = max(len(descriptions), local_world_size) > len(os.sched_getaffinity(0))
     peers: dict[int, Peer] = {}
-    for index, each in enumerate(everyone):
-        if index == rank:
+    for index, other in enumerate(descriptions):
+        if index == local_rank:
             continue
-        memory = Memory(int(each["pid"]), int(each["descriptor"]))
-        process = Process(each["pid"], each["started"])
-        peers[index] = Peer(
-            RankName(each["rank"], each["host"]), process, memory, limit, crowded=crowded, moves=index < rank
-        )
-        if peers[index].token != each["token"]:
-            raise OSError(f"process {each['pid']} is another here than for itself")
+        arena = MappedArena(int(other["pid"]), int(other["descriptor"]))
+        name, process = RankName(other["rank"], other["host"]), Process(other["pid"], other["started"])
+        peers[index] = Peer(name, process, arena, timeout, oversubscribed=oversubscribed, migrates=index < local_rank)
+        if peers[index].token != other["token"]:
+            raise OSError(f"process id {other['pid']} belongs to another process on this rank than on its own")
     return peers
 
 
-def _limit(group: dist.ProcessGroup) -> float:
-    """Seconds that the group's collectives may take."""
+def _timeout(group: dist.ProcessGroup) -> float:
+    """Timeout of the group's collectives in seconds."""
     seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     return seconds

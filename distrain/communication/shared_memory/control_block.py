@@ -1,31 +1,32 @@
-"""What a rank tells its peers of the collectives that it started: numbers in memory that it alone writes.
+"""Which collectives a rank has started and finished, written where the other ranks of its host can read it.
 
-The order in which a rank writes is the order in which its peers see it: first the message, then the entry that
-describes it, then the count that announces it. Plain stores and loads keep that order on x86-64, whose memory model is
-total store order (Sewell et al. 2010, doi 10.1145/1785414.1785443), and not elsewhere; each is one aligned word, so
-none is seen half.
+A control block lies at the beginning of a rank's arena; only that rank writes it. Other ranks must see the writes in
+their order: first the message, then the entry that describes it, then the count that announces it. On x86-64 plain
+stores and loads keep that order, since its memory model is total store order (Sewell et al. 2010, doi
+10.1145/1785414.1785443). Other processors give no such guarantee. Every value is one aligned word, so no reader sees
+half of a write.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Words of 8 bytes. Counts have cache lines of their own.
-_TOKEN, STARTED, FINISHED, GIVEN_UP = 0, 8, 16, 24
-_ENTRIES_FROM, _ENTRY = 64, 8
-#: As many collectives may be started and not yet finished by all.
+#: Indices of 8-byte words. Each count has a cache line of its own.
+_TOKEN, STARTED, FINISHED, ABORTED = 0, 8, 16, 24
+_FIRST_ENTRY, _ENTRY_WORDS = 64, 8
+#: Number of entries: so many collectives may be started before all ranks have finished the oldest.
 ENTRIES = 1024
-#: Bytes of a board, which lies at an arena's beginning.
-BOARD_SIZE = 8 * (_ENTRIES_FROM + _ENTRY * ENTRIES)
+#: Bytes of a control block.
+CONTROL_BLOCK_BYTES = 8 * (_FIRST_ENTRY + _ENTRY_WORDS * ENTRIES)
 
 
 class Entry(NamedTuple):
     """A started collective.
 
     Attributes:
-        code: What is done with what, as :mod:`distrain.communication.shared_memory.channel` puts it.
+        code: Operation, dtype and detail, encoded by :mod:`distrain.communication.shared_memory.channel`.
         size: Bytes of each rank's tensor.
-        offset: Where the message begins in the rank's arena, if there is one.
+        offset: First byte of the rank's message in its arena, if it has one.
     """
 
     code: int
@@ -33,14 +34,14 @@ class Entry(NamedTuple):
     offset: int = 0
 
 
-class Board:
-    """A rank's counts and entries.
+class ControlBlock:
+    """The counts and entries of one rank.
 
     Args:
-        words: Its arena, by words of 8 bytes.
+        words: The rank's arena as 8-byte integers.
 
     Attributes:
-        words: The same, for who waits for a count.
+        words: As given; ranks that wait read the counts there.
     """
 
     def __init__(self, words: memoryview) -> None:
@@ -48,7 +49,7 @@ class Board:
 
     @property
     def token(self) -> int:
-        """By which a peer knows that it opened the right memory."""
+        """A random number by which another rank recognises that it has mapped the right arena."""
         return int(self.words[_TOKEN])
 
     @token.setter
@@ -56,21 +57,21 @@ class Board:
         self.words[_TOKEN] = token
 
     def announce(self, number: int, entry: Entry) -> None:
-        """Tells of collective ``number``, whose message is complete."""
-        words, at = self.words, _ENTRIES_FROM + _ENTRY * (number % ENTRIES)
+        """Announces collective ``number``, whose message is complete."""
+        words, at = self.words, _FIRST_ENTRY + _ENTRY_WORDS * (number % ENTRIES)
         words[at], words[at + 1], words[at + 2] = entry
         words[STARTED] = number + 1
 
-    def has(self, number: int, entry: Entry) -> bool:
-        """Whether a collective that was started is this one, wherever the message lies."""
-        at = _ENTRIES_FROM + _ENTRY * (number % ENTRIES)
+    def matches(self, number: int, entry: Entry) -> bool:
+        """Whether the started collective ``number`` is the same as ``entry``, apart from the message's offset."""
+        at = _FIRST_ENTRY + _ENTRY_WORDS * (number % ENTRIES)
         return self.words[at] == entry.code and self.words[at + 1] == entry.size
 
     def offset(self, number: int) -> int:
-        """Where the message of one begins."""
-        return self.words[_ENTRIES_FROM + _ENTRY * (number % ENTRIES) + 2]
+        """Offset of the message of the started collective ``number``."""
+        return self.words[_FIRST_ENTRY + _ENTRY_WORDS * (number % ENTRIES) + 2]
 
     def entry(self, number: int) -> Entry:
-        """What was told of a collective that was started and is not yet finished by this rank."""
-        at = _ENTRIES_FROM + _ENTRY * (number % ENTRIES)
+        """The entry of collective ``number``, which this rank has started and the reader has not yet finished."""
+        at = _FIRST_ENTRY + _ENTRY_WORDS * (number % ENTRIES)
         return Entry(*self.words[at : at + 3])

@@ -1,11 +1,12 @@
-"""Collectives among ranks of several hosts, some of which have several of them.
+"""Collectives among ranks of several hosts, of which some have several ranks.
 
-On each host the first rank adds up in memory what its neighbours have, the first ranks exchange the sums over the
-network, and each neighbour takes the result from memory. What a host sends is what a single rank there would send; a
-ring through all of the ranks sends nearly twice as much for large hosts (Cho et al. 2019, "BlueConnect", section 3).
+On each host the first rank, the leader, reduces the tensors of its neighbours through shared memory. The leaders
+exchange the results over the network, and the other ranks read the final result from shared memory. So a host sends as
+much as a single rank there would send; a ring through all ranks sends nearly twice as much for large hosts (Cho et al.
+2019, "BlueConnect", section 3).
 
-The first ranks do so in a thread of their own, in the order in which the collectives were started: the exchange goes on
-while the host computes, and needs none of its ranks to wait.
+Leaders do this in a thread of their own, in the order in which the collectives were started. The exchange continues
+while the host computes, and no rank has to wait for it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrain.communication.shared_memory.channel import SharedMemoryChannel, flattened, put_back
+from distrain.communication.shared_memory.channel import SharedMemoryChannel, copy_back, flattened
 from distrain.communication.types import DONE, REDUCE_OPS, Pending, Reduction
 
-#: What gloo reduces.
-_REDUCED = frozenset(
+#: The dtypes that gloo can reduce.
+_REDUCIBLE = frozenset(
     {
         torch.float64, torch.float32, torch.float16, torch.bfloat16,
         torch.int64, torch.int32, torch.int8, torch.uint8,
@@ -32,227 +33,232 @@ _REDUCED = frozenset(
 )  # fmt: skip
 
 
-class Network(Protocol):
-    """What the first ranks talk by: :class:`torch.distributed.ProcessGroupGloo`, as far as it is used."""
+class LeaderGroup(Protocol):
+    """The hosts' leaders as a group: the methods of :class:`torch.distributed.ProcessGroupGloo` that are used here."""
 
     def allreduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Pending:
         """Reduces in place."""
 
     def broadcast(self, tensor: Tensor, root: int) -> Pending:
-        """Copies from one rank in place."""
+        """Copies the tensor of the group's rank ``root`` into ``tensor``."""
 
     def allgather(self, output_tensors: list[Tensor], input_tensor: Tensor) -> Pending:
-        """Copies every rank's tensor to the one at its place."""
+        """Copies each rank's tensor into ``output_tensors[rank]``."""
 
 
-class Neighbours(NamedTuple):
-    """The ranks of one host that are in a group, as they talk to each other.
+class HostChannels(NamedTuple):
+    """The channels among the ranks of one host that are in a group; rank 0 of each is the leader.
+
+    There are two because the leader's thread sends the results later than the other ranks contribute.
 
     Attributes:
-        up: Brings to the host's first rank what the others give.
-        down: Brings back what is for all; apart, since the first rank gets there later than the others.
+        to_leader: Carries the contributions of the other ranks to the leader.
+        from_leader: Carries results from the leader to the other ranks.
     """
 
-    up: SharedMemoryChannel
-    down: SharedMemoryChannel
+    to_leader: SharedMemoryChannel
+    from_leader: SharedMemoryChannel
 
 
 class _Job:
-    """What the thread of a host's first rank does for one collective."""
+    """One collective for the leader's thread."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
-        self._over = threading.Event()
+        self._done = threading.Event()
         self._error: BaseException | None = None
 
     def end(self, error: BaseException | None) -> None:
         self._error = error
-        self._over.set()
+        self._done.set()
 
     def wait(self) -> None:
-        """Blocks until the tensor holds the result; raises what went wrong."""
-        self._over.wait()
+        """Blocks until the tensor holds the result; raises the error that the thread met."""
+        self._done.wait()
         if self._error is not None:
             raise self._error
 
 
-class _Then:
-    """A collective that ends with work of the rank that waits for it."""
+class _WithLastStep:
+    """A pending collective that is followed by work of the rank that waits for it."""
 
-    def __init__(self, pending: Pending, then: Callable[[], None]) -> None:
+    def __init__(self, pending: Pending, last_step: Callable[[], None]) -> None:
         self._pending = pending
-        self._then: Callable[[], None] | None = then
+        self._last_step: Callable[[], None] | None = last_step
 
     def wait(self) -> None:
         """Blocks until the tensor holds the result."""
         self._pending.wait()
-        if self._then is not None:
-            self._then()
-            # What they hold may be large, and whoever waited may keep this.
-            self._pending, self._then = DONE, None
+        if self._last_step is not None:
+            self._last_step()
+            # Both may hold large tensors, and the caller may keep this object.
+            self._pending, self._last_step = DONE, None
 
 
 class HierarchicalChannel:
     """The collectives of a group of ranks on several hosts.
 
     Args:
-        rank: This one's place in the group.
-        layout: The places in the group of each host's ranks; the first is the one that talks to other hosts.
-        neighbours: Those of this host; ``None`` where this rank is its only one.
-        network: Of the hosts' first ranks, in the order of ``layout``; ``None`` on the other ranks.
+        rank: This rank's number in the group.
+        layout: For each host, the numbers in the group of its ranks; the first is the host's leader.
+        host_channels: The channels of this host; ``None`` if this rank is its only one.
+        leaders: The leaders' group, in the order of ``layout``; ``None`` on all other ranks.
     """
 
     def __init__(
         self,
         rank: int,
         layout: Sequence[Sequence[int]],
-        neighbours: Neighbours | None,
-        network: Network | None,
+        host_channels: HostChannels | None,
+        leaders: LeaderGroup | None,
     ) -> None:
         self._rank = rank
         self._layout = layout
         self._host = next(index for index, ranks in enumerate(layout) if rank in ranks)
-        self._neighbours = neighbours
-        self._network = network
+        self._host_channels = host_channels
+        self._leaders = leaders
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        if network is not None:
-            threading.Thread(target=self._serve, name="distrain-hosts", daemon=True).start()
+        if leaders is not None:
+            threading.Thread(target=self._run_jobs, name="distrain-host-leader", daemon=True).start()
 
     def close(self) -> None:
-        """No more collectives: what was started is finished if the other hosts do so too."""
-        if self._network is None:
-            self._close_channels()
+        """Allows no more collectives. Started ones still finish, if the other hosts finish them too."""
+        if self._leaders is None:
+            self._close_host_channels()
         else:
-            # The thread that uses them closes them.
+            # The thread that uses the channels closes them.
             self._jobs.put(None)
 
     # --- the collectives ---------------------------------------------------------------------------------------------
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction) -> None:
-        """Reduces in place; by host first, so that sums are rounded otherwise than in order of rank.
+        """Reduces ``tensor`` in place, host by host first, so rounding differs from a reduction in order of rank.
 
         Raises:
-            RuntimeError: The network can't reduce tensors of this type.
+            RuntimeError: gloo can't reduce tensors of this dtype.
         """
         self.start_all_reduce(tensor, reduction).wait()
 
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction) -> Pending:
-        """Starts to do so."""
-        if tensor.dtype not in _REDUCED:
-            # Said by all ranks before any of them starts, or the others would wait for those that can't go on.
-            raise RuntimeError(f"gloo, by which hosts talk, reduces no {str(tensor.dtype).removeprefix('torch.')}")
-        flat, near = flattened(tensor), self._neighbours
+        """Starts to reduce ``tensor`` in place; raises the same as :meth:`all_reduce`."""
+        if tensor.dtype not in _REDUCIBLE:
+            # All ranks raise this before any of them starts, so none waits for another.
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise RuntimeError(f"gloo, which connects the hosts, can't reduce {dtype}")
+        flat, channels = flattened(tensor), self._host_channels
         pending: Pending
-        if self._network is None:
-            assert near is not None, "every rank alone on its host is the first"
-            near.up.start_reduce(flat, reduction)
-            pending = near.down.start_broadcast(flat, 0)
+        if self._leaders is None:
+            assert channels is not None, "a rank alone on its host is the leader"
+            channels.to_leader.start_reduce(flat, reduction)
+            pending = channels.from_leader.start_broadcast(flat, 0)
         else:
             pending = self._start(functools.partial(self._reduce, flat, reduction))
-        return pending if tensor.is_contiguous() else _Then(pending, lambda: put_back(flat, tensor))
+        return pending if tensor.is_contiguous() else _WithLastStep(pending, lambda: copy_back(flat, tensor))
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Copies from the group's rank ``source`` in place."""
+        """Copies the tensor of the group's rank ``source`` into ``tensor``."""
         flat = flattened(tensor)
-        work = functools.partial(self._spread, flat, source)
-        if self._network is None:
+        work = functools.partial(self._broadcast, flat, source)
+        if self._leaders is None:
             work()
         else:
             self._start(work).wait()
-        put_back(flat, tensor)
+        copy_back(flat, tensor)
 
     def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copies every rank's tensor into the (contiguous) one at its place in ``gathered``.
+        """Copies each rank's tensor into ``gathered[rank]`` (contiguous).
 
         Every host sends as much as the one with the most ranks.
         """
         self.start_all_gather(gathered, tensor).wait()
 
     def start_all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> Pending:
-        """Starts to do the same."""
-        flat, near = flattened(tensor), self._neighbours
-        # Bytes, which the network carries of every type.
-        mine = flat.view(torch.uint8)
-        most = max(len(ranks) for ranks in self._layout)
-        everything = mine.new_empty(len(self._layout), most, mine.numel())
+        """Starts to copy each rank's tensor into ``gathered[rank]`` (contiguous)."""
+        flat, channels = flattened(tensor), self._host_channels
+        # As bytes, because gloo carries uint8 whatever the tensor's dtype.
+        own = flat.view(torch.uint8)
+        most_ranks = max(len(ranks) for ranks in self._layout)
+        rows_of_hosts = own.new_empty(len(self._layout), most_ranks, own.numel())
         pending: Pending
-        if self._network is None:
-            assert near is not None, "every rank alone on its host is the first"
-            near.up.start_gather((), mine)
-            pending = near.down.start_broadcast(everything.view(-1), 0)
+        if self._leaders is None:
+            assert channels is not None, "a rank alone on its host is the leader"
+            channels.to_leader.start_gather((), own)
+            pending = channels.from_leader.start_broadcast(rows_of_hosts.view(-1), 0)
         else:
-            pending = self._start(functools.partial(self._collect, everything, mine))
+            pending = self._start(functools.partial(self._gather, rows_of_hosts, own))
 
-        def sort() -> None:
-            for rows, ranks in zip(everything, self._layout, strict=True):
+        def copy_to_ranks() -> None:
+            for rows, ranks in zip(rows_of_hosts, self._layout, strict=True):
                 for row, rank in zip(rows, ranks, strict=False):
                     flattened(gathered[rank]).view(torch.uint8).copy_(row)
 
-        return _Then(pending, sort)
+        return _WithLastStep(pending, copy_to_ranks)
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
+        """Waits until all ranks have called this."""
         self.all_reduce(torch.zeros(1), "sum")
 
-    # --- what a host's first rank does, in its thread ----------------------------------------------------------------
+    # --- the work of a leader's thread -------------------------------------------------------------------------------
 
     def _reduce(self, flat: Tensor, reduction: Reduction) -> None:
-        near = self._neighbours
-        if near is not None:
-            near.up.start_reduce(flat, reduction).wait()
-        self._far.allreduce(flat, REDUCE_OPS[reduction]).wait()
-        if near is not None:
-            near.down.start_broadcast(flat, 0).wait()
+        channels = self._host_channels
+        if channels is not None:
+            channels.to_leader.start_reduce(flat, reduction).wait()
+        self._leader_group.allreduce(flat, REDUCE_OPS[reduction]).wait()
+        if channels is not None:
+            channels.from_leader.start_broadcast(flat, 0).wait()
 
-    def _spread(self, flat: Tensor, source: int) -> None:
-        """What every rank does in a broadcast."""
-        near, home = self._neighbours, next(index for index, ranks in enumerate(self._layout) if source in ranks)
-        if near is not None and self._host == home:
-            near.down.broadcast(flat, self._layout[home].index(source))
-        if self._network is not None:
-            self._network.broadcast(flat.view(torch.uint8), home).wait()
-        if near is not None and self._host != home:
-            near.down.broadcast(flat, 0)
+    def _broadcast(self, flat: Tensor, source: int) -> None:
+        """The part of any rank in a broadcast; ranks that are no leaders run it in the calling thread."""
+        channels = self._host_channels
+        source_host = next(index for index, ranks in enumerate(self._layout) if source in ranks)
+        if channels is not None and self._host == source_host:
+            channels.from_leader.broadcast(flat, self._layout[source_host].index(source))
+        if self._leaders is not None:
+            self._leaders.broadcast(flat.view(torch.uint8), source_host).wait()
+        if channels is not None and self._host != source_host:
+            channels.from_leader.broadcast(flat, 0)
 
-    def _collect(self, everything: Tensor, mine: Tensor) -> None:
-        near, rows = self._neighbours, everything[self._host]
-        if near is not None:
-            near.up.start_gather(list(rows[: len(self._layout[self._host])]), mine).wait()
+    def _gather(self, rows_of_hosts: Tensor, own: Tensor) -> None:
+        channels, rows = self._host_channels, rows_of_hosts[self._host]
+        if channels is not None:
+            channels.to_leader.start_gather(list(rows[: len(self._layout[self._host])]), own).wait()
         else:
-            rows[0].copy_(mine)
-        # A row of the result itself may not be what is sent.
-        self._far.allgather(list(everything), rows.clone()).wait()
-        if near is not None:
-            near.down.start_broadcast(everything.view(-1), 0).wait()
+            rows[0].copy_(own)
+        # A copy, because what is sent must not be a row of the result.
+        self._leader_group.allgather(list(rows_of_hosts), rows.clone()).wait()
+        if channels is not None:
+            channels.from_leader.start_broadcast(rows_of_hosts.view(-1), 0).wait()
 
     def _start(self, work: Callable[[], None]) -> _Job:
         job = _Job(work)
         self._jobs.put(job)
         return job
 
-    def _serve(self) -> None:
+    def _run_jobs(self) -> None:
         error: BaseException | None = None
         while (job := self._jobs.get()) is not None:
             if error is None:
                 try:
-                    # The thread that started it may be in this mode, whose tensors can't be written to from outside.
+                    # The caller may be in inference mode, and its tensors can't be written to outside of that mode.
                     with torch.inference_mode():
                         job.work()
                 except BaseException as caught:
-                    # The hosts are in different places now: whatever comes later fails as this did, here and there.
+                    # The hosts may now be in different collectives, so all later ones fail with the same error, on this
+                    # rank and on its neighbours.
                     error = caught
-                    if self._neighbours is not None:
-                        self._neighbours.down.give_up()
+                    if self._host_channels is not None:
+                        self._host_channels.from_leader.abort()
             job.end(error)
-            # Nothing that it holds is kept until there is another one.
+            # While the thread waits for the next job, it must not keep this one's tensors alive.
             del job
-        self._close_channels()
+        self._close_host_channels()
 
-    def _close_channels(self) -> None:
-        for channel in self._neighbours or ():
+    def _close_host_channels(self) -> None:
+        for channel in self._host_channels or ():
             channel.close()
 
     @property
-    def _far(self) -> Network:
-        assert self._network is not None, "only a host's first rank talks to the others"
-        return self._network
+    def _leader_group(self) -> LeaderGroup:
+        assert self._leaders is not None, "only leaders communicate with other hosts"
+        return self._leaders

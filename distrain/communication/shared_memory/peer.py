@@ -1,4 +1,4 @@
-"""The other ranks of a host, and waiting for them."""
+"""The other ranks of this host, and waiting for them."""
 
 from __future__ import annotations
 
@@ -9,128 +9,141 @@ import time
 
 import torch.distributed as dist
 
-from distrain.communication.shared_memory.arena import Memory
-from distrain.communication.shared_memory.control_block import FINISHED, GIVEN_UP, STARTED, Board, Entry
+from distrain.communication.shared_memory.arena import MappedArena
+from distrain.communication.shared_memory.control_block import ABORTED, FINISHED, STARTED, ControlBlock, Entry
 from distrain.communication.types import RankName
 from distrain.errors import PeerLost
 from distrain.health.judge import UNREPORTED_EXIT
 from distrain.health.process import Process
 
-#: Looks at a count before others get the processor: a few µs, in which no other thread of this process runs, nor the
-#: peer itself where it has come to this processor.
+#: Reads of a count before the core is yielded: a few µs, in which no other thread of this process runs, nor the peer if
+#: it shares this core.
 _SPINS = 50
-#: How long it is only yielded, in seconds; then this rank sleeps between two looks, longer the longer it waits.
+#: Seconds in which a waiting rank only yields. After them it sleeps between two reads, longer the longer it waits.
 _YIELD_SECONDS = 3e-4
-#: A yield that takes longer has let another thread run.
-_SHARED_SECONDS = 1e-5
-#: How often a rank moves at most, in seconds: in this time the system itself sees who needs a processor.
-_MOVE_SECONDS = 1e-3
-_LEAST_SLEEP, _MOST_SLEEP, _SLEEP_SHARE = 5e-5, 1e-3, 0.05
-#: How often a process that is waited for is looked at.
-_LOOK_SECONDS = 0.02
+#: A yield that takes longer than this has let another thread run.
+_CONTENDED_YIELD_SECONDS = 1e-5
+#: Least seconds between two migrations; in between, the scheduler itself may place the threads.
+_MIGRATION_SECONDS = 1e-3
+#: Bounds of a sleep in seconds, and its length as a fraction of the time waited so far.
+_MIN_SLEEP, _MAX_SLEEP, _SLEEP_FRACTION = 5e-5, 1e-3, 0.05
+#: Seconds between two checks whether the peer's process is alive.
+_LIVENESS_SECONDS = 0.02
 
 
 class Peer:
-    """Another rank of this host, as far as its memory tells.
+    """Another rank of this host, as seen through its arena.
 
     Args:
-        who: For messages.
-        process: That it is.
-        memory: Its arena.
-        limit: How long to wait for it, in seconds.
-        crowded: There are more ranks than cores, so that waiting must leave the processor at once.
-        moves: Of this rank and the peer this one goes where they are on one processor.
+        name: The rank's name for messages.
+        process: The peer's OS process.
+        arena: The peer's arena.
+        timeout: Longest wait for the peer, in seconds.
+        oversubscribed: The host has more ranks than cores, so that a waiting rank must yield its core at once.
+        migrates: Whether this rank migrates when both share a core; true for one rank of each pair.
 
     Attributes:
-        who: As given.
-        memory: As given.
+        name: As given.
+        arena: As given.
     """
 
     def __init__(
-        self, who: RankName, process: Process, memory: Memory, limit: float, *, crowded: bool, moves: bool
+        self,
+        name: RankName,
+        process: Process,
+        arena: MappedArena,
+        timeout: float,
+        *,
+        oversubscribed: bool,
+        migrates: bool,
     ) -> None:
-        self.who = who
+        self.name = name
         self._process = process
-        self.memory = memory
-        self._board = Board(memory.words)
-        self._words = self._board.words
-        self._spins = 0 if crowded else _SPINS
-        self._yield_seconds = 0.0 if crowded else _YIELD_SECONDS
-        self._limit = limit
-        self._moves = moves
-        self._moved = -math.inf
+        self.arena = arena
+        self._control_block = ControlBlock(arena.words)
+        self._words = self._control_block.words
+        self._spins = 0 if oversubscribed else _SPINS
+        self._yield_seconds = 0.0 if oversubscribed else _YIELD_SECONDS
+        self._timeout = timeout
+        self._migrates = migrates
+        self._last_migration = -math.inf
 
     @property
     def token(self) -> int:
-        """See :class:`Board`."""
-        return self._board.token
+        """See :class:`~distrain.communication.shared_memory.control_block.ControlBlock`."""
+        return self._control_block.token
 
     @property
     def finished(self) -> int:
-        """How many collectives it needs no messages of any more."""
+        """Number of collectives that the peer has finished; it no longer reads their messages."""
         return self._words[FINISHED]
 
     def await_start(self, number: int) -> None:
-        """Waits until it has started collective ``number``.
+        """Waits until the peer has started collective ``number``.
 
         Raises:
-            PeerLost: Its process is gone.
-            torch.distributed.DistError: The time is up, or the peer has given up.
+            PeerLost: The peer's process has ended.
+            torch.distributed.DistError: The timeout has passed, or the peer has aborted.
         """
         self._await(STARTED, number)
 
     def await_finish(self, number: int) -> None:
-        """Waits until it needs no message of collective ``number`` any more; raises as the above."""
+        """Waits until the peer has finished collective ``number``; raises the same as :meth:`await_start`."""
         self._await(FINISHED, number)
 
-    def is_in(self, number: int, entry: Entry) -> bool:
-        """Whether what it has started is the same, wherever the message lies."""
-        return self._board.has(number, entry)
+    def matches(self, number: int, entry: Entry) -> bool:
+        """Whether the peer's started collective ``number`` is the same as ``entry``, apart from the offset."""
+        return self._control_block.matches(number, entry)
 
     def entry(self, number: int) -> Entry:
-        """What it told of a collective that it has started."""
-        return self._board.entry(number)
+        """The peer's entry of a collective that it has started."""
+        return self._control_block.entry(number)
 
     def offset(self, number: int) -> int:
-        """Where in its arena lies what it gave to a collective that it has started."""
-        return self._board.offset(number)
+        """Offset in the peer's arena of its message to a collective that it has started."""
+        return self._control_block.offset(number)
 
     def _await(self, count: int, number: int) -> None:
+        """Waits until the word at index ``count`` exceeds ``number``: spins, then yields, then sleeps."""
         words = self._words
         if words[count] > number:
             return
         for _ in range(self._spins):
             if words[count] > number:
                 return
-        began = looked = time.monotonic()
+        start = last_check = time.monotonic()
         while words[count] <= number:
             now = time.monotonic()
-            waited = now - began
+            waited = now - start
             if waited < self._yield_seconds:
                 os.sched_yield()
-                if self._moves and time.monotonic() - now > _SHARED_SECONDS and now - self._moved > _MOVE_SECONDS:
-                    self._moved = now
-                    leave_processor()
+                if (
+                    self._migrates
+                    and time.monotonic() - now > _CONTENDED_YIELD_SECONDS
+                    and now - self._last_migration > _MIGRATION_SECONDS
+                ):
+                    self._last_migration = now
+                    migrate_to_another_core()
                 continue
-            if now - looked > _LOOK_SECONDS:
-                looked = now
-                # In this order: what it did before it went is done.
+            if now - last_check > _LIVENESS_SECONDS:
+                last_check = now
+                # The count is read after the liveness check, because the peer may have raised it just before it ended.
                 if not self._process.is_alive and words[count] <= number:
-                    raise PeerLost(self.who.rank, self.who.host, UNREPORTED_EXIT)
-                if words[GIVEN_UP] and words[count] <= number:
-                    raise dist.DistError(f"{self.who} can't go on with other hosts")
-                if waited > self._limit:
+                    raise PeerLost(self.name.rank, self.name.host, UNREPORTED_EXIT)
+                if words[ABORTED] and words[count] <= number:
+                    raise dist.DistError(f"{self.name} can't continue with other hosts")
+                if waited > self._timeout:
                     raise dist.DistError(
-                        f"{self.who} did not come to a collective of ranks that share memory within {self._limit:g} s"
+                        f"{self.name} did not join a collective of ranks that share memory within {self._timeout:g} s"
                     )
-            time.sleep(min(max(_SLEEP_SHARE * waited, _LEAST_SLEEP), _MOST_SLEEP))
+            time.sleep(min(max(_SLEEP_FRACTION * waited, _MIN_SLEEP), _MAX_SLEEP))
 
 
-def leave_processor() -> None:
-    """Moves this thread to another processor, if it may run on any.
+def migrate_to_another_core() -> None:
+    """Moves this thread to another core, if its affinity allows more than one.
 
-    Ranks that yield to each other stay on one for long, at five times what a collective costs else: the system looks
-    for a better place when a thread wakes up, and these never sleep.
+    Two ranks that yield to each other can stay on one core for long, where a collective takes five times as long. The
+    scheduler looks for a better core when a thread wakes up, and yielding threads never sleep.
     """
     allowed = os.sched_getaffinity(0)
     others = allowed - {ctypes.CDLL(None).sched_getcpu()}

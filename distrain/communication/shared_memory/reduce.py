@@ -1,9 +1,9 @@
-"""Adding up what several ranks have, shared among them where that pays, without anybody waiting for anybody.
+"""Reducing the tensors of several ranks: each rank computes the whole result, or the ranks divide the work.
 
-All ranks need the whole sum, and each could compute it alone, as two do. Among more, each begins with a share of its
-own, which it also leaves in its memory for the others, and then takes the others' shares as they get ready. What nobody
-has ready it computes itself: it never depends on how far a peer is that has started the collective. Whoever computes an
-element adds in order of rank, so the bits are the same.
+Every rank needs the whole result and could compute it alone; two ranks do so. Among more, each rank first reduces one
+segment and publishes it in its arena, and then copies the other ranks' segments as they become ready. It computes a
+piece itself if no other rank has it ready, so it never waits for a rank that has started the collective. All ranks
+reduce every element in order of rank, so all get the same bits.
 """
 
 from __future__ import annotations
@@ -14,101 +14,101 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-#: Bytes of a piece: what is added up at a time stays in the processor's cache.
-_PIECE = 1 << 18
+#: Bytes of a piece: what is reduced at a time stays in the processor's cache.
+_PIECE_BYTES = 1 << 18
 
-#: ``reduce(first, second, out=into)``, by element.
-Reduce = Callable[..., Tensor]
+#: Element-wise ``operation(first, second, out=into)``.
+Operation = Callable[..., Tensor]
 
 
 class _Piece(NamedTuple):
-    """Some elements of a rank's share: those that it computes as its ``turn``-th piece."""
+    """Elements ``start`` to ``stop`` (exclusive) of the tensor: piece ``number`` of the owner's segment."""
 
     owner: int
-    turn: int
+    number: int
     start: int
     stop: int
 
 
-class Offer(NamedTuple):
-    """A rank's share as it gets ready.
+class PublishedSegment(NamedTuple):
+    """A rank's segment of the result, as far as it is ready.
 
     Attributes:
-        words: The rank's memory by words of 8 bytes.
-        ready: Index of the word that counts its pieces that are ready.
-        share: Where they are, ``[elements of a share]``.
+        words: The rank's arena as 8-byte integers.
+        ready: Index of the word that counts the pieces that are ready.
+        values: The segment, ``[segment_size]``.
     """
 
     words: memoryview
     ready: int
-    share: Tensor
+    values: Tensor
 
 
-def share_size(count: int, ranks: int) -> int:
-    """Elements of a share; the last ranks' may be shorter."""
+def segment_size(count: int, ranks: int) -> int:
+    """Elements of a rank's segment of ``count`` elements; the segments of the last ranks may be shorter."""
     return -(-count // ranks)
 
 
-def add_up_alone(sources: Sequence[Tensor], into: Tensor, reduce: Reduce) -> None:
-    """Reduces tensors ``[count]`` in their order; one of the first two may be ``into`` itself."""
+def reduce_alone(sources: Sequence[Tensor], into: Tensor, operation: Operation) -> None:
+    """Reduces tensors ``[count]`` in their order; ``into`` may be the first or the second of them."""
     if len(sources) == 2:
-        reduce(sources[0], sources[1], out=into)
+        operation(sources[0], sources[1], out=into)
         return
-    step = _PIECE // into.itemsize
+    step = _PIECE_BYTES // into.itemsize
     for start in range(0, into.numel(), step):
-        _add(sources, into, reduce, start, start + step)
+        _reduce_range(sources, into, operation, start, start + step)
 
 
-def add_up_together(
-    sources: Sequence[Tensor], into: Tensor, reduce: Reduce, rank: int, offers: Sequence[Offer]
+def reduce_together(
+    sources: Sequence[Tensor], into: Tensor, operation: Operation, rank: int, published: Sequence[PublishedSegment]
 ) -> None:
-    """The same, with the help of the other ranks, which do the same.
+    """Reduces tensors ``[count]`` in their order, sharing the work with the other ranks, which call this too.
 
     Args:
-        sources: What each rank has.
-        into: For the sum; may be the first or the second of the sources.
-        reduce: By element.
-        rank: This one.
-        offers: Every rank's, in order.
+        sources: Each rank's tensor.
+        into: For the result; may be the first or the second source.
+        operation: Element-wise reduction.
+        rank: This rank.
+        published: Each rank's segment.
     """
-    mine, size = offers[rank], share_size(into.numel(), len(sources))
+    own, size = published[rank], segment_size(into.numel(), len(sources))
     for piece in _pieces(rank, into, size):
-        _add(sources, into, reduce, piece.start, piece.stop)
-        mine.share[piece.start - rank * size : piece.stop - rank * size].copy_(into[piece.start : piece.stop])
-        mine.words[mine.ready] = piece.turn + 1
+        _reduce_range(sources, into, operation, piece.start, piece.stop)
+        own.values[piece.start - rank * size : piece.stop - rank * size].copy_(into[piece.start : piece.stop])
+        own.words[own.ready] = piece.number + 1
     others = [(rank + distance) % len(sources) for distance in range(1, len(sources))]
-    left = [piece for owner in others for piece in _pieces(owner, into, size)]
-    patient = True
-    while left:
+    remaining = [piece for owner in others for piece in _pieces(owner, into, size)]
+    may_yield = True
+    while remaining:
         missing = []
-        for piece in left:
-            offer, first = offers[piece.owner], piece.owner * size
-            if offer.words[offer.ready] > piece.turn:
-                into[piece.start : piece.stop].copy_(offer.share[piece.start - first : piece.stop - first])
+        for piece in remaining:
+            segment, first = published[piece.owner], piece.owner * size
+            if segment.words[segment.ready] > piece.number:
+                into[piece.start : piece.stop].copy_(segment.values[piece.start - first : piece.stop - first])
             else:
                 missing.append(piece)
-        if len(missing) < len(left):
-            patient = True
-        elif patient:
-            # Its owner may want this very processor.
+        if len(missing) < len(remaining):
+            may_yield = True
+        elif may_yield:
+            # The piece's owner may be waiting for this core.
             os.sched_yield()
-            patient = False
+            may_yield = False
         else:
             piece = missing.pop(0)
-            _add(sources, into, reduce, piece.start, piece.stop)
-            patient = True
-        left = missing
+            _reduce_range(sources, into, operation, piece.start, piece.stop)
+            may_yield = True
+        remaining = missing
 
 
 def _pieces(owner: int, into: Tensor, size: int) -> list[_Piece]:
-    begin, end, step = owner * size, min((owner + 1) * size, into.numel()), _PIECE // into.itemsize
+    begin, end, step = owner * size, min((owner + 1) * size, into.numel()), _PIECE_BYTES // into.itemsize
     starts = range(begin, end, step)
-    return [_Piece(owner, index, start, min(start + step, end)) for index, start in enumerate(starts)]
+    return [_Piece(owner, number, start, min(start + step, end)) for number, start in enumerate(starts)]
 
 
-def _add(sources: Sequence[Tensor], into: Tensor, reduce: Reduce, start: int, stop: int) -> None:
-    first, second, *others = [each[start:stop] for each in sources]
+def _reduce_range(sources: Sequence[Tensor], into: Tensor, operation: Operation, start: int, stop: int) -> None:
+    first, second, *others = [source[start:stop] for source in sources]
     part = into[start:stop]
-    reduce(first, second, out=part)
+    operation(first, second, out=part)
     for other in others:
-        reduce(part, other, out=part)
+        operation(part, other, out=part)

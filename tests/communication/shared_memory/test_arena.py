@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distrain.communication.shared_memory.arena import Arena, Memory
+from distrain.communication.shared_memory.arena import Arena, MappedArena
 
 OPEN = Path("/proc/self/fd")
 
@@ -20,7 +20,7 @@ def failing(*_: object) -> int:
 
 def test_an_arena_has_no_name_and_a_fixed_size() -> None:
     arena = Arena(8192)
-    seen = Memory(os.getpid(), arena.descriptor)
+    seen = MappedArena(os.getpid(), arena.descriptor)
     arena.words[5] = 7
     assert seen.words[5] == 7
     assert str(Path(f"/proc/self/fd/{arena.descriptor}").readlink()).endswith("(deleted)")
@@ -29,15 +29,15 @@ def test_an_arena_has_no_name_and_a_fixed_size() -> None:
     descriptor = arena.descriptor
     arena.close()
     with pytest.raises(FileNotFoundError):
-        Memory(os.getpid(), descriptor)
+        MappedArena(os.getpid(), descriptor)
     # Who has it, keeps it.
     assert seen.words[5] == 7
 
 
 def test_no_other_file_is_taken_for_one() -> None:
     other = os.memfd_create("other")
-    with pytest.raises(OSError, match="is no arena"):
-        Memory(os.getpid(), other)
+    with pytest.raises(OSError, match="is not an arena"):
+        MappedArena(os.getpid(), other)
     assert os.fstat(other).st_size == 0
     os.close(other)
 
@@ -55,13 +55,13 @@ def test_memory_that_is_short_is_an_error_when_it_is_asked_for(monkeypatch: pyte
     arena = Arena(4096)
     monkeypatch.setattr(os, "posix_fallocate", failing)
     with pytest.raises(OSError, match="planted"):
-        arena.take(1 << 20)
+        arena.allocate(1 << 20)
     arena.close()
 
 
 def test_only_what_was_asked_for_takes_memory() -> None:
     arena = Arena(4096)
-    arena.take(3_000_000)
+    arena.allocate(3_000_000)
     # In blocks of 512 bytes.
     assert 3_000_000 <= 512 * os.fstat(arena.descriptor).st_blocks < 4_000_000
     arena.close()
@@ -69,18 +69,18 @@ def test_only_what_was_asked_for_takes_memory() -> None:
 
 def test_slots_don_t_overlap_and_are_used_again_the_last_one_first() -> None:
     arena = Arena(5000)
-    slots = [arena.take(size) for size in (8, 4096, 3_000_000, 1)]
+    slots = [arena.allocate(size) for size in (8, 4096, 3_000_000, 1)]
     assert slots[0].offset >= 5000
     for slot, after in itertools.pairwise(slots):
         assert slot.offset + slot.size <= after.offset
     assert [slot.offset % 64 for slot in slots] == [0] * 4
     for slot in slots:
-        arena.give_back(slot)
-    assert arena.take(100) is slots[3]
-    assert arena.take(2_900_000) is slots[2]
+        arena.free(slot)
+    assert arena.allocate(100) is slots[3]
+    assert arena.allocate(2_900_000) is slots[2]
     # What needs little room doesn't take the place of what needs much.
-    arena.give_back(slots[2])
-    assert arena.take(100_000) not in slots
+    arena.free(slots[2])
+    assert arena.allocate(100_000) not in slots
     arena.close()
 
 

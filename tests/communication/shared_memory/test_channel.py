@@ -285,7 +285,7 @@ def one_never_comes() -> str:
 
 def test_a_rank_that_never_comes_is_named_at_the_group_s_time_limit() -> None:
     told, _ = run_ranks(one_never_comes, 2)
-    assert told.endswith("did not come to a collective of ranks that share memory within 1 s")
+    assert told.endswith("did not join a collective of ranks that share memory within 1 s")
     assert told.startswith("rank 1 on ")
 
 

@@ -42,15 +42,15 @@ def spoil(how: str) -> None:
     if how == "old" and last:
         del os.memfd_create
     elif how == "addresses" and last:
-        connect._addresses_are_limited = lambda: True
+        connect._address_space_is_limited = lambda: True
     elif how == "memfd" and last:
         os.memfd_create = no_such_call  # type: ignore[assignment]
     elif how == "memory" and last:
         os.posix_fallocate = no_memory
     elif how == "mapping" and last:
-        connect.Memory = may_not_open  # type: ignore[attr-defined, assignment]
+        connect.MappedArena = may_not_open  # type: ignore[attr-defined, assignment]
     elif how == "network":
-        connect.place = other_network
+        connect.host_identity = other_network
     elif how == "name":
         socket.gethostname = lambda: f"host{os.environ['RANK']}"
     elif how == "processor":
@@ -78,7 +78,7 @@ def meet(how: str) -> tuple[bool, list[str], float]:
     [
         ("memfd", "there is no memfd_create"),
         ("old", "has no attribute 'memfd_create'"),
-        ("addresses", "the addresses of a process are limited here (ulimit -v), and arenas take many"),
+        ("addresses", "the address space of a process is limited here (ulimit -v), and arenas need much of it"),
         ("memory", "no memory is left"),
         ("mapping", "not allowed"),
         ("processor", "not on linux aarch64"),
@@ -103,7 +103,7 @@ def test_ranks_of_one_host_share_memory() -> None:
 
 
 def test_this_rank_is_where_the_kernel_says() -> None:
-    boot, network, processes, host = connect.place()
+    boot, network, processes, host = connect.host_identity()
     assert (len(boot), host) == (36, socket.gethostname())
     assert network.startswith("net:[")
     assert processes.startswith("pid:[")

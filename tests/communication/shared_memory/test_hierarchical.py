@@ -34,7 +34,7 @@ LAYOUTS = ("aabb", "abb", "aab", "abab", "aaba")
 def settle(layout: str) -> None:
     """Puts this rank on a host."""
     mine = layout[int(os.environ["RANK"])]
-    connect.place = lambda: [mine]
+    connect.host_identity = lambda: [mine]
 
 
 def among_hosts(layout: str, limit: float = 30) -> Communicator:
@@ -146,7 +146,7 @@ def reduced(dtype: torch.dtype) -> str:
 
 @pytest.mark.parametrize("name", ["int16", "bool"])
 def test_a_type_that_the_network_can_t_reduce_is_refused_by_all_and_harms_nothing(name: str) -> None:
-    told = f"gloo, by which hosts talk, reduces no {name}; 3.0"
+    told = f"gloo, which connects the hosts, can't reduce {name}; 3.0"
     assert run_ranks(reduced, 3, getattr(torch, name)) == [told] * 3
 
 
@@ -180,7 +180,7 @@ def train_among_hosts(layout: str, config: Any) -> int:
     train(config)
     # The run is over; its threads may take a moment.
     patience = time.monotonic() + 5
-    while (left := sum(thread.name == "distrain-hosts" for thread in threading.enumerate())) and (
+    while (left := sum(thread.name == "distrain-host-leader" for thread in threading.enumerate())) and (
         time.monotonic() < patience
     ):
         time.sleep(0.01)

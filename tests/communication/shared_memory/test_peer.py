@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from distrain.communication.shared_memory.peer import leave_processor
+from distrain.communication.shared_memory.peer import migrate_to_another_core
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is no other processor")
 
@@ -21,7 +21,7 @@ def test_a_rank_that_leaves_its_processor_may_run_on_all_as_before() -> None:
     left = []
     for _ in range(5):
         before = here()
-        leave_processor()
+        migrate_to_another_core()
         left.append(here() != before)
         assert os.sched_getaffinity(0) == allowed
     # The system may have taken it back at once, but hardly each time.
@@ -33,7 +33,7 @@ def test_a_rank_that_may_run_nowhere_else_stays() -> None:
     only = {here()}
     os.sched_setaffinity(0, only)
     try:
-        leave_processor()
+        migrate_to_another_core()
         assert os.sched_getaffinity(0) == only
     finally:
         os.sched_setaffinity(0, allowed)

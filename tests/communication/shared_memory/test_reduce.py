@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.communication.shared_memory.reduce import Offer, add_up_alone, add_up_together, share_size
+from distrain.communication.shared_memory.reduce import PublishedSegment, reduce_alone, reduce_together, segment_size
 
 COUNT = 700_001
 RANKS = 3
@@ -18,9 +18,9 @@ def sources() -> list[Tensor]:
     return [torch.randn(COUNT, generator=torch.Generator().manual_seed(rank)) for rank in range(RANKS)]
 
 
-def offers(filled: float) -> list[Offer]:
+def offers(filled: float) -> list[PublishedSegment]:
     return [
-        Offer(memoryview(bytearray(8)).cast("q"), 0, torch.full((share_size(COUNT, RANKS),), filled))
+        PublishedSegment(memoryview(bytearray(8)).cast("q"), 0, torch.full((segment_size(COUNT, RANKS),), filled))
         for _ in range(RANKS)
     ]
 
@@ -33,12 +33,12 @@ def test_who_gets_no_help_computes_all(rank: int) -> None:
     into = given[rank].clone()
     if rank < 2:
         given[rank] = into
-    add_up_together(given, into, torch.add, rank, nobody_ready)
+    reduce_together(given, into, torch.add, rank, nobody_ready)
     assert torch.equal(into, expected)
     # And offers its share to the others.
-    start = rank * share_size(COUNT, RANKS)
-    share = expected[start : start + share_size(COUNT, RANKS)]
-    assert torch.equal(nobody_ready[rank].share[: len(share)], share)
+    start = rank * segment_size(COUNT, RANKS)
+    share = expected[start : start + segment_size(COUNT, RANKS)]
+    assert torch.equal(nobody_ready[rank].values[: len(share)], share)
     assert nobody_ready[rank].words[0] == -(-len(share) * 4 // (1 << 18))
     assert [offer.words[0] for offer in nobody_ready].count(0) == RANKS - 1
 
@@ -48,8 +48,8 @@ def test_what_others_have_ready_is_taken_from_them() -> None:
     some_ready = offers(7.0)
     # All of rank 1's share, and the first piece of rank 2's.
     some_ready[1].words[0], some_ready[2].words[0] = 1000, 1
-    add_up_together(given, into, torch.add, 0, some_ready)
-    size, piece = share_size(COUNT, RANKS), (1 << 18) // 4
+    reduce_together(given, into, torch.add, 0, some_ready)
+    size, piece = segment_size(COUNT, RANKS), (1 << 18) // 4
     assert bool((into[size : 2 * size + piece] == 7).all())
     expected = functools.reduce(torch.add, given)
     assert torch.equal(into[:size], expected[:size])
@@ -60,6 +60,6 @@ def test_what_others_have_ready_is_taken_from_them() -> None:
 def test_there_may_be_less_to_add_than_ranks(count: int) -> None:
     given = [torch.full((count,), float(10**rank)) for rank in range(RANKS)]
     into, alone = torch.empty(count), torch.empty(count)
-    add_up_together(given, into, torch.add, 2, offers(float("nan")))
-    add_up_alone(given, alone, torch.add)
+    reduce_together(given, into, torch.add, 2, offers(float("nan")))
+    reduce_alone(given, alone, torch.add)
     assert into.tolist() == alone.tolist() == [111.0] * count
