@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distrain.communication.collectives import _Started
+from distrain.communication.collectives import _BackendWork
 from distrain.communication.types import DONE, Pending
 from distrain.health.thread_stack import WAITING_MODULES, ThreadStack
 
@@ -20,7 +20,7 @@ class _Waiting:
 
 
 def test_a_thread_inside_a_collective_is_found_to_be_waiting() -> None:
-    pending: Pending = _Started(_Waiting())
+    pending: Pending = _BackendWork(_Waiting())
     assert pending.wait() is True
     assert _Waiting().wait() is False
     DONE.wait()
