@@ -32,7 +32,7 @@ class Odd(nn.Module):
         self.bias = nn.Parameter(torch.zeros(11))
 
 
-def compressor(*overrides: str, seed: int = 0) -> MessageCompressor:
+def make_compressor(*overrides: str, seed: int = 0) -> MessageCompressor:
     """The configured compressor, with ``min_elements=1`` unless overridden."""
     # On tensors this small threads cost more than they gain. A fixture restores their number after the test.
     torch.set_num_threads(1)
@@ -49,10 +49,10 @@ def _configuration(overrides: tuple[str, ...]) -> CompressionConfig:
     return configured
 
 
-def bucket_for(used: Compressor, model: nn.Module | None = None) -> Bucket:
+def bucket_for(compressor: Compressor, model: nn.Module | None = None) -> Bucket:
     """All gradients of a model in one bucket, as the strategies lay them out."""
     parameters = (model or Odd()).named_parameters()
-    (bucket,) = Gradients(parameters, Communicator(), used, Stopwatch(torch.device("cpu"))).buckets
+    (bucket,) = Gradients(parameters, Communicator(), compressor, Stopwatch(torch.device("cpu"))).buckets
     return bucket
 
 
@@ -60,8 +60,8 @@ class SimulatedRanks:
     """Ranks in one process that exchange one bucket in lock step."""
 
     def __init__(self, size: int, *overrides: str, model: type[nn.Module] = Odd) -> None:
-        self.compressors = [compressor(*overrides) for _ in range(size)]
-        self.buckets = [bucket_for(used, model()) for used in self.compressors]
+        self.compressors = [make_compressor(*overrides) for _ in range(size)]
+        self.buckets = [bucket_for(compressor, model()) for compressor in self.compressors]
         self._generator = torch.Generator().manual_seed(0)
 
     def gradients(self) -> list[Tensor]:
@@ -76,10 +76,10 @@ class SimulatedRanks:
         """
         ranks = [_Rank(len(self.buckets)) for _ in self.buckets]
         under_way: list[Iterator[Pending]] = []
-        for used, bucket, gradient, rank in zip(self.compressors, self.buckets, gradients, ranks, strict=True):
-            used.begin_step()
+        for compressor, bucket, gradient, rank in zip(self.compressors, self.buckets, gradients, ranks, strict=True):
+            compressor.begin_step()
             bucket.flat.copy_(gradient)
-            under_way.append(used.aggregate(bucket, cast(Communicator, rank)))
+            under_way.append(compressor.aggregate(bucket, cast(Communicator, rank)))
         for _ in range(self.compressors[0].phases):
             for exchange in under_way:
                 next(exchange)
@@ -93,8 +93,8 @@ class SimulatedRanks:
     def residuals(self) -> Tensor:
         """The sum of all ranks' residuals, in the layout of the bucket; zero for uncompressed tensors."""
         total = torch.zeros_like(self.buckets[0].flat)
-        for used, bucket in zip(self.compressors, self.buckets, strict=True):
-            state, offset = used.state_dict(), 0
+        for compressor, bucket in zip(self.compressors, self.buckets, strict=True):
+            state, offset = compressor.state_dict(), 0
             for name, tensor in bucket.tensors.items():
                 if f"residual/{name}" in state:
                     there = total.as_strided(tensor.size(), tensor.stride(), offset)

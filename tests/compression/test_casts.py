@@ -13,7 +13,7 @@ from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.compression.simulated_ranks import Odd, SimulatedRanks, bucket_for, compressor
+from tests.compression.simulated_ranks import Odd, SimulatedRanks, bucket_for, make_compressor
 from tests.harness import run_ranks
 from tests.runs import small
 
@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("name", CASTS)
 
 @both
 def test_small_tensors_and_vectors_are_cast_too(name: str) -> None:
-    bucket = bucket_for(compressor(f"compression={name}"))
+    bucket = bucket_for(make_compressor(f"compression={name}"))
     assert bucket.uncompressed_numel == 0
     assert bucket.tensors["bias"].numel() == 11
 
@@ -49,11 +49,11 @@ def test_fp16_overflows_to_infinity_and_underflows_to_zero() -> None:
     simulated = SimulatedRanks(1, "compression=fp16")
     gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[:5] = torch.tensor([1e5, -1e5, float("nan"), 1e-8, 6e4])
-    got = simulated.step([gradient])
-    assert got[:2].tolist() == [float("inf"), float("-inf")]
-    assert got[2].isnan()
-    assert got[3] == 0
-    assert got[4] == pytest.approx(6e4, rel=2**-11)
+    received = simulated.step([gradient])
+    assert received[:2].tolist() == [float("inf"), float("-inf")]
+    assert received[2].isnan()
+    assert received[3] == 0
+    assert received[4] == pytest.approx(6e4, rel=2**-11)
 
 
 def test_bf16_has_the_range_of_float32() -> None:
@@ -65,27 +65,27 @@ def test_bf16_has_the_range_of_float32() -> None:
 @both
 def test_message_takes_two_bytes_per_element_and_is_added(name: str) -> None:
     dtype, error = CASTS[name]
-    used = compressor(f"compression={name}")
-    bucket = bucket_for(used)
+    compressor = make_compressor(f"compression={name}")
+    bucket = bucket_for(compressor)
     given = torch.linspace(0.5, 2, bucket.flat.numel())
     bucket.flat.copy_(given)
-    message = used.encode(bucket)
+    message = compressor.encode(bucket)
     assert message.numel() == pytest.approx(2 * given.numel(), abs=7)
     assert bucket.flat.abs().max() <= error  # the rounding error
     assert torch.equal(bucket.flat + given.to(dtype), given)
-    receiver = bucket_for(used)
+    receiver = bucket_for(compressor)
     receiver.flat.fill_(1)
-    used.decode(message, receiver)
+    compressor.decode(message, receiver)
     assert torch.equal(receiver.flat, 1 + given.to(dtype).float())
 
 
 @both
 def test_double_gradients_stay_double(name: str) -> None:
     dtype, _ = CASTS[name]
-    used = compressor(f"compression={name}")
-    bucket = bucket_for(used, Odd().double())
+    compressor = make_compressor(f"compression={name}")
+    bucket = bucket_for(compressor, Odd().double())
     bucket.flat.fill_(1 / 3)
-    for pending in used.aggregate(bucket, Communicator()):
+    for pending in compressor.aggregate(bucket, Communicator()):
         pending.wait()
     assert bucket.flat.dtype == torch.float64
     assert bucket.flat[0] == torch.tensor(1 / 3).to(dtype).double()
@@ -93,10 +93,10 @@ def test_double_gradients_stay_double(name: str) -> None:
 
 @both
 def test_only_the_step_is_kept_between_steps(name: str) -> None:
-    used = compressor(f"compression={name}")
-    used.begin_step()
-    assert used.state_dict() == {"step": torch.tensor(1)}
-    assert used.residual_norm() is None
+    compressor = make_compressor(f"compression={name}")
+    compressor.begin_step()
+    assert compressor.state_dict() == {"step": torch.tensor(1)}
+    assert compressor.residual_norm() is None
 
 
 def _on_rank() -> dict[str, Any]:
@@ -106,13 +106,13 @@ def _on_rank() -> dict[str, Any]:
     with Runtime(small("strategy=ddp"), world, keep_logs=False) as runtime:
         for name in CASTS:
             everyone = runtime.communicator()
-            used = compressor(f"compression={name}")
-            bucket = bucket_for(used, nn.Linear(257, 129))
+            compressor = make_compressor(f"compression={name}")
+            bucket = bucket_for(compressor, nn.Linear(257, 129))
             torch.manual_seed(world.rank)
             bucket.flat.normal_()
             exact = everyone.all_reduce(bucket.flat.double())
             before = everyone.ledger.total()
-            exchanges = Exchanges(used, everyone, Stopwatch(runtime.device))
+            exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
             exchanges.start(bucket)
             exchanges.finish()
             found[name] = {

@@ -10,20 +10,20 @@ from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 
 
-def compressor() -> NoCompression:
+def make_compressor() -> NoCompression:
     return NoCompression(CompressionConfig(name="none"))
 
 
 def test_one_rank_keeps_its_gradients() -> None:
     flat, alone = torch.tensor([1.0, 2.0, 3.0]), Communicator()
-    for pending in compressor().aggregate(Bucket(flat, {"weight": flat[:2], "bias": flat[2:]}), alone):
+    for pending in make_compressor().aggregate(Bucket(flat, {"weight": flat[:2], "bias": flat[2:]}), alone):
         pending.wait()
     assert flat.tolist() == [1.0, 2.0, 3.0]
     assert alone.ledger.total() == 0
 
 
 def test_state_is_empty() -> None:
-    used = compressor()
-    used.begin_step()
-    assert used.state_dict() == {}
-    assert used.residual_norm() is None
+    compressor = make_compressor()
+    compressor.begin_step()
+    assert compressor.state_dict() == {}
+    assert compressor.residual_norm() is None

@@ -51,7 +51,7 @@ def configured(**changes: Any) -> PowerSGDConfig:
     return PowerSGDConfig(**keys | changes)
 
 
-def compressor(seed: int = 0, **changes: Any) -> PowerSGD:
+def make_compressor(seed: int = 0, **changes: Any) -> PowerSGD:
     return PowerSGD(configured(**changes), seed)
 
 
@@ -61,19 +61,19 @@ def one(matrix: Tensor, name: str = "weight") -> Bucket:
     return Bucket(flat, {name: flat.view(matrix.shape)})
 
 
-def step(used: PowerSGD, *buckets: Bucket, communicator: Communicator = ALONE) -> None:
+def step(compressor: PowerSGD, *buckets: Bucket, communicator: Communicator = ALONE) -> None:
     """One step's exchange of all buckets."""
-    exchanges = Exchanges(used, communicator, Stopwatch(torch.device("cpu")))
-    used.begin_step()
+    exchanges = Exchanges(compressor, communicator, Stopwatch(torch.device("cpu")))
+    compressor.begin_step()
     for bucket in buckets:
         exchanges.start(bucket)
     exchanges.finish()
 
 
-def sent(used: PowerSGD, matrix: Tensor) -> Tensor:
+def sent(compressor: PowerSGD, matrix: Tensor) -> Tensor:
     """The approximation of a matrix that a step sends."""
     bucket = one(matrix)
-    step(used, bucket)
+    step(compressor, bucket)
     return bucket.tensors["weight"]
 
 
@@ -110,7 +110,7 @@ def best(matrix: Tensor, rank: int) -> Tensor:
 def test_tensors_are_compressed_if_their_factors_are_smaller(
     shape: tuple[int, ...], changes: dict[str, Any], expected: bool
 ) -> None:
-    assert compressor(**changes).compresses(nn.Parameter(torch.zeros(shape))) is expected
+    assert make_compressor(**changes).compresses(nn.Parameter(torch.zeros(shape))) is expected
 
 
 def test_alternate_requires_warm_start() -> None:
@@ -125,11 +125,11 @@ def test_alternate_requires_warm_start() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (1, 9), (9, 1)])
 def test_full_rank_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    used = compressor(rank=9)
+    compressor = make_compressor(rank=9)
     for number in range(5):
         # Singular values from 1 to 1e-4 make the factors badly conditioned.
         matrix = noise(*shape, seed=number) @ torch.diag(torch.logspace(0, -4, shape[1], dtype=torch.float64))
-        found = sent(used, matrix.to(dtype))
+        found = sent(compressor, matrix.to(dtype))
         assert found.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         torch.testing.assert_close(found.double(), matrix, rtol=0, atol=tolerance * float(matrix.norm()))
@@ -137,25 +137,25 @@ def test_full_rank_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("warm_start", [True, False])
 def test_matrix_of_the_configured_rank_is_sent_exactly(warm_start: bool) -> None:
-    used = compressor(rank=1, warm_start=warm_start)
+    compressor = make_compressor(rank=1, warm_start=warm_start)
     for number in range(4):
         matrix = noise(20, 1, seed=number) @ noise(1, 30, seed=99 + number)
-        torch.testing.assert_close(sent(used, matrix), matrix)
+        torch.testing.assert_close(sent(compressor, matrix), matrix)
 
 
 def test_alternating_factors_converge_to_a_matrix_of_the_configured_rank() -> None:
-    used = compressor(rank=1, alternate=True, error_feedback=False)
+    compressor = make_compressor(rank=1, alternate=True, error_feedback=False)
     matrix = noise(20, 1) @ noise(1, 30, seed=1)
-    assert (sent(used, matrix) - matrix).norm() > 0.5 * matrix.norm()
+    assert (sent(compressor, matrix) - matrix).norm() > 0.5 * matrix.norm()
     for _ in range(3):
-        torch.testing.assert_close(sent(used, matrix), matrix)
+        torch.testing.assert_close(sent(compressor, matrix), matrix)
 
 
 @pytest.mark.parametrize("alternate", [False, True])
 def test_warm_start_finds_the_nearest_matrix_of_the_rank(alternate: bool) -> None:
     matrix = noise(12, 12) @ torch.diag(torch.logspace(0, -3, 12, dtype=torch.float64)) @ noise(12, 40, seed=1)
-    warm = compressor(rank=3, alternate=alternate, error_feedback=False)
-    cold = compressor(rank=3, warm_start=False, error_feedback=False)
+    warm = make_compressor(rank=3, alternate=alternate, error_feedback=False)
+    cold = make_compressor(rank=3, warm_start=False, error_feedback=False)
     for _ in range(60):
         found = sent(warm, matrix)
         torch.testing.assert_close(torch.linalg.matrix_rank(found), torch.tensor(3))
@@ -169,32 +169,32 @@ def test_warm_start_finds_the_nearest_matrix_of_the_rank(alternate: bool) -> Non
 
 @pytest.mark.parametrize("alternate", [False, True])
 def test_error_feedback_sends_a_repeated_matrix_completely(alternate: bool) -> None:
-    used, matrix = compressor(alternate=alternate), noise(10, 30)
+    compressor, matrix = make_compressor(alternate=alternate), noise(10, 30)
     total = torch.zeros_like(matrix)
     for _ in range(100):
-        total += sent(used, matrix)
+        total += sent(compressor, matrix)
     assert (total / 100 - matrix).norm() < 0.1 * matrix.norm()
 
 
 @pytest.mark.parametrize("alternate", [False, True])
 def test_zero_gradients_do_not_block_later_steps(alternate: bool) -> None:
-    used, dead = compressor(alternate=alternate), noise(8, 30)
+    compressor, dead = make_compressor(alternate=alternate), noise(8, 30)
     for _ in range(3):
-        assert sent(used, torch.zeros(8, 30, dtype=torch.float64)).eq(0).all()
+        assert sent(compressor, torch.zeros(8, 30, dtype=torch.float64)).eq(0).all()
     # Filters and channels without gradients are rows and columns of zeros.
     dead[:4] = 0
     dead[:, :6] = 0
     for _ in range(2):
-        assert sent(used, dead).norm() > 0.1 * dead.norm()
+        assert sent(compressor, dead).norm() > 0.1 * dead.norm()
 
 
 @pytest.mark.parametrize("alternate", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_matrix_of_lower_rank_gains_no_spurious_components(rank: int, alternate: bool) -> None:
-    used = compressor(rank=rank, alternate=alternate, error_feedback=False)
+    compressor = make_compressor(rank=rank, alternate=alternate, error_feedback=False)
     matrix = noise(20, 1, dtype=torch.float32) @ noise(1, 30, seed=1, dtype=torch.float32)
     for number in range(6):
-        found = sent(used, matrix)
+        found = sent(compressor, matrix)
         # A projection never increases the norm, and here it soon leaves nothing out.
         assert found.norm() <= matrix.norm() * (1 + 1e-5)
         if number:
@@ -203,46 +203,46 @@ def test_matrix_of_lower_rank_gains_no_spurious_components(rank: int, alternate:
 
 @pytest.mark.parametrize("alternate", [False, True])
 def test_overflow_is_visible_and_does_not_persist(alternate: bool) -> None:
-    used, matrix = compressor(alternate=alternate, error_feedback=False), noise(8, 30)
-    sent(used, matrix)
+    compressor, matrix = make_compressor(alternate=alternate, error_feedback=False), noise(8, 30)
+    sent(compressor, matrix)
     broken = matrix.clone()
     broken[2, 3] = torch.inf
-    assert not sent(used, broken).isfinite().all()
+    assert not sent(compressor, broken).isfinite().all()
     for _ in range(3):
-        found = sent(used, matrix)
+        found = sent(compressor, matrix)
         assert found.isfinite().all()
     assert found.norm() > 0.3 * matrix.norm()
 
 
 @pytest.mark.parametrize("alternate", [False, True])
 def test_first_steps_are_sent_uncompressed(alternate: bool) -> None:
-    used = compressor(start_step=2, alternate=alternate)
+    compressor = make_compressor(start_step=2, alternate=alternate)
     for number in range(1, 4):
         matrix = noise(8, 30, seed=number)
-        found = sent(used, matrix)
+        found = sent(compressor, matrix)
         assert bool(torch.equal(found, matrix)) is (number <= 2)
-        assert used.phases == (2 if number == 3 and not alternate else 1)
+        assert compressor.phases == (2 if number == 3 and not alternate else 1)
 
 
 # --- one rank's own message -------------------------------------------------------------------------------------------
 
 
 def test_message_and_residual_add_up_to_the_input() -> None:
-    used, matrix = compressor(), noise(8, 30)
+    compressor, matrix = make_compressor(), noise(8, 30)
     lost = []
     for _ in range(8):
-        used.begin_step()
+        compressor.begin_step()
         residual, received = one(matrix), one(noise(8, 30, seed=1))
-        message = used.compress(residual)
+        message = compressor.compress(residual)
         assert (
             [(part.dtype, part.numel()) for part in message]
-            == used.message_layout(residual)
+            == compressor.message_layout(residual)
             == [
                 (torch.float64, 16),
                 (torch.float64, 60),
             ]
         )
-        used.add_decompressed(message, received)
+        compressor.add_decompressed(message, received)
         whole = received.flat - noise(8, 30, seed=1).flatten() + residual.flat
         torch.testing.assert_close(whole.view(8, 30), matrix)
         lost.append(float(residual.flat.norm()))
@@ -252,22 +252,22 @@ def test_message_and_residual_add_up_to_the_input() -> None:
 
 
 def test_messages_of_several_ranks_add_up() -> None:
-    used, plain = compressor(start_step=1), noise(5)
+    compressor, plain = make_compressor(start_step=1), noise(5)
     shares = [torch.cat([noise(30, seed=rank), plain]) for rank in range(2)]
     for uncompressed in (True, False):
-        used.begin_step()
+        compressor.begin_step()
         total = torch.zeros(35, dtype=torch.float64)
         server = Bucket(total, {"weight": total[:30].view(5, 6), "bias": total[30:]}, uncompressed_numel=5)
-        before = used.state_dict().get("residual/weight", torch.zeros(5, 6)).clone()
+        before = compressor.state_dict().get("residual/weight", torch.zeros(5, 6)).clone()
         for flat in shares:
             sender = Bucket(flat.clone(), {"weight": flat[:30].view(5, 6), "bias": flat[30:]}, uncompressed_numel=5)
-            used.decode(used.encode(sender), server)
-        left = used.state_dict()["residual/weight"] if not uncompressed else torch.zeros(5, 6)
+            compressor.decode(compressor.encode(sender), server)
+        left = compressor.state_dict()["residual/weight"] if not uncompressed else torch.zeros(5, 6)
         torch.testing.assert_close(server.tensors["weight"] + left - before, (shares[0] + shares[1])[:30].view(5, 6))
         torch.testing.assert_close(server.tensors["bias"], 2 * plain)
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- what is kept between steps --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [3, 4])
@@ -279,41 +279,41 @@ def test_restored_copy_continues_bit_for_bit(alternate: bool, steps: int) -> Non
             one(noise(17, 9, seed=-number, dtype=torch.float32), "second"),
         ]
 
-    used = compressor(alternate=alternate)
+    compressor = make_compressor(alternate=alternate)
     for number in range(steps):
-        step(used, *gradients(number))
-        used.compress(one(noise(5, 31, seed=number), "own"))
-    saved = {name: tensor.contiguous().clone() for name, tensor in used.state_dict().items()}
+        step(compressor, *gradients(number))
+        compressor.compress(one(noise(5, 31, seed=number), "own"))
+    saved = {name: tensor.contiguous().clone() for name, tensor in compressor.state_dict().items()}
     factors = {"p/first", "p/second"} if alternate and steps % 2 else {"q/first", "q/second"}
     assert saved.keys() == {"step", "residual/first", "residual/second", "own_q/own"} | factors
-    copy = compressor(alternate=alternate)
+    copy = make_compressor(alternate=alternate)
     copy.load_state_dict(saved)
     for number in range(steps, steps + 3):
         pairs = list(zip(gradients(number), gradients(number), strict=True))
-        step(used, *(bucket for bucket, _ in pairs))
+        step(compressor, *(bucket for bucket, _ in pairs))
         step(copy, *(bucket for _, bucket in pairs))
         assert all(torch.equal(mine.flat, theirs.flat) for mine, theirs in pairs)
         message = one(noise(5, 31, seed=number), "own")
         assert torch.equal(
-            torch.cat(used.compress(one(message.tensors["own"], "own"))), torch.cat(copy.compress(message))
+            torch.cat(compressor.compress(one(message.tensors["own"], "own"))), torch.cat(copy.compress(message))
         )
-    for name, tensor in used.state_dict().items():
+    for name, tensor in compressor.state_dict().items():
         assert torch.equal(tensor, copy.state_dict()[name]), name
 
 
 def test_factors_of_another_rank_are_drawn_again_by_seed_and_name() -> None:
     matrix = noise(6, 20)
-    used = compressor(rank=2, error_feedback=False)
-    sent(used, matrix)
-    loaded, fresh = compressor(rank=3, error_feedback=False), compressor(rank=3, error_feedback=False)
-    loaded.load_state_dict(used.state_dict())
+    compressor = make_compressor(rank=2, error_feedback=False)
+    sent(compressor, matrix)
+    loaded, fresh = make_compressor(rank=3, error_feedback=False), make_compressor(rank=3, error_feedback=False)
+    loaded.load_state_dict(compressor.state_dict())
     fresh.begin_step()
     found = sent(loaded, matrix)
     assert torch.equal(found, sent(fresh, matrix))
     assert torch.linalg.matrix_rank(found) == 3
-    assert not torch.equal(found, sent(compressor(seed=1, rank=3), matrix))
+    assert not torch.equal(found, sent(make_compressor(seed=1, rank=3), matrix))
     first, second = one(matrix, "first"), one(matrix, "second")
-    step(compressor(), first, second)
+    step(make_compressor(), first, second)
     assert not torch.equal(first.flat, second.flat)
 
 
@@ -321,7 +321,7 @@ def test_factors_of_another_rank_are_drawn_again_by_seed_and_name() -> None:
 
 
 @dataclass
-class Kept:
+class Observations:
     """Observations of one rank over a number of steps.
 
     Attributes:
@@ -363,12 +363,12 @@ def gradient(name: str, rank: int, number: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64) if number == 7 or (number == 9 and rank == 0) else drawn
 
 
-def made(used: PowerSGD, communicator: Communicator, dtype: torch.dtype) -> Gradients:
+def made(compressor: PowerSGD, communicator: Communicator, dtype: torch.dtype) -> Gradients:
     named = []
     for name, (shape, channels_last) in SHAPES.items():
         layout = torch.channels_last if channels_last else torch.contiguous_format
         named.append((name, nn.Parameter(torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout))))
-    return Gradients(named, communicator, used, Stopwatch(torch.device("cpu")), 100 * 4 / MB, 900 * 4 / MB)
+    return Gradients(named, communicator, compressor, Stopwatch(torch.device("cpu")), 100 * 4 / MB, 900 * 4 / MB)
 
 
 def sums(tensors: dict[str, Tensor], everyone: Communicator) -> dict[str, Tensor]:
@@ -378,17 +378,17 @@ def sums(tensors: dict[str, Tensor], everyone: Communicator) -> dict[str, Tensor
     return {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
 
 
-def on_each_rank(folder: Path) -> dict[str, Kept]:
+def on_each_rank(folder: Path) -> dict[str, Observations]:
     found = {}
     with Runtime(small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
         everyone = runtime.communicator()
         for run, changes in RUNS.items():
             dtype = torch.float64 if "double" in run else torch.float32
             communicator = Communicator(everyone.group)
-            used = compressor(**changes)
-            buckets = made(used, communicator, dtype).buckets
+            compressor = make_compressor(**changes)
+            buckets = made(compressor, communicator, dtype).buckets
             assert len(buckets) > 3
-            kept = found[run] = Kept([list(bucket.tensors) for bucket in buckets], [], 0.0, [], [], [], [])
+            observed = found[run] = Observations([list(bucket.tensors) for bucket in buckets], [], 0.0, [], [], [], [])
             residual = {name: torch.zeros(shape, dtype=torch.float64) for name, (shape, _) in SHAPES.items()}
             for number in range(STEPS if len(found) <= 2 else FEW):
                 shares = {name: gradient(name, everyone.rank, number) for name in SHAPES}
@@ -397,26 +397,26 @@ def on_each_rank(folder: Path) -> dict[str, Kept]:
                         tensor.copy_(shares[name])
                 due = sums({name: residual[name] + share for name, share in shares.items()}, everyone)
                 before = communicator.ledger.total()
-                step(used, *buckets, communicator=communicator)
-                kept.sent.append(communicator.ledger.total() - before)
-                state = {name: tensor.clone() for name, tensor in used.state_dict().items()}
+                step(compressor, *buckets, communicator=communicator)
+                observed.sent.append(communicator.ledger.total() - before)
+                state = {name: tensor.clone() for name, tensor in compressor.state_dict().items()}
                 residual = {
                     name: state.get(f"residual/{name}", torch.zeros(each.shape)) for name, each in shares.items()
                 }
                 left = sums(residual, everyone)
                 result = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors.items()}
                 for name, tensor in result.items():
-                    kept.error = max(kept.error, float((tensor + left[name] - due[name]).abs().max()))
-                kept.digests.append(int(digest(bucket.flat for bucket in buckets)))
+                    observed.error = max(observed.error, float((tensor + left[name] - due[name]).abs().max()))
+                observed.digests.append(int(digest(bucket.flat for bucket in buckets)))
                 if number < 4:
-                    kept.results.append(result)
-                    kept.states.append(state)
-                    kept.left.append(left)
+                    observed.results.append(result)
+                    observed.states.append(state)
+                    observed.left.append(left)
     return found
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Kept]]:
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Observations]]:
     return run_ranks(on_each_rank, request.param, tmp_path_factory.mktemp("run"))
 
 
@@ -451,20 +451,20 @@ def ring_bytes(run: str, names: list[str], number: int, ranks: int) -> int:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_all_ranks_hold_the_same_bits_after_every_step(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_all_ranks_hold_the_same_bits_after_every_step(ranks: list[dict[str, Observations]], run: str) -> None:
     assert len(set(ranks[0][run].digests)) == (STEPS if run in ("two phases", "in turns") else FEW)
     for each in ranks[1:]:
         assert each[run].digests == ranks[0][run].digests
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_sum_and_residuals_add_up_to_the_gradients(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_sum_and_residuals_add_up_to_the_gradients(ranks: list[dict[str, Observations]], run: str) -> None:
     for each in ranks:
         assert each[run].error < (1e-12 if "double" in run else 1e-4)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_ledger_counts_factors(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_the_ledger_counts_factors(ranks: list[dict[str, Observations]], run: str) -> None:
     for each in ranks:
         for number, sent_bytes in enumerate(each[run].sent):
             expected = sum(ring_bytes(run, names, number, len(ranks)) for names in each[run].buckets)
@@ -472,7 +472,7 @@ def test_the_ledger_counts_factors(ranks: list[dict[str, Kept]], run: str) -> No
 
 
 @pytest.mark.parametrize("run", ["full rank", "start"])
-def test_uncompressed_steps_and_full_rank_give_the_exact_sum(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_uncompressed_steps_and_full_rank_give_the_exact_sum(ranks: list[dict[str, Observations]], run: str) -> None:
     for number, result in enumerate(ranks[0][run].results):
         plain = {name: sum(gradient(name, rank, number) for rank in range(len(ranks))) for name in SHAPES}
         exact = [
@@ -497,12 +497,12 @@ def gram_schmidt(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("run", ["two phases, double", "in turns"])
-def test_step_agrees_with_the_formulas_of_the_paper(ranks: list[dict[str, Kept]], run: str) -> None:
-    kept = ranks[0][run]
+def test_step_agrees_with_the_formulas_of_the_paper(ranks: list[dict[str, Observations]], run: str) -> None:
+    observed = ranks[0][run]
     compressed = [name for name in SHAPES if rank_of(run, name) is not None]
     assert len(compressed) > 4
-    for number, result in enumerate(kept.results[1:], start=1):
-        state, left_over = kept.states[number - 1], kept.left[number - 1]
+    for number, result in enumerate(observed.results[1:], start=1):
+        state, left_over = observed.states[number - 1], observed.left[number - 1]
         for name in compressed:
             shares = [as_matrix(name, gradient(name, rank, number)) for rank in range(len(ranks))]
             matrix = sum(shares, as_matrix(name, left_over[name]))
@@ -520,13 +520,13 @@ def test_step_agrees_with_the_formulas_of_the_paper(ranks: list[dict[str, Kept]]
 
 
 @pytest.mark.parametrize("run", ["two phases, double", "in turns"])
-def test_residuals_are_orthogonal_to_what_was_sent(ranks: list[dict[str, Kept]], run: str) -> None:
+def test_residuals_are_orthogonal_to_what_was_sent(ranks: list[dict[str, Observations]], run: str) -> None:
     compressed = [name for name in SHAPES if rank_of(run, name) is not None]
     for each in ranks:
         for number, (result, state) in enumerate(zip(each[run].results, each[run].states, strict=True)):
             for name in compressed:
-                sent_part, kept_part = as_matrix(name, result[name]), as_matrix(name, state[f"residual/{name}"])
+                sent_part, residual_part = as_matrix(name, result[name]), as_matrix(name, state[f"residual/{name}"])
                 if run == "in turns" and number % 2 == 0:
-                    sent_part, kept_part = sent_part.T, kept_part.T
-                overlap = (sent_part.T @ kept_part).norm() / sent_part.norm()
+                    sent_part, residual_part = sent_part.T, residual_part.T
+                overlap = (sent_part.T @ residual_part).norm() / sent_part.norm()
                 assert overlap < (1e-10 if run != "in turns" else 1e-3)

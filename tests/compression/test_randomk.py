@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from distrain.compression.randomk import RandomK
-from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, compressor
+from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, make_compressor
 
 
 def randomk(*overrides: str, seed: int = 0) -> RandomK:
-    made = compressor("compression=randomk", "compression.density=0.05", *overrides, seed=seed)
+    made = make_compressor("compression=randomk", "compression.density=0.05", *overrides, seed=seed)
     assert isinstance(made, RandomK)
     return made
 
@@ -33,12 +33,12 @@ class OneTwin(nn.Module):
         self.a = nn.Parameter(torch.zeros(50, 20))
 
 
-def sent(used: RandomK, model: type[nn.Module] = Twins) -> dict[str, list[int]]:
+def sent(compressor: RandomK, model: type[nn.Module] = Twins) -> dict[str, list[int]]:
     """Which elements of each tensor are sent in the next step."""
-    bucket, receiver = bucket_for(used, model()), bucket_for(used, model())
+    bucket, receiver = bucket_for(compressor, model()), bucket_for(compressor, model())
     bucket.flat.fill_(1)
-    used.begin_step()
-    used.decode(used.encode(bucket), receiver)
+    compressor.begin_step()
+    compressor.decode(compressor.encode(bucket), receiver)
     return {name: tensor.nonzero().flatten().tolist() for name, tensor in receiver.compressed_tensors.items()}
 
 
@@ -47,8 +47,8 @@ def test_ranks_send_the_same_elements() -> None:
 
 
 def test_draws_differ_between_tensors_steps_and_seeds() -> None:
-    used = randomk()
-    first, second, other = sent(used), sent(used), sent(randomk(seed=1))
+    compressor = randomk()
+    first, second, other = sent(compressor), sent(compressor), sent(randomk(seed=1))
     assert len(first["a"]) == 50
     draws = [first["a"], first["b"], second["a"], second["b"], other["a"], other["b"]]
     assert len({tuple(draw) for draw in draws}) == 6
@@ -61,10 +61,10 @@ def test_draw_does_not_depend_on_other_tensors_of_the_bucket() -> None:
 def test_values_of_all_ranks_are_summed_where_they_were_drawn() -> None:
     simulated = SimulatedRanks(3, "compression=randomk", "compression.density=0.05", model=Twins)
     gradients = simulated.gradients()
-    got, total = simulated.step(gradients), sum(gradients[1:], start=gradients[0])
-    chosen = got != 0
+    received, total = simulated.step(gradients), sum(gradients[1:], start=gradients[0])
+    chosen = received != 0
     assert chosen.sum() == 100
-    torch.testing.assert_close(got[chosen], total[chosen])
+    torch.testing.assert_close(received[chosen], total[chosen])
     assert not simulated.residuals()[chosen].any()
 
 
@@ -84,9 +84,9 @@ def test_without_error_feedback_the_expected_sum_is_the_uncompressed_one(density
     gradient = torch.ones(2000)
     steps, mean = 400, torch.zeros(2000)
     for _ in range(steps):
-        got = simulated.step([gradient])
-        assert got.sum() == pytest.approx(2000)
-        mean += got / steps
+        received = simulated.step([gradient])
+        assert received.sum() == pytest.approx(2000)
+        mean += received / steps
     # Six standard deviations of 1 drawn with probability p and divided by p.
     assert (mean - 1).abs().max() < 6 * ((1 / density - 1) / steps) ** 0.5
 
@@ -100,18 +100,18 @@ def test_receiver_at_another_step_derives_the_positions() -> None:
         sender.begin_step()
     message = sender.encode(bucket)
     receiver.begin_step()
-    got = bucket_for(receiver, Twins())
-    receiver.decode(message, got)
-    chosen = got.flat != 0
+    received = bucket_for(receiver, Twins())
+    receiver.decode(message, received)
+    chosen = received.flat != 0
     assert chosen.sum() == 100
-    assert torch.equal(got.flat[chosen], given[chosen])
+    assert torch.equal(received.flat[chosen], given[chosen])
 
 
 def test_message_holds_the_step_and_the_values() -> None:
-    used = randomk()
-    bucket = bucket_for(used, Twins())
-    used.begin_step()
-    assert used.encode(bucket).numel() == 8 + 4 * 100
+    compressor = randomk()
+    bucket = bucket_for(compressor, Twins())
+    compressor.begin_step()
+    assert compressor.encode(bucket).numel() == 8 + 4 * 100
 
 
 def test_bucket_without_compressed_part_is_summed_exactly() -> None:

@@ -16,7 +16,7 @@ from distrain.gradients.exchange import Exchanges
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, compressor
+from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, make_compressor
 from tests.harness import run_ranks
 from tests.runs import compose, small
 
@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("name", ["topk", "randomk"])
 
 
 def sparse(*overrides: str, seed: int = 0) -> SparseCompressor:
-    made = compressor(*overrides, seed=seed)
+    made = make_compressor(*overrides, seed=seed)
     assert isinstance(made, SparseCompressor)
     return made
 
@@ -43,16 +43,16 @@ class Vector(nn.Module):
 
 @both
 def test_number_of_elements_is_density_times_size_rounded_up(name: str) -> None:
-    used = sparse(f"compression={name}", "compression.density=0.1")
-    bucket = bucket_for(used)
-    assert used.counts(bucket, 1) == {"images": 27, "many": 6554, "few": 1, "one": 1}
+    compressor = sparse(f"compression={name}", "compression.density=0.1")
+    bucket = bucket_for(compressor)
+    assert compressor.counts(bucket, 1) == {"images": 27, "many": 6554, "few": 1, "one": 1}
     assert bucket.uncompressed_numel == 11
 
 
 @both
 def test_warmup_density_falls_exponentially_from_a_quarter(name: str) -> None:
-    used = sparse(f"compression={name}", "compression.density=0.001", "compression.warmup_steps=4")
-    densities = [used.density(step) for step in range(1, 8)]
+    compressor = sparse(f"compression={name}", "compression.density=0.001", "compression.warmup_steps=4")
+    densities = [compressor.density(step) for step in range(1, 8)]
     assert densities[0] == 0.25
     factor = (0.001 / 0.25) ** (1 / 4)
     assert densities[1:4] == pytest.approx([0.25 * factor, 0.25 * factor**2, 0.25 * factor**3])
@@ -61,18 +61,18 @@ def test_warmup_density_falls_exponentially_from_a_quarter(name: str) -> None:
 
 @both
 def test_warmup_density_is_never_below_the_final_one(name: str) -> None:
-    used = sparse(f"compression={name}", "compression.density=0.5", "compression.warmup_steps=4")
-    assert {used.density(step) for step in range(1, 8)} == {0.5}
+    compressor = sparse(f"compression={name}", "compression.density=0.5", "compression.warmup_steps=4")
+    assert {compressor.density(step) for step in range(1, 8)} == {0.5}
 
 
 @both
 def test_messages_shrink_during_warmup(name: str) -> None:
-    used = sparse(f"compression={name}", "compression.density=0.01", "compression.warmup_steps=3")
-    bucket, sizes = bucket_for(used), []
+    compressor = sparse(f"compression={name}", "compression.density=0.01", "compression.warmup_steps=3")
+    bucket, sizes = bucket_for(compressor), []
     for _ in range(5):
-        used.begin_step()
+        compressor.begin_step()
         bucket.flat.normal_()
-        sizes.append(used.encode(bucket).numel())
+        sizes.append(compressor.encode(bucket).numel())
     assert sizes[0] > 2 * sizes[1] > 4 * sizes[2] > 8 * sizes[3]
     assert sizes[3] == sizes[4]
 
@@ -168,8 +168,8 @@ def test_velocity_accumulates_and_is_cleared_where_elements_are_sent(name: str) 
     simulated = SimulatedRanks(
         1, f"compression={name}", "compression.density=0.25", "compression.momentum_correction=0.5", model=Vector
     )
-    used, (bucket,) = simulated.compressors[0], simulated.buckets
-    assert isinstance(used.residuals, Residuals)
+    compressor, (bucket,) = simulated.compressors[0], simulated.buckets
+    assert isinstance(compressor.residuals, Residuals)
     velocity, residual = torch.zeros(8), torch.zeros(8)
     # Rolled, so that top-k also sends other elements in each step. All values are exact in bf16.
     for step in range(6):
@@ -216,8 +216,8 @@ def test_restored_compressor_continues_bit_for_bit(name: str) -> None:
     simulated, resumed = SimulatedRanks(2, *overrides), SimulatedRanks(2, *overrides)
     for _ in range(3):
         simulated.step(simulated.gradients())
-    for used, fresh in zip(simulated.compressors, resumed.compressors, strict=True):
-        fresh.load_state_dict({key: tensor.clone() for key, tensor in used.state_dict().items()})
+    for compressor, fresh in zip(simulated.compressors, resumed.compressors, strict=True):
+        fresh.load_state_dict({key: tensor.clone() for key, tensor in compressor.state_dict().items()})
     for _ in range(3):
         gradients = simulated.gradients()
         assert torch.equal(simulated.step(gradients), resumed.step(gradients))
@@ -273,13 +273,13 @@ def _on_rank() -> dict[str, Any]:
     with Runtime(small("strategy=ddp"), world, keep_logs=False) as runtime:
         for name in ("topk", "randomk"):
             everyone = runtime.communicator()
-            used = sparse(f"compression={name}", "compression.density=0.05")
-            bucket = bucket_for(used)
-            exchanges = Exchanges(used, everyone, Stopwatch(runtime.device))
+            compressor = sparse(f"compression={name}", "compression.density=0.05")
+            bucket = bucket_for(compressor)
+            exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
             torch.manual_seed(world.rank)
             contributed, aggregated = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
             for _ in range(3):
-                used.begin_step()
+                compressor.begin_step()
                 bucket.flat.normal_()
                 contributed += bucket.flat
                 before = everyone.ledger.total()
@@ -287,7 +287,9 @@ def _on_rank() -> dict[str, Any]:
                 exchanges.finish()
                 sent = everyone.ledger.total() - before
                 aggregated += bucket.flat
-            residual = torch.cat([used.state_dict()[f"residual/{key}"].flatten() for key in bucket.compressed_tensors])
+            residual = torch.cat(
+                [compressor.state_dict()[f"residual/{key}"].flatten() for key in bucket.compressed_tensors]
+            )
             everyone.all_reduce(contributed)
             everyone.all_reduce(residual)
             inside = contributed.numel() - bucket.uncompressed_numel
@@ -297,8 +299,8 @@ def _on_rank() -> dict[str, Any]:
             found[name] = {
                 "digest": int(digest([aggregated])),
                 "sent": sent,
-                "message": used.encode(bucket).numel(),
-                "elements": sum(used.counts(bucket, used.step).values()) + bucket.uncompressed_numel,
+                "message": compressor.encode(bucket).numel(),
+                "elements": sum(compressor.counts(bucket, compressor.step).values()) + bucket.uncompressed_numel,
                 "sum": (float(aggregated[:inside].sum() + residual.sum()), float(contributed[:inside].sum())),
             }
     return found

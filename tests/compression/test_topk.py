@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.compression import topk
 from distrain.compression.topk import TopK, largest
-from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, compressor
+from tests.compression.simulated_ranks import SimulatedRanks, bucket_for, make_compressor
 
 SAMPLED, EXACT = 1, 10**9
 
@@ -70,18 +70,18 @@ def test_each_rank_sends_its_own_largest_and_keeps_the_rest() -> None:
     first[[3, 5, 200]] = torch.tensor([8.0, -9.0, 7.0])
     first[100] = 1.0
     second[[5, 6, 269]] = torch.tensor([2.0, 3.0, 4.0])
-    got = simulated.step([first, second])[images]
-    assert got.nonzero().flatten().tolist() == [3, 5, 6, 200, 269]
-    assert got[[3, 5, 6, 200, 269]].tolist() == [8, -7, 3, 7, 4]
+    received = simulated.step([first, second])[images]
+    assert received.nonzero().flatten().tolist() == [3, 5, 6, 200, 269]
+    assert received[[3, 5, 6, 200, 269]].tolist() == [8, -7, 3, 7, 4]
     assert simulated.residuals()[images].nonzero().flatten().tolist() == [100]
 
 
 def test_elements_of_a_channels_last_weight_keep_their_positions() -> None:
-    used = compressor("compression=topk", "compression.density=0.01")
-    bucket, receiver = bucket_for(used), bucket_for(used)
+    compressor = make_compressor("compression=topk", "compression.density=0.01")
+    bucket, receiver = bucket_for(compressor), bucket_for(compressor)
     bucket.tensors["images"][2, 3, 1, 0] = 5.0
-    used.begin_step()
-    used.decode(used.encode(bucket), receiver)
+    compressor.begin_step()
+    compressor.decode(compressor.encode(bucket), receiver)
     assert receiver.tensors["images"][2, 3, 1, 0] == 5.0
     assert receiver.flat.count_nonzero() == 1
 
@@ -90,8 +90,8 @@ def test_bf16_rounding_error_stays_in_the_residual() -> None:
     simulated = SimulatedRanks(1, "compression=topk", "compression.density=0.01", "compression.values=bf16")
     gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[0] = 1 + 2**-12
-    got = simulated.step([gradient])
-    assert got[0] == 1
+    received = simulated.step([gradient])
+    assert received[0] == 1
     assert simulated.residuals()[0] == 2**-12
 
 
@@ -108,21 +108,21 @@ def test_non_finite_values_are_sent_and_leave_no_residual(values: str) -> None:
     simulated = SimulatedRanks(1, "compression=topk", "compression.density=0.02", f"compression.values={values}")
     gradient = torch.zeros_like(simulated.buckets[0].flat)
     gradient[[0, 5]] = torch.tensor([float("inf"), float("nan")])
-    got = simulated.step([gradient])
-    assert got[0].isinf()
-    assert got[5].isnan()
+    received = simulated.step([gradient])
+    assert received[0].isinf()
+    assert received[5].isnan()
     assert not simulated.residuals().any()
 
 
 @pytest.mark.parametrize(("values", "bits"), [("bf16", 16), ("full", 32)])
 def test_message_takes_about_six_bits_per_position(values: str, bits: int) -> None:
-    used = compressor("compression=topk", "compression.density=0.05", f"compression.values={values}")
-    assert isinstance(used, TopK)
-    bucket = bucket_for(used)
+    compressor = make_compressor("compression=topk", "compression.density=0.05", f"compression.values={values}")
+    assert isinstance(compressor, TopK)
+    bucket = bucket_for(compressor)
     bucket.flat.normal_()
-    used.begin_step()
-    message = used.encode(bucket)
-    count = sum(used.counts(bucket, 1).values())
+    compressor.begin_step()
+    message = compressor.encode(bucket)
+    count = sum(compressor.counts(bucket, 1).values())
     plain = 4 * bucket.uncompressed_numel
     assert message.numel() == pytest.approx(count * (bits + 6.26) / 8 + plain, abs=4 * 8)
     # As uint8, so that any backend carries it.
@@ -132,21 +132,21 @@ def test_message_takes_about_six_bits_per_position(values: str, bits: int) -> No
 def test_message_size_does_not_depend_on_content() -> None:
     sizes = set()
     for fill in (0.0, 1.0, float("nan")):
-        used = compressor("compression=topk")
-        bucket = bucket_for(used)
+        compressor = make_compressor("compression=topk")
+        bucket = bucket_for(compressor)
         bucket.flat.fill_(fill)
-        used.begin_step()
-        sizes.add(used.encode(bucket).numel())
+        compressor.begin_step()
+        sizes.add(compressor.encode(bucket).numel())
     assert len(sizes) == 1
 
 
 def test_truncated_message_is_refused() -> None:
-    used = compressor("compression=topk")
-    bucket = bucket_for(used)
-    used.begin_step()
-    message = used.encode(bucket)
+    compressor = make_compressor("compression=topk")
+    bucket = bucket_for(compressor)
+    compressor.begin_step()
+    message = compressor.encode(bucket)
     with pytest.raises(ValueError, match="bytes should have"):
-        used.decode(message[:-8], bucket)
+        compressor.decode(message[:-8], bucket)
 
 
 def test_bucket_without_compressed_part_is_summed_exactly() -> None:
