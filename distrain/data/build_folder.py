@@ -14,7 +14,7 @@ from pathlib import Path
 
 from distrain.errors import ConfigError
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _BUILD = ".build-"
 _LOCK = ".lock"
 
@@ -42,7 +42,7 @@ def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
     try:
         _lock(key, folder, lock)
         for stale in folder.glob(f"{_BUILD}*"):
-            _log.warning("removing %s, which a killed process left behind", stale)
+            log.warning("removing %s, which a killed process left behind", stale)
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=_BUILD, dir=folder, ignore_cleanup_errors=True) as temporary:
             yield Path(temporary)
@@ -60,7 +60,7 @@ def _lock(key: str, folder: Path, lock: int) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.info("waiting for another process that is writing to %s", folder)
+            log.info("waiting for another process that is writing to %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

@@ -24,7 +24,7 @@ from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, c
 from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError, missing
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -151,7 +151,7 @@ class Cifar10(DataSource):
             target.mkdir(exist_ok=True)
             for path in unpacked:
                 publish(path, target / path.name)
-            _log.info("CIFAR-10 is in %s", target)
+            log.info("CIFAR-10 is in %s", target)
 
 
 def _download_archive(archive: Path) -> None:

@@ -36,7 +36,7 @@ from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError
 from distrain.files.untrusted import read_json
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _FORMAT = 1
 _IMAGES, _MOMENTS, _META = "images.u8", "moments.i64", "meta.json"
 _MOMENT_BYTES = 2 * 8
@@ -129,7 +129,7 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCa
             cache = _open(spec, target)  # another process may have built it meanwhile
             if cache is None:
                 if target.exists():
-                    _log.warning("removing %s, which is damaged", target)
+                    log.warning("removing %s, which is damaged", target)
                     shutil.rmtree(target)
                 built = temporary / "cache"
                 _build(spec, built, workers or _available_cores())
@@ -186,7 +186,7 @@ def _build(spec: CacheSpec, built: Path, workers: int) -> None:
         )
     )
     count = min(workers, -(-len(spec.files) // decode.CHUNK))
-    _log.info("decoding %d images into %s with %d processes", len(spec.files), built.parent.parent, count)
+    log.info("decoding %d images into %s with %d processes", len(spec.files), built.parent.parent, count)
     broken = _decode(spec, job, count)
     meta = {
         "format": _FORMAT,

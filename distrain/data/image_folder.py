@@ -21,7 +21,7 @@ from distrain.data.decode import SUFFIXES
 from distrain.data.image_cache import CacheSpec, ImageCache, ImageFile, open_or_build
 from distrain.errors import ConfigError, missing
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _CACHE = ".distrain-cache"
 _TRAIN, _VAL, _TEST = "train", "val", "test"
 
@@ -106,7 +106,7 @@ class ImageFolder(DataSource):
         recipe = CacheSpec(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
         cache = open_or_build(recipe, self._cache_folder(), c.workers)
         if cache.broken:
-            _log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(listing.files))
+            log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(listing.files))
         everything = self._images(cache, listing)
         rows = {part: _without(indices, cache.broken) for part, indices in listing.parts.items()}
         if _TEST not in rows:
@@ -185,7 +185,7 @@ def _entries(root: Path, folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise missing("data.root", f"{folder} can't be read ({error.strerror})") from error
     if skipped_links:
-        _log.warning("ignoring %d symbolic links in %s to outside of %s", skipped_links, folder, root)
+        log.warning("ignoring %d symbolic links in %s to outside of %s", skipped_links, folder, root)
     return sorted(result, key=lambda entry: entry.name)
 
 

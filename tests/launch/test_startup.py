@@ -86,7 +86,7 @@ def test_help_and_simple_mistakes_do_not_wait_for_torch(typed: str, code: int, t
 def test_a_choice_is_found_in_the_file_named_after_it_or_in_another(tmp_path: Path) -> None:
     """``none`` lies in ``none.py``, ``resnet18`` and ``custom`` lie elsewhere; both are found, and nothing else is."""
     script = (
-        "import sys; from distrain.config.schema import choice; "
+        "import sys; from distrain.config.registry import choice; "
         "print(choice('compression', 'none').target.__module__, choice('model', 'resnet18').target.__module__, "
         "choice('model', 'custom').schema.__module__, 'distrain.compression.topk' in sys.modules)"
     )
