@@ -9,14 +9,21 @@ from distrain.files.untrusted import printable
 
 #: Exit code of a run that failed.
 EXIT_FAILED = 1
-#: Exit code of a configuration that can't run.
+#: Exit code of a command whose configuration was refused.
 EXIT_REFUSED = 2
-#: Exit code of a run that was asked to stop and saved everything, as sysexits' EX_TEMPFAIL: the same command goes on.
+#: Exit code of a run that saved everything and stopped on request (sysexits' EX_TEMPFAIL); run it again to continue.
 EXIT_STOPPED = 75
 
 
 class ConfigError(ValueError):
-    """What a user configured can't run; the message is one line that names the key, the value and the choices."""
+    """The configuration is refused; the message is one line that names the key, the value and the choices.
+
+    Args:
+        key: The configuration key, or another name for what is wrong.
+        value: Its value; :data:`ABSENT` if there is none to show.
+        problem: Why it is refused.
+        choices: What is permitted; the one closest to the value is suggested.
+    """
 
     def __init__(self, key: str, value: object, problem: str, choices: Iterable[object] = ()) -> None:
         shown = list(choices)
@@ -29,7 +36,7 @@ class ConfigError(ValueError):
         super().__init__(printable(" ".join(message.split())))
 
     def __reduce__(self) -> tuple[Callable[[str], ConfigError], tuple[str]]:
-        return refused, (str(self),)
+        return config_error_from_line, (str(self),)
 
 
 class _Absent:
@@ -38,36 +45,36 @@ class _Absent:
 
 
 ABSENT = _Absent()
-#: How a value that is not there is shown.
+#: How messages show a value that is absent.
 NO_VALUE = str(ABSENT)
 
 
-def missing(key: str, problem: str, choices: Iterable[object] = ()) -> ConfigError:
-    """A :class:`ConfigError` about a key that has no value to show."""
+def config_error(key: str, problem: str, choices: Iterable[object] = ()) -> ConfigError:
+    """Returns a :class:`ConfigError` whose message shows a key without a value."""
     return ConfigError(key, ABSENT, problem, choices)
 
 
-def refused(line: str) -> ConfigError:
-    """The :class:`ConfigError` that another process raised, from its line."""
+def config_error_from_line(line: str) -> ConfigError:
+    """Returns a :class:`ConfigError` with this message, for example one that another process raised."""
     return ConfigError.__new__(ConfigError, line)
 
 
 def show_value(value: object) -> str:
-    """A value as a user would type it on the command line."""
+    """Returns a value as a user would type it on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Terminated(Exception):
-    """The process was asked to end by a signal."""
+    """A signal asked the process to end."""
 
 
 class PeerLost(RuntimeError):
-    """Another rank is gone, and the run can't go on without it.
+    """Another rank has ended, and the run can't continue without it.
 
     Attributes:
-        rank: Which.
-        host: Where it was.
-        reason: Why, as far as anybody knows.
+        rank: The lost rank.
+        host: Name of its host.
+        reason: Why it ended, as far as is known.
     """
 
     def __init__(self, rank: int, host: str, reason: str) -> None:
@@ -76,10 +83,10 @@ class PeerLost(RuntimeError):
 
 
 class Stopped(Exception):
-    """All ranks ended at the same step because they were asked to; everything is saved.
+    """All ranks stopped after the same step on request; everything is saved.
 
     Attributes:
-        reason: Who asked: a signal, or the key of a limit.
+        reason: What asked for it: a signal's name, or the configuration key of a limit.
     """
 
     def __init__(self, reason: str, step: int) -> None:
@@ -88,8 +95,8 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """The run failed and all was said; the process ends with a code that is not zero."""
+    """The run failed and the failure has been reported; the process ends with a non-zero exit code."""
 
 
 class NonFinite(RuntimeError):
-    """A loss, a gradient or a parameter is NaN or infinite, and the run is not to go on."""
+    """A loss, a gradient or a parameter is NaN or infinite, and the configuration does not let the run continue."""

@@ -15,7 +15,7 @@ from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.base import DataSource, Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 from distrain.files.writing import write_json, write_yaml
 from distrain.models.base import DataDependentInit
 from distrain.models.build import check_model, instantiate_model
@@ -123,9 +123,9 @@ def check_sizes(config: Config, splits: Splits) -> None:
         ConfigError: As :func:`check`.
     """
     if not len(splits.train):
-        raise missing("data", "there is no image to train on")
+        raise config_error("data", "there is no image to train on")
     if not len(splits.test):
-        raise missing("data", "there is no image to test on")
+        raise config_error("data", "there is no image to test on")
     steps_per_epoch = -(-len(splits.train) // config.data.batch_size)
     schedulers.build(config.scheduler, steps_per_epoch, total_steps(config, steps_per_epoch))
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distrain.cli import app, hydra_entry, output
 from distrain.config.load import load_config
 from distrain.config.schema import Config, setting
-from distrain.errors import ConfigError, Failed, missing
+from distrain.errors import ConfigError, Failed, config_error
 from distrain.runtime.world import World
 from distrain.tools.chaos import report
 from distrain.tools.chaos.campaign import Campaign, Unusable
@@ -63,10 +63,10 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
     if target:
         output.check_writable(target)
     if not Path("/proc/self/environ").exists():
-        raise missing("chaos", "finds processes by /proc, which only Linux has")
+        raise config_error("chaos", "finds processes by /proc, which only Linux has")
     launcher = OneHost(settings.launcher, launch, settings.nproc)
     if not trainings:
-        raise missing("training", "none is given; put its keys after --, as in: -- strategy=ddp")
+        raise config_error("training", "none is given; put its keys after --, as in: -- strategy=ddp")
     hurt = _named([_training(keys, settings.nproc, conf) for keys in trainings])
     kinds = _possible(settings)
     folder = _folder(settings.folder)

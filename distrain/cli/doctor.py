@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from distrain.cli import output
 from distrain.config.schema import setting
-from distrain.errors import ConfigError, Failed, missing
+from distrain.errors import ConfigError, Failed, config_error
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces, report
 from distrain.tools.doctor.examination import Examination
@@ -102,7 +102,7 @@ def _world_and_rendezvous(settings: DoctorSettings) -> tuple[World, str, int]:
         if not colon:
             raise ConfigError("address", settings.address, "must be HOST:PORT, the same on all ranks")
     if world.size > 1 and not (host and port.isdigit()):
-        raise missing("address", f"{world.size} ranks need HOST:PORT of rank 0's host, where they meet")
+        raise config_error("address", f"{world.size} ranks need HOST:PORT of rank 0's host, where they meet")
     return world, host.strip("[]"), int(port) if port.isdigit() else 0
 
 
@@ -132,7 +132,7 @@ def _set_interface(host: str, command: Sequence[str]) -> None:
         own = outside[0] if len(outside) == 1 else interfaces.source_address()
     name = interfaces.interface_of(own, here)
     if not name:
-        raise missing("interface", f"no route to {host or 'other hosts'}; address=HOST:PORT names another", here)
+        raise config_error("interface", f"no route to {host or 'other hosts'}; address=HOST:PORT names another", here)
     variables = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     if not command:
         print("\n".join(f"export {key}={value}" for key, value in variables.items()), flush=True)
@@ -147,4 +147,4 @@ def _replace_process(command: Sequence[str], variables: dict[str, str]) -> NoRet
     try:
         os.execvp(command[0], list(command))
     except OSError as error:
-        raise missing("command", f"{command[0]}: {error.strerror}") from error
+        raise config_error("command", f"{command[0]}: {error.strerror}") from error

@@ -17,7 +17,7 @@ from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
 from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
 from distrain.data.base import DataSpec, Images, Splits, source_class
-from distrain.errors import ConfigError, refused
+from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.untrusted import printable
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
@@ -127,7 +127,7 @@ def _load(config: Config, folder: RunFolder) -> Splits:
     except ConfigError as error:
         if not str(error).startswith("data.root"):
             raise
-        raise refused(f"{error}; data_root=FOLDER names the run's data where it is now") from error
+        raise config_error_from_line(f"{error}; data_root=FOLDER names the run's data where it is now") from error
     if splits.spec != folder.spec:
         problem = f"holds {_shown(splits.spec)}; the run was trained on {_shown(folder.spec)}"
         raise ConfigError("data_root", config.data.root, problem)

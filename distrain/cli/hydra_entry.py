@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distrain.config.load import one_line
-from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, missing
+from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, config_error
 
 #: How long the other ranks of a host leave the word to its first.
 _PATIENCE_SECONDS = 2
@@ -154,11 +154,15 @@ def _check_options(arguments: Sequence[str]) -> None:
     try:
         options, unknown = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise missing("command line", str(error)) from error
+        raise config_error("command line", str(error)) from error
     if unknown and not unknown[0].startswith("-"):
-        raise missing(f"argument '{unknown[0]}'", "options such as --multirun stand before all settings or after them")
+        raise config_error(
+            f"argument '{unknown[0]}'", "options such as --multirun stand before all settings or after them"
+        )
     if unknown:
-        raise missing(f"argument '{unknown[0]}'", "no such option; settings are key=value, without dashes; see --help")
+        raise config_error(
+            f"argument '{unknown[0]}'", "no such option; settings are key=value, without dashes; see --help"
+        )
     if options.experimental_rerun is not None:
         raise ConfigError(
             "--experimental-rerun", options.experimental_rerun, "reads a pickle, which could run any code"
@@ -172,12 +176,14 @@ def explain(error: BaseException, conf: Path, config_name: str, arguments: Seque
         options = [str(option) for option in error.options or ()] or _files(conf / group)
         return ConfigError(group or config_name, name, "no such choice", options)
     if isinstance(error, OverrideParseException):
-        return missing(f"argument '{error.override}'", "is not of the form key=value, or a bracket or quote is open")
+        return config_error(
+            f"argument '{error.override}'", "is not of the form key=value, or a bracket or quote is open"
+        )
     overrides = _overrides(arguments)
     for override in overrides:
         key, value = override.key_or_group, override.value()
         if not key:
-            return missing(f"argument '{override.input_line}'", "is not of the form key=value")
+            return config_error(f"argument '{override.input_line}'", "is not of the form key=value")
         if key in _groups(conf) and not override.is_delete() and not isinstance(value, str | dict | Sweep):
             return ConfigError(key, value, "needs the name of a choice", _files(conf / key))
         if override.is_sweep_override() and "Ambiguous" in str(error):
@@ -188,10 +194,12 @@ def explain(error: BaseException, conf: Path, config_name: str, arguments: Seque
         key = str(cause.full_key or cause.key)
         parent, _, _ = key.rpartition(".")
         known = keys_of(parent, conf, config_name, overrides)
-        return missing(key, "no such key" if known != [] else f"no such key; to add it write +{key}=…", known or ())
+        return config_error(
+            key, "no such key" if known != [] else f"no such key; to add it write +{key}=…", known or ()
+        )
     if isinstance(cause, OmegaConfBaseException):
         return one_line(cause)
-    return missing("configuration", str(error) or type(error).__name__)
+    return config_error("configuration", str(error) or type(error).__name__)
 
 
 def keys_of(parent: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str] | None:

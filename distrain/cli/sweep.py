@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distrain.cli import hydra_entry
 from distrain.config.schema import setting
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 from distrain.tools.launching import table
 from distrain.tools.launching.jobs import DONE, Result, Runner, lines, make_jobs, quoted
 
@@ -134,7 +134,7 @@ def arguments(given: Sequence[str], script: Path, folder: str) -> list[str]:
             found.append(f"hydra.sweep.dir={value}")
         elif key.startswith("sweep."):
             if key.removeprefix("sweep.") not in known:
-                raise missing(key, "no such key", [f"sweep.{name}" for name in known])
+                raise config_error(key, "no such key", [f"sweep.{name}" for name in known])
             found.append(f"hydra.launcher.{argument.removeprefix('sweep.')}")
         elif key == "nproc":
             found.append(f"hydra.launcher.{argument}")

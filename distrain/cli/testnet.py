@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from distrain.config.schema import setting
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 from distrain.tools.testnet import network
 from distrain.tools.testnet.network import VirtualNetwork, host_name
 
@@ -114,7 +114,7 @@ def _enter_network(stack: contextlib.ExitStack, net: VirtualNetwork) -> VirtualN
     try:
         return stack.enter_context(net)
     except RuntimeError as error:
-        raise missing("testnet", str(error)) from error
+        raise config_error("testnet", str(error)) from error
 
 
 def _set_rate(net: VirtualNetwork, rate: str) -> None:
@@ -136,7 +136,7 @@ def _exec_on_host(settings: NetworkSettings, command: Sequence[str]) -> NoReturn
     if settings.host >= hosts:
         raise ConfigError("host", settings.host, f"{name} has hosts 0 to {hosts - 1}")
     if not command:
-        raise missing("command", "write the command after two dashes: testnet.py on host=0 -- COMMAND")
+        raise config_error("command", "write the command after two dashes: testnet.py on host=0 -- COMMAND")
     os.environ.update({"GLOO_SOCKET_IFNAME": "eth0", **network.rendezvous_variables(settings.host, hosts)})
     line = network.command_inside(up[name][host_name(settings.host)], command)
     os.execv(line[0], line)

@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from distrain.config.registry import GROUPS, choice, choices
 from distrain.config.schema import CheckpointConfig, Config, RuntimeConfig, TrainerConfig
-from distrain.errors import ABSENT, ConfigError, missing, refused, show_value
+from distrain.errors import ABSENT, ConfigError, config_error, config_error_from_line, show_value
 
 T = TypeVar("T")
 
@@ -36,11 +36,11 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
     """
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     if not isinstance(node, DictConfig):
-        raise missing("configuration", "is not a mapping of keys to values")
+        raise config_error("configuration", "is not a mapping of keys to values")
     fields = {f.name: f for f in dataclasses.fields(Config)}
     for key in node:
         if key not in fields:
-            raise missing(str(key), "no such key", fields)
+            raise config_error(str(key), "no such key", fields)
     values: dict[str, Any] = {}
     try:
         # While the whole is there to refer to: a group by itself can't follow ${…} to another.
@@ -57,7 +57,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
             elif spec.default is None:
                 values[key] = None
             else:
-                raise missing(key, f"needs a value: {spec.metadata['doc']}")
+                raise config_error(key, f"needs a value: {spec.metadata['doc']}")
         top = _typed("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
     except OmegaConfBaseException as error:
         raise one_line(error) from error
@@ -125,7 +125,7 @@ def _inner_choice(group: str, key: str, node: Any) -> Any:
         line = str(error)
         # A schema that compares its own keys names them by its group, which is not where they stand here.
         if line.startswith(f"{group}.") and not line.startswith(key):
-            raise refused(key + line.removeprefix(group)) from error
+            raise config_error_from_line(key + line.removeprefix(group)) from error
         raise
 
 
@@ -135,7 +135,7 @@ def _check_keys(key: str, schema: type[Any], node: Any) -> None:
     wanted = typing.get_type_hints(schema)
     for name in map(str, node):
         if name not in wanted:
-            raise missing(_join(key, name), "no such key", wanted)
+            raise config_error(_join(key, name), "no such key", wanted)
         if dataclasses.is_dataclass(wanted[name]):
             _check_keys(_join(key, name), wanted[name], node[name])
 
@@ -211,11 +211,11 @@ def one_line(error: BaseException, prefix: str = "", schema: type[Any] | None = 
     text = str(getattr(error, "msg", "") or error).splitlines()[0]
     if isinstance(error, MissingMandatoryValue):
         meanings = {_join(prefix, f.name): f.metadata.get("doc") for f in dataclasses.fields(schema)} if schema else {}
-        return missing(key, f"needs a value: {meanings[key]}" if meanings.get(key) else "needs a value")
+        return config_error(key, f"needs a value: {meanings[key]}" if meanings.get(key) else "needs a value")
     if isinstance(error, ConfigKeyError):
         names = [f.name for f in dataclasses.fields(schema)] if schema else ()
-        return missing(key, "no such key", names)
-    return missing(key or "configuration", text)
+        return config_error(key, "no such key", names)
+    return config_error(key or "configuration", text)
 
 
 def to_container(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from distrain import rng
 from distrain.config.registry import choice
 from distrain.config.schema import DataConfig
 from distrain.data.batch import Targets, map_targets
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 
 _VALIDATION, _TEST = 2, 3
 _CHUNK_BYTES = 1 << 24
@@ -185,7 +185,7 @@ def assemble(
     if len(keep) == 0:
         raise ConfigError("data.val_fraction", config.val_fraction, f"leaves none of {len(train)} images for training")
     if len(test) == 0:
-        raise missing("data", "there are no test images")
+        raise config_error("data", "there are no test images")
     everything = len(keep) == len(train)
     fit = train if everything else train.subset(keep)
     mean, std = config.mean, config.std

@@ -22,7 +22,7 @@ from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
 from distrain.data.build_folder import locked_build_folder, publish
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Cifar10(DataSource):
             text = file.read(_MAX_TEXT).decode("utf-8", errors="replace")
         names = tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(names) != len(CLASSES):
-            raise missing("data.root", f"{path} names {len(names)} classes, not {len(CLASSES)}")
+            raise config_error("data.root", f"{path} names {len(names)} classes, not {len(CLASSES)}")
         return names
 
     @staticmethod
@@ -131,7 +131,7 @@ class Cifar10(DataSource):
         """Pixels, uint8 [N, 3, 32, 32], and classes, int64 [N], of one file."""
         records = np.fromfile(path, dtype=np.uint8)
         if records.size != BATCH_IMAGES * _RECORD:
-            raise missing("data.root", f"{path} changed while it was read")
+            raise config_error("data.root", f"{path} changed while it was read")
         records = records.reshape(-1, _RECORD)
         if records[:, 0].max() >= len(CLASSES):
             row = int(records[:, 0].argmax())

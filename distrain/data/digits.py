@@ -14,7 +14,7 @@ import torch
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
-from distrain.errors import missing
+from distrain.errors import config_error
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
 _SIDE = 8
@@ -61,10 +61,10 @@ class Digits(DataSource):
                 text = file.read(_MAX_TEXT)
             table = np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.int64, ndmin=2)
         except (OSError, EOFError, ValueError) as error:
-            raise missing("data", f"{path} can't be read ({error})") from error
+            raise config_error("data", f"{path} can't be read ({error})") from error
         limits = np.array([_MAX_VALUE] * _SIDE * _SIDE + [9])
         if table.shape[1] != len(limits) or table.min() < 0 or (table > limits).any():
-            raise missing("data", f"{path} doesn't contain 8x8 digits with values from 0 to {_MAX_VALUE}")
+            raise config_error("data", f"{path} doesn't contain 8x8 digits with values from 0 to {_MAX_VALUE}")
         # Integer arithmetic, rounded to the nearest.
         pixels = (table[:, :-1] * 255 + _MAX_VALUE // 2) // _MAX_VALUE
         images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, _SIDE, _SIDE)
@@ -77,7 +77,7 @@ class Digits(DataSource):
         for folder in (package.submodule_search_locations or []) if package else []:
             if (path := Path(folder) / _FILE).is_file():
                 return path
-        raise missing(
+        raise config_error(
             "data=digits",
             "needs scikit-learn, which contains the images; run pip install 'distrain[digits]'",
         )

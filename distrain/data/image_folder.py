@@ -19,7 +19,7 @@ from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, c
 from distrain.data.build_folder import is_build_folder
 from distrain.data.decode import SUFFIXES
 from distrain.data.image_cache import CacheSpec, ImageCache, ImageFile, open_or_build
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 
 log = logging.getLogger(__name__)
 _CACHE = ".distrain-cache"
@@ -183,7 +183,7 @@ def _entries(root: Path, folder: Path) -> list[os.DirEntry[str]]:
                 else:
                     result.append(entry)
     except OSError as error:
-        raise missing("data.root", f"{folder} can't be read ({error.strerror})") from error
+        raise config_error("data.root", f"{folder} can't be read ({error.strerror})") from error
     if skipped_links:
         log.warning("ignoring %d symbolic links in %s to outside of %s", skipped_links, folder, root)
     return sorted(result, key=lambda entry: entry.name)

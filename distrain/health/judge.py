@@ -140,7 +140,7 @@ def judge(own_rank: int, ranks: Mapping[int, ObservedRank], limits: Limits, now:
     if silent:
         rank = min(silent, key=lambda rank: (required[rank].heartbeat_time, rank))
         cause = "its process is stopped, or its host or network is down"
-        return Verdict(rank, f"no heartbeat for {limits.silence:g} s ({cause}){_in_phase(ranks[rank])}")
+        return Verdict(rank, f"no heartbeat for {limits.silence:g} s ({cause}){_phase_suffix(ranks[rank])}")
     # Expendable ranks are included: the others wait for them too, as long as their processes exist.
     timed = {
         rank: observed
@@ -171,8 +171,8 @@ def why_stuck(own: ObservedRank, limits: Limits, now: float) -> str | None:
 
 def _no_progress(limits: Limits, observed: ObservedRank) -> str:
     seconds, key = limits.for_progress(observed.heartbeat)
-    return f"no progress within {key}={seconds:g}{_in_phase(observed)}"
+    return f"no progress within {key}={seconds:g}{_phase_suffix(observed)}"
 
 
-def _in_phase(observed: ObservedRank) -> str:
+def _phase_suffix(observed: ObservedRank) -> str:
     return f" in {observed.heartbeat.phase}" if observed.heartbeat.phase else ""

@@ -9,7 +9,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distrain.config.load import difference, fingerprint, to_container
 from distrain.config.schema import Config
-from distrain.errors import missing
+from distrain.errors import config_error
 from distrain.runtime.world import World
 
 
@@ -39,4 +39,4 @@ def require_same_configuration(config: Config, world: World, store: Store) -> No
             raise RuntimeError("not all ranks compared their configurations within runtime.setup_timeout_seconds")
         time.sleep(0.005)
     if store.check(["config_differs"]):
-        raise missing("configuration", f"differs between ranks: {store.get('config_differs').decode()}")
+        raise config_error("configuration", f"differs between ranks: {store.get('config_differs').decode()}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from distrain.errors import ConfigError, refused
+from distrain.errors import ConfigError, config_error_from_line
 from distrain.health.failure_report import archive_previous_report
 from distrain.runtime import launcher
 
@@ -43,7 +43,7 @@ def agree_on_run_dir(configured: str | None, rank: int, store: Store | None, lau
             store.set("run_dir", json.dumps(answer))
         answer = json.loads(store.get("run_dir"))
         if "refused" in answer:
-            raise refused(answer["refused"])
+            raise config_error_from_line(answer["refused"])
         path = Path(answer["path"])
     path.joinpath("logs").mkdir(parents=True, exist_ok=True)
     return path

@@ -13,7 +13,7 @@ from distrain.config.registry import register
 from distrain.config.schema import Config, TaskConfig
 from distrain.data.base import DataSpec, Images
 from distrain.data.evaluation_views import averaged_logits
-from distrain.errors import missing
+from distrain.errors import config_error
 from distrain.optim import losses
 from distrain.tasks.base import Evaluation, MetricState, Task
 
@@ -37,7 +37,7 @@ class Classification(Task):
     def __init__(self, config: Config, spec: DataSpec) -> None:
         super().__init__(config, spec)
         if not spec.classes:
-            raise missing("task.name", "classification needs data with classes")
+            raise config_error("task.name", "classification needs data with classes")
         self._loss = losses.build(config.loss)
         self._views = config.trainer.test_views
 

@@ -15,7 +15,7 @@ from distrain.config import schema
 from distrain.config.load import difference, fingerprint, load_config, to_container
 from distrain.config.registry import choices, locate, register
 from distrain.config.schema import setting
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 from tests.runs import compose
 
 
@@ -45,7 +45,7 @@ def test_values_are_shown_as_the_command_line_writes_them(value: object, shown: 
 
 
 def test_line_about_a_key_without_value() -> None:
-    assert str(missing("a.lrr", "no such key", ["lr", "name"])) == (
+    assert str(config_error("a.lrr", "no such key", ["lr", "name"])) == (
         "a.lrr: no such key; choices: lr, name (did you mean lr?)"
     )
 

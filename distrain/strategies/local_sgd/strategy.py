@@ -17,7 +17,7 @@ from distrain.compression.none import NoCompression
 from distrain.config.registry import register
 from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
 from distrain.data.sampler import shard_bounds
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 from distrain.gradients.buckets import Gradients
 from distrain.gradients.linear_partition import linear_partition
 from distrain.gradients.trainable_parameters import trainable_parameters
@@ -153,7 +153,7 @@ class LocalSGD(Single):
                 ["null"],
             )
         if any(group.epochs is not None for group in config.optimizer.groups):
-            raise missing("optimizer.groups", "epochs can't be counted where each rank makes updates of its own")
+            raise config_error("optimizer.groups", "epochs can't be counted where each rank makes updates of its own")
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:

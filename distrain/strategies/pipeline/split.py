@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
-from distrain.errors import ConfigError, missing
+from distrain.errors import ConfigError, config_error
 
 #: Sizes in bytes of the messages that tell a link's latency and its bandwidth.
 _MESSAGES = (4096, 4 * 2**20)
@@ -49,7 +49,9 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
     """
     if not isinstance(model, nn.Sequential):
         kind = type(model).__name__
-        raise missing("model", f"{kind} is no nn.Sequential, so a pipeline doesn't know between which parts to cut")
+        raise config_error(
+            "model", f"{kind} is no nn.Sequential, so a pipeline doesn't know between which parts to cut"
+        )
     names = [name for name, _ in model.named_children()]
     if stages > len(names):
         raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks to share out", names)
