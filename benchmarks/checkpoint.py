@@ -59,12 +59,13 @@ TRAINING = [
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """One rank of a contender's run; seconds of the timed steps, and what the run says of its checkpoints."""
-    from distrain.cli import app
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
     from distrain.runtime.runtime import Runtime
     from distrain.runtime.world import World
+    from distrain.training.assembly import build_trainer
     from distrain.training.callbacks import Callback
+    from distrain.training.run_plan import RunPlan, data_source
 
     ticks: dict[int, float] = {}
 
@@ -74,9 +75,9 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
 
     checked = load_config(cli.compose(ROOT / "conf", "config", overrides))
     world = World.from_environment()
-    splits = app.source(checked).load()
+    splits = data_source(checked).load()
     with Runtime(checked, world) as runtime:
-        trainer = app.build_trainer(checked, runtime, splits)
+        trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
         trainer.callbacks.append(Watch())
         summary = trainer.fit()
     return {"seconds": ticks[WARMUP + steps] - ticks[WARMUP], **summary["checkpoint"]}

@@ -40,6 +40,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from distrain.config.load import load_config
 from distrain.tools.testnet import network
+from distrain.training.assembly import build_trainer
+from distrain.training.run_plan import RunPlan, data_source
 
 ROOT = Path(__file__).parent.parent
 TORCH_HOOKS = ("none", "fp16", "bf16", "powersgd", "quantization")
@@ -105,17 +107,16 @@ class Enough(Exception):
 
 def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path, hosts: int) -> Record:
     """Trains as ``launch/train.py`` would, and notes every step."""
-    from distrain.cli import app
     from distrain.cli import hydra_entry as cli
     from distrain.runtime.runtime import Runtime
     from distrain.runtime.world import World
 
     configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
     world = World.from_environment()
-    splits = app.source(configuration).load()
+    splits = data_source(configuration).load()
     record = Record(arguments, SETTLING if contender == "auto" else 0)
     with Runtime(configuration, world) as runtime:
-        trainer = app.build_trainer(configuration, runtime, splits)
+        trainer = build_trainer(RunPlan.resolve(configuration, runtime.world), runtime, splits)
         strategy, everyone = trainer.strategy, runtime.communicator()
         step = strategy.train_step
         if contender != "auto":
@@ -142,13 +143,12 @@ def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path,
 
 def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: int) -> Record:
     """A bare loop around torch's DistributedDataParallel, over the same model and batches."""
-    from distrain.cli import app
     from distrain.cli import hydra_entry as cli
     from distrain.data.loader import Loader
     from distrain.models.resnet import ResNet18
 
     configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, "none", folder, hosts)))
-    splits = app.source(configuration).load()
+    splits = data_source(configuration).load()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)

@@ -170,11 +170,12 @@ def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], 
         watch: Is given the trainer before it trains.
         *overrides: What else is said on the command line.
     """
-    from distrain.cli import app
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
     from distrain.runtime.runtime import Runtime
     from distrain.runtime.world import World
+    from distrain.training.assembly import build_trainer
+    from distrain.training.run_plan import RunPlan, data_source
 
     world = World.from_environment()
     checked = load_config(
@@ -198,9 +199,9 @@ def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], 
             ],
         )
     )
-    splits = app.source(checked).load()
+    splits = data_source(checked).load()
     with Runtime(checked, world) as runtime:
-        trainer = app.build_trainer(checked, runtime, splits)
+        trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
         watch(trainer)
         trainer.fit()
 

@@ -114,13 +114,13 @@ class Timeline:
 
     def watch_trainer(self, trainer: Any) -> None:
         """A distrain trainer with a strategy that reduces gradients in buckets."""
-        strategy, loader = trainer.strategy, trainer._loaders["train"]
+        strategy, loader = trainer.strategy, trainer.loaders["train"]
         epoch, start = loader.epoch, strategy.replicas.start_all_reduce
         loader.epoch = lambda *args: self.drawn(epoch(*args))
         self.watch_model(strategy.model)
         strategy.gradients.finish = self.within("exchange", strategy.gradients.finish)
         strategy.gradients._launch = self.within("exchange", strategy.gradients._launch)
-        trainer._log = self.within("log", trainer._log)
+        trainer.report.log_steps = self.within("log", trainer.report.log_steps)
 
         def start_all_reduce(*args: Any) -> Any:
             pending = start(*args)

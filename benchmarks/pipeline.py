@@ -25,14 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distrain.cli import app
 from distrain.cli import hydra_entry as cli
 from distrain.config import schema
 from distrain.config.load import load_config
 from distrain.models.build import instantiate_model
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.training.assembly import build_trainer
 from distrain.training.callbacks import Callback
+from distrain.training.run_plan import RunPlan, data_source
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 1024
@@ -78,9 +79,9 @@ def distrain(arguments: argparse.Namespace) -> float:
         def on_step_end(self, trainer: Any) -> None:
             marks.append(time.perf_counter())
 
-    splits = app.source(checked).load()
+    splits = data_source(checked).load()
     with Runtime(checked, world) as runtime:
-        trainer = app.build_trainer(checked, runtime, splits)
+        trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
         trainer.callbacks.append(Watch())
         trainer.fit()
     return marks[-1] - marks[WARMUP - 1]

@@ -159,6 +159,7 @@ def trace(began: float, overrides: list[str]) -> None:
     with parts.part("import hydra"):
         from distrain.cli import hydra_entry as cli
         from distrain.config.load import load_config
+        from distrain.training.run_plan import data_source
     with parts.part("compose"):
         composed = cli.compose(ROOT / "conf", "config", overrides)
     with parts.part("import torch"), cli.importing():
@@ -176,12 +177,12 @@ def trace(began: float, overrides: list[str]) -> None:
         os._exit(0)
 
     parts.around(app, "check", "check")
-    parts.around(type(app.source(checked)), "load", "data")
+    parts.around(type(data_source(checked)), "load", "data")
     parts.around(Runtime, "__enter__", "meet")
     parts.around(app, "settled", "try formats")
     parts.around(app, "build_trainer", "build")
     parts.around(Trainer, "_resume", "resume")
-    parts.around(Trainer, "_take_step", "first step")
+    parts.around(Trainer, "take_step", "first step")
     Trainer._agree = end  # type: ignore[assignment, method-assign]
     with parts.part("other"):
         app.train(checked)

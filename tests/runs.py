@@ -11,12 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distrain.cli import app, hydra_entry
+from distrain.cli import hydra_entry
 from distrain.config.load import load_config
 from distrain.config.schema import Config
+from distrain.data.base import Splits
 from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.training.assembly import build_trainer
+from distrain.training.run_plan import RunPlan, data_source
+from distrain.training.trainer import Trainer
 
 CONF = Path(__file__).parent.parent / "conf"
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -77,6 +81,17 @@ class NormNet(BlockSequence):
         super().__init__({"first": block(in_channels, 8), "second": block(8, 16), "head": head})
 
 
+def check(configuration: Config, world: World) -> None:
+    """Refuses what ``launch/train.py`` would refuse before it loads data."""
+    RunPlan.resolve(configuration, world).check()
+
+
+def trainer_for(configuration: Config, runtime: Runtime, splits: Splits | None = None) -> Trainer:
+    """A trainer with its parts, by default on the configured data."""
+    plan = RunPlan.resolve(configuration, runtime.world)
+    return build_trainer(plan, runtime, splits or plan.source.load())
+
+
 def train_on_rank(configuration: Config) -> dict[str, Any]:
     """What a rank of a test run does: trains as ``launch/train.py`` would.
 
@@ -84,10 +99,10 @@ def train_on_rank(configuration: Config) -> dict[str, Any]:
         ``summary`` and, as plain tensors, ``model`` after the last step.
     """
     world = World.from_environment()
-    app.check(configuration, world)
-    splits = app.source(configuration).load()
+    check(configuration, world)
+    splits = data_source(configuration).load()
     with Runtime(configuration, world) as runtime:
-        trainer = app.build_trainer(configuration, runtime, splits)
+        trainer = trainer_for(configuration, runtime, splits)
         summary = trainer.fit()
         model = {name: tensor.detach().clone() for name, tensor in trainer.strategy.model_state().items()}
     return {"summary": summary, "model": model, "run_dir": str(runtime.run_dir)}

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
 from distrain.training.trainer import Trainer
 from tests.harness import run_ranks
-from tests.runs import small
+from tests.runs import small, trainer_for
 
 DESCRIPTORS = Path("/proc/self/fd")
 #: A little before the end of an epoch, and many epochs later.
@@ -37,7 +36,7 @@ class Inventory(Callback):
 def train(config: Config) -> list[tuple[int, int]]:
     inventory = Inventory()
     with Runtime(config, World.from_environment()) as runtime:
-        trainer = app.build_trainer(config, runtime, app.source(config).load())
+        trainer = trainer_for(config, runtime)
         trainer.callbacks.append(inventory)
         trainer.fit()
     return inventory.found

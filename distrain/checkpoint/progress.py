@@ -42,6 +42,12 @@ class Progress:
     skipped_updates: int = 0
     rewinds: int = 0
 
+    def advance(self, samples: int) -> None:
+        """One more update, on a global batch of so many samples."""
+        self.step += 1
+        self.epoch_samples += samples
+        self.samples += samples
+
     @classmethod
     def read(cls, saved: Mapping[str, Any], metrics: int) -> Progress:
         """Makes a :class:`Progress` of saved fields, which are not trusted.

@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from distrain.cli import app, hydra_entry, output
+from distrain.cli import hydra_entry, output
 from distrain.config.load import load_config
 from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError, Failed, config_error
@@ -26,6 +26,7 @@ from distrain.tools.chaos.disturbed import Recovery, Training
 from distrain.tools.chaos.job import Hosts, Launcher, OneHost
 from distrain.tools.chaos.plan import KINDS
 from distrain.tools.testnet.network import VirtualNetwork
+from distrain.training.run_plan import RunPlan
 
 _NETWORKED = [name for name, kind in KINDS.items() if kind.needs_network]
 
@@ -113,7 +114,7 @@ def _training(keys: Sequence[str], nproc: int, conf: Path) -> Training:
     for key, value in (("run_dir", checked.run_dir), ("resume", checked.resume)):
         if value not in (None, "auto"):
             raise ConfigError(key, value, "is for this command to choose")
-    app.check(checked, World(0, nproc, 0, nproc, socket.gethostname()))
+    RunPlan.resolve(checked, World(0, nproc, 0, nproc, socket.gethostname())).check()
     runtime = checked.runtime
     return Training(
         _name(checked),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain.cli import app, output
+from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
 from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
@@ -22,13 +22,11 @@ from distrain.files.untrusted import printable
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies import base as strategy_base
-from distrain.strategies.base import Strategy
 from distrain.strategies.ddp import DDPConfig
-from distrain.strategies.precision import Precision
-from distrain.tasks import base as tasks
 from distrain.tasks.base import Evaluation, Task
+from distrain.training.assembly import build_loader
 from distrain.training.evaluation import evaluate
+from distrain.training.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
 
@@ -66,24 +64,22 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         output.check_writable(target)
     config = _adapted(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
-    task = tasks.build(config, folder.spec)
     model = folder.model(weights, settings.allow)
-    runtime = Runtime(config, world, keep_logs=False)
-    splits = _load(config, folder)
+    plan, splits = _load(config, world, folder)
     images: Images = getattr(splits, settings.split)
     if not len(images):
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
         raise ConfigError("split", settings.split, "the run has no such images", others)
-    with runtime:
-        found = _evaluate(config, runtime, task, splits, images, model)
+    with Runtime(config, world, keep_logs=False) as runtime:
+        found = _evaluate(plan, runtime, splits, images, model)
         # Ranks that were started with different settings would add up different images.
         if found.count != len(images):
             raise RuntimeError(f"{found.count} images were evaluated, not the {len(images)} of the split")
-    result = _result(settings.split, weights, task, found)
+    result = _result(settings.split, weights, plan.task, found)
     if runtime.is_main:
         output.write_text(target, json.dumps(result, indent=2) + "\n")
         if target is not None:
-            print(_table(result, task), flush=True)
+            print(_table(result, plan.task), flush=True)
     return result
 
 
@@ -116,14 +112,15 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
     )
 
 
-def _load(config: Config, folder: RunFolder) -> Splits:
-    """The data, normalised as the run did, if it has the run's shape and classes.
+def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Splits]:
+    """The plan, and the data, normalised as the run did, if it has the run's shape and classes.
 
     Raises:
         ConfigError: The data is not where the run had it, or is another one.
     """
     try:
-        splits = app.source(config).load()
+        plan = RunPlan.resolve(config, world)
+        splits = plan.source.load()
     except ConfigError as error:
         if not str(error).startswith("data.root"):
             raise
@@ -131,7 +128,7 @@ def _load(config: Config, folder: RunFolder) -> Splits:
     if splits.spec != folder.spec:
         problem = f"holds {_shown(splits.spec)}; the run was trained on {_shown(folder.spec)}"
         raise ConfigError("data_root", config.data.root, problem)
-    return dataclasses.replace(splits, mean=folder.mean, std=folder.std)
+    return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std)
 
 
 def _shown(spec: DataSpec) -> str:
@@ -139,20 +136,18 @@ def _shown(spec: DataSpec) -> str:
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
 
 
-def _evaluate(
-    config: Config, runtime: Runtime, task: Task, splits: Splits, images: Images, model: nn.Module
-) -> Evaluation:
+def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Evaluation:
     runtime.activity.phase = "evaluation"
-    strategy: Strategy = strategy_base.build(config, runtime)
-    layout = app.memory_format(config, runtime.device, model)
-    model.to(device=runtime.device, dtype=Precision(config.trainer.precision, runtime.device).dtype)
+    strategy = plan.strategy(plan.config, runtime)
+    layout = plan.memory_format(model)
+    model.to(device=plan.device, dtype=plan.dtype)
     model.to(memory_format=layout)  # type: ignore[call-overload]
-    loader = app.make_loader(config, strategy, splits, images, layout, training=False)
+    loader = build_loader(plan, strategy, splits, images, layout, training=False)
     first = next(loader.epoch(0))
     # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
-    strategy.setup(model, task, lambda named: build_optimizer(config.optimizer, named), first.inputs)
+    strategy.setup(model, plan.task, lambda named: build_optimizer(plan.config.optimizer, named), first.inputs)
     with torch.inference_mode():
-        return evaluate(strategy, task, loader, runtime.communicator())
+        return evaluate(strategy, plan.task, loader, runtime.communicator())
 
 
 def _result(split: str, weights: Weights, task: Task, found: Evaluation) -> dict[str, Any]:

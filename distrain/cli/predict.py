@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distrain.cli import app, output
+from distrain.cli import output
 from distrain.cli.run_folder import RunFolder
 from distrain.cli.settings import RunSettings, one_process
 from distrain.config.schema import setting
@@ -33,6 +33,7 @@ from distrain.runtime.world import World
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
+from distrain.training import auto_format
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Predictor:
         self._device = choose_device(config, world)
         self._precision = Precision(config.trainer.precision, self._device)
         model = folder.model(folder.weights(settings.checkpoint), settings.allow)
-        self._layout = app.memory_format(config, self._device, model)
+        self._layout = auto_format.memory_format(config, self._device, model)
         model.to(device=self._device, dtype=self._precision.dtype)
         self._model: nn.Module = model.to(memory_format=self._layout)  # type: ignore[call-overload]
 

@@ -45,7 +45,7 @@ class StepResult:
         metric_sums: Sums of the task's metrics, ``[len(task.metrics)]`` on the device.
         count: Samples in this rank's share.
         outputs: The model's, for each of them; only from :meth:`Strategy.eval_step`, on the rank that has them.
-        left_out: The gradient was not finite, and there was no update; see :attr:`Strategy.decides_alone`. Only where
+        left_out: The gradient was not finite, and there was no update; see :attr:`Strategy.skips_locally`. Only where
             ``trainer.on_nonfinite`` is ``skip`` or ``rewind``, since looking costs something.
     """
 
@@ -112,21 +112,21 @@ class Strategy(ABC):
         """
 
     @classmethod
-    def shares(cls, config: Config, world_size: int) -> int:
+    def data_parallel_size(cls, config: Config, world_size: int) -> int:
         """How many ranks share a batch."""
         return world_size
 
     @classmethod
-    def whole_models(cls, config: Config, world_size: int) -> int:
+    def full_model_ranks(cls, config: Config, world_size: int) -> int:
         """How many ranks, from the first on, each run forward and backward passes of the whole model."""
-        return cls.shares(config, world_size)
+        return cls.data_parallel_size(config, world_size)
 
     @classmethod
-    def rehearse(cls, config: Config, world_size: int, model: nn.Module) -> None:
+    def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
         """Makes a whole model, which is to be timed and thrown away, compute as in a step, but without other ranks."""
 
     @property
-    def everyone(self) -> Communicator:
+    def training_group(self) -> Communicator:
         """The ranks that run the training loop together."""
         return self.runtime.communicator()
 
@@ -185,15 +185,15 @@ class Strategy(ABC):
         """How the ranks that train agree, between steps, on what one of them wishes; all call it together, once."""
         if self.runtime.world.size == 1:
             return SingleRankConsensus()
-        return AllReduceConsensus(self.runtime.control_group(), lambda: self.met)
+        return AllReduceConsensus(self.runtime.control_group(), lambda: self.synchronised)
 
     @property
-    def decides_alone(self) -> bool:
+    def skips_locally(self) -> bool:
         """Whether each rank leaves out updates by its own gradient; else all ranks leave out the same."""
         return False
 
     @property
-    def met(self) -> bool:
+    def synchronised(self) -> bool:
         """Whether the ranks waited for each other in the last step; the same on all of them."""
         return True
 
@@ -201,7 +201,7 @@ class Strategy(ABC):
         """This rank's share, where ranks may leave; all ranks call it together before they go through data."""
         return self.data_shard
 
-    def total(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
+    def reduce_counts(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
         """Sum over the ranks of what each has counted since its last call.
 
         Args:
@@ -210,10 +210,10 @@ class Strategy(ABC):
             settled: All ranks are at the same step. Where ranks don't keep step, a log need not wait for it, and gets
                 what has been counted by then.
         """
-        return self.everyone.all_reduce(counted)
+        return self.training_group.all_reduce(counted)
 
     @torch.no_grad()
-    def agree_on(self, model: nn.Module, communicator: Communicator) -> None:
+    def sync_initial_state(self, model: nn.Module, communicator: Communicator) -> None:
         """Compares the initial parameters and buffers by hash; where a rank's differ, rank 0's are taken."""
         mine = digest(model.state_dict().values()).to(self.runtime.device)
         hashes = [int(each) for each in communicator.all_gather(mine)]
@@ -261,7 +261,7 @@ class Strategy(ABC):
         Here it is what compression costs and keeps back: milliseconds a step that a rank compresses and decompresses,
         the mean of all ranks, and the Euclidean norm of what all ranks together have not sent yet.
         """
-        return self.compression_metrics(self.everyone)
+        return self.compression_metrics(self.training_group)
 
     def compression_metrics(self, communicator: Communicator) -> dict[str, float]:
         """What :meth:`metrics` says of compression, over these ranks."""
@@ -282,7 +282,7 @@ class Strategy(ABC):
 
     def report(self) -> dict[str, Any]:
         """More for ``summary.json``, by part; all ranks call it together at the end of a run."""
-        metrics = self.compression_metrics(self.everyone)
+        metrics = self.compression_metrics(self.training_group)
         found = {name.removeprefix("compression/"): value for name, value in metrics.items()}
         return {"compression_report": {**found, **self.compressor.report()}} if found else {}
 
@@ -303,11 +303,11 @@ class Strategy(ABC):
         return fit()
 
 
-def chosen(config: Config) -> type[Strategy]:
+def strategy_class(config: Config) -> type[Strategy]:
     """The class of the strategy that the configuration names."""
     return cast(type[Strategy], choice("strategy", config.strategy.name).target)
 
 
 def build(config: Config, runtime: Runtime) -> Strategy:
     """The strategy that the configuration names."""
-    return chosen(config)(config, runtime)
+    return strategy_class(config)(config, runtime)

@@ -64,7 +64,7 @@ class DDP(Single):
         """Any number of ranks will do."""
 
     @classmethod
-    def rehearse(cls, config: Config, world_size: int, model: nn.Module) -> None:
+    def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
         """BatchNorm over all replicas is no kernel of torch's; see the base class."""
         assert isinstance(config.strategy, DDPConfig)
         if config.strategy.batchnorm == "sync" and world_size > 1:
@@ -72,7 +72,7 @@ class DDP(Single):
 
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model; see the base class."""
-        self.agree_on(model, self.replicas)
+        self.sync_initial_state(model, self.replicas)
         assert isinstance(self.config.strategy, DDPConfig)
         if self.config.strategy.batchnorm == "sync" and self.replicas.size > 1:
             layers = batchnorm.synchronise(model, self.replicas)

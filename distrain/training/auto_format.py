@@ -61,7 +61,7 @@ class Formats:
     memory_format: str
 
 
-def settled(
+def resolve_auto(
     config: Config, runtime: Runtime, splits: Splits, task: Task, make_model: Callable[[], nn.Module]
 ) -> Config:
     """The configuration with ``trainer.precision`` and ``trainer.memory_format`` chosen; all ranks call it together.
@@ -111,6 +111,12 @@ def usual_layout(precision: str, device: torch.device, model: nn.Module) -> str:
     if device.type == "cuda":
         pays = pays and precision in ("bf16", "fp16")
     return "channels_last" if pays else "contiguous"
+
+
+def memory_format(config: Config, device: torch.device, model: nn.Module) -> torch.memory_format:
+    """The configured layout; for ``auto`` :func:`usual_layout`."""
+    layout = config.trainer.memory_format
+    return LAYOUTS[usual_layout(config.trainer.precision, device, model) if layout == "auto" else layout]
 
 
 def usual_precision(device: torch.device) -> str:
@@ -163,8 +169,8 @@ def _tried(
     config: Config, runtime: Runtime, splits: Splits, task: Task, make_model: Callable[[], nn.Module]
 ) -> Formats | None:
     """The fastest by trial, the same on all ranks; ``None`` where nothing can be tried."""
-    strategy, world = strategy_base.chosen(config), runtime.world
-    triers = strategy.whole_models(config, world.size)
+    strategy, world = strategy_base.strategy_class(config), runtime.world
+    triers = strategy.full_model_ranks(config, world.size)
     if not triers:
         return None
     model = make_model()
@@ -172,8 +178,8 @@ def _tried(
     if len(candidates) == 1:
         return candidates[0]
     usual = {each: usual_layout(each, runtime.device, model) for each in _precisions(config)}
-    strategy.rehearse(config, world.size, model)
-    share = math.ceil(config.data.batch_size / strategy.shares(config, world.size))
+    strategy.prepare_trial(config, world.size, model)
+    share = math.ceil(config.data.batch_size / strategy.data_parallel_size(config, world.size))
     # BatchNorm needs two.
     share = max(min(share, config.trainer.micro_batch_size or share), 2)
     images = splits.train.subset(torch.arange(min(share, len(splits.train))))

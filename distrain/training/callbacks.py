@@ -89,11 +89,11 @@ class PlainProgress(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Starts the clock."""
-        self._last = trainer.seconds()
+        self._last = trainer.report.seconds()
 
     def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Prints a line if the last is old enough."""
-        now = trainer.seconds()
+        now = trainer.report.seconds()
         if now - self._last < self._every:
             return
         self._last = now
@@ -107,7 +107,7 @@ class PlainProgress(Callback):
 
     def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Prints the epoch's line."""
-        self._last = trainer.seconds()
+        self._last = trainer.report.seconds()
         print(_epoch_line(trainer, values), file=self._stream or sys.stderr, flush=True)
 
 

@@ -99,7 +99,7 @@ class NonFiniteGuard:
     def _tell(self, finite: bool, batch: Batch, step: int) -> None:
         rank = self._strategy.runtime.world.rank
         mine = {"rank": rank, "finite": finite, "samples": shown(batch.indices)}
-        told = [mine] if self._strategy.decides_alone else self._everyone.all_gather_json(mine, self._device)
+        told = [mine] if self._strategy.skips_locally else self._everyone.all_gather_json(mine, self._device)
         losses = [f"rank {each['rank']} (samples {each['samples']})" for each in told if not each["finite"]]
         what = f"the loss of {', '.join(losses)}" if losses else "the gradient, though no loss,"
         log.warning("step %d: %s is not finite; the update is left out", step, what)
@@ -118,7 +118,7 @@ class NonFiniteGuard:
             return
         world = self._strategy.runtime.world
         mine: dict[str, Any] = {"rank": world.rank, "host": world.host, "step": int(self._first)}
-        told = [mine] if self._strategy.decides_alone else self._everyone.all_gather_json(mine, self._device)
+        told = [mine] if self._strategy.skips_locally else self._everyone.all_gather_json(mine, self._device)
         bad = sorted((each["step"], each["rank"], each["host"]) for each in told if each["step"] >= 0)
         if not bad:
             return

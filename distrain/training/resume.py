@@ -181,7 +181,7 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
     Raises:
         ConfigError: A rank can't read the checkpoint, or it doesn't fit this run.
     """
-    everyone = strategy.everyone
+    everyone = strategy.training_group
     path = None
     if config.resume == "auto":
         path = newest(runtime, everyone)
@@ -191,7 +191,7 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
 
 
 def _load(config: Config, runtime: Runtime, strategy: Strategy, task: Task, path: Path, samples: int) -> Resumed:
-    everyone = strategy.everyone
+    everyone = strategy.training_group
     problem = ""
     try:
         state, where = checkpoint_reader.load(path)

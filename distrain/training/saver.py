@@ -242,7 +242,7 @@ def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
     if runtime.is_main:
         checkpoint_retention.remove_leftovers(folder)
     if not config.checkpoint.background or not strategy.saves_in_background:
-        return Saver(folder, keep, strategy.everyone, runtime.device, background=False)
+        return Saver(folder, keep, strategy.training_group, runtime.device, background=False)
     if runtime.world.size == 1:
         return Saver(folder, keep, background=True, expected=functools.partial(_to_be_saved, strategy))
     return Saver(

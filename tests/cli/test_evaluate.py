@@ -13,13 +13,12 @@ from torch import nn
 
 from distrain.cli import evaluate, hydra_entry, settings
 from distrain.cli.evaluate import EvaluateSettings
-from distrain.config.schema import Config
 from distrain.data.base import DataSpec, Images, Splits
 from distrain.data.cifar10 import Cifar10
 from distrain.errors import ConfigError
 from distrain.runtime.runtime import Runtime
-from distrain.tasks.base import Task
 from distrain.tasks.classification import Classification
+from distrain.training.run_plan import RunPlan
 from tests.data.helpers import write_image
 from tests.harness import run_ranks
 from tests.runs import CONF, small
@@ -132,7 +131,7 @@ def test_moved_data_is_normalised_as_in_training(
     dark, bright = trees
     seen: list[Splits] = []
 
-    def stop(config: Config, runtime: Runtime, task: Task, splits: Splits, images: Images, model: nn.Module) -> Any:
+    def stop(plan: RunPlan, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Any:
         seen.append(splits)
         raise KeyboardInterrupt
 

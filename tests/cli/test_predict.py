@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.cli import app, evaluate, hydra_entry, predict, settings
+from distrain.cli import evaluate, hydra_entry, predict, settings
 from distrain.cli.predict import Prediction, PredictSettings
 from distrain.cli.run_folder import RunFolder
 from distrain.data.base import Images
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
+from distrain.training.run_plan import data_source
 from tests.data.helpers import write_image
 from tests.runs import CONF
 from tests.trained import change_config, save_test_images
@@ -69,7 +70,7 @@ def test_files_get_what_evaluation_gives_the_same_images(
 
 def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: tuple[Path, list[int]]) -> None:
     opened = RunFolder.open(str(run))
-    test = app.source(opened.config).load().test
+    test = data_source(opened.config).load().test
     loader = Loader(
         Images(test.images, test.targets),
         batch_size=31,

@@ -183,7 +183,7 @@ def test_a_file_that_is_no_text_of_a_run_is_refused(run: Path, name: str) -> Non
         ({"height": 8.0}, "needs height"),
         ({"width": True}, "needs width"),
         ({"width": None}, "needs width"),
-        ({"classes": []}, "needs classes"),
+        ({"classes": "cat"}, "needs classes"),
         ({"classes": ["a", 1]}, "needs classes"),
         ({"mean": [0.5]}, "needs mean, a list of 3 numbers"),
         ({"mean": [0.5, 0.5, float("nan")]}, "needs mean"),

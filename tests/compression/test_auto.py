@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.cli import app
 from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Pending
 from distrain.compression import auto, base
@@ -31,7 +30,7 @@ from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests.harness import run_ranks
-from tests.runs import compose, small, train_on_rank
+from tests.runs import check, compose, small, train_on_rank
 from tests.strategies.helpers import ALONE
 
 CPU = torch.device("cpu")
@@ -177,8 +176,8 @@ def test_a_mistake_in_a_candidate_is_named_by_its_full_key(overrides: list[str],
 
 def test_a_cap_that_allows_what_can_t_serve_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^compression\.most_lossy=topk: allows powersgd, but trainer\.precision"):
-        app.check(compose("compression=auto", "trainer.precision=fp16"), ALONE)
-    app.check(compose("compression=auto", "trainer.precision=fp16", "compression.most_lossy=fp16"), ALONE)
+        check(compose("compression=auto", "trainer.precision=fp16"), ALONE)
+    check(compose("compression=auto", "trainer.precision=fp16", "compression.most_lossy=fp16"), ALONE)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.training.run_plan import data_source
 from tests.harness import run_ranks
-from tests.runs import relative_difference, small, train_on_rank
+from tests.runs import relative_difference, small, train_on_rank, trainer_for
 
 ALL = sorted(set(choices("compression")) - {"auto"})
 #: Overrides per compressor, so that the tests' small tensors are compressed.
@@ -198,12 +199,10 @@ def _resave_on_rank(configuration: Any) -> None:
     """Resumes and immediately saves what was loaded."""
     from dataclasses import asdict
 
-    from distrain.cli import app
-
     world = World.from_environment()
-    splits = app.source(configuration).load()
+    splits = data_source(configuration).load()
     with Runtime(configuration, world) as runtime:
-        trainer = app.build_trainer(configuration, runtime, splits)
+        trainer = trainer_for(configuration, runtime, splits)
         trainer._resume()
         state = {**trainer.strategy.state_dict(), "layout": trainer.strategy.layout}
         checkpoint_writer.save(runtime.run_dir / "resaved", state, asdict(trainer.progress), runtime.communicator())

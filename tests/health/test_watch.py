@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
@@ -23,8 +22,9 @@ from distrain.errors import Failed
 from distrain.health.judge import UNREPORTED_EXIT
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.training.run_plan import data_source
 from tests.harness import run_ranks, run_ranks_to_the_end
-from tests.runs import small, train_on_rank
+from tests.runs import small, train_on_rank, trainer_for
 
 HOST = World.from_environment().host
 #: Limit for the time of a step and for the time without a heartbeat, in seconds.
@@ -101,7 +101,7 @@ def run_with_fault(
 
 
 def expected_samples(configuration: Config, shard: tuple[int, int], batch: int = 3) -> list[int]:
-    count = len(app.source(configuration).load().train)
+    count = len(data_source(configuration).load().train)
     return batch_share(configuration.seed, count, 0, 10 * batch, 10, shard)
 
 
@@ -222,7 +222,7 @@ def train_with_stop_request(configuration: Config) -> tuple[str | None, str]:
     requested: str | None = None
     try:
         with Runtime(configuration, world) as runtime:
-            trainer = app.build_trainer(configuration, runtime, app.source(configuration).load())
+            trainer = trainer_for(configuration, runtime)
             runtime.stoppable = True
             try:
                 trainer.fit()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
-from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.errors import EXIT_STOPPED, Stopped, Terminated
 from distrain.health.failure_report import FIRST_FAILURE_KEY, NO_FAILURE
@@ -29,7 +28,7 @@ from distrain.strategies.parameter_server.stop_decision import Bulletin
 from distrain.training.callbacks import Callback
 from distrain.training.trainer import Trainer
 from tests.harness import run_ranks
-from tests.runs import compose, small
+from tests.runs import compose, small, trainer_for
 from tests.strategies.helpers import ALONE
 from tests.training.test_trainer import DROPOUT, same
 
@@ -69,7 +68,7 @@ def train(
 
     try:
         with Runtime(config, world) as runtime:
-            trainer = app.build_trainer(config, runtime, app.source(config).load())
+            trainer = trainer_for(config, runtime)
             trainer.callbacks += [Slow(), *([SendSignal(after, number)] if world.rank == rank and after else [])]
             strategy = trainer.strategy
             trainer.fit()
@@ -279,7 +278,7 @@ def send_signal_to_server(config: Config) -> dict[str, Any]:
     world = World.from_environment()
     try:
         with Runtime(config, world) as runtime:
-            trainer = app.build_trainer(config, runtime, app.source(config).load())
+            trainer = trainer_for(config, runtime)
             if world.rank == 2:
                 # When the server serves and the workers have begun.
                 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,9 +22,10 @@ from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.tasks import base as tasks
 from distrain.training import auto_format
+from distrain.training.assembly import build_model
 from distrain.training.auto_format import Formats, fastest
+from distrain.training.run_plan import RunPlan, data_source
 from tests.harness import run_ranks
 from tests.runs import compose, small
 
@@ -56,12 +58,13 @@ def refuse(*_: object) -> NoReturn:
 
 
 def _settled(config: Config, runtime: Runtime, splits: Splits) -> Config:
-    return app.settled(config, runtime, splits, tasks.build(config, splits.spec))
+    plan = RunPlan.resolve(config, runtime.world)
+    return auto_format.resolve_auto(config, runtime, splits, plan.task, partial(build_model, plan, splits))
 
 
 def settled(config: Config) -> Formats:
     with Runtime(config, World.from_environment()) as runtime:
-        found = _settled(config, runtime, app.source(config).load())
+        found = _settled(config, runtime, data_source(config).load())
     return Formats(found.trainer.precision, found.trainer.memory_format)
 
 
@@ -169,7 +172,7 @@ def test_a_trial_changes_nothing_but_the_two_keys(option: str) -> None:
     draws = []
     for tried in (False, True):
         with Runtime(config, World.from_environment()) as runtime:
-            splits = app.source(config).load()
+            splits = data_source(config).load()
             after = _settled(config, runtime, splits) if tried else config
             draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))  # noqa: NPY002
     assert draws[0] == draws[1]

@@ -37,7 +37,7 @@ def trainer(**progress: int) -> Any:
         runtime=SimpleNamespace(world=SimpleNamespace(rank=0)),
         now=0.0,
     )
-    made.seconds = lambda: made.now
+    made.report = SimpleNamespace(seconds=lambda: made.now)
     return made
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
-from distrain.cli import app
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed, NonFinite
@@ -31,7 +30,7 @@ from distrain.training.callbacks import Callback
 from distrain.training.nonfinite import NonFiniteGuard, Trail, refuse_nan
 from distrain.training.trainer import Trainer
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
-from tests.runs import relative_difference, small
+from tests.runs import check, relative_difference, small, trainer_for
 from tests.strategies.helpers import ALONE, drawn, single
 
 #: What the blocks of this process do in training: nothing, ``loss`` or ``gradient``.
@@ -117,7 +116,7 @@ def train(configuration: Config, rank: int, steps: Mapping[int, str]) -> dict[st
     consensus._PERIOD = 0.0
     world = World.from_environment()
     with Runtime(configuration, world) as runtime:
-        trainer = app.build_trainer(configuration, runtime, app.source(configuration).load())
+        trainer = trainer_for(configuration, runtime)
         ill = FallsIll(steps if world.rank == rank else {})
         trainer.callbacks.append(ill)
         summary = trainer.fit()
@@ -345,7 +344,7 @@ def test_what_may_be_saved() -> None:
 
 def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -> None:
     strategy = single(nn.Linear(2, 4))
-    watch = NonFiniteGuard(strategy.config, strategy, strategy.everyone)
+    watch = NonFiniteGuard(strategy.config, strategy, strategy.training_group)
     watch._late = True
     batch = drawn(4, 2)
     fine = StepResult(torch.tensor(1.0), torch.tensor(2), 4)
@@ -378,12 +377,12 @@ def test_where_looking_costs_a_wait_it_is_done_late_and_names_the_first_step() -
 )
 def test_what_can_t_be_gone_on_with_is_refused(overrides: tuple[str, ...], line: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        app.check(small(*overrides), replace(ALONE, size=3))
+        check(small(*overrides), replace(ALONE, size=3))
     assert str(refused.value).startswith(line)
 
 
 def test_local_sgd_may_skip_with_a_compressor() -> None:
-    app.check(small("strategy=local_sgd", "compression=topk", "trainer.on_nonfinite=skip"), replace(ALONE, size=2))
+    check(small("strategy=local_sgd", "compression=topk", "trainer.on_nonfinite=skip"), replace(ALONE, size=2))
 
 
 def test_a_loss_that_is_not_finite_shows_in_the_gradient_whatever_its_derivative_is() -> None:

@@ -17,7 +17,6 @@ import torch
 
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import writer as checkpoint_writer
-from distrain.cli import app
 from distrain.config.load import to_container
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, Failed
@@ -26,7 +25,7 @@ from distrain.runtime.world import World
 from distrain.strategies.base import StepResult
 from distrain.training import resume
 from tests.harness import run_ranks
-from tests.runs import relative_difference, small
+from tests.runs import check, relative_difference, small, trainer_for
 from tests.strategies.helpers import ALONE
 
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
@@ -37,9 +36,9 @@ def train(*overrides: str) -> dict[str, Any]:
     seen: list[list[int]] = []
     configuration = small(*overrides)
     world = World.from_environment()
-    app.check(configuration, world)
+    check(configuration, world)
     with Runtime(configuration, world) as runtime:
-        trainer = app.build_trainer(configuration, runtime, app.source(configuration).load())
+        trainer = trainer_for(configuration, runtime)
         take_step = trainer.strategy.train_step
 
         def watched(batch: Batch) -> StepResult:
@@ -244,9 +243,9 @@ class Run:
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder = folder
         configuration = small(f"run_dir={folder}", "trainer.log_every_steps=2", *overrides)
-        app.check(configuration, ALONE)
+        check(configuration, ALONE)
         with Runtime(configuration, ALONE) as runtime:
-            trainer = app.build_trainer(configuration, runtime, app.source(configuration).load())
+            trainer = trainer_for(configuration, runtime)
             self.summary = trainer.fit()
         self.progress = trainer.progress
 
@@ -322,14 +321,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_another_model_is_refused_before_anything_starts(parts: Run) -> None:
     for where in (f"resume={parts.checkpoint(5)}", f"run_dir={parts.folder}"):
         with pytest.raises(ConfigError, match=r"^resume=.*: was saved with another configuration: model\."):
-            app.check(small("model=resnet18", where), ALONE)
-    app.check(small("model=resnet18", f"run_dir={parts.folder}", "resume=never"), ALONE)
+            check(small("model=resnet18", where), ALONE)
+    check(small("model=resnet18", f"run_dir={parts.folder}", "resume=never"), ALONE)
 
 
 def test_a_damaged_checkpoint_refuses_nobody(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.max_steps=2", "trainer.epochs=1")
     torch.save({}, run.checkpoint(2) / "model.safetensors")
-    app.check(small("model=resnet18", f"run_dir={tmp_path}"), ALONE)
+    check(small("model=resnet18", f"run_dir={tmp_path}"), ALONE)
 
 
 def test_a_checkpoint_of_before_configurations_were_saved_is_gone_on_from(parts: Run, tmp_path: Path) -> None:
@@ -365,7 +364,7 @@ def blind_on_one_rank(folder: Path, saved: Path) -> str:
     configuration = small("strategy=ddp", f"run_dir={folder}", f"resume={saved}", "trainer.epochs=3")
     with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.suppress(Failed, ConfigError):  # noqa: SIM117
         with Runtime(configuration, World.from_environment()) as runtime:
-            app.build_trainer(configuration, runtime, app.source(configuration).load()).fit()
+            trainer_for(configuration, runtime).fit()
     return told.getvalue()
 
 

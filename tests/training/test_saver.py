@@ -28,8 +28,8 @@ from distrain.communication.collectives import Communicator
 from distrain.errors import Failed
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.training import checkpointing
 from distrain.training import saver as saving
-from distrain.training import trainer as trainer_module
 from distrain.training.callbacks import Callback
 from distrain.training.saver import Saver
 from distrain.training.trainer import Trainer
@@ -349,7 +349,7 @@ class FullDisk(Callback):
         self._patch, self._first, self._last = monkeypatch, first, last
 
     def on_step_end(self, trainer: Trainer) -> None:
-        trainer._saver.wait()
+        trainer.checkpointing.saver.wait()
         if trainer.progress.step == self._first:
             full_disk(self._patch)
         if trainer.progress.step == self._last:
@@ -370,7 +370,7 @@ def test_a_run_outlives_a_full_disk_and_believes_in_no_best_checkpoint_that_is_n
 
     class Chosen(FullDisk):
         def on_fit_start(self, trainer: Trainer) -> None:
-            evaluate = trainer._evaluate
+            evaluate = trainer.evaluate
 
             def told(split: str, *watch: Any) -> Any:
                 found = evaluate(split, *watch)
@@ -378,7 +378,7 @@ def test_a_run_outlives_a_full_disk_and_believes_in_no_best_checkpoint_that_is_n
                     object.__setattr__(found, "metrics", {**found.metrics, "accuracy": next(accuracies)})
                 return found
 
-            trainer.__dict__["_evaluate"] = told
+            trainer.__dict__["evaluate"] = told
 
     # The second epoch ends at step 10 with the best accuracy, which can't be saved.
     run = Run(tmp_path, *options, callback=Chosen(monkeypatch, 9, 11))
@@ -404,7 +404,7 @@ def test_the_end_of_a_run_tries_again_what_could_not_be_saved(tmp_path: Path, mo
 def test_a_run_whose_last_step_can_not_be_saved_has_not_succeeded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "_LAST_SAVES", (0, 0.01))
+    monkeypatch.setattr(checkpointing, "_LAST_SAVES", (0, 0.01))
     with pytest.raises(Failed):
         Run(tmp_path, "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=99))
     assert checkpoint_format.list_checkpoints(tmp_path / "checkpoints") == []

@@ -16,15 +16,16 @@ from torch.nn import functional as F
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.run_owner import RunOwner
-from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.errors import Failed
 from distrain.reporting.loggers import InMemoryLogger
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult
 from distrain.training.callbacks import Callback
-from distrain.training.trainer import Trainer, flatten, total_steps
-from tests.runs import small
+from distrain.training.report import flatten
+from distrain.training.run_plan import data_source, total_steps
+from distrain.training.trainer import Trainer
+from tests.runs import small, trainer_for
 from tests.strategies.helpers import ALONE
 
 #: 48 images to train on, in batches of 10 with a ragged last one of 8, and 5 to validate.
@@ -94,8 +95,8 @@ class Run:
         self.witness = Witness()
         self.logger = InMemoryLogger()
         with Runtime(self.config, ALONE) as runtime:
-            self.trainer = app.build_trainer(self.config, runtime, app.source(self.config).load())
-            self.trainer._logger = self.logger
+            self.trainer = trainer_for(self.config, runtime)
+            self.trainer.report.logger = self.logger
             self.trainer.callbacks = [self.witness, *([callback] if callback else [])]
             self.summary = self.trainer.fit()
         self.model = {name: tensor.clone() for name, tensor in self.trainer.strategy.model_state().items()}
@@ -168,7 +169,7 @@ def test_steps_are_logged_at_their_interval_since_the_last(whole: Run) -> None:
 
 
 def test_the_rate_follows_the_schedule(whole: Run) -> None:
-    expected = [whole.config.optimizer.lr * whole.trainer._schedule(step) for step in range(3 * STEPS)]
+    expected = [whole.config.optimizer.lr * whole.trainer.schedule(step) for step in range(3 * STEPS)]
     assert whole.witness.rates == expected
     assert len(set(expected)) > 5
     assert [row["train/learning_rate"] for row in whole.rows("step")] == expected[1::2]
@@ -202,7 +203,7 @@ def test_the_summary_is_what_the_run_came_to(whole: Run) -> None:
 
 
 def test_the_test_split_is_counted_exactly(whole: Run) -> None:
-    splits = app.source(whole.config).load()
+    splits = data_source(whole.config).load()
     model = DropoutNet(3, 4, (8, 8)).eval()
     model.load_state_dict(whole.model)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (splits.mean, splits.std))
@@ -232,7 +233,7 @@ def test_dropout_draws_depend_on_seed_and_step(whole: Run, tmp_path: Path) -> No
             self.masks: list[Tensor] = []
 
         def on_step_end(self, trainer: Trainer) -> None:
-            trainer._seed_step()
+            trainer.seed_step()
             self.masks.append(torch.rand(8))
 
     masks = Masks()

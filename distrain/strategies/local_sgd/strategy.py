@@ -169,7 +169,7 @@ class LocalSGD(Single):
 
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model and cuts it into fragments; see the base class."""
-        self.agree_on(model, self.replicas)
+        self.sync_initial_state(model, self.replicas)
         super().setup(model, task, make_optimizer, example)
         options = self.options
         outer = Outer()
@@ -196,16 +196,16 @@ class LocalSGD(Single):
             return SingleRankConsensus()
         # With overlap ranks are up to that many steps apart even when a merge is done.
         return AllReduceConsensus(
-            self.runtime.control_group(), lambda: self.met, wait_if_infrequent=not self.options.overlap_steps
+            self.runtime.control_group(), lambda: self.synchronised, wait_if_infrequent=not self.options.overlap_steps
         )
 
     @property
-    def decides_alone(self) -> bool:
+    def skips_locally(self) -> bool:
         """Between merges; see the base class."""
         return True
 
     @property
-    def met(self) -> bool:
+    def synchronised(self) -> bool:
         """In the warm-up, and when the first fragment left for its merge; see the base class."""
         step = self._step - self.options.warmup_steps
         return step <= 0 or (step - self._leaves[0]) % self.options.period == 0

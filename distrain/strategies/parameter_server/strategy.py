@@ -205,13 +205,13 @@ class ParameterServer(Single):
             )
 
     @classmethod
-    def shares(cls, config: Config, world_size: int) -> int:
+    def data_parallel_size(cls, config: Config, world_size: int) -> int:
         """Servers see no data; see the base class."""
         assert isinstance(config.strategy, ParameterServerConfig)
         return world_size - config.strategy.servers
 
     @property
-    def everyone(self) -> Communicator:
+    def training_group(self) -> Communicator:
         """The workers that are alive; see the base class."""
         return self.replicas
 
@@ -225,7 +225,7 @@ class ParameterServer(Single):
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Divides the parameters and connects the ranks; see the base class."""
         world, all_ranks = self.runtime.world, self.runtime.communicator()
-        self.agree_on(model, all_ranks)
+        self.sync_initial_state(model, all_ranks)
         parameters = list(trainable_parameters(model).items())
         sizes = [parameter.numel() * parameter.element_size() for _, parameter in parameters]
         shards = [
@@ -396,7 +396,7 @@ class ParameterServer(Single):
         return Subscription(self._links.links)
 
     @property
-    def decides_alone(self) -> bool:
+    def skips_locally(self) -> bool:
         """In async and ssp; see the base class."""
         return self.options.mode != "sync"
 
@@ -496,11 +496,11 @@ class ParameterServer(Single):
             self.data_shard = (self.replicas.rank, self.replicas.size)
         return self.data_shard
 
-    def total(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
+    def reduce_counts(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
         """See the base class."""
         if isinstance(self.replicas, Everyone) and self.options.mode != "sync":
             return self.replicas.tally(name, counted, wait=settled)
-        return super().total(name, counted, settled=settled)
+        return super().reduce_counts(name, counted, settled=settled)
 
     def metrics(self) -> dict[str, float]:
         """Compression's, in async and ssp of this worker alone, and how stale all workers' last pushes were."""

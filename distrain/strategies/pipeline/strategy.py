@@ -135,7 +135,7 @@ class Pipeline(Strategy):
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
 
     @classmethod
-    def whole_models(cls, config: Config, world_size: int) -> int:
+    def full_model_ranks(cls, config: Config, world_size: int) -> int:
         """None: the whole model may not fit; see the base class."""
         return 0
 
@@ -150,7 +150,7 @@ class Pipeline(Strategy):
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Cuts the model and keeps this rank's stages; see the base class."""
         assert isinstance(model, nn.Sequential)
-        self.agree_on(model, self.runtime.communicator())
+        self.sync_initial_state(model, self.runtime.communicator())
         self.task = task
         self._names_of_all = list(model.state_dict())
         starts = self._split(model, example)

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.cli import app
 from distrain.errors import ConfigError
 from distrain.optim.optimizers import updates
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.world import World
-from tests.runs import small
+from tests.runs import check, small
 
 GRADIENT = torch.tensor([0.5, -1.0])
 
@@ -96,5 +95,5 @@ def test_updates_are_not_counted_without_groups() -> None:
 def test_invalid_groups_are_refused_before_any_process_group_forms(groups: str, message: str) -> None:
     world = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
     with pytest.raises(ConfigError) as caught:
-        app.check(small("optimizer=sgd", f"optimizer.groups={groups}"), world)
+        check(small("optimizer=sgd", f"optimizer.groups={groups}"), world)
     assert message in str(caught.value)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.cli import app
 from distrain.errors import ConfigError
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.world import World
-from tests.runs import small
+from tests.runs import check, small
 
 START = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 
@@ -68,9 +67,9 @@ def test_resuming_from_its_state_is_bit_for_bit_exact(choice: str) -> None:
 def test_local_sgd_refuses_lookahead_and_groups_with_epochs() -> None:
     world = World(rank=0, size=2, local_rank=0, local_size=2, host="here")
     with pytest.raises(ConfigError, match=r"^optimizer\.lookahead\.every=5: strategy=local_sgd keeps a slow copy"):
-        app.check(small("strategy=local_sgd", "optimizer.lookahead.every=5"), world)
+        check(small("strategy=local_sgd", "optimizer.lookahead.every=5"), world)
     with pytest.raises(ConfigError, match=r"^optimizer\.groups: epochs can't be counted"):
-        app.check(small("strategy=local_sgd", "optimizer.groups=[{match: '*.bias', epochs: 1}]"), world)
+        check(small("strategy=local_sgd", "optimizer.groups=[{match: '*.bias', epochs: 1}]"), world)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +82,4 @@ def test_local_sgd_refuses_lookahead_and_groups_with_epochs() -> None:
 )
 def test_settings_that_may_skip_updates_are_refused(overrides: tuple[str, ...], ranks: int, line: str) -> None:
     with pytest.raises(ConfigError, match=rf"^optimizer\.lookahead\.every=5: {line}"):
-        app.check(small("optimizer.lookahead.every=5", *overrides), World(0, ranks, 0, ranks, "here"))
+        check(small("optimizer.lookahead.every=5", *overrides), World(0, ranks, 0, ranks, "here"))

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import writer as checkpoint_writer
-from distrain.cli import app
 from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
@@ -27,7 +26,7 @@ from distrain.runtime.world import World
 from distrain.strategies.local_sgd import LocalSGD
 from distrain.strategies.single import Single
 from tests.harness import run_ranks
-from tests.runs import relative_difference, small, train_on_rank
+from tests.runs import check, relative_difference, small, train_on_rank
 from tests.strategies.helpers import batch, drawn, parameters, set_up
 
 #: Ranks' shares differ in size, and on three or four ranks some find no sample in the batches of two.
@@ -655,5 +654,5 @@ def test_sixteen_steps_by_oneself_send_a_sixteenth_and_a_run_goes_on_where_it_st
 def test_what_can_t_be_is_refused_in_a_line(overrides: tuple[str, ...], line: str) -> None:
     world = World(rank=0, size=6, local_rank=0, local_size=6, host="here")
     with pytest.raises(ConfigError) as refused:
-        app.check(small("strategy=local_sgd", *(f"strategy.{each}" for each in overrides)), world)
+        check(small("strategy=local_sgd", *(f"strategy.{each}" for each in overrides)), world)
     assert str(refused.value) == line

@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
-from tests.runs import NormNet, relative_difference, small, train_on_rank
+from tests.runs import NormNet, check, relative_difference, small, train_on_rank
 from tests.runtime.test_runtime import Ending, train_to_the_end
 
 SERVER = "strategy=parameter_server"
@@ -309,7 +308,7 @@ def test_compressed_pushes_are_those_of_ddp(tmp_path: Path) -> None:
 )
 def test_what_cannot_run_is_refused(overrides: tuple[str, ...], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        app.check(small(SERVER, *overrides), World(0, ranks, 0, ranks, "here"))
+        check(small(SERVER, *overrides), World(0, ranks, 0, ranks, "here"))
     assert message in str(caught.value)
 
 
@@ -332,4 +331,4 @@ def test_keys_that_dont_go_together_are_refused(overrides: tuple[str, ...], mess
 
 
 def test_as_many_samples_as_workers_are_enough() -> None:
-    app.check(small(SERVER, "data.batch_size=2"), World(0, 3, 0, 3, "here"))
+    check(small(SERVER, "data.batch_size=2"), World(0, 3, 0, 3, "here"))

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from distrain.cli import app
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from tests.harness import run_ranks
-from tests.runs import relative_difference, small, train_on_rank
+from tests.runs import check, relative_difference, small, train_on_rank
 
 CNN = ("model=cifar_cnn", "data.height=32", "data.width=32")
 GROUP_NORM = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
@@ -175,7 +174,7 @@ def test_a_run_moves_between_strategies(tmp_path: Path) -> None:
 def test_what_cannot_run_is_refused(overrides: tuple[str, ...], ranks: int, message: str) -> None:
     configuration = small("data.batch_size=64", "strategy=pipeline", *overrides)
     with pytest.raises(ConfigError) as caught:
-        app.check(configuration, World(rank=0, size=ranks, local_rank=0, local_size=ranks, host="here"))
+        check(configuration, World(rank=0, size=ranks, local_rank=0, local_size=ranks, host="here"))
     assert message in str(caught.value)
 
 

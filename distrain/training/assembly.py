@@ -1,0 +1,96 @@
+"""Builds the parts of a run from its plan: model, loaders, trainer."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from distrain.data.base import Images, Splits
+from distrain.data.loader import Loader, prefetch_depth
+from distrain.models.base import DataDependentInit
+from distrain.models.build import instantiate_model
+from distrain.optim import schedulers
+from distrain.optim.optimizers.build import build_optimizer
+from distrain.reporting import loggers
+from distrain.runtime.device import seed_everything
+from distrain.runtime.runtime import Runtime
+from distrain.strategies.base import Strategy
+from distrain.training import callbacks
+from distrain.training.run_plan import RunPlan, total_steps
+from distrain.training.trainer import Trainer
+
+
+def build_model(plan: RunPlan, splits: Splits) -> nn.Module:
+    """The model on its device, in its format, with initial parameters that depend on the seed, and the data, alone."""
+    seed_everything(plan.config.seed)
+    spec = plan.spec
+    model = instantiate_model(
+        plan.config.model,
+        in_channels=spec.channels,
+        num_classes=plan.task.output_size,
+        image_size=(spec.height, spec.width),
+    )
+    if isinstance(model, DataDependentInit):
+        model.initialise_from(splits.train, splits.mean, splits.std)
+    model.to(device=plan.device, dtype=plan.dtype)
+    # One call can't change type and layout: nn.Module.to has no overload for both.
+    return model.to(memory_format=plan.memory_format(model))  # type: ignore[call-overload,no-any-return]
+
+
+def build_loader(
+    plan: RunPlan,
+    strategy: Strategy,
+    splits: Splits,
+    images: Images,
+    layout: torch.memory_format,
+    *,
+    training: bool,
+) -> Loader:
+    """This rank's shard of one split."""
+    data = plan.config.data
+    return Loader(
+        images,
+        batch_size=data.batch_size if training else data.eval_batch_size,
+        shard=strategy.data_shard,
+        mean=splits.mean,
+        std=splits.std,
+        device=plan.device,
+        dtype=plan.dtype,
+        memory_format=layout,
+        seed=plan.config.seed,
+        shuffle=training,
+        augment=data.augment if training else None,
+        prefetch=prefetch_depth(data, splits, plan.device),
+    )
+
+
+def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
+    """The trainer with all that it needs; all ranks call it together."""
+    config = plan.config
+    strategy = plan.strategy(config, runtime)
+    model = build_model(plan, splits)
+    layout = plan.memory_format(model)
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    loaders = {
+        name: build_loader(plan, strategy, splits, images, layout, training=name == "train")
+        for name, images in parts.items()
+    }
+    first = next(loaders["train"].epoch(0))
+    steps_per_epoch = len(loaders["train"])
+    steps = total_steps(config, steps_per_epoch)
+    make_optimizer = functools.partial(
+        build_optimizer, config.optimizer, steps_per_epoch=steps_per_epoch, total_steps=steps
+    )
+    strategy.setup(model, plan.task, make_optimizer, first.inputs)
+    return Trainer(
+        plan,
+        runtime,
+        strategy,
+        splits,
+        loaders,
+        schedulers.build(config.scheduler, steps_per_epoch, steps),
+        loggers.build(config, runtime.run_dir) if runtime.is_main else loggers.Logger(),
+        callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
+    )

@@ -1,0 +1,162 @@
+"""When and what a run saves, how it resumes, and how it goes back to a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint.progress import Progress
+from distrain.checkpoint.run_owner import RunOwner
+from distrain.config.load import to_container
+from distrain.config.schema import Config
+from distrain.health.activity import in_phase
+from distrain.runtime.consensus import Request, RunControl
+from distrain.runtime.runtime import Runtime
+from distrain.strategies.base import Strategy
+from distrain.tasks.base import Task
+from distrain.training import resume, saver
+from distrain.training.nonfinite import Trail, refuse_nan
+
+log = logging.getLogger(__name__)
+
+#: Seconds before each attempt to save the last step.
+_LAST_SAVES = (0, 1, 2, 4)
+
+
+class Checkpointing:
+    """Saves a run and restores it; all ranks call its methods together.
+
+    Args:
+        config: The run's configuration.
+        runtime: This rank's surroundings.
+        strategy: Holds the state.
+        task: Says which of two scores is better.
+        samples: Training samples of an epoch.
+        before_save: Called before the state is taken; completes the progress that is saved with it.
+
+    Attributes:
+        runtime: As above.
+        saver: Writes the files.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        strategy: Strategy,
+        task: Task,
+        samples: int,
+        before_save: Callable[[], None],
+    ) -> None:
+        self.runtime = runtime
+        self.saver = saver.build(config, runtime, strategy)
+        self._config, self._strategy, self._task, self._samples = config, strategy, task, samples
+        self._before_save = before_save
+        self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
+        self._rewind_points = Trail(strategy.training_group, runtime.device)
+        self._saved_step: int | None = None
+        self._previous_best: tuple[float | None, int | None] = (None, None)
+        self._owner: RunOwner | None = None
+
+    def resume(self) -> Progress:
+        """Takes the run folder, and goes on from the checkpoint that ``resume`` names, if there is one."""
+        if self.runtime.is_main:
+            self._owner = RunOwner(self._folder)
+        resumed = resume.resume(self._config, self.runtime, self._strategy, self._task, self._samples)
+        if resumed is None:
+            return Progress()
+        progress = resumed.progress
+        self._rewind_points.add(resumed.path, progress.step)
+        self._saved_step = self.runtime.step = progress.step
+        return progress
+
+    def is_due(self, agreed: Request, progress: Progress) -> bool:
+        """Whether to save after a step, by what all ranks agreed on and ``checkpoint.every_steps``."""
+        every = self._config.checkpoint.every_steps
+        due = Request.SAVE in agreed or (every is not None and progress.step % every == 0)
+        # The end of an epoch saves by itself, with what its evaluation gave.
+        ends_epoch = progress.epoch_samples >= self._samples
+        return due and not (ends_epoch and self.is_due_after_epoch(progress.epoch + 1))
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        """Whether to save at the end of an epoch, counted from 1."""
+        return epoch % self._config.checkpoint.every_epochs == 0
+
+    def note_score(self, progress: Progress, score: float) -> None:
+        """Makes the checkpoint that is saved next the best one, if this validation score is the best."""
+        self.wait(progress)
+        best = progress.best_score
+        if best is None or (score > best if self._task.higher_is_better else score < best):
+            self._previous_best = best, progress.best_step
+            progress.best_score, progress.best_step = score, progress.step
+
+    def wait(self, progress: Progress) -> None:
+        """Waits for the save under way; if it failed, ``progress`` no longer names its step as the best."""
+        self.saver.wait()
+        lost = self.saver.lost
+        if lost is not None and lost == self._saved_step:
+            self._saved_step = None
+            if lost == progress.best_step:
+                progress.best_score, progress.best_step = self._previous_best
+
+    @in_phase("saving")
+    def save(self, progress: Progress, control: RunControl) -> None:
+        """Saves this step, or begins to in the background; does nothing where it is saved already.
+
+        Raises:
+            NonFinite: The model holds NaN.
+        """
+        began = time.perf_counter()
+        self.wait(progress)
+        if self._saved_step == progress.step:
+            return
+        if self._owner is not None:
+            self._owner.check()
+        self._before_save()
+        layout, config = self._strategy.layout, to_container(self._config)
+        state: dict[str, Any] = {**self._strategy.state_dict(), "layout": layout, "config": config}
+        refuse_nan(state["model"], progress.step)
+        self.saver.save(state, asdict(progress), began)
+        self._saved_step = progress.step
+        control.note_save()
+        self._rewind_points.add(checkpoint_format.checkpoint_path(self._folder, progress.step), progress.step)
+
+    def save_with_retries(self, progress: Progress, control: RunControl) -> None:
+        """Saves the last step, which must not be lost; a full disk may have room again after some seconds.
+
+        Raises:
+            RuntimeError: It could not be saved.
+        """
+        for seconds in _LAST_SAVES:
+            time.sleep(seconds)
+            self.save(progress, control)
+            self.wait(progress)
+            if self._saved_step == progress.step:
+                return
+        raise RuntimeError(f"step {progress.step}, the last one, could not be saved")
+
+    def rewind(self, progress: Progress) -> None:
+        """Restores the newest checkpoint, but not the position in the data.
+
+        Raises:
+            NonFinite: There is no checkpoint to go back to.
+        """
+        self.wait(progress)
+        path = self._rewind_points.back(progress.step)
+        self._strategy.load_state_dict(checkpoint_reader.load(path)[0])
+        progress.rewinds += 1
+        log.warning("went back to %s; the data go on after step %d", path, progress.step)
+
+    def release(self) -> None:
+        """The run has ended: another one may take the folder."""
+        if self._owner is not None:
+            self._owner.release()
+
+    def close(self) -> None:
+        """Ends the saver, also after an error."""
+        self.saver.close()

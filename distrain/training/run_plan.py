@@ -1,0 +1,139 @@
+"""What a configuration means on this rank, resolved once: device, backend, strategy, data source and task."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from distrain.compression import base as compression
+from distrain.config.registry import choice
+from distrain.config.schema import Config
+from distrain.data.base import DataSource, DataSpec, Splits
+from distrain.errors import ConfigError, config_error
+from distrain.models.build import check_model
+from distrain.optim import schedulers
+from distrain.optim.optimizers.build import check_optimizer
+from distrain.optim.optimizers.groups import check_groups
+from distrain.runtime.device import choose_backend, choose_device
+from distrain.runtime.world import World
+from distrain.strategies import base as strategies
+from distrain.strategies.base import Strategy
+from distrain.strategies.precision import Precision
+from distrain.tasks import base as tasks
+from distrain.tasks.base import Task
+from distrain.training import auto_format, resume
+
+log = logging.getLogger(__name__)
+
+
+def data_source(config: Config) -> DataSource:
+    """The data set that the configuration names."""
+    return cast(DataSource, choice("data", config.data.name).target(config.data))
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run as this rank will do it; nothing of it is resolved again.
+
+    Attributes:
+        config: The checked configuration.
+        world: This rank's place among all.
+        device: Where this rank computes.
+        backend: The process group's.
+        strategy: The class of the strategy.
+        source: The data set, not loaded yet.
+        spec: What the source says of itself before it is loaded.
+        task: What the model is trained to do.
+    """
+
+    config: Config
+    world: World
+    device: torch.device
+    backend: str
+    strategy: type[Strategy]
+    source: DataSource
+    spec: DataSpec
+    task: Task
+
+    @classmethod
+    def resolve(cls, config: Config, world: World) -> RunPlan:
+        """Looks up what the configuration names.
+
+        Raises:
+            ConfigError: There is no such device, backend or data, or the strategy can't run on so many ranks.
+        """
+        device = choose_device(config, world)
+        backend = choose_backend(config, device)
+        strategy = strategies.strategy_class(config)
+        strategy.check(config, world.size)
+        source = data_source(config)
+        spec = source.describe()
+        return cls(config, world, device, backend, strategy, source, spec, tasks.build(config, spec))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the model's parameters and inputs."""
+        return Precision(self.config.trainer.precision, self.device).dtype
+
+    def memory_format(self, model: nn.Module) -> torch.memory_format:
+        """Layout of inputs and convolution weights."""
+        return auto_format.memory_format(self.config, self.device, model)
+
+    def with_config(self, config: Config) -> RunPlan:
+        """The same plan with other number formats or layouts."""
+        return dataclasses.replace(self, config=config)
+
+    def check(self) -> None:
+        """Refuses what can be refused without loading data or talking to other ranks, and names unused parameters.
+
+        Raises:
+            ConfigError: One line that names the key, the value and the choices.
+        """
+        config, world = self.config, self.world
+        shards = self.strategy.data_parallel_size(config, world.size)
+        if config.data.batch_size < shards:
+            problem = f"the global batch is smaller than the {shards} ranks that share it"
+            raise ConfigError("data.batch_size", config.data.batch_size, problem)
+        compression.compressor_class(config).check(config)
+        check_optimizer(config)
+        resume.check(config)
+        if world.size == 1 and config.compression.name != "none":
+            log.warning("compression=%s is ignored: one process exchanges no gradients", config.compression.name)
+        unused = check_model(
+            config.model,
+            in_channels=self.spec.channels,
+            num_classes=self.task.output_size,
+            image_size=(self.spec.height, self.spec.width),
+            extra_check=functools.partial(_check_model, config, self.strategy),
+        )
+        if unused and world.rank == 0:
+            log.warning("the loss doesn't depend on parameters %s; they get no gradient", ", ".join(unused))
+
+    def check_sizes(self, splits: Splits) -> None:
+        """Refuses what can be refused only when the number of samples is known.
+
+        Raises:
+            ConfigError: As :meth:`check`.
+        """
+        for purpose, split in (("train", splits.train), ("test", splits.test)):
+            if not len(split):
+                raise config_error("data", f"there is no image to {purpose} on")
+        steps_per_epoch = -(-len(splits.train) // self.config.data.batch_size)
+        schedulers.build(self.config.scheduler, steps_per_epoch, total_steps(self.config, steps_per_epoch))
+
+
+def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
+    strategy.check_model(config, model)
+    check_groups(config.optimizer.groups, model)
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Updates of the whole run."""
+    steps = config.trainer.epochs * steps_per_epoch
+    return steps if config.trainer.max_steps is None else min(steps, config.trainer.max_steps)
