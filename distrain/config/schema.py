@@ -256,7 +256,7 @@ class RuntimeConfig:
     threads: int | None = setting("CPU threads a rank; null: the host's cores shared among its ranks.", at_least=1)
     setup_timeout_seconds: float = setting("Ranks that don't meet within this time end with an error.", above=0)
     timeout_seconds: float = setting("A step, or a collective, that takes longer ends the run.", above=0)
-    heartbeat_timeout_seconds: float = setting("A rank that gives no sign of life for so long is gone.", above=0)
+    heartbeat_timeout_seconds: float = setting("A rank without a heartbeat for this long counts as failed.", above=0)
 
 
 @dataclass
