@@ -21,10 +21,10 @@ from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
-from distrain.compression.autotune.step_trace import Observer
 from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.packing import pack, unpack
 from distrain.compression.error_feedback import Residuals
+from distrain.compression.observer import ExchangeObserver
 from distrain.config.registry import choice
 from distrain.config.schema import CompressionConfig, Config, setting
 from distrain.errors import ConfigError
@@ -67,7 +67,7 @@ class Compressor(ABC):
         self.seed = seed
         self.step = 0
         self.residuals: Residuals | None = None
-        self.observer: Observer | None = None
+        self.observer: ExchangeObserver | None = None
         if isinstance(config, LossyConfig) and config.error_feedback:
             self.residuals = Residuals()
 

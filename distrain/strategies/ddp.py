@@ -14,7 +14,7 @@ from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config, StrategyConfig, setting
-from distrain.gradients.bucket_sizes import Bucketing, bytes_of
+from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult
@@ -130,14 +130,14 @@ class DDP(Single):
     def _make_gradients(self) -> Gradients:
         options = self.config.strategy
         assert isinstance(options, DDPConfig)
-        size = bytes_of(self.model)
+        size = gradient_bytes_of(self.model)
         everyone, device = self.runtime.communicator(), self.runtime.device
-        self._bucketing = Bucketing(
-            options.sizes, self.replicas, everyone, device, size, repeatable=self.config.trainer.deterministic
+        self._bucketing = BucketSizing(
+            options.sizes, self.replicas, everyone, device, size, deterministic=self.config.trainer.deterministic
         )
         sizes = self._bucketing.sizes(size)
         gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
-        self._bucketing.tell([gradients])
+        self._bucketing.log_choice([bucket.bytes for bucket in gradients.buckets])
         return gradients
 
     def state_dict(self) -> dict[str, Any]:

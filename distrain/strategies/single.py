@@ -15,7 +15,7 @@ from distrain.communication.collectives import Communicator
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig
 from distrain.errors import ConfigError
-from distrain.gradients.buckets import Gradients, Reduced
+from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.gradients.clip import clip_gradient_norm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import KeptBuffers
@@ -72,7 +72,7 @@ class Single(Strategy):
         elif self.config.trainer.compile:
             model.compile()
 
-    def _make_gradients(self) -> Reduced:
+    def _make_gradients(self) -> ReducedGradients:
         return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)
 
     def train_step(self, batch: Batch) -> StepResult:

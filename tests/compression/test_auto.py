@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import nn
 
 from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Pending
-from distrain.compression import auto, base
+from distrain.compression import base
 from distrain.compression.auto import Auto, AutoConfig
-from distrain.compression.autotune import candidates as selection
-from distrain.compression.autotune.candidates import Table, choose, turns
-from distrain.compression.autotune.link_model import Link, Point
+from distrain.compression.autotune import candidates, decision
+from distrain.compression.autotune.candidate_set import CandidateSet
 from distrain.compression.base import Compressor, LossyConfig
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
@@ -34,91 +33,6 @@ from tests.runs import check, compose, small, train_on_rank
 from tests.strategies.helpers import ALONE
 
 CPU = torch.device("cpu")
-LINK = Link({"all_reduce": [Point(1000, 0.0002, 0.0), Point(10_000_000, 0.8, 0.0)]})
-
-
-def table(predicted: Mapping[str, float], **measured: float) -> Table:
-    """A table of these seconds, from the least to the most lossy."""
-    zeros = dict.fromkeys(predicted, 0)
-    return Table(LINK, 0.0, zeros, dict.fromkeys(predicted, 0.0), dict(predicted), measured)
-
-
-# --- rules -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        ({"none": 1.0, "bf16": 0.5, "topk": 0.3}, "topk"),
-        ({"none": 1.0, "bf16": 0.305, "topk": 0.3}, "bf16"),
-        ({"none": 1.0, "bf16": 0.307, "topk": 0.3}, "topk"),
-        ({"none": 1.0, "bf16": 1.2, "topk": 1.1}, "none"),
-        ({"none": 1.01, "bf16": 1.0}, "none"),
-    ],
-    ids=["the fastest", "about as fast", "slower", "nothing pays", "hardly pays"],
-)
-def test_the_least_lossy_of_those_about_as_fast_as_the_fastest_is_chosen(
-    seconds: dict[str, float], expected: str
-) -> None:
-    assert choose(seconds, {}) == expected
-
-
-def test_what_may_be_noise_is_no_reason_to_lose_anything() -> None:
-    seconds = {"none": 1.0, "bf16": 0.9, "topk": 0.5}
-    assert choose(seconds, {"none": 0.3, "bf16": 0.1, "topk": 0.1}) == "topk"
-    assert choose(seconds, {"none": 0.3, "bf16": 0.4, "topk": 0.1}) == "bf16"
-    assert choose(seconds, {"none": 0.4, "bf16": 0.4, "topk": 0.3}) == "none"
-
-
-@pytest.mark.parametrize(
-    ("predicted", "measured", "expected"),
-    [
-        ({"none": 9, "a": 1.0, "b": 1.2, "c": 1.3}, {}, ["a", "b"]),
-        ({"none": 1.4, "a": 1.0, "b": 1.2, "c": 1.3}, {}, ["none", "a", "b"]),
-        ({"none": 9, "a": 1.0, "b": 1.2}, {"none": 1.4}, ["none", "a", "b"]),
-        ({"none": 1, "a": 2.0, "b": 3.0}, {}, ["none"]),
-        ({"none": 9, "a": 1.0}, {}, ["a"]),
-        ({"none": 9, "a": 1.2, "b": 1.1, "c": 1.05, "d": 1.0, "e": 1.15}, {}, ["b", "c", "d", "e"]),
-    ],
-    ids=["the likeliest", "none if it may be", "none by experience", "none alone", "one alone", "not too many"],
-)
-def test_what_may_be_the_fastest_is_tried(
-    predicted: dict[str, float], measured: dict[str, float], expected: list[str]
-) -> None:
-    assert table(predicted, **measured).hopeful() == expected
-
-
-def test_candidates_take_turns_and_each_begins_a_round() -> None:
-    order = turns(["a", "b", "c"], a_round=1.0, budget=6.9)
-    assert "".join(order) == "abcbcacab" * 2 + "abc"
-    assert len(turns(["a", "b"], a_round=1.0, budget=0.001)) == 2 * (selection.FEWEST_ROUNDS + 1)
-    assert len(turns(["a", "b"], a_round=0.001, budget=100.0)) == 2 * (selection.MOST_ROUNDS + 1)
-
-
-def test_a_trial_s_median_leaves_the_first_round_out() -> None:
-    found = table({"none": 1.0, "a": 1.0})
-    found.rest = 0.5
-    found.add_trial(list("abbaab"), [9, 9, 2, 1, 3, 4])
-    assert found.measured == {"a": 2.5, "b": 3.5}
-    assert found.errors["a"] > 0
-    assert (found.expected("a"), found.expected("none")) == (2.5, 1.0)
-
-
-def test_the_table_is_plain_data_and_readable() -> None:
-    found = table({"none": 3.65, "topk": 0.0411}, topk=0.0423)
-    found.sent, found.compressing = {"none": 42_600_000, "topk": 1_065_000}, {"none": 0.0, "topk": 0.0211}
-    assert str(found).splitlines() == [
-        "candidate         MB sent  compress ms  predicted ms  measured ms",
-        "none               42.600          0.0        3650.0            -",
-        "topk                1.065         21.1          41.1         42.3",
-    ]
-    plain = found.to_plain()
-    assert plain["link"] == {"latency_ms": 0.2, "bytes_per_second": 12_503_126}
-    columns = ("candidate", "bytes_sent", "compress_ms", "predicted_ms", "measured_ms")
-    assert [tuple(row[column] for column in columns) for row in plain["candidates"]] == [
-        ("none", 42_600_000, 0.0, 3650.0, None),
-        ("topk", 1_065_000, 21.1, 41.1, 42.3),
-    ]
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -244,17 +158,18 @@ def gradients_of(used: Compressor, replicas: Communicator | None = None, bucket_
 @pytest.mark.usefixtures("fakes")
 def test_each_candidate_sees_the_buckets_that_it_would_have_laid_out() -> None:
     parts: dict[str, CompressionConfig] = {"all": fake("fake", 1), "some": fake("fake", 40), "few": fake("fake", 600)}
-    used = Auto(choosing("few", 0.0, **parts))
-    (bucket,) = gradients_of(used).buckets
+    config = choosing("few", 0.0, **parts)
+    (bucket,) = gradients_of(Auto(config)).buckets
+    candidate_set = CandidateSet(config.allowed, seed=0)
     # Last layer first where equally many compress them; vectors last.
     assert list(bucket.tensors) == ["large", "medium", "small", "bias"]
     for name, candidate in parts.items():
         (own,) = gradients_of(base.build(candidate)).buckets
-        seen = used._view(name, bucket)
+        seen = candidate_set.view(name, bucket)
         assert set(seen.compressed_tensors) == set(own.compressed_tensors)
         assert seen.uncompressed_numel == own.uncompressed_numel
         assert seen.flat is bucket.flat
-    assert used._view("none", bucket).uncompressed_numel == bucket.flat.numel()
+    assert candidate_set.view("none", bucket).uncompressed_numel == bucket.flat.numel()
 
 
 # --- on ranks --------------------------------------------------------------------------------------------------------
@@ -262,8 +177,8 @@ def test_each_candidate_sees_the_buckets_that_it_would_have_laid_out() -> None:
 
 def _force(name: str) -> None:
     """Whatever is fastest here today, in this process this one is chosen and nothing is said against it."""
-    vars(auto)["choose"] = lambda seconds, errors: name
-    auto.TOO_SLOW = auto.SURPRISING = 1e9
+    vars(decision)["choose"] = lambda seconds, errors: name
+    decision.TOO_SLOW = decision.SURPRISING = 1e9
 
 
 def _exchange_on_rank(
@@ -273,7 +188,7 @@ def _exchange_on_rank(
     for name, kind in FAKES.items():
         choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
     if prefer is not None:
-        selection.HOPEFUL = selection.HOPEFUL_NONE = 1e9
+        candidates.SHORTLIST_FACTOR = candidates.SHORTLIST_FACTOR_NONE = 1e9
         _force(prefer)
     if none_sleeps:
         usual: Callable[..., Iterator[Pending]] = NoCompression.aggregate
@@ -322,7 +237,7 @@ def _exchange_on_rank(
 
 
 #: Warm-up, plain and held steps, a short trial of three candidates, the check, and a trial of two.
-ENOUGH = 9 + 5 * (selection.FEWEST_ROUNDS + 1) + auto.CHECKED_STEPS
+ENOUGH = 9 + 5 * (candidates.MIN_ROUNDS + 1) + decision.CHECKED_STEPS
 
 
 @pytest.mark.parametrize(
@@ -365,7 +280,7 @@ def test_what_candidates_that_were_tried_owe_is_not_lost(prefer: str) -> None:
 def test_a_choice_that_turns_out_slower_than_nothing_is_taken_back() -> None:
     chosen = choosing("fading", 0.0001, fading=fake("fading"))
     for found in run_ranks(_exchange_on_rank, 2, chosen, 70, None, 0.005):
-        said = [(level, line) for level, line in found["lines"] if "it goes on without" in line]
+        said = [(level, line) for level, line in found["lines"] if "compression is switched off" in line]
         assert [level for level, _ in said] == ["WARNING"]
         assert said[0][1].startswith("compression=auto chose fading, with which a step takes ")
         assert found["report"]["chosen"] == "none"
@@ -421,11 +336,11 @@ def test_a_resumed_run_goes_on_with_the_choice_where_it_was_made(tmp_path: Path)
     resume = f"resume={through / 'checkpoints' / 'step_00000045'}"
     for found in run_ranks(_train_with_topk, 2, _auto(again, *forced, resume)):
         assert all(torch.equal(found["model"][name], first[0]["model"][name]) for name in found["model"])
-    assert _log(again).count("compression=auto goes on with topk") == 2
+    assert _log(again).count("compression=auto continues with topk") == 2
     assert "chooses" not in _log(again)
 
     run_ranks(_train_with_topk, 3, _auto(elsewhere, *forced, resume, "trainer.max_steps=90"))
-    assert "goes on with" not in _log(elsewhere)
+    assert "continues with" not in _log(elsewhere)
     assert _log(elsewhere).count("compression=auto chooses topk") == 3
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distrain.communication.collectives import Communicator, digest, ring_all_reduce_bytes
-from distrain.gradients.exchange import Exchanges
+from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -112,7 +112,7 @@ def _on_rank() -> dict[str, Any]:
             bucket.flat.normal_()
             exact = everyone.all_reduce(bucket.flat.double())
             before = everyone.ledger.total()
-            exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
+            exchanges = BucketExchanger(compressor, everyone, Stopwatch(runtime.device))
             exchanges.start(bucket)
             exchanges.finish()
             found[name] = {

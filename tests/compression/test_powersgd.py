@@ -14,8 +14,9 @@ from distrain.communication.collectives import Communicator, digest, ring_all_re
 from distrain.compression.bucket import Bucket
 from distrain.compression.powersgd import PowerSGD, PowerSGDConfig
 from distrain.errors import ConfigError
-from distrain.gradients.buckets import MB, Gradients
-from distrain.gradients.exchange import Exchanges
+from distrain.gradients.bucket_sizes import MIB
+from distrain.gradients.buckets import Gradients
+from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -63,7 +64,7 @@ def one(matrix: Tensor, name: str = "weight") -> Bucket:
 
 def step(compressor: PowerSGD, *buckets: Bucket, communicator: Communicator = ALONE) -> None:
     """One step's exchange of all buckets."""
-    exchanges = Exchanges(compressor, communicator, Stopwatch(torch.device("cpu")))
+    exchanges = BucketExchanger(compressor, communicator, Stopwatch(torch.device("cpu")))
     compressor.begin_step()
     for bucket in buckets:
         exchanges.start(bucket)
@@ -368,7 +369,7 @@ def made(compressor: PowerSGD, communicator: Communicator, dtype: torch.dtype) -
     for name, (shape, channels_last) in SHAPES.items():
         layout = torch.channels_last if channels_last else torch.contiguous_format
         named.append((name, nn.Parameter(torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout))))
-    return Gradients(named, communicator, compressor, Stopwatch(torch.device("cpu")), 100 * 4 / MB, 900 * 4 / MB)
+    return Gradients(named, communicator, compressor, Stopwatch(torch.device("cpu")), 100 * 4 / MIB, 900 * 4 / MIB)
 
 
 def sums(tensors: dict[str, Tensor], everyone: Communicator) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from distrain.compression.bucket import Bucket
 from distrain.compression.qsgd import QSGD, QSGDConfig
 from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.compression.signsgd import SignSGD
-from distrain.gradients.exchange import Exchanges
+from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -214,7 +214,7 @@ def _exchange_on_rank(steps: int) -> dict[str, Any]:
         for kind in KINDS:
             everyone = Communicator(runtime.communicator().group)
             compressor = make(kind)
-            exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
+            exchanges = BucketExchanger(compressor, everyone, Stopwatch(runtime.device))
             sizes = {"a": (513, 7), "b": (7, 0), "c": (1, 3)}
             contributed, aggregated, bytes_ = torch.zeros(0), torch.zeros(0), 0
             for step in range(steps):

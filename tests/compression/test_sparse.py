@@ -12,7 +12,7 @@ from distrain.communication.collectives import digest, ring_all_reduce_bytes
 from distrain.compression.error_feedback import Residuals
 from distrain.compression.sparse import SparseCompressor, stratified_sample
 from distrain.errors import ConfigError
-from distrain.gradients.exchange import Exchanges
+from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -275,7 +275,7 @@ def _on_rank() -> dict[str, Any]:
             everyone = runtime.communicator()
             compressor = sparse(f"compression={name}", "compression.density=0.05")
             bucket = bucket_for(compressor)
-            exchanges = Exchanges(compressor, everyone, Stopwatch(runtime.device))
+            exchanges = BucketExchanger(compressor, everyone, Stopwatch(runtime.device))
             torch.manual_seed(world.rank)
             contributed, aggregated = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
             for _ in range(3):

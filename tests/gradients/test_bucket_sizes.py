@@ -10,8 +10,18 @@ import torch
 from torch import nn
 
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
-from distrain.compression.autotune.link_model import Link, Point
-from distrain.gradients.bucket_sizes import FLAT, MB, USUAL, Bucketing, Pace, Sizes, bytes_of, choose, described
+from distrain.compression.autotune.link_model import LinkModel, LinkSample
+from distrain.gradients.bucket_sizes import (
+    DEFAULT_SIZES,
+    MIB,
+    ONE_BUCKET,
+    AllReduceCost,
+    BucketSizes,
+    BucketSizing,
+    choose_sizes,
+    describe_choice,
+    gradient_bytes_of,
+)
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.ddp import DDP
@@ -21,78 +31,83 @@ from tests.strategies.helpers import drawn, set_up
 
 CPU = torch.device("cpu")
 #: A link of 1 Gbit/s between two hosts, and both ends of one machine.
-ETHERNET = Pace(latency=0.0003, a_byte=8e-9, busy=0.1)
-LOOPBACK = Pace(latency=0.002, a_byte=1e-9, busy=0.6)
+ETHERNET = AllReduceCost(latency=0.0003, seconds_per_byte=8e-9, processor_share=0.1)
+LOOPBACK = AllReduceCost(latency=0.002, seconds_per_byte=1e-9, processor_share=0.6)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
 def test_a_small_model_s_gradients_travel_together() -> None:
-    assert choose(LOOPBACK, 490_000) == FLAT
-    assert choose(ETHERNET, 20_000) == FLAT
+    assert choose_sizes(LOOPBACK, 490_000) == ONE_BUCKET
+    assert choose_sizes(ETHERNET, 20_000) == ONE_BUCKET
 
 
 def test_where_the_processors_carry_the_bytes_there_is_nothing_to_hide() -> None:
-    assert choose(Pace(latency=0.00001, a_byte=1e-9, busy=1.0), 1000 * MB) == FLAT
+    assert (
+        choose_sizes(AllReduceCost(latency=0.00001, seconds_per_byte=1e-9, processor_share=1.0), 1000 * MIB)
+        == ONE_BUCKET
+    )
 
 
 def test_buckets_are_large_enough_for_their_latency_to_be_lost() -> None:
-    sizes = choose(ETHERNET, 45 * MB)
+    sizes = choose_sizes(ETHERNET, 45 * MIB)
     latency = ETHERNET.latency
-    assert 0.01 < latency / (sizes.other * MB * ETHERNET.a_byte) < 0.03
-    assert sizes == Sizes(1.0, 2.0, 0.25)
+    assert 0.01 < latency / (sizes.other * MIB * ETHERNET.seconds_per_byte) < 0.03
+    assert sizes == BucketSizes(1.0, 2.0, 0.25)
 
 
 def test_buckets_are_small_enough_to_overlap() -> None:
     # By the latency alone they would be larger.
-    assert choose(LOOPBACK, 45 * MB).other == 45 / 4
-    assert choose(LOOPBACK, 1000 * MB).other == 25
-    assert choose(ETHERNET, 490_000).first == pytest.approx(490_000 / MB / 4)
+    assert choose_sizes(LOOPBACK, 45 * MIB).other == 45 / 4
+    assert choose_sizes(LOOPBACK, 1000 * MIB).other == 25
+    assert choose_sizes(ETHERNET, 490_000).first == pytest.approx(490_000 / MIB / 4)
 
 
 def test_the_larger_the_latency_the_fewer_buckets() -> None:
-    others = [choose(Pace(latency, 8e-9, 0.0), 100 * MB).other for latency in (0.0001, 0.0003, 0.001, 0.003)]
+    others = [
+        choose_sizes(AllReduceCost(latency, 8e-9, 0.0), 100 * MIB).other for latency in (0.0001, 0.0003, 0.001, 0.003)
+    ]
     assert others == sorted(set(others))
 
 
 def test_a_pace_comes_from_a_link() -> None:
     ranks = 3
-    times = [(1024, 0.001, 0.001), (MB, 0.011, 0.006), (4 * MB, 0.041, 0.021)]
-    link = Link({"all_reduce": [Point(ring_all_reduce_bytes(size, ranks), *each) for size, *each in times]})
-    pace = Pace.of(link, ranks)
+    times = [(1024, 0.001, 0.001), (MIB, 0.011, 0.006), (4 * MIB, 0.041, 0.021)]
+    link = LinkModel({"all_reduce": [LinkSample(ring_all_reduce_bytes(size, ranks), *each) for size, *each in times]})
+    pace = AllReduceCost.of(link, ranks)
     assert pace.latency == 0.001
-    assert pace.a_byte == pytest.approx(0.01 / MB, rel=1e-2)
-    assert pace.busy == pytest.approx(0.5, rel=1e-2)
+    assert pace.seconds_per_byte == pytest.approx(0.01 / MIB, rel=1e-2)
+    assert pace.processor_share == pytest.approx(0.5, rel=1e-2)
 
 
 def test_what_is_asked_for_is_taken_and_nothing_is_measured() -> None:
     # A group that would fail if anybody talked to it.
     group = Communicator()
     group.size = 2
-    asked = Bucketing((1, 2, 0), group, group, CPU, MB)
-    assert asked.sizes(100 * MB) == Sizes(1, 2, 0)
+    asked = BucketSizing((1, 2, 0), group, group, CPU, MIB)
+    assert asked.sizes(100 * MIB) == BucketSizes(1, 2, 0)
     assert asked.state_dict() is None
-    repeatable = Bucketing((None, 3, None), group, group, CPU, MB, repeatable=True)
-    assert repeatable.sizes(100 * MB) == Sizes(USUAL.first, 3, USUAL.last)
-    assert repeatable.state_dict() is None
+    deterministic = BucketSizing((None, 3, None), group, group, CPU, MIB, deterministic=True)
+    assert deterministic.sizes(100 * MIB) == BucketSizes(DEFAULT_SIZES.first, 3, DEFAULT_SIZES.last)
+    assert deterministic.state_dict() is None
 
 
 def test_one_rank_has_one_bucket() -> None:
-    assert Bucketing((None, None, None), Communicator(), Communicator(), CPU, MB).sizes(1000 * MB) == FLAT
+    assert BucketSizing((None, None, None), Communicator(), Communicator(), CPU, MIB).sizes(1000 * MIB) == ONE_BUCKET
 
 
 @pytest.mark.parametrize(
     ("buckets", "told"),
     [
-        ([MB // 2], "gradients leave in one bucket of 0.5 MiB, after the backward pass"),
-        ([MB, 9 * MB, 4 * MB], "gradients leave in 3 buckets of 1 to 9 MiB"),
+        ([MIB // 2], "gradients are sent in one bucket of 0.5 MiB, after the backward pass"),
+        ([MIB, 9 * MIB, 4 * MIB], "gradients are sent in 3 buckets of 1 to 9 MiB"),
     ],
     ids=["one", "several"],
 )
 def test_the_log_says_what_was_measured_and_chosen(buckets: list[int], told: str) -> None:
-    line = described(Pace(0.0021, 1e-8, 0.25), buckets)
-    assert line == f"an all-reduce takes 2.1 ms and 10 ms a MiB, 25% of it the processors' own time: {told}"
+    line = describe_choice(AllReduceCost(0.0021, 1e-8, 0.25), buckets)
+    assert line == f"an all-reduce has a latency of 2.1 ms and takes 10 ms per MiB, 25% of it processor time: {told}"
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ def test_a_single_bucket_needs_no_hooks(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_resumed_run_has_the_layout_of_the_run_that_saved(ranks: list[dict[str, Any]]) -> None:
-    size = bytes_of(model())
+    size = gradient_bytes_of(model())
     for each in ranks:
         assert len(each["again"]) > 1
         assert each["again"] == ranks[0]["again"]

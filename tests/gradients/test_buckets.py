@@ -13,7 +13,8 @@ from distrain.communication.types import DONE, Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
-from distrain.gradients.buckets import MB, Gradients, partition
+from distrain.gradients.bucket_sizes import MIB
+from distrain.gradients.buckets import Gradients, split_into_buckets
 from distrain.reporting.metrics import Stopwatch
 
 KB = 1024
@@ -45,7 +46,7 @@ def gradients(
     named: Iterable[tuple[str, nn.Parameter]], recorder: Recorder, first_kb: float = 1000, other_kb: float = 1000
 ) -> Gradients:
     stopwatch = Stopwatch(torch.device("cpu"))
-    return Gradients(named, replicas(2), recorder, stopwatch, first_kb * KB / MB, other_kb * KB / MB)
+    return Gradients(named, replicas(2), recorder, stopwatch, first_kb * KB / MIB, other_kb * KB / MIB)
 
 
 def parameters(**kilobytes: float) -> list[tuple[str, nn.Parameter]]:
@@ -87,13 +88,13 @@ def test_buckets_fill_up_in_reverse_order(first: float, other: float, expected: 
 )
 def test_what_comes_last_travels_apart(last: float, expected: list[list[str]]) -> None:
     row = parameters(a=2, b=4, c=4, d=2, e=1)[::-1]
-    parts = partition(row, 1 * KB, 100 * KB, last * KB)
+    parts = split_into_buckets(row, 1 * KB, 100 * KB, last * KB)
     assert [[name for name, _ in part] for part in parts] == expected
 
 
 def test_a_model_of_one_bucket_stays_one() -> None:
     row = parameters(a=2, b=4)[::-1]
-    assert len(partition(row, 6 * KB, 100 * KB, 2 * KB)) == 1
+    assert len(split_into_buckets(row, 6 * KB, 100 * KB, 2 * KB)) == 1
 
 
 def test_a_bucket_holds_one_type() -> None:

@@ -1,4 +1,4 @@
-"""Exchanges overlap in a fixed order, and whoever observes them changes neither order nor content."""
+"""Exchanges overlap in a fixed order, and an observer changes neither order nor content."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import torch
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import DONE, Pending
-from distrain.compression.autotune import step_trace
-from distrain.compression.autotune.step_trace import Observer, Recorder, Segment, Step, typical
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
+from distrain.compression.observer import ExchangeObserver
 from distrain.config.schema import CompressionConfig
-from distrain.gradients.exchange import Exchanges
+from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 
 
-class Diary(NoCompression):
-    """Sends nothing; writes down what happens to each bucket, which is called by its size."""
+class LoggingCompressor(NoCompression):
+    """Sends nothing, and lists what happens to each bucket, which is named by its size."""
 
-    def __init__(self, collectives: int) -> None:
-        super().__init__(CompressionConfig(name="diary"))
-        self.phases = collectives
+    def __init__(self, phases: int) -> None:
+        super().__init__(CompressionConfig(name="logging"))
+        self.phases = phases
         self.lines: list[str] = []
 
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
@@ -33,43 +32,43 @@ class Diary(NoCompression):
         self.lines.append(f"{bucket.flat.numel()} ends")
 
 
-class Told(Observer):
-    """Writes down what it is told, in the same diary."""
+class EventLog(ExchangeObserver):
+    """Adds the events it receives to the same list."""
 
     def __init__(self, lines: list[str], holds: bool) -> None:
-        self.lines, self.holds = lines, holds
+        self.lines, self.holds_exchanges = lines, holds
 
-    def armed(self, communicator: Communicator) -> None:
-        self.lines.append("armed")
+    def last_backward_began(self, communicator: Communicator) -> None:
+        self.lines.append("last backward")
 
-    def ready(self, bucket: Bucket) -> None:
+    def bucket_ready(self, bucket: Bucket) -> None:
         self.lines.append(f"{bucket.flat.numel()} ready")
 
-    def closed(self) -> None:
-        self.lines.append("closed")
+    def backward_ended(self) -> None:
+        self.lines.append("backward ended")
 
-    def done(self) -> None:
-        self.lines.append("done")
+    def exchanges_ended(self) -> None:
+        self.lines.append("exchanges ended")
 
 
-def diary(collectives: int, holds: bool | None = None) -> list[str]:
-    """What happens in a step of three buckets."""
-    compressor = Diary(collectives)
+def events(phases: int, holds: bool | None = None) -> list[str]:
+    """The events of a step with three buckets."""
+    compressor = LoggingCompressor(phases)
     if holds is not None:
-        compressor.observer = Told(compressor.lines, holds)
-    exchanges = Exchanges(compressor, Communicator(), Stopwatch(torch.device("cpu")))
+        compressor.observer = EventLog(compressor.lines, holds)
+    exchanger = BucketExchanger(compressor, Communicator(), Stopwatch(torch.device("cpu")))
     for _ in range(2):
         compressor.lines.clear()
-        exchanges.begin_last_backward()
+        exchanger.begin_last_backward()
         for size in (1, 2, 3):
-            exchanges.start(Bucket(torch.zeros(size), {}))
-        exchanges.finish()
+            exchanger.start(Bucket(torch.zeros(size), {}))
+        exchanger.finish()
     return compressor.lines
 
 
 def test_an_exchange_begins_its_next_collective_with_the_next_bucket_and_ends_after_all_have_begun() -> None:
-    assert diary(collectives=1) == ["1 starts 0", "2 starts 0", "3 starts 0", "1 ends", "2 ends", "3 ends"]
-    assert diary(collectives=2) == [
+    assert events(phases=1) == ["1 starts 0", "2 starts 0", "3 starts 0", "1 ends", "2 ends", "3 ends"]
+    assert events(phases=2) == [
         "1 starts 0",
         "1 starts 1",
         "2 starts 0",
@@ -82,57 +81,12 @@ def test_an_exchange_begins_its_next_collective_with_the_next_bucket_and_ends_af
     ]
 
 
-def test_an_observer_is_told_each_thing_before_it_has_an_effect() -> None:
-    begin = ["armed", "1 ready", "1 starts 0", "2 ready", "2 starts 0", "3 ready", "3 starts 0"]
-    assert diary(1, holds=False) == [*begin, "closed", "1 ends", "2 ends", "3 ends", "done"]
+def test_an_observer_receives_each_event_before_it_has_an_effect() -> None:
+    begin = ["last backward", "1 ready", "1 starts 0", "2 ready", "2 starts 0", "3 ready", "3 starts 0"]
+    assert events(1, holds=False) == [*begin, "backward ended", "1 ends", "2 ends", "3 ends", "exchanges ended"]
 
 
-@pytest.mark.parametrize("collectives", [1, 2])
-def test_exchanges_that_are_held_back_happen_at_the_end_in_the_same_order(collectives: int) -> None:
-    ready = ["armed", "1 ready", "2 ready", "3 ready", "closed"]
-    assert diary(collectives, holds=True) == [*ready, *diary(collectives), "done"]
-
-
-def test_a_recorder_keeps_the_times_of_steps_that_exchanged_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))
-    monkeypatch.setattr(step_trace, "now", lambda device: float(next(clock)))
-    compressor, recorder = Diary(1), Recorder()
-    compressor.observer = recorder
-    exchanges = Exchanges(compressor, Communicator(), Stopwatch(torch.device("cpu")))
-    for sizes in ([1, 2], [], [3]):
-        recorder.close()
-        recorder.open()
-        if sizes:
-            exchanges.begin_last_backward()
-            for size in sizes:
-                exchanges.start(Bucket(torch.zeros(size), {}))
-            exchanges.finish()
-    recorder.close()
-    assert recorder.take() == [
-        Step(0, [Segment(armed=1, ready=[2, 3], closed=4, done=5)], left=6),
-        Step(8, [Segment(armed=9, ready=[10], closed=11, done=12)], left=13),
-    ]
-    assert recorder.take() == []
-
-
-def test_a_step_without_its_exchanges() -> None:
-    first = Segment(armed=12, ready=[13, 15], closed=18, done=30)
-    second = Segment(armed=31, ready=[31, 31], closed=33, done=40)
-    step = Step(10, [first, second], left=45)
-    assert step.compute() == [[2, 1, 2, 3], [1, 0, 0, 2]]
-    assert step.bare == 11
-    assert step.span == 30
-    assert step.rest == 5
-
-
-def test_the_typical_span_is_a_median_with_two_standard_errors() -> None:
-    generator = torch.Generator().manual_seed(0)
-    medians = []
-    for _ in range(400):
-        spans = (10 + torch.randn(101, generator=generator)).tolist()
-        # One that has nothing to do with it.
-        spans[7] = 500.0
-        medians.append(typical(spans))
-    off = sum(abs(middle - 10) > error for middle, error in medians)
-    assert 0.01 * 400 < off < 0.1 * 400
-    assert typical([3.0]) == (3.0, 0.0)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_exchanges_held_back_happen_at_the_end_in_the_same_order(phases: int) -> None:
+    ready = ["last backward", "1 ready", "2 ready", "3 ready", "backward ended"]
+    assert events(phases, holds=True) == [*ready, *events(phases), "exchanges ended"]

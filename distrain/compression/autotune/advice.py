@@ -1,22 +1,22 @@
-"""Tells whether a compressor that somebody picked makes a step faster than none would."""
+"""Warns when the configured compressor makes steps slower than no compression would."""
 
 from __future__ import annotations
 
 import logging
 import math
 import statistics
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
-from distrain.compression.autotune.link_model import Link, measure_link
-from distrain.compression.autotune.simulation import Backdrop, BucketCost, Cost, predicted
-from distrain.compression.autotune.step_trace import Recorder, Step, typical
+from distrain.compression.autotune.compressor_cost import uncompressed_cost
+from distrain.compression.autotune.link_model import LinkModel, measure_link
+from distrain.compression.autotune.simulation import predict_step
+from distrain.compression.autotune.step_probe import Phase, StepProbe, slowest
+from distrain.compression.autotune.step_trace import StepTrace, median_with_error
 from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
@@ -24,162 +24,130 @@ from distrain.compression.none import NoCompression
 log = logging.getLogger(__name__)
 
 #: Steps before anything is timed: memory, caches, compilation.
-WARM_STEPS = 4
-#: Steps whose median tells what a step takes, and then steps that hold their exchanges back.
-USUAL_STEPS, HELD_STEPS = 5, 3
-#: Where a step without compression is predicted to be slower than this factor nobody needs to know it better.
-CLEAR = 1.5
-#: Pairs of a usual step and one with a rehearsal, after one to warm up.
-REHEARSALS = 7
-#: How much slower than without compression a step may be.
+WARMUP_STEPS = 4
+#: Ordinary steps, then steps that hold their exchanges back.
+ORDINARY_STEPS, HELD_STEPS = 5, 3
+#: If a step without compression is predicted to take longer by this factor, it is not measured more precisely.
+CLEARLY_FASTER = 1.5
+#: Pairs of an ordinary and an emulated uncompressed step that count; one pair before them does not.
+PAIRS = 7
+#: A step may be slower than without compression by this fraction.
 TOO_SLOW = 0.03
 
-
-def wanted(compressor: Compressor, communicator: Communicator) -> bool:
-    """Whether there is anything to compare, and nobody does it yet."""
-    alone = communicator.size == 1 or compressor.observer is not None
-    return not alone and not isinstance(compressor, NoCompression)
+_COMPRESSED, _EMULATED = "compressed", "emulated"
 
 
-class Advisor(Recorder):
-    """Watches the first steps of a run, says what it found, and leaves. Nothing about the training changes.
+def needs_advice(compressor: Compressor, communicator: Communicator) -> bool:
+    """Whether something is compressed among several ranks, and no other observer measures it."""
+    return communicator.size > 1 and compressor.observer is None and not isinstance(compressor, NoCompression)
 
-    What a step would take without compression it predicts: the bare step, as it is with exchanges held back, and the
-    link's time for the uncompressed buckets. Where that doesn't settle it there are rehearsals: steps that all-reduce
-    something as large as each bucket as soon as it is complete, as they would without compression, and hold the real
-    exchanges back until that is over.
+
+class Advisor(StepProbe):
+    """Measures the first steps of a run and logs whether compression pays. The training is not changed.
+
+    The duration of a step without compression is predicted from the backward pass, as measured with exchanges held
+    back, and the link's time for the uncompressed buckets. Where the prediction is not clear, uncompressed steps are
+    emulated: each bucket's size is all-reduced, with zeros as content, as soon as the bucket is complete, and the real
+    exchanges are held back until that is over.
 
     Args:
-        compressor: The one that was picked; this becomes its observer.
+        compressor: The configured compressor; the caller sets its ``observer``.
     """
 
     def __init__(self, compressor: Compressor) -> None:
-        super().__init__()
-        self._compressor = compressor
-        self._course = self._watch()
-        self._sizes: list[int] = []
-        self._rehearses = False
+        super().__init__(compressor, ORDINARY_STEPS, HELD_STEPS)
+        self._emulates = False
         self._under_way: list[Pending] = []
-        self._scratch: dict[int, Tensor] = {}
-        compressor.observer = self
+        # For each bucket, by the name of its first parameter, what is all-reduced in its place.
+        self._zeros: dict[str, Tensor] = {}
 
-    def begin_step(self) -> None:
-        """See the base class."""
-        self.close()
-        next(self._course, None)
-        self.open()
+    @override
+    def is_warm(self) -> bool:
+        return len(self.traces) >= WARMUP_STEPS and self.compressor.step > self.compressor.warmup_steps
 
-    def ready(self, bucket: Bucket) -> None:
-        """See the base class."""
-        super().ready(bucket)
-        self._sizes.append(bucket.bytes)
-        if self._rehearses and self.communicator is not None:
-            scratch = self._scratch.setdefault(len(self._sizes), torch.zeros_like(bucket.flat))
-            self._under_way.append(self.communicator.start_all_reduce(scratch))
+    @override
+    def bucket_ready(self, bucket: Bucket) -> None:
+        super().bucket_ready(bucket)
+        if self._emulates:
+            first = next(iter(bucket.tensors))
+            if first not in self._zeros:
+                self._zeros[first] = torch.zeros_like(bucket.flat)
+            self._under_way.append(self.communicator.start_all_reduce(self._zeros[first]))
 
-    def closed(self) -> None:
-        """See the base class."""
+    @override
+    def backward_ended(self) -> None:
         for pending in self._under_way:
             pending.wait()
         self._under_way.clear()
-        super().closed()
+        super().backward_ended()
 
-    def _watch(self) -> Iterator[None]:
-        """What comes before each step; a ``yield`` is a step."""
-        while len(self.steps) < WARM_STEPS or self._compressor.step <= self._compressor.warmup_steps:
-            yield
-        self.take()
-        for _ in range(USUAL_STEPS):
-            yield
-        usual = self.take()
-        self.holds = True
-        for _ in range(HELD_STEPS):
-            self._sizes.clear()
-            yield
-        self.holds = False
-        takes, without, link = self._predict(usual, self.take())
-        error = 0.0
-        if without < CLEAR * takes:
-            takes, without, error = yield from self._rehearse()
-        self._scratch.clear()
-        self._compressor.observer = None
-        slower, line = verdict(self._compressor.config.name, takes, without, error, link)
+    @override
+    def evaluate(self, ordinary: list[StepTrace], held: list[StepTrace]) -> Phase | None:
+        bucket_bytes = held[-1].bucket_bytes
+        link = measure_link(self.communicator, self.device, max(bucket_bytes))
+        own = {
+            "ordinary": [trace.exchange_span for trace in ordinary],
+            "after_exchange": statistics.median(trace.after_exchange for trace in [*ordinary, *held]),
+        }
+        compute, gathered = self.gather_compute_times(held, own)
+        compressed = median_with_error(slowest(gathered, "ordinary"))[0]
+        compressed += max(each["after_exchange"] for each in gathered)
+        costs = [uncompressed_cost(bucket_bytes, self.communicator.size)] * len(gathered)
+        uncompressed = predict_step(compute, costs, link)
+        if uncompressed < CLEARLY_FASTER * compressed:
+            return self._emulation(link)
+        self._log(compressed, uncompressed, 0.0, link)
+        return None
+
+    def _emulation(self, link: LinkModel) -> Phase:
+        """Ordinary and emulated uncompressed steps alternate, so that both are measured under the same conditions."""
+
+        def prepare(label: str) -> None:
+            self._emulates = label == _EMULATED
+
+        labels = [_COMPRESSED, _EMULATED] * (PAIRS + 1)
+        return Phase(labels, lambda traces: self._end_emulation(traces, link), _EMULATED, prepare)
+
+    def _end_emulation(self, traces: list[StepTrace], link: LinkModel) -> None:
+        self._emulates = False
+        self._zeros.clear()
+        compressed = [trace for trace in traces if trace.label == _COMPRESSED]
+        emulated = [trace for trace in traces if trace.label == _EMULATED]
+        own = {
+            "compressed": [trace.exchange_span for trace in compressed[1:]],
+            "uncompressed": [trace.compute_seconds for trace in emulated[1:]],
+            "after_exchange": statistics.median(trace.after_exchange for trace in compressed + emulated),
+        }
+        gathered = self.communicator.all_gather_json(own, self.device)
+        after_exchange = max(each["after_exchange"] for each in gathered)
+        with_compression, error = median_with_error(slowest(gathered, "compressed"))
+        without, other_error = median_with_error(slowest(gathered, "uncompressed"))
+        self._log(with_compression + after_exchange, without + after_exchange, math.hypot(error, other_error), link)
+
+    def _log(self, compressed: float, uncompressed: float, error: float, link: LinkModel) -> None:
+        slower, line = verdict(self.compressor.config.name, compressed, uncompressed, error, link)
         log.log(logging.WARNING if slower else logging.INFO, "%s", line)
 
-    def _predict(self, usual: Sequence[Step], held: Sequence[Step]) -> tuple[float, float, Link]:
-        """Seconds of a step as it is and without compression, and the link."""
-        assert self.communicator is not None
-        link = measure_link(self.communicator, self.device, max(self._sizes))
-        mine = {
-            "steps": [asdict(Backdrop.of(step)) for step in held],
-            "usual": [step.span for step in usual],
-            "rest": statistics.median(step.rest for step in [*usual, *held]),
-        }
-        everyone = self.communicator.all_gather_json(mine, self.device)
-        takes = typical(_slowest(everyone, "usual"))[0] + max(each["rest"] for each in everyone)
-        steps = [[Backdrop(**step) for step in each["steps"]] for each in everyone]
-        costs = [uncompressed(self._sizes, self.communicator.size)] * len(everyone)
-        return takes, predicted(steps, costs, link), link
 
-    def _rehearse(self) -> Generator[None, None, tuple[float, float, float]]:
-        """Seconds of a step as it is and without compression, and how far the difference may be off.
-
-        Both take turns, so that they meet the same conditions.
-        """
-        assert self.communicator is not None
-        usual: list[Step] = []
-        rehearsed: list[Step] = []
-        self.take()
-        for _ in range(REHEARSALS + 1):
-            for kept, self._rehearses in ((usual, False), (rehearsed, True)):
-                self.holds = self._rehearses
-                self._sizes.clear()
-                yield
-                kept += self.take()
-        self._rehearses = self.holds = False
-        mine = {
-            "usual": [step.span for step in usual[1:]],
-            "without": [step.bare for step in rehearsed[1:]],
-            "rest": statistics.median(step.rest for step in usual + rehearsed),
-        }
-        everyone = self.communicator.all_gather_json(mine, self.device)
-        rest = max(each["rest"] for each in everyone)
-        takes, error = typical(_slowest(everyone, "usual"))
-        without, other_error = typical(_slowest(everyone, "without"))
-        return takes + rest, without + rest, math.hypot(error, other_error)
-
-
-def _slowest(everyone: Sequence[Mapping[str, Any]], what: str) -> list[float]:
-    """Each step's span on the rank where it was longest."""
-    return [max(spans) for spans in zip(*(each[what] for each in everyone), strict=True)]
-
-
-def uncompressed(sizes: Sequence[int], ranks: int) -> Cost:
-    """What happens without compression: an all-reduce a bucket, and no work of its own.
-
-    Args:
-        sizes: Bytes of each bucket, in the order in which they leave.
-        ranks: How many reduce them.
-    """
-    reductions = [[("all_reduce", ring_all_reduce_bytes(size, ranks))] for size in sizes]
-    return Cost([BucketCost([0.0, 0.0], [each]) for each in reductions])
-
-
-def verdict(name: str, takes: float, without: float, error: float, link: Link) -> tuple[bool, str]:
-    """Whether compression makes a step too slow, and the line that says what it makes of it.
+def verdict(name: str, compressed: float, uncompressed: float, error: float, link: LinkModel) -> tuple[bool, str]:
+    """Compares steps with and without compression.
 
     Args:
         name: The compressor.
-        takes: Seconds of a step with it.
-        without: Seconds of a step without.
-        error: How far the difference may be off.
-        link: What carries the messages.
+        compressed: Seconds of a step with it.
+        uncompressed: Seconds of a step without compression.
+        error: Uncertainty of the difference, in seconds.
+        link: Times of collectives.
+
+    Returns:
+        Whether compression makes steps too slow, and the line for the log.
     """
-    slower = takes - without > max(TOO_SLOW * without, error)
-    told = (
-        f"compression={name} makes a step {1000 * takes:.1f} ms; without it would be about {1000 * without:.1f} ms on "
-        f"this link ({link})"
+    slower = compressed - uncompressed > max(TOO_SLOW * uncompressed, error)
+    line = (
+        f"a step with compression={name} takes {1000 * compressed:.1f} ms; without compression it would take about "
+        f"{1000 * uncompressed:.1f} ms on this link ({link})"
     )
     if slower:
-        return True, f"{told}, so compression=none or compression=auto is faster"
-    return False, f"{told}; steps vary too much to tell" if takes > (1 + TOO_SLOW) * without else told
+        return True, f"{line}, so compression=none or compression=auto is faster"
+    uncertain = compressed > (1 + TOO_SLOW) * uncompressed
+    return False, f"{line}; step times vary too much to tell which is faster" if uncertain else line

@@ -1,4 +1,4 @@
-"""What a link takes to carry a message: measured once, over the gradient's own group of ranks."""
+"""Times of collectives by message size, measured once over the ranks that exchange gradients."""
 
 from __future__ import annotations
 
@@ -11,117 +11,117 @@ import torch
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
-from distrain.compression.autotune.step_trace import now
+from distrain.compression.autotune.step_trace import synchronised_time
 
-#: A message that takes so long tells the bandwidth; on slow links larger ones would only cost time.
+#: No larger message is timed after one that took so many seconds; it has shown the bandwidth.
 _LONG_ENOUGH = 0.05
-#: Bytes of the message that tells the latency, and of the first that tells something about the bandwidth.
+#: Bytes of the first message, which shows the latency, and of the second; each further one is larger by the factor.
 _SMALLEST, _SECOND = 1024, 64 * 1024
 _GROWTH = 4
-#: A message is repeated so often at most, and no more once all its repeats took this many seconds.
-_REPEATS, _PATIENCE = 5, 0.2
+#: Repeats of a message; fewer where they take more seconds than this.
+_REPEATS, _MAX_SECONDS = 5, 0.2
 
 
 @dataclass(frozen=True)
-class Point:
-    """One message size.
+class LinkSample:
+    """Times of one message size.
 
     Attributes:
-        sent: Bytes each rank puts on the wire.
-        seconds: What the collective takes, on the slowest rank.
-        stolen: How much of that the processors spend on it, which a backward pass that runs meanwhile does not have.
+        sent: Bytes that each rank sends.
+        seconds: Duration of the collective, on the slowest rank.
+        processor_seconds: Processor time that a rank spends on it, which concurrent computation does not have.
     """
 
     sent: int
     seconds: float
-    stolen: float
+    processor_seconds: float
 
 
-class Link:
-    """What each kind of collective takes, by the bytes that a rank sends.
+class LinkModel:
+    """Predicts how long a collective takes from the bytes that each rank sends.
 
     Args:
-        points: At least one for each kind of collective, by growing size.
+        samples: Measurements of each kind of collective, at least one, in ascending order of size.
     """
 
-    def __init__(self, points: Mapping[str, Sequence[Point]]) -> None:
-        self._points = points
+    def __init__(self, samples: Mapping[str, Sequence[LinkSample]]) -> None:
+        self._samples = samples
 
-    def points(self, kind: str) -> Sequence[Point]:
-        """What was measured, by growing size."""
-        return self._points[kind]
+    def samples(self, kind: str) -> Sequence[LinkSample]:
+        """The measurements of a kind of collective, in ascending order of size."""
+        return self._samples[kind]
 
     def seconds(self, kind: str, sent: int) -> float:
-        """What a collective takes from its start on all ranks until all are done."""
-        return self._at(kind, sent, lambda point: point.seconds)
+        """Seconds from the start of a collective on all ranks to its end on all ranks."""
+        return self._interpolate(kind, sent, lambda sample: sample.seconds)
 
-    def stolen(self, kind: str, sent: int) -> float:
-        """Seconds by which it delays computation that goes on meanwhile."""
-        return self._at(kind, sent, lambda point: point.stolen)
+    def processor_seconds(self, kind: str, sent: int) -> float:
+        """Seconds by which a collective delays computation that runs meanwhile."""
+        return self._interpolate(kind, sent, lambda sample: sample.processor_seconds)
 
     @property
     def latency(self) -> float:
-        """Seconds of an all-reduce of next to nothing."""
-        return self._points["all_reduce"][0].seconds
+        """Seconds of the smallest all-reduce."""
+        return self._samples["all_reduce"][0].seconds
 
     @property
     def bytes_per_second(self) -> float:
-        """What a rank sends in the largest all-reduce, its latency aside."""
-        last = self._points["all_reduce"][-1]
+        """Bandwidth: bytes that a rank sends in the largest all-reduce, by its duration less the latency."""
+        last = self._samples["all_reduce"][-1]
         return last.sent / max(last.seconds - self.latency, last.seconds / 2)
 
     def __str__(self) -> str:
         rate = 8 * self.bytes_per_second
-        told = f"{rate / 1e9:.1f} Gbit/s" if rate >= 1e9 else f"{rate / 1e6:.0f} Mbit/s"
-        return f"{1000 * self.latency:.2g} ms, {told}"
+        bandwidth = f"{rate / 1e9:.1f} Gbit/s" if rate >= 1e9 else f"{rate / 1e6:.0f} Mbit/s"
+        return f"{1000 * self.latency:.2g} ms, {bandwidth}"
 
-    def _at(self, kind: str, sent: int, what: Callable[[Point], float]) -> float:
-        """Between two sizes on a line, and beyond the largest on the line through the last two."""
-        points = self._points[kind]
-        if sent <= points[0].sent or len(points) == 1:
-            return what(points[0])
-        after = next((index for index, point in enumerate(points) if point.sent >= sent), len(points) - 1)
-        low, high = points[after - 1], points[after]
-        slope = max(what(high) - what(low), 0.0) / (high.sent - low.sent)
-        return what(low) + slope * (sent - low.sent)
+    def _interpolate(self, kind: str, sent: int, value: Callable[[LinkSample], float]) -> float:
+        """Linear between two sizes; beyond the largest, the line through the last two continues."""
+        samples = self._samples[kind]
+        if sent <= samples[0].sent or len(samples) == 1:
+            return value(samples[0])
+        after = next((index for index, sample in enumerate(samples) if sample.sent >= sent), len(samples) - 1)
+        low, high = samples[after - 1], samples[after]
+        slope = max(value(high) - value(low), 0.0) / (high.sent - low.sent)
+        return value(low) + slope * (sent - low.sent)
 
 
 def measure_link(
     communicator: Communicator,
     device: torch.device,
-    most: int,
+    max_bytes: int,
     *,
     kinds: Sequence[str] = ("all_reduce", "all_gather"),
     long_enough: float = _LONG_ENOUGH,
-    patience: float = _PATIENCE,
-) -> Link:
-    """Times collectives of growing size; all ranks of the group call it together.
+    max_seconds: float = _MAX_SECONDS,
+) -> LinkModel:
+    """Times collectives of increasing size; all ranks of the group call it together.
 
     Args:
-        communicator: The group, of more than one rank; what is sent is counted as any other bytes.
-        device: Where messages lie.
-        most: Size in bytes of the largest message that anybody would send.
-        kinds: Which collectives.
-        long_enough: Seconds; after a message that takes so long there are no larger ones.
-        patience: Seconds after which a message is repeated no more.
+        communicator: The group, of more than one rank. Its ledger counts what is sent.
+        device: Where messages are stored.
+        max_bytes: Size of the largest message.
+        kinds: The kinds of collectives to time: ``all_reduce``, ``all_gather``.
+        long_enough: Seconds; after a message that takes so long no larger one is timed.
+        max_seconds: Seconds after which a message is not repeated any more.
 
     Returns:
-        The same on all ranks: each figure is the slowest rank's.
+        The same model on all ranks: each time is the slowest rank's.
     """
-    points: dict[str, list[Point]] = {kind: [] for kind in kinds}
-    for kind, found in points.items():
-        # Of what is gathered everybody gets all ranks' parts.
-        largest = max(most if kind == "all_reduce" else most // communicator.size, _SECOND)
+    samples: dict[str, list[LinkSample]] = {kind: [] for kind in kinds}
+    for kind, measured in samples.items():
+        # In an all-gather every rank receives the messages of all ranks.
+        largest = max(max_bytes if kind == "all_reduce" else max_bytes // communicator.size, _SECOND)
         size = _SMALLEST
         while True:
-            found.append(_measure(communicator, device, kind, size, patience))
-            if found[-1].seconds >= long_enough or size >= largest:
+            measured.append(_measure(communicator, device, kind, size, max_seconds))
+            if measured[-1].seconds >= long_enough or size >= largest:
                 break
             size = min(max(_GROWTH * size, _SECOND), largest)
-    return Link(points)
+    return LinkModel(samples)
 
 
-def _measure(communicator: Communicator, device: torch.device, kind: str, size: int, patience: float) -> Point:
+def _measure(communicator: Communicator, device: torch.device, kind: str, size: int, max_seconds: float) -> LinkSample:
     message = torch.zeros(size // 4, device=device)
 
     def start() -> Pending:
@@ -134,13 +134,13 @@ def _measure(communicator: Communicator, device: torch.device, kind: str, size: 
     sent = communicator.ledger.total()
     start().wait()
     sent = communicator.ledger.total() - sent
-    taken: list[list[float]] = []
-    while len(taken) < _REPEATS and sum(seconds for seconds, _ in taken) < patience:
-        begin, worked = now(device), time.process_time()
+    repeats: list[list[float]] = []
+    while len(repeats) < _REPEATS and sum(seconds for seconds, _ in repeats) < max_seconds:
+        begin, processor_begin = synchronised_time(device), time.process_time()
         start().wait()
-        mine = [now(device) - begin, time.process_time() - worked]
-        # All ranks go on with the same figures, or they would stop after different numbers of repeats.
-        worst = communicator.all_reduce(torch.tensor(mine, dtype=torch.float64, device=device), "max")
-        taken.append(worst.tolist())
-    seconds, stolen = (statistics.median(column) for column in zip(*taken, strict=True))
-    return Point(sent, seconds, min(stolen, seconds) if device.type == "cpu" else 0.0)
+        own = [synchronised_time(device) - begin, time.process_time() - processor_begin]
+        # All ranks continue with the same times, or they would stop after different numbers of repeats.
+        longest = communicator.all_reduce(torch.tensor(own, dtype=torch.float64, device=device), "max")
+        repeats.append(longest.tolist())
+    seconds, processor_seconds = (statistics.median(column) for column in zip(*repeats, strict=True))
+    return LinkSample(sent, seconds, min(processor_seconds, seconds) if device.type == "cpu" else 0.0)

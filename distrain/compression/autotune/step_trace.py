@@ -1,4 +1,4 @@
-"""Notes when what happened in a step, while somebody wants to know."""
+"""Records timestamps of a step's events: the backward pass, the buckets and their exchanges."""
 
 from __future__ import annotations
 
@@ -8,154 +8,151 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
+from distrain.compression.bucket import Bucket
+from distrain.compression.observer import ExchangeObserver
 
-if TYPE_CHECKING:
-    from distrain.compression.bucket import Bucket
 
-
-class Observer:
-    """Is told what happens to a compressor's buckets; this one does nothing with it.
+@dataclass
+class SegmentTrace:
+    """Times of one set of buckets in a step, in seconds of this rank's clock; a pipeline's rank has one set per stage.
 
     Attributes:
-        holds: Whether exchanges wait for the end of the backward pass, which then runs as if nobody communicated.
+        last_backward_began: Begin of the last backward pass.
+        buckets_ready: When each bucket was complete.
+        backward_ended: End of the backward pass.
+        exchanges_ended: When the last bucket held its sum.
     """
 
-    holds = False
-
-    def begin_step(self) -> None:
-        """A step begins; nothing is under way."""
-
-    def armed(self, communicator: Communicator) -> None:
-        """The last backward pass before an exchange begins."""
-
-    def ready(self, bucket: Bucket) -> None:
-        """A bucket is complete."""
-
-    def closed(self) -> None:
-        """The backward pass is over and all buckets are complete."""
-
-    def done(self) -> None:
-        """All buckets hold their sums."""
+    last_backward_began: float
+    buckets_ready: list[float] = field(default_factory=list)
+    backward_ended: float = 0.0
+    exchanges_ended: float = 0.0
 
 
 @dataclass
-class Segment:
-    """One set of buckets' part of a step; a pipeline's rank has one a stage. Times are on this rank's clock."""
-
-    armed: float
-    ready: list[float] = field(default_factory=list)
-    closed: float = 0.0
-    done: float = 0.0
-
-
-@dataclass
-class Step:
-    """When what happened in one step.
+class StepTrace:
+    """Times of one step, in seconds of this rank's clock.
 
     Attributes:
-        began: Its begin.
+        began: Begin of the step.
+        label: Says how the step was run, for example with which compressor.
         segments: Its sets of buckets, in order.
-        left: When the next step began.
+        bucket_bytes: Size of each bucket, in the order in which they were ready.
+        ended: Begin of the next step.
     """
 
     began: float
-    segments: list[Segment] = field(default_factory=list)
-    left: float = 0.0
+    label: str = ""
+    segments: list[SegmentTrace] = field(default_factory=list)
+    bucket_bytes: list[int] = field(default_factory=list)
+    ended: float = 0.0
 
     @property
-    def span(self) -> float:
-        """Seconds from the begin until the last bucket held its sum."""
-        return self.segments[-1].done - self.began
+    def exchange_span(self) -> float:
+        """Seconds from the step's begin until the last bucket held its sum."""
+        return self.segments[-1].exchanges_ended - self.began
 
     @property
-    def rest(self) -> float:
-        """Seconds from there until the next step: the update, logging, data."""
-        return self.left - self.segments[-1].done
+    def after_exchange(self) -> float:
+        """Seconds from the last bucket's sum until the next step: update, logging, data."""
+        return self.ended - self.segments[-1].exchanges_ended
 
-    def compute(self) -> list[list[float]]:
-        """Seconds of everything but exchanges: a list a segment.
+    def compute_intervals(self) -> list[list[float]]:
+        """Seconds of everything but exchanges, one list per segment.
 
-        Before it was armed, before each bucket was complete, and until the backward pass was over. These are pure only
-        if exchanges were held back.
+        Each list holds the time before the last backward pass, the time before each bucket was complete, and the time
+        until the end of the backward pass. They contain no communication only if exchanges were held back.
         """
-        found, before = [], self.began
+        intervals, before = [], self.began
         for segment in self.segments:
-            marks = [before, segment.armed, *segment.ready, segment.closed]
-            found.append([late - early for early, late in itertools.pairwise(marks)])
-            before = segment.done
-        return found
+            marks = [before, segment.last_backward_began, *segment.buckets_ready, segment.backward_ended]
+            intervals.append([late - early for early, late in itertools.pairwise(marks)])
+            before = segment.exchanges_ended
+        return intervals
 
     @property
-    def bare(self) -> float:
-        """Seconds of everything but exchanges until the last backward pass was over."""
-        return sum(map(sum, self.compute()))
+    def compute_seconds(self) -> float:
+        """Seconds of everything but exchanges, from the step's begin to the end of its last backward pass."""
+        return sum(map(sum, self.compute_intervals()))
 
 
-class Recorder(Observer):
-    """Keeps the times of each step.
+class StepRecorder(ExchangeObserver):
+    """Records a :class:`StepTrace` of each step in which something was exchanged.
 
-    On a GPU the host runs ahead, so it waits for the current stream at each mark; collectives go on in their own.
+    On a GPU the host runs ahead of the device, so each timestamp first waits for the current stream. Collectives run in
+    other streams and continue meanwhile.
+
+    Attributes:
+        traces: The recorded steps.
+        communicator: The ranks of the last exchange; a group of one rank before the first.
+        device: Where the buckets of the last exchange are stored.
     """
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.communicator: Communicator | None = None
+        self.traces: list[StepTrace] = []
+        self.communicator = Communicator()
         self.device = torch.device("cpu")
-        self._open: Step | None = None
+        self._open: StepTrace | None = None
 
-    def open(self) -> None:
+    def open_step(self, label: str = "") -> None:
         """A step begins now."""
-        self._open = Step(now(self.device))
+        self._open = StepTrace(synchronised_time(self.device), label)
 
-    def close(self) -> None:
-        """The step that is open ends now, and counts if anything was exchanged in it."""
-        if self._open is not None and self._open.segments and self._open.segments[-1].done:
-            self._open.left = now(self.device)
-            self.steps.append(self._open)
+    def close_step(self) -> None:
+        """The open step ends now; its trace is kept if an exchange ended in it."""
+        if self._open is not None and self._open.segments and self._open.segments[-1].exchanges_ended:
+            self._open.ended = synchronised_time(self.device)
+            self.traces.append(self._open)
         self._open = None
 
-    def armed(self, communicator: Communicator) -> None:
-        """See the base class."""
+    @override
+    def last_backward_began(self, communicator: Communicator) -> None:
         self.communicator = communicator
         if self._open is not None:
-            self._open.segments.append(Segment(now(self.device)))
+            self._open.segments.append(SegmentTrace(synchronised_time(self.device)))
 
-    def ready(self, bucket: Bucket) -> None:
-        """See the base class."""
+    @override
+    def bucket_ready(self, bucket: Bucket) -> None:
         self.device = bucket.flat.device
         if self._open is not None and self._open.segments:
-            self._open.segments[-1].ready.append(now(self.device))
+            self._open.segments[-1].buckets_ready.append(synchronised_time(self.device))
+            self._open.bucket_bytes.append(bucket.bytes)
 
-    def closed(self) -> None:
-        """See the base class."""
+    @override
+    def backward_ended(self) -> None:
         if self._open is not None and self._open.segments:
-            self._open.segments[-1].closed = now(self.device)
+            self._open.segments[-1].backward_ended = synchronised_time(self.device)
 
-    def done(self) -> None:
-        """See the base class."""
+    @override
+    def exchanges_ended(self) -> None:
         if self._open is not None and self._open.segments:
-            self._open.segments[-1].done = now(self.device)
+            self._open.segments[-1].exchanges_ended = synchronised_time(self.device)
 
-    def take(self) -> list[Step]:
-        """The steps kept so far, which are forgotten."""
-        steps, self.steps = self.steps, []
-        return steps
+    def take_traces(self) -> list[StepTrace]:
+        """Returns the recorded steps and forgets them."""
+        traces, self.traces = self.traces, []
+        return traces
 
 
-def typical(spans: Sequence[float]) -> tuple[float, float]:
-    """The median, and how far it may be off: two standard errors, by the median absolute deviation of normal noise."""
+def median_with_error(spans: Sequence[float]) -> tuple[float, float]:
+    """The median and its uncertainty.
+
+    Returns:
+        The median, and two standard errors of it: the standard deviation is estimated by the median absolute deviation
+        under normal noise, and the standard error of a median is 1.2533 times that of a mean.
+    """
     middle = statistics.median(spans)
     deviation = 1.4826 * statistics.median(abs(span - middle) for span in spans)
     return middle, 2 * 1.2533 * deviation / math.sqrt(len(spans))
 
 
-def now(device: torch.device) -> float:
-    """Seconds on the host's clock, once the device has done what was queued on its current stream."""
+def synchronised_time(device: torch.device) -> float:
+    """Seconds of the host's clock, after the device has finished all work queued on its current stream."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

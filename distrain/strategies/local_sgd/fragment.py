@@ -13,11 +13,12 @@ from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
-from distrain.gradients.buckets import MB, make_bucket, partition
-from distrain.gradients.exchange import Exchanges
+from distrain.gradients.bucket_sizes import MIB
+from distrain.gradients.buckets import make_bucket, split_into_buckets
+from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 
-_BUCKET = 25 * MB
+_BUCKET = 25 * MIB
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Fragment:
         self.drift: tuple[Tensor, Tensor] | None = None
         self._communicator = communicator
         self._compressor = compressor
-        self._exchanges = Exchanges(compressor, communicator, stopwatch)
+        self._exchanges = BucketExchanger(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._outer = outer
         self._travels = False
@@ -267,7 +268,7 @@ class Fragment:
 def _parts(tensors: Mapping[str, Tensor]) -> list[list[tuple[str, nn.Parameter]]]:
     """Named tensors, in parts for a bucket each; buffers and moments are laid out like parameters."""
     named = [(name, nn.Parameter(tensor.detach(), requires_grad=False)) for name, tensor in tensors.items()]
-    return partition(named, _BUCKET, _BUCKET)
+    return split_into_buckets(named, _BUCKET, _BUCKET)
 
 
 def weighted_mean(tensors: Mapping[str, Tensor], weight: float, communicator: Communicator) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from distrain.compression.base import MessageCompressor
 from distrain.config.registry import choices, register
 from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError, NonFinite, Stopped
-from distrain.gradients.buckets import MB, Gradients, Reduced
+from distrain.gradients.bucket_sizes import MIB
+from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.gradients.clip import clip_gradient_norm
 from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
@@ -50,7 +51,7 @@ _STALENESS = 3
 #: How many times faster steps might be that are computed while the last one's push and pull travel, if that is done.
 _GAIN = 1.5
 #: Besides a few copies of the model, what a worker may bring to a collective, in bytes.
-_LARGEST_COUNT = 64 * MB
+_LARGEST_COUNT = 64 * MIB
 
 
 @dataclass
@@ -310,7 +311,7 @@ class ParameterServer(Single):
         )
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
 
-    def _make_gradients(self) -> Reduced:
+    def _make_gradients(self) -> ReducedGradients:
         assert isinstance(self.options, ParameterServerConfig)
         shards = [self._make_shard(link.named, link) for link in self._links.links]
         return _Shards(shards, self._clips_itself)
@@ -401,13 +402,13 @@ class ParameterServer(Single):
         return self.options.mode != "sync"
 
     @property
-    def _clips_itself(self) -> Callable[[Reduced], None] | None:
+    def _clips_itself(self) -> Callable[[ReducedGradients], None] | None:
         """What a worker does to its own gradients before they travel."""
         most = self.config.trainer.grad_clip_norm
         if self.options.mode == "sync" or (most is None and not self._looks):
             return None
 
-        def clip_own(gradients: Reduced) -> None:
+        def clip_own(gradients: ReducedGradients) -> None:
             # Of an empty share there is nothing to clip.
             share = self._share or 1.0
             norm = gradients.norm()
@@ -612,7 +613,7 @@ class _Shards:
         first: Done to the whole before anything travels; buckets then wait for the end of the backward pass.
     """
 
-    def __init__(self, shards: Sequence[Gradients], first: Callable[[Reduced], None] | None) -> None:
+    def __init__(self, shards: Sequence[Gradients], first: Callable[[ReducedGradients], None] | None) -> None:
         self._shards = shards
         self._first = first
         self.buckets: list[Bucket] = [bucket for shard in shards for bucket in shard.buckets]

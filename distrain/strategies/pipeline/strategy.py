@@ -19,7 +19,7 @@ from distrain.config.registry import register
 from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError
 from distrain.files.writing import write_json
-from distrain.gradients.bucket_sizes import Bucketing, bytes_of
+from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.gradients.clip import clip_gradient_norm
 from distrain.gradients.linear_partition import linear_partition
@@ -160,8 +160,13 @@ class Pipeline(Strategy):
         self.gradients: dict[int, Gradients] = {}
         asked = (self.options.first_bucket_mb, self.options.bucket_mb, None if self.options.bucket_mb is None else 0)
         everyone, device = self.runtime.communicator(), self.runtime.device
-        self._bucketing = Bucketing(
-            asked, self.replicas, everyone, device, bytes_of(model), repeatable=self.config.trainer.deterministic
+        self._bucketing = BucketSizing(
+            asked,
+            self.replicas,
+            everyone,
+            device,
+            gradient_bytes_of(model),
+            deterministic=self.config.trainer.deterministic,
         )
         named: list[tuple[str, nn.Parameter]] = []
         for index, owner in enumerate(self._where):
@@ -178,12 +183,13 @@ class Pipeline(Strategy):
                 index, module, last, task, self.precision, splits_backward=self._schedule.splits_backward
             )
             self.stages[index].counts_memory = True
-            sizes = self._bucketing.sizes(bytes_of(module))
+            sizes = self._bucketing.sizes(gradient_bytes_of(module))
             self.gradients[index] = Gradients(
                 module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes
             )
             named += list(module.named_parameters())
-        self._bucketing.tell(list(self.gradients.values()))
+        buckets = [bucket for gradients in self.gradients.values() for bucket in gradients.buckets]
+        self._bucketing.log_choice([bucket.bytes for bucket in buckets])
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self.optimizer = make_optimizer(named)
         self._kept = KeptBuffers(self._modules) if self.config.trainer.on_nonfinite != "stop" else None

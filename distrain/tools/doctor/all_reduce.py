@@ -74,6 +74,6 @@ def _measure(backend: str, world: World, store: Store, timeout: float) -> AllRed
     )
     try:
         link = measure_link(Communicator(dist.group.WORLD), device, _MAX_BYTES)
-        return AllReduceTiming(backend, "", [(point.sent, point.seconds) for point in link.points("all_reduce")])
+        return AllReduceTiming(backend, "", [(sample.sent, sample.seconds) for sample in link.samples("all_reduce")])
     finally:
         dist.destroy_process_group()
