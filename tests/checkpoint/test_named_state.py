@@ -1,4 +1,4 @@
-"""Model and optimizer state travel by parameter name, from any order of parameters to any other."""
+"""Model and optimizer state is saved and loaded by parameter name, whatever the order of the parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def names_of(named: Named) -> dict[Tensor, str]:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_another_order_of_parameters_goes_on_bit_for_bit(kind: str) -> None:
+def test_training_continues_bit_for_bit_with_another_order_of_parameters(kind: str) -> None:
     here, there = model(["weight", "kernel", "scalar"]), model(["scalar", "kernel", "weight"])
     first, second = OPTIMIZERS[kind](list(here.values())), OPTIMIZERS[kind](list(there.values()))
     for seed in range(3):
@@ -74,7 +74,7 @@ def test_state_is_named_by_parameter_and_content() -> None:
     assert scalars == {}
 
 
-def test_state_that_is_no_tensor_travels_too() -> None:
+def test_state_that_is_not_a_tensor_is_saved_and_loaded() -> None:
     named = model(["weight"])
     optimizer = OPTIMIZERS["SGD"](list(named.values()))
     optimizer.state[named["weight"]].update({"generation": 3, "nothing": None, "tensor": torch.ones(3, 2)})
@@ -86,7 +86,7 @@ def test_state_that_is_no_tensor_travels_too() -> None:
     assert other.state[named["weight"]]["generation"] == 3
 
 
-def test_loaded_state_has_the_parameter_s_layout_and_type_and_memory_of_its_own() -> None:
+def test_loaded_state_has_the_layout_and_dtype_of_its_parameter_and_own_memory() -> None:
     named = model(["kernel", "scalar"], torch.float64)
     optimizer = OPTIMIZERS["Adam"](list(named.values()))
     saved = {
@@ -100,13 +100,13 @@ def test_loaded_state_has_the_parameter_s_layout_and_type_and_memory_of_its_own(
     assert kernel["exp_avg"].stride() == named["kernel"].stride()
     assert torch.equal(kernel["exp_avg"], saved["kernel/exp_avg"].double())
     assert kernel["exp_avg"].dtype == scalar["exp_avg"].dtype == torch.float64
-    # The count of steps keeps its own type.
+    # The step count keeps its own dtype.
     assert kernel["step"].dtype == scalar["step"].dtype == torch.float32
     saved["kernel/step"].zero_()
     assert kernel["step"] == 5
 
 
-def test_state_of_parameters_held_elsewhere_is_left_out() -> None:
+def test_state_of_parameters_on_other_ranks_is_ignored() -> None:
     named = model(["weight"])
     optimizer = OPTIMIZERS["momentum"](list(named.values()))
     saved = {"weight/momentum_buffer": torch.ones(3, 2), "kernel/momentum_buffer": torch.ones(4, 3, 2, 2)}
@@ -114,7 +114,7 @@ def test_state_of_parameters_held_elsewhere_is_left_out() -> None:
     assert list(optimizer.state) == [named["weight"]]
 
 
-def test_a_wrong_shape_is_named() -> None:
+def test_wrong_shape_is_refused_by_name() -> None:
     named = model(["weight"])
     optimizer = OPTIMIZERS["momentum"](list(named.values()))
     with pytest.raises(ValueError, match=r"weight/momentum_buffer is \(2, 3\), the parameter \(3, 2\)"):
@@ -131,10 +131,10 @@ def network() -> nn.Sequential:
 def test_parameters_and_buffers_are_copied_in_place() -> None:
     one, other = network(), network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     one(torch.randn(5, 3, 3, 3))
-    kept, strides = other[0].weight, other[0].weight.stride()
+    weight, strides = other[0].weight, other[0].weight.stride()
     named_state.load_model(other, {name: tensor.clone() for name, tensor in one.state_dict().items()})
-    assert other[0].weight is kept
-    assert kept.stride() == strides
+    assert other[0].weight is weight
+    assert weight.stride() == strides
     for name, tensor in one.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     assert other[1].num_batches_tracked == 1
@@ -155,7 +155,7 @@ def changed(**changes: Any) -> dict[str, Tensor]:
     ],
     ids=["missing", "too many", "shape", "several"],
 )
-def test_another_model_is_refused_and_nothing_is_copied(tensors: dict[str, Tensor], problem: str) -> None:
+def test_state_of_another_model_is_refused_and_nothing_is_copied(tensors: dict[str, Tensor], problem: str) -> None:
     target = network()
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     with pytest.raises(ValueError, match=f"the saved model is not this model: {problem}"):

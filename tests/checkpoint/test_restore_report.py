@@ -1,11 +1,11 @@
-"""What ranks say of the parts of a saved run becomes one table."""
+"""The ranks' reports of a restore become one table."""
 
 from __future__ import annotations
 
 from distrain.checkpoint.restore_report import RestoredPart, table, worst
 
 
-def test_of_several_ranks_the_one_that_lost_most_is_told() -> None:
+def test_worst_outcome_over_ranks_is_reported() -> None:
     first = [
         RestoredPart("model", "exact", "a"),
         RestoredPart("residuals", "absent", "b"),
@@ -20,7 +20,7 @@ def test_of_several_ranks_the_one_that_lost_most_is_told() -> None:
     assert worst([first]) == first
 
 
-def test_columns_stand_below_each_other() -> None:
+def test_table_columns_are_aligned() -> None:
     lines = table(
         [RestoredPart("model", "exact", "by name"), RestoredPart("random draws", "reset", "another seed")]
     ).splitlines()

@@ -1,4 +1,4 @@
-"""Files that any reader of safetensors takes, written without copies."""
+"""The files are valid safetensors, and tensors are written without copies."""
 
 from __future__ import annotations
 
@@ -29,55 +29,55 @@ TENSORS = {
 }
 
 
-def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+def test_library_reads_the_written_file(tmp_path: Path) -> None:
     safetensors_writer.write(tmp_path / "file", safetensors_writer.serialize(TENSORS))
     found = load_file(tmp_path / "file")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
-        # float8 can't be compared.
+        # float8 has no comparison, so the bits are compared.
         bits = [each.detach().contiguous().flatten().view(torch.uint8) for each in (found[name], tensor)]
         assert torch.equal(*bits), name
 
 
-def test_it_is_what_the_library_would_write(tmp_path: Path) -> None:
+def test_file_has_the_size_that_the_library_writes(tmp_path: Path) -> None:
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in TENSORS.items()}
     save_file(plain, tmp_path / "theirs")
     safetensors_writer.write(tmp_path / "ours", safetensors_writer.serialize(TENSORS))
     theirs, ours = ((tmp_path / name).read_bytes() for name in ("theirs", "ours"))
     sizes = [int.from_bytes(each[:8], "little") for each in (theirs, ours)]
     assert sum(tensor.numel() * tensor.element_size() for tensor in plain.values()) == len(ours) - 8 - sizes[1]
-    # Tensors of one size of element may be in another order.
+    # Tensors of the same element size may be in another order.
     assert len(theirs) - sizes[0] == len(ours) - sizes[1]
 
 
-def test_no_tensor_at_all_is_a_file_too(tmp_path: Path) -> None:
+def test_file_without_tensors_is_valid(tmp_path: Path) -> None:
     safetensors_writer.write(tmp_path / "file", safetensors_writer.serialize({}))
     assert load_file(tmp_path / "file") == {}
 
 
-def test_memory_goes_to_the_file_without_a_copy() -> None:
+def test_tensors_are_written_without_a_copy() -> None:
     tensor = torch.zeros(4)
     _, memory = safetensors_writer.serialize({"tensor": tensor})
     tensor.fill_(1)
     assert bytes(memory) == torch.ones(4).numpy().tobytes()
 
 
-def test_size_and_checksum_are_the_files(tmp_path: Path) -> None:
+def test_digest_holds_size_and_checksum_of_the_file(tmp_path: Path) -> None:
     content = safetensors_writer.write(tmp_path / "file", [b"some", memoryview(b"thing")])
     assert (tmp_path / "file").read_bytes() == b"something"
     assert content == {"bytes": 9, "sha256": hashlib.sha256(b"something").hexdigest()}
     assert safetensors_writer.digest_of(b"something") == content
 
 
-def test_a_type_without_a_name_in_the_format_is_refused_by_the_tensor_s_name() -> None:
+def test_unsupported_dtype_is_refused_with_the_name_of_the_tensor() -> None:
     with pytest.raises(TypeError, match=r"phase is of torch\.complex64"):
         list(safetensors_writer.serialize({"phase": torch.zeros(2, dtype=torch.complex64)}))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
-def test_a_full_disk_is_told_with_the_path() -> None:
+def test_error_of_a_full_disk_names_the_path() -> None:
     with pytest.raises(OSError, match="No space left on device: '/dev/full'") as caught:
         safetensors_writer.write(Path("/dev/full"), [bytes(1 << 20)])
     assert caught.value.errno == errno.ENOSPC

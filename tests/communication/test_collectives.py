@@ -1,4 +1,4 @@
-"""The collectives do nothing for one rank, are right for several, and count what really goes over the wire."""
+"""Collectives send nothing for one rank, are right for several ranks, and count the bytes on the wire."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_rank_needs_no_group_and_sends_nothing() -> None:
     assert alone.ledger.total() == 0
 
 
-def test_what_can_t_be_scattered_in_equal_parts_is_refused() -> None:
+def test_tensor_that_is_not_divisible_among_ranks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a tensor of shape \[\] can't be cut in 1 equal parts"):
         Communicator().reduce_scatter(torch.ones(()))
 
@@ -48,20 +48,20 @@ def test_what_can_t_be_scattered_in_equal_parts_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "each"), [(1, 0), (2, 1200), (3, 1600), (4, 1800), (5, 1920)])
-def test_a_ring_sends_the_tensor_twice_less_one_share(ranks: int, each: int) -> None:
+def test_ring_all_reduce_sends_the_tensor_twice_without_the_own_part(ranks: int, each: int) -> None:
     assert ring_all_reduce_bytes(1200, ranks) == each
 
 
 @pytest.mark.parametrize("ranks", range(1, 10))
-def test_a_tree_reaches_every_rank_once_from_any_source(ranks: int) -> None:
+def test_broadcast_tree_reaches_every_rank_once_from_any_source(ranks: int) -> None:
     for source in range(ranks):
         sends = [_tree_children(rank, source, ranks) for rank in range(ranks)]
         assert sum(sends) == ranks - 1
-        # A binomial tree: the source sends in every round, and the number of those who have it doubles in each.
+        # In a binomial tree the source sends in every round, and each round doubles the ranks that have the tensor.
         assert sends[source] == max(sends) == (ranks - 1).bit_length()
 
 
-def test_a_ledger_adds_up_what_its_communicators_sent() -> None:
+def test_ledger_adds_up_all_kinds_of_collectives() -> None:
     ledger = Ledger()
     ledger.sent["all_reduce"] += 5
     ledger.sent["broadcast"] += 7
@@ -79,7 +79,7 @@ def sent_by_loopback() -> int:
 
 
 def measured_to_counted(everyone: Communicator, operation: Callable[[], Any]) -> float:
-    """Bytes on the interface as a multiple of those counted; the least of three, since others use it too."""
+    """Bytes sent by the interface divided by those counted; the least of three, because others use it too."""
     ratios = []
     operation()
     for _ in range(3):
@@ -134,7 +134,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return run_ranks(on_each_rank, ranks, tmp_path_factory.mktemp("run"), shared_memory)
 
 
-def test_several_ranks_get_the_right_results(found: list[dict[str, Any]]) -> None:
+def test_collectives_of_several_ranks_are_right(found: list[dict[str, Any]]) -> None:
     ranks = len(found)
     factors = range(1, ranks + 1)
     for rank, each in enumerate(found):
@@ -151,16 +151,16 @@ def test_several_ranks_get_the_right_results(found: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.skipif(not INTERFACES.exists(), reason="no interface counters here")
-def test_the_count_is_the_interface_s_own(found: list[dict[str, Any]]) -> None:
+def test_counted_bytes_agree_with_the_network_interface(found: list[dict[str, Any]]) -> None:
     for kind, ratio in found[0].get("ratios", {}).items():
-        # Never less than was counted, and headers and acknowledgements are the only more.
+        # Never fewer than counted; the rest is headers and acknowledgements.
         assert 1 <= ratio <= 1.05, kind
 
 
 # --- comparing tensors -----------------------------------------------------------------------------------------------
 
 
-def test_a_digest_is_equal_for_equal_bits_in_any_layout() -> None:
+def test_digest_is_the_same_for_every_layout() -> None:
     images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     others = [
         images.clone(),
@@ -170,7 +170,7 @@ def test_a_digest_is_equal_for_equal_bits_in_any_layout() -> None:
     assert {int(digest([other])) for other in others} == {int(digest([images]))}
 
 
-def test_a_digest_fits_int64_whatever_the_types() -> None:
+def test_digest_of_any_dtype_fits_int64() -> None:
     tensors: list[Tensor] = [
         torch.tensor(3),
         torch.tensor([True, False]),
@@ -194,5 +194,5 @@ def test_a_digest_fits_int64_whatever_the_types() -> None:
     ],
     ids=["last bit", "sign of zero", "order", "type", "length"],
 )
-def test_a_digest_differs_for_a_different(other: Tensor) -> None:
+def test_digest_differs_for_different_tensors(other: Tensor) -> None:
     assert int(digest([other])) != int(digest([torch.tensor([0.0, 1.0, 2.0, 3.0])]))

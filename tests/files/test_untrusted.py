@@ -1,4 +1,4 @@
-"""Small files of strangers: plain, bounded, and data."""
+"""Untrusted files are read only if they are regular, of bounded size, and plain data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from distrain.errors import ConfigError
 from distrain.files.untrusted import UnreadableFile, printable, read_json, read_text
 
 
-def test_a_plain_file_is_read(tmp_path: Path) -> None:
+def test_regular_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"è": [1, null]}', encoding="utf-8")
     assert read_text(tmp_path / "a.json", 100) == '{"è": [1, null]}'
     assert read_json(tmp_path / "a.json", 100) == {"è": [1, None]}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not JSON"),
         (b"[1]", "is not a mapping"),
@@ -30,13 +30,13 @@ def test_a_plain_file_is_read(tmp_path: Path) -> None:
         (b"{}" + b" " * 2_000_000, "has more than 1000000 bytes"),
     ],
 )
-def test_anything_else_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+def test_content_other_than_a_json_object_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UnreadableFile, match=rf"^a\.json {said}"):
+    with pytest.raises(UnreadableFile, match=rf"^a\.json {message}"):
         read_json(tmp_path / "a.json", 1_000_000)
 
 
-def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "endless").symlink_to("/dev/zero")
@@ -49,6 +49,6 @@ def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
             read_text(tmp_path / name, 10)
 
 
-def test_a_strangers_text_steers_no_terminal() -> None:
+def test_control_characters_never_reach_the_terminal() -> None:
     assert printable("caf\u00e9 \x1b[31mred\r\n") == "caf\u00e9 \ufffd[31mred\ufffd\ufffd"
     assert str(ConfigError("run", "\x1b]0;title\x07", "is\nno folder")) == "run=\ufffd]0;title\ufffd: is no folder"

@@ -34,8 +34,8 @@ from distrain.training.callbacks import Callback
 from distrain.training.saver import Saver
 from distrain.training.trainer import Trainer
 from tests import runs
-from tests.checkpoint.test_format import state as whole_state
-from tests.checkpoint.test_format import state_of_rank
+from tests.checkpoint.helpers import state as whole_state
+from tests.checkpoint.helpers import state_of_rank
 from tests.harness import run_ranks
 from tests.training.test_trainer import Run, same
 

@@ -13,7 +13,7 @@ from distrain.communication.collectives import Communicator
 
 
 def form_group(limit: float = 30) -> Communicator:
-    """All ranks, over a group with a time limit in seconds."""
+    """A communicator of all ranks, over a group with a timeout in seconds."""
     torch.set_num_threads(1)
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group(
@@ -27,6 +27,6 @@ def form_group(limit: float = 30) -> Communicator:
 
 
 def shares_memory(everyone: Communicator) -> bool:
-    """Whether a group does; a collective."""
+    """Whether a group shares memory; a collective call."""
     everyone.barrier()
     return everyone._channel is not None

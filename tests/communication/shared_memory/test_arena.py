@@ -1,4 +1,4 @@
-"""An arena's memory has no name, no end that can move, and is used again."""
+"""An arena has no name and a fixed size, and its memory is reused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def failing(*_: object) -> int:
     raise OSError("planted")
 
 
-def test_an_arena_has_no_name_and_a_fixed_size() -> None:
+def test_arena_has_no_name_and_a_fixed_size() -> None:
     arena = Arena(8192)
     seen = MappedArena(os.getpid(), arena.descriptor)
     arena.words[5] = 7
@@ -30,11 +30,11 @@ def test_an_arena_has_no_name_and_a_fixed_size() -> None:
     arena.close()
     with pytest.raises(FileNotFoundError):
         MappedArena(os.getpid(), descriptor)
-    # Who has it, keeps it.
+    # A process that has mapped it can still read it.
     assert seen.words[5] == 7
 
 
-def test_no_other_file_is_taken_for_one() -> None:
+def test_other_files_are_not_accepted_as_arenas() -> None:
     other = os.memfd_create("other")
     with pytest.raises(OSError, match="is not an arena"):
         MappedArena(os.getpid(), other)
@@ -43,7 +43,7 @@ def test_no_other_file_is_taken_for_one() -> None:
 
 
 @pytest.mark.parametrize("call", ["memfd_create", "posix_fallocate"])
-def test_an_arena_that_can_t_be_made_leaves_no_descriptor(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arena_that_cannot_be_made_leaves_no_descriptor(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, call, failing)
     before = len(list(OPEN.iterdir()))
     with pytest.raises(OSError, match="planted"):
@@ -51,7 +51,7 @@ def test_an_arena_that_can_t_be_made_leaves_no_descriptor(call: str, monkeypatch
     assert len(list(OPEN.iterdir())) == before
 
 
-def test_memory_that_is_short_is_an_error_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocation_fails_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena(4096)
     monkeypatch.setattr(os, "posix_fallocate", failing)
     with pytest.raises(OSError, match="planted"):
@@ -59,15 +59,15 @@ def test_memory_that_is_short_is_an_error_when_it_is_asked_for(monkeypatch: pyte
     arena.close()
 
 
-def test_only_what_was_asked_for_takes_memory() -> None:
+def test_only_allocated_slots_take_memory() -> None:
     arena = Arena(4096)
     arena.allocate(3_000_000)
-    # In blocks of 512 bytes.
+    # st_blocks counts blocks of 512 bytes.
     assert 3_000_000 <= 512 * os.fstat(arena.descriptor).st_blocks < 4_000_000
     arena.close()
 
 
-def test_slots_don_t_overlap_and_are_used_again_the_last_one_first() -> None:
+def test_slots_do_not_overlap_and_the_last_freed_is_reused_first() -> None:
     arena = Arena(5000)
     slots = [arena.allocate(size) for size in (8, 4096, 3_000_000, 1)]
     assert slots[0].offset >= 5000
@@ -78,14 +78,14 @@ def test_slots_don_t_overlap_and_are_used_again_the_last_one_first() -> None:
         arena.free(slot)
     assert arena.allocate(100) is slots[3]
     assert arena.allocate(2_900_000) is slots[2]
-    # What needs little room doesn't take the place of what needs much.
+    # A small message does not take a large slot.
     arena.free(slots[2])
     assert arena.allocate(100_000) not in slots
     arena.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64])
-def test_views_are_of_the_bytes_that_they_name(dtype: torch.dtype) -> None:
+def test_views_cover_the_given_bytes(dtype: torch.dtype) -> None:
     arena = Arena(4096)
     view = arena.views.at(1024, dtype, 3)
     view.fill_(1)

@@ -1,4 +1,4 @@
-"""Through shared memory every collective gives what its definition says, bit for bit, on every rank."""
+"""Through shared memory every collective gives the defined result, bit for bit, on every rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.communication.shared_memory.ranks import form_group, shares_memory
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 
 OPEN = Path("/proc/self/fd")
-#: Nothing, less than a word, an odd number, and several parts with a ragged last one.
+#: No element, less than a word, an odd number, and several parts of which the last is shorter.
 COUNTS = (0, 1, 3, 1000, 1_000_003)
 ADD: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
@@ -34,7 +34,7 @@ ADD: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def drawn(rank: int, dtype: torch.dtype, count: int) -> Tensor:
-    """What a rank has: the same wherever it is drawn."""
+    """A rank's tensor; every rank can compute it."""
     generator = torch.Generator().manual_seed(1000 * rank + count)
     numbers = torch.randn(count, generator=generator) * 50
     return numbers > 0 if dtype == torch.bool else numbers.to(dtype)
@@ -45,7 +45,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 def every_operation(everyone: Communicator) -> list[str]:
-    """What differs from the definition."""
+    """The results that differ from the definition."""
     wrong: list[str] = []
 
     def check(found: Tensor, expected: Tensor, *what: object) -> None:
@@ -78,7 +78,7 @@ def every_operation(everyone: Communicator) -> list[str]:
 
 
 def any_layout(everyone: Communicator) -> bool:
-    """Values are matched by index, not by where they lie."""
+    """Elements are matched by index, not by their place in memory."""
     images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     mine = images.contiguous(memory_format=torch.channels_last) if everyone.rank else images.clone()
     whole = everyone.all_reduce(mine.clone())
@@ -97,14 +97,14 @@ def any_layout(everyone: Communicator) -> bool:
 
 
 def in_inference_mode(everyone: Communicator) -> bool:
-    """Evaluation talks in that mode, training with the same memory outside of it."""
+    """Evaluation runs collectives in inference mode, and training uses the same memory outside of it."""
     with torch.inference_mode():
         first = everyone.all_reduce(torch.ones(77)).tolist()
     return first == everyone.all_reduce(torch.ones(77)).tolist() == [everyone.size] * 77
 
 
 def many_at_once(everyone: Communicator) -> bool:
-    """More than there are small slots, of sizes large and small, waited for in another order than started."""
+    """Many collectives of small and large tensors, waited for in another order than started."""
     generator = torch.Generator().manual_seed(5)
     sizes = [*torch.randint(1, 60_000, (100,), generator=generator).tolist(), 400_000, 400_000]
     tensors = [torch.full((size,), float(everyone.rank + index)) for index, size in enumerate(sizes)]
@@ -115,14 +115,14 @@ def many_at_once(everyone: Communicator) -> bool:
     return all(bool((tensor == ranks * index + ranks * (ranks - 1) / 2).all()) for index, tensor in enumerate(tensors))
 
 
-def round_and_round(everyone: Communicator) -> tuple[bool, int, int]:
-    """Far more collectives than a board has entries; descriptors open before and after."""
+def reuse_entries(everyone: Communicator) -> tuple[bool, int, int]:
+    """More collectives than a control block has entries; returns the number of open descriptors before and after."""
     before = len(list(OPEN.iterdir()))
     right = True
     for step in range(2 * ENTRIES):
         found = everyone.all_reduce(torch.full((1 + step % 3000,), float(step + everyone.rank)))
         right &= float(found[-1]) == everyone.size * step + sum(range(everyone.size))
-    # More than fit: the oldest are finished to make room.
+    # More than there are entries: the oldest are finished to free theirs.
     pending = [everyone.start_all_reduce(torch.ones(1)) for _ in range(ENTRIES + 10)]
     for each in pending:
         each.wait()
@@ -137,7 +137,7 @@ def on_each_rank() -> dict[str, Any]:
         "layout": any_layout(everyone),
         "inference": in_inference_mode(everyone),
         "many": many_at_once(everyone),
-        "round": round_and_round(everyone),
+        "round": reuse_entries(everyone),
     }
 
 
@@ -146,7 +146,7 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(on_each_rank, request.param)
 
 
-def test_every_operation_gives_the_bits_that_adding_in_order_of_rank_gives(found: list[dict[str, Any]]) -> None:
+def test_every_operation_has_the_bits_of_a_reduction_in_order_of_rank(found: list[dict[str, Any]]) -> None:
     assert [each["wrong"] for each in found] == [[]] * len(found)
 
 
@@ -154,19 +154,19 @@ def test_tensors_may_have_any_layout(found: list[dict[str, Any]]) -> None:
     assert all(each["layout"] for each in found)
 
 
-def test_evaluation_and_training_share_the_memory(found: list[dict[str, Any]]) -> None:
+def test_inference_mode_and_training_use_the_same_memory(found: list[dict[str, Any]]) -> None:
     assert all(each["inference"] for each in found)
 
 
-def test_many_may_be_under_way(found: list[dict[str, Any]]) -> None:
+def test_many_collectives_may_be_pending(found: list[dict[str, Any]]) -> None:
     assert all(each["many"] for each in found)
 
 
-def test_memory_is_used_again_and_no_descriptor_is_left(found: list[dict[str, Any]]) -> None:
+def test_memory_is_reused_and_no_descriptor_is_left(found: list[dict[str, Any]]) -> None:
     for each in found:
         right, before, after = each["round"]
         assert right
-        # Ranks that are through close their connections meanwhile.
+        # Ranks that have finished close their connections.
         assert after <= before
 
 
@@ -174,7 +174,7 @@ def test_memory_is_used_again_and_no_descriptor_is_left(found: list[dict[str, An
 
 
 def start_then_talk_elsewhere() -> float:
-    """Starts far more than anybody waits for yet; the other rank comes to it only after a message on another group."""
+    """Starts many collectives before the other rank, which first waits for a barrier of another group."""
     everyone = form_group()
     other = Communicator(dist.new_group())
     assert shares_memory(everyone)
@@ -197,7 +197,7 @@ def test_starting_never_waits_for_a_peer() -> None:
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def another_size_or_type(mistake: str) -> str:
+def make_a_mistake(mistake: str) -> str:
     everyone = form_group()
     assert shares_memory(everyone)
     odd = everyone.rank == 1
@@ -213,7 +213,7 @@ def another_size_or_type(mistake: str) -> str:
         else:
             everyone.broadcast(torch.ones(3), 1)
     except RuntimeError as error:
-        # It is not the echo of another rank's failure.
+        # It must not look like the consequence of another rank's failure.
         return f"broken: {error}" if is_broken_connection(error) else str(error)
     return "nothing noticed"
 
@@ -227,21 +227,21 @@ def another_size_or_type(mistake: str) -> str:
         ("kind", "broadcast from rank 1 of the group of 3 float32", "barrier"),
     ],
 )
-def test_ranks_that_differ_in_what_they_do_are_named(mistake: str, mine: str, other: str) -> None:
+def test_ranks_in_different_collectives_are_named(mistake: str, mine: str, other: str) -> None:
     host = os.uname().nodename
-    told = run_ranks(another_size_or_type, 2, mistake)[0]
-    assert told == (
+    message = run_ranks(make_a_mistake, 2, mistake)[0]
+    assert message == (
         f"ranks of one group are in different collectives: rank 0 on {host} in {mine}, rank 1 on {host} in {other}"
     )
 
 
 def named_memory() -> list[str]:
-    """Of what this rank has mapped for sharing, all that has a name in the file system, and so would outlive it."""
+    """Shared mappings of this rank that have a name in the file system, and so would outlive it."""
     mapped = [
         line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if " rw-s " in line
     ]
     assert any(path.startswith("/memfd:distrain") for path in mapped)
-    # The kernel marks what has none.
+    # The kernel marks mappings without a name as deleted.
     return [path for path in mapped if not path.rstrip().endswith("(deleted)")]
 
 
@@ -253,18 +253,18 @@ def one_is_killed(victim: int, started: bool) -> str:
             everyone.start_all_reduce(torch.ones(100_000))
         os.kill(os.getpid(), signal.SIGKILL)
     if started:
-        # What it announced before it went is used; the next one is missed.
+        # What it announced before its death is used; the next collective fails.
         assert everyone.all_reduce(torch.ones(100_000))[7] == everyone.size
     try:
         everyone.all_reduce(torch.ones(300_000))
     except PeerLost as lost:
-        # Not at the group's time limit, which is another error.
+        # Not the error of the group's timeout.
         return f"{lost.rank}, {named_memory()}"
     return "nothing noticed"
 
 
 @pytest.mark.parametrize(("victim", "started"), [(0, False), (2, True)])
-def test_a_killed_rank_is_named_and_leaves_nothing(victim: int, started: bool) -> None:
+def test_killed_rank_is_named_and_leaves_no_memory(victim: int, started: bool) -> None:
     outcomes = run_ranks_to_the_end(one_is_killed, 3, victim, started)
     assert isinstance(outcomes.pop(victim), RankFailed)
     assert outcomes == [f"{victim}, []"] * 2
@@ -283,10 +283,10 @@ def one_never_comes() -> str:
     return "nothing noticed"
 
 
-def test_a_rank_that_never_comes_is_named_at_the_group_s_time_limit() -> None:
-    told, _ = run_ranks(one_never_comes, 2)
-    assert told.endswith("did not join a collective of ranks that share memory within 1 s")
-    assert told.startswith("rank 1 on ")
+def test_missing_rank_is_named_at_the_timeout_of_the_group() -> None:
+    message, _ = run_ranks(one_never_comes, 2)
+    assert message.endswith("did not join a collective of ranks that share memory within 1 s")
+    assert message.startswith("rank 1 on ")
 
 
 def asked_to_end() -> str:
@@ -307,5 +307,5 @@ def asked_to_end() -> str:
     return "slept"
 
 
-def test_a_signal_is_heard_while_a_rank_waits() -> None:
+def test_signal_is_handled_while_a_rank_waits() -> None:
     assert run_ranks(asked_to_end, 2) == ["as Ctrl-C", "slept"]

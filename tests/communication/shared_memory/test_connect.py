@@ -1,4 +1,4 @@
-"""Ranks share memory where they can, and all agree on it; where one can't, none does."""
+"""Ranks share memory where they can; if one rank can't, no rank of the group does."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def may_not_open(*_: object) -> None:
     raise PermissionError("not allowed")
 
 
-def spoil(how: str) -> None:
-    """Makes something fail that sharing memory needs; on one rank alone, where that is possible."""
+def make_fail(how: str) -> None:
+    """Makes something fail that sharing memory needs, on one rank only where possible."""
     last = os.environ["RANK"] == "1"
     if how == "old" and last:
         del os.memfd_create
@@ -59,18 +59,18 @@ def spoil(how: str) -> None:
         channel_registry.enabled = False
 
 
-def meet(how: str) -> tuple[bool, list[str], float]:
-    told: list[str] = []
+def connect_ranks(how: str) -> tuple[bool, list[str], float]:
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("distrain").addHandler(handler)
-    spoil(how)
+    make_fail(how)
     everyone = form_group()
     shared = shares_memory(everyone)
-    # Another group with the same problem says nothing new.
+    # Another group with the same problem logs nothing.
     again = type(everyone)(dist.new_group())
     assert shares_memory(again) == shared
-    return shared, told, float(everyone.all_reduce(torch.ones(())))
+    return shared, messages, float(everyone.all_reduce(torch.ones(())))
 
 
 @pytest.mark.parametrize(
@@ -84,25 +84,25 @@ def meet(how: str) -> tuple[bool, list[str], float]:
         ("processor", "not on linux aarch64"),
     ],
 )
-def test_where_one_rank_can_t_none_does_and_the_log_says_why_once(how: str, why: str) -> None:
-    for shared, told, total in run_ranks(meet, 2, how):
+def test_no_rank_shares_memory_if_one_cannot_and_the_reason_is_logged_once(how: str, why: str) -> None:
+    for shared, messages, total in run_ranks(connect_ranks, 2, how):
         assert not shared
-        (line,) = told
+        (line,) = messages
         assert line.startswith("ranks of this host talk over the network, since they can't share memory: rank ")
         assert line.endswith(why)
         assert total == 2
 
 
 @pytest.mark.parametrize("how", ["network", "name", "off"])
-def test_ranks_of_several_hosts_and_of_those_who_want_it_so_talk_over_the_network(how: str) -> None:
-    assert run_ranks(meet, 2, how) == [(False, [], 2.0)] * 2
+def test_ranks_on_several_hosts_or_with_sharing_off_use_the_network(how: str) -> None:
+    assert run_ranks(connect_ranks, 2, how) == [(False, [], 2.0)] * 2
 
 
 def test_ranks_of_one_host_share_memory() -> None:
-    assert run_ranks(meet, 3, "nothing") == [(True, [], 3.0)] * 3
+    assert run_ranks(connect_ranks, 3, "nothing") == [(True, [], 3.0)] * 3
 
 
-def test_this_rank_is_where_the_kernel_says() -> None:
+def test_host_identity_holds_boot_namespaces_and_host_name() -> None:
     boot, network, processes, host = connect.host_identity()
     assert (len(boot), host) == (36, socket.gethostname())
     assert network.startswith("net:[")
@@ -116,13 +116,13 @@ def configured(folder: Path, value: str) -> tuple[bool, bool, int]:
         everyone, aside = runtime.communicator(), runtime.control_group()
         shared = shares_memory(everyone), shares_memory(aside)
         assert everyone._channel is None or everyone._channel is not aside._channel
-        # Another communicator of the same group meets nobody: it shares what was agreed on.
+        # Another communicator of the same group uses the same channel.
         assert (runtime.communicator()._channel_for(None) is everyone._channel) == (everyone.rank >= 0)
     return *shared, len(channel_registry._channels)
 
 
 @pytest.mark.parametrize(("value", "shared"), [("auto", True), ("off", False)])
-def test_the_configuration_decides_and_nothing_stays_when_the_run_ends(
+def test_configuration_enables_sharing_and_channels_are_closed_with_the_run(
     value: str, shared: bool, tmp_path: Path
 ) -> None:
     assert run_ranks(configured, 2, tmp_path, value) == [(shared, shared, 0)] * 2

@@ -1,4 +1,4 @@
-"""Among hosts of several ranks every collective gives what its definition says, and every strategy trains the same."""
+"""Among hosts of several ranks every collective gives the defined result, and every strategy trains the same."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from tests.runs import relative_difference, small
 from tests.trained import train
 
 COUNTS = (0, 1, 3, 1000, 600_001)
-#: Each rank's host, by rank: even, uneven, with a rank alone first and last, and dealt out in turns.
+#: The host of each rank: even, uneven, with a rank alone on the first or last host, and alternating.
 LAYOUTS = ("aabb", "abb", "aab", "abab", "aaba")
 
 
-def settle(layout: str) -> None:
-    """Puts this rank on a host."""
+def pretend_host(layout: str) -> None:
+    """Makes this rank believe that it is on a host of the layout."""
     mine = layout[int(os.environ["RANK"])]
     connect.host_identity = lambda: [mine]
 
 
-def among_hosts(layout: str, limit: float = 30) -> Communicator:
-    settle(layout)
+def form_group_on_hosts(layout: str, limit: float = 30) -> Communicator:
+    pretend_host(layout)
     everyone = form_group(limit)
     assert shares_memory(everyone)
     assert isinstance(everyone._channel, HierarchicalChannel)
@@ -46,13 +46,13 @@ def among_hosts(layout: str, limit: float = 30) -> Communicator:
 
 
 def numbers(rank: int, dtype: torch.dtype, count: int) -> Tensor:
-    """Whole numbers, whose sums no type here rounds."""
+    """Whole numbers, whose sums are exact in every dtype used here."""
     return ((torch.arange(count) * 7 + 3 * rank) % 11).to(dtype)
 
 
 def every_operation(layout: str) -> list[str]:
-    """What differs from the definition."""
-    everyone = among_hosts(layout)
+    """The results that differ from the definition."""
+    everyone = form_group_on_hosts(layout)
     wrong: list[str] = []
 
     def check(found: Tensor, expected: Tensor, *what: object) -> None:
@@ -90,12 +90,12 @@ def every_operation(layout: str) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_operation_gives_what_its_definition_says(layout: str) -> None:
+def test_every_operation_gives_the_defined_result(layout: str) -> None:
     assert run_ranks(every_operation, len(layout), layout) == [[]] * len(layout)
 
 
 def same_bits(layout: str) -> int:
-    everyone = among_hosts(layout)
+    everyone = form_group_on_hosts(layout)
     generator = torch.Generator().manual_seed(everyone.rank)
     return int(digest([everyone.all_reduce(torch.randn(10_007, generator=generator))]))
 
@@ -105,8 +105,8 @@ def test_all_ranks_get_the_same_bits() -> None:
 
 
 def start_then_talk_elsewhere() -> float:
-    """What is started goes on while the host's first rank waits for something else that its neighbour does later."""
-    everyone = among_hosts("aab")
+    """A started collective continues while the leader waits for its neighbour in another group."""
+    everyone = form_group_on_hosts("aab")
     other = Communicator(dist.new_group())
     tensor = torch.ones(1000)
     pending = everyone.start_all_reduce(tensor)
@@ -117,13 +117,13 @@ def start_then_talk_elsewhere() -> float:
     return float(tensor.sum())
 
 
-def test_nobody_need_wait_for_the_exchange_to_go_on() -> None:
+def test_started_exchange_continues_while_no_rank_waits() -> None:
     assert run_ranks(start_then_talk_elsewhere, 3) == [3000.0] * 3
 
 
 def groups_of_two_shapes() -> list[float]:
-    """Of three hosts with two ranks each half has one host's both and one of another's."""
-    everyone = among_hosts("aabbcc")
+    """Three hosts of two ranks; each half holds both ranks of one host and one rank of another."""
+    everyone = form_group_on_hosts("aabbcc")
     halves = [dist.new_group([0, 1, 2]), dist.new_group([3, 4, 5])]
     half = Communicator(halves[everyone.rank // 3])
     found = [float(each.all_reduce(torch.ones(()))) for each in (half, everyone, half)]
@@ -131,12 +131,12 @@ def groups_of_two_shapes() -> list[float]:
     return found
 
 
-def test_groups_that_lie_differently_over_the_hosts_meet() -> None:
+def test_groups_with_different_placements_on_hosts_connect() -> None:
     assert run_ranks(groups_of_two_shapes, 6) == [[3.0, 6.0, 3.0]] * 6
 
 
 def reduced(dtype: torch.dtype) -> str:
-    everyone = among_hosts("aab")
+    everyone = form_group_on_hosts("aab")
     try:
         everyone.all_reduce(torch.ones(3, dtype=dtype))
     except RuntimeError as error:
@@ -145,40 +145,40 @@ def reduced(dtype: torch.dtype) -> str:
 
 
 @pytest.mark.parametrize("name", ["int16", "bool"])
-def test_a_type_that_the_network_can_t_reduce_is_refused_by_all_and_harms_nothing(name: str) -> None:
-    told = f"gloo, which connects the hosts, can't reduce {name}; 3.0"
-    assert run_ranks(reduced, 3, getattr(torch, name)) == [told] * 3
+def test_dtype_that_gloo_cannot_reduce_is_refused_by_all_ranks(name: str) -> None:
+    message = f"gloo, which connects the hosts, can't reduce {name}; 3.0"
+    assert run_ranks(reduced, 3, getattr(torch, name)) == [message] * 3
 
 
-def carrier_of(layout: str) -> str:
-    settle(layout)
+def channel_class(layout: str) -> str:
+    pretend_host(layout)
     everyone = form_group()
     everyone.barrier()
     return type(everyone._channel).__name__
 
 
-def test_hosts_of_one_rank_each_use_the_network_alone() -> None:
-    assert run_ranks(carrier_of, 3, "abc") == ["NoneType"] * 3
+def test_hosts_of_one_rank_each_use_gloo() -> None:
+    assert run_ranks(channel_class, 3, "abc") == ["NoneType"] * 3
 
 
-def one_can_t(layout: str) -> str:
+def one_cannot_share(layout: str) -> str:
     if os.environ["RANK"] == "2":
         del os.memfd_create
-    return carrier_of(layout)
+    return channel_class(layout)
 
 
 @pytest.mark.parametrize(("layout", "found"), [("aabb", "NoneType"), ("aab", "HierarchicalChannel")])
-def test_all_do_without_if_a_rank_with_neighbours_can_t_share(layout: str, found: str) -> None:
-    assert run_ranks(one_can_t, len(layout), layout) == [found] * len(layout)
+def test_all_ranks_use_gloo_if_a_rank_with_neighbours_cannot_share(layout: str, found: str) -> None:
+    assert run_ranks(one_cannot_share, len(layout), layout) == [found] * len(layout)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train_among_hosts(layout: str, config: Any) -> int:
-    settle(layout)
+def train_on_hosts(layout: str, config: Any) -> int:
+    pretend_host(layout)
     train(config)
-    # The run is over; its threads may take a moment.
+    # Threads may end shortly after the run.
     patience = time.monotonic() + 5
     while (left := sum(thread.name == "distrain-host-leader" for thread in threading.enumerate())) and (
         time.monotonic() < patience
@@ -198,12 +198,12 @@ def train_among_hosts(layout: str, config: Any) -> int:
     ],
     ids=" ".join,
 )
-def test_strategies_train_the_parameters_of_ranks_without_shared_memory(
+def test_strategies_train_the_same_parameters_with_and_without_shared_memory(
     strategy: tuple[str, ...], tmp_path: Path
 ) -> None:
     exact = ("trainer.precision=fp64", "trainer.memory_format=contiguous")
     keys = ("optimizer=sgd", "trainer.max_steps=6", *exact, *strategy)
-    left = run_ranks(train_among_hosts, 4, "aabb", small(*keys, f"run_dir={tmp_path / 'hosts'}"))
+    left = run_ranks(train_on_hosts, 4, "aabb", small(*keys, f"run_dir={tmp_path / 'hosts'}"))
     assert left == [0] * 4
     run_ranks(train, 4, small(*keys, "runtime.shared_memory=off", f"run_dir={tmp_path / 'network'}"))
     found, expected = (RunFolder.open(str(tmp_path / run)).weights("newest").tensors for run in ("hosts", "network"))
@@ -214,27 +214,27 @@ def test_strategies_train_the_parameters_of_ranks_without_shared_memory(
 
 
 def one_is_killed(layout: str, victim: int) -> list[str]:
-    everyone = among_hosts(layout)
+    everyone = form_group_on_hosts(layout)
     if everyone.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    told = []
-    # What comes after an error can't be right either, and doesn't hang.
+    errors = []
+    # Collectives after an error fail too, and don't hang.
     for _ in range(2):
         try:
             everyone.all_reduce(torch.ones(3))
         except PeerLost as lost:
-            told.append(f"rank {lost.rank} is lost")
+            errors.append(f"rank {lost.rank} is lost")
         except RuntimeError as error:
-            told.append("another failed" if is_broken_connection(error) else f"new: {error}")
+            errors.append("another failed" if is_broken_connection(error) else f"new: {error}")
         if everyone.rank in (0, 2):
-            # The main thread of a host's first rank looks at nothing for a while; its neighbours learn it all the same.
+            # The leader's main thread waits for nothing for a while; its neighbours learn of the error all the same.
             time.sleep(1)
-    return told
+    return errors
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("victim", [1, 3])
-def test_a_killed_neighbour_is_named_on_its_host_and_nobody_waits_for_the_time_limit(victim: int) -> None:
+def test_killed_neighbour_is_named_on_its_host_before_the_timeout(victim: int) -> None:
     outcomes = run_ranks_to_the_end(one_is_killed, 4, "aabb", victim)
     assert isinstance(outcomes[victim], RankFailed)
     assert outcomes[victim - 1] == [f"rank {victim} is lost"] * 2

@@ -1,4 +1,4 @@
-"""Ranks that wait for each other on one processor take two, where there are two."""
+"""A rank can migrate to another core, if there are several."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 
 from distrain.communication.shared_memory.peer import migrate_to_another_core
 
-pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is no other processor")
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is only one core")
 
 
 def here() -> int:
     return int(ctypes.CDLL(None).sched_getcpu())
 
 
-def test_a_rank_that_leaves_its_processor_may_run_on_all_as_before() -> None:
+def test_migration_keeps_the_affinity() -> None:
     allowed = os.sched_getaffinity(0)
     left = []
     for _ in range(5):
@@ -24,11 +24,11 @@ def test_a_rank_that_leaves_its_processor_may_run_on_all_as_before() -> None:
         migrate_to_another_core()
         left.append(here() != before)
         assert os.sched_getaffinity(0) == allowed
-    # The system may have taken it back at once, but hardly each time.
+    # The scheduler may have moved it back at once, but hardly each time.
     assert any(left)
 
 
-def test_a_rank_that_may_run_nowhere_else_stays() -> None:
+def test_rank_bound_to_one_core_stays() -> None:
     allowed = os.sched_getaffinity(0)
     only = {here()}
     os.sched_setaffinity(0, only)

@@ -1,4 +1,4 @@
-"""A sum that ranks compute together is the one that each would compute alone, however far the others are."""
+"""Ranks that reduce together get the bits that each would get alone, however far the others are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sources() -> list[Tensor]:
     return [torch.randn(COUNT, generator=torch.Generator().manual_seed(rank)) for rank in range(RANKS)]
 
 
-def offers(filled: float) -> list[PublishedSegment]:
+def segments(filled: float) -> list[PublishedSegment]:
     return [
         PublishedSegment(memoryview(bytearray(8)).cast("q"), 0, torch.full((segment_size(COUNT, RANKS),), filled))
         for _ in range(RANKS)
@@ -26,27 +26,27 @@ def offers(filled: float) -> list[PublishedSegment]:
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_who_gets_no_help_computes_all(rank: int) -> None:
+def test_rank_without_help_computes_everything(rank: int) -> None:
     given = sources()
     expected = functools.reduce(torch.add, given)
-    nobody_ready = offers(float("nan"))
+    nobody_ready = segments(float("nan"))
     into = given[rank].clone()
     if rank < 2:
         given[rank] = into
     reduce_together(given, into, torch.add, rank, nobody_ready)
     assert torch.equal(into, expected)
-    # And offers its share to the others.
+    # It publishes its own segment for the others.
     start = rank * segment_size(COUNT, RANKS)
-    share = expected[start : start + segment_size(COUNT, RANKS)]
-    assert torch.equal(nobody_ready[rank].values[: len(share)], share)
-    assert nobody_ready[rank].words[0] == -(-len(share) * 4 // (1 << 18))
-    assert [offer.words[0] for offer in nobody_ready].count(0) == RANKS - 1
+    own = expected[start : start + segment_size(COUNT, RANKS)]
+    assert torch.equal(nobody_ready[rank].values[: len(own)], own)
+    assert nobody_ready[rank].words[0] == -(-len(own) * 4 // (1 << 18))
+    assert [segment.words[0] for segment in nobody_ready].count(0) == RANKS - 1
 
 
-def test_what_others_have_ready_is_taken_from_them() -> None:
+def test_pieces_that_others_have_ready_are_copied() -> None:
     given, into = sources(), torch.empty(COUNT)
-    some_ready = offers(7.0)
-    # All of rank 1's share, and the first piece of rank 2's.
+    some_ready = segments(7.0)
+    # All of rank 1's segment, and the first piece of rank 2's.
     some_ready[1].words[0], some_ready[2].words[0] = 1000, 1
     reduce_together(given, into, torch.add, 0, some_ready)
     size, piece = segment_size(COUNT, RANKS), (1 << 18) // 4
@@ -57,9 +57,9 @@ def test_what_others_have_ready_is_taken_from_them() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_there_may_be_less_to_add_than_ranks(count: int) -> None:
+def test_there_may_be_fewer_elements_than_ranks(count: int) -> None:
     given = [torch.full((count,), float(10**rank)) for rank in range(RANKS)]
     into, alone = torch.empty(count), torch.empty(count)
-    reduce_together(given, into, torch.add, 2, offers(float("nan")))
+    reduce_together(given, into, torch.add, 2, segments(float("nan")))
     reduce_alone(given, alone, torch.add)
     assert into.tolist() == alone.tolist() == [111.0] * count
