@@ -162,9 +162,9 @@ def trace(began: float, overrides: list[str]) -> None:
         from distrain.training.run_plan import data_source
     with parts.part("compose"):
         composed = cli.compose(ROOT / "conf", "config", overrides)
-    with parts.part("import torch"), cli.importing():
+    with parts.part("import torch"), cli.gc_disabled():
         import torch  # noqa: F401
-    with parts.part("import distrain"), cli.importing():
+    with parts.part("import distrain"), cli.gc_disabled():
         checked = load_config(composed)
         from distrain.cli import app
         from distrain.runtime.runtime import Runtime

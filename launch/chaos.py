@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry
+from distrain.config.load import load_settings
 
 LAUNCH = Path(__file__).resolve().parent
 CONF = LAUNCH.parent / "conf"
@@ -18,9 +19,9 @@ TRAININGS: list[list[str]] = []
 def task(composed: DictConfig) -> None:
     """Hurts all trainings of the command line."""
     # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.cli import chaos, settings
+    from distrain.cli import chaos
 
-    chaos.run(settings.load(chaos.ChaosSettings, composed), TRAININGS, CONF, LAUNCH)
+    chaos.run(load_settings(chaos.ChaosSettings, composed), TRAININGS, CONF, LAUNCH)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Examines a machine, or under torchrun all nodes of a job: ``python launch/doctor.py``."""
+"""Examines this machine, or under torchrun all nodes of a job: ``python launch/doctor.py``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry
+from distrain.config.load import load_settings
 
 
 def task(composed: DictConfig) -> None:
-    """Examines once."""
-    # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.cli import doctor, settings
+    """Examines this machine or the job, or runs the command behind ``--``."""
+    # Imported here because it imports torch, which --help and most errors need not wait for.
+    from distrain.cli import doctor
 
-    if typed:
-        hydra_entry.restore_environment()
-    doctor.run(settings.load(doctor.DoctorSettings, composed), typed)
+    if command:
+        hydra_entry.restore_hydra_full_error()
+    doctor.run(load_settings(doctor.DoctorSettings, composed), command)
 
 
 if __name__ == "__main__":
-    typed = hydra_entry.take_command(sys.argv)
+    command = hydra_entry.pop_command(sys.argv)
     hydra_entry.main(task, Path(__file__).parent.parent / "conf", "doctor")

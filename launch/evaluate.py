@@ -1,4 +1,4 @@
-"""Evaluates a run: ``python launch/evaluate.py run=DIR``, or under torchrun with the same counts."""
+"""Evaluates a run: ``python launch/evaluate.py run=DIR``, or under torchrun with the same result."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry
+from distrain.config.load import load_settings
 
 
 def task(composed: DictConfig) -> None:
-    """Evaluates one run."""
-    with hydra_entry.importing():
-        # Imports torch, which --help and most mistakes need not wait for.
-        from distrain.cli import evaluate, settings
+    """Evaluates a run."""
+    with hydra_entry.gc_disabled():
+        # Imported here because it imports torch, which --help and most errors need not wait for.
+        from distrain.cli import evaluate
 
-    evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
+    evaluate.run(load_settings(evaluate.EvaluateSettings, composed))
 
 
 if __name__ == "__main__":

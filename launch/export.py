@@ -7,15 +7,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry
+from distrain.config.load import load_settings
 
 
 def task(composed: DictConfig) -> None:
-    """Exports once."""
-    with hydra_entry.importing():
-        # Imports torch, which --help and most mistakes need not wait for.
-        from distrain.cli import export, settings
+    """Exports a run's model."""
+    with hydra_entry.gc_disabled():
+        # Imported here because it imports torch, which --help and most errors need not wait for.
+        from distrain.cli import export
 
-    export.run(settings.load(export.ExportSettings, composed))
+    export.run(load_settings(export.ExportSettings, composed))
 
 
 if __name__ == "__main__":

@@ -8,24 +8,18 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distrain.cli import hosts, hydra_entry
-from distrain.tools.launching.hosts import run
+from distrain.config.load import load_settings
 
-HERE = Path(__file__).resolve().parent
-CONF = HERE.parent / "conf"
-OURS, THEIRS = hosts.parted(sys.argv[1:])
+LAUNCH = Path(__file__).resolve().parent
+CONF = LAUNCH.parent / "conf"
 
 
 def task(composed: DictConfig) -> None:
-    """Starts, watches and ends one agent a host."""
-    # Imports torch, which --help and most mistakes need not wait for.
-    from distrain.cli import settings
-
-    chosen = settings.load(hosts.HostsSettings, composed)
-    if chosen.script is None:
-        hosts.check(CONF, THEIRS)
-    sys.exit(run(hosts.plan(chosen, HERE / "train.py", THEIRS), chosen.grace_seconds))
+    """Trains on all hosts and ends with their exit code."""
+    settings = load_settings(hosts.HostsSettings, composed)
+    sys.exit(hosts.run(settings, CONF, LAUNCH / "train.py", training))
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = OURS
+    training = hydra_entry.pop_command(sys.argv)
     hydra_entry.main(task, CONF, "hosts")

@@ -1,19 +1,19 @@
 r"""Trains with each combination of values: ``python launch/sweep.py strategy=ddp nproc=2 compression=none,fp16``.
 
-Values are separated by commas, or written range(1,5), choice(a,b), glob(*): Hydra's syntax of ``--multirun``. Every
-combination is a job of its own, under its own torchrun, in its own folder; one that fails or hangs doesn't stop the
-rest. nproc and sweep.* are the sweep's, everything else is launch/train.py's:
+Values are separated by commas, or written as range(1,5), choice(a,b) or glob(*): Hydra's syntax of ``--multirun``. Each
+combination is a job: a training under its own torchrun, in its own folder. A job that fails or hangs does not stop the
+others. nproc and sweep.* belong to the sweep, all other settings to launch/train.py:
 
-  nproc=2               ranks a job
-  sweep.minutes=30      a job that takes longer is ended
-  sweep.parallel=2      jobs at a time
-  sweep.metric=test_accuracy    which number of summary.json ranks the jobs (val_accuracy)
-  sweep.folder=DIR      where the jobs' folders and results.csv go (outputs/DATE/TIME_sweep); the same command with the
-                        folder of a sweep that was stopped runs what is missing
-  sweep.jobs_file=FILE  write one line a job, for launch/slurm/train.sbatch, and run none
+  nproc=2               ranks per job
+  sweep.minutes=30      ends a job that takes longer
+  sweep.parallel=2      number of jobs that run at a time
+  sweep.metric=test_accuracy    the number of summary.json that ranks the jobs (val_accuracy)
+  sweep.folder=DIR      folder of the jobs' folders and results.csv (outputs/DATE/TIME_sweep); with the folder of a
+                        sweep that was stopped, the same command runs the missing jobs
+  sweep.jobs_file=FILE  writes one line per job, for launch/slurm/train.sbatch, and runs none
 
   python launch/sweep.py hydra/sweeper=optuna hydra.sweeper.direction=maximize hydra.sweeper.n_trials=20 \
-      'optimizer.lr=tag(log,interval(0.0001,0.1))'      lets Optuna choose (pip install 'distrain[optuna]')
+      'optimizer.lr=tag(log,interval(0.0001,0.1))'      lets Optuna choose the values (pip install 'distrain[optuna]')
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from distrain.cli import hydra_entry, sweep
 from distrain.errors import ConfigError
 
-HERE = Path(__file__).resolve().parent
+LAUNCH = Path(__file__).resolve().parent
 
 
 def task(composed: DictConfig) -> None:
@@ -41,7 +41,7 @@ if __name__ == "__main__":
         sys.exit()
     folder = f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}_sweep"
     try:
-        sys.argv[1:] = sweep.arguments(sys.argv[1:], HERE / "train.py", folder)
+        sys.argv[1:] = sweep.multirun_arguments(sys.argv[1:], LAUNCH / "train.py", folder)
     except ConfigError as error:
-        hydra_entry.refuse(error)
-    hydra_entry.main(task, HERE.parent / "conf", "config")
+        hydra_entry.exit_refused(error)
+    hydra_entry.main(task, LAUNCH.parent / "conf", "config")

@@ -13,12 +13,12 @@ from distrain.config.load import load_settings
 
 def task(composed: DictConfig) -> None:
     """Makes, uses or ends a test network."""
-    hydra_entry.restore_environment()
+    hydra_entry.restore_hydra_full_error()
     sys.exit(testnet.run(load_settings(testnet.NetworkSettings, composed), typed))
 
 
 if __name__ == "__main__":
-    typed = hydra_entry.take_command(sys.argv)
+    typed = hydra_entry.pop_command(sys.argv)
     if sys.argv[1:2] and sys.argv[1] in ("up", "on", "down"):
         sys.argv[1] = f"action={sys.argv[1]}"
     hydra_entry.main(task, Path(__file__).parent, "testnet")

@@ -13,14 +13,14 @@ from distrain.tools.launching import slurm
 
 
 def task(composed: DictConfig) -> None:
-    """Runs one training."""
-    slurm.adopt(os.environ)
-    with hydra_entry.importing():
-        checked = load_config(composed)
-        # Imports torch, which --help, completion and most mistakes need not wait for.
+    """Trains once."""
+    slurm.set_torchrun_variables(os.environ)
+    with hydra_entry.gc_disabled():
+        config = load_config(composed)
+        # Imported here because it imports torch, which --help, completion and most errors need not wait for.
         from distrain.cli import app
 
-    app.train(checked)
+    app.train(config)
 
 
 if __name__ == "__main__":

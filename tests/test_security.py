@@ -28,9 +28,10 @@ from PIL import Image
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
-from distrain.cli import evaluate, hydra_entry, predict, settings
+from distrain.cli import evaluate, hydra_entry, predict
 from distrain.cli.run_folder import RunFolder
 from distrain.communication.types import RankName
+from distrain.config.load import load_settings
 from distrain.data import cifar10, decode, image_cache
 from distrain.data.decode import DecodeError
 from distrain.data.digits import Digits
@@ -386,7 +387,7 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run: Path) -> None:
 
 def test_a_strangers_run_doesnt_say_where_to_write(run: Path, tree: Path, tmp_path: Path) -> None:
     replace_section(run, "data", "data=image_folder", f"data.root={tree}", f"data.cache={tmp_path}/home/of/user")
-    composed = settings.load(evaluate.EvaluateSettings, hydra_entry.compose(CONF, "evaluate", [f"run={run}"]))
+    composed = load_settings(evaluate.EvaluateSettings, hydra_entry.compose(CONF, "evaluate", [f"run={run}"]))
     folder = RunFolder.open(str(run))
     adapted = evaluate._adapted(folder, composed, World.from_environment())
     assert adapted.data.cache is None  # type: ignore[attr-defined]
@@ -526,7 +527,7 @@ def test_a_run_folder_cant_ask_for_images_of_any_size(run: Path) -> None:
 
 def predicted(run: Path, file: Path) -> Any:
     composed = hydra_entry.compose(CONF, "predict", [f"run={run}", f"input={file}", f"output={run}/out.json"])
-    return predict.run(settings.load(predict.PredictSettings, composed))
+    return predict.run(load_settings(predict.PredictSettings, composed))
 
 
 # --- what comes from the network and the environment -----------------------------------------------------------------

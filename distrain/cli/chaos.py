@@ -109,7 +109,7 @@ def _training(keys: Sequence[str], nproc: int, conf: Path) -> Training:
     try:
         composed = hydra_entry.compose(conf, "config", keys)
     except (HydraException, OmegaConfBaseException) as error:
-        raise hydra_entry.explain(error, conf, "config", keys) from error
+        raise hydra_entry.to_config_error(error, conf, "config", keys) from error
     checked = load_config(composed)
     for key, value in (("run_dir", checked.run_dir), ("resume", checked.resume)):
         if value not in (None, "auto"):

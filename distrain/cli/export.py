@@ -15,7 +15,7 @@ from torch import Tensor
 import distrain
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
-from distrain.cli.settings import RunSettings, one_process
+from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.schema import setting
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
@@ -49,7 +49,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     Raises:
         ConfigError: The run or the output can't be used.
     """
-    one_process("export", world or World.from_environment())
+    require_one_process("export", world or World.from_environment())
     folder = RunFolder.open(settings.run)
     target = Path(settings.output).expanduser()
     output.check_writable(target)

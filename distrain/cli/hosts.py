@@ -1,4 +1,4 @@
-"""``launch/hosts.py``: trains on several hosts over ssh."""
+"""``launch/hosts.py``: trains on several hosts over ssh, with a torchrun agent on each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distrain.cli import hydra_entry
 from distrain.config.load import load_config
 from distrain.config.schema import setting
 from distrain.errors import ConfigError
-from distrain.tools.launching.hosts import Agent
+from distrain.tools.launching.hosts import HostCommand, run_on_hosts
 
-#: Below the ports that systems hand out for outgoing connections.
+#: First and last rendezvous port to choose from; below the ports that systems use for outgoing connections.
 _PORTS = (20000, 29999)
 
 
@@ -24,53 +24,67 @@ _PORTS = (20000, 29999)
 class HostsSettings:
     """Keys of ``launch/hosts.py``."""
 
-    hosts: list[str] = setting("Where to start a torchrun agent, as ssh takes it: [a, me@b].")
-    addresses: list[str] | None = setting("How the hosts reach each other, in their order; null: by those names.")
-    nproc: str = setting("Ranks a host: a number, or torchrun's gpu, cpu or auto.")
-    ssh: str = setting("The command that takes a host and what to run there.")
-    python: str | None = setting("The interpreter on the hosts; null: this one's path.")
-    folder: str | None = setting("The folder on the hosts to run in; null: this one's path.")
-    script: str | None = setting("The script on the hosts; null: launch/train.py at its path here.")
-    env: dict[str, str] = setting("Variables for the ranks; ssh hands none on by itself.")
-    port: int | None = setting("Where the hosts meet, on the first; null: a random one.", at_least=1, at_most=65535)
+    hosts: list[str] = setting("Hosts to start a torchrun agent on, as ssh takes them: [a, me@b].")
+    addresses: list[str] | None = setting("How hosts reach each other, in the order of hosts; null: by those names.")
+    nproc: str = setting("Ranks per host: a number, or torchrun's gpu, cpu or auto.")
+    ssh: str = setting("The ssh command; gets a host and a command line for it.")
+    python: str | None = setting("The interpreter on the hosts; null: the path of this one.")
+    folder: str | None = setting("The working folder on the hosts; null: the path of this one.")
+    script: str | None = setting("The script on the hosts; null: the path of launch/train.py here.")
+    env: dict[str, str] = setting("Environment variables for the ranks; ssh passes none on by itself.")
+    port: int | None = setting("Rendezvous port on the first host; null: a random one.", at_least=1, at_most=65535)
     torchrun: list[str] = setting("More options for torchrun.")
-    grace_seconds: float = setting("Time to save and end before being killed.", at_least=0)
+    grace_seconds: float = setting("Seconds that ranks have to save before they are killed.", at_least=0)
 
 
-def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before ``--`` and is for ``launch/hosts.py``, and what stands behind it and is for the script."""
-    place = list(arguments).index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:place]), list(arguments[place + 1 :])
+def run(settings: HostsSettings, conf: Path, train_script: Path, arguments: Sequence[str]) -> int:
+    """Trains on all hosts.
+
+    Args:
+        settings: The command line before ``--``.
+        conf: The folder of YAML files.
+        train_script: Path of ``launch/train.py``.
+        arguments: The command line behind ``--``: the training's settings.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: A setting, of this command or of the training, is wrong.
+    """
+    if settings.script is None:
+        check_training(conf, arguments)
+    return run_on_hosts(host_commands(settings, train_script, arguments), settings.grace_seconds)
 
 
-def check(conf: Path, arguments: Sequence[str]) -> None:
-    """Refuses a training's mistakes here, once, rather than on every host.
+def check_training(conf: Path, arguments: Sequence[str]) -> None:
+    """Refuses wrong settings of the training once here, rather than on every host.
 
     Args:
         conf: The folder of YAML files.
         arguments: The training's settings.
 
     Raises:
-        ConfigError: One line that names the key, the value and the choices.
+        ConfigError: A setting is wrong; the message is one line that names the key, the value and the choices.
     """
     try:
         load_config(hydra_entry.compose(conf, "config", arguments))
     except ConfigError:
         raise
-    except Exception as error:  # Hydra and YAML have many kinds for what is wrong with the user's words
-        raise hydra_entry.explain(error, conf, "config", arguments) from error
+    except Exception as error:  # Hydra and YAML raise many types for a user's mistakes
+        raise hydra_entry.to_config_error(error, conf, "config", arguments) from error
 
 
-def plan(settings: HostsSettings, script: Path, arguments: Sequence[str]) -> list[Agent]:
-    """The command for each host.
+def host_commands(settings: HostsSettings, train_script: Path, arguments: Sequence[str]) -> list[HostCommand]:
+    """Returns the command to run for each host.
 
     Args:
         settings: The checked keys.
-        script: What to run where ``settings.script`` names nothing else.
-        arguments: Handed to the script.
+        train_script: The script to run unless ``settings.script`` names another.
+        arguments: Arguments of the script.
 
     Raises:
-        ConfigError: There is no host, a name would be taken for an option, or addresses don't match the hosts.
+        ConfigError: No host is given, a name would be taken for an option of ssh, or addresses don't match the hosts.
     """
     if not settings.hosts:
         raise ConfigError("hosts", "[]", "name at least one host")
@@ -84,22 +98,22 @@ def plan(settings: HostsSettings, script: Path, arguments: Sequence[str]) -> lis
     if not ssh:
         raise ConfigError("ssh", settings.ssh, "is not a command")
     port = settings.port or random.randint(*_PORTS)
-    meeting = uuid.uuid4().hex
+    rendezvous_id = uuid.uuid4().hex
     python = settings.python or sys.executable
-    agents = []
-    for place, (host, address) in enumerate(zip(settings.hosts, addresses, strict=True)):
+    commands = []
+    for index, (host, address) in enumerate(zip(settings.hosts, addresses, strict=True)):
         torchrun = [
             *("-m", "torch.distributed.run", "--nnodes", str(len(addresses)), "--nproc-per-node", settings.nproc),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{addresses[0]}:{port}", "--rdzv-id", meeting),
-            # Said, because torchrun's own guess needs names that resolve alike on all hosts.
-            *("--rdzv-conf", f"is_host={int(place == 0)}", "--local-addr", address),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{addresses[0]}:{port}", "--rdzv-id", rendezvous_id),
+            # Given explicitly, because torchrun's own guess needs names that resolve alike on all hosts.
+            *("--rdzv-conf", f"is_host={int(index == 0)}", "--local-addr", address),
             *settings.torchrun,
         ]
         words = [
             *("exec", "env", *(f"{name}={value}" for name, value in settings.env.items())),
             *(python, "-m", "distrain.tools.launching.agent", f"{settings.grace_seconds:g}", python),
-            *(*torchrun, settings.script or str(script), *arguments),
+            *(*torchrun, settings.script or str(train_script), *arguments),
         ]
-        there = f"cd {shlex.quote(settings.folder or str(Path.cwd()))} && {shlex.join(words)}"
-        agents.append(Agent(host, (*ssh, host, there)))
-    return agents
+        remote_line = f"cd {shlex.quote(settings.folder or str(Path.cwd()))} && {shlex.join(words)}"
+        commands.append(HostCommand(host, (*ssh, host, remote_line)))
+    return commands

@@ -1,4 +1,4 @@
-"""Result files: refused before the work begins if they can't be written, and complete or absent after it."""
+"""Writes result files: checks beforehand that they can be written, and leaves them complete or absent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _KEY = "output"
 
 
 def check_writable(path: Path) -> None:
-    """Finds out whether a file can be written there.
+    """Checks that a file can be written at a path.
 
     Raises:
-        ConfigError: Its folder is missing or read-only, or something else than a file has the name.
+        ConfigError: Its folder is missing or read-only, or the path is not a plain file.
     """
     if not path.parent.is_dir():
         raise ConfigError(_KEY, path, f"there is no folder {path.parent}")
@@ -29,16 +29,16 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, make: Callable[[Path], object]) -> None:
-    """Lets ``make`` write a file and puts it in its place when it is complete.
+    """Writes a temporary file and moves it to its place when it is complete.
 
-    The name itself is replaced: a link that a run's folder holds under it is never followed.
+    A symbolic link at the path is replaced, never followed: a run's folder may hold one that points elsewhere.
 
     Args:
-        path: Where the file goes; what is there is replaced.
-        make: Writes the file at the path it is given.
+        path: Path of the file; an existing file is replaced.
+        make: Writes the file at the path that it is given.
 
     Raises:
-        ConfigError: The file can't be written (no space left, say).
+        ConfigError: The file can't be written, for example because the disk is full.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".distrain-", dir=path.parent) as folder:
@@ -52,7 +52,7 @@ def write(path: Path, make: Callable[[Path], object]) -> None:
 def write_text(path: Path | None, text: str) -> None:
     """Writes text as UTF-8 to a file, or to the standard output where ``path`` is ``None``.
 
-    Paths in it that are no UTF-8 become the bytes they are.
+    Surrogate escapes, which stand for bytes of paths that are not UTF-8, become these bytes again.
     """
     content = text.encode("utf-8", "surrogateescape")
     if path is None:

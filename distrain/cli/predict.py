@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder
-from distrain.cli.settings import RunSettings, one_process
+from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.schema import setting
 from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
@@ -65,7 +65,7 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
         ConfigError: The run, an image or the output can't be used.
     """
     world = world or World.from_environment()
-    one_process("predict", world)
+    require_one_process("predict", world)
     folder = RunFolder.open(settings.run)
     task = tasks.build(folder.config, folder.spec)
     if settings.top > task.largest_top():

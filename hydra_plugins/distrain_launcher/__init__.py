@@ -1,7 +1,7 @@
-"""Hydra's ``hydra/launcher=torchrun``: each job of a ``--multirun`` under a torchrun of its own.
+"""Hydra's ``hydra/launcher=torchrun``: runs each job of a ``--multirun`` under a torchrun of its own.
 
-Hydra takes launchers from packages below ``hydra_plugins`` only, and imports all of them whenever it starts, so what
-the launcher does lies in :mod:`distrain.tools.launching` and is imported when it is used.
+Hydra finds launchers only in packages below ``hydra_plugins`` and imports all of them whenever it starts. Therefore the
+work is done in :mod:`distrain.cli.sweep`, which is imported only when the launcher is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    from distrain.tools.launching.jobs import Result
+    from distrain.tools.launching.jobs import JobResult
 
 
 class TorchrunLauncher(Launcher):
@@ -29,28 +29,31 @@ class TorchrunLauncher(Launcher):
         self._settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra before the first jobs.
+        """Prepares the sweep; Hydra calls this once before the first jobs.
 
         Raises:
-            ConfigError: A key's value is wrong.
+            ConfigError: The value of a key is wrong.
         """
         from distrain.cli import sweep
         from distrain.config.load import load_settings
 
         settings = load_settings(sweep.SweepSettings, OmegaConf.create(self._settings))
-        self._sweep = sweep.Sweep.of(settings, config.hydra.sweep.dir, config.hydra.overrides.task)
+        self._sweep = sweep.Sweep.from_command_line(settings, config.hydra.sweep.dir, config.hydra.overrides.task)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Runs some jobs; called again by sweepers that choose the next ones by what these came to."""
+        """Runs some jobs; sweepers that choose new values by earlier results call this several times."""
         return [
             _JobReturn(result, self._sweep.metric(result)) for result in self._sweep.run(job_overrides, initial_job_idx)
         ]
 
 
 class _JobReturn(JobReturn):
-    """A job's number for Hydra's sweeper, or an exception where it has none; all was said about it already."""
+    """A job's metric for Hydra's sweeper; reading it raises an exception if the job has none.
 
-    def __init__(self, result: Result, metric: float | None) -> None:
+    The job's failure has already been printed, so the exception only sets the exit code.
+    """
+
+    def __init__(self, result: JobResult, metric: float | None) -> None:
         super().__init__(overrides=list(result.job.overrides), working_dir=str(result.job.folder))
         self.status = JobStatus.FAILED if metric is None else JobStatus.COMPLETED
         self._return_value = metric
@@ -58,9 +61,10 @@ class _JobReturn(JobReturn):
     @property
     def return_value(self) -> Any:
         if self.status == JobStatus.FAILED:
-            from distrain.cli.hydra_entry import Ended
+            from distrain.cli.hydra_entry import ExitWithCode
+            from distrain.errors import EXIT_FAILED
 
-            raise Ended(1)
+            raise ExitWithCode(EXIT_FAILED)
         return self._return_value
 
     @return_value.setter

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from torch import nn
 
-from distrain.cli import evaluate, hydra_entry, settings
+from distrain.cli import evaluate, hydra_entry
 from distrain.cli.evaluate import EvaluateSettings
+from distrain.config.load import load_settings
 from distrain.data.base import DataSpec, Images, Splits
 from distrain.data.cifar10 import Cifar10
 from distrain.errors import ConfigError
@@ -26,7 +27,7 @@ from tests.trained import change_config, replace_section, train
 
 
 def configured(run: Path, *overrides: str) -> EvaluateSettings:
-    return settings.load(EvaluateSettings, hydra_entry.compose(CONF, "evaluate", [f"run={run}", *overrides]))
+    return load_settings(EvaluateSettings, hydra_entry.compose(CONF, "evaluate", [f"run={run}", *overrides]))
 
 
 def on_rank(configuration: EvaluateSettings) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import distrain
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import writer as checkpoint_writer
-from distrain.cli import export, hydra_entry, settings
+from distrain.cli import export, hydra_entry
 from distrain.cli.export import ExportSettings
+from distrain.config.load import load_settings
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from tests.runs import CONF
@@ -23,7 +24,7 @@ from tests.trained import change_config
 
 
 def configured(run: Path, *overrides: str) -> ExportSettings:
-    return settings.load(ExportSettings, hydra_entry.compose(CONF, "export", [f"run={run}", *overrides]))
+    return load_settings(ExportSettings, hydra_entry.compose(CONF, "export", [f"run={run}", *overrides]))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

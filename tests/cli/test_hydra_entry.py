@@ -1,4 +1,4 @@
-"""What a user types: every mistake is one line and exit code 2 before any rank meets another, and help helps."""
+"""The command line: every user error is one line and exit code 2 before ranks connect, and help shows what to type."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.runs import CONF
 
 
 class NoModule:
-    """Stands where a model should be."""
+    """A class that is no model."""
 
 
 class FlatOutput(nn.Module):
-    """Returns something else than logits."""
+    """A model that returns no logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class FlatOutput(nn.Module):
         return images.flatten()
 
 
-#: What is typed after `launch/train.py strategy=ddp`, on two ranks without a GPU, and what the one line must hold.
+#: Arguments after `launch/train.py strategy=ddp`, on two ranks without a GPU, and what the error line must contain.
 #: FILE is a plain file, EMPTY an empty folder, ONE a folder with one class in it.
-WRONG: dict[str, tuple[str, ...]] = {
+WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     # names
     "optimizer.lrr=0.1": ("optimizer.lrr: no such key", "choices: name, lr", "did you mean lr?"),
     "data.augment.flp=true": ("data.augment.flp: no such key", "choices: flip, crop_padding, crop_border, cutout"),
@@ -137,7 +137,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "data=image_folder data.root=/not/there": ("data.root=/not/there: is not a folder",),
     "data=image_folder data.root=ONE": ("data.root=ONE: needs a folder for each of two or more classes",),
     "resume=/not/there": ("resume=/not/there: ", "auto, never"),
-    # what can't be read
+    # syntax
     "optimizer.lr": ("argument 'optimizer.lr': is not of the form key=value",),
     "=3": ("argument '=3': is not of the form key=value",),
     "optimizer.betas=[0.9": ("argument 'optimizer.betas=[0.9': ", "bracket"),
@@ -152,12 +152,12 @@ WRONG: dict[str, tuple[str, ...]] = {
 }
 
 
-class Reached(Exception):
-    """The configuration was accepted: the ranks are about to meet."""
+class ConfigAccepted(Exception):
+    """Raised where ranks would connect: the configuration was accepted."""
 
 
-def meet(*_: object) -> NoReturn:
-    raise Reached
+def accept(*_: object) -> NoReturn:
+    raise ConfigAccepted
 
 
 def train(composed: DictConfig) -> None:
@@ -165,56 +165,56 @@ def train(composed: DictConfig) -> None:
 
 
 @pytest.fixture
-def type_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Calls the command with these arguments as rank 0 of two, up to where the ranks would meet."""
-    monkeypatch.setattr(app, "Runtime", meet)
+def run_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Calls the command with arguments as rank 0 of two, up to where ranks would connect."""
+    monkeypatch.setattr(app, "Runtime", accept)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str, task: Callable[[DictConfig], object] = train, full_error: str = "0") -> None:
+    def call(*typed: str, task: Callable[[DictConfig], object] = train, full_error: str = "0") -> None:
         monkeypatch.setenv("HYDRA_FULL_ERROR", full_error)
-        monkeypatch.setattr(sys, "argv", ["launch/train.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", *typed])
         hydra_entry.main(task, CONF, "config")
 
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield call
-    # Hydra's help sets up logging to a stream that ends with this test.
+    # Hydra's help sets up logging to a stream that closes with this test.
     root.handlers[:] = [handler for handler in root.handlers if handler in handlers]
     root.setLevel(level)
 
 
-@pytest.mark.parametrize("typed", WRONG)
-def test_mistake_is_one_line_and_exit_code_2(
-    typed: str, type_in: Callable[..., None], capfd: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("arguments", WRONG_ARGUMENTS)
+def test_user_error_is_one_line_and_exit_code_2(
+    arguments: str, run_command: Callable[..., None], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "ONE": tmp_path / "one"}
-    places["FILE"].write_text("")
-    places["EMPTY"].mkdir()
-    places["ONE"].joinpath("cat").mkdir(parents=True)
+    paths = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "ONE": tmp_path / "one"}
+    paths["FILE"].write_text("")
+    paths["EMPTY"].mkdir()
+    paths["ONE"].joinpath("cat").mkdir(parents=True)
 
-    def placed(text: str) -> str:
-        for name, path in places.items():
+    def with_paths(text: str) -> str:
+        for name, path in paths.items():
             text = text.replace(name, str(path))
         return text
 
-    strategy = [] if typed.startswith(("strategy=", "--", "~")) else ["strategy=ddp"]
+    strategy = [] if arguments.startswith(("strategy=", "--", "~")) else ["strategy=ddp"]
     with pytest.raises(SystemExit) as ended:
-        type_in(*strategy, *placed(typed).split(" "))
+        run_command(*strategy, *with_paths(arguments).split(" "))
     output = capfd.readouterr()
     assert ended.value.code == 2
     assert output.out == ""
     assert output.err.count("\n") == 1, output.err
-    assert output.err.startswith(f"distrain: {placed(WRONG[typed][0])}")
-    for part in WRONG[typed]:
-        assert placed(part) in output.err
+    assert output.err.startswith(f"distrain: {with_paths(WRONG_ARGUMENTS[arguments][0])}")
+    for part in WRONG_ARGUMENTS[arguments]:
+        assert with_paths(part) in output.err
 
 
 @pytest.mark.parametrize(
-    "typed",
+    "arguments",
     [
         "strategy=ddp",
         "strategy=ddp data.batch_size=7",
@@ -223,129 +223,133 @@ def test_mistake_is_one_line_and_exit_code_2(
         "strategy=ddp trainer.micro_batch_size=null data.limit=null seed=4294967295",
     ],
 )
-def test_what_can_run_gets_to_where_the_ranks_meet(typed: str, type_in: Callable[..., None]) -> None:
-    with pytest.raises(Reached):
-        type_in(*typed.split(" "))
+def test_valid_configuration_is_accepted(arguments: str, run_command: Callable[..., None]) -> None:
+    with pytest.raises(ConfigAccepted):
+        run_command(*arguments.split(" "))
 
 
-def test_missing_extra_of_the_default_data_is_named(
-    type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_missing_extra_of_the_default_data_is_reported(
+    run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "sklearn" else find(name, *rest)
     )
     with pytest.raises(SystemExit):
-        type_in("strategy=ddp")
-    assert "data=digits" in (said := capfd.readouterr().err)
-    assert "pip install 'distrain[digits]'" in said
+        run_command("strategy=ddp")
+    assert "data=digits" in (printed := capfd.readouterr().err)
+    assert "pip install 'distrain[digits]'" in printed
 
 
-def test_value_with_a_line_break_stays_one_line(
-    type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]
+def test_error_about_a_value_with_a_line_break_is_one_line(
+    run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        type_in("strategy=ddp", "resume='first\nsecond'")
+        run_command("strategy=ddp", "resume='first\nsecond'")
     assert capfd.readouterr().err.startswith("distrain: resume=first second: ")
 
 
-@pytest.mark.parametrize("typed", ["optimizer.lr=-1", "model=nope", "optimizer.lr"])
-def test_traceback_on_request(typed: str, type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", ["optimizer.lr=-1", "model=nope", "optimizer.lr"])
+def test_hydra_full_error_shows_the_traceback(
+    arguments: str, run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Exception, match=r"lr|nope"):
-        type_in("strategy=ddp", typed, full_error="1")
+        run_command("strategy=ddp", arguments, full_error="1")
     assert "distrain:" not in capfd.readouterr().err
 
 
-def test_error_of_the_task_itself_keeps_its_traceback(type_in: Callable[..., None]) -> None:
+def test_error_of_the_task_keeps_its_traceback(run_command: Callable[..., None]) -> None:
     def broken(_: DictConfig) -> None:
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        type_in(task=broken)
+        run_command(task=broken)
 
 
-def test_failed_run_ends_the_process_with_1_and_no_more_words(
-    type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_failed_run_exits_with_1_and_prints_nothing_more(
+    run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def ended(code: int) -> NoReturn:
+    def fake_exit(code: int) -> NoReturn:
         raise SystemExit(code)
 
     def failed(_: DictConfig) -> None:
         raise Failed
 
-    monkeypatch.setattr(os, "_exit", ended)
+    monkeypatch.setattr(os, "_exit", fake_exit)
     with pytest.raises(SystemExit) as end:
-        type_in(task=failed)
+        run_command(task=failed)
     assert end.value.code == 1
     assert capfd.readouterr().err == ""
 
 
-def test_rank_0_of_a_host_speaks_first_and_another_only_if_it_outlives_it(
-    type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_other_ranks_of_a_host_wait_before_they_print_the_error(
+    run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said_before_waiting = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: said_before_waiting.append((seconds, capfd.readouterr().err)))
+    printed_before_waiting = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: printed_before_waiting.append((seconds, capfd.readouterr().err)))
     with pytest.raises(SystemExit):
-        type_in("optimizer.lr=-1")
-    assert said_before_waiting == []
+        run_command("optimizer.lr=-1")
+    assert printed_before_waiting == []
     assert "optimizer.lr" in capfd.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ended:
-        type_in("optimizer.lr=-1")
-    assert [said for _, said in said_before_waiting] == [""]
-    # The launcher's poll takes a tenth of a second; its signal ends this rank long before.
-    assert said_before_waiting[0][0] >= 1
+        run_command("optimizer.lr=-1")
+    assert [printed for _, printed in printed_before_waiting] == [""]
+    # The launcher polls every tenth of a second, so it normally ends this rank long before.
+    assert printed_before_waiting[0][0] >= 1
     assert "optimizer.lr" in capfd.readouterr().err
     assert ended.value.code == 2
 
 
-def test_model_beside_the_user_is_found(type_in: Callable[..., None], tmp_path: Path) -> None:
+def test_model_in_the_current_folder_is_found(run_command: Callable[..., None], tmp_path: Path) -> None:
     tmp_path.joinpath("beside_me.py").write_text("from distrain.models.cnn import SimpleCNN as Net\n")
-    with pytest.raises(Reached):
-        type_in("strategy=ddp", "model=custom", "model._target_=beside_me.Net")
+    with pytest.raises(ConfigAccepted):
+        run_command("strategy=ddp", "model=custom", "model._target_=beside_me.Net")
 
 
-def test_help_says_what_it_is_with_all_choices_and_examples(
-    type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]
+def test_help_shows_all_choices_and_examples(
+    run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        type_in("--help")
-    said = capfd.readouterr().out
+        run_command("--help")
+    printed = capfd.readouterr().out
     assert ended.value.code == 0
     for group in ("strategy", "model", "data", "optimizer", "scheduler", "loss", "logger", "compression"):
-        assert f"{group}: {', '.join(sorted(choices(group)))}" in said
-    assert "torchrun --nproc-per-node 2 launch/train.py strategy=ddp" in said
-    assert len(said.splitlines()) < 40
+        assert f"{group}: {', '.join(sorted(choices(group)))}" in printed
+    assert "torchrun --nproc-per-node 2 launch/train.py strategy=ddp" in printed
+    assert len(printed.splitlines()) < 40
 
 
-def test_hydras_own_help_is_there(type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+def test_hydras_own_help_is_available(run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        type_in("--hydra-help")
+        run_command("--hydra-help")
     assert ended.value.code == 0
     assert "--shell-completion" in capfd.readouterr().out
 
 
-def test_cfg_shows_every_key_as_the_command_line_sets_it(
-    type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]
+def test_cfg_shows_the_values_of_the_command_line(
+    run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    type_in("strategy=ddp", "optimizer.lr=0.25", "--cfg", "job")
-    said = capfd.readouterr().out
-    assert "name: ddp" in said
-    assert "lr: 0.25" in said
+    run_command("strategy=ddp", "optimizer.lr=0.25", "--cfg", "job")
+    printed = capfd.readouterr().out
+    assert "name: ddp" in printed
+    assert "lr: 0.25" in printed
 
 
-def test_multirun_runs_each_value_and_leaves_no_file_where_the_user_stands(
-    type_in: Callable[..., None], tmp_path: Path
+def test_multirun_runs_each_value_and_leaves_no_file_in_the_current_folder(
+    run_command: Callable[..., None], tmp_path: Path
 ) -> None:
     rates: list[Any] = []
-    type_in("optimizer.lr=0.1,0.2", "--multirun", task=lambda composed: rates.append(composed.optimizer.lr))
+    run_command("optimizer.lr=0.1,0.2", "--multirun", task=lambda composed: rates.append(composed.optimizer.lr))
     assert rates == [0.1, 0.2]
     assert [path for path in tmp_path.iterdir() if path.is_file()] == []
 
 
-def test_multirun_stops_at_the_first_refusal(type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+def test_multirun_stops_at_the_first_refused_value(
+    run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        type_in("strategy=ddp", "optimizer.lr=-1,-2", "--multirun")
+        run_command("strategy=ddp", "optimizer.lr=-1,-2", "--multirun")
     assert ended.value.code == 2
     assert capfd.readouterr().err == "distrain: optimizer.lr=-1.0: must be greater than 0\n"
 
@@ -364,41 +368,48 @@ def test_multirun_stops_at_the_first_refusal(type_in: Callable[..., None], capfd
         ("data=synthetic data.aug", {"data.augment."}),
     ],
 )
-def test_shell_completion(
+def test_shell_completion_offers_keys_and_choices(
     line: str,
     expected: set[str],
-    type_in: Callable[..., None],
+    run_command: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("COMP_LINE", f"python launch/train.py {line}")
-    type_in("-sc", "query=bash")
+    run_command("-sc", "query=bash")
     assert set(capfd.readouterr().out.split()) == expected
 
 
-def test_shell_completion_can_be_installed(type_in: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
-    type_in("-sc", "install=bash")
+def test_shell_completion_can_be_installed(run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    run_command("-sc", "install=bash")
     assert "complete -o nospace" in capfd.readouterr().out
 
 
-def test_compose_leaves_nothing_global_behind() -> None:
+def test_compose_can_be_called_twice() -> None:
     first = hydra_entry.compose(CONF, "config", ["seed=1"])
     second = hydra_entry.compose(CONF, "config", ["seed=2"])
     assert (first.seed, second.seed) == (1, 2)
 
 
-def test_refuse_is_for_config_errors(capfd: pytest.CaptureFixture[str]) -> None:
+def test_exit_refused_prints_the_error_and_exits_with_2(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        hydra_entry.refuse(ConfigError("a.b", 3, "is odd", ["2", "4"]))
+        hydra_entry.exit_refused(ConfigError("a.b", 3, "is odd", ["2", "4"]))
     assert ended.value.code == EXIT_REFUSED == 2
     assert capfd.readouterr().err == "distrain: a.b=3: is odd; choices: 2, 4\n"
 
 
-def test_garbage_is_collected_again_after_imports_even_broken_ones() -> None:
+def test_garbage_collection_is_enabled_again_after_imports_even_failed_ones() -> None:
     assert gc.isenabled()
-    with hydra_entry.importing():
+    with hydra_entry.gc_disabled():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ModuleNotFoundError), hydra_entry.importing():
+    with pytest.raises(ModuleNotFoundError), hydra_entry.gc_disabled():
         importlib.import_module("no_such_module")
     assert gc.isenabled()
+
+
+def test_command_is_taken_from_behind_the_first_dashes() -> None:
+    arguments = ["hosts.py", "hosts=[a]", "--", "x=1", "--", "y"]
+    assert hydra_entry.pop_command(arguments) == ["x=1", "--", "y"]
+    assert arguments == ["hosts.py", "hosts=[a]"]
+    assert hydra_entry.pop_command(arguments) == []

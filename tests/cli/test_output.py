@@ -1,3 +1,5 @@
+"""Result files are checked beforehand and replaced as a whole."""
+
 from __future__ import annotations
 
 import os
@@ -9,7 +11,7 @@ from distrain.cli import output
 from distrain.errors import ConfigError
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text("old, and longer than the new one")
     output.write_text(path, "new: \u00e9\n")
@@ -17,7 +19,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text("old")
 
@@ -31,7 +33,7 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_under_the_name_is_not_followed(tmp_path: Path) -> None:
+def test_symbolic_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     victim, path = tmp_path / "victim", tmp_path / "evaluation_test.json"
     victim.write_text("precious")
     path.symlink_to(victim)
@@ -40,7 +42,7 @@ def test_a_link_under_the_name_is_not_followed(tmp_path: Path) -> None:
     assert path.read_text() == "result"
 
 
-def test_a_place_that_takes_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
         output.check_writable(tmp_path / "nowhere" / "x.json")
     with pytest.raises(ConfigError, match="is not a plain file"):

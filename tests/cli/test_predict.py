@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.cli import evaluate, hydra_entry, predict, settings
+from distrain.cli import evaluate, hydra_entry, predict
 from distrain.cli.predict import Prediction, PredictSettings
 from distrain.cli.run_folder import RunFolder
+from distrain.config.load import load_settings
 from distrain.data.base import Images
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
@@ -31,7 +32,7 @@ def predicted(run: Path, wanted: object, **changes: Any) -> list[Prediction]:
     options = {"output": str(run.parent / "result.json"), **changes, "input": wanted}
     for key, value in options.items():
         composed[key] = value
-    return predict.run(settings.load(PredictSettings, composed))
+    return predict.run(load_settings(PredictSettings, composed))
 
 
 def refused(run: Path, wanted: object, **changes: Any) -> str:
@@ -94,7 +95,7 @@ def test_views_are_averaged_as_in_the_runs_evaluation(run: Path, images: tuple[P
     flipped = predicted(run, str(images[0]))
     assert [probabilities(one) for one in flipped] != [probabilities(one) for one in plain]
     composed = hydra_entry.compose(CONF, "evaluate", [f"run={run}", "split=test"])
-    found = evaluate.run(settings.load(evaluate.EvaluateSettings, composed))
+    found = evaluate.run(load_settings(evaluate.EvaluateSettings, composed))
     right = sum(one["class"] == str(label) for one, label in zip(flipped, images[1], strict=True))
     assert right == found["correct"]
 
@@ -247,4 +248,4 @@ def test_a_run_whose_images_no_file_can_hold_is_refused(run: Path, images: tuple
 def test_more_than_one_process_is_refused(run: Path) -> None:
     composed = hydra_entry.compose(CONF, "predict", [f"run={run}", "input=x"])
     with pytest.raises(ConfigError, match="WORLD_SIZE=2: predict runs on one process"):
-        predict.run(settings.load(PredictSettings, composed), World(0, 2, 0, 2, "here"))
+        predict.run(load_settings(PredictSettings, composed), World(0, 2, 0, 2, "here"))

@@ -1,4 +1,4 @@
-"""What a sweep's command line becomes."""
+"""How the command line of a sweep is translated into Hydra's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.config.test_conf import keys_of
 from tests.runs import CONF
 
 
-def test_nproc_and_sweep_keys_are_the_launchers_and_the_rest_is_the_trainings() -> None:
-    typed = ["strategy=ddp", "nproc=2", "sweep.minutes=3", "sweep.folder=there", "compression=none,fp16"]
-    assert sweep.arguments(typed, Path("/d/it's/train.py"), "here") == [
+def test_nproc_and_sweep_keys_go_to_the_launcher_and_the_rest_to_the_trainings() -> None:
+    arguments = ["strategy=ddp", "nproc=2", "sweep.minutes=3", "sweep.folder=there", "compression=none,fp16"]
+    assert sweep.multirun_arguments(arguments, Path("/d/it's/train.py"), "here") == [
         "--multirun",
         "hydra/launcher=torchrun",
         "hydra.launcher.script='/d/it\\'s/train.py'",
@@ -31,9 +31,9 @@ def test_nproc_and_sweep_keys_are_the_launchers_and_the_rest_is_the_trainings() 
 
 def test_unknown_key_of_a_sweep_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^sweep.minuts: no such key; .*did you mean sweep.minutes"):
-        sweep.arguments(["sweep.minuts=3"], Path("train.py"), "here")
+        sweep.multirun_arguments(["sweep.minuts=3"], Path("train.py"), "here")
 
 
-def test_file_holds_each_key_of_its_schema() -> None:
+def test_launchers_file_has_each_key_of_its_schema() -> None:
     content = yaml.safe_load((CONF / "hydra" / "launcher" / "torchrun.yaml").read_text())
     assert content.keys() - {"_target_"} == keys_of(SweepSettings).keys()

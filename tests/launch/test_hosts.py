@@ -1,4 +1,4 @@
-"""``launch/hosts.py`` as users start it, with a stand-in for ssh that stays on this host."""
+"""``launch/hosts.py`` as users start it, with a replacement for ssh that runs commands on this host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_two_hosts_train_one_model(tmp_path: Path) -> None:
     done = start(
         tmp_path,
         "hosts=[one,two]",
-        # Both this host; the first by its address has rank 0.
+        # Both are this host; the one whose address sorts first has rank 0.
         "addresses=[127.0.0.1,127.0.0.2]",
         f"ssh={ssh}",
         "+env.OMP_NUM_THREADS=1",
@@ -35,12 +35,12 @@ def test_two_hosts_train_one_model(tmp_path: Path) -> None:
     assert RunFolder.open(str(run)).weights("newest").step == 3
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    for arguments, said in {
+def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    for arguments, message in {
         ("hosts=[a]", "prt=1"): "distrain: prt: no such key; choices: hosts, addresses,",
         ("hosts=[a]", "--", "strategy=dpp"): "distrain: strategy=dpp: no such choice; choices: ddp",
     }.items():
         ended = start(tmp_path, *arguments)
         assert ended.returncode == 2
-        assert ended.stderr.startswith(said), ended.stderr
+        assert ended.stderr.startswith(message), ended.stderr
         assert ended.stderr.count("\n") == 1

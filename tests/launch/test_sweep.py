@@ -18,7 +18,7 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return launched(folder, "sweep", *arguments, timeout=110)
 
 
-def test_a_job_that_fails_is_named_and_the_others_have_results(tmp_path: Path) -> None:
+def test_failed_job_is_reported_and_the_others_have_results(tmp_path: Path) -> None:
     model = ("model=custom", "model._target_=tests.tools.launching.moody.Moody", "+model.kwargs.mood=good,bad,fine")
     ended = start(tmp_path, *QUICK, *model, "trainer.max_steps=2", "sweep.folder=sweep", "sweep.parallel=2")
     assert ended.returncode == 1, ended.stderr
@@ -26,13 +26,13 @@ def test_a_job_that_fails_is_named_and_the_others_have_results(tmp_path: Path) -
         rows = {row["model.kwargs.mood"]: row for row in csv.DictReader(file)}
     assert {mood: row["status"] for mood, row in rows.items()} == {"good": "done", "bad": "failed", "fine": "done"}
     assert rows["bad"]["reason"].endswith("at step 0: RuntimeError: in a bad mood")
-    # The same training, so the same figure, in the file and on the terminal.
+    # Both jobs are the same training.
     assert rows["good"]["test_loss"] == rows["fine"]["test_loss"] != ""
-    said = ended.stdout.splitlines()
-    assert {line.split()[1] for line in said if line[:4] in ("000 ", "002 ")} == {"good", "fine"}
-    assert any(line.startswith("001_model.kwargs.mood=bad: failed: rank 0 on ") for line in said)
-    assert "2 of 3 jobs are done, 1 not" in said
-    # Hydra adds nothing of its own, and TensorBoard's HParams page finds each that is done.
+    lines = ended.stdout.splitlines()
+    assert {line.split()[1] for line in lines if line[:4] in ("000 ", "002 ")} == {"good", "fine"}
+    assert any(line.startswith("001_model.kwargs.mood=bad: failed: rank 0 on ") for line in lines)
+    assert "2 of 3 jobs are done, 1 not" in lines
+    # Hydra prints nothing of its own, and TensorBoard's HParams page finds each finished job.
     assert ended.stderr == ""
     for mood in ("good", "fine"):
         events = EventAccumulator(str(next(Path(rows[mood]["folder"], "tensorboard").iterdir())))
@@ -40,26 +40,26 @@ def test_a_job_that_fails_is_named_and_the_others_have_results(tmp_path: Path) -
         assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
 
 
-def test_list_for_a_job_array_runs_nothing(tmp_path: Path) -> None:
+def test_jobs_file_is_written_and_nothing_runs(tmp_path: Path) -> None:
     ended = start(tmp_path, "strategy=ddp", "optimizer.lr=0.1,0.01", "sweep.folder=s p", "sweep.jobs_file=jobs.txt")
-    assert (ended.returncode, ended.stdout) == (0, "jobs.txt: 2 jobs, one a line\n"), ended.stderr
-    told = [shlex.split(line) for line in (tmp_path / "jobs.txt").read_text().splitlines()]
-    assert told[0] == ["strategy=ddp", "optimizer.lr=0.1", f"run_dir='{tmp_path}/s p/000_optimizer.lr=0.1'"]
-    assert told[1][1] == "optimizer.lr=0.01"
+    assert (ended.returncode, ended.stdout) == (0, "jobs.txt: 2 jobs, one per line\n"), ended.stderr
+    jobs = [shlex.split(line) for line in (tmp_path / "jobs.txt").read_text().splitlines()]
+    assert jobs[0] == ["strategy=ddp", "optimizer.lr=0.1", f"run_dir='{tmp_path}/s p/000_optimizer.lr=0.1'"]
+    assert jobs[1][1] == "optimizer.lr=0.01"
     assert {path.name for path in (tmp_path / "s p").glob("0*/*")} == {"overrides.txt"}
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    for arguments, said in {
+def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    for arguments, message in {
         ("optimizer.lrr=1,2",): "distrain: optimizer.lrr: no such key; choices: name, lr",
         ("seed=1,2", "sweep.minuts=3"): "distrain: sweep.minuts: no such key; choices: sweep.folder, ",
         ("seed=1,2", "sweep.parallel=0"): "distrain: parallel=0: must be at least 1",
     }.items():
         ended = start(tmp_path, *arguments)
         assert ended.returncode == 2
-        assert ended.stderr.startswith(said), ended.stderr
+        assert ended.stderr.startswith(message), ended.stderr
         assert ended.stderr.count("\n") == 1
 
 
-def test_help_is_the_sweeps_own(tmp_path: Path) -> None:
+def test_help_is_that_of_the_sweep(tmp_path: Path) -> None:
     assert "sweep.minutes=30" in start(tmp_path, "--help").stdout

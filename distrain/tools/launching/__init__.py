@@ -1,1 +1,1 @@
-"""Starting trainings: on hosts over ssh, one after the other as a sweep, as tasks of a scheduler's job."""
+"""Starts trainings: on hosts over ssh, as the jobs of a sweep, or as the tasks of a scheduler's job."""

@@ -1,4 +1,4 @@
-"""One training on several plain hosts: a torchrun agent on each, started over ssh, watched and ended together."""
+"""Runs one command per host, relays their output, and ends all of them together."""
 
 from __future__ import annotations
 
@@ -10,81 +10,81 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distrain.tools.launching.processes import Asked, Child, asked_to_end
+from distrain.tools.launching.processes import Child, TerminationRequested, termination_signals_raise
 
-#: How much longer than its grace a host may take to say how it ended.
-_PATIENCE_SECONDS = 10
+#: Seconds that a host may take beyond its grace period to report how it ended.
+_EXTRA_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Agent:
-    """What is started for one host.
+class HostCommand:
+    """The local command, usually ssh, that runs a training on one host.
 
     Attributes:
-        host: Its name, which stands before each line of its output.
-        command: What is run here.
+        host: The host's name, printed before each line of its output.
+        command: Program and arguments.
     """
 
     host: str
     command: tuple[str, ...]
 
 
-def run(agents: Sequence[Agent], grace_seconds: float) -> int:
-    """Runs all until they end, and ends all when one fails or this process is asked to end.
+def run_on_hosts(commands: Sequence[HostCommand], grace_seconds: float) -> int:
+    """Runs all commands until they end; ends all when one fails or this process is asked to end.
 
     Args:
-        agents: What to start.
-        grace_seconds: Each host's own time between being asked to end and being killed.
+        commands: One command per host.
+        grace_seconds: Time that each host gives its processes between SIGTERM and killing them.
 
     Returns:
-        0 if all ended well; 128 + signal if this process was asked to end; else the code of the first that failed.
+        0 if all succeeded; 128 + signal if this process was asked to end; else the exit code of the first that failed.
     """
-    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[int] = queue.SimpleQueue()
     children: list[Child] = []
     code = 0
-    with asked_to_end():
+    with termination_signals_raise():
         try:
-            for agent in agents:
-                children.append(Child(agent.command, output=subprocess.PIPE, held=True))
-                threading.Thread(target=_follow, args=(agent.host, children[-1], len(children) - 1, ended)).start()
-            for _ in agents:
-                place = ended.get()
-                code = children[place].wait() or 0
+            for index, command in enumerate(commands):
+                children.append(Child(command.command, output=subprocess.PIPE, pipe_stdin=True))
+                threading.Thread(target=_relay_output, args=(command.host, children[-1], index, finished)).start()
+            for _ in commands:
+                index = finished.get()
+                code = children[index].wait() or 0
                 if code:
-                    _say(f"hosts: {agents[place].host} failed with exit code {code}; the others are ended")
+                    _print_line(f"hosts: {commands[index].host} failed with exit code {code}; ending the others")
                     break
-        except Asked as asked:
-            _say(f"hosts: {asked}; {len(agents)} hosts are asked to end")
-            code = asked.code
+        except TerminationRequested as request:
+            _print_line(f"hosts: {request}; ending {len(commands)} hosts")
+            code = request.code
         finally:
-            _end(children, grace_seconds)
+            _end_all(children, grace_seconds)
     return code
 
 
-def _end(children: Sequence[Child], grace_seconds: float) -> None:
-    """All hosts at once hear that it is over; those that don't answer are left to their own agent's clock."""
+def _end_all(children: Sequence[Child], grace_seconds: float) -> None:
+    """Asks all hosts to end by closing their standard input; their agents kill what does not end in time."""
     for child in children:
-        child.release()
-    deadline = time.monotonic() + grace_seconds + _PATIENCE_SECONDS
+        child.close_stdin()
+    deadline = time.monotonic() + grace_seconds + _EXTRA_SECONDS
     try:
         for child in children:
             child.wait(max(0.0, deadline - time.monotonic()))
-    except Asked:
-        _say("hosts: asked again; the hosts end without being waited for")
+    except TerminationRequested:
+        _print_line("hosts: second request; no longer waiting for the hosts, which end by themselves")
     finally:
         for child in children:
-            child.clear()
+            child.kill_all()
 
 
-def _follow(host: str, child: Child, place: int, ended: queue.SimpleQueue[int]) -> None:
+def _relay_output(host: str, child: Child, index: int, finished: queue.SimpleQueue[int]) -> None:
     assert child.output is not None
     for line in child.output:
-        _say(f"[{host}] {line.decode(errors='replace').rstrip()}")
+        _print_line(f"[{host}] {line.decode(errors='replace').rstrip()}")
     child.wait()
-    ended.put(place)
+    finished.put(index)
 
 
-def _say(line: str) -> None:
-    # One call, so that lines of several hosts don't mix.
+def _print_line(line: str) -> None:
+    # A single write keeps lines of several hosts from mixing.
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each is a command in a process of its own, and one that fails or hangs doesn't stop the rest."""
+"""The jobs of a sweep: each is a command in its own process, and one that fails or hangs does not stop the others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.tools.launching.processes import Asked, Child, asked_to_end
+from distrain.tools.launching.processes import Child, TerminationRequested, termination_signals_raise
 
-DONE, FAILED, STOPPED, OVER, NOT_RUN = "done", "failed", "stopped", "over its time limit", "not run"
+#: Values of :attr:`JobResult.status`.
+DONE, FAILED, STOPPED, TIMED_OUT, NOT_RUN = "done", "failed", "stopped", "over its time limit", "not run"
 _POLL_SECONDS = 0.2
-#: Longer folder names are hard to read, and no file system takes more than 255 bytes.
-_LONGEST_NAME = 100
+#: Longer folder names are hard to read, and file systems allow at most 255 bytes.
+_MAX_NAME_LENGTH = 100
 
 
 @dataclass(frozen=True)
@@ -26,47 +27,50 @@ class Job:
     """One training of a sweep.
 
     Attributes:
-        name: The name of its folder: a number, and what is its own.
-        chosen: The values that this job has by the sweep, by key.
-        overrides: All of its settings, as Hydra takes them.
+        name: Name of its folder: a number and the values that distinguish it.
+        swept: Values of the keys that differ between jobs, by key.
+        overrides: All of its settings, in Hydra's syntax.
         folder: Its run folder.
     """
 
     name: str
-    chosen: dict[str, str]
+    swept: dict[str, str]
     overrides: tuple[str, ...]
     folder: Path
 
     @property
     def arguments(self) -> list[str]:
-        """What the script is started with."""
-        return [*self.overrides, f"run_dir={quoted(str(self.folder))}"]
+        """Command-line arguments of the training."""
+        return [*self.overrides, f"run_dir={hydra_quote(str(self.folder))}"]
 
-    def claim(self) -> bool:
-        """Makes the folder this job's, and says whether it was nobody's or its own before.
+    def claim_folder(self) -> bool:
+        """Takes the folder for this job, unless it holds a training with other settings.
 
-        A folder that is named like this job's may be of a sweep whose common settings were others.
+        Another sweep may have made a folder with the same name, because the name omits settings that all jobs share.
+
+        Returns:
+            Whether the folder was empty or already this job's.
         """
         file = self.folder / "overrides.txt"
-        mine = lines([self])
+        own_content = job_array_lines([self])
         if file.exists() or (self.folder / "summary.json").exists():
-            return file.exists() and file.read_text() == mine
+            return file.exists() and file.read_text() == own_content
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(mine)
+        file.write_text(own_content)
         return True
 
 
 @dataclass
-class Result:
+class JobResult:
     """How a job ended.
 
     Attributes:
-        job: Which.
-        status: One of ``done``, ``failed``, ``stopped`` (by its own ``trainer.max_minutes``, say; it saved its state),
-            ``over its time limit`` and ``not run``.
-        reason: Why it is not done, in one line.
+        job: The job.
+        status: ``done``, ``failed``, ``stopped`` (it ended early by itself, for example at ``trainer.max_minutes``, and
+            saved its state), ``over its time limit`` or ``not run``.
+        reason: One line that says why the job is not done.
         seconds: How long it ran.
-        summary: What its ``summary.json`` holds; empty where it is not done.
+        summary: Content of its ``summary.json``; empty if it is not done.
     """
 
     job: Job
@@ -76,40 +80,40 @@ class Result:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def quoted(text: str) -> str:
-    """Text as a quoted value of Hydra's grammar."""
+def hydra_quote(text: str) -> str:
+    """Quotes text as a value in Hydra's override grammar."""
     return "'" + text.replace("'", "\\'") + "'"
 
 
 def make_jobs(overrides: Sequence[Sequence[str]], first: int, fixed: Sequence[str], folder: Path) -> list[Job]:
-    """Names the jobs that Hydra's sweeper composed.
+    """Turns the combinations that Hydra's sweeper composed into jobs.
 
     Args:
-        overrides: Each job's settings, ``key=value``.
-        first: The first job's number.
+        overrides: The settings of each job, ``key=value``.
+        first: Number of the first job.
         fixed: Keys that are the same for all jobs of the sweep.
         folder: The sweep's folder.
     """
     jobs = []
     for number, settings in enumerate(overrides, start=first):
         pairs = (setting.partition("=") for setting in settings)
-        chosen = {key.lstrip("+"): value for key, _, value in pairs if key not in fixed}
-        told = ",".join(f"{key}={value}" for key, value in chosen.items())
-        name = re.sub(r"[^\w.,=+-]", "_", f"{number:03d}_{told}" if told else f"{number:03d}")[:_LONGEST_NAME]
-        jobs.append(Job(name, chosen, tuple(settings), folder / name))
+        swept = {key.lstrip("+"): value for key, _, value in pairs if key not in fixed}
+        values = ",".join(f"{key}={value}" for key, value in swept.items())
+        name = re.sub(r"[^\w.,=+-]", "_", f"{number:03d}_{values}" if values else f"{number:03d}")[:_MAX_NAME_LENGTH]
+        jobs.append(Job(name, swept, tuple(settings), folder / name))
     return jobs
 
 
-def lines(jobs: Sequence[Job]) -> str:
-    """One line a job: its settings as a shell takes them, for a scheduler's job array."""
+def job_array_lines(jobs: Sequence[Job]) -> str:
+    """Returns one line per job for a scheduler's job array: its arguments, quoted for a shell."""
     return "".join(f"{shlex.join(job.arguments)}\n" for job in jobs)
 
 
-class Runner:
-    """Runs jobs, so many at a time.
+class JobRunner:
+    """Runs jobs, a limited number of them at a time.
 
     Args:
-        start: The command that a job's arguments are added to.
+        command: The command to which a job's arguments are added.
         parallel: How many jobs run at a time.
         minutes: A job that takes longer is ended; ``None`` for no limit.
         grace_seconds: Time that a job has to save its state before it is killed.
@@ -119,7 +123,7 @@ class Runner:
 
     def __init__(
         self,
-        start: Sequence[str],
+        command: Sequence[str],
         *,
         parallel: int,
         minutes: float | None,
@@ -127,7 +131,7 @@ class Runner:
         environment: Mapping[str, str] | None = None,
         log: Callable[[str], None] = print,
     ) -> None:
-        self._start = tuple(start)
+        self._command = tuple(command)
         self._parallel = parallel
         self._minutes = minutes
         self._grace_seconds = grace_seconds
@@ -135,98 +139,99 @@ class Runner:
         self._log = log
         self._stop = threading.Event()
 
-    def run(self, jobs: Sequence[Job]) -> tuple[list[Result], int]:
-        """Runs all jobs, whatever becomes of each.
+    def run(self, jobs: Sequence[Job]) -> tuple[list[JobResult], int]:
+        """Runs all jobs, even if some fail.
 
         Returns:
-            Their results in order, and 0, or 128 + signal where this process was asked to end: jobs that ran were
-            ended and the rest was not begun.
+            The results in the order of jobs, and an exit code: 0, or 128 + signal if this process was asked to end. In
+            that case running jobs are ended and the remaining ones are not started.
         """
         code = 0
-        with asked_to_end(), ThreadPoolExecutor(self._parallel) as pool:
-            futures = [pool.submit(self._one, job) for job in jobs]
+        with termination_signals_raise(), ThreadPoolExecutor(self._parallel) as pool:
+            futures = [pool.submit(self._run_job, job) for job in jobs]
             try:
                 wait(futures)
-            except Asked as asked:
-                self._log(f"sweep: {asked}; what runs is ended, the rest is not begun")
-                code = asked.code
+            except TerminationRequested as request:
+                self._log(f"sweep: {request}; ending the running jobs and starting no more")
+                code = request.code
                 self._stop.set()
             return [future.result() for future in futures], code
 
-    def _one(self, job: Job) -> Result:
-        if not job.claim():
+    def _run_job(self, job: Job) -> JobResult:
+        if not job.claim_folder():
             reason = f"{job.folder} holds a training with other settings; name another sweep.folder"
             self._log(f"sweep: {job.name}: {NOT_RUN}: {reason}")
-            return Result(job, NOT_RUN, reason)
-        before = _summary(job)
-        if before:
-            self._log(f"sweep: {job.name}: was done before")
-            return Result(job, DONE, seconds=float(before.get("wall_seconds", 0)), summary=before)
+            return JobResult(job, NOT_RUN, reason)
+        earlier_summary = _summary(job)
+        if earlier_summary:
+            self._log(f"sweep: {job.name}: already done")
+            seconds = float(earlier_summary.get("wall_seconds", 0))
+            return JobResult(job, DONE, seconds=seconds, summary=earlier_summary)
         if self._stop.is_set():
-            return Result(job, NOT_RUN, "the sweep was ended before")
+            return JobResult(job, NOT_RUN, "the sweep ended before")
         self._log(f"sweep: {job.name}: starts")
-        log, started = job.folder / "output.log", time.time()
-        with log.open("ab") as output:
-            begins = output.tell()
-            child = Child([*self._start, *job.arguments], output=output, environment=self._environment)
-            result = self._watch(job, child)
+        log_file, started = job.folder / "output.log", time.time()
+        with log_file.open("ab") as output:
+            log_start = output.tell()
+            child = Child([*self._command, *job.arguments], output=output, environment=self._environment)
+            result = self._wait_for(job, child)
         result.seconds = time.time() - started
         if result.status == DONE:
             result.summary = _summary(job)
             if not result.summary:
-                result.status, result.reason = FAILED, "ended well without a summary.json"
+                result.status, result.reason = FAILED, "exited with code 0 but wrote no summary.json"
         elif not result.reason:
-            result.status, result.reason = _why(job, started) or (FAILED, _last_words(log, begins))
+            result.status, result.reason = _reported_reason(job, started) or (FAILED, _error_line(log_file, log_start))
         self._log(f"sweep: {job.name}: {result.status}{': ' if result.reason else ''}{result.reason}")
         return result
 
-    def _watch(self, job: Job, child: Child) -> Result:
+    def _wait_for(self, job: Job, child: Child) -> JobResult:
+        """Waits until the job ends, runs out of time, or the sweep is stopped."""
         limit = self._minutes
         deadline = time.monotonic() + (60 * limit if limit is not None else float("inf"))
         try:
             while (code := child.wait(_POLL_SECONDS)) is None:
                 if self._stop.is_set():
-                    child.end(self._grace_seconds)
-                    return Result(job, FAILED, "ended with the sweep")
+                    child.terminate(self._grace_seconds)
+                    return JobResult(job, FAILED, "ended with the sweep")
                 if time.monotonic() > deadline:
-                    child.end(self._grace_seconds)
-                    return Result(job, OVER, f"ended after {limit:g} minutes; what it saved is there to go on from")
+                    child.terminate(self._grace_seconds)
+                    reason = f"ended after {limit:g} minutes; it can be resumed from its newest checkpoint"
+                    return JobResult(job, TIMED_OUT, reason)
         finally:
-            child.clear()
-        return Result(job, FAILED if code else DONE)
+            child.kill_all()
+        return JobResult(job, FAILED if code else DONE)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _summary(job: Job) -> dict[str, Any]:
     return _read_json(job.folder / "summary.json")
 
 
-def _why(job: Job, started: float) -> tuple[str, str] | None:
-    """Status and reason from the run's own reports, where it left one in this attempt."""
+def _reported_reason(job: Job, started: float) -> tuple[str, str] | None:
+    """Returns status and reason from the report that the run wrote in this attempt, if it wrote one."""
     for name, status in (("failure.json", FAILED), ("stopped.json", STOPPED)):
         file = job.folder / name
         if file.exists() and file.stat().st_mtime >= started - 1:
-            told = _read_json(file)
+            report = _read_json(file)
             if status == STOPPED:
-                return status, f"{told.get('reason')} at step {told.get('step')}; it saved its state"
-            return (
-                status,
-                f"rank {told.get('rank')} on {told.get('host')} at step {told.get('step')}: {told.get('error')}",
-            )
+                return status, f"{report.get('reason')} at step {report.get('step')}; it saved its state"
+            place = f"rank {report.get('rank')} on {report.get('host')} at step {report.get('step')}"
+            return status, f"{place}: {report.get('error')}"
     return None
 
 
-def _last_words(log: Path, begins: int) -> str:
-    """The line in which distrain says what is wrong, or else the last one before torchrun's report."""
-    text = log.read_bytes()[begins:].decode(errors="replace")
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    ours = [line for line in said if line.startswith("distrain: ")]
-    report = next((place for place, line in enumerate(said) if "torch/distributed/elastic" in line), len(said))
-    return (ours or said[:report] or said or ["ended without a word"])[-1].removeprefix("distrain: ")
+def _error_line(log_file: Path, log_start: int) -> str:
+    """Returns the line in which distrain reports an error, or else the last one before torchrun's report."""
+    text = log_file.read_bytes()[log_start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own_lines = [line for line in lines if line.startswith("distrain: ")]
+    report = next((index for index, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
+    return (own_lines or lines[:report] or lines or ["ended without any output"])[-1].removeprefix("distrain: ")

@@ -1,4 +1,4 @@
-"""Processes that this one starts and answers for: however they end, nothing that they started is left behind."""
+"""Child processes that never outlive their parent's interest: ending one ends all that it started."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ _PROC = Path("/proc")
 
 
 class Child:
-    """A started command, and all that it starts.
+    """A running command together with all processes that it started.
 
-    torchrun puts each rank into a session of its own, so ranks outlive a torchrun that is killed and no signal to a
-    process group reaches them. They inherit the environment, so each child carries a variable of its own name there,
-    by which Linux' ``/proc`` finds what is left. Elsewhere only the child's process group is ended.
+    torchrun puts each rank into a session of its own, so ranks survive a torchrun that is killed, and no signal to a
+    process group reaches them. They inherit the environment, however. Each child therefore gets an environment
+    variable with a unique name, by which its descendants are found in Linux' ``/proc``. On other systems only the
+    child's process group is ended.
 
     Args:
         command: Program and arguments.
-        output: Where both of its outputs go: an open file, or ``subprocess.PIPE`` to read them from :attr:`output`.
-        environment: Variables besides this process's own.
-        held: The child's standard input is a pipe that is closed by :meth:`release`, or by the end of this process.
+        output: Where standard output and error go: an open file, or ``subprocess.PIPE`` to read them from
+            :attr:`output`.
+        environment: Variables to set besides this process's own.
+        pipe_stdin: Makes the child's standard input a pipe, which closes at :meth:`close_stdin` or when this process
+            ends. Otherwise standard input is empty.
 
     Attributes:
-        output: The pipe, if one was asked for.
+        output: The pipe to read from, if one was asked for.
     """
 
     def __init__(
@@ -40,73 +43,80 @@ class Child:
         *,
         output: IO[bytes] | int,
         environment: Mapping[str, str] | None = None,
-        held: bool = False,
+        pipe_stdin: bool = False,
     ) -> None:
-        self._mark = f"DISTRAIN_CHILD_{uuid.uuid4().hex}"
+        self._marker = f"DISTRAIN_CHILD_{uuid.uuid4().hex}"
         self._process = subprocess.Popen(  # noqa: S603 - the command is the user's own
             list(command),
-            stdin=subprocess.PIPE if held else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if pipe_stdin else subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {}), self._mark: "1"},
-            # Ctrl-C is for the parent, which tells the child in its own way.
+            env={**os.environ, **(environment or {}), self._marker: "1"},
+            # Keeps Ctrl-C from reaching the child directly; the parent ends it in an orderly way.
             start_new_session=True,
         )
         self.output = self._process.stdout
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit code as a shell counts it (128 + signal), or ``None`` if it still runs after so many seconds."""
+        """Waits for the child to exit.
+
+        Args:
+            seconds: How long to wait; ``None`` for no limit.
+
+        Returns:
+            The exit code as a shell reports it (128 + signal), or ``None`` if the child is still running.
+        """
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         return code if code >= 0 else 128 - code
 
-    def release(self) -> None:
+    def close_stdin(self) -> None:
         """Closes the child's standard input."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
-    def end(self, grace_seconds: float) -> int:
-        """Asks the child to end (SIGTERM), and kills it and all that it started if it takes longer than this."""
-        self.release()
+    def terminate(self, grace_seconds: float) -> int:
+        """Sends SIGTERM, and after ``grace_seconds`` kills what still runs; returns the exit code."""
+        self.close_stdin()
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         self.wait(grace_seconds)
-        self.clear()
+        self.kill_all()
         code = self.wait()
         assert code is not None
         return code
 
-    def clear(self) -> None:
-        """Kills what still runs of the child and of what it started."""
+    def kill_all(self) -> None:
+        """Kills all that still runs of the child and its descendants."""
         if not _PROC.joinpath("self", "environ").exists():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             return
-        # Once more after each kill: one that was just being started is found in the next round.
-        while left := list(self._left()):
-            for pid in left:
+        # Repeats until none is left, to find processes that were just being started.
+        while pids := list(self._running_pids()):
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.wait(0)
             time.sleep(0.01)
 
-    def _left(self) -> Iterator[int]:
-        mark = f"{self._mark}=1".encode()
+    def _running_pids(self) -> Iterator[int]:
+        marker = f"{self._marker}=1".encode()
         for folder in _PROC.iterdir():
-            # Other users' processes can't be read, ended ones have no environment.
+            # Other users' processes are not readable, and exited ones have no environment.
             with contextlib.suppress(OSError):
-                if folder.name.isdigit() and mark in folder.joinpath("environ").read_bytes().split(b"\0"):
+                if folder.name.isdigit() and marker in folder.joinpath("environ").read_bytes().split(b"\0"):
                     yield int(folder.name)
 
 
-class Asked(BaseException):
-    """This process was asked to end.
+class TerminationRequested(BaseException):
+    """This process received a signal that asks it to end.
 
     Attributes:
-        code: The exit code that says so.
+        code: The exit code for it, 128 + signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -115,16 +125,19 @@ class Asked(BaseException):
 
 
 @contextlib.contextmanager
-def asked_to_end() -> Iterator[None]:
-    """Makes SIGINT, SIGTERM and SIGHUP raise :class:`Asked` in the main thread."""
+def termination_signals_raise() -> Iterator[None]:
+    """Makes SIGINT, SIGTERM and SIGHUP raise :class:`TerminationRequested` in the main thread.
 
-    def ask(number: int, _: FrameType | None) -> None:
-        raise Asked(number)
+    Does nothing in other threads.
+    """
+
+    def handle(number: int, _: FrameType | None) -> None:
+        raise TerminationRequested(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

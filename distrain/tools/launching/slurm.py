@@ -1,4 +1,4 @@
-"""Ranks that ``srun`` starts by itself, without a torchrun: what Hydra's submitit launcher does."""
+"""Ranks that ``srun`` starts without torchrun, as Hydra's submitit launcher does."""
 
 from __future__ import annotations
 
@@ -6,50 +6,50 @@ import re
 import subprocess
 from collections.abc import MutableMapping
 
-#: Below the ports that systems hand out for outgoing connections.
+#: First rendezvous port to choose from and how many; below the ports that systems use for outgoing connections.
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
-def adopt(environment: MutableMapping[str, str]) -> None:
-    """Gives a task of a SLURM step with several tasks the variables that torchrun would set.
+def set_torchrun_variables(environment: MutableMapping[str, str]) -> None:
+    """Sets the variables that torchrun would set, for a task of a SLURM step with several tasks.
 
-    Each task is a rank, in SLURM's order. torchrun's own ranks, the batch script and a step of one task are left as
-    they are.
+    Each task becomes a rank, in SLURM's order. Does nothing for ranks that torchrun started, for the batch script and
+    for a step with one task.
 
     Args:
-        environment: The process's variables; changed.
+        environment: The process's environment variables; changed in place.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or "SLURM_STEP_ID" not in environment or tasks == "1":
         return
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    per_node = counts(environment["SLURM_STEP_TASKS_PER_NODE"])
+    tasks_of_nodes = parse_tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     environment.update(
         RANK=environment["SLURM_PROCID"],
         WORLD_SIZE=tasks,
         LOCAL_RANK=environment["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=str(per_node[int(environment["SLURM_NODEID"])]),
+        LOCAL_WORLD_SIZE=str(tasks_of_nodes[int(environment["SLURM_NODEID"])]),
         MASTER_ADDR=_first_address(environment["SLURM_STEP_NODELIST"]),
-        # The same for all ranks of a step, and most likely another for another step.
+        # Equal on all ranks of a step, and most likely different for another step.
         MASTER_PORT=str(_FIRST_PORT + (31 * job + step) % _PORTS),
     )
 
 
-def counts(text: str) -> list[int]:
-    """Tasks of each node from SLURM's short form: ``2(x3),1`` is 2, 2, 2, 1."""
-    found: list[int] = []
+def parse_tasks_per_node(text: str) -> list[int]:
+    """Expands SLURM's short form of the number of tasks of each node: ``2(x3),1`` is 2, 2, 2, 1."""
+    tasks: list[int] = []
     for part in text.split(","):
-        matched = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        assert matched is not None, text
-        found += [int(matched[1])] * int(matched[2] or 1)
-    return found
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        assert match is not None, text
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
 
 
 def _first_address(nodes: str) -> str:
     first = _scontrol("show", "hostnames", nodes).splitlines()[0]
-    # The address that SLURM itself uses: the name of a node need not resolve.
-    matched = re.search(r" NodeAddr=(\S+)", _scontrol("show", "node", "--oneliner", first))
-    return matched[1] if matched else first
+    # The address that SLURM itself uses, because a node's name need not resolve.
+    match = re.search(r" NodeAddr=(\S+)", _scontrol("show", "node", "--oneliner", first))
+    return match[1] if match else first
 
 
 def _scontrol(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep came to, as a table for the terminal and as CSV."""
+"""Formats the results of a sweep as a table for the terminal and as CSV."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from distrain.files.untrusted import printable
-from distrain.tools.launching.jobs import DONE, Result
+from distrain.tools.launching.jobs import DONE, JobResult
 
-#: Numbers of ``summary.json`` in the CSV file, under these names or, for parts of one, these paths.
-_NUMBERS = (
+#: Columns of the CSV file from ``summary.json``; dotted paths name parts of a value.
+_CSV_COLUMNS = (
     "val_accuracy",
     "test_accuracy",
     "test_loss",
@@ -26,81 +26,91 @@ _NUMBERS = (
     "bytes_uncompressed_per_step",
     "peak_memory_mb",
 )
-_SHOWN = ("val_accuracy", "test_accuracy", "test_loss", "images_per_second", "step_ms.mean", "bytes_sent_per_step")
+_TEXT_COLUMNS = (
+    "val_accuracy",
+    "test_accuracy",
+    "test_loss",
+    "images_per_second",
+    "step_ms.mean",
+    "bytes_sent_per_step",
+)
 
 
-def value(result: Result, path: str) -> Any:
-    """A value of the job's summary by its dotted path; ``None`` where there is none."""
-    found: Any = result.summary
+def summary_value(result: JobResult, path: str) -> Any:
+    """Returns a value of the job's summary by its dotted path, or ``None``."""
+    value: Any = result.summary
     for name in path.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
-def number(result: Result, path: str) -> float | None:
-    """The same where it is a finite number."""
-    found = value(result, path)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+def summary_number(result: JobResult, path: str) -> float | None:
+    """Returns a value of the job's summary by its dotted path if it is a finite number, or ``None``."""
+    value = summary_value(result, path)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return float(found)
+    return float(value)
 
 
-def ranked(results: Iterable[Result], metric: str) -> list[Result]:
-    """The best first (a loss: the lowest; anything else: the highest), those without the number last, in order."""
+def ranked(results: Iterable[JobResult], metric: str) -> list[JobResult]:
+    """Sorts results by a metric, best first: the lowest for losses, the highest for other metrics.
+
+    Results without the metric come last, in their order.
+    """
     sign = 1 if metric.rpartition(".")[2].endswith("loss") else -1
 
-    def key(result: Result) -> tuple[bool, float]:
-        found = number(result, metric)
-        return (found is None, 0.0 if found is None else sign * found)
+    def key(result: JobResult) -> tuple[bool, float]:
+        number = summary_number(result, metric)
+        return (number is None, 0.0 if number is None else sign * number)
 
     return sorted(results, key=key)
 
 
-def keys(results: Iterable[Result]) -> list[str]:
-    """What the jobs differ in, in the order in which it was typed."""
-    return list(dict.fromkeys(key for result in results for key in result.job.chosen))
+def swept_keys(results: Iterable[JobResult]) -> list[str]:
+    """Returns the keys in which the jobs differ, in the order in which the user typed them."""
+    return list(dict.fromkeys(key for result in results for key in result.job.swept))
 
 
-def to_csv(results: Sequence[Result]) -> str:
-    """One row a job, in their order."""
+def to_csv(results: Sequence[JobResult]) -> str:
+    """Returns one row per job, in their order."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    differ = keys(results)
-    writer.writerow(["job", *differ, "status", *_NUMBERS, "seconds", "reason", "folder"])
-    for one in results:
-        cells = [value(one, path) for path in _NUMBERS]
-        own = [one.job.chosen.get(key, "") for key in differ]
-        seconds = f"{one.seconds:.1f}"
-        writer.writerow([one.job.name, *own, one.status, *cells, seconds, one.reason, one.job.folder])
+    keys = swept_keys(results)
+    writer.writerow(["job", *keys, "status", *_CSV_COLUMNS, "seconds", "reason", "folder"])
+    for result in results:
+        swept = [result.job.swept.get(key, "") for key in keys]
+        cells = [summary_value(result, path) for path in _CSV_COLUMNS]
+        seconds = f"{result.seconds:.1f}"
+        writer.writerow([result.job.name, *swept, result.status, *cells, seconds, result.reason, result.job.folder])
     return text.getvalue()
 
 
-def to_text(results: Sequence[Result], metric: str) -> str:
-    """The jobs as people read them, the best first; below it, one line for each that is not done."""
-    differ = keys(results)
-    shown = [metric, *(path for path in _SHOWN if path != metric)]
-    rows = [["job", *differ, *shown, "seconds"]]
-    for one in ranked((result for result in results if result.status == DONE), metric):
-        cells = [_short(value(one, path)) for path in shown]
-        own = [printable(one.job.chosen.get(key, "")) for key in differ]
-        rows.append([one.job.name.partition("_")[0], *own, *cells, f"{one.seconds:.1f}"])
+def to_text(results: Sequence[JobResult], metric: str) -> str:
+    """Returns a table of the finished jobs, best first, and below it one line for each other job."""
+    keys = swept_keys(results)
+    columns = [metric, *(path for path in _TEXT_COLUMNS if path != metric)]
+    rows = [["job", *keys, *columns, "seconds"]]
+    for result in ranked((result for result in results if result.status == DONE), metric):
+        swept = [printable(result.job.swept.get(key, "")) for key in keys]
+        cells = [_format_cell(summary_value(result, path)) for path in columns]
+        rows.append([result.job.name.partition("_")[0], *swept, *cells, f"{result.seconds:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = 1 + len(differ)
-    found = []
+    left_aligned = 1 + len(keys)
+    lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if column < left else cell.rjust(width)
+            cell.ljust(width) if column < left_aligned else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        found.append("  ".join(cells).rstrip())
-    missing = [result for result in results if result.status != DONE]
-    found += [f"{printable(one.job.name)}: {one.status}: {printable(one.reason)}" for one in missing]
-    done = len(results) - len(missing)
-    found.append(f"{done} of {len(results)} jobs are done" + (f", {len(missing)} not" if missing else ""))
-    return "\n".join(found)
+        lines.append("  ".join(cells).rstrip())
+    unfinished = [result for result in results if result.status != DONE]
+    lines += [f"{printable(result.job.name)}: {result.status}: {printable(result.reason)}" for result in unfinished]
+    done = len(results) - len(unfinished)
+    lines.append(f"{done} of {len(results)} jobs are done" + (f", {len(unfinished)} not" if unfinished else ""))
+    return "\n".join(lines)
 
 
-def _short(found: Any) -> str:
-    if isinstance(found, float):
-        return f"{found:.4f}" if abs(found) < 10 else f"{found:,.1f}"
-    return "-" if found is None else f"{found:,}" if isinstance(found, int) else str(found)
+def _format_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,4 +1,4 @@
-"""Small programs that stand for trainings, launchers and ssh."""
+"""Small programs that replace trainings, launchers and ssh in tests."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-#: Starts a process in a session of its own that writes its number into a file, hears no SIGTERM and never ends.
+#: Ignores SIGTERM and never ends; starts a descendant like it in another session, which writes its PID into a file.
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if len(sys.argv) == 2:
-    subprocess.Popen([sys.executable, __file__, sys.argv[1], "below"], start_new_session=True)
+    subprocess.Popen([sys.executable, __file__, sys.argv[1], "descendant"], start_new_session=True)
 else:
     import os, pathlib
     part = pathlib.Path(sys.argv[1] + ".part")
@@ -21,7 +21,7 @@ else:
 print("up", flush=True)
 time.sleep(600)
 """
-#: Takes a host and a command line, as ssh does, and runs it here by a shell.
+#: Takes a host and a command line as ssh does, but runs the command line on this machine.
 SSH = """
 import subprocess, sys
 host, line = sys.argv[1:]
@@ -35,16 +35,16 @@ def program(path: Path, text: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def until(true: Callable[[], object], seconds: float = 30) -> None:
-    """Waits for something, and fails if it doesn't come."""
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Waits until a condition holds, and fails after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never came"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.02)
 
 
-def runs(pid: int) -> bool:
-    """Whether a process is there and hasn't ended."""
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not exited."""
     try:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

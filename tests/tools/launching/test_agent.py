@@ -1,4 +1,4 @@
-"""The agent runs its command only as long as its standard input is open."""
+"""The agent runs its command as long as its standard input is open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.runs import LAUNCH
-from tests.tools.launching.helpers import STUBBORN, program, runs, until
+from tests.tools.launching.helpers import STUBBORN, is_running, program, wait_until
 
 
 def agent(*command: str, grace: float = 30) -> subprocess.Popen[bytes]:
@@ -21,15 +21,15 @@ def agent(*command: str, grace: float = 30) -> subprocess.Popen[bytes]:
     )
 
 
-def test_hands_on_output_and_exit_code(tmp_path: Path) -> None:
+def test_output_and_exit_code_are_passed_on(tmp_path: Path) -> None:
     started = agent(*program(tmp_path / "a.py", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(5)"))
     assert started.stdout is not None
     assert sorted(started.stdout.read().split()) == [b"err", b"out"]
     assert started.wait(30) == 5
 
 
-def test_asks_the_command_to_end_when_its_input_is_closed_and_gives_it_time_to_save(tmp_path: Path) -> None:
-    """Nobody reads what the command says by then: that must not disturb it."""
+def test_command_is_terminated_when_stdin_closes_and_has_time_to_save(tmp_path: Path) -> None:
+    """The command's output is no longer read then, which must not block it."""
     saved = tmp_path / "saved"
     text = f"""
 import pathlib, signal, sys, time
@@ -52,13 +52,13 @@ time.sleep(600)
     assert saved.exists()
 
 
-def test_kills_all_that_does_not_end_within_the_grace(tmp_path: Path) -> None:
-    below = tmp_path / "below"
-    started = agent(*program(tmp_path / "stubborn.py", STUBBORN), str(below), grace=0.2)
+def test_command_and_descendants_are_killed_after_the_grace_period(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    started = agent(*program(tmp_path / "stubborn.py", STUBBORN), str(pid_file), grace=0.2)
     assert started.stdin is not None
-    until(below.exists)
+    wait_until(pid_file.exists)
     started.stdin.close()
     assert started.wait(30) == 128 + signal.SIGTERM
-    assert not runs(int(below.read_text()))
+    assert not is_running(int(pid_file.read_text()))
     assert started.stdout is not None
     started.stdout.close()

@@ -1,4 +1,4 @@
-"""The variables of ranks that srun starts."""
+"""Environment variables of ranks that srun starts."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_a_task_is_a_rank_and_the_first_node_is_where_they_meet() -> None:
+def test_each_task_is_a_rank_and_the_first_node_is_the_master() -> None:
     environment = dict(TASK)
-    slurm.adopt(environment)
+    slurm.set_torchrun_variables(environment)
     assert {name: environment[name] for name in environment if name not in TASK} == {
         "RANK": "3",
         "WORLD_SIZE": "5",
@@ -49,13 +49,13 @@ def test_a_task_is_a_rank_and_the_first_node_is_where_they_meet() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_ID": None}], ids=str)
-def test_torchruns_ranks_single_tasks_and_batch_scripts_are_left_alone(changes: dict[str, str | None]) -> None:
+def test_ranks_of_torchrun_single_tasks_and_batch_scripts_are_left_alone(changes: dict[str, str | None]) -> None:
     environment = {name: value for name, value in {**TASK, **changes}.items() if value is not None}
     before = dict(environment)
-    slurm.adopt(environment)
+    slurm.set_torchrun_variables(environment)
     assert environment == before
 
 
-def test_tasks_per_node_in_short_form() -> None:
-    assert slurm.counts("2(x3),1") == [2, 2, 2, 1]
-    assert slurm.counts("4") == [4]
+def test_short_form_of_tasks_per_node_is_expanded() -> None:
+    assert slurm.parse_tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert slurm.parse_tasks_per_node("4") == [4]

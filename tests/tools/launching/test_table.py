@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from distrain.tools.launching import table
-from distrain.tools.launching.jobs import DONE, FAILED, OVER, Job, Result
+from distrain.tools.launching.jobs import DONE, FAILED, TIMED_OUT, Job, JobResult
 
 
-def result(number: int, status: str, reason: str = "", **summary: Any) -> Result:
+def result(number: int, status: str, reason: str = "", **summary: Any) -> JobResult:
     name = f"{number:03d}_compression=fp16"
     job = Job(name, {"compression": "fp16", "lr": str(number)}, ("compression=fp16",), Path("sweep", name))
-    return Result(job, status, reason, 12.34, summary)
+    return JobResult(job, status, reason, 12.34, summary)
 
 
 RESULTS = [
     result(0, DONE, val_accuracy=0.5, test_loss=0.1, step_ms={"mean": 20.0}, bytes_sent_per_step=4096),
     result(1, FAILED, "rank 0 on a at step 1: bad \x1b[2J luck"),
     result(2, DONE, val_accuracy=0.75, test_loss=0.2),
-    result(3, OVER, "ended after 1 minutes"),
+    result(3, TIMED_OUT, "ended after 1 minutes"),
     result(4, DONE, val_accuracy=None, test_loss=float("nan")),
 ]
 
 
-def test_best_is_first_and_those_without_the_number_are_last() -> None:
+def test_best_job_is_first_and_jobs_without_the_metric_are_last() -> None:
     done = [result for result in RESULTS if result.status == DONE]
     assert [one.job.name[:3] for one in table.ranked(done, "val_accuracy")] == ["002", "000", "004"]
     assert [one.job.name[:3] for one in table.ranked(done, "test_loss")] == ["000", "002", "004"]
 
 
-def test_text_has_a_row_for_each_that_is_done_and_a_line_for_each_that_is_not() -> None:
+def test_text_has_a_row_for_each_finished_job_and_a_line_for_each_other() -> None:
     rows = table.to_text(RESULTS, "val_accuracy").splitlines()
     assert rows[0].split()[:4] == ["job", "compression", "lr", "val_accuracy"]
     assert [row.split()[0] for row in rows[1:4]] == ["002", "000", "004"]
@@ -42,14 +42,14 @@ def test_text_has_a_row_for_each_that_is_done_and_a_line_for_each_that_is_not() 
     assert rows[6] == "3 of 5 jobs are done, 2 not"
 
 
-def test_csv_has_every_job_in_its_order() -> None:
+def test_csv_has_all_jobs_in_order() -> None:
     rows = list(csv.DictReader(io.StringIO(table.to_csv(RESULTS))))
     assert [row["job"][:3] for row in rows] == ["000", "001", "002", "003", "004"]
     assert (rows[0]["compression"], rows[0]["lr"], rows[0]["step_ms.mean"]) == ("fp16", "0", "20.0")
     assert (rows[1]["status"], rows[1]["val_accuracy"], rows[1]["reason"][:6]) == ("failed", "", "rank 0")
 
 
-def test_a_metric_may_be_part_of_another_value() -> None:
-    assert table.number(RESULTS[0], "step_ms.mean") == 20.0
-    assert table.number(RESULTS[0], "step_ms.p50") is None
-    assert table.number(RESULTS[0], "val_accuracy.mean") is None
+def test_metric_may_be_part_of_a_value() -> None:
+    assert table.summary_number(RESULTS[0], "step_ms.mean") == 20.0
+    assert table.summary_number(RESULTS[0], "step_ms.p50") is None
+    assert table.summary_number(RESULTS[0], "val_accuracy.mean") is None
