@@ -1,1 +1,1 @@
-"""Collectives among ranks, and the bytes they send."""
+"""Collectives among ranks, and a count of the bytes they send."""

@@ -1,1 +1,1 @@
-"""Files: written so that a crash leaves the old or the new content, and read without trusting who wrote them."""
+"""Writing files safely, and reading files that come from an untrusted source."""

@@ -1,1 +1,1 @@
-"""Ranks of one host exchange tensors through memory that they share, instead of through the host's network stack."""
+"""Collectives among ranks of one host through shared memory instead of the host's network stack."""
