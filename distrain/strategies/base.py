@@ -7,17 +7,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import resharding
 from distrain.config.registry import choice
-from distrain.config.schema import Config
+from distrain.config.schema import Config, StrategyConfig
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.tasks.base import Task
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OptionsT_co = TypeVar("OptionsT_co", bound=StrategyConfig, default=StrategyConfig, covariant=True)
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 _COMPRESSORS_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
@@ -56,10 +58,11 @@ class StepResult:
     left_out: bool = False
 
 
-class Strategy(ABC):
+class Strategy(ABC, Generic[OptionsT_co]):
     """How one training step is divided among the ranks.
 
     Attributes:
+        options: The strategy's own keys.
         mesh: Named dimensions of the ranks (data, pipeline, …); ``None`` for one rank.
         data_shard: ``(index, count)``: which share of each global batch this rank works on.
         ledger: Bytes this rank has sent.
@@ -78,11 +81,17 @@ class Strategy(ABC):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
+        self.options = self.options_of(config)
         self.runtime = runtime
         self.ledger = Ledger()
         self.stopwatch = Stopwatch(runtime.device)
         self.compressor = compression.build(config.compression, config.seed)
         self._measured_from = 0
+
+    @classmethod
+    def options_of(cls, config: Config) -> OptionsT_co:
+        """The strategy's own keys; the schema that it is registered with has checked them."""
+        return cast(OptionsT_co, config.strategy)
 
     @property
     def layout(self) -> dict[str, Any]:

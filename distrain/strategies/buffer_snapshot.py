@@ -1,4 +1,4 @@
-"""What a forward pass changes besides the gradients, kept so that a step can be undone."""
+"""A copy of a model's buffers, from which a step that is skipped restores them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor, nn
 
 
-class KeptBuffers:
-    """Copies of buffers (BatchNorm's running statistics) as they were before a step.
+class BufferSnapshot:
+    """Copies of buffers as they were before a step; a forward pass changes BatchNorm's running statistics, for example.
 
     Args:
         modules: Whose buffers.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._held: list[Tensor] = [buffer for module in modules for buffer in module.buffers()]
-        self._copies = [buffer.clone() for buffer in self._held]
+        self._buffers: list[Tensor] = [buffer for module in modules for buffer in module.buffers()]
+        self._copies = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def take(self) -> None:
-        """Keeps what they hold now."""
-        if self._held:
-            torch._foreach_copy_(self._copies, self._held)
+        """Copies the buffers' current values."""
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._buffers)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Makes them what was kept."""
-        if self._held:
-            torch._foreach_copy_(self._held, self._copies)
+    def restore(self) -> None:
+        """Gives the buffers the values that were copied last."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._copies)

@@ -18,7 +18,7 @@ from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult
-from distrain.strategies.single import Single
+from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class DDPConfig(StrategyConfig):
 
 
 @register("strategy", "ddp", DDPConfig)
-class DDP(Single):
+class DDP(Replicated[DDPConfig]):
     """One process's training step with the gradients summed over all ranks while the backward pass runs.
 
     Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704). Unlike torch's DistributedDataParallel the mean is over
@@ -66,15 +66,13 @@ class DDP(Single):
     @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
         """BatchNorm over all replicas is no kernel of torch's; see the base class."""
-        assert isinstance(config.strategy, DDPConfig)
-        if config.strategy.batchnorm == "sync" and world_size > 1:
+        if cls.options_of(config).batchnorm == "sync" and world_size > 1:
             batchnorm.synchronise(model, Communicator())
 
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         """Makes sure that all ranks start from the same model; see the base class."""
         self.sync_initial_state(model, self.replicas)
-        assert isinstance(self.config.strategy, DDPConfig)
-        if self.config.strategy.batchnorm == "sync" and self.replicas.size > 1:
+        if self.options.batchnorm == "sync" and self.replicas.size > 1:
             layers = batchnorm.synchronise(model, self.replicas)
             self._needs_every_piece = layers > 0
             self._evaluates_together = any(
@@ -128,12 +126,10 @@ class DDP(Single):
         self._settled = True
 
     def _make_gradients(self) -> Gradients:
-        options = self.config.strategy
-        assert isinstance(options, DDPConfig)
         size = gradient_bytes_of(self.model)
         everyone, device = self.runtime.communicator(), self.runtime.device
         self._bucketing = BucketSizing(
-            options.sizes, self.replicas, everyone, device, size, deterministic=self.config.trainer.deterministic
+            self.options.sizes, self.replicas, everyone, device, size, deterministic=self.config.trainer.deterministic
         )
         sizes = self._bucketing.sizes(size)
         gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)

@@ -1,4 +1,4 @@
-"""Number formats: what is computed in which, and the loss scaling that fp16 needs."""
+"""Number formats of a training step, and the loss scaling that fp16 needs."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ class Precision:
     """One of fp32, fp64 (all in that format), bf16 and fp16 (parameters in float32, heavy operations in 16 bits).
 
     fp16 scales the loss so that small gradients don't vanish (Micikevicius et al. 2018, arXiv 1710.03740, §3.2): the
-    scale halves, and the update is left out, whenever a gradient overflows, and doubles after 2,000 good steps. The
-    gradients are the reduced ones, equal on all replicas, so all decide alike without talking.
+    scale halves, and the update is skipped, whenever a gradient overflows, and doubles after 2,000 good steps. The
+    gradients are the reduced ones, equal on all replicas, so all replicas decide alike without communicating.
 
     Args:
-        name: Which.
-        device: Where it is computed.
-        looks: Look at every gradient and leave out the update if it is not finite.
+        name: A choice of ``trainer.precision`` other than ``auto``.
+        device: Where the model is.
+        check_gradients: Compute the norm of every gradient, and skip the update if it is not finite.
 
     Attributes:
-        dtype: Format of parameters and of the images given to the model.
-        looks: Whether :meth:`step` wants the gradient's norm. The host waits for the device then, so only fp16 and
-            those who ask for it look.
-        rescaled: Whether the last update was left out for a gradient that a smaller loss scale may mend.
+        dtype: Format of parameters and of the model's inputs.
+        checks_gradients: Whether :meth:`step` needs the gradient's norm. The host then waits for the device, so this is
+            so for fp16 and on request only.
+        rescaled: Whether the last update was skipped for a gradient that a smaller loss scale may mend.
     """
 
     growth_interval = 2000
 
-    def __init__(self, name: str, device: torch.device, *, looks: bool = False) -> None:
+    def __init__(self, name: str, device: torch.device, *, check_gradients: bool = False) -> None:
         self.name = name
         self._device = device.type
-        self.looks = looks or name == "fp16"
+        self.checks_gradients = check_gradients or name == "fp16"
         self.rescaled = False
-        self._marks = looks
+        self._marks_loss = check_gradients
         self.dtype = torch.float64 if name == "fp64" else torch.float32
         self._scale = 2.0**16 if name == "fp16" else 1.0
         self._good_steps = 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What forward passes run in."""
+        """The context that forward passes run in."""
         if self.name in _MIXED:
             return torch.autocast(self._device, _MIXED[self.name])
         return nullcontext()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call ``backward()`` on."""
-        if self._marks:
-            # Times 1, or NaN: a loss that is not finite shows in the gradient, whatever its derivative is.
+        """The loss to call ``backward()`` on, multiplied by the loss scale."""
+        if self._marks_loss:
+            # Multiplies by 1, or by NaN: then a loss that is not finite makes the gradient NaN, always.
             loss = loss * ((loss - loss).detach() + 1)
         return loss * self._scale if self.name == "fp16" else loss
 
     def unscale(self, gradients: ScalableGradients) -> None:
-        """Takes the scale out of the gradients."""
+        """Divides the gradients by the loss scale."""
         if self.name == "fp16":
             gradients.scale(torch.tensor(1.0 / self._scale, device=self._device))
 
@@ -71,12 +71,12 @@ class Precision:
 
         Args:
             optimizer: Of the parameters.
-            norm: The gradient's, a scalar; must be given where it is looked at.
+            norm: The gradient's norm, a scalar; needed where :attr:`checks_gradients` is set.
 
         Returns:
             Whether they were updated.
         """
-        overflowed = self.looks and norm is not None and not bool(norm.isfinite())
+        overflowed = self.checks_gradients and norm is not None and not bool(norm.isfinite())
         if not overflowed:
             optimizer.step()
         self.rescaled = overflowed and self._scale > 1
@@ -93,7 +93,7 @@ class Precision:
         return {"scale": self._scale, "good_steps": self._good_steps} if self.name == "fp16" else {}
 
     def load_state_dict(self, saved: Mapping[str, float]) -> RestoredPart:
-        """Takes back what :meth:`state_dict` gave; what another precision gave is left out."""
+        """Restores the loss scale; the state of another precision is ignored."""
         part = "loss scale"
         if self.name != "fp16":
             return RestoredPart(part, "absent", f"{self.name} scales no loss")

@@ -15,25 +15,25 @@ from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies import base
-from distrain.strategies.single import Single
+from distrain.strategies.replicated import Replicated
 from distrain.tasks import base as tasks
 from tests.runs import small
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
 
 
-def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> Single:
+def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> Replicated:
     """The configured strategy around a model; alone unless a runtime is given."""
     # Small tensors: more threads would only wait for each other.
     torch.set_num_threads(1)
-    strategy = cast(Single, base.build(config, runtime or Runtime(config, ALONE)))
+    strategy = cast(Replicated, base.build(config, runtime or Runtime(config, ALONE)))
     example = torch.zeros(0)
     task = tasks.build(config, DataSpec(3, 8, 8, tuple("abcdefghij")))
     strategy.setup(model, task, lambda named: build_optimizer(config.optimizer, named), example)
     return strategy
 
 
-def single(model: nn.Module, *overrides: str) -> Single:
+def single(model: nn.Module, *overrides: str) -> Replicated:
     """``strategy=single`` around a model, with plain SGD unless the overrides say otherwise."""
     return set_up(model, small("optimizer=sgd", *overrides))
 

@@ -16,7 +16,7 @@ from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.single import Single
+from distrain.strategies.replicated import Replicated
 from tests.harness import run_ranks
 from tests.runs import small, train_on_rank
 from tests.strategies.helpers import batch, drawn, parameters, set_up, single
@@ -54,7 +54,7 @@ def whole_batches(shape: tuple[int, ...] = (3, 6, 6), sizes: tuple[int, ...] = (
     return [drawn(size, *shape, seed=size, dtype=torch.float64) for size in sizes]
 
 
-def share(whole: Batch, strategy: Single, dtype: torch.dtype = torch.float64) -> Batch:
+def share(whole: Batch, strategy: Replicated, dtype: torch.dtype = torch.float64) -> Batch:
     return batch(whole.inputs.to(dtype), whole.targets, strategy.data_shard)
 
 
@@ -69,7 +69,7 @@ class Lines(logging.Handler):
         self.lines.append(f"{record.levelname} {record.getMessage()}")
 
 
-Build = Callable[..., Single]
+Build = Callable[..., Replicated]
 
 
 def equal_starts(build: Build, rank: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def on_each_rank(folder: Path) -> dict[str, Any]:
     with Runtime(config, World.from_environment()) as runtime:
         rank = runtime.world.rank
 
-        def build(model: nn.Module, *overrides: str) -> Single:
+        def build(model: nn.Module, *overrides: str) -> Replicated:
             return set_up(model, small("strategy=ddp", "optimizer=sgd", *overrides), runtime)
 
         strategy = build(network())

@@ -102,7 +102,7 @@ def test_a_scale_of_one_is_kept_too() -> None:
 def test_only_fp16_scales_and_looks_for_overflow(name: str) -> None:
     precision = Precision(name, CPU)
     assert scale_of(precision) == 1
-    assert not precision.looks
+    assert not precision.checks_gradients
     before, after = step(precision, 1.0)
     assert torch.equal(after, before - 1)
     # Without looking the host need not wait for the device.

@@ -387,7 +387,7 @@ def test_local_sgd_may_skip_with_a_compressor() -> None:
 
 def test_a_loss_that_is_not_finite_shows_in_the_gradient_whatever_its_derivative_is() -> None:
     weight = torch.ones(2, requires_grad=True)
-    precision = Precision("fp32", torch.device("cpu"), looks=True)
+    precision = Precision("fp32", torch.device("cpu"), check_gradients=True)
     precision.scale(weight.sum() + math.inf).backward()
     assert weight.grad is not None
     assert bool(weight.grad.isnan().all())

@@ -25,7 +25,7 @@ from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRank
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.local_sgd.divergence_check import Agreement
 from distrain.strategies.local_sgd.fragment import Fragment, Outer, Seen, weighted_mean
-from distrain.strategies.single import Single
+from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class LocalSGDConfig(StrategyConfig):
 
 
 @register("strategy", "local_sgd", LocalSGDConfig)
-class LocalSGD(Single):
+class LocalSGD(Replicated[LocalSGDConfig]):
     """Every rank trains its own copy on its shard; every ``sync_every`` steps the copies are merged.
 
     Local SGD is of Stich 2019 (arXiv 1805.09767); first steps in common and hierarchical groups of Lin et al. 2020,
@@ -113,8 +113,7 @@ class LocalSGD(Single):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        assert isinstance(config.strategy, LocalSGDConfig)
-        self.options = options = config.strategy
+        options = self.options
         runtime.activity.independent_steps = True
         ranks = runtime.world.size
         everyone = runtime.mesh({"data": ranks})
@@ -138,8 +137,8 @@ class LocalSGD(Single):
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
         """Refuses groups that don't divide the ranks."""
-        assert isinstance(config.strategy, LocalSGDConfig)
-        size = config.strategy.group_size
+        options = cls.options_of(config)
+        size = options.group_size
         sizes = [each for each in range(2, world_size) if world_size % each == 0]
         if size is not None and size not in sizes:
             raise ConfigError(
@@ -158,11 +157,11 @@ class LocalSGD(Single):
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses more fragments than parameters."""
-        assert isinstance(config.strategy, LocalSGDConfig)
+        options = cls.options_of(config)
         most = len(trainable_parameters(model))
-        if config.strategy.fragments > most:
+        if options.fragments > most:
             raise ConfigError(
-                "strategy.fragments", config.strategy.fragments, f"the model has only {most} parameters to cut between"
+                "strategy.fragments", options.fragments, f"the model has only {most} parameters to cut between"
             )
 
     # --- set-up ------------------------------------------------------------------------------------------------------

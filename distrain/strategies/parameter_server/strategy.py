@@ -35,7 +35,7 @@ from distrain.strategies.parameter_server.protocol import Kind
 from distrain.strategies.parameter_server.server import Rules, Server, Shard, Worker
 from distrain.strategies.parameter_server.shards import balanced
 from distrain.strategies.parameter_server.stop_decision import Subscription
-from distrain.strategies.single import Single
+from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class ParameterServerConfig(StrategyConfig):
 
 
 @register("strategy", "parameter_server", ParameterServerConfig)
-class ParameterServer(Single):
+class ParameterServer(Replicated[ParameterServerConfig]):
     """Servers hold the parameters in shards, apply the optimizer to what workers push, and answer with parameters.
 
     The last ``servers`` ranks are servers: rank 0, which writes what a run leaves behind, has to see the training, and
@@ -145,8 +145,6 @@ class ParameterServer(Single):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        assert isinstance(config.strategy, ParameterServerConfig)
-        self.options = config.strategy
         self._workers = runtime.world.size - self.options.servers
         rank = runtime.world.rank
         runtime.activity.independent_steps = self.options.mode != "sync"
@@ -162,8 +160,7 @@ class ParameterServer(Single):
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
         """Refuses what leaves no worker, and losses that all workers would have to scale together."""
-        options = config.strategy
-        assert isinstance(options, ParameterServerConfig)
+        options = cls.options_of(config)
         if world_size < 2:
             raise ConfigError("strategy", "parameter_server", f"needs a server and a worker, and {world_size} started")
         if options.servers >= world_size:
@@ -198,18 +195,15 @@ class ParameterServer(Single):
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses more servers than there are tensors for."""
-        assert isinstance(config.strategy, ParameterServerConfig)
+        options = cls.options_of(config)
         tensors = len(trainable_parameters(model))
-        if config.strategy.servers > tensors:
-            raise ConfigError(
-                "strategy.servers", config.strategy.servers, f"the model has only {tensors} tensors to hold"
-            )
+        if options.servers > tensors:
+            raise ConfigError("strategy.servers", options.servers, f"the model has only {tensors} tensors to hold")
 
     @classmethod
     def data_parallel_size(cls, config: Config, world_size: int) -> int:
         """Servers see no data; see the base class."""
-        assert isinstance(config.strategy, ParameterServerConfig)
-        return world_size - config.strategy.servers
+        return world_size - cls.options_of(config).servers
 
     @property
     def training_group(self) -> Communicator:
@@ -437,8 +431,8 @@ class ParameterServer(Single):
             else:
                 self._links.take()
         self._hear_of_losses()
-        if self._left_out and self._kept is not None:
-            self._kept.put_back()
+        if self._left_out and self._snapshot is not None:
+            self._snapshot.restore()
         return self._left_out
 
     def _overlaps(self, computed: float) -> bool:

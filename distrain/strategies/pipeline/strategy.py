@@ -21,17 +21,17 @@ from distrain.errors import ConfigError
 from distrain.files.writing import write_json
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
-from distrain.gradients.clip import clip_gradient_norm
 from distrain.gradients.linear_partition import linear_partition
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
-from distrain.strategies.buffer_snapshot import KeptBuffers
+from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.pipeline import schedule as schedules
 from distrain.strategies.pipeline import split, timeline
 from distrain.strategies.pipeline.schedule import SCHEDULES, Work
 from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.transfers import Handed, Mail
 from distrain.strategies.precision import Precision
+from distrain.strategies.update import clip_and_step
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class PipelineConfig(StrategyConfig):
 
 
 @register("strategy", "pipeline", PipelineConfig)
-class Pipeline(Strategy):
+class Pipeline(Strategy[PipelineConfig]):
     """Each rank holds one or more stages; replicas of the pipeline share each batch as ddp's ranks do.
 
     Ranks of one pipeline lie next to each other, so that on several nodes activations stay inside a node where they can
@@ -80,8 +80,6 @@ class Pipeline(Strategy):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        assert isinstance(config.strategy, PipelineConfig)
-        self.options = config.strategy
         ranks = self.options.ranks
         self.mesh = runtime.mesh({"data": runtime.world.size // ranks, "pipeline": ranks})
         assert self.mesh is not None, "a pipeline of one rank was refused"
@@ -92,12 +90,11 @@ class Pipeline(Strategy):
         self._forward_line = Communicator(runtime.duplicate_group(self.mesh, "pipeline"), self.ledger)
         self.data_shard = (self.replicas.rank, self.replicas.size)
         self.precision = Precision(
-            config.trainer.precision, runtime.device, looks=config.trainer.on_nonfinite != "stop"
+            config.trainer.precision, runtime.device, check_gradients=config.trainer.on_nonfinite != "stop"
         )
         self._schedule = SCHEDULES[self.options.schedule]
         self._where = schedules.placement(self._schedule, ranks, self.options.virtual)
         self._orders: dict[int, list[Work]] = {}
-        self._clip = config.trainer.grad_clip_norm
         self._norm: Tensor | None = None
         self._recorder = timeline.SpanRecorder(runtime.device)
         self._figures: dict[str, Figure] = {}
@@ -105,8 +102,7 @@ class Pipeline(Strategy):
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
         """Refuses numbers of stages and ranks that don't fit together."""
-        options = config.strategy
-        assert isinstance(options, PipelineConfig)
+        options = cls.options_of(config)
         wanted = SCHEDULES[options.schedule].virtual
         if wanted is not None and options.virtual != wanted:
             raise ConfigError(
@@ -142,8 +138,8 @@ class Pipeline(Strategy):
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses a model that can't be split, with the reason."""
-        assert isinstance(config.strategy, PipelineConfig)
-        split.check(model, config.strategy.stages, config.strategy.boundaries)
+        options = cls.options_of(config)
+        split.check(model, options.stages, options.boundaries)
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
@@ -192,7 +188,7 @@ class Pipeline(Strategy):
         self._bucketing.log_choice([bucket.bytes for bucket in buckets])
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self.optimizer = make_optimizer(named)
-        self._kept = KeptBuffers(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
+        self._snapshot = BufferSnapshot(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
         self._warn(model)
         options = self.options
         log.info(
@@ -270,8 +266,8 @@ class Pipeline(Strategy):
         """One update: the schedule's work in order, then the replicas' reduction; see the base class."""
         with self.stopwatch.step():
             self.compressor.begin_step()
-            if self._kept is not None:
-                self._kept.take()
+            if self._snapshot is not None:
+                self._snapshot.take()
             for index, stage in self.stages.items():
                 stage.module.train()
                 self.gradients[index].zero()
@@ -381,17 +377,14 @@ class Pipeline(Strategy):
         return loss, metric_sums
 
     def _update(self) -> bool:
-        """Applies the gradient; returns whether that was left out because it is not finite.
+        """Applies the gradient; returns whether that was skipped because it is not finite.
 
         Each rank of the pipeline sees its own stages' gradients only; by the norm of the whole all decide alike.
         """
-        self.precision.unscale(self)
-        norm = self.norm() if self.precision.looks else None
-        self._norm = clip_gradient_norm(self, self._clip, norm)
-        updated = self.precision.step(self.optimizer, self._norm)
-        if not updated and self._kept is not None:
-            self._kept.put_back()
-        return not updated and not self.precision.rescaled
+        self._norm, skipped = clip_and_step(
+            self, self.optimizer, self.precision, self.config.trainer.grad_clip_norm, self._snapshot
+        )
+        return skipped
 
     def norm(self) -> Tensor:
         """Norm of the whole model's gradient; all ranks of the pipeline call it together."""

@@ -24,7 +24,7 @@ from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.local_sgd import LocalSGD
-from distrain.strategies.single import Single
+from distrain.strategies.replicated import Replicated
 from tests.harness import run_ranks
 from tests.runs import check, relative_difference, small, train_on_rank
 from tests.strategies.helpers import batch, drawn, parameters, set_up
@@ -244,11 +244,11 @@ def local(runtime: Runtime, model: nn.Module, *overrides: str) -> LocalSGD:
     return cast(LocalSGD, set_up(model, small("optimizer=sgd", "strategy=local_sgd", *overrides), runtime))
 
 
-def share(whole: Batch, strategy: Single) -> Batch:
+def share(whole: Batch, strategy: Replicated) -> Batch:
     return batch(whole.inputs, whole.targets, strategy.data_shard)
 
 
-def train(strategy: Single, steps: slice = slice(None)) -> Tensor:
+def train(strategy: Replicated, steps: slice = slice(None)) -> Tensor:
     """This rank's copy after some of the steps."""
     for whole in batches()[steps]:
         strategy.train_step(share(whole, strategy))
@@ -340,7 +340,7 @@ def merged_by_each_compressor(runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def put_into(runtime: Runtime, saved: Single, into: Single) -> None:
+def put_into(runtime: Runtime, saved: Replicated, into: Replicated) -> None:
     """Saves one strategy and loads the other from it."""
     everyone = runtime.communicator()
     state = {**saved.state_dict(), "layout": saved.layout}
@@ -383,7 +383,7 @@ def taken_over(runtime: Runtime) -> dict[str, Any]:
     # All ranks find samples, so that their counts of batches are the same.
     train(strategy, slice(6, 11))
 
-    def moments(of: Single) -> Tensor:
+    def moments(of: Replicated) -> Tensor:
         kept = [of.optimizer.state[parameter]["momentum_buffer"] for parameter in of.model.parameters()]
         return torch.cat([each.flatten() for each in kept])
 

@@ -1,0 +1,184 @@
+"""The whole model on every replica: what single, ddp, local_sgd and parameter_server have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distrain.checkpoint import named_state
+from distrain.checkpoint.restore_report import RestoredPart
+from distrain.communication.collectives import Communicator
+from distrain.config.schema import Config
+from distrain.gradients.buckets import Gradients, ReducedGradients
+from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy
+from distrain.strategies.buffer_snapshot import BufferSnapshot
+from distrain.strategies.precision import Precision
+from distrain.strategies.update import clip_and_step
+from distrain.tasks.base import Task
+
+if TYPE_CHECKING:
+    from distrain.data.batch import Batch, Targets
+    from distrain.runtime.runtime import Runtime
+
+
+class Replicated(Strategy[OptionsT_co]):
+    """Each replica holds the whole model and works on its share of the batch.
+
+    The loss of a batch is a global sum over a global count, so uneven shares, a ragged last batch and accumulation
+    change nothing but the order in which numbers are added.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        self.replicas = Communicator(ledger=self.ledger)
+        self.precision = Precision(
+            config.trainer.precision, runtime.device, check_gradients=config.trainer.on_nonfinite != "stop"
+        )
+        self._norm: Tensor | None = None
+        # A layer that communicates in the forward pass needs every replica in every piece, even without samples.
+        self._needs_every_piece = False
+        # The same in evaluation, where few layers communicate, and a model may not be able to run without samples.
+        self._evaluates_together = False
+
+    @override
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        self.model = model
+        self.task = task
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.gradients = self._make_gradients()
+        self.optimizer = make_optimizer(model.named_parameters())
+        self._forward: nn.Module = model
+        model.train()
+        self._snapshot = BufferSnapshot([model]) if self.config.trainer.on_nonfinite != "stop" else None
+        if self.config.trainer.compile == "max":
+            # Kernels chosen by timing and, on CUDA, graphs of them, for each size of batch anew: for a size that varies
+            # there is neither. What comes between (exchange, optimizer) is outside of the graphs.
+            model.compile(mode="max-autotune", dynamic=False)
+        elif self.config.trainer.compile:
+            model.compile()
+
+    def _make_gradients(self) -> ReducedGradients:
+        return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)
+
+    @override
+    def train_step(self, batch: Batch) -> StepResult:
+        with self.stopwatch.step():
+            self.compressor.begin_step()
+            result = self._accumulate(batch, batch.global_count, sends=True)
+            self.gradients.finish()
+            result.left_out = self._update()
+        return result
+
+    def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
+        """Runs forward and backward over the share, in pieces of ``trainer.micro_batch_size``.
+
+        Args:
+            batch: This replica's share.
+            count: What the sum of the samples' losses is divided by.
+            sends: Send each bucket of gradients as soon as it is complete.
+        """
+        # Visits all layers, so it is done after an evaluation only.
+        if not self._forward.training:
+            self._forward.train()
+        if self._snapshot is not None:
+            self._snapshot.take()
+        self.gradients.zero()
+        pieces = self._pieces(batch)
+        losses, metric_sums, samples = [], [], 0
+        for index, (inputs, targets) in enumerate(pieces):
+            if sends and index == len(pieces) - 1:
+                self.gradients.begin_last_backward()
+            with self.precision.autocast():
+                outputs = self._forward(inputs)
+                loss_sum, size = self.task.loss(outputs, targets)
+            self.precision.scale(loss_sum / count).backward()
+            losses.append(loss_sum.detach())
+            metric_sums.append(self.task.measure(outputs.detach(), targets))
+            samples += size
+        if sends and not pieces:
+            self.gradients.begin_last_backward()
+        if not pieces:
+            return self._no_samples()
+        # The usual single piece needs no kernel to be summed.
+        whole = len(pieces) == 1
+        return StepResult(
+            losses[0] if whole else torch.stack(losses).sum(),
+            metric_sums[0] if whole else torch.stack(metric_sums).sum(0),
+            samples,
+        )
+
+    def _no_samples(self) -> StepResult:
+        device = self.runtime.device
+        return StepResult(torch.zeros((), device=device), torch.zeros(len(self.task.metrics), device=device), 0)
+
+    def _pieces(self, batch: Batch) -> list[tuple[Tensor, Targets]]:
+        """The share in pieces of near-equal size, as many as the largest share needs, so that replicas don't differ."""
+        size = self.config.trainer.micro_batch_size
+        largest = math.ceil(batch.global_count / self.data_shard[1])
+        count = 1 if size is None else math.ceil(largest / size)
+        pieces = [(batch.inputs, batch.targets)] if count == 1 else batch.split(count)
+        return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[0])]
+
+    def _update(self) -> bool:
+        """Applies the gradient; returns whether that was skipped because it is not finite."""
+        self._norm, skipped = clip_and_step(
+            self.gradients, self.optimizer, self.precision, self.config.trainer.grad_clip_norm, self._snapshot
+        )
+        return skipped
+
+    @override
+    def gradient_norm(self) -> Tensor:
+        return self._norm if self._norm is not None else self.gradients.norm()
+
+    @override
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> StepResult:
+        if not len(batch) and not self._evaluates_together:
+            return self._no_samples()
+        self._forward.eval()
+        with self.precision.autocast():
+            outputs = self.task.evaluate(self._forward, batch.inputs)
+            loss_sum, count = self.task.loss(outputs, batch.targets)
+        return StepResult(loss_sum, self.task.measure(outputs, batch.targets), count, outputs)
+
+    @override
+    def uncompressed_bytes_per_step(self) -> int:
+        return self.gradients.bytes_per_step
+
+    @override
+    def model_state(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._saved(self.model_state(), *named_state.optimizer_state(self.optimizer, self._names))
+
+    def _saved(self, model: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`state_dict` returns: model and optimizer on the first replica, and each rank's compressor."""
+        saves = self.replicas.rank == 0
+        return {
+            "model": model if saves else {},
+            "optimizer": tensors if saves else {},
+            "compressor": self.compressor.state_dict(),
+            "scalars": {
+                "optimizer_name": self.config.optimizer.name,
+                "optimizer": scalars,
+                "precision": self.precision.state_dict(),
+            },
+        }
+
+    @override
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
+        named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
+        named_state.load_model(self.model, saved["model"])
+        named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        return [
+            *named_state.restored_parts(saved, self.precision.dtype),
+            self.precision.load_state_dict(saved["scalars"]["precision"]),
+            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+        ]
