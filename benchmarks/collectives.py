@@ -1,15 +1,15 @@
-"""Collectives among ranks of one host, or of a few: through memory that they share, beside gloo, in one run.
+"""Compares collectives through shared memory with gloo, among the ranks of one host or of a few hosts.
 
-Both carriers serve the same processes, one thread a rank, and take turns, several rounds, so that a machine whose speed
-drifts treats both alike. In a round each makes some calls after a warm-up, whose median is the slowest rank's; the
-table gives the median over rounds in ms, and the ratio of the medians.
+Both are measured in the same processes, with one thread per rank, and take turns for several rounds, so that a machine
+whose speed drifts affects both alike. A round's figure is the median over some calls after a warm-up, on the slowest
+rank. The table gives the median over rounds in ms, and the ratio of the medians.
 
     python benchmarks/collectives.py [--ranks 2 4] [--bytes 4096 501760 47185920] [--rounds 9] [--json FILE]
         [--operations all_reduce start_all_reduce all_gather reduce_scatter broadcast barrier]
         [--hosts 2] [--link 1gbit]
 
-With more than one host the ranks are shared out among hosts of a test network (needs root), in which a link sends no
-more than ``--link``; those of a host exchange through memory, and one of them over the network.
+With more than one host the ranks are divided among hosts of a test network (needs root), whose links have the rate
+``--link``. Ranks of a host exchange tensors through memory, and one rank of each host over the network.
 """
 
 from __future__ import annotations
@@ -35,88 +35,88 @@ from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.connect import channel_registry
 from distrain.tools.testnet import network
 
-#: Calls of a round last about so long by gloo's first one, in seconds.
+#: Approximate duration of a round in seconds, estimated from the first call by gloo.
 _ROUND_SECONDS = 0.1
-_MOST_CALLS = 20
+_MAX_CALLS = 20
 
 OPERATIONS: dict[str, Callable[[Communicator, Tensor], Any]] = {
-    "all_reduce": lambda everyone, tensor: everyone.all_reduce(tensor),
-    "start_all_reduce": lambda everyone, tensor: everyone.start_all_reduce(tensor).wait(),
-    "all_gather": lambda everyone, tensor: everyone.all_gather(tensor),
-    "reduce_scatter": lambda everyone, tensor: everyone.reduce_scatter(
-        tensor[: len(tensor) // everyone.size * everyone.size]
+    "all_reduce": lambda communicator, tensor: communicator.all_reduce(tensor),
+    "start_all_reduce": lambda communicator, tensor: communicator.start_all_reduce(tensor).wait(),
+    "all_gather": lambda communicator, tensor: communicator.all_gather(tensor),
+    "reduce_scatter": lambda communicator, tensor: communicator.reduce_scatter(
+        tensor[: len(tensor) // communicator.size * communicator.size]
     ),
-    "broadcast": lambda everyone, tensor: everyone.broadcast(tensor),
-    "barrier": lambda everyone, tensor: everyone.barrier(),
+    "broadcast": lambda communicator, tensor: communicator.broadcast(tensor),
+    "barrier": lambda communicator, tensor: communicator.barrier(),
 }
 
 
-def communicators() -> dict[str, Communicator]:
-    """One for each carrier, which has met its peers."""
+def make_communicators() -> dict[str, Communicator]:
+    """A connected communicator by gloo, and one by shared memory."""
     made: dict[str, Communicator] = {}
-    for name, allowed in (("gloo", False), ("memory", True)):
-        channel_registry.enabled = allowed
+    for name, enabled in (("gloo", False), ("memory", True)):
+        channel_registry.enabled = enabled
         made[name] = Communicator(dist.new_group(backend="gloo"))
         made[name].barrier()
     return made
 
 
 def measure(
-    carriers: dict[str, Communicator], call: Callable[[Communicator, Tensor], Any], size: int, rounds: int
+    communicators: dict[str, Communicator], call: Callable[[Communicator, Tensor], Any], size: int, rounds: int
 ) -> Any:
-    """Each carrier's seconds a call, one figure a round."""
-    found: dict[str, list[float]] = {name: [] for name in carriers}
+    """Seconds per call by gloo and by shared memory, one figure per round."""
+    seconds: dict[str, list[float]] = {name: [] for name in communicators}
     tensor = torch.zeros(size // 4)
-    began = time.perf_counter()
-    call(carriers["gloo"], tensor)
-    wanted = _ROUND_SECONDS / (time.perf_counter() - began)
-    enough = torch.tensor(min(max(wanted, 2), _MOST_CALLS), dtype=torch.float64)
-    calls = int(carriers["gloo"].all_reduce(enough, "min"))
+    start_time = time.perf_counter()
+    call(communicators["gloo"], tensor)
+    calls_per_round = _ROUND_SECONDS / (time.perf_counter() - start_time)
+    agreed = torch.tensor(min(max(calls_per_round, 2), _MAX_CALLS), dtype=torch.float64)
+    calls = int(communicators["gloo"].all_reduce(agreed, "min"))
     for _ in range(rounds):
-        for name, everyone in carriers.items():
-            call(everyone, tensor)
-            carriers["gloo"].barrier()
-            taken = []
+        for name, communicator in communicators.items():
+            call(communicator, tensor)
+            communicators["gloo"].barrier()
+            durations = []
             for _ in range(calls):
-                began = time.perf_counter()
-                call(everyone, tensor)
-                taken.append(time.perf_counter() - began)
-            slowest = torch.tensor(statistics.median(taken), dtype=torch.float64)
-            found[name].append(float(carriers["gloo"].all_reduce(slowest, "max")))
-    return found
+                start_time = time.perf_counter()
+                call(communicator, tensor)
+                durations.append(time.perf_counter() - start_time)
+            slowest = torch.tensor(statistics.median(durations), dtype=torch.float64)
+            seconds[name].append(float(communicators["gloo"].all_reduce(slowest, "max")))
+    return seconds
 
 
-def work(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> None:
-    """One rank."""
+def run_rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> None:
+    """Measures as one rank; rank 0 writes the results."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    carriers = communicators()
+    communicators = make_communicators()
     rows = []
     for operation in arguments.operations:
         for size in arguments.bytes if operation != "barrier" else [0]:
-            found = measure(carriers, OPERATIONS[operation], size, arguments.rounds)
-            rows.append({"ranks": ranks, "operation": operation, "bytes": size, **found})
+            seconds = measure(communicators, OPERATIONS[operation], size, arguments.rounds)
+            rows.append({"ranks": ranks, "operation": operation, "bytes": size, **seconds})
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Runs the benchmark as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--bytes", type=int, nargs="+", default=[4096, 490 << 10, 45 << 20])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--link", help="what a host sends at most, as 1gbit")
+    parser.add_argument("--link", help="rate at which a host sends, such as 1gbit")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         rank, ranks, folder = arguments.worker
-        work(int(rank), int(ranks), folder, arguments)
+        run_rank(int(rank), int(ranks), folder, arguments)
         return
     with network.VirtualNetwork(arguments.hosts) if arguments.hosts > 1 else contextlib.nullcontext() as net:
         if net is not None:
@@ -132,12 +132,12 @@ def main() -> None:
 
 
 def start(ranks: int, hosts: int, net: network.VirtualNetwork | None) -> list[dict[str, Any]]:
-    """Runs all ranks, and returns what they measured."""
+    """Runs all ranks and returns the measurements of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(rank), str(ranks), folder]
-            # All share this machine's processors, whatever host they are on.
+            # All ranks share this machine's cores, whatever host they are on.
             variables = {"LOCAL_WORLD_SIZE": str(ranks)}
             if net is None:
                 processes.append(subprocess.Popen(command, env={**os.environ, **variables}))
