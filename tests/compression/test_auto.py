@@ -1,4 +1,4 @@
-"""compression=auto finds what makes a step fastest, loses nothing on the way, and goes on with its choice."""
+"""compression=auto chooses the fastest candidate, loses no gradients on the way, and keeps its choice on resuming."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def configured(*overrides: str) -> AutoConfig:
     return found
 
 
-def test_each_candidate_has_its_own_file_s_values_and_the_command_line_s() -> None:
+def test_candidate_keys_come_from_its_own_file_and_the_command_line() -> None:
     found = configured("compression.candidates.powersgd.rank=2")
     own = compose("compression=powersgd", "compression.rank=2").compression
     assert found.candidates["powersgd"] == own
@@ -52,7 +52,7 @@ def test_each_candidate_has_its_own_file_s_values_and_the_command_line_s() -> No
     assert [found.candidates[f"qsgd{bits}"].bits for bits in (2, 4, 8)] == [2, 4, 8]
 
 
-def test_candidates_stand_in_order_and_the_cap_cuts_them() -> None:
+def test_candidates_are_ordered_and_the_limit_excludes_more_lossy_ones() -> None:
     every = ["none", "bf16", "fp16", "qsgd8", "powersgd", "topk", "qsgd4", "randomk", "signsgd", "qsgd2"]
     assert list(configured("compression.most_lossy=qsgd2").allowed) == every
     assert list(configured("compression.most_lossy=qsgd8").allowed) == every[:4]
@@ -88,7 +88,7 @@ def test_a_mistake_in_a_candidate_is_named_by_its_full_key(overrides: list[str],
     assert str(caught.value).startswith(expected)
 
 
-def test_a_cap_that_allows_what_can_t_serve_is_refused() -> None:
+def test_a_limit_that_allows_an_unsupported_candidate_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^compression\.most_lossy=topk: allows powersgd, but trainer\.precision"):
         check(compose("compression=auto", "trainer.precision=fp16"), ALONE)
     check(compose("compression=auto", "trainer.precision=fp16", "compression.most_lossy=fp16"), ALONE)
@@ -98,7 +98,7 @@ def test_a_cap_that_allows_what_can_t_serve_is_refused() -> None:
 
 
 class Fake(Compressor):
-    """Sends the half of everything it compresses as one sum, after a sleep, and keeps the rest for the next step."""
+    """Sleeps, then all-reduces half of what it compresses and keeps the other half for the next step."""
 
     sleeps = 0.0
     seen: list[Bucket]
@@ -117,16 +117,16 @@ class Fake(Compressor):
 
 
 class Slow(Fake):
-    """The same, and slow."""
+    """Sleeps longer."""
 
     sleeps = 0.01
 
 
 class Fading(Fake):
-    """Quick at first, then slow."""
+    """Fast at first, then slow."""
 
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
-        # A trial's cost is measured as of later steps, so those are quick too.
+        # A candidate's cost is measured as of later steps, so those are fast too.
         self.sleeps = 0.02 if 15 < self.step < 1000 else 0.0
         return super().aggregate(bucket, communicator)
 
@@ -145,7 +145,7 @@ def fake(name: str, min_elements: int = 1, error_feedback: bool = True) -> Lossy
 
 
 def choosing(most_lossy: str, trial_seconds: float, **candidates: CompressionConfig) -> AutoConfig:
-    """``compression=auto`` among these; with hardly any seconds a trial has the fewest rounds."""
+    """``compression=auto`` among these; with very few seconds a trial has the minimum number of rounds."""
     return AutoConfig(name="auto", most_lossy=most_lossy, trial_seconds=trial_seconds, candidates=dict(candidates))
 
 
@@ -156,12 +156,12 @@ def gradients_of(used: Compressor, replicas: Communicator | None = None, bucket_
 
 
 @pytest.mark.usefixtures("fakes")
-def test_each_candidate_sees_the_buckets_that_it_would_have_laid_out() -> None:
+def test_each_candidate_gets_the_compressed_part_that_it_would_have_alone() -> None:
     parts: dict[str, CompressionConfig] = {"all": fake("fake", 1), "some": fake("fake", 40), "few": fake("fake", 600)}
     config = choosing("few", 0.0, **parts)
     (bucket,) = gradients_of(Auto(config)).buckets
     candidate_set = CandidateSet(config.allowed, seed=0)
-    # Last layer first where equally many compress them; vectors last.
+    # Parameters that equally many candidates compress are in the order of the backward pass; vectors are last.
     assert list(bucket.tensors) == ["large", "medium", "small", "bias"]
     for name, candidate in parts.items():
         (own,) = gradients_of(base.build(candidate)).buckets
@@ -176,7 +176,7 @@ def test_each_candidate_sees_the_buckets_that_it_would_have_laid_out() -> None:
 
 
 def _force(name: str) -> None:
-    """Whatever is fastest here today, in this process this one is chosen and nothing is said against it."""
+    """In this process this candidate is chosen, whichever is fastest, and the check accepts it."""
     vars(decision)["choose"] = lambda seconds, errors: name
     decision.TOO_SLOW = decision.SURPRISING = 1e9
 
@@ -184,7 +184,7 @@ def _force(name: str) -> None:
 def _exchange_on_rank(
     chosen: AutoConfig, steps: int, prefer: str | None = None, none_sleeps: float = 0.0
 ) -> dict[str, Any]:
-    """Exchanges random gradients; ``prefer`` takes the place of the measured choice."""
+    """Exchanges random gradients; ``prefer`` replaces the measured choice."""
     for name, kind in FAKES.items():
         choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
     if prefer is not None:
@@ -236,7 +236,7 @@ def _exchange_on_rank(
         }
 
 
-#: Warm-up, plain and held steps, a short trial of three candidates, the check, and a trial of two.
+#: Warm-up, ordinary and held steps, a short trial of three candidates, the check, and a trial of two.
 ENOUGH = 9 + 5 * (candidates.MIN_ROUNDS + 1) + decision.CHECKED_STEPS
 
 
@@ -245,12 +245,12 @@ ENOUGH = 9 + 5 * (candidates.MIN_ROUNDS + 1) + decision.CHECKED_STEPS
     [(0.0, ["slow"], "none"), (0.01, ["fake", "slow"], "fake")],
     ids=["nothing pays", "something pays"],
 )
-def test_the_fastest_is_chosen_by_all_ranks_alike(none_sleeps: float, candidates: list[str], expected: str) -> None:
+def test_all_ranks_choose_the_same_fastest_candidate(none_sleeps: float, candidates: list[str], expected: str) -> None:
     chosen = choosing("slow", 0.0001, **{name: fake(name) for name in candidates})
     everyone = run_ranks(_exchange_on_rank, 2, chosen, ENOUGH, None, none_sleeps)
     assert everyone[0]["digest"] == everyone[1]["digest"]
-    for found in everyone:
-        report = found["report"]
+    for rank in everyone:
+        report = rank["report"]
         assert report["chosen"] == expected
         rows = {row["candidate"]: row for row in report["candidates"]}
         assert list(rows) == ["none", *candidates]
@@ -259,14 +259,14 @@ def test_the_fastest_is_chosen_by_all_ranks_alike(none_sleeps: float, candidates
         assert rows["slow"]["predicted_ms"] >= 30
         assert rows["none"]["measured_ms"] is not None
         assert rows["none"]["bytes_sent"] == rows["slow"]["bytes_sent"] == 8 * (6 + 600 + 20 + 40)
-        assert any(f"compression=auto chooses {expected} on this link" in line for _, line in found["lines"])
-        assert not found["observed"]
+        assert any(f"compression=auto chooses {expected} on this link" in line for _, line in rank["lines"])
+        assert not rank["observed"]
 
 
 @pytest.mark.parametrize("prefer", ["none", "first", "second"])
-def test_what_candidates_that_were_tried_owe_is_not_lost(prefer: str) -> None:
+def test_residuals_of_tried_candidates_are_not_lost(prefer: str) -> None:
     chosen = choosing("second", 0.0001, first=fake("fake", 40), second=fake("fake"))
-    # In the midst of the trial, and after it.
+    # During the trial, and after it.
     for steps in (20, 40):
         for found in run_ranks(_exchange_on_rank, 2, chosen, steps, prefer):
             assert found["report"]["chosen"] == (prefer if steps == 40 else None)
@@ -277,7 +277,7 @@ def test_what_candidates_that_were_tried_owe_is_not_lost(prefer: str) -> None:
                 assert not found["kept"].any()
 
 
-def test_a_choice_that_turns_out_slower_than_nothing_is_taken_back() -> None:
+def test_compression_is_switched_off_if_it_turns_out_slower() -> None:
     chosen = choosing("fading", 0.0001, fading=fake("fading"))
     for found in run_ranks(_exchange_on_rank, 2, chosen, 70, None, 0.005):
         said = [(level, line) for level, line in found["lines"] if "compression is switched off" in line]
@@ -287,14 +287,14 @@ def test_a_choice_that_turns_out_slower_than_nothing_is_taken_back() -> None:
         torch.testing.assert_close(found["got"], found["given"], rtol=1e-12, atol=1e-12)
 
 
-def test_by_prediction_alone_nothing_is_tried() -> None:
+def test_without_trial_seconds_no_candidate_is_tried() -> None:
     chosen = choosing("fake", trial_seconds=0, fake=fake("fake"))
     for found in run_ranks(_exchange_on_rank, 2, chosen, 10, None, 0.01):
         assert found["report"]["chosen"] == "fake"
         assert [row["measured_ms"] is None for row in found["report"]["candidates"]] == [False, True]
 
 
-def test_one_process_has_nothing_to_choose() -> None:
+def test_a_single_process_chooses_nothing() -> None:
     used = Auto(configured())
     gradients = gradients_of(used)
     for _ in range(12):
@@ -324,8 +324,8 @@ def _log(run_dir: Path) -> str:
     return "".join(path.read_text() for path in sorted(run_dir.glob("logs/rank_*.log")))
 
 
-def test_a_resumed_run_goes_on_with_the_choice_where_it_was_made(tmp_path: Path) -> None:
-    # Whatever is fastest here today, something that keeps a residual is chosen.
+def test_a_run_resumed_on_as_many_ranks_keeps_the_choice(tmp_path: Path) -> None:
+    # Whichever candidate is fastest, one with residuals is chosen.
     forced = ("compression.most_lossy=topk", "compression.candidates.topk.min_elements=8")
     through, again, elsewhere = tmp_path / "through", tmp_path / "again", tmp_path / "elsewhere"
     saving = ("checkpoint.every_steps=45", "checkpoint.keep=9")
@@ -349,7 +349,7 @@ def _train_with_topk(configuration: Any) -> dict[str, Any]:
     return train_on_rank(configuration)
 
 
-def test_the_stages_of_a_pipeline_decide_for_themselves_by_prediction(tmp_path: Path) -> None:
+def test_pipeline_stages_decide_separately_by_prediction(tmp_path: Path) -> None:
     net = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group", "strategy.stages=2")
     everyone = run_ranks(train_on_rank, 4, _auto(tmp_path, *net, "trainer.max_steps=20", strategy="pipeline"))
     for found in everyone:

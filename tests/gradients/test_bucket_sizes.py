@@ -1,4 +1,4 @@
-"""How large buckets are follows from what an all-reduce takes, and stays as it was when a run is resumed."""
+"""Bucket sizes follow from the cost of an all-reduce, and a resumed run keeps them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.runs import small
 from tests.strategies.helpers import drawn, set_up
 
 CPU = torch.device("cpu")
-#: A link of 1 Gbit/s between two hosts, and both ends of one machine.
+#: A link of 1 Gbit/s between two hosts, and two ranks of one host.
 ETHERNET = AllReduceCost(latency=0.0003, seconds_per_byte=8e-9, processor_share=0.1)
 LOOPBACK = AllReduceCost(latency=0.002, seconds_per_byte=1e-9, processor_share=0.6)
 
@@ -38,19 +38,19 @@ LOOPBACK = AllReduceCost(latency=0.002, seconds_per_byte=1e-9, processor_share=0
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def test_a_small_model_s_gradients_travel_together() -> None:
+def test_a_small_model_has_one_bucket() -> None:
     assert choose_sizes(LOOPBACK, 490_000) == ONE_BUCKET
     assert choose_sizes(ETHERNET, 20_000) == ONE_BUCKET
 
 
-def test_where_the_processors_carry_the_bytes_there_is_nothing_to_hide() -> None:
+def test_transfers_that_occupy_the_processors_are_not_split() -> None:
     assert (
         choose_sizes(AllReduceCost(latency=0.00001, seconds_per_byte=1e-9, processor_share=1.0), 1000 * MIB)
         == ONE_BUCKET
     )
 
 
-def test_buckets_are_large_enough_for_their_latency_to_be_lost() -> None:
+def test_latency_is_a_small_part_of_a_bucket_s_cost() -> None:
     sizes = choose_sizes(ETHERNET, 45 * MIB)
     latency = ETHERNET.latency
     assert 0.01 < latency / (sizes.other * MIB * ETHERNET.seconds_per_byte) < 0.03
@@ -58,31 +58,31 @@ def test_buckets_are_large_enough_for_their_latency_to_be_lost() -> None:
 
 
 def test_buckets_are_small_enough_to_overlap() -> None:
-    # By the latency alone they would be larger.
+    # The latency alone would make them larger.
     assert choose_sizes(LOOPBACK, 45 * MIB).other == 45 / 4
     assert choose_sizes(LOOPBACK, 1000 * MIB).other == 25
     assert choose_sizes(ETHERNET, 490_000).first == pytest.approx(490_000 / MIB / 4)
 
 
-def test_the_larger_the_latency_the_fewer_buckets() -> None:
+def test_higher_latency_makes_larger_buckets() -> None:
     others = [
         choose_sizes(AllReduceCost(latency, 8e-9, 0.0), 100 * MIB).other for latency in (0.0001, 0.0003, 0.001, 0.003)
     ]
     assert others == sorted(set(others))
 
 
-def test_a_pace_comes_from_a_link() -> None:
+def test_the_cost_follows_from_a_link_model() -> None:
     ranks = 3
     times = [(1024, 0.001, 0.001), (MIB, 0.011, 0.006), (4 * MIB, 0.041, 0.021)]
     link = LinkModel({"all_reduce": [LinkSample(ring_all_reduce_bytes(size, ranks), *each) for size, *each in times]})
-    pace = AllReduceCost.of(link, ranks)
-    assert pace.latency == 0.001
-    assert pace.seconds_per_byte == pytest.approx(0.01 / MIB, rel=1e-2)
-    assert pace.processor_share == pytest.approx(0.5, rel=1e-2)
+    cost = AllReduceCost.of(link, ranks)
+    assert cost.latency == 0.001
+    assert cost.seconds_per_byte == pytest.approx(0.01 / MIB, rel=1e-2)
+    assert cost.processor_share == pytest.approx(0.5, rel=1e-2)
 
 
-def test_what_is_asked_for_is_taken_and_nothing_is_measured() -> None:
-    # A group that would fail if anybody talked to it.
+def test_requested_sizes_are_used_without_measuring() -> None:
+    # A group that fails at any communication.
     group = Communicator()
     group.size = 2
     asked = BucketSizing((1, 2, 0), group, group, CPU, MIB)
@@ -98,16 +98,19 @@ def test_one_rank_has_one_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    ("buckets", "told"),
+    ("buckets", "buckets_line"),
     [
         ([MIB // 2], "gradients are sent in one bucket of 0.5 MiB, after the backward pass"),
         ([MIB, 9 * MIB, 4 * MIB], "gradients are sent in 3 buckets of 1 to 9 MiB"),
     ],
     ids=["one", "several"],
 )
-def test_the_log_says_what_was_measured_and_chosen(buckets: list[int], told: str) -> None:
+def test_the_log_says_what_was_measured_and_chosen(buckets: list[int], buckets_line: str) -> None:
     line = describe_choice(AllReduceCost(0.0021, 1e-8, 0.25), buckets)
-    assert line == f"an all-reduce has a latency of 2.1 ms and takes 10 ms per MiB, 25% of it processor time: {told}"
+    assert (
+        line
+        == f"an all-reduce has a latency of 2.1 ms and takes 10 ms per MiB, 25% of it processor time: {buckets_line}"
+    )
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ def layout(strategy: DDP) -> list[list[str]]:
 
 
 def hooks(strategy: DDP) -> int:
-    # torch has no other way to ask.
+    # torch has no public way to ask.
     return sum(bool(parameter._post_accumulate_grad_hooks) for parameter in strategy.model.parameters())
 
 
@@ -137,8 +140,8 @@ def measured_and_resumed(folder: Path) -> dict[str, Any]:
 
         first = build()
         saved = first.state_dict()
-        found = {"pace": saved["scalars"]["buckets"], "flat": layout(first), "hooks of one": hooks(first)}
-        # As if the saved run's link had been another.
+        found = {"cost": saved["scalars"]["buckets"], "flat": layout(first), "hooks of one": hooks(first)}
+        # As if the saved run had used another link.
         saved["scalars"]["buckets"] = {"latency": 0.0, "a_byte": 1e-6, "busy": 0.0}
         state = {**saved, "model": first.model_state(), "layout": first.layout}
         state["compressor"] = [saved["compressor"]] * runtime.world.size
@@ -163,31 +166,31 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(measured_and_resumed, 2, tmp_path_factory.mktemp("run"))
 
 
-def test_all_ranks_go_by_the_same_figures(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["pace"] == ranks[1]["pace"]
-    assert ranks[0]["pace"]["latency"] > 0
+def test_all_ranks_use_the_same_measured_cost(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["cost"] == ranks[1]["cost"]
+    assert ranks[0]["cost"]["latency"] > 0
 
 
 def test_a_single_bucket_needs_no_hooks(ranks: list[dict[str, Any]]) -> None:
-    for each in ranks:
-        assert [len(names) for names in each["flat"]] == [6]
-        assert each["hooks of one"] == 0
-        assert each["hooks of several"] == 6
+    for rank in ranks:
+        assert [len(names) for names in rank["flat"]] == [6]
+        assert rank["hooks of one"] == 0
+        assert rank["hooks of several"] == 6
 
 
-def test_a_resumed_run_has_the_layout_of_the_run_that_saved(ranks: list[dict[str, Any]]) -> None:
+def test_a_resumed_run_keeps_the_saved_run_s_layout(ranks: list[dict[str, Any]]) -> None:
     size = gradient_bytes_of(model())
-    for each in ranks:
-        assert len(each["again"]) > 1
-        assert each["again"] == ranks[0]["again"]
-        assert each["kept"]
-        # Of other ranks the figures say nothing about these.
-        assert each["elsewhere"] == each["flat"]
-        # What is asked for now goes before what was chosen then.
-        assert len(each["asked"]) > 2
-        assert sum(each["asked"]) == size
+    for rank in ranks:
+        assert len(rank["again"]) > 1
+        assert rank["again"] == ranks[0]["again"]
+        assert rank["kept"]
+        # A cost measured with another number of ranks is ignored.
+        assert rank["elsewhere"] == rank["flat"]
+        # A requested size takes precedence over the saved choice.
+        assert len(rank["asked"]) > 2
+        assert sum(rank["asked"]) == size
 
 
 def test_the_layout_changes_nothing_but_rounding(ranks: list[dict[str, Any]]) -> None:
-    for each in ranks:
-        torch.testing.assert_close(*each["parameters"], rtol=1e-5, atol=1e-7)
+    for rank in ranks:
+        torch.testing.assert_close(*rank["parameters"], rtol=1e-5, atol=1e-7)

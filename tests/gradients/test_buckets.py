@@ -1,4 +1,4 @@
-"""Gradients lie in flat buckets, in one order everywhere, and leave while the backward pass still runs."""
+"""Gradients are in flat buckets, in one order on all ranks, and are sent during the backward pass."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from distrain.reporting.metrics import Stopwatch
 KB = 1024
 
 
-class Recorder(NoCompression):
-    """Sends nothing; notes which buckets left, in which order, and how many parameters had a gradient by then."""
+class SendRecorder(NoCompression):
+    """Sends nothing; records which buckets were sent, in which order, and how many had a gradient by then."""
 
     def __init__(self) -> None:
         super().__init__(CompressionConfig(name="recorder"))
-        self.left: list[list[str]] = []
+        self.sent: list[list[str]] = []
         self.watched: list[Tensor] = []
         self.complete: list[int] = []
 
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
-        self.left.append(list(bucket.tensors))
+        self.sent.append(list(bucket.tensors))
         self.complete.append(sum(bool(gradient.any()) for gradient in self.watched))
         yield DONE
 
 
 def replicas(size: int) -> Communicator:
-    """A group of so many ranks as far as anybody can see who doesn't talk."""
+    """A communicator with so many ranks, which can't communicate."""
     communicator = Communicator()
     communicator.size = size
     return communicator
 
 
 def gradients(
-    named: Iterable[tuple[str, nn.Parameter]], recorder: Recorder, first_kb: float = 1000, other_kb: float = 1000
+    named: Iterable[tuple[str, nn.Parameter]], recorder: SendRecorder, first_kb: float = 1000, other_kb: float = 1000
 ) -> Gradients:
     stopwatch = Stopwatch(torch.device("cpu"))
     return Gradients(named, replicas(2), recorder, stopwatch, first_kb * KB / MIB, other_kb * KB / MIB)
@@ -71,7 +71,7 @@ def names(made: Gradients) -> list[list[str]]:
     ids=["one", "a small first", "full to the limit", "larger than any limit"],
 )
 def test_buckets_fill_up_in_reverse_order(first: float, other: float, expected: list[list[str]]) -> None:
-    made = gradients(parameters(a=2, b=2, c=4, d=2, e=1), Recorder(), first, other)
+    made = gradients(parameters(a=2, b=2, c=4, d=2, e=1), SendRecorder(), first, other)
     assert names(made) == expected
 
 
@@ -84,38 +84,38 @@ def test_buckets_fill_up_in_reverse_order(first: float, other: float, expected: 
         (7, [["e"], ["d", "c"], ["b", "a"]]),
         (100, [["e"], ["d", "c", "b", "a"]]),
     ],
-    ids=["none", "nothing fits", "one", "several", "all: what comes first is no reason to cut"],
+    ids=["none", "nothing fits", "one", "several", "all: the first bucket is no reason to split"],
 )
-def test_what_comes_last_travels_apart(last: float, expected: list[list[str]]) -> None:
+def test_the_last_gradients_form_a_bucket_of_their_own(last: float, expected: list[list[str]]) -> None:
     row = parameters(a=2, b=4, c=4, d=2, e=1)[::-1]
     parts = split_into_buckets(row, 1 * KB, 100 * KB, last * KB)
     assert [[name for name, _ in part] for part in parts] == expected
 
 
-def test_a_model_of_one_bucket_stays_one() -> None:
+def test_a_model_that_fits_into_one_bucket_is_not_split() -> None:
     row = parameters(a=2, b=4)[::-1]
     assert len(split_into_buckets(row, 6 * KB, 100 * KB, 2 * KB)) == 1
 
 
-def test_a_bucket_holds_one_type() -> None:
+def test_a_bucket_holds_one_dtype() -> None:
     named = [(name, nn.Parameter(torch.zeros(1, dtype=dtype))) for name, dtype in (
         ("a", torch.float32), ("b", torch.float64), ("c", torch.float64), ("d", torch.float32)
     )]  # fmt: skip
-    assert names(gradients(named, Recorder())) == [["d"], ["c", "b"], ["a"]]
+    assert names(gradients(named, SendRecorder())) == [["d"], ["c", "b"], ["a"]]
 
 
-def test_parameters_without_gradient_are_left_out() -> None:
+def test_parameters_without_gradient_are_ignored() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     model[0].requires_grad_(False)
-    made = gradients(model.named_parameters(), Recorder())
+    made = gradients(model.named_parameters(), SendRecorder())
     assert names(made) == [["1.bias", "1.weight"]]
     assert model[0].weight.grad is None
 
 
-def test_bytes_are_those_of_a_ring_over_each_bucket() -> None:
-    made = gradients(parameters(a=2, b=4), Recorder(), first_kb=1, other_kb=1)
+def test_bytes_per_step_are_those_of_a_ring_all_reduce_per_bucket() -> None:
+    made = gradients(parameters(a=2, b=4), SendRecorder(), first_kb=1, other_kb=1)
     assert made.bytes_per_step == ring_all_reduce_bytes(2 * KB, 2) + ring_all_reduce_bytes(4 * KB, 2)
-    alone = Gradients(parameters(a=2), Communicator(), Recorder(), Stopwatch(torch.device("cpu")))
+    alone = Gradients(parameters(a=2), Communicator(), SendRecorder(), Stopwatch(torch.device("cpu")))
     assert alone.bytes_per_step == 0
 
 
@@ -124,7 +124,7 @@ def test_gradients_are_views_with_the_parameters_strides() -> None:
     gapped = nn.Parameter(torch.zeros(4, 8)[:, ::2])
     transposed = nn.Parameter(torch.zeros(4, 8).t())
     named = [*model.named_parameters(), ("gapped", gapped), ("transposed", transposed)]
-    (bucket,) = gradients(named, Recorder()).buckets
+    (bucket,) = gradients(named, SendRecorder()).buckets
     assert bucket.flat.numel() == sum(parameter.numel() for _, parameter in named)
     for number, (name, parameter) in enumerate(named):
         assert parameter.grad is not None
@@ -156,7 +156,7 @@ class Tied(nn.Module):
 
 
 def reference(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """What torch sums up for these inputs, without buckets."""
+    """The gradients that torch accumulates for these inputs, without buckets."""
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     for each in inputs:
@@ -168,9 +168,9 @@ def reference(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), Tied])
-def test_backward_passes_add_up_in_place_and_leave_once(make: Callable[[], nn.Module]) -> None:
+def test_backward_passes_accumulate_in_place_and_buckets_are_sent_once(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    model, recorder = make(), Recorder()
+    model, recorder = make(), SendRecorder()
     made = gradients(model.named_parameters(), recorder, first_kb=0.01, other_kb=0.01)
     places = {
         name: parameter.grad.data_ptr() for name, parameter in model.named_parameters() if parameter.grad is not None
@@ -178,14 +178,14 @@ def test_backward_passes_add_up_in_place_and_leave_once(make: Callable[[], nn.Mo
     for _ in range(2):
         inputs = [torch.randn(6, 5), torch.randn(2, 5)]
         expected = reference(model, inputs)
-        recorder.left.clear()
+        recorder.sent.clear()
         made.zero()
         model(inputs[0]).square().sum().backward()
-        assert recorder.left == []
+        assert recorder.sent == []
         made.begin_last_backward()
         model(inputs[1]).square().sum().backward()
         made.finish()
-        assert recorder.left == names(made)
+        assert recorder.sent == names(made)
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             assert parameter.grad.data_ptr() == places[name]
@@ -193,10 +193,10 @@ def test_backward_passes_add_up_in_place_and_leave_once(make: Callable[[], nn.Mo
     assert sum(len(bucket.tensors) for bucket in made.buckets) == len(list(model.named_parameters()))
 
 
-def test_the_norm_is_torch_s() -> None:
+def test_the_norm_equals_torch_s() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30))
-    made = gradients(model.named_parameters(), Recorder(), first_kb=1, other_kb=2)
+    made = gradients(model.named_parameters(), SendRecorder(), first_kb=1, other_kb=2)
     assert len(made.buckets) > 2
     model(torch.randn(8, 50)).square().sum().backward()
     expected = torch.nn.utils.get_total_norm([bucket.flat for bucket in made.buckets])
@@ -207,11 +207,11 @@ def test_the_norm_is_torch_s() -> None:
     assert made.norm() == before / 4
 
 
-# --- leaving ---------------------------------------------------------------------------------------------------------
+# --- sending ---------------------------------------------------------------------------------------------------------
 
 
 class Backwards(nn.Module):
-    """Uses its layers against the order in which they are listed."""
+    """Uses its layers in the reverse of the order in which they are listed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,71 +223,71 @@ class Backwards(nn.Module):
         return input
 
 
-def one_layer_a_bucket(model: nn.Module, recorder: Recorder) -> Gradients:
+def one_layer_a_bucket(model: nn.Module, recorder: SendRecorder) -> Gradients:
     made = gradients(model.named_parameters(), recorder, first_kb=48 / KB, other_kb=48 / KB)
     assert [len(bucket.tensors) for bucket in made.buckets] == [2, 2, 2]
     recorder.watched = [bucket.flat for bucket in made.buckets]
     return made
 
 
-def test_a_bucket_leaves_while_the_backward_pass_still_runs() -> None:
-    recorder = Recorder()
+def test_buckets_are_sent_during_the_backward_pass() -> None:
+    recorder = SendRecorder()
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     made = one_layer_a_bucket(model, recorder)
     made.begin_last_backward()
     model(torch.ones(1, 3)).sum().backward()
-    assert recorder.left == names(made)
+    assert recorder.sent == names(made)
     assert recorder.complete == [1, 2, 3]
 
 
-def test_buckets_leave_in_their_order_whatever_the_backward_pass_finishes_first() -> None:
-    recorder, model = Recorder(), Backwards()
+def test_buckets_are_sent_in_order_even_if_later_ones_are_complete_first() -> None:
+    recorder, model = SendRecorder(), Backwards()
     made = one_layer_a_bucket(model, recorder)
     made.begin_last_backward()
     model(torch.ones(1, 3)).sum().backward()
-    assert recorder.left == names(made)
-    # The first bucket was complete last, and the others waited for it.
+    assert recorder.sent == names(made)
+    # The first bucket was complete last, so the others had to wait for it.
     assert recorder.complete == [3, 3, 3]
 
 
 def test_unused_parameters_and_an_empty_share_contribute_zeros() -> None:
-    recorder = Recorder()
+    recorder = SendRecorder()
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     made = one_layer_a_bucket(model, recorder)
     model(torch.ones(1, 3)).sum().backward()
     made.zero()
     made.begin_last_backward()
-    # The last layer, which fills the first bucket, takes no part.
+    # The last layer, whose gradients are in the first bucket, is not used.
     model[1](model[0](torch.ones(1, 3))).sum().backward()
-    assert recorder.left == []
+    assert recorder.sent == []
     made.finish()
-    assert recorder.left == names(made)
+    assert recorder.sent == names(made)
     assert [bool(bucket.flat.any()) for bucket in made.buckets] == [False, True, True]
-    recorder.left.clear()
+    recorder.sent.clear()
     made.zero()
     made.begin_last_backward()
     made.finish()
-    assert recorder.left == names(made)
+    assert recorder.sent == names(made)
     assert not any(bucket.flat.any() for bucket in made.buckets)
 
 
 @pytest.mark.parametrize("make", [Backwards, lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))])
-def test_nothing_leaves_unless_armed(make: Callable[[], nn.Module]) -> None:
-    recorder, model = Recorder(), make()
+def test_nothing_is_sent_before_the_last_backward_pass(make: Callable[[], nn.Module]) -> None:
+    recorder, model = SendRecorder(), make()
     made = one_layer_a_bucket(model, recorder)
     model(torch.ones(1, 3)).sum().backward()
-    assert recorder.left == []
+    assert recorder.sent == []
     made.begin_last_backward()
     model(torch.ones(1, 3)).sum().backward()
     made.finish()
-    assert len(recorder.left) == 3
+    assert len(recorder.sent) == 3
     model(torch.ones(1, 3)).sum().backward()
-    assert len(recorder.left) == 3
+    assert len(recorder.sent) == 3
 
 
-def test_the_wait_is_booked_as_communication() -> None:
+def test_waiting_is_recorded_as_communication() -> None:
     stopwatch = Stopwatch(torch.device("cpu"))
-    made = Gradients(parameters(a=1), replicas(2), Recorder(), stopwatch)
+    made = Gradients(parameters(a=1), replicas(2), SendRecorder(), stopwatch)
     made.begin_last_backward()
     with stopwatch.step():
         made.finish()

@@ -138,7 +138,7 @@ def measure(
     return costs
 
 
-def measure_link(line: Communicator, device: torch.device, repeats: int = 3) -> tuple[float, float]:
+def measure_point_to_point(line: Communicator, device: torch.device, repeats: int = 3) -> tuple[float, float]:
     """Times messages between the first two ranks of a pipeline; all its ranks call it together.
 
     Returns:

@@ -221,7 +221,7 @@ class Pipeline(Strategy[PipelineConfig]):
             # Pieces as the schedule will make them, and no smaller than two samples, which BatchNorm needs.
             size = max(2, len(example) // self.options.microbatches)
             costs = split.measure(model, example[:size], self.precision.autocast)
-        link = split.measure_link(self.line, self.runtime.device)
+        link = split.measure_point_to_point(self.line, self.runtime.device)
         mine = {"costs": split.to_rows(costs), "link": link}
         measured = self.runtime.communicator().all_gather_json(mine, self.runtime.device)[0]
         costs = [split.BlockCost(**row) for row in measured["costs"]]
