@@ -37,14 +37,14 @@ from distrain.data.decode import DecodeError
 from distrain.data.digits import Digits
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from distrain.strategies.parameter_server.collectives import Meeting
-from distrain.strategies.parameter_server.connect import CHANNELS, Address, Door, enter
-from distrain.strategies.parameter_server.protocol import Frame, Kind, ProtocolError
-from distrain.strategies.parameter_server.server import receive_state
+from distrain.strategies.parameter_server.collectives import CollectiveServer
+from distrain.strategies.parameter_server.connect import CHANNELS, Address, Listener, connect_to_server
+from distrain.strategies.parameter_server.optimizer_wire import receive_optimizer_state
+from distrain.strategies.parameter_server.protocol import Frame, FrameKind, ProtocolError
 from tests.data.helpers import ROOT, source, write_image
 from tests.harness import run_ranks
 from tests.runs import CONF, small, train_on_rank
-from tests.strategies.parameter_server.helpers import pair
+from tests.strategies.parameter_server.helpers import connected_pair
 from tests.trained import original, replace_section, run
 
 __all__ = ["original", "run"]
@@ -540,45 +540,47 @@ HEADER = struct.Struct("!4sBxxxIQ")
     [
         b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
         os.urandom(4096),
-        HEADER.pack(b"dst1", Kind.HELLO, (1 << 32) - 1, 0),
-        HEADER.pack(b"dst1", Kind.HELLO, 0, (1 << 64) - 1),
-        HEADER.pack(b"dst1", Kind.HELLO, 4000, 0) + b"[" * 4000,
-        HEADER.pack(b"dst1", Kind.HELLO, 17, 0) + b'{"token":"\\ud800"}'[:17],
-        HEADER.pack(b"dst1", Kind.HELLO, 18, 0) + b'{"token":"\\ud800"}',
-        HEADER.pack(b"dst1", Kind.HELLO, 13, 0) + b'{"token":[1]}',
-        HEADER.pack(b"dst1", Kind.LOAD, 0, 8) + bytes(8),
+        HEADER.pack(b"dst1", FrameKind.HELLO, (1 << 32) - 1, 0),
+        HEADER.pack(b"dst1", FrameKind.HELLO, 0, (1 << 64) - 1),
+        HEADER.pack(b"dst1", FrameKind.HELLO, 4000, 0) + b"[" * 4000,
+        HEADER.pack(b"dst1", FrameKind.HELLO, 17, 0) + b'{"token":"\\ud800"}'[:17],
+        HEADER.pack(b"dst1", FrameKind.HELLO, 18, 0) + b'{"token":"\\ud800"}',
+        HEADER.pack(b"dst1", FrameKind.HELLO, 13, 0) + b'{"token":[1]}',
+        HEADER.pack(b"dst1", FrameKind.LOAD, 0, 8) + bytes(8),
         b"",
     ],
     ids=["http", "noise", "long", "large", "deep", "no JSON", "no text", "no string", "another kind", "nothing"],
 )
-def test_a_stranger_at_the_door_is_turned_away(sent: bytes) -> None:
-    door = Door(Address("127.0.0.1", "127.0.0.1", socket.AF_INET))
+def test_a_client_without_the_token_is_refused(sent: bytes) -> None:
+    listener = Listener(Address("127.0.0.1", "127.0.0.1", socket.AF_INET))
     answers: list[bytes] = []
 
     def come() -> None:
-        with socket.create_connection(("127.0.0.1", door.port)) as stranger:
+        with socket.create_connection(("127.0.0.1", listener.port)) as stranger:
             try:
                 stranger.sendall(sent)
                 stranger.shutdown(socket.SHUT_WR)
                 answers.append(stranger.recv(100))
             except OSError:
-                # Turned away before all was said.
+                # Disconnected before everything was sent.
                 answers.append(b"")
-        for connection in enter(RankName(1, "there"), "127.0.0.1", door.port, door.token, 0, 10).values():
+        for connection in connect_to_server(
+            RankName(1, "there"), "127.0.0.1", listener.port, listener.token, 0, 10
+        ).values():
             connection.close()
 
     visitor = threading.Thread(target=come)
     visitor.start()
-    found = door.admit([RankName(0, "here")], 10)
+    connections = listener.accept_workers([RankName(0, "here")], 10)
     visitor.join()
     assert answers == [b""]
-    assert sorted(channel for _, channel in found) == sorted(CHANNELS)
-    for connection in found.values():
+    assert sorted(channel for _, channel in connections) == sorted(CHANNELS)
+    for connection in connections.values():
         connection.close()
 
 
-def test_a_pickle_at_the_door_is_no_frame(planted: bytes) -> None:
-    test_a_stranger_at_the_door_is_turned_away(planted)
+def test_a_client_that_sends_a_pickle_is_refused(planted: bytes) -> None:
+    test_a_client_without_the_token_is_refused(planted)
 
 
 @pytest.mark.parametrize(
@@ -586,26 +588,28 @@ def test_a_pickle_at_the_door_is_no_frame(planted: bytes) -> None:
     [
         {"operation": "broadcast", "dtype": "float32", "source": [0]},
         {"operation": "broadcast", "dtype": "float32"},
-        {"operation": "tally", "dtype": "int64", "name": {}, "wait": True},
+        {"operation": "accumulate", "dtype": "int64", "name": {}, "wait": True},
         {"operation": ["sum"], "dtype": "float32"},
         {"operation": "sum", "dtype": "load"},
         {"operation": "sum", "dtype": {}},
     ],
 )
-def test_a_worker_that_says_nonsense_is_named(meta: dict[str, Any]) -> None:
-    meeting = Meeting([0], threading.Condition(threading.RLock()), 100)
-    frame = Frame(Kind.COLLECTIVE, meta, 0, "rank 0 on here")
+def test_a_worker_that_sends_an_invalid_collective_is_named(meta: dict[str, Any]) -> None:
+    server = CollectiveServer([0], threading.Condition(threading.RLock()), 100)
+    frame = Frame(FrameKind.COLLECTIVE, meta, 0, "rank 0 on here")
     empty = torch.empty(0, dtype=torch.uint8)
-    said = one_line(lambda: meeting.enter(0, frame, empty, lambda done, awaited: None), ProtocolError)
+    said = one_line(lambda: server.join(0, frame, empty, lambda done, awaited: None), ProtocolError)
     assert said.startswith("COLLECTIVE frame of rank 0 on here: ")
 
 
 @pytest.mark.parametrize("entry", [[["a"], "float32", []], ["a/b", ["float32"], []], ["a/b", "float32", [1 << 60]], {}])
 def test_state_of_the_wrong_kind_is_refused(entry: object) -> None:
-    with pair() as (server, worker):
-        worker.send(Kind.STATE, {"tensors": [entry], "scalars": {}})
-        named = {"a": torch.nn.Parameter(torch.zeros(2))}
-        assert "STATE frame of the server" in one_line(lambda: receive_state(server, named), ProtocolError)
+    with connected_pair() as (server, worker):
+        worker.send(FrameKind.STATE, {"tensors": [entry], "scalars": {}})
+        parameters = {"a": torch.nn.Parameter(torch.zeros(2))}
+        assert "STATE frame of the server" in one_line(
+            lambda: receive_optimizer_state(server, parameters), ProtocolError
+        )
 
 
 @pytest.mark.parametrize("value", ["²", "-1", "1e3", "", " 1", "9" * 5000])

@@ -24,7 +24,7 @@ from distrain.runtime import runtime as runtime_module
 from distrain.runtime.consensus import AllReduceConsensus, Request, RunControl, SingleRankConsensus
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.parameter_server.stop_decision import Bulletin
+from distrain.strategies.parameter_server.stop_decision import StopDecision
 from distrain.training.callbacks import Callback
 from distrain.training.trainer import Trainer
 from tests.harness import run_ranks
@@ -292,7 +292,7 @@ def test_a_decision_is_for_a_step_that_no_worker_has_passed() -> None:
     draw = random.Random(0)
     for _ in range(300):
         in_flight, workers = draw.choice([0, 1]), draw.choice([1, 2, 4])
-        board = Bulletin(in_flight)
+        decision = StopDecision(in_flight)
         pushes = [0] * workers
         knows: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
         acted: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
@@ -302,8 +302,8 @@ def test_a_decision_is_for_a_step_that_no_worker_has_passed() -> None:
             if acted[rank] and acted[rank][-1][0] == pushes[rank] and min(pushes) < pushes[rank]:
                 continue
             pushes[rank] += 1
-            board.hear(draw.choice([0, 0, 0, 1, 8]), pushes[rank], pushes)
-            knows[rank].append((board.step, board.wishes))
+            decision.add_request(draw.choice([0, 0, 0, 1, 8]), pushes[rank], pushes)
+            knows[rank].append((decision.step, decision.requests))
             # The answer to a push is there when the steps under way are over.
             answered = len(knows[rank]) - 1 - in_flight
             if answered >= 0 and knows[rank][answered][0] == pushes[rank]:

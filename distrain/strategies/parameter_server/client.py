@@ -1,4 +1,4 @@
-"""The worker's side: pushes a shard's gradients to its server as the backward pass completes them, and pulls."""
+"""The worker's side: pushes gradients to the servers as the backward pass completes them, and pulls parameters."""
 
 from __future__ import annotations
 
@@ -18,313 +18,355 @@ from distrain.compression.base import MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.errors import PeerLost
 from distrain.reporting.metrics import Stopwatch
-from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
-from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind
-from distrain.strategies.parameter_server.server import described, packed, receive_state
-from distrain.strategies.parameter_server.shards import Packed
+from distrain.strategies.parameter_server.heartbeat import Farewell, HeartbeatMonitor, failure_reason
+from distrain.strategies.parameter_server.optimizer_wire import encode_optimizer_state, receive_optimizer_state
+from distrain.strategies.parameter_server.protocol import Connection, Frame, FrameKind
+from distrain.strategies.parameter_server.shards import ParameterBuffer
 
 log = logging.getLogger(__name__)
 
-#: How long a connection that broke off may wait for the words that explain it.
+#: After a connection broke off: how long to wait for the peer's explanation.
 _EXPLANATION_SECONDS = 2.0
-#: Of the last answer in the running mean of how long answers took.
-_WEIGHT = 0.2
+#: Weight of the latest answer in the running mean of how long answers took.
+_LATEST_WEIGHT = 0.2
 
 
 class Expelled(RuntimeError):
-    """The servers gave this worker up and go on without it."""
+    """A server has excluded this worker from the run, which continues without it."""
 
 
-class Link:
-    """A worker's connections to one server, and the shard of the model that lies there.
+class ServerClient:
+    """A worker's connections to one server, and the worker's copy of the shard that the server holds.
 
-    A push is a row of frames, one a bucket, each sent as soon as it is complete; a thread of this link sends them and
-    then waits for the answer, so the worker may compute meanwhile. Bytes are counted here for both directions, since
-    servers have no steps to count them in.
+    A push is a sequence of frames, one for each bucket; each is sent as soon as its bucket is complete. A thread of the
+    client's own sends them and then receives the answer, so the worker can compute meanwhile. The client counts the
+    bytes of both directions, because a server has no steps by which it could count them.
+
+    It is also a :class:`distrain.gradients.buckets.Carrier`: :class:`~distrain.gradients.buckets.Gradients` hands its
+    buckets to it.
 
     Args:
-        server: Who is at the other end.
-        connections: By channel.
-        named: The shard's parameters by name.
-        compressor: Writes the messages; it keeps what they leave out.
-        stopwatch: Where the time spent compressing is booked.
-        ledger: Where bytes are counted.
-        silence_seconds: How long the server may give no sign of life.
+        server: The server, for messages.
+        connections: Connections to the server, by channel.
+        parameters: The shard's parameters by name.
+        compressor: Encodes the gradients; it keeps what the messages leave out.
+        stopwatch: Records the time spent on compression.
+        ledger: Counts bytes.
+        heartbeat_timeout_seconds: The longest time without a heartbeat from the server.
 
     Attributes:
-        version: Updates that the server had done when it sent the parameters that the worker has.
-        seconds: How long answers took lately, from the end of the backward pass on, less what the server held back.
-        lost: What the server says of workers that are gone, by rank.
-        wish: What this worker wishes all to do (:class:`distrain.runtime.consensus.Request`), sent with the next push.
-        servers_wish: What the server wishes.
-        decided: Of the last decision: the step after which, and the wishes.
+        server: The server.
+        parameters: The shard's parameters by name.
+        version: Number of updates that the server had made when it sent the parameters that the worker has.
+        answer_seconds: Running mean of how long answers took, from the end of the backward pass on, without the time
+            for which the server made the worker wait for slower ones.
+        lost_workers: The server's records of the workers that are lost, by rank.
+        requests: What this worker requests of all ranks (:class:`distrain.runtime.consensus.Request`); sent with the
+            next push.
+        server_requests: What the server requests of all ranks.
+        decision: The server's latest decision: the step after which all ranks act, and the requests that they follow.
     """
 
     def __init__(
         self,
         server: RankName,
         connections: Mapping[str, Connection],
-        named: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         compressor: MessageCompressor,
         stopwatch: Stopwatch,
         ledger: Ledger,
-        silence_seconds: float,
+        heartbeat_timeout_seconds: float,
     ) -> None:
         self.server = server
-        self.named = named
+        self.parameters = parameters
         self.version = 0
-        self.seconds = 0.0
-        self.lost: dict[int, dict[str, Any]] = {}
-        self.wish = self.servers_wish = 0
-        self.decided = (0, 0)
+        self.answer_seconds = 0.0
+        self.lost_workers: dict[int, dict[str, Any]] = {}
+        self.requests = self.server_requests = 0
+        self.decision = (0, 0)
         self._connections = connections
         self._compressor = compressor
         self._stopwatch = stopwatch
         self._ledger = ledger
-        self._room = Packed(list(named.values()))
+        self._buffer = ParameterBuffer(list(parameters.values()))
         self._thread = ThreadPoolExecutor(1)
-        self._asked: Future[Frame] | None = None
-        self._head: dict[str, Any] | None = None
-        self._index = 0
-        self._pulse = Pulse(connections["pulse"], silence_seconds, self._ended)
+        self._pending_answer: Future[Frame] | None = None
+        self._push_header: dict[str, Any] | None = None
+        self._next_bucket = 0
+        self._monitor = HeartbeatMonitor(connections["heartbeat"], heartbeat_timeout_seconds, self._handle_farewell)
 
     @property
     def bytes(self) -> int:
         """Size of the shard's parameters."""
-        return self._room.bytes.numel()
+        return self._buffer.data.numel()
 
-    # --- what Gradients asks of what carries its buckets -------------------------------------------------------------
+    # --- the carrier of the gradients' buckets -----------------------------------------------------------------------
 
     def begin_last_backward(self) -> None:
-        """Nothing to prepare: :meth:`begin` has."""
+        """Does nothing: :meth:`begin_push` has prepared the push."""
 
     def start(self, bucket: Bucket) -> None:
-        """Sends a bucket of the step that :meth:`begin` began; it may be changed at once."""
-        if self._head is not None:
-            self._send(Kind.PUSH, self._head, None)
-            self._head = None
+        """Sends a bucket of the push that :meth:`begin_push` began; the bucket may be changed at once."""
+        if self._push_header is not None:
+            self._send(FrameKind.PUSH, self._push_header, None)
+            self._push_header = None
         with self._stopwatch.compression():
             payload = self._compressor.encode(bucket).cpu()
         self._ledger.sent["push"] += payload.numel()
-        self._send(Kind.BUCKET, {"index": self._index}, payload)
-        self._index += 1
+        self._send(FrameKind.BUCKET, {"index": self._next_bucket}, payload)
+        self._next_bucket += 1
 
     def finish(self) -> None:
-        """Nothing to wait for: the answer is taken by :meth:`take`."""
+        """Does nothing: :meth:`take_parameters` waits for the answer."""
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int, rate: float, count: int, share: float) -> None:
-        """Says what the next buckets are.
+    def begin_push(self, step: int, learning_rate: float, samples: int, share: float) -> None:
+        """Prepares the push of the next buckets.
 
         Args:
-            step: The compressor's.
-            rate: Learning rate of a whole batch's update.
-            count: Samples in this worker's share.
-            share: What part of the batch they are.
+            step: The compressor's step.
+            learning_rate: Learning rate of a whole batch's update.
+            samples: Number of samples in this worker's part of the batch.
+            share: This part, from 0 to 1.
         """
-        self._head = {
-            "step": step, "rate": rate, "count": count, "share": share, "version": self.version, "wish": self.wish
-        }  # fmt: skip
-        self._index = 0
+        self._push_header = {
+            "step": step,
+            "learning_rate": learning_rate,
+            "samples": samples,
+            "share": share,
+            "version": self.version,
+            "requests": self.requests,
+        }
+        self._next_bucket = 0
 
-    def ask(self) -> None:
-        """After a push: lets the link's thread wait for the parameters that answer it."""
-        self._asked = self._thread.submit(self._receive, time.perf_counter())
+    def start_receiving(self) -> None:
+        """Call after a push: the client's thread begins to wait for the parameters that answer it."""
+        self._pending_answer = self._thread.submit(self._receive_parameters, time.perf_counter())
         self._ledger.sent["pull"] += self.bytes
 
-    def square(self) -> float:
-        """After a push that is to be clipped: squared norm of the summed gradient of this shard."""
-        with self._explained():
-            return self._thread.submit(self._receive_square).result()
+    def receive_squared_norm(self) -> float:
+        """Call after a push that the server clips: returns the squared norm of the shard's summed gradient."""
+        with self._explain_lost_connection():
+            return self._thread.submit(self._receive_squared_norm).result()
 
-    def answer(self, norm: float) -> None:
-        """Tells the server the norm over all shards."""
-        self._send(Kind.NORM, {"norm": norm}, None)
+    def send_global_norm(self, norm: float) -> None:
+        """Sends the server the norm over all shards."""
+        self._send(FrameKind.NORM, {"norm": norm}, None)
 
     def pull(self) -> None:
-        """Asks for the newest parameters, without a push."""
-        self._send(Kind.PULL, None, None)
-        self.ask()
+        """Requests the newest parameters without a push; :meth:`take_parameters` waits for them."""
+        self._send(FrameKind.PULL, None, None)
+        self.start_receiving()
 
-    def take(self) -> None:
-        """Waits for the parameters that were asked for, if any were, and gives them to the model."""
-        if self._asked is None:
-            return
-        with self._explained():
-            frame = self._asked.result()
-        self._asked = None
-        self.version = frame.whole("version")
-        self.lost = {int(told["rank"]): told for told in frame.meta.get("lost", [])}
-        self.servers_wish, self.decided = frame.whole("wish"), (frame.whole("decided"), frame.whole("wishes"))
-        self._room.unpack()
-
-    def _send(self, kind: Kind, meta: Mapping[str, Any] | None, body: Tensor | None) -> None:
-        # What goes wrong in there also goes wrong in the task after it, which is waited for.
-        self._thread.submit(self._connections["work"].send, kind, meta, body)
-
-    def _receive(self, asked: float) -> Frame:
-        frame = self._connections["work"].receive(Kind.PARAMETERS)
-        self._connections["work"].read_into(frame, self._room.bytes)
-        took = time.perf_counter() - asked - frame.real("waited")
-        self.seconds += _WEIGHT * (took - self.seconds)
-        return frame
-
-    def _receive_square(self) -> float:
-        frame = self._connections["work"].receive(Kind.NORM)
-        self._connections["work"].read(frame, 0)
-        return frame.real("square")
-
-    # --- everything else ---------------------------------------------------------------------------------------------
-
-    def talk(
-        self,
-        kind: Kind,
-        meta: Mapping[str, Any] | None = None,
-        body: Tensor | None = None,
-        answer: Kind | None = None,
-        expected: Callable[[Frame], int] = lambda _: 0,
-    ) -> tuple[Frame, Tensor]:
-        """Asks something and waits for the answer.
-
-        Args:
-            kind: Of the frame that asks.
-            meta: Its JSON.
-            body: Its bytes.
-            answer: Kind of the answer; by default the same.
-            expected: How many bytes an answer with this JSON may have.
+    def take_parameters(self) -> None:
+        """Waits for the parameters that were requested, if any, and copies them into the model.
 
         Raises:
-            PeerLost: The server is gone, or says who else is.
+            Expelled: The server has excluded this worker.
+            PeerLost: The server, or another rank that the run needs, is lost.
         """
-        connection = self._connections["talk"]
-        with self._explained():
-            connection.send(kind, meta, body)
-            frame = connection.receive(answer or kind)
-            return frame, connection.read(frame, expected(frame))
+        if self._pending_answer is None:
+            return
+        with self._explain_lost_connection():
+            frame = self._pending_answer.result()
+        self._pending_answer = None
+        self.version = frame.integer("version")
+        self.lost_workers = {int(record["rank"]): record for record in frame.meta.get("lost", [])}
+        self.server_requests = frame.integer("server_requests")
+        self.decision = (frame.integer("decided_step"), frame.integer("decided_requests"))
+        self._buffer.unpack()
 
-    def fetch_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the server's optimizer keeps; see :func:`distrain.strategies.parameter_server.server.receive_state`."""
-        connection = self._connections["talk"]
-        with self._explained():
-            connection.send(Kind.STATE)
-            return receive_state(connection, self.named)
+    def _send(self, kind: FrameKind, meta: Mapping[str, Any] | None, body: Tensor | None) -> None:
+        # The result is not waited for: if sending fails, receiving the answer fails too, and that is waited for.
+        self._thread.submit(self._connections["parameters"].send, kind, meta, body)
+
+    def _receive_parameters(self, started: float) -> Frame:
+        frame = self._connections["parameters"].receive(FrameKind.PARAMETERS)
+        self._connections["parameters"].read_body_into(frame, self._buffer.data)
+        seconds = time.perf_counter() - started - frame.number("waited")
+        self.answer_seconds += _LATEST_WEIGHT * (seconds - self.answer_seconds)
+        return frame
+
+    def _receive_squared_norm(self) -> float:
+        frame = self._connections["parameters"].receive(FrameKind.NORM)
+        self._connections["parameters"].read_body(frame, 0)
+        return frame.number("square")
+
+    # --- all other requests ------------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        kind: FrameKind,
+        meta: Mapping[str, Any] | None = None,
+        body: Tensor | None = None,
+        answer_kind: FrameKind | None = None,
+        expected_size: Callable[[Frame], int] = lambda _: 0,
+    ) -> tuple[Frame, Tensor]:
+        """Sends a request and waits for the answer.
+
+        Args:
+            kind: Kind of the request.
+            meta: Its JSON.
+            body: Its body, uint8 ``[bytes]``.
+            answer_kind: Kind of the answer; by default the same.
+            expected_size: Returns the size in bytes that the body of an answer must have.
+
+        Returns:
+            The answer and its body.
+
+        Raises:
+            Expelled: The server has excluded this worker.
+            PeerLost: The server, or another rank that the run needs, is lost.
+        """
+        connection = self._connections["requests"]
+        with self._explain_lost_connection():
+            connection.send(kind, meta, body)
+            frame = connection.receive(answer_kind or kind)
+            return frame, connection.read_body(frame, expected_size(frame))
+
+    def fetch_optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fetches the state of the server's optimizer.
+
+        Returns:
+            As :func:`distrain.strategies.parameter_server.optimizer_wire.receive_optimizer_state`.
+        """
+        connection = self._connections["requests"]
+        with self._explain_lost_connection():
+            connection.send(FrameKind.STATE)
+            return receive_optimizer_state(connection, self.parameters)
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Gives the server the model's parameters of its shard, and its optimizer's state."""
-        connection = self._connections["talk"]
-        mine = {key: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] in self.named}
-        told = {key: value for key, value in scalars.items() if key.rpartition("/")[0] in self.named}
-        with self._explained():
-            connection.send(Kind.LOAD, None, self._room.pack())
-            connection.send(Kind.STATE, {"tensors": described(mine), "scalars": told}, packed(mine))
-            connection.read(connection.receive(Kind.DONE), 0)
+        """Sends the server the model's parameters and the optimizer's state, of which it gets its shard's part.
+
+        Args:
+            tensors: The whole model's optimizer state, by ``<parameter name>/<state name>``.
+            scalars: Its other values, by the same kind of name.
+        """
+        connection = self._connections["requests"]
+        shard_tensors = {name: tensor for name, tensor in tensors.items() if self._holds(name)}
+        shard_scalars = {name: value for name, value in scalars.items() if self._holds(name)}
+        with self._explain_lost_connection():
+            connection.send(FrameKind.LOAD, None, self._buffer.pack())
+            connection.send(FrameKind.STATE, *encode_optimizer_state(shard_tensors, shard_scalars))
+            connection.read_body(connection.receive(FrameKind.DONE), 0)
+
+    def _holds(self, state_name: str) -> bool:
+        return state_name.rpartition("/")[0] in self.parameters
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def leave(self, stopped: str | None = None) -> None:
-        """Tells the server that this worker is done, and waits until it has heard.
+    def leave(self, stop_reason: str | None = None) -> None:
+        """Tells the server that this worker has finished, and waits for the server's farewell.
 
         Args:
-            stopped: By what, if before its time.
+            stop_reason: What stopped the worker, if it finished before the end of the training.
         """
-        with self._explained():
-            self._pulse.leave(stopped)
-        word = self._pulse.last_word(_EXPLANATION_SECONDS)
-        if not word.left:
-            log.warning("the server, %s, went before this worker's leave: %s", self.server, word.reason)
+        with self._explain_lost_connection():
+            self._monitor.leave(stop_reason)
+        farewell = self._monitor.wait_for_farewell(_EXPLANATION_SECONDS)
+        if not farewell.finished:
+            log.warning("the server, %s, ended before this worker could leave: %s", self.server, farewell.reason)
         self._close()
 
     def abandon(self, error: BaseException, *, fatal: bool = False) -> None:
-        """Tells the server why this worker fails, and cuts the connections.
+        """Tells the server why this worker fails, and ends the connections.
 
         Args:
-            error: Why.
-            fatal: The others must not go on without it.
+            error: The reason.
+            fatal: The other workers must not continue without this one.
         """
-        reason, culprit = last_word_of(error)
+        reason, culprit = failure_reason(error)
         with contextlib.suppress(OSError):
-            self._pulse.say(reason, culprit=culprit, fatal=fatal)
+            self._monitor.report_failure(reason, culprit=culprit, fatal=fatal)
         self._close()
 
     def _close(self) -> None:
-        self._pulse.cut()
-        self._cut()
+        self._monitor.shut_down()
+        self._shut_down()
         self._thread.shutdown(cancel_futures=True)
-        for channel in ("work", "talk"):
+        for channel in ("parameters", "requests"):
             self._connections[channel].close()
 
-    def _cut(self) -> None:
-        for channel in ("work", "talk"):
-            self._connections[channel].cut()
+    def _shut_down(self) -> None:
+        for channel in ("parameters", "requests"):
+            self._connections[channel].shut_down()
 
-    def _ended(self, word: Word) -> None:
-        if not word.left:
-            # Wakes up whoever waits for an answer that will not come.
-            self._cut()
+    def _handle_farewell(self, farewell: Farewell) -> None:
+        if not farewell.finished:
+            # Wakes a thread that waits for an answer which will not come.
+            self._shut_down()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns a connection that breaks off into who is gone and why."""
+    def _explain_lost_connection(self) -> Iterator[None]:
+        """Turns the error of a connection that broke off into one that says which rank is lost and why."""
         try:
             yield
         except OSError as error:
-            word = self._pulse.last_word(_EXPLANATION_SECONDS)
-            if word.expelled:
-                raise Expelled(f"the server, {self.server}, gave this worker up: {word.reason}") from error
-            culprit = word.culprit or self.server
-            raise PeerLost(culprit.rank, culprit.host, word.reason) from error
+            farewell = self._monitor.wait_for_farewell(_EXPLANATION_SECONDS)
+            if farewell.expelled:
+                raise Expelled(f"the server, {self.server}, excluded this worker: {farewell.reason}") from error
+            culprit = farewell.culprit or self.server
+            raise PeerLost(culprit.rank, culprit.host, farewell.reason) from error
 
 
-class Links:
-    """All links of a worker."""
+class ServerClients:
+    """A worker's clients of all servers; each method does to all of them what :class:`ServerClient` does to one.
 
-    def __init__(self, links: list[Link]) -> None:
-        self.links = links
+    Attributes:
+        clients: One for each server.
+    """
+
+    def __init__(self, clients: list[ServerClient]) -> None:
+        self.clients = clients
 
     @property
-    def seconds(self) -> float:
-        """How long the answers of the slowest server took lately."""
-        return max(link.seconds for link in self.links)
+    def answer_seconds(self) -> float:
+        """Running mean of how long the answers of the slowest server took."""
+        return max(client.answer_seconds for client in self.clients)
 
-    def begin(self, step: int, rate: float, count: int, share: float) -> None:
-        """See :meth:`Link.begin`."""
-        for link in self.links:
-            link.begin(step, rate, count, share)
+    def begin_push(self, step: int, learning_rate: float, samples: int, share: float) -> None:
+        """Prepares a push; see :meth:`ServerClient.begin_push`."""
+        for client in self.clients:
+            client.begin_push(step, learning_rate, samples, share)
 
-    def ask(self) -> None:
-        """See :meth:`Link.ask`."""
-        for link in self.links:
-            link.ask()
+    def start_receiving(self) -> None:
+        """Begins to wait for the answers to a push."""
+        for client in self.clients:
+            client.start_receiving()
 
-    def take(self) -> None:
-        """See :meth:`Link.take`."""
-        for link in self.links:
-            link.take()
+    def take_parameters(self) -> None:
+        """Waits for the parameters that were requested, if any, and copies them into the model."""
+        for client in self.clients:
+            client.take_parameters()
 
     def pull(self) -> None:
-        """Takes the newest parameters from all servers."""
-        for link in self.links:
-            link.pull()
-        self.take()
+        """Requests the newest parameters, waits for them and copies them into the model."""
+        for client in self.clients:
+            client.pull()
+        self.take_parameters()
 
-    def clip(self) -> float:
-        """Lets the servers clip by the norm of the whole gradient, which is returned."""
-        norm = math.sqrt(sum(link.square() for link in self.links))
-        for link in self.links:
-            link.answer(norm)
+    def exchange_norms(self) -> float:
+        """Adds up the norm of the whole gradient and sends it to the servers, which clip by it.
+
+        Returns:
+            The norm.
+        """
+        norm = math.sqrt(sum(client.receive_squared_norm() for client in self.clients))
+        for client in self.clients:
+            client.send_global_norm(norm)
         return norm
 
-    def norm(self) -> float:
-        """Norm of the whole gradient that the servers applied last."""
-        return math.sqrt(sum(link.talk(Kind.NORM)[0].real("square") for link in self.links))
+    def gradient_norm(self) -> float:
+        """Requests the norm of the whole gradient that the servers applied last."""
+        return math.sqrt(sum(client.request(FrameKind.NORM)[0].number("square") for client in self.clients))
 
-    def leave(self, stopped: str | None = None) -> None:
-        """See :meth:`Link.leave`."""
-        for link in self.links:
-            link.leave(stopped)
+    def leave(self, stop_reason: str | None = None) -> None:
+        """Tells all servers that this worker has finished; see :meth:`ServerClient.leave`."""
+        for client in self.clients:
+            client.leave(stop_reason)
 
     def abandon(self, error: BaseException, *, fatal: bool = False) -> None:
-        """See :meth:`Link.abandon`."""
-        for link in self.links:
-            link.abandon(error, fatal=fatal)
+        """Tells all servers why this worker fails; see :meth:`ServerClient.abandon`."""
+        for client in self.clients:
+            client.abandon(error, fatal=fatal)

@@ -1,7 +1,8 @@
-"""Collectives among the workers that are alive, held by one server.
+"""Collectives among the workers that are alive, carried out by one server.
 
-A process group would do until a worker dies: then every collective of the whole group fails. Here the server takes what
-the workers bring and answers when all that are alive have come; who dies meanwhile is not waited for.
+A process group would serve as long as all workers live: when one dies, every later collective of the group fails. Here
+each worker sends its contribution to the server, which answers when it has those of all workers that are alive. It
+doesn't wait for a worker that dies meanwhile.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import DONE, DTYPES, Pending, Reduction
-from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind
+from distrain.strategies.parameter_server.protocol import Connection, Frame, FrameKind
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda all_: all_.sum(0).to(all_.dtype),
-    "max": lambda all_: all_.amax(0),
-    "min": lambda all_: all_.amin(0),
+    "sum": lambda stacked: stacked.sum(0).to(stacked.dtype),
+    "max": lambda stacked: stacked.amax(0),
+    "min": lambda stacked: stacked.amin(0),
 }
-#: Sends a frame (kind, JSON, bytes) and returns the answer, of the given kind and number of bytes.
-Ask = Callable[[Kind, Mapping[str, Any], Tensor | None, Kind, Callable[[Frame], int]], tuple[Frame, Tensor]]
-_OPERATIONS = (*_REDUCTIONS, "broadcast", "gather", "share", "tally")
-#: Waits, with the lock held, until a condition is true; the other function says which ranks it waits for.
-Wait = Callable[[Callable[[], bool], Callable[[], set[int]]], None]
+_OPERATIONS = (*_REDUCTIONS, "broadcast", "gather", "gather_json", "accumulate")
+#: Sends a frame (kind, JSON, body) and returns the answer, which has the given kind and size in bytes, and its body.
+SendRequest = Callable[
+    [FrameKind, Mapping[str, Any], Tensor | None, FrameKind, Callable[[Frame], int]], tuple[Frame, Tensor]
+]
+#: Waits, with the lock held, until a condition is true; the second function names the ranks that are waited for.
+WaitUntil = Callable[[Callable[[], bool], Callable[[], set[int]]], None]
 
 
 @dataclass
@@ -37,12 +41,12 @@ class _Contribution:
 
 
 @dataclass
-class Answer:
-    """What came of a collective.
+class CollectiveResult:
+    """The result of a collective.
 
     Attributes:
-        meta: ``members``, the ranks that were alive, and what was shared.
-        body: uint8.
+        meta: ``members``, the ranks that were alive; for ``gather_json`` also ``objects``, what they contributed.
+        body: uint8 ``[bytes]``.
     """
 
     meta: dict[str, Any]
@@ -50,250 +54,271 @@ class Answer:
 
 
 @dataclass
-class _Round:
-    """One collective: what was brought, and once all are there, each rank's answer."""
+class _Collective:
+    """One collective: the contributions by rank and, when it is complete, the results by rank."""
 
-    brought: dict[int, _Contribution] = field(default_factory=dict)
-    answers: dict[int, Answer] | None = None
+    contributions: dict[int, _Contribution] = field(default_factory=dict)
+    results: dict[int, CollectiveResult] | None = None
 
 
-class Meeting:
+class CollectiveServer:
     """The server's side.
 
     Args:
-        workers: Ranks.
-        changed: Guards this and whatever else the server holds; notified when somebody may go on.
-        largest: Most bytes that a worker may bring.
+        workers: Ranks of all workers.
+        changed: Guards this object and the rest of the server's state; it is notified when a thread may continue.
+        max_bytes: Maximum size of a worker's contribution, in bytes.
     """
 
-    def __init__(self, workers: list[int], changed: threading.Condition, largest: int) -> None:
+    def __init__(self, workers: list[int], changed: threading.Condition, max_bytes: int) -> None:
         self._changed = changed
         self._living = list(workers)
-        self._largest = largest
-        self._entered = dict.fromkeys(workers, 0)
-        self._rounds: dict[int, _Round] = {}
-        # What each worker has not seen yet of what all counted.
-        self._unseen: dict[tuple[str, int], Tensor] = {}
-        self._mail: dict[tuple[int, int, int], Tensor] = {}
+        self._max_bytes = max_bytes
+        self._collectives_joined = dict.fromkeys(workers, 0)
+        self._collectives: dict[int, _Collective] = {}
+        # By count and rank: what all workers have added since that rank last asked.
+        self._unread: dict[tuple[str, int], Tensor] = {}
+        self._messages: dict[tuple[int, int, int], Tensor] = {}
 
-    def lose(self, rank: int) -> None:
-        """Nobody waits for this worker any more; what it brought before counts, but not for what it saw."""
+    def remove_worker(self, rank: int) -> None:
+        """Stops waiting for a worker. Its earlier contributions to reductions count; gathers leave them out."""
         if rank in self._living:
             self._living.remove(rank)
-        for round_ in list(self._rounds.values()):
-            self._complete_if_all_came(round_)
+        for collective in list(self._collectives.values()):
+            self._complete_if_all_joined(collective)
         self._changed.notify_all()
 
-    # --- one worker comes --------------------------------------------------------------------------------------------
+    # --- requests of one worker --------------------------------------------------------------------------------------
 
-    def read(self, connection: Connection, frame: Frame) -> Tensor:
-        """What a worker brings: its bytes, if they are no more than allowed."""
-        if frame.size > self._largest:
-            raise frame.refuse(f"{frame.size} bytes, {self._largest} are allowed")
-        return connection.read(frame, frame.size)
+    def read_body(self, connection: Connection, frame: Frame) -> Tensor:
+        """Reads a worker's contribution, uint8 ``[bytes]``.
 
-    def enter(self, rank: int, frame: Frame, body: Tensor, wait: Wait) -> Answer:
-        """Brings a worker's contribution and waits for the others'.
+        Raises:
+            ProtocolError: It is larger than allowed.
+        """
+        if frame.size > self._max_bytes:
+            raise frame.protocol_error(f"{frame.size} bytes, {self._max_bytes} allowed")
+        return connection.read_body(frame, frame.size)
+
+    def join(self, rank: int, frame: Frame, body: Tensor, wait_until: WaitUntil) -> CollectiveResult:
+        """Adds a worker's contribution to a collective and waits for those of the others.
 
         Args:
             rank: The worker.
-            frame: ``operation``, ``dtype``, and what else it needs: ``source``, ``name``, ``wait``, ``shared``.
-            body: uint8.
-            wait: Waits, with ``changed`` held, until a condition is true.
+            frame: ``operation``, ``dtype``, and what the operation needs: ``source``, ``name``, ``wait``, ``object``.
+            body: uint8 ``[bytes]``.
+            wait_until: Waits, with ``changed`` held, until a condition is true.
 
         Raises:
-            ProtocolError: It doesn't fit what others brought.
-            ConnectionError: The worker is gone, and nobody is there to be answered.
+            ProtocolError: The contribution doesn't match those of the other workers.
+            ConnectionError: The worker itself was removed, so its connection is to be ended.
         """
-        operation = frame.text("operation")
+        operation = frame.string("operation")
         if operation not in _OPERATIONS:
-            raise frame.refuse(f"no operation {operation!r}")
-        dtype = frame.text("dtype")
+            raise frame.protocol_error(f"no operation {operation!r}")
+        dtype = frame.string("dtype")
         if dtype not in DTYPES or body.numel() % DTYPES[dtype].itemsize:
-            raise frame.refuse(f"{body.numel()} bytes of {dtype!r}")
+            raise frame.protocol_error(f"{body.numel()} bytes of {dtype!r}")
         if operation == "broadcast":
-            frame.whole("source")
-        elif operation == "tally":
-            frame.text("name")
+            frame.integer("source")
+        elif operation == "accumulate":
+            frame.string("name")
         with self._changed:
             self._check_alive(rank)
-            if operation == "tally" and not frame.meta.get("wait"):
-                self._count(frame.text("name"), body.view(DTYPES[dtype]))
-                return self._counted(frame.text("name"), rank)
-            number = self._entered[rank]
-            self._entered[rank] += 1
-            round_ = self._rounds.setdefault(number, _Round())
-            self._check(frame, body, round_)
-            round_.brought[rank] = _Contribution(frame.meta, body)
-            self._complete_if_all_came(round_)
-            wait(lambda: round_.answers is not None, lambda: set(self._living) - set(round_.brought))
+            if operation == "accumulate" and not frame.meta.get("wait"):
+                self._add(frame.string("name"), body.view(DTYPES[dtype]))
+                return self._read_total(frame.string("name"), rank)
+            number = self._collectives_joined[rank]
+            self._collectives_joined[rank] += 1
+            collective = self._collectives.setdefault(number, _Collective())
+            self._check_match(frame, body, collective)
+            collective.contributions[rank] = _Contribution(frame.meta, body)
+            self._complete_if_all_joined(collective)
+            wait_until(
+                lambda: collective.results is not None, lambda: set(self._living) - set(collective.contributions)
+            )
             self._check_alive(rank)
-            assert round_.answers is not None
-            return round_.answers[rank]
+            assert collective.results is not None
+            return collective.results[rank]
 
-    def post(self, rank: int, frame: Frame, body: Tensor) -> None:
-        """Keeps a message for another worker."""
+    def store_message(self, rank: int, frame: Frame, body: Tensor) -> None:
+        """Stores a message from worker ``rank`` until the worker that it is addressed to takes it."""
         with self._changed:
-            self._mail[rank, frame.whole("to"), frame.whole("tag")] = body
+            self._messages[rank, frame.integer("to"), frame.integer("tag")] = body
             self._changed.notify_all()
 
-    def fetch(self, rank: int, frame: Frame, wait: Wait) -> Tensor:
-        """Waits for a message from another worker.
+    def take_message(self, rank: int, frame: Frame, wait_until: WaitUntil) -> Tensor:
+        """Waits for a message that is addressed to worker ``rank`` and returns it.
 
         Raises:
-            ProtocolError: The other one is gone and sent nothing.
+            ProtocolError: The sender is gone and sent nothing.
         """
-        source = frame.whole("source")
-        key = (source, rank, frame.whole("tag"))
+        source = frame.integer("source")
+        key = (source, rank, frame.integer("tag"))
         with self._changed:
-            wait(lambda: key in self._mail or source not in self._living, lambda: {source})
-            if key not in self._mail:
-                raise frame.refuse(f"rank {source} is gone and has sent nothing")
-            return self._mail.pop(key)
+            wait_until(lambda: key in self._messages or source not in self._living, lambda: {source})
+            if key not in self._messages:
+                raise frame.protocol_error(f"rank {source} is gone and has sent nothing")
+            return self._messages.pop(key)
 
-    # --- what comes of it --------------------------------------------------------------------------------------------
+    # --- results -----------------------------------------------------------------------------------------------------
 
     def _check_alive(self, rank: int) -> None:
         if rank not in self._living:
             raise ConnectionError(f"worker rank {rank} is gone")
 
-    def _check(self, frame: Frame, body: Tensor, round_: _Round) -> None:
-        for other in round_.brought.values():
+    def _check_match(self, frame: Frame, body: Tensor, collective: _Collective) -> None:
+        for other in collective.contributions.values():
             for key in ("operation", "dtype", "source", "name"):
-                if other.meta.get(key) != frame.meta.get(key):
-                    raise frame.refuse(f"{key} is {frame.meta.get(key)!r}, another worker's {other.meta.get(key)!r}")
+                own, others = frame.meta.get(key), other.meta.get(key)
+                if own != others:
+                    raise frame.protocol_error(f"{key} is {own!r}, another worker's {others!r}")
             if other.body.numel() != body.numel():
-                raise frame.refuse(f"{body.numel()} bytes, another worker's are {other.body.numel()}")
+                raise frame.protocol_error(f"{body.numel()} bytes, another worker's are {other.body.numel()}")
 
-    def _complete_if_all_came(self, round_: _Round) -> None:
-        if round_.answers is not None or not set(self._living) <= set(round_.brought):
+    def _complete_if_all_joined(self, collective: _Collective) -> None:
+        if collective.results is not None or not set(self._living) <= set(collective.contributions):
             return
-        round_.answers = self._answers(round_.brought)
-        self._rounds = {number: other for number, other in self._rounds.items() if other is not round_}
+        collective.results = self._compute_results(collective.contributions)
+        self._collectives = {number: other for number, other in self._collectives.items() if other is not collective}
         self._changed.notify_all()
 
-    def _answers(self, brought: Mapping[int, _Contribution]) -> dict[int, Answer]:
-        everybody = [brought[rank] for rank in sorted(brought)]
-        meta = everybody[0].meta
+    def _compute_results(self, contributions: Mapping[int, _Contribution]) -> dict[int, CollectiveResult]:
+        in_rank_order = [contributions[rank] for rank in sorted(contributions)]
+        meta = in_rank_order[0].meta
         operation, dtype = meta["operation"], DTYPES[meta["dtype"]]
-        answer = Answer({"members": list(self._living)}, torch.empty(0, dtype=torch.uint8))
+        result = CollectiveResult({"members": list(self._living)}, torch.empty(0, dtype=torch.uint8))
         if operation == "broadcast":
-            # The worker that has nothing to copy from is told by the number of bytes.
-            answer.body = brought[meta["source"]].body if meta["source"] in brought else answer.body
+            # If the source died, the body stays empty, and the receivers report that its size is wrong.
+            result.body = contributions[meta["source"]].body if meta["source"] in contributions else result.body
         elif operation == "gather":
-            answer.body = torch.cat([answer.body, *(brought[rank].body for rank in self._living)])
-        elif operation == "share":
-            answer.meta["shared"] = [brought[rank].meta.get("shared") for rank in self._living]
+            result.body = torch.cat([result.body, *(contributions[rank].body for rank in self._living)])
+        elif operation == "gather_json":
+            result.meta["objects"] = [contributions[rank].meta.get("object") for rank in self._living]
         else:
-            # Those who are gone have seen what they counted, so it counts.
-            stacked = torch.stack([each.body.view(dtype) for each in everybody])
-            reduced = _REDUCTIONS["sum" if operation == "tally" else operation](stacked)
-            if operation == "tally":
-                self._count(meta["name"], reduced)
-                return {rank: self._counted(meta["name"], rank) for rank in self._living}
-            answer.body = reduced.view(torch.uint8)
-        return dict.fromkeys(self._living, answer)
+            # Includes contributions of workers that died meanwhile: they have seen the samples that they counted.
+            stacked = torch.stack([contribution.body.view(dtype) for contribution in in_rank_order])
+            reduced = _REDUCTIONS["sum" if operation == "accumulate" else operation](stacked)
+            if operation == "accumulate":
+                self._add(meta["name"], reduced)
+                return {rank: self._read_total(meta["name"], rank) for rank in self._living}
+            result.body = reduced.view(torch.uint8)
+        return dict.fromkeys(self._living, result)
 
-    def _count(self, name: str, counted: Tensor) -> None:
+    def _add(self, name: str, amount: Tensor) -> None:
         for rank in self._living:
-            unseen = self._unseen.get((name, rank))
-            self._unseen[name, rank] = counted if unseen is None else unseen + counted
+            unread = self._unread.get((name, rank))
+            self._unread[name, rank] = amount if unread is None else unread + amount
 
-    def _counted(self, name: str, rank: int) -> Answer:
-        return Answer({"members": list(self._living)}, self._unseen.pop((name, rank)).view(torch.uint8))
+    def _read_total(self, name: str, rank: int) -> CollectiveResult:
+        return CollectiveResult({"members": list(self._living)}, self._unread.pop((name, rank)).view(torch.uint8))
 
 
-class Everyone(Communicator):
+class WorkerCommunicator(Communicator):
     """The workers' side: the collectives that the trainer needs, over the workers that are alive.
 
-    ``rank`` and ``size`` are those among the workers that were alive at the last collective, the same for all.
+    ``rank`` and ``size`` refer to the workers that were alive at the last collective, the same on all of them.
 
     Args:
-        ask: Sends a frame to the server that holds the meeting, and gives its answer with its bytes.
+        send_request: Sends a frame to the server that carries out the collectives, and returns its answer.
         rank: This worker's rank in the world.
-        workers: All workers' ranks.
+        workers: Ranks in the world of all workers.
 
     Attributes:
         members: Ranks in the world of the workers that were alive at the last collective.
     """
 
-    def __init__(self, ask: Ask, rank: int, workers: list[int]) -> None:
+    def __init__(self, send_request: SendRequest, rank: int, workers: list[int]) -> None:
         super().__init__()
-        self._ask = ask
-        self._own_rank = rank
-        self._settle(workers)
+        self._send_request = send_request
+        self._world_rank = rank
+        self._set_members(workers)
 
-    def _settle(self, members: list[int]) -> None:
+    def _set_members(self, members: list[int]) -> None:
         self.members = members
-        self.rank, self.size = members.index(self._own_rank), len(members)
+        self.rank, self.size = members.index(self._world_rank), len(members)
 
-    def _meet(self, operation: str, tensor: Tensor, times: int | None = 1, **meta: Any) -> tuple[Frame, Tensor]:
-        """The server's answer and its bytes, ``times`` as many as ``tensor`` has; ``None``: for each member."""
-        body = _bytes(tensor)
+    def _run_collective(
+        self, operation: str, tensor: Tensor, copies: int | None = 1, **fields: Any
+    ) -> tuple[Frame, Tensor]:
+        """Takes part in a collective and returns the server's answer.
+
+        Args:
+            operation: The collective.
+            tensor: This worker's contribution.
+            copies: Size of the result, in sizes of ``tensor``; ``None``: one for each member.
+            fields: Further fields of the request.
+        """
+        body = _to_bytes(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
 
-        def expected(frame: Frame) -> int:
-            return body.numel() * (len(frame.meta["members"]) if times is None else times)
+        def expected_size(frame: Frame) -> int:
+            return body.numel() * (len(frame.meta["members"]) if copies is None else copies)
 
-        asked = {"operation": operation, "dtype": dtype, **meta}
-        frame, answer = self._ask(Kind.COLLECTIVE, asked, body, Kind.RESULT, expected)
-        self._settle([int(rank) for rank in frame.meta["members"]])
-        return frame, answer
+        request = {"operation": operation, "dtype": dtype, **fields}
+        frame, result = self._send_request(FrameKind.COLLECTIVE, request, body, FrameKind.RESULT, expected_size)
+        self._set_members([int(rank) for rank in frame.meta["members"]])
+        return frame, result
 
+    @override
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Pending:
-        """Reduces at once; see the base class."""
-        tensor.copy_(_like(self._meet(reduction, tensor)[1], tensor))
+        tensor.copy_(_from_bytes(self._run_collective(reduction, tensor)[1], tensor))
         return DONE
 
+    @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """See the base class."""
-        tensor.copy_(_like(self._meet("broadcast", tensor, source=self.members[source])[1], tensor))
+        _, body = self._run_collective("broadcast", tensor, source=self.members[source])
+        tensor.copy_(_from_bytes(body, tensor))
         return tensor
 
+    @override
     def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], Pending]:
-        """Gathers at once; see the base class."""
-        gathered = self._meet("gather", tensor, times=None)[1].view(self.size, tensor.numel() * tensor.element_size())
-        return [_like(part, tensor) for part in gathered], DONE
+        _, body = self._run_collective("gather", tensor, copies=None)
+        parts = body.view(self.size, tensor.numel() * tensor.element_size())
+        return [_from_bytes(part, tensor) for part in parts], DONE
 
+    @override
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
-        """Leaves the message with the server; see the base class."""
-        self._ask(Kind.SEND, {"to": self.members[to], "tag": tag}, _bytes(tensor), Kind.DONE, lambda _: 0)
+        request = {"to": self.members[to], "tag": tag}
+        self._send_request(FrameKind.SEND, request, _to_bytes(tensor), FrameKind.DONE, lambda _: 0)
         return DONE
 
+    @override
     def start_receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
-        """Waits for the message at once; see the base class."""
-        asked = {"source": self.members[source], "tag": tag}
+        request = {"source": self.members[source], "tag": tag}
         size = tensor.numel() * tensor.element_size()
-        tensor.copy_(_like(self._ask(Kind.RECEIVE, asked, None, Kind.RESULT, lambda _: size)[1], tensor))
+        _, body = self._send_request(FrameKind.RECEIVE, request, None, FrameKind.RESULT, lambda _: size)
+        tensor.copy_(_from_bytes(body, tensor))
         return DONE
 
+    @override
     def all_gather_json(self, mine: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
-        """See the base class."""
-        return list(self._meet("share", torch.empty(0), shared=dict(mine))[0].meta["shared"])
+        frame, _ = self._run_collective("gather_json", torch.empty(0), object=dict(mine))
+        return list(frame.meta["objects"])
 
+    @override
     def barrier(self) -> None:
-        """Waits until all workers that are alive are here."""
-        self._meet("sum", torch.empty(0))
+        self._run_collective("sum", torch.empty(0))
 
-    def tally(self, name: str, counted: Tensor, *, wait: bool) -> Tensor:
+    def accumulate(self, name: str, amount: Tensor, *, wait: bool) -> Tensor:
         """Adds to a count that all workers share.
 
         Args:
-            name: Which count.
-            counted: What this worker adds, 1-D.
-            wait: Until all workers that are alive have added theirs.
+            name: Name of the count.
+            amount: What this worker adds, 1-D.
+            wait: Wait until all workers that are alive have added theirs.
 
         Returns:
-            What all workers together have added since this one last asked.
+            What all workers together have added since this one last called.
         """
-        return _like(self._meet("tally", counted, name=name, wait=wait)[1], counted)
+        return _from_bytes(self._run_collective("accumulate", amount, name=name, wait=wait)[1], amount)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    # Flattened first: a scalar can't be viewed as another type.
+def _to_bytes(tensor: Tensor) -> Tensor:
+    # Flattened first: a scalar can't be viewed as another dtype.
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
-def _like(body: Tensor, tensor: Tensor) -> Tensor:
-    """Bytes as a tensor's shape, type and device."""
+def _from_bytes(body: Tensor, tensor: Tensor) -> Tensor:
+    """Interprets bytes with the shape and dtype of ``tensor``, on its device."""
     return body.view(tensor.dtype).view(tensor.shape).to(tensor.device)

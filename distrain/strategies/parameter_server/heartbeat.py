@@ -1,4 +1,4 @@
-"""Signs of life between two ranks, and their last words."""
+"""Heartbeats between a worker and a server, and the reason why either of them goes."""
 
 from __future__ import annotations
 
@@ -10,143 +10,159 @@ from dataclasses import dataclass
 
 from distrain.communication.types import RankName
 from distrain.errors import PeerLost
-from distrain.strategies.parameter_server.protocol import Connection, Kind, ProtocolError
+from distrain.strategies.parameter_server.protocol import Connection, FrameKind, ProtocolError
 
-#: Signs of life within the time that silence may last.
-_BEATS = 5
+#: Heartbeats that are sent within the timeout.
+_HEARTBEATS_PER_TIMEOUT = 5
+_MAX_JSON_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Word:
-    """The last that was heard of a peer.
+class Farewell:
+    """Why the connection to a peer ended.
 
     Attributes:
-        reason: Why it is gone.
-        culprit: The rank whose failure is the reason, where it is not the peer's own.
-        expelled: The peer gave this rank up.
-        left: The peer was done and said so.
-        stopped: What the peer was stopped by, if it was done before its time.
-        fatal: Nobody is to go on without the peer.
+        reason: The reason, for messages.
+        culprit: The rank whose failure is the reason, where that is not the peer itself.
+        expelled: The peer has excluded this rank from the run.
+        finished: The peer has finished its work and said so.
+        stop_reason: What stopped the peer, if it finished before the end of the training.
+        fatal: The run must not continue without the peer.
     """
 
     reason: str
     culprit: RankName | None = None
     expelled: bool = False
-    left: bool = False
-    stopped: str | None = None
+    finished: bool = False
+    stop_reason: str | None = None
     fatal: bool = False
 
 
-class Pulse:
-    """Sends signs of life, listens for the peer's, and tells when they end.
+class HeartbeatMonitor:
+    """Sends heartbeats to a peer, listens for the peer's, and reports when they end.
 
-    A killed peer's connection ends at once. A stopped peer, or one whose host or network is gone, falls silent.
+    The connection of a killed peer ends at once. The heartbeats of a peer that is stopped, or whose host or network has
+    failed, stay away.
 
     Args:
-        connection: For this alone.
-        silence_seconds: How long a peer may be silent.
-        ended: Called once, by another thread, with the last word.
+        connection: Used for heartbeats alone.
+        timeout_seconds: The longest time without a heartbeat from the peer.
+        on_end: Called once, by the monitor's thread, when the connection has ended.
     """
 
-    def __init__(self, connection: Connection, silence_seconds: float, ended: Callable[[Word], None]) -> None:
+    def __init__(self, connection: Connection, timeout_seconds: float, on_end: Callable[[Farewell], None]) -> None:
         self._connection = connection
-        self._silence = silence_seconds
-        self._ended = ended
-        self._word: Word | None = None
-        self._leaves = False
-        # A peer that stops in the middle of a frame is silent too.
-        connection.socket.settimeout(silence_seconds)
+        self._timeout = timeout_seconds
+        self._on_end = on_end
+        self._farewell: Farewell | None = None
+        self._leaving = False
+        # A peer may also stop in the middle of a frame.
+        connection.socket.settimeout(timeout_seconds)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def say(self, reason: str, *, culprit: RankName | None = None, expelled: bool = False, fatal: bool = False) -> None:
-        """Tells the peer why this rank will be gone.
+    def report_failure(
+        self, reason: str, *, culprit: RankName | None = None, expelled: bool = False, fatal: bool = False
+    ) -> None:
+        """Tells the peer why this rank ends the connection; the arguments are those of :class:`Farewell`.
 
         Raises:
-            OSError: Nobody hears it.
+            OSError: The connection has already ended.
         """
-        told = None if culprit is None else [culprit.rank, culprit.host]
-        meta = {"reason": reason, "culprit": told, "expelled": expelled, "fatal": fatal}
-        self._connection.send(Kind.NOTICE, meta)
+        culprit_fields = None if culprit is None else [culprit.rank, culprit.host]
+        meta = {"reason": reason, "culprit": culprit_fields, "expelled": expelled, "fatal": fatal}
+        self._connection.send(FrameKind.FAILURE, meta)
 
-    def leave(self, stopped: str | None = None) -> None:
-        """Tells the peer that this rank is done; it answers alike, and that is then its last word.
+    def leave(self, stop_reason: str | None = None) -> None:
+        """Tells the peer that this rank has finished; the peer answers with its own farewell.
 
         Args:
-            stopped: By what, if before its time.
+            stop_reason: What stopped this rank, if it finished before the end of the training.
 
         Raises:
-            OSError: Nobody hears it.
+            OSError: The connection has already ended.
         """
-        self._leaves = True
-        self._connection.send(Kind.BYE, {"stopped": stopped} if stopped else None)
+        self._leaving = True
+        self._connection.send(FrameKind.FAREWELL, {"stopped": stop_reason} if stop_reason else None)
 
-    def cut(self) -> None:
+    def shut_down(self) -> None:
         """Ends the connection."""
-        self._connection.cut()
+        self._connection.shut_down()
 
-    def last_word(self, seconds: float) -> Word:
-        """What ended it, after waiting a while for that."""
+    def wait_for_farewell(self, seconds: float) -> Farewell:
+        """Waits up to ``seconds`` for the connection to end, ends it if it hasn't, and returns why it ended."""
         self._thread.join(seconds)
-        self.cut()
+        self.shut_down()
         self._thread.join()
-        assert self._word is not None, "the thread ends with a word"
-        return self._word
+        assert self._farewell is not None, "the thread sets the farewell before it ends"
+        return self._farewell
 
     def _run(self) -> None:
-        self._word = self._listen()
-        self._ended(self._word)
+        self._farewell = self._listen()
+        self._on_end(self._farewell)
         self._connection.close()
 
-    def _listen(self) -> Word:
-        interval = self._silence / _BEATS
-        heard, sent = time.monotonic(), float("-inf")
+    def _listen(self) -> Farewell:
+        interval = self._timeout / _HEARTBEATS_PER_TIMEOUT
+        last_received, last_sent = time.monotonic(), float("-inf")
         with selectors.DefaultSelector() as selector:
             selector.register(self._connection.socket, selectors.EVENT_READ)
             try:
                 while True:
-                    if time.monotonic() - sent >= interval:
-                        self._connection.send(Kind.BEAT)
-                        sent = time.monotonic()
-                    # A process that was stopped finds its wait over and the peer long silent, but what the peer sent
-                    # meanwhile lies there: so it looks again before it counts.
+                    if time.monotonic() - last_sent >= interval:
+                        self._connection.send(FrameKind.HEARTBEAT)
+                        last_sent = time.monotonic()
+                    # If this process was itself stopped for a while, the timeout seems to be over although the peer's
+                    # heartbeats lie in the socket's buffer. So the socket is polled once more before the peer is given
+                    # up.
                     readable = selector.select(interval)
-                    silent = time.monotonic() - heard > self._silence
-                    if readable or (silent and selector.select(0)):
-                        frame = self._connection.receive(Kind.BEAT, Kind.NOTICE, Kind.BYE, largest_meta=1 << 16)
-                        self._connection.read(frame, 0)
-                        heard = time.monotonic()
-                        if frame.kind is Kind.BYE:
-                            if not self._leaves:
-                                self._connection.send(Kind.BYE)
+                    timed_out = time.monotonic() - last_received > self._timeout
+                    if readable or (timed_out and selector.select(0)):
+                        frame = self._connection.receive(
+                            FrameKind.HEARTBEAT,
+                            FrameKind.FAILURE,
+                            FrameKind.FAREWELL,
+                            max_json_bytes=_MAX_JSON_BYTES,
+                        )
+                        self._connection.read_body(frame, 0)
+                        last_received = time.monotonic()
+                        if frame.kind is FrameKind.FAREWELL:
+                            if not self._leaving:
+                                self._connection.send(FrameKind.FAREWELL)
                             stopped = frame.meta.get("stopped")
-                            return Word("it was done", left=True, stopped=str(stopped) if stopped else None)
-                        if frame.kind is Kind.NOTICE:
-                            return _word(frame.meta)
-                    elif silent:
-                        return self._silent()
+                            return Farewell("it finished", finished=True, stop_reason=str(stopped) if stopped else None)
+                        if frame.kind is FrameKind.FAILURE:
+                            return _parse_failure(frame.meta)
+                    elif timed_out:
+                        return self._timeout_farewell()
             except TimeoutError:
-                return self._silent()
+                return self._timeout_farewell()
             except OSError:
-                return Word("the connection broke off")
+                return Farewell("the connection broke off")
             except ProtocolError as error:
-                return Word(str(error))
+                return Farewell(str(error))
 
-    def _silent(self) -> Word:
-        return Word(f"no sign of life for {self._silence:g} s")
-
-
-def _word(meta: dict[str, object]) -> Word:
-    culprit = meta.get("culprit")
-    named = None
-    if isinstance(culprit, list) and len(culprit) == 2 and isinstance(culprit[0], int):
-        named = RankName(culprit[0], str(culprit[1]))
-    return Word(str(meta.get("reason")), named, expelled=meta.get("expelled") is True, fatal=meta.get("fatal") is True)
+    def _timeout_farewell(self) -> Farewell:
+        return Farewell(f"no sign of life for {self._timeout:g} s")
 
 
-def last_word_of(error: BaseException) -> tuple[str, RankName | None]:
-    """What to tell peers about an error that ends this rank: the reason, and who is behind it if not this rank."""
+def _parse_failure(meta: dict[str, object]) -> Farewell:
+    fields = meta.get("culprit")
+    culprit = None
+    if isinstance(fields, list) and len(fields) == 2 and isinstance(fields[0], int):
+        culprit = RankName(fields[0], str(fields[1]))
+    return Farewell(
+        str(meta.get("reason")), culprit, expelled=meta.get("expelled") is True, fatal=meta.get("fatal") is True
+    )
+
+
+def failure_reason(error: BaseException) -> tuple[str, RankName | None]:
+    """Describes to peers an error that ends this rank.
+
+    Returns:
+        The reason in one line, and the rank whose failure caused the error, or ``None`` if that is this rank.
+    """
     if isinstance(error, PeerLost):
         return error.reason, RankName(error.rank, error.host)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}".removesuffix(": "), None
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}".removesuffix(": "), None

@@ -1,11 +1,12 @@
-"""Tensors over TCP in frames of known kinds and checked sizes.
+"""The wire protocol between workers and servers: frames over TCP, of known kinds and checked sizes.
 
-A frame is a header of fixed size, a JSON object, and bytes. Nothing is pickled, so nothing that a peer sends can run
-code, and no memory is taken for bytes before their number was compared with what the receiver expects.
+A frame is a header of fixed size, a JSON object and a body of raw bytes. Nothing is pickled, so a peer can't make the
+receiver run code. The receiver compares the size of the body with the size that it expects before it allocates memory.
 
-Sockets and not a process group, because a dead peer poisons a whole gloo group, and because they are faster: between
-two processes of one host a round trip of 4 kB took 0.01 ms by socket and 0.1 to 2.9 ms by gloo's send and receive, one
-of 490 kB 0.08 and 0.6 to 3.3 ms, one of 45 MB 61 to 99 and 62 to 87 ms (medians).
+The protocol uses sockets instead of a process group for two reasons. A gloo group fails as a whole when one rank dies.
+And sockets are faster: between two processes on one host a round trip of 4 kB took 0.01 ms over a socket and 0.1 to
+2.9 ms with gloo's send and receive; 490 kB took 0.08 ms and 0.6 to 3.3 ms; 45 MB took 61 to 99 ms and 62 to 87 ms
+(medians).
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ import torch
 from torch import Tensor
 
 _MAGIC = b"dst1"
-# Magic, kind, bytes of JSON, bytes after it.
+# Magic, kind, bytes of JSON, bytes of the body.
 _HEADER = struct.Struct("!4sBxxxIQ")
-#: Longest JSON of a frame, in bytes; optimizer state names every parameter in it.
-LARGEST_META = 1 << 24
-#: Frames up to this size leave in one piece.
-_SMALL = 1 << 16
+#: Maximum size of a frame's JSON, in bytes. The JSON that describes optimizer state lists every parameter by name.
+MAX_JSON_BYTES = 1 << 24
+#: A body up to this size, in bytes, is sent together with its header in one call.
+_SINGLE_SEND_BYTES = 1 << 16
 
 
-class Kind(enum.IntEnum):
+class FrameKind(enum.IntEnum):
     """What a frame is for."""
 
     HELLO = 1
@@ -45,165 +46,194 @@ class Kind(enum.IntEnum):
     RESULT = 9
     SEND = 10
     RECEIVE = 11
-    TELL = 12
+    STATISTICS = 12
     STATE = 13
     LOAD = 14
     DONE = 15
-    BEAT = 16
-    NOTICE = 17
-    BYE = 18
+    HEARTBEAT = 16
+    FAILURE = 17
+    FAREWELL = 18
 
 
 class ProtocolError(RuntimeError):
-    """A peer sent what it must not send; the message says what and who."""
+    """A peer violated the protocol; the message names the peer and the violation."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A received frame, whose bytes are still to be read.
+    """A received frame whose body has not been read yet.
 
     Attributes:
         kind: What it is for.
         meta: Its JSON object.
-        size: Bytes that follow.
-        peer: Who sent it, for messages.
+        size: Size of the body, in bytes.
+        peer: The sender, for error messages.
     """
 
-    kind: Kind
+    kind: FrameKind
     meta: dict[str, Any]
     size: int
     peer: str
 
-    def whole(self, name: str) -> int:
-        """A whole number of at least 0.
+    def integer(self, name: str) -> int:
+        """Returns the field ``name``, an integer of at least 0.
 
         Raises:
-            ProtocolError: It is missing or something else; so do the other methods.
+            ProtocolError: The field is missing or has another type or range.
         """
         value = self.meta.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self.refuse(f"{name} is {value!r}, no whole number")
+            raise self.protocol_error(f"{name} is {value!r}, not an integer of at least 0")
         return value
 
-    def real(self, name: str) -> float:
-        """A number, which may be infinite or NaN as gradients may."""
+    def number(self, name: str) -> float:
+        """Returns the field ``name``, a number, which may be infinite or NaN.
+
+        Raises:
+            ProtocolError: The field is missing or has another type.
+        """
         value = self.meta.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.refuse(f"{name} is {value!r}, no number")
+            raise self.protocol_error(f"{name} is {value!r}, not a number")
         return float(value)
 
-    def text(self, name: str) -> str:
-        """A string."""
+    def string(self, name: str) -> str:
+        """Returns the field ``name``, a string.
+
+        Raises:
+            ProtocolError: The field is missing or has another type.
+        """
         value = self.meta.get(name)
         if not isinstance(value, str):
-            raise self.refuse(f"{name} is {value!r}, no text")
+            raise self.protocol_error(f"{name} is {value!r}, not a string")
         return value
 
-    def refuse(self, problem: str) -> ProtocolError:
-        """What to raise about this frame."""
+    def protocol_error(self, problem: str) -> ProtocolError:
+        """Returns an error, to be raised by the caller, that says what is wrong with this frame."""
         return ProtocolError(f"{self.kind.name} frame of {self.peer}: {problem}")
 
 
 class Connection:
-    """One end of a TCP connection; several threads may send, one receives.
+    """One end of a TCP connection. Several threads may send; only one thread may receive.
 
     Args:
-        sock: Connected.
-        peer: Who is at the other end, for messages.
+        sock: A connected socket.
+        peer: Name of the other end, for error messages.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.socket = sock
         self.peer = peer
-        self._sending = threading.Lock()
-        # A frame waits for an answer more often than for another frame.
+        self._send_lock = threading.Lock()
+        # Most frames are followed by a wait for the answer, so delaying them to join them with others only costs time.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def send(self, kind: Kind, meta: Mapping[str, Any] | None = None, body: Tensor | None = None) -> None:
+    def send(self, kind: FrameKind, meta: Mapping[str, Any] | None = None, body: Tensor | None = None) -> None:
         """Sends a frame.
 
         Args:
             kind: What it is for.
-            meta: What JSON can hold.
+            meta: The JSON object.
             body: uint8 ``[bytes]``, contiguous, on the CPU.
 
         Raises:
-            OSError: The connection is gone.
+            OSError: The connection is closed.
         """
         text = json.dumps(meta).encode() if meta else b""
         size = 0 if body is None else body.numel()
         head = _HEADER.pack(_MAGIC, kind, len(text), size) + text
-        with self._sending:
-            if body is not None and size > _SMALL:
+        with self._send_lock:
+            if body is not None and size > _SINGLE_SEND_BYTES:
                 self.socket.sendall(head)
                 self.socket.sendall(body.numpy().data)
             else:
                 self.socket.sendall(head if body is None else head + body.numpy().tobytes())
 
-    def receive(self, *expected: Kind, largest_meta: int = LARGEST_META) -> Frame:
+    def receive(self, *expected: FrameKind, max_json_bytes: int = MAX_JSON_BYTES) -> Frame:
         """Waits for a frame of one of the expected kinds.
 
         Raises:
-            ProtocolError: It is another kind, no frame, or its JSON is too long or none.
-            OSError: The connection is gone.
+            ProtocolError: The peer sent a frame of another kind, something that is not a frame, or JSON that is too
+                long or invalid.
+            OSError: The connection is closed.
         """
-        magic, number, length, size = _HEADER.unpack(self._exactly(_HEADER.size))
-        if magic != _MAGIC or number not in [*Kind]:
-            raise ProtocolError(f"{self.peer} sent something that is no frame")
-        kind = Kind(number)
+        magic, number, length, size = _HEADER.unpack(self._receive_exactly(_HEADER.size))
+        if magic != _MAGIC or number not in [*FrameKind]:
+            raise ProtocolError(f"{self.peer} sent something that is not a frame")
+        kind = FrameKind(number)
         if kind not in expected:
-            raise ProtocolError(f"{self.peer} sent {kind.name}, not {' or '.join(each.name for each in expected)}")
-        if length > largest_meta:
-            raise ProtocolError(f"{kind.name} frame of {self.peer}: {length} bytes of JSON, {largest_meta} are allowed")
+            names = " or ".join(expected_kind.name for expected_kind in expected)
+            raise ProtocolError(f"{self.peer} sent {kind.name}, not {names}")
+        if length > max_json_bytes:
+            raise ProtocolError(f"{kind.name} frame of {self.peer}: {length} bytes of JSON, {max_json_bytes} allowed")
         meta: Any = {}
         if length:
             try:
-                meta = json.loads(bytes(self._exactly(length)))
+                meta = json.loads(bytes(self._receive_exactly(length)))
             except (ValueError, RecursionError) as error:
-                raise ProtocolError(f"{kind.name} frame of {self.peer}: no JSON ({error})") from error
+                raise ProtocolError(f"{kind.name} frame of {self.peer}: invalid JSON ({error})") from error
         if not isinstance(meta, dict):
-            raise ProtocolError(f"{kind.name} frame of {self.peer}: its JSON is no object")
+            raise ProtocolError(f"{kind.name} frame of {self.peer}: its JSON is not an object")
         return Frame(kind, meta, size, self.peer)
 
-    def read(self, frame: Frame, size: int) -> Tensor:
-        """The bytes of a frame, uint8 ``[size]``.
+    def read_body(self, frame: Frame, size: int) -> Tensor:
+        """Reads the body of a received frame.
+
+        Args:
+            frame: The frame that was received last.
+            size: Expected size of the body, in bytes.
+
+        Returns:
+            uint8 ``[size]``.
 
         Raises:
-            ProtocolError: It brings another number of bytes; none of them is read.
-            OSError: The connection is gone.
+            ProtocolError: The body has another size; none of it is read.
+            OSError: The connection is closed.
         """
         if frame.size != size:
-            raise frame.refuse(f"{frame.size} bytes, {size} were expected")
-        return self.read_into(frame, torch.empty(size, dtype=torch.uint8))
+            raise frame.protocol_error(f"{frame.size} bytes, {size} were expected")
+        return self.read_body_into(frame, torch.empty(size, dtype=torch.uint8))
 
-    def read_into(self, frame: Frame, room: Tensor) -> Tensor:
-        """The same into memory that is there already, uint8 ``[size]``, contiguous, on the CPU."""
-        if frame.size != room.numel():
-            raise frame.refuse(f"{frame.size} bytes, {room.numel()} were expected")
+    def read_body_into(self, frame: Frame, buffer: Tensor) -> Tensor:
+        """Reads the body of a received frame into existing memory and returns it.
+
+        Args:
+            frame: The frame that was received last.
+            buffer: uint8 ``[size]``, contiguous, on the CPU.
+
+        Raises:
+            ProtocolError: The body has another size; none of it is read.
+            OSError: The connection is closed.
+        """
+        if frame.size != buffer.numel():
+            raise frame.protocol_error(f"{frame.size} bytes, {buffer.numel()} were expected")
         if frame.size:
-            self._fill(room.numpy().data)
-        return room
+            self._receive_into(buffer.numpy().data)
+        return buffer
 
-    def cut(self) -> None:
-        """Ends the connection for both ends and for every thread that waits in it; what has arrived can be read."""
+    def shut_down(self) -> None:
+        """Ends the connection for both peers and wakes every thread that waits in it.
+
+        Data that has already arrived can still be received.
+        """
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            # The other end was faster.
+            # The peer has already ended the connection.
             return
 
     def close(self) -> None:
-        """Gives the socket back; no thread may be waiting in it."""
+        """Releases the socket; no thread may be waiting in it."""
         self.socket.close()
 
-    def _exactly(self, size: int) -> bytearray:
-        room = bytearray(size)
-        self._fill(memoryview(room))
-        return room
+    def _receive_exactly(self, size: int) -> bytearray:
+        buffer = bytearray(size)
+        self._receive_into(memoryview(buffer))
+        return buffer
 
-    def _fill(self, room: memoryview) -> None:
-        while room:
-            count = self.socket.recv_into(room)
+    def _receive_into(self, buffer: memoryview) -> None:
+        while buffer:
+            count = self.socket.recv_into(buffer)
             if not count:
                 raise ConnectionError(f"{self.peer} closed the connection")
-            room = room[count:]
+            buffer = buffer[count:]

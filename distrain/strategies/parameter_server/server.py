@@ -1,8 +1,9 @@
-"""A server: holds a shard of the parameters, applies what workers push, and answers what they pull.
+"""A server: holds a shard of the parameters, applies the gradients that workers push, and answers pulls.
 
-Li et al. 2014, "Scaling distributed machine learning with the parameter server" (OSDI), for servers, workers, push and
-pull; Dean et al. 2012, "Large scale distributed deep networks" (NIPS), §4.1, for updates that wait for nobody; Ho et
-al. 2013, "More effective distributed ML via a stale synchronous parallel parameter server" (NIPS), for the bound.
+Sources: for servers, workers, push and pull, Li et al. 2014, "Scaling distributed machine learning with the parameter
+server" (OSDI); for asynchronous updates, Dean et al. 2012, "Large scale distributed deep networks" (NIPS), §4.1; for
+bounded staleness, Ho et al. 2013, "More effective distributed ML via a stale synchronous parallel parameter server"
+(NIPS).
 """
 
 from __future__ import annotations
@@ -11,575 +12,387 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from distrain.checkpoint import named_state
-from distrain.communication.types import DTYPES, RankName
-from distrain.compression.base import MessageCompressor
-from distrain.compression.encoding.packing import pack, packed_size, unpack
+from distrain.communication.types import RankName
 from distrain.errors import PeerLost
-from distrain.gradients.buckets import Gradients
 from distrain.gradients.clip import clip_gradient_norm
-from distrain.strategies.parameter_server.collectives import Meeting
-from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
-from distrain.strategies.parameter_server.protocol import Connection, Frame, Kind
-from distrain.strategies.parameter_server.shards import Packed
-from distrain.strategies.parameter_server.stop_decision import Bulletin
+from distrain.strategies.parameter_server.collectives import CollectiveServer
+from distrain.strategies.parameter_server.connect import CHANNELS
+from distrain.strategies.parameter_server.heartbeat import Farewell, HeartbeatMonitor, failure_reason
+from distrain.strategies.parameter_server.optimizer_wire import receive_optimizer_state
+from distrain.strategies.parameter_server.protocol import Connection, Frame, FrameKind
+from distrain.strategies.parameter_server.push import Push, receive_push
+from distrain.strategies.parameter_server.server_policy import ServerPolicy
+from distrain.strategies.parameter_server.server_shard import ServerShard
+from distrain.strategies.parameter_server.stop_decision import StopDecision
+from distrain.strategies.parameter_server.worker_record import RecentStaleness, WorkerRecord
 
 log = logging.getLogger(__name__)
 
-#: Most numbers that an optimizer may keep for each number of a parameter.
-_MOST_STATE = 8
 
-
-@dataclass(frozen=True)
-class Rules:
-    """How a server treats its workers.
-
-    Attributes:
-        mode: ``sync``, ``async`` or ``ssp``.
-        staleness: Steps that a worker may be ahead of the slowest when it starts one; ssp only.
-        in_flight: Steps of a worker's own that are under way while it computes the next.
-        clip: Largest norm of the whole model's gradient; sync only.
-        on_nonfinite: What is done about a gradient that is not finite: ``stop`` refuses a worker's in async and ssp,
-            ``skip`` and ``rewind`` leave out the update in sync.
-        timeout_seconds: How long a worker may keep another one waiting.
-        silence_seconds: How long a worker may give no sign of life.
-        largest: Most bytes of a worker's contribution to a collective.
-    """
-
-    mode: str
-    staleness: int | None
-    in_flight: int
-    clip: float | None
-    on_nonfinite: str
-    timeout_seconds: float
-    silence_seconds: float
-    largest: int
-
-    @property
-    def asks_for_norm(self) -> bool:
-        """Whether an update waits for the norm of the whole model's gradient."""
-        return self.mode == "sync" and (self.clip is not None or self.on_nonfinite != "stop")
-
-
-@dataclass
-class Shard:
-    """What a server holds.
-
-    Attributes:
-        named: Parameters by name, in the model's order.
-        gradients: Their gradients, in the buckets in which workers push them.
-        optimizer: Of these parameters.
-        compressor: Reads what workers' compressors wrote.
-    """
-
-    named: dict[str, nn.Parameter]
-    gradients: Gradients
-    optimizer: torch.optim.Optimizer
-    compressor: MessageCompressor
-
-    def room(self) -> Packed:
-        """Room for a copy of the parameters."""
-        return Packed(list(self.named.values()))
-
-    def push_sizes(self, step: int) -> list[int]:
-        """Bytes of each bucket's message in a step."""
-        self.compressor.step = step
-        return [packed_size(self.compressor.payload_layout(bucket)) for bucket in self.gradients.buckets]
-
-
-@dataclass
-class Worker:
-    """What a server knows of a worker.
-
-    Attributes:
-        peer: Who it is.
-        steps: Pushes that came from it.
-        samples: Samples they were computed from.
-        staleness: How many of its pushes were how many updates late.
-        lead: Most steps that it was ahead of the slowest when it was given parameters for its next.
-        pushed: Bytes of its gradients.
-        pulled: Bytes of parameters it was given.
-        lost: Why it is gone, if it is.
-        left: Whether it was done.
-    """
-
-    peer: RankName
-    steps: int = 0
-    samples: int = 0
-    staleness: Counter[int] = field(default_factory=Counter)
-    lead: int = 0
-    pushed: int = 0
-    pulled: int = 0
-    lost: str | None = None
-    left: bool = False
-
-    @property
-    def lives(self) -> bool:
-        """Whether others may wait for it."""
-        return self.lost is None and not self.left
-
-    def told(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return {
-            **self.end(),
-            "samples": self.samples,
-            "staleness": {str(late): count for late, count in sorted(self.staleness.items())},
-            "lead": self.lead,
-            "pushed": self.pushed,
-            "pulled": self.pulled,
-        }
-
-    def end(self) -> dict[str, Any]:
-        """Who it is, how far it came, and why it is gone, as plain data."""
-        return {"rank": self.peer.rank, "host": self.peer.host, "steps": self.steps, "lost": self.lost}
-
-
-@dataclass
-class _Recent:
-    """How many updates late the pushes were that came since somebody asked: how many, in sum, and at most."""
-
-    pushes: int = 0
-    late: int = 0
-    latest: int = 0
-
-    def add(self, late: int) -> None:
-        self.pushes += 1
-        self.late += late
-        self.latest = max(self.latest, late)
-
-
-@dataclass
-class _Push:
-    """One worker's gradients of one step: its part, ``share``, of a batch's mean gradient."""
-
-    step: int
-    rate: float
-    share: float
-    version: int
-    count: int
-    payloads: list[Tensor]
-
-
-class _Stopped(Exception):
-    """The server stops; the thread that hears it ends."""
-
-
-class _Whole:
-    """The shard's gradients with the norm of the whole model, which the workers have added up."""
-
-    def __init__(self, gradients: Gradients, norm: float) -> None:
-        self._gradients = gradients
-        self._norm = norm
-
-    def norm(self) -> Tensor:
-        return torch.tensor(self._norm, dtype=torch.float64)
-
-    def scale(self, factor: Tensor) -> None:
-        self._gradients.scale(factor)
+class _ServerStopped(Exception):
+    """Raised in a thread that waits when the server stops; it ends the thread."""
 
 
 class Server:
-    """Serves until all workers are done or dead.
+    """Serves until every worker has finished or is lost.
 
-    Every connection has a thread of its own, which waits in it, so that a slow worker holds up nobody. What they share
-    is guarded by one lock, held while gradients are applied and parameters copied, never while bytes travel.
+    Every connection has its own thread, which blocks in it, so a slow worker delays no other. One lock guards the state
+    that the threads share. It is held while gradients are applied and parameters copied, never while data is sent or
+    received.
 
     Args:
-        me: This rank.
-        shard: What it holds.
-        rules: How workers are treated.
-        workers: All of them.
-        connections: Of each worker, by rank and channel.
-        told: Called with a worker that is lost, once for each.
-        wish: What this server wishes all to do, as bits of :class:`distrain.runtime.consensus.Request`.
+        name: This rank.
+        shard: The part of the model that it holds.
+        policy: How it treats workers.
+        workers: All workers.
+        connections: The workers' connections, by rank and channel.
+        on_worker_lost: Called once for every worker that is lost.
+        own_requests: Returns what this server requests of all ranks, as bits of
+            :class:`distrain.runtime.consensus.Request`.
 
     Attributes:
-        stopped: What the run was stopped by, if it was.
+        shard: The part of the model that it holds.
+        workers: Records of all workers, by rank.
+        version: Number of updates so far, including skipped ones.
+        stop_reason: What stopped the run before the end of the training; ``None`` if nothing has.
     """
 
     def __init__(
         self,
-        me: RankName,
-        shard: Shard,
-        rules: Rules,
+        name: RankName,
+        shard: ServerShard,
+        policy: ServerPolicy,
         workers: Sequence[RankName],
         connections: Mapping[tuple[int, str], Connection],
-        told: Callable[[Worker], None],
-        wish: Callable[[], int] = lambda: 0,
+        on_worker_lost: Callable[[WorkerRecord], None],
+        own_requests: Callable[[], int] = lambda: 0,
     ) -> None:
         self.shard = shard
-        self.stopped: str | None = None
-        self._wish = wish
-        self._bulletin = Bulletin(rules.in_flight)
-        self._me = me
-        self._rules = rules
-        self._told = told
-        self._changed = threading.Condition(threading.RLock())
-        self._stopped: BaseException | None = None
-        self.workers = {peer.rank: Worker(peer) for peer in workers}
+        self.workers = {worker.rank: WorkerRecord(worker) for worker in workers}
         self.version = 0
-        self._meeting = Meeting([peer.rank for peer in workers], self._changed, rules.largest)
-        self._gathered: dict[int, _Push] = {}
-        self._sums = 0
-        self._square = 0.0
-        self._left_out = 0
-        self._recent = _Recent()
+        self.stop_reason: str | None = None
+        self._name = name
+        self._policy = policy
+        self._on_worker_lost = on_worker_lost
+        self._own_requests = own_requests
+        self._changed = threading.Condition(threading.RLock())
+        self._error: BaseException | None = None
+        self._stop_decision = StopDecision(policy.in_flight)
+        self._collectives = CollectiveServer(
+            [worker.rank for worker in workers], self._changed, policy.max_collective_bytes
+        )
+        # The pushes of the current step that have arrived, by rank; sync only.
+        self._pending_pushes: dict[int, Push] = {}
+        self._summed_steps = 0
+        self._squared_norm = 0.0
+        self._skipped_updates = 0
+        self._recent_staleness = RecentStaleness()
         self._connections = connections
-        self._pulses: dict[int, Pulse] = {}
-        # Locked, since a worker may be gone already and its thread look for what is made here.
+        self._monitors: dict[int, HeartbeatMonitor] = {}
+        # With the lock held, since a thread may need another worker's monitor as soon as it runs.
         with self._changed:
             for rank, worker in self.workers.items():
-                self._pulses[rank] = Pulse(connections[rank, "pulse"], rules.silence_seconds, self._ender(worker))
-                for channel, handler in (("work", self._work), ("talk", self._talk)):
+                self._monitors[rank] = HeartbeatMonitor(
+                    connections[rank, "heartbeat"], policy.heartbeat_timeout_seconds, self._farewell_handler(worker)
+                )
+                for channel, handler in (("parameters", self._serve_parameters), ("requests", self._serve_requests)):
                     arguments = (handler, worker, connections[rank, channel])
-                    threading.Thread(target=self._guarded, args=arguments, daemon=True).start()
+                    threading.Thread(target=self._run_handler, args=arguments, daemon=True).start()
 
     # --- the life of the server --------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Waits until all workers are done.
+        """Waits until every worker has finished or is lost.
 
         Raises:
-            PeerLost: A worker is gone without which the run can't go on.
+            PeerLost: A worker is lost and the run can't continue without it.
         """
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped is not None or not self._living())
-                if self._stopped is not None:
-                    raise self._stopped
+                self._changed.wait_for(lambda: self._error is not None or not self._living())
+                if self._error is not None:
+                    raise self._error
         except BaseException as error:
             with self._changed:
                 self._stop(error)
-            reason, culprit = last_word_of(error)
+            reason, culprit = failure_reason(error)
             for rank, worker in self.workers.items():
-                if worker.lives:
-                    self._tell(rank, reason, culprit=culprit or self._me)
+                if worker.is_alive:
+                    self._report_failure(rank, reason, culprit=culprit or self._name)
             raise
         finally:
             for connection in self._connections.values():
-                connection.cut()
+                connection.shut_down()
 
     def steps(self) -> int:
         """Steps that the fastest worker has finished."""
         return max(worker.steps for worker in self.workers.values())
 
-    def _living(self) -> list[Worker]:
-        return [worker for worker in self.workers.values() if worker.lives]
+    def _living(self) -> list[WorkerRecord]:
+        return [worker for worker in self.workers.values() if worker.is_alive]
 
     def _stop(self, error: BaseException) -> None:
-        self._stopped = self._stopped or error
+        self._error = self._error or error
         self._changed.notify_all()
 
-    def _ender(self, worker: Worker) -> Callable[[Word], None]:
-        def ended(word: Word) -> None:
-            if word.left:
+    def _farewell_handler(self, worker: WorkerRecord) -> Callable[[Farewell], None]:
+        def handle(farewell: Farewell) -> None:
+            if farewell.finished:
                 with self._changed:
-                    worker.left = True
-                    self.stopped = self.stopped or word.stopped
+                    worker.finished = True
+                    self.stop_reason = self.stop_reason or farewell.stop_reason
                     self._changed.notify_all()
             else:
-                self._lose(worker, word)
+                self._lose_worker(worker, farewell)
 
-        return ended
+        return handle
 
-    def _lose(self, worker: Worker, word: Word) -> None:
+    def _lose_worker(self, worker: WorkerRecord, farewell: Farewell) -> None:
+        rank, reason = worker.peer.rank, farewell.reason
         with self._changed:
-            if not worker.lives or self._stopped is not None:
+            if not worker.is_alive or self._error is not None:
                 return
-            behind = word.culprit or worker.peer
-            worker.lost = word.reason if word.culprit is None else f"it lost {word.culprit}: {word.reason}"
-            if self._rules.mode == "sync" or worker.peer.rank == 0 or word.fatal:
-                self._stop(PeerLost(behind.rank, behind.host, word.reason))
+            culprit = farewell.culprit or worker.peer
+            worker.loss_reason = reason if farewell.culprit is None else f"it lost {farewell.culprit}: {reason}"
+            if self._policy.mode == "sync" or rank == 0 or farewell.fatal:
+                self._stop(PeerLost(culprit.rank, culprit.host, reason))
             else:
-                # Whom it lost the others may still have; if not, they will say so.
-                self._meeting.lose(worker.peer.rank)
-                self._told(worker)
+                # The rank that this worker reports as lost may still be connected to the others. If it isn't, they
+                # report it too.
+                self._collectives.remove_worker(rank)
+                self._on_worker_lost(worker)
             self._changed.notify_all()
-        self._tell(worker.peer.rank, word.reason, expelled=True)
-        for channel in ("work", "talk", "pulse"):
-            self._connections[worker.peer.rank, channel].cut()
+        self._report_failure(rank, reason, expelled=True)
+        for channel in CHANNELS:
+            self._connections[rank, channel].shut_down()
 
-    def _tell(self, rank: int, reason: str, *, culprit: RankName | None = None, expelled: bool = False) -> None:
+    def _report_failure(
+        self, rank: int, reason: str, *, culprit: RankName | None = None, expelled: bool = False
+    ) -> None:
         try:
-            self._pulses[rank].say(reason, culprit=culprit, expelled=expelled)
+            self._monitors[rank].report_failure(reason, culprit=culprit, expelled=expelled)
         except OSError:
-            log.info("worker %s did not hear why its connection ends", self.workers[rank].peer)
+            log.info("worker %s could not be told why its connection ends", self.workers[rank].peer)
 
-    def _guarded(self, handler: Callable[[Worker, Connection], None], worker: Worker, connection: Connection) -> None:
+    def _run_handler(
+        self, handler: Callable[[WorkerRecord, Connection], None], worker: WorkerRecord, connection: Connection
+    ) -> None:
         try:
             handler(worker, connection)
-        except _Stopped:
+        except _ServerStopped:
             return
         except OSError:
-            # Why it is gone the pulse knows, or will in a moment.
-            self._pulses[worker.peer.rank].last_word(1.0)
+            # The heartbeat monitor learns the reason, if it hasn't yet, and handles it.
+            self._monitors[worker.peer.rank].wait_for_farewell(1.0)
         except BaseException as error:
             with self._changed:
                 self._stop(error)
         finally:
             connection.close()
 
-    def _wait(self, done: Callable[[], bool], awaited: Callable[[], Iterable[int]]) -> None:
-        """Waits, with the lock held, until something is true; the run ends if it takes too long."""
-        limit = self._rules.timeout_seconds
-        if not self._changed.wait_for(lambda: done() or self._stopped is not None, limit):
-            late = ", ".join(str(self.workers[rank].peer) for rank in sorted(awaited()))
-            self._stop(RuntimeError(f"waited longer than {limit:g} s for {late}"))
-        if self._stopped is not None:
-            raise _Stopped
+    def _wait_until(self, condition: Callable[[], bool], awaited: Callable[[], Iterable[int]]) -> None:
+        """Waits, with the lock held, until a condition is true; stops the server if that takes too long.
+
+        Args:
+            condition: The condition.
+            awaited: Returns the ranks that are waited for, for the error message.
+
+        Raises:
+            _ServerStopped: The server stops.
+        """
+        limit = self._policy.timeout_seconds
+        if not self._changed.wait_for(lambda: condition() or self._error is not None, limit):
+            names = ", ".join(str(self.workers[rank].peer) for rank in sorted(awaited()))
+            self._stop(RuntimeError(f"waited longer than {limit:g} s for {names}"))
+        if self._error is not None:
+            raise _ServerStopped
 
     # --- pushes and pulls --------------------------------------------------------------------------------------------
 
-    def _work(self, worker: Worker, connection: Connection) -> None:
-        room = self.shard.room()
+    def _serve_parameters(self, worker: WorkerRecord, connection: Connection) -> None:
+        buffer = self.shard.make_buffer()
         while True:
-            frame = connection.receive(Kind.PUSH, Kind.PULL)
-            connection.read(frame, 0)
+            frame = connection.receive(FrameKind.PUSH, FrameKind.PULL)
+            connection.read_body(frame, 0)
             waited = 0.0
-            if frame.kind is Kind.PUSH:
-                push = self._receive(frame, connection)
-                worker.pushed += sum(payload.numel() for payload in push.payloads)
-                if self._rules.mode == "sync":
-                    self._together(worker, push, connection)
+            if frame.kind is FrameKind.PUSH:
+                with self._changed:
+                    payload_sizes = self.shard.payload_sizes(frame.integer("step"))
+                push = receive_push(connection, frame, payload_sizes)
+                worker.pushed_bytes += sum(payload.numel() for payload in push.payloads)
+                if self._policy.mode == "sync":
+                    self._apply_sync(worker, push, connection)
                 else:
-                    waited = self._at_once(worker, push)
+                    waited = self._apply_async(worker, push)
             with self._changed:
-                if frame.kind is Kind.PUSH:
-                    self._bulletin.hear(frame.whole("wish"), worker.steps, [each.steps for each in self._living()])
-                lost = [each.end() for each in self.workers.values() if each.lost]
-                meta = {"version": self.version, "waited": waited, "lost": lost, "wish": self._wish()}
-                meta |= {"decided": self._bulletin.step, "wishes": self._bulletin.wishes}
-                packed = room.pack()
-            connection.send(Kind.PARAMETERS, meta, packed)
-            worker.pulled += packed.numel()
+                if frame.kind is FrameKind.PUSH:
+                    all_pushes = [living.steps for living in self._living()]
+                    self._stop_decision.add_request(frame.integer("requests"), worker.steps, all_pushes)
+                meta = {
+                    "version": self.version,
+                    "waited": waited,
+                    "lost": [record.loss_record() for record in self.workers.values() if record.loss_reason],
+                    "server_requests": self._own_requests(),
+                    "decided_step": self._stop_decision.step,
+                    "decided_requests": self._stop_decision.requests,
+                }
+                parameters = buffer.pack()
+            connection.send(FrameKind.PARAMETERS, meta, parameters)
+            worker.pulled_bytes += parameters.numel()
 
-    def _receive(self, frame: Frame, connection: Connection) -> _Push:
-        step, payloads = frame.whole("step"), []
-        with self._changed:
-            sizes = self.shard.push_sizes(step)
-        for index, size in enumerate(sizes):
-            part = connection.receive(Kind.BUCKET)
-            if part.whole("index") != index:
-                raise part.refuse(f"is not number {index} of {len(sizes)}")
-            payloads.append(connection.read(part, size))
-        share, version, count = frame.real("share"), frame.whole("version"), frame.whole("count")
-        if count and not 0 < share <= 1:
-            raise frame.refuse(f"share is {share}, no part of a batch")
-        return _Push(step, frame.real("rate"), share, version, count, payloads)
-
-    def _at_once(self, worker: Worker, push: _Push) -> float:
-        """Applies a push that waits for nobody, and keeps the worker waiting if it is too far ahead.
+    def _apply_async(self, worker: WorkerRecord, push: Push) -> float:
+        """Applies a push at once; in ssp then waits while the worker is too far ahead of the slowest one.
 
         Returns:
-            How many seconds it was kept waiting.
+            How long it waited, in seconds.
         """
         with self._changed:
-            if not worker.lives:
-                # Its last push came, but it was counted out meanwhile.
+            if not worker.is_alive:
+                # The worker was expelled while its last push was on the way.
                 raise ConnectionError(f"worker {worker.peer} is gone")
-            late = self.version - push.version
-            worker.staleness[late] += 1
-            self._recent.add(late)
-            # A share without samples is no gradient; an optimizer with momentum would move all the same.
-            if push.count:
-                self._sum([push])
-                if self._rules.on_nonfinite == "stop" and not bool(self.shard.gradients.norm().isfinite()):
+            staleness = self.version - push.version
+            worker.staleness[staleness] += 1
+            self._recent_staleness.add(staleness)
+            # A push without samples has no gradient, but an optimizer with momentum would still move the parameters.
+            if push.samples:
+                self.shard.sum_pushes([push])
+                if self._policy.on_nonfinite == "stop" and not bool(self.shard.gradients.norm().isfinite()):
                     reason = f"NonFinite: its gradient in step {push.step} is not finite"
                     raise PeerLost(worker.peer.rank, worker.peer.host, reason)
-                # The mean of the worker's samples, with its part of the rate.
+                # Applies the mean gradient of the worker's samples with the worker's part of the learning rate.
                 self.shard.gradients.scale(torch.tensor(1 / push.share))
-                self._update(push.rate * push.share)
+                self._update(push.learning_rate * push.share)
             worker.steps += 1
-            worker.samples += push.count
+            worker.samples += push.samples
             self._changed.notify_all()
-            came = time.perf_counter()
-            if self._rules.staleness is not None:
-                # The parameters that it gets now are for the step after those under way.
-                slowest = worker.steps + self._rules.in_flight - self._rules.staleness
-                self._wait(lambda: not self._behind(slowest), lambda: self._behind(slowest))
-            least = min(each.steps for each in [*self._living(), worker])
-            worker.lead = max(worker.lead, worker.steps + self._rules.in_flight - least)
-            return time.perf_counter() - came
+            started = time.perf_counter()
+            if self._policy.staleness is not None:
+                # The parameters in the answer are for the step after those in flight.
+                required = worker.steps + self._policy.in_flight - self._policy.staleness
+                self._wait_until(lambda: not self._slower_than(required), lambda: self._slower_than(required))
+            slowest = min(record.steps for record in [*self._living(), worker])
+            worker.max_lead = max(worker.max_lead, worker.steps + self._policy.in_flight - slowest)
+            return time.perf_counter() - started
 
-    def _behind(self, steps: int) -> set[int]:
+    def _slower_than(self, steps: int) -> set[int]:
+        """Ranks of the living workers that have finished fewer steps."""
         return {worker.peer.rank for worker in self._living() if worker.steps < steps}
 
-    def _together(self, worker: Worker, push: _Push, connection: Connection) -> None:
+    def _apply_sync(self, worker: WorkerRecord, push: Push, connection: Connection) -> None:
         """Waits for all workers' pushes of a step and applies their sum."""
-        rank = worker.peer.rank
         with self._changed:
-            for other in self._gathered.values():
-                if (other.step, other.rate) != (push.step, push.rate):
+            for other in self._pending_pushes.values():
+                if (other.step, other.learning_rate) != (push.step, push.learning_rate):
                     raise RuntimeError(f"{worker.peer} is at step {push.step}, another worker at {other.step}")
-            self._gathered[rank] = push
+            self._pending_pushes[worker.peer.rank] = push
             worker.steps += 1
-            worker.samples += push.count
+            worker.samples += push.samples
             worker.staleness[self.version - push.version] += 1
             next_version = self.version + 1
-            if len(self._gathered) == len(self.workers):
+            if len(self._pending_pushes) == len(self.workers):
                 # In order of rank, so that the sum has the same bits in every run.
-                self._sum([self._gathered[each] for each in sorted(self._gathered)])
-                self._gathered.clear()
-                self._sums += 1
-                if not self._rules.asks_for_norm:
-                    self._update(push.rate)
+                self.shard.sum_pushes([self._pending_pushes[rank] for rank in sorted(self._pending_pushes)])
+                self._pending_pushes.clear()
+                self._summed_steps += 1
+                if not self._policy.needs_global_norm:
+                    self._update(push.learning_rate)
                 else:
-                    self._square = float(self.shard.gradients.norm().double().square())
+                    self._squared_norm = self.shard.squared_norm()
                 self._changed.notify_all()
-            self._wait(lambda: self._sums >= next_version, lambda: set(self.workers) - set(self._gathered))
-            square = self._square
-        if self._rules.asks_for_norm:
-            # Only the workers know the norm over all servers.
-            connection.send(Kind.NORM, {"square": square})
-            norm = connection.receive(Kind.NORM)
-            connection.read(norm, 0)
+            self._wait_until(
+                lambda: self._summed_steps >= next_version, lambda: set(self.workers) - set(self._pending_pushes)
+            )
+            squared_norm = self._squared_norm
+        if self._policy.needs_global_norm:
+            # The workers add up the norms of all servers' shards and send the total back.
+            connection.send(FrameKind.NORM, {"square": squared_norm})
+            answer = connection.receive(FrameKind.NORM)
+            connection.read_body(answer, 0)
             with self._changed:
-                # All workers answer alike; the first one's answer does it.
+                # All workers send the same norm, so the first answer is enough.
                 if self.version < next_version:
-                    if self._rules.on_nonfinite != "stop" and not math.isfinite(norm.real("norm")):
-                        self._leave_out()
-                    else:
-                        clip_gradient_norm(_Whole(self.shard.gradients, norm.real("norm")), self._rules.clip)
-                        self._update(push.rate)
+                    self._update_clipped(push.learning_rate, answer.number("norm"))
 
-    def _sum(self, pushes: Sequence[_Push]) -> None:
-        gradients, compressor = self.shard.gradients, self.shard.compressor
-        gradients.zero()
-        for push in pushes:
-            compressor.step = push.step
-            for bucket, payload in zip(gradients.buckets, push.payloads, strict=True):
-                compressor.decode(payload.to(bucket.flat.device), bucket)
+    def _update_clipped(self, learning_rate: float, norm: float) -> None:
+        """Clips by the norm of the whole model's gradient and updates; skips an update that is not finite."""
+        if self._policy.on_nonfinite != "stop" and not math.isfinite(norm):
+            # Counts as a version, so that the workers' next pushes are pushes of the next step.
+            self.version += 1
+            self._skipped_updates += 1
+            self._changed.notify_all()
+        else:
+            global_norm = torch.tensor(norm, dtype=torch.float64)
+            clip_gradient_norm(self.shard.gradients, self._policy.max_gradient_norm, global_norm)
+            self._update(learning_rate)
 
-    def _update(self, rate: float) -> None:
-        for group in self.shard.optimizer.param_groups:
-            group["lr"] = rate
-        self.shard.optimizer.step()
+    def _update(self, learning_rate: float) -> None:
+        self.shard.step(learning_rate)
         self.version += 1
         self._changed.notify_all()
 
-    def _leave_out(self) -> None:
-        # Counted like an update, so that everybody's next push is of the next one.
-        self.version += 1
-        self._left_out += 1
-        self._changed.notify_all()
+    # --- all other requests ------------------------------------------------------------------------------------------
 
-    # --- everything else ---------------------------------------------------------------------------------------------
-
-    def _talk(self, worker: Worker, connection: Connection) -> None:
-        rank = worker.peer.rank
+    def _serve_requests(self, worker: WorkerRecord, connection: Connection) -> None:
+        rank, collectives = worker.peer.rank, self._collectives
         while True:
             frame = connection.receive(
-                Kind.COLLECTIVE, Kind.SEND, Kind.RECEIVE, Kind.NORM, Kind.TELL, Kind.STATE, Kind.LOAD
+                FrameKind.COLLECTIVE,
+                FrameKind.SEND,
+                FrameKind.RECEIVE,
+                FrameKind.NORM,
+                FrameKind.STATISTICS,
+                FrameKind.STATE,
+                FrameKind.LOAD,
             )
-            if frame.kind is Kind.COLLECTIVE:
-                answer = self._meeting.enter(rank, frame, self._meeting.read(connection, frame), self._wait)
-                connection.send(Kind.RESULT, answer.meta, answer.body)
-            elif frame.kind is Kind.SEND:
-                self._meeting.post(rank, frame, self._meeting.read(connection, frame))
-                connection.send(Kind.DONE)
-            elif frame.kind is Kind.LOAD:
+            if frame.kind is FrameKind.COLLECTIVE:
+                contribution = collectives.read_body(connection, frame)
+                result = collectives.join(rank, frame, contribution, self._wait_until)
+                connection.send(FrameKind.RESULT, result.meta, result.body)
+            elif frame.kind is FrameKind.SEND:
+                collectives.store_message(rank, frame, collectives.read_body(connection, frame))
+                connection.send(FrameKind.DONE)
+            elif frame.kind is FrameKind.LOAD:
                 self._load(frame, connection)
-                connection.send(Kind.DONE)
+                connection.send(FrameKind.DONE)
             else:
-                connection.read(frame, 0)
-                if frame.kind is Kind.RECEIVE:
-                    connection.send(Kind.RESULT, None, self._meeting.fetch(rank, frame, self._wait))
-                elif frame.kind is Kind.STATE:
-                    meta, body = self._state()
-                    connection.send(Kind.STATE, meta, body)
+                connection.read_body(frame, 0)
+                if frame.kind is FrameKind.RECEIVE:
+                    message = collectives.take_message(rank, frame, self._wait_until)
+                    connection.send(FrameKind.RESULT, None, message)
+                elif frame.kind is FrameKind.STATE:
+                    with self._changed:
+                        meta, body = self.shard.encode_optimizer_state()
+                    connection.send(FrameKind.STATE, meta, body)
+                elif frame.kind is FrameKind.NORM:
+                    with self._changed:
+                        squared_norm = self.shard.squared_norm()
+                    connection.send(FrameKind.NORM, {"square": squared_norm})
                 else:
-                    connection.send(frame.kind, self._norm() if frame.kind is Kind.NORM else self._tell_about(frame))
+                    connection.send(FrameKind.STATISTICS, self._statistics(frame))
 
-    def _norm(self) -> dict[str, Any]:
-        with self._changed:
-            return {"square": float(self.shard.gradients.norm().double().square())}
-
-    def _tell_about(self, frame: Frame) -> dict[str, Any]:
-        """Who did what; with ``recent``, only the staleness since that was last asked."""
+    def _statistics(self, frame: Frame) -> dict[str, Any]:
+        """Statistics of all workers; with ``recent``, only the staleness since the last such request."""
         with self._changed:
             if frame.meta.get("recent"):
-                recent, self._recent = self._recent, _Recent()
-                return {"pushes": recent.pushes, "late": recent.late, "latest": recent.latest}
+                recent, self._recent_staleness = self._recent_staleness, RecentStaleness()
+                return {"pushes": recent.pushes, "staleness_sum": recent.total, "staleness_max": recent.maximum}
             return {
-                "workers": [worker.told() for worker in self.workers.values()],
-                "updates": self.version - self._left_out,
-                "tensors": len(self.shard.named),
-                "bytes": sum(each.numel() * each.element_size() for each in self.shard.named.values()),
+                "workers": [worker.statistics() for worker in self.workers.values()],
+                "updates": self.version - self._skipped_updates,
+                "tensors": len(self.shard.parameters),
+                "bytes": self.shard.bytes,
             }
 
-    def _state(self) -> tuple[dict[str, Any], Tensor]:
-        """The optimizer's state: names, dtypes and shapes of its tensors, and its scalars; and the tensors."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.shard.named.items()}
-        with self._changed:
-            tensors, scalars = named_state.optimizer_state(self.shard.optimizer, names)
-            return {"tensors": described(tensors), "scalars": scalars}, packed(tensors)
-
     def _load(self, frame: Frame, connection: Connection) -> None:
-        """Takes parameters and the optimizer's state."""
-        room = self.shard.room()
-        connection.read_into(frame, room.bytes)
-        tensors, scalars = receive_state(connection, self.shard.named)
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.shard.named.items()}
+        """Receives parameters and the optimizer's state and replaces the shard's."""
+        buffer = self.shard.make_buffer()
+        connection.read_body_into(frame, buffer.data)
+        tensors, scalars = receive_optimizer_state(connection, self.shard.parameters)
         with self._changed:
-            room.unpack()
-            self.shard.optimizer.state.clear()
-            named_state.load_optimizer(self.shard.optimizer, names, tensors, scalars)
-
-
-# --- optimizer state on the wire -------------------------------------------------------------------------------------
-
-
-def described(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
-    """Name, dtype and shape of each tensor."""
-    return [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
-
-
-def packed(tensors: Mapping[str, Tensor]) -> Tensor:
-    """All tensors as one run of bytes on the CPU, each in the order of its indices."""
-    parts = [tensor.detach().cpu().contiguous().flatten() for tensor in tensors.values()]
-    return pack(parts) if parts else torch.empty(0, dtype=torch.uint8)
-
-
-def receive_state(
-    connection: Connection, named: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Receives what an optimizer keeps for some parameters.
-
-    Args:
-        connection: Where a ``STATE`` frame comes next.
-        named: The parameters; each tensor is a scalar or has its parameter's shape.
-
-    Returns:
-        Tensors as ``<parameter name>/<what>`` on the CPU, and non-tensors in the same way.
-
-    Raises:
-        ProtocolError: It is about other parameters, has other shapes or sizes, or is far too large.
-    """
-    frame = connection.receive(Kind.STATE)
-    entries, scalars = frame.meta.get("tensors"), frame.meta.get("scalars")
-    if not isinstance(entries, list) or not isinstance(scalars, dict):
-        raise frame.refuse("names no tensors")
-    form, shapes = [], {}
-    for entry in entries:
-        named_well = isinstance(entry, list) and len(entry) == 3 and all(isinstance(part, str) for part in entry[:2])
-        if not named_well or entry[1] not in DTYPES:
-            raise frame.refuse(f"{entry!r} is no name, dtype and shape")
-        key, dtype, shape = entry[0], DTYPES[entry[1]], entry[2]
-        parameter = named.get(key.rpartition("/")[0])
-        if parameter is None or shape not in ([], list(parameter.shape)):
-            raise frame.refuse(f"{key} {shape} is of none of the parameters here")
-        shapes[key] = shape
-        form.append((dtype, torch.Size(shape).numel()))
-    size = packed_size(form)
-    if size > _MOST_STATE * sum(8 * (parameter.numel() + 1) for parameter in named.values()):
-        raise frame.refuse(f"{size} bytes are far more than an optimizer keeps")
-    parts = unpack(connection.read(frame, size), form) if form else []
-    return {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}, scalars
+            buffer.unpack()
+            self.shard.load_optimizer_state(tensors, scalars)

@@ -1,4 +1,4 @@
-"""Which server holds which parameters, and how a shard's parameters travel."""
+"""Which server holds which parameters, and how a shard's parameters are laid out for sending."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ from torch import Tensor, nn
 _ALIGNMENT = 8
 
 
-def balanced(sizes: Sequence[int], shards: int) -> list[list[int]]:
-    """Divides tensors among shards, whole ones, by size: the largest first, each to the shard that has least.
+def assign_tensors(sizes: Sequence[int], servers: int) -> list[list[int]]:
+    """Assigns each tensor as a whole to one server and balances bytes: the largest first, to the server with the least.
 
-    Graham 1969, "Bounds on multiprocessing timing anomalies": the largest shard is at most 4/3 of what the best
-    division gives. The result depends on the arguments alone, so all ranks find the same.
+    Graham 1969, "Bounds on multiprocessing timing anomalies": the largest shard is at most 4/3 of the largest shard of
+    the best assignment. The result depends on the arguments alone, so all ranks compute the same.
 
     Args:
         sizes: Bytes of each tensor.
-        shards: How many.
+        servers: Number of servers.
 
     Returns:
-        For each shard the positions of its tensors, ascending.
+        For each server the indices of its tensors, ascending.
     """
-    found: list[list[int]] = [[] for _ in range(shards)]
-    filled = [0] * shards
-    for position in sorted(range(len(sizes)), key=lambda position: -sizes[position]):
-        least = filled.index(min(filled))
-        found[least].append(position)
-        filled[least] += sizes[position]
-    return [sorted(positions) for positions in found]
+    assigned: list[list[int]] = [[] for _ in range(servers)]
+    assigned_bytes = [0] * servers
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        server = assigned_bytes.index(min(assigned_bytes))
+        assigned[server].append(index)
+        assigned_bytes[server] += sizes[index]
+    return [sorted(indices) for indices in assigned]
 
 
-class Packed:
-    """Room for a copy of some parameters in one run of bytes, which is what travels.
+class ParameterBuffer:
+    """One contiguous buffer that holds a copy of some parameters, to be sent or received as a whole.
 
-    Both ends build the same model and so find the same layout.
+    A worker and a server build the same model and so compute the same layout.
 
     Args:
         parameters: In the model's order.
 
     Attributes:
-        bytes: uint8, on the CPU.
+        data: The copy, uint8 ``[bytes]``, on the CPU.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        places, end = [], 0
+        offsets, end = [], 0
         for parameter in self._parameters:
-            places.append(end)
+            offsets.append(end)
             end += -(-parameter.numel() * parameter.element_size() // _ALIGNMENT) * _ALIGNMENT
-        self.bytes = torch.zeros(end, dtype=torch.uint8)
+        self.data = torch.zeros(end, dtype=torch.uint8)
         self._views: list[Tensor] = []
-        for parameter, start in zip(self._parameters, places, strict=True):
-            run = self.bytes[start : start + parameter.numel() * parameter.element_size()].view(parameter.dtype)
-            # The parameter's own strides (channels-last weights): a plain copy, and the same on both ends.
-            self._views.append(run.as_strided(parameter.size(), torch.empty_like(parameter, device="meta").stride()))
+        for parameter, start in zip(self._parameters, offsets, strict=True):
+            part = self.data[start : start + parameter.numel() * parameter.element_size()].view(parameter.dtype)
+            # With the parameter's own strides (channels-last weights) the copy is a plain one, and both peers agree.
+            self._views.append(part.as_strided(parameter.size(), torch.empty_like(parameter, device="meta").stride()))
 
     @torch.no_grad()
     def pack(self) -> Tensor:
-        """Copies the parameters into the bytes, which are returned."""
+        """Copies the parameters into the buffer and returns :attr:`data`."""
         for view, parameter in zip(self._views, self._parameters, strict=True):
             view.copy_(parameter)
-        return self.bytes
+        return self.data
 
     @torch.no_grad()
     def unpack(self) -> None:
-        """Copies the bytes into the parameters."""
+        """Copies the buffer into the parameters."""
         for view, parameter in zip(self._views, self._parameters, strict=True):
             parameter.copy_(view)

@@ -1,7 +1,8 @@
-"""How workers that don't keep step agree on what all do after the same step.
+"""How workers that don't run in lockstep agree on what all of them do after the same step, such as to stop or to save.
 
-A worker's wishes travel with its pushes. The first server, which sees every push, answers with a decision: a step that
-no worker can have passed by the time it hears of it. So nobody waits, and a worker that dies holds up nobody.
+A worker's requests travel with its pushes. The first server, which sees every push, answers with a decision: the number
+of a step that no worker can have passed by the time it learns of the decision. So no worker waits for another, and a
+worker that dies delays nobody.
 """
 
 from __future__ import annotations
@@ -13,60 +14,61 @@ from typing import TYPE_CHECKING
 from distrain.runtime.consensus import Request
 
 if TYPE_CHECKING:
-    from distrain.strategies.parameter_server.client import Link
+    from distrain.strategies.parameter_server.client import ServerClient
 
 
 @dataclass
-class Bulletin:
-    """The server's side.
+class StopDecision:
+    """The server's side: the latest decision.
 
     Args:
         in_flight: Steps that a worker computes before it has the answer to a push.
 
     Attributes:
-        step: Pushes after which every worker does what was decided last.
-        wishes: That, as bits of :class:`distrain.runtime.consensus.Request`.
+        step: The step after which every worker acts on the decision.
+        requests: What the workers do then, as bits of :class:`distrain.runtime.consensus.Request`.
     """
 
     in_flight: int
     step: int = 0
-    wishes: int = 0
+    requests: int = 0
 
-    def hear(self, wish: int, pushes: int, all_pushes: Iterable[int]) -> None:
-        """Takes a worker's wish.
+    def add_request(self, requests: int, pushes: int, all_pushes: Iterable[int]) -> None:
+        """Takes the requests that came with a worker's push.
 
         Args:
-            wish: Its wishes; 0 for none.
-            pushes: How many pushes came from it, this one included.
-            all_pushes: The same of all workers that live.
+            requests: The requests; 0 for none.
+            pushes: Number of the worker's pushes, including this one.
+            all_pushes: The same number for every worker that is alive.
         """
-        # Until that step everybody repeats what is decided already.
-        if wish and pushes > self.step:
-            # The answer to each one's next push tells it, which it has when the steps under way are over.
+        # Until the decided step every worker repeats requests that are decided already.
+        if requests and pushes > self.step:
+            # Each worker learns of the decision from the answer to its next push, which it has when the steps that are
+            # in flight are over.
             self.step = max(all_pushes) + 1 + self.in_flight
-            self.wishes = wish
+            self.requests = requests
 
 
-class Subscription:
-    """A worker's side: the trainer's :class:`distrain.runtime.consensus.Consensus`.
+class PushConsensus:
+    """A worker's side: a :class:`distrain.runtime.consensus.Consensus` whose messages travel with pushes.
 
     Args:
-        links: To all servers; the first one's decides.
+        clients: The worker's clients of all servers; the first server decides.
     """
 
-    def __init__(self, links: list[Link]) -> None:
-        self._links = links
+    def __init__(self, clients: list[ServerClient]) -> None:
+        self._clients = clients
         self._pushes = 0
 
     def agree(self, wish: Request) -> Request:
-        """Sends the wish with the next push; see the protocol."""
+        """Sends the request with the next push; see the protocol."""
         self._pushes += 1
-        step, wishes = self._links[0].decided
-        heard = Request(wishes) if step == self._pushes else Request.NOTHING
-        for link in self._links:
-            wish |= Request(link.servers_wish)
-        self._links[0].wish = int(wish & ~heard)
-        return heard
+        step, requests = self._clients[0].decision
+        decided = Request(requests) if step == self._pushes else Request.NOTHING
+        for client in self._clients:
+            wish |= Request(client.server_requests)
+        self._clients[0].requests = int(wish & ~decided)
+        return decided
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: no message is pending."""

@@ -28,13 +28,16 @@ from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
-from distrain.strategies.parameter_server.client import Link, Links
-from distrain.strategies.parameter_server.collectives import Everyone
-from distrain.strategies.parameter_server.connect import Door, enter, own_address
-from distrain.strategies.parameter_server.protocol import Kind
-from distrain.strategies.parameter_server.server import Rules, Server, Shard, Worker
-from distrain.strategies.parameter_server.shards import balanced
-from distrain.strategies.parameter_server.stop_decision import Subscription
+from distrain.strategies.parameter_server.client import ServerClient, ServerClients
+from distrain.strategies.parameter_server.collectives import WorkerCommunicator
+from distrain.strategies.parameter_server.connect import Listener, connect_to_server, listen_address
+from distrain.strategies.parameter_server.protocol import FrameKind
+from distrain.strategies.parameter_server.server import Server
+from distrain.strategies.parameter_server.server_policy import ServerPolicy
+from distrain.strategies.parameter_server.server_shard import ServerShard
+from distrain.strategies.parameter_server.shards import assign_tensors
+from distrain.strategies.parameter_server.stop_decision import PushConsensus
+from distrain.strategies.parameter_server.worker_record import WorkerRecord
 from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
 
@@ -224,25 +227,28 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         parameters = list(trainable_parameters(model).items())
         sizes = [parameter.numel() * parameter.element_size() for _, parameter in parameters]
         shards = [
-            dict(parameters[position] for position in positions) for positions in balanced(sizes, self.options.servers)
+            dict(parameters[position] for position in positions)
+            for positions in assign_tensors(sizes, self.options.servers)
         ]
         hosts = [str(told["host"]) for told in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
         peers = [RankName(rank, host) for rank, host in enumerate(hosts)]
         workers, servers = peers[: self._workers], peers[self._workers :]
         if self.is_server:
-            address = own_address(hosts)
-            door = Door(address)
-            told = {"address": address.publish, "port": door.port, "token": door.token}
+            address = listen_address(hosts)
+            listener = Listener(address)
+            told = {"address": address.advertise, "port": listener.port, "token": listener.token}
             all_ranks.all_gather_json(told, self.runtime.device)
-            self._serve(shards[world.rank - self._workers], make_optimizer, workers, door, sum(sizes))
+            self._serve(shards[world.rank - self._workers], make_optimizer, workers, listener, sum(sizes))
             return
-        doors = all_ranks.all_gather_json({}, self.runtime.device)[self._workers :]
+        endpoints = all_ranks.all_gather_json({}, self.runtime.device)[self._workers :]
         seconds = self.config.runtime.setup_timeout_seconds
-        links = []
-        for server, door_, shard in zip(servers, doors, shards, strict=True):
-            connections = enter(server, door_["address"], door_["port"], door_["token"], world.rank, seconds)
-            links.append(
-                Link(
+        clients = []
+        for server, endpoint, shard in zip(servers, endpoints, shards, strict=True):
+            connections = connect_to_server(
+                server, endpoint["address"], endpoint["port"], endpoint["token"], world.rank, seconds
+            )
+            clients.append(
+                ServerClient(
                     server,
                     connections,
                     shard,
@@ -252,9 +258,9 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                     self.options.worker_timeout_seconds,
                 )
             )
-        self._links = Links(links)
+        self._clients = ServerClients(clients)
         if self._workers > 1:
-            self.replicas = Everyone(links[0].talk, world.rank, list(range(self._workers)))
+            self.replicas = WorkerCommunicator(clients[0].request, world.rank, list(range(self._workers)))
         self._averaged = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()) and self._workers > 1:
             log.warning(
@@ -267,7 +273,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             self.options.mode,
             self._workers,
             self.options.servers,
-            ", ".join(f"{link.bytes / 1e6:.2f}" for link in links),
+            ", ".join(f"{client.bytes / 1e6:.2f}" for client in clients),
         )
 
     def _serve(
@@ -275,29 +281,29 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         named: dict[str, nn.Parameter],
         make_optimizer: MakeOptimizer,
         workers: list[RankName],
-        door: Door,
+        listener: Listener,
         size: int,
     ) -> None:
         options, trainer = self.options, self.config.trainer
         self.optimizer = make_optimizer(named.items())
         self._held = named
-        shard = Shard(named, self._make_shard(named, None), self.optimizer, self.compressor)
-        rules = Rules(
+        shard = ServerShard(named, self._make_shard(named, None), self.optimizer, self.compressor)
+        policy = ServerPolicy(
             mode=options.mode,
             staleness=options.bound,
             in_flight=int(options.may_overlap),
-            clip=trainer.grad_clip_norm if options.mode == "sync" else None,
+            max_gradient_norm=trainer.grad_clip_norm if options.mode == "sync" else None,
             timeout_seconds=self.runtime.collective_timeout_seconds,
             on_nonfinite=trainer.on_nonfinite,
-            silence_seconds=options.worker_timeout_seconds,
-            largest=_LARGEST_COUNT + 4 * size,
+            heartbeat_timeout_seconds=options.worker_timeout_seconds,
+            max_collective_bytes=_LARGEST_COUNT + 4 * size,
         )
-        connections = door.admit(workers, self.config.runtime.setup_timeout_seconds)
+        connections = listener.accept_workers(workers, self.config.runtime.setup_timeout_seconds)
         me = RankName(self.runtime.world.rank, self.runtime.world.host)
         self._server = Server(
             me,
             shard,
-            rules,
+            policy,
             workers,
             connections,
             self._on_loss,
@@ -307,12 +313,12 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     def _make_gradients(self) -> ReducedGradients:
         assert isinstance(self.options, ParameterServerConfig)
-        shards = [self._make_shard(link.named, link) for link in self._links.links]
+        shards = [self._make_shard(client.parameters, client) for client in self._clients.clients]
         return _Shards(shards, self._clips_itself)
 
-    def _make_shard(self, named: Mapping[str, nn.Parameter], link: Link | None) -> Gradients:
+    def _make_shard(self, named: Mapping[str, nn.Parameter], client: ServerClient | None) -> Gradients:
         size = self.options.bucket_mb
-        return Gradients(named.items(), Communicator(), self.compressor, self.stopwatch, size, size, carrier=link)
+        return Gradients(named.items(), Communicator(), self.compressor, self.stopwatch, size, size, carrier=client)
 
     # --- the life of a rank ------------------------------------------------------------------------------------------
 
@@ -329,20 +335,20 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             finally:
                 self.runtime.step = self._server.steps()
             self._log_work(self._server)
-            if self._server.stopped is not None:
-                raise Stopped(self._server.stopped, self._server.steps())
+            if self._server.stop_reason is not None:
+                raise Stopped(self._server.stop_reason, self._server.steps())
             return {}
         try:
             summary = fit()
             # Nobody leaves while another still talks.
             self._meet()
-            self._links.leave()
+            self._clients.leave()
         except Stopped as stop:
             self._meet()
-            self._links.leave(stop.reason)
+            self._clients.leave(stop.reason)
             raise
         except BaseException as error:
-            self._links.abandon(error, fatal=isinstance(error, NonFinite))
+            self._clients.abandon(error, fatal=isinstance(error, NonFinite))
             raise
         return summary
 
@@ -354,17 +360,17 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 worker.steps,
                 worker.samples,
                 dict(sorted(worker.staleness.items())),
-                worker.pushed / 1e6,
-                worker.pulled / 1e6,
+                worker.pushed_bytes / 1e6,
+                worker.pulled_bytes / 1e6,
             )
 
-    def _on_loss(self, worker: Worker) -> None:
+    def _on_loss(self, worker: WorkerRecord) -> None:
         self.runtime.lost_ranks.add(worker.peer.rank)
-        log.warning("worker %s is gone after %d steps: %s", worker.peer, worker.steps, worker.lost)
+        log.warning("worker %s is gone after %d steps: %s", worker.peer, worker.steps, worker.loss_reason)
 
     def _hear_of_losses(self) -> None:
-        for link in self._links.links:
-            for rank, told in link.lost.items():
+        for client in self._clients.clients:
+            for rank, told in client.lost_workers.items():
                 if rank not in self.runtime.lost_ranks:
                     self.runtime.lost_ranks.add(rank)
                     log.warning(
@@ -383,12 +389,12 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._began = time.perf_counter()
         rate = float(self.optimizer.param_groups[0]["lr"])
         self._share = len(batch) / batch.global_count
-        self._links.begin(self.compressor.step + 1, rate, len(batch), self._share)
+        self._clients.begin_push(self.compressor.step + 1, rate, len(batch), self._share)
         return super().train_step(batch)
 
     def consensus(self) -> Consensus:
         """Agrees by what travels with pushes and their answers; see the base class."""
-        return Subscription(self._links.links)
+        return PushConsensus(self._clients.clients)
 
     @property
     def skips_locally(self) -> bool:
@@ -411,7 +417,9 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             if self._left_out:
                 # A push of no samples, which the servers count and don't apply.
                 gradients.zero()
-                self._links.begin(self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share)
+                self._clients.begin_push(
+                    self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share
+                )
             elif most is not None:
                 clip_gradient_norm(gradients, most * share, norm)
 
@@ -421,15 +429,15 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         computed = time.perf_counter() - self._began
         with self.stopwatch.communication():
             # The answer to the last push was on its way while this step was computed.
-            self._links.take()
+            self._clients.take_parameters()
             if self.options.mode == "sync" and (self._looks or self.config.trainer.grad_clip_norm is not None):
-                norm = self._links.clip()
+                norm = self._clients.exchange_norms()
                 self._norm, self._left_out = torch.tensor(norm), self._looks and not math.isfinite(norm)
-            self._links.ask()
+            self._clients.start_receiving()
             if self._overlaps(computed):
                 self._overlapped += 1
             else:
-                self._links.take()
+                self._clients.take_parameters()
         self._hear_of_losses()
         if self._left_out and self._snapshot is not None:
             self._snapshot.restore()
@@ -439,9 +447,9 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         """Whether the next step begins before this push is answered; ``computed`` is how long this step took."""
         if not self.options.may_overlap or self.options.overlap is not None:
             return self.options.may_overlap
-        # At best the longer of the two is left. A link that is never idle anyway gains nothing, and each step under way
+        # At best the longer of the two is left. A network that is never idle gains nothing, and each step under way
         # makes all workers' gradients a step older.
-        answered = self._links.seconds
+        answered = self._clients.answer_seconds
         return computed + answered > _GAIN * max(computed, answered)
 
     def gradient_norm(self) -> Tensor:
@@ -449,7 +457,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
         Where workers clip or look at their own, it is this worker's.
         """
-        return self._norm if self._norm is not None else torch.tensor(self._links.norm())
+        return self._norm if self._norm is not None else torch.tensor(self._clients.gradient_norm())
 
     def eval_step(self, batch: Batch) -> StepResult:
         """Forward only, with the servers' parameters; see the base class."""
@@ -460,10 +468,10 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         """Takes the servers' parameters when all workers have pushed their steps, and averages buffers."""
         if self._settled:
             return
-        self._links.take()
+        self._clients.take_parameters()
         if self.options.mode != "sync":
             self._meet()
-            self._links.pull()
+            self._clients.pull()
             self._hear_of_losses()
         self._average_buffers()
         self._settled = True
@@ -493,8 +501,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     def reduce_counts(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
         """See the base class."""
-        if isinstance(self.replicas, Everyone) and self.options.mode != "sync":
-            return self.replicas.tally(name, counted, wait=settled)
+        if isinstance(self.replicas, WorkerCommunicator) and self.options.mode != "sync":
+            return self.replicas.accumulate(name, counted, wait=settled)
         return super().reduce_counts(name, counted, settled=settled)
 
     def metrics(self) -> dict[str, float]:
@@ -503,21 +511,21 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             return super().metrics()
         found = self.compression_metrics(Communicator())
         if self.runtime.is_main:
-            recent = self._links.links[0].talk(Kind.TELL, {"recent": True})[0]
-            if recent.whole("pushes"):
-                found["parameter_server/staleness_mean"] = recent.whole("late") / recent.whole("pushes")
-                found["parameter_server/staleness_max"] = float(recent.whole("latest"))
+            recent = self._clients.clients[0].request(FrameKind.STATISTICS, {"recent": True})[0]
+            if recent.integer("pushes"):
+                found["parameter_server/staleness_mean"] = recent.integer("staleness_sum") / recent.integer("pushes")
+                found["parameter_server/staleness_max"] = float(recent.integer("staleness_max"))
         return found
 
     # --- what came of it ---------------------------------------------------------------------------------------------
 
     def uncompressed_bytes_per_step(self) -> int:
         """A push and a pull of everything."""
-        return 2 * sum(link.bytes for link in self._links.links)
+        return 2 * sum(client.bytes for client in self._clients.clients)
 
     def report(self) -> dict[str, Any]:
         """Who did how many steps and how stale they were, who is gone, and what travelled; also draws it."""
-        told = [link.talk(Kind.TELL)[0].meta for link in self._links.links]
+        told = [client.request(FrameKind.STATISTICS)[0].meta for client in self._clients.clients]
         rows = [_row([server["workers"][index] for server in told]) for index in range(self._workers)]
         lost = [row for row in rows if row["lost"] is not None]
         everything = _merged([row["staleness"] for row in rows])
@@ -578,8 +586,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
         if self.replicas.rank == 0:
-            for link in self._links.links:
-                more_tensors, more_scalars = link.fetch_optimizer()
+            for client in self._clients.clients:
+                more_tensors, more_scalars = client.fetch_optimizer_state()
                 tensors |= more_tensors
                 scalars |= more_scalars
         # No worker pushes before that is done, or parameters and moments would be of different steps.
@@ -592,8 +600,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         # Checked by loading it here as every strategy does; workers keep none of it.
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         if self.replicas.rank == 0:
-            for link in self._links.links:
-                link.load(tensors, scalars)
+            for client in self._clients.clients:
+                client.load(tensors, scalars)
         self.optimizer.state.clear()
         self._meet()
         return carried

@@ -1,4 +1,4 @@
-"""What tests of serving share: connections inside one process, and a worker's links to servers of this process."""
+"""Helpers of the parameter server's tests: connections and servers inside one process."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from distrain.compression.none import NoCompression
 from distrain.config.schema import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
-from distrain.strategies.parameter_server.client import Link
-from distrain.strategies.parameter_server.connect import Door, enter, own_address
+from distrain.strategies.parameter_server.client import ServerClient
+from distrain.strategies.parameter_server.connect import Listener, connect_to_server, listen_address
 from distrain.strategies.parameter_server.protocol import Connection
-from distrain.strategies.parameter_server.server import Rules, Server, Shard, Worker
+from distrain.strategies.parameter_server.server import Server
+from distrain.strategies.parameter_server.server_policy import ServerPolicy
+from distrain.strategies.parameter_server.server_shard import ServerShard
+from distrain.strategies.parameter_server.worker_record import WorkerRecord
 
 HERE = "here"
 CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
-def pair() -> Iterator[tuple[Connection, Connection]]:
-    """Two ends of a connection."""
+def connected_pair() -> Iterator[tuple[Connection, Connection]]:
+    """Yields both ends of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         first = socket.create_connection(listener.getsockname())
         second, _ = listener.accept()
@@ -37,78 +40,80 @@ def pair() -> Iterator[tuple[Connection, Connection]]:
         yield Connection(first, "the server"), Connection(second, "the worker")
 
 
-def rules(**changes: Any) -> Rules:
-    """Rules of a server with some changed."""
+def server_policy(**changes: Any) -> ServerPolicy:
+    """A server's policy with some values changed."""
     values: dict[str, Any] = {
         "mode": "async",
         "staleness": None,
         "in_flight": 0,
-        "clip": None,
+        "max_gradient_norm": None,
         "on_nonfinite": "stop",
         "timeout_seconds": 20.0,
-        "silence_seconds": 20.0,
-        "largest": 1 << 20,
+        "heartbeat_timeout_seconds": 20.0,
+        "max_collective_bytes": 1 << 20,
     }
-    return Rules(**{**values, **changes})
+    return ServerPolicy(**{**values, **changes})
 
 
-def layer() -> nn.Linear:
-    """A model of 2 parameters with 8 numbers, of ones."""
-    made = nn.Linear(3, 2)
+def layer_of_ones() -> nn.Linear:
+    """A model of two parameters, which together hold 8 ones."""
+    layer = nn.Linear(3, 2)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in layer.parameters():
             parameter.fill_(1.0)
-    return made
+    return layer
 
 
-def gradients(model: nn.Module, link: Link | None) -> Gradients:
-    """The model's gradients, carried by a link on a worker."""
-    return Gradients(model.named_parameters(), Communicator(), compressor(), Stopwatch(CPU), carrier=link)
+def make_gradients(model: nn.Module, client: ServerClient | None) -> Gradients:
+    """The model's gradients; on a worker its client carries them to the server."""
+    return Gradients(model.named_parameters(), Communicator(), no_compression(), Stopwatch(CPU), carrier=client)
 
 
-def compressor() -> NoCompression:
-    """None."""
+def no_compression() -> NoCompression:
+    """A compressor that does not compress."""
     return NoCompression(CompressionConfig("none"))
 
 
 @dataclass
-class Running:
-    """A server in threads of this process, and links of its workers.
+class RunningServer:
+    """A server that runs in threads of this process, and its workers' clients.
 
     Attributes:
         server: The server.
-        model: What it holds.
-        links: One a worker.
-        models: Each worker's copy.
-        lost: Workers that the server gave up.
-        ended: What ``serve`` raised.
-        thread: Where it serves.
-        gradients: Each worker's.
+        model: The model whose parameters it holds.
+        clients: One for each worker.
+        models: Each worker's copy of the model.
+        lost: Records of the workers that the server lost.
+        errors: What ``serve`` raised.
+        thread: The thread that runs ``serve``.
+        gradients: Each worker's gradients.
     """
 
     server: Server
     model: nn.Linear
-    links: list[Link]
+    clients: list[ServerClient]
     models: list[nn.Linear]
-    lost: list[Worker]
-    ended: list[BaseException] = field(default_factory=list)
+    lost: list[WorkerRecord]
+    errors: list[BaseException] = field(default_factory=list)
     thread: threading.Thread | None = None
     gradients: list[Gradients] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gradients = [gradients(model, link) for model, link in zip(self.models, self.links, strict=True)]
+        self.gradients = [
+            make_gradients(model, client) for model, client in zip(self.models, self.clients, strict=True)
+        ]
 
-    def push(self, worker: int, value: float, count: int = 1, rate: float = 1.0, share: float = 1.0) -> None:
-        """Pushes a gradient of equal numbers and takes the parameters that answer it."""
-        link = self.links[worker]
-        link.begin(1, rate, count, share)
-        held = self.gradients[worker]
-        for bucket in held.buckets:
+    def push(self, worker: int, value: float, samples: int = 1, learning_rate: float = 1.0, share: float = 1.0) -> None:
+        """Pushes a gradient whose values are all ``value`` and takes the parameters that answer it."""
+        client = self.clients[worker]
+        client.begin_push(1, learning_rate, samples, share)
+        gradients = self.gradients[worker]
+        for bucket in gradients.buckets:
             bucket.flat.fill_(value)
-        held.begin_last_backward()
-        held.finish()
-        link.ask()
-        link.take()
+        gradients.begin_last_backward()
+        gradients.finish()
+        client.start_receiving()
+        client.take_parameters()
 
     def join(self) -> None:
         """Waits until the server ends."""
@@ -118,45 +123,56 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(
-    workers: int, chosen: Rules, optimizer: Callable[..., torch.optim.Optimizer] | None = None
-) -> Iterator[Running]:
-    """A server of one layer for so many workers, with plain SGD; ended however the test ends."""
-    model = layer()
-    made = (optimizer or torch.optim.SGD)(model.parameters(), lr=1.0)
-    shard = Shard(dict(model.named_parameters()), gradients(model, None), made, compressor())
-    door = Door(own_address([HERE]))
-    peers = [RankName(rank, HERE) for rank in range(workers)]
-    me = RankName(workers, HERE)
-    opened: list[dict[str, Connection]] = []
+def running_server(
+    workers: int, policy: ServerPolicy, optimizer: Callable[..., torch.optim.Optimizer] | None = None
+) -> Iterator[RunningServer]:
+    """Runs a server of one layer, by default with plain SGD, until the test ends."""
+    model = layer_of_ones()
+    server_optimizer = (optimizer or torch.optim.SGD)(model.parameters(), lr=1.0)
+    shard = ServerShard(dict(model.named_parameters()), make_gradients(model, None), server_optimizer, no_compression())
+    listener = Listener(listen_address([HERE]))
+    names = [RankName(rank, HERE) for rank in range(workers)]
+    server_name = RankName(workers, HERE)
+    worker_connections: list[dict[str, Connection]] = []
 
-    def come() -> None:
-        opened.extend(enter(me, "127.0.0.1", door.port, door.token, peer.rank, 10) for peer in peers)
+    def connect_workers() -> None:
+        worker_connections.extend(
+            connect_to_server(server_name, "127.0.0.1", listener.port, listener.token, worker.rank, 10)
+            for worker in names
+        )
 
-    coming = threading.Thread(target=come)
-    coming.start()
-    connections = door.admit(peers, 10)
-    coming.join()
-    lost: list[Worker] = []
-    server = Server(me, shard, chosen, peers, connections, lost.append)
-    models = [layer() for _ in peers]
-    links = [
-        Link(me, each, dict(copy.named_parameters()), compressor(), Stopwatch(CPU), Ledger(), chosen.silence_seconds)
-        for each, copy in zip(opened, models, strict=True)
+    connecting = threading.Thread(target=connect_workers)
+    connecting.start()
+    server_connections = listener.accept_workers(names, 10)
+    connecting.join()
+    lost: list[WorkerRecord] = []
+    server = Server(server_name, shard, policy, names, server_connections, lost.append)
+    models = [layer_of_ones() for _ in names]
+    clients = [
+        ServerClient(
+            server_name,
+            connections,
+            dict(copy.named_parameters()),
+            no_compression(),
+            Stopwatch(CPU),
+            Ledger(),
+            policy.heartbeat_timeout_seconds,
+        )
+        for connections, copy in zip(worker_connections, models, strict=True)
     ]
-    run = Running(server, model, links, models, lost)
+    run = RunningServer(server, model, clients, models, lost)
 
     def serve() -> None:
         try:
             server.serve()
         except BaseException as error:
-            run.ended.append(error)
+            run.errors.append(error)
 
     run.thread = threading.Thread(target=serve)
     run.thread.start()
     try:
         yield run
     finally:
-        for link in links:
-            link.abandon(RuntimeError("the test is over"))
+        for client in clients:
+            client.abandon(RuntimeError("the test is over"))
         run.join()

@@ -1,4 +1,4 @@
-"""Collectives among workers that are alive: right results, and nobody waits for the dead."""
+"""Collectives among living workers give the right results and don't wait for dead workers."""
 
 from __future__ import annotations
 
@@ -15,185 +15,205 @@ import torch
 from torch import Tensor
 
 from distrain.communication.types import Reduction
-from distrain.strategies.parameter_server.collectives import Everyone, Meeting
-from distrain.strategies.parameter_server.protocol import Frame, Kind, ProtocolError
+from distrain.strategies.parameter_server.collectives import CollectiveServer, WorkerCommunicator
+from distrain.strategies.parameter_server.protocol import Frame, FrameKind, ProtocolError
 
 CPU = torch.device("cpu")
 
 
 @dataclass
 class Workers:
-    """Workers of one process that meet without sockets: what one asks, the meeting answers."""
+    """Workers of one process whose requests reach the server without sockets."""
 
-    meeting: Meeting
+    server: CollectiveServer
     changed: threading.Condition
-    everyone: list[Everyone]
+    communicators: list[WorkerCommunicator]
     pool: ThreadPoolExecutor
 
-    def do(self, rank: int, task: Callable[[Everyone], Any]) -> Future[Any]:
-        """Lets a worker do something in a thread of its own."""
-        return self.pool.submit(task, self.everyone[rank])
+    def start(self, rank: int, task: Callable[[WorkerCommunicator], Any]) -> Future[Any]:
+        """Runs a function with one worker's communicator, in a thread of its own."""
+        return self.pool.submit(task, self.communicators[rank])
 
-    def all(self, task: Callable[[Everyone, int], Any]) -> list[Any]:
-        """Lets all workers do something at the same time."""
-        futures = [self.do(rank, lambda one, rank=rank: task(one, rank)) for rank in range(len(self.everyone))]  # type: ignore[misc]
+    def run_on_all(self, task: Callable[[WorkerCommunicator, int], Any]) -> list[Any]:
+        """Runs a function with every worker's communicator at the same time and returns the results by rank."""
+        futures = [self.pool.submit(task, communicator, rank) for rank, communicator in enumerate(self.communicators)]
         return [future.result(10) for future in futures]
 
-    def wait_until_somebody_came(self) -> None:
-        """Until a collective waits for others."""
+    def wait_until_a_collective_is_pending(self) -> None:
+        """Waits until a worker waits in a collective for others."""
         deadline = time.monotonic() + 10
-        while not self.meeting._rounds:
+        while not self.server._collectives:
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
     def lose(self, rank: int) -> None:
-        """A worker dies."""
+        """Removes a worker, as if it had died."""
         with self.changed:
-            self.meeting.lose(rank)
+            self.server.remove_worker(rank)
 
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[Workers]:
     changed = threading.Condition(threading.RLock())
-    meeting = Meeting(list(range(count)), changed, 1 << 20)
+    server = CollectiveServer(list(range(count)), changed, 1 << 20)
 
     def wait(done: Callable[[], bool], _: Callable[[], set[int]]) -> None:
         assert changed.wait_for(done, 10)
 
-    def asks(rank: int) -> Any:
-        def ask(
-            kind: Kind, meta: Mapping[str, Any], body: Tensor | None, _: Kind, expected: Callable[[Frame], int]
+    def send_request_of(rank: int) -> Any:
+        def send_request(
+            kind: FrameKind,
+            meta: Mapping[str, Any],
+            body: Tensor | None,
+            _: FrameKind,
+            expected_size: Callable[[Frame], int],
         ) -> tuple[Frame, Tensor]:
-            brought = torch.empty(0, dtype=torch.uint8) if body is None else body.clone()
-            frame = Frame(kind, dict(meta), brought.numel(), f"rank {rank}")
+            contribution = torch.empty(0, dtype=torch.uint8) if body is None else body.clone()
+            frame = Frame(kind, dict(meta), contribution.numel(), f"rank {rank}")
             answer: dict[str, Any] = {}
-            found = brought[:0]
-            if kind is Kind.COLLECTIVE:
-                whole = meeting.enter(rank, frame, brought, wait)
-                answer, found = whole.meta, whole.body
-            elif kind is Kind.SEND:
-                meeting.post(rank, frame, brought)
+            result = contribution[:0]
+            if kind is FrameKind.COLLECTIVE:
+                collective = server.join(rank, frame, contribution, wait)
+                answer, result = collective.meta, collective.body
+            elif kind is FrameKind.SEND:
+                server.store_message(rank, frame, contribution)
             else:
-                found = meeting.fetch(rank, frame, wait)
-            told = Frame(Kind.RESULT, answer, found.numel(), "the server")
-            if found.numel() != expected(told):
-                raise told.refuse("of another size")
-            return told, found
+                result = server.take_message(rank, frame, wait)
+            answer_frame = Frame(FrameKind.RESULT, answer, result.numel(), "the server")
+            if result.numel() != expected_size(answer_frame):
+                raise answer_frame.protocol_error("unexpected size")
+            return answer_frame, result
 
-        return ask
+        return send_request
 
     with ThreadPoolExecutor(count) as pool:
-        yield Workers(meeting, changed, [Everyone(asks(rank), rank, list(range(count))) for rank in range(count)], pool)
+        yield Workers(
+            server,
+            changed,
+            [WorkerCommunicator(send_request_of(rank), rank, list(range(count))) for rank in range(count)],
+            pool,
+        )
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("sum", 6), ("max", 3), ("min", 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float32])
-def test_all_reduce(reduction: Reduction, expected: int, dtype: torch.dtype) -> None:
-    with workers(3) as them:
-        found = them.all(lambda one, rank: one.all_reduce(torch.full((2, 2), rank + 1, dtype=dtype), reduction))
-    assert all(torch.equal(each, torch.full((2, 2), expected, dtype=dtype)) for each in found)
+def test_all_reduce_reduces_over_all_workers(reduction: Reduction, expected: int, dtype: torch.dtype) -> None:
+    with workers(3) as group:
+        results = group.run_on_all(
+            lambda worker, rank: worker.all_reduce(torch.full((2, 2), rank + 1, dtype=dtype), reduction)
+        )
+    assert all(torch.equal(result, torch.full((2, 2), expected, dtype=dtype)) for result in results)
 
 
-def test_a_scalar_is_reduced_too() -> None:
-    with workers(2) as them:
-        assert them.all(lambda one, _: float(one.all_reduce(torch.tensor(1.5)))) == [3.0, 3.0]
+def test_a_scalar_is_reduced() -> None:
+    with workers(2) as group:
+        assert group.run_on_all(lambda worker, _: float(worker.all_reduce(torch.tensor(1.5)))) == [3.0, 3.0]
 
 
-def test_broadcast_gather_and_shared_data() -> None:
-    with workers(3) as them:
-        assert them.all(lambda one, rank: int(one.broadcast(torch.tensor(rank), source=1))) == [1, 1, 1]
-        gathered = them.all(lambda one, rank: [int(each) for each in one.all_gather(torch.tensor(rank))])
-        shared = them.all(lambda one, rank: one.all_gather_json({"host": f"h{rank}"}, CPU))
+def test_broadcast_and_gather_return_every_workers_part() -> None:
+    with workers(3) as group:
+        assert group.run_on_all(lambda worker, rank: int(worker.broadcast(torch.tensor(rank), source=1))) == [1, 1, 1]
+        gathered = group.run_on_all(lambda worker, rank: [int(each) for each in worker.all_gather(torch.tensor(rank))])
+        shared = group.run_on_all(lambda worker, rank: worker.all_gather_json({"host": f"h{rank}"}, CPU))
     assert gathered == [[0, 1, 2]] * 3
     assert shared == [[{"host": "h0"}, {"host": "h1"}, {"host": "h2"}]] * 3
 
 
-def test_a_message_goes_from_one_to_another() -> None:
-    with workers(2) as them:
-        room = torch.zeros(3)
-        received = them.do(0, lambda one: one.start_receive(room, 1, tag=7).wait())
-        them.do(1, lambda one: one.start_send(torch.arange(3.0), 0, tag=7).wait()).result(10)
+def test_a_message_reaches_the_worker_it_is_sent_to() -> None:
+    with workers(2) as group:
+        buffer = torch.zeros(3)
+        received = group.start(0, lambda worker: worker.start_receive(buffer, 1, tag=7).wait())
+        group.start(1, lambda worker: worker.start_send(torch.arange(3.0), 0, tag=7).wait()).result(10)
         received.result(10)
-    assert room.tolist() == [0.0, 1.0, 2.0]
+    assert buffer.tolist() == [0.0, 1.0, 2.0]
 
 
-def test_who_dies_is_not_waited_for() -> None:
-    with workers(3) as them:
-        first = them.do(0, lambda one: float(one.all_reduce(torch.tensor(1.0))))
-        third = them.do(2, lambda one: float(one.all_reduce(torch.tensor(4.0))))
+def test_a_dead_worker_is_not_waited_for() -> None:
+    with workers(3) as group:
+        first = group.start(0, lambda worker: float(worker.all_reduce(torch.tensor(1.0))))
+        third = group.start(2, lambda worker: float(worker.all_reduce(torch.tensor(4.0))))
         assert not first.done()
-        them.lose(1)
+        group.lose(1)
         assert [first.result(10), third.result(10)] == [5.0, 5.0]
-        assert [(one.rank, one.size, one.members) for one in (them.everyone[0], them.everyone[2])] == [
+        assert [
+            (worker.rank, worker.size, worker.members) for worker in (group.communicators[0], group.communicators[2])
+        ] == [
             (0, 2, [0, 2]),
             (1, 2, [0, 2]),
         ]
-        # From now on the third is the second.
-        gathered = [them.do(rank, lambda one: one.all_gather_json({"rank": one.rank}, CPU)) for rank in (0, 2)]
+        # From now on world rank 2 is rank 1.
+        gathered = [
+            group.start(rank, lambda worker: worker.all_gather_json({"rank": worker.rank}, CPU)) for rank in (0, 2)
+        ]
         assert [each.result(10) for each in gathered] == [[{"rank": 0}, {"rank": 1}]] * 2
 
 
-def test_what_the_dead_had_counted_counts() -> None:
-    with workers(2) as them:
-        dying = them.do(1, lambda one: one.all_reduce(torch.tensor(2.0)))
-        them.wait_until_somebody_came()
-        them.lose(1)
-        assert them.do(0, lambda one: float(one.all_reduce(torch.tensor(1.0)))).result(10) == 3.0
+def test_contributions_of_a_dead_worker_are_counted() -> None:
+    with workers(2) as group:
+        dying = group.start(1, lambda worker: worker.all_reduce(torch.tensor(2.0)))
+        group.wait_until_a_collective_is_pending()
+        group.lose(1)
+        assert group.start(0, lambda worker: float(worker.all_reduce(torch.tensor(1.0)))).result(10) == 3.0
         with pytest.raises(ConnectionError, match="worker rank 1 is gone"):
             dying.result(10)
         with pytest.raises(ConnectionError, match="worker rank 1 is gone"):
-            them.do(1, lambda one: one.barrier()).result(10)
+            group.start(1, lambda worker: worker.barrier()).result(10)
 
 
-def test_a_message_that_will_not_come_is_an_error() -> None:
-    with workers(2) as them:
-        waiting = them.do(0, lambda one: one.start_receive(torch.zeros(1), 1, tag=0))
-        them.lose(1)
+def test_waiting_for_a_message_of_a_dead_worker_is_an_error() -> None:
+    with workers(2) as group:
+        waiting = group.start(0, lambda worker: worker.start_receive(torch.zeros(1), 1, tag=0))
+        group.lose(1)
         with pytest.raises(ProtocolError, match="rank 1 is gone and has sent nothing"):
             waiting.result(10)
 
 
-def test_a_tally_gives_each_what_all_counted_since_it_asked() -> None:
-    def tally(counted: float, *, wait: bool = False) -> Callable[[Everyone], float]:
-        return lambda one: float(one.tally("loss", torch.tensor([counted]), wait=wait))
+def test_accumulate_returns_what_all_added_since_the_last_call() -> None:
+    def accumulate(amount: float, *, wait: bool = False) -> Callable[[WorkerCommunicator], float]:
+        return lambda worker: float(worker.accumulate("loss", torch.tensor([amount]), wait=wait))
 
-    with workers(2) as them:
-        assert them.do(0, tally(1)).result(10) == 1
-        assert them.do(0, tally(2)).result(10) == 2
-        assert them.do(1, tally(4)).result(10) == 7
-        waiting = them.do(0, tally(8, wait=True))
-        # 4 and 8 for the first, 8 and 16 for the second.
-        assert them.do(1, tally(16, wait=True)).result(10) == 24
+    with workers(2) as group:
+        assert group.start(0, accumulate(1)).result(10) == 1
+        assert group.start(0, accumulate(2)).result(10) == 2
+        assert group.start(1, accumulate(4)).result(10) == 7
+        waiting = group.start(0, accumulate(8, wait=True))
+        # Worker 1 has not read 8 and 16, worker 0 has not read 4, 8 and 16.
+        assert group.start(1, accumulate(16, wait=True)).result(10) == 24
         assert waiting.result(10) == 28
-        assert them.do(1, tally(32)).result(10) == 32
+        assert group.start(1, accumulate(32)).result(10) == 32
 
 
-def test_a_number_that_is_none_spoils_one_tally_only() -> None:
-    with workers(1) as them:
-        assert torch.isnan(them.do(0, lambda one: one.tally("x", torch.tensor([float("nan")]), wait=False)).result(10))
-        assert them.do(0, lambda one: float(one.tally("x", torch.tensor([1.0]), wait=False))).result(10) == 1.0
+def test_nan_spoils_only_one_result_of_accumulate() -> None:
+    with workers(1) as group:
+        assert torch.isnan(
+            group.start(0, lambda worker: worker.accumulate("x", torch.tensor([float("nan")]), wait=False)).result(10)
+        )
+        assert (
+            group.start(0, lambda worker: float(worker.accumulate("x", torch.tensor([1.0]), wait=False))).result(10)
+            == 1.0
+        )
 
 
 @pytest.mark.parametrize(
     ("other", "problem"),
     [
-        (lambda one: one.all_reduce(torch.zeros(3)), "12 bytes, another worker's are 8"),
-        (lambda one: one.all_reduce(torch.zeros(1, dtype=torch.float64)), "dtype is 'float64', another worker's"),
-        (lambda one: one.all_reduce(torch.zeros(2), "max"), "operation is 'max', another worker's 'sum'"),
+        (lambda worker: worker.all_reduce(torch.zeros(3)), "12 bytes, another worker's are 8"),
+        (lambda worker: worker.all_reduce(torch.zeros(1, dtype=torch.float64)), "dtype is 'float64', another worker's"),
+        (lambda worker: worker.all_reduce(torch.zeros(2), "max"), "operation is 'max', another worker's 'sum'"),
     ],
 )
-def test_collectives_that_dont_match_are_refused(other: Callable[[Everyone], Any], problem: str) -> None:
-    with workers(2) as them:
-        first = them.do(0, lambda one: one.all_reduce(torch.zeros(2)))
-        them.wait_until_somebody_came()
+def test_collectives_that_do_not_match_are_refused(other: Callable[[WorkerCommunicator], Any], problem: str) -> None:
+    with workers(2) as group:
+        first = group.start(0, lambda worker: worker.all_reduce(torch.zeros(2)))
+        group.wait_until_a_collective_is_pending()
         with pytest.raises(ProtocolError, match=problem):
-            them.do(1, other).result(10)
-        them.lose(1)
+            group.start(1, other).result(10)
+        group.lose(1)
         first.result(10)
 
 
-def test_what_is_no_collective_is_refused() -> None:
-    with workers(1) as them:
+def test_an_invalid_collective_is_refused() -> None:
+    with workers(1) as group:
         for meta in (
             {"operation": "evaluate", "dtype": "float32"},
             {"operation": "sum", "dtype": "object"},
@@ -201,4 +221,4 @@ def test_what_is_no_collective_is_refused() -> None:
         ):
             body = torch.zeros(4, dtype=torch.uint8)
             with pytest.raises(ProtocolError):
-                them.meeting.enter(0, Frame(Kind.COLLECTIVE, meta, 4, "rank 0"), body, lambda *_: None)
+                group.server.join(0, Frame(FrameKind.COLLECTIVE, meta, 4, "rank 0"), body, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Who may come in: ranks of this run, by the token, each connection once; and where servers listen."""
+"""A server accepts each connection of this run's workers once and nothing else, and listens at the right address."""
 
 from __future__ import annotations
 
@@ -12,109 +12,118 @@ import pytest
 
 from distrain.communication.types import RankName
 from distrain.strategies.parameter_server import connect
-from distrain.strategies.parameter_server.connect import Address, Door, enter, own_address
-from distrain.strategies.parameter_server.protocol import Connection, Kind
+from distrain.strategies.parameter_server.connect import Address, Listener, connect_to_server, listen_address
+from distrain.strategies.parameter_server.protocol import Connection, FrameKind
 
 SERVER = RankName(1, "there")
 LOOPBACK = Address("127.0.0.1", "127.0.0.1", socket.AF_INET)
 
 
-def admitted(door: Door, comes: Callable[[], Any], seconds: float = 10) -> dict[tuple[int, str], Connection]:
-    """Whom a door for worker 0 admits while something happens."""
-    visitor = threading.Thread(target=comes)
-    visitor.start()
+def accepted(
+    listener: Listener, connect_clients: Callable[[], Any], seconds: float = 10
+) -> dict[tuple[int, str], Connection]:
+    """The connections that a listener for worker 0 accepts while clients connect."""
+    thread = threading.Thread(target=connect_clients)
+    thread.start()
     try:
-        return door.admit([RankName(0, "here")], seconds)
+        return listener.accept_workers([RankName(0, "here")], seconds)
     finally:
-        visitor.join()
+        thread.join()
 
 
-def test_a_worker_comes_in_with_all_its_connections() -> None:
-    door = Door(LOOPBACK)
-    opened: dict[str, Connection] = {}
-    found = admitted(door, lambda: opened.update(enter(SERVER, "127.0.0.1", door.port, door.token, 0, 10)))
-    assert set(found) == {(0, channel) for channel in connect.CHANNELS}
-    opened["talk"].send(Kind.TELL)
-    assert found[0, "talk"].receive(Kind.TELL).peer == "rank 0 on here"
+def test_a_worker_opens_all_its_connections_and_then_the_server_stops_listening() -> None:
+    listener = Listener(LOOPBACK)
+    client_side: dict[str, Connection] = {}
+    server_side = accepted(
+        listener,
+        lambda: client_side.update(connect_to_server(SERVER, "127.0.0.1", listener.port, listener.token, 0, 10)),
+    )
+    assert set(server_side) == {(0, channel) for channel in connect.CHANNELS}
+    client_side["requests"].send(FrameKind.STATISTICS)
+    assert server_side[0, "requests"].receive(FrameKind.STATISTICS).peer == "rank 0 on here"
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", door.port), timeout=5)
-    for connection in [*opened.values(), *found.values()]:
+        socket.create_connection(("127.0.0.1", listener.port), timeout=5)
+    for connection in [*client_side.values(), *server_side.values()]:
         connection.close()
 
 
 @pytest.mark.parametrize(
     "hello",
     [
-        {"token": "guessed", "rank": 0, "channel": "work"},
-        {"token": None, "rank": 0, "channel": "work"},
-        {"token": "é", "rank": 0, "channel": "work"},
+        {"token": "guessed", "rank": 0, "channel": "parameters"},
+        {"token": None, "rank": 0, "channel": "parameters"},
+        {"token": "é", "rank": 0, "channel": "parameters"},
         {"rank": 5},
         {"channel": "other"},
         {"filler": "x" * 5000},
     ],
-    ids=["wrong token", "no token", "no ASCII", "another rank", "another channel", "too long"],
+    ids=["wrong token", "no token", "token not in ASCII", "another rank", "another channel", "too long"],
 )
-def test_a_stranger_is_refused_and_keeps_nobody_waiting(hello: dict[str, Any]) -> None:
-    door = Door(LOOPBACK)
+def test_an_unknown_client_is_refused_and_does_not_block_others(hello: dict[str, Any]) -> None:
+    listener = Listener(LOOPBACK)
     refused: list[bool] = []
 
-    def stranger() -> None:
+    def connect_clients() -> None:
         with (
-            socket.create_connection(("127.0.0.1", door.port)) as sock,
-            socket.create_connection(("127.0.0.1", door.port)),  # says nothing
+            socket.create_connection(("127.0.0.1", listener.port)) as sock,
+            socket.create_connection(("127.0.0.1", listener.port)),  # sends nothing
         ):
-            Connection(sock, "a server").send(Kind.HELLO, {"token": door.token, "rank": 0, "channel": "work", **hello})
+            Connection(sock, "a server").send(
+                FrameKind.HELLO, {"token": listener.token, "rank": 0, "channel": "parameters", **hello}
+            )
             try:
                 refused.append(sock.recv(1) == b"")
             except ConnectionResetError:
                 refused.append(True)
-            for connection in enter(SERVER, "127.0.0.1", door.port, door.token, 0, 10).values():
+            for connection in connect_to_server(SERVER, "127.0.0.1", listener.port, listener.token, 0, 10).values():
                 connection.close()
 
-    found = admitted(door, stranger)
+    server_side = accepted(listener, connect_clients)
     assert refused == [True]
-    assert len(found) == len(connect.CHANNELS)
-    for connection in found.values():
+    assert len(server_side) == len(connect.CHANNELS)
+    for connection in server_side.values():
         connection.close()
 
 
-def test_a_connection_is_admitted_once() -> None:
-    door = Door(LOOPBACK)
-    seen: list[str] = []
+def test_each_connection_is_accepted_once() -> None:
+    listener = Listener(LOOPBACK)
+    opened_channels: list[str] = []
 
-    def twice() -> None:
-        opened = enter(SERVER, "127.0.0.1", door.port, door.token, 0, 10)
-        seen.extend(opened)
-        for connection in opened.values():
+    def connect_second_client() -> None:
+        client_side = connect_to_server(SERVER, "127.0.0.1", listener.port, listener.token, 0, 10)
+        opened_channels.extend(client_side)
+        for connection in client_side.values():
             connection.close()
 
-    def comes() -> None:
-        with socket.create_connection(("127.0.0.1", door.port)) as first:
-            Connection(first, "a server").send(Kind.HELLO, {"token": door.token, "rank": 0, "channel": "work"})
-            Connection(first, "a server").receive(Kind.WELCOME)
+    def connect_clients() -> None:
+        with socket.create_connection(("127.0.0.1", listener.port)) as first:
+            Connection(first, "a server").send(
+                FrameKind.HELLO, {"token": listener.token, "rank": 0, "channel": "parameters"}
+            )
+            Connection(first, "a server").receive(FrameKind.WELCOME)
             with pytest.raises(RuntimeError, match="no connection to the server, rank 1 on there"):
-                twice()
+                connect_second_client()
 
     with pytest.raises(RuntimeError, match="rank 0 on here did not connect within 1 s"):
-        admitted(door, comes, seconds=1)
-    assert seen == []
+        accepted(listener, connect_clients, seconds=1)
+    assert opened_channels == []
 
 
-def test_a_server_listens_where_the_master_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_listens_on_the_route_to_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert own_address(["here", "here"]) == LOOPBACK
+    assert listen_address(["here", "here"]) == LOOPBACK
 
 
-def test_on_the_masters_host_the_others_go_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_masters_host_advertises_its_name_to_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    found = own_address(["here", "there"])
-    assert (found.bind, found.publish) == ("", "localhost")
+    address = listen_address(["here", "there"])
+    assert (address.bind, address.advertise) == ("", "localhost")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for an interface's address")
-def test_a_server_listens_at_the_interface_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_listens_on_the_interface_of_gloo_socket_ifname(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth7")
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
-    assert own_address(["here", "there"]) == LOOPBACK
+    assert listen_address(["here", "there"]) == LOOPBACK

@@ -1,4 +1,4 @@
-"""Signs of life: a peer that ends, falls silent, or says why it goes."""
+"""A peer that ends, stops sending heartbeats, or reports a failure is noticed, with the right reason."""
 
 from __future__ import annotations
 
@@ -8,91 +8,93 @@ import pytest
 
 from distrain.communication.types import RankName
 from distrain.errors import PeerLost
-from distrain.strategies.parameter_server.heartbeat import Pulse, Word, last_word_of
-from distrain.strategies.parameter_server.protocol import Connection, Kind
-from tests.strategies.parameter_server.helpers import pair
+from distrain.strategies.parameter_server.heartbeat import Farewell, HeartbeatMonitor, failure_reason
+from distrain.strategies.parameter_server.protocol import Connection, FrameKind
+from tests.strategies.parameter_server.helpers import connected_pair
 
 
-class Heard:
-    """Keeps the last word of a pulse."""
+class Recorder:
+    """A heartbeat monitor that records the farewell."""
 
-    def __init__(self, connection: Connection, silence: float = 20) -> None:
-        self.words: list[Word] = []
-        self._came = threading.Event()
-        self.pulse = Pulse(connection, silence, self._hear)
+    def __init__(self, connection: Connection, timeout: float = 20) -> None:
+        self.farewells: list[Farewell] = []
+        self._ended = threading.Event()
+        self.monitor = HeartbeatMonitor(connection, timeout, self._record)
 
-    def _hear(self, word: Word) -> None:
-        self.words.append(word)
-        self._came.set()
+    def _record(self, farewell: Farewell) -> None:
+        self.farewells.append(farewell)
+        self._ended.set()
 
-    def word(self) -> Word:
-        """The last word, once it has come."""
-        assert self._came.wait(10)
-        assert len(self.words) == 1
-        assert self.pulse.last_word(0) == self.words[0]
-        return self.words[0]
+    def wait(self) -> Farewell:
+        """Waits for the farewell and returns it."""
+        assert self._ended.wait(10)
+        assert len(self.farewells) == 1
+        assert self.monitor.wait_for_farewell(0) == self.farewells[0]
+        return self.farewells[0]
 
 
-def test_two_that_live_hear_each_other_for_longer_than_silence_may_last() -> None:
-    with pair() as (near, far):
-        first, second = Heard(near, 0.5), Heard(far, 0.5)
+def test_heartbeats_keep_two_living_peers_connected_beyond_the_timeout() -> None:
+    with connected_pair() as (near, far):
+        first, second = Recorder(near, 0.5), Recorder(far, 0.5)
         threading.Event().wait(1.5)
-        assert first.words == second.words == []
-        first.pulse.leave()
-        assert second.word() == Word("it was done", left=True)
-        assert first.word() == Word("it was done", left=True)
+        assert first.farewells == second.farewells == []
+        first.monitor.leave()
+        assert second.wait() == Farewell("it finished", finished=True)
+        assert first.wait() == Farewell("it finished", finished=True)
 
 
 def test_a_connection_that_ends_is_noticed_at_once() -> None:
-    with pair() as (near, far):
-        heard = Heard(near)
-        far.cut()
-        assert heard.word() == Word("the connection broke off")
+    with connected_pair() as (near, far):
+        recorder = Recorder(near)
+        far.shut_down()
+        assert recorder.wait() == Farewell("the connection broke off")
 
 
-def test_silence_is_noticed_in_time() -> None:
-    with pair() as (near, _):
-        assert Heard(near, 0.3).word() == Word("no sign of life for 0.3 s")
+def test_missing_heartbeats_are_noticed_in_time() -> None:
+    with connected_pair() as (near, _):
+        assert Recorder(near, 0.3).wait() == Farewell("no sign of life for 0.3 s")
 
 
-def test_silence_in_the_middle_of_a_frame_is_silence() -> None:
-    with pair() as (near, far):
-        heard = Heard(near, 0.3)
+def test_a_peer_that_stops_within_a_frame_is_noticed_in_time() -> None:
+    with connected_pair() as (near, far):
+        recorder = Recorder(near, 0.3)
         far.socket.sendall(b"dst")
-        assert heard.word() == Word("no sign of life for 0.3 s")
+        assert recorder.wait() == Farewell("no sign of life for 0.3 s")
 
 
-def test_a_peer_says_why_it_goes_and_who_is_behind_it() -> None:
-    with pair() as (near, far):
-        heard, other = Heard(near), Heard(far)
-        other.pulse.say("ValueError: wrong", culprit=RankName(2, "elsewhere"))
-        other.pulse.cut()
-        assert heard.word() == Word("ValueError: wrong", RankName(2, "elsewhere"))
-        other.word()
+def test_a_peer_reports_its_failure_and_the_culprit() -> None:
+    with connected_pair() as (near, far):
+        recorder, other = Recorder(near), Recorder(far)
+        other.monitor.report_failure("ValueError: wrong", culprit=RankName(2, "elsewhere"))
+        other.monitor.shut_down()
+        assert recorder.wait() == Farewell("ValueError: wrong", RankName(2, "elsewhere"))
+        other.wait()
 
 
-def test_a_worker_hears_that_it_was_given_up() -> None:
-    with pair() as (near, far):
-        heard, other = Heard(near), Heard(far)
-        other.pulse.say("silent", expelled=True)
-        assert heard.word() == Word("silent", expelled=True)
-        other.pulse.last_word(0)
+def test_an_expelled_worker_is_told_so() -> None:
+    with connected_pair() as (near, far):
+        recorder, other = Recorder(near), Recorder(far)
+        other.monitor.report_failure("silent", expelled=True)
+        assert recorder.wait() == Farewell("silent", expelled=True)
+        other.monitor.wait_for_farewell(0)
 
 
-def test_what_is_no_sign_of_life_ends_it() -> None:
-    with pair() as (near, far):
-        heard = Heard(near)
-        far.send(Kind.PUSH)
-        assert heard.word() == Word("the server sent PUSH, not BEAT or NOTICE or BYE")
+def test_an_unexpected_frame_ends_the_connection() -> None:
+    with connected_pair() as (near, far):
+        recorder = Recorder(near)
+        far.send(FrameKind.PUSH)
+        assert recorder.wait() == Farewell("the server sent PUSH, not HEARTBEAT or FAILURE or FAREWELL")
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (ValueError("wrong\nwith more"), ("ValueError: wrong", None)),
         (KeyboardInterrupt(), ("KeyboardInterrupt", None)),
         (PeerLost(3, "there", "silent"), ("silent", RankName(3, "there"))),
     ],
 )
-def test_what_peers_are_told_about_an_error(error: BaseException, told: tuple[str, RankName | None]) -> None:
-    assert last_word_of(error) == told
+def test_the_reported_reason_names_the_error_and_the_culprit(
+    error: BaseException, expected: tuple[str, RankName | None]
+) -> None:
+    assert failure_reason(error) == expected

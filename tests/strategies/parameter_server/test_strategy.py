@@ -1,4 +1,4 @@
-"""A parameter server is the serial run in sync mode; in async and ssp mode a dead worker ends nothing."""
+"""In sync mode a parameter server trains as one process does; in async and ssp mode a run survives a dead worker."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.runtime.test_runtime import Ending, train_to_the_end
 
 SERVER = "strategy=parameter_server"
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
-#: 48 images in batches of 10: no share divides.
+#: 48 images in batches of 10: no batch is divisible by the number of workers.
 COMMON = ("trainer.epochs=100", "trainer.max_steps=30", "resume=never", *NORM_NET)
-#: Ways to update, each in one precision.
+#: Optimizers, each in one precision.
 OPTIMIZERS = {
     "gradient descent": ("optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=fp32"),
     "momentum": ("optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0.9", "trainer.precision=fp64"),
@@ -38,12 +38,12 @@ BOUNDS = {"fp32": 1e-5, "fp64": 1e-12}
 
 
 def train_all(configurations: list[Config]) -> list[dict[str, Any]]:
-    """Trains one after the other in the same processes, which are slow to start."""
-    return [train_on_rank(each) for each in configurations]
+    """Trains each configuration in turn in the same processes, because processes are slow to start."""
+    return [train_on_rank(configuration) for configuration in configurations]
 
 
 def runs(ranks: int, configurations: list[Config]) -> list[dict[str, Any]]:
-    """What the first worker says of each training."""
+    """Trains each configuration on so many ranks and returns the results of rank 0."""
     found: list[dict[str, Any]] = run_ranks(train_all, ranks, configurations)[0]
     return found
 
@@ -55,12 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def serial(folder: Path) -> list[dict[str, Any]]:
-    """Each optimizer's training by one process."""
+    """The results of one process with each optimizer."""
     return runs(1, [small(*COMMON, *each, f"run_dir={folder}/serial") for each in OPTIMIZERS.values()])
 
 
 @pytest.mark.parametrize(("workers", "servers"), [(1, 2), (3, 1), (2, 2)])
-def test_in_sync_mode_it_is_the_serial_run(workers: int, servers: int, folder: Path) -> None:
+def test_sync_mode_trains_as_one_process_does(workers: int, servers: int, folder: Path) -> None:
     # Buckets of a few tensors each, and accumulated gradients.
     served = (SERVER, f"strategy.servers={servers}", "strategy.bucket_mb=0.002", "trainer.micro_batch_size=3")
     configurations = [
@@ -76,7 +76,7 @@ def test_in_sync_mode_it_is_the_serial_run(workers: int, servers: int, folder: P
         assert run["summary"]["mesh"] == {"server": servers, "worker": workers}
 
 
-def test_bytes_are_those_of_a_push_and_a_pull_of_everything(folder: Path) -> None:
+def test_a_step_sends_the_bytes_of_one_push_and_one_pull(folder: Path) -> None:
     configuration = small(*COMMON, SERVER, "trainer.precision=fp32", f"run_dir={folder}/bytes")
     run = runs(3, [configuration])[0]
     parameters = sum(tensor.numel() for tensor in NormNet(3, 4, "group").parameters())
@@ -92,11 +92,11 @@ def test_bytes_are_those_of_a_push_and_a_pull_of_everything(folder: Path) -> Non
     assert sum(shard["bytes"] for shard in found["shards"]) == 4 * parameters
 
 
-# --- workers that wait for nobody, or for a bound --------------------------------------------------------------------
+# --- async and ssp --------------------------------------------------------------------
 
 
 class Slow(NormNet):
-    """A model that takes its time on one rank."""
+    """A model whose forward pass is slow on one rank."""
 
     def __init__(self, in_channels: int, num_classes: int, rank: int, seconds: float) -> None:
         super().__init__(in_channels, num_classes, "group")
@@ -107,7 +107,7 @@ class Slow(NormNet):
         return super().forward(images)
 
 
-def test_the_bound_on_staleness_holds_and_without_it_a_fast_worker_runs_ahead(folder: Path) -> None:
+def test_the_staleness_bound_holds_and_without_it_a_fast_worker_runs_ahead(folder: Path) -> None:
     slow = ("model=custom", "model._target_=tests.strategies.parameter_server.test_strategy.Slow", "trainer.epochs=4")
     common = small(
         *slow, "+model.kwargs={rank:1,seconds:0.02}", SERVER, "strategy.mode=async", f"run_dir={folder}/free"
@@ -127,7 +127,7 @@ def test_the_bound_on_staleness_holds_and_without_it_a_fast_worker_runs_ahead(fo
     for bound, run in zip(bounds, runs(3, [*configurations, common]), strict=True):
         summary = run["summary"]
         found = summary["parameter_server"]
-        # 4 epochs of 48 images; at the ends of epochs all wait for each other.
+        # 4 epochs of 48 images; the workers wait for each other at the end of each epoch.
         assert (summary["steps"], found["samples"], found["updates"]) == (20, 192, 40)
         ahead = max(worker["steps_ahead_max"] for worker in found["workers"])
         assert ahead == bound if bound is not None else ahead >= 3
@@ -139,7 +139,7 @@ def test_the_bound_on_staleness_holds_and_without_it_a_fast_worker_runs_ahead(fo
 
 
 def fragile(folder: Path, how: str, rank: int, *options: str) -> Config:
-    """3 epochs that break on a rank in its forward pass number 8, in the second epoch."""
+    """3 epochs, in which a rank fails in its 8th forward pass, which is in the second epoch."""
     return small(
         "model=custom",
         "model._target_=tests.runtime.test_runtime.Fragile",
@@ -152,14 +152,14 @@ def fragile(folder: Path, how: str, rank: int, *options: str) -> Config:
     )
 
 
-def seen(worker: int, workers: int, steps: int) -> int:
-    """Samples that a worker's share of the first so many of an epoch's batches holds."""
+def samples_seen(worker: int, workers: int, steps: int) -> int:
+    """Number of samples in a worker's part of the first ``steps`` batches of an epoch."""
     sizes = [10, 10, 10, 10, 8][:steps]
     bounds = [shard_bounds(size, worker, workers) for size in sizes]
     return sum(end - start for start, end in bounds)
 
 
-def test_a_killed_worker_is_left_behind_and_every_other_sample_is_seen(tmp_path: Path) -> None:
+def test_the_run_continues_without_a_killed_worker_and_sees_all_other_samples(tmp_path: Path) -> None:
     configuration = fragile(
         tmp_path, "SIGKILL", 1, "strategy.mode=async", "strategy.servers=2", "data.val_fraction=0.1"
     )
@@ -174,22 +174,22 @@ def test_a_killed_worker_is_left_behind_and_every_other_sample_is_seen(tmp_path:
     found = summary["parameter_server"]
     (lost,) = found["lost_workers"]
     assert (lost["rank"], lost["reason"]) == (1, "the connection broke off")
-    # What it pushed last may have been on its way.
+    # Its last push may have been lost on the way.
     done = lost["after_steps"]
     # The evaluation after the first epoch is a forward pass too.
     assert done in (5, 6, 7)
     workers = {worker["rank"]: worker for worker in found["workers"]}
-    assert workers[1]["samples"] == seen(1, 3, 5) + seen(1, 3, done - 5)
+    assert workers[1]["samples"] == samples_seen(1, 3, 5) + samples_seen(1, 3, done - 5)
     for position, rank in enumerate((0, 2)):
-        # Two epochs among three; of the third the two that are left share everything.
-        assert workers[rank]["samples"] == 2 * seen(rank, 3, 5) + seen(position, 2, 5)
+        # Two epochs are divided among three workers; the third among the two that are left.
+        assert workers[rank]["samples"] == 2 * samples_seen(rank, 3, 5) + samples_seen(position, 2, 5)
         assert workers[rank]["steps"] == 15
     assert summary["test_count"] == 31
     assert "WORKER LOST: rank 1" in (tmp_path / "logs" / "rank_0.log").read_text()
     assert "worker rank 1" in (tmp_path / "logs" / "rank_3.log").read_text()
 
 
-def test_a_worker_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_failing_worker_reports_its_error_and_the_others_continue(tmp_path: Path) -> None:
     endings = run_ranks_to_the_end(train_to_the_end, 3, fragile(tmp_path, "raise", 1, "strategy.mode=ssp"))
     assert [each.outcome for each in endings] == ["finished", "Failed", "finished"]
     assert endings[1].last_line.endswith("ArithmeticError: planted; the other ranks continue")
@@ -201,7 +201,7 @@ def test_a_worker_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("mode", "rank", "who"), [("sync", 1, "worker"), ("async", 2, "server")], ids=["sync worker", "async server"]
 )
-def test_who_can_not_be_done_without_ends_the_run_with_its_name(mode: str, rank: int, who: str, tmp_path: Path) -> None:
+def test_losing_a_required_rank_ends_the_run_with_its_name(mode: str, rank: int, who: str, tmp_path: Path) -> None:
     configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}")
     endings = run_ranks_to_the_end(ending_of_server if who == "server" else train_to_the_end, 3, configuration)
     failure = json.loads((tmp_path / "failure.json").read_text())
@@ -213,7 +213,7 @@ def test_who_can_not_be_done_without_ends_the_run_with_its_name(mode: str, rank:
 
 
 def ending_of_server(configuration: Config) -> Ending:
-    """As :func:`train_to_the_end`; a server dies in the middle of its work."""
+    """As :func:`train_to_the_end`, but rank 2, a server, kills itself after the first checkpoint."""
     if os.environ["RANK"] == "2":
         import signal
         import threading
@@ -230,16 +230,16 @@ def ending_of_server(configuration: Config) -> Ending:
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_moves_between_strategies(tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_strategy_and_other_servers(tmp_path: Path) -> None:
     def go(steps: int, *strategy: str, where: str = "moved") -> Config:
-        # Adam, which keeps the most; a constant rate, since a schedule would end with each part.
+        # Adam, because it has the most state; a constant rate, because a schedule would end with each part of the run.
         common = (*NORM_NET, "scheduler=constant", "optimizer.eps=1e-3", "trainer.precision=fp64")
         return small(
             *common, "trainer.epochs=100", f"trainer.max_steps={steps}", f"run_dir={tmp_path}/{where}", *strategy
         )
 
     expected = runs(1, [go(16, where="whole"), go(3)])[0]
-    # Out of a server into servers, in the middle of an epoch, and on with the same ones.
+    # From one process to two servers in the middle of an epoch, then to one server, and on with the same one.
     runs(4, [go(6, SERVER, "strategy.servers=2"), go(9, SERVER), go(12, SERVER)])
     found = runs(1, [go(16)])[0]
     assert relative_difference(found["model"], expected["model"]) <= 1e-12
@@ -258,12 +258,12 @@ def test_an_async_run_is_saved_with_all_steps_pushed(tmp_path: Path) -> None:
     assert first["summary"]["samples"] + second["summary"]["parameter_server"]["samples"] == 48 + 48
     for step in saved:
         optimizer = load_file(tmp_path / "moved" / "checkpoints" / f"step_{step:08d}" / "optimizer.safetensors")
-        # Two workers, each of whose pushes is an update.
+        # Two workers; each push is an update.
         assert {int(tensor) for name, tensor in optimizer.items() if name.endswith("/step")} == {2 * step}
     assert runs(1, [go(12)])[0]["summary"]["steps"] == 12
 
 
-def test_a_sync_run_resumes_bit_for_bit_with_what_compressors_keep(tmp_path: Path) -> None:
+def test_a_sync_run_with_residuals_resumes_bit_for_bit(tmp_path: Path) -> None:
     common = (*NORM_NET, SERVER, "compression=topk", "compression.density=0.1", "compression.min_elements=1")
 
     def go(steps: int, where: str) -> Config:
@@ -276,8 +276,8 @@ def test_a_sync_run_resumes_bit_for_bit_with_what_compressors_keep(tmp_path: Pat
     assert 0 < whole["summary"]["bytes_sent_per_step"] < 0.8 * whole["summary"]["bytes_uncompressed_per_step"]
 
 
-def test_compressed_pushes_are_those_of_ddp(tmp_path: Path) -> None:
-    # What is sent is chosen tensor by tensor, so that it doesn't matter on which server a tensor lies.
+def test_compressed_pushes_give_the_results_of_ddp(tmp_path: Path) -> None:
+    # These compressors choose values tensor by tensor, so it doesn't matter which server holds a tensor.
     names = ("topk", "randomk")
     common = (*COMMON, "optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=fp64", "compression.min_elements=1")
 
@@ -306,7 +306,7 @@ def test_compressed_pushes_are_those_of_ddp(tmp_path: Path) -> None:
         (("data.batch_size=2",), 4, "data.batch_size=2: the global batch is smaller than the 3 ranks that share it"),
     ],
 )
-def test_what_cannot_run_is_refused(overrides: tuple[str, ...], ranks: int, message: str) -> None:
+def test_a_configuration_that_cannot_run_is_refused(overrides: tuple[str, ...], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check(small(SERVER, *overrides), World(0, ranks, 0, ranks, "here"))
     assert message in str(caught.value)
@@ -324,11 +324,11 @@ def test_what_cannot_run_is_refused(overrides: tuple[str, ...], ranks: int, mess
         (("strategy.mode=hogwild",), "strategy.mode=hogwild: unknown choice; choices: sync, async, ssp"),
     ],
 )
-def test_keys_that_dont_go_together_are_refused(overrides: tuple[str, ...], message: str) -> None:
+def test_keys_that_contradict_each_other_are_refused(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         small(SERVER, *overrides)
     assert message in str(caught.value)
 
 
-def test_as_many_samples_as_workers_are_enough() -> None:
+def test_a_batch_of_one_sample_per_worker_is_accepted() -> None:
     check(small(SERVER, "data.batch_size=2"), World(0, 3, 0, 3, "here"))
