@@ -154,7 +154,7 @@ def test_job_that_is_warned_of_its_time_limit_saves_and_goes_on(slurm: Cluster, 
     slurm.command("scancel", "--batch", "--signal=USR1", number)
     job = ended(slurm, number, tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
-    assert "SIGUSR1; the ranks are asked to save and end" in output(tmp_path)
+    assert "SIGUSR1; asking the ranks to save and end" in output(tmp_path)
     assert_same(run, whole)
 
 
@@ -174,7 +174,7 @@ def preempt(slurm: Cluster, folder: Path) -> Path:
 
 def test_preempted_job_makes_room_and_goes_on(slurm: Cluster, whole: Path, tmp_path: Path) -> None:
     assert_same(preempt(slurm, tmp_path), whole)
-    assert "SIGUSR1; the ranks are asked to save and end" in output(tmp_path)
+    assert "SIGUSR1; asking the ranks to save and end" in output(tmp_path)
 
 
 def test_preempted_job_goes_on_where_slurm_sends_no_warning(whole: Path, tmp_path: Path) -> None:
