@@ -19,23 +19,31 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_failed_job_is_reported_and_the_others_have_results(tmp_path: Path) -> None:
-    model = ("model=custom", "model._target_=tests.tools.launching.moody.Moody", "+model.kwargs.mood=good,bad,fine")
+    model = (
+        "model=custom",
+        "model._target_=tests.tools.launching.failing_model.FailingModel",
+        "+model.kwargs.behaviour=train,fail,train_too",
+    )
     ended = start(tmp_path, *QUICK, *model, "trainer.max_steps=2", "sweep.folder=sweep", "sweep.parallel=2")
     assert ended.returncode == 1, ended.stderr
     with (tmp_path / "sweep" / "results.csv").open() as file:
-        rows = {row["model.kwargs.mood"]: row for row in csv.DictReader(file)}
-    assert {mood: row["status"] for mood, row in rows.items()} == {"good": "done", "bad": "failed", "fine": "done"}
-    assert rows["bad"]["reason"].endswith("at step 0: RuntimeError: in a bad mood")
+        rows = {row["model.kwargs.behaviour"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "train": "done",
+        "fail": "failed",
+        "train_too": "done",
+    }
+    assert rows["fail"]["reason"].endswith("at step 0: RuntimeError: as configured")
     # Both jobs are the same training.
-    assert rows["good"]["test_loss"] == rows["fine"]["test_loss"] != ""
+    assert rows["train"]["test_loss"] == rows["train_too"]["test_loss"] != ""
     lines = ended.stdout.splitlines()
-    assert {line.split()[1] for line in lines if line[:4] in ("000 ", "002 ")} == {"good", "fine"}
-    assert any(line.startswith("001_model.kwargs.mood=bad: failed: rank 0 on ") for line in lines)
+    assert {line.split()[1] for line in lines if line[:4] in ("000 ", "002 ")} == {"train", "train_too"}
+    assert any(line.startswith("001_model.kwargs.behaviour=fail: failed: rank 0 on ") for line in lines)
     assert "2 of 3 jobs are done, 1 not" in lines
     # Hydra prints nothing of its own, and TensorBoard's HParams page finds each finished job.
     assert ended.stderr == ""
-    for mood in ("good", "fine"):
-        events = EventAccumulator(str(next(Path(rows[mood]["folder"], "tensorboard").iterdir())))
+    for name in ("train", "train_too"):
+        events = EventAccumulator(str(next(Path(rows[name]["folder"], "tensorboard").iterdir())))
         events.Reload()
         assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
 
