@@ -1,1 +1,1 @@
-"""Which compressor pays on this network: measuring, a cost model, and the choice."""
+"""Measures and predicts which compressor makes training steps fastest on this network."""
