@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STALENESS = 3
+_DEFAULT_STALENESS = 3
 #: How many times faster steps might be that are computed while the last one's push and pull travel, if that is done.
-_GAIN = 1.5
+_MIN_SPEEDUP = 1.5
 #: Besides a few copies of the model, what a worker may bring to a collective, in bytes.
-_LARGEST_COUNT = 64 * MIB
+_MAX_COUNT_BYTES = 64 * MIB
 
 
 @dataclass
@@ -64,7 +64,7 @@ class ParameterServerConfig(StrategyConfig):
     servers: int = setting("Ranks that hold the parameters, the last ones; all others are workers.", at_least=1)
     mode: str = setting("Who waits for whom.", choices=("sync", "async", "ssp"))
     staleness: int | None = setting(
-        f"ssp: steps that a worker may be ahead of the slowest one; null: {_STALENESS}.", at_least=0
+        f"ssp: steps that a worker may be ahead of the slowest one; null: {_DEFAULT_STALENESS}.", at_least=0
     )
     overlap: bool | None = setting(
         "Compute a step while the last one's push and pull travel; null: where it pays, in async and ssp."
@@ -73,16 +73,16 @@ class ParameterServerConfig(StrategyConfig):
     worker_timeout_seconds: float = setting("A rank that gives no sign of life for so long is gone.", above=0)
 
     @property
-    def bound(self) -> int | None:
+    def staleness_bound(self) -> int | None:
         """Steps that a worker may be ahead of the slowest one; ``None`` where nothing bounds them."""
         if self.mode != "ssp":
             return None
-        return _STALENESS if self.staleness is None else self.staleness
+        return _DEFAULT_STALENESS if self.staleness is None else self.staleness
 
     @property
     def may_overlap(self) -> bool:
         """Whether a step is ever computed while the last one's push and pull travel."""
-        allowed = self.mode == "async" or (self.bound or 0) > 0
+        allowed = self.mode == "async" or (self.staleness_bound or 0) > 0
         return allowed if self.overlap is None else self.overlap
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class ParameterServerConfig(StrategyConfig):
             raise ConfigError("strategy.staleness", self.staleness, f"is a bound for mode=ssp, not {self.mode}")
         if self.overlap and self.mode == "sync":
             raise ConfigError("strategy.overlap", True, "mode=sync computes each step with all earlier ones applied")
-        if self.overlap and self.bound == 0:
+        if self.overlap and self.staleness_bound == 0:
             raise ConfigError("strategy.overlap", True, "a step under way is one step of staleness; it needs 1")
 
 
@@ -148,16 +148,16 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        self._workers = runtime.world.size - self.options.servers
+        self._worker_count = runtime.world.size - self.options.servers
         rank = runtime.world.rank
         runtime.activity.independent_steps = self.options.mode != "sync"
         self._server: Server | None = None
-        self.is_server = rank >= self._workers
-        self.data_shard = (0 if self.is_server else rank, self._workers)
-        self._settled = True
-        self._looks = config.trainer.on_nonfinite != "stop"
-        self._left_out = False
-        self._overlapped = 0
+        self.is_server = rank >= self._worker_count
+        self.data_shard = (0 if self.is_server else rank, self._worker_count)
+        self._up_to_date = True
+        self._checks_finite = config.trainer.on_nonfinite != "stop"
+        self._skipped = False
+        self._overlapped_steps = 0
         self._figures: dict[str, Figure] = {}
 
     @classmethod
@@ -230,17 +230,19 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             dict(parameters[position] for position in positions)
             for positions in assign_tensors(sizes, self.options.servers)
         ]
-        hosts = [str(told["host"]) for told in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
+        hosts = [
+            str(rank_info["host"]) for rank_info in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)
+        ]
         peers = [RankName(rank, host) for rank, host in enumerate(hosts)]
-        workers, servers = peers[: self._workers], peers[self._workers :]
+        workers, servers = peers[: self._worker_count], peers[self._worker_count :]
         if self.is_server:
             address = listen_address(hosts)
             listener = Listener(address)
-            told = {"address": address.advertise, "port": listener.port, "token": listener.token}
-            all_ranks.all_gather_json(told, self.runtime.device)
-            self._serve(shards[world.rank - self._workers], make_optimizer, workers, listener, sum(sizes))
+            own_endpoint = {"address": address.advertise, "port": listener.port, "token": listener.token}
+            all_ranks.all_gather_json(own_endpoint, self.runtime.device)
+            self._serve(shards[world.rank - self._worker_count], make_optimizer, workers, listener, sum(sizes))
             return
-        endpoints = all_ranks.all_gather_json({}, self.runtime.device)[self._workers :]
+        endpoints = all_ranks.all_gather_json({}, self.runtime.device)[self._worker_count :]
         seconds = self.config.runtime.setup_timeout_seconds
         clients = []
         for server, endpoint, shard in zip(servers, endpoints, shards, strict=True):
@@ -259,10 +261,13 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 )
             )
         self._clients = ServerClients(clients)
-        if self._workers > 1:
-            self.replicas = WorkerCommunicator(clients[0].request, world.rank, list(range(self._workers)))
-        self._averaged = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()) and self._workers > 1:
+        if self._worker_count > 1:
+            self.replicas = WorkerCommunicator(clients[0].request, world.rank, list(range(self._worker_count)))
+        self._averaged_buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if (
+            any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+            and self._worker_count > 1
+        ):
             log.warning(
                 "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
                 "does not; model.norm=group is equal"
@@ -271,7 +276,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         log.info(
             "parameter server, %s: %d workers, %d servers that hold %s MB",
             self.options.mode,
-            self._workers,
+            self._worker_count,
             self.options.servers,
             ", ".join(f"{client.bytes / 1e6:.2f}" for client in clients),
         )
@@ -286,37 +291,37 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     ) -> None:
         options, trainer = self.options, self.config.trainer
         self.optimizer = make_optimizer(named.items())
-        self._held = named
-        shard = ServerShard(named, self._make_shard(named, None), self.optimizer, self.compressor)
+        self._shard_parameters = named
+        shard = ServerShard(named, self._make_shard_gradients(named, None), self.optimizer, self.compressor)
         policy = ServerPolicy(
             mode=options.mode,
-            staleness=options.bound,
+            staleness=options.staleness_bound,
             in_flight=int(options.may_overlap),
             max_gradient_norm=trainer.grad_clip_norm if options.mode == "sync" else None,
             timeout_seconds=self.runtime.collective_timeout_seconds,
             on_nonfinite=trainer.on_nonfinite,
             heartbeat_timeout_seconds=options.worker_timeout_seconds,
-            max_collective_bytes=_LARGEST_COUNT + 4 * size,
+            max_collective_bytes=_MAX_COUNT_BYTES + 4 * size,
         )
         connections = listener.accept_workers(workers, self.config.runtime.setup_timeout_seconds)
-        me = RankName(self.runtime.world.rank, self.runtime.world.host)
+        own_name = RankName(self.runtime.world.rank, self.runtime.world.host)
         self._server = Server(
-            me,
+            own_name,
             shard,
             policy,
             workers,
             connections,
-            self._on_loss,
+            self._on_worker_lost,
             lambda: int(request_from_signal(self.runtime.stop_requested)),
         )
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
 
     def _make_gradients(self) -> ReducedGradients:
         assert isinstance(self.options, ParameterServerConfig)
-        shards = [self._make_shard(client.parameters, client) for client in self._clients.clients]
-        return _Shards(shards, self._clips_itself)
+        shards = [self._make_shard_gradients(client.parameters, client) for client in self._clients.clients]
+        return _ShardedGradients(shards, self._local_clipping)
 
-    def _make_shard(self, named: Mapping[str, nn.Parameter], client: ServerClient | None) -> Gradients:
+    def _make_shard_gradients(self, named: Mapping[str, nn.Parameter], client: ServerClient | None) -> Gradients:
         size = self.options.bucket_mb
         return Gradients(named.items(), Communicator(), self.compressor, self.stopwatch, size, size, carrier=client)
 
@@ -326,7 +331,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         """Serves or trains; see the base class."""
         # The servers see workers off; a process group would fail with the first that is gone.
         self.runtime.final_barrier = lambda: None
-        self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._workers
+        self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._worker_count
         if self._server is not None:
             self.runtime.activity.phase = "serving"
             self.runtime.stoppable = True
@@ -334,17 +339,17 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 self._server.serve()
             finally:
                 self.runtime.step = self._server.steps()
-            self._log_work(self._server)
+            self._log_workers(self._server)
             if self._server.stop_reason is not None:
                 raise Stopped(self._server.stop_reason, self._server.steps())
             return {}
         try:
             summary = fit()
             # Nobody leaves while another still talks.
-            self._meet()
+            self._barrier()
             self._clients.leave()
         except Stopped as stop:
-            self._meet()
+            self._barrier()
             self._clients.leave(stop.reason)
             raise
         except BaseException as error:
@@ -352,7 +357,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             raise
         return summary
 
-    def _log_work(self, server: Server) -> None:
+    def _log_workers(self, server: Server) -> None:
         for worker in server.workers.values():
             log.info(
                 "worker %s: %d steps, %d samples, staleness %s, pushed %.1f MB, pulled %.1f MB",
@@ -364,29 +369,29 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 worker.pulled_bytes / 1e6,
             )
 
-    def _on_loss(self, worker: WorkerRecord) -> None:
+    def _on_worker_lost(self, worker: WorkerRecord) -> None:
         self.runtime.lost_ranks.add(worker.peer.rank)
         log.warning("worker %s is gone after %d steps: %s", worker.peer, worker.steps, worker.loss_reason)
 
-    def _hear_of_losses(self) -> None:
+    def _warn_of_lost_workers(self) -> None:
         for client in self._clients.clients:
-            for rank, told in client.lost_workers.items():
+            for rank, record in client.lost_workers.items():
                 if rank not in self.runtime.lost_ranks:
                     self.runtime.lost_ranks.add(rank)
                     log.warning(
                         "WORKER LOST: rank %d on %s is gone after %d steps (%s); the others go on without its samples",
                         rank,
-                        told["host"],
-                        told["steps"],
-                        told["lost"],
+                        record["host"],
+                        record["steps"],
+                        record["lost"],
                     )
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> StepResult:
         """Pushes the gradient of this worker's share; see the base class."""
-        self._settled = False
-        self._began = time.perf_counter()
+        self._up_to_date = False
+        self._step_started = time.perf_counter()
         rate = float(self.optimizer.param_groups[0]["lr"])
         self._share = len(batch) / batch.global_count
         self._clients.begin_push(self.compressor.step + 1, rate, len(batch), self._share)
@@ -402,55 +407,55 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         return self.options.mode != "sync"
 
     @property
-    def _clips_itself(self) -> Callable[[ReducedGradients], None] | None:
+    def _local_clipping(self) -> Callable[[ReducedGradients], None] | None:
         """What a worker does to its own gradients before they travel."""
-        most = self.config.trainer.grad_clip_norm
-        if self.options.mode == "sync" or (most is None and not self._looks):
+        max_norm = self.config.trainer.grad_clip_norm
+        if self.options.mode == "sync" or (max_norm is None and not self._checks_finite):
             return None
 
-        def clip_own(gradients: ReducedGradients) -> None:
+        def clip_local(gradients: ReducedGradients) -> None:
             # Of an empty share there is nothing to clip.
             share = self._share or 1.0
             norm = gradients.norm()
             self._norm = norm / share
-            self._left_out = self._looks and not bool(norm.isfinite())
-            if self._left_out:
+            self._skipped = self._checks_finite and not bool(norm.isfinite())
+            if self._skipped:
                 # A push of no samples, which the servers count and don't apply.
                 gradients.zero()
                 self._clients.begin_push(
                     self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share
                 )
-            elif most is not None:
-                clip_gradient_norm(gradients, most * share, norm)
+            elif max_norm is not None:
+                clip_gradient_norm(gradients, max_norm * share, norm)
 
-        return clip_own
+        return clip_local
 
     def _update(self) -> bool:
-        computed = time.perf_counter() - self._began
+        compute_seconds = time.perf_counter() - self._step_started
         with self.stopwatch.communication():
             # The answer to the last push was on its way while this step was computed.
             self._clients.take_parameters()
-            if self.options.mode == "sync" and (self._looks or self.config.trainer.grad_clip_norm is not None):
+            if self.options.mode == "sync" and (self._checks_finite or self.config.trainer.grad_clip_norm is not None):
                 norm = self._clients.exchange_norms()
-                self._norm, self._left_out = torch.tensor(norm), self._looks and not math.isfinite(norm)
+                self._norm, self._skipped = torch.tensor(norm), self._checks_finite and not math.isfinite(norm)
             self._clients.start_receiving()
-            if self._overlaps(computed):
-                self._overlapped += 1
+            if self._overlaps(compute_seconds):
+                self._overlapped_steps += 1
             else:
                 self._clients.take_parameters()
-        self._hear_of_losses()
-        if self._left_out and self._snapshot is not None:
+        self._warn_of_lost_workers()
+        if self._skipped and self._snapshot is not None:
             self._snapshot.restore()
-        return self._left_out
+        return self._skipped
 
-    def _overlaps(self, computed: float) -> bool:
-        """Whether the next step begins before this push is answered; ``computed`` is how long this step took."""
+    def _overlaps(self, compute_seconds: float) -> bool:
+        """Whether the next step begins before this push is answered; ``compute_seconds`` is how long this step took."""
         if not self.options.may_overlap or self.options.overlap is not None:
             return self.options.may_overlap
         # At best the longer of the two is left. A network that is never idle gains nothing, and each step under way
         # makes all workers' gradients a step older.
-        answered = self._clients.answer_seconds
-        return computed + answered > _GAIN * max(computed, answered)
+        answer_seconds = self._clients.answer_seconds
+        return compute_seconds + answer_seconds > _MIN_SPEEDUP * max(compute_seconds, answer_seconds)
 
     def gradient_norm(self) -> Tensor:
         """Norm before clipping of the gradient that the servers applied last, in async and ssp one worker's.
@@ -461,32 +466,32 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     def eval_step(self, batch: Batch) -> StepResult:
         """Forward only, with the servers' parameters; see the base class."""
-        self._settle()
+        self._synchronise()
         return super().eval_step(batch)
 
-    def _settle(self) -> None:
+    def _synchronise(self) -> None:
         """Takes the servers' parameters when all workers have pushed their steps, and averages buffers."""
-        if self._settled:
+        if self._up_to_date:
             return
         self._clients.take_parameters()
         if self.options.mode != "sync":
-            self._meet()
+            self._barrier()
             self._clients.pull()
-            self._hear_of_losses()
+            self._warn_of_lost_workers()
         self._average_buffers()
-        self._settled = True
+        self._up_to_date = True
 
     @torch.no_grad()
     def _average_buffers(self) -> None:
-        if self._averaged and self.replicas.size > 1:
+        if self._averaged_buffers and self.replicas.size > 1:
             # With a count, since a worker may go just now; in float64, so that what is equal stays what it is.
-            parts = [buffer.double().flatten() for buffer in self._averaged]
+            parts = [buffer.double().flatten() for buffer in self._averaged_buffers]
             total = self.replicas.all_reduce(torch.cat([*parts, parts[0].new_ones(1)]))
-            means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in self._averaged])
-            for buffer, mean in zip(self._averaged, means, strict=True):
+            means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in self._averaged_buffers])
+            for buffer, mean in zip(self._averaged_buffers, means, strict=True):
                 buffer.copy_(mean.view_as(buffer))
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """Waits until all living workers are here."""
         self.replicas.barrier()
 
@@ -495,7 +500,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     def agree_on_shard(self) -> tuple[int, int]:
         """An equal share for every worker that is alive; see the base class."""
         if self.options.mode != "sync":
-            self._meet()
+            self._barrier()
             self.data_shard = (self.replicas.rank, self.replicas.size)
         return self.data_shard
 
@@ -509,13 +514,13 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         """Compression's, in async and ssp of this worker alone, and how stale all workers' last pushes were."""
         if self.options.mode == "sync":
             return super().metrics()
-        found = self.compression_metrics(Communicator())
+        metrics = self.compression_metrics(Communicator())
         if self.runtime.is_main:
             recent = self._clients.clients[0].request(FrameKind.STATISTICS, {"recent": True})[0]
             if recent.integer("pushes"):
-                found["parameter_server/staleness_mean"] = recent.integer("staleness_sum") / recent.integer("pushes")
-                found["parameter_server/staleness_max"] = float(recent.integer("staleness_max"))
-        return found
+                metrics["parameter_server/staleness_mean"] = recent.integer("staleness_sum") / recent.integer("pushes")
+                metrics["parameter_server/staleness_max"] = float(recent.integer("staleness_max"))
+        return metrics
 
     # --- what came of it ---------------------------------------------------------------------------------------------
 
@@ -525,30 +530,32 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     def report(self) -> dict[str, Any]:
         """Who did how many steps and how stale they were, who is gone, and what travelled; also draws it."""
-        told = [client.request(FrameKind.STATISTICS)[0].meta for client in self._clients.clients]
-        rows = [_row([server["workers"][index] for server in told]) for index in range(self._workers)]
+        by_server = [client.request(FrameKind.STATISTICS)[0].meta for client in self._clients.clients]
+        rows = [
+            _merge_statistics([server["workers"][index] for server in by_server]) for index in range(self._worker_count)
+        ]
         lost = [row for row in rows if row["lost"] is not None]
-        everything = _merged([row["staleness"] for row in rows])
-        found = {
+        all_workers = _sum_histograms([row["staleness"] for row in rows])
+        statistics = {
             "mode": self.options.mode,
-            "staleness_bound": self.options.bound,
-            "overlapped_steps": int(self.replicas.all_reduce(torch.tensor(self._overlapped))),
-            "updates": told[0]["updates"],
+            "staleness_bound": self.options.staleness_bound,
+            "overlapped_steps": int(self.replicas.all_reduce(torch.tensor(self._overlapped_steps))),
+            "updates": by_server[0]["updates"],
             "samples": sum(row["samples"] for row in rows),
             "workers": [
                 {
                     **{key: row[key] for key in ("rank", "host", "steps", "samples")},
-                    "staleness": _described(row["staleness"]),
+                    "staleness": _summarise_staleness(row["staleness"]),
                     "steps_ahead_max": row["lead"],
                 }
                 for row in rows
             ],
-            "staleness": _described(everything),
+            "staleness": _summarise_staleness(all_workers),
             "lost_workers": [
                 {"rank": row["rank"], "host": row["host"], "after_steps": row["steps"], "reason": row["lost"]}
                 for row in lost
             ],
-            "shards": [{"tensors": server["tensors"], "bytes": server["bytes"]} for server in told],
+            "shards": [{"tensors": server["tensors"], "bytes": server["bytes"]} for server in by_server],
             "bytes_pushed": sum(row["pushed"] for row in rows),
             "bytes_pulled": sum(row["pulled"] for row in rows),
         }
@@ -559,8 +566,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 "pushes",
             )
         return {
-            "mesh": {"server": self.options.servers, "worker": self._workers},
-            "parameter_server": found,
+            "mesh": {"server": self.options.servers, "worker": self._worker_count},
+            "parameter_server": statistics,
             **super().report(),
         }
 
@@ -576,8 +583,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         On a server it is the shard that it holds.
         """
         if self._server is not None:
-            return {name: parameter.detach() for name, parameter in self._held.items()}
-        self._settle()
+            return {name: parameter.detach() for name, parameter in self._shard_parameters.items()}
+        self._synchronise()
         return super().model_state()
 
     def state_dict(self) -> dict[str, Any]:
@@ -591,33 +598,33 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 tensors |= more_tensors
                 scalars |= more_scalars
         # No worker pushes before that is done, or parameters and moments would be of different steps.
-        self._meet()
+        self._barrier()
         return self._saved(model, tensors, scalars)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         """Gives the servers what any strategy saved; see the base class."""
-        carried = super().load_state_dict(saved)
+        restored = super().load_state_dict(saved)
         # Checked by loading it here as every strategy does; workers keep none of it.
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         if self.replicas.rank == 0:
             for client in self._clients.clients:
                 client.load(tensors, scalars)
         self.optimizer.state.clear()
-        self._meet()
-        return carried
+        self._barrier()
+        return restored
 
 
-class _Shards:
+class _ShardedGradients:
     """The gradients of all shards as one.
 
     Args:
         shards: One a server.
-        first: Done to the whole before anything travels; buckets then wait for the end of the backward pass.
+        before_sending: Done to the whole before anything travels; buckets then wait for the end of the backward pass.
     """
 
-    def __init__(self, shards: Sequence[Gradients], first: Callable[[ReducedGradients], None] | None) -> None:
+    def __init__(self, shards: Sequence[Gradients], before_sending: Callable[[ReducedGradients], None] | None) -> None:
         self._shards = shards
-        self._first = first
+        self._before_sending = before_sending
         self.buckets: list[Bucket] = [bucket for shard in shards for bucket in shard.buckets]
 
     @property
@@ -629,13 +636,13 @@ class _Shards:
             shard.zero()
 
     def begin_last_backward(self) -> None:
-        if self._first is None:
+        if self._before_sending is None:
             for shard in self._shards:
                 shard.begin_last_backward()
 
     def finish(self) -> None:
-        if self._first is not None:
-            self._first(self)
+        if self._before_sending is not None:
+            self._before_sending(self)
             for shard in self._shards:
                 shard.begin_last_backward()
         for shard in self._shards:
@@ -653,27 +660,29 @@ class _Shards:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _row(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _merge_statistics(by_server: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all servers say of one worker, as one; steps and samples are the first one's."""
     return {
-        **told[0],
-        "staleness": _merged([{int(late): count for late, count in each["staleness"].items()} for each in told]),
-        "lead": max(each["lead"] for each in told),
-        "pushed": sum(each["pushed"] for each in told),
-        "pulled": sum(each["pulled"] for each in told),
-        "lost": next((each["lost"] for each in told if each["lost"] is not None), None),
+        **by_server[0],
+        "staleness": _sum_histograms(
+            [{int(updates): count for updates, count in server["staleness"].items()} for server in by_server]
+        ),
+        "lead": max(server["lead"] for server in by_server),
+        "pushed": sum(server["pushed"] for server in by_server),
+        "pulled": sum(server["pulled"] for server in by_server),
+        "lost": next((server["lost"] for server in by_server if server["lost"] is not None), None),
     }
 
 
-def _merged(histograms: Sequence[Mapping[int, int]]) -> dict[int, int]:
+def _sum_histograms(histograms: Sequence[Mapping[int, int]]) -> dict[int, int]:
     total: Counter[int] = Counter()
     for histogram in histograms:
         total.update(histogram)
     return dict(sorted(total.items()))
 
 
-def _described(histogram: Mapping[int, int]) -> dict[str, Any]:
+def _summarise_staleness(histogram: Mapping[int, int]) -> dict[str, Any]:
     """Mean, largest and counts of how many updates pushes were late."""
     count = sum(histogram.values())
-    mean = sum(late * pushes for late, pushes in histogram.items()) / count if count else math.nan
+    mean = sum(staleness * pushes for staleness, pushes in histogram.items()) / count if count else math.nan
     return {"mean": mean, "max": max(histogram, default=0), "histogram": {str(k): v for k, v in histogram.items()}}
