@@ -1,4 +1,4 @@
-"""Events of a training step that the exchange of gradients reports to whoever measures it."""
+"""Interface for observers that measure the exchange of gradients in a training step."""
 
 from __future__ import annotations
 

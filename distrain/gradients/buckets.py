@@ -29,7 +29,7 @@ from distrain.reporting.metrics import Stopwatch
 
 
 class BucketCarrier(Protocol):
-    """Sends complete buckets to whoever reduces them."""
+    """Sends complete buckets to where they are reduced, for example to parameter servers."""
 
     def begin_last_backward(self) -> None:
         """The last backward pass of a step begins."""

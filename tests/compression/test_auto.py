@@ -39,17 +39,17 @@ CPU = torch.device("cpu")
 
 
 def configured(*overrides: str) -> AutoConfig:
-    found = compose("compression=auto", *overrides).compression
-    assert isinstance(found, AutoConfig)
-    return found
+    config = compose("compression=auto", *overrides).compression
+    assert isinstance(config, AutoConfig)
+    return config
 
 
 def test_candidate_keys_come_from_its_own_file_and_the_command_line() -> None:
-    found = configured("compression.candidates.powersgd.rank=2")
+    config = configured("compression.candidates.powersgd.rank=2")
     own = compose("compression=powersgd", "compression.rank=2").compression
-    assert found.candidates["powersgd"] == own
-    assert type(found.candidates["powersgd"]) is type(own)
-    assert [found.candidates[f"qsgd{bits}"].bits for bits in (2, 4, 8)] == [2, 4, 8]
+    assert config.candidates["powersgd"] == own
+    assert type(config.candidates["powersgd"]) is type(own)
+    assert [config.candidates[f"qsgd{bits}"].bits for bits in (2, 4, 8)] == [2, 4, 8]
 
 
 def test_candidates_are_ordered_and_the_limit_excludes_more_lossy_ones() -> None:
@@ -223,12 +223,12 @@ def _exchange_on_rank(
             got = got + torch.cat([bucket.flat for bucket in gradients.buckets])
         state = used.state_dict()
         none = {name: torch.zeros_like(t) for bucket in gradients.buckets for name, t in bucket.tensors.items()}
-        kept = torch.cat([state.get(f"residual/{name}", zeros).flatten() for name, zeros in none.items()])
+        residuals = torch.cat([state.get(f"residual/{name}", zeros).flatten() for name, zeros in none.items()])
         return {
             "digest": int(digest([got])),
             "given": everyone.all_reduce(given),
             "got": got,
-            "kept": everyone.all_reduce(kept.clone()),
+            "residuals": everyone.all_reduce(residuals.clone()),
             "report": used.report(),
             "state": state,
             "lines": [line for line in lines if "auto" in line[1]],
@@ -268,30 +268,30 @@ def test_residuals_of_tried_candidates_are_not_lost(prefer: str) -> None:
     chosen = choosing("second", 0.0001, first=fake("fake", 40), second=fake("fake"))
     # During the trial, and after it.
     for steps in (20, 40):
-        for found in run_ranks(_exchange_on_rank, 2, chosen, steps, prefer):
-            assert found["report"]["chosen"] == (prefer if steps == 40 else None)
-            torch.testing.assert_close(found["got"] + found["kept"], found["given"], rtol=1e-12, atol=1e-12)
+        for result in run_ranks(_exchange_on_rank, 2, chosen, steps, prefer):
+            assert result["report"]["chosen"] == (prefer if steps == 40 else None)
+            torch.testing.assert_close(result["got"] + result["residuals"], result["given"], rtol=1e-12, atol=1e-12)
             if prefer != "none" or steps == 20:
-                assert found["kept"].abs().max() > 0.01
+                assert result["residuals"].abs().max() > 0.01
             else:
-                assert not found["kept"].any()
+                assert not result["residuals"].any()
 
 
 def test_compression_is_switched_off_if_it_turns_out_slower() -> None:
     chosen = choosing("fading", 0.0001, fading=fake("fading"))
-    for found in run_ranks(_exchange_on_rank, 2, chosen, 70, None, 0.005):
-        said = [(level, line) for level, line in found["lines"] if "compression is switched off" in line]
-        assert [level for level, _ in said] == ["WARNING"]
-        assert said[0][1].startswith("compression=auto chose fading, with which a step takes ")
-        assert found["report"]["chosen"] == "none"
-        torch.testing.assert_close(found["got"], found["given"], rtol=1e-12, atol=1e-12)
+    for result in run_ranks(_exchange_on_rank, 2, chosen, 70, None, 0.005):
+        warnings = [(level, line) for level, line in result["lines"] if "compression is switched off" in line]
+        assert [level for level, _ in warnings] == ["WARNING"]
+        assert warnings[0][1].startswith("compression=auto chose fading, with which a step takes ")
+        assert result["report"]["chosen"] == "none"
+        torch.testing.assert_close(result["got"], result["given"], rtol=1e-12, atol=1e-12)
 
 
 def test_without_trial_seconds_no_candidate_is_tried() -> None:
     chosen = choosing("fake", trial_seconds=0, fake=fake("fake"))
-    for found in run_ranks(_exchange_on_rank, 2, chosen, 10, None, 0.01):
-        assert found["report"]["chosen"] == "fake"
-        assert [row["measured_ms"] is None for row in found["report"]["candidates"]] == [False, True]
+    for result in run_ranks(_exchange_on_rank, 2, chosen, 10, None, 0.01):
+        assert result["report"]["chosen"] == "fake"
+        assert [row["measured_ms"] is None for row in result["report"]["candidates"]] == [False, True]
 
 
 def test_a_single_process_chooses_nothing() -> None:
@@ -334,8 +334,8 @@ def test_a_run_resumed_on_as_many_ranks_keeps_the_choice(tmp_path: Path) -> None
     assert "compression=auto chooses topk" in _log(through)
 
     resume = f"resume={through / 'checkpoints' / 'step_00000045'}"
-    for found in run_ranks(_train_with_topk, 2, _auto(again, *forced, resume)):
-        assert all(torch.equal(found["model"][name], first[0]["model"][name]) for name in found["model"])
+    for result in run_ranks(_train_with_topk, 2, _auto(again, *forced, resume)):
+        assert all(torch.equal(result["model"][name], first[0]["model"][name]) for name in result["model"])
     assert _log(again).count("compression=auto continues with topk") == 2
     assert "chooses" not in _log(again)
 
@@ -352,7 +352,7 @@ def _train_with_topk(configuration: Any) -> dict[str, Any]:
 def test_pipeline_stages_decide_separately_by_prediction(tmp_path: Path) -> None:
     net = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group", "strategy.stages=2")
     everyone = run_ranks(train_on_rank, 4, _auto(tmp_path, *net, "trainer.max_steps=20", strategy="pipeline"))
-    for found in everyone:
-        assert all(torch.equal(found["model"][name], everyone[0]["model"][name]) for name in found["model"])
-    said = _log(tmp_path)
-    assert said.count("compression=auto chooses") == 4
+    for result in everyone:
+        assert all(torch.equal(result["model"][name], everyone[0]["model"][name]) for name in result["model"])
+    log_text = _log(tmp_path)
+    assert log_text.count("compression=auto chooses") == 4

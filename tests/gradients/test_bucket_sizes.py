@@ -140,7 +140,7 @@ def measured_and_resumed(folder: Path) -> dict[str, Any]:
 
         first = build()
         saved = first.state_dict()
-        found = {"cost": saved["scalars"]["buckets"], "flat": layout(first), "hooks of one": hooks(first)}
+        result = {"cost": saved["scalars"]["buckets"], "flat": layout(first), "hooks of one": hooks(first)}
         # As if the saved run had used another link.
         saved["scalars"]["buckets"] = {"latency": 0.0, "a_byte": 1e-6, "busy": 0.0}
         state = {**saved, "model": first.model_state(), "layout": first.layout}
@@ -149,16 +149,16 @@ def measured_and_resumed(folder: Path) -> dict[str, Any]:
         again.load_state_dict(state)
         elsewhere.load_state_dict({**state, "layout": {**first.layout, "world_size": 7}})
         asked.load_state_dict(state)
-        found |= {"again": layout(again), "hooks of several": hooks(again), "elsewhere": layout(elsewhere)}
-        found |= {"asked": [bucket.bytes for bucket in asked.gradients.buckets]}
-        found["kept"] = again.state_dict()["scalars"]["buckets"] == saved["scalars"]["buckets"]
+        result |= {"again": layout(again), "hooks of several": hooks(again), "elsewhere": layout(elsewhere)}
+        result |= {"asked": [bucket.bytes for bucket in asked.gradients.buckets]}
+        result["kept"] = again.state_dict()["scalars"]["buckets"] == saved["scalars"]["buckets"]
         batch = drawn(9, 6)
         for strategy in (first, again):
             strategy.train_step(batch)
-        found["parameters"] = [
+        result["parameters"] = [
             torch.cat([p.detach().flatten() for p in strategy.model.parameters()]) for strategy in (first, again)
         ]
-        return found
+        return result
 
 
 @pytest.fixture(scope="module")

@@ -161,10 +161,10 @@ def reference(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     for each in inputs:
         model(each).square().sum().backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    accumulated = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     for name, parameter in model.named_parameters():
         parameter.grad = kept[name]
-    return found
+    return accumulated
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), Tied])

@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("takes", "slower"), [(0.0240, False), (0.0247, False), (0.0248, True), (0.031, True)])
 def test_more_than_three_per_cent_slower_is_too_slow(takes: float, slower: bool) -> None:
     link = LinkModel({"all_reduce": [LinkSample(1000, 0.0002, 0.0), LinkSample(10_000_000, 0.0102, 0.0)]})
-    found, line = verdict("topk", takes, 0.024, 0.0, link)
-    assert found is slower
+    is_slower, line = verdict("topk", takes, 0.024, 0.0, link)
+    assert is_slower is slower
     assert (
         f"a step with compression=topk takes {1000 * takes:.1f} ms; without compression it would take about 24.0 ms"
         in line
@@ -41,8 +41,8 @@ def test_more_than_three_per_cent_slower_is_too_slow(takes: float, slower: bool)
     assert "(0.2 ms, 8.0 Gbit/s)" in line
     assert ("compression=none or compression=auto is faster" in line) is slower
     # A difference within the uncertainty is no reason for the warning.
-    found, line = verdict("topk", takes, 0.024, 0.01, link)
-    assert not found
+    is_slower, line = verdict("topk", takes, 0.024, 0.01, link)
+    assert not is_slower
     assert line.endswith("; step times vary too much to tell which is faster") is slower
 
 
@@ -92,13 +92,13 @@ def test_a_compressor_that_makes_steps_slower_is_reported_once(
     make: Callable[[CompressionConfig], Compressor], level: str
 ) -> None:
     everyone = run_ranks(_train_on_rank, 2, make, 40)
-    for found in everyone:
-        ((logged_level, line),) = [each for each in found["lines"] if "compression=picked" in each[1]]
+    for result in everyone:
+        ((logged_level, line),) = [each for each in result["lines"] if "compression=picked" in each[1]]
         if make is SlowCompressor:
             # Three buckets sleep longer than the backward pass lasts; on a busy machine the other level is not certain.
             assert logged_level == level
             assert "compression=none or compression=auto is faster" in line
         # The advisor observes some of the first steps and does not change the gradients.
-        assert (found["observed"][0], found["observed"][-1]) == (True, False)
-        assert found["observed"] == sorted(found["observed"], reverse=True)
-        assert found["sums"] == [[2 * step + 1] * 3 for step in range(40)]
+        assert (result["observed"][0], result["observed"][-1]) == (True, False)
+        assert result["observed"] == sorted(result["observed"], reverse=True)
+        assert result["sums"] == [[2 * step + 1] * 3 for step in range(40)]

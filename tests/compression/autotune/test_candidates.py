@@ -67,23 +67,23 @@ def test_candidates_take_turns_in_a_rotating_order() -> None:
 
 
 def test_the_first_round_of_a_trial_does_not_count() -> None:
-    found = table({"none": 1.0, "a": 1.0})
-    found.after_exchange = 0.5
-    found.add_trial(list("abbaab"), [9, 9, 2, 1, 3, 4])
-    assert found.measured == {"a": 2.5, "b": 3.5}
-    assert found.errors["a"] > 0
-    assert (found.expected("a"), found.expected("none")) == (2.5, 1.0)
+    candidate_table = table({"none": 1.0, "a": 1.0})
+    candidate_table.after_exchange = 0.5
+    candidate_table.add_trial(list("abbaab"), [9, 9, 2, 1, 3, 4])
+    assert candidate_table.measured == {"a": 2.5, "b": 3.5}
+    assert candidate_table.errors["a"] > 0
+    assert (candidate_table.expected("a"), candidate_table.expected("none")) == (2.5, 1.0)
 
 
 def test_the_table_is_plain_data_and_readable() -> None:
-    found = table({"none": 3.65, "topk": 0.0411}, topk=0.0423)
-    found.sent, found.work = {"none": 42_600_000, "topk": 1_065_000}, {"none": 0.0, "topk": 0.0211}
-    assert str(found).splitlines() == [
+    candidate_table = table({"none": 3.65, "topk": 0.0411}, topk=0.0423)
+    candidate_table.sent, candidate_table.work = {"none": 42_600_000, "topk": 1_065_000}, {"none": 0.0, "topk": 0.0211}
+    assert str(candidate_table).splitlines() == [
         "candidate         MB sent  compress ms  predicted ms  measured ms",
         "none               42.600          0.0        3650.0            -",
         "topk                1.065         21.1          41.1         42.3",
     ]
-    plain = found.to_plain()
+    plain = candidate_table.to_plain()
     assert plain["link"] == {"latency_ms": 0.2, "bytes_per_second": 12_503_126}
     columns = ("candidate", "bytes_sent", "compress_ms", "predicted_ms", "measured_ms")
     assert [tuple(row[column] for column in columns) for row in plain["candidates"]] == [
