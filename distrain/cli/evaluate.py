@@ -58,7 +58,7 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         Failed: The evaluation failed; which rank and why was said.
     """
     world = world or World.from_environment()
-    folder = RunFolder.open(settings.run)
+    folder = RunFolder.open(settings.run, settings.allow)
     target = _target(settings, folder)
     if target is not None:
         output.check_writable(target)

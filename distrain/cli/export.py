@@ -27,6 +27,7 @@ class ExportSettings(RunSettings):
 
     format: str = setting("File format.", choices=("safetensors",))
     output: str = setting("The file to write.")
+    allow: list[str] = setting("Dotted prefixes below which the run's own strategy, task and so on may lie.")
 
 
 def run(settings: ExportSettings, world: World | None = None) -> Path:
@@ -50,7 +51,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
         ConfigError: The run or the output can't be used.
     """
     require_one_process("export", world or World.from_environment())
-    folder = RunFolder.open(settings.run)
+    folder = RunFolder.open(settings.run, settings.allow)
     target = Path(settings.output).expanduser()
     output.check_writable(target)
     weights = folder.weights(settings.checkpoint)

@@ -66,7 +66,7 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
     """
     world = world or World.from_environment()
     require_one_process("predict", world)
-    folder = RunFolder.open(settings.run)
+    folder = RunFolder.open(settings.run, settings.allow)
     task = tasks.build(folder.config, folder.spec)
     if settings.top > task.largest_top():
         raise ConfigError("top", settings.top, f"the run has {task.largest_top()} classes")

@@ -8,7 +8,7 @@ from distrain's own models and from what the user allows by name; nothing else i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from distrain.checkpoint import named_state
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.config.load import load_config
+from distrain.config.registry import check_allowed
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.data.decode import LARGEST_PIXELS
@@ -85,8 +86,13 @@ class RunFolder:
     std: tuple[float, ...]
 
     @classmethod
-    def open(cls, path: str) -> RunFolder:
+    def open(cls, path: str, allow: Sequence[str] = ()) -> RunFolder:
         """Reads ``config.yaml`` and ``data.json``.
+
+        Args:
+            path: The folder.
+            allow: Dotted prefixes below which choices outside distrain may lie (``task.name: my_package.MyTask``);
+                their modules are imported, so they run code.
 
         Raises:
             ConfigError: No such folder, a file is missing, or it holds anything but what a run writes.
@@ -94,7 +100,7 @@ class RunFolder:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise ConfigError("run", path, "is not a folder")
-        config = _read_config(folder / "config.yaml")
+        config = _read_config(folder / "config.yaml", allow)
         spec, mean, std = _read_data(folder / "data.json")
         return cls(folder, config, spec, mean, std)
 
@@ -198,7 +204,7 @@ def _read(read: Callable[[Path, int], T], path: Path, largest: int) -> T:
         raise ConfigError("run", path.parent, str(error)) from error
 
 
-def _read_config(path: Path) -> Config:
+def _read_config(path: Path, allow: Sequence[str]) -> Config:
     text = _read(read_text, path, _LARGEST_CONFIG)
     try:
         _refuse_yaml_bombs(path, text)
@@ -211,6 +217,7 @@ def _read_config(path: Path) -> Config:
         raise ConfigError("run", path.parent, f"{path.name} is not a mapping of keys to values")
     try:
         _refuse_all_but_data(path.name, content)
+        _check_choices("", content, [*TRUSTED, *allow])
         return load_config(content)
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
@@ -226,6 +233,15 @@ def _refuse_yaml_bombs(path: Path, text: str) -> None:
             raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
         if depth > _DEEPEST:
             raise ConfigError("run", path.parent, f"{path.name} is nested more than {_DEEPEST} deep")
+
+
+def _check_choices(key: str, section: Mapping[str, object], allowed: Sequence[str]) -> None:
+    """Refuses choices that would be imported from elsewhere: the ``name`` of a section, at any depth, with dots."""
+    for name, value in section.items():
+        if isinstance(value, dict) and name != "kwargs":
+            _check_choices(f"{key}{name}.", value, allowed)
+        elif name == "name" and isinstance(value, str) and "." in value:
+            check_allowed(f"{key}name", value, allowed)
 
 
 def _refuse_all_but_data(key: str, value: object) -> None:

@@ -64,6 +64,9 @@ def register(group: str, name: str, schema: type[Any]) -> Callable[[T], T]:
 def choice(group: str, name: Any, key: str | None = None) -> Choice:
     """One choice of a group; imports the file that is named after it, and the group's others only if that isn't there.
 
+    A name with dots is the path of a class or function outside distrain, ``package.module.Name``, that is registered
+    as a choice of the group: users add choices of their own so, without a line changed here.
+
     Args:
         group: The group.
         name: As the configuration has it.
@@ -72,6 +75,13 @@ def choice(group: str, name: Any, key: str | None = None) -> Choice:
     Raises:
         ConfigError: There is none of this name.
     """
+    if isinstance(name, str) and "." in name:
+        target = locate(f"{key or group}.name", name)
+        for registered in _CHOICES.get(group, {}).values():
+            if registered.target is target:
+                return registered
+        problem = f"is not a choice of {group}; decorate it with @register({group!r}, NAME, SCHEMA)"
+        raise ConfigError(f"{key or group}.name", name, problem)
     _import_files(group, only=name)
     found = _CHOICES.get(group, {}).get(name) or choices(group).get(name)
     if found is None:
@@ -95,6 +105,18 @@ def _import_files(group: str, only: Any = None) -> None:
             importlib.import_module(f"{package.__name__}.{module.name}")
 
 
+def check_allowed(key: str, path: str, allowed: Iterable[str]) -> None:
+    """Refuses a dotted path that lies below none of the allowed prefixes; see :func:`locate`.
+
+    Raises:
+        ConfigError: The path is not allowed.
+    """
+    prefixes = list(allowed)
+    if not any(path == prefix or path.startswith(prefix.rstrip(".") + ".") for prefix in prefixes):
+        problem = f"is not below {', '.join(prefixes)}, and a run folder may build nothing else; allow=[…] adds to that"
+        raise ConfigError(key, path, problem)
+
+
 def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
     """The object at a dotted path.
 
@@ -108,12 +130,7 @@ def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
         ConfigError: Not allowed, not a dotted path, not importable, or no such name.
     """
     if allowed is not None:
-        prefixes = list(allowed)
-        if not any(path == prefix or path.startswith(prefix.rstrip(".") + ".") for prefix in prefixes):
-            names = ", ".join(prefixes)
-            raise ConfigError(
-                key, path, f"is not below {names}, and a run folder may build nothing else; allow=[…] adds to that"
-            )
+        check_allowed(key, path, allowed)
     module, dot, name = path.rpartition(".")
     if not dot or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(key, path, "is not a dotted path like package.module.Name")
