@@ -5,33 +5,68 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from distrain.training.trainer import Trainer
-
+from distrain.checkpoint.progress import Progress
+from distrain.config.schema import Config
+from distrain.runtime.runtime import Runtime
+from distrain.strategies.base import Strategy
+from distrain.tasks.base import Task
+from distrain.training.report import Report
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
-class Callback:
-    """Called by the trainer, on every rank, at fixed points. Subclass it and pass it to the trainer."""
+class RunView(Protocol):
+    """What callbacks see of a run; it is the trainer, and not theirs to change."""
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained to do."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """This rank's surroundings."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """Holds the model."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+
+    @property
+    def report(self) -> Report:
+        """Sums and times of the steps."""
+
+
+class Callback:
+    """Called by the trainer, on every rank, at fixed points. Subclass it and pass it to the run."""
+
+    def on_fit_start(self, run: RunView) -> None:
         """Before the first step."""
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, run: RunView) -> None:
         """After each update; runs in the hot loop."""
 
-    def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
         """After metrics of the last steps were summed over the ranks."""
 
-    def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
         """After an epoch's evaluation."""
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, run: RunView) -> None:
         """After the last step, also when it failed."""
 
 
@@ -42,12 +77,12 @@ class ProgressBar(Callback):
         self._stream = stream
         self._bar: Any = None
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, run: RunView) -> None:
         """Draws the empty bar."""
         self._bar = tqdm(
-            desc=_title(trainer),
-            total=trainer.total_steps,
-            initial=trainer.progress.step,
+            desc=_title(run),
+            total=run.total_steps,
+            initial=run.progress.step,
             unit="step",
             file=self._stream or sys.stderr,
             dynamic_ncols=True,
@@ -56,25 +91,25 @@ class ProgressBar(Callback):
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, run: RunView) -> None:
         """Moves the bar on; tqdm redraws a few times a second at most."""
         self._bar.update()
 
-    def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
         """Shows the newest figures."""
-        self._bar.set_description_str(_title(trainer), refresh=False)
+        self._bar.set_description_str(_title(run), refresh=False)
         self._bar.set_postfix_str(
-            f"loss {values['train/loss']:.4f}, {_metrics(trainer, values, 'train/', 3)}, "
+            f"loss {values['train/loss']:.4f}, {_metrics(run, values, 'train/', 3)}, "
             f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}{_sent(values)}",
             refresh=False,
         )
 
-    def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
         """Leaves one line an epoch above the bar."""
-        self._bar.set_description_str(_title(trainer), refresh=False)
-        tqdm.write(_epoch_line(trainer, values), file=self._stream or sys.stderr)
+        self._bar.set_description_str(_title(run), refresh=False)
+        tqdm.write(_epoch_line(run, values), file=self._stream or sys.stderr)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, run: RunView) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()
 
@@ -87,28 +122,28 @@ class PlainProgress(Callback):
         self._stream = stream
         self._last = 0.0
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, run: RunView) -> None:
         """Starts the clock."""
-        self._last = trainer.report.seconds()
+        self._last = run.report.seconds()
 
-    def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
         """Prints a line if the last is old enough."""
-        now = trainer.report.seconds()
+        now = run.report.seconds()
         if now - self._last < self._every:
             return
         self._last = now
         print(
-            f"step {trainer.progress.step}/{trainer.total_steps}: loss {values['train/loss']:.4f}, "
-            f"{_metrics(trainer, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
+            f"step {run.progress.step}/{run.total_steps}: loss {values['train/loss']:.4f}, "
+            f"{_metrics(run, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
             f"communication {values['time/communication']:.0%}{_sent(values)}",
             file=self._stream or sys.stderr,
             flush=True,
         )
 
-    def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
         """Prints the epoch's line."""
-        self._last = trainer.report.seconds()
-        print(_epoch_line(trainer, values), file=self._stream or sys.stderr, flush=True)
+        self._last = run.report.seconds()
+        print(_epoch_line(run, values), file=self._stream or sys.stderr, flush=True)
 
 
 def _sent(values: Mapping[str, float]) -> str:
@@ -123,20 +158,20 @@ def _sent(values: Mapping[str, float]) -> str:
     )
 
 
-def _title(trainer: Trainer) -> str:
-    epochs = trainer.config.trainer.epochs
-    return f"epoch {min(trainer.progress.epoch + 1, epochs)}/{epochs}"
+def _title(run: RunView) -> str:
+    epochs = run.config.trainer.epochs
+    return f"epoch {min(run.progress.epoch + 1, epochs)}/{epochs}"
 
 
-def _metrics(trainer: Trainer, values: Mapping[str, float], prefix: str, digits: int) -> str:
-    return ", ".join(f"{name} {values[prefix + name]:.{digits}f}" for name in trainer.task.metrics)
+def _metrics(run: RunView, values: Mapping[str, float], prefix: str, digits: int) -> str:
+    return ", ".join(f"{name} {values[prefix + name]:.{digits}f}" for name in run.task.metrics)
 
 
-def _epoch_line(trainer: Trainer, values: Mapping[str, float]) -> str:
-    parts = [f"epoch {trainer.progress.epoch}/{trainer.config.trainer.epochs}:"]
-    parts.append(f"loss {values['epoch/train_loss']:.4f}, {_metrics(trainer, values, 'epoch/train_', 4)}")
+def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
+    parts = [f"epoch {run.progress.epoch}/{run.config.trainer.epochs}:"]
+    parts.append(f"loss {values['epoch/train_loss']:.4f}, {_metrics(run, values, 'epoch/train_', 4)}")
     if "epoch/val_loss" in values:
-        metrics = _metrics(trainer, values, "epoch/val_", 4)
+        metrics = _metrics(run, values, "epoch/val_", 4)
         parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
     parts.append(f"| {values['epoch/images_per_second']:,.0f} images/s")
     return " ".join(parts)
@@ -157,22 +192,22 @@ class Profiler(Callback):
         self._folder = folder
         self._profiler: Any = None
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, run: RunView) -> None:
         """Starts waiting for the steps to record."""
         from torch import profiler
 
         self._profiler = profiler.profile(
             schedule=profiler.schedule(wait=self.warmup - 1, warmup=1, active=self._steps, repeat=1),
-            on_trace_ready=profiler.tensorboard_trace_handler(str(self._folder), f"rank_{trainer.runtime.world.rank}"),
+            on_trace_ready=profiler.tensorboard_trace_handler(str(self._folder), f"rank_{run.runtime.world.rank}"),
             record_shapes=True,
         )
         self._profiler.start()
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, run: RunView) -> None:
         """Counts a step."""
         self._profiler.step()
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, run: RunView) -> None:
         """Writes what was recorded."""
         self._profiler.stop()
 

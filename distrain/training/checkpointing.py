@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +20,7 @@ from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
 from distrain.training import resume, saver
 from distrain.training.nonfinite import Trail, refuse_nan
+from distrain.training.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Checkpointing:
         strategy: Holds the state.
         task: Says which of two scores is better.
         samples: Training samples of an epoch.
-        before_save: Called before the state is taken; completes the progress that is saved with it.
+        report: Completes the progress that is saved.
 
     Attributes:
         runtime: As above.
@@ -51,12 +51,12 @@ class Checkpointing:
         strategy: Strategy,
         task: Task,
         samples: int,
-        before_save: Callable[[], None],
+        report: Report,
     ) -> None:
         self.runtime = runtime
         self.saver = saver.build(config, runtime, strategy)
         self._config, self._strategy, self._task, self._samples = config, strategy, task, samples
-        self._before_save = before_save
+        self._report = report
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
         self._rewind_points = Trail(strategy.training_group, runtime.device)
         self._saved_step: int | None = None
@@ -117,7 +117,8 @@ class Checkpointing:
             return
         if self._owner is not None:
             self._owner.check()
-        self._before_save()
+        self._report.collect(progress)
+        self._report.logger.flush()
         layout, config = self._strategy.layout, to_container(self._config)
         state: dict[str, Any] = {**self._strategy.state_dict(), "layout": layout, "config": config}
         refuse_nan(state["model"], progress.step)

@@ -78,11 +78,10 @@ class Trainer:
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
         self.report = Report(plan.config, runtime, strategy, plan.task, self._guard, logger)
-        self.checkpointing = Checkpointing(
-            plan.config, runtime, strategy, plan.task, len(splits.train), self._before_save
-        )
+        samples = len(splits.train)
+        self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, samples, self.report)
         self._generators = generators(runtime.device)
-        runtime.activity.find_samples = functools.partial(batch_share, plan.config.seed, len(splits.train))
+        runtime.activity.find_samples = functools.partial(batch_share, plan.config.seed, samples)
         # Published now, so that other ranks can name this rank's samples even if it dies in its first step.
         runtime.activity.shard = strategy.data_shard
         runtime.publish_activity()
@@ -209,10 +208,6 @@ class Trainer:
         """Saves this step, if it is not saved yet; all ranks call it together."""
         self.checkpointing.save(self.progress, self._control)
 
-    def _before_save(self) -> None:
-        self.report.collect(self.progress)
-        self.report.logger.flush()
-
     def _resume(self) -> dict[str, Any] | None:
         """Goes on from a checkpoint; returns the summary of a run that has ended already."""
         self.progress = self.checkpointing.resume()
@@ -243,13 +238,11 @@ class Trainer:
         test = self.evaluate("test", range(min(_WATCHED, len(self.splits.test))))
         self.checkpointing.save_with_retries(self.progress, self._control)
         summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
-        if finished_summary is not None:
-            summary = finished_summary
-        elif self.runtime.is_main:
+        if finished_summary is None and self.runtime.is_main:
             self.report.write(summary, self.progress.step, test, self.splits)
         self.checkpointing.release()
         self.report.logger.close()
-        return summary
+        return finished_summary or summary
 
     def _notify(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:

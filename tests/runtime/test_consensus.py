@@ -26,7 +26,6 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.parameter_server.stop_decision import StopDecision
 from distrain.training.callbacks import Callback
-from distrain.training.trainer import Trainer
 from tests.harness import run_ranks
 from tests.runs import compose, small, trainer_for
 from tests.strategies.helpers import ALONE
@@ -42,7 +41,7 @@ class SendSignal(Callback):
         self._after = after
         self._number = number
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Any) -> None:
         if trainer.progress.step == self._after:
             os.kill(os.getpid(), self._number)
 
@@ -63,7 +62,7 @@ def train(
     strategy = None
 
     class Slow(Callback):
-        def on_step_end(self, trainer: Trainer) -> None:
+        def on_step_end(self, trainer: Any) -> None:
             time.sleep(pause if world.rank != rank else 0.0)
 
     try:

@@ -32,7 +32,6 @@ from distrain.training import checkpointing
 from distrain.training import saver as saving
 from distrain.training.callbacks import Callback
 from distrain.training.saver import Saver
-from distrain.training.trainer import Trainer
 from tests import runs
 from tests.checkpoint.helpers import state as whole_state
 from tests.checkpoint.helpers import state_of_rank
@@ -348,7 +347,7 @@ class FullDisk(Callback):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
         self._patch, self._first, self._last = monkeypatch, first, last
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Any) -> None:
         trainer.checkpointing.saver.wait()
         if trainer.progress.step == self._first:
             full_disk(self._patch)
@@ -369,7 +368,7 @@ def test_a_run_outlives_a_full_disk_and_believes_in_no_best_checkpoint_that_is_n
     accuracies = iter([0.2, 0.8, 0.4])
 
     class Chosen(FullDisk):
-        def on_fit_start(self, trainer: Trainer) -> None:
+        def on_fit_start(self, trainer: Any) -> None:
             evaluate = trainer.evaluate
 
             def told(split: str, *watch: Any) -> Any:
@@ -418,7 +417,7 @@ class FullDiskAtEpochEnd(Callback):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         self._patch, self._times = monkeypatch, times
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Any) -> None:
         if trainer.progress.step == 5:
             full_disk(self._patch, self._times)
 
@@ -429,7 +428,7 @@ def test_a_failure_lets_a_save_that_is_under_way_become_complete(
     gate = Gate(monkeypatch)
 
     class Fails(Callback):
-        def on_step_end(self, trainer: Trainer) -> None:
+        def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
                 assert gate.came.wait(30)
                 threading.Timer(0.2, gate.opened.set).start()

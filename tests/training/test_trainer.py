@@ -24,7 +24,6 @@ from distrain.strategies.base import StepResult
 from distrain.training.callbacks import Callback
 from distrain.training.report import flatten
 from distrain.training.run_plan import data_source, total_steps
-from distrain.training.trainer import Trainer
 from tests.runs import small, trainer_for
 from tests.strategies.helpers import ALONE
 
@@ -59,30 +58,30 @@ class Witness(Callback):
         self.logged: list[Mapping[str, float]] = []
         self.epochs: list[Mapping[str, float]] = []
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Any) -> None:
         self.calls.append(("start", trainer.progress.step))
         take_step = trainer.strategy.train_step
 
         def watched(batch: Any) -> StepResult:
-            result = take_step(batch)
+            result: StepResult = take_step(batch)
             self.results.append(result)
             self.rates.append(trainer.strategy.optimizer.param_groups[0]["lr"])
             return result
 
-        trainer.strategy.train_step = watched  # type: ignore[method-assign]
+        trainer.strategy.train_step = watched
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Any) -> None:
         self.calls.append(("step", trainer.progress.step))
 
-    def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_log(self, trainer: Any, values: Mapping[str, float]) -> None:
         self.calls.append(("log", trainer.progress.step))
         self.logged.append(values)
 
-    def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def on_epoch_end(self, trainer: Any, values: Mapping[str, float]) -> None:
         self.calls.append(("epoch", trainer.progress.step))
         self.epochs.append(values)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Any) -> None:
         self.calls.append(("end", trainer.progress.step))
 
 
@@ -232,7 +231,7 @@ def test_dropout_draws_depend_on_seed_and_step(whole: Run, tmp_path: Path) -> No
         def __init__(self) -> None:
             self.masks: list[Tensor] = []
 
-        def on_step_end(self, trainer: Trainer) -> None:
+        def on_step_end(self, trainer: Any) -> None:
             trainer.seed_step()
             self.masks.append(torch.rand(8))
 
@@ -293,14 +292,14 @@ def test_nested_keys_become_dotted_ones() -> None:
 
 def test_on_fit_end_is_called_after_a_failure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Fails(Callback):
-        def on_step_end(self, trainer: Trainer) -> None:
+        def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
                 raise RuntimeError("out of luck")
 
     class Notes(Fails):
         ended_at: int | None = None
 
-        def on_fit_end(self, trainer: Trainer) -> None:
+        def on_fit_end(self, trainer: Any) -> None:
             self.ended_at = trainer.progress.step
 
     notes = Notes()
@@ -328,7 +327,7 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path) -> None:
     options = ("trainer.epochs=4", "checkpoint.keep=1", "scheduler=constant", "optimizer.lr=0.01")
 
     class Ruin(Callback):
-        def on_epoch_end(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        def on_epoch_end(self, trainer: Any, values: Mapping[str, float]) -> None:
             if trainer.progress.epoch == 2:
                 with torch.no_grad():
                     for tensor in trainer.strategy.model_state().values():
@@ -439,7 +438,7 @@ def test_another_model_s_checkpoint_is_refused_by_name(
 
 def test_a_later_start_takes_the_folder_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class AnotherStarts(Callback):
-        def on_step_end(self, trainer: Trainer) -> None:
+        def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
                 RunOwner(tmp_path / "checkpoints")
 

@@ -1,4 +1,3 @@
-"""Ranks that train by themselves and merge their parameters now and then."""
+"""Ranks that train copies of their own and merge them every few steps."""
 
-from distrain.strategies.local_sgd.strategy import LocalSGD as LocalSGD
-from distrain.strategies.local_sgd.strategy import LocalSGDConfig as LocalSGDConfig
+from distrain.strategies.local_sgd import strategy as strategy

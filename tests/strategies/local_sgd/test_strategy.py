@@ -23,7 +23,7 @@ from distrain.errors import ConfigError
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.local_sgd import LocalSGD
+from distrain.strategies.local_sgd.strategy import LocalSGD
 from distrain.strategies.replicated import Replicated
 from tests.harness import run_ranks
 from tests.runs import check, relative_difference, small, train_on_rank
