@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import signal
 import threading
 import time
@@ -24,7 +23,6 @@ from distrain.runtime import runtime as runtime_module
 from distrain.runtime.consensus import AllReduceConsensus, Request, RunControl, SingleRankConsensus
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.parameter_server.stop_decision import StopDecision
 from distrain.training.callbacks import Callback
 from tests.harness import run_ranks
 from tests.runs import compose, small, trainer_for
@@ -285,30 +283,6 @@ def send_signal_to_server(config: Config) -> dict[str, Any]:
     except Stopped as stopped:
         return {"stopped": stopped.reason}
     return {"stopped": None}
-
-
-def test_a_decision_is_for_a_step_that_no_worker_has_passed() -> None:
-    draw = random.Random(0)
-    for _ in range(300):
-        in_flight, workers = draw.choice([0, 1]), draw.choice([1, 2, 4])
-        decision = StopDecision(in_flight)
-        pushes = [0] * workers
-        knows: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
-        acted: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
-        for _ in range(60):
-            rank = draw.randrange(workers)
-            # Waits for the others where something was decided, as trainers do when they save.
-            if acted[rank] and acted[rank][-1][0] == pushes[rank] and min(pushes) < pushes[rank]:
-                continue
-            pushes[rank] += 1
-            decision.add_request(draw.choice([0, 0, 0, 1, 8]), pushes[rank], pushes)
-            knows[rank].append((decision.step, decision.requests))
-            # The answer to a push is there when the steps under way are over.
-            answered = len(knows[rank]) - 1 - in_flight
-            if answered >= 0 and knows[rank][answered][0] == pushes[rank]:
-                acted[rank].append(knows[rank][answered])
-        done = min(pushes)
-        assert len({tuple(each for each in one if each[0] <= done) for one in acted}) == 1
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

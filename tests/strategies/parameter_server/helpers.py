@@ -28,6 +28,8 @@ from distrain.strategies.parameter_server.worker_record import WorkerRecord
 
 HERE = "here"
 CPU = torch.device("cpu")
+#: The JSON of a push's first frame.
+PUSH_HEADER = {"step": 1, "learning_rate": 1.0, "share": 1.0, "samples": 1, "version": 0, "requests": 0}
 
 
 @contextlib.contextmanager
@@ -62,6 +64,13 @@ def layer_of_ones() -> nn.Linear:
         for parameter in layer.parameters():
             parameter.fill_(1.0)
     return layer
+
+
+def common_value(model: torch.nn.Linear) -> float:
+    """The value of all parameters, which have to be equal."""
+    values = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert bool((values == values[0]).all())
+    return float(values[0])
 
 
 def make_gradients(model: nn.Module, client: ServerClient | None) -> Gradients:
