@@ -1,4 +1,4 @@
-"""Hurts trainings and looks whether they recover: ``python launch/chaos.py faults=20 -- strategy=ddp …``."""
+"""Tests whether trainings recover from injected faults: ``python launch/chaos.py faults=20 -- strategy=ddp …``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from distrain.config.load import load_settings
 
 LAUNCH = Path(__file__).resolve().parent
 CONF = LAUNCH.parent / "conf"
-#: What stands after each ``--``: the keys of one training.
+#: The keys of each training, which follow a ``--``.
 TRAININGS: list[list[str]] = []
 
 
 def task(composed: DictConfig) -> None:
-    """Hurts all trainings of the command line."""
-    # Imports torch, which --help and most mistakes need not wait for.
+    """Injects faults into all trainings of the command line."""
+    # Imports torch, which takes long and is not needed for --help or to refuse a wrong key.
     from distrain.cli import chaos
 
     chaos.run(load_settings(chaos.ChaosSettings, composed), TRAININGS, CONF, LAUNCH)
 
 
 if __name__ == "__main__":
-    # Hydra would take the trainings' keys for its own.
+    # Without this, Hydra would parse the trainings' keys as this command's.
     while "--" in sys.argv:
         last = len(sys.argv) - 1 - sys.argv[::-1].index("--")
         TRAININGS.insert(0, sys.argv[last + 1 :])

@@ -1,4 +1,4 @@
-"""Trying out whether trainings survive what clusters do to them."""
+"""``launch/chaos.py``: tests whether trainings recover from injected faults."""
 
 from __future__ import annotations
 
@@ -21,91 +21,98 @@ from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError, Failed, config_error
 from distrain.runtime.world import World
 from distrain.tools.chaos import report
-from distrain.tools.chaos.campaign import Campaign, Unusable
-from distrain.tools.chaos.disturbed import Recovery, Training
-from distrain.tools.chaos.job import Hosts, Launcher, OneHost
-from distrain.tools.chaos.plan import KINDS
+from distrain.tools.chaos.campaign import Campaign, UnusableTraining
+from distrain.tools.chaos.disturbed_run import Recovery, TrainingSpec
+from distrain.tools.chaos.launchers import CommandLauncher, HostPerRankLauncher, Launcher
+from distrain.tools.chaos.plan import FAULT_KINDS
 from distrain.tools.testnet.network import VirtualNetwork
 from distrain.training.run_plan import RunPlan
 
-_NETWORKED = [name for name, kind in KINDS.items() if kind.needs_network]
+_NETWORK_KINDS = [name for name, kind in FAULT_KINDS.items() if kind.needs_network]
 
 
 @dataclass
 class ChaosSettings:
     """Keys of ``launch/chaos.py``."""
 
-    faults: int = setting("How many faults, over all trainings.", at_least=1)
-    faults_per_run: int = setting("How many of them strike one run.", at_least=1)
-    kinds: list[str] = setting("Kinds of faults; none: all that are possible here.", choices=KINDS)
-    seed: int = setting("Settles which fault strikes whom and when.", at_least=0)
-    nproc: int = setting("Ranks.", at_least=1)
+    faults: int = setting("Number of faults over all trainings.", at_least=1)
+    faults_per_run: int = setting("Maximum number of faults per run.", at_least=1)
+    kinds: list[str] = setting("Kinds of faults; none: all that are possible here.", choices=FAULT_KINDS)
+    seed: int = setting("Determines which fault strikes which rank, and when.", at_least=0)
+    nproc: int = setting("Number of ranks.", at_least=1)
     launcher: str = setting("The command that starts a training.")
-    folder: str | None = setting("Where runs go; null: outputs/chaos/<date>_<time>.")
-    keep: bool = setting("Keep the folders of runs that came out right, too.")
-    patience_seconds: float = setting("A run that logs nothing for so long is given up.", above=0)
+    folder: str | None = setting("Parent of the runs' folders; null: outputs/chaos/<date>_<time>.")
+    keep: bool = setting("Keep the folders of correct runs too.")
+    patience_seconds: float = setting("A run that logs nothing for this long is given up.", above=0)
     json: str | None = setting("Result file.")
 
 
 def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path, launch: Path) -> list[Recovery]:
-    """Hurts each training, prints what came of it, and writes the result file.
+    """Injects faults into each training, prints the outcome, and writes the result file.
 
     Args:
-        settings: How.
-        trainings: Each training's keys.
+        settings: The command's settings.
+        trainings: The configuration keys of each training.
         conf: The folder of YAML files.
         launch: The folder of ``train.py``.
 
+    Returns:
+        The outcome of each fault.
+
     Raises:
-        ConfigError: A setting or a training's key can't be used.
-        Failed: A run did not recover, or came out differently.
+        ConfigError: A setting or a training's key is invalid.
+        Failed: A run did not recover, or ended with other parameters.
     """
-    target = Path(settings.json).expanduser() if settings.json else None
-    if target:
-        output.check_writable(target)
+    result_file = Path(settings.json).expanduser() if settings.json else None
+    if result_file:
+        output.check_writable(result_file)
     if not Path("/proc/self/environ").exists():
-        raise config_error("chaos", "finds processes by /proc, which only Linux has")
-    launcher = OneHost(settings.launcher, launch, settings.nproc)
+        raise config_error("chaos", "finds processes through /proc, which only Linux has")
+    launcher = CommandLauncher(settings.launcher, launch, settings.nproc)
     if not trainings:
-        raise config_error("training", "none is given; put its keys after --, as in: -- strategy=ddp")
-    hurt = _named([_training(keys, settings.nproc, conf) for keys in trainings])
-    kinds = _possible(settings)
-    folder = _folder(settings.folder)
-    print(f"runs go to {folder}", flush=True)
+        raise config_error("training", "none is given; write its keys after --, as in: -- strategy=ddp")
+    specs = _number_equal_names([_training_spec(keys, settings.nproc, conf) for keys in trainings])
+    kinds = _possible_kinds(settings)
+    folder = _make_folder(settings.folder)
+    print(f"folder of the runs: {folder}", flush=True)
     recoveries: list[Recovery] = []
-    unusable: Unusable | None = None
+    unusable: UnusableTraining | None = None
     try:
-        for number, training in enumerate(hurt):
+        for number, training in enumerate(specs):
             campaign = Campaign(
                 training,
                 launcher,
-                functools.partial(_networked, settings.nproc, launch),
+                functools.partial(_open_network, settings.nproc, launch),
                 folder / training.name.replace(" ", "_"),
                 patience_seconds=settings.patience_seconds,
                 keep=settings.keep,
-                say=functools.partial(print, flush=True),
+                print_line=functools.partial(print, flush=True),
                 recoveries=recoveries,
             )
-            share = settings.faults // len(hurt) + (number < settings.faults % len(hurt))
+            share = settings.faults // len(specs) + (number < settings.faults % len(specs))
             if share:
                 campaign.run(kinds, share, settings.faults_per_run, str(settings.seed))
-    except Unusable as error:
+    except UnusableTraining as error:
         unusable = error
     if recoveries:
         print(report.table(recoveries), flush=True)
-    if target:
-        told = report.content(recoveries, dataclasses.asdict(settings))
-        output.write(target, lambda path: path.write_text(json.dumps(told, indent=2) + "\n"))
+    if result_file:
+        results = report.content(recoveries, dataclasses.asdict(settings))
+        output.write(result_file, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     if unusable is not None:
         print(f"distrain: {unusable}", flush=True)
         raise Failed from unusable
-    if not all(each.recovered and each.identical for each in recoveries):
+    if not all(recovery.recovered and recovery.identical for recovery in recoveries):
         raise Failed
     return recoveries
 
 
-def _training(keys: Sequence[str], nproc: int, conf: Path) -> Training:
-    """Checks a training's keys as the training itself will."""
+def _training_spec(keys: Sequence[str], nproc: int, conf: Path) -> TrainingSpec:
+    """Checks a training's keys with the checks that the training itself does.
+
+    Raises:
+        ConfigError: A key is invalid.
+    """
     try:
         composed = hydra_entry.compose(conf, "config", keys)
     except (HydraException, OmegaConfBaseException) as error:
@@ -113,11 +120,11 @@ def _training(keys: Sequence[str], nproc: int, conf: Path) -> Training:
     checked = load_config(composed)
     for key, value in (("run_dir", checked.run_dir), ("resume", checked.resume)):
         if value not in (None, "auto"):
-            raise ConfigError(key, value, "is for this command to choose")
+            raise ConfigError(key, value, "is chosen by this command")
     RunPlan.resolve(checked, World(0, nproc, 0, nproc, socket.gethostname())).check()
     runtime = checked.runtime
-    return Training(
-        _name(checked),
+    return TrainingSpec(
+        _training_name(checked),
         tuple(keys),
         nproc,
         max(runtime.timeout_seconds, runtime.heartbeat_timeout_seconds),
@@ -125,13 +132,13 @@ def _training(keys: Sequence[str], nproc: int, conf: Path) -> Training:
     )
 
 
-def _name(checked: Config) -> str:
+def _training_name(checked: Config) -> str:
     name = checked.strategy.name
     return name if checked.compression.name == "none" else f"{name} {checked.compression.name}"
 
 
-def _named(trainings: Sequence[Training]) -> list[Training]:
-    """Gives trainings of the same name a number."""
+def _number_equal_names(trainings: Sequence[TrainingSpec]) -> list[TrainingSpec]:
+    """Appends a number to names that several trainings share."""
     names = [training.name for training in trainings]
     return [
         dataclasses.replace(training, name=f"{training.name} {names[:place].count(training.name) + 1}")
@@ -141,27 +148,29 @@ def _named(trainings: Sequence[Training]) -> list[Training]:
     ]
 
 
-def _possible(settings: ChaosSettings) -> list[str]:
-    """The kinds of faults that can be done here.
+def _possible_kinds(settings: ChaosSettings) -> list[str]:
+    """The kinds of faults that can be injected on this machine.
 
     Raises:
-        ConfigError: One that was asked for can't be done.
+        ConfigError: A requested kind can't be injected.
     """
-    wanted = list(settings.kinds) or list(KINDS)
-    if not set(wanted) & set(_NETWORKED):
-        return wanted
-    problem = None if settings.nproc > 1 else "one rank has no link to another"
-    problem = problem or _no_network(settings.nproc)
+    requested = list(settings.kinds) or list(FAULT_KINDS)
+    if not set(requested) & set(_NETWORK_KINDS):
+        return requested
+    problem = None if settings.nproc > 1 else "there is no link with one rank"
+    problem = problem or _network_problem(settings.nproc)
     if problem is None:
-        return wanted
+        return requested
     if settings.kinds:
-        raise ConfigError("kinds", ",".join(settings.kinds), f"{' and '.join(_NETWORKED)} can't be done: {problem}")
-    print(f"left out: {', '.join(_NETWORKED)}, because {problem}", flush=True)
-    return [name for name in wanted if name not in _NETWORKED]
+        raise ConfigError(
+            "kinds", ",".join(settings.kinds), f"{' and '.join(_NETWORK_KINDS)} can't be injected: {problem}"
+        )
+    print(f"left out: {', '.join(_NETWORK_KINDS)}, because {problem}", flush=True)
+    return [name for name in requested if name not in _NETWORK_KINDS]
 
 
-def _no_network(hosts: int) -> str | None:
-    """Why there can be no test network of so many hosts, if so."""
+def _network_problem(hosts: int) -> str | None:
+    """Why this machine can't make a test network of this many hosts; ``None`` if it can."""
     try:
         with VirtualNetwork(hosts) as network:
             network.add_delay(0.001)
@@ -171,18 +180,18 @@ def _no_network(hosts: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _networked(nproc: int, launch: Path) -> Iterator[tuple[Launcher, VirtualNetwork]]:
+def _open_network(nproc: int, launch: Path) -> Iterator[tuple[Launcher, VirtualNetwork]]:
     with VirtualNetwork(nproc) as network:
-        yield Hosts(network, launch), network
+        yield HostPerRankLauncher(network, launch), network
 
 
-def _folder(wanted: str | None) -> Path:
+def _make_folder(name: str | None) -> Path:
     now = datetime.datetime.now()
-    folder = Path(wanted).expanduser() if wanted else Path("outputs", "chaos", f"{now:%Y-%m-%d_%H-%M-%S}")
+    folder = Path(name).expanduser() if name else Path("outputs", "chaos", f"{now:%Y-%m-%d_%H-%M-%S}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ConfigError("folder", folder, "is not empty; runs in it would be gone on with")
+            raise ConfigError("folder", folder, "is not empty; runs in it would be resumed")
     except OSError as error:
-        raise ConfigError("folder", folder, f"can't be made ({error.strerror})") from error
+        raise ConfigError("folder", folder, f"can't be created ({error.strerror})") from error
     return folder.resolve()

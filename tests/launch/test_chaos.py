@@ -24,7 +24,7 @@ def test_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     training = ["experiment=chaos", "strategy=single", "trainer.max_steps=150"]
     done = launched(tmp_path, "chaos", *arguments, "--", *training, timeout=115)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "single, run 1 ended as the undisturbed one" in done.stdout
+    assert "single, run 1 ended as the undisturbed run" in done.stdout
     found = json.loads(tmp_path.joinpath("found").read_text())
     assert (found["faults"], found["recovered"], found["identical"]) == (1, 1, 1)
     (recovery,) = found["recoveries"]
@@ -35,13 +35,13 @@ def test_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "training: none is given; put its keys after --, as in: -- strategy=ddp"),
+        ([], "training: none is given; write its keys after --, as in: -- strategy=ddp"),
         (["falts=3", "--", "strategy=ddp"], "falts: no such key"),
         (["faults=0", "--", "strategy=ddp"], "faults=0: must be at least 1"),
         (["kinds=[kill_rnk]", "--", "strategy=ddp"], "kinds=kill_rnk: unknown choice; choices: kill_rank"),
         (["--", "strategy=dpd"], "strategy=dpd: no such choice"),
         (["--", "strategy=ddp", "optimizer.lrr=1"], "optimizer.lrr: no such key"),
-        (["--", "strategy=ddp", "run_dir=here"], "run_dir=here: is for this command to choose"),
+        (["--", "strategy=ddp", "run_dir=here"], "run_dir=here: is chosen by this command"),
         (["nproc=3", "--", "strategy=pipeline"], "strategy.stages=2: "),
         (["launcher=train", "--", "strategy=ddp"], "launcher=train: needs {keys}"),
         (["nproc=1", "kinds=[cut_link]", "--", "strategy=single"], "kinds=cut_link: "),
@@ -68,4 +68,4 @@ def test_faults_of_the_network_are_refused_where_there_can_be_none(
     monkeypatch.setattr("os.geteuid", lambda: user)
     training = ["experiment=chaos", "strategy=ddp", "data.batch_size=155"]
     line = refusal("chaos", f"nproc={ranks}", "kinds=[cut_link]", "--", *training)
-    assert f"kinds=cut_link: cut_link and delay_link can't be done: {problem}" in line
+    assert f"kinds=cut_link: cut_link and delay_link can't be injected: {problem}" in line

@@ -1,1 +1,1 @@
-"""Hurts a training at random moments, lets it go on, and compares what comes out with the undisturbed run."""
+"""Injects faults into trainings, lets them resume, and compares the results with undisturbed runs."""

@@ -1,4 +1,4 @@
-"""All runs of one training: undisturbed ones, and then hurt ones until enough faults have struck."""
+"""All runs of one training: two undisturbed runs, then disturbed runs until enough faults have been injected."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.tools.chaos import compare, disk
-from distrain.tools.chaos.disturbed import Disturbed, Recovery, Training
-from distrain.tools.chaos.job import Job, Launcher
-from distrain.tools.chaos.plan import KINDS, Run, draw_kinds, plan
+from distrain.tools.chaos import compare
+from distrain.tools.chaos.attempt import Attempt
+from distrain.tools.chaos.disk import make_disk
+from distrain.tools.chaos.disturbed_run import DisturbedRun, Recovery, TrainingSpec
+from distrain.tools.chaos.launchers import Launcher
+from distrain.tools.chaos.plan import FAULT_KINDS, PlannedRun, draw_kinds, plan_runs
 from distrain.tools.testnet.network import VirtualNetwork
 
 _POLL_SECONDS = 0.01
-#: A small disk holds so many times what the undisturbed run left.
-_DISK_FACTOR, _DISK_LEAST = 4, 16 << 20
-#: Faults whose moments were missed are planned again so often.
-_ROUNDS = 10
+#: A small disk has this many times the size of the reference run's folder, and at least this many bytes.
+_DISK_FACTOR, _MIN_DISK_BYTES = 4, 16 << 20
+#: Faults whose moments were missed are planned again, in at most this many rounds.
+_MAX_ROUNDS = 10
 
 
-class Unusable(Exception):
+class UnusableTraining(Exception):
     """The training can't be used to test recovery; the message says why."""
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """The run that all others are compared with.
+class ReferenceRun:
+    """The undisturbed run with which all other runs are compared.
 
     Attributes:
         folder: Its folder.
-        steps: Its steps.
-        start_seconds: From the start to the first logged step.
-        step_seconds: Of a step after that, evaluation and saves included.
-        size: Bytes that it left.
+        steps: Number of steps.
+        startup_seconds: Time from the start to the first logged step.
+        step_seconds: Mean time of a later step, with evaluation and saves.
+        size_bytes: Size of its folder.
     """
 
     folder: Path
     steps: int
-    start_seconds: float
+    startup_seconds: float
     step_seconds: float
-    size: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -53,136 +55,147 @@ class Campaign:
     """All runs of one training.
 
     Attributes:
-        training: What is hurt.
-        launcher: Starts it.
-        networked: Makes a network and the launcher that gives each rank a host of it.
-        folder: Where runs go.
-        patience_seconds: A run that logs nothing for so long is given up.
-        keep: Keep the folders of runs that came out right too.
-        say: Takes a line for the user.
-        recoveries: Takes what came of each fault.
+        training: The training under test.
+        launcher: Starts the training.
+        open_network: Makes a test network and a launcher that starts each rank on a host of it.
+        folder: Parent of the runs' folders.
+        patience_seconds: A run that logs nothing for this long is given up.
+        keep: Keep the folders of correct runs too.
+        print_line: Prints a line for the user.
+        recoveries: Receives the outcome of each fault.
     """
 
-    training: Training
+    training: TrainingSpec
     launcher: Launcher
-    networked: Callable[[], AbstractContextManager[tuple[Launcher, VirtualNetwork]]]
+    open_network: Callable[[], AbstractContextManager[tuple[Launcher, VirtualNetwork]]]
     folder: Path
     patience_seconds: float
     keep: bool
-    say: Callable[[str], None]
+    print_line: Callable[[str], None]
     recoveries: list[Recovery]
 
     def run(self, kinds: Sequence[str], count: int, per_run: int, seed: str) -> None:
-        """Hurts the training ``count`` times; faults whose moment was missed are planned again.
+        """Injects ``count`` faults; those whose moment was missed are planned again.
+
+        Args:
+            kinds: Names of the kinds of faults to draw from.
+            count: Number of faults.
+            per_run: Maximum number of faults per run.
+            seed: Determines the plans.
 
         Raises:
-            Unusable: Two undisturbed runs don't end, or not alike; or the runs are too short for the faults.
+            UnusableTraining: An undisturbed run fails, two undisturbed runs differ, or the runs are too short for the
+                faults.
         """
-        reference = self._undisturbed()
-        number, left = 1, draw_kinds(kinds, count, f"{seed}/{self.training.name}")
-        for _ in range(_ROUNDS):
-            runs = plan(
-                left,
+        reference = self._make_reference()
+        number, remaining_kinds = 1, draw_kinds(kinds, count, f"{seed}/{self.training.name}")
+        for _ in range(_MAX_ROUNDS):
+            runs = plan_runs(
+                remaining_kinds,
                 per_run=per_run,
                 steps=reference.steps,
                 world_size=self.training.world_size,
-                start_seconds=reference.start_seconds,
+                startup_seconds=reference.startup_seconds,
                 step_seconds=reference.step_seconds,
                 seed=f"{seed}/{self.training.name}/{number}",
                 first=number,
             )
             for planned in runs:
-                self._tell(f"run {planned.number} is planned as {'; '.join(map(str, planned.faults))}")
-                for each in self._disturbed(planned, reference):
-                    left.remove(each.fault.kind)
+                self._print(f"plan of run {planned.number}: {'; '.join(map(str, planned.faults))}")
+                for recovery in self._run_disturbed(planned, reference):
+                    remaining_kinds.remove(recovery.fault.kind)
             number += len(runs)
-            if not left:
+            if not remaining_kinds:
                 return
-        missed = f"{', '.join(left)} found no moment to strike; are the runs too short?"
-        raise Unusable(f"{self.training.name}: {missed}")
+        missed = f"no moment was found to inject {', '.join(remaining_kinds)}; are the runs too short?"
+        raise UnusableTraining(f"{self.training.name}: {missed}")
 
-    def _tell(self, line: str) -> None:
-        self.say(f"{self.training.name}, {line}")
+    def _print(self, line: str) -> None:
+        self.print_line(f"{self.training.name}, {line}")
 
     # --- undisturbed -------------------------------------------------------------------------------------------------
 
-    def _undisturbed(self) -> Undisturbed:
-        first, again = (self._whole(f"undisturbed_{number}") for number in (1, 2))
-        if problems := compare.differences(first.folder, again.folder):
-            raise Unusable(
-                f"{self.training.name}: two undisturbed runs are not alike ({problems[0]}), so a third tells nothing; "
-                "runtime.threads=1, a trainer.memory_format other than auto, or trainer.deterministic=true may help"
+    def _make_reference(self) -> ReferenceRun:
+        first, second = (self._run_undisturbed(f"undisturbed_{number}") for number in (1, 2))
+        if problems := compare.checkpoint_differences(first.folder, second.folder):
+            raise UnusableTraining(
+                f"{self.training.name}: two undisturbed runs differ ({problems[0]}), so disturbed runs can't be "
+                "compared with them; runtime.threads=1, a trainer.memory_format other than auto, or "
+                "trainer.deterministic=true may help"
             )
-        self._tell(f"undisturbed: {first.steps} steps, twice alike; the first after {first.start_seconds:.1f} s")
+        self._print(f"undisturbed: {first.steps} steps, two equal runs; first step after {first.startup_seconds:.1f} s")
         return first
 
-    def _whole(self, name: str) -> Undisturbed:
+    def _run_undisturbed(self, name: str) -> ReferenceRun:
         folder = self.folder / name
-        start_seconds = None
-        with Job(self.launcher, self.training.keys, folder, self._output(name)) as job:
-            changed, step = time.monotonic(), None
-            while not job.has_ended():
-                if (newest := job.step()) != step:
-                    changed, step = time.monotonic(), newest
-                    start_seconds = start_seconds or time.time() - job.started
-                if time.monotonic() - changed > self.patience_seconds:
+        startup_seconds = None
+        with Attempt(self.launcher, self.training.keys, folder, self._output_file(name)) as attempt:
+            last_progress, step = time.monotonic(), None
+            while not attempt.has_ended():
+                if (newest := attempt.newest_step()) != step:
+                    last_progress, step = time.monotonic(), newest
+                    startup_seconds = startup_seconds or time.time() - attempt.started
+                if time.monotonic() - last_progress > self.patience_seconds:
                     raise self._unusable(f"logged nothing for {self.patience_seconds:g} s")
                 time.sleep(_POLL_SECONDS)
-            took = time.time() - job.started
-            if any(job.codes()):
-                raise self._unusable(f"failed: {job.last_words()}")
-            if start_seconds is None:
+            total_seconds = time.time() - attempt.started
+            if any(attempt.exit_codes()):
+                raise self._unusable(f"failed: {attempt.last_message()}")
+            if startup_seconds is None:
                 raise self._unusable("logged no step; trainer.log_every_steps must be smaller")
         steps = json.loads((folder / "summary.json").read_text())["steps"]
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        return Undisturbed(folder, steps, start_seconds, (took - start_seconds) / steps, size)
+        size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return ReferenceRun(folder, steps, startup_seconds, (total_seconds - startup_seconds) / steps, size_bytes)
 
-    def _unusable(self, why: str) -> Unusable:
-        return Unusable(f"{self.training.name}: the undisturbed run {why}")
+    def _unusable(self, reason: str) -> UnusableTraining:
+        return UnusableTraining(f"{self.training.name}: the undisturbed run {reason}")
 
-    def _output(self, name: str) -> Path:
+    def _output_file(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{name}.log"
 
     # --- disturbed ---------------------------------------------------------------------------------------------------
 
-    def _disturbed(self, planned: Run, reference: Undisturbed) -> list[Recovery]:
+    def _run_disturbed(self, planned: PlannedRun, reference: ReferenceRun) -> list[Recovery]:
         folder = self.folder / f"run_{planned.number:03d}"
-        right = False
+        correct = False
         with contextlib.ExitStack() as stack:
-            launcher, network, filled = self.launcher, None, None
-            if planned.on_network:
-                launcher, network = stack.enter_context(self.networked())
-            fills = any(KINDS[fault.kind].needs_disk for fault in planned.faults)
-            if fills:
-                filled = disk.make(folder, max(_DISK_LEAST, _DISK_FACTOR * reference.size))
-                stack.push(lambda *_: filled.remove(keep=self.keep or not right))
-            disturbed = Disturbed(
+            launcher, network, disk = self.launcher, None, None
+            if planned.needs_network:
+                launcher, network = stack.enter_context(self.open_network())
+            fills_disk = any(FAULT_KINDS[fault.kind].needs_disk for fault in planned.faults)
+            if fills_disk:
+                disk = make_disk(folder, max(_MIN_DISK_BYTES, _DISK_FACTOR * reference.size_bytes))
+                stack.push(lambda *_: disk.remove(keep=self.keep or not correct))
+            disturbed = DisturbedRun(
                 self.training,
                 planned.number,
                 launcher,
                 folder,
-                self._output(folder.name),
+                self._output_file(folder.name),
                 patience_seconds=self.patience_seconds,
-                disk=filled,
+                disk=disk,
                 network=network,
-                say=self.say,
+                print_line=self.print_line,
             )
-            found = disturbed.recoveries
+            recoveries = disturbed.recoveries
             try:
-                problems = disturbed.to_the_end(deque(planned.faults))
+                problems = disturbed.run_to_completion(deque(planned.faults))
             finally:
-                self.recoveries.extend(found)
-            problems = problems or compare.differences(reference.folder, folder)
-            for each in found:
-                each.identical = not problems
-            if found and not problems:
-                found[-1].problems += compare.log_differences(reference.folder, folder, lossy=fills)
-            right = all(each.recovered and each.identical for each in found)
-            wrong = problems or [line for each in found for line in each.problems]
-            if problems and not found:
-                raise Unusable(f"{self.training.name}: run {planned.number}, which no fault struck: {problems[0]}")
-            self._tell(f"run {planned.number} ended {'as the undisturbed one' if right else f'WRONG: {wrong[0]}'}")
-        if right and not self.keep:
+                self.recoveries.extend(recoveries)
+            problems = problems or compare.checkpoint_differences(reference.folder, folder)
+            for recovery in recoveries:
+                recovery.identical = not problems
+            if recoveries and not problems:
+                recoveries[-1].problems += compare.log_differences(reference.folder, folder, lossy=fills_disk)
+            correct = all(recovery.recovered and recovery.identical for recovery in recoveries)
+            all_problems = problems or [problem for recovery in recoveries for problem in recovery.problems]
+            if problems and not recoveries:
+                raise UnusableTraining(
+                    f"{self.training.name}: run {planned.number}, into which no fault was injected: {problems[0]}"
+                )
+            outcome = "ended as the undisturbed run" if correct else f"ended WRONG: {all_problems[0]}"
+            self._print(f"run {planned.number} {outcome}")
+        if correct and not self.keep:
             shutil.rmtree(folder, ignore_errors=True)
-        return found
+        return recoveries

@@ -1,4 +1,4 @@
-"""Damages checkpoints as disks and crashes do, and remembers which."""
+"""Damages checkpoints as failing disks and crashes do, and remembers which ones were damaged."""
 
 from __future__ import annotations
 
@@ -9,78 +9,90 @@ from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import retention as checkpoint_retention
 from distrain.tools.chaos.plan import Fault
 
-#: Ends of the names of hidden folders that are on their way out.
-_PUT_ASIDE = (".replaced", ".removed")
+#: Suffixes of hidden folders that hold checkpoints about to be deleted.
+_DISCARDED_SUFFIXES = (".replaced", ".removed")
 
 
-class Checkpoints:
-    """The checkpoints of a run, some of them damaged by us.
+class CheckpointTracker:
+    """The checkpoints of a run, some of which this object has damaged.
 
-    What is damaged is remembered here and not found by distrain's own check, which might be what is wrong.
+    Damage is remembered here instead of being detected by distrain's own verification, which is itself under test.
 
     Args:
-        folder: The run's ``checkpoints``.
+        folder: The run's folder ``checkpoints``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._damaged: dict[str, tuple[int, int]] = {}
 
-    def name_complete(self) -> None:
-        """Gives a checkpoint that lacks but its name, as a process killed amid a save may leave it, that name.
+    def publish_complete(self) -> None:
+        """Renames complete temporary folders to their final names.
 
-        So the next start would; without it what is the newest can't be told.
+        A process that is killed during a save may leave such a folder, and the next start would publish it. Doing so
+        now makes the newest checkpoint known before that start.
         """
         for path in self.folder.glob(".step_*"):
             checkpoint_retention.publish(path)
 
-    def newest(self) -> Path | None:
-        """The newest one that we have not damaged."""
-        whole = [path for path in checkpoint_format.list_checkpoints(self.folder) if not self.is_damaged(path)]
-        return whole[-1] if whole else None
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint that was not damaged here."""
+        intact = [path for path in checkpoint_format.list_checkpoints(self.folder) if not self.is_damaged(path)]
+        return intact[-1] if intact else None
 
     def damaged(self) -> list[Path]:
-        """Those that we have damaged and that nobody has replaced or removed."""
+        """The checkpoints damaged here that have been neither replaced nor removed since."""
         return [path for path in checkpoint_format.list_checkpoints(self.folder) if self.is_damaged(path)]
 
     def is_damaged(self, path: Path) -> bool:
-        """Whether we have damaged this folder, or one that stood here before it."""
+        """Whether this very folder was damaged here; false for a new checkpoint of the same name."""
         return path.is_dir() and self._damaged.get(path.name) == _identity(path)
 
-    def being_written(self) -> bool:
+    def save_in_progress(self) -> bool:
         """Whether a save has begun and is not complete."""
-        return any(path.suffix not in _PUT_ASIDE for path in self.folder.glob(".step_*"))
+        return any(path.suffix not in _DISCARDED_SUFFIXES for path in self.folder.glob(".step_*"))
 
     def damage(self, fault: Fault) -> str:
-        """Damages a file of the newest checkpoint as the fault says, and tells what was done."""
-        self.name_complete()
-        path = self.newest()
-        assert path is not None
+        """Damages a file of the newest intact checkpoint.
+
+        Args:
+            fault: Says what to do; its draws choose the file and the position.
+
+        Returns:
+            A description of the damage.
+
+        Raises:
+            FileNotFoundError: There is no intact checkpoint.
+        """
+        self.publish_complete()
+        path = self.newest_intact()
+        if path is None:
+            raise FileNotFoundError(f"{self.folder} has no intact checkpoint")
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
         file = files[int(fault.draws[0] * len(files))]
-        told = _DAMAGES[fault.kind](file, *fault.draws[1:])
+        description = _DAMAGES[fault.kind](file, *fault.draws[1:])
         self._damaged[path.name] = _identity(path)
-        return f"{path.name}/{file.relative_to(path)} {told}"
+        return f"{path.name}/{file.relative_to(path)} {description}"
 
 
 def truncate(file: Path, place: float, _: float) -> str:
-    """Cuts a file at a random length, shorter than it is."""
+    """Truncates a file to the share ``place`` (in [0, 1)) of its length."""
     size = file.stat().st_size
-    kept = int(place * size)
+    remaining = int(place * size)
     with file.open("r+b") as opened:
-        opened.truncate(kept)
-    return f"cut from {size} to {kept} bytes"
+        opened.truncate(remaining)
+    return f"truncated from {size} to {remaining} bytes"
 
 
 def flip_bit(file: Path, place: float, which: float) -> str:
-    """Turns one bit of a file."""
+    """Flips one bit of a file; ``place`` and ``which`` (in [0, 1)) choose the byte and the bit."""
     position, bit = int(place * file.stat().st_size), int(which * 8)
     with file.open("r+b") as opened:
         opened.seek(position)
         value = opened.read(1)[0]
         opened.seek(position)
         opened.write(bytes([value ^ (1 << bit)]))
-    return f"bit {bit} of byte {position} turned"
+    return f"bit {bit} of byte {position} flipped"
 
 
 def delete_file(file: Path, _: float, __: float) -> str:
@@ -97,6 +109,6 @@ _DAMAGES: dict[str, Callable[[Path, float, float], str]] = {
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    # A checkpoint saved again is a new folder, made later; its inode alone might be the old one's.
+    # A checkpoint that is saved again is a new folder with a later time; the inode alone might be reused.
     status = path.stat()
     return status.st_ino, status.st_mtime_ns

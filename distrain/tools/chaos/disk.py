@@ -1,4 +1,4 @@
-"""Disks that can be filled: a small file system of its own (root), or a limit on the size of files (everybody)."""
+"""Simulates full disks: by a small file system (root only), or by a limit on the size of files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
+from typing_extensions import override
+
 _LIMIT = resource.RLIMIT_FSIZE
+
+#: The operating system's messages when nothing more can be written.
+FULL_MESSAGES = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT))
 
 
 class Disk(ABC):
-    """What a run's folder lies on."""
+    """The storage of a run's folder, which can be filled."""
 
-    #: How it is filled.
-    means: str
+    #: How it is filled, for reports.
+    description: str
 
     @abstractmethod
     def fill(self, pids: Iterable[int]) -> None:
-        """Makes writing fail for these processes; called again and again while it is to stay full."""
+        """Makes these processes' writes fail. Called repeatedly for as long as the disk has to stay full."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -31,21 +36,25 @@ class Disk(ABC):
 
     @abstractmethod
     def remove(self, *, keep: bool) -> None:
-        """Gives back what was taken; the run's folder stays if asked to."""
+        """Releases the storage.
+
+        Args:
+            keep: Keep the content of the run's folder.
+        """
 
 
 class SmallDisk(Disk):
     """A file system in memory, mounted as the run's folder.
 
     Args:
-        folder: The run's folder; made if it is not there.
-        size: Bytes.
+        folder: The run's folder; created if missing.
+        size: Size in bytes.
 
     Raises:
-        OSError: It can't be mounted.
+        OSError: The file system can't be mounted.
     """
 
-    means = "a small file system, filled"
+    description = "a small file system, filled"
 
     def __init__(self, folder: Path, size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,18 +69,18 @@ class SmallDisk(Disk):
         if done.returncode:
             raise OSError(errno.EPERM, done.stderr.strip())
 
+    @override
     def fill(self, pids: Iterable[int]) -> None:
-        """Takes all the space that is left."""
         with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 20))
 
+    @override
     def clear(self) -> None:
-        """Gives the space back."""
         self._filler.unlink(missing_ok=True)
 
+    @override
     def remove(self, *, keep: bool) -> None:
-        """Unmounts; what lies on it is copied first, or gone."""
         copy = self._folder.with_name(f"{self._folder.name}.copy")
         if keep:
             shutil.copytree(self._folder, copy)
@@ -81,48 +90,47 @@ class SmallDisk(Disk):
             copy.rename(self._folder)
 
 
-class LimitedFiles(Disk):
-    """No file of the run may grow beyond half of the largest one of its newest checkpoint.
+class FileSizeLimit(Disk):
+    """Limits files to half the size of the largest file of the run's checkpoints.
+
+    A write beyond the limit raises ``OSError`` (EFBIG) in Python, as a write to a full disk raises ENOSPC.
 
     Args:
         checkpoints: The run's folder of checkpoints.
     """
 
-    means = "a limit on the size of files"
+    description = "a limit on the size of files"
 
     def __init__(self, checkpoints: Path) -> None:
         self._checkpoints = checkpoints
-        self._before: dict[int, tuple[int, int]] = {}
+        self._original_limits: dict[int, tuple[int, int]] = {}
 
+    @override
     def fill(self, pids: Iterable[int]) -> None:
-        """Lowers the limit of each process; Python then gets an ``OSError`` (EFBIG), as from a full disk."""
-        files = [file.stat().st_size for file in self._checkpoints.glob("step_*/*")]
-        if not files:
+        sizes = [file.stat().st_size for file in self._checkpoints.glob("step_*/*")]
+        if not sizes:
             return
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 soft, hard = resource.prlimit(pid, _LIMIT)
-                self._before.setdefault(pid, (soft, hard))
-                resource.prlimit(pid, _LIMIT, (max(files) // 2, hard))
+                self._original_limits.setdefault(pid, (soft, hard))
+                resource.prlimit(pid, _LIMIT, (max(sizes) // 2, hard))
 
+    @override
     def clear(self) -> None:
-        """Gives each process the limit it had."""
-        for pid, limits in self._before.items():
+        for pid, limits in self._original_limits.items():
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(pid, _LIMIT, limits)
-        self._before.clear()
+        self._original_limits.clear()
 
+    @override
     def remove(self, *, keep: bool) -> None:
-        """There is nothing to give back."""
+        pass
 
 
-def make(folder: Path, size: int) -> Disk:
-    """A disk for a run's folder: a small file system where we may mount one."""
+def make_disk(folder: Path, size: int) -> Disk:
+    """Makes a disk for a run's folder: a small file system if this process may mount one, else a limit on files."""
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
             return SmallDisk(folder, size)
-    return LimitedFiles(folder / "checkpoints")
-
-
-#: What the operating system says when nothing more can be written.
-FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT))
+    return FileSizeLimit(folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""What will be done to a training, and when: drawn from a seed, so that the same seed plans the same faults."""
+"""Plans which faults strike which run and when. The same seed gives the same plan."""
 
 from __future__ import annotations
 
@@ -7,94 +7,99 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Share of faults that strike while ranks are still starting, where the kind allows it.
-_WHILE_STARTING = 0.2
-#: No fault is planned for the end of a run, which would be over before it has struck.
-_LATEST = 0.6
-_MOST_STEPS_LATE = 10
+#: Share of faults that strike during startup, for kinds that allow it.
+_STARTUP_SHARE = 0.2
+#: Faults are planned within this share of a run's steps, because a run near its end may end before the fault strikes.
+_LATEST_SHARE = 0.6
+#: A fault strikes at most this many step times after its step was logged.
+_MAX_LATENESS_STEPS = 10
 
 
-class Follows(enum.Enum):
-    """What must come of a fault."""
+class Outcome(enum.Enum):
+    """What a job has to do after a fault."""
 
-    GOES_ON = "the run goes on by itself"
-    FAILURE = "the run ends in time and failure.json names a rank"
-    FAILURE_OF_RANK = "the run ends in time and failure.json names the rank that was hurt"
-    STOPPED = "the run saves, writes stopped.json and ends"
-    KILLED = "all processes are gone at once"
+    CONTINUES = "the run continues by itself"
+    FAILS = "the run ends in time and failure.json names a rank"
+    FAILS_NAMING_RANK = "the run ends in time and failure.json names the rank that was hit"
+    STOPS = "the run saves, writes stopped.json and ends"
+    KILLED = "all processes are killed by the fault itself"
 
 
 @dataclass(frozen=True)
-class Kind:
+class FaultKind:
     """A kind of fault.
 
     Attributes:
-        name: What users type.
-        does: What it does, in a few words.
-        follows: What must come of it, besides that the same command goes on with the run.
-        any_time: It may strike while the ranks are starting, not only while they train.
-        needs_checkpoint: It waits until there is a checkpoint.
-        needs_network: It wants every rank on a host of its own, joined by a link.
-        needs_disk: It wants a disk that can be filled.
+        name: The name that users type.
+        description: What the fault does, in a few words.
+        expected: The required outcome. In addition, the same command must resume the run afterwards.
+        during_startup: The fault may strike while the ranks start, not only while they train.
+        needs_checkpoint: The fault waits until there is a checkpoint.
+        needs_network: Every rank must be on a host of its own, joined by links.
+        needs_disk: The run's folder must be on a disk that can be filled.
     """
 
     name: str
-    does: str
-    follows: Follows
-    any_time: bool = False
+    description: str
+    expected: Outcome
+    during_startup: bool = False
     needs_checkpoint: bool = False
     needs_network: bool = False
     needs_disk: bool = False
 
 
-KINDS = {
+FAULT_KINDS = {
     kind.name: kind
     for kind in (
-        Kind("kill_rank", "kill -9 of a rank", Follows.FAILURE_OF_RANK, any_time=True),
-        Kind("kill_all", "kill -9 of the launcher and all ranks", Follows.KILLED, any_time=True),
-        Kind("kill_saving", "the same while a checkpoint is being written", Follows.KILLED),
-        Kind("stop_rank", "SIGSTOP to a rank, which then hangs", Follows.FAILURE_OF_RANK),
-        Kind("interrupt_rank", "SIGINT to a rank, where Python raises KeyboardInterrupt", Follows.FAILURE_OF_RANK),
-        Kind("terminate", "SIGTERM to the launcher", Follows.STOPPED),
-        Kind("warn_rank", "SIGUSR1 to a rank, as schedulers warn of the end", Follows.STOPPED),
-        Kind(
+        FaultKind("kill_rank", "kill -9 of a rank", Outcome.FAILS_NAMING_RANK, during_startup=True),
+        FaultKind("kill_all", "kill -9 of the launcher and all ranks", Outcome.KILLED, during_startup=True),
+        FaultKind("kill_saving", "the same while a checkpoint is being written", Outcome.KILLED),
+        FaultKind("stop_rank", "SIGSTOP to a rank, which then hangs", Outcome.FAILS_NAMING_RANK),
+        FaultKind(
+            "interrupt_rank",
+            "SIGINT to a rank, where Python raises KeyboardInterrupt",
+            Outcome.FAILS_NAMING_RANK,
+        ),
+        FaultKind("terminate", "SIGTERM to the launcher", Outcome.STOPS),
+        FaultKind("warn_rank", "SIGUSR1 to a rank, as schedulers announce the end", Outcome.STOPS),
+        FaultKind(
             "truncate",
-            "kill -9 of all, then a file of the newest checkpoint is cut",
-            Follows.KILLED,
-            any_time=True,
+            "kill -9 of all, then a file of the newest checkpoint is truncated",
+            Outcome.KILLED,
+            during_startup=True,
             needs_checkpoint=True,
         ),
-        Kind(
+        FaultKind(
             "flip_bit",
-            "kill -9 of all, then a bit in a file of the newest checkpoint is turned",
-            Follows.KILLED,
-            any_time=True,
+            "kill -9 of all, then a bit in a file of the newest checkpoint is flipped",
+            Outcome.KILLED,
+            during_startup=True,
             needs_checkpoint=True,
         ),
-        Kind(
+        FaultKind(
             "delete_file",
             "kill -9 of all, then a file of the newest checkpoint is deleted",
-            Follows.KILLED,
-            any_time=True,
+            Outcome.KILLED,
+            during_startup=True,
             needs_checkpoint=True,
         ),
-        Kind("fill_disk", "the disk is full for a while, during a save", Follows.GOES_ON, needs_disk=True),
-        Kind("cut_link", "a host's link is dead until the run has ended", Follows.FAILURE, needs_network=True),
-        Kind("delay_link", "all links are slow for a while", Follows.GOES_ON, needs_network=True),
+        FaultKind("fill_disk", "the disk is full for a while, during a save", Outcome.CONTINUES, needs_disk=True),
+        FaultKind("cut_link", "a host's link is dead until the run has ended", Outcome.FAILS, needs_network=True),
+        FaultKind("delay_link", "all links are slow for a while", Outcome.CONTINUES, needs_network=True),
     )
 }
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault to come.
+    """One planned fault.
 
     Attributes:
-        kind: A name of :data:`KINDS`.
-        step: It strikes when this step is logged; ``None``: while the ranks start.
-        seconds: How long after that step, or after the start.
-        rank: Whom it strikes, where the kind strikes one.
-        draws: Three numbers in [0, 1) that settle the rest: which file, which place in it, which bit; or how long.
+        kind: A name of :data:`FAULT_KINDS`.
+        step: The fault strikes once this step is logged; ``None``: during startup.
+        seconds: Delay after that step was logged, or after the start.
+        rank: The rank that is hit, for kinds that hit one.
+        draws: Three numbers in [0, 1) that decide the details: which file, which byte and which bit; or how long.
     """
 
     kind: str
@@ -109,78 +114,85 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One disturbed run: the faults that strike it, in their order.
+class PlannedRun:
+    """The faults of one disturbed run.
 
     Attributes:
         number: Counts the runs of a training from 1.
-        faults: In order of their steps.
-        on_network: Every rank has a host of its own.
+        faults: The faults in order of their steps.
+        needs_network: Every rank needs a host of its own.
     """
 
     number: int
     faults: tuple[Fault, ...]
-    on_network: bool
+    needs_network: bool
 
 
 def draw_kinds(kinds: Sequence[str], count: int, seed: str) -> list[str]:
-    """Draws ``count`` names from those given, each about equally often."""
-    chance = random.Random(seed)
+    """Draws ``count`` of the given names, each about equally often."""
+    generator = random.Random(seed)
     drawn: list[str] = []
     while len(drawn) < count:
-        drawn += chance.sample(list(kinds), len(kinds))
+        drawn += generator.sample(list(kinds), len(kinds))
     return drawn[:count]
 
 
-def plan(
+def plan_runs(
     kinds: Sequence[str],
     *,
     per_run: int,
     steps: int,
     world_size: int,
-    start_seconds: float,
+    startup_seconds: float,
     step_seconds: float,
     seed: str,
     first: int = 1,
-) -> list[Run]:
-    """Deals faults to runs and draws when they strike, and whom.
+) -> list[PlannedRun]:
+    """Distributes faults over runs and draws their times and victims.
 
     Args:
-        kinds: The faults, by names of :data:`KINDS`.
-        per_run: How many strike one run at most.
+        kinds: Names of :data:`FAULT_KINDS`, one per fault.
+        per_run: Maximum number of faults per run.
         steps: Steps of the undisturbed run.
-        world_size: Ranks to choose victims from.
-        start_seconds: How long a start takes until the first step.
-        step_seconds: How long a step takes.
-        seed: Settles everything.
-        first: The first run's number.
+        world_size: Number of ranks to choose victims from.
+        startup_seconds: Time from the start to the first logged step.
+        step_seconds: Time of a step.
+        seed: Determines the whole plan.
+        first: Number of the first run.
 
     Returns:
-        The runs; faults that need a network are together in runs of their own.
+        The runs. Faults that need a network are never mixed with others in one run.
     """
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     groups: dict[bool, list[str]] = {False: [], True: []}
     for name in kinds:
-        groups[KINDS[name].needs_network].append(name)
-    runs: list[Run] = []
-    for on_network, names in groups.items():
+        groups[FAULT_KINDS[name].needs_network].append(name)
+    runs: list[PlannedRun] = []
+    for needs_network, names in groups.items():
         for begin in range(0, len(names), per_run):
-            dealt = names[begin : begin + per_run]
-            moments = sorted(chance.randint(1, max(int(_LATEST * steps), 1)) for _ in dealt)
+            names_of_run = names[begin : begin + per_run]
+            fault_steps = sorted(generator.randint(1, max(int(_LATEST_SHARE * steps), 1)) for _ in names_of_run)
             faults = tuple(
-                _draw(name, step, world_size, start_seconds, _MOST_STEPS_LATE * step_seconds, chance)
-                for name, step in zip(dealt, moments, strict=True)
+                _draw_fault(name, step, world_size, startup_seconds, _MAX_LATENESS_STEPS * step_seconds, generator)
+                for name, step in zip(names_of_run, fault_steps, strict=True)
             )
-            runs.append(Run(first + len(runs), faults, on_network))
+            runs.append(PlannedRun(first + len(runs), faults, needs_network))
     return runs
 
 
-def _draw(name: str, step: int, world_size: int, start_seconds: float, late: float, chance: random.Random) -> Fault:
-    starting = KINDS[name].any_time and chance.random() < _WHILE_STARTING
+def _draw_fault(
+    name: str,
+    step: int,
+    world_size: int,
+    startup_seconds: float,
+    lateness_seconds: float,
+    generator: random.Random,
+) -> Fault:
+    starting = FAULT_KINDS[name].during_startup and generator.random() < _STARTUP_SHARE
     return Fault(
         name,
         step=None if starting else step,
-        seconds=chance.uniform(0, start_seconds if starting else late),
-        rank=chance.randrange(world_size),
-        draws=(chance.random(), chance.random(), chance.random()),
+        seconds=generator.uniform(0, startup_seconds if starting else lateness_seconds),
+        rank=generator.randrange(world_size),
+        draws=(generator.random(), generator.random(), generator.random()),
     )

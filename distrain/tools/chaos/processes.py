@@ -1,7 +1,7 @@
-"""The processes of a training, found by a mark in their environment, which every process hands to its children.
+"""Finds the processes of a training by a mark in their environment, which children inherit.
 
-torchrun gives each rank a session of its own, so neither a session nor a process group holds them all; and a rank
-whose launcher died has another parent. The environment stays. Reads ``/proc``, so this is for Linux.
+torchrun gives each rank a session of its own, so neither a session nor a process group holds them all, and a rank whose
+launcher died gets another parent. The environment does not change. Reads ``/proc``, so this works on Linux only.
 """
 
 from __future__ import annotations
@@ -16,43 +16,46 @@ from pathlib import Path
 from distrain.tools.testnet.network import is_entry_process
 
 #: The environment variable that holds the mark.
-VARIABLE = "DISTRAIN_CHAOS"
+MARK_VARIABLE = "DISTRAIN_CHAOS"
 _PROC = Path("/proc")
 
 
-def marked(mark: str) -> dict[int, dict[str, str]]:
-    """The living processes that carry the mark, and the environment each was started with."""
-    found = {}
+def marked_processes(mark: str) -> dict[int, dict[str, str]]:
+    """The running processes with the mark: number and initial environment of each."""
+    environments = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
-            # It may end meanwhile, or be another user's. A zombie's environment is empty.
+            # The process may have ended, or belong to another user. A zombie's environment is empty.
             with contextlib.suppress(OSError):
                 variables = _parse(entry.joinpath("environ").read_bytes())
-                if variables.get(VARIABLE) == mark:
-                    found[int(entry.name)] = variables
-    return found
+                if variables.get(MARK_VARIABLE) == mark:
+                    environments[int(entry.name)] = variables
+    return environments
 
 
-def ranks(mark: str) -> dict[int, int]:
-    """The process of each rank on this machine; not what a rank itself has started, nor what started it."""
-    found = {
+def rank_pids(mark: str) -> dict[int, int]:
+    """The process number of each rank on this machine.
+
+    Children of a rank inherit its RANK; only the topmost process with that variable counts.
+    """
+    ranks = {
         pid: int(variables["RANK"])
-        for pid, variables in marked(mark).items()
+        for pid, variables in marked_processes(mark).items()
         if "RANK" in variables and not is_entry_process(pid)
     }
-    return {rank: pid for pid, rank in found.items() if _parent(pid) not in found}
+    return {rank: pid for pid, rank in ranks.items() if _parent(pid) not in ranks}
 
 
-def kill(mark: str) -> None:
-    """Kills all that carry the mark, and what they start meanwhile; returns when none is left."""
-    while pids := list(marked(mark)):
+def kill_all(mark: str) -> None:
+    """Kills all processes with the mark, and those they start meanwhile; returns when none is left."""
+    while pids := list(marked_processes(mark)):
         for pid in pids:
-            send(pid, signal.SIGKILL)
+            send_signal(pid, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def send(pid: int, number: signal.Signals) -> bool:
-    """Sends a signal; whether the process was still there."""
+def send_signal(pid: int, number: signal.Signals) -> bool:
+    """Sends a signal; false if there is no such process."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -61,10 +64,11 @@ def send(pid: int, number: signal.Signals) -> bool:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """What is started inside obeys SIGINT, though this process may be told to ignore it, as a script's ``&`` does.
+def default_sigint() -> Iterator[None]:
+    """Processes started in this block react to SIGINT, even if this process ignores it.
 
-    Whoever is started inherits that a signal is ignored, but not that it is handled.
+    A shell starts a background command (``&``) of a script with SIGINT ignored, and children inherit an ignored signal
+    but not a handler.
     """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
@@ -83,6 +87,6 @@ def _parse(environment: bytes) -> dict[str, str]:
 
 def _parent(pid: int) -> int | None:
     with contextlib.suppress(OSError):
-        # The second field is the program's name, in brackets, which may hold anything.
+        # The second field is the program's name in brackets, which may contain spaces and brackets.
         return int(_PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()[1])
     return None

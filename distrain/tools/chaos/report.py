@@ -1,4 +1,4 @@
-"""What a campaign came to: a table for people, and JSON for machines."""
+"""The results of a campaign, as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from distrain.tools.chaos.disturbed import Recovery
+from distrain.tools.chaos.disturbed_run import Recovery
 
-_HEADINGS = ("fault", "training", "faults", "recovered", "identical", "notice s", "(most)", "go on s", "(most)")
+_HEADINGS = (
+    "fault", "training", "faults", "recovered", "identical", "to end s", "(max)", "to resume s", "(max)",
+)  # fmt: skip
 
 
 def table(recoveries: Sequence[Recovery]) -> str:
-    """A line for each kind of fault and training, and one for all; seconds as median and maximum."""
+    """One line per kind of fault and training, and one line for all; times as median and maximum in seconds."""
     groups: dict[tuple[str, str], list[Recovery]] = {}
-    for each in sorted(recoveries, key=lambda each: each.fault.kind):
-        groups.setdefault((each.fault.kind, each.training), []).append(each)
+    for recovery in sorted(recoveries, key=lambda recovery: recovery.fault.kind):
+        groups.setdefault((recovery.fault.kind, recovery.training), []).append(recovery)
     lines = [_HEADINGS, *(_row(*names, group) for names, group in groups.items()), _row("all", "", recoveries)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
     return "\n".join(
@@ -33,24 +35,24 @@ def _row(kind: str, training: str, group: Sequence[Recovery]) -> tuple[str, ...]
         kind,
         training,
         str(len(group)),
-        str(sum(each.recovered for each in group)),
-        str(sum(each.identical for each in group)),
-        *_seconds([each.notice_seconds for each in group]),
-        *_seconds([each.go_on_seconds for each in group]),
+        str(sum(recovery.recovered for recovery in group)),
+        str(sum(recovery.identical for recovery in group)),
+        *_median_and_maximum([recovery.notice_seconds for recovery in group]),
+        *_median_and_maximum([recovery.go_on_seconds for recovery in group]),
     )
 
 
-def _seconds(found: Sequence[float | None]) -> tuple[str, str]:
-    known = [seconds for seconds in found if seconds is not None]
+def _median_and_maximum(times: Sequence[float | None]) -> tuple[str, str]:
+    known = [seconds for seconds in times if seconds is not None]
     return (f"{statistics.median(known):.1f}", f"{max(known):.1f}") if known else ("–", "–")
 
 
 def content(recoveries: Sequence[Recovery], settings: dict[str, Any]) -> dict[str, Any]:
-    """All that is known, as plain data."""
+    """Everything known about the recoveries, as plain data."""
     return {
         "settings": settings,
         "faults": len(recoveries),
-        "recovered": sum(each.recovered for each in recoveries),
-        "identical": sum(each.identical for each in recoveries),
-        "recoveries": [dataclasses.asdict(each) | {"recovered": each.recovered} for each in recoveries],
+        "recovered": sum(recovery.recovered for recovery in recoveries),
+        "identical": sum(recovery.identical for recovery in recoveries),
+        "recoveries": [dataclasses.asdict(recovery) | {"recovered": recovery.recovered} for recovery in recoveries],
     }

@@ -1,4 +1,4 @@
-"""The whole tool, on a training that is only pretended: what recovers passes, and what does not is named."""
+"""A whole campaign on a fake training: correct recoveries pass, and each kind of wrong behaviour is reported."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import NoReturn
 
 import pytest
 
-from distrain.tools.chaos import disturbed
-from distrain.tools.chaos.campaign import Campaign, Unusable
-from distrain.tools.chaos.disturbed import Recovery, Training
-from distrain.tools.chaos.job import OneHost
-from distrain.tools.chaos.plan import KINDS
+from distrain.tools.chaos import disturbed_run
+from distrain.tools.chaos.campaign import Campaign, UnusableTraining
+from distrain.tools.chaos.disturbed_run import Recovery, TrainingSpec
+from distrain.tools.chaos.launchers import CommandLauncher
+from distrain.tools.chaos.plan import FAULT_KINDS
 
 if sys.platform != "linux":
     pytest.skip("needs /proc", allow_module_level=True)
 
-PRETEND = Path(__file__).parent / "pretend.py"
-LOCAL = [name for name, kind in KINDS.items() if not kind.needs_network]
+FAKE_TRAINING = Path(__file__).parent / "fake_training.py"
+LOCAL_KINDS = [name for name, kind in FAULT_KINDS.items() if not kind.needs_network]
 
 
 def no_network() -> NoReturn:
     raise AssertionError("no fault needs it")
 
 
-class Hurt:
-    """What a campaign came to, and what it said meanwhile."""
+class FakeCampaign:
+    """A campaign on the fake training; records printed lines and recoveries."""
 
     def __init__(self, folder: Path, wrong: str = "", limit_seconds: float = 30) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.recoveries: list[Recovery] = []
         keys = ("steps=100", "ranks=2", *([f"wrong={wrong}"] if wrong else []))
-        training = Training("pretended", keys, 2, limit_seconds, limit_seconds)
-        launcher = OneHost(f"{{python}} {PRETEND} {{keys}}", PRETEND.parent, 2)
+        training = TrainingSpec("fake", keys, 2, limit_seconds, limit_seconds)
+        launcher = CommandLauncher(f"{{python}} {FAKE_TRAINING} {{keys}}", FAKE_TRAINING.parent, 2)
         self._campaign = Campaign(
             training,
             launcher,
@@ -41,7 +41,7 @@ class Hurt:
             folder,
             patience_seconds=30,
             keep=False,
-            say=self.said.append,
+            print_line=self.lines.append,
             recoveries=self.recoveries,
         )
 
@@ -51,55 +51,57 @@ class Hurt:
 
 
 def test_every_kind_of_fault_on_one_host_is_survived(tmp_path: Path) -> None:
-    hurt = Hurt(tmp_path)
-    recoveries = hurt.run(LOCAL, len(LOCAL), per_run=4)
-    assert sorted(each.fault.kind for each in recoveries) == sorted(LOCAL)
-    for each in recoveries:
-        assert each.recovered, each.line()
-        assert each.identical, each.line()
-    assert {path.name for path in tmp_path.glob("run_*") if path.is_dir()} == set(), "what came out right is removed"
+    campaign = FakeCampaign(tmp_path)
+    recoveries = campaign.run(LOCAL_KINDS, len(LOCAL_KINDS), per_run=4)
+    assert sorted(recovery.fault.kind for recovery in recoveries) == sorted(LOCAL_KINDS)
+    for recovery in recoveries:
+        assert recovery.recovered, recovery.line()
+        assert recovery.identical, recovery.line()
+    assert {path.name for path in tmp_path.glob("run_*") if path.is_dir()} == set(), (
+        "folders of correct runs are removed"
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "kind", "problem"),
     [
-        ("blame", "kill_rank", "failure.json blames rank "),
+        ("blame", "kill_rank", "failure.json names rank "),
         ("silent", "stop_rank", "there is no failure.json"),
         ("believes", "flip_bit", "which was damaged"),
-        ("forgets", "kill_all", "went on from the beginning, not from step_"),
-        ("stop", "terminate", "stopped at step 0, and the newest checkpoint is step_"),
+        ("forgets", "kill_all", "began with step 0, not with step_"),
+        ("stop", "terminate", "stopped at step 0, but the newest checkpoint is step_"),
         ("rows", "kill_all", "metrics.jsonl has 1 rows too few, step "),
     ],
 )
-def test_what_goes_wrong_is_told(wrong: str, kind: str, problem: str, tmp_path: Path) -> None:
-    (recovery,) = Hurt(tmp_path, wrong).run([kind], 1)
-    assert any(problem in each for each in recovery.problems), recovery.line()
+def test_wrong_behaviour_is_reported(wrong: str, kind: str, problem: str, tmp_path: Path) -> None:
+    (recovery,) = FakeCampaign(tmp_path, wrong).run([kind], 1)
+    assert any(problem in line for line in recovery.problems), recovery.line()
     assert not recovery.recovered
 
 
-def test_process_left_behind_is_told_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disturbed, "_ALLOWANCE_SECONDS", 0.5)
-    monkeypatch.setattr(disturbed, "_GRACE_SECONDS", 0.5)
-    (recovery,) = Hurt(tmp_path, "orphan", limit_seconds=2).run(["kill_rank"], 1)
+def test_process_left_behind_is_reported_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disturbed_run, "_ALLOWANCE_SECONDS", 0.5)
+    monkeypatch.setattr(disturbed_run, "_GRACE_SECONDS", 0.5)
+    (recovery,) = FakeCampaign(tmp_path, "orphan", limit_seconds=2).run(["kill_rank"], 1)
     assert "1 processes were left behind 2.5 s after the fault" in recovery.problems
     assert recovery.notice_seconds is None
 
 
-def test_sabotaged_resume_is_a_mismatch(tmp_path: Path) -> None:
-    hurt = Hurt(tmp_path, "sum")
-    (recovery,) = hurt.run(["terminate"], 1)
+def test_resume_with_wrong_weights_is_a_mismatch(tmp_path: Path) -> None:
+    campaign = FakeCampaign(tmp_path, "sum")
+    (recovery,) = campaign.run(["terminate"], 1)
     assert recovery.recovered
     assert not recovery.identical
-    assert "WRONG: 1 tensors of the model differ, w among them" in hurt.said[-1]
-    assert tmp_path.joinpath("run_001", "checkpoints").is_dir(), "what came out wrong is kept"
+    assert "WRONG: 1 tensors of the model differ, w among them" in campaign.lines[-1]
+    assert tmp_path.joinpath("run_001", "checkpoints").is_dir(), "folders of wrong runs are kept"
 
 
-def test_trainings_that_differ_by_chance_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match=r"two undisturbed runs are not alike \(1 tensors of the model differ"):
-        Hurt(tmp_path, "chance").run(["kill_all"], 1)
+def test_training_that_is_not_repeatable_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnusableTraining, match=r"two undisturbed runs differ \(1 tensors of the model differ"):
+        FakeCampaign(tmp_path, "chance").run(["kill_all"], 1)
 
 
-def test_training_that_fails_undisturbed_is_refused_with_its_last_words(tmp_path: Path) -> None:
+def test_training_that_fails_undisturbed_is_refused_with_its_last_message(tmp_path: Path) -> None:
     tmp_path.joinpath("undisturbed_1").write_text("in the way")
-    with pytest.raises(Unusable, match=r"the undisturbed run failed: .*undisturbed_1"):
-        Hurt(tmp_path).run(["kill_all"], 1)
+    with pytest.raises(UnusableTraining, match=r"the undisturbed run failed: .*undisturbed_1"):
+        FakeCampaign(tmp_path).run(["kill_all"], 1)

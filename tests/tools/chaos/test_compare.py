@@ -1,4 +1,4 @@
-"""Two runs are alike if every bit of their last checkpoints is, and if they have logged the same steps."""
+"""Two runs are equal if their last checkpoints are equal bit for bit and they have logged the same steps."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def save(run: Path, model: Tensor, moment: Tensor | None = None, step: int = 10)
     return run
 
 
-def test_equal_bits_are_alike_even_where_they_are_no_number(tmp_path: Path) -> None:
+def test_equal_bits_are_equal_even_for_nan(tmp_path: Path) -> None:
     weights = torch.tensor([1.0, float("nan")])
-    assert compare.differences(save(tmp_path / "a", weights), save(tmp_path / "b", weights.clone())) == []
+    assert compare.checkpoint_differences(save(tmp_path / "a", weights), save(tmp_path / "b", weights.clone())) == []
 
 
 @pytest.mark.parametrize(
@@ -38,23 +38,23 @@ def test_equal_bits_are_alike_even_where_they_are_no_number(tmp_path: Path) -> N
         torch.nextafter(torch.tensor([1.0, 0.0]), torch.tensor(2.0)),
     ],
 )
-def test_any_other_bit_type_or_shape_differs(other: Tensor, tmp_path: Path) -> None:
-    found = compare.differences(save(tmp_path / "a", torch.tensor([1.0, 0.0])), save(tmp_path / "b", other))
+def test_different_bits_types_or_shapes_differ(other: Tensor, tmp_path: Path) -> None:
+    found = compare.checkpoint_differences(save(tmp_path / "a", torch.tensor([1.0, 0.0])), save(tmp_path / "b", other))
     assert found == ["1 tensors of the model differ, w among them"]
 
 
-def test_optimizer_counts_too(tmp_path: Path) -> None:
+def test_optimizer_state_is_compared_too(tmp_path: Path) -> None:
     weights = torch.zeros(2)
-    found = compare.differences(save(tmp_path / "a", weights), save(tmp_path / "b", weights, torch.zeros(2)))
+    found = compare.checkpoint_differences(save(tmp_path / "a", weights), save(tmp_path / "b", weights, torch.zeros(2)))
     assert found == ["1 tensors of the optimizer differ, w/moment among them"]
 
 
-def test_runs_that_ended_elsewhere_or_saved_nothing_differ(tmp_path: Path) -> None:
+def test_runs_with_another_last_step_or_no_checkpoint_differ(tmp_path: Path) -> None:
     first = save(tmp_path / "a", torch.zeros(2))
-    assert compare.differences(first, save(tmp_path / "b", torch.zeros(2), step=20)) == [
+    assert compare.checkpoint_differences(first, save(tmp_path / "b", torch.zeros(2), step=20)) == [
         "ended with step_00000020, not with step_00000010"
     ]
-    assert compare.differences(first, tmp_path / "none") == ["there is no checkpoint"]
+    assert compare.checkpoint_differences(first, tmp_path / "none") == ["there is no checkpoint"]
 
 
 def log(run: Path, *steps: int, end: str = "") -> Path:
@@ -64,7 +64,7 @@ def log(run: Path, *steps: int, end: str = "") -> Path:
     return run
 
 
-def test_rows_that_are_doubled_or_lost_are_counted(tmp_path: Path) -> None:
+def test_surplus_and_missing_rows_are_counted(tmp_path: Path) -> None:
     expected = log(tmp_path / "expected", 2, 4, 6)
     assert compare.log_differences(expected, log(tmp_path / "same", 2, 4, 6), lossy=False) == []
     doubled = compare.log_differences(expected, log(tmp_path / "doubled", 2, 4, 4, 6, 4), lossy=False)
@@ -73,7 +73,7 @@ def test_rows_that_are_doubled_or_lost_are_counted(tmp_path: Path) -> None:
     assert lost == ["metrics.jsonl has 2 rows too few, step 4 first"]
 
 
-def test_a_full_disk_may_lose_and_cut_rows_but_not_double_them(tmp_path: Path) -> None:
+def test_a_full_disk_excuses_missing_and_truncated_rows_but_not_surplus_ones(tmp_path: Path) -> None:
     expected = log(tmp_path / "expected", 2, 4, 6)
     cut = log(tmp_path / "cut", 2, 6, end='{"kind": "st')
     assert compare.log_differences(expected, cut, lossy=True) == []

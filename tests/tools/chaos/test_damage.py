@@ -1,4 +1,4 @@
-"""Damage to checkpoints: what is done, and what is remembered of it."""
+"""CheckpointTracker are damaged as asked, and the damaged ones are remembered."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from distrain.checkpoint import writer as checkpoint_writer
-from distrain.tools.chaos.damage import Checkpoints
+from distrain.tools.chaos.damage import CheckpointTracker
 from distrain.tools.chaos.plan import Fault
 
 CONTENTS = {"manifest.json": b"{}", "model.safetensors": bytes(range(200)), "state.json": b"{1}"}
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
+def checkpoints(tmp_path: Path) -> CheckpointTracker:
     for step in (10, 20):
         make(tmp_path / f"step_{step:08d}")
-    return Checkpoints(tmp_path)
+    return CheckpointTracker(tmp_path)
 
 
 def make(folder: Path) -> None:
@@ -43,62 +43,62 @@ def same(file: Path, content: bytes) -> bool:
 
 @pytest.mark.parametrize("kind", ["truncate", "flip_bit", "delete_file"])
 @pytest.mark.parametrize("draw", [0.0, 0.4, 0.999])
-def test_one_file_of_the_newest_checkpoint_is_damaged(kind: str, draw: float, checkpoints: Checkpoints) -> None:
-    told = checkpoints.damage(fault(kind, draw, draw, draw))
+def test_one_file_of_the_newest_checkpoint_is_damaged(kind: str, draw: float, checkpoints: CheckpointTracker) -> None:
+    description = checkpoints.damage(fault(kind, draw, draw, draw))
     (name,) = changed(checkpoints.folder / "step_00000020")
-    assert told.startswith(f"step_00000020/{name} ")
+    assert description.startswith(f"step_00000020/{name} ")
     assert changed(checkpoints.folder / "step_00000010") == []
 
 
-def test_a_cut_file_is_the_beginning_of_what_it_was(checkpoints: Checkpoints) -> None:
-    told = checkpoints.damage(fault("truncate", 0.5, 0.25, 0.0))
-    assert told == "step_00000020/model.safetensors cut from 200 to 50 bytes"
+def test_truncated_file_is_a_prefix_of_the_original(checkpoints: CheckpointTracker) -> None:
+    description = checkpoints.damage(fault("truncate", 0.5, 0.25, 0.0))
+    assert description == "step_00000020/model.safetensors truncated from 200 to 50 bytes"
     assert (checkpoints.folder / "step_00000020/model.safetensors").read_bytes() == bytes(range(50))
 
 
-def test_a_turned_bit_is_one_bit(checkpoints: Checkpoints) -> None:
-    told = checkpoints.damage(fault("flip_bit", 0.5, 0.25, 0.4))
-    assert told == "step_00000020/model.safetensors bit 3 of byte 50 turned"
+def test_exactly_one_bit_is_flipped(checkpoints: CheckpointTracker) -> None:
+    description = checkpoints.damage(fault("flip_bit", 0.5, 0.25, 0.4))
+    assert description == "step_00000020/model.safetensors bit 3 of byte 50 flipped"
     content = (checkpoints.folder / "step_00000020/model.safetensors").read_bytes()
     assert [a ^ b for a, b in zip(content, range(200), strict=True)] == [8 * (place == 50) for place in range(200)]
 
 
-def test_the_next_damage_is_done_to_the_newest_that_is_whole(checkpoints: Checkpoints) -> None:
+def test_next_damage_hits_the_newest_intact_checkpoint(checkpoints: CheckpointTracker) -> None:
     for step in (20, 10):
-        newest = checkpoints.newest()
+        newest = checkpoints.newest_intact()
         assert newest is not None
         assert newest.name == f"step_{step:08d}"
         assert checkpoints.damage(fault("truncate", 0.0, 0.0, 0.0)).startswith(newest.name)
-    assert checkpoints.newest() is None
+    assert checkpoints.newest_intact() is None
     assert [path.name for path in checkpoints.damaged()] == ["step_00000010", "step_00000020"]
 
 
-def test_a_checkpoint_saved_again_is_whole(checkpoints: Checkpoints) -> None:
+def test_checkpoint_saved_again_counts_as_intact(checkpoints: CheckpointTracker) -> None:
     checkpoints.damage(fault("delete_file", 0.0, 0.0, 0.0))
     shutil.rmtree(checkpoints.folder / "step_00000020")
     assert checkpoints.damaged() == []
-    # A file system's clock ticks a few hundred times a second, and a save takes longer than that.
+    # File times advance a few hundred times a second; a real save takes longer than one tick.
     time.sleep(0.02)
     make(checkpoints.folder / "step_00000020")
     assert checkpoints.damaged() == []
-    newest = checkpoints.newest()
+    newest = checkpoints.newest_intact()
     assert newest is not None
     assert newest.name == "step_00000020"
 
 
-def test_a_hidden_folder_is_a_save_in_progress_unless_it_is_on_its_way_out(checkpoints: Checkpoints) -> None:
-    assert not checkpoints.being_written()
+def test_hidden_folder_is_a_save_in_progress_unless_it_is_being_deleted(checkpoints: CheckpointTracker) -> None:
+    assert not checkpoints.save_in_progress()
     checkpoints.folder.joinpath(".step_00000030.host.7.replaced").mkdir()
-    assert not checkpoints.being_written()
+    assert not checkpoints.save_in_progress()
     checkpoints.folder.joinpath(".step_00000030.host.7").mkdir()
-    assert checkpoints.being_written()
+    assert checkpoints.save_in_progress()
 
 
-def test_a_save_that_is_complete_gets_its_name_and_one_that_is_not_stays_hidden(checkpoints: Checkpoints) -> None:
-    held = {"model": {}, "optimizer": {}, "scalars": {}, "layout": {"world_size": 1}}
-    saved = checkpoint_writer.save(checkpoints.folder, held, {"step": 30})
+def test_complete_save_is_published_and_incomplete_save_stays_hidden(checkpoints: CheckpointTracker) -> None:
+    state = {"model": {}, "optimizer": {}, "scalars": {}, "layout": {"world_size": 1}}
+    saved = checkpoint_writer.save(checkpoints.folder, state, {"step": 30})
     saved.rename(checkpoints.folder / ".step_00000030.host.1")
     make(checkpoints.folder / ".step_00000040.host.1")
-    checkpoints.name_complete()
-    assert checkpoints.newest() == saved
+    checkpoints.publish_complete()
+    assert checkpoints.newest_intact() == saved
     assert (checkpoints.folder / ".step_00000040.host.1").is_dir()

@@ -1,4 +1,4 @@
-"""Disks that are full for a while."""
+"""Writes fail while a disk is full, and succeed again afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distrain.tools.chaos import disk
 if sys.platform != "linux":
     pytest.skip("needs prlimit", allow_module_level=True)
 
-#: Adds 1,000 bytes to a file for each line that it is sent, and says what happened.
+#: For each line of input, appends 1,000 bytes to a file and prints the outcome.
 WRITER = """
 import sys
 for _ in sys.stdin:
@@ -46,15 +46,15 @@ class Writer:
         self.process.communicate()
 
 
-def test_limited_files_can_not_grow_until_the_limit_is_lifted(tmp_path: Path) -> None:
+def test_limited_file_can_not_grow_until_the_limit_is_lifted(tmp_path: Path) -> None:
     tmp_path.joinpath("step_00000010").mkdir()
     tmp_path.joinpath("step_00000010", "model").write_bytes(bytes(1800))
-    limited = disk.LimitedFiles(tmp_path)
+    limited = disk.FileSizeLimit(tmp_path)
     with Writer(tmp_path / "file") as writer:
         assert writer.write() == "written"
         limited.fill([writer.process.pid])
         limited.fill([writer.process.pid])
-        assert writer.write() in disk.FULL
+        assert writer.write() in disk.FULL_MESSAGES
         limited.clear()
         assert writer.write() == "written"
 
@@ -69,12 +69,12 @@ def test_small_disk_is_full_until_it_is_cleared(tmp_path: Path) -> None:
         with Writer(folder / "file") as writer:
             assert writer.write() == "written"
             small.fill([])
-            while (told := writer.write()) == "written":
+            while (outcome := writer.write()) == "written":
                 pass
-            assert told in disk.FULL
+            assert outcome in disk.FULL_MESSAGES
             small.clear()
             assert writer.write() == "written"
     finally:
         small.remove(keep=True)
     assert not os.path.ismount(folder)
-    assert folder.joinpath("file").stat().st_size >= 2000, "what is to be kept is kept"
+    assert folder.joinpath("file").stat().st_size >= 2000, "keep=True keeps the content"

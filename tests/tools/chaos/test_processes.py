@@ -1,4 +1,4 @@
-"""Processes are found by their mark, whoever their parent is."""
+"""Processes are found by the mark in their environment, whatever their parent is."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ MARK = f"test.{os.getpid()}"
 @pytest.fixture
 def start() -> Iterator[Any]:
     def begin(command: list[str], **variables: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, processes.VARIABLE: MARK, **variables}
+        environment = {**os.environ, processes.MARK_VARIABLE: MARK, **variables}
         return subprocess.Popen(command, env=environment, start_new_session=True)
 
     yield begin
-    processes.kill(MARK)
+    processes.kill_all(MARK)
 
 
 def wait_for(count: int) -> None:
-    wait_until(lambda: len(processes.marked(MARK)) == count)
+    wait_until(lambda: len(processes.marked_processes(MARK)) == count)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -44,50 +44,50 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_children_and_orphans_carry_the_mark_and_others_do_not(start: Any) -> None:
+def test_children_and_orphans_have_the_mark_and_others_do_not(start: Any) -> None:
     start(["sleep", "60"])
     # Its parent ends at once.
     start(["sh", "-c", "sleep 60 & exit"]).wait()
     other = subprocess.Popen(["sleep", "60"])
     try:
         wait_for(2)
-        assert other.pid not in processes.marked(MARK)
-        processes.kill(MARK)
-        assert processes.marked(MARK) == {}
+        assert other.pid not in processes.marked_processes(MARK)
+        processes.kill_all(MARK)
+        assert processes.marked_processes(MARK) == {}
         assert other.poll() is None
     finally:
         other.kill()
         other.wait()
 
 
-def test_a_rank_is_the_first_process_that_has_its_number(start: Any) -> None:
+def test_rank_is_the_topmost_process_with_its_number(start: Any) -> None:
     first = start(["sh", "-c", "sleep 60 & wait"], RANK="0")
     second = start(["sleep", "60"], RANK="1")
     start(["sleep", "60"])
     wait_for(4)
-    assert processes.ranks(MARK) == {0: first.pid, 1: second.pid}
+    assert processes.rank_pids(MARK) == {0: first.pid, 1: second.pid}
 
 
 @needs_network
-def test_ranks_on_hosts_are_reached_from_outside() -> None:
+def test_ranks_on_hosts_get_signals_from_outside() -> None:
     with VirtualNetwork(2) as net:
-        # RANK is the host's number; a worker of a rank's own has it too.
+        # RANK is the host's number; a child of a rank has the same variable.
         command = ["sh", "-c", "sleep 60 & wait"]
-        started = [net.start(host, command, {processes.VARIABLE: MARK}) for host in range(2)]
-        # What leads in, the shell, and its sleep.
+        started = [net.start(host, command, {processes.MARK_VARIABLE: MARK}) for host in range(2)]
+        # On each host the entry process, the shell, and its sleep.
         wait_for(6)
-        found = processes.ranks(MARK)
-        assert sorted(found) == [0, 1]
-        assert all(program(pid) == "sh" for pid in found.values())
-        assert processes.send(found[0], signal.SIGSTOP)
-        wait_until(lambda: state(found[0]) == "T")
+        ranks = processes.rank_pids(MARK)
+        assert sorted(ranks) == [0, 1]
+        assert all(program(pid) == "sh" for pid in ranks.values())
+        assert processes.send_signal(ranks[0], signal.SIGSTOP)
+        wait_until(lambda: state(ranks[0]) == "T")
         assert started[0].poll() is None
-        assert processes.send(found[1], signal.SIGKILL)
+        assert processes.send_signal(ranks[1], signal.SIGKILL)
         assert started[1].wait(10) == -signal.SIGKILL
-        # What the rank had started is left behind, and counted.
+        # The child of the killed rank is left behind, and counted.
         wait_for(4)
-        processes.kill(MARK)
-        assert processes.marked(MARK) == {}
+        processes.kill_all(MARK)
+        assert processes.marked_processes(MARK) == {}
         assert started[0].wait(10) == -signal.SIGKILL
 
 
@@ -99,24 +99,24 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_a_process_that_is_gone_takes_no_signal(start: Any) -> None:
+def test_ended_process_gets_no_signal(start: Any) -> None:
     process = start(["sleep", "60"])
-    assert processes.send(process.pid, signal.SIGKILL)
+    assert processes.send_signal(process.pid, signal.SIGKILL)
     process.wait()
-    assert not processes.send(process.pid, signal.SIGKILL)
+    assert not processes.send_signal(process.pid, signal.SIGKILL)
 
 
-def test_what_is_started_obeys_sigint_where_this_process_ignores_it(start: Any) -> None:
-    # As in a script's background, where a rank could not be interrupted.
+def test_started_process_reacts_to_sigint_though_this_one_ignores_it(start: Any) -> None:
+    # As for a script's background commands, which ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        deaf = start(["sleep", "60"])
-        with processes.interruptible():
-            hearing = start(["sleep", "60"])
+        ignoring = start(["sleep", "60"])
+        with processes.default_sigint():
+            reacting = start(["sleep", "60"])
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-    for process in (deaf, hearing):
+    for process in (ignoring, reacting):
         process.send_signal(signal.SIGINT)
-    assert hearing.wait(10) == -signal.SIGINT
-    assert deaf.poll() is None
+    assert reacting.wait(10) == -signal.SIGINT
+    assert ignoring.poll() is None

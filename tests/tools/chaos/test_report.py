@@ -1,11 +1,11 @@
-"""The table, and what machines read."""
+"""The table for people and the content of the result file."""
 
 from __future__ import annotations
 
 import json
 
 from distrain.tools.chaos import report
-from distrain.tools.chaos.disturbed import Recovery
+from distrain.tools.chaos.disturbed_run import Recovery
 from distrain.tools.chaos.plan import Fault
 
 
@@ -15,16 +15,16 @@ def recovery(kind: str, training: str, *problems: str, identical: bool = True, s
     return Recovery(training, 1, fault, "done", notice, "step_00000010", 6.0, list(problems), identical)
 
 
-FOUND = [
+RECOVERIES = [
     recovery("kill_rank", "ddp"),
     recovery("kill_all", "ddp", identical=False),
     recovery("kill_rank", "ddp", seconds=4.0),
-    recovery("kill_rank", "pipeline", "not over"),
+    recovery("kill_rank", "pipeline", "not ended"),
 ]
 
 
 def test_table_counts_by_kind_and_training() -> None:
-    lines = [line.split() for line in report.table(FOUND).splitlines()[1:]]
+    lines = [line.split() for line in report.table(RECOVERIES).splitlines()[1:]]
     assert lines == [
         ["kill_all", "ddp", "1", "1", "0", "–", "–", "6.0", "6.0"],
         ["kill_rank", "ddp", "2", "2", "2", "2.5", "4.0", "6.0", "6.0"],
@@ -34,22 +34,22 @@ def test_table_counts_by_kind_and_training() -> None:
 
 
 def test_content_is_plain_data_with_every_fault() -> None:
-    told = json.loads(json.dumps(report.content(FOUND, {"seed": 3})))
-    assert (told["faults"], told["recovered"], told["identical"]) == (4, 3, 3)
-    assert told["settings"] == {"seed": 3}
-    assert told["recoveries"][3]["problems"] == ["not over"]
-    assert told["recoveries"][3]["recovered"] is False
-    assert told["recoveries"][0]["fault"]["kind"] == "kill_rank"
+    results = json.loads(json.dumps(report.content(RECOVERIES, {"seed": 3})))
+    assert (results["faults"], results["recovered"], results["identical"]) == (4, 3, 3)
+    assert results["settings"] == {"seed": 3}
+    assert results["recoveries"][3]["problems"] == ["not ended"]
+    assert results["recoveries"][3]["recovered"] is False
+    assert results["recoveries"][0]["fault"]["kind"] == "kill_rank"
 
 
-def test_fault_that_nothing_came_of_is_not_recovered() -> None:
-    gone = recovery("kill_rank", "ddp")
-    gone.go_on_seconds = None
-    assert not gone.recovered
+def test_fault_without_a_later_step_is_not_recovered() -> None:
+    unfinished = recovery("kill_rank", "ddp")
+    unfinished.go_on_seconds = None
+    assert not unfinished.recovered
 
 
-def test_line_says_what_happened_and_what_is_wrong() -> None:
-    assert FOUND[3].line() == (
-        "pipeline, run 1: kill_rank at step 20 + 0.10 s: done; over after 1.0 s; "
-        "went on from step_00000010 after 6.0 s; WRONG: not over"
+def test_line_names_the_fault_the_times_and_the_problems() -> None:
+    assert RECOVERIES[3].line() == (
+        "pipeline, run 1: kill_rank at step 20 + 0.10 s: done; ended after 1.0 s; "
+        "resumed from step_00000010 after 6.0 s; WRONG: not ended"
     )

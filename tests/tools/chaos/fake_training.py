@@ -1,6 +1,6 @@
-"""A training that is none: counts, saves, fails and goes on as distrain's would, in milliseconds; or does it wrong.
+"""A fake training that logs, saves, fails and resumes like distrain within milliseconds, or misbehaves if asked to.
 
-``python pretend.py ranks=2 steps=40 [wrong=…] run_dir=…`` is the launcher; it starts itself once for each rank.
+``python fake_training.py ranks=2 steps=40 [wrong=…] run_dir=…`` is the launcher; it starts itself once for each rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     train(run, int(keys["steps"]), keys.get("wrong", ""))
 
 
-# --- what a launcher and the other ranks would do --------------------------------------------------------------------
+# --- launcher and other ranks -----------------------------------------------------------------------------------------
 
 
 def launch(ranks: int, run: Path, wrong: str) -> int:
@@ -50,13 +50,13 @@ def launch(ranks: int, run: Path, wrong: str) -> int:
         subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
     failed = None
     while children[0].poll() is None and failed is None:
-        hurt = [rank for rank, child in enumerate(children) if child.poll() or stands_still(child.pid)]
-        if hurt and children[hurt[0]].poll() == 75:
-            # The rank that was warned tells the one that saves.
+        failed_ranks = [rank for rank, child in enumerate(children) if child.poll() or is_stopped(child.pid)]
+        if failed_ranks and children[failed_ranks[0]].poll() == 75:
+            # The rank that got SIGUSR1 passes it on to rank 0, which saves.
             children[0].send_signal(signal.SIGUSR1)
             break
-        if hurt:
-            failed = hurt[0]
+        if failed_ranks:
+            failed = failed_ranks[0]
         time.sleep(0.005)
     if failed is None:
         code = children[0].wait()
@@ -71,20 +71,20 @@ def launch(ranks: int, run: Path, wrong: str) -> int:
     return 1 if failed is not None else code
 
 
-def stands_still(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
 
 
-# --- what rank 0 would do --------------------------------------------------------------------------------------------
+# --- rank 0 ----------------------------------------------------------------------------------------------------------
 
 
 def train(run: Path, steps: int, wrong: str) -> None:
     stop: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, _: stop.append(number))
-    step, value = go_on(run, wrong)
+    step, value = resume(run, wrong)
     with run.joinpath("metrics.jsonl").open("ab", buffering=0) as metrics:
         while step < steps:
             step, value = step + 1, (value * 1103515245 + 12345) % 2**31
@@ -100,7 +100,7 @@ def train(run: Path, steps: int, wrong: str) -> None:
             time.sleep(STEP_SECONDS)
     if wrong == "chance":
         save(run / "checkpoints", steps, time.time_ns())
-    # A disk that is still full now would be a failure, and is not what is tried here.
+    # The final save is repeated until it succeeds: a full disk at the end is not under test.
     run.joinpath("checkpoints").mkdir(exist_ok=True)
     while not run.joinpath("checkpoints", f"step_{steps:08d}").is_dir():
         with contextlib.suppress(OSError):
@@ -108,23 +108,23 @@ def train(run: Path, steps: int, wrong: str) -> None:
     run.joinpath("summary.json").write_text(json.dumps({"steps": steps}))
 
 
-def go_on(run: Path, wrong: str) -> tuple[int, int]:
-    found = None
+def resume(run: Path, wrong: str) -> tuple[int, int]:
+    newest = None
     for path in sorted(run.glob("checkpoints/step_*")):
         problem = damage(path)
         if wrong == "believes" or problem is None:
-            found = path
+            newest = path
         else:
             log(run, f"WARNING checkpoint left out: {problem}")
-    if found is None or wrong == "forgets":
+    if newest is None or wrong == "forgets":
         cut(run / "metrics.jsonl", 0)
         return 0, 1
-    step = int(found.name[5:])
-    # If so, the row of the checkpoint itself is lost, which is there whenever the fault struck.
+    step = int(newest.name[5:])
+    # wrong=rows loses the row of the checkpoint's own step, which was logged whenever the fault struck.
     cut(run / "metrics.jsonl", step - 1 if wrong == "rows" else step)
-    log(run, f"INFO resumed from {found}: step {step}, epoch 0")
+    log(run, f"INFO resumed from {newest}: step {step}, epoch 0")
     try:
-        value = int.from_bytes((found / "model.safetensors").read_bytes()[-8:], "little")
+        value = int.from_bytes((newest / "model.safetensors").read_bytes()[-8:], "little")
     except OSError:
         value = 0
     return step, value + (1 if wrong == "sum" else 0)
@@ -155,8 +155,8 @@ def save(folder: Path, step: int, value: int) -> None:
     temporary, final = folder / f".step_{step:08d}.0", folder / f"step_{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / "model.safetensors").write_bytes(packed("w", value))
-    (temporary / "optimizer.safetensors").write_bytes(packed("w/moment", value // 2))
+    (temporary / "model.safetensors").write_bytes(pack_tensor("w", value))
+    (temporary / "optimizer.safetensors").write_bytes(pack_tensor("w/moment", value // 2))
     state = {"progress": {"step": step}, "scalars": {}, "layout": {"world_size": 1}}
     (temporary / "state.json").write_text(json.dumps(state))
     contents = {name: (temporary / name).read_bytes() for name in FILES}
@@ -172,8 +172,8 @@ def save(folder: Path, step: int, value: int) -> None:
         shutil.rmtree(path)
 
 
-def packed(name: str, value: int) -> bytes:
-    """A safetensors file with one whole number, without the seconds that importing the package takes."""
+def pack_tensor(name: str, value: int) -> bytes:
+    """A safetensors file with one integer, made without the slow import of the package."""
     header = json.dumps({name: {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
     return struct.pack("<Q", len(header)) + header + struct.pack("<q", value)
 

@@ -1,0 +1,247 @@
+"""Injects each kind of fault into a running job, and checks the job's reports and its next resume."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distrain.errors import EXIT_STOPPED
+from distrain.tools.chaos import processes
+from distrain.tools.chaos.attempt import Attempt
+from distrain.tools.chaos.damage import CheckpointTracker
+from distrain.tools.chaos.disk import FULL_MESSAGES, Disk
+from distrain.tools.chaos.plan import FAULT_KINDS, Fault, Outcome
+from distrain.tools.testnet.network import VirtualNetwork
+
+#: A save must fail on the full disk, and be reported, within this time. Also the limit for a rank to appear.
+_WAIT_SECONDS = 30
+#: Longest time for which a disk stays full after the first failed save, and for which links stay slow.
+_MAX_DURATION_SECONDS = 1.0
+_LINK_DELAY_SECONDS = 0.05
+
+
+class FaultMissed(Exception):
+    """The fault could not be injected because its moment has passed; the message says why."""
+
+
+@dataclass
+class Target:
+    """What a fault is injected into.
+
+    Attributes:
+        attempt: The running training.
+        checkpoints: Its checkpoints.
+        disk: The storage of the run's folder, if it can be filled.
+        network: The network of the ranks' hosts, if each rank has its own host.
+        cleanups: Called when the job has ended, to undo lasting faults.
+    """
+
+    attempt: Attempt
+    checkpoints: CheckpointTracker
+    disk: Disk | None = None
+    network: VirtualNetwork | None = None
+    cleanups: list[Callable[[], None]] = field(default_factory=list)
+
+
+def inject(target: Target, fault: Fault) -> str:
+    """Injects a fault.
+
+    Returns:
+        What was done, in a few words.
+
+    Raises:
+        FaultMissed: The job has ended, or what the fault needs is not there.
+    """
+    return _INJECTORS[fault.kind](target, fault)
+
+
+def _signal_rank(number: signal.Signals) -> Callable[[Target, Fault], str]:
+    def send(target: Target, fault: Fault) -> str:
+        deadline = time.monotonic() + _WAIT_SECONDS
+        # During startup the rank may not exist yet.
+        while (pid := target.attempt.rank_pids().get(fault.rank)) is None:
+            if target.attempt.has_ended() or time.monotonic() > deadline:
+                raise FaultMissed(f"rank {fault.rank} has no process on this host")
+            time.sleep(0.02)
+        if not processes.send_signal(pid, number):
+            raise FaultMissed(f"rank {fault.rank} had ended")
+        return f"{number.name} to rank {fault.rank}"
+
+    return send
+
+
+def _terminate(target: Target, _: Fault) -> str:
+    sent = [processes.send_signal(pid, signal.SIGTERM) for pid in target.attempt.launcher_pids()]
+    if not any(sent):
+        raise FaultMissed("the launcher had ended")
+    return "SIGTERM to the launcher"
+
+
+def _kill_all(target: Target, _: Fault) -> str:
+    if target.attempt.has_ended():
+        raise FaultMissed("the run had ended")
+    target.attempt.kill()
+    return "SIGKILL to all"
+
+
+def _kill_saving(target: Target, _: Fault) -> str:
+    while not target.attempt.has_ended():
+        if target.checkpoints.save_in_progress():
+            # The ranks are stopped while we check again, so that the save can't complete before the kill.
+            pids = target.attempt.rank_pids().values()
+            for pid in pids:
+                processes.send_signal(pid, signal.SIGSTOP)
+            if target.checkpoints.save_in_progress():
+                target.attempt.kill()
+                return "SIGKILL to all during a save"
+            for pid in pids:
+                processes.send_signal(pid, signal.SIGCONT)
+        time.sleep(0.0005)
+    raise FaultMissed("the run ended before a save could be interrupted")
+
+
+def _damage(target: Target, fault: Fault) -> str:
+    _kill_all(target, fault)
+    return target.checkpoints.damage(fault)
+
+
+def _fill_disk(target: Target, fault: Fault) -> str:
+    disk, attempt = target.disk, target.attempt
+    if disk is None:
+        raise FaultMissed("the run's folder is on no disk that can be filled")
+    begin = time.monotonic()
+    until = begin + _WAIT_SECONDS
+    reported = False
+    try:
+        while time.monotonic() < until and not attempt.has_ended():
+            disk.fill(attempt.all_pids())
+            if not reported and any(message in attempt.output() for message in FULL_MESSAGES):
+                reported, until = True, time.monotonic() + fault.draws[0] * _MAX_DURATION_SECONDS
+            time.sleep(0.05)
+    finally:
+        disk.clear()
+    if not reported and attempt.has_ended() and not any(attempt.exit_codes()):
+        raise FaultMissed("the run ended without a save on the full disk")
+    description = f"{disk.description}, for {time.monotonic() - begin:.1f} s"
+    return description if reported else f"{description}; the run did not report it"
+
+
+def _cut_link(target: Target, fault: Fault) -> str:
+    network = _running_network(target)
+    network.cut_link(fault.rank)
+    target.cleanups.append(network.restore_links)
+    return f"link of rank {fault.rank}'s host cut"
+
+
+def _delay_link(target: Target, fault: Fault) -> str:
+    network = _running_network(target)
+    seconds = fault.draws[0] * _MAX_DURATION_SECONDS
+    network.add_delay(_LINK_DELAY_SECONDS)
+    try:
+        time.sleep(seconds)
+    finally:
+        network.restore_links()
+    return f"links slow for {seconds:.1f} s"
+
+
+def _running_network(target: Target) -> VirtualNetwork:
+    if target.network is None:
+        raise FaultMissed("the ranks are not on hosts of a test network")
+    if target.attempt.has_ended():
+        raise FaultMissed("the run had ended")
+    return target.network
+
+
+_INJECTORS: dict[str, Callable[[Target, Fault], str]] = {
+    "kill_rank": _signal_rank(signal.SIGKILL),
+    "kill_all": _kill_all,
+    "kill_saving": _kill_saving,
+    "stop_rank": _signal_rank(signal.SIGSTOP),
+    "interrupt_rank": _signal_rank(signal.SIGINT),
+    "terminate": _terminate,
+    "warn_rank": _signal_rank(signal.SIGUSR1),
+    "truncate": _damage,
+    "flip_bit": _damage,
+    "delete_file": _damage,
+    "fill_disk": _fill_disk,
+    "cut_link": _cut_link,
+    "delay_link": _delay_link,
+}
+
+
+def check_reports(target: Target, fault: Fault, *, trained: bool) -> list[str]:
+    """Checks the exit codes and report files of a job that a fault has ended.
+
+    Args:
+        target: The job.
+        fault: The fault that was injected.
+        trained: The job had begun to train. Before that no failure.json is required.
+
+    Returns:
+        The problems found.
+    """
+    expected, exit_codes = FAULT_KINDS[fault.kind].expected, target.attempt.exit_codes()
+    if expected is Outcome.KILLED:
+        return []
+    problems = []
+    if not all(exit_codes):
+        problems.append(f"the run did not end well, but its exit codes are {exit_codes}")
+    if expected is Outcome.STOPS:
+        return problems + _check_stop(target, exit_codes)
+    report = target.attempt.read_report("failure.json")
+    if report is None:
+        return [*problems, "there is no failure.json"] if trained else problems
+    if expected is Outcome.FAILS_NAMING_RANK and report.get("rank") != fault.rank:
+        problems.append(f"failure.json names rank {report.get('rank')} ({report.get('error')}), not rank {fault.rank}")
+    return problems
+
+
+def _check_stop(target: Target, exit_codes: list[int]) -> list[str]:
+    report = target.attempt.read_report("stopped.json")
+    if report is None:
+        return [f"there is no stopped.json: {target.attempt.last_message()}"]
+    problems = []
+    # torchrun replaces every nonzero exit code of a worker by 1.
+    if any(code not in (EXIT_STOPPED, 1) for code in exit_codes):
+        problems.append(f"exit codes {exit_codes}, not {EXIT_STOPPED}")
+    newest = target.checkpoints.newest_intact()
+    step = report.get("step")
+    if newest is None or newest.name != f"step_{step if isinstance(step, int) else -1:08d}":
+        problems.append(f"stopped at step {step}, but the newest checkpoint is {newest.name if newest else 'missing'}")
+    return problems
+
+
+def check_resume(log: str, expected: Path | None, damaged: list[Path]) -> list[str]:
+    """Checks which checkpoint a run has resumed from.
+
+    Args:
+        log: What rank 0 has logged since the restart.
+        expected: The newest intact checkpoint, if there is one.
+        damaged: The damaged checkpoints that were there.
+
+    Returns:
+        The problems found.
+    """
+    problems = []
+    resumed = resumed_checkpoint(log)
+    if resumed in {path.name for path in damaged}:
+        problems.append(f"resumed from {resumed}, which was damaged")
+    elif resumed != (expected.name if expected else None):
+        problems.append(f"began with {resumed or 'step 0'}, not with {expected.name if expected else 'step 0'}")
+    newer = [path.name for path in damaged if expected is None or path.name > expected.name]
+    unnamed = [name for name in newer if not any("left out" in line and name in line for line in log.splitlines())]
+    if unnamed:
+        problems.append(f"the log does not say that {', '.join(unnamed)} was left out")
+    return problems
+
+
+def resumed_checkpoint(log: str) -> str | None:
+    """The name of the checkpoint from which a run has resumed, read from its log."""
+    marker = "resumed from "
+    for line in log.splitlines():
+        if marker in line:
+            return Path(line.partition(marker)[2].rpartition(": step")[0]).name
+    return None
