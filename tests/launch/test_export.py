@@ -1,3 +1,5 @@
+"""``launch/export.py`` as users start it, and its file as plain torch reads it."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +10,7 @@ from pathlib import Path
 from distrain.cli.run_folder import RunFolder
 from tests.trained import Refusal, launch, save_test_images
 
-#: Plain torch, and no distrain: prints the class of each of a folder's images.
+#: Prints the class of each image of a folder, with plain torch and without distrain.
 SCORE = """
 import json, pathlib, sys
 import numpy, torch
@@ -30,7 +32,7 @@ print(json.dumps([about["classes"][i] for i in x.argmax(1).tolist()]))
 """
 
 
-def test_scores_in_plain_torch_what_it_scored_in_training(run: Path, tmp_path: Path) -> None:
+def test_exported_model_has_the_same_test_accuracy_in_plain_torch(run: Path, tmp_path: Path) -> None:
     launch("export", f"run={run}", "format=safetensors", f"output={tmp_path}/model.safetensors")
     labels = save_test_images(RunFolder.open(str(run)).config, tmp_path / "images")
     command = [sys.executable, "-I", "-c", SCORE, str(tmp_path / "model.safetensors"), str(tmp_path / "images")]
@@ -39,7 +41,7 @@ def test_scores_in_plain_torch_what_it_scored_in_training(run: Path, tmp_path: P
     assert right == json.loads((run / "summary.json").read_text())["test_correct"]
 
 
-def test_mistakes_are_one_line_and_exit_code_2(refusal: Refusal, run: Path) -> None:
+def test_wrong_settings_are_one_line_and_exit_code_2(refusal: Refusal, run: Path) -> None:
     assert refusal("export", f"run={run}").startswith("output: ")
     assert refusal("export", f"run={run}", "output=m", "format=onnx").startswith(
         "format=onnx: unknown choice; choices:"

@@ -1,3 +1,5 @@
+"""``--help`` of commands shows examples."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,10 +14,10 @@ from tests.trained import launch
         ("testnet", "python launch/testnet.py hosts=2 name=lab"),
     ],
 )
-def test_help_shows_what_to_type(script: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples_and_the_file_of_keys(script: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         launch(script, "--help")
     assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert line in said
-    assert f"{script}.yaml" in said
+    printed = capsys.readouterr().out
+    assert line in printed
+    assert f"{script}.yaml" in printed

@@ -1,3 +1,5 @@
+"""``launch/predict.py`` as users start it."""
+
 from __future__ import annotations
 
 import json
@@ -11,18 +13,18 @@ from tests.data.helpers import ROOT, write_image
 from tests.trained import Refusal, launch
 
 
-def test_a_list_of_files_and_a_folder(run: Path, tmp_path: Path) -> None:
+def test_list_of_files_and_folder_give_the_same_rows(run: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg"):
         write_image(tmp_path / "in" / name, np.zeros((8, 8, 3), dtype=np.uint8))
     output = tmp_path / "result.json"
-    for wanted in (f"[{tmp_path}/in/a.png,{tmp_path}/in/b.jpg]", f"{tmp_path}/in"):
-        launch("predict", f"run={run}", f"input={wanted}", f"output={output}")
+    for images in (f"[{tmp_path}/in/a.png,{tmp_path}/in/b.jpg]", f"{tmp_path}/in"):
+        launch("predict", f"run={run}", f"input={images}", f"output={output}")
         rows = json.loads(output.read_text())
         assert [row["path"] for row in rows] == [f"{tmp_path}/in/a.png", f"{tmp_path}/in/b.jpg"]
         assert all(0.25 <= row["probability"] <= 1 for row in rows)
 
 
-def test_mistakes_are_one_line_and_exit_code_2(refusal: Refusal, run: Path, tmp_path: Path) -> None:
+def test_wrong_settings_are_one_line_and_exit_code_2(refusal: Refusal, run: Path, tmp_path: Path) -> None:
     assert refusal("predict", f"run={run}").startswith("input: ")
     assert refusal("predict", f"run={run}", "input=x.png") == "input=x.png: is neither a file nor a folder"
     assert refusal("predict", "run=nowhere", "input=x.png") == "run=nowhere: is not a folder"
@@ -32,13 +34,13 @@ def test_mistakes_are_one_line_and_exit_code_2(refusal: Refusal, run: Path, tmp_
     )
 
 
-def test_nothing_runs_that_lies_in_the_folder_where_the_user_stands(run: Path, tmp_path: Path) -> None:
-    """A run's folder may hold modules that Hydra (its plugins), torch or others would import if they found them."""
-    mark = tmp_path / "it_ran"
-    plant = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+def test_modules_in_the_current_folder_are_not_imported(run: Path, tmp_path: Path) -> None:
+    """A run's folder may hold modules that Hydra (as plugins), torch or other packages would import."""
+    mark = tmp_path / "imported"
+    module = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
     for name in ("hydra_plugins/evil/__init__.py", "triton.py", "tensorflow.py", "sitecustomize.py"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text(plant)
+        (run / name).write_text(module)
     write_image(run / "a.png", np.zeros((8, 8, 3), dtype=np.uint8))
     command = [sys.executable, str(ROOT / "launch" / "predict.py"), "run=.", "input=a.png"]
     done = subprocess.run(command, cwd=run, env={"PYTHONPATH": str(ROOT)}, capture_output=True, check=True, timeout=60)

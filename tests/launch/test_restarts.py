@@ -1,4 +1,4 @@
-"""Runs that torchrun starts again, on the ranks that are left, and that go on where they were."""
+"""Runs that torchrun restarts, also on fewer ranks, resume from their newest checkpoint."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.harness import run_ranks
 from tests.runs import LAUNCH, SMALL, small, train_on_rank
 
 OPTIONS = (*SMALL, "strategy=ddp", "model=custom", "trainer.epochs=100", "checkpoint.every_steps=5")
-#: A node that says nothing for six seconds is gone, and nobody waits long for more to come than are there.
+#: A node without a sign of life for six seconds counts as lost, and the rendezvous waits briefly for more nodes.
 QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"
 
 
-class Frail(nn.Module):
-    """A linear model whose second rank is killed in its eighth step, the first time it is started."""
+class CrashingModel(nn.Module):
+    """A linear model that kills its second rank in the eighth step of the first attempt."""
 
     def __init__(self, in_channels: int, num_classes: int, image_size: tuple[int, int], seconds: float = 0) -> None:
         super().__init__()
@@ -46,15 +46,15 @@ class Frail(nn.Module):
 
 
 def model(*arguments: str) -> tuple[str, ...]:
-    return ("model._target_=tests.launch.test_restarts.Frail", *arguments)
+    return ("model._target_=tests.launch.test_restarts.CrashingModel", *arguments)
 
 
 def launch(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """An agent, which starts its workers; what they say goes into a file."""
+    """Starts an agent, which starts its workers; their output goes to a file."""
     environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *arguments]
-    with (folder / "said").open("a") as said:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said, text=True)
+    with (folder / "output").open("a") as output:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, text=True)
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -62,31 +62,31 @@ def rows(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in found if row["kind"] == kind]
 
 
-def test_a_restarted_run_goes_on_in_the_folder_that_its_first_attempt_made(tmp_path: Path) -> None:
-    # Steps take next to nothing: what is written in the background would not be there when the rank is killed.
+def test_restarted_run_resumes_in_the_folder_of_its_first_attempt(tmp_path: Path) -> None:
+    # Steps are so short that a checkpoint written in the background would not be complete when the rank is killed.
     options = (*OPTIONS, *model(), "trainer.max_steps=12", "trainer.log_every_steps=1", "checkpoint.background=false")
     process = launch(
         tmp_path, "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(LAUNCH / "train.py"), *options
     )
     try:
-        assert process.wait(timeout=90) == 0, (tmp_path / "said").read_text()
+        assert process.wait(timeout=90) == 0, (tmp_path / "output").read_text()
     finally:
         kill(process)
     (run,) = tmp_path.glob("outputs/*/*")
     assert "step_00000005: step 5, epoch 1" in (run / "logs" / "rank_0.log").read_text()
     assert [row["step"] for row in rows(run, "step")] == list(range(1, 13))
     assert [row["step"] for row in rows(run, "epoch")] == [5, 10]
-    undisturbed = run_ranks(train_on_rank, 2, small(*options, f"run_dir={tmp_path}/undisturbed"))
+    uninterrupted = run_ranks(train_on_rank, 2, small(*options, f"run_dir={tmp_path}/uninterrupted"))
     summary = json.loads((run / "summary.json").read_text())
     for key in ("steps", "samples", "train_loss", "test_loss"):
-        assert summary[key] == undisturbed[0]["summary"][key], key
+        assert summary[key] == uninterrupted[0]["summary"][key], key
 
 
 # --- nodes that come and go ------------------------------------------------------------------------------------------
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """A node that loses its power: the agent, before it can notice anything, and its workers."""
+    """Kills an agent and its workers at once, as a power failure of a node does."""
     workers = children(process.pid)
     process.kill()
     process.wait()
@@ -105,7 +105,7 @@ def children(parent: int) -> list[int]:
 
 
 class Nodes:
-    """Agents on this machine that play nodes of one job."""
+    """Agents on this machine that act as nodes of one job."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self._folder, self._options = folder, options
@@ -122,7 +122,7 @@ class Nodes:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint=127.0.0.1:{self._port}",
             "--rdzv-id=job",
-            # The first, which stays.
+            # The first node holds the rendezvous and is never killed.
             f"--rdzv-conf=is_host={int(not self._nodes)},{QUICK}",
             "--monitor-interval=0.1",
             "--local-addr=127.0.0.1",
@@ -141,32 +141,32 @@ class Nodes:
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     options = (*OPTIONS, *model("+model.kwargs.seconds=0.02"), "trainer.epochs=100000", f"run_dir={tmp_path}/run")
-    found = Nodes(tmp_path, *options, "trainer.log_every_steps=5", "checkpoint.keep=3")
-    yield found
-    found.leave()
+    agents = Nodes(tmp_path, *options, "trainer.log_every_steps=5", "checkpoint.keep=3")
+    yield agents
+    agents.leave()
 
 
-def wait_for(folder: Path, happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(folder: Path, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"never: {what}\n" + (folder / "said").read_text()
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}\n" + (folder / "output").read_text()
         time.sleep(0.1)
 
 
-def test_a_job_goes_on_without_a_node_that_is_lost_and_takes_it_back(nodes: Nodes, tmp_path: Path) -> None:
+def test_job_continues_without_a_lost_node_and_accepts_it_again(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
     def newest() -> str:
         return max((path.name for path in (run / "checkpoints").glob("step_*")), default="")
 
-    def trains(ranks: int) -> None:
+    def wait_until_training(ranks: int) -> None:
         """Waits until these ranks have resumed and saved."""
 
-        def together() -> bool:
+        def resumed() -> bool:
             text = (run / "logs" / "rank_0.log").read_text()
             return re.findall(r"this run \((.*)\) has:", text)[-1:] == [f"ddp on {ranks}"]
 
-        wait_for(tmp_path, together, f"{ranks} ranks go on")
+        wait_for(tmp_path, resumed, f"{ranks} ranks go on")
         before = newest()
         wait_for(tmp_path, lambda: newest() > before, f"{ranks} ranks save")
 
@@ -176,12 +176,12 @@ def test_a_job_goes_on_without_a_node_that_is_lost_and_takes_it_back(nodes: Node
     before = newest()
     wait_for(tmp_path, lambda: newest() > before, "they save")
     kill(second)
-    trains(1)
+    wait_until_training(1)
     nodes.join()
-    trains(2)
+    wait_until_training(2)
     nodes.leave()
     steps = [row["step"] for row in rows(run, "step")]
     assert steps == list(range(5, steps[-1] + 1, 5))
     progress = json.loads(max((run / "checkpoints").glob("step_*/state.json")).read_text())["progress"]
-    # The global batch is what it was: 48 samples an epoch, in steps of 10 and a last one of 8.
+    # The global batch size is unchanged: 48 samples an epoch, in steps of 10 and a last one of 8.
     assert progress["samples"] == 48 * (progress["step"] // 5) + 10 * (progress["step"] % 5)

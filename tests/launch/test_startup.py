@@ -1,4 +1,4 @@
-"""A start imports what it uses: the first step doesn't wait for what another run would need."""
+"""A run imports only what it uses before its first step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import LAUNCH
 
-#: Each takes a tenth of a second or more to import, the compiler and what belongs to it half a second each.
+#: Modules that take 0.1 s or more to import; those of the compiler take 0.5 s each.
 HEAVY = {
     "matplotlib",
     "PIL",
@@ -25,7 +25,7 @@ HEAVY = {
     "torch.distributed.pipelining",
     "torch.distributed.tensor",
 }
-#: Runs launch/train.py and ends after its first step, with the names of all modules.
+#: Runs launch/train.py, ends after its first step and prints the names of all imported modules.
 TO_FIRST_STEP = """
 import json, os, runpy, sys
 from distrain.training.trainer import Trainer
@@ -38,8 +38,8 @@ def end(trainer):
 Trainer._agree = end
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
-#: Prints whether what follows on the command line imported torch.
-THEN_LOOK = """
+#: Runs the script that follows on the command line and prints whether it imported torch.
+TORCH_IMPORTED = """
 import runpy, sys
 
 try:
@@ -62,7 +62,7 @@ def started(folder: Path, script: str, *arguments: str) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
-def test_first_step_needs_no_heavy_import_and_no_file_of_another_choice(strategy: str, tmp_path: Path) -> None:
+def test_first_step_imports_nothing_slow_and_no_other_choice(strategy: str, tmp_path: Path) -> None:
     run = started(tmp_path, TO_FIRST_STEP, f"strategy={strategy}", "logger=tensorboard", "run_dir=run")
     assert run.returncode == 0, run.stderr
     modules = set(json.loads(run.stdout))
@@ -76,15 +76,15 @@ def test_first_step_needs_no_heavy_import_and_no_file_of_another_choice(strategy
     assert not modules & {*others, "distrain.data.cifar10", "distrain.data.image_folder"}
 
 
-@pytest.mark.parametrize(("typed", "code"), [("--help", 0), ("optimizer=sgdd", 2), ("trainer.epochs=0", 2)])
-def test_help_and_simple_mistakes_do_not_wait_for_torch(typed: str, code: int, tmp_path: Path) -> None:
-    run = started(tmp_path, THEN_LOOK, typed)
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("optimizer=sgdd", 2), ("trainer.epochs=0", 2)])
+def test_help_and_simple_errors_do_not_import_torch(argument: str, code: int, tmp_path: Path) -> None:
+    run = started(tmp_path, TORCH_IMPORTED, argument)
     assert run.returncode == code
     assert run.stdout.endswith("imported torch: False\n")
 
 
-def test_a_choice_is_found_in_the_file_named_after_it_or_in_another(tmp_path: Path) -> None:
-    """``none`` lies in ``none.py``, ``resnet18`` and ``custom`` lie elsewhere; both are found, and nothing else is."""
+def test_choice_is_found_in_the_module_named_after_it_or_in_another(tmp_path: Path) -> None:
+    """``none`` is in ``none.py``; ``resnet18`` and ``custom`` are in other modules, and no further one is imported."""
     script = (
         "import sys; from distrain.config.registry import choice; "
         "print(choice('compression', 'none').target.__module__, choice('model', 'resnet18').target.__module__, "

@@ -34,13 +34,13 @@ SMALL = (
     "data.batch_size=9",
     "data.augment.flip=true",
     "optimizer.lr=0.01",
-    # Decays over all epochs, so a run that stops early is the beginning of the longer one.
+    # Its schedule does not depend on trainer.max_steps, so a shorter run equals the beginning of a longer one.
     "scheduler=step",
     "scheduler.milestones=[1.0]",
     "trainer.epochs=3",
     "trainer.log_every_steps=2",
     "runtime.threads=1",
-    # Runs that are compared bit for bit don't choose by their clocks.
+    # Fixed, because the choice by measured times could differ between runs that are compared bit for bit.
     "trainer.memory_format=channels_last",
 )
 SUMMARY = {
@@ -67,8 +67,8 @@ STRATEGIES = {"single": 1, "ddp": 2}
 
 
 @dataclass
-class Ended:
-    """A command that has ended: its exit code and what it said."""
+class FinishedCommand:
+    """A finished command: its exit code and output."""
 
     code: int
     out: str
@@ -78,7 +78,7 @@ class Ended:
 def command(ranks: int, *arguments: str) -> list[str]:
     start = [sys.executable, "-W", "ignore"]
     if ranks > 1:
-        # A port of the system's choice, so that tests may run beside each other.
+        # The system chooses the port, so that tests can run in parallel.
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*start, str(LAUNCH / "train.py"), *arguments]
 
@@ -87,8 +87,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"}
 
 
-def start(folder: Path, ranks: int, *arguments: str) -> Ended:
-    found = subprocess.run(
+def start(folder: Path, ranks: int, *arguments: str) -> FinishedCommand:
+    done = subprocess.run(
         command(ranks, *arguments),
         cwd=folder,
         env=environment(),
@@ -97,7 +97,7 @@ def start(folder: Path, ranks: int, *arguments: str) -> Ended:
         timeout=100,
         check=False,
     )
-    return Ended(found.returncode, found.stdout, found.stderr)
+    return FinishedCommand(done.returncode, done.stdout, done.stderr)
 
 
 def options(strategy: str, run: Path, steps: int) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def options(strategy: str, run: Path, steps: int) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Below ``<strategy>/``: ``whole``, 10 steps in one go; ``parts``, ended after 5 and then resumed up to 10.
+    """Runs below ``<strategy>/``: ``whole`` trains 10 steps; ``parts`` trains 5, is resumed and trains 5 more.
 
     Neither 5 nor 10 ends an epoch.
     """
@@ -133,12 +133,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = load_file(checkpoint / f"{part}.safetensors")
-    return found
+    loaded: dict[str, Tensor] = load_file(checkpoint / f"{part}.safetensors")
+    return loaded
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_run_folder_holds_what_the_design_lists(strategy: str, runs: Path) -> None:
+def test_run_folder_has_the_documented_files(strategy: str, runs: Path) -> None:
     folder, ranks = runs / strategy / "whole", STRATEGIES[strategy]
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
@@ -156,7 +156,7 @@ def test_run_folder_holds_what_the_design_lists(strategy: str, runs: Path) -> No
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_summary_says_what_the_run_came_to(strategy: str, runs: Path) -> None:
+def test_summary_has_the_results_of_the_run(strategy: str, runs: Path) -> None:
     summary = json.loads((runs / strategy / "whole" / "summary.json").read_text())
     assert set(summary) >= SUMMARY
     # 48 images an epoch in 5 batches of 9 and one of 3: the tenth step is the second epoch's fourth.
@@ -171,7 +171,7 @@ def test_summary_says_what_the_run_came_to(strategy: str, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_metrics_are_one_object_a_logged_step_or_epoch(strategy: str, runs: Path) -> None:
+def test_metrics_have_one_line_per_logged_step_and_epoch(strategy: str, runs: Path) -> None:
     rows = lines(runs / strategy / "whole" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "step"] == [2, 4, 6, 8, 10]
     assert [row["step"] for row in rows if row["kind"] == "epoch"] == [6]
@@ -179,16 +179,16 @@ def test_metrics_are_one_object_a_logged_step_or_epoch(strategy: str, runs: Path
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_written_configuration_is_the_runs_and_loads_again(strategy: str, runs: Path) -> None:
-    held = yaml.safe_load((runs / strategy / "whole" / "config.yaml").read_text())
-    loaded = load_config(held)
-    assert to_container(loaded) == held
+def test_written_configuration_can_be_loaded_again(strategy: str, runs: Path) -> None:
+    written = yaml.safe_load((runs / strategy / "whole" / "config.yaml").read_text())
+    loaded = load_config(written)
+    assert to_container(loaded) == written
     assert (loaded.strategy.name, loaded.optimizer.lr, loaded.trainer.max_steps) == (strategy, 0.01, 10)
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_stopped_run_goes_on_bit_for_bit(strategy: str, part: str, runs: Path) -> None:
+def test_resumed_run_is_equal_bit_for_bit(strategy: str, part: str, runs: Path) -> None:
     whole, parts = (
         tensors(runs / strategy / run / "checkpoints" / "step_00000010", part) for run in ("whole", "parts")
     )
@@ -199,7 +199,7 @@ def test_stopped_run_goes_on_bit_for_bit(strategy: str, part: str, runs: Path) -
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_stopped_run_ends_with_the_same_figures(strategy: str, runs: Path) -> None:
+def test_resumed_run_has_the_same_metrics(strategy: str, runs: Path) -> None:
     whole, parts = (json.loads((runs / strategy / run / "summary.json").read_text()) for run in ("whole", "parts"))
     for key in ("epochs", "steps", "samples", "train_loss", "val_accuracy", "test_correct", "test_loss"):
         assert parts[key] == whole[key], key
@@ -213,26 +213,26 @@ def test_both_strategies_trained_the_same_model(runs: Path) -> None:
         torch.testing.assert_close(ddp[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_mistakes_under_torchrun_are_one_line_of_ours_and_exit_code_2(tmp_path: Path) -> None:
-    typed = {
+def test_wrong_settings_under_torchrun_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    errors = {
         "optimizer.lrr=0.1": "distrain: optimizer.lrr: no such key; choices: ",
         "data.batch_size=1": "distrain: data.batch_size=1: the global batch is smaller than the 2 ranks that share it",
     }
     with ThreadPoolExecutor(2) as pool:
-        endings = list(pool.map(lambda argument: start(tmp_path, 2, "strategy=ddp", argument), typed))
-    for ended, expected in zip(endings, typed.values(), strict=True):
-        ours = [line for line in ended.err.splitlines() if line.startswith("distrain:")]
-        # The second rank, which waits to be ended, speaks too where torchrun takes its time.
-        assert len({*ours}) == 1, ended.err
-        assert ours[0].startswith(expected)
-        # torchrun's own exit code is 1; the rank's is in its report, where its own traceback stands too.
+        endings = list(pool.map(lambda argument: start(tmp_path, 2, "strategy=ddp", argument), errors))
+    for ended, expected in zip(endings, errors.values(), strict=True):
+        own_lines = [line for line in ended.err.splitlines() if line.startswith("distrain:")]
+        # The second rank waits to be ended by torchrun, and prints the same line if that takes long.
+        assert len({*own_lines}) == 1, ended.err
+        assert own_lines[0].startswith(expected)
+        # torchrun's own exit code is 1; its report has the rank's exit code and torchrun's traceback.
         assert re.search(r"Root Cause[\s\S]*exitcode  : 2 ", ended.err)
         assert ended.err.count("Traceback (most recent call last)") == 1
         assert ended.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_run_stopped_by_sigterm_to_torchrun_resumes_bit_for_bit(tmp_path: Path) -> None:
     run = tmp_path / "run"
 
     def arguments(folder: Path, *more: str) -> tuple[str, ...]:
@@ -247,14 +247,14 @@ def test_torchrun_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: P
             assert time.monotonic() < deadline, "the run never logged a step"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=60)
     finally:
         process.kill()
     stopped = json.loads(run.joinpath("stopped.json").read_text())
     step = stopped["step"]
     assert stopped == {"reason": "SIGTERM", "step": step, "exit_code": 75}
     assert step > 0
-    assert f"stopped by SIGTERM at step {step}, saved; start the same command again to go on" in said
+    assert f"stopped by SIGTERM at step {step}, saved; start the same command again to go on" in printed
     assert not run.joinpath("failure.json").exists()
     assert not run.joinpath("summary.json").exists()
     limit = f"trainer.max_steps={step + 5}"
@@ -269,7 +269,7 @@ def test_torchrun_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: P
         assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_stopped_process_ends_with_a_code_of_its_own(tmp_path: Path) -> None:
+def test_stopped_run_exits_with_75(tmp_path: Path) -> None:
     ended = start(tmp_path, 1, *SMALL, f"run_dir={tmp_path / 'run'}", "logger=none", "trainer.max_minutes=1e-9")
     assert ended.code == EXIT_STOPPED == 75
     assert ended.err.splitlines()[-1].startswith("stopped by trainer.max_minutes at step 1, saved")
