@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distrain.runtime.consensus import Request
+from typing_extensions import override
+
+from distrain.runtime.consensus import Consensus, Request
 
 if TYPE_CHECKING:
     from distrain.strategies.parameter_server.client import ServerClient
@@ -49,8 +51,8 @@ class StopDecision:
             self.requests = requests
 
 
-class PushConsensus:
-    """A worker's side: a :class:`distrain.runtime.consensus.Consensus` whose messages travel with pushes.
+class PushConsensus(Consensus):
+    """A worker's side: its requests travel with its pushes, the decisions with the answers.
 
     Args:
         clients: The worker's clients of all servers; the first server decides.
@@ -60,15 +62,17 @@ class PushConsensus:
         self._clients = clients
         self._pushes = 0
 
-    def agree(self, wish: Request) -> Request:
-        """Sends the request with the next push; see the protocol."""
+    @override
+    def agree(self, request: Request) -> Request:
         self._pushes += 1
-        step, requests = self._clients[0].decision
-        decided = Request(requests) if step == self._pushes else Request.NOTHING
+        step, decided_requests = self._clients[0].decision
+        decided = Request(decided_requests) if step == self._pushes else Request.NOTHING
         for client in self._clients:
-            wish |= Request(client.server_requests)
-        self._clients[0].requests = int(wish & ~decided)
+            request |= Request(client.server_requests)
+        self._clients[0].requests = int(request & ~decided)
         return decided
 
+    @override
     def close(self) -> None:
-        """Does nothing: no message is pending."""
+        # No message is pending.
+        pass

@@ -34,7 +34,7 @@ OPTIMIZERS = {
     "adam": ("optimizer=adam", "optimizer.eps=1e-3", "scheduler=cosine", "trainer.precision=fp32"),
     "clipped": ("optimizer=adamw", "optimizer.eps=1e-3", "trainer.grad_clip_norm=0.1", "trainer.precision=fp64"),
 }
-BOUNDS = {"fp32": 1e-5, "fp64": 1e-12}
+TOLERANCES = {"fp32": 1e-5, "fp64": 1e-12}
 
 
 def train_all(configurations: list[Config]) -> list[dict[str, Any]]:
@@ -42,10 +42,10 @@ def train_all(configurations: list[Config]) -> list[dict[str, Any]]:
     return [train_on_rank(configuration) for configuration in configurations]
 
 
-def runs(ranks: int, configurations: list[Config]) -> list[dict[str, Any]]:
+def train_on(ranks: int, configurations: list[Config]) -> list[dict[str, Any]]:
     """Trains each configuration on so many ranks and returns the results of rank 0."""
-    found: list[dict[str, Any]] = run_ranks(train_all, ranks, configurations)[0]
-    return found
+    results: list[dict[str, Any]] = run_ranks(train_all, ranks, configurations)[0]
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +54,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def serial(folder: Path) -> list[dict[str, Any]]:
+def train_serially(folder: Path) -> list[dict[str, Any]]:
     """The results of one process with each optimizer."""
-    return runs(1, [small(*COMMON, *each, f"run_dir={folder}/serial") for each in OPTIMIZERS.values()])
+    return train_on(1, [small(*COMMON, *options, f"run_dir={folder}/serial") for options in OPTIMIZERS.values()])
 
 
 @pytest.mark.parametrize(("workers", "servers"), [(1, 2), (3, 1), (2, 2)])
 def test_sync_mode_trains_as_one_process_does(workers: int, servers: int, folder: Path) -> None:
     # Buckets of a few tensors each, and accumulated gradients.
-    served = (SERVER, f"strategy.servers={servers}", "strategy.bucket_mb=0.002", "trainer.micro_batch_size=3")
+    common = (SERVER, f"strategy.servers={servers}", "strategy.bucket_mb=0.002", "trainer.micro_batch_size=3")
     configurations = [
-        small(*COMMON, *each, *served, f"run_dir={folder}/{workers}{servers}") for each in OPTIMIZERS.values()
+        small(*COMMON, *options, *common, f"run_dir={folder}/{workers}{servers}") for options in OPTIMIZERS.values()
     ]
-    found = runs(workers + servers, configurations)
-    for configuration, run, expected in zip(configurations, found, serial(folder), strict=True):
-        bound = BOUNDS[configuration.trainer.precision]
-        assert relative_difference(run["model"], expected["model"]) <= bound
+    results = train_on(workers + servers, configurations)
+    for configuration, run, expected in zip(configurations, results, train_serially(folder), strict=True):
+        tolerance = TOLERANCES[configuration.trainer.precision]
+        assert relative_difference(run["model"], expected["model"]) <= tolerance
         for count in ("test_correct", "test_count", "samples", "steps"):
             assert run["summary"][count] == expected["summary"][count]
         assert run["summary"]["test_loss"] == pytest.approx(expected["summary"]["test_loss"], rel=1e-4)
@@ -78,21 +78,21 @@ def test_sync_mode_trains_as_one_process_does(workers: int, servers: int, folder
 
 def test_a_step_sends_the_bytes_of_one_push_and_one_pull(folder: Path) -> None:
     configuration = small(*COMMON, SERVER, "trainer.precision=fp32", f"run_dir={folder}/bytes")
-    run = runs(3, [configuration])[0]
+    run = train_on(3, [configuration])[0]
     parameters = sum(tensor.numel() for tensor in NormNet(3, 4, "group").parameters())
     summary = run["summary"]
     assert summary["bytes_uncompressed_per_step"] == 2 * 2 * 4 * parameters
     assert summary["bytes_sent_per_step"] == summary["bytes_uncompressed_per_step"]
-    found = summary["parameter_server"]
-    assert found["bytes_pushed"] == found["bytes_pulled"] == 30 * 2 * 4 * parameters
-    assert found["updates"] == 30
-    assert [worker["steps"] for worker in found["workers"]] == [30, 30]
-    assert found["staleness"] == {"mean": 0.0, "max": 0, "histogram": {"0": 60}}
-    assert [sorted(shard) for shard in found["shards"]] == [["bytes", "tensors"]]
-    assert sum(shard["bytes"] for shard in found["shards"]) == 4 * parameters
+    statistics = summary["parameter_server"]
+    assert statistics["bytes_pushed"] == statistics["bytes_pulled"] == 30 * 2 * 4 * parameters
+    assert statistics["updates"] == 30
+    assert [worker["steps"] for worker in statistics["workers"]] == [30, 30]
+    assert statistics["staleness"] == {"mean": 0.0, "max": 0, "histogram": {"0": 60}}
+    assert [sorted(shard) for shard in statistics["shards"]] == [["bytes", "tensors"]]
+    assert sum(shard["bytes"] for shard in statistics["shards"]) == 4 * parameters
 
 
-# --- async and ssp --------------------------------------------------------------------
+# --- async and ssp ---------------------------------------------------------------------------------------------------
 
 
 class Slow(NormNet):
@@ -124,16 +124,16 @@ def test_the_staleness_bound_holds_and_without_it_a_fast_worker_runs_ahead(folde
         )
         for bound in bounds[:-1]
     ]
-    for bound, run in zip(bounds, runs(3, [*configurations, common]), strict=True):
+    for bound, run in zip(bounds, train_on(3, [*configurations, common]), strict=True):
         summary = run["summary"]
-        found = summary["parameter_server"]
+        statistics = summary["parameter_server"]
         # 4 epochs of 48 images; the workers wait for each other at the end of each epoch.
-        assert (summary["steps"], found["samples"], found["updates"]) == (20, 192, 40)
-        ahead = max(worker["steps_ahead_max"] for worker in found["workers"])
+        assert (summary["steps"], statistics["samples"], statistics["updates"]) == (20, 192, 40)
+        ahead = max(worker["steps_ahead_max"] for worker in statistics["workers"])
         assert ahead == bound if bound is not None else ahead >= 3
-        histogram = found["staleness"]["histogram"]
+        histogram = statistics["staleness"]["histogram"]
         assert sum(histogram.values()) == 40
-        assert found["staleness"]["mean"] > 0
+        assert statistics["staleness"]["mean"] > 0
         assert summary["test_count"] == 31
         assert math.isfinite(summary["train_loss"])
 
@@ -171,14 +171,14 @@ def test_the_run_continues_without_a_killed_worker_and_sees_all_other_samples(tm
         assert endings[rank].outcome == "finished", endings[rank]
     assert not (tmp_path / "failure.json").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
-    found = summary["parameter_server"]
-    (lost,) = found["lost_workers"]
+    statistics = summary["parameter_server"]
+    (lost,) = statistics["lost_workers"]
     assert (lost["rank"], lost["reason"]) == (1, "the connection broke off")
     # Its last push may have been lost on the way.
     done = lost["after_steps"]
     # The evaluation after the first epoch is a forward pass too.
     assert done in (5, 6, 7)
-    workers = {worker["rank"]: worker for worker in found["workers"]}
+    workers = {worker["rank"]: worker for worker in statistics["workers"]}
     assert workers[1]["samples"] == samples_seen(1, 3, 5) + samples_seen(1, 3, done - 5)
     for position, rank in enumerate((0, 2)):
         # Two epochs are divided among three workers; the third among the two that are left.
@@ -191,7 +191,7 @@ def test_the_run_continues_without_a_killed_worker_and_sees_all_other_samples(tm
 
 def test_a_failing_worker_reports_its_error_and_the_others_continue(tmp_path: Path) -> None:
     endings = run_ranks_to_the_end(train_to_the_end, 3, fragile(tmp_path, "raise", 1, "strategy.mode=ssp"))
-    assert [each.outcome for each in endings] == ["finished", "Failed", "finished"]
+    assert [end.outcome for end in endings] == ["finished", "Failed", "finished"]
     assert endings[1].last_line.endswith("ArithmeticError: planted; the other ranks continue")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parameter_server"]["lost_workers"][0]["reason"] == "ArithmeticError: planted"
@@ -231,28 +231,28 @@ def ending_of_server(configuration: Config) -> Ending:
 
 
 def test_a_run_resumes_with_another_strategy_and_other_servers(tmp_path: Path) -> None:
-    def go(steps: int, *strategy: str, where: str = "moved") -> Config:
+    def configure(steps: int, *strategy: str, where: str = "moved") -> Config:
         # Adam, because it has the most state; a constant rate, because a schedule would end with each part of the run.
         common = (*NORM_NET, "scheduler=constant", "optimizer.eps=1e-3", "trainer.precision=fp64")
         return small(
             *common, "trainer.epochs=100", f"trainer.max_steps={steps}", f"run_dir={tmp_path}/{where}", *strategy
         )
 
-    expected = runs(1, [go(16, where="whole"), go(3)])[0]
+    expected = train_on(1, [configure(16, where="whole"), configure(3)])[0]
     # From one process to two servers in the middle of an epoch, then to one server, and on with the same one.
-    runs(4, [go(6, SERVER, "strategy.servers=2"), go(9, SERVER), go(12, SERVER)])
-    found = runs(1, [go(16)])[0]
-    assert relative_difference(found["model"], expected["model"]) <= 1e-12
-    assert found["summary"]["test_correct"] == expected["summary"]["test_correct"]
+    train_on(4, [configure(6, SERVER, "strategy.servers=2"), configure(9, SERVER), configure(12, SERVER)])
+    resumed = train_on(1, [configure(16)])[0]
+    assert relative_difference(resumed["model"], expected["model"]) <= 1e-12
+    assert resumed["summary"]["test_correct"] == expected["summary"]["test_correct"]
 
 
 def test_an_async_run_is_saved_with_all_steps_pushed(tmp_path: Path) -> None:
-    def go(steps: int, *strategy: str) -> Config:
+    def configure(steps: int, *strategy: str) -> Config:
         limits = ("trainer.epochs=100", f"trainer.max_steps={steps}", "scheduler=constant", "checkpoint.every_steps=3")
         return small(*NORM_NET, *limits, f"run_dir={tmp_path}/moved", *strategy)
 
     asynchronous = (SERVER, "strategy.mode=async", "strategy.servers=2", "strategy.overlap=true", "checkpoint.keep=9")
-    first, second = runs(4, [go(7, *asynchronous), go(10, *asynchronous)])
+    first, second = train_on(4, [configure(7, *asynchronous), configure(10, *asynchronous)])
     saved = [int(path.name.removeprefix("step_")) for path in (tmp_path / "moved" / "checkpoints").iterdir()]
     assert sorted(saved) == [3, 5, 6, 7, 9, 10]
     assert first["summary"]["samples"] + second["summary"]["parameter_server"]["samples"] == 48 + 48
@@ -260,17 +260,17 @@ def test_an_async_run_is_saved_with_all_steps_pushed(tmp_path: Path) -> None:
         optimizer = load_file(tmp_path / "moved" / "checkpoints" / f"step_{step:08d}" / "optimizer.safetensors")
         # Two workers; each push is an update.
         assert {int(tensor) for name, tensor in optimizer.items() if name.endswith("/step")} == {2 * step}
-    assert runs(1, [go(12)])[0]["summary"]["steps"] == 12
+    assert train_on(1, [configure(12)])[0]["summary"]["steps"] == 12
 
 
 def test_a_sync_run_with_residuals_resumes_bit_for_bit(tmp_path: Path) -> None:
     common = (*NORM_NET, SERVER, "compression=topk", "compression.density=0.1", "compression.min_elements=1")
 
-    def go(steps: int, where: str) -> Config:
+    def configure(steps: int, where: str) -> Config:
         limits = ("trainer.epochs=100", f"trainer.max_steps={steps}", "scheduler=constant")
         return small(*common, *limits, f"run_dir={tmp_path}/{where}")
 
-    whole, half, rest = runs(3, [go(12, "whole"), go(7, "halves"), go(12, "halves")])
+    whole, half, rest = train_on(3, [configure(12, "whole"), configure(7, "halves"), configure(12, "halves")])
     assert half["summary"]["steps"] == 7
     assert all(torch.equal(rest["model"][name], tensor) for name, tensor in whole["model"].items())
     assert 0 < whole["summary"]["bytes_sent_per_step"] < 0.8 * whole["summary"]["bytes_uncompressed_per_step"]
@@ -281,15 +281,15 @@ def test_compressed_pushes_give_the_results_of_ddp(tmp_path: Path) -> None:
     names = ("topk", "randomk")
     common = (*COMMON, "optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=fp64", "compression.min_elements=1")
 
-    def go(compression: str, *strategy: str) -> Config:
+    def configure(compression: str, *strategy: str) -> Config:
         return small(*common, f"compression={compression}", *strategy, f"run_dir={tmp_path}/{compression}")
 
-    expected = runs(2, [go(name, "strategy=ddp") for name in names])
-    found = runs(4, [go(name, SERVER, "strategy.servers=2") for name in names])
-    for one, other in zip(found, expected, strict=True):
-        assert relative_difference(one["model"], other["model"]) <= 1e-12
-        assert one["summary"]["compression_ratio"] > 1.5
-        assert one["summary"]["compression_report"]["residual_norm"] > 0
+    expected = train_on(2, [configure(name, "strategy=ddp") for name in names])
+    results = train_on(4, [configure(name, SERVER, "strategy.servers=2") for name in names])
+    for run, ddp_run in zip(results, expected, strict=True):
+        assert relative_difference(run["model"], ddp_run["model"]) <= 1e-12
+        assert run["summary"]["compression_ratio"] > 1.5
+        assert run["summary"]["compression_report"]["residual_norm"] > 0
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
