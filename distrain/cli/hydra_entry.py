@@ -30,7 +30,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from distrain.config.load import one_line
+from distrain.config.load import config_error_from_omegaconf
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, config_error
 
 #: Seconds that the other ranks of a host wait before they print an error that the host's first rank may have printed.
@@ -208,7 +208,7 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
             key, "no such key" if known != [] else f"no such key; to add it write +{key}=…", known or ()
         )
     if isinstance(cause, OmegaConfBaseException):
-        return one_line(cause)
+        return config_error_from_omegaconf(cause)
     return config_error("configuration", str(error) or type(error).__name__)
 
 

@@ -39,7 +39,7 @@ class AutoConfig(CompressionConfig):
         at_least=0,
     )
     candidates: dict[str, Any] = setting(
-        "What to choose from besides none, from the least to the most lossy.", each="compression"
+        "What to choose from besides none, from the least to the most lossy.", choices_of="compression"
     )
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
                 raise config_error(key, f"needs a value: {spec.metadata['doc']}")
         top = _typed("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
     except OmegaConfBaseException as error:
-        raise one_line(error) from error
+        raise config_error_from_omegaconf(error) from error
     config = Config(**{**values, **{k: getattr(top, k) for k in _TOP_KEYS}})
     _check_limits("", config)
     return config
@@ -107,7 +107,7 @@ def _typed(key: str, schema: type[Any], node: Any) -> Any:
     except ValidationError as error:
         raise _wrong_type(error, key, schema, node) from error
     except OmegaConfBaseException as error:
-        raise one_line(error, prefix=key, schema=schema) from error
+        raise config_error_from_omegaconf(error, prefix=key, schema=schema) from error
     for spec in dataclasses.fields(schema):
         group = spec.metadata.get("each")
         if group is not None:
@@ -146,7 +146,7 @@ def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: Di
     for name in path.partition("[")[0].split("."):
         wanted = typing.get_type_hints(wanted).get(name) if dataclasses.is_dataclass(wanted) else None
     if wanted is None:
-        return one_line(error, prefix=prefix, schema=schema)
+        return config_error_from_omegaconf(error, prefix=prefix, schema=schema)
     # The whole list, where it is one of its elements that is wrong.
     key = path.partition("[")[0]
     return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {_in_words(wanted)}")
@@ -204,7 +204,7 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def one_line(error: BaseException, prefix: str = "", schema: type[Any] | None = None) -> ConfigError:
+def config_error_from_omegaconf(error: BaseException, prefix: str = "", schema: type[Any] | None = None) -> ConfigError:
     """Turns OmegaConf's several lines into one that names the key, the value and what was expected."""
     full_key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
     key = _join(prefix, full_key) if full_key and not full_key.startswith(prefix + ".") else full_key or prefix

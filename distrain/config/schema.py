@@ -1,8 +1,8 @@
-"""The schema of a run's configuration: every key with its type, its limits and its meaning.
+"""Schema of a run's configuration: every key with its type, limits, meaning and effect.
 
-The YAML files below ``conf/`` hold the values, one file a choice; the dataclasses here hold the types and the limits.
-:func:`distrain.config.load.load_config` turns what Hydra composed into these dataclasses, checked; everything behind it
-works with typed Python, never with a ``DictConfig``.
+The YAML files below ``conf/`` contain the values, one file per choice; these dataclasses define the types and limits.
+:func:`distrain.config.load.load_config` turns a configuration composed by Hydra into these dataclasses and checks it.
+All other code uses the dataclasses, never a ``DictConfig``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+#: What a key affects, as far as resuming and reporting a run need to know it.
+#:
+#: - ``sample_order``: which samples an epoch has, and their order; must not change in the middle of an epoch.
+#: - ``schedule``: the learning rate at a step.
+#: - ``execution``: only how the run is executed and recorded, not what is trained; the key is no hyper-parameter.
+#: - ``identity``: only which run this is and what it resumes; no hyper-parameter, and a change needs no message.
+Effect = Literal["sample_order", "schedule", "execution", "identity"]
 
 
 def setting(
@@ -23,22 +31,24 @@ def setting(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
-    each: str | None = None,
+    choices_of: str | None = None,
+    affects: Iterable[Effect] = (),
     default: Any = dataclasses.MISSING,
     default_factory: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field with its meaning and its limits.
+    """Returns a dataclass field with a meaning and limits. The limits of a list apply to each of its elements.
 
     Args:
-        doc: What the key means, with its unit.
-        choices: The only values allowed, where they can be listed.
-        above: Exclusive lower limit (of each element, where the field is a list).
+        doc: What the key means, with its unit; shown to users.
+        choices: The allowed values; empty if they can't be listed.
+        above: Exclusive lower limit.
         at_least: Inclusive lower limit.
         below: Exclusive upper limit.
         at_most: Inclusive upper limit.
-        each: The field is a mapping whose values are choices of this group, each checked by its own schema.
-        default: Value where the YAML file gives none; normally the YAML files hold all values.
-        default_factory: The same, made anew each time.
+        choices_of: A group. The field is a mapping from names to choices of this group, each checked by its own schema.
+        affects: See :data:`Effect`.
+        default: Value if the YAML file has none; normally the YAML files contain all values.
+        default_factory: Makes the default, for mutable values.
     """
     metadata = {
         "doc": doc,
@@ -47,116 +57,162 @@ def setting(
         "at_least": at_least,
         "below": below,
         "at_most": at_most,
-        "each": each,
+        "choices_of": choices_of,
+        "affects": frozenset(affects),
     }
     if default_factory is not dataclasses.MISSING:
         return field(metadata=metadata, default_factory=default_factory)
     return field(metadata=metadata, default="???" if default is dataclasses.MISSING else default)
 
 
+def _affects(effect: Effect) -> dict[str, frozenset[Effect]]:
+    """Metadata of a field of :class:`Config` for a section or group: all its keys have this effect."""
+    return {"affects": frozenset((effect,))}
+
+
+def affected_by(config: Config, key: str) -> frozenset[Effect]:
+    """What a key affects: the effects of its field and of the fields above it.
+
+    Args:
+        config: A run's configuration; its choices determine the keys.
+        key: A dotted key, such as ``optimizer.lr``.
+    """
+    effects: frozenset[Effect] = frozenset()
+    node: Any = config
+    for name in key.split("."):
+        fields = {spec.name: spec for spec in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
+        if name not in fields:
+            break
+        effects |= fields[name].metadata.get("affects", frozenset())
+        node = getattr(node, name)
+    return effects
+
+
 @dataclass
 class StrategyConfig:
-    """How the work is divided. Each strategy's own keys are in its file below ``distrain/strategies``."""
+    """How the work is divided among ranks. The keys of each strategy are defined in ``distrain/strategies``."""
 
-    name: str = setting("Which strategy.")
+    name: str = setting("Name of the strategy.")
 
 
 @dataclass
 class CompressionConfig:
-    """How gradients travel. Each compressor's own keys are in its file below ``distrain/compression``."""
+    """How gradients are compressed. The keys of each compressor are defined in ``distrain/compression``."""
 
-    name: str = setting("Which compressor.")
+    name: str = setting("Name of the compressor.")
 
 
 @dataclass
 class ModelConfig:
-    """What is trained. Each model's own keys are in its file below ``distrain/models``."""
+    """The model to train. The keys of each model are defined in ``distrain/models``."""
 
-    name: str = setting("Which model; `custom` takes any importable one by `_target_`.")
-    _target_: str = setting("Dotted path of the nn.Module to build.")
+    name: str = setting("Name of the model; custom: any importable class, named by _target_.")
+    _target_: str = setting("Dotted path of the nn.Module class to build.")
 
 
 @dataclass
 class AugmentConfig:
-    """Whole-batch augmentation of training images; each sample's draw depends on (seed, epoch, sample index) alone."""
+    """Augmentation of training images; the random draws depend only on (seed, epoch, sample index)."""
 
     flip: bool | str = setting(
-        "Mirror left and right with probability 1/2; alternating: by chance in the first epoch, then in turns.",
+        "Mirror horizontally with probability 1/2; alternating: random first, then mirrored every other epoch.",
         choices=(False, True, "alternating"),
     )
-    crop_padding: int = setting("Pad each side by this many pixels and crop back at random; 0 for none.", at_least=0)
-    crop_border: str = setting(
-        "What the padding is: black, or the image mirrored at its edge.", choices=("zeros", "reflect"), default="zeros"
+    crop_padding: int = setting(
+        "Pad each side by this many pixels, then crop to the original size at a random place; 0: none.", at_least=0
     )
-    cutout: int = setting("Side in pixels of a square set to the mean at a random place; 0 for none.", at_least=0)
+    crop_border: str = setting(
+        "Padding: zeros (black) or reflect (the image mirrored at its edge).",
+        choices=("zeros", "reflect"),
+        default="zeros",
+    )
+    cutout: int = setting("Side in pixels of a square at a random place that is set to the mean; 0: none.", at_least=0)
 
 
 @dataclass
 class DataConfig:
-    """What is trained on. Each data set's own keys are in its file below ``distrain/data``."""
+    """The data set. The keys of each data set are defined in ``distrain/data``."""
 
-    name: str = setting("Which data set.")
-    root: str | None = setting("Folder that holds the data; null where the data set needs none.")
-    batch_size: int = setting("Global batch: samples a training step sees over all ranks.", at_least=1)
-    eval_batch_size: int = setting("Samples an evaluation step sees over all ranks.", at_least=1)
-    val_fraction: float = setting("Share of the training images kept for validation.", at_least=0, below=1)
-    split_seed: int = setting("Fixes which images are kept; not the run's seed, so that runs compare.", at_least=0)
-    limit: int | None = setting("Use only this many training images (null: all); for trying things out.", at_least=1)
-    mean: list[float] | None = setting(
-        "Channel means in [0, 1] for normalising; null: measured on the training images."
+    name: str = setting("Name of the data set.")
+    root: str | None = setting("Folder that contains the data; null if the data set needs none.")
+    batch_size: int = setting(
+        "Global batch size: samples per training step over all ranks.", at_least=1, affects=("schedule",)
     )
-    std: list[float] | None = setting("Channel standard deviations; null: measured.", above=0)
-    augment: AugmentConfig = setting("Augmentation.", default_factory=AugmentConfig)
-    memory_limit_mb: int = setting("Images that take more stream from the memory map, prefetched.", at_least=0)
+    eval_batch_size: int = setting("Samples per evaluation step over all ranks.", at_least=1)
+    val_fraction: float = setting("Share of the training samples held out for validation.", at_least=0, below=1)
+    split_seed: int = setting(
+        "Selects the held-out samples; independent of the run's seed, so that runs are comparable.", at_least=0
+    )
+    limit: int | None = setting(
+        "Use only this many training samples; null: all.", at_least=1, affects=("sample_order", "schedule")
+    )
+    mean: list[float] | None = setting(
+        "Channel means in [0, 1], used to normalise; null: measured on the training images."
+    )
+    std: list[float] | None = setting(
+        "Channel standard deviations in [0, 1]; null: measured on the training images.", above=0
+    )
+    augment: AugmentConfig = setting("Augmentation of training images.", default_factory=AugmentConfig)
+    memory_limit_mb: int = setting(
+        "Data that needs more memory than this, in MiB, is read from disk during training.", at_least=0
+    )
     prefetch: int | None = setting(
-        "Batches made ready in the background; null: 0 for CPU and images in memory, else 2.", at_least=0
+        "Batches prepared in the background; null: 0 if on CPU with the data in memory, else 2.", at_least=0
     )
 
 
 @dataclass
 class TaskConfig:
-    """What the model is trained to do. Each task's own keys are in its file below ``distrain/tasks``."""
+    """What the model is trained to do. The keys of each task are defined in ``distrain/tasks``."""
 
-    name: str = setting("Which task.")
+    name: str = setting("Name of the task.")
 
 
 @dataclass
 class LossConfig:
-    """What is minimised; always a mean over samples, computed as a global sum over a global count."""
+    """The loss to minimise: the mean over samples, computed as a global sum divided by a global count."""
 
-    name: str = setting("Which loss.")
+    name: str = setting("Name of the loss.")
 
 
 @dataclass
 class GroupConfig:
-    """Parameters that an optimizer treats in another way than the rest."""
+    """Parameters with other optimizer settings than the rest."""
 
-    match: str = setting("Those whose name fits this shell pattern, as `*.bias`, and none of the groups before.")
-    lr_factor: float = setting("Their rate is this times the others'.", above=0, default=1.0)
-    weight_decay: float | None = setting("Their weight decay; null: the others'.", at_least=0, default=None)
+    match: str = setting(
+        "Shell pattern of the parameters' names, such as *.bias; a parameter belongs to the first group that matches."
+    )
+    lr_factor: float = setting("Their learning rate is multiplied by this.", above=0, default=1.0)
+    weight_decay: float | None = setting(
+        "Their weight decay; null: the same as for other parameters.", at_least=0, default=None
+    )
     epochs: float | None = setting(
-        "They are trained in so many first epochs only; null: in all.", above=0, default=None
+        "Train them in this many first epochs only; null: in all epochs.", above=0, default=None
     )
 
 
 @dataclass
 class LookaheadConfig:
-    """Lookahead: a slow copy of the parameters that the optimizer's own are set back to now and then."""
+    """Lookahead: regularly merges the parameters into a slow copy and sets them to that copy."""
 
-    every: int | None = setting("Updates between merges into the slow copy; null: there is none.", at_least=1)
-    keep: float = setting("Share of itself that the slow copy keeps in a merge.", at_least=0, below=1)
-    power: float = setting("`keep` is times this power of the share of the run that is done; 0: constant.", at_least=0)
+    every: int | None = setting(
+        "Updates between merges of the parameters into a slow copy; null: no lookahead.", at_least=1
+    )
+    keep: float = setting(
+        "Weight of the slow copy in a merge; 1 - keep is the weight of the parameters.", at_least=0, below=1
+    )
+    power: float = setting("keep is multiplied by (completed share of the run) ** power; 0: constant.", at_least=0)
 
 
 @dataclass
 class OptimizerConfig:
-    """How parameters are updated."""
+    """The optimizer. The keys of each optimizer are defined in ``distrain/optim/optimizers``."""
 
-    name: str = setting("Which optimizer.")
-    lr: float = setting("Base learning rate; the scheduler multiplies it.", above=0)
-    weight_decay: float = setting("Weight decay.", at_least=0)
-    fused: bool = setting("Use torch's fused kernel where it has one for the device.")
-    groups: list[GroupConfig] = setting("Parameters that are treated in another way, by name.", default_factory=list)
+    name: str = setting("Name of the optimizer.")
+    lr: float = setting("Base learning rate; the schedule multiplies it by a factor.", above=0, affects=("schedule",))
+    weight_decay: float = setting("Weight decay; the optimizer determines how it is applied.", at_least=0)
+    fused: bool = setting("Use torch's fused kernel if there is one for the device.")
+    groups: list[GroupConfig] = setting("Other settings for some parameters, by name.", default_factory=list)
     lookahead: LookaheadConfig = setting(
         "Lookahead (Zhang et al. 2019, arXiv 1907.08610).",
         default_factory=lambda: LookaheadConfig(every=None, keep=0.5, power=0.0),
@@ -165,103 +221,127 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """How the learning rate changes; a pure function of the step, so that it needs no state of its own."""
+    """The learning rate's schedule: a function of the step only, so it has no state to save."""
 
-    name: str = setting("Which schedule.")
-    warmup_epochs: float = setting("The rate rises linearly from 0 over this many epochs.", at_least=0)
+    name: str = setting("Name of the schedule.")
+    warmup_epochs: float = setting(
+        "First epochs in which the learning rate rises linearly from 0; fractions are allowed.", at_least=0
+    )
 
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides the terminal, ``metrics.jsonl`` and ``summary.json``."""
+    """Where metrics are logged, in addition to the terminal, ``metrics.jsonl`` and ``summary.json``."""
 
-    name: str = setting("Which logger.")
+    name: str = setting("Name of the logger.")
 
 
 @dataclass
 class TrainerConfig:
-    """The loop."""
+    """The training loop."""
 
-    epochs: int = setting("Passes over the training images.", at_least=1)
+    epochs: int = setting("Passes over the training samples.", at_least=1, affects=("schedule",))
     max_steps: int | None = setting(
-        "End the run after this many steps, with its evaluation, checkpoint and summary.", at_least=1
+        "End the run after this many steps, with its evaluation, checkpoint and summary; null: no limit.",
+        at_least=1,
+        affects=("schedule",),
     )
     max_minutes: float | None = setting(
-        "Save and end with exit code 75 after so long, to be gone on with later; null: no limit.", above=0
+        "After this many minutes, save and exit with code 75; the same command resumes. null: no limit.", above=0
     )
     on_nonfinite: str = setting(
-        "A gradient that is NaN or infinite: end the run; leave the update out; or go back to the newest checkpoint.",
+        "If a gradient is NaN or infinite: stop the run, skip the update, or rewind to the newest checkpoint.",
         choices=("stop", "skip", "rewind"),
     )
     micro_batch_size: int | None = setting(
-        "Samples a rank runs forward and backward at once; a larger share is accumulated. null: all at once.",
+        "Largest number of samples in one pass of a rank; gradients of several passes are accumulated. "
+        "null: a rank's whole share of the batch in one pass.",
         at_least=1,
     )
     grad_clip_norm: float | None = setting(
-        "Scale gradients whose norm over the whole model exceeds this; null: don't.", above=0
+        "Scale the gradient down if its norm over the whole model exceeds this; null: never.", above=0
     )
     precision: str = setting(
-        "fp32; bf16 and fp16 are mixed (float32 parameters, fp16 with loss scaling); fp64 is all double; "
-        "auto: the fastest in a trial at the start, no lower than lowest_precision.",
+        "fp32 or fp64: for everything. bf16 or fp16: mixed precision with float32 parameters (fp16 with loss scaling). "
+        "auto: the fastest in a trial at the start of the run, but not below lowest_precision.",
         choices=("fp32", "bf16", "fp16", "fp64", "auto"),
     )
     lowest_precision: str = setting(
-        "The lowest that precision=auto may choose.", choices=("fp32", "bf16"), default="fp32"
+        "The lowest precision that precision=auto may choose.", choices=("fp32", "bf16"), default="fp32"
     )
     compile: bool | str = setting(
-        "torch.compile the model; max: kernels chosen by trying them, and CUDA graphs; the start takes minutes.",
+        "true: use torch.compile; max: also choose kernels by timing and use CUDA graphs, so the start takes minutes.",
         choices=(False, True, "max"),
     )
     memory_format: str = setting(
-        "Layout of images and convolution weights; auto: the fastest in a trial at the start.",
+        "Memory layout of images and convolution weights; auto: the fastest in a trial at the start of the run.",
         choices=("auto", "contiguous", "channels_last"),
     )
     test_views: str = setting(
-        "Views of an image whose logits are averaged in evaluation; flip_translate: as it is and moved by a pixel.",
+        "Views of an image over which evaluation averages logits: the plain image; flip: also its mirror image; "
+        "flip_translate: also both moved by one pixel in two directions.",
         choices=("plain", "flip", "flip_translate"),
         default="plain",
     )
     deterministic: bool = setting(
-        "Only deterministic kernels (an operation that has none is an error), and no bucket size by measurement."
+        "Use only deterministic kernels (an operation without one is an error), and no bucket sizes by measurement."
     )
-    log_every_steps: int = setting("Steps between logged metrics (each costs one small all-reduce).", at_least=1)
+    log_every_steps: int = setting("Steps between two logs of metrics; each log costs a small all-reduce.", at_least=1)
     progress: str = setting(
-        "Live bar, plain lines, or neither; auto: a bar in a terminal.", choices=("auto", "bar", "lines", "off")
+        "Progress on the terminal: a live bar, plain lines, or off; auto: a bar if it is a terminal, else lines.",
+        choices=("auto", "bar", "lines", "off"),
+        affects=("execution",),
     )
-    profile_steps: int = setting("Write a profiler trace of this many steps to TensorBoard; 0 for none.", at_least=0)
+    profile_steps: int = setting(
+        "Write a profiler trace of this many steps to the run's tensorboard folder; 0: none.", at_least=0
+    )
 
 
 @dataclass
 class CheckpointConfig:
-    """When the state is saved below ``run_dir/checkpoints``."""
+    """When checkpoints are saved in ``run_dir/checkpoints``."""
 
-    every_epochs: int = setting("Save at the end of every so many epochs; the end of the run always saves.", at_least=1)
-    every_steps: int | None = setting("Also save every so many steps; null: only at epochs.", at_least=1)
-    every_minutes: float | None = setting("Also save after so many minutes without a save; null: don't.", above=0)
-    background: bool = setting("Write while training goes on, from a copy; what goes wrong is told a step later.")
-    keep: int = setting("How many of the newest to keep; the best by validation accuracy is kept besides.", at_least=1)
+    every_epochs: int = setting("Epochs between checkpoints; the end of the run always saves one.", at_least=1)
+    every_steps: int | None = setting("Steps between further checkpoints; null: none.", at_least=1)
+    every_minutes: float | None = setting(
+        "Also save if there was no save for this many minutes; null: no such saves.", above=0
+    )
+    background: bool = setting(
+        "Write from a copy in the background while training continues; errors appear at a later step."
+    )
+    keep: int = setting(
+        "Number of newest checkpoints to keep, in addition to the one with the best validation score.", at_least=1
+    )
 
 
 @dataclass
 class RuntimeConfig:
     """Processes and devices."""
 
-    device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
-    backend: str = setting("Process group backend; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl"))
+    device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    backend: str = setting(
+        "Backend of process groups; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl")
+    )
     shared_memory: str = setting(
-        "auto: on CPU, ranks of one host exchange tensors through memory; off: by the backend there too.",
+        "auto: on CPU, ranks of one host exchange tensors through shared memory; off: through the backend.",
         choices=("auto", "off"),
         default="auto",
     )
-    threads: int | None = setting("CPU threads a rank; null: the host's cores shared among its ranks.", at_least=1)
-    setup_timeout_seconds: float = setting("Ranks that don't meet within this time end with an error.", above=0)
-    timeout_seconds: float = setting("A step, or a collective, that takes longer ends the run.", above=0)
-    heartbeat_timeout_seconds: float = setting("A rank without a heartbeat for this long counts as failed.", above=0)
+    threads: int | None = setting(
+        "CPU threads per rank; null: the host's cores divided by its number of ranks.", at_least=1
+    )
+    setup_timeout_seconds: float = setting(
+        "The run fails if not all ranks have joined within this many seconds.", above=0
+    )
+    timeout_seconds: float = setting("The run fails if a step or a collective takes longer, in seconds.", above=0)
+    heartbeat_timeout_seconds: float = setting(
+        "A rank without a heartbeat for this many seconds counts as failed.", above=0
+    )
 
 
 @dataclass
 class Config:
-    """A whole run's configuration."""
+    """The configuration of a run."""
 
     strategy: StrategyConfig
     compression: CompressionConfig
@@ -270,14 +350,24 @@ class Config:
     task: TaskConfig
     loss: LossConfig
     optimizer: OptimizerConfig
-    scheduler: SchedulerConfig
-    logger: LoggerConfig
+    scheduler: SchedulerConfig = field(metadata=_affects("schedule"))
+    logger: LoggerConfig = field(metadata=_affects("execution"))
     trainer: TrainerConfig
-    checkpoint: CheckpointConfig
-    runtime: RuntimeConfig
+    checkpoint: CheckpointConfig = field(metadata=_affects("execution"))
+    runtime: RuntimeConfig = field(metadata=_affects("execution"))
     seed: int = setting(
-        "Fixes initial parameters, the order of samples, augmentation and dropout.", at_least=0, at_most=2**32 - 1
+        "Determines initial parameters, the order of samples, augmentation and dropout.",
+        at_least=0,
+        at_most=2**32 - 1,
+        affects=("sample_order",),
     )
-    resume: str = setting("auto: the newest checkpoint of run_dir if there is one; never; or a checkpoint's path.")
-    run_dir: str | None = setting("Folder of this run; null: outputs/<date>/<time>, chosen once by rank 0.")
-    experiment: str | None = setting("Name of the experiment file the values came from.", default=None)
+    resume: str = setting(
+        "Checkpoint to resume: auto (the newest in run_dir, if there is one), never, or the path of a checkpoint.",
+        affects=("identity",),
+    )
+    run_dir: str | None = setting(
+        "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",)
+    )
+    experiment: str | None = setting(
+        "Name of the experiment file that set values.", default=None, affects=("identity",)
+    )

@@ -129,7 +129,7 @@ def source_class(config: DataConfig) -> type[DataSource]:
     return cast("type[DataSource]", choice("data", config.name).target)
 
 
-def checked(config: DataConfig, spec: DataSpec) -> DataSpec:
+def check_shared_keys(config: DataConfig, spec: DataSpec) -> DataSpec:
     """Returns ``spec`` if the keys that all data sets share fit it.
 
     Raises:

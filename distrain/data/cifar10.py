@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys
 from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError, config_error
 
@@ -83,7 +83,7 @@ class Cifar10(DataSource):
             )
             raise ConfigError("data.root", self._config.root, f"{problem} to download them (170 MB)")
         classes = CLASSES if folder is None else self._classes(folder / _NAMES)
-        return checked(self._config, DataSpec(*_SHAPE, classes))
+        return check_shared_keys(self._config, DataSpec(*_SHAPE, classes))
 
     def load(self) -> Splits:
         """Reads the files; downloads them first if they are missing and ``data.download`` allows it.

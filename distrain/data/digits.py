@@ -13,7 +13,7 @@ import torch
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, hold_out_test
 from distrain.errors import config_error
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
@@ -47,7 +47,7 @@ class Digits(DataSource):
             ConfigError: scikit-learn isn't installed.
         """
         self._path()
-        return checked(self._config, DataSpec(1, _SIDE, _SIDE, tuple("0123456789")))
+        return check_shared_keys(self._config, DataSpec(1, _SIDE, _SIDE, tuple("0123456789")))
 
     def load(self) -> Splits:
         """Reads the file; pixel values 0 to 16 are scaled to 0 to 255.

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked, hold_out_test
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, hold_out_test
 from distrain.data.build_folder import is_build_folder
 from distrain.data.decode import SUFFIXES
 from distrain.data.image_cache import CacheSpec, ImageCache, ImageFile, open_or_build
@@ -92,7 +92,7 @@ class ImageFolder(DataSource):
         for folder in parts.values():
             if unknown := sorted(set(_folders(self._root, folder)) - set(classes)):
                 raise ConfigError("data.root", c.root, f"{folder} has a class without training images: {unknown[0]}")
-        return checked(c, DataSpec(c.channels, c.height, c.width, tuple(classes)))
+        return check_shared_keys(c, DataSpec(c.channels, c.height, c.width, tuple(classes)))
 
     def load(self) -> Splits:
         """Opens the cache of decoded images; decodes the files first if it doesn't exist.

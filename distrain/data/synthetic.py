@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, checked
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys
 from distrain.errors import ConfigError
 
 #: Pixel values that are generated at a time.
@@ -54,7 +54,7 @@ class Synthetic(DataSource):
         if megabytes > c.memory_limit_mb:
             problem = f"synthetic images are kept in memory, and these take {megabytes:.0f} MiB"
             raise ConfigError("data.memory_limit_mb", c.memory_limit_mb, problem)
-        return checked(c, DataSpec(c.channels, c.height, c.width, tuple(str(i) for i in range(c.classes))))
+        return check_shared_keys(c, DataSpec(c.channels, c.height, c.width, tuple(str(i) for i in range(c.classes))))
 
     def load(self) -> Splits:
         """Generates the images."""

@@ -1,4 +1,4 @@
-"""What a run measures: sums of losses and counts, and where the time of a step went."""
+"""Measurements of a run: sums of losses and counts, throughput, and how the time of a step divides."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Events = tuple[torch.cuda.Event, torch.cuda.Event]
+#: Start and end of a span on a GPU.
+EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 class Stopwatch:
-    """Where this rank's training time goes, without making the device wait for the host.
+    """Measures what this rank's training time is spent on, without adding synchronisation between host and device.
 
-    On a CPU spans are host times. On a GPU the host only queues work, so spans are pairs of CUDA events in the stream
-    and are read at :meth:`collect`, which is called where the host waits anyway. Exposed communication is what the
-    compute stream waits for a collective; hidden communication costs nothing and is not counted.
+    On a CPU, spans are measured on the host. On a GPU the host only queues work, so each span is a pair of CUDA events
+    in the compute stream. The events are read in :meth:`collect`, which is called where the host synchronises anyway.
+    Communication counts only while the compute stream waits for it (exposed communication); communication that
+    overlaps with computation is not counted.
+
+    Args:
+        device: The device of the training step.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._step_events: list[Events] = []
-        self._communication_events: list[Events] = []
-        self._compression_events: list[Events] = []
+        self._step_events: list[EventPair] = []
+        self._communication_events: list[EventPair] = []
+        self._compression_events: list[EventPair] = []
         self._host_step = 0.0
         self._step = 0.0
         self._communication = 0.0
@@ -38,7 +43,7 @@ class Stopwatch:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The span of one training step."""
+        """Context manager around one training step."""
         start = time.perf_counter()
         with _cuda_span(self._step_events) if self._cuda else nullcontext():
             yield
@@ -46,7 +51,7 @@ class Stopwatch:
 
     @contextmanager
     def communication(self) -> Iterator[None]:
-        """A span inside a step in which the rank only waits for others."""
+        """Context manager around a part of a step in which the rank only waits for other ranks."""
         start = time.perf_counter()
         with _cuda_span(self._communication_events) if self._cuda else nullcontext():
             yield
@@ -55,7 +60,7 @@ class Stopwatch:
 
     @contextmanager
     def compression(self) -> Iterator[None]:
-        """A span inside a step in which the rank compresses or decompresses."""
+        """Context manager around a part of a step in which the rank compresses or decompresses."""
         start = time.perf_counter()
         with _cuda_span(self._compression_events) if self._cuda else nullcontext():
             yield
@@ -63,20 +68,25 @@ class Stopwatch:
             self._compression += time.perf_counter() - start
 
     def flush(self) -> None:
-        """Waits until the device has done what was queued, and reads its events."""
+        """Waits until the device has finished all queued work, and reads the recorded events."""
         if self._cuda:
             torch.cuda.synchronize()
             self._step += _seconds(self._step_events)
             self._communication += _seconds(self._communication_events)
             self._compression += _seconds(self._compression_events)
 
-    def compressing(self) -> float:
-        """Seconds spent compressing and decompressing since the start; part of compute or exposed communication."""
+    def compression_seconds(self) -> float:
+        """Total seconds of compression and decompression; they are also part of compute or exposed communication."""
         self.flush()
         return self._compression
 
     def collect(self) -> tuple[float, float, float]:
-        """Seconds since the last call: of steps, of exposed communication in them, and of the host in steps."""
+        """Reads and resets the times measured since the last call.
+
+        Returns:
+            Seconds of steps on the device, seconds of exposed communication in these steps, and seconds that the host
+            spent in these steps.
+        """
         self.flush()
         step, communication, host = self._step if self._cuda else self._host_step, self._communication, self._host_step
         self._step = self._communication = self._host_step = 0.0
@@ -84,7 +94,7 @@ class Stopwatch:
 
 
 @contextmanager
-def _cuda_span(spans: list[Events]) -> Iterator[None]:
+def _cuda_span(spans: list[EventPair]) -> Iterator[None]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     yield
@@ -92,8 +102,8 @@ def _cuda_span(spans: list[Events]) -> Iterator[None]:
     spans.append((start, end))
 
 
-def _seconds(spans: list[Events]) -> float:
-    """Length of all spans, which are forgotten."""
+def _seconds(spans: list[EventPair]) -> float:
+    """Total seconds of all spans; empties the list."""
     milliseconds = [float(start.elapsed_time(end)) for start, end in spans]
     spans.clear()
     return sum(milliseconds) / 1000
@@ -101,10 +111,14 @@ def _seconds(spans: list[Events]) -> float:
 
 @dataclass
 class TimeShares:
-    """Seconds of a stretch of training: its whole length and its parts.
+    """Seconds of a part of training, by what they were spent on; the four attributes add up to the wall time.
 
-    ``compute`` is the steps less their exposed communication. What lies between steps is split between ``data`` and
-    ``other`` as the host spent it, so the four always add up to the whole.
+    Attributes:
+        compute: In steps, without their exposed communication.
+        communication: Exposed communication.
+        data: Waiting for batches. The time between steps is divided between ``data`` and ``other`` in the ratio in
+            which the host spent its time between steps.
+        other: The rest.
     """
 
     compute: float = 0.0
@@ -114,37 +128,47 @@ class TimeShares:
 
     @property
     def total(self) -> float:
-        """Length of the stretch."""
+        """Wall time in seconds."""
         return self.compute + self.communication + self.data + self.other
 
     @classmethod
-    def of(cls, wall: float, step: float, communication: float, host_data: float, host_other: float) -> TimeShares:
-        """Divides ``wall`` seconds, of which the device spent ``step`` in steps."""
+    def from_measurement(
+        cls, wall: float, step: float, communication: float, host_data: float, host_other: float
+    ) -> TimeShares:
+        """Divides wall time among the four parts; all arguments are seconds.
+
+        Args:
+            wall: Total time.
+            step: Time that the device spent in steps.
+            communication: Exposed communication in these steps.
+            host_data: Time that the host spent waiting for batches.
+            host_other: Time that the host spent neither in steps nor waiting for batches.
+        """
         between = max(wall - step, 0.0)
         host = host_data + host_other
         data = between * host_data / host if host > 0 else 0.0
         return cls(max(step - communication, 0.0), communication, data, between - data)
 
-    def add(self, more: TimeShares) -> None:
-        """Adds another stretch to this one."""
-        self.compute += more.compute
-        self.communication += more.communication
-        self.data += more.data
-        self.other += more.other
+    def add(self, other: TimeShares) -> None:
+        """Adds the times of another part of training."""
+        self.compute += other.compute
+        self.communication += other.communication
+        self.data += other.data
+        self.other += other.other
 
     def shares(self) -> dict[str, float]:
-        """Each part as a share of the whole, adding up to 1."""
+        """Each part's fraction of the wall time, by name; the fractions add up to 1."""
         whole = self.total or 1.0
         parts = {"compute": self.compute, "communication": self.communication, "data": self.data, "other": self.other}
         return {name: seconds / whole for name, seconds in parts.items()}
 
 
-class Totals:
-    """Sums of losses, metrics and samples that stay on the device until they are read.
+class MetricSums:
+    """Sums of losses, metrics and samples, kept on the device so that adding to them needs no synchronisation.
 
     Args:
-        device: Where the sums of the steps are.
-        metrics: Number of the task's metrics.
+        device: Device of the steps' sums.
+        metrics: Number of metrics of the task.
     """
 
     def __init__(self, device: torch.device, metrics: int) -> None:
@@ -158,18 +182,18 @@ class Totals:
         self._metrics += metric_sums
         self._count += count
 
-    def take(self) -> Tensor:
-        """``[loss, *metrics, count]`` as float64 (counts stay exact below 2**53); the sums start again from zero."""
+    def read_and_reset(self) -> Tensor:
+        """Returns ``[loss, *metrics, count]`` as float64 and sets the sums to zero; counts below 2**53 are exact."""
         count = self._loss.new_full((1,), self._count)
-        taken = torch.cat([self._loss.unsqueeze(0), self._metrics, count])
+        sums = torch.cat([self._loss.unsqueeze(0), self._metrics, count])
         self._loss.zero_()
         self._metrics.zero_()
         self._count = 0
-        return taken
+        return sums
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory this rank has used, in MiB: allocated by torch on a GPU, resident set on a CPU."""
+    """Peak memory of this rank in MiB: allocated by torch on a GPU, resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -177,151 +201,156 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 @dataclass
-class Stretch:
-    """A number of steps, timed together.
+class TimedSteps:
+    """Consecutive steps that are timed together.
 
     Attributes:
-        steps: How many.
-        samples: Samples of their global batches.
-        time: Seconds they took, evaluation and saving left out.
+        steps: Number of steps.
+        samples: Samples in their global batches.
+        time: Seconds that they took, without evaluation and saving.
     """
 
     steps: int = 0
     samples: int = 0
     time: TimeShares = field(default_factory=TimeShares)
 
-    def add(self, more: Stretch) -> None:
-        """Adds another stretch to this one."""
-        self.steps += more.steps
-        self.samples += more.samples
-        self.time.add(more.time)
+    def add(self, other: TimedSteps) -> None:
+        """Adds other steps to these."""
+        self.steps += other.steps
+        self.samples += other.samples
+        self.time.add(other.time)
 
     @property
     def samples_per_second(self) -> float:
-        """Images per second of the whole job."""
+        """Samples per second over all ranks."""
         return self.samples / self.time.total if self.time.total else 0.0
 
     @property
     def step_ms(self) -> float:
-        """Mean milliseconds a step."""
+        """Mean milliseconds per step."""
         return 1000 * self.time.total / self.steps if self.steps else 0.0
 
 
-class Durations:
-    """How long steps took: all of them summed, and an even sample whose size has a limit, whatever the run's.
+class StepDurations:
+    """Durations of steps: the exact mean, and percentiles of an evenly spaced sample of bounded size.
 
-    Every step is kept at first; when there is no room, every second that was kept goes, and from then on half as many
-    are kept as before.
+    At first the duration of every step is stored. Each time the sample is full, every second stored duration is removed
+    and the distance between stored steps doubles.
 
     Args:
-        most: How many are kept, an even number.
+        max_samples: Largest number of stored durations, an even number.
     """
 
-    def __init__(self, most: int = 1 << 16) -> None:
-        self._most = most
-        self._kept = array("d")
+    def __init__(self, max_samples: int = 1 << 16) -> None:
+        self._max_samples = max_samples
+        self._sample = array("d")
         self._every = 1
         self._count = 0
         self._sum = 0.0
 
     def add(self, seconds: float) -> None:
-        """One more step."""
+        """Adds one step."""
         if self._count % self._every == 0:
-            if len(self._kept) == self._most:
-                del self._kept[1::2]
+            if len(self._sample) == self._max_samples:
+                del self._sample[1::2]
                 self._every *= 2
-            self._kept.append(seconds)
+            self._sample.append(seconds)
         self._count += 1
         self._sum += seconds
 
     def milliseconds(self) -> dict[str, float]:
-        """``mean`` of all, ``p50`` and ``p95`` of the sample, in milliseconds; 0 where there were none."""
-        p50, p95 = np.percentile(self._kept or [0.0], [50, 95])
+        """``mean`` of all steps, ``p50`` and ``p95`` of the sample, in milliseconds; 0 without steps."""
+        p50, p95 = np.percentile(self._sample or [0.0], [50, 95])
         return {"mean": 1000 * self._sum / max(self._count, 1), "p50": 1000 * float(p50), "p95": 1000 * float(p95)}
 
 
-class _HasCount(Protocol):
+class _HasGlobalCount(Protocol):
     @property
     def global_count(self) -> int: ...
 
 
-BatchT = TypeVar("BatchT", bound=_HasCount)
+BatchT = TypeVar("BatchT", bound=_HasGlobalCount)
 
 
 class StepClock:
-    """Times a loop over batches; evaluation and saving don't count.
+    """Times a loop over batches, without evaluation and saving.
 
     Args:
-        stopwatch: The strategy's, which times the inside of the steps.
-        warmup_steps: The first steps of a run (allocation, compilation) that are left out of :attr:`overall`.
+        stopwatch: The strategy's stopwatch, which times what happens inside the steps.
+        warmup_steps: Number of first steps (with allocation and compilation) that :attr:`overall` leaves out.
+
+    Attributes:
+        overall: All steps since the warm-up.
+        epoch: The steps of this epoch since the warm-up; the caller replaces it at the end of an epoch.
     """
 
     def __init__(self, stopwatch: Stopwatch, warmup_steps: int) -> None:
         self._stopwatch = stopwatch
-        self._warmup = warmup_steps
-        self._taken = 0
-        self._durations = Durations()
-        self._data = 0.0
-        self._now = Stretch()
-        self._began = self._last = self._stopped = time.perf_counter()
-        #: All steps since warm-up.
-        self.overall = Stretch()
-        #: All steps of this epoch since warm-up; the trainer resets it.
-        self.epoch = Stretch()
+        self._warmup_steps = warmup_steps
+        self._finished_steps = 0
+        self._durations = StepDurations()
+        self._data_seconds = 0.0
+        self._current = TimedSteps()
+        #: Start of the current lap, end of the last step, and end of the time that was last counted.
+        self._lap_start = self._last_step_end = self._counted_until = time.perf_counter()
+        self.overall = TimedSteps()
+        self.epoch = TimedSteps()
 
     def steps(self, batches: Iterator[BatchT]) -> Iterator[BatchT]:
-        """Yields the batches; a step lasts until the loop asks for the next one."""
-        self._last = time.perf_counter()
-        self._began += self._last - self._stopped
+        """Yields the batches; a step lasts until the loop asks for the next batch."""
+        self._last_step_end = time.perf_counter()
+        # The time since the last loop over batches is not training time.
+        self._lap_start += self._last_step_end - self._counted_until
         try:
             while True:
                 start = time.perf_counter()
                 batch = next(batches, None)
                 if batch is None:
                     break
-                self._data += time.perf_counter() - start
-                self._now.steps += 1
-                self._now.samples += batch.global_count
+                self._data_seconds += time.perf_counter() - start
+                self._current.steps += 1
+                self._current.samples += batch.global_count
                 yield batch
                 end = time.perf_counter()
-                self._taken += 1
-                if self._taken > self._warmup:
-                    self._durations.add(end - self._last)
-                self._last = end
-                if self._taken == self._warmup:
-                    self._close()
+                self._finished_steps += 1
+                if self._finished_steps > self._warmup_steps:
+                    self._durations.add(end - self._last_step_end)
+                self._last_step_end = end
+                if self._finished_steps == self._warmup_steps:
+                    self._end_lap()
         finally:
-            self._stopped = time.perf_counter()
+            self._counted_until = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not training time; asks the device to finish the steps first."""
+        """Does not count the time inside the context; first waits until the device has finished the steps."""
         self._stopwatch.flush()
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        self._began += seconds
-        self._last += seconds
+        self._lap_start += seconds
+        self._last_step_end += seconds
 
-    def lap(self) -> Stretch:
-        """The steps since the last lap, which it ends."""
-        stretch = self._close()
-        if self._taken >= self._warmup:
-            self.overall.add(stretch)
-            self.epoch.add(stretch)
-        return stretch
+    def lap(self) -> TimedSteps:
+        """Ends the current lap and returns its steps, those since the last lap."""
+        lap = self._end_lap()
+        if self._finished_steps >= self._warmup_steps:
+            self.overall.add(lap)
+            self.epoch.add(lap)
+        return lap
 
-    def _close(self) -> Stretch:
+    def _end_lap(self) -> TimedSteps:
         step, communication, host_step = self._stopwatch.collect()
         now = time.perf_counter()
-        wall = now - self._began
-        stretch, self._now = self._now, Stretch()
-        stretch.time = TimeShares.of(wall, step, communication, self._data, max(wall - host_step - self._data, 0.0))
-        # Between epochs, what comes until the next step counts for neither stretch.
-        self._began = self._stopped = now
-        self._data = 0.0
-        return stretch
+        wall = now - self._lap_start
+        host_other = max(wall - host_step - self._data_seconds, 0.0)
+        lap, self._current = self._current, TimedSteps()
+        lap.time = TimeShares.from_measurement(wall, step, communication, self._data_seconds, host_other)
+        # Between two epochs, the time until the next step belongs to neither lap.
+        self._lap_start = self._counted_until = now
+        self._data_seconds = 0.0
+        return lap
 
     def step_ms(self) -> dict[str, float]:
-        """``mean``, ``p50`` and ``p95`` of the steps since warm-up, in milliseconds; 0 where there were none."""
+        """``mean``, ``p50`` and ``p95`` of the steps since the warm-up, in milliseconds; 0 without steps."""
         return self._durations.milliseconds()

@@ -280,7 +280,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         norm = self.compressor.residual_norm()
         device = self.runtime.device
         mine = torch.zeros(2, dtype=torch.float64, device=device)
-        mine[0] = self.stopwatch.compressing() / steps
+        mine[0] = self.stopwatch.compression_seconds() / steps
         if norm is not None:
             mine[1] = norm.double().square()
         seconds, squares = communicator.all_reduce(mine).tolist()

@@ -19,7 +19,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
 from distrain.training import resume, saver
-from distrain.training.nonfinite import Trail, refuse_nan
+from distrain.training.nonfinite import RewindPoints, refuse_nan
 from distrain.training.report import Report
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Checkpointing:
         self._config, self._strategy, self._task, self._samples = config, strategy, task, samples
         self._report = report
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
-        self._rewind_points = Trail(strategy.training_group, runtime.device)
+        self._rewind_points = RewindPoints(strategy.training_group, runtime.device)
         self._saved_step: int | None = None
         self._previous_best: tuple[float | None, int | None] = (None, None)
         self._owner: RunOwner | None = None
@@ -98,10 +98,10 @@ class Checkpointing:
     def wait(self, progress: Progress) -> None:
         """Waits for the save under way; if it failed, ``progress`` no longer names its step as the best."""
         self.saver.wait()
-        lost = self.saver.lost
-        if lost is not None and lost == self._saved_step:
+        failed_step = self.saver.failed_step
+        if failed_step is not None and failed_step == self._saved_step:
             self._saved_step = None
-            if lost == progress.best_step:
+            if failed_step == progress.best_step:
                 progress.best_score, progress.best_step = self._previous_best
 
     @in_phase("saving")
@@ -111,7 +111,7 @@ class Checkpointing:
         Raises:
             NonFinite: The model holds NaN.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.wait(progress)
         if self._saved_step == progress.step:
             return
@@ -122,7 +122,7 @@ class Checkpointing:
         layout, config = self._strategy.layout, to_container(self._config)
         state: dict[str, Any] = {**self._strategy.state_dict(), "layout": layout, "config": config}
         refuse_nan(state["model"], progress.step)
-        self.saver.save(state, asdict(progress), began)
+        self.saver.save(state, asdict(progress), start)
         self._saved_step = progress.step
         control.note_save()
         self._rewind_points.add(checkpoint_format.checkpoint_path(self._folder, progress.step), progress.step)
@@ -148,7 +148,7 @@ class Checkpointing:
             NonFinite: There is no checkpoint to go back to.
         """
         self.wait(progress)
-        path = self._rewind_points.back(progress.step)
+        path = self._rewind_points.pop_newest(progress.step)
         self._strategy.load_state_dict(checkpoint_reader.load(path)[0])
         progress.rewinds += 1
         log.warning("went back to %s; the data go on after step %d", path, progress.step)

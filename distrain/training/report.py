@@ -11,18 +11,16 @@ import torch
 
 from distrain.checkpoint.progress import Progress
 from distrain.config.load import to_container
-from distrain.config.schema import Config
+from distrain.config.schema import Config, affected_by
 from distrain.data.base import Splits
 from distrain.files.writing import write_json
 from distrain.reporting.loggers import Logger
-from distrain.reporting.metrics import StepClock, Stretch, Totals, peak_memory_mb
+from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult, Strategy
 from distrain.tasks.base import Evaluation, Task
 from distrain.training.nonfinite import NonFiniteGuard
 
-#: Keys that say how or where a run ran, not what it trained.
-_NOT_HYPERPARAMETERS = ("run_dir", "resume", "experiment", "runtime.", "checkpoint.", "logger.", "trainer.progress")
 #: Most steps at a run's start that are left out of its speed.
 _WARMUP_STEPS = 10
 
@@ -56,7 +54,7 @@ class Report:
         self.logger = logger
         self._config, self._runtime, self._strategy, self._task, self._guard = config, runtime, strategy, task, guard
         self._training_group = strategy.training_group
-        self._window = Totals(runtime.device, len(task.metrics))
+        self._window = MetricSums(runtime.device, len(task.metrics))
         self._skipped = 0
         self._bytes_sent = 0
         self._first_step = 0
@@ -98,14 +96,14 @@ class Report:
         Returns:
             Loss, the task's metrics and count.
         """
-        mine = self._window.take()
+        mine = self._window.read_and_reset()
         counted = torch.cat([mine, mine.new_tensor([self._skipped])])
         self._skipped = 0
         *sums, skipped = self._strategy.reduce_counts("window", counted, settled=settled).tolist()
         before = progress.epoch_sums or [0.0] * len(sums)
         progress.epoch_sums = [a + b for a, b in zip(before, sums, strict=True)]
         progress.skipped_updates += int(skipped)
-        self._guard.look(sums[0])
+        self._guard.check_loss_sum(sums[0])
         return sums
 
     def log_steps(self, progress: Progress) -> dict[str, float]:
@@ -155,7 +153,7 @@ class Report:
             **{f"epoch/train_{name}": value for name, value in metrics.items()},
             "epoch/images_per_second": self.clock.epoch.samples_per_second,
         }
-        self.clock.epoch = Stretch()
+        self.clock.epoch = TimedSteps()
         return values
 
     def validation(self, evaluation: Evaluation) -> dict[str, float]:
@@ -229,10 +227,14 @@ class Report:
         score = self._task.metrics[0]
         numbers = ("train_loss", f"val_{score}", f"test_{score}", "test_loss", "images_per_second")
         final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
-        keys = flatten(to_container(self._config))
-        chosen = {key: value for key, value in keys.items() if not key.startswith(_NOT_HYPERPARAMETERS)}
-        self.logger.hyperparameters(chosen, final)
+        self.logger.hyperparameters(hyperparameters(self._config), final)
         write_json(self._runtime.run_dir / "summary.json", summary)
+
+
+def hyperparameters(config: Config) -> dict[str, Any]:
+    """The keys that affect what is trained, dotted, with their values."""
+    values = flatten(to_container(config))
+    return {key: value for key, value in values.items() if not affected_by(config, key) & {"execution", "identity"}}
 
 
 def flatten(container: dict[str, Any], prefix: str = "") -> dict[str, Any]:

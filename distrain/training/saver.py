@@ -1,7 +1,7 @@
-"""Saving while training goes on: a step waits for a copy of the state only, and files are written from that copy.
+"""Saves checkpoints while training continues: a step waits only for a copy of the state, which is then written to disk.
 
-Mohan et al. 2021, "CheckFreq" (FAST '21), call the two parts snapshot and persist, and never let more than one save be
-under way.
+The two phases are called snapshot and persist in Mohan et al. 2021, "CheckFreq" (FAST '21). As there, at most one save
+is in progress at any time.
 """
 
 from __future__ import annotations
@@ -33,227 +33,229 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
-#: How long a run that failed waits for a save that is under way.
-_PATIENCE_SECONDS = 5.0
+#: How long a failed run waits for a save in progress.
+_CLOSE_TIMEOUT_SECONDS = 5.0
 
 
 class Saver:
-    """Saves a run's state, one save at a time, and keeps the newest checkpoints and the best; ranks use it together.
+    """Saves a run's state, one save at a time, and removes old checkpoints; all ranks of the group call it together.
 
-    A save that fails because a rank can't write (a full disk, a folder that is gone) does not end the run: rank 0 says
-    so in its log, the checkpoints that were there stay, and :attr:`lost` tells. Whatever else goes wrong in the
-    background is raised by the next :meth:`poll` or :meth:`wait`.
+    A save that fails because a rank can't write (disk full, folder removed) does not end the run: rank 0 logs the
+    error, older checkpoints stay, and :attr:`failed_step` is set. Any other error in the background is raised by the
+    next :meth:`poll` or :meth:`wait`.
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        keep: How many of the newest checkpoints stay.
-        everyone: The ranks that save; in the background a group that nobody else uses, since the messages of a group
-            don't say which thread they are for.
-        device: Where ``everyone`` communicates.
-        background: Write while training goes on.
-        expected: Called at the first :meth:`poll`: tensors like those that this rank will save, for which memory is
-            made ready in the background.
+        keep: Number of newest checkpoints to keep; the best one is kept too.
+        group: The ranks that save; by default this rank only. To save in the background they need a group of their own,
+            since a process group can't tell the messages of two threads apart.
+        device: Device on which the group communicates.
+        background: Write while training continues.
+        expected_tensors: Returns tensors with the shapes and types that this rank will save. Called at the first
+            :meth:`poll`; memory for their copies is then allocated in the background.
 
     Attributes:
-        lost: Step of the last save, if it failed; known when :meth:`wait` returns, and then the same on all ranks.
+        failed_step: Step of the last save if it failed, else ``None``; up to date and equal on all ranks after
+            :meth:`wait`.
     """
 
     def __init__(
         self,
         folder: Path,
         keep: int,
-        everyone: Communicator | None = None,
+        group: Communicator | None = None,
         device: torch.device = _CPU,
         *,
         background: bool,
-        expected: Callable[[], list[Tensor]] = list,
+        expected_tensors: Callable[[], list[Tensor]] = list,
     ) -> None:
-        self.lost: int | None = None
+        self.failed_step: int | None = None
         self._folder = folder
         self._keep = keep
-        self._everyone = everyone if everyone is not None else Communicator()
+        self._group = group if group is not None else Communicator()
         self._device = device
         self._staging = _Staging() if background else None
-        self._expected: Callable[[], list[Tensor]] | None = expected if background else None
-        self._under_way: Future[int | None] | None = None
+        self._expected_tensors: Callable[[], list[Tensor]] | None = expected_tensors if background else None
+        self._pending: Future[int | None] | None = None
         self._saves = 0
-        self._stalls: list[float] = []
-        self._seconds: list[float] = []
+        self._stall_seconds: list[float] = []
+        self._write_seconds: list[float] = []
 
-    def save(self, state: Mapping[str, Any], progress: Mapping[str, Any], began: float | None = None) -> None:
-        """Saves, or begins to, once the last save is done; the tensors may be changed when it returns.
+    def save(self, state: Mapping[str, Any], progress: Mapping[str, Any], start: float | None = None) -> None:
+        """Waits for the last save, then saves or starts a save; the tensors may be changed after it returns.
 
         Args:
-            state: See :func:`distrain.checkpoint.format.save`.
-            progress: Likewise; ``best_step`` is the checkpoint that is kept besides the newest.
-            began: When training stopped for this save, by ``time.perf_counter``; by default now.
+            state: See :func:`distrain.checkpoint.writer.save`.
+            progress: Likewise; ``best_step`` names a checkpoint to keep in addition to the newest.
+            start: When training stopped for this save, by ``time.perf_counter``; by default now.
         """
-        began = time.perf_counter() if began is None else began
+        start = time.perf_counter() if start is None else start
         self.wait()
         self._saves += 1
         if self._staging is None:
-            self.lost = self._write(state, progress)
+            self.failed_step = self._write(state, progress)
         else:
-            staged = self._staging.copy(state)
-            self._under_way = _in_background(functools.partial(self._write_staged, staged, dict(progress)))
-        self._stalls.append(time.perf_counter() - began)
+            copy = self._staging.copy(state)
+            self._pending = _run_in_background(functools.partial(self._write_copy, copy, dict(progress)))
+        self._stall_seconds.append(time.perf_counter() - start)
 
     def poll(self) -> None:
-        """Raises what went wrong in the background, if something has by now; called after every step."""
-        if self._expected is not None and self._staging is not None:
-            self._staging.prepare(self._expected())
-            self._expected = None
-        if self._under_way is not None and self._under_way.done():
+        """Raises an error of a save that has ended in the background; called after every step."""
+        if self._expected_tensors is not None and self._staging is not None:
+            self._staging.prepare(self._expected_tensors())
+            self._expected_tensors = None
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save that is under way, and raises what went wrong in it."""
-        if self._under_way is not None:
-            self.lost = self._under_way.result()
-            self._under_way = None
+        """Waits for the save in progress, and raises its error if there was one."""
+        if self._pending is not None:
+            self.failed_step = self._pending.result()
+            self._pending = None
 
     def close(self) -> None:
-        """For a run that ends in an error: gives a save that is under way some time to become complete."""
-        if self._under_way is not None:
-            futures.wait([self._under_way], _PATIENCE_SECONDS)
+        """Gives a save in progress some time to complete; for a run that ends with an error."""
+        if self._pending is not None:
+            futures.wait([self._pending], _CLOSE_TIMEOUT_SECONDS)
 
     def report(self) -> dict[str, Any]:
-        """What saving cost; all ranks call it together, after :meth:`wait`.
+        """The cost of saving; all ranks call it together, after :meth:`wait`.
 
         Returns:
-            ``saves``; ``failed`` among them; ``stall_ms``, how long training stood still for one, ``max`` and ``mean``;
-            ``write_seconds``, from there until it was complete, the mean. Of each the largest of all ranks.
+            ``saves``: number of saves; ``failed``: how many of them failed; ``stall_ms``: ``max`` and ``mean`` time in
+            milliseconds for which a save stopped training; ``write_seconds``: mean time until a save was complete. Each
+            is the largest value of all ranks.
         """
-        stalls, seconds = (np.asarray(each or [0.0]) for each in (self._stalls, self._seconds))
-        mine = torch.tensor([stalls.max(), stalls.mean(), seconds.mean()], dtype=torch.float64, device=self._device)
-        longest, mean, writing = self._everyone.all_reduce(mine, "max").tolist()
+        stalls, writes = (np.asarray(seconds or [0.0]) for seconds in (self._stall_seconds, self._write_seconds))
+        own = torch.tensor([stalls.max(), stalls.mean(), writes.mean()], dtype=torch.float64, device=self._device)
+        max_stall, mean_stall, mean_write = self._group.all_reduce(own, "max").tolist()
         return {
             "saves": self._saves,
-            "failed": self._saves - len(self._seconds),
-            "stall_ms": {"max": 1000 * longest, "mean": 1000 * mean},
-            "write_seconds": writing,
+            "failed": self._saves - len(self._write_seconds),
+            "stall_ms": {"max": 1000 * max_stall, "mean": 1000 * mean_stall},
+            "write_seconds": mean_write,
         }
 
-    def _write_staged(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> int | None:
+    def _write_copy(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> int | None:
         assert self._staging is not None
         self._staging.wait()
         return self._write(state, progress)
 
     def _write(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> int | None:
-        """Writes a checkpoint and removes old ones; returns the step if it could not be written."""
+        """Writes a checkpoint and removes old ones; returns the step if it could not be written, else ``None``."""
         start, step = time.perf_counter(), int(progress["step"])
         try:
-            checkpoint_writer.save(self._folder, state, progress, self._everyone, self._device)
+            checkpoint_writer.save(self._folder, state, progress, self._group, self._device)
         except checkpoint_writer.SaveFailed as error:
-            if self._everyone.rank == 0:
+            if self._group.rank == 0:
                 log.error("CHECKPOINT NOT SAVED at step %d: %s. The run goes on; older checkpoints stay", step, error)
             return step
-        self._seconds.append(time.perf_counter() - start)
-        if self._everyone.rank == 0:
+        self._write_seconds.append(time.perf_counter() - start)
+        if self._group.rank == 0:
             checkpoint_retention.prune(self._folder, self._keep, progress["best_step"], step)
         return None
 
 
 #: Shape, strides, type and device of a tensor.
-_Like = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_TensorLayout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
 class _Staging:
-    """Copies of a state's tensors on the CPU, in memory that the next copy uses again.
+    """Copies the tensors of a state to CPU memory that is reused by the next copy.
 
-    Fresh memory costs more than the copy: the system clears each page when it is first written.
+    Newly allocated memory would cost more time than the copy: the system clears each page when it is first written.
     """
 
     def __init__(self) -> None:
-        self._places: dict[str, tuple[Tensor, _Like]] = {}
+        self._buffers: dict[str, tuple[Tensor, _TensorLayout]] = {}
         self._copied: torch.cuda.Event | None = None
-        self._spare: dict[_Like, list[Tensor]] = defaultdict(list)
-        self._prepared: Future[None] | None = None
+        self._prepared_buffers: dict[_TensorLayout, list[Tensor]] = defaultdict(list)
+        self._preparation: Future[None] | None = None
 
     def prepare(self, tensors: list[Tensor]) -> None:
-        """Begins to make memory ready for a first copy of tensors like these."""
+        """Starts to allocate buffers for a first copy of tensors like these, in the background."""
 
-        def make_ready() -> None:
+        def allocate() -> None:
             for tensor in tensors:
-                self._spare[_like(tensor)].append(_place(tensor).zero_())
+                self._prepared_buffers[_layout_of(tensor)].append(_allocate_buffer(tensor).zero_())
 
-        self._prepared = _in_background(make_ready)
+        self._preparation = _run_in_background(allocate)
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state with copies of its tensors; they count once :meth:`wait` has returned."""
-        if self._prepared is not None:
-            self._prepared.result()
-            self._prepared = None
-        before, self._places = self._places, {}
+        """Returns the state with copies of its tensors; their content is valid after :meth:`wait`."""
+        if self._preparation is not None:
+            self._preparation.result()
+            self._preparation = None
+        old_buffers, self._buffers = self._buffers, {}
         copied = dict(state)
         for part in (*checkpoint_format.PARTS, *checkpoint_format.PER_RANK_PARTS):
             copied[part] = {
-                name: self._copy(f"{part}/{name}", tensor.detach(), before)
+                name: self._copy(f"{part}/{name}", tensor.detach(), old_buffers)
                 for name, tensor in state.get(part, {}).items()
             }
-        self._spare.clear()
+        self._prepared_buffers.clear()
         self._copied = None
-        if any(device.type == "cuda" for _, (_, _, _, device) in self._places.values()):
-            # Later steps are behind the copies in the device's queue, so nobody needs to wait here.
+        if any(device.type == "cuda" for _, (_, _, _, device) in self._buffers.values()):
+            # Later steps are queued in the same stream after the copies, so training need not wait for the copies.
             self._copied = torch.cuda.Event()
             self._copied.record()
         return copied
 
     def wait(self) -> None:
-        """Waits until the device has copied what it was told to."""
+        """Waits until the device has finished the copies."""
         if self._copied is not None:
             self._copied.synchronize()
 
-    def _copy(self, key: str, tensor: Tensor, before: Mapping[str, tuple[Tensor, _Like]]) -> Tensor:
-        like = _like(tensor)
-        place, of = before.get(key, (None, None))
-        if place is None or of != like:
-            place = self._spare[like].pop() if self._spare[like] else _place(tensor)
-        self._places[key] = place, like
-        return place.copy_(tensor, non_blocking=True)
+    def _copy(self, key: str, tensor: Tensor, old_buffers: Mapping[str, tuple[Tensor, _TensorLayout]]) -> Tensor:
+        layout = _layout_of(tensor)
+        buffer, buffer_layout = old_buffers.get(key, (None, None))
+        if buffer is None or buffer_layout != layout:
+            prepared = self._prepared_buffers[layout]
+            buffer = prepared.pop() if prepared else _allocate_buffer(tensor)
+        self._buffers[key] = buffer, layout
+        return buffer.copy_(tensor, non_blocking=True)
 
 
-def _in_background(work: Callable[[], T]) -> Future[T]:
-    """Does something in a thread that ends with the process: a rank that failed waits for no peers that are gone."""
-    done: Future[T] = Future()
+def _run_in_background(work: Callable[[], T]) -> Future[T]:
+    """Runs a function in a daemon thread, so that a failed rank can exit without waiting for ranks that are gone."""
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.set_result(work())
-        except BaseException as error:  # whoever asks for the result gets it
-            done.set_exception(error)
+            result.set_result(work())
+        except BaseException as error:  # raised again by whoever asks for the result
+            result.set_exception(error)
 
     threading.Thread(target=run, name="distrain-saver", daemon=True).start()
-    return done
+    return result
 
 
-def _like(tensor: Tensor) -> _Like:
+def _layout_of(tensor: Tensor) -> _TensorLayout:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _place(tensor: Tensor) -> Tensor:
-    # With its strides: a copy into another layout takes far longer, and is made when the file is written.
+def _allocate_buffer(tensor: Tensor) -> Tensor:
+    # With the tensor's strides, since a copy to another memory layout is far slower; the writer does that instead.
     return torch.empty_like(tensor.detach(), device=_CPU, pin_memory=tensor.is_cuda)
 
 
 def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
-    """The run's saver, with the group of ranks that it needs for itself; all ranks call it together."""
+    """Builds the run's saver, and its own process group if it needs one; all ranks call it together."""
     folder, keep = checkpoint_format.checkpoints_folder(runtime.run_dir), config.checkpoint.keep
     if runtime.is_main:
         checkpoint_retention.remove_leftovers(folder)
     if not config.checkpoint.background or not strategy.saves_in_background:
         return Saver(folder, keep, strategy.training_group, runtime.device, background=False)
-    if runtime.world.size == 1:
-        return Saver(folder, keep, background=True, expected=functools.partial(_to_be_saved, strategy))
-    return Saver(
-        folder, keep, runtime.control_group(), background=True, expected=functools.partial(_to_be_saved, strategy)
-    )
+    group = runtime.control_group() if runtime.world.size > 1 else None
+    expected_tensors = functools.partial(_expected_tensors, strategy)
+    return Saver(folder, keep, group, background=True, expected_tensors=expected_tensors)
 
 
-def _to_be_saved(strategy: Strategy) -> list[Tensor]:
-    """Most of what this rank will save, known after a first step: optimizers begin to keep things then."""
+def _expected_tensors(strategy: Strategy) -> list[Tensor]:
+    """Most of the tensors that this rank will save; the optimizer's state exists only after the first step."""
     if strategy.data_shard[0] != 0:
         return []
     optimizer = strategy.optimizer
-    kept = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, Tensor)]
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]] + kept
+    parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return parameters + states

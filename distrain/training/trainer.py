@@ -122,7 +122,7 @@ class Trainer:
                 if Request.REWIND in agreed:
                     with self.report.clock.paused():
                         self.checkpointing.rewind(self.progress)
-                    self._guard.wants_back = False
+                    self._guard.rewind_requested = False
                 if self.checkpointing.is_due(agreed, self.progress):
                     with self.report.clock.paused():
                         self.save()
@@ -141,7 +141,7 @@ class Trainer:
         self.strategy.set_learning_rate(self.config.optimizer.lr * self.schedule(self.progress.step))
         sent_before = self.strategy.ledger.total()
         result = self.strategy.train_step(batch)
-        counts = self._guard.counts(result, batch, self.progress.step + 1)
+        counts = self._guard.check_step(result, batch, self.progress.step + 1)
         self.report.add_step(result, self.strategy.ledger.total() - sent_before, counts=counts)
         self.progress.advance(batch.global_count)
         self.runtime.activity.advance(self.progress.step, self.progress.epoch_samples)
@@ -156,7 +156,7 @@ class Trainer:
 
     def _agree(self) -> Request:
         """What all ranks do after this step."""
-        rewind = Request.REWIND if self._guard.wants_back else Request.NOTHING
+        rewind = Request.REWIND if self._guard.rewind_requested else Request.NOTHING
         if self.strategy.skips_locally:
             return self._control.agree(rewind)
         return self._control.agree() | rewind
@@ -212,7 +212,7 @@ class Trainer:
         """Goes on from a checkpoint; returns the summary of a run that has ended already."""
         self.progress = self.checkpointing.resume()
         self.report.begin(self.progress.step, self.total_steps)
-        summary = resume.finished(self.runtime.run_dir, self.progress.step) if self._done() else None
+        summary = resume.finished_summary(self.runtime.run_dir, self.progress.step) if self._done() else None
         if summary is None:
             self.report.logger.rewind(self.progress.step, mid_epoch=self.progress.epoch_samples > 0)
         else:

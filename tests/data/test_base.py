@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from distrain.data.base import DataSpec, Images, assemble, channel_statistics, checked, hold_out_test, image_moments
+from distrain.data.base import (
+    DataSpec,
+    Images,
+    assemble,
+    channel_statistics,
+    check_shared_keys,
+    hold_out_test,
+    image_moments,
+)
 from distrain.errors import ConfigError
 from tests.data.helpers import data_config, random_images
 
@@ -116,5 +124,5 @@ def test_a_fraction_holds_out_at_least_one_and_leaves_one(count: int) -> None:
 )
 def test_keys_that_do_not_fit_the_images_are_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        checked(data_config(**changes), SPEC)
+        check_shared_keys(data_config(**changes), SPEC)
     assert str(caught.value) == key

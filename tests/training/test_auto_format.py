@@ -249,7 +249,7 @@ def test_stages_of_a_pipeline_go_by_the_rule(option: str) -> None:
 
 
 def of_unlike_devices(config: Config) -> Formats:
-    auto_format.usual_precision = lambda device: "fp32" if World.from_environment().rank else "bf16"
+    auto_format.default_precision = lambda device: "fp32" if World.from_environment().rank else "bf16"
     return settled(config)
 
 

@@ -1,4 +1,4 @@
-"""Going on: from which checkpoint, under which configuration, with what of each part, and on any ranks."""
+"""Resuming: from which checkpoint, under which configurations, what is restored, and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
 
 
 def train(*overrides: str) -> dict[str, Any]:
-    """A rank's run, with the samples of each step that it saw."""
+    """Trains one rank and returns, among others, the samples of its steps."""
     seen: list[list[int]] = []
     configuration = small(*overrides)
     world = World.from_environment()
@@ -56,18 +56,18 @@ def start(ranks: int, *overrides: str) -> list[dict[str, Any]]:
 
 
 def steps_of(ranks: list[dict[str, Any]]) -> list[list[int]]:
-    """The samples of each step over all shares."""
+    """The samples of each step over all shards."""
     shares = {rank["shard"]: rank["seen"] for rank in ranks}
     return [[sample for share in step for sample in share] for step in zip(*shares.values(), strict=True)]
 
 
-def said(folder: Path) -> str:
+def log_of(folder: Path) -> str:
     return (folder / "logs" / "rank_0.log").read_text()
 
 
 def tables(folder: Path) -> list[dict[str, tuple[str, str]]]:
-    """What became of each part, and why, at each resume that a run's log tells of."""
-    text = said(folder)
+    """The outcome and the reason for each part, for each resume in a run's log."""
+    text = log_of(folder)
     found = []
     for each in re.findall(r"this run \(.*\) has:\n((?:  .*\n)+)", text):
         rows = [re.split(r"  +", line.strip(), maxsplit=2) for line in each.splitlines()]
@@ -78,7 +78,7 @@ def tables(folder: Path) -> list[dict[str, tuple[str, str]]]:
 # --- anything to anything --------------------------------------------------------------------------------------------
 
 
-#: 127 images in batches of 10: 13 steps an epoch, the last of 7, so that every tenth step is amid one.
+#: 127 images in batches of 10: 13 steps per epoch, the last of 7 images, so each tenth step is within an epoch.
 CHAIN = (
     *NORM_NET,
     "+model.kwargs.norm=batch",
@@ -94,7 +94,7 @@ CHAIN = (
 )
 
 
-def test_the_ranks_may_change_every_ten_steps(tmp_path: Path) -> None:
+def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_path: Path) -> None:
     whole = [train(*CHAIN, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")]
     steps = []
     pipeline = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")
@@ -109,7 +109,7 @@ def test_the_ranks_may_change_every_ten_steps(tmp_path: Path) -> None:
         steps += steps_of(last)
     for rank in last:
         assert relative_difference(rank["model"], whole[0]["model"]) <= 1e-5
-    # Not only each sample once an epoch, but those of each step.
+    # Each step has the same samples as in the uninterrupted run, not only each epoch.
     assert [sorted(step) for step in steps] == [sorted(step) for step in steps_of(whole)]
     for epoch in range(3):
         samples = [sample for step in steps[13 * epoch : 13 * epoch + 13] for sample in step]
@@ -122,10 +122,10 @@ def test_the_ranks_may_change_every_ten_steps(tmp_path: Path) -> None:
         assert hows["model"] == hows["optimizer"] == hows["data position"] == "exact"
         assert hows["schedule"] == "changed"
         assert hows["random draws"] == "redistributed"
-    assert "changed: strategy.name: ddp → pipeline" in said(tmp_path / "parts")
+    assert "changed: strategy.name: ddp → pipeline" in log_of(tmp_path / "parts")
 
 
-def test_the_batch_size_may_change_amid_an_epoch(tmp_path: Path) -> None:
+def test_the_batch_size_may_change_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     first = train(*CHAIN, f"run_dir={tmp_path}", "trainer.max_steps=5")
     second = train(*CHAIN, f"run_dir={tmp_path}", "data.batch_size=16", "trainer.max_steps=10")
     steps = steps_of([first]) + steps_of([second])
@@ -145,7 +145,7 @@ def hows(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def lossy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint amid the first epoch of ddp on three ranks, by compressor."""
+    """For each compressor, a checkpoint in the first epoch of ddp on three ranks."""
     folder = tmp_path_factory.mktemp("lossy")
     found = {}
     for name in ("topk", "powersgd"):
@@ -154,7 +154,7 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-#: What becomes of most parts when only the ranks differ.
+#: Outcome of most parts if only the number of ranks differs.
 MOVED = {
     "model": "exact",
     "optimizer": "exact",
@@ -168,32 +168,32 @@ MOVED = {
 
 
 @pytest.mark.parametrize(("name", "factors"), [("topk", "absent"), ("powersgd", "exact")])
-def test_residuals_move_to_other_ranks(name: str, factors: str, lossy: dict[str, Path], tmp_path: Path) -> None:
+def test_residuals_are_redistributed_to_another_number_of_ranks(
+    name: str, factors: str, lossy: dict[str, Path], tmp_path: Path
+) -> None:
     options = ("strategy=ddp", f"compression={name}", *LOSSY, "trainer.max_steps=4", f"resume={lossy[name]}")
     start(2, *options, f"run_dir={tmp_path}")
     assert hows(tmp_path) == {**MOVED, "residuals": "redistributed", "compressor's factors": factors}
-    assert "the sum over 3 ranks, in equal shares among 2 replicas" in said(tmp_path)
+    assert "the sum over 3 ranks, in equal shares among 2 replicas" in log_of(tmp_path)
 
 
-def test_on_the_same_ranks_everything_is_exact(lossy: dict[str, Path], tmp_path: Path) -> None:
+def test_on_the_same_number_of_ranks_everything_is_exact(lossy: dict[str, Path], tmp_path: Path) -> None:
     options = ("strategy=ddp", "compression=powersgd", *LOSSY, "trainer.max_steps=3")
     start(3, *options, f"run_dir={tmp_path}", f"resume={lossy['powersgd']}")
     same = {"schedule": "exact", "random draws": "exact", "residuals": "exact", "compressor's factors": "exact"}
     assert hows(tmp_path) == {**MOVED, **same}
 
 
-def test_a_pipeline_has_no_place_for_residuals_of_another_unit_or_without_error_feedback(
-    lossy: dict[str, Path], tmp_path: Path
-) -> None:
+def test_residuals_are_reset_without_error_feedback_or_in_another_unit(lossy: dict[str, Path], tmp_path: Path) -> None:
     options = (*LOSSY[:-2], "trainer.epochs=100", "trainer.max_steps=4")
     start(2, "strategy=pipeline", *options, f"run_dir={tmp_path}/a", f"resume={lossy['powersgd']}")
     assert hows(tmp_path / "a") == {**MOVED, "residuals": "reset", "compressor's factors": "reset"}
     start(2, "strategy=local_sgd", *options, f"run_dir={tmp_path}/b", f"resume={lossy['topk']}")
     assert hows(tmp_path / "b") == {**MOVED, "residuals": "reset", "compressor's factors": "reset"}
-    assert "gradients travelled, now differences" in said(tmp_path / "b")
+    assert "gradients travelled, now differences" in log_of(tmp_path / "b")
 
 
-def test_copies_that_had_parted_go_on_alone_or_from_their_mean(tmp_path: Path) -> None:
+def test_diverged_local_sgd_replicas_are_restored_or_averaged(tmp_path: Path) -> None:
     options = ("strategy=local_sgd", "strategy.sync_every=2", *NORM_NET, "+model.kwargs.norm=batch")
     start(2, *options, f"run_dir={tmp_path}/local", "trainer.max_steps=3")
     saved = f"resume={tmp_path}/local/checkpoints/step_00000003"
@@ -205,7 +205,7 @@ def test_copies_that_had_parted_go_on_alone_or_from_their_mean(tmp_path: Path) -
     assert (found["model"], found["optimizer"], found["local state"]) == ("redistributed", "redistributed", "reset")
 
 
-def test_one_process_has_its_table_too(tmp_path: Path) -> None:
+def test_one_process_logs_the_table_too(tmp_path: Path) -> None:
     options = ("trainer.precision=fp16", "optimizer=sgd", "optimizer.momentum=0", "checkpoint.every_steps=7")
     run = Run(tmp_path / "whole", *options, "trainer.max_steps=7")
     assert tables(tmp_path / "whole") == []
@@ -223,7 +223,7 @@ def test_one_process_has_its_table_too(tmp_path: Path) -> None:
         "random draws": "exact",
         "best metric": "exact",
     }
-    assert "epoch 1, 20 of 48 samples seen" in said(again.folder)
+    assert "epoch 1, 20 of 48 samples seen" in log_of(again.folder)
     start(2, "strategy=ddp", *options, f"run_dir={tmp_path}/ddp", f"resume={run.checkpoint(7)}", "trainer.max_steps=7")
     assert (hows(tmp_path / "ddp")["loss scale"], hows(tmp_path / "ddp")["best metric"]) == ("exact", "exact")
     rounded = Run(
@@ -231,7 +231,7 @@ def test_one_process_has_its_table_too(tmp_path: Path) -> None:
     )
     found = hows(rounded.folder)
     assert (found["model"], found["loss scale"], found["schedule"]) == ("changed", "absent", "changed")
-    assert "float32 to float64" in said(rounded.folder)
+    assert "float32 to float64" in log_of(rounded.folder)
 
 
 # --- runs in this process --------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class Run:
         return [row for row in rows if row["kind"] == kind]
 
 
-# --- does it fit? ----------------------------------------------------------------------------------------------------
+# --- compatibility ---------------------------------------------------------------------------------------------------
 
 
 def saved_with(*overrides: str) -> dict[str, Any]:
@@ -274,19 +274,19 @@ def saved_with(*overrides: str) -> dict[str, Any]:
         ("data.train_size=54", "data.train_size: 53 → 54"),
     ],
 )
-def test_what_would_mean_something_else_is_refused_with_the_difference(override: str, shown: str) -> None:
+def test_an_incompatible_configuration_is_refused_with_the_difference(override: str, shown: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        resume.refuse_if_changed(small(override), Path("step_1"), saved_with(), amid_epoch=False)
+        resume.refuse_incompatible(small(override), Path("step_1"), saved_with(), mid_epoch=False)
     assert str(refused.value).startswith("resume=step_1: was saved with another configuration: ")
     assert shown in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("override", ["seed=3", "data.limit=20"])
-def test_an_epoch_keeps_its_order_and_the_next_may_have_another(override: str) -> None:
-    resume.refuse_if_changed(small(override), Path("step_1"), saved_with(), amid_epoch=False)
-    with pytest.raises(ConfigError, match=r"amid an epoch, whose order of samples would change"):
-        resume.refuse_if_changed(small(override), Path("step_1"), saved_with(), amid_epoch=True)
+def test_the_order_of_samples_may_change_only_between_epochs(override: str) -> None:
+    resume.refuse_incompatible(small(override), Path("step_1"), saved_with(), mid_epoch=False)
+    with pytest.raises(ConfigError, match=r"in the middle of an epoch, whose order of samples would change"):
+        resume.refuse_incompatible(small(override), Path("step_1"), saved_with(), mid_epoch=True)
 
 
 @pytest.mark.parametrize(
@@ -300,47 +300,47 @@ def test_an_epoch_keeps_its_order_and_the_next_may_have_another(override: str) -
         "loss=mean_squared_error",
     ],
 )
-def test_anything_else_may_change(override: str) -> None:
-    resume.refuse_if_changed(small(override), Path("step_1"), saved_with(), amid_epoch=True)
+def test_other_keys_may_change(override: str) -> None:
+    resume.refuse_incompatible(small(override), Path("step_1"), saved_with(), mid_epoch=True)
 
 
-def test_a_key_that_came_with_a_release_is_no_difference() -> None:
+def test_keys_that_a_release_added_or_removed_are_ignored() -> None:
     older = saved_with()
     older["model"]["gone"] = 3
     del older["data"]["noise"]
-    resume.refuse_if_changed(small(), Path("step_1"), older, amid_epoch=True)
+    resume.refuse_incompatible(small(), Path("step_1"), older, mid_epoch=True)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of three epochs (of five steps) in one go, each step saved."""
+    """An uninterrupted run of three epochs of five steps, with a checkpoint of each step."""
     folder = tmp_path_factory.mktemp("whole")
     return Run(folder, "trainer.epochs=3", "checkpoint.every_steps=1", "checkpoint.keep=99", "logger=tensorboard")
 
 
-def test_another_model_is_refused_before_anything_starts(parts: Run) -> None:
+def test_another_model_is_refused_before_the_run_starts(parts: Run) -> None:
     for where in (f"resume={parts.checkpoint(5)}", f"run_dir={parts.folder}"):
         with pytest.raises(ConfigError, match=r"^resume=.*: was saved with another configuration: model\."):
             check(small("model=resnet18", where), ALONE)
     check(small("model=resnet18", f"run_dir={parts.folder}", "resume=never"), ALONE)
 
 
-def test_a_damaged_checkpoint_refuses_nobody(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_compared(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.max_steps=2", "trainer.epochs=1")
     torch.save({}, run.checkpoint(2) / "model.safetensors")
     check(small("model=resnet18", f"run_dir={tmp_path}"), ALONE)
 
 
-def test_a_checkpoint_of_before_configurations_were_saved_is_gone_on_from(parts: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_configuration_can_be_resumed(parts: Run, tmp_path: Path) -> None:
     state, progress = checkpoint_reader.load(parts.checkpoint(7))
     state.update(compressor=state["compressor"][0], local={}, config=None)
     older = checkpoint_writer.save(tmp_path / "older", state, progress)
     run = Run(tmp_path / "run", "trainer.epochs=3", f"resume={older}")
     assert run.summary["test_loss"] == parts.summary["test_loss"]
-    assert "doesn't hold its configuration" in said(run.folder)
+    assert "doesn't contain its configuration" in log_of(run.folder)
 
 
-def test_a_checkpoint_with_an_odd_position_is_refused_by_the_name_of_what_is_odd(
+def test_a_checkpoint_with_an_invalid_position_is_refused_with_the_key(
     parts: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state, progress = checkpoint_reader.load(parts.checkpoint(7))
@@ -348,11 +348,11 @@ def test_a_checkpoint_with_an_odd_position_is_refused_by_the_name_of_what_is_odd
     odd = checkpoint_writer.save(tmp_path / "odd", state, progress | {"epoch_samples": "20"})
     with pytest.raises((ConfigError, Failed)):
         Run(tmp_path / "run", "trainer.epochs=3", f"resume={odd}")
-    assert f"resume={odd}" in (told := said(tmp_path / "run") + capsys.readouterr().err)
-    assert "progress.epoch_samples='20' is not of type int" in told
+    assert f"resume={odd}" in (output := log_of(tmp_path / "run") + capsys.readouterr().err)
+    assert "progress.epoch_samples='20' is not of type int" in output
 
 
-def blind_on_one_rank(folder: Path, saved: Path) -> str:
+def unreadable_on_one_rank(folder: Path, saved: Path) -> str:
     load = checkpoint_reader.load
 
     def fails(path: Path) -> Any:
@@ -362,30 +362,30 @@ def blind_on_one_rank(folder: Path, saved: Path) -> str:
 
     checkpoint_reader.load = fails
     configuration = small("strategy=ddp", f"run_dir={folder}", f"resume={saved}", "trainer.epochs=3")
-    with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.suppress(Failed, ConfigError):  # noqa: SIM117
+    with contextlib.redirect_stderr(io.StringIO()) as output, contextlib.suppress(Failed, ConfigError):  # noqa: SIM117
         with Runtime(configuration, World.from_environment()) as runtime:
             trainer_for(configuration, runtime).fit()
-    return told.getvalue()
+    return output.getvalue()
 
 
-def test_a_rank_that_cant_read_what_rank_0_chose_is_named_by_all(parts: Run, tmp_path: Path) -> None:
-    for told in run_ranks(blind_on_one_rank, 2, tmp_path, parts.checkpoint(5)):
-        assert f"resume={parts.checkpoint(5)}: rank 1 on {World.from_environment().host} can't read it: " in told
-        assert "Permission denied" in told
+def test_all_ranks_name_a_rank_that_can_not_read_the_checkpoint(parts: Run, tmp_path: Path) -> None:
+    for output in run_ranks(unreadable_on_one_rank, 2, tmp_path, parts.checkpoint(5)):
+        assert f"resume={parts.checkpoint(5)}: rank 1 on {World.from_environment().host} can't read it: " in output
+        assert "Permission denied" in output
 
 
-# --- what a run writes goes on ---------------------------------------------------------------------------------------
+# --- metrics of a resumed run ----------------------------------------------------------------------------------------
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
-    """All rows, without what depends on the clock."""
+    """All rows, without the values that depend on the clock."""
     rows = run.rows("step") + run.rows("epoch")
     timed = ("speed/", "time", "epoch/images")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 
 def points(run: Run) -> dict[str, list[int]]:
-    """The steps of everything in the event files, by tag."""
+    """The steps of all values in the event files, by tag."""
     from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
@@ -401,8 +401,8 @@ def points(run: Run) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def broken_off(tmp_path: Path) -> Path:
-    """The folder of a run that was killed at step 8 while it wrote a row, and had saved its fifth step last."""
+def killed_run(tmp_path: Path) -> Path:
+    """The folder of a run that was killed at step 8 while it wrote a row; its last checkpoint is of step 5."""
     options = ("trainer.epochs=3", "checkpoint.every_steps=99", "logger=tensorboard", "checkpoint.keep=99")
     run = Run(tmp_path, *options, "trainer.max_steps=8", "scheduler=constant")
     checkpoint_reader.verify(run.checkpoint(5))
@@ -416,9 +416,9 @@ def broken_off(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_and_curves_go_on_without_doubles_and_gaps(broken_off: Path, tmp_path: Path) -> None:
+def test_metrics_continue_without_duplicates_or_gaps(killed_run: Path, tmp_path: Path) -> None:
     options = ("trainer.epochs=3", "logger=tensorboard", "scheduler=constant")
-    resumed = Run(broken_off, *options)
+    resumed = Run(killed_run, *options)
     assert resumed.progress.step == 15
     whole = Run(tmp_path / "whole", *options)
     assert figures(resumed) == figures(whole)
@@ -426,26 +426,26 @@ def test_rows_and_curves_go_on_without_doubles_and_gaps(broken_off: Path, tmp_pa
     assert resumed.rows("step")[2]["train/loss"] == whole.rows("step")[2]["train/loss"]
 
 
-def test_a_resume_amid_a_window_or_before_an_epoch_s_end_leaves_their_means_right(tmp_path: Path) -> None:
-    # The first epoch's end, at step 5, is not saved: what is saved there is of before it.
+def test_means_are_right_after_a_resume_between_logs_or_before_the_end_of_an_epoch(tmp_path: Path) -> None:
+    # The checkpoint of step 5 is saved before the end of the first epoch, not after it.
     options = ("trainer.epochs=2", "checkpoint.every_steps=1", "checkpoint.every_epochs=2", "checkpoint.keep=99")
     whole = Run(tmp_path / "whole", *options)
     for step in (3, 5):
         run = Run(tmp_path / str(step), *options, f"resume={whole.checkpoint(step)}")
-        # Saving ends a window, so that the next row is of the samples since then; an epoch's is of all.
+        # A save resets the sums, so the next step row covers the samples since the save; an epoch row covers all.
         later = [row for row in figures(whole) if row["step"] > step or (row["kind"] == "epoch" and row["step"] == 5)]
         assert figures(run) == later
 
 
-def test_beginning_anew_leaves_nothing_of_the_former_course(broken_off: Path, tmp_path: Path) -> None:
+def test_a_run_from_the_beginning_removes_the_former_metrics(killed_run: Path, tmp_path: Path) -> None:
     options = ("trainer.epochs=1", "logger=tensorboard", "resume=never")
-    run = Run(broken_off, *options)
+    run = Run(killed_run, *options)
     whole = Run(tmp_path / "whole", *options)
     assert figures(run) == figures(whole)
     assert points(run) == points(whole)
 
 
-def test_a_run_that_has_ended_stays_as_it_is(parts: Run) -> None:
+def test_resuming_a_finished_run_changes_nothing(parts: Run) -> None:
     def content() -> dict[str, bytes]:
         names = ("summary.json", "metrics.jsonl")
         events = {path.name: path.read_bytes() for path in (parts.folder / "tensorboard").iterdir()}
@@ -457,10 +457,10 @@ def test_a_run_that_has_ended_stays_as_it_is(parts: Run) -> None:
     )
     assert again.summary == parts.summary
     assert content() == before
-    assert "nothing is left to train" in said(parts.folder)
+    assert "nothing is left to train" in log_of(parts.folder)
 
 
-def test_a_longer_end_takes_the_place_of_the_former(tmp_path: Path) -> None:
+def test_a_longer_run_replaces_the_former_final_results(tmp_path: Path) -> None:
     options = ("trainer.epochs=3", "logger=tensorboard", "scheduler=constant")
     Run(tmp_path, *options, "trainer.max_steps=7")
     run = Run(tmp_path, *options, "trainer.max_steps=9")
@@ -474,7 +474,7 @@ def test_a_longer_end_takes_the_place_of_the_former(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Warnings about damaged checkpoints are looked for in the log files."""
+    """Keeps warnings about damaged checkpoints out of the output; tests look for them in the log files."""
     logger = logging.getLogger("distrain")
     handler = logging.NullHandler()
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the same files as when it waits, one save at a time, and no error that is not told."""
+"""Background saves write the same files as blocking ones, run one at a time, and report every error."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def progress(step: int, best: int | None = None) -> dict[str, Any]:
     return {"step": step, "best_step": best}
 
 
-def saver(folder: Path, *, background: bool = True, keep: int = 9) -> Saver:
+def make_saver(folder: Path, *, background: bool = True, keep: int = 9) -> Saver:
     return Saver(folder, keep, background=background)
 
 
-def lost(of: Saver) -> int | None:
-    of.wait()
-    return of.lost
+def failed_step(saver: Saver) -> int | None:
+    saver.wait()
+    return saver.failed_step
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log_lines() -> Iterator[list[str]]:
     lines: list[str] = []
 
     class Lines(logging.Handler):
@@ -69,16 +69,16 @@ def said() -> Iterator[list[str]]:
 
 
 class Gate:
-    """Keeps saves from going on until it is opened; counts those that came."""
+    """Blocks saves until it is opened, and counts them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened, self.came = threading.Event(), threading.Event()
+        self.opened, self.reached = threading.Event(), threading.Event()
         self.entered = 0
         save = checkpoint_writer.save
 
         def slow(*args: Any, **kwargs: Any) -> Path:
             self.entered += 1
-            self.came.set()
+            self.reached.set()
             assert self.opened.wait(30)
             return save(*args, **kwargs)
 
@@ -93,7 +93,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, times: int = 10**6) -> None:
-    """The next files can't be written."""
+    """Makes the next writes of files fail with a full disk."""
     write, left = safetensors_writer.write, [times]
 
     def fail(path: Path, content: Any) -> FileDigest:
@@ -105,211 +105,211 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, times: int = 10**6) -> None:
     monkeypatch.setattr(safetensors_writer, "write", fail)
 
 
-# --- in the background ----------------------------------------------------------------------------------------------
+# --- in the background -----------------------------------------------------------------------------------------------
 
 
-def test_the_files_are_those_of_a_save_that_training_waits_for(tmp_path: Path, gate: Gate) -> None:
+def test_a_background_save_writes_the_same_files_as_a_blocking_one(tmp_path: Path, gate: Gate) -> None:
     given = whole_state()
-    behind = saver(tmp_path / "behind")
-    behind.save(given, progress(1))
-    assert gate.came.wait(30)
-    # Training goes on meanwhile.
+    saver = make_saver(tmp_path / "background")
+    saver.save(given, progress(1))
+    assert gate.reached.wait(30)
+    # Training continues in the meantime.
     for part in ("model", "optimizer", "compressor", "local"):
         for tensor in given[part].values():
             tensor.detach().zero_()
     gate.opened.set()
-    behind.wait()
-    saver(tmp_path / "before", background=False).save(whole_state(), progress(1))
+    saver.wait()
+    make_saver(tmp_path / "blocking", background=False).save(whole_state(), progress(1))
     one, other = (
         {path.name: path.read_bytes() for path in (tmp_path / where / "step_00000001").iterdir()}
-        for where in ("behind", "before")
+        for where in ("background", "blocking")
     )
     assert one == other
     assert len(one) == 5
 
 
-def test_the_same_memory_serves_every_copy(tmp_path: Path) -> None:
+def test_every_copy_reuses_the_same_memory(tmp_path: Path) -> None:
     staging = saving._Staging()
     given = whole_state()
     first = staging.copy(given)
-    places = {name: tensor.data_ptr() for name, tensor in first["model"].items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in first["model"].items()}
     given["model"]["double"] = torch.full((3,), 9.0, dtype=torch.float64)
     given["model"]["half"] = torch.zeros(4)
     second = staging.copy(given)
     for name, tensor in second["model"].items():
         assert torch.equal(tensor, given["model"][name]), name
         if name not in ("half", "empty"):
-            assert tensor.data_ptr() == places[name], name
-    # A strided copy takes longer, so the layout is kept; the file has the usual one.
+            assert tensor.data_ptr() == addresses[name], name
+    # A copy to another layout is slower, so the copy keeps the tensor's strides; the file is contiguous.
     assert second["model"]["kernel"].is_contiguous(memory_format=torch.channels_last)
     assert not any(tensor.requires_grad for tensor in second["model"].values())
     del given["model"]["part"]
     assert "part" not in staging.copy(given)["model"]
 
 
-def test_memory_for_the_first_copy_is_made_ready_after_the_first_step(tmp_path: Path) -> None:
+def test_memory_for_the_first_copy_is_allocated_after_the_first_step(tmp_path: Path) -> None:
     trained = whole_state()["model"]
-    behind = Saver(tmp_path, 1, background=True, expected=lambda: list(trained.values()))
-    behind.poll()
-    assert behind._staging is not None
-    assert behind._staging._prepared is not None
-    behind._staging._prepared.result(timeout=30)
-    ready = {place.data_ptr() for places in behind._staging._spare.values() for place in places}
-    behind.save(whole_state(), progress(1))
-    used = {name: place.data_ptr() for name, (place, _) in behind._staging._places.items()}
+    saver = Saver(tmp_path, 1, background=True, expected_tensors=lambda: list(trained.values()))
+    saver.poll()
+    assert saver._staging is not None
+    assert saver._staging._preparation is not None
+    saver._staging._preparation.result(timeout=30)
+    ready = {buffer.data_ptr() for buffers in saver._staging._prepared_buffers.values() for buffer in buffers}
+    saver.save(whole_state(), progress(1))
+    used = {name: buffer.data_ptr() for name, (buffer, _) in saver._staging._buffers.items()}
     assert {used[f"model/{name}"] for name in trained} == ready
-    assert not behind._staging._spare
-    behind.poll()
-    behind.wait()
+    assert not saver._staging._prepared_buffers
+    saver.poll()
+    saver.wait()
     assert checkpoint_reader.load_model(tmp_path / "step_00000001").keys() == trained.keys()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_tensors_on_a_gpu_are_as_they_were_when_they_were_saved(tmp_path: Path) -> None:
+def test_tensors_on_a_gpu_are_saved_as_they_were_when_the_save_began(tmp_path: Path) -> None:
     given = whole_state()
     given["model"] = {"large": torch.rand(1 << 22, device="cuda")}
     expected = given["model"]["large"].cpu()
-    behind = saver(tmp_path)
-    behind.save(given, progress(1))
+    saver = make_saver(tmp_path)
+    saver.save(given, progress(1))
     given["model"]["large"].zero_()
-    behind.wait()
+    saver.wait()
     assert torch.equal(checkpoint_reader.load(tmp_path / "step_00000001")[0]["model"]["large"], expected)
 
 
-def test_one_save_is_under_way_at_a_time_and_the_next_one_waits(tmp_path: Path, gate: Gate) -> None:
-    behind = saver(tmp_path)
-    behind.save(whole_state(), progress(1))
-    behind.poll()
-    second = threading.Thread(target=behind.save, args=(whole_state(), progress(2)))
+def test_a_save_waits_until_the_one_before_is_complete(tmp_path: Path, gate: Gate) -> None:
+    saver = make_saver(tmp_path)
+    saver.save(whole_state(), progress(1))
+    saver.poll()
+    second = threading.Thread(target=saver.save, args=(whole_state(), progress(2)))
     second.start()
     time.sleep(0.1)
     assert (gate.entered, second.is_alive()) == (1, True)
     assert checkpoint_format.list_checkpoints(tmp_path) == []
     gate.opened.set()
     second.join(30)
-    behind.wait()
+    saver.wait()
     assert gate.entered == 2
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    behind = saver(tmp_path, keep=2)
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    saver = make_saver(tmp_path, keep=2)
     for step in range(1, 7):
-        behind.save(whole_state(), progress(step, best=min(step, 2)))
-    behind.wait()
+        saver.save(whole_state(), progress(step, best=min(step, 2)))
+    saver.wait()
     assert [int(path.name[5:]) for path in checkpoint_format.list_checkpoints(tmp_path)] == [2, 5, 6]
 
 
-def test_what_saving_cost_is_reported(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    behind = saver(tmp_path)
-    assert behind.report() == {"saves": 0, "failed": 0, "stall_ms": {"max": 0, "mean": 0}, "write_seconds": 0}
-    behind.save(whole_state(), progress(1), began=time.perf_counter() - 0.5)
+def test_the_cost_of_saving_is_reported(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = make_saver(tmp_path)
+    assert saver.report() == {"saves": 0, "failed": 0, "stall_ms": {"max": 0, "mean": 0}, "write_seconds": 0}
+    saver.save(whole_state(), progress(1), start=time.perf_counter() - 0.5)
     time.sleep(0.2)
     gate.opened.set()
-    behind.save(whole_state(), progress(2))
-    behind.wait()
-    found = behind.report()
+    saver.save(whole_state(), progress(2))
+    saver.wait()
+    found = saver.report()
     assert (found["saves"], found["failed"]) == (2, 0)
     assert 500 <= found["stall_ms"]["max"] < 10_000
     assert found["stall_ms"]["mean"] < found["stall_ms"]["max"]
     assert 0.1 <= found["write_seconds"] < 10
     full_disk(monkeypatch)
-    behind.save(whole_state(), progress(3))
-    behind.wait()
-    assert (behind.report()["saves"], behind.report()["failed"]) == (3, 1)
+    saver.save(whole_state(), progress(3))
+    saver.wait()
+    assert (saver.report()["saves"], saver.report()["failed"]) == (3, 1)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_full_disk_is_said_and_the_next_save_is_tried(
-    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, background: bool
+def test_a_full_disk_is_logged_and_the_next_save_is_tried(
+    tmp_path: Path, log_lines: list[str], monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    any_ = saver(tmp_path, background=background, keep=1)
-    any_.save(whole_state(), progress(1))
-    assert lost(any_) is None
+    saver = make_saver(tmp_path, background=background, keep=1)
+    saver.save(whole_state(), progress(1))
+    assert failed_step(saver) is None
     full_disk(monkeypatch, times=1)
-    any_.save(whole_state(), progress(2, best=2))
-    assert lost(any_) == 2
+    saver.save(whole_state(), progress(2, best=2))
+    assert failed_step(saver) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    (line,) = said
+    (line,) = log_lines
     begins = f"ERROR CHECKPOINT NOT SAVED at step 2: rank 0 on {HERE}: {tmp_path}/.step_00000002."
     assert line.startswith(begins)
     assert "/model.safetensors: No space left on device (ENOSPC). The run goes on; older checkpoints stay" in line
-    any_.save(whole_state(), progress(3))
-    assert lost(any_) is None
+    saver.save(whole_state(), progress(3))
+    assert failed_step(saver) is None
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
-def test_another_error_is_raised_at_the_next_step(tmp_path: Path) -> None:
-    behind = saver(tmp_path)
-    behind.save({**whole_state(), "local": {"phase": torch.zeros(1, dtype=torch.complex64)}}, progress(1))
-    assert behind._under_way is not None
-    behind.close()
-    for step in (behind.poll, behind.wait):
+def test_saverother_error_is_raised_at_the_next_step(tmp_path: Path) -> None:
+    saver = make_saver(tmp_path)
+    saver.save({**whole_state(), "local": {"phase": torch.zeros(1, dtype=torch.complex64)}}, progress(1))
+    assert saver._pending is not None
+    saver.close()
+    for step in (saver.poll, saver.wait):
         with pytest.raises(TypeError, match="local/phase is of"):
             step()
 
 
-def test_a_run_that_ends_in_an_error_waits_for_a_save_but_not_for_ever(
+def test_a_failed_run_waits_for_a_save_up_to_a_time_limit(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_PATIENCE_SECONDS", 0.2)
-    behind = saver(tmp_path)
-    behind.save(whole_state(), progress(1))
+    monkeypatch.setattr(saving, "_CLOSE_TIMEOUT_SECONDS", 0.2)
+    saver = make_saver(tmp_path)
+    saver.save(whole_state(), progress(1))
     start = time.monotonic()
-    behind.close()
+    saver.close()
     assert 0.2 <= time.monotonic() - start < 5
-    monkeypatch.setattr(saving, "_PATIENCE_SECONDS", 30)
+    monkeypatch.setattr(saving, "_CLOSE_TIMEOUT_SECONDS", 30)
     threading.Timer(0.2, gate.opened.set).start()
-    behind.close()
+    saver.close()
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
-def test_a_disk_that_is_really_full(tmp_path: Path, said: list[str]) -> None:
+def test_a_file_system_without_space_is_reported(tmp_path: Path, log_lines: list[str]) -> None:
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        behind = saver(tmp_path)
-        behind.save(whole_state(), progress(1))
+        saver = make_saver(tmp_path)
+        saver.save(whole_state(), progress(1))
         large = {**whole_state(), "model": {"large": torch.ones(1 << 19)}}
-        behind.save(large, progress(2))
-        assert lost(behind) == 2
-        assert "No space left on device (ENOSPC)" in said[0]
+        saver.save(large, progress(2))
+        assert failed_step(saver) == 2
+        assert "No space left on device (ENOSPC)" in log_lines[0]
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-        behind.save(whole_state(), progress(3))
-        behind.wait()
+        saver.save(whole_state(), progress(3))
+        saver.wait()
         assert checkpoint_reader.newest_valid(tmp_path) == tmp_path / "step_00000003"
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def _save_while_talking(folder: Path) -> tuple[list[int | None], float]:
+def _save_while_communicating(folder: Path) -> tuple[list[int | None], float]:
     """Saves in the background, once with a full disk on rank 1, while the training's group is in use."""
     rank, found = int(os.environ["RANK"]), []
     with Runtime(runs.small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
         training = runtime.communicator()
         group = Communicator(torch.distributed.new_group(backend="gloo"))
-        behind = Saver(runtime.run_dir / "checkpoints", 9, group, background=True)
+        saver = Saver(runtime.run_dir / "checkpoints", 9, group, background=True)
         total = torch.zeros(())
         for step in range(1, 5):
             with pytest.MonkeyPatch.context() as patched:
                 if (step, rank) == (2, 1):
                     full_disk(patched)
-                behind.save(state_of_rank(rank, 2, split=True), progress(step))
+                saver.save(state_of_rank(rank, 2, split=True), progress(step))
                 for _ in range(20):
                     total += training.all_reduce(torch.ones(()))
-                    behind.poll()
-                found.append(lost(behind))
+                    saver.poll()
+                found.append(failed_step(saver))
     return found, float(total)
 
 
-def test_two_ranks_save_while_they_train_and_agree_on_what_failed(tmp_path: Path) -> None:
-    for failed, total in run_ranks(_save_while_talking, 2, tmp_path):
+def test_two_ranks_save_while_they_train_and_agree_on_failures(tmp_path: Path) -> None:
+    for failed, total in run_ranks(_save_while_communicating, 2, tmp_path):
         assert (failed, total) == ([None, 2, None, None], 4 * 20 * 2)
     left = sorted((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in left] == ["step_00000001", "step_00000003", "step_00000004"]
@@ -323,18 +323,18 @@ def test_two_ranks_save_while_they_train_and_agree_on_what_failed(tmp_path: Path
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_the_same_with_and_without_the_background(tmp_path: Path) -> None:
+def test_background_saves_do_not_change_a_run(tmp_path: Path) -> None:
     options = ("trainer.epochs=2", "checkpoint.every_steps=2", "checkpoint.keep=99")
-    behind, before = (
+    background, blocking = (
         Run(tmp_path / name, *options, f"checkpoint.background={value}")
-        for name, value in (("behind", "true"), ("before", "false"))
+        for name, value in (("background", "true"), ("blocking", "false"))
     )
-    assert same(behind.model, before.model)
-    assert behind.checkpoints == before.checkpoints == [2, 4, 5, 6, 8, 10]
-    for step in behind.checkpoints:
+    assert same(background.model, blocking.model)
+    assert background.checkpoints == blocking.checkpoints == [2, 4, 5, 6, 8, 10]
+    for step in background.checkpoints:
         for name in ("model.safetensors", "optimizer.safetensors"):
-            assert (behind.checkpoint(step) / name).read_bytes() == (before.checkpoint(step) / name).read_bytes()
-    for run in (behind, before):
+            assert (background.checkpoint(step) / name).read_bytes() == (blocking.checkpoint(step) / name).read_bytes()
+    for run in (background, blocking):
         found = json.loads((run.folder / "summary.json").read_text())["checkpoint"]
         assert (found["saves"], found["failed"]) == (6, 0)
         assert 0 < found["stall_ms"]["mean"] <= found["stall_ms"]["max"]
@@ -342,7 +342,7 @@ def test_a_run_is_the_same_with_and_without_the_background(tmp_path: Path) -> No
 
 
 class FullDisk(Callback):
-    """The disk is full from one step until before another."""
+    """The disk is full from one step up to another."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
         self._patch, self._first, self._last = monkeypatch, first, last
@@ -356,7 +356,7 @@ class FullDisk(Callback):
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_run_outlives_a_full_disk_and_believes_in_no_best_checkpoint_that_is_not_there(
+def test_a_run_survives_a_full_disk_and_names_only_a_saved_checkpoint_as_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
 ) -> None:
     options = (
@@ -394,15 +394,13 @@ def test_a_run_outlives_a_full_disk_and_believes_in_no_best_checkpoint_that_is_n
     assert run.summary["steps"] == 15
 
 
-def test_the_end_of_a_run_tries_again_what_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_run_retries_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path / "once", "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=1))
     assert run.checkpoints == [5]
     assert run.summary["checkpoint"]["failed"] == 1
 
 
-def test_a_run_whose_last_step_can_not_be_saved_has_not_succeeded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_last_step_can_not_be_saved_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpointing, "_LAST_SAVES", (0, 0.01))
     with pytest.raises(Failed):
         Run(tmp_path, "trainer.epochs=1", callback=FullDiskAtEpochEnd(monkeypatch, times=99))
@@ -412,7 +410,7 @@ def test_a_run_whose_last_step_can_not_be_saved_has_not_succeeded(
 
 
 class FullDiskAtEpochEnd(Callback):
-    """So many files can't be written after the last step."""
+    """Writes of this many files fail after the last step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         self._patch, self._times = monkeypatch, times
@@ -422,15 +420,13 @@ class FullDiskAtEpochEnd(Callback):
             full_disk(self._patch, self._times)
 
 
-def test_a_failure_lets_a_save_that_is_under_way_become_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_in_progress_completes_when_the_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
 
     class Fails(Callback):
         def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
-                assert gate.came.wait(30)
+                assert gate.reached.wait(30)
                 threading.Timer(0.2, gate.opened.set).start()
                 raise RuntimeError("out of luck")
 
@@ -439,7 +435,7 @@ def test_a_failure_lets_a_save_that_is_under_way_become_complete(
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
 
 
-def test_a_new_run_clears_away_what_a_dead_one_left(tmp_path: Path) -> None:
+def test_a_new_run_removes_the_temporary_files_of_a_dead_one(tmp_path: Path) -> None:
     half = tmp_path / "checkpoints" / f".step_00000003.{HERE}.{os.getpid()}"
     half.mkdir(parents=True)
     run = Run(tmp_path, "trainer.max_steps=2")
@@ -447,15 +443,15 @@ def test_a_new_run_clears_away_what_a_dead_one_left(tmp_path: Path) -> None:
     assert not half.exists()
 
 
-# --- split among ranks ----------------------------------------------------------------------------------------------
+# --- split among ranks -----------------------------------------------------------------------------------------------
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     return checkpoint_reader.load_model(path)
 
 
-def test_stages_save_their_own_files_and_any_strategy_reads_them(tmp_path: Path) -> None:
-    # Adam, which keeps the most; a constant rate, since a schedule would end with each part.
+def test_pipeline_stages_save_their_own_files_and_saverstrategy_reads_them(tmp_path: Path) -> None:
+    # Adam, which has the most state; a constant learning rate, since a schedule would end with each part.
     cnn = ("model=cifar_cnn", "data.height=32", "data.width=32", "optimizer.eps=1e-3")
     common = (*cnn, "scheduler=constant", "trainer.precision=fp64", "trainer.epochs=100")
     pipeline = ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")
