@@ -58,8 +58,8 @@ def launch(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if row["kind"] == kind]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in logged if row["kind"] == kind]
 
 
 def test_restarted_run_resumes_in_the_folder_of_its_first_attempt(tmp_path: Path) -> None:
@@ -96,12 +96,12 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def children(parent: int) -> list[int]:
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return found
+                pids.append(int(stat.parent.name))
+    return pids
 
 
 class Nodes:
