@@ -1,9 +1,10 @@
-"""Number format and memory layout where the configuration says ``auto``: tried on the model, or by a rule.
+"""Chooses number format and memory layout if the configuration says ``auto``: by a timed trial, or by a rule.
 
-On one machine a layout gains 60 % with one model and loses with the next, so the model's own forward and backward pass
-is timed in each, on as many images as this rank has in a step, by all ranks at the same time, since they share caches
-and memory. That is done once, when a run begins. What was chosen replaces ``auto`` in the run's configuration, so that
-it stands in ``config.yaml`` and in every checkpoint, and a run that goes on repeats it.
+Which layout is fastest depends on the model: on one machine, channels-last was 60 % faster with one model and slower
+with another. So a trial times forward and backward passes of the run's own model in each format, with as many images as
+a rank has per step. All ranks take part at the same time, since they share caches and memory. The trial is done once,
+at the start of a run. The chosen formats replace ``auto`` in the run's configuration; they are written to
+``config.yaml`` and to every checkpoint, and a resumed run uses them again.
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ from distrain.training import resume
 
 log = logging.getLogger(__name__)
 
-#: From the highest to the lowest that a trial may choose.
+#: Precisions that a trial may choose, from the highest to the lowest.
 PRECISIONS = ("fp32", "bf16")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-#: What is not the rule's, or is a lower precision, must take less than this share of the time. Two starts of one run
-#: should choose alike, and clocks on a busy machine are this far off.
-_CLEARLY = 0.95
-#: Images of the first steps, which load kernels and show how long a step takes.
-_FEW = 4
-#: Seconds that a step may take in a trial; a model that takes longer is tried on fewer images.
-_LONGEST_STEP = 0.5
-#: Seconds of steps after which a trial ends.
-_ENOUGH = 1.0
-_ROUNDS = 5
+#: A layout that is not the default, or a lower precision, is chosen only if it takes less than this share of the time.
+#: On a busy machine timings vary by as much as 5 %, and two starts of the same run should choose the same formats.
+_MAX_TIME_RATIO = 0.95
+#: Images in the first steps, which load kernels and estimate the time per image.
+_FIRST_IMAGES = 4
+#: Longest step of a trial in seconds; if a model takes longer, the trial uses fewer images.
+_MAX_STEP_SECONDS = 0.5
+#: A trial ends when its steps have taken this many seconds, or after this many rounds.
+_MAX_TRIAL_SECONDS = 1.0
+_MAX_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Formats:
-    """What is computed in which format.
+    """Number format and memory layout of a run.
 
     Attributes:
-        precision: A choice of ``trainer.precision``.
-        memory_format: A choice of ``trainer.memory_format``, of images and convolution weights.
+        precision: A value of ``trainer.precision``.
+        memory_format: A value of ``trainer.memory_format``: the layout of images and convolution weights.
     """
 
     precision: str
@@ -64,179 +65,182 @@ class Formats:
 def resolve_auto(
     config: Config, runtime: Runtime, splits: Splits, task: Task, make_model: Callable[[], nn.Module]
 ) -> Config:
-    """The configuration with ``trainer.precision`` and ``trainer.memory_format`` chosen; all ranks call it together.
+    """Resolves ``auto`` in ``trainer.precision`` and ``trainer.memory_format``; all ranks call it together.
 
-    A run that goes on takes what its checkpoint was computed in. Else the choice is by trial, and by the rules of
-    :func:`default_layout` and :func:`default_precision` where a trial says nothing: no rank runs the whole model
-    (``strategy=pipeline``), the model is compiled, or runs are to be repeatable (``trainer.deterministic``). The rule's
-    layout stays ``auto``, since it depends on the device.
+    A resumed run keeps the formats of its checkpoint. Otherwise a trial chooses. The rules of :func:`default_layout`
+    and :func:`default_precision` choose where a trial is impossible or unwanted: no rank runs the whole model
+    (``strategy=pipeline``), the model is compiled, or the run must be repeatable (``trainer.deterministic``). In these
+    cases the layout stays ``auto``, since the default layout depends on the device.
 
     Args:
-        config: What the user asked for.
-        runtime: This rank's surroundings; generators are seeded anew, as it left them.
-        splits: The data, for images to try the model on.
-        task: Gives the loss.
-        make_model: Builds the model on its device, and may be called or not.
+        config: The run's configuration.
+        runtime: This rank's surroundings; its random generators are seeded again after a trial.
+        splits: The data; the trial uses training images.
+        task: Computes the loss.
+        make_model: Builds the model on its device; called only for a trial.
 
     Returns:
-        The same on all ranks.
+        The configuration with the chosen formats, the same on all ranks.
     """
-    wanted = config.trainer
-    if wanted.precision != "auto" and wanted.lowest_precision != PRECISIONS[0]:
-        log.warning("trainer.lowest_precision has nothing to do: trainer.precision=%s, not auto", wanted.precision)
-    if "auto" not in (wanted.precision, wanted.memory_format):
+    requested = config.trainer
+    if requested.precision != "auto" and requested.lowest_precision != PRECISIONS[0]:
+        log.warning("trainer.lowest_precision is ignored: trainer.precision=%s, not auto", requested.precision)
+    if "auto" not in (requested.precision, requested.memory_format):
         return config
-    found = _of_before(config, runtime)
-    if found is None and not (wanted.deterministic or wanted.compile):
-        found = _tried(config, runtime, splits, task, make_model)
+    formats = _resumed_formats(config, runtime)
+    if formats is None and not (requested.deterministic or requested.compile):
+        formats = _choose_by_trial(config, runtime, splits, task, make_model)
         seed_everything(config.seed)
-    if found is None:
-        found = Formats(_by_rule(config, runtime), wanted.memory_format)
-        log.info("computing in %s, %s, by rule", found.precision, found.memory_format)
-    trainer = dataclasses.replace(wanted, precision=found.precision, memory_format=found.memory_format)
+    if formats is None:
+        formats = Formats(_default_precision_of_all(config, runtime), requested.memory_format)
+        log.info("formats by default: %s, %s", formats.precision, formats.memory_format)
+    trainer = dataclasses.replace(requested, precision=formats.precision, memory_format=formats.memory_format)
     return dataclasses.replace(config, trainer=trainer)
 
 
-# --- the rules -------------------------------------------------------------------------------------------------------
+# --- defaults -------------------------------------------------------------------------------------------------------
 
 
 def default_layout(precision: str, device: torch.device, model: nn.Module) -> str:
-    """The layout that mostly pays: a choice of ``trainer.memory_format`` but ``auto``.
+    """The layout that is faster for most models: ``contiguous`` or ``channels_last``.
 
-    By measurements of this project's models: on CPUs channels-last gains up to 160 % with convolutions, except with
-    GroupNorm, where torch's kernel loses up to 30 %; GPUs gain in 16 bits.
+    The rule is based on measurements with this project's models. On CPUs, convolutions are up to 160 % faster in
+    channels-last; with GroupNorm, whose torch kernel is slow in that layout, models are up to 30 % slower. GPUs are
+    faster in channels-last with 16-bit formats.
     """
-    kinds = {type(module) for module in model.modules()}
-    pays = nn.Conv2d in kinds and nn.GroupNorm not in kinds
+    module_types = {type(module) for module in model.modules()}
+    is_faster = nn.Conv2d in module_types and nn.GroupNorm not in module_types
     if device.type == "cuda":
-        pays = pays and precision in ("bf16", "fp16")
-    return "channels_last" if pays else "contiguous"
+        is_faster = is_faster and precision in ("bf16", "fp16")
+    return "channels_last" if is_faster else "contiguous"
 
 
 def memory_format(config: Config, device: torch.device, model: nn.Module) -> torch.memory_format:
-    """The configured layout; for ``auto`` :func:`default_layout`."""
+    """The configured layout; :func:`default_layout` if it is ``auto``."""
     layout = config.trainer.memory_format
     return LAYOUTS[default_layout(config.trainer.precision, device, model) if layout == "auto" else layout]
 
 
 def default_precision(device: torch.device) -> str:
-    """The precision, of those that may be chosen, that mostly pays: bf16 on GPUs that compute in it."""
+    """The precision that is faster for most models: bf16 on GPUs that support it, else fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 else "fp32"
 
 
 def _precisions(config: Config) -> Sequence[str]:
-    """What may be computed in, the highest first."""
+    """The precisions that the configuration allows, the highest first."""
     if config.trainer.precision != "auto":
         return (config.trainer.precision,)
     return PRECISIONS[: PRECISIONS.index(config.trainer.lowest_precision) + 1]
 
 
-def _by_rule(config: Config, runtime: Runtime) -> str:
-    """The precision that all ranks' devices have; all call it together."""
+def _default_precision_of_all(config: Config, runtime: Runtime) -> str:
+    """The highest of all ranks' default precisions, as far as it is allowed; all ranks call it together."""
     precisions = _precisions(config)
     if len(precisions) == 1:
         return precisions[0]
-    mine = torch.tensor(PRECISIONS.index(default_precision(runtime.device)), device=runtime.device)
-    return PRECISIONS[int(runtime.communicator().all_reduce(mine, "min"))]
+    own = torch.tensor(PRECISIONS.index(default_precision(runtime.device)), device=runtime.device)
+    return PRECISIONS[int(runtime.communicator().all_reduce(own, "min"))]
 
 
 def _layouts(config: Config, model: nn.Module) -> Sequence[str]:
     if config.trainer.memory_format != "auto":
         return (config.trainer.memory_format,)
-    # Nothing else has weights of four dimensions.
-    convolves = any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules())
-    return tuple(LAYOUTS) if convolves else ("contiguous",)
+    # Only four-dimensional weights have a channels-last layout.
+    has_convolutions = any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules())
+    return tuple(LAYOUTS) if has_convolutions else ("contiguous",)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def _of_before(config: Config, runtime: Runtime) -> Formats | None:
-    """What the run that this one goes on with computed in, where that is what this one may."""
-    held = resume.saved_trainer_config(config, runtime)
-    wanted = config.trainer
-    layout: Any = held.get("memory_format") if wanted.memory_format == "auto" else wanted.memory_format
-    precision: Any = held.get("precision") if wanted.precision == "auto" else wanted.precision
-    # A layout by the rule is one by the rule again.
+def _resumed_formats(config: Config, runtime: Runtime) -> Formats | None:
+    """Formats of the resumed run, if this configuration allows them."""
+    saved = resume.saved_trainer_config(config, runtime)
+    requested = config.trainer
+    layout: Any = saved.get("memory_format") if requested.memory_format == "auto" else requested.memory_format
+    precision: Any = saved.get("precision") if requested.precision == "auto" else requested.precision
+    # If the resumed run used the default layout, its configuration says auto, and so does this run's.
     if layout not in ("auto", *LAYOUTS) or precision not in _precisions(config):
         return None
-    log.info("computing in %s, %s, as before", precision, layout)
+    log.info("formats of the resumed run: %s, %s", precision, layout)
     return Formats(precision, layout)
 
 
-def _tried(
+def _choose_by_trial(
     config: Config, runtime: Runtime, splits: Splits, task: Task, make_model: Callable[[], nn.Module]
 ) -> Formats | None:
-    """The fastest by trial, the same on all ranks; ``None`` where nothing can be tried."""
+    """The fastest formats, the same on all ranks; ``None`` if no trial is possible or all formats fail."""
     strategy, world = strategy_base.strategy_class(config), runtime.world
-    triers = strategy.full_model_ranks(config, world.size)
-    if not triers:
+    #: The first ranks, which run the whole model; the others only take part in the collectives.
+    trial_ranks = strategy.full_model_ranks(config, world.size)
+    if not trial_ranks:
         return None
     model = make_model()
-    candidates = [Formats(each, layout) for each in _precisions(config) for layout in _layouts(config, model)]
+    candidates = [Formats(precision, layout) for precision in _precisions(config) for layout in _layouts(config, model)]
     if len(candidates) == 1:
         return candidates[0]
-    usual = {each: default_layout(each, runtime.device, model) for each in _precisions(config)}
+    default_layouts = {precision: default_layout(precision, runtime.device, model) for precision in _precisions(config)}
     strategy.prepare_trial(config, world.size, model)
     share = math.ceil(config.data.batch_size / strategy.data_parallel_size(config, world.size))
-    # BatchNorm needs two.
+    # BatchNorm needs at least two samples.
     share = max(min(share, config.trainer.micro_batch_size or share), 2)
     images = splits.train.subset(torch.arange(min(share, len(splits.train))))
-    trial = Trial(config, model, task, images, splits, runtime.device) if world.rank < triers else None
-    everyone = runtime.communicator()
+    trial = Trial(config, model, task, images, splits, runtime.device) if world.rank < trial_ranks else None
+    communicator = runtime.communicator()
 
-    def agreed(numbers: Sequence[float]) -> list[float]:
-        mine = torch.tensor(numbers, dtype=torch.float64, device=runtime.device)
-        slowest: list[float] = everyone.all_reduce(mine, "max").tolist()
-        return slowest
+    def max_over_ranks(numbers: Sequence[float]) -> list[float]:
+        own = torch.tensor(numbers, dtype=torch.float64, device=runtime.device)
+        largest: list[float] = communicator.all_reduce(own, "max").tolist()
+        return largest
 
-    # Also where ranks wait for each other, so that they try at the same time.
-    (an_image,) = agreed([trial.seconds_an_image(candidates) if trial is not None else 0.0])
-    size = min(len(images), max(_FEW, int(_LONGEST_STEP / an_image)))
-    seconds = agreed(trial.seconds(candidates, size) if trial is not None else [0.0] * len(candidates))
+    # This collective also makes all ranks start the trial at the same time.
+    (per_image,) = max_over_ranks([trial.seconds_per_image(candidates) if trial is not None else 0.0])
+    size = min(len(images), max(_FIRST_IMAGES, int(_MAX_STEP_SECONDS / per_image)))
+    seconds = max_over_ranks(trial.step_seconds(candidates, size) if trial is not None else [0.0] * len(candidates))
     if runtime.device.type == "cuda":
-        # The run's own peak is reported.
+        # So that the reported peak memory is that of the run without the trial.
         del trial, model
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(runtime.device)
-    timed = dict(zip(candidates, seconds, strict=True))
-    best = fastest(timed, usual)
+    timings = dict(zip(candidates, seconds, strict=True))
+    best = fastest(timings, default_layouts)
     if best is not None:
-        log.info("tried forward and backward passes of %d images:\n%s", size, described(timed, best))
-        if config.trainer.precision == "auto" and len(usual) == 1:
+        log.info("tried forward and backward passes of %d images:\n%s", size, format_timings(timings, best))
+        if config.trainer.precision == "auto" and len(default_layouts) == 1:
             log.info("trainer.precision=auto stays fp32 unless trainer.lowest_precision=bf16 allows less")
     return best
 
 
-def fastest(seconds: Mapping[Formats, float], usual: Mapping[str, str]) -> Formats | None:
-    """The fastest, but the rule's layout and the highest precision unless another is clearly faster.
+def fastest(seconds: Mapping[Formats, float], default_layouts: Mapping[str, str]) -> Formats | None:
+    """The fastest formats; but the default layout and the highest precision unless others are clearly faster.
 
     Args:
-        seconds: Of a step in each, infinite where it fails; precisions from the highest.
-        usual: The rule's layout for each precision.
+        seconds: Time of a step in each format, infinite if it fails; ordered from the highest precision.
+        default_layouts: The default layout for each precision.
 
     Returns:
-        The choice; ``None`` where all fail.
+        The choice; ``None`` if all formats fail.
     """
     best: Formats | None = None
-    for precision in dict.fromkeys(each.precision for each in seconds):
-        layouts = [each for each in seconds if each.precision == precision]
-        chosen = min(layouts, key=seconds.__getitem__)
-        expected = Formats(precision, usual[precision])
-        if expected in seconds and seconds[chosen] >= _CLEARLY * seconds[expected]:
-            chosen = expected
-        if best is None or seconds[chosen] < _CLEARLY * seconds[best]:
-            best = chosen
+    for precision in dict.fromkeys(formats.precision for formats in seconds):
+        candidates = [formats for formats in seconds if formats.precision == precision]
+        choice = min(candidates, key=seconds.__getitem__)
+        default = Formats(precision, default_layouts[precision])
+        if default in seconds and seconds[choice] >= _MAX_TIME_RATIO * seconds[default]:
+            choice = default
+        if best is None or seconds[choice] < _MAX_TIME_RATIO * seconds[best]:
+            best = choice
     return best if best is not None and math.isfinite(seconds[best]) else None
 
 
-def described(seconds: Mapping[Formats, float], best: Formats) -> str:
-    """The table as people read it, one line a candidate."""
+def format_timings(seconds: Mapping[Formats, float], best: Formats) -> str:
+    """A table of the timings for people, one line per candidate."""
     lines = ["precision  memory format        ms"]
-    for each, taken in seconds.items():
-        shown = f"{1000 * taken:8.2f}" if math.isfinite(taken) else "   fails"
-        lines.append(f"{each.precision:9}  {each.memory_format:13}  {shown}{'  chosen' if each == best else ''}")
+    for formats, step_seconds in seconds.items():
+        time_column = f"{1000 * step_seconds:8.2f}" if math.isfinite(step_seconds) else "   fails"
+        mark = "  chosen" if formats == best else ""
+        lines.append(f"{formats.precision:9}  {formats.memory_format:13}  {time_column}{mark}")
     return "\n".join(lines)
 
 
@@ -244,15 +248,16 @@ def described(seconds: Mapping[Formats, float], best: Formats) -> str:
 
 
 class Trial:
-    """Steps of a model that serves for nothing else, since they change its buffers and layout.
+    """Times steps of a model in several formats.
 
     Args:
-        config: The run's.
-        model: On its device, as the strategy would run it.
-        task: Gives the loss.
-        images: What a rank has in a step at once.
-        splits: Says how images are normalised.
-        device: Where the model is.
+        config: The run's configuration.
+        model: The model on its device, prepared as the strategy would run it. The trial changes its buffers and layout,
+            so it can't be trained afterwards.
+        task: Computes the loss.
+        images: Training images of one forward and backward pass of a rank.
+        splits: The data; the channel statistics are used.
+        device: The model's device.
     """
 
     def __init__(
@@ -273,24 +278,30 @@ class Trial:
         self._batch = next(loader.epoch(0))
         self._failed: set[Formats] = set()
 
-    def seconds_an_image(self, candidates: Sequence[Formats]) -> float:
-        """Roughly, in the fastest of the formats; infinite where all fail."""
-        few = min(_FEW, len(self._batch))
-        # The first round loads kernels.
-        *_, taken = [[self._step(each, few) for each in candidates] for _ in range(2)]
-        return min(taken) / few
+    def seconds_per_image(self, candidates: Sequence[Formats]) -> float:
+        """A rough estimate in the fastest of the formats; infinite if all fail."""
+        count = min(_FIRST_IMAGES, len(self._batch))
+        # The first round is not counted, since it loads kernels.
+        for _ in range(2):
+            seconds = [self._step(formats, count) for formats in candidates]
+        return min(seconds) / count
 
-    def seconds(self, candidates: Sequence[Formats], size: int) -> list[float]:
-        """The least that a step of so many images took in each of the formats, which take turns; infinite if it fails.
+    def step_seconds(self, candidates: Sequence[Formats], size: int) -> list[float]:
+        """Shortest time of a step in each format; infinite if the format fails.
 
-        Not the median: what else a machine does only adds to a step, and often to more than half of a few.
+        The formats take turns. The shortest time is used, not the median, since other work of the machine can only make
+        a step longer, and with few steps it may affect most of them.
+
+        Args:
+            candidates: The formats.
+            size: Images per step.
         """
         rounds: list[list[float]] = []
         total = 0.0
-        while len(rounds) < 2 or (len(rounds) < _ROUNDS and total < _ENOUGH):
-            rounds.append([self._step(each, size) for each in candidates])
-            total += sum(taken for taken in rounds[-1] if math.isfinite(taken))
-        return [min(taken) for taken in zip(*rounds, strict=True)]
+        while len(rounds) < 2 or (len(rounds) < _MAX_ROUNDS and total < _MAX_TRIAL_SECONDS):
+            rounds.append([self._step(formats, size) for formats in candidates])
+            total += sum(seconds for seconds in rounds[-1] if math.isfinite(seconds))
+        return [min(seconds) for seconds in zip(*rounds, strict=True)]
 
     def _step(self, formats: Formats, size: int) -> float:
         if formats in self._failed:
@@ -301,8 +312,8 @@ class Trial:
         try:
             self._model.to(memory_format=layout)  # type: ignore[call-overload]
             targets = slice_targets(self._batch.targets, 0, size)
-            return _timed(self._model, inputs, targets, self._task, precision)
-        except Exception as error:  # whatever a user's model raises, a view of images in another layout, say
+            return _time_step(self._model, inputs, targets, self._task, precision)
+        except Exception as error:  # any error of a user's model, for example a view of a tensor in another layout
             log.info("%s, %s: %s", formats.precision, formats.memory_format, str(error).partition("\n")[0])
             self._failed.add(formats)
             return math.inf
@@ -310,13 +321,13 @@ class Trial:
             self._model.zero_grad(set_to_none=True)
 
 
-def _timed(model: nn.Module, inputs: Tensor, targets: Targets, task: Task, precision: Precision) -> float:
+def _time_step(model: nn.Module, inputs: Tensor, targets: Targets, task: Task, precision: Precision) -> float:
     """Seconds of a forward and backward pass."""
-    began = _now(inputs.device)
+    start = _now(inputs.device)
     with precision.autocast():
         loss, count = task.loss(model(inputs), targets)
     (loss / count).backward()
-    return _now(inputs.device) - began
+    return _now(inputs.device) - start
 
 
 def _now(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""What may watch a run: the base class does nothing; progress and the profiler are built on it."""
+"""Callbacks, which the trainer calls at fixed points: the base class, progress on the terminal, and the profiler."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
+from typing_extensions import override
 
 from distrain.checkpoint.progress import Progress
-from distrain.config.schema import Config
+from distrain.config.schema import Config, TrainerConfig
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
@@ -20,7 +21,7 @@ _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
 class RunView(Protocol):
-    """What callbacks see of a run; it is the trainer, and not theirs to change."""
+    """The trainer as callbacks see it; they must not change it."""
 
     @property
     def config(self) -> Config:
@@ -36,49 +37,53 @@ class RunView(Protocol):
 
     @property
     def strategy(self) -> Strategy:
-        """Holds the model."""
+        """The strategy, which holds the model."""
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come."""
+        """The run's position: steps, epochs, samples."""
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run."""
+        """Number of steps of the whole run."""
 
     @property
     def report(self) -> Report:
-        """Sums and times of the steps."""
+        """Sums and times of the steps so far."""
 
 
 class Callback:
-    """Called by the trainer, on every rank, at fixed points. Subclass it and pass it to the run."""
+    """Base class whose methods do nothing. The trainer calls them on every rank that has the callback."""
 
     def on_fit_start(self, run: RunView) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def on_step_end(self, run: RunView) -> None:
-        """After each update; runs in the hot loop."""
+        """Called after each step; must be fast."""
 
     def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
-        """After metrics of the last steps were summed over the ranks."""
+        """Called after metrics of the last steps were summed over the ranks; ``values`` are as in ``metrics.jsonl``."""
 
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
-        """After an epoch's evaluation."""
+        """Called after the evaluation at the end of an epoch; ``values`` are as in ``metrics.jsonl``."""
 
     def on_fit_end(self, run: RunView) -> None:
-        """After the last step, also when it failed."""
+        """Called after the last step, also if the run fails."""
 
 
 class ProgressBar(Callback):
-    """One live line: epoch, loss, accuracy, images/s, time left, share of time in communication."""
+    """A live line with epoch, loss, metrics, images per second, remaining time and share of time in communication.
+
+    Args:
+        stream: Where to write; by default standard error.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
         self._bar: Any = None
 
+    @override
     def on_fit_start(self, run: RunView) -> None:
-        """Draws the empty bar."""
         self._bar = tqdm(
             desc=_title(run),
             total=run.total_steps,
@@ -91,12 +96,12 @@ class ProgressBar(Callback):
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
+    @override
     def on_step_end(self, run: RunView) -> None:
-        """Moves the bar on; tqdm redraws a few times a second at most."""
         self._bar.update()
 
+    @override
     def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
-        """Shows the newest figures."""
         self._bar.set_description_str(_title(run), refresh=False)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.4f}, {_metrics(run, values, 'train/', 3)}, "
@@ -104,30 +109,35 @@ class ProgressBar(Callback):
             refresh=False,
         )
 
+    @override
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
-        """Leaves one line an epoch above the bar."""
         self._bar.set_description_str(_title(run), refresh=False)
         tqdm.write(_epoch_line(run, values), file=self._stream or sys.stderr)
 
+    @override
     def on_fit_end(self, run: RunView) -> None:
-        """Leaves the bar as it stands."""
         self._bar.close()
 
 
 class PlainProgress(Callback):
-    """The same figures as plain lines, for files and pipes: one an epoch, and one a logged step if epochs are long."""
+    """The same values as plain lines, for files and pipes: one per epoch, and one per logged step if epochs are long.
+
+    Args:
+        every_seconds: Shortest time between two lines within an epoch.
+        stream: Where to write; by default standard error.
+    """
 
     def __init__(self, every_seconds: float = 10, stream: TextIO | None = None) -> None:
         self._every = every_seconds
         self._stream = stream
         self._last = 0.0
 
+    @override
     def on_fit_start(self, run: RunView) -> None:
-        """Starts the clock."""
         self._last = run.report.seconds()
 
+    @override
     def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
-        """Prints a line if the last is old enough."""
         now = run.report.seconds()
         if now - self._last < self._every:
             return
@@ -140,14 +150,14 @@ class PlainProgress(Callback):
             flush=True,
         )
 
+    @override
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
-        """Prints the epoch's line."""
         self._last = run.report.seconds()
         print(_epoch_line(run, values), file=self._stream or sys.stderr, flush=True)
 
 
 def _sent(values: Mapping[str, float]) -> str:
-    """What a rank sends a step, and how many times fewer bytes than without compression."""
+    """Text on the bytes that a rank sends per step, and the ratio of uncompressed to compressed bytes."""
     size = values["speed/bytes_sent_per_step"]
     if not size:
         return ""
@@ -178,11 +188,11 @@ def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
 
 
 class Profiler(Callback):
-    """torch's profiler over a few steps after warm-up; the trace lands beside TensorBoard's event files.
+    """Records a few steps after warm-up by torch's profiler.
 
     Args:
-        steps: How many steps to record.
-        folder: Where the Chrome trace goes.
+        steps: Number of steps to record.
+        folder: Folder for the trace, which Chrome and TensorBoard can show.
     """
 
     warmup = 5
@@ -192,8 +202,8 @@ class Profiler(Callback):
         self._folder = folder
         self._profiler: Any = None
 
+    @override
     def on_fit_start(self, run: RunView) -> None:
-        """Starts waiting for the steps to record."""
         from torch import profiler
 
         self._profiler = profiler.profile(
@@ -203,25 +213,25 @@ class Profiler(Callback):
         )
         self._profiler.start()
 
+    @override
     def on_step_end(self, run: RunView) -> None:
-        """Counts a step."""
         self._profiler.step()
 
+    @override
     def on_fit_end(self, run: RunView) -> None:
-        """Writes what was recorded."""
         self._profiler.stop()
 
 
-def default_callbacks(trainer_config: Any, run_dir: Path, *, is_main: bool) -> list[Callback]:
-    """The callbacks that the configuration asks for on this rank."""
+def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: bool) -> list[Callback]:
+    """The configured callbacks of this rank; only rank 0 has any."""
     if not is_main:
         return []
-    found: list[Callback] = []
+    callbacks: list[Callback] = []
     mode = trainer_config.progress
     if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
-        found.append(ProgressBar())
+        callbacks.append(ProgressBar())
     elif mode != "off":
-        found.append(PlainProgress())
+        callbacks.append(PlainProgress())
     if trainer_config.profile_steps:
-        found.append(Profiler(trainer_config.profile_steps, run_dir / "tensorboard"))
-    return found
+        callbacks.append(Profiler(trainer_config.profile_steps, run_dir / "tensorboard"))
+    return callbacks

@@ -1,56 +1,56 @@
-"""Evaluation of a split: every sample once, counted exactly, on any number of ranks."""
+"""Exact evaluation of a split on any number of ranks: every sample counts once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from distrain.communication.collectives import Communicator
+from distrain.data.loader import Loader
+from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation, Task
-
-if TYPE_CHECKING:
-    from distrain.data.loader import Loader
-    from distrain.strategies.base import Strategy
 
 
 def evaluate(
     strategy: Strategy, task: Task, loader: Loader, communicator: Communicator, watch: Sequence[int] = ()
 ) -> Evaluation:
-    """Runs a split through the model; all ranks call it together.
+    """Evaluates the model on a split; all ranks call it together.
 
     Args:
-        strategy: Holds the model.
-        task: Measures the outputs.
-        loader: This rank's shard of the split.
-        communicator: All ranks.
-        watch: Positions in the split for which :meth:`Task.decide` is wanted.
+        strategy: Runs the model.
+        task: Computes the metrics of the outputs.
+        loader: Batches of this rank's shard of the split.
+        communicator: The ranks that share the split.
+        watch: Positions of samples in the split whose decision (see :meth:`Task.decide`) is returned.
+
+    Returns:
+        The result over all ranks, the same on each of them.
     """
     device = strategy.runtime.device
     state = task.metric_state(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
     positions = torch.tensor(list(watch), dtype=torch.int64)
-    # With a flag at the end: whether this task decides anything.
+    # The last element is a flag: whether the task makes decisions.
     watched = torch.zeros(len(positions) + 1, dtype=torch.float64, device=device)
     for batch in loader.epoch(0):
         result = strategy.eval_step(batch)
         strategy.runtime.activity.progress += 1
-        sums[0] += result.loss_sum
-        sums[1] += result.count
+        loss_and_count[0] += result.loss_sum
+        loss_and_count[1] += result.count
         if result.outputs is None or not result.count:
             continue
         task.update_state(state, result.outputs, batch.targets)
         decisions = task.decide(result.outputs)
         if decisions is not None:
-            slot, row = (positions[:, None] == batch.indices[None, :]).nonzero(as_tuple=True)
-            watched[slot.to(device)] = decisions[row.to(device)].double()
+            index, row = (positions[:, None] == batch.indices[None, :]).nonzero(as_tuple=True)
+            watched[index.to(device)] = decisions[row.to(device)].double()
             watched[-1] = 1
-    # Each sample was seen by one rank, so sums over the ranks are the whole split's.
-    loss, count = communicator.all_reduce(sums).tolist()
-    for sum_of_ranks in state.values():
-        communicator.all_reduce(sum_of_ranks)
+    # Exactly one rank has seen each sample, so the sums over ranks are those of the whole split.
+    loss, count = communicator.all_reduce(loss_and_count).tolist()
+    for metric_sum in state.values():
+        communicator.all_reduce(metric_sum)
     communicator.all_reduce(watched)
-    state = {name: sum_of_ranks.cpu() for name, sum_of_ranks in state.items()}
-    decided = watched[:-1].cpu() if watched[-1] else None
-    return Evaluation(loss / count, int(count), task.results(state, int(count)), state, decided)
+    state = {name: metric_sum.cpu() for name, metric_sum in state.items()}
+    decisions = watched[:-1].cpu() if watched[-1] else None
+    return Evaluation(loss / count, int(count), task.results(state, int(count)), state, decisions)

@@ -1,4 +1,4 @@
-"""What the user sees: a live bar in a terminal, plain lines elsewhere, and a trace where asked."""
+"""Callbacks: a live bar in a terminal, plain lines elsewhere, and a profiler trace if configured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALIDATED = {**EPOCH, "epoch/val_loss": 0.56789, "epoch/val_accuracy": 0.79012}
 
 
 def trainer(**progress: int) -> Any:
-    """As much of a trainer as a callback looks at: 20 steps in 2 epochs."""
+    """A stand-in with the attributes of a trainer that callbacks use: 20 steps in 2 epochs."""
     made = SimpleNamespace(
         total_steps=20,
         progress=SimpleNamespace(**{"step": 0, "epoch": 0, **progress}),
@@ -46,7 +46,7 @@ class Terminal(io.StringIO):
         return True
 
     def last(self) -> str:
-        """What stands on the live line now."""
+        """Current content of the live line."""
         return self.getvalue().rpartition("\r")[2].rstrip()
 
 
@@ -79,7 +79,7 @@ def test_the_bar_shows_epoch_steps_loss_accuracy_speed_and_communication() -> No
         (3e9, 2.0, ", sent 3 GB (2.0x less)"),
     ],
 )
-def test_what_a_rank_sends_a_step_is_shown_where_it_sends(sent: float, ratio: float, expected: str) -> None:
+def test_the_bytes_that_a_rank_sends_per_step_are_shown(sent: float, ratio: float, expected: str) -> None:
     stream = io.StringIO()
     plain = PlainProgress(stream=stream)
     shown = {**STEP, "speed/bytes_sent_per_step": sent, "speed/compression_ratio": ratio}
@@ -90,7 +90,7 @@ def test_what_a_rank_sends_a_step_is_shown_where_it_sends(sent: float, ratio: fl
     assert stream.getvalue().rstrip("\n").endswith(f"communication 12%{expected}")
 
 
-def test_the_bar_leaves_one_line_an_epoch() -> None:
+def test_the_bar_leaves_one_line_per_epoch() -> None:
     terminal, run = Terminal(), trainer()
     bar = ProgressBar(terminal)
     bar.on_fit_start(run)
@@ -103,13 +103,13 @@ def test_the_bar_leaves_one_line_an_epoch() -> None:
     assert "epoch 2/2" in terminal.last()
 
 
-def test_the_bar_of_a_resumed_run_starts_where_it_left() -> None:
+def test_the_bar_of_a_resumed_run_starts_at_its_step() -> None:
     terminal, run = Terminal(), trainer(step=15, epoch=1)
     bar = ProgressBar(terminal)
     bar.on_fit_start(run)
     assert "epoch 2/2" in terminal.last()
     assert "75%" in terminal.last()
-    # After the last epoch there is no further one.
+    # After the last epoch the bar still shows the last one.
     run.progress.epoch = 2
     bar.on_epoch_end(run, EPOCH)
     bar.on_fit_end(run)
@@ -119,7 +119,7 @@ def test_the_bar_of_a_resumed_run_starts_where_it_left() -> None:
 # --- plain lines -----------------------------------------------------------------------------------------------------
 
 
-def test_plain_lines_come_each_epoch_and_otherwise_not_too_often() -> None:
+def test_plain_lines_come_every_epoch_and_at_most_once_per_interval() -> None:
     stream, run = io.StringIO(), trainer()
     lines = PlainProgress(every_seconds=10, stream=stream)
     run.now = 5.0
@@ -154,7 +154,7 @@ def test_plain_lines_come_each_epoch_and_otherwise_not_too_often() -> None:
         ("off", True, []),
     ],
 )
-def test_the_bar_is_for_terminals_unless_asked_otherwise(
+def test_auto_chooses_a_bar_in_a_terminal_and_lines_elsewhere(
     mode: str, terminal: bool, expected: list[type[Callback]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
@@ -163,7 +163,7 @@ def test_the_bar_is_for_terminals_unless_asked_otherwise(
     assert default_callbacks(options, tmp_path, is_main=False) == []
 
 
-def test_lines_go_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     run = trainer(epoch=1)
     PlainProgress().on_epoch_end(run, EPOCH)
     bar = ProgressBar()
@@ -178,7 +178,7 @@ def test_lines_go_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> No
 # --- the profiler ----------------------------------------------------------------------------------------------------
 
 
-def test_the_profiler_records_some_steps_after_warm_up(tmp_path: Path) -> None:
+def test_the_profiler_records_the_configured_steps_after_warmup(tmp_path: Path) -> None:
     options = small("trainer.profile_steps=2").trainer
     (profiler,) = default_callbacks(options, tmp_path, is_main=True)
     assert isinstance(profiler, Profiler)
@@ -193,7 +193,7 @@ def test_the_profiler_records_some_steps_after_warm_up(tmp_path: Path) -> None:
     assert [event["args"]["Input Dims"][0] for event in recorded] == [[6, 3], [7, 3]]
 
 
-def test_a_callback_need_not_do_anything() -> None:
+def test_the_base_class_does_nothing() -> None:
     nothing, run = Callback(), trainer()
     nothing.on_fit_start(run)
     nothing.on_step_end(run)

@@ -1,4 +1,4 @@
-"""Evaluation counts every sample once, in integers, whatever the batch size."""
+"""Evaluation counts every sample once, in integers, for any batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(strategy: Strategy, batch_size: int, communicator: Communicator) -> Eval
 
 
 def brute_force() -> dict[str, Any]:
-    """One sample after the other."""
+    """The expected result, computed sample by sample."""
     network, samples = model().eval(), split()
     confusion: list[list[int]] = [[0] * CLASSES for _ in range(CLASSES)]
     loss, guesses = 0.0, []
@@ -77,28 +77,28 @@ def brute_force() -> dict[str, Any]:
     }
 
 
-def agrees(found: Evaluation) -> None:
+def assert_matches_brute_force(evaluation: Evaluation) -> None:
     expected = brute_force()
-    assert found.count == COUNT
-    assert found.metrics["correct"] == expected["correct"]
-    assert found.metrics["accuracy"] == expected["correct"] / COUNT
-    assert found.state["confusion"].tolist() == expected["confusion"]
-    assert found.watched is not None
-    assert found.watched.tolist() == expected["watched"]
-    assert found.loss == pytest.approx(expected["loss"], rel=1e-12)
+    assert evaluation.count == COUNT
+    assert evaluation.metrics["correct"] == expected["correct"]
+    assert evaluation.metrics["accuracy"] == expected["correct"] / COUNT
+    assert evaluation.state["confusion"].tolist() == expected["confusion"]
+    assert evaluation.watched is not None
+    assert evaluation.watched.tolist() == expected["watched"]
+    assert evaluation.loss == pytest.approx(expected["loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 31, 1000])
-def test_one_process_counts_what_brute_force_counts(batch_size: int) -> None:
-    agrees(run(single(model(), "trainer.precision=fp64"), batch_size, Communicator()))
+def test_one_process_matches_brute_force(batch_size: int) -> None:
+    assert_matches_brute_force(run(single(model(), "trainer.precision=fp64"), batch_size, Communicator()))
 
 
-def test_nothing_watched_is_nothing_found() -> None:
+def test_without_watched_samples_no_decisions_are_returned() -> None:
     strategy = single(model(), "trainer.precision=fp64")
-    found = evaluate(strategy, TASK, loader(7, (0, 1)), Communicator())
-    assert found.watched is not None
-    assert found.watched.tolist() == []
-    assert int(found.state["confusion"].sum()) == COUNT
+    evaluation = evaluate(strategy, TASK, loader(7, (0, 1)), Communicator())
+    assert evaluation.watched is not None
+    assert evaluation.watched.tolist() == []
+    assert int(evaluation.state["confusion"].sum()) == COUNT
 
 
 def on_each_rank(folder: Path) -> list[Evaluation]:
@@ -109,7 +109,7 @@ def on_each_rank(folder: Path) -> list[Evaluation]:
         return [run(strategy, batch_size, runtime.communicator()) for batch_size in (7, 30, 1000)]
 
 
-def test_so_do_three_each_with_a_share(tmp_path: Path) -> None:
+def test_three_ranks_match_brute_force(tmp_path: Path) -> None:
     for rank in run_ranks(on_each_rank, 3, tmp_path):
-        for found in rank:
-            agrees(found)
+        for evaluation in rank:
+            assert_matches_brute_force(evaluation)
