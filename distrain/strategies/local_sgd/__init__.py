@@ -1,3 +1,3 @@
-"""Ranks that train copies of their own and merge them every few steps."""
+"""Local SGD and DiLoCo: ranks train by themselves and merge their parameters from time to time."""
 
 from distrain.strategies.local_sgd import strategy as strategy

@@ -1,4 +1,4 @@
-"""Finds out ranks whose parameters differ after a merge."""
+"""Finds ranks whose parameters differ from the others' after a merge."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from distrain.communication.types import Pending
 
 @dataclass
 class _Comparison:
+    """An all-gather of hashes that is under way."""
+
     step: int
     first_rank: int
     hashes: list[Tensor]
     pending: Pending
 
 
-class Agreement:
-    """Compares what must be equal by hash; the answer is read in the next step, so that nobody waits for it."""
+class DivergenceCheck:
+    """Compares tensors that must be equal on all ranks, by hash.
+
+    The hashes of one step are compared in the next one, so that no rank waits for them.
+    """
 
     def __init__(self) -> None:
         self._under_way: list[_Comparison] = []
 
     def start(self, tensors: Iterable[Tensor], communicator: Communicator, first_rank: int, step: int) -> None:
-        """Sends this rank's hash to the others.
+        """Sends this rank's hash to the others; all ranks of the group call it together.
 
         Args:
-            tensors: What must be equal.
-            communicator: Among whom.
-            first_rank: The world's number of its first rank; the others follow.
-            step: Steps done, for the message.
+            tensors: Tensors that must be equal on all ranks of the group.
+            communicator: The group; its ranks are consecutive.
+            first_rank: Global rank of its first member.
+            step: Number of training steps done, for the error message.
         """
         tensors = list(tensors)
         if communicator.size == 1 or not tensors:
@@ -43,19 +48,19 @@ class Agreement:
         self._under_way.append(_Comparison(step, first_rank, hashes, pending))
 
     def check(self) -> None:
-        """Reads the answers.
+        """Waits for the hashes under way and compares them.
 
         Raises:
-            RuntimeError: Ranks differ from what most have; it names them.
+            RuntimeError: Some ranks' hash is not the most common one; the message names those ranks.
         """
         for comparison in self._under_way:
             comparison.pending.wait()
             hashes = torch.stack(comparison.hashes).tolist()
-            common = Counter(hashes).most_common(1)[0][0]
-            strays = [comparison.first_rank + index for index, each in enumerate(hashes) if each != common]
-            if strays:
-                ranks = f"rank {strays[0]}" if len(strays) == 1 else f"ranks {', '.join(map(str, strays))}"
+            most_common = Counter(hashes).most_common(1)[0][0]
+            divergent = [comparison.first_rank + index for index, value in enumerate(hashes) if value != most_common]
+            if divergent:
+                ranks = f"rank {divergent[0]}" if len(divergent) == 1 else f"ranks {', '.join(map(str, divergent))}"
                 raise RuntimeError(
-                    f"after the merge at step {comparison.step} the parameters of {ranks} are not those of the others"
+                    f"after the merge at step {comparison.step} the parameters of {ranks} differ from the others'"
                 )
         self._under_way.clear()

@@ -1,8 +1,8 @@
-"""A part of the model whose copies are merged together, and the step that the merged copy takes."""
+"""A part of the model whose copies are merged together, and the outer optimizer's step at each merge."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,103 +16,119 @@ from distrain.config.schema import CompressionConfig
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.exchange import BucketExchanger
+from distrain.optim.uncompiled import without_compiler_hooks
 from distrain.reporting.metrics import Stopwatch
 
-_BUCKET = 25 * MIB
+_BUCKET_BYTES = 25 * MIB
+
+MakeOuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-@dataclass(frozen=True)
-class Outer:
-    """The outer optimizer: SGD whose gradient is anchor - merged. The defaults make the merged copy the new anchor.
+def outer_sgd(rate: float = 1.0, momentum: float = 0.0, *, nesterov: bool = False) -> MakeOuterOptimizer:
+    """A constructor of the outer optimizer: SGD whose gradient is anchor - mean of the copies.
 
-    Attributes:
-        rate: Its learning rate.
-        momentum: Share of the last direction that is kept.
-        nesterov: Nesterov's variant, by the formula of torch.optim.SGD.
+    With the default arguments a step replaces the anchor by the mean.
+
+    Args:
+        rate: Learning rate.
+        momentum: Momentum.
+        nesterov: Use Nesterov's momentum.
     """
 
-    rate: float = 1.0
-    momentum: float = 0.0
-    nesterov: bool = False
+    def make(anchors: list[Tensor]) -> torch.optim.Optimizer:
+        sgd = without_compiler_hooks(torch.optim.SGD)
+        return sgd(anchors, lr=rate, momentum=momentum, nesterov=nesterov, foreach=False)
+
+    return make
 
 
 @dataclass
-class Seen:
+class SampleCount:
     """Samples since the last merge.
 
     Attributes:
-        own: Those of this rank.
-        total: Those of all ranks that merge.
+        local: Samples of this rank.
+        total: Samples of all ranks that merge.
     """
 
-    own: int = 0
+    local: int = 0
     total: int = 0
 
-    def add(self, more: Seen) -> None:
-        """Counts more of them."""
-        self.own += more.own
-        self.total += more.total
+    def add(self, other: SampleCount) -> None:
+        """Adds another count to this one."""
+        self.local += other.local
+        self.total += other.total
 
     def weight(self, ranks: int) -> float:
-        """This rank's weight in a merge now; the weights of all add up to 1."""
-        return self.own / self.total if self.total else 1 / ranks
+        """This rank's weight in a merge of ``ranks`` copies; the weights of all ranks add up to 1."""
+        return self.local / self.total if self.total else 1 / ranks
 
 
-class _Part:
-    """Tensors of a fragment that travel in one bucket, and the same memory layout for all that is kept about them.
+class _FragmentBucket:
+    """Tensors of a fragment that are sent in one bucket; all buckets about them have the same memory layout.
 
     Attributes:
         tensors: This rank's copies, which training changes.
-        bucket: What travels: first this rank's share of the mean difference, then the mean difference.
-        anchor: The result of the last merge, equal on all ranks.
-        momentum: The outer optimizer's direction, equal on all ranks; ``None`` without momentum.
+        difference: What is sent: this rank's share of the mean difference, and after the exchange the whole of it.
+        anchor: The result of the last merge, equal on all ranks; its memory stays the same.
+        momentum: The outer optimizer's momentum, equal on all ranks; ``None`` if it has none.
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], compressor: Compressor, momentum: bool) -> None:
+    def __init__(self, named: list[tuple[str, nn.Parameter]], compressor: Compressor) -> None:
         self.tensors = {name: tensor.detach() for name, tensor in named}
         self._named = named
         self._compressor = compressor
-        self.bucket = self._blank()
+        self.difference = self._zeros()
         self.anchor = self.copies()
-        self.momentum = self._blank() if momentum else None
+        self.momentum: Bucket | None = None
 
-    def _blank(self) -> Bucket:
+    def _zeros(self) -> Bucket:
         return make_bucket(self._named, self._compressor)
 
-    def copies(self) -> Bucket:
-        """What the tensors hold now."""
-        made = self._blank()
-        for name, view in made.tensors.items():
-            view.copy_(self.tensors[name])
-        return made
+    def add_momentum(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes this bucket's momentum, which is zero before the first merge, the optimizer's."""
+        self.momentum = self._zeros()
+        optimizer.state[self.anchor.flat]["momentum_buffer"] = self.momentum.flat
 
-    def write(self, content: Bucket) -> None:
-        """Makes the tensors what the bucket holds."""
-        for name, view in content.tensors.items():
+    def copies(self) -> Bucket:
+        """A new bucket with the current values of this rank's copies."""
+        bucket = self._zeros()
+        for name, view in bucket.tensors.items():
+            view.copy_(self.tensors[name])
+        return bucket
+
+    def set_copies(self, values: Bucket) -> None:
+        """Overwrites this rank's copies."""
+        for name, view in values.tensors.items():
             self.tensors[name].copy_(view)
+
+    def state(self) -> dict[str, Bucket]:
+        """Buckets that are equal on all ranks, by the prefix of their tensors' names in a checkpoint."""
+        momentum = {} if self.momentum is None else {"outer_momentum": self.momentum}
+        return {"anchor": self.anchor, **momentum, "mean": self.difference}
 
 
 class Fragment:
     """A part of the model, and the merges of its copies.
 
-    What travels is each rank's share, weight * (anchor - copy), of the mean difference. That is the gradient of the
-    outer optimizer, which moves the anchor; copies then take the anchor's place.
+    In a merge each rank sends its share, weight * (anchor - copy), of the mean difference. The sum of the shares is the
+    gradient of the outer optimizer, which updates the anchor; the anchor then replaces the copies.
 
     Args:
-        tensors: This rank's copies by name, equal on all ranks now.
+        tensors: This rank's copies by name; at construction they are equal on all ranks.
         communicator: The ranks that merge.
-        compressor: How differences travel.
-        stopwatch: Where the waiting is booked.
-        outer: The outer optimizer.
+        compressor: Compresses the differences.
+        stopwatch: Records exposed communication.
+        make_outer_optimizer: Constructs the outer optimizer of the anchors.
 
     Attributes:
-        names: Of the tensors, in order.
-        seen: Samples since the last merge left.
-        seen_in_group: Samples of this rank's group since it merged last, with the group's or all ranks.
-        together: Whether all ranks' copies are known to be equal.
-        due: The step at whose end the merge under way is applied; ``None`` where none is.
-        drift: Of the last merge applied: squared distance of this rank's copies from the merged copy, and the anchor's
-            squared length; scalars on the device.
+        names: Names of the tensors, in order.
+        samples: Samples since the last merge started.
+        group_samples: Samples of this rank's group since its last merge, within the group or among all ranks.
+        copies_equal: Whether the copies of all ranks are known to be equal.
+        apply_at: Step at whose end the merge under way is applied; ``None`` if no merge is under way.
+        drift: Of the last merge applied: squared distance of this rank's copies from the mean, and the squared norm of
+            the previous anchor; scalars on the device.
     """
 
     def __init__(
@@ -121,169 +137,173 @@ class Fragment:
         communicator: Communicator,
         compressor: Compressor,
         stopwatch: Stopwatch,
-        outer: Outer,
+        make_outer_optimizer: MakeOuterOptimizer,
     ) -> None:
         self.names = list(tensors)
-        self.seen = Seen()
-        self.seen_in_group = Seen()
-        self.together = True
-        self.due: int | None = None
+        self.samples = SampleCount()
+        self.group_samples = SampleCount()
+        self.copies_equal = True
+        self.apply_at: int | None = None
         self.drift: tuple[Tensor, Tensor] | None = None
         self._communicator = communicator
         self._compressor = compressor
-        self._exchanges = BucketExchanger(compressor, communicator, stopwatch)
+        self._exchanger = BucketExchanger(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
-        self._outer = outer
-        self._travels = False
-        self._parts = [_Part(part, compressor, outer.momentum > 0) for part in _parts(tensors)]
+        self._exchanging = False
+        self._buckets = [_FragmentBucket(named, compressor) for named in _bucket_contents(tensors)]
+        self._outer_optimizer = make_outer_optimizer(self.anchors)
+        if self._outer_optimizer.defaults["momentum"]:
+            for bucket in self._buckets:
+                bucket.add_momentum(self._outer_optimizer)
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors."""
-        return sum(part.bucket.bytes for part in self._parts)
+        """Size of the tensors, in bytes."""
+        return sum(bucket.difference.bytes for bucket in self._buckets)
 
-    def adopt(self) -> None:
-        """Takes the copies, equal on all ranks by other means than a merge, for the anchor."""
-        for part in self._parts:
-            part.anchor = part.copies()
-        self.together = True
+    def reset_anchor(self) -> None:
+        """Takes the copies, which are equal on all ranks without a merge, as the anchor."""
+        for bucket in self._buckets:
+            bucket.anchor.flat.copy_(bucket.copies().flat)
+        self.copies_equal = True
 
-    def count(self, seen: Seen, seen_in_group: Seen) -> None:
-        """Counts one step, in which the copies part."""
-        self.together = False
-        self.seen.add(seen)
-        self.seen_in_group.add(seen_in_group)
+    def count_step(self, samples: SampleCount, group_samples: SampleCount) -> None:
+        """Counts the samples of a training step, after which the copies differ."""
+        self.copies_equal = False
+        self.samples.add(samples)
+        self.group_samples.add(group_samples)
 
-    def reset(self) -> None:
-        """Counts samples from here."""
-        self.seen, self.seen_in_group = Seen(), Seen()
+    def reset_counts(self) -> None:
+        """Sets the counts of samples to zero."""
+        self.samples, self.group_samples = SampleCount(), SampleCount()
 
-    def leave(self, due: int) -> None:
-        """Starts a merge: sends off this rank's share of the mean difference.
+    def start_merge(self, apply_at: int) -> None:
+        """Starts sending this rank's share of the mean difference.
 
         Args:
-            due: See the attribute.
+            apply_at: Step at whose end :meth:`finish_merge` will be called.
         """
-        assert self.due is None, "a merge leaves before the last one was applied"
-        self.due = due
-        weight = self.seen.weight(self._communicator.size)
-        self.reset()
-        self._travels = self._communicator.size > 1
-        if self._travels:
-            self._exchanges.begin_last_backward()
-        for part in self._parts:
-            torch.sub(part.anchor.flat, part.copies().flat, out=part.bucket.flat).mul_(weight)
-            if self._travels:
-                self._exchanges.start(part.bucket)
+        assert self.apply_at is None, "a merge starts before the last one was applied"
+        self.apply_at = apply_at
+        weight = self.samples.weight(self._communicator.size)
+        self.reset_counts()
+        self._exchanging = self._communicator.size > 1
+        if self._exchanging:
+            self._exchanger.begin_last_backward()
+        for bucket in self._buckets:
+            torch.sub(bucket.anchor.flat, bucket.copies().flat, out=bucket.difference.flat).mul_(weight)
+            if self._exchanging:
+                self._exchanger.start(bucket.difference)
             elif self._compressor.residuals is not None:
-                self._compressor.residuals.fold_into_gradients(part.bucket)
+                self._compressor.residuals.fold_into_gradients(bucket.difference)
 
     def wait(self) -> None:
-        """Waits until the mean difference of the merge under way is here; all ranks call it together."""
-        if self._travels:
-            self._exchanges.finish()
-            self._travels = False
+        """Waits for the mean difference of the merge under way, if any; all ranks call it together."""
+        if self._exchanging:
+            self._exchanger.finish()
+            self._exchanging = False
 
-    def apply(self, keep: float) -> None:
-        """Ends a merge: the anchor takes the outer optimizer's step, and the copies follow.
+    def finish_merge(self, keep: float) -> None:
+        """Updates the anchor by the outer optimizer, and the copies by the anchor.
 
         Args:
-            keep: Share of its own copy that this rank keeps (alpha of Streaming DiLoCo); 0 makes the copies the anchor.
+            keep: Share of its own copy that each rank keeps (alpha of Streaming DiLoCo); 0 replaces the copies.
         """
         with self._stopwatch.communication():
             self.wait()
-        self.due = None
-        squares = torch.zeros(2, dtype=torch.float64, device=self._parts[0].bucket.flat.device)
-        for part in self._parts:
-            mean, anchor = part.bucket.flat, part.anchor.flat
-            apart = part.copies().flat.sub_(anchor).add_(mean)
-            squares += torch.stack([apart.dot(apart), anchor.dot(anchor)])
-            if part.momentum is not None:
-                direction = part.momentum.flat.mul_(self._outer.momentum).add_(mean)
-                mean = mean.add(direction, alpha=self._outer.momentum) if self._outer.nesterov else direction
-            anchor.sub_(mean, alpha=self._outer.rate)
+        self.apply_at = None
+        squares = torch.zeros(2, dtype=torch.float64, device=self._buckets[0].anchor.flat.device)
+        for bucket in self._buckets:
+            anchor, mean_difference = bucket.anchor.flat, bucket.difference.flat
+            copy_minus_mean = bucket.copies().flat.sub_(anchor).add_(mean_difference)
+            squares += torch.stack([copy_minus_mean.dot(copy_minus_mean), anchor.dot(anchor)])
+            anchor.grad = mean_difference
+        self._outer_optimizer.step()
+        for bucket in self._buckets:
+            bucket.anchor.flat.grad = None
             if keep:
-                mixed = part.copies()
-                mixed.flat.mul_(keep).add_(anchor, alpha=1 - keep)
-                part.write(mixed)
+                mixed = bucket.copies()
+                mixed.flat.mul_(keep).add_(bucket.anchor.flat, alpha=1 - keep)
+                bucket.set_copies(mixed)
             else:
-                part.write(part.anchor)
-        self.together = self.together or not keep
+                bucket.set_copies(bucket.anchor)
+        self.copies_equal = self.copies_equal or not keep
         self.drift = (squares[0], squares[1])
 
-    def averaged(self, communicator: Communicator, weight: float) -> dict[str, Tensor]:
-        """The weighted mean of a group's copies, in memory of its own; the merge under way doesn't notice.
+    def mean_of_copies(self, communicator: Communicator, weight: float) -> dict[str, Tensor]:
+        """The weighted mean of a group's copies, in new memory; a merge under way is not affected.
 
         Args:
             communicator: The group.
-            weight: This rank's; those of the group add up to 1.
+            weight: This rank's weight; those of the group add up to 1.
         """
-        found: dict[str, Tensor] = {}
-        for part in self._parts:
-            # By the difference, so that where all copies are the anchor their mean is too, to the bit.
-            copies = part.copies()
-            torch.sub(part.anchor.flat, copies.flat, out=copies.flat).mul_(weight)
-            communicator.all_reduce(copies.flat)
-            torch.sub(part.anchor.flat, copies.flat, out=copies.flat)
-            found |= copies.tensors
-        return found
+        means: dict[str, Tensor] = {}
+        for bucket in self._buckets:
+            # Averages differences from the anchor: if all copies equal the anchor, their mean does so bit for bit.
+            mean = bucket.copies()
+            torch.sub(bucket.anchor.flat, mean.flat, out=mean.flat).mul_(weight)
+            communicator.all_reduce(mean.flat)
+            torch.sub(bucket.anchor.flat, mean.flat, out=mean.flat)
+            means |= mean.tensors
+        return means
 
     @property
     def anchors(self) -> list[Tensor]:
-        """The anchor, as one 1-D tensor a bucket."""
-        return [part.anchor.flat for part in self._parts]
+        """The anchor, as one 1-D tensor per bucket."""
+        return [bucket.anchor.flat for bucket in self._buckets]
 
     def shared_state(self) -> dict[str, Tensor]:
-        """What is the same on all ranks: ``anchor/…``, ``outer_momentum/…`` and, of a merge under way, ``mean/…``.
+        """State that is equal on all ranks: ``anchor/…``, ``outer_momentum/…`` and, of a merge under way, ``mean/…``.
 
         Call :meth:`wait` before.
         """
-        found: dict[str, Tensor] = {}
-        for part in self._parts:
-            kept = {"anchor": part.anchor, "outer_momentum": part.momentum, "mean": part.bucket}
-            for what, bucket in kept.items():
-                if bucket is not None and (what != "mean" or self.due is not None):
-                    found |= {f"{what}/{name}": view for name, view in bucket.tensors.items()}
-        return found
+        return {
+            f"{prefix}/{name}": view
+            for bucket in self._buckets
+            for prefix, content in bucket.state().items()
+            if prefix != "mean" or self.apply_at is not None
+            for name, view in content.tensors.items()
+        }
 
-    def load_shared_state(self, saved: Mapping[str, Tensor], due: int | None) -> None:
-        """Takes back what :meth:`shared_state` gave, of any cut into fragments.
+    def load_shared_state(self, saved: Mapping[str, Tensor], apply_at: int | None) -> None:
+        """Loads what :meth:`shared_state` returned, whatever fragments the saved run had.
 
         Args:
-            saved: Where it has no anchor, the copies are taken for it.
-            due: When a merge under way would be applied; where it was not saved whole, it is dropped, which loses
-                nothing: the anchor has not moved, so the next merge's difference holds it.
+            saved: Where it has no anchor, the copies are taken as the anchor.
+            apply_at: Step at whose end a merge under way is to be applied. If its mean was not saved for all tensors,
+                the merge is dropped. Nothing is lost: the anchor has not moved, so the next merge's difference
+                includes this one's.
         """
-        self.adopt()
-        self.reset()
-        whole = due is not None and all(f"mean/{name}" in saved for name in self.names)
-        self.due = due if whole else None
-        for part in self._parts:
-            for what, bucket in {"anchor": part.anchor, "outer_momentum": part.momentum, "mean": part.bucket}.items():
-                for name, view in bucket.tensors.items() if bucket is not None else ():
-                    if f"{what}/{name}" in saved:
-                        view.copy_(saved[f"{what}/{name}"])
+        self.reset_anchor()
+        self.reset_counts()
+        complete = apply_at is not None and all(f"mean/{name}" in saved for name in self.names)
+        self.apply_at = apply_at if complete else None
+        for bucket in self._buckets:
+            for prefix, content in bucket.state().items():
+                for name, view in content.tensors.items():
+                    if f"{prefix}/{name}" in saved:
+                        view.copy_(saved[f"{prefix}/{name}"])
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Named tensors, in parts for a bucket each; buffers and moments are laid out like parameters."""
+def _bucket_contents(tensors: Mapping[str, Tensor]) -> list[list[tuple[str, nn.Parameter]]]:
+    """Divides named tensors among buckets; buffers and moments are laid out like parameters."""
     named = [(name, nn.Parameter(tensor.detach(), requires_grad=False)) for name, tensor in tensors.items()]
-    return split_into_buckets(named, _BUCKET, _BUCKET)
+    return split_into_buckets(named, _BUCKET_BYTES, _BUCKET_BYTES)
 
 
 def weighted_mean(tensors: Mapping[str, Tensor], weight: float, communicator: Communicator) -> dict[str, Tensor]:
-    """The weighted mean of named tensors over a group, in memory of its own.
+    """The weighted mean of named tensors over a group, in new memory.
 
     Args:
         tensors: The same names, shapes and dtypes on all ranks.
-        weight: This rank's; those of the group add up to 1.
+        weight: This rank's weight; those of the group add up to 1.
         communicator: The group.
     """
-    found: dict[str, Tensor] = {}
-    for part in _parts(tensors):
-        bucket = make_bucket(part, NoCompression(CompressionConfig("none")))
+    means: dict[str, Tensor] = {}
+    for named in _bucket_contents(tensors):
+        bucket = make_bucket(named, NoCompression(CompressionConfig("none")))
         for name, view in bucket.tensors.items():
             torch.mul(tensors[name], weight, out=view)
         communicator.all_reduce(bucket.flat)
-        found |= bucket.tensors
-    return found
+        means |= bucket.tensors
+    return means

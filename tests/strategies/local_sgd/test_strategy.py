@@ -1,4 +1,4 @@
-"""strategy=local_sgd against a simulation of its ranks in one process, and what holds whatever they do."""
+"""strategy=local_sgd compared with a simulation of its ranks in one process, and its promises."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def batches(sizes: tuple[int, ...] = SIZES) -> list[Batch]:
 
 @dataclass
 class Case:
-    """A way of training; the defaults are those of the YAML file where it matters."""
+    """Options of a run."""
 
     sync_every: int = 4
     optimizer: tuple[str, ...] = ("optimizer=sgd",)
@@ -113,7 +113,7 @@ CASES = {
 
 
 class Simulation:
-    """All ranks in one process, as one would write them down from the papers."""
+    """All ranks in one process, written directly from the papers."""
 
     def __init__(self, case: Case, ranks: int) -> None:
         self.case, self.ranks = case, ranks
@@ -128,9 +128,9 @@ class Simulation:
             momentum=0.0 if name == "average" else momentum,
             nesterov=name == "nesterov",
         )
-        self.under_way: list[tuple[int, tuple[str, ...], dict[str, Tensor]]] = []
-        self.seen = {fragment: [0] * ranks for fragment in case.fragments}
-        self.seen_in_group = {fragment: [0] * ranks for fragment in case.fragments}
+        self.merges_under_way: list[tuple[int, tuple[str, ...], dict[str, Tensor]]] = []
+        self.samples = {fragment: [0] * ranks for fragment in case.fragments}
+        self.group_samples = {fragment: [0] * ranks for fragment in case.fragments}
         self.steps = 0
         self.drift: float | None = None
 
@@ -149,7 +149,7 @@ class Simulation:
             self.global_parameters = {n: p.detach().clone() for n, p in self.models[0].named_parameters()}
             self.outer.param_groups[0]["params"] = list(self.global_parameters.values())
             return
-        for counts in (*self.seen.values(), *self.seen_in_group.values()):
+        for counts in (*self.samples.values(), *self.group_samples.values()):
             for rank in range(self.ranks):
                 start, end = shard_bounds(len(whole.targets), rank, self.ranks)
                 counts[rank] += end - start
@@ -165,31 +165,31 @@ class Simulation:
             if step % period == (index + 1) * period // len(case.fragments) % period
         ]
         for fragment in leaving:
-            mean = self.average(fragment, range(self.ranks), self.seen[fragment])
+            mean = self.average(fragment, range(self.ranks), self.samples[fragment])
             self.drift = self.distance(mean)
             gradients = {name: self.global_parameters[name] - mean[name] for name in fragment}
-            self.under_way.append((step + case.overlap, fragment, gradients))
+            self.merges_under_way.append((step + case.overlap, fragment, gradients))
             if case.moments:
-                self.average_moments(fragment, range(self.ranks), self.seen[fragment])
-            self.seen[fragment] = [0] * self.ranks
-            self.seen_in_group[fragment] = [0] * self.ranks
+                self.average_moments(fragment, range(self.ranks), self.samples[fragment])
+            self.samples[fragment] = [0] * self.ranks
+            self.group_samples[fragment] = [0] * self.ranks
         if case.group is not None and step % case.sync_every == 0:
             for fragment in (each for each in case.fragments if each not in leaving):
                 for first in range(0, self.ranks, case.group):
                     members = range(first, first + case.group)
-                    counts = self.seen_in_group[fragment]
+                    counts = self.group_samples[fragment]
                     mean = self.average(fragment, members, counts)
                     for rank in members:
                         for name in fragment:
                             self.models[rank].get_parameter(name).data.copy_(mean[name])
                     if case.moments:
                         self.average_moments(fragment, members, counts)
-                self.seen_in_group[fragment] = [0] * self.ranks
+                self.group_samples[fragment] = [0] * self.ranks
         self.apply(step)
 
     def apply(self, step: int) -> None:
         case = self.case
-        for _, fragment, gradients in [each for each in self.under_way if each[0] == step]:
+        for _, fragment, gradients in [each for each in self.merges_under_way if each[0] == step]:
             for name, parameter in self.global_parameters.items():
                 parameter.grad = gradients.get(name)
             self.outer.step()
@@ -198,7 +198,7 @@ class Simulation:
                 for name in fragment:
                     own = model.get_parameter(name).data
                     own.copy_(keep * own + (1 - keep) * self.global_parameters[name])
-        self.under_way = [each for each in self.under_way if each[0] > step]
+        self.merges_under_way = [each for each in self.merges_under_way if each[0] > step]
 
     @torch.no_grad()
     def distance(self, mean: dict[str, Tensor]) -> float:
@@ -229,18 +229,18 @@ class Simulation:
         """The mean of all copies, weighted by the samples seen since each fragment's last merge."""
         model = copy.deepcopy(self.models[0])
         for fragment in self.case.fragments:
-            for name, mean in self.average(fragment, range(self.ranks), self.seen[fragment]).items():
+            for name, mean in self.average(fragment, range(self.ranks), self.samples[fragment]).items():
                 model.get_parameter(name).data.copy_(mean)
         return parameters(model)
 
 
-# --- what a rank does ------------------------------------------------------------------------------------------------
+# --- what each rank runs ---------------------------------------------------------------------------------------------
 
 FP64 = "trainer.precision=fp64"
 LATE = CASES["late fragments"].overrides()
 
 
-def local(runtime: Runtime, model: nn.Module, *overrides: str) -> LocalSGD:
+def local_sgd(runtime: Runtime, model: nn.Module, *overrides: str) -> LocalSGD:
     return cast(LocalSGD, set_up(model, small("optimizer=sgd", "strategy=local_sgd", *overrides), runtime))
 
 
@@ -259,9 +259,9 @@ def state_vector(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].detach().flatten().double() for name in sorted(tensors)])
 
 
-def follow(runtime: Runtime, case: Case) -> dict[str, Any]:
+def record_run(runtime: Runtime, case: Case) -> dict[str, Any]:
     """This rank's copy after each step, and the merged model at some of them."""
-    strategy = local(runtime, network(), *case.overrides())
+    strategy = local_sgd(runtime, network(), *case.overrides())
     found: dict[str, Any] = {"copies": [], "merged": {}, "metrics": []}
     for step, whole in enumerate(batches()):
         result = strategy.train_step(share(whole, strategy))
@@ -274,15 +274,15 @@ def follow(runtime: Runtime, case: Case) -> dict[str, Any]:
     return found
 
 
-def beside_ddp(runtime: Runtime) -> dict[str, Any]:
-    """How far merges after every step are from ddp after many uneven steps."""
+def distance_to_ddp(runtime: Runtime) -> dict[str, Any]:
+    """Relative difference between merging after every step and ddp, after many steps with uneven shares."""
 
     def distance(dtype: torch.dtype, *overrides: str, moments: bool = False) -> float:
         precision = "fp64" if dtype == torch.float64 else "fp32"
         options = ("optimizer.lr=0.05", "optimizer.weight_decay=0.01", f"trainer.precision={precision}", *overrides)
         own = ("strategy.sync_every=1", f"strategy.average_optimizer_state={str(moments).lower()}")
         ddp = set_up(network().to(dtype), small("strategy=ddp", "optimizer=sgd", *options), runtime)
-        merging = local(runtime, network().to(dtype), *options, *own)
+        merging = local_sgd(runtime, network().to(dtype), *options, *own)
         for whole in batches():
             whole.inputs = whole.inputs.to(dtype)
             for strategy in (ddp, merging):
@@ -297,21 +297,21 @@ def beside_ddp(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def beside_ddp_by_itself(folder: Path) -> dict[str, Any]:
+def distance_to_ddp_on_two_ranks(folder: Path) -> dict[str, Any]:
     with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
-        return beside_ddp(runtime)
+        return distance_to_ddp(runtime)
 
 
-def looked_at(runtime: Runtime) -> dict[str, Tensor]:
+def with_and_without_evaluation(runtime: Runtime) -> dict[str, Tensor]:
     """This rank's copy with and without evaluation and saving in between."""
-    looking = local(runtime, network(), *LATE)
+    evaluating = local_sgd(runtime, network(), *LATE)
     for step, whole in enumerate(batches()):
         if step % 2:
-            looking.eval_step(share(whole, looking))
+            evaluating.eval_step(share(whole, evaluating))
         if step % 3:
-            looking.state_dict()
-        looking.train_step(share(whole, looking))
-    return {"unseen": train(local(runtime, network(), *LATE)), "seen": parameters(looking.model)}
+            evaluating.state_dict()
+        evaluating.train_step(share(whole, evaluating))
+    return {"without": train(local_sgd(runtime, network(), *LATE)), "with": parameters(evaluating.model)}
 
 
 #: Small enough limits that the network's matrices are compressed.
@@ -333,14 +333,14 @@ COMPRESSIONS = {
 def merged_by_each_compressor(runtime: Runtime) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, overrides in COMPRESSIONS.items():
-        strategy = local(runtime, network(), FP64, "strategy.sync_every=2", *overrides)
+        strategy = local_sgd(runtime, network(), FP64, "strategy.sync_every=2", *overrides)
         found[name] = train(strategy)
         found[f"{name} steps"] = strategy.compressor.step
         found[f"{name} bytes"] = strategy.ledger.total()
     return found
 
 
-def put_into(runtime: Runtime, saved: Replicated, into: Replicated) -> None:
+def save_and_load(runtime: Runtime, saved: Replicated, into: Replicated) -> None:
     """Saves one strategy and loads the other from it."""
     everyone = runtime.communicator()
     state = {**saved.state_dict(), "layout": saved.layout}
@@ -351,20 +351,20 @@ def put_into(runtime: Runtime, saved: Replicated, into: Replicated) -> None:
 
 
 def resumed(runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
-    """All that a rank has after a run in one go, and after one interrupted at some step."""
+    """A rank's whole state after an uninterrupted run, and after one that was interrupted at some step."""
     normed = functools.partial(network, norm=True)
     builds: list[tuple[Callable[[], LocalSGD], int]] = [
-        *((lambda: local(runtime, network(), *LATE, *TOPK), step) for step in (4, 6)),
-        (lambda: local(runtime, network(), *LATE, *POWERSGD), 4),
-        (lambda: local(runtime, normed(), *CASES["moments"].overrides()), 3),
-        (lambda: local(runtime, normed(), *CASES["warm-up"].overrides(), "strategy.warmup_steps=5"), 3),
+        *((lambda: local_sgd(runtime, network(), *LATE, *TOPK), step) for step in (4, 6)),
+        (lambda: local_sgd(runtime, network(), *LATE, *POWERSGD), 4),
+        (lambda: local_sgd(runtime, normed(), *CASES["moments"].overrides()), 3),
+        (lambda: local_sgd(runtime, normed(), *CASES["warm-up"].overrides(), "strategy.warmup_steps=5"), 3),
     ]
     found = []
     for build, step in builds:
         whole, interrupted, again = build(), build(), build()
         train(whole)
         train(interrupted, slice(step))
-        put_into(runtime, interrupted, again)
+        save_and_load(runtime, interrupted, again)
         train(again, slice(step, None))
         saved = [strategy.state_dict() for strategy in (whole, again)]
         first, second = (state_vector({**each["local"], **each["compressor"], **each["model"]}) for each in saved)
@@ -372,12 +372,12 @@ def resumed(runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def taken_over(runtime: Runtime) -> dict[str, Any]:
-    """What ddp, and a run with another warm-up, make of a run in the middle of an interval; and the way back."""
+def resumed_elsewhere(runtime: Runtime) -> dict[str, Any]:
+    """States after ddp and a run with another warm-up resumed from between two merges, and after the way back."""
     options = (FP64, "optimizer=sgd", "optimizer.momentum=0.9")
     own = ("strategy.sync_every=3", "strategy.outer_optimizer=nesterov")
     strategy, other, back = (
-        local(runtime, network(norm=True), *options, *own, f"strategy.warmup_steps={steps}") for steps in (0, 2, 0)
+        local_sgd(runtime, network(norm=True), *options, *own, f"strategy.warmup_steps={steps}") for steps in (0, 2, 0)
     )
     ddp = set_up(network(norm=True), small("strategy=ddp", *options), runtime)
     # All ranks find samples, so that their counts of batches are the same.
@@ -387,9 +387,9 @@ def taken_over(runtime: Runtime) -> dict[str, Any]:
         kept = [of.optimizer.state[parameter]["momentum_buffer"] for parameter in of.model.parameters()]
         return torch.cat([each.flatten() for each in kept])
 
-    put_into(runtime, strategy, ddp)
-    put_into(runtime, strategy, other)
-    put_into(runtime, ddp, back)
+    save_and_load(runtime, strategy, ddp)
+    save_and_load(runtime, strategy, other)
+    save_and_load(runtime, ddp, back)
     outer = [
         {name: tensor for name, tensor in each.state_dict()["local"].items() if name.startswith(("anchor/", "outer_"))}
         for each in (strategy, other, back)
@@ -406,13 +406,13 @@ def taken_over(runtime: Runtime) -> dict[str, Any]:
 
 
 def statistics(runtime: Runtime) -> dict[str, Any]:
-    """BatchNorm's running mean of this rank without a merge, after one, and after a warm-up."""
+    """This rank's running mean of BatchNorm without a merge, after a merge, and after a warm-up."""
     constants = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {}
     for name, override in {"own": "sync_every=3", "merged": "sync_every=2", "warm": "warmup_steps=2"}.items():
         model = network(norm=True)
         model.register_buffer("constants", constants.clone())
-        strategy = local(runtime, model, FP64, f"strategy.{override}")
+        strategy = local_sgd(runtime, model, FP64, f"strategy.{override}")
         train(strategy, slice(3, 5))
         found[name] = model.state_dict()["1.running_mean"].clone()
         found[f"{name}, shown"] = strategy.model_state()["1.running_mean"].clone()
@@ -420,9 +420,9 @@ def statistics(runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def astray(runtime: Runtime, *overrides: str) -> str:
-    """What is said after rank 1 changed what must be equal."""
-    strategy = local(runtime, network(), FP64, "strategy.sync_every=2", *overrides)
+def error_after_divergence(runtime: Runtime, *overrides: str) -> str:
+    """The error message after rank 1 changed its anchor; empty if there was no error."""
+    strategy = local_sgd(runtime, network(), FP64, "strategy.sync_every=2", *overrides)
     if runtime.world.rank == 1:
         strategy._fragments[0].anchors[0][3] += 1e-9
     train(strategy, slice(2))
@@ -438,63 +438,63 @@ def overflowed(runtime: Runtime) -> dict[str, Any]:
 
     def build() -> LocalSGD:
         torch.manual_seed(0)
-        return local(runtime, nn.Linear(6, 4), "trainer.precision=fp16", "strategy.sync_every=2")
+        return local_sgd(runtime, nn.Linear(6, 4), "trainer.precision=fp16", "strategy.sync_every=2")
 
     strategy, again, first, second = build(), build(), drawn(9, 6), drawn(9, 6, seed=1)
     for each in (first, second):
         each.inputs.mul_(0.1)
     first.inputs[-1] = 1e30
     strategy.train_step(share(first, strategy))
-    put_into(runtime, strategy, again)
+    save_and_load(runtime, strategy, again)
     again.train_step(share(second, again))
     return {"scale": again.precision.state_dict(), "parameters": parameters(again.model)}
 
 
-def three_ranks(folder: Path) -> dict[str, Any]:
+def on_three_ranks(folder: Path) -> dict[str, Any]:
     with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
         return {
-            "followed": {name: follow(runtime, case) for name, case in CASES.items() if case.group is None},
-            "beside ddp": beside_ddp(runtime),
-            "looked at": looked_at(runtime),
+            "recorded": {name: record_run(runtime, case) for name, case in CASES.items() if case.group is None},
+            "distance to ddp": distance_to_ddp(runtime),
+            "evaluated": with_and_without_evaluation(runtime),
             "compressed": merged_by_each_compressor(runtime),
             "resumed": resumed(runtime),
-            "taken over": taken_over(runtime),
+            "resumed elsewhere": resumed_elsewhere(runtime),
             "statistics": statistics(runtime),
-            "astray": astray(runtime),
+            "diverged": error_after_divergence(runtime),
             "overflowed": overflowed(runtime),
         }
 
 
-def four_ranks(folder: Path) -> dict[str, Any]:
+def on_four_ranks(folder: Path) -> dict[str, Any]:
     with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
         return {
-            "followed": {name: follow(runtime, case) for name, case in CASES.items() if case.group is not None},
-            "astray": astray(runtime, "strategy.group_size=2", "strategy.global_every=2"),
+            "recorded": {name: record_run(runtime, case) for name, case in CASES.items() if case.group is not None},
+            "diverged": error_after_divergence(runtime, "strategy.group_size=2", "strategy.global_every=2"),
         }
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(three_ranks, 3, tmp_path_factory.mktemp("run"), timeout=110)
+    return run_ranks(on_three_ranks, 3, tmp_path_factory.mktemp("run"), timeout=110)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(four_ranks, 4, tmp_path_factory.mktemp("run"), timeout=110)
+    return run_ranks(on_four_ranks, 4, tmp_path_factory.mktemp("run"), timeout=110)
 
 
 # --- the simulated training ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_s_copy_is_the_simulated_one(
+def test_each_rank_s_copy_equals_a_simulation_in_one_process(
     name: str, three: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:
     # Small tensors: more threads would only wait for each other.
     torch.set_num_threads(1)
     case = CASES[name]
     ranks = three if case.group is None else request.getfixturevalue("four")
-    found = [each["followed"][name] for each in ranks]
+    found = [each["recorded"][name] for each in ranks]
     simulated = Simulation(case, len(found))
     for step, whole in enumerate(batches()):
         simulated.step(whole)
@@ -509,22 +509,22 @@ def test_every_rank_s_copy_is_the_simulated_one(
                 assert each["metrics"][step] == drift
 
 
-# --- what holds for all ----------------------------------------------------------------------------------------------
+# --- promises --------------------------------------------------------------------------------------------------------
 
 
-def test_merging_after_each_step_of_sgd_is_ddp(three: list[dict[str, Any]], tmp_path: Path) -> None:
-    for found in (*(each["beside ddp"] for each in three), *run_ranks(beside_ddp_by_itself, 2, tmp_path)):
+def test_merging_after_each_step_of_sgd_equals_ddp(three: list[dict[str, Any]], tmp_path: Path) -> None:
+    for found in (*(each["distance to ddp"] for each in three), *run_ranks(distance_to_ddp_on_two_ranks, 2, tmp_path)):
         assert found["fp32"] <= 1e-5
         assert found["fp64"] <= 1e-12
         assert found["momentum"] <= 1e-12
 
 
-def test_evaluating_and_saving_change_nothing(three: list[dict[str, Any]]) -> None:
+def test_evaluation_and_saving_do_not_change_the_training(three: list[dict[str, Any]]) -> None:
     for each in three:
-        assert torch.equal(each["looked at"]["seen"], each["looked at"]["unseen"])
+        assert torch.equal(each["evaluated"]["with"], each["evaluated"]["without"])
 
 
-def test_differences_travel_through_the_compressor(three: list[dict[str, Any]]) -> None:
+def test_differences_are_compressed(three: list[dict[str, Any]]) -> None:
     for each in three:
         found = each["compressed"]
         torch.testing.assert_close(found["all"], found["none"], rtol=1e-12, atol=1e-14)
@@ -537,28 +537,28 @@ def test_differences_travel_through_the_compressor(three: list[dict[str, Any]]) 
             assert 1e-6 < difference / torch.linalg.vector_norm(found["none"]) < 0.2
 
 
-def test_the_same_ranks_go_on_bit_for_bit_from_anywhere(three: list[dict[str, Any]]) -> None:
+def test_resuming_on_the_same_ranks_is_bit_exact_at_any_step(three: list[dict[str, Any]]) -> None:
     for each in three:
         assert len(each["resumed"]) == 5
         for whole, interrupted in each["resumed"]:
             assert torch.equal(whole, interrupted)
 
 
-def test_another_strategy_or_warm_up_goes_on_from_the_mean(three: list[dict[str, Any]]) -> None:
-    found = [each["taken over"] for each in three]
+def test_another_strategy_or_warm_up_resumes_from_the_mean(three: list[dict[str, Any]]) -> None:
+    found = [each["resumed elsewhere"] for each in three]
     moments = torch.stack([each["moments"] for each in found]).mean(0)
     for each in found:
         for who in ("merged", "ddp", "other", "back"):
             assert torch.equal(each[who], found[0]["merged"])
         torch.testing.assert_close(each["ddp's moments"], moments, rtol=1e-12, atol=1e-15)
         assert not torch.allclose(each["moments"], moments, rtol=1e-3)
-    # The first rank saves what all share.
+    # The first rank saves the state that is equal on all ranks.
     before, after, afresh = found[0]["outer"]
     assert torch.equal(before, after)
     assert not torch.equal(before, afresh)
 
 
-def test_batch_norm_s_statistics_are_merged_by_samples_and_constants_stay(three: list[dict[str, Any]]) -> None:
+def test_batch_norm_statistics_are_merged_by_samples_and_constant_buffers_stay(three: list[dict[str, Any]]) -> None:
     found = [each["statistics"] for each in three]
     sizes = [sum(len(range(*shard_bounds(size, rank, 3))) for size in SIZES[3:5]) for rank in range(3)]
     assert len(set(sizes)) > 1
@@ -572,14 +572,16 @@ def test_batch_norm_s_statistics_are_merged_by_samples_and_constants_stay(three:
         assert all(stay for name, stay in each.items() if name.endswith("constants stay"))
 
 
-def test_a_rank_that_went_astray_is_named(three: list[dict[str, Any]], four: list[dict[str, Any]]) -> None:
-    line = "after the merge at step 2 the parameters of rank 1 are not those of the others"
-    assert [each["astray"] for each in three] == [line, line, line]
-    # Only its own group has merged with it.
-    assert [each["astray"] for each in four] == [line, line, "", ""]
+def test_a_rank_whose_parameters_differ_after_a_merge_is_named(
+    three: list[dict[str, Any]], four: list[dict[str, Any]]
+) -> None:
+    line = "after the merge at step 2 the parameters of rank 1 differ from the others'"
+    assert [each["diverged"] for each in three] == [line, line, line]
+    # Only the ranks of its own group have merged with it.
+    assert [each["diverged"] for each in four] == [line, line, "", ""]
 
 
-def test_each_rank_scales_its_own_loss(three: list[dict[str, Any]]) -> None:
+def test_each_rank_has_its_own_loss_scale(three: list[dict[str, Any]]) -> None:
     scales = [(each["overflowed"]["scale"]["scale"], each["overflowed"]["scale"]["good_steps"]) for each in three]
     assert scales == [(65536, 2), (65536, 2), (32768, 1)]
     for each in three:
@@ -590,7 +592,7 @@ def test_each_rank_scales_its_own_loss(three: list[dict[str, Any]]) -> None:
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def test_sixteen_steps_by_oneself_send_a_sixteenth_and_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_merging_every_sixteen_steps_sends_a_sixteenth_and_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     options = ("strategy=local_sgd", "strategy.sync_every=16", "trainer.epochs=100", "scheduler=constant")
 
     def run(ranks: int, name: str, steps: int, *more: str) -> list[dict[str, Any]]:
@@ -616,7 +618,7 @@ def test_sixteen_steps_by_oneself_send_a_sixteenth_and_a_run_goes_on_where_it_st
     assert relative_difference(more[2]["model"], more[0]["model"]) == 0
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- invalid options -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -630,16 +632,16 @@ def test_sixteen_steps_by_oneself_send_a_sixteenth_and_a_run_goes_on_where_it_st
         (("group_size=2",), "strategy.global_every=1: with groups it must be above 1"),
         (
             ("group_size=4", "global_every=2"),
-            "strategy.group_size=4: does not cut 6 ranks into groups; choices: null, 2, 3",
+            "strategy.group_size=4: does not divide 6 ranks into groups; choices: null, 2, 3",
         ),
         (
             ("group_size=6", "global_every=2"),
-            "strategy.group_size=6: does not cut 6 ranks into groups; choices: null, 2, 3",
+            "strategy.group_size=6: does not divide 6 ranks into groups; choices: null, 2, 3",
         ),
-        (("sync_every=4", "fragments=5"), "strategy.fragments=5: there are 4 steps for their merges"),
+        (("sync_every=4", "fragments=5"), "strategy.fragments=5: only 4 steps are available for their merges"),
         (
             ("fragments=9", "sync_every=20"),
-            "strategy.fragments=9: the model has only 8 parameters to cut between",
+            "strategy.fragments=9: the model has only 8 trainable parameter tensors to divide among them",
         ),
         (
             ("sync_every=7", "fragments=2", "overlap_steps=4"),
@@ -647,11 +649,12 @@ def test_sixteen_steps_by_oneself_send_a_sixteenth_and_a_run_goes_on_where_it_st
         ),
         (
             ("overlap_steps=1", "average_optimizer_state=true"),
-            "strategy.average_optimizer_state=true: is for strategy.overlap_steps=0: moments can't come late",
+            "strategy.average_optimizer_state=true: needs strategy.overlap_steps=0, since moments can't be applied "
+            "late",
         ),
     ],
 )
-def test_what_can_t_be_is_refused_in_a_line(overrides: tuple[str, ...], line: str) -> None:
+def test_invalid_options_are_refused_in_one_line(overrides: tuple[str, ...], line: str) -> None:
     world = World(rank=0, size=6, local_rank=0, local_size=6, host="here")
     with pytest.raises(ConfigError) as refused:
         check(small("strategy=local_sgd", *(f"strategy.{each}" for each in overrides)), world)
