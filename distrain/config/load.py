@@ -109,7 +109,7 @@ def _typed(key: str, schema: type[Any], node: Any) -> Any:
     except OmegaConfBaseException as error:
         raise config_error_from_omegaconf(error, prefix=key, schema=schema) from error
     for spec in dataclasses.fields(schema):
-        group = spec.metadata.get("each")
+        group = spec.metadata.get("choices_of")
         if group is not None:
             held = getattr(made, spec.name)
             for name in held:
@@ -178,7 +178,7 @@ def _check_limits(prefix: str, value: Any) -> None:
         if dataclasses.is_dataclass(item):
             _check_limits(key, item)
             continue
-        if spec.metadata.get("each"):
+        if spec.metadata.get("choices_of"):
             for name, inner in item.items():
                 _check_limits(_join(key, name), inner)
             continue

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of distrain, and what all data sets share: splits and channel statistics."""
+"""Interface of data sets, and what all of them share: splits and channel statistics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from distrain.config.schema import DataConfig
 from distrain.data.batch import Targets, map_targets
 from distrain.errors import ConfigError, config_error
 
+#: Prefixes of random keys, so that different draws with the same seed are independent.
 _VALIDATION, _TEST = 2, 3
+#: Bytes of pixels that are summed at once.
 _CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is known before anything is loaded: the images' shape, and the classes' names where there are classes."""
+    """What is known of a data set before it is loaded.
+
+    Attributes:
+        channels: Channels of each image.
+        height: Height of each image in pixels.
+        width: Width of each image in pixels.
+        classes: Names of the classes, in the order of their numbers; empty if there are no classes.
+    """
 
     channels: int
     height: int
@@ -34,9 +43,10 @@ class Images:
     """One split.
 
     Attributes:
-        images: uint8 [N, C, H, W] in memory; or, where ``rows`` is given, a memory map of more images than these.
-        targets: What the task compares outputs with, [N, …] each: classes as int64 [N], or tensors by name.
-        rows: int64 [N], where in ``images`` each sample lies; ``None``: sample i is ``images[i]``.
+        images: uint8 [N, C, H, W] in memory; if ``rows`` is given, a memory map that also contains other images.
+        targets: What the task compares outputs with: a tensor [N, …], such as class numbers as int64 [N], or a
+            dictionary of such tensors.
+        rows: int64 [N], index in ``images`` of each sample; ``None`` if sample i is ``images[i]``.
     """
 
     images: Tensor
@@ -47,11 +57,11 @@ class Images:
         return len(self.images if self.rows is None else self.rows)
 
     def pick(self, positions: Tensor) -> Tensor:
-        """Copies the images at these positions of the split, int64 [n] -> uint8 [n, C, H, W]."""
+        """Copies the images at some positions of the split, int64 [n], to uint8 [n, C, H, W]."""
         return self.images.index_select(0, positions if self.rows is None else self.rows.index_select(0, positions))
 
     def subset(self, positions: Tensor) -> Images:
-        """The samples at these positions, in their order; images in memory are copied, a memory map is shared."""
+        """The samples at some positions, in that order; images in memory are copied, a memory map is shared."""
         targets = map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
         if self.rows is None:
             return Images(self.pick(positions), targets)
@@ -67,9 +77,9 @@ class Splits:
         train: Training images.
         val: Validation images; may be empty.
         test: Test images.
-        mean: Mean of each channel, with pixel values in [0, 1].
-        std: Standard deviation of each channel, likewise.
-        resident: All images lie in memory; ``False``: they stream from a memory map.
+        mean: Mean of each channel, for pixel values in [0, 1].
+        std: Standard deviation of each channel, for pixel values in [0, 1].
+        resident: Whether all images are in memory; otherwise they are read from a memory map.
     """
 
     spec: DataSpec
@@ -82,11 +92,11 @@ class Splits:
 
 
 class DataSource(ABC):
-    """A data set; its subclasses are the choices of the group ``data`` and take their own configuration.
+    """A data set. Each subclass is a choice of the group ``data``; its constructor takes its own configuration.
 
     Attributes:
-        compatible_keys: Keys below ``data`` that may differ between a run and the run that resumes it, because they
-            change neither which images there are nor their order. A subclass adds its own.
+        compatible_keys: Keys below ``data`` that may change when a run is resumed, since they change neither the images
+            nor their order. Subclasses add their own.
     """
 
     compatible_keys: ClassVar[frozenset[str]] = frozenset(
@@ -95,32 +105,35 @@ class DataSource(ABC):
 
     @classmethod
     def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
-        """Keys to change so that another process, perhaps another user's, reads a saved run's images.
+        """Changes to a saved run's configuration with which another process, perhaps of another user, reads its images.
 
-        A subclass adds the keys by which reading would download files, or write where the run's configuration says.
+        A subclass adds the keys that would make reading download files or write to paths of the saved configuration.
 
         Args:
-            config: The saved run's data configuration, of the schema that this class is registered with.
-            root: Folder that holds the data now; ``None`` where it is still ``config.root``.
+            config: The saved run's data configuration, an instance of the schema that this class is registered with.
+            root: Folder that contains the data now; ``None`` if it is still ``config.root``.
+
+        Returns:
+            New values by key.
         """
         return {} if root is None else {"root": root}
 
     @abstractmethod
     def describe(self) -> DataSpec:
-        """Says what the data set holds; cheap, called on every rank before any process group forms.
+        """Describes the data set; cheap, and called on every rank before any process group exists.
 
         Raises:
-            ConfigError: A missing folder or file, or values that don't fit together.
+            ConfigError: A folder or file is missing, or keys contradict each other.
         """
 
     @abstractmethod
     def load(self) -> Splits:
-        """Loads everything; may take long.
+        """Loads the data set, which may take long.
 
-        All ranks of a host call it at the same time, before any process group forms.
+        All ranks of a host call it at the same time, before any process group exists.
 
         Raises:
-            ConfigError: Files that can't be read.
+            ConfigError: A file can't be read.
         """
 
 
@@ -130,10 +143,10 @@ def source_class(config: DataConfig) -> type[DataSource]:
 
 
 def check_shared_keys(config: DataConfig, spec: DataSpec) -> DataSpec:
-    """Returns ``spec`` if the keys that all data sets share fit it.
+    """Checks the keys that all data sets share against the images, and returns ``spec``.
 
     Raises:
-        ConfigError: A mean or std for another number of channels; a crop or cutout too large for the images.
+        ConfigError: ``mean`` or ``std`` has another number of channels, or a crop or cutout is larger than the images.
     """
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != spec.channels:
@@ -143,13 +156,13 @@ def check_shared_keys(config: DataConfig, spec: DataSpec) -> DataSpec:
         if value > side:
             raise ConfigError(f"data.augment.{name}", value, f"is larger than the {spec.height}x{spec.width} images")
     if config.augment.crop_border == "reflect" and config.augment.crop_padding >= side:
-        problem = f"the {spec.height}x{spec.width} images have no so many pixels beside their edge to mirror"
+        problem = f"is too large to mirror the edges of the {spec.height}x{spec.width} images"
         raise ConfigError("data.augment.crop_padding", config.augment.crop_padding, problem)
     return spec
 
 
 def hold_out_test(count: int, fraction: float, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Positions that stay and positions that become the test split, for data sets that bring none."""
+    """Divides positions into training and test samples, for data sets without a test split of their own."""
     return _hold_out(count, fraction, rng.key(_TEST, split_seed))
 
 
@@ -162,18 +175,18 @@ def assemble(
     val: Images | None = None,
     moments: Tensor | None = None,
 ) -> Splits:
-    """Splits off the validation images, applies ``data.limit``, and finds the channel statistics.
+    """Makes the splits: holds out validation images, applies ``data.limit`` and computes the channel statistics.
 
     Args:
-        config: The common keys are used.
+        config: The data set's configuration; only the keys that all data sets share are used.
         spec: Shape and classes.
-        train: All images that aren't for testing.
+        train: All images that are not for testing.
         test: Test images.
-        val: Validation images where the data set brings its own; ``data.val_fraction`` is then not used.
-        moments: As :func:`image_moments` gives them for ``train``, where they are known already.
+        val: Validation images, if the data set has its own; ``data.val_fraction`` is then ignored.
+        moments: Result of :func:`image_moments` for ``train``, if it is known already.
 
     Raises:
-        ConfigError: No training or no test images are left.
+        ConfigError: There are no training or no test images.
     """
     keep = torch.arange(len(train))
     if val is None:
@@ -186,19 +199,21 @@ def assemble(
         raise ConfigError("data.val_fraction", config.val_fraction, f"leaves none of {len(train)} images for training")
     if len(test) == 0:
         raise config_error("data", "there are no test images")
-    everything = len(keep) == len(train)
-    fit = train if everything else train.subset(keep)
+    keeps_all = len(keep) == len(train)
+    kept = train if keeps_all else train.subset(keep)
     mean, std = config.mean, config.std
     if mean is None or std is None:
-        measured = moments if everything or moments is None else moments.index_select(0, keep)
-        found = channel_statistics(image_moments(fit) if measured is None else measured, spec.height * spec.width)
-        mean, std = mean or found[0], std or found[1]
-    resident = all(part.rows is None for part in (fit, val, test))
-    return Splits(spec, fit, val, test, tuple(mean), tuple(std), resident)
+        kept_moments = moments if keeps_all or moments is None else moments.index_select(0, keep)
+        if kept_moments is None:
+            kept_moments = image_moments(kept)
+        measured_mean, measured_std = channel_statistics(kept_moments, spec.height * spec.width)
+        mean, std = mean or measured_mean, std or measured_std
+    resident = all(part.rows is None for part in (kept, val, test))
+    return Splits(spec, kept, val, test, tuple(mean), tuple(std), resident)
 
 
 def image_moments(images: Images) -> Tensor:
-    """Sums and sums of squares of each image's pixels, exact: int64 [N, C, 2]."""
+    """Exact sums and sums of squares of each image's pixel values in 0..255, as int64 [N, C, 2]."""
     count, channels, height, width = len(images), *images.images.shape[1:]
     chunk = max(1, _CHUNK_BYTES // (channels * height * width))
     parts = [torch.empty(0, channels, 2, dtype=torch.int64)]
@@ -209,27 +224,27 @@ def image_moments(images: Images) -> Tensor:
 
 
 def channel_statistics(moments: Tensor, pixels: int) -> tuple[list[float], list[float]]:
-    """Mean and (population) standard deviation of each channel, in [0, 1].
+    """Mean and population standard deviation of each channel, for pixel values in [0, 1].
 
     Args:
         moments: int64 [N, C, 2] from :func:`image_moments`.
-        pixels: Pixels of an image's channel.
+        pixels: Number of pixels in a channel of an image.
 
     Returns:
-        Means and standard deviations; 1 where a channel is constant, since it can only be centred.
+        Means and standard deviations. The latter is 1 for a constant channel, so that dividing by it is possible.
     """
     count = len(moments) * pixels
     means, stds = [], []
     for first, second in moments.sum(0).tolist():
         means.append(first / count / 255)
-        # Python's integers don't overflow, so the difference of two large squares is exact.
+        # Exact, since Python's integers do not overflow.
         variance = (count * second - first * first) / (count * count)
         stds.append(variance**0.5 / 255 or 1.0)
     return means, stds
 
 
 def _hold_out(count: int, fraction: float, family: int) -> tuple[Tensor, Tensor]:
-    """Two sorted sets of positions; a fraction above 0 holds out at least one of two or more samples."""
+    """Remaining and held-out positions, sorted; a fraction above 0 holds out at least one of two or more samples."""
     held_out = min(max(round(count * fraction), 1 if fraction > 0 else 0), max(count - 1, 0))
     order = rng.permutation(family, count)
     return order[held_out:].sort().values, order[:held_out].sort().values

@@ -1,4 +1,4 @@
-"""What one training or evaluation step works on."""
+"""Batches: the input of one training or evaluation step."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-#: What the model is to learn: a tensor, or a dictionary of several; the first dimension of each counts the samples.
-#: Only the task, which knows which of the two it is, looks inside.
+#: What the task compares outputs with: a tensor, or a dictionary of tensors. The first dimension of each is the sample.
+#: Only the task knows their meaning.
 Targets: TypeAlias = Any
 
 
 def map_targets(function: Callable[[Tensor], Tensor], targets: Targets) -> Targets:
-    """The targets with a function applied to each tensor."""
+    """Applies a function to each tensor of the targets."""
     if isinstance(targets, Tensor):
         return function(targets)
     return {name: function(tensor) for name, tensor in targets.items()}
 
 
 def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
-    """The targets of the samples from ``start`` up to ``stop``, as views."""
+    """Targets of the samples from ``start`` up to but not including ``stop``, as views."""
     if isinstance(targets, Tensor):
         return targets[start:stop]
     return {name: tensor[start:stop] for name, tensor in targets.items()}
@@ -32,10 +32,10 @@ class Batch:
     """One shard's share of a global batch.
 
     Attributes:
-        inputs: What the model takes, ``[n, …]``, on the device; n may be 0.
-        targets: What the task compares outputs with, likewise.
-        indices: int64 [n] on the CPU: positions in the split.
-        global_count: Samples of the global batch, over all shards; what sums of losses are divided by.
+        inputs: Inputs of the model, ``[n, …]``, on the device; n may be 0.
+        targets: Targets of the same samples, on the device.
+        indices: Positions of the samples in the split, int64 [n] on the CPU.
+        global_count: Number of samples in the global batch, over all shards; sums of losses are divided by it.
     """
 
     inputs: Tensor
@@ -47,7 +47,7 @@ class Batch:
         return len(self.inputs)
 
     def split(self, count: int) -> list[tuple[Tensor, Targets]]:
-        """Inputs and targets of ``count`` pieces whose sizes differ by one sample at most."""
+        """Splits into ``count`` pairs of inputs and targets whose sizes differ by at most one sample."""
         inputs = self.inputs.tensor_split(count)
         if isinstance(self.targets, Tensor):
             return list(zip(inputs, self.targets.tensor_split(count), strict=True))

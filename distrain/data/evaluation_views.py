@@ -1,4 +1,4 @@
-"""Several views of each image in evaluation: their logits are averaged, so every sample still counts once."""
+"""Test-time augmentation: evaluation averages the logits over several views of each image."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor
 
 
 def averaged_logits(forward: Callable[[Tensor], Tensor], images: Tensor, views: str) -> Tensor:
-    """The weighted mean of what a model says of an image's views (Jordan 2024, arXiv 2404.00498, §3.5).
+    """The weighted mean of a model's logits over views of each image (Jordan 2024, arXiv 2404.00498, §3.5).
 
     Args:
-        forward: Images [n, C, H, W] to logits [n, classes].
-        images: Normalised [n, C, H, W].
-        views: ``plain``: the image. ``flip``: it and its mirror image. ``flip_translate``: these, with half of the
-            weight, and both of the image moved by a pixel up and left, and down and right, its edge mirrored.
+        forward: The model, from images [n, C, H, W] to logits [n, classes].
+        images: Normalised images [n, C, H, W].
+        views: ``plain``: the image only. ``flip``: the image and its mirror image. ``flip_translate``: these two with
+            half of the total weight; the other half is shared by both shifted by one pixel up and left, and both
+            shifted by one pixel down and right, where the edges are filled by reflection.
 
     Returns:
         Logits [n, classes].
     """
     if views == "plain":
         return forward(images)
-    # Each is weighted at once: the next forward pass may reuse the memory (CUDA graphs do).
+    # Each view is weighted before the next forward pass, which may reuse the logits' memory (CUDA graphs do).
     return sum((forward(view) * weight for view, weight in _views(images, views)), start=images.new_zeros(()))
 
 

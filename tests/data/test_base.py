@@ -21,11 +21,11 @@ SPEC = DataSpec(3, 8, 6, ("a", "b", "c", "d", "e"))
 
 
 def marked(count: int) -> Images:
-    """Images whose label is their number, so that one sees where they went."""
+    """Images whose label is their index, so that tests can identify them."""
     return Images(random_images(count).images, torch.arange(count))
 
 
-def test_validation_is_a_tenth_chosen_by_the_split_seed_alone() -> None:
+def test_the_split_seed_alone_selects_the_validation_images() -> None:
     splits = assemble(data_config(), SPEC, marked(200), marked(30))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (180, 20, 30)
     together = torch.cat((splits.train.targets, splits.val.targets))
@@ -37,14 +37,14 @@ def test_validation_is_a_tenth_chosen_by_the_split_seed_alone() -> None:
     assert not other.val.targets.equal(splits.val.targets)
 
 
-def test_images_follow_their_labels() -> None:
-    everything = marked(50)
-    splits = assemble(data_config(), SPEC, everything, marked(5))
+def test_images_stay_with_their_labels() -> None:
+    images = marked(50)
+    splits = assemble(data_config(), SPEC, images, marked(5))
     for part in (splits.train, splits.val):
-        assert part.images.equal(everything.images[part.targets])
+        assert part.images.equal(images.images[part.targets])
 
 
-def test_limit_leaves_validation_and_test_as_they_are() -> None:
+def test_limit_does_not_change_validation_and_test_images() -> None:
     full = assemble(data_config(), SPEC, marked(200), marked(30))
     limited = assemble(data_config(limit=15), SPEC, marked(200), marked(30))
     assert len(limited.train) == 15
@@ -53,17 +53,17 @@ def test_limit_leaves_validation_and_test_as_they_are() -> None:
     assert len(limited.test) == 30
 
 
-def test_no_validation_split_where_none_is_asked_for() -> None:
+def test_a_validation_fraction_of_zero_gives_no_validation_images() -> None:
     splits = assemble(data_config(val_fraction=0.0), SPEC, marked(20), marked(3))
     assert (len(splits.train), len(splits.val)) == (20, 0)
 
 
-def test_a_data_set_s_own_validation_images_are_used() -> None:
+def test_validation_images_of_the_data_set_are_used() -> None:
     splits = assemble(data_config(), SPEC, marked(20), marked(3), val=marked(7))
     assert (len(splits.train), len(splits.val)) == (20, 7)
 
 
-def test_statistics_are_those_of_the_training_split() -> None:
+def test_statistics_are_of_the_training_images() -> None:
     splits = assemble(data_config(), SPEC, marked(100), marked(3))
     pixels = splits.train.images.double() / 255
     torch.testing.assert_close(
@@ -74,13 +74,13 @@ def test_statistics_are_those_of_the_training_split() -> None:
 
 
 def test_known_moments_give_the_same_statistics() -> None:
-    everything = marked(40)
-    measured = assemble(data_config(), SPEC, everything, marked(3))
-    known = assemble(data_config(), SPEC, everything, marked(3), moments=image_moments(everything))
+    images = marked(40)
+    measured = assemble(data_config(), SPEC, images, marked(3))
+    known = assemble(data_config(), SPEC, images, marked(3), moments=image_moments(images))
     assert (known.mean, known.std) == (measured.mean, measured.std)
 
 
-def test_configured_statistics_are_taken_as_they_are() -> None:
+def test_configured_statistics_are_used() -> None:
     splits = assemble(data_config(mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0]), SPEC, marked(40), marked(3))
     assert (splits.mean, splits.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
 
@@ -101,7 +101,7 @@ def test_a_subset_of_a_memory_map_shares_it() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 1797])
-def test_a_fraction_holds_out_at_least_one_and_leaves_one(count: int) -> None:
+def test_holding_out_leaves_at_least_one_sample_on_each_side(count: int) -> None:
     for fraction in (0.001, 0.2, 0.999):
         keep, held_out = hold_out_test(count, fraction, 0)
         assert len(keep) >= 1
@@ -117,7 +117,7 @@ def test_a_fraction_holds_out_at_least_one_and_leaves_one(count: int) -> None:
         ({"augment__crop_padding": 7}, "data.augment.crop_padding=7: is larger than the 8x6 images"),
         (
             {"augment__crop_padding": 6, "augment__crop_border": "reflect"},
-            "data.augment.crop_padding=6: the 8x6 images have no so many pixels beside their edge to mirror",
+            "data.augment.crop_padding=6: is too large to mirror the edges of the 8x6 images",
         ),
         ({"augment__cutout": 7}, "data.augment.cutout=7: is larger than the 8x6 images"),
     ],

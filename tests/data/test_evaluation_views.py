@@ -1,4 +1,4 @@
-"""Views of an image are weighted as the paper says, and averaged over logits."""
+"""The logits of the views of an image are averaged with the weights of the paper."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGES = torch.randn(5, 3, 6, 7, generator=torch.Generator().manual_seed(0), dty
 
 
 def corners(images: Tensor) -> Tensor:
-    """Tells every view apart, and is not linear."""
+    """A model that gives different logits for every view and is not linear."""
     return images[:, :, ::5, ::6].flatten(1).exp()
 
 
@@ -37,14 +37,14 @@ def moved(images: Tensor, rows: int, columns: int) -> Tensor:
         ),
     ],
 )
-def test_views_are_weighted_as_they_say(views: str, expected: Tensor) -> None:
+def test_views_have_their_documented_weights(views: str, expected: Tensor) -> None:
     torch.testing.assert_close(averaged_logits(corners, IMAGES, views), expected)
 
 
-def test_a_view_may_be_overwritten_by_the_next() -> None:
+def test_a_forward_pass_may_overwrite_the_logits_of_the_one_before() -> None:
     memory = torch.empty_like(corners(IMAGES))
 
-    def reuses(images: Tensor) -> Tensor:
+    def reusing_memory(images: Tensor) -> Tensor:
         return memory.copy_(corners(images))
 
-    torch.testing.assert_close(averaged_logits(reuses, IMAGES, "flip"), mirrored(IMAGES))
+    torch.testing.assert_close(averaged_logits(reusing_memory, IMAGES, "flip"), mirrored(IMAGES))

@@ -35,19 +35,19 @@ def normalised(pixels: Tensor) -> Tensor:
     return (pixels.double() / 255 - mean) / std
 
 
-def seen(batches: list[Batch]) -> list[int]:
+def sample_indices(batches: list[Batch]) -> list[int]:
     return [int(i) for batch in batches for i in batch.indices]
 
 
-def test_an_epoch_sees_every_sample_once_and_ends_ragged() -> None:
+def test_an_epoch_yields_every_sample_once_with_a_smaller_last_batch() -> None:
     one = loader(shuffle=True)
     batches = list(one.epoch(0))
     assert len(one) == len(batches) == 7
     assert [len(batch.targets) for batch in batches] == [16] * 6 + [7]
     assert [batch.global_count for batch in batches] == [16] * 6 + [7]
-    assert sorted(seen(batches)) == list(range(103))
-    assert seen(list(one.epoch(1))) != seen(batches)
-    assert seen(list(loader().epoch(0))) == list(range(103))
+    assert sorted(sample_indices(batches)) == list(range(103))
+    assert sample_indices(list(one.epoch(1))) != sample_indices(batches)
+    assert sample_indices(list(loader().epoch(0))) == list(range(103))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -56,7 +56,7 @@ def test_an_epoch_sees_every_sample_once_and_ends_ragged() -> None:
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)],
 )
 @pytest.mark.parametrize("mapped", [False, True])
-def test_images_are_normalised_and_belong_to_their_labels(
+def test_images_are_normalised_and_stay_with_their_labels(
     memory_format: torch.memory_format, dtype: torch.dtype, tolerance: float, mapped: bool
 ) -> None:
     images = Images(IMAGES.images, IMAGES.targets, torch.arange(103)) if mapped else IMAGES
@@ -70,7 +70,9 @@ def test_images_are_normalised_and_belong_to_their_labels(
 
 @pytest.mark.parametrize("shards", [2, 3, 20])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_shards_together_are_bit_for_bit_the_global_batch(shards: int, memory_format: torch.memory_format) -> None:
+def test_the_shards_of_a_batch_are_together_the_global_batch_bit_for_bit(
+    shards: int, memory_format: torch.memory_format
+) -> None:
     settings: dict[str, Any] = {
         "shuffle": True,
         "seed": 3,
@@ -88,14 +90,14 @@ def test_shards_together_are_bit_for_bit_the_global_batch(shards: int, memory_fo
 
 
 @pytest.mark.parametrize("consumed", [0, 16, 32, 37, 102, 103])
-def test_an_epoch_goes_on_where_it_was_left_with_any_batch_size(consumed: int) -> None:
-    whole = seen(list(loader(shuffle=True).epoch(2)))
+def test_an_epoch_continues_at_any_sample_with_any_batch_size(consumed: int) -> None:
+    whole = sample_indices(list(loader(shuffle=True).epoch(2)))
     rest = list(loader(shuffle=True, batch_size=10).epoch(2, consumed))
-    assert seen(rest) == whole[consumed:]
+    assert sample_indices(rest) == whole[consumed:]
     assert all(batch.global_count == 10 for batch in rest[:-1])
 
 
-def test_augmentation_follows_the_sample_not_the_batch() -> None:
+def test_augmentation_depends_on_the_sample_not_the_batch() -> None:
     settings: dict[str, Any] = {"augment": augment(flip=True, crop_padding=2, cutout=3), "seed": 7}
     shuffled = loader(shuffle=True, batch_size=9, **settings).epoch(4)
     ordered = torch.cat([batch.inputs for batch in loader(**settings).epoch(4)])
@@ -104,7 +106,7 @@ def test_augmentation_follows_the_sample_not_the_batch() -> None:
     assert not ordered.equal(torch.cat([batch.inputs for batch in loader(**settings).epoch(5)]))
 
 
-def test_cutout_leaves_the_mean() -> None:
+def test_cutout_sets_a_square_to_the_mean() -> None:
     batch = next(loader(augment=augment(cutout=3)).epoch(0))
     zeros = (batch.inputs == 0).all(1).sum((1, 2))
     assert zeros.min() >= 4  # a corner of the image
@@ -118,7 +120,7 @@ def test_prefetched_batches_are_the_same() -> None:
         assert ready.targets.equal(plain.targets)
 
 
-def test_leaving_an_epoch_early_ends_its_thread() -> None:
+def test_closing_an_epoch_early_ends_its_thread() -> None:
     epoch = loader(prefetch=2).epoch(0)
     next(epoch)
     epoch.close()
@@ -139,7 +141,7 @@ def test_no_images_give_no_steps() -> None:
     assert list(empty.epoch(0)) == []
 
 
-def test_prefetching_is_off_only_where_it_can_not_help() -> None:
+def test_prefetching_is_off_only_on_cpu_with_images_in_memory() -> None:
     spec = DataSpec(3, 8, 6, ("a", "b"))
     resident = assemble(data_config(), spec, IMAGES, random_images(3))
     mapped = assemble(data_config(), spec, Images(IMAGES.images, IMAGES.targets, torch.arange(103)), random_images(3))
@@ -155,15 +157,15 @@ def test_prefetching_is_off_only_where_it_can_not_help() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_cuda_gets_what_the_cpu_gets(mapped: bool, prefetch: int) -> None:
+def test_batches_on_cuda_equal_those_on_cpu(mapped: bool, prefetch: int) -> None:
     images = Images(IMAGES.images, IMAGES.targets, torch.arange(103)) if mapped else IMAGES
     settings: dict[str, Any] = {
         "shuffle": True,
         "augment": augment(flip=True, crop_padding=2, cutout=3),
         "memory_format": torch.channels_last,
     }
-    there = loader(images, device=torch.device("cuda"), prefetch=prefetch, **settings)
-    for ours, expected in zip(there.epoch(0), loader(**settings).epoch(0), strict=True):
+    on_cuda = loader(images, device=torch.device("cuda"), prefetch=prefetch, **settings)
+    for ours, expected in zip(on_cuda.epoch(0), loader(**settings).epoch(0), strict=True):
         assert ours.inputs.is_cuda
         assert ours.inputs.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(ours.inputs.cpu(), expected.inputs, rtol=1e-6, atol=1e-6)

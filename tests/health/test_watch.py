@@ -52,7 +52,7 @@ FAULTS: dict[str, Callable[[], None]] = {"hang": hang, "crash": crash}
 def train_with_fault(configuration: Config, fault: str, rank: int, batch: int) -> str:
     """Trains; one rank suffers a fault or a signal while it reads a batch (counted from 0)."""
     reads = 0
-    take = Loader._take
+    take = Loader._gather_pixels
 
     def take_or_fail(loader: Loader, rows: Any) -> Any:
         nonlocal reads
@@ -66,7 +66,7 @@ def train_with_fault(configuration: Config, fault: str, rank: int, batch: int) -
         reads += 1
         return take(loader, rows)
 
-    Loader._take = take_or_fail  # type: ignore[method-assign, assignment]
+    Loader._gather_pixels = take_or_fail  # type: ignore[method-assign, assignment]
     try:
         train_on_rank(configuration)
     except Failed as failed:
@@ -206,7 +206,7 @@ def test_a_failed_rank_that_served_the_store_is_named(fault: str, error: str, tm
 def train_with_stop_request(configuration: Config) -> tuple[str | None, str]:
     """Trains; rank 1 fails in the same batch in which rank 0 receives a request to stop."""
     reads = 0
-    take = Loader._take
+    take = Loader._gather_pixels
     world = World.from_environment()
 
     def take_or_fail(loader: Loader, rows: Any) -> Any:
@@ -218,7 +218,7 @@ def train_with_stop_request(configuration: Config) -> tuple[str | None, str]:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(loader, rows)
 
-    Loader._take = take_or_fail  # type: ignore[method-assign, assignment]
+    Loader._gather_pixels = take_or_fail  # type: ignore[method-assign, assignment]
     requested: str | None = None
     try:
         with Runtime(configuration, world) as runtime:
@@ -259,13 +259,13 @@ def test_a_crash_below_python_leaves_its_stack(tmp_path: Path) -> None:
 def pause_and_train(configuration: Config) -> str:
     """Trains; all ranks are suspended at about the same time, for longer than the limit without heartbeats."""
     command = f"sleep 1; kill -STOP {os.getpid()}; sleep {2 * LIMIT}; kill -CONT {os.getpid()}"
-    step = Loader._take
+    step = Loader._gather_pixels
 
     def slow(loader: Loader, rows: Any) -> Any:
         time.sleep(0.1)
         return step(loader, rows)
 
-    Loader._take = slow  # type: ignore[method-assign, assignment]
+    Loader._gather_pixels = slow  # type: ignore[method-assign, assignment]
     with subprocess.Popen(["/bin/sh", "-c", command]):
         began = time.monotonic()
         train_on_rank(configuration)
