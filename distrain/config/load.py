@@ -1,4 +1,4 @@
-"""From what Hydra composed to checked dataclasses, and back to plain containers."""
+"""Checks composed configurations, turns them into dataclasses, and back into plain containers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 
 def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
-    """Checks a composed configuration against the schemas.
+    """Checks a run's configuration against the schemas.
 
     Args:
-        composed: What Hydra composed, or the content of a run's ``config.yaml``.
+        composed: A configuration composed by Hydra, or the content of a run's ``config.yaml``.
 
     Returns:
-        The same as dataclasses; groups are instances of the schema their ``name`` chose.
+        The configuration as dataclasses; each group is an instance of the schema of its choice.
 
     Raises:
-        ConfigError: An unknown key or choice, a wrong type, a value outside its limits.
+        ConfigError: A key or choice is unknown, or a value has the wrong type or is outside its limits.
     """
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     if not isinstance(node, DictConfig):
@@ -43,14 +43,14 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
             raise config_error(str(key), "no such key", fields)
     values: dict[str, Any] = {}
     try:
-        # While the whole is there to refer to: a group by itself can't follow ${…} to another.
+        # Interpolations (${…}) are resolved in the whole configuration, since they may refer to another group.
         node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(node, resolve=True)))
-        # Groups last: their choices' files import torch, which a mistake elsewhere need not wait for.
+        # Groups last: their modules import torch, which takes long; errors in other keys are found without that.
         for key, spec in sorted(fields.items(), key=lambda item: item[0] in GROUPS):
             if key in GROUPS:
-                values[key] = _choice(key, key, node.get(key, _GROUP_DEFAULTS.get(key)))
+                values[key] = _load_choice(key, key, node.get(key, _GROUP_DEFAULTS.get(key)))
             elif key in _SECTIONS:
-                values[key] = _typed(key, _SECTIONS[key], node.get(key))
+                values[key] = _to_dataclass(key, _SECTIONS[key], node.get(key))
                 _check_limits(key, values[key])
             elif key in node:
                 values[key] = node[key]
@@ -58,7 +58,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
                 values[key] = None
             else:
                 raise config_error(key, f"needs a value: {spec.metadata['doc']}")
-        top = _typed("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
+        top = _to_dataclass("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
     except OmegaConfBaseException as error:
         raise config_error_from_omegaconf(error) from error
     config = Config(**{**values, **{k: getattr(top, k) for k in _TOP_KEYS}})
@@ -67,25 +67,27 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def load_settings(schema: type[T], composed: DictConfig) -> T:
-    """A composed configuration of another command, checked against its schema.
+    """Checks the configuration of a command other than ``train`` against its schema.
 
     Raises:
-        ConfigError: An unknown key, a wrong type, a value outside its limits.
+        ConfigError: A key is unknown, or a value has the wrong type or is outside its limits.
     """
-    settings = cast(T, _typed("", schema, composed))
+    settings = cast(T, _to_dataclass("", schema, composed))
     _check_limits("", settings)
     return settings
 
 
 @dataclass
 class _Top:
+    """The keys of :class:`Config` that are in no section or group."""
+
     seed: int = 0
     resume: str = "auto"
     run_dir: str | None = None
     experiment: str | None = None
 
 
-#: Choices of groups that came with a later release than some runs whose config.yaml is read.
+#: Choices of groups that are missing in the config.yaml of older releases.
 _GROUP_DEFAULTS = {"task": OmegaConf.create({"name": "classification"})}
 _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 
@@ -93,17 +95,18 @@ _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 _SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
 
 
-def _choice(group: str, key: str, node: Any) -> Any:
-    """One choice of a group as the dataclass that its name picks; ``key`` is where it stands."""
+def _load_choice(group: str, key: str, node: Any) -> Any:
+    """The configuration of a choice of ``group``, found at ``key``, as an instance of the choice's schema."""
     if not isinstance(node, DictConfig):
         raise ConfigError(key, node, f"needs one of the choices of conf/{group}", choices(group))
-    return _typed(key, choice(group, node.get("name"), key).schema, node)
+    return _to_dataclass(key, choice(group, node.get("name"), key).schema, node)
 
 
-def _typed(key: str, schema: type[Any], node: Any) -> Any:
+def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
+    """The mapping at ``key`` as an instance of a schema; values are converted to the types of its fields."""
     _check_keys(key, schema, node)
     try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+        instance: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except ValidationError as error:
         raise _wrong_type(error, key, schema, node) from error
     except OmegaConfBaseException as error:
@@ -111,19 +114,21 @@ def _typed(key: str, schema: type[Any], node: Any) -> Any:
     for spec in dataclasses.fields(schema):
         group = spec.metadata.get("choices_of")
         if group is not None:
-            held = getattr(made, spec.name)
-            for name in held:
-                held[name] = _inner_choice(group, _join(_join(key, spec.name), str(name)), node[spec.name][name])
-    return made
+            values = getattr(instance, spec.name)
+            for name in values:
+                values[name] = _load_nested_choice(
+                    group, _join(_join(key, spec.name), str(name)), node[spec.name][name]
+                )
+    return instance
 
 
-def _inner_choice(group: str, key: str, node: Any) -> Any:
-    """A choice that is a value inside another one."""
+def _load_nested_choice(group: str, key: str, node: Any) -> Any:
+    """A choice of ``group`` that is configured inside another choice, at ``key``."""
     try:
-        return _choice(group, key, node)
+        return _load_choice(group, key, node)
     except ConfigError as error:
         line = str(error)
-        # A schema that compares its own keys names them by its group, which is not where they stand here.
+        # A schema that checks its own keys names them as below its group; the message must name them as below ``key``.
         if line.startswith(f"{group}.") and not line.startswith(key):
             raise config_error_from_line(key + line.removeprefix(group)) from error
         raise
@@ -132,38 +137,40 @@ def _inner_choice(group: str, key: str, node: Any) -> Any:
 def _check_keys(key: str, schema: type[Any], node: Any) -> None:
     if not isinstance(node, DictConfig):
         raise ConfigError(key, node, "must be a mapping of keys to values")
-    wanted = typing.get_type_hints(schema)
+    types = typing.get_type_hints(schema)
     for name in map(str, node):
-        if name not in wanted:
-            raise config_error(_join(key, name), "no such key", wanted)
-        if dataclasses.is_dataclass(wanted[name]):
-            _check_keys(_join(key, name), wanted[name], node[name])
+        if name not in types:
+            raise config_error(_join(key, name), "no such key", types)
+        if dataclasses.is_dataclass(types[name]):
+            _check_keys(_join(key, name), types[name], node[name])
 
 
 def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: DictConfig) -> ConfigError:
-    path = str(error.full_key or "")
-    wanted: Any = schema
-    for name in path.partition("[")[0].split("."):
-        wanted = typing.get_type_hints(wanted).get(name) if dataclasses.is_dataclass(wanted) else None
-    if wanted is None:
+    """The error for a value of the wrong type: names the expected type in words."""
+    # If an element of a list is wrong, the message names and shows the whole list.
+    key = str(error.full_key or "").partition("[")[0]
+    expected: Any = schema
+    for name in key.split("."):
+        expected = typing.get_type_hints(expected).get(name) if dataclasses.is_dataclass(expected) else None
+    if expected is None:
         return config_error_from_omegaconf(error, prefix=prefix, schema=schema)
-    # The whole list, where it is one of its elements that is wrong.
-    key = path.partition("[")[0]
-    return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {_in_words(wanted)}")
+    return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {_describe_type(expected)}")
 
 
-def _in_words(wanted: Any) -> str:
-    arguments = typing.get_args(wanted)
+def _describe_type(hint: Any) -> str:
+    """A type hint in words, for example ``a whole number, or null``."""
+    arguments = typing.get_args(hint)
     if type(None) in arguments:
-        return f"{_in_words(arguments[0])}, or null"
-    if typing.get_origin(wanted) is list:
-        return f"a list, each element {_in_words(arguments[0])}"
-    if arguments and typing.get_origin(wanted) is not dict:
-        return " or ".join(map(_in_words, arguments))
+        return f"{_describe_type(arguments[0])}, or null"
+    if typing.get_origin(hint) is list:
+        return f"a list, each element {_describe_type(arguments[0])}"
+    if arguments and typing.get_origin(hint) is not dict:
+        return " or ".join(map(_describe_type, arguments))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(wanted, "a mapping of keys to values")
+    return words.get(hint, "a mapping of keys to values")
 
 
+#: For each limit of :func:`~distrain.config.schema.setting`, its comparison and its words in messages.
 _LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "above": (operator.gt, "greater than"),
     "at_least": (operator.ge, "at least"),
@@ -173,6 +180,7 @@ _LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
 
 
 def _check_limits(prefix: str, value: Any) -> None:
+    """Checks the limits and choices of all fields of a dataclass found at ``prefix``, at any depth."""
     for spec in dataclasses.fields(value):
         key, item = _join(prefix, spec.name), getattr(value, spec.name)
         if dataclasses.is_dataclass(item):
@@ -205,7 +213,13 @@ def _join(prefix: str, name: str) -> str:
 
 
 def config_error_from_omegaconf(error: BaseException, prefix: str = "", schema: type[Any] | None = None) -> ConfigError:
-    """Turns OmegaConf's several lines into one that names the key, the value and what was expected."""
+    """Turns an error of OmegaConf, whose message has several lines, into one line that names the key.
+
+    Args:
+        error: An exception of OmegaConf or Hydra.
+        prefix: Key of the configuration that the error's key is relative to.
+        schema: Dataclass at ``prefix``, if known; the message names its keys.
+    """
     full_key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
     key = _join(prefix, full_key) if full_key and not full_key.startswith(prefix + ".") else full_key or prefix
     text = str(getattr(error, "msg", "") or error).splitlines()[0]
@@ -219,27 +233,36 @@ def config_error_from_omegaconf(error: BaseException, prefix: str = "", schema: 
 
 
 def to_container(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries, lists and scalars, as ``config.yaml`` holds it."""
+    """The configuration as plain dictionaries, lists and scalars, as in ``config.yaml``."""
     return dataclasses.asdict(config)
 
 
 def fingerprint(container: Mapping[str, Any]) -> str:
-    """A hash of a resolved configuration (see :func:`to_container`); equal on all ranks or the run is refused."""
+    """A hash of a resolved configuration (see :func:`to_container`), which must be equal on all ranks."""
     return hashlib.sha256(json.dumps(container, sort_keys=True).encode()).hexdigest()
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[str, str]]:
-    """Keys whose values differ, dotted, each with both values as text; ``NO_VALUE`` where there is none."""
-    found: dict[str, tuple[str, str]] = {}
+    """Compares two configurations.
+
+    Args:
+        old: A configuration as plain data.
+        new: Another one.
+        prefix: Key at which both are found; empty for whole configurations.
+
+    Returns:
+        Both values as text for each dotted key whose values differ; ``NO_VALUE`` for a missing one.
+    """
+    changed: dict[str, tuple[str, str]] = {}
     for key in sorted({*old, *new}):
         a, b = old.get(key, ABSENT), new.get(key, ABSENT)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= changes(a, b, _join(prefix, key))
+            changed |= changes(a, b, _join(prefix, key))
         elif a != b:
-            found[_join(prefix, key)] = (show_value(a), show_value(b))
-    return found
+            changed[_join(prefix, key)] = (show_value(a), show_value(b))
+    return changed
 
 
-def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ, each as ``key: mine ≠ theirs``."""
-    return [f"{key}: {a} ≠ {b}" for key, (a, b) in changes(mine, theirs).items()]
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, each with both values: ``key: one ≠ other``."""
+    return [f"{key}: {a} ≠ {b}" for key, (a, b) in changes(one, other).items()]

@@ -1,7 +1,7 @@
-"""The choices of each group: who registers them, and how one is found by its name.
+"""Registry of choices: the strategies, models, data sets and so on that a configuration can name.
 
-Each part of distrain registers the schema of its own choices beside its code (:func:`register`), so that a new
-strategy, model or data set is one Python file and one YAML file.
+Each choice registers itself and its schema beside its own code by :func:`register`, so that a new strategy, model or
+data set needs one Python file and one YAML file and no other change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice of a group: its schema, and what it builds."""
+    """A choice of a group.
+
+    Attributes:
+        group: The group, such as ``strategy``.
+        name: Name of the choice, unique in its group.
+        schema: Dataclass of its configuration.
+        target: The class or function that is configured by it.
+    """
 
     group: str
     name: str
@@ -30,7 +37,7 @@ class Choice:
 
 
 _CHOICES: dict[str, dict[str, Choice]] = {}
-#: Where each group's choices register themselves.
+#: The package or module whose files register the choices of each group.
 GROUPS = {
     "strategy": "distrain.strategies",
     "compression": "distrain.compression",
@@ -45,10 +52,10 @@ GROUPS = {
 
 
 def register(group: str, name: str, schema: type[Any]) -> Callable[[T], T]:
-    """Class or function decorator: ``name`` is a choice of ``group``, checked by the dataclass ``schema``.
+    """Class or function decorator: registers a choice ``name`` of ``group``, configured by the dataclass ``schema``.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The group has another choice of this name.
     """
 
     def decorate(target: T) -> T:
@@ -62,18 +69,19 @@ def register(group: str, name: str, schema: type[Any]) -> Callable[[T], T]:
 
 
 def choice(group: str, name: Any, key: str | None = None) -> Choice:
-    """One choice of a group; imports the file that is named after it, and the group's others only if that isn't there.
+    """Finds a choice of a group by its name.
 
-    A name with dots is the path of a class or function outside distrain, ``package.module.Name``, that is registered
-    as a choice of the group: users add choices of their own so, without a line changed here.
+    To save time, it imports only the module that has the name of the choice; if there is none, all modules of the
+    group. A name with dots is the path of a registered class or function outside distrain, ``package.module.Name``; so
+    users can add choices without changing distrain.
 
     Args:
         group: The group.
-        name: As the configuration has it.
-        key: Where it stands, for the error; by default at the top.
+        name: The choice's name in the configuration.
+        key: Key of the choice in the configuration, for the message; by default the group.
 
     Raises:
-        ConfigError: There is none of this name.
+        ConfigError: The group has no such choice.
     """
     if isinstance(name, str) and "." in name:
         target = locate(f"{key or group}.name", name)
@@ -83,16 +91,16 @@ def choice(group: str, name: Any, key: str | None = None) -> Choice:
         problem = f"is not a choice of {group}; decorate it with @register({group!r}, NAME, SCHEMA)"
         raise ConfigError(f"{key or group}.name", name, problem)
     _import_files(group, only=name)
-    found = _CHOICES.get(group, {}).get(name) or choices(group).get(name)
-    if found is None:
+    registered_choice = _CHOICES.get(group, {}).get(name) or choices(group).get(name)
+    if registered_choice is None:
         raise ConfigError(f"{key or group}.name", name, "unknown choice", choices(group))
-    return found
+    return registered_choice
 
 
 def choices(group: str) -> dict[str, Choice]:
-    """All choices of a group by name; imports every file of the group's package, so that each has registered.
+    """All choices of a group by name.
 
-    That takes long (some files need much of torch), so :func:`choice` serves where the name is known.
+    It imports all modules of the group, which takes long; use :func:`choice` if the name is known.
     """
     _import_files(group)
     return _CHOICES[group]
@@ -106,7 +114,7 @@ def _import_files(group: str, only: Any = None) -> None:
 
 
 def check_allowed(key: str, path: str, allowed: Iterable[str]) -> None:
-    """Refuses a dotted path that lies below none of the allowed prefixes; see :func:`locate`.
+    """Refuses a dotted path that is below none of the allowed prefixes; see :func:`locate`.
 
     Raises:
         ConfigError: The path is not allowed.
@@ -118,31 +126,31 @@ def check_allowed(key: str, path: str, allowed: Iterable[str]) -> None:
 
 
 def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
-    """The object at a dotted path.
+    """Imports the object at a dotted path.
 
     Args:
-        key: The configuration key that holds the path, for the error.
+        key: The configuration key of the path, for the message.
         path: ``package.module.Name``.
-        allowed: Prefixes a path may have, where the configuration comes from a stranger's run folder (nothing else is
-            imported, since importing runs code); ``None`` trusts the path, as typed by the user.
+        allowed: Allowed prefixes of the path, for a configuration from an untrusted run folder. Other paths are not
+            imported, since an import runs code. ``None`` allows any path, for a configuration that the user wrote.
 
     Raises:
-        ConfigError: Not allowed, not a dotted path, not importable, or no such name.
+        ConfigError: The path is not allowed, not dotted or not importable, or the module has no such name.
     """
     if allowed is not None:
         check_allowed(key, path, allowed)
     module, dot, name = path.rpartition(".")
     if not dot or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(key, path, "is not a dotted path like package.module.Name")
-    # Where the user stands, so that `my_package.Net` finds what lies there; last, so that it hides nothing. Not before
-    # it is asked for: Hydra and torch import optional packages wherever they find them.
+    # The current folder becomes importable, so that users can name their own packages. It is appended, so that it hides
+    # no other package, and only when it is needed, since Hydra and torch import optional packages from any folder.
     if path.partition(".")[0] != "distrain" and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever a user's module raises while it is imported
+        imported = importlib.import_module(module)
+    except Exception as error:  # a user's module may raise anything
         raise ConfigError(key, path, f"can't be imported ({type(error).__name__}: {error})") from error
     try:
-        return getattr(found, name)
+        return getattr(imported, name)
     except AttributeError:
         raise ConfigError(key, path, f"module {module} has no {name}") from None

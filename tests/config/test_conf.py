@@ -1,4 +1,4 @@
-"""The YAML files: each says everything its schema knows and nothing else, and every choice has one."""
+"""The YAML files below conf: every choice has one, with exactly the keys of its schema."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runs import CONF, compose
 
 GROUPS = ("task", "strategy", "compression", "model", "data", "loss", "optimizer", "scheduler", "logger")
 FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
-#: What a choice needs from its user, because no value would be right for everybody.
+#: Keys without a default, which the user must set.
 NEEDED = {
     "model=custom": ["model._target_=distrain.models.cnn.SimpleCNN"],
     "data=image_folder": ["data.root=images"],
@@ -32,7 +32,7 @@ def name(path: Path) -> str:
 
 def read(path: Path) -> Any:
     content = yaml.safe_load(path.read_text())
-    # Which other files Hydra puts in; not a key of the choice.
+    # Hydra's list of other files is not a key of the choice.
     content.pop("defaults", None)
     return content
 
@@ -61,7 +61,7 @@ def test_every_folder_is_a_group() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_file_is_named_like_its_choice_and_holds_each_key_of_its_schema(path: Path) -> None:
+def test_each_file_has_the_name_and_the_keys_of_its_choice(path: Path) -> None:
     content = read(path)
     expected = keys_of(choices(path.parent.name)[path.stem].schema)
     assert content["name"] == path.stem
@@ -69,13 +69,13 @@ def test_file_is_named_like_its_choice_and_holds_each_key_of_its_schema(path: Pa
 
 
 @pytest.mark.parametrize("section", ["trainer", "checkpoint", "runtime"])
-def test_primary_file_holds_each_key_of_its_sections(section: str) -> None:
+def test_config_yaml_has_each_key_of_its_sections(section: str) -> None:
     schema = {"trainer": config.TrainerConfig, "checkpoint": config.CheckpointConfig, "runtime": config.RuntimeConfig}
     assert list(read(CONF / "config.yaml")[section]) == [field.name for field in dataclasses.fields(schema[section])]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_each_choice_composes_and_comes_back_from_its_own_yaml(path: Path) -> None:
+def test_each_choice_composes_and_is_restored_from_yaml(path: Path) -> None:
     loaded = compose(name(path), *NEEDED.get(name(path), []))
     container = to_container(loaded)
     text = yaml.safe_dump(container, sort_keys=False)
@@ -85,14 +85,14 @@ def test_each_choice_composes_and_comes_back_from_its_own_yaml(path: Path) -> No
     assert fingerprint(to_container(again)) == fingerprint(container)
 
 
-def test_no_key_is_left_out_of_what_a_run_writes_down() -> None:
+def test_a_run_writes_down_every_key() -> None:
     container = to_container(compose())
     composed = OmegaConf.to_container(hydra_entry.compose(CONF, "config"))
     assert isinstance(composed, dict)
     assert {**composed, "experiment": None} == container
 
 
-def test_experiment_sets_values_of_any_group(tmp_path: Path) -> None:
+def test_an_experiment_may_set_values_of_any_group(tmp_path: Path) -> None:
     folder = tmp_path / "conf"
     folder.joinpath("experiment").mkdir(parents=True)
     for path in CONF.rglob("*.yaml"):

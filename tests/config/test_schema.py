@@ -1,4 +1,4 @@
-"""Schemas, limits and names: what passes, and the one line that refuses the rest."""
+"""Valid configurations load; all others are refused in one line."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def container(**changes: Any) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
-# --- the line --------------------------------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
-def test_line_names_key_value_problem_and_choices() -> None:
+def test_the_message_names_key_value_problem_and_choices() -> None:
     error = ConfigError("model.norm", "bach", "unknown choice", ["batch", "group"])
     assert str(error) == "model.norm=bach: unknown choice; choices: batch, group (did you mean batch?)"
 
@@ -40,17 +40,17 @@ def test_line_names_key_value_problem_and_choices() -> None:
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "null"), (True, "true"), (False, "false"), (0.5, "0.5"), ("a\nb", "a b")]
 )
-def test_values_are_shown_as_the_command_line_writes_them(value: object, shown: str) -> None:
+def test_values_are_shown_as_on_the_command_line(value: object, shown: str) -> None:
     assert str(ConfigError("key", value, "is wrong")) == f"key={shown}: is wrong"
 
 
-def test_line_about_a_key_without_value() -> None:
+def test_the_message_about_a_key_without_a_value() -> None:
     assert str(config_error("a.lrr", "no such key", ["lr", "name"])) == (
         "a.lrr: no such key; choices: lr, name (did you mean lr?)"
     )
 
 
-def test_error_crosses_process_borders() -> None:
+def test_an_error_can_be_pickled() -> None:
     error = ConfigError("key", 1, "is wrong", [2])
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, ConfigError)
@@ -74,7 +74,7 @@ def test_error_crosses_process_borders() -> None:
         ("trainer__precision", "half", "trainer.precision=half: unknown choice; choices: fp32, bf16, fp16, fp64, auto"),
     ],
 )
-def test_value_outside_its_limits_is_refused(key: str, value: object, problem: str) -> None:
+def test_a_value_outside_its_limits_is_refused(key: str, value: object, problem: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(container(**{key: value}))
     assert str(refused.value) == problem
@@ -92,7 +92,7 @@ def test_value_outside_its_limits_is_refused(key: str, value: object, problem: s
         ("trainer__max_steps", 1),
     ],
 )
-def test_value_at_its_limit_passes(key: str, value: object) -> None:
+def test_a_value_at_its_limit_is_accepted(key: str, value: object) -> None:
     load_config(container(**{key: value}))
 
 
@@ -130,13 +130,13 @@ def test_defaults_of_a_setting() -> None:
         ("trainer", 3, "trainer=3: must be a mapping of keys to values"),
     ],
 )
-def test_wrong_type_says_what_is_wanted(key: str, value: object, problem: str) -> None:
+def test_a_wrong_type_is_refused_with_the_expected_type(key: str, value: object, problem: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(container(**{key: value}))
     assert str(refused.value) == problem
 
 
-def test_numbers_may_be_written_as_text_as_shells_do() -> None:
+def test_numbers_may_be_given_as_text() -> None:
     loaded = load_config(container(optimizer__lr="1e-2", trainer__epochs="3"))
     assert (loaded.optimizer.lr, loaded.trainer.epochs) == (0.01, 3)
 
@@ -153,35 +153,35 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("key", ["strategy", "optimizer", "trainer", "seed", "resume", "run_dir"])
 def test_missing_keys_are_refused(key: str) -> None:
-    held = container()
-    del held[key]
+    content = container()
+    del content[key]
     with pytest.raises(ConfigError, match=rf"^{key}\b"):
-        load_config(held)
+        load_config(content)
 
 
-def test_run_written_before_experiments_existed_still_loads() -> None:
-    held = container()
-    del held["experiment"]
-    assert load_config(held).experiment is None
+def test_a_configuration_without_experiment_loads() -> None:
+    content = container()
+    del content["experiment"]
+    assert load_config(content).experiment is None
 
 
-def test_unknown_choice_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"^optimizer\.name=lion: unknown choice; choices: .*adam.*sgd|sgd.*adam"):
         load_config(container(optimizer__name="lion"))
 
 
-def test_interpolation_sees_the_whole_configuration() -> None:
+def test_interpolations_may_refer_to_any_key() -> None:
     assert load_config(container(scheduler__warmup_epochs="${seed}", seed=2)).scheduler.warmup_epochs == 2.0
 
 
-def test_interpolation_that_leads_nowhere_is_refused() -> None:
+def test_an_interpolation_of_a_missing_key_is_refused() -> None:
     node = OmegaConf.create(container())
     OmegaConf.update(node, "optimizer.lr", "${nowhere}")
     with pytest.raises(ConfigError, match=r"^optimizer\.lr: Interpolation key 'nowhere' not found$"):
         load_config(node)
 
 
-def test_a_name_is_registered_once() -> None:
+def test_a_name_can_not_be_registered_twice() -> None:
     choices("logger")
     with pytest.raises(ValueError, match="logger=none is registered twice"):
         register("logger", "none", schema.LoggerConfig)(object)
@@ -190,24 +190,24 @@ def test_a_name_is_registered_once() -> None:
 # --- comparing runs --------------------------------------------------------------------------------------------------
 
 
-def test_difference_names_each_key_with_both_values() -> None:
-    mine, theirs = container(optimizer__lr=0.25, seed=0), container(optimizer__lr=0.5, seed=3)
-    assert difference(mine, theirs) == ["optimizer.lr: 0.25 ≠ 0.5", "seed: 0 ≠ 3"]
-    assert difference(mine, mine) == []
+def test_difference_shows_each_key_with_both_values() -> None:
+    one, other = container(optimizer__lr=0.25, seed=0), container(optimizer__lr=0.5, seed=3)
+    assert difference(one, other) == ["optimizer.lr: 0.25 ≠ 0.5", "seed: 0 ≠ 3"]
+    assert difference(one, one) == []
     assert difference({"a": None}, {}) == ["a: null ≠ ???"]
 
 
-def test_fingerprint_sees_every_value_and_no_order() -> None:
-    held = container()
-    turned = dict(reversed(held.items()))
-    assert fingerprint(held) == fingerprint(turned)
-    assert fingerprint(held) != fingerprint(container(data__augment__cutout=1))
+def test_the_fingerprint_depends_on_values_but_not_on_their_order() -> None:
+    content = container()
+    turned = dict(reversed(content.items()))
+    assert fingerprint(content) == fingerprint(turned)
+    assert fingerprint(content) != fingerprint(container(data__augment__cutout=1))
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
-def test_locate_finds_what_a_path_names() -> None:
+def test_locate_imports_the_named_object() -> None:
     assert locate("key", "pathlib.Path") is Path
 
 
@@ -222,12 +222,12 @@ def test_locate_finds_what_a_path_names() -> None:
         ("pathlib.Nothing", "module pathlib has no Nothing"),
     ],
 )
-def test_locate_refuses(path: str, problem: str) -> None:
+def test_locate_refuses_invalid_paths(path: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=rf"^key=.*{problem}"):
         locate("key", path)
 
 
-def test_what_is_not_allowed_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_is_not_allowed_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.joinpath("strangers_module.py").write_text("raise SystemExit('code of a stranger ran')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="is not below distrain, and a run folder may build nothing else"):
@@ -236,17 +236,17 @@ def test_what_is_not_allowed_is_not_even_imported(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("path", ["distrain_evil.models.Net", "distrainmodels.Net", "os.path.distrain.models"])
-def test_allowed_prefix_ends_at_a_dot(path: str) -> None:
+def test_an_allowed_prefix_must_end_at_a_dot(path: str) -> None:
     with pytest.raises(ConfigError, match="is not below"):
         locate("key", path, allowed=["distrain"])
 
 
-def test_allowed_prefix_lets_through_what_lies_below_it() -> None:
+def test_paths_below_an_allowed_prefix_are_imported() -> None:
     found = locate("key", "distrain.models.cnn.SimpleCNN", allowed=["distrain.models"])
     assert found.__name__ == "SimpleCNN"
 
 
-def test_folder_of_the_user_is_searched_last_and_only_for_what_is_not_ours(
+def test_the_current_folder_is_searched_last_and_only_for_packages_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tmp_path.joinpath("json.py").write_text("raise SystemExit('hides the standard library')\n")
@@ -259,7 +259,7 @@ def test_folder_of_the_user_is_searched_last_and_only_for_what_is_not_ours(
     assert sys.path[-1] == str(tmp_path)
 
 
-def test_code_of_the_user_that_fails_on_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_fails_on_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.joinpath("breaks_on_import.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"breaks_on_import\.Net: can't be imported \(ZeroDivisionError"):
