@@ -1,14 +1,14 @@
-"""What saving costs while training goes on: ResNet-18, a checkpoint every 10 steps, against no checkpoints.
+"""Measures the cost of saving during training: ResNet-18 with a checkpoint every 10 steps, or with none.
 
 =============  =======================================================================================================
 ``never``      no checkpoint until the end
-``background`` a copy of the state every 10 steps, written while training goes on (``checkpoint.background=true``)
-``foreground`` training waits until the checkpoint is on the disk (``checkpoint.background=false``)
+``background`` a copy of the state every 10 steps, written while training continues (``checkpoint.background=true``)
+``foreground`` training waits until the checkpoint is written (``checkpoint.background=false``)
 =============  =======================================================================================================
 
-Contenders take turns in fresh processes, one thread a rank, 32 images a rank and step; the slowdown is the median over
-the rounds of a contender's time by that of ``never`` in the same round. The stall is what one save keeps the training
-from its next step. Prints a table, and writes JSON with ``--json``.
+Contenders take turns in fresh processes with one thread per rank and 32 images per rank and step. The slowdown is the
+median over the rounds of (a contender's time ÷ that of ``never`` in the same round) − 1. The stall is the time by which
+one save delays the next step. Prints a table, and writes JSON with ``--json``.
 
     python benchmarks/checkpoint.py [--rounds 5] [--steps 60] [--ranks 1] [--optimizers sgd adam] [--folder DIR]
 """
@@ -28,9 +28,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 EVERY = 10
-#: The clock starts between two saves, so that all that a save costs lies within the stretch that is timed.
+#: Timing starts halfway between two saves, so that the whole cost of each save is measured.
 WARMUP = EVERY + EVERY // 2
-#: Longer than any run.
+#: More epochs than any run has.
 NEVER = 1_000_000
 CONTENDERS = {
     "never": [],
@@ -58,7 +58,7 @@ TRAINING = [
 
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
-    """One rank of a contender's run; seconds of the timed steps, and what the run says of its checkpoints."""
+    """Runs one rank; returns the seconds of the timed steps, and the run's own figures about its checkpoints."""
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
     from distrain.runtime.runtime import Runtime
@@ -69,7 +69,7 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
 
     ticks: dict[int, float] = {}
 
-    class Watch(Callback):
+    class RecordTime(Callback):
         def on_step_end(self, trainer: Any) -> None:
             ticks[trainer.progress.step] = time.perf_counter()
 
@@ -78,13 +78,13 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     splits = data_source(checked).load()
     with Runtime(checked, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
-        trainer.callbacks.append(Watch())
+        trainer.callbacks.append(RecordTime())
         summary = trainer.fit()
     return {"seconds": ticks[WARMUP + steps] - ticks[WARMUP], **summary["checkpoint"]}
 
 
 def measure(contender: str, optimizer: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run in fresh processes; what its first rank found."""
+    """Runs one contender in fresh processes; returns the figures of rank 0."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         overrides = [
             *TRAINING,
@@ -102,23 +102,23 @@ def measure(contender: str, optimizer: str, arguments: argparse.Namespace) -> di
         result = Path(folder, "result")
         if done.returncode or not result.exists():
             raise SystemExit(f"{contender} failed:\n{done.stdout}\n{done.stderr}")
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+        figures: dict[str, Any] = json.loads(result.read_text())
+        return figures
 
 
-def table(found: dict[str, list[dict[str, Any]]], optimizer: str, arguments: argparse.Namespace) -> str:
-    """Medians over the rounds; of stalls also the longest of all."""
-    plain = [each["seconds"] for each in found["never"]]
+def table(results: dict[str, list[dict[str, Any]]], optimizer: str, arguments: argparse.Namespace) -> str:
+    """Medians over the rounds, and the longest stall of all."""
+    baseline = [run["seconds"] for run in results["never"]]
     lines = [
         f"\n{optimizer}, {arguments.ranks} rank(s), {arguments.rounds} rounds of {arguments.steps} steps",
         f"{'':12}{'ms a step':>11}{'slowdown':>10}{'stall ms':>10}{'longest':>9}{'written in s':>14}",
     ]
-    for name, runs in found.items():
-        step = statistics.median(each["seconds"] for each in runs) / arguments.steps
-        slowdown = statistics.median(each["seconds"] / base - 1 for each, base in zip(runs, plain, strict=True))
-        stall = statistics.median(each["stall_ms"]["mean"] for each in runs)
-        longest = max(each["stall_ms"]["max"] for each in runs)
-        seconds = statistics.median(each["write_seconds"] for each in runs)
+    for name, runs in results.items():
+        step = statistics.median(run["seconds"] for run in runs) / arguments.steps
+        slowdown = statistics.median(run["seconds"] / base - 1 for run, base in zip(runs, baseline, strict=True))
+        stall = statistics.median(run["stall_ms"]["mean"] for run in runs)
+        longest = max(run["stall_ms"]["max"] for run in runs)
+        seconds = statistics.median(run["write_seconds"] for run in runs)
         lines.append(f"{name:12}{1000 * step:11.1f}{slowdown:10.2%}{stall:10.1f}{longest:9.1f}{seconds:14.2f}")
     return "\n".join(lines)
 
@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--folder", type=Path, help="where runs are written; by default the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="parent of the run folders; by default the system's temporary folder"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -144,13 +146,13 @@ def main() -> None:
     report = {}
     names = ["never", *(name for name in arguments.only if name != "never")]
     for optimizer in arguments.optimizers:
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for round_ in range(arguments.rounds):
-            # Backwards every other time, so that a machine that slows down treats all alike.
+            # In reverse order every other time, so that a machine that slows down affects all alike.
             for name in names if round_ % 2 == 0 else reversed(names):
-                found[name].append(measure(name, optimizer, arguments))
-        report[optimizer] = found
-        print(table(found, optimizer, arguments), flush=True)
+                results[name].append(measure(name, optimizer, arguments))
+        report[optimizer] = results
+        print(table(results, optimizer, arguments), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

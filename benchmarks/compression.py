@@ -1,22 +1,23 @@
-"""What gradient compression gains or costs: every compressor on separate hosts, over links of several speeds.
+"""Measures gradient compression: every compressor on separate hosts, over links of several speeds.
 
-ResNet-18 on real CIFAR-10 images, 32 a host and step, float32, one thread a host. For each link and each contender: the
-time of a step, what it sends by distrain's count and by the network interface's own counter, and the loss over time.
+ResNet-18 on CIFAR-10 images, 32 per host and step, float32, one thread per host. For each link and contender it
+measures the time of a step, the bytes sent by distrain's count and by the network interface's counter, and the loss
+over time.
 
 =============  =======================================================================================================
-``alone``      every host trains by itself at the same time and sends nothing: the limit
+``alone``      every host trains by itself at the same time and never communicates: the limit
 ``torch_*``    torch's DistributedDataParallel in a bare loop over the same batches, without and with its built-in hooks
-others         ``strategy=ddp`` with ``compression=`` that name and its defaults
+others         ``strategy=ddp compression=NAME`` with its defaults
 =============  =======================================================================================================
 
-The headers of TCP/IP and Ethernet are taken off the interface's count by its number of packets, since distrain's leaves
-them out. BatchNorm is local, as under torch's DDP.
+From the interface's count, the headers of TCP/IP and Ethernet are subtracted by the number of packets, because
+distrain's count has no headers. BatchNorm is local, as under torch's DDP.
 
     python -m benchmarks.compression --root FOLDER_OF_CIFAR10 [--hosts 2] [--links 100mbit 1gbit none] [--seconds 90]
         [--steps 12] [--only none powersgd] [--json FILE] [--picture FILE]
 
-``--seconds`` is how long each contender trains on the first link, for the picture of loss against time and bytes; on
-the others ``--steps`` steps are timed. Needs root (network namespaces) and nothing else running.
+On the first link each contender trains for ``--seconds``, for the figure of loss against time and bytes. On the other
+links ``--steps`` steps are timed. Needs root (network namespaces) and an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ from distrain.training.run_plan import RunPlan, data_source
 ROOT = Path(__file__).parent.parent
 TORCH_HOOKS = ("none", "fp16", "bf16", "powersgd", "quantization")
 OURS = ("none", "fp16", "bf16", "qsgd", "powersgd", "topk", "randomk", "signsgd", "auto")
-#: Steps that no time is taken of.
+#: Steps before the first timed one.
 WARMUP = 3
 #: Steps in which `auto` still measures.
-SETTLING = 40
-#: Of plain gradient descent: with momentum in the optimizer the sparse compressors need their own momentum correction.
-RATE = 0.01
+AUTO_STEPS = 40
+#: For SGD without momentum: with momentum, sparse compressors would need their momentum correction.
+LEARNING_RATE = 0.01
 
 
 def overrides(arguments: argparse.Namespace, contender: str, folder: Path, hosts: int) -> list[str]:
-    """The command line of distrain's contenders."""
+    """The configuration keys of distrain's contenders."""
     return [
         "strategy=single" if contender == "alone" else "strategy=ddp",
         *([] if contender == "alone" else ["strategy.batchnorm=local", f"compression={contender}"]),
@@ -65,7 +66,7 @@ def overrides(arguments: argparse.Namespace, contender: str, folder: Path, hosts
         f"data.batch_size={arguments.images * (1 if contender == 'alone' else hosts)}",
         "data.val_fraction=0",
         "optimizer=sgd",
-        f"optimizer.lr={RATE}",
+        f"optimizer.lr={LEARNING_RATE}",
         "scheduler=constant",
         "logger=none",
         "trainer.progress=off",
@@ -79,34 +80,34 @@ def overrides(arguments: argparse.Namespace, contender: str, folder: Path, hosts
 # --- on a host -------------------------------------------------------------------------------------------------------
 
 
-class Record:
-    """One host's steps: seconds since the start of the first timed one, the share's mean loss, bytes by both counts."""
+class StepRecord:
+    """One host's steps: seconds since the first one, mean loss of its share, bytes by both counts."""
 
-    def __init__(self, arguments: argparse.Namespace, settling: int) -> None:
+    def __init__(self, arguments: argparse.Namespace, extra_warmup: int) -> None:
         self._until = arguments.seconds
-        self._steps = arguments.steps + settling
+        self._steps = arguments.steps + extra_warmup
         self.rows: list[tuple[float, float, int, int]] = []
         self._start = time.perf_counter()
 
     def add(self, loss: float, counted: int, first: bool = False) -> None:
-        """Notes a step that has ended."""
+        """Records a completed step."""
         if first:
             self._start = time.perf_counter()
         self.rows.append((time.perf_counter() - self._start, loss, counted, network.payload_bytes_sent()))
 
     def done(self) -> bool:
-        """Whether this host has seen enough; hosts agree by asking the first."""
+        """Whether the measurement is complete. Host 0 decides for all hosts."""
         if self._until:
             return bool(self.rows[-1][0] >= self._until)
         return bool(len(self.rows) > self._steps + WARMUP)
 
 
-class Enough(Exception):
-    """Ends a training from inside."""
+class MeasurementDone(Exception):
+    """Ends a training from inside a step."""
 
 
-def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path, hosts: int) -> Record:
-    """Trains as ``launch/train.py`` would, and notes every step."""
+def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path, hosts: int) -> StepRecord:
+    """Trains like ``launch/train.py`` and records every step."""
     from distrain.cli import hydra_entry as cli
     from distrain.runtime.runtime import Runtime
     from distrain.runtime.world import World
@@ -114,26 +115,26 @@ def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path,
     configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
     world = World.from_environment()
     splits = data_source(configuration).load()
-    record = Record(arguments, SETTLING if contender == "auto" else 0)
+    record = StepRecord(arguments, AUTO_STEPS if contender == "auto" else 0)
     with Runtime(configuration, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(configuration, runtime.world), runtime, splits)
         strategy, everyone = trainer.strategy, runtime.communicator()
         step = strategy.train_step
         if contender != "auto":
-            # What is told of a compressor that was picked takes some steps at the start, which are not timed here.
+            # Advice about the chosen compressor takes measurements in the first steps, which would disturb the timing.
             strategy.compressor.observer = None
 
-        def noted(batch: Any) -> Any:
+        def recorded_step(batch: Any) -> Any:
             result = step(batch)
             record.add(float(result.loss_sum) / result.count, strategy.ledger.total(), first=not record.rows)
             if everyone.broadcast(torch.tensor(float(record.done()))) > 0:
-                raise Enough
+                raise MeasurementDone
             return result
 
-        strategy.train_step = noted  # type: ignore[method-assign]
+        strategy.train_step = recorded_step  # type: ignore[method-assign]
         try:
             trainer.fit()
-        except Enough:
+        except MeasurementDone:
             if runtime.is_main:
                 print("report", json.dumps(strategy.report()), flush=True)
             else:
@@ -141,7 +142,7 @@ def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path,
     return record
 
 
-def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: int) -> Record:
+def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: int) -> StepRecord:
     """A bare loop around torch's DistributedDataParallel, over the same model and batches."""
     from distrain.cli import hydra_entry as cli
     from distrain.data.loader import Loader
@@ -164,7 +165,7 @@ def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: 
         parallel.register_comm_hook(dist.group.WORLD, quantization_hooks.quantization_pertensor_hook)
     elif hook != "none":
         parallel.register_comm_hook(None, getattr(default_hooks, f"{hook}_compress_hook"))
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=RATE, fused=True)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=LEARNING_RATE, fused=True)
     loader = Loader(
         splits.train,
         batch_size=configuration.data.batch_size,
@@ -179,7 +180,7 @@ def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: 
         augment=configuration.data.augment,
         prefetch=0,
     )
-    record = Record(arguments, 0)
+    record = StepRecord(arguments, 0)
     for epoch in range(1000):
         for batch in loader.epoch(epoch):
             optimizer.zero_grad(set_to_none=True)
@@ -193,11 +194,11 @@ def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: 
                 dist.barrier()
                 dist.destroy_process_group()
                 return record
-    raise AssertionError("a thousand epochs are enough")
+    raise AssertionError("the measurement takes more than 1000 epochs")
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """What runs on a host: one contender; prints its record as the last line."""
+    """Runs one contender on a host; prints its record as the last line."""
     contender, folder, hosts = arguments.worker, Path(arguments.folder), int(arguments.hosts[0])
     if contender.startswith("torch_"):
         record = torch_worker(arguments, contender.removeprefix("torch_"), folder, hosts)
@@ -207,13 +208,13 @@ def work(arguments: argparse.Namespace) -> None:
     os._exit(0)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- all hosts -------------------------------------------------------------------------------------------------------
 
 
 def measure(
     net: network.VirtualNetwork, arguments: argparse.Namespace, contender: str, seconds: float
 ) -> dict[str, Any]:
-    """Runs one contender on all hosts and sums up what they recorded."""
+    """Runs one contender on all hosts and summarises their records."""
     with tempfile.TemporaryDirectory() as scratch:
         processes = []
         for host in range(net.hosts):
@@ -234,10 +235,10 @@ def measure(
                 "MASTER_PORT": "29511",
             }
             processes.append(net.start(host, command, variables, Path(scratch, f"log{host}")))
-        limit = time.monotonic() + arguments.patience + seconds
+        deadline = time.monotonic() + arguments.patience + seconds
         try:
             for process in processes:
-                process.wait(timeout=max(1.0, limit - time.monotonic()))
+                process.wait(timeout=max(1.0, deadline - time.monotonic()))
         except Exception:
             for process in processes:
                 process.kill()
@@ -247,20 +248,22 @@ def measure(
     if not all(records):
         tail = next(text for text, record in zip(texts, records, strict=True) if not record).strip().splitlines()[-1:]
         return {"contender": contender, "failed": "".join(tail)[:200]}
-    return summarised(contender, records, _line(texts[0], "report"), settling=SETTLING if contender == "auto" else 0)
+    return summarise(
+        contender, records, _line(texts[0], "report"), extra_warmup=AUTO_STEPS if contender == "auto" else 0
+    )
 
 
 def _line(text: str, word: str) -> Any:
-    found = [line for line in text.splitlines() if line.startswith(word + " ")]
-    return json.loads(found[-1].removeprefix(word)) if found else None
+    lines = [line for line in text.splitlines() if line.startswith(word + " ")]
+    return json.loads(lines[-1].removeprefix(word)) if lines else None
 
 
-def summarised(contender: str, records: list[list[list[float]]], report: Any, settling: int) -> dict[str, Any]:
-    """One contender's figures: a step's median time, mean bytes a host, and the curve of loss."""
-    steady = [record[WARMUP + min(settling, len(record) // 2) :] for record in records]
+def summarise(contender: str, records: list[list[list[float]]], report: Any, extra_warmup: int) -> dict[str, Any]:
+    """One contender's figures: median step time, mean bytes per host and step, and the loss curve."""
+    steady = [record[WARMUP + min(extra_warmup, len(record) // 2) :] for record in records]
     times = [[after[0] - before[0] for before, after in itertools.pairwise(rows)] for rows in steady]
 
-    def a_step(column: int) -> float:
+    def per_step(column: int) -> float:
         return statistics.mean((rows[-1][column] - rows[0][column]) / (len(rows) - 1) for rows in steady)
 
     curve = [
@@ -271,27 +274,27 @@ def summarised(contender: str, records: list[list[list[float]]], report: Any, se
         "contender": contender,
         "step_ms": 1000 * statistics.median(step for each in times for step in each),
         "steps": len(curve),
-        "bytes_counted": a_step(2),
-        "bytes_interface": a_step(3),
+        "bytes_counted": per_step(2),
+        "bytes_interface": per_step(3),
         "curve": [(seconds, loss, sent - curve[0][2]) for seconds, loss, sent in curve],
         "report": report,
     }
 
 
 def smoothed(curve: list[Any], span: int = 8) -> Iterator[tuple[float, float, float]]:
-    """Seconds, mean loss of the last steps, bytes."""
+    """Yields seconds, the mean loss of the last ``span`` steps, and bytes."""
     for index in range(len(curve)):
         last = [loss for _, loss, _ in curve[max(0, index - span + 1) : index + 1]]
         yield curve[index][0], statistics.mean(last), curve[index][2]
 
 
 def seconds_to(curve: list[Any], loss: float) -> float | None:
-    """When the smoothed loss first was as low."""
+    """Seconds until the smoothed loss first reached this value; ``None`` if it never did."""
     return next((seconds for seconds, reached, _ in smoothed(curve) if reached <= loss), None)
 
 
 def table(link: str, rows: list[dict[str, Any]]) -> str:
-    """What was measured on one link."""
+    """The figures of one link as a table."""
     by_name = {row["contender"]: row for row in rows if "failed" not in row}
     alone, plain = by_name.get("alone"), by_name.get("none")
     goal = list(smoothed(plain["curve"]))[-1][1] if plain else None
@@ -318,7 +321,7 @@ def table(link: str, rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], link: str, path: Path) -> None:
-    """Loss against seconds and against bytes."""
+    """Plots the loss against seconds and against bytes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -340,13 +343,13 @@ def draw(rows: list[dict[str, Any]], link: str, path: Path) -> None:
 def main() -> None:
     """Measures every contender on every link and prints a table for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder that holds CIFAR-10")
+    parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     parser.add_argument("--hosts", nargs="+", type=int, default=[2])
     parser.add_argument("--links", nargs="+", default=["100mbit", "1gbit", "none"])
-    parser.add_argument("--images", type=int, default=32, help="images a host and step")
+    parser.add_argument("--images", type=int, default=32, help="images per host and step")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--patience", type=float, default=180, help="seconds beyond which a contender hangs")
+    parser.add_argument("--patience", type=float, default=180, help="seconds after which a contender counts as hung")
     contenders = ["alone", *(f"torch_{hook}" for hook in TORCH_HOOKS), *OURS]
     parser.add_argument("--only", nargs="+", default=contenders)
     parser.add_argument("--override", nargs="*", default=[], help="more keys for distrain")
@@ -358,7 +361,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
     arguments.root = str(Path(arguments.root).resolve())
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for hosts in arguments.hosts:
         with network.VirtualNetwork(hosts) as net:
             for number, link in enumerate(arguments.links):
@@ -372,9 +375,9 @@ def main() -> None:
                 print(f"{hosts} hosts, " + table(link, rows), flush=True)
                 if curve and arguments.picture:
                     draw(rows, link, arguments.picture)
-                found.append({"hosts": hosts, "link": link, "rows": rows})
+                results.append({"hosts": hosts, "link": link, "rows": rows})
                 if arguments.json:
-                    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+                    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The loops that benchmarks/step.py compares; one rank of one of them, started by torchrun.
+"""The contenders of benchmarks/step.py. This script runs one rank of one of them, started by torchrun.
 
-Every contender times the same steps after the same warm-up, on synthetic CIFAR-10-shaped images that lie in memory,
-under Adam with one thread a rank.
+Every contender times the same number of steps after the same warm-up, on synthetic images of CIFAR-10's shape in
+memory, with Adam and one thread per rank.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.phases import Timeline
+from benchmarks.phases import PhaseTimer
 from benchmarks.textbook import textbook_cnn
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 8192
-#: What a network is in distrain's words. BatchNorm's statistics are each rank's own, as the others have them.
+#: distrain's keys for each network. BatchNorm's statistics are local to each rank, as in the other contenders.
 MODELS = {
     "cnn": ("model=cifar_cnn",),
     "resnet18": ("model=resnet18", "model.norm=batch", "strategy.batchnorm=local"),
@@ -35,19 +35,19 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one rank does.
+class BenchmarkJob:
+    """What one rank has to measure.
 
     Attributes:
-        contender: Which loop.
-        model: Which network, of :data:`MODELS`.
-        share: Images a rank works on in a step.
-        warmup: Steps before the first that is timed.
-        steps: How many are timed.
-        layout: ``contiguous`` or ``channels_last``, for those who have a choice.
+        contender: A name of :data:`CONTENDERS`.
+        model: A name of :data:`MODELS`.
+        share: Images per rank and step.
+        warmup: Number of steps before the first timed one.
+        steps: Number of timed steps.
+        layout: ``contiguous`` or ``channels_last``, for contenders that support both.
         precision: ``fp32`` or ``bf16``, likewise.
-        phases: Watch where the time goes, which costs some.
-        folder: Where results go, ``rank_N.json``.
+        phases: Measure the phases of steps, which slows them a little.
+        folder: Folder for the results ``rank_N.json``.
     """
 
     contender: str
@@ -61,30 +61,30 @@ class Job:
     folder: str
 
 
-class Timer:
+class StepTimer:
     """Seconds between the end of the warm-up and the end of the last step."""
 
-    def __init__(self, job: Job, timeline: Timeline | None) -> None:
-        self.count, self.warmup, self.steps, self.timeline = 0, job.warmup, job.steps, timeline
+    def __init__(self, job: BenchmarkJob, phase_timer: PhaseTimer | None) -> None:
+        self.count, self.warmup, self.steps, self.phase_timer = 0, job.warmup, job.steps, phase_timer
         self.start = self.seconds = 0.0
         self.phases: dict[str, float] = {}
 
     def tick(self) -> bool:
-        """Counts a step; false once all were taken."""
+        """Counts a step; returns false after the last one."""
         self.count += 1
         if self.count == self.warmup:
             self.start = time.perf_counter()
-            if self.timeline is not None:
-                self.timeline.restart()
+            if self.phase_timer is not None:
+                self.phase_timer.restart()
         if self.count == self.warmup + self.steps:
             self.seconds = time.perf_counter() - self.start
-            if self.timeline is not None:
-                self.phases = self.timeline.milliseconds(self.steps)
+            if self.phase_timer is not None:
+                self.phases = self.phase_timer.milliseconds(self.steps)
         return self.count < self.warmup + self.steps
 
 
 def network(name: str) -> nn.Module:
-    """The very module that distrain trains, so that only the loops around it differ."""
+    """The same module that distrain trains, so that only the loops differ."""
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
     from distrain.models.build import instantiate_model
@@ -94,19 +94,19 @@ def network(name: str) -> nn.Module:
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Images float32 [N, 3, 32, 32] and labels int64 [N], the same for all contenders that hold floats."""
+    """Images float32 [N, 3, 32, 32] and labels int64 [N], the same for all contenders that use float images."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.randint(10, (IMAGES,), generator=generator)
 
 
 def endless(batches: Any) -> Iterator[Any]:
-    """Epoch after epoch."""
+    """Repeats the batches forever."""
     while True:
         yield from batches
 
 
-def loop(job: Job, timer: Timer, model: nn.Module, rank: int, ranks: int) -> None:
-    """The hand-written loop: fused Adam, tensors in memory, nothing else."""
+def loop(job: BenchmarkJob, timer: StepTimer, model: nn.Module, rank: int, ranks: int) -> None:
+    """The hand-written loop: fused Adam and tensors in memory."""
     images, labels = data()
     if job.layout == "channels_last":
         images = images.contiguous(memory_format=torch.channels_last)
@@ -119,7 +119,7 @@ def loop(job: Job, timer: Timer, model: nn.Module, rank: int, ranks: int) -> Non
                 picked = order[start : start + job.share]
                 yield images[picked], labels[picked]
 
-    for x, y in timer.timeline.drawn(batches()) if timer.timeline is not None else batches():
+    for x, y in timer.phase_timer.time_batches(batches()) if timer.phase_timer is not None else batches():
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16) if job.precision == "bf16" else contextlib.nullcontext():
             loss = nn.functional.cross_entropy(model(x), y)
@@ -129,46 +129,46 @@ def loop(job: Job, timer: Timer, model: nn.Module, rank: int, ranks: int) -> Non
             return
 
 
-def made(job: Job) -> nn.Module:
-    """The network in the layout of the job."""
+def make_model(job: BenchmarkJob) -> nn.Module:
+    """The job's network in the job's layout."""
     torch.manual_seed(0)
     layout = torch.channels_last if job.layout == "channels_last" else torch.contiguous_format
     return network(job.model).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
-def alone(job: Job, timer: Timer) -> None:
-    """Processes that never talk: what the machine can compute."""
+def alone(job: BenchmarkJob, timer: StepTimer) -> None:
+    """Processes that never communicate: the limit of the machine."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    model = made(job)
-    if timer.timeline is not None:
-        timer.timeline.watch_model(model)
-    # They begin together, or the first would have the machine for itself.
+    model = make_model(job)
+    if timer.phase_timer is not None:
+        timer.phase_timer.instrument_model(model)
+    # They begin together; else the first one would use the machine alone for a while.
     Path(job.folder, f"ready_{rank}").touch()
     while len(list(Path(job.folder).glob("ready_*"))) < ranks:
         time.sleep(0.01)
     loop(job, timer, model, rank, ranks)
 
 
-def bare(job: Job, timer: Timer) -> None:
+def bare(job: BenchmarkJob, timer: StepTimer) -> None:
     """The same loop around torch's DistributedDataParallel."""
     dist.init_process_group("gloo")
-    model = nn.parallel.DistributedDataParallel(made(job))
-    if timer.timeline is not None:
-        timer.timeline.watch_ddp(model)
+    model = nn.parallel.DistributedDataParallel(make_model(job))
+    if timer.phase_timer is not None:
+        timer.phase_timer.instrument_ddp(model)
     loop(job, timer, model, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
 
 
-def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], None], *overrides: str) -> None:
+def fit(model: str, share: int, steps: int, folder: str, prepare: Callable[[Any], None], *overrides: str) -> None:
     """The whole of ``launch/train.py`` on this rank.
 
     Args:
-        model: Of :data:`MODELS`.
-        share: Images a rank works on in a step.
-        steps: How many to take.
-        folder: Where the run folder is made.
-        watch: Is given the trainer before it trains.
-        *overrides: What else is said on the command line.
+        model: A name of :data:`MODELS`.
+        share: Images per rank and step.
+        steps: Number of steps.
+        folder: Parent of the run folder.
+        prepare: Called with the trainer before it trains.
+        *overrides: More configuration keys.
     """
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
@@ -202,32 +202,32 @@ def fit(model: str, share: int, steps: int, folder: str, watch: Callable[[Any], 
     splits = data_source(checked).load()
     with Runtime(checked, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
-        watch(trainer)
+        prepare(trainer)
         trainer.fit()
 
 
-def distrain(job: Job, timer: Timer, *overrides: str) -> None:
-    """``launch/train.py``, timed from outside its steps by a callback."""
+def distrain(job: BenchmarkJob, timer: StepTimer, *overrides: str) -> None:
+    """``launch/train.py`` with a callback that counts its steps."""
     from distrain.training.callbacks import Callback
 
-    class Watch(Callback):
+    class CountSteps(Callback):
         def on_step_end(self, trainer: Any) -> None:
             timer.tick()
 
-    def watch(trainer: Any) -> None:
-        trainer.callbacks.append(Watch())
-        if timer.timeline is not None:
-            timer.timeline.watch_trainer(trainer)
+    def prepare(trainer: Any) -> None:
+        trainer.callbacks.append(CountSteps())
+        if timer.phase_timer is not None:
+            timer.phase_timer.instrument_trainer(trainer)
 
-    fit(job.model, job.share, job.warmup + job.steps, job.folder, watch, *overrides)
+    fit(job.model, job.share, job.warmup + job.steps, job.folder, prepare, *overrides)
 
 
-def alike(job: Job, timer: Timer) -> None:
-    """Distrain in the layout and precision of the bare loop."""
+def same_format(job: BenchmarkJob, timer: StepTimer) -> None:
+    """``launch/train.py`` in the layout and precision of the bare loop."""
     distrain(job, timer, f"trainer.memory_format={job.layout}", f"trainer.precision={job.precision}")
 
 
-def accelerate(job: Job, timer: Timer) -> None:
+def accelerate(job: BenchmarkJob, timer: StepTimer) -> None:
     """As https://huggingface.co/docs/accelerate/basic_tutorials/migration shows."""
     from accelerate import Accelerator
 
@@ -248,7 +248,7 @@ def accelerate(job: Job, timer: Timer) -> None:
     accelerator.end_training()
 
 
-def lightning(job: Job, timer: Timer) -> None:
+def lightning(job: BenchmarkJob, timer: StepTimer) -> None:
     """As https://lightning.ai/docs/pytorch/stable/starter/introduction.html shows."""
     import lightning as pl
 
@@ -283,28 +283,28 @@ def lightning(job: Job, timer: Timer) -> None:
         trainer.fit(Module(), loader)
 
 
-CONTENDERS: dict[str, Callable[[Job, Timer], None]] = {
+CONTENDERS: dict[str, Callable[[BenchmarkJob, StepTimer], None]] = {
     "alone": alone,
     "bare": bare,
-    "distrain": alike,
+    "distrain": same_format,
     "defaults": distrain,
     "lightning": lightning,
     "accelerate": accelerate,
 }
-#: Those whose steps are taken apart.
-WATCHED = ("alone", "bare", "distrain")
+#: Contenders whose phases can be measured.
+INSTRUMENTED = ("alone", "bare", "distrain")
 
 
 def main() -> None:
-    """Runs as one rank and leaves its seconds, and milliseconds a phase, in the job's folder."""
+    """Runs one rank; writes its seconds, and its milliseconds by phase, to the job's folder."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", help="a Job as JSON")
-    job = Job(**json.loads(parser.parse_args().job))
+    parser.add_argument("job", help="a BenchmarkJob as JSON")
+    job = BenchmarkJob(**json.loads(parser.parse_args().job))
     torch.set_num_threads(1)
-    timeline = Timeline() if job.phases else None
-    timer = Timer(job, timeline)
-    if timeline is not None:
-        timeline.watch_torch()
+    phase_timer = PhaseTimer() if job.phases else None
+    timer = StepTimer(job, phase_timer)
+    if phase_timer is not None:
+        phase_timer.instrument_torch()
     CONTENDERS[job.contender](job, timer)
     result = {"seconds": timer.seconds, "phases": timer.phases}
     Path(job.folder, f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -1,8 +1,8 @@
-"""What distrain's pipeline costs beside a bare script around ``torch.distributed.pipelining``, in one run.
+"""Compares distrain's pipeline with a bare script around ``torch.distributed.pipelining``.
 
-The same model (ResNet-18 with GroupNorm on CIFAR-10-shaped images), the same two stages, the same schedule and
-microbatches, one thread a rank, float32, contiguous; images lie in memory. Contenders take turns; medians and the ratio
-are printed.
+Both use the same model (ResNet-18 with GroupNorm on images of CIFAR-10's shape), the same two stages, the same schedule
+and microbatches, one thread per rank, float32, contiguous layout, and images in memory. Contenders take turns. Prints
+the medians and their ratio.
 
     python benchmarks/pipeline.py [--rounds 5] [--steps 20] [--batch 32] [--microbatches 4] [--schedule 1f1b]
 """
@@ -41,8 +41,8 @@ WARMUP = 5
 BOUNDARY = "layer3_0"
 
 
-def composed(arguments: argparse.Namespace) -> schema.Config:
-    """The run's configuration, from which both contenders take the model."""
+def load_configuration(arguments: argparse.Namespace) -> schema.Config:
+    """The run's configuration; both contenders take the model from it."""
     return load_config(
         cli.compose(
             ROOT / "conf",
@@ -71,30 +71,30 @@ def composed(arguments: argparse.Namespace) -> schema.Config:
 
 
 def distrain(arguments: argparse.Namespace) -> float:
-    """Seconds of the timed steps of ``strategy=pipeline``."""
-    checked, world = composed(arguments), World.from_environment()
+    """Runs ``strategy=pipeline``; returns the seconds of the timed steps."""
+    checked, world = load_configuration(arguments), World.from_environment()
     marks: list[float] = []
 
-    class Watch(Callback):
+    class RecordTime(Callback):
         def on_step_end(self, trainer: Any) -> None:
             marks.append(time.perf_counter())
 
     splits = data_source(checked).load()
     with Runtime(checked, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
-        trainer.callbacks.append(Watch())
+        trainer.callbacks.append(RecordTime())
         trainer.fit()
     return marks[-1] - marks[WARMUP - 1]
 
 
 def bare(arguments: argparse.Namespace) -> float:
-    """The same with torch's stage and schedule, by hand."""
+    """The same by hand with torch's stage and schedule; returns the seconds of the timed steps."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = instantiate_model(composed(arguments).model, in_channels=3, num_classes=10, image_size=(32, 32))
+    model = instantiate_model(load_configuration(arguments).model, in_channels=3, num_classes=10, image_size=(32, 32))
     assert isinstance(model, nn.Sequential)
     cut = [name for name, _ in model.named_children()].index(BOUNDARY)
     part = nn.Sequential(*list(model)[:cut]) if rank == 0 else nn.Sequential(*list(model)[cut:])
@@ -102,7 +102,7 @@ def bare(arguments: argparse.Namespace) -> float:
     image = torch.zeros(size, 3, 32, 32, device="meta")
     between = copy.deepcopy(nn.Sequential(*list(model)[:cut])).to("meta")(image).detach().requires_grad_()
     logits = torch.zeros(size, 10, device="meta").requires_grad_()
-    # Shapes are given, since finding them would run the real module.
+    # Without given shapes, torch would run the real module to find them.
     inputs, outputs = ((image,), between) if rank == 0 else ((between,), logits)
     stage = PipelineStage(part, rank, 2, torch.device("cpu"), input_args=inputs, output_args=outputs)
     kinds = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
@@ -129,7 +129,7 @@ CONTENDERS = {"bare": bare, "distrain": distrain}
 
 
 def measure(name: str, arguments: argparse.Namespace, given: list[str]) -> float:
-    """One contender's images/s, in fresh processes under torchrun."""
+    """Runs one contender in fresh processes under torchrun; returns its images per second."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", __file__, *given]
         command += ["--contender", name, "--result", folder]

@@ -1,23 +1,23 @@
-"""From the command to the first step: where distrain's start goes, beside a bare script's.
+"""Measures the time from the command to the first step, for distrain and for a bare script.
 
 =============  =======================================================================================================
-``import``     ``python -c "import torch"``: what every program that uses torch waits for
+``import``     ``python -c "import torch"``: the minimum for every program that uses torch
 ``one``        ``python launch/train.py`` with its defaults, on one process
 ``two``        ``torchrun --nproc-per-node 2 launch/train.py strategy=ddp``
-``bare``       a hand-written script: imports torch, makes tensors, builds the seed's CIFAR-10 CNN, takes one step
+``bare``       a hand-written script: imports torch, makes tensors, builds the CIFAR-10 CNN, takes one step
 ``bare two``   the same under torchrun on two ranks: joins a gloo group and wraps the model in DistributedDataParallel
 ``help``       ``python launch/train.py --help``
 ``mistake``    ``python launch/train.py trainer.epochs=many``, which is refused
 =============  =======================================================================================================
 
-distrain trains the same network on as many made-up images of the same size; ``--overrides`` takes others. The moment of
-its first step is what ``metrics.jsonl`` says, which a run writes anyway: with ``trainer.log_every_steps=1`` the first
-row comes right after the first update. The bare script writes down the time. Contenders take turns, several rounds, so
-that a machine whose speed drifts treats all alike; medians are shown.
+distrain trains the same network on the same number of synthetic images of the same size; ``--overrides`` changes that.
+The time of its first step is read from ``metrics.jsonl``: with ``trainer.log_every_steps=1`` the first row is written
+right after the first update. The bare script records the time itself. Contenders take turns for several rounds, so that
+a machine whose speed drifts affects all alike. The table shows medians.
 
-Then a start more of ``one`` and ``two`` in each round does what ``launch/train.py`` does with a clock around each part,
-and the parts' medians are shown too; ``python`` is all that comes before the interpreter runs this file, torchrun's own
-start included.
+In each round, ``one`` and ``two`` are started once more with a timer around each part of what ``launch/train.py`` does.
+A second table shows the medians of the parts. ``python`` is the time before the interpreter runs this file, including
+torchrun's own start.
 
     python benchmarks/startup.py [--rounds 5] [--only import one] [--overrides data=digits] [--json FILE]
 """
@@ -47,7 +47,7 @@ OVERRIDES = ["model=cifar_cnn", "data=synthetic", "data.train_size=1024", "data.
 
 
 def bare() -> float:
-    """Takes one step as a short script would, and says when that was, in seconds since the epoch."""
+    """Takes one step as a short script would; returns its time in seconds since the epoch."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -72,42 +72,42 @@ def bare() -> float:
 
 
 def first_step(folder: Path) -> float:
-    """When a run took its first step, in seconds since the epoch."""
+    """Time of a run's first step, in seconds since the epoch."""
     with (folder / "metrics.jsonl").open() as rows:
         return float(json.loads(next(rows))["time"])
 
 
 def measure(name: str, arguments: argparse.Namespace) -> float:
-    """Seconds from a contender's command to its first step, or to its end where it takes none."""
+    """Seconds from a contender's command to its first step, or to its end if it takes no step."""
     with tempfile.TemporaryDirectory() as folder:
         run, stamp = Path(folder, "run"), Path(folder, "stamp")
         train = [TRAIN, *arguments.overrides, "trainer.max_steps=1", "trainer.log_every_steps=1", f"run_dir={run}"]
-        itself = [__file__, "--bare", str(stamp)]
+        bare_script = [__file__, "--bare", str(stamp)]
         commands: dict[str, tuple[list[str], int]] = {
             "import": ([sys.executable, "-c", "import torch"], 0),
             "one": ([sys.executable, *train], 0),
             "two": ([*TORCHRUN, *train, "strategy=ddp"], 0),
-            "bare": ([sys.executable, *itself], 0),
-            "bare two": ([*TORCHRUN, *itself], 0),
+            "bare": ([sys.executable, *bare_script], 0),
+            "bare two": ([*TORCHRUN, *bare_script], 0),
             "help": ([sys.executable, TRAIN, "--help"], 0),
             "mistake": ([sys.executable, TRAIN, "trainer.epochs=many"], 2),
         }
         command, code = commands[name]
         began = time.time()
-        called(command, code)
+        run_command(command, code)
         ended = time.time()
         if name in ("one", "two"):
             return first_step(run) - began
         return (float(stamp.read_text()) if stamp.exists() else ended) - began
 
 
-def called(command: list[str], code: int) -> str:
-    """Runs a command that must end with an exit code; returns what it printed."""
+def run_command(command: list[str], code: int) -> str:
+    """Runs a command that must end with this exit code; returns its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode != code:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
@@ -117,8 +117,8 @@ CONTENDERS = ("import", "one", "two", "bare", "bare two", "help", "mistake")
 # --- the parts of distrain's start -----------------------------------------------------------------------------------
 
 
-class Parts:
-    """Seconds by part; a part that runs inside of another one is taken from that."""
+class PartTimer:
+    """Seconds by part; the time of a nested part does not count for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -136,7 +136,7 @@ class Parts:
             self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner.pop()
             self._inner[-1] += whole
 
-    def around(self, owner: Any, attribute: str, name: str) -> None:
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
         """Times every call of a function or method."""
         plain: Callable[..., Any] = getattr(owner, attribute)
 
@@ -148,18 +148,17 @@ class Parts:
 
 
 def trace(began: float, overrides: list[str]) -> None:
-    """Does what ``launch/train.py`` does up to its first step, each part timed, prints the parts and ends the process.
+    """Times each part of what ``launch/train.py`` does up to its first step, prints the times and ends the process.
 
     Args:
-        began: When the command was given, in seconds since the epoch.
-        overrides: Of the configuration.
+        began: Time of the command, in seconds since the epoch.
+        overrides: Configuration keys.
     """
-    parts = Parts()
+    parts = PartTimer()
     parts.seconds["python"] = time.time() - began
     with parts.part("import hydra"):
         from distrain.cli import hydra_entry as cli
         from distrain.config.load import load_config
-        from distrain.training.run_plan import data_source
     with parts.part("compose"):
         composed = cli.compose(ROOT / "conf", "config", overrides)
     with parts.part("import torch"), cli.gc_disabled():
@@ -168,33 +167,35 @@ def trace(began: float, overrides: list[str]) -> None:
         checked = load_config(composed)
         from distrain.cli import app
         from distrain.runtime.runtime import Runtime
+        from distrain.training import auto_format
+        from distrain.training.run_plan import RunPlan, data_source
         from distrain.training.trainer import Trainer
 
     def end(*_: Any) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps({name: 1000 * seconds for name, seconds in parts.seconds.items()}), flush=True)
-        # The run would go on to its end, and here nobody waits for that.
+        # Ends the process at once, because the rest of the run is not measured.
         os._exit(0)
 
-    parts.around(app, "check", "check")
-    parts.around(type(data_source(checked)), "load", "data")
-    parts.around(Runtime, "__enter__", "meet")
-    parts.around(app, "settled", "try formats")
-    parts.around(app, "build_trainer", "build")
-    parts.around(Trainer, "_resume", "resume")
-    parts.around(Trainer, "take_step", "first step")
+    parts.wrap(RunPlan, "check", "check")
+    parts.wrap(type(data_source(checked)), "load", "data")
+    parts.wrap(Runtime, "__enter__", "rendezvous")
+    parts.wrap(auto_format, "resolve_auto", "try formats")
+    parts.wrap(app, "build_trainer", "build")
+    parts.wrap(Trainer, "_resume", "resume")
+    parts.wrap(Trainer, "take_step", "first step")
     Trainer._agree = end  # type: ignore[assignment, method-assign]
     with parts.part("other"):
         app.train(checked)
 
 
-def traced(name: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds by part of a start on one process or two; of two ranks, the first's."""
+def trace_parts(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds by part of a start with one process or two; for two, those of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*arguments.overrides, f"run_dir={folder}", *(["strategy=ddp"] if name == "two" else [])]
         command = [*(TORCHRUN if name == "two" else [sys.executable]), __file__, "--trace", str(time.time())]
-        found: dict[str, float] = json.loads(called([*command, *overrides], 0))
-        return found
+        milliseconds: dict[str, float] = json.loads(run_command([*command, *overrides], 0))
+        return milliseconds
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -223,8 +224,8 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name in arguments.only:
             seconds[name].append(measure(name, arguments))
-        for name, found in parts.items():
-            found.append(traced(name, arguments))
+        for name, rounds in parts.items():
+            rounds.append(trace_parts(name, arguments))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     report: dict[str, Any] = {"seconds": medians, "parts_ms": {}}
     print(f"{'seconds to the first step':26} {'median':>8} {'min':>8} {'max':>8} {'- import':>9}")
@@ -235,10 +236,10 @@ def main() -> None:
         if name in medians and other in medians:
             report[f"{name} / {other}"] = medians[name] / medians[other]
             print(f"{name} / {other}: {report[f'{name} / {other}']:.2f}")
-    for name, found in parts.items():
-        medians = {part: statistics.median(each[part] for each in found) for part in found[0]}
+    for name, rounds in parts.items():
+        medians = {part: statistics.median(times[part] for times in rounds) for part in rounds[0]}
         report["parts_ms"][name] = medians
-        print(f"\n{name}: milliseconds of {sum(medians.values()):,.0f}")
+        print(f"\n{name}: parts of {sum(medians.values()):,.0f} ms")
         print("\n".join(f"  {part:24} {value:8,.0f}" for part, value in medians.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

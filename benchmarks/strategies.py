@@ -1,13 +1,14 @@
-"""Strategies that send gradients, parameters or pushes, on separate hosts: bytes, step time and accuracy of each.
+"""Measures bytes, step time and accuracy of each strategy on separate hosts.
 
-Two hosts train (a parameter server has a host of its own). Speed: ResNet-18, 32 images a host and step, on a link
-without limit and on a slow one, as a share of what two hosts compute that never talk. Accuracy: the seed's CNN on
-CIFAR-10, some epochs with the same global batch and learning rate, the link without limit.
+Two hosts train; a parameter server has a host of its own. Speed is measured for ResNet-18 with 32 images per host and
+step, on an unlimited link and on a slow one, as a share of the speed of two hosts that never communicate. Accuracy is
+measured for the CIFAR-10 CNN after some epochs with the same global batch and learning rate, on an unlimited link.
 
     python -m benchmarks.strategies --root FOLDER_OF_CIFAR10 [--links none 100mbit] [--steps 100] [--epochs 10]
         [--only ddp diloco] [--json FILE] [--picture FILE]
 
-Needs root (network namespaces) and nothing else running. ``--steps 0`` and ``--epochs 0`` leave a part out.
+Needs root (network namespaces) and an otherwise idle machine. ``--steps 0`` skips the speed, ``--epochs 0`` the
+accuracy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from distrain.tools.testnet import network
 
 ROOT = Path(__file__).parent.parent
 TRAINING_HOSTS = 2
-#: Contenders and their command lines; "late" merges travel in four parts while training goes on.
+#: Contenders and their keys. In "diloco late", merges run in four parts while training continues.
 CONTENDERS: dict[str, list[str]] = {
     "alone": ["strategy=single"],
     "ddp": ["strategy=ddp", "strategy.batchnorm=local"],
@@ -42,8 +43,8 @@ CONTENDERS: dict[str, list[str]] = {
     "server async": ["strategy=parameter_server", "strategy.mode=async"],
     "server ssp": ["strategy=parameter_server", "strategy.mode=ssp"],
 }
-#: A step of these waits for the link; fewer of them tell as much.
-WAITING = ("ddp", "ddp powersgd", "server sync", "server async", "server ssp")
+#: Contenders whose steps wait for the link. On a slow link, fewer steps of them are measured.
+LINK_BOUND = ("ddp", "ddp powersgd", "server sync", "server async", "server ssp")
 SPEED = [
     "model=resnet18",
     "data=synthetic",
@@ -64,10 +65,10 @@ QUIET = ["logger=none", "trainer.progress=off", "runtime.threads=1", "resume=nev
 
 
 def measure(net: network.VirtualNetwork, name: str, keys: list[str], patience: float) -> dict[str, Any]:
-    """Runs a contender to its end and returns its summary; of hosts that train alone their speeds are summed."""
-    served = "parameter_server" in CONTENDERS[name][0]
+    """Runs a contender and returns its summary; the images per second of separate runs are added up."""
+    has_server = "parameter_server" in CONTENDERS[name][0]
     alone = name == "alone"
-    hosts = TRAINING_HOSTS + served
+    hosts = TRAINING_HOSTS + has_server
     with tempfile.TemporaryDirectory() as scratch:
         processes = []
         for host in range(hosts):
@@ -83,10 +84,10 @@ def measure(net: network.VirtualNetwork, name: str, keys: list[str], patience: f
                 "MASTER_PORT": "29512",
             }
             processes.append(net.start(host, command, variables, Path(scratch, f"log{host}")))
-        limit = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         try:
             for process in processes:
-                process.wait(timeout=max(1.0, limit - time.monotonic()))
+                process.wait(timeout=max(1.0, deadline - time.monotonic()))
         finally:
             for process in processes:
                 process.kill()
@@ -94,71 +95,75 @@ def measure(net: network.VirtualNetwork, name: str, keys: list[str], patience: f
             logs = "\n".join(Path(scratch, f"log{host}").read_text()[-2000:] for host in range(hosts))
             raise RuntimeError(f"{name} failed:\n{logs}")
         summaries = [json.loads(path.read_text()) for path in sorted(Path(scratch).glob("run*/summary.json"))]
-    found: dict[str, Any] = summaries[0]
-    found["images_per_second"] = sum(each["images_per_second"] for each in summaries)
-    return found
+    result: dict[str, Any] = summaries[0]
+    result["images_per_second"] = sum(summary["images_per_second"] for summary in summaries)
+    return result
 
 
 def speed(net: network.VirtualNetwork, arguments: argparse.Namespace, link: str, name: str) -> dict[str, Any]:
-    """Images per second, milliseconds a step and bytes a rank and step."""
-    steps = max(arguments.steps // 8, 12) if name in WAITING and link != "none" else arguments.steps
+    """Images per second, milliseconds per step, and bytes per step of all ranks."""
+    steps = max(arguments.steps // 8, 12) if name in LINK_BOUND and link != "none" else arguments.steps
     if link == "none":
         steps = min(steps, 60)
     batch = 32 * (1 if name == "alone" else TRAINING_HOSTS)
     keys = [*SPEED, *QUIET, f"data.batch_size={batch}", f"trainer.max_steps={steps}"]
-    found = measure(net, name, keys, arguments.patience)
-    images = found["images_per_second"]
+    results = measure(net, name, keys, arguments.patience)
+    images = results["images_per_second"]
     return {
         "images_per_second": images,
         "step_ms": 1000 * 32 * TRAINING_HOSTS / images if images else None,
-        "bytes_per_step": found["bytes_sent_per_step"],
+        "bytes_per_step": results["bytes_sent_per_step"],
     }
 
 
 def accuracy(net: network.VirtualNetwork, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Test accuracy after the epochs, and bytes a rank and step."""
+    """Test accuracy after the last epoch, and bytes per step of all ranks."""
     keys = ["model=cifar_cnn", "data=cifar10", f"data.root={arguments.root}", f"data.batch_size={arguments.batch}"]
     keys += [f"trainer.epochs={arguments.epochs}", *QUIET, *arguments.override]
-    found = measure(net, name, keys, arguments.patience)
+    results = measure(net, name, keys, arguments.patience)
     return {
-        "test_accuracy": found["test_accuracy"],
-        "test_loss": found["test_loss"],
-        "steps": found["steps"],
-        "bytes_per_step": found["bytes_sent_per_step"],
-        "report": {key: found[key] for key in ("local_sgd", "parameter_server") if key in found},
+        "test_accuracy": results["test_accuracy"],
+        "test_loss": results["test_loss"],
+        "steps": results["steps"],
+        "bytes_per_step": results["bytes_sent_per_step"],
+        "report": {key: results[key] for key in ("local_sgd", "parameter_server") if key in results},
     }
 
 
-def table(found: dict[str, dict[str, Any]], links: list[str]) -> str:
-    """All contenders' figures; bytes are the job's sum over its ranks."""
+def table(results: dict[str, dict[str, Any]], links: list[str]) -> str:
+    """The figures of all contenders; bytes are summed over ranks."""
     lines = [f"{'':14}" + "".join(f"{link + ' ms':>14}{'of alone':>10}" for link in links)]
     lines[0] += f"{'ResNet MB/step':>16}{'CNN kB/step':>13}{'accuracy':>10}"
-    for name, row in found.items():
+    for name, row in results.items():
         line = f"{name:14}"
         for link in links:
-            mine, alone = row.get(link), found.get("alone", {}).get(link)
-            line += f"{mine['step_ms']:14.0f}" if mine else f"{'–':>14}"
-            share = mine["images_per_second"] / alone["images_per_second"] if mine and alone else None
+            figures, alone = row.get(link), results.get("alone", {}).get(link)
+            line += f"{figures['step_ms']:14.0f}" if figures else f"{'–':>14}"
+            share = figures["images_per_second"] / alone["images_per_second"] if figures and alone else None
             line += f"{share:10.2f}" if share is not None else f"{'–':>10}"
         sent = next((row[link]["bytes_per_step"] for link in links if link in row), None)
         line += f"{sent / 1e6:16.2f}" if sent is not None else f"{'–':>16}"
-        told = row.get("accuracy")
-        line += f"{told['bytes_per_step'] / 1e3:13.0f}{told['test_accuracy']:10.4f}" if told else f"{'–':>13}{'–':>10}"
+        accuracies = row.get("accuracy")
+        line += (
+            f"{accuracies['bytes_per_step'] / 1e3:13.0f}{accuracies['test_accuracy']:10.4f}"
+            if accuracies
+            else f"{'–':>13}{'–':>10}"
+        )
         lines.append(line)
     return "\n".join(lines)
 
 
-def draw(found: dict[str, dict[str, Any]], links: list[str], path: Path) -> None:
+def draw(results: dict[str, dict[str, Any]], links: list[str], path: Path) -> None:
     """Speed on each link as a share of computation alone, and accuracy against bytes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [name for name, row in found.items() if name != "alone" and any(link in row for link in links)]
+    names = [name for name, row in results.items() if name != "alone" and any(link in row for link in links)]
     for number, link in enumerate(links):
         shares = [
-            found[name][link]["images_per_second"] / found["alone"][link]["images_per_second"]
-            if link in found[name]
+            results[name][link]["images_per_second"] / results["alone"][link]["images_per_second"]
+            if link in results[name]
             else 0.0
             for name in names
         ]
@@ -167,15 +172,15 @@ def draw(found: dict[str, dict[str, Any]], links: list[str], path: Path) -> None
     left.set_yticks([place + 0.2 for place in range(len(names))], names)
     left.invert_yaxis()
     left.axvline(1, color="0.6", linewidth=1)
-    left.set(xlabel="images/s ÷ hosts that never talk (ResNet-18)")
+    left.set(xlabel="images/s ÷ hosts that never communicate (ResNet-18)")
     left.legend()
-    told = {name: row["accuracy"] for name, row in found.items() if "accuracy" in row and name != "alone"}
-    for name, row in told.items():
+    accuracies = {name: row["accuracy"] for name, row in results.items() if "accuracy" in row and name != "alone"}
+    for name, row in accuracies.items():
         right.plot(row["bytes_per_step"] / 1e3, 100 * row["test_accuracy"], "o")
         right.annotate(
             name, (row["bytes_per_step"] / 1e3, 100 * row["test_accuracy"]), (4, 4), textcoords="offset points"
         )
-    right.set(xlabel="kB a step, all ranks", ylabel="test accuracy in % (CIFAR-10 CNN)", xscale="log")
+    right.set(xlabel="kB per step, all ranks", ylabel="test accuracy in % (CIFAR-10 CNN)", xscale="log")
     # Room for the names.
     right.margins(x=0.2, y=0.1)
     for axes in (left, right):
@@ -187,35 +192,35 @@ def draw(found: dict[str, dict[str, Any]], links: list[str], path: Path) -> None
 def main() -> None:
     """Measures every contender and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder that holds CIFAR-10")
+    parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     parser.add_argument("--links", nargs="+", default=["none", "100mbit"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128, help="global batch of the accuracy part")
-    parser.add_argument("--patience", type=float, default=900, help="seconds beyond which a contender hangs")
+    parser.add_argument("--patience", type=float, default=900, help="seconds after which a contender counts as hung")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--override", nargs="*", default=[], help="more keys for the accuracy part")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     arguments.root = str(Path(arguments.root).resolve())
-    found: dict[str, dict[str, Any]] = {name: {} for name in arguments.only}
+    results: dict[str, dict[str, Any]] = {name: {} for name in arguments.only}
     with network.VirtualNetwork(TRAINING_HOSTS + 1) as net:
         for link in arguments.links if arguments.steps else []:
             net.set_rate(None if link == "none" else link)
             for name in arguments.only:
-                found[name][link] = speed(net, arguments, link, name)
-                print(f"# {link}, {name}: {found[name][link]}", file=sys.stderr, flush=True)
+                results[name][link] = speed(net, arguments, link, name)
+                print(f"# {link}, {name}: {results[name][link]}", file=sys.stderr, flush=True)
         net.set_rate(None)
         for name in arguments.only if arguments.epochs else []:
             if name != "alone":
-                found[name]["accuracy"] = accuracy(net, arguments, name)
-                print(f"# {name}: {found[name]['accuracy']}", file=sys.stderr, flush=True)
-    print(table(found, arguments.links))
+                results[name]["accuracy"] = accuracy(net, arguments, name)
+                print(f"# {name}: {results[name]['accuracy']}", file=sys.stderr, flush=True)
+    print(table(results, arguments.links))
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.picture:
-        draw(found, arguments.links, arguments.picture)
+        draw(results, arguments.links, arguments.picture)
 
 
 if __name__ == "__main__":
