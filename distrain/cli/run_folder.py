@@ -1,8 +1,8 @@
-"""Reading a run's folder, which may come from a stranger: nothing in it can run code.
+"""Reads the folder of a run. It may come from an untrusted source, so nothing in it can run code.
 
-``config.yaml`` is read by YAML's safe loader as plain data, in which nothing is looked up or computed, and is checked
-like a command line. ``data.json`` and a checkpoint's JSON are data, tensors lie in safetensors. The model is built only
-from distrain's own models and from what the user allows by name; nothing else is imported.
+``config.yaml`` is read by YAML's safe loader as plain data, without interpolations, and checked like a command line.
+``data.json`` and the JSON of a checkpoint are plain data, and tensors are in safetensors. Only distrain's own models
+and choices, and those that the user allows by name, are imported and built.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ from distrain.tasks import base as tasks
 
 T = TypeVar("T")
 
-#: What a run may build unless the user allows more.
-TRUSTED = ("distrain.models",)
+#: Dotted prefixes that a run's configuration may name unless the user allows more.
+TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
-_LARGEST_CONFIG = 1 << 17
-_LARGEST_DATA = 1 << 24
-#: Levels of a configuration; a run writes about six.
-_DEEPEST = 32
-_OPENS = (
+#: Largest accepted files, in bytes.
+_MAX_CONFIG_BYTES = 1 << 17
+_MAX_DATA_BYTES = 1 << 24
+#: Deepest accepted nesting of a configuration; a run writes about six levels.
+_MAX_DEPTH = 32
+_START_TOKENS = (
     yaml.BlockMappingStartToken,
     yaml.BlockSequenceStartToken,
     yaml.FlowMappingStartToken,
     yaml.FlowSequenceStartToken,
 )
-_CLOSES = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
-#: Numbers of an image, over all channels.
-_LARGEST_IMAGE = 3 * LARGEST_PIXELS
-#: A running run may remove a checkpoint while it is read; it does not do so again and again.
+_END_TOKENS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+#: Largest number of values in an image, over all channels.
+_MAX_IMAGE_VALUES = 3 * LARGEST_PIXELS
+#: Attempts to read a checkpoint; a run in progress may remove one while it is read.
 _ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint's model.
+    """The weights in a checkpoint.
 
     Attributes:
-        path: The checkpoint's folder.
-        step: Updates done when it was saved.
-        tensors: Parameters and buffers by the unsplit model's names, on the CPU.
+        path: Folder of the checkpoint.
+        step: Number of updates when it was saved.
+        tensors: Parameters and buffers by name in the unsplit model, on the CPU.
     """
 
     path: Path
@@ -69,14 +70,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run's folder says, checked.
+    """The checked description of a run.
 
     Attributes:
         path: The folder.
         config: The run's configuration.
-        spec: Shape and classes of the images it was trained on.
-        mean: Channel means that images are normalised by, with pixel values in [0, 1].
-        std: Channel standard deviations, likewise.
+        spec: Shape and classes of the training images.
+        mean: Channel means with which images are normalised, for pixel values in [0, 1].
+        std: Channel standard deviations with which images are normalised, for pixel values in [0, 1].
     """
 
     path: Path
@@ -91,11 +92,11 @@ class RunFolder:
 
         Args:
             path: The folder.
-            allow: Dotted prefixes below which choices outside distrain may lie (``task.name: my_package.MyTask``);
-                their modules are imported, so they run code.
+            allow: Dotted prefixes of allowed choices outside distrain (such as ``task.name: my_package.MyTask``). Their
+                modules are imported, so their code runs.
 
         Raises:
-            ConfigError: No such folder, a file is missing, or it holds anything but what a run writes.
+            ConfigError: There is no such folder, a file is missing, or a file has content that no run writes.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -105,10 +106,10 @@ class RunFolder:
         return cls(folder, config, spec, mean, std)
 
     def weights(self, which: str) -> Weights:
-        """Reads the model of a checkpoint, after comparing it with its manifest.
+        """Reads the weights of a checkpoint after verifying it against its manifest.
 
         Args:
-            which: ``newest`` (damaged ones are left out), ``best`` by validation accuracy, or a checkpoint's folder.
+            which: ``newest`` (damaged ones are skipped), ``best`` by validation score, or the folder of a checkpoint.
 
         Raises:
             ConfigError: There is no such checkpoint, or it is damaged.
@@ -122,14 +123,16 @@ class RunFolder:
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):
                     raise ConfigError("checkpoint", which, str(error)) from error
-        raise ConfigError("checkpoint", which, f"is removed while it is read, {_ATTEMPTS} times in a row; copy the run")
+        raise ConfigError(
+            "checkpoint", which, f"was removed while it was read, {_ATTEMPTS} times in a row; make a copy of the run"
+        )
 
     def _find(self, which: str) -> Path:
         folder = checkpoint_format.checkpoints_folder(self.path)
         if which not in (_NEWEST, _BEST):
             if not Path(which).expanduser().is_dir():
-                there = [str(path) for path in checkpoint_format.list_checkpoints(folder)]
-                raise ConfigError("checkpoint", which, "is not a checkpoint's folder", [_NEWEST, _BEST, *there])
+                paths = [str(path) for path in checkpoint_format.list_checkpoints(folder)]
+                raise ConfigError("checkpoint", which, "is not a checkpoint's folder", [_NEWEST, _BEST, *paths])
             return Path(which).expanduser()
         newest = checkpoint_reader.newest_valid(folder)
         if newest is None:
@@ -141,29 +144,29 @@ class RunFolder:
             raise ConfigError("checkpoint", _BEST, "the run has no validation accuracy to choose by", [_NEWEST])
         path = checkpoint_format.checkpoint_path(folder, best)
         if not path.is_dir():
-            raise ConfigError("checkpoint", _BEST, f"{path} is gone", [_NEWEST])
+            raise ConfigError("checkpoint", _BEST, f"{path} was removed", [_NEWEST])
         return path
 
     def model(self, weights: Weights, allow: Sequence[str] = ()) -> nn.Module:
-        """Builds the model and gives it its weights.
+        """Builds the model and loads weights into it.
 
         Args:
-            weights: What :meth:`weights` read.
-            allow: Dotted prefixes that the model's ``_target_`` may have, besides distrain's own models; the current
-                folder is importable then, as it is in training.
+            weights: Result of :meth:`weights`.
+            allow: Dotted prefixes of allowed model classes (``_target_``), in addition to distrain's own models. As in
+                training, the current folder is importable.
 
         Returns:
-            The model in evaluation mode on the CPU, in float32, without gradients.
+            The model in evaluation mode on the CPU, in float32, with frozen parameters.
 
         Raises:
-            ConfigError: The target is not allowed or fails to build, or the weights are another model's.
+            ConfigError: The model class is not allowed or can't be built, or the weights do not fit it.
         """
         model = instantiate_model(
             self.config.model,
             in_channels=self.spec.channels,
             num_classes=tasks.build(self.config, self.spec).output_size,
             image_size=(self.spec.height, self.spec.width),
-            allowed=[*TRUSTED, *allow],
+            allowed=[*TRUSTED_PREFIXES, *allow],
         )
         try:
             named_state.load_model(model, weights.tensors)
@@ -173,25 +176,25 @@ class RunFolder:
 
 
 def checkpoint_progress(path: Path) -> dict[str, Any]:
-    """Where a run was when a checkpoint was saved; ``step`` is an integer, ``best_step`` one or ``None``.
+    """The position of the run in a checkpoint: ``step``, an integer, and ``best_step``, an integer or ``None``.
 
     Raises:
-        DamagedCheckpoint: ``state.json`` is missing or says something else.
+        DamagedCheckpoint: ``state.json`` is missing or has other content.
     """
     file = path / "state.json"
     try:
         progress = read_json(file, checkpoint_format.MAX_JSON_BYTES)["progress"]
-        found = {"step": progress["step"], "best_step": progress["best_step"]}
+        steps = {"step": progress["step"], "best_step": progress["best_step"]}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{file} can't be read") from error
-    if not _whole(found["step"]) or not (found["best_step"] is None or _whole(found["best_step"])):
+    if not _is_whole(steps["step"]) or not (steps["best_step"] is None or _is_whole(steps["best_step"])):
         raise DamagedCheckpoint(f"{file} has steps that are no whole numbers")
-    return found
+    return steps
 
 
-def _whole(value: object, at_least: int = 0) -> bool:
+def _is_whole(value: object, at_least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
@@ -205,50 +208,54 @@ def _read(read: Callable[[Path, int], T], path: Path, largest: int) -> T:
 
 
 def _read_config(path: Path, allow: Sequence[str]) -> Config:
-    text = _read(read_text, path, _LARGEST_CONFIG)
+    text = _read(read_text, path, _MAX_CONFIG_BYTES)
     try:
         _refuse_yaml_bombs(path, text)
         content = yaml.safe_load(text)
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, say
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: for example an impossible date
         raise ConfigError("run", path.parent, f"{path.name} is not plain YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError("run", path.parent, f"{path.name} is not a mapping of keys to values")
     try:
         _refuse_all_but_data(path.name, content)
-        _check_choices("", content, [*TRUSTED, *allow])
+        _check_choices("", content, [*TRUSTED_PREFIXES, *allow])
         return load_config(content)
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
 
 
 def _refuse_yaml_bombs(path: Path, text: str) -> None:
-    """A few lines of aliases of aliases fill any memory, and deep nesting takes the scanner time by its square."""
+    """Refuses aliases, with which a few lines can fill all memory, and nesting so deep that scanning takes too long."""
     depth = 0
-    # Lazily, so that nothing behind the first one too many is scanned.
+    # Tokens are read lazily, so scanning stops at the first token that is refused.
     for token in yaml.scan(text):
-        depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
+        depth += isinstance(token, _START_TOKENS) - isinstance(token, _END_TOKENS)
         if isinstance(token, yaml.AliasToken):
             raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
-        if depth > _DEEPEST:
-            raise ConfigError("run", path.parent, f"{path.name} is nested more than {_DEEPEST} deep")
+        if depth > _MAX_DEPTH:
+            raise ConfigError("run", path.parent, f"{path.name} is nested more than {_MAX_DEPTH} deep")
 
 
 def _check_choices(key: str, section: Mapping[str, object], allowed: Sequence[str]) -> None:
-    """Refuses choices that would be imported from elsewhere: the ``name`` of a section, at any depth, with dots."""
+    """Refuses choices outside distrain that are not allowed: any ``name`` with dots, at any depth.
+
+    ``model.kwargs`` contains arguments of the model, not choices.
+    """
     for name, value in section.items():
-        if isinstance(value, dict) and name != "kwargs":
+        if isinstance(value, dict) and f"{key}{name}" != "model.kwargs":
             _check_choices(f"{key}{name}.", value, allowed)
         elif name == "name" and isinstance(value, str) and "." in value:
             check_allowed(f"{key}name", value, allowed)
 
 
 def _refuse_all_but_data(key: str, value: object) -> None:
+    """Refuses interpolations and values other than text, numbers, truth values, null, lists and mappings."""
     if isinstance(value, dict):
         for name, item in value.items():
             if not isinstance(name, str):
-                raise ConfigError(key, name, "is no name of a key")
+                raise ConfigError(key, name, "is not a valid key")
             _refuse_all_but_data(key, name)
             _refuse_all_but_data(f"{key}:{name}", item)
     elif isinstance(value, list):
@@ -256,28 +263,28 @@ def _refuse_all_but_data(key: str, value: object) -> None:
             _refuse_all_but_data(key, item)
     elif isinstance(value, str):
         if "${" in value:
-            raise ConfigError(key, value, "would look up or compute something; a run writes resolved values only")
+            raise ConfigError(key, value, "is an interpolation; a run writes resolved values only")
     elif value is not None and not isinstance(value, bool | int | float):
         raise ConfigError(key, value, f"is a {type(value).__name__}, and a run writes text, numbers and lists only")
 
 
 def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ...]]:
-    content = _read(read_json, path, _LARGEST_DATA)
+    content = _read(read_json, path, _MAX_DATA_BYTES)
 
     def refuse(problem: str) -> ConfigError:
         return ConfigError("run", path.parent, f"{path.name} {problem}")
 
     for name in ("channels", "height", "width"):
-        if not _whole(content.get(name), at_least=1):
+        if not _is_whole(content.get(name), at_least=1):
             raise refuse(f"needs {name}, a whole number of at least 1")
-    if content["channels"] * content["height"] * content["width"] > _LARGEST_IMAGE:
-        raise refuse(f"has images of more than {_LARGEST_IMAGE} numbers")
+    if content["channels"] * content["height"] * content["width"] > _MAX_IMAGE_VALUES:
+        raise refuse(f"has images of more than {_MAX_IMAGE_VALUES} numbers")
     classes = content.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise refuse("needs classes, a list of names")
     for name in ("mean", "std"):
         values = content.get(name)
-        if not isinstance(values, list) or len(values) != content["channels"] or not all(map(_finite, values)):
+        if not isinstance(values, list) or len(values) != content["channels"] or not all(map(_is_finite, values)):
             raise refuse(f"needs {name}, a list of {content['channels']} numbers")
     if not all(value > 0 for value in content["std"]):
         raise refuse("has a std that is not above 0")
@@ -285,5 +292,5 @@ def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ..
     return spec, tuple(map(float, content["mean"])), tuple(map(float, content["std"]))
 
 
-def _finite(value: object) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""A run's folder says what to build and how images are prepared; whoever wrote it, nothing in it runs."""
+"""A run's folder describes the model and its images; whoever wrote it, nothing in it runs code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.config.load import to_container
 from distrain.errors import ConfigError
-from tests.trained import change_config, original, run
+from tests.trained import change_config, original, replace_section, run
 
 __all__ = ["original", "run"]
 
@@ -35,7 +35,7 @@ def newest(run: Path, allow: tuple[str, ...] = ()) -> torch.nn.Module:
     return folder.model(folder.weights("newest"), allow)
 
 
-def test_says_what_the_run_was(run: Path) -> None:
+def test_the_folder_describes_the_run(run: Path) -> None:
     folder = RunFolder.open(str(run))
     assert to_container(folder.config) == yaml.safe_load((run / "config.yaml").read_text())
     assert (folder.spec.channels, folder.spec.height, folder.spec.width) == (3, 8, 8)
@@ -44,7 +44,7 @@ def test_says_what_the_run_was(run: Path) -> None:
     assert [list(folder.mean), list(folder.std)] == [data["mean"], data["std"]]
 
 
-def test_a_run_of_before_a_key_came_is_read(run: Path) -> None:
+def test_a_run_of_an_older_release_without_some_keys_is_read(run: Path) -> None:
     content = yaml.safe_load((run / "config.yaml").read_text())
     for key in (
         "runtime.shared_memory",
@@ -60,7 +60,7 @@ def test_a_run_of_before_a_key_came_is_read(run: Path) -> None:
     assert newest(run).training is False
 
 
-def test_model_has_the_weights_of_the_checkpoint(run: Path) -> None:
+def test_the_model_has_the_weights_of_the_checkpoint(run: Path) -> None:
     model = newest(run)
     saved = checkpoint_reader.load_model(checkpoint_format.list_checkpoints(run / "checkpoints")[-1])
     assert model.state_dict().keys() == saved.keys()
@@ -69,12 +69,12 @@ def test_model_has_the_weights_of_the_checkpoint(run: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-# --- nothing runs ----------------------------------------------------------------------------------------------------
+# --- nothing in it runs code -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An importable module, which makes this file when it is imported."""
+    """A file that an importable module creates when it is imported."""
     mark = tmp_path / "it_ran"
     (tmp_path / "planted.py").write_text(
         f"from pathlib import Path\nfrom distrain.models.cnn import SimpleCNN as Net\nPath({str(mark)!r}).touch()\n"
@@ -97,7 +97,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("torch.nn.Linear", {"in_features": 1, "out_features": 1}),
     ],
 )
-def test_only_distrains_models_are_built(run: Path, planted: Path, target: str, kwargs: dict[str, Any]) -> None:
+def test_only_models_of_distrain_are_built(run: Path, planted: Path, target: str, kwargs: dict[str, Any]) -> None:
     change_config(run, model={"name": "custom", "_target_": target, "kwargs": kwargs})
     with pytest.raises(ConfigError, match=r"^model\.") as caught:
         newest(run)
@@ -106,16 +106,26 @@ def test_only_distrains_models_are_built(run: Path, planted: Path, target: str, 
     assert "planted" not in sys.modules
 
 
-def test_a_named_choice_builds_nothing_else(run: Path, planted: Path) -> None:
+def test_a_named_choice_builds_no_other_class(run: Path, planted: Path) -> None:
     change_config(run, model={"_target_": "planted.Net"})
     with pytest.raises(ConfigError, match=r"model\._target_=planted\.Net: model=simple_cnn is distrain\.models\.cnn\."):
         newest(run)
     assert not planted.exists()
 
 
-def test_what_the_user_allows_is_built(run: Path, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("candidate", ["kwargs", "other"])
+def test_no_nested_choice_is_imported_from_elsewhere(run: Path, planted: Path, candidate: str) -> None:
+    replace_section(run, "compression", "compression=auto")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["compression"]["candidates"][candidate] = {"name": "planted.Net"}
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert f"compression.candidates.{candidate}.name=planted.Net: is not below distrain.models" in refused(run)
+    assert not planted.exists()
+
+
+def test_an_allowed_model_is_built(run: Path, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_config(run, model={"name": "custom", "_target_": "planted.Net", "kwargs": {}})
-    # From the current folder, as in training, and not from wherever the tests are.
+    # It is imported from the current folder, as in training, not from where the tests are.
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(planted.parent)])
     monkeypatch.chdir(planted.parent)
     with pytest.raises(ConfigError, match="allow="):
@@ -126,18 +136,18 @@ def test_what_the_user_allows_is_built(run: Path, planted: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("run_dir: ${oc.env:HOME}", "config.yaml:run_dir=${oc.env:HOME}: would look up or compute something"),
-        ("seed: ${oc.decode:'1'}", "would look up or compute something"),
-        ("'${oc.env:HOME}': 1", "would look up or compute something"),
+        ("run_dir: ${oc.env:HOME}", "config.yaml:run_dir=${oc.env:HOME}: is an interpolation"),
+        ("seed: ${oc.decode:'1'}", "is an interpolation"),
+        ("'${oc.env:HOME}': 1", "is an interpolation"),
         ("x: !!python/object/apply:os.system ['touch MARK']", "is not plain YAML"),
         ("x: !!python/name:os.system", "is not plain YAML"),
         ("x: !!binary aGVsbG8=", "is a bytes"),
         ("x: 2001-01-01", "is a date"),
         ("x: 2001-99-99", "is not plain YAML"),
         ("? [1]\n: 2", "is not plain YAML"),
-        ("1: 2", "is no name of a key"),
+        ("1: 2", "is not a valid key"),
         ("x: &many [a, a]\ny: [*many, *many]", "has YAML aliases"),
         ("x: " + "[" * 1500, "is nested more than 32 deep"),
         ("x:\n" + "".join(" " * level + "-\n" for level in range(1, 200)), "is nested more than 32 deep"),
@@ -149,35 +159,37 @@ def test_what_the_user_allows_is_built(run: Path, planted: Path, monkeypatch: py
         ("strategy: ddp", "config.yaml says strategy=ddp"),
     ],
 )
-def test_config_is_plain_data_or_refused_in_one_line(run: Path, tmp_path: Path, line: str, said: str) -> None:
+def test_a_configuration_that_is_not_plain_data_is_refused_in_one_line(
+    run: Path, tmp_path: Path, line: str, message: str
+) -> None:
     mark = tmp_path / "it_ran"
     content = yaml.safe_load((run / "config.yaml").read_text())
     content.pop(line.partition(":")[0], None)
     (run / "config.yaml").write_text(yaml.safe_dump(content) + line.replace("MARK", str(mark)) + "\n")
     text = refused(run)
     assert text.startswith(f"run={run}: config.yaml")
-    assert said in text
+    assert message in text
     assert "\n" not in text
     assert str(Path.home()) not in text.replace(str(run), "")
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "data.json"])
-def test_a_file_that_is_no_text_of_a_run_is_refused(run: Path, name: str) -> None:
-    for content, said in [
+def test_a_file_with_other_content_is_refused(run: Path, name: str) -> None:
+    for content, message in [
         (b"\xff\xfe\x00", f"{name} "),
         (b"- 1", f"{name} is not"),
         (b"", f"{name} is not"),
         (b"#" * ((1 << 24) + 1), "has more than"),
     ]:
         (run / name).write_bytes(content)
-        assert said in refused(run)
+        assert message in refused(run)
     (run / name).unlink()
     assert f"has no {name}; is it a run's folder?" in refused(run)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"channels": 0}, "needs channels, a whole number of at least 1"),
         ({"height": 8.0}, "needs height"),
@@ -191,10 +203,10 @@ def test_a_file_that_is_no_text_of_a_run_is_refused(run: Path, name: str) -> Non
         ({"std": [0.5, 0.5, 0]}, "has a std that is not above 0"),
     ],
 )
-def test_data_is_checked(run: Path, changes: dict[str, Any], said: str) -> None:
+def test_invalid_data_is_refused(run: Path, changes: dict[str, Any], message: str) -> None:
     content = json.loads((run / "data.json").read_text())
     (run / "data.json").write_text(json.dumps({**content, **changes}))
-    assert f"data.json {said}" in refused(run)
+    assert f"data.json {message}" in refused(run)
 
 
 # --- which checkpoint ------------------------------------------------------------------------------------------------
@@ -205,7 +217,7 @@ def weights(run: Path, which: str = "newest") -> Weights:
 
 
 def set_progress(path: Path, **changes: Any) -> None:
-    """Changes what a checkpoint says of the run, as if it had been saved so."""
+    """Changes the progress in a checkpoint, with a valid manifest."""
     state, progress = checkpoint_reader.load(path)
     step = int(path.name[5:])
     saved = checkpoint_writer.save(
@@ -215,18 +227,18 @@ def set_progress(path: Path, **changes: Any) -> None:
     saved.rename(path)
 
 
-def test_newest_and_best_and_by_path(run: Path) -> None:
+def test_checkpoints_are_found_as_newest_as_best_and_by_path(run: Path) -> None:
     first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
     set_progress(last, best_step=int(first.name[5:]))
     assert (weights(run).path, weights(run).step) == (last, int(last.name[5:]))
     assert (weights(run, "best").path, weights(run, "best").step) == (first, int(first.name[5:]))
     assert weights(run, str(first)).tensors.keys() == weights(run).tensors.keys()
     shutil.rmtree(first)
-    with pytest.raises(ConfigError, match=rf"checkpoint=best: {first} is gone"):
+    with pytest.raises(ConfigError, match=rf"checkpoint=best: {first} was removed"):
         weights(run, "best")
 
 
-def test_a_damaged_newest_is_left_out_and_a_damaged_chosen_one_refused(run: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_and_a_damaged_chosen_one_refused(run: Path) -> None:
     first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
     file = last / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -235,7 +247,7 @@ def test_a_damaged_newest_is_left_out_and_a_damaged_chosen_one_refused(run: Path
         weights(run, str(last))
 
 
-def test_no_checkpoint_is_said(run: Path) -> None:
+def test_a_missing_checkpoint_is_reported(run: Path) -> None:
     with pytest.raises(ConfigError, match="checkpoint=nowhere: is not a checkpoint's folder; choices: newest, best, "):
         weights(run, "nowhere")
     with pytest.raises(ConfigError, match=r"checkpoint=.*manifest\.json is missing|state\.json is missing"):
@@ -248,7 +260,7 @@ def test_no_checkpoint_is_said(run: Path) -> None:
         weights(run)
 
 
-def test_a_checkpoint_that_a_running_run_removes_meanwhile_is_no_mistake(
+def test_another_checkpoint_is_read_if_a_run_in_progress_removes_one(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
@@ -264,15 +276,22 @@ def test_a_checkpoint_that_a_running_run_removes_meanwhile_is_no_mistake(
 
 
 @pytest.mark.parametrize("progress", [None, {}, {"step": "1", "best_step": None}, {"step": 1, "best_step": "../../x"}])
-def test_where_a_checkpoint_stands_is_checked(run: Path, progress: object) -> None:
+def test_invalid_progress_of_a_checkpoint_is_refused(run: Path, progress: object) -> None:
     last = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     (last / "state.json").write_text(json.dumps({"progress": progress}))
     with pytest.raises(ConfigError, match=r"state\.json (can't be read|has steps that are no whole numbers)"):
         weights(run, str(last))
 
 
-def test_another_models_weights_are_refused(run: Path) -> None:
+def test_weights_of_another_model_are_refused(run: Path) -> None:
     data = json.loads((run / "data.json").read_text())
     (run / "data.json").write_text(json.dumps({**data, "classes": ["a", "b", "c"]}))
     with pytest.raises(ConfigError, match=r"checkpoint=.*: the saved model is not this model: output\.weight is \(4, "):
+        newest(run)
+
+
+def test_data_without_classes_are_refused_by_the_classification_task(run: Path) -> None:
+    data = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**data, "classes": []}))
+    with pytest.raises(ConfigError, match=r"task\.name: classification needs data with classes"):
         newest(run)

@@ -1,4 +1,4 @@
-"""Losses are sums of the textbook per-sample losses."""
+"""Losses are the sums of the per-sample losses as textbooks define them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_loss_is_the_sum_of_the_samples_losses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_parts_of_a_batch_add_up(name: str) -> None:
+def test_the_losses_of_parts_of_a_batch_add_up_to_the_whole(name: str) -> None:
     loss = make(name)
     parts = loss(LOGITS[:1], LABELS[:1]) + loss(LOGITS[1:], LABELS[1:])
     torch.testing.assert_close(parts, loss(LOGITS, LABELS), rtol=1e-14, atol=0)
@@ -63,12 +63,12 @@ def test_an_empty_batch_gives_zero_and_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_short_logits_are_computed_with_as_float32(name: str, dtype: torch.dtype) -> None:
+def test_16_bit_logits_are_converted_to_float32(name: str, dtype: torch.dtype) -> None:
     loss, logits = make(name), LOGITS.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found = loss(logits, LABELS)
-    assert found.dtype == wide
-    assert torch.equal(found, loss(logits.to(wide), LABELS))
+    result = loss(logits, LABELS)
+    assert result.dtype == wide
+    assert torch.equal(result, loss(logits.to(wide), LABELS))
 
 
 @pytest.mark.parametrize("name", ALL)
