@@ -1,6 +1,6 @@
-"""Healthy as long as a rank runs and some run's log or metrics below /runs has grown within the last half hour.
+"""Healthy if a rank runs and a log or metrics file below /runs was written within the last 30 minutes.
 
-``HEALTH_MINUTES`` says otherwise how long; it must be longer than the time between two logged steps or epochs.
+``HEALTH_MINUTES`` changes that time; it must be longer than the time between two logged steps or epochs.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ PROC = Path("/proc")
 WATCHED = ("metrics.jsonl", "rank_*.log")
 
 
-def ranks(proc: Path = PROC) -> int:
-    """Processes that run one of distrain's scripts, without the torchrun above them."""
-    found = 0
+def count_ranks(proc: Path = PROC) -> int:
+    """Number of processes that run one of distrain's scripts, not counting torchrun."""
+    count = 0
     for file in proc.glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().split(b"\0")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # The process has ended meanwhile.
             continue
-        found += any(word.startswith(b"/app/launch/") for word in words) and b"torchrun" not in b" ".join(words[:2])
-    return found
+        count += any(word.startswith(b"/app/launch/") for word in words) and b"torchrun" not in b" ".join(words[:2])
+    return count
 
 
-def signs_of_life(runs: Path = RUNS) -> Iterator[float]:
-    """When files that a training writes were last written, in seconds since 1970."""
+def write_times(runs: Path = RUNS) -> Iterator[float]:
+    """Last write times of the files that a training writes, in seconds since 1970."""
     for pattern in WATCHED:
         for path in runs.rglob(pattern):
             yield path.stat().st_mtime
 
 
 def problem(now: float, proc: Path = PROC, runs: Path = RUNS) -> str | None:
-    """What is wrong, if anything is."""
-    if not ranks(proc):
+    """Says why the container is unhealthy; ``None`` if it is healthy."""
+    if not count_ranks(proc):
         return "no rank runs"
     minutes = float(os.environ.get("HEALTH_MINUTES", "30"))
-    newest = max(signs_of_life(runs), default=0.0)
+    newest = max(write_times(runs), default=0.0)
     if now - newest > 60 * minutes:
         return f"nothing was logged for {minutes:g} minutes"
     return None
 
 
 if __name__ == "__main__":
-    found = problem(time.time())
-    if found is not None:
-        print(found)
+    reason = problem(time.time())
+    if reason is not None:
+        print(reason)
         sys.exit(1)

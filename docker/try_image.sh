@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the image without a daemon, on a base that is made here, and trains digits in it with two ranks as its plain
-# user; needs root, buildah and debootstrap (Debian: apt-get install --no-install-recommends buildah debootstrap).
+# Builds the image without a daemon, on a base image made here, and trains digits in it with two ranks as an unprivileged
+# user. Needs root, buildah and debootstrap (Debian: apt-get install --no-install-recommends buildah debootstrap).
 #
 # Variables:
-#   FOLDER         where base, images and containers lie (a temporary folder, removed in the end)
+#   FOLDER         folder of the base, images and containers (default: a temporary folder, removed at the end)
 #   TORCH_INDEX    where pip finds torch, as in the Dockerfile
-#   BUILD_OPTIONS  more options of `buildah bud`, such as -v FILE:/etc/pip.conf:ro where pip needs a configuration
+#   BUILD_OPTIONS  more options of `buildah bud`, like -v FILE:/etc/pip.conf:ro if pip needs a configuration
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,7 +20,7 @@ tool() {
     buildah --storage-driver vfs --root "$FOLDER/storage" --runroot "$FOLDER/state" "$command" "$@"
 }
 
-# --- the base: Debian's smallest system with Python, and nothing from a registry --------------------------------------
+# --- the base: a minimal Debian with Python, without a registry --------------------------------------------------------
 if [[ ! -e $FOLDER/base.made ]]; then
     debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$FOLDER/base" >"$FOLDER/base.log"
     base=$(tool from scratch)
@@ -40,11 +40,11 @@ tool bud --isolation chroot --format docker --build-arg BASE=localhost/base -f "
     -t distrain:try "${options[@]}" "$root"
 container=$(tool from localhost/distrain:try)
 
-# --- a training, looked at as Docker's health check does, while it runs and when it is over ------------------------------
+# --- a training; the health check must succeed while it runs and fail afterwards ----------------------------------------
 # shellcheck disable=SC2016  # expanded inside
 tool run --isolation chroot "$container" -- sh -eu -c '
     test "$(id -u)" = 1000
-    if touch /app/mine 2>/dev/null; then echo "the plain user may write to /app" >&2; exit 1; fi
+    if touch /app/mine 2>/dev/null; then echo "the unprivileged user can write to /app" >&2; exit 1; fi
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 /app/launch/train.py strategy=ddp run_dir=/runs/try &
     training=$!
     trap "kill $training 2>/dev/null || true" EXIT

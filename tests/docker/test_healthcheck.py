@@ -1,4 +1,4 @@
-"""What the image's health check says of processes and logs."""
+"""The image's health check needs a running rank and a growing log."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_healthy_while_a_rank_runs_and_its_log_grows(proc: Path, runs: Path) -> 
     assert problem(NOW, proc, runs) is None
 
 
-def test_not_when_only_the_launcher_is_left(proc: Path, runs: Path) -> None:
+def test_unhealthy_when_only_the_launcher_is_left(proc: Path, runs: Path) -> None:
     (proc / "7" / "cmdline").unlink()
     assert problem(NOW, proc, runs) == "no rank runs"
 
 
-def test_not_when_nothing_is_logged_any_more(proc: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unhealthy_when_nothing_was_logged_for_long(proc: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem(NOW + 3600, proc, runs) == "nothing was logged for 30 minutes"
     monkeypatch.setenv("HEALTH_MINUTES", "90")
     assert problem(NOW + 3600, proc, runs) is None

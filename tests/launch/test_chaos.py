@@ -1,4 +1,4 @@
-"""``launch/chaos.py`` as users type it: a training that is really hurt, and mistakes in one line."""
+"""``launch/chaos.py`` injects a real fault into a real training, and refuses wrong settings in one line."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.trained import Refusal
 if sys.platform != "linux":
     pytest.skip("needs /proc", allow_module_level=True)
 
-#: A rank alone, which needs no launcher but that ranks are known by this variable.
+#: One rank without a launcher. RANK is set, because ranks are recognised by it.
 ALONE = 'launcher="env RANK=0 {python} {launch}/train.py {keys}"'
 
 
-def test_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+def test_training_with_a_damaged_checkpoint_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     arguments = ["nproc=1", "faults=1", "kinds=[flip_bit]", ALONE]
-    arguments += [f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'found'}"]
+    arguments += [f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'results'}"]
     training = ["experiment=chaos", "strategy=single", "trainer.max_steps=150"]
     done = launched(tmp_path, "chaos", *arguments, "--", *training, timeout=115)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "single, run 1 ended as the undisturbed run" in done.stdout
-    found = json.loads(tmp_path.joinpath("found").read_text())
-    assert (found["faults"], found["recovered"], found["identical"]) == (1, 1, 1)
-    (recovery,) = found["recoveries"]
+    results = json.loads(tmp_path.joinpath("results").read_text())
+    assert (results["faults"], results["recovered"], results["identical"]) == (1, 1, 1)
+    (recovery,) = results["recoveries"]
     assert recovery["fault"]["kind"] == "flip_bit"
     assert recovery["resumed"] not in recovery["done"]
 
@@ -48,7 +48,7 @@ def test_damaged_training_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
         (["folder=.", "--", "strategy=ddp"], "folder=.: is not empty"),
     ],
 )
-def test_mistake_is_told_in_one_line(
+def test_wrong_setting_is_refused_in_one_line(
     arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:
     tmp_path.joinpath("something").touch()
@@ -61,7 +61,7 @@ def test_mistake_is_told_in_one_line(
     ("user", "ranks", "problem"),
     [(1000, 2, "a test network needs root"), (0, 155, "a test network has 1 to 154 hosts, not 155")],
 )
-def test_faults_of_the_network_are_refused_where_there_can_be_none(
+def test_network_faults_are_refused_without_a_test_network(
     user: int, ranks: int, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:
     monkeypatch.chdir(tmp_path)

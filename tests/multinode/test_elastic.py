@@ -1,6 +1,6 @@
-"""A host of an elastic job loses its power: the others go on without it, to the parameters of an undisturbed run.
+"""If a host of an elastic job loses power, the other hosts continue and reach the parameters of an undisturbed run.
 
-Takes half a minute, so by ``make test-net`` only.
+Takes half a minute, so it runs by ``make test-net`` only.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ KEYS = (
     *("trainer.epochs=1000", f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "checkpoint.every_steps=20"),
     *("runtime.timeout_seconds=60", "runtime.setup_timeout_seconds=60", "runtime.heartbeat_timeout_seconds=5"),
 )
-#: A host that says nothing for six seconds is gone, and nobody waits long for more to come than are there.
-QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"
-#: Seconds for each part of the test, on a busy machine.
+#: A host counts as lost after six seconds without a heartbeat, and the rendezvous waits at most 3 s for more hosts.
+FAST_RENDEZVOUS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"
+#: Time limit in seconds for each part of the test, on a busy machine.
 PATIENCE = 90
 
 
 def start(net: VirtualNetwork, host: int, run: Path) -> subprocess.Popen[bytes]:
-    """The torchrun agent of a host, as ``docs/recovery.md`` starts it; what all say is in one file."""
+    """Starts the torchrun agent of a host as in ``docs/recovery.md``; the output of all hosts goes to one file."""
     return net.start(
         host,
         [
             *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
             *("--nnodes=2:3", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.1"),
-            f"--rdzv-conf=is_host={int(host == 0)},{QUICK}",
+            f"--rdzv-conf=is_host={int(host == 0)},{FAST_RENDEZVOUS}",
             *(str(LAUNCH / "train.py"), *KEYS, "strategy=ddp", f"run_dir={run}"),
         ],
         {
@@ -59,7 +59,7 @@ def start(net: VirtualNetwork, host: int, run: Path) -> subprocess.Popen[bytes]:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(LAUNCH.parent),
         },
-        run.parent / "said",
+        run.parent / "output",
     )
 
 
@@ -74,10 +74,10 @@ def started(net: VirtualNetwork, run: Path) -> Iterator[list[subprocess.Popen[by
             agent.wait()
 
 
-def until(happened: Callable[[], object], what: str, said: Path) -> None:
+def wait_until(condition: Callable[[], object], what: str, output: Path) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < deadline, f"never: {what}\n{said.read_text()[-3000:]}"
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out: {what}\n{output.read_text()[-3000:]}"
         time.sleep(0.02)
 
 
@@ -87,18 +87,18 @@ def newest(run: Path) -> Path | None:
 
 @pytest.mark.timeout(3 * PATIENCE)
 @pytest.mark.parametrize("lost", [1, 2])
-def test_the_others_go_on_to_the_parameters_of_an_undisturbed_run(lost: int, tmp_path: Path) -> None:
-    run, said = tmp_path / "run", tmp_path / "said"
+def test_remaining_hosts_reach_the_parameters_of_an_undisturbed_run(lost: int, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "output"
     with VirtualNetwork(3) as net, started(net, run) as agents:
-        until((run / "logs" / "rank_2.log").exists, "three hosts begin", said)
+        wait_until((run / "logs" / "rank_2.log").exists, "three hosts begin", output)
         before = newest(run)
-        until(lambda: newest(run) != before, "they save", said)
+        wait_until(lambda: newest(run) != before, "they save", output)
         net.power_off(lost)
         assert not (run / "summary.json").exists(), "the run is too short to be disturbed"
         for host in {0, 1, 2} - {lost}:
-            assert agents[host].wait(PATIENCE) == 0, said.read_text()[-3000:]
+            assert agents[host].wait(PATIENCE) == 0, output.read_text()[-3000:]
 
-    # From the newest checkpoint of three, with the two that are left.
+    # The two remaining hosts resumed from the newest checkpoint of three.
     log = (run / "logs" / "rank_0.log").read_text()
     assert re.findall(r"saved by (.*), this run \((.*)\) has:", log)[-1] == ("ddp on 3", "ddp on 2")
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
@@ -106,7 +106,7 @@ def test_the_others_go_on_to_the_parameters_of_an_undisturbed_run(lost: int, tmp
 
     run_ranks(train, 1, small(*KEYS, f"run_dir={tmp_path / 'alone'}"))
     undisturbed = json.loads((tmp_path / "alone" / "summary.json").read_text())
-    # The global batch is what it was.
+    # The global batch has not changed.
     for key in ("steps", "samples", "epochs", "test_correct"):
         assert summary[key] == undisturbed[key], key
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

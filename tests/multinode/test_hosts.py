@@ -1,4 +1,4 @@
-"""Strategies across the hosts of a test network: what one host trains, several train too."""
+"""Strategies on several hosts of a test network train the parameters of one host."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def four_hosts() -> Iterator[VirtualNetwork]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What one process trains."""
+    """The parameters that one process trains."""
     config = small(*SGD, f"run_dir={tmp_path_factory.mktemp('single')}")
     model: dict[str, Tensor] = run_ranks(train_on_rank, 1, config)[0]["model"]
     return model
 
 
 def train(net: VirtualNetwork, folder: Any, *overrides: str) -> dict[str, Any]:
-    """Trains on all hosts; rank 0's outcome."""
+    """Trains on all hosts; returns the outcome of rank 0."""
     outcome: dict[str, Any] = run_on_hosts(net, train_on_rank, small(*SGD, f"run_dir={folder}", *overrides))[0]
     return outcome
 
@@ -72,7 +72,7 @@ def test_hosts_train_the_parameters_of_one_process(
     [("strategy=ddp", "compression=powersgd"), ("strategy=local_sgd", "strategy.sync_every=3")],
     ids=" ".join,
 )
-def test_hosts_train_what_as_many_ranks_of_one_host_train(
+def test_hosts_train_the_parameters_of_as_many_ranks_on_one_host(
     keys: tuple[str, ...], two_hosts: VirtualNetwork, tmp_path: Any
 ) -> None:
     together = train(two_hosts, tmp_path / "hosts", *keys)
@@ -82,7 +82,7 @@ def test_hosts_train_what_as_many_ranks_of_one_host_train(
     assert together["summary"]["bytes_sent_per_step"] == alone["summary"]["bytes_sent_per_step"]
 
 
-def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path) -> None:
+def test_power_failure_of_a_host_ends_the_job_within_the_time_limit(tmp_path: Path) -> None:
     keys = ("strategy=ddp", "trainer.max_steps=1000000", "trainer.epochs=1000000", "runtime.timeout_seconds=3")
     config = small("model=simple_cnn", *keys, f"run_dir={tmp_path}", "trainer.log_every_steps=1")
     with VirtualNetwork(2) as net:
@@ -99,14 +99,14 @@ def test_host_that_loses_power_ends_the_job_within_the_time_limit(tmp_path: Path
         cutting = threading.Thread(target=cut)
         cutting.start()
         holders = [net.namespace_pid(host) for host in range(net.hosts)]
-        stays, goes = run_ranks_to_the_end(on_host, 2, holders, train_on_rank, (config,), timeout=55)
+        remaining, powered_off = run_ranks_to_the_end(on_host, 2, holders, train_on_rank, (config,), timeout=55)
         ended = time.monotonic()
         cutting.join()
-    assert isinstance(stays, RankFailed)
-    assert isinstance(goes, RankFailed)
-    assert "died with exit code" in str(goes)
+    assert isinstance(remaining, RankFailed)
+    assert isinstance(powered_off, RankFailed)
+    assert "died with exit code" in str(powered_off)
     # It fails by itself, or its watch ends it.
-    assert "Failed" in str(stays) or "exit code 1" in str(stays)
-    # Nothing tells of the end of a host that has lost power but the silence.
+    assert "Failed" in str(remaining) or "exit code 1" in str(remaining)
+    # A host that has lost power sends no sign of its end, so only the missing heartbeats show it.
     assert ended - lost[0] < 10
     assert json.loads((tmp_path / "failure.json").read_text())["error"]

@@ -1,4 +1,4 @@
-"""Whole jobs as users type them, under torchrun on a test network: a minute and more, so by ``make test-net`` only."""
+"""Whole jobs under torchrun on a test network. They take minutes, so they run by ``make test-net`` only."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ pytestmark = [
     pytest.mark.skipif("DISTRAIN_TEST_NET" not in os.environ, reason="takes minutes; make test-net runs it"),
 ]
 
-#: Seconds for a job of four hosts that share two cores.
+#: Time limit in seconds for a job of four hosts that share two cores.
 PATIENCE = 110
 KEYS = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.max_steps=12", "trainer.precision=fp64", "model=simple_cnn")
 
 
 def overrides(*keys: str) -> list[str]:
-    """A small run's, as they are typed."""
-    patient = [key for key in SMALL if "timeout" not in key]
-    return [*patient, "runtime.timeout_seconds=60", "runtime.setup_timeout_seconds=60", *KEYS, *keys]
+    """Command-line keys of a small run with longer time limits."""
+    untimed_keys = [key for key in SMALL if "timeout" not in key]
+    return [*untimed_keys, "runtime.timeout_seconds=60", "runtime.setup_timeout_seconds=60", *KEYS, *keys]
 
 
 def on_hosts(hosts: int, *command: str, links: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What one process on one host trains."""
+    """The parameters that one process on one host trains."""
     folder = tmp_path_factory.mktemp("single")
     run_ranks(train, 1, small(*KEYS, f"run_dir={folder}"))
     return weights(folder)
@@ -76,7 +76,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         (2, 2, ("strategy=ddp",)),
     ],
 )
-def test_torchrun_on_hosts_trains_the_parameters_of_one(
+def test_torchrun_on_hosts_trains_the_parameters_of_one_process(
     hosts: int, ranks: int, strategy: tuple[str, ...], reference: dict[str, Tensor], tmp_path: Path
 ) -> None:
     keys = overrides(*strategy, f"run_dir={tmp_path}")
@@ -85,7 +85,7 @@ def test_torchrun_on_hosts_trains_the_parameters_of_one(
     assert relative_difference(weights(tmp_path), reference) < 1e-12
     summary: dict[str, Any] = json.loads((tmp_path / "summary.json").read_text())
     assert summary["world_size"] == hosts * ranks
-    # Ranks are numbered as hosts are.
+    # Rank 0 is on host 0.
     assert "host0 | epoch" in done.stdout or "host0 | test_accuracy" in done.stdout
 
 
@@ -106,14 +106,14 @@ def test_slow_and_lossy_links_change_no_parameter(strategy: tuple[str, ...], tmp
 
 @pytest.mark.timeout(PATIENCE + 10)
 def test_doctor_under_torchrun_finds_a_slow_network(tmp_path: Path) -> None:
-    output = tmp_path / "found.json"
+    output = tmp_path / "report.json"
     command = torchrun("doctor", f"output={output}", nodes=2)
     done = on_hosts(2, *command, links=("rate=10mbit", "delay=5ms"))
     assert done.returncode == 1
-    found = json.loads(output.read_text())
-    assert [finding["kind"] for finding in found["findings"] if finding["wrong"]] == ["slow link"]
-    (pair,) = [pair for pair in found["pairs"] if pair["sent"] is not None]
+    report = json.loads(output.read_text())
+    assert [finding["kind"] for finding in report["findings"] if finding["wrong"]] == ["slow link"]
+    (pair,) = [pair for pair in report["pairs"] if pair["sent"] is not None]
     assert 0.010 <= pair["latency"] < 0.020
     assert pair["sent"] * 8 == pytest.approx(10e6, rel=0.15)
-    assert found["all_reduce"][0]["points"]
-    assert torch.__version__ == found["ranks"][1]["versions"]["torch"]
+    assert report["all_reduce"][0]["points"]
+    assert torch.__version__ == report["ranks"][1]["versions"]["torch"]

@@ -1,7 +1,6 @@
-"""A SLURM cluster of two nodes on this machine's loopback, started for a test and gone after it. It needs no root.
+"""A temporary SLURM cluster of two nodes on this machine's loopback interface. Needs no root.
 
-Everything it writes lies in one folder, its daemons run as the user who starts it, and its ports are the system's
-choice.
+All its files are in one folder, its daemons run as the user who starts them, and the system chooses its ports.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What must be installed (Debian: apt-get install --no-install-recommends slurm-wlm munge).
+#: Required programs (Debian: apt-get install --no-install-recommends slurm-wlm munge).
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 NODES = ("n1", "n2")
 _CONF = """
@@ -62,7 +61,7 @@ PartitionName=high Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=10 PreemptMode=O
 
 def missing() -> list[str]:
     """Programs that are not installed."""
-    # Daemons lie where only an administrator's path looks.
+    # Daemons are in folders that only an administrator's PATH contains.
     return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
 
 
@@ -83,15 +82,15 @@ class Cluster:
     """A running cluster.
 
     Attributes:
-        folder: Where all of its files lie.
-        environment: With which its commands find it.
+        folder: Folder of all its files.
+        environment: Environment variables with which SLURM's commands find it.
     """
 
     folder: Path
     environment: dict[str, str]
 
     def command(self, *words: str, folder: Path | None = None) -> str:
-        """Runs one of SLURM's commands and returns what it says."""
+        """Runs one of SLURM's commands and returns its output."""
         done = subprocess.run(
             words, cwd=folder, env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -99,18 +98,18 @@ class Cluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM says of a job."""
-        said = self.command("scontrol", "show", "job", "--oneliner", number)
-        return dict(word.partition("=")[::2] for word in said.split() if "=" in word)
+        """SLURM's record of a job."""
+        record = self.command("scontrol", "show", "job", "--oneliner", number)
+        return dict(word.partition("=")[::2] for word in record.split() if "=" in word)
 
 
 @contextlib.contextmanager
 def running(folder: Path, *, warns: bool = True) -> Iterator[Cluster]:
-    """Starts the daemons, waits for both nodes, and ends all at the end.
+    """Starts the daemons, waits for both nodes, and stops everything on leaving.
 
     Args:
-        folder: Empty.
-        warns: A job that is preempted gets the signal that it asked for with ``--signal``; else its ranks get SIGTERM.
+        folder: An empty folder.
+        warns: A preempted job gets the signal that it requested by ``--signal``; otherwise its ranks get SIGTERM.
     """
     controller, first, second = _free_ports(3)
     munge = folder / "munge"
@@ -138,7 +137,7 @@ def running(folder: Path, *, warns: bool = True) -> Iterator[Cluster]:
     }
     files = {"socket": "munge.socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     options = [f"--{option}={munge / name}" for option, name in files.items()]
-    # munged insists on a socket that all users can reach, which a test's own folder is not, unless it is forced.
+    # Without --force munged refuses a socket that other users can't reach, as in a test's folder.
     daemons = [["munged", "--foreground", "--force", *options]]
     daemons.append(["slurmctld", "-D", "-i"])
     daemons += [["slurmd", "-D", "-N", node] for node in NODES]
@@ -147,13 +146,13 @@ def running(folder: Path, *, warns: bool = True) -> Iterator[Cluster]:
         for words in daemons:
             stack.enter_context(_daemon(words, environment, folder / f"{'-'.join(words)[:20].replace('/', '_')}.out"))
             if words[0] == "munged":
-                _until((munge / "munge.socket").exists, "munged")
-        _until(lambda: _idle(cluster) == len(NODES), "the nodes")
+                _wait_until((munge / "munge.socket").exists, "munged")
+        _wait_until(lambda: _idle(cluster) == len(NODES), "the nodes")
         try:
             yield cluster
         finally:
             subprocess.run(["scancel", "--user", user], env=environment, check=False, timeout=30)
-            _until(lambda: not cluster.command("squeue", "--noheader").strip(), "the last jobs")
+            _wait_until(lambda: not cluster.command("squeue", "--noheader").strip(), "the last jobs")
 
 
 def _idle(cluster: Cluster) -> int:
@@ -168,9 +167,9 @@ def _idle(cluster: Cluster) -> int:
     return len(done.stdout.splitlines())
 
 
-def _until(true: Callable[[], object], what: str, seconds: float = 60) -> None:
+def _wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
         time.sleep(0.2)
 

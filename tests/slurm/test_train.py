@@ -1,6 +1,6 @@
-"""``launch/slurm/train.sbatch`` on a real SLURM of two nodes: whatever stops the job, it ends with the same parameters.
+"""``launch/slurm/train.sbatch`` on a real SLURM of two nodes: a stopped job resumes and ends with the same parameters.
 
-``DISTRAIN_CIFAR10=FOLDER`` trains CIFAR-10 from that folder; without it the data are digits.
+``DISTRAIN_CIFAR10=FOLDER`` trains CIFAR-10 from that folder; without it, digits are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 CIFAR10 = os.environ.get("DISTRAIN_CIFAR10")
-#: Seconds of training, in which a job can be disturbed.
+#: Enough steps for some seconds of training, in which the job is disturbed.
 STEPS = 240 if CIFAR10 else 800
 SCRIPT = LAUNCH / "slurm" / "train.sbatch"
 SETTINGS = (
@@ -44,7 +44,7 @@ SETTINGS = (
     "checkpoint.every_steps=40",
     "scheduler=constant",
     "runtime.threads=1",
-    # Runs that are compared bit for bit don't choose by their clocks.
+    # `auto` chooses by measured times, so two runs might choose differently.
     "trainer.memory_format=channels_last",
 )
 
@@ -63,21 +63,21 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def submit(slurm: Cluster, folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
     variables = f"--export=ALL,PYTHON={sys.executable},SCRIPT={LAUNCH / 'train.py'},PYTHONPATH={LAUNCH.parent}"
-    said = slurm.command(
+    output_text = slurm.command(
         "sbatch", "--parsable", "--output=job-%A-%a.out", variables, *options, str(SCRIPT), *arguments, folder=folder
     )
-    return said.strip()
+    return output_text.strip()
 
 
-def until(true: Callable[[], object], what: Callable[[], str], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], object], what: Callable[[], str], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, what()
         time.sleep(0.1)
 
 
-def ended(slurm: Cluster, number: str, folder: Path) -> dict[str, str]:
-    """Waits for a job's end; where it is back in the queue, starts it soon."""
+def wait_for_end(slurm: Cluster, number: str, folder: Path) -> dict[str, str]:
+    """Waits for a job's end; if it is requeued, starts it soon."""
     queued: list[float] = []
 
     def over() -> bool:
@@ -86,7 +86,7 @@ def ended(slurm: Cluster, number: str, folder: Path) -> dict[str, str]:
             queued.clear()
         else:
             queued.append(time.monotonic())
-            # It would wait for two minutes; but in the second in which its credential was revoked it would be refused.
+            # SLURM would wait two minutes. Within the first second, the revoked credential would be refused.
             if queued[-1] - queued[0] > 2:
                 subprocess.run(
                     ["scontrol", "update", f"jobid={number}", "StartTime=now"],
@@ -96,7 +96,7 @@ def ended(slurm: Cluster, number: str, folder: Path) -> dict[str, str]:
                 )
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED")
 
-    until(over, lambda: output(folder))
+    wait_until(over, lambda: output(folder))
     return slurm.job(number)
 
 
@@ -104,102 +104,104 @@ def output(folder: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob("job-*.out")))
 
 
-def in_the_middle(run: Path, folder: Path) -> None:
+def wait_for_checkpoint(run: Path, folder: Path) -> None:
     """Waits until a run has saved a checkpoint."""
-    until(lambda: list(run.glob("checkpoints/step_*")), lambda: output(folder))
+    wait_until(lambda: list(run.glob("checkpoints/step_*")), lambda: output(folder))
     assert not (run / "summary.json").exists(), "the run is too short to be disturbed"
 
 
-def assert_same(run: Path, whole: Path) -> None:
+def assert_same_state(run: Path, undisturbed: Path) -> None:
     for part in ("model", "optimizer"):
-        here, there = (
-            load_file(path / "checkpoints" / f"step_{STEPS:08d}" / f"{part}.safetensors") for path in (run, whole)
+        actual, expected = (
+            load_file(path / "checkpoints" / f"step_{STEPS:08d}" / f"{part}.safetensors") for path in (run, undisturbed)
         )
-        assert here.keys() == there.keys()
-        for name, tensor in there.items():
-            assert torch.equal(here[name], tensor), name
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), name
 
 
 @pytest.fixture(scope="module")
-def whole(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a job that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
+def undisturbed(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an undisturbed job."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     number = submit(slurm, folder, *SETTINGS, *data())
-    job = ended(slurm, number, folder)
+    job = wait_for_end(slurm, number, folder)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), output(folder)
     return folder / "outputs" / "slurm" / number
 
 
-def test_two_nodes_train_as_two_ranks(whole: Path) -> None:
-    summary = json.loads((whole / "summary.json").read_text())
+def test_two_nodes_train_as_two_ranks(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, STEPS)
 
 
-def test_requeued_job_ends_with_the_same_parameters(slurm: Cluster, whole: Path, tmp_path: Path) -> None:
+def test_requeued_job_ends_with_the_same_parameters(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     number = submit(slurm, tmp_path, *SETTINGS, *data())
     run = tmp_path / "outputs" / "slurm" / number
-    in_the_middle(run, tmp_path)
+    wait_for_checkpoint(run, tmp_path)
     slurm.command("scontrol", "requeue", number)
-    job = ended(slurm, number, tmp_path)
+    job = wait_for_end(slurm, number, tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
     assert "resumed from" in output(tmp_path)
-    assert_same(run, whole)
+    assert_same_state(run, undisturbed)
 
 
-def test_job_that_is_warned_of_its_time_limit_saves_and_goes_on(slurm: Cluster, whole: Path, tmp_path: Path) -> None:
+def test_job_that_gets_a_signal_before_its_time_limit_saves_and_resumes(
+    slurm: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
     number = submit(slurm, tmp_path, *SETTINGS, *data())
     run = tmp_path / "outputs" / "slurm" / number
-    in_the_middle(run, tmp_path)
-    # What SLURM itself sends by --signal=B:USR1@120.
+    wait_for_checkpoint(run, tmp_path)
+    # The signal that SLURM sends by --signal=B:USR1@120.
     slurm.command("scancel", "--batch", "--signal=USR1", number)
-    job = ended(slurm, number, tmp_path)
+    job = wait_for_end(slurm, number, tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
     assert "SIGUSR1; asking the ranks to save and end" in output(tmp_path)
-    assert_same(run, whole)
+    assert_same_state(run, undisturbed)
 
 
 def preempt(slurm: Cluster, folder: Path) -> Path:
-    """Pushes a job out by another one, waits for the end of both, and returns the run folder."""
+    """Preempts a job by another one, waits for the end of both, and returns the run folder."""
     number = submit(slurm, folder, *SETTINGS, *data())
     run = folder / "outputs" / "slurm" / number
-    in_the_middle(run, folder)
+    wait_for_checkpoint(run, folder)
     options = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
     other = slurm.command("sbatch", "--parsable", *options, folder=folder).strip()
-    assert ended(slurm, other, folder)["JobState"] == "COMPLETED"
+    assert wait_for_end(slurm, other, folder)["JobState"] == "COMPLETED"
     assert not (run / "summary.json").exists()
-    job = ended(slurm, number, folder)
+    job = wait_for_end(slurm, number, folder)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(folder)
     return run
 
 
-def test_preempted_job_makes_room_and_goes_on(slurm: Cluster, whole: Path, tmp_path: Path) -> None:
-    assert_same(preempt(slurm, tmp_path), whole)
+def test_preempted_job_is_requeued_and_resumes(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    assert_same_state(preempt(slurm, tmp_path), undisturbed)
     assert "SIGUSR1; asking the ranks to save and end" in output(tmp_path)
 
 
-def test_preempted_job_goes_on_where_slurm_sends_no_warning(whole: Path, tmp_path: Path) -> None:
+def test_preempted_job_resumes_if_slurm_sends_no_warning(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     with cluster.running(tmp_path / "slurm", warns=False) as slurm:
-        assert_same(preempt(slurm, tmp_path), whole)
+        assert_same_state(preempt(slurm, tmp_path), undisturbed)
     assert "SIGUSR1" not in output(tmp_path)
 
 
-def test_cancelled_job_does_not_come_back(slurm: Cluster, tmp_path: Path) -> None:
+def test_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     number = submit(slurm, tmp_path, *SETTINGS, *data())
-    in_the_middle(tmp_path / "outputs" / "slurm" / number, tmp_path)
+    wait_for_checkpoint(tmp_path / "outputs" / "slurm" / number, tmp_path)
     slurm.command("scancel", number)
-    job = ended(slurm, number, tmp_path)
+    job = wait_for_end(slurm, number, tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), output(tmp_path)
 
 
-def test_failing_job_is_not_put_back(slurm: Cluster, tmp_path: Path) -> None:
+def test_failing_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     number = submit(slurm, tmp_path, "strategy=ddp", "optimizer.lr=-1")
-    job = ended(slurm, number, tmp_path)
+    job = wait_for_end(slurm, number, tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert "distrain: optimizer.lr=-1" in output(tmp_path)
 
 
-def test_array_takes_a_line_of_a_sweep_a_task(slurm: Cluster, tmp_path: Path) -> None:
+def test_array_task_runs_one_line_of_a_sweep(slurm: Cluster, tmp_path: Path) -> None:
     made = subprocess.run(
         [
             *(sys.executable, str(LAUNCH / "sweep.py"), *SETTINGS, "data=digits", "optimizer.lr=0.1,0.01"),
@@ -217,13 +219,13 @@ def test_array_takes_a_line_of_a_sweep_a_task(slurm: Cluster, tmp_path: Path) ->
     slurm_with_jobs = Cluster(slurm.folder, {**slurm.environment, "JOBS": "jobs.txt"})
     number = submit(slurm_with_jobs, tmp_path, "strategy=single", options=with_jobs)
     for task in (0, 1):
-        assert ended(slurm, f"{number}_{task}", tmp_path)["JobState"] == "COMPLETED", output(tmp_path)
+        assert wait_for_end(slurm, f"{number}_{task}", tmp_path)["JobState"] == "COMPLETED", output(tmp_path)
     rates = [(Path(folder) / "config.yaml").read_text().partition("lr: ")[2].split()[0] for folder in folders]
     assert rates == ["0.1", "0.01"]
 
 
-def test_srun_alone_starts_ranks_too(slurm: Cluster, tmp_path: Path) -> None:
-    """As Hydra's submitit launcher does."""
+def test_srun_alone_starts_the_ranks(slurm: Cluster, tmp_path: Path) -> None:
+    """This is how Hydra's submitit launcher starts ranks."""
     slurm.command(
         *("srun", "--nodes=2", "--ntasks=2", sys.executable, str(LAUNCH / "train.py"), *SETTINGS, "data=digits"),
         *("trainer.max_steps=5", f"run_dir={tmp_path / 'run'}"),
