@@ -1,4 +1,4 @@
-"""Evaluating a run's model on its data, on one rank or many, with the same counts."""
+"""Evaluates a run's model on the run's data; the result is the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -35,34 +35,40 @@ log = logging.getLogger(__name__)
 class EvaluateSettings(RunSettings):
     """Keys of ``launch/evaluate.py``."""
 
-    split: str = setting("Which images.", choices=("train", "val", "test"))
-    data_root: str | None = setting("Folder that holds the data here; null: the run's data.root.")
-    batch_size: int | None = setting("Images a step sees over all ranks; null: the run's.", at_least=1)
-    device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
-    output: str | None = setting("Result file (JSON); -: standard output; null: evaluation_<split>.json in the run.")
-    allow: list[str] = setting("Dotted prefixes that the model's _target_ may have besides distrain.models.")
+    split: str = setting("Split to evaluate.", choices=("train", "val", "test"))
+    data_root: str | None = setting("Folder that contains the data on this machine; null: the run's data.root.")
+    batch_size: int | None = setting(
+        "Samples per evaluation step over all ranks; null: the run's data.eval_batch_size.", at_least=1
+    )
+    device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    output: str | None = setting(
+        "JSON file for the result; -: standard output; null: evaluation_<split>.json in the run's folder."
+    )
+    allow: list[str] = setting(
+        "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
+    )
 
 
 def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any]:
-    """Evaluates, and on rank 0 prints and writes the result.
+    """Evaluates a run's model; rank 0 prints and writes the result.
 
-    The run's strategy doesn't matter, since checkpoints are keyed by the unsplit model's names: every rank here holds
-    the model and takes a share of each batch. Torch compiles nothing, which would take longer than it saves.
+    The run's own strategy is not used, since a checkpoint contains the unsplit model: every rank holds the whole model
+    and evaluates a share of each batch. The model is not compiled, since that would take longer than it saves.
 
     Returns:
-        What the result file holds; equal on all ranks.
+        The content of the result file, the same on all ranks.
 
     Raises:
         ConfigError: The run, the checkpoint, the data or the output can't be used; raised before any process group
-            forms.
-        Failed: The evaluation failed; which rank and why was said.
+            exists.
+        Failed: The evaluation failed, and the failure has been reported.
     """
     world = world or World.from_environment()
     folder = RunFolder.open(settings.run, settings.allow)
-    target = _target(settings, folder)
+    target = _output_path(settings, folder)
     if target is not None:
         output.check_writable(target)
-    config = _adapted(folder, settings, world)
+    config = _config_for_evaluation(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
     model = folder.model(weights, settings.allow)
     plan, splits = _load(config, world, folder)
@@ -71,11 +77,11 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
         raise ConfigError("split", settings.split, "the run has no such images", others)
     with Runtime(config, world, keep_logs=False) as runtime:
-        found = _evaluate(plan, runtime, splits, images, model)
-        # Ranks that were started with different settings would add up different images.
-        if found.count != len(images):
-            raise RuntimeError(f"{found.count} images were evaluated, not the {len(images)} of the split")
-    result = _result(settings.split, weights, plan.task, found)
+        evaluation = _evaluate(plan, runtime, splits, images, model)
+        # Ranks that were started with different settings would evaluate shares of different splits.
+        if evaluation.count != len(images):
+            raise RuntimeError(f"{evaluation.count} samples were evaluated, not the {len(images)} of the split")
+    result = _result(settings.split, weights, plan.task, evaluation)
     if runtime.is_main:
         output.write_text(target, json.dumps(result, indent=2) + "\n")
         if target is not None:
@@ -83,7 +89,7 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
     return result
 
 
-def _target(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
+def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
     if settings.output == "-":
         return None
     if settings.output is None:
@@ -91,11 +97,11 @@ def _target(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
     return Path(settings.output).expanduser()
 
 
-def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Config:
-    """The run's configuration for this machine and these ranks."""
+def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world: World) -> Config:
+    """The run's configuration, changed for an evaluation on this machine and these ranks."""
     strategy: StrategyConfig = StrategyConfig(name="single")
     if world.size > 1:
-        # Nothing is trained: neither buckets nor BatchNorm's statistics will be exchanged.
+        # The remaining keys have no effect, since no gradients and no BatchNorm statistics are exchanged.
         strategy = DDPConfig(name="ddp", batchnorm="local", first_bucket_mb=1, bucket_mb=1, last_bucket_mb=0)
     config = folder.config
     changes = source_class(config.data).changes_for_evaluation(config.data, settings.data_root)
@@ -113,10 +119,10 @@ def _adapted(folder: RunFolder, settings: EvaluateSettings, world: World) -> Con
 
 
 def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Splits]:
-    """The plan, and the data, normalised as the run did, if it has the run's shape and classes.
+    """Loads the run's data, to be normalised with the run's channel statistics.
 
     Raises:
-        ConfigError: The data is not where the run had it, or is another one.
+        ConfigError: The data are not at the configured place, or their shape or classes are not those of the run.
     """
     try:
         plan = RunPlan.resolve(config, world)
@@ -126,12 +132,12 @@ def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Spl
             raise
         raise config_error_from_line(f"{error}; data_root=FOLDER names the run's data where it is now") from error
     if splits.spec != folder.spec:
-        problem = f"holds {_shown(splits.spec)}; the run was trained on {_shown(folder.spec)}"
+        problem = f"holds {_describe(splits.spec)}; the run was trained on {_describe(folder.spec)}"
         raise ConfigError("data_root", config.data.root, problem)
     return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std)
 
 
-def _shown(spec: DataSpec) -> str:
+def _describe(spec: DataSpec) -> str:
     names = ", ".join(map(printable, spec.classes[:10])) + (", …" if len(spec.classes) > 10 else "")
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
 
@@ -144,34 +150,34 @@ def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Images, m
     model.to(memory_format=layout)  # type: ignore[call-overload]
     loader = build_loader(plan, strategy, splits, images, layout, training=False)
     first = next(loader.epoch(0))
-    # Where ranks read different checkpoints of a running run, this gives all of them rank 0's.
+    # If the run is in progress, ranks may have read different checkpoints; setup broadcasts the weights of rank 0.
     strategy.setup(model, plan.task, lambda named: build_optimizer(plan.config.optimizer, named), first.inputs)
     with torch.inference_mode():
         return evaluate(strategy, plan.task, loader, runtime.communicator())
 
 
-def _result(split: str, weights: Weights, task: Task, found: Evaluation) -> dict[str, Any]:
+def _result(split: str, weights: Weights, task: Task, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "split": split,
         "checkpoint": weights.path.name,
         "step": weights.step,
-        **found.metrics,
-        "loss": found.loss,
-        "count": found.count,
-        **task.details(found.state),
+        **evaluation.metrics,
+        "loss": evaluation.loss,
+        "count": evaluation.count,
+        **task.details(evaluation.state),
     }
 
 
 def _table(result: dict[str, Any], task: Task) -> str:
-    """The result as people read it: a line, and a table where the task gives rows (of classes, say)."""
+    """The result for people: a line, and a table for each list of rows from the task, such as one row per class."""
     metrics = ", ".join(f"{name} {result[name]:.4f}" for name in task.metrics)
     counted = f"{result['correct']} of {result['count']}" if "correct" in result else f"{result['count']} samples"
     lines = [f"{result['split']} of {result['checkpoint']}: {metrics} ({counted}), loss {result['loss']:.4f}"]
     for entries in (value for value in result.values() if isinstance(value, list) and value):
         rows = [list(entries[0]), *([_cell(value) for value in entry.values()] for entry in entries)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for first, *others in rows:
-            padded = [other.rjust(width) for other, width in zip(others, widths[1:], strict=True)]
+        for first, *cells in rows:
+            padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([first.ljust(widths[0]), *padded]))
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Writing a run's model for use without distrain."""
+"""Exports a run's model for use without distrain."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ class ExportSettings(RunSettings):
     """Keys of ``launch/export.py``."""
 
     format: str = setting("File format.", choices=("safetensors",))
-    output: str = setting("The file to write.")
-    allow: list[str] = setting("Dotted prefixes below which the run's own strategy, task and so on may lie.")
+    output: str = setting("File to write.")
+    allow: list[str] = setting(
+        "Dotted prefixes, besides distrain's, from which the run's choices may be imported; their code runs."
+    )
 
 
 def run(settings: ExportSettings, world: World | None = None) -> Path:
-    """Writes the unsplit model's ``state_dict`` to a file and returns its path; no model is built.
+    """Writes the unsplit model's ``state_dict`` to a file and returns its path; the model is not built.
 
-    Floating-point tensors become float32 and all are contiguous. The header's metadata says what else one needs; its
-    values are text, those marked JSON are to be parsed:
+    Floating-point tensors are converted to float32, and all tensors are contiguous. The metadata in the file's header
+    describe the model. All values are text; those marked JSON must be parsed:
 
     ==================== ===============================================================================
-    ``format``           ``pt``, as other tools expect
-    ``model``            the configuration's choice
+    ``format``           ``pt``, which other tools expect
+    ``model``            name of the model in the configuration
     ``model_config``     JSON: the class and its arguments
-    ``classes``          JSON: names in the order of the logits
+    ``classes``          JSON: names of the classes in the order of the logits
     ``input_shape``      JSON: channels, height, width of an image
-    ``mean``, ``std``    JSON: a channel each; the model takes ``(pixel / 255 - mean) / std``
-    ``step``             updates done
-    ``distrain_version`` what wrote the file
+    ``mean``, ``std``    JSON: one value per channel; the input is ``(pixel / 255 - mean) / std``
+    ``step``             number of updates
+    ``distrain_version`` release that wrote the file
     ==================== ===============================================================================
 
     Raises:

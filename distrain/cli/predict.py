@@ -1,4 +1,4 @@
-"""Predicting the classes of image files by a run's model."""
+"""Predicts the outputs of a run's model, such as classes, for image files."""
 
 from __future__ import annotations
 
@@ -37,29 +37,37 @@ from distrain.training import auto_format
 
 log = logging.getLogger(__name__)
 
+#: Numbers of channels that image files are decoded to.
 _FILE_CHANNELS = (1, 3)
-_FORMATS = (".json", ".csv")
+_OUTPUT_SUFFIXES = (".json", ".csv")
 
 
 @dataclass
 class PredictSettings(RunSettings):
     """Keys of ``launch/predict.py``."""
 
-    input: Any = setting("An image file, a folder (searched with all its subfolders), or a list of them.")
-    output: str | None = setting("Result file, .json or .csv; - or null: JSON on the standard output.")
-    top: int = setting("How many classes each image gets, the most probable first.", at_least=1)
-    on_error: str = setting("What a broken image does: end the command, or be left out.", choices=("stop", "skip"))
-    batch_size: int = setting("Images the model sees at once.", at_least=1)
-    device: str = setting("auto: cuda where torch sees a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
-    allow: list[str] = setting("Dotted prefixes that the model's _target_ may have besides distrain.models.")
+    input: Any = setting("An image file, a folder (with its subfolders), or a list of these.")
+    output: str | None = setting("File for the result, .json or .csv; - or null: JSON on standard output.")
+    top: int = setting("Number of classes per image, the most probable first.", at_least=1)
+    on_error: str = setting(
+        "If an image can't be decoded: stop the command, or skip the image.", choices=("stop", "skip")
+    )
+    batch_size: int = setting("Images per forward pass.", at_least=1)
+    device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    allow: list[str] = setting(
+        "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
+    )
 
 
-#: What the model says about a file: its ``path``, and what the task says of the output.
+#: The prediction for a file: its ``path``, and the entries that the task makes from the model's output.
 Prediction = dict[str, Any]
 
 
 def run(settings: PredictSettings, world: World | None = None) -> list[Prediction]:
-    """Predicts, and writes the result.
+    """Predicts for all images and writes the result.
+
+    Returns:
+        The predictions, in the order of the images.
 
     Raises:
         ConfigError: The run, an image or the output can't be used.
@@ -72,54 +80,58 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
         raise ConfigError("top", settings.top, f"the run has {task.largest_top()} classes")
     if folder.spec.channels not in _FILE_CHANNELS:
         raise ConfigError("run", settings.run, f"its images have {folder.spec.channels} channels; files give 1 or 3")
-    target = _target(settings.output)
+    target = _output_path(settings.output)
     paths = find_images(settings.input)
     predictor = Predictor(folder, task, settings, world)
     with warnings.catch_warnings():
-        # About files that Pillow reads all the same.
+        # Pillow warns about files that it can read nevertheless.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        found = list(predictor.predict(paths))
-    if not found:
+        predictions = list(predictor.predict(paths))
+    if not predictions:
         raise ConfigError("input", settings.input, f"none of {len(paths)} images can be decoded")
     as_csv = target is not None and target.suffix.lower() == ".csv"
-    output.write_text(target, to_csv(found) if as_csv else to_json(found))
-    return found
+    output.write_text(target, to_csv(predictions) if as_csv else to_json(predictions))
+    return predictions
 
 
-def _target(wanted: str | None) -> Path | None:
-    if wanted is None or wanted == "-":
+def _output_path(setting: str | None) -> Path | None:
+    """The result file; ``None`` for standard output."""
+    if setting is None or setting == "-":
         return None
-    path = Path(wanted).expanduser()
-    if path.suffix.lower() not in _FORMATS:
-        raise ConfigError("output", wanted, "its ending says the format", _FORMATS)
+    path = Path(setting).expanduser()
+    if path.suffix.lower() not in _OUTPUT_SUFFIXES:
+        raise ConfigError("output", setting, "the ending must name the format", _OUTPUT_SUFFIXES)
     output.check_writable(path)
     return path
 
 
-def find_images(wanted: object) -> list[str]:
-    """The files that ``input`` names: files as they are given, and below folders all JPEG and PNG files by name.
+def find_images(setting: object) -> list[str]:
+    """The image files that ``input`` names: given files, and all JPEG and PNG files below given folders, by name.
 
     Hidden files and folders are left out, and links to folders are not followed.
 
+    Args:
+        setting: A path or a list of paths.
+
     Raises:
-        ConfigError: A path is not there, a folder has no images, or ``input`` is neither a path nor a list of them.
+        ConfigError: A path does not exist, a folder has no images, or ``setting`` is something else.
     """
-    given = wanted if isinstance(wanted, list) else [wanted]
-    if not given or any(isinstance(path, dict | list) or path in (None, "") for path in given):
-        raise ConfigError("input", wanted, "must be an image file, a folder, or a list of them")
-    found: list[str] = []
-    for path in map(str, given):
-        place = Path(path).expanduser()
-        if place.is_dir():
-            below = list(_images_below(place))
+    paths = setting if isinstance(setting, list) else [setting]
+    if not paths or any(isinstance(path, dict | list) or path in (None, "") for path in paths):
+        raise ConfigError("input", setting, "must be an image file, a folder, or a list of them")
+    images: list[str] = []
+    for name in map(str, paths):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = list(_images_below(path))
             if not below:
-                raise ConfigError("input", path, f"the folder has no {', '.join(SUFFIXES)} files")
-            found += below
-        elif place.exists():
-            found.append(os.fspath(place))
+                raise ConfigError("input", name, f"the folder has no {', '.join(SUFFIXES)} files")
+            images += below
+        elif path.exists():
+            images.append(os.fspath(path))
         else:
-            raise ConfigError("input", path, "is neither a file nor a folder")
-    return found
+            raise ConfigError("input", name, "is neither a file nor a folder")
+    return images
 
 
 def _images_below(folder: Path) -> Iterator[str]:
@@ -129,25 +141,25 @@ def _images_below(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            path = os.path.join(parent, name)  # noqa: PTH118 - keeps names that are no UTF-8, and ./ away
-            # A pipe that somebody named like an image would keep its reader waiting.
+            path = os.path.join(parent, name)  # noqa: PTH118 - keeps names that are not UTF-8, and a leading ./
+            # Opening a pipe that has the name of an image would block.
             if name.lower().endswith(SUFFIXES) and not name.startswith(".") and Path(path).is_file():
                 yield path
 
 
 class Predictor:
-    """A run's model, ready for files.
+    """Predicts for image files with a run's model.
 
-    Pixels take the way they take in an evaluation: the image folder's decoder, then the loader.
+    Images are processed as in an evaluation: by the decoder of image folders, then by the loader.
 
     Args:
         folder: The run.
-        task: What it was trained to do.
-        settings: Which checkpoint, where to compute, and how many images at once.
+        task: What the model was trained to do.
+        settings: Selects the checkpoint, the device and the number of images per forward pass.
         world: This process.
 
     Raises:
-        ConfigError: There is no such checkpoint or device, or the model may not be built.
+        ConfigError: There is no such checkpoint or device, or the model's class is not allowed.
     """
 
     def __init__(self, folder: RunFolder, task: Task, settings: PredictSettings, world: World) -> None:
@@ -162,27 +174,28 @@ class Predictor:
         self._model: nn.Module = model.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def predict(self, paths: Sequence[str]) -> Iterator[Prediction]:
-        """Decodes and predicts, in the order of the paths; a broken image ends it or is left out and named.
+        """Decodes images and yields their predictions in the order of the paths.
 
         Raises:
-            ConfigError: Names the broken image, or the one for which the model gives no number.
+            ConfigError: An image can't be decoded (with ``on_error=stop``), or the model's output for an image is not
+                finite; the message names the image.
         """
         size, skipped = self._settings.batch_size, 0
         bar = tqdm(desc="predicting", total=len(paths), unit="image", disable=None)
         with bar, ThreadPoolExecutor(available_cores()) as pool:
             for start in range(0, len(paths), size):
                 chunk = paths[start : start + size]
-                kept: list[str] = []
+                decoded_paths: list[str] = []
                 pixels: list[npt.NDArray[np.uint8]] = []
                 for path, decoded in zip(chunk, pool.map(self._decode, chunk), strict=True):
                     if isinstance(decoded, DecodeError):
-                        self._broken(path, decoded)
+                        self._report_undecodable(path, decoded)
                         skipped += 1
                     else:
-                        kept.append(path)
+                        decoded_paths.append(path)
                         pixels.append(decoded)
-                if kept:
-                    yield from self._predict(kept, torch.from_numpy(np.stack(pixels)))
+                if decoded_paths:
+                    yield from self._predict(decoded_paths, torch.from_numpy(np.stack(pixels)))
                 bar.update(len(chunk))
         if skipped:
             log.warning("left out %d of %d images that can't be decoded", skipped, len(paths))
@@ -194,7 +207,7 @@ class Predictor:
         except DecodeError as error:
             return error
 
-    def _broken(self, path: str, error: DecodeError) -> None:
+    def _report_undecodable(self, path: str, error: DecodeError) -> None:
         if self._settings.on_error == "stop":
             problem = f"can't be decoded ({error.reason}); on_error=skip leaves such files out"
             raise ConfigError("input", path, problem) from error
@@ -203,15 +216,15 @@ class Predictor:
     @torch.inference_mode()
     def _predict(self, paths: Sequence[str], pixels: Tensor) -> Iterator[Prediction]:
         outputs = self._outputs(pixels)
-        whole = outputs.flatten(1).isfinite().all(1).tolist()
-        if not all(whole):
-            problem = f"the model's answer to {paths[whole.index(False)]} is not a number; did the training diverge?"
+        finite = outputs.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            problem = f"the model's output for {paths[finite.index(False)]} is not finite; did the training diverge?"
             raise ConfigError("checkpoint", self._settings.checkpoint, problem)
-        for path, meaning in zip(paths, self._task.predict(outputs, self._settings.top), strict=True):
-            yield {"path": path, **meaning}
+        for path, entries in zip(paths, self._task.predict(outputs, self._settings.top), strict=True):
+            yield {"path": path, **entries}
 
     def _outputs(self, pixels: Tensor) -> Tensor:
-        """From uint8 [n, C, H, W] to the model's outputs [n, …] on the CPU in double precision."""
+        """The model's outputs [n, …], as float64 on the CPU, for images as uint8 [n, C, H, W]."""
         loader = Loader(
             Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)),
             batch_size=len(pixels),
@@ -228,13 +241,13 @@ class Predictor:
 
 
 def to_json(predictions: Sequence[Prediction]) -> str:
-    """A list of objects with ``path`` and what the task says of the file."""
+    """JSON: a list with an object per image."""
     return json.dumps(predictions, indent=2) + "\n"
 
 
 def to_csv(predictions: Sequence[Prediction]) -> str:
-    """A table with a header; of ranked answers the second has columns with ``_2`` behind their names, and so on."""
-    rows = [_flat(prediction) for prediction in predictions]
+    """CSV with a header; columns of the second ranked answer end with ``_2``, of the third with ``_3``, and so on."""
+    rows = [_to_cells(prediction) for prediction in predictions]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -242,9 +255,9 @@ def to_csv(predictions: Sequence[Prediction]) -> str:
     return text.getvalue()
 
 
-def _flat(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as cells by column."""
+def _to_cells(prediction: Prediction) -> dict[str, Any]:
+    """The cells of a prediction, by column."""
     cells = {name: value for name, value in prediction.items() if name != "top"}
-    for place, answer in enumerate(prediction.get("top", ())[1:], start=2):
-        cells |= {f"{name}_{place}": value for name, value in answer.items()}
+    for rank, answer in enumerate(prediction.get("top", ())[1:], start=2):
+        cells |= {f"{name}_{rank}": value for name, value in answer.items()}
     return cells

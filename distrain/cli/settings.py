@@ -13,8 +13,8 @@ from distrain.runtime.world import World
 class RunSettings:
     """Selects a run and one of its checkpoints."""
 
-    run: str = setting("The run's folder.")
-    checkpoint: str = setting("newest; best, by validation accuracy; or a checkpoint's folder.")
+    run: str = setting("Folder of the run.")
+    checkpoint: str = setting("newest, best (by validation score), or the folder of a checkpoint.")
 
 
 def require_one_process(command: str, world: World) -> None:

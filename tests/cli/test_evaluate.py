@@ -1,4 +1,4 @@
-"""Evaluation counts every image once, on any number of ranks, and changes nothing in the run but its own result."""
+"""Evaluation counts every image once on any number of ranks, and writes only its own result to the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files(run: Path) -> dict[str, str]:
 
 
 class NoRuntime:
-    """Stands for the ranks where a test stays in one process."""
+    """Replaces the runtime in tests without ranks."""
 
     def __init__(self, *arguments: object, **options: object) -> None: ...
 
@@ -52,7 +52,7 @@ def counts(result: dict[str, Any]) -> list[tuple[int, int]]:
     return [(result["correct"], result["count"]), *((each["correct"], each["count"]) for each in result["classes"])]
 
 
-def test_any_number_of_ranks_counts_what_training_counted(run: Path, tmp_path: Path) -> None:
+def test_any_number_of_ranks_gives_the_counts_of_training(run: Path, tmp_path: Path) -> None:
     summary, before = json.loads((run / "summary.json").read_text()), files(run)
     alone = run_ranks(on_rank, 1, configured(run))[0]
     assert (alone["correct"], alone["count"]) == (summary["test_correct"], summary["test_count"])
@@ -70,14 +70,14 @@ def test_any_number_of_ranks_counts_what_training_counted(run: Path, tmp_path: P
     assert after == before
 
     for ranks in (2, 3):
-        # 5 a step: shards of 2 and 3, or 1, 2 and 2, and a last batch of a single image.
+        # 5 images per step: shards of 2 and 3, or 1, 2 and 2; the last batch has one image.
         options = (f"output={tmp_path}/{ranks}.json", "batch_size=5")
         shared = run_ranks(on_rank, ranks, configured(run, *options))
         assert all(counts(each) == counts(alone) for each in shared)
         assert json.loads((tmp_path / f"{ranks}.json").read_text()) == shared[0]
 
 
-def test_a_run_of_another_strategy_with_batchnorm(tmp_path: Path) -> None:
+def test_a_run_of_ddp_with_batchnorm_is_evaluated_on_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "ddp"
     options = ("strategy=ddp", "model=resnet18", "model.norm=batch", "trainer.max_steps=1", f"run_dir={folder}")
     summary = run_ranks(train, 2, small(*options))[0]
@@ -86,7 +86,7 @@ def test_a_run_of_another_strategy_with_batchnorm(tmp_path: Path) -> None:
     assert result["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
 
 
-def test_each_split_from_the_chosen_checkpoint(run: Path) -> None:
+def test_each_split_is_evaluated_with_the_chosen_checkpoint(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracies = [line["epoch/val_accuracy"] for line in lines if "epoch/val_accuracy" in line]
     first = sorted((run / "checkpoints").iterdir())[0]
@@ -105,7 +105,7 @@ def test_an_empty_split_is_refused(run: Path) -> None:
         evaluate.run(configured(run, "split=val"))
 
 
-def test_other_data_than_the_runs_is_refused(run: Path) -> None:
+def test_data_of_another_shape_or_other_classes_are_refused(run: Path) -> None:
     change_config(run, data={"classes": 5})
     with pytest.raises(
         ConfigError, match=r"holds 3x8x8 images of 5 classes \(0, 1, 2, 3, 4\); the run was trained on "
@@ -115,7 +115,7 @@ def test_other_data_than_the_runs_is_refused(run: Path) -> None:
 
 @pytest.fixture
 def trees(run: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A dark and a bright image folder of the run's classes; the run is made one on the dark one."""
+    """A dark and a bright image folder with the run's classes; the run's data become the dark one."""
     for name, value in (("dark", 0), ("bright", 200)):
         for part in ("train", "test"):
             for place in range(8):
@@ -126,14 +126,14 @@ def trees(run: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "dark", tmp_path / "bright"
 
 
-def test_moved_data_is_normalised_as_in_training(
+def test_moved_data_are_normalised_as_in_training(
     run: Path, trees: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dark, bright = trees
-    seen: list[Splits] = []
+    loaded: list[Splits] = []
 
     def stop(plan: RunPlan, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Any:
-        seen.append(splits)
+        loaded.append(splits)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "_evaluate", stop)
@@ -142,14 +142,14 @@ def test_moved_data_is_normalised_as_in_training(
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(configured(run, f"data_root={root}"))
     data = json.loads((run / "data.json").read_text())
-    for splits in seen:
+    for splits in loaded:
         assert [list(splits.mean), list(splits.std)] == [data["mean"], data["std"]]
-    assert seen[0].test.images.max() < seen[1].test.images.min()
-    # The run's cache is for the run's own folder.
+    assert loaded[0].test.images.max() < loaded[1].test.images.min()
+    # Evaluation must not write to the cache that the run's configuration names.
     assert not (dark.parent / "dark-cache").exists()
 
 
-def test_missing_data_is_not_fetched_and_the_key_is_said(
+def test_missing_data_are_not_downloaded_and_the_key_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cifar10, "_download", lambda self: pytest.fail("a run's folder made it download"))
@@ -158,12 +158,12 @@ def test_missing_data_is_not_fetched_and_the_key_is_said(
         evaluate.run(configured(run))
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Path) -> None:
+def test_an_output_that_can_not_be_written_is_refused_at_once(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"output=nowhere/x\.json: there is no folder nowhere"):
         evaluate.run(configured(run, "output=nowhere/x.json"))
 
 
-def test_table_has_a_line_for_each_class_and_no_control_characters() -> None:
+def test_the_table_has_a_line_per_class_and_no_control_characters() -> None:
     task = Classification(small(), DataSpec(3, 8, 8, ("cat", "dog")))
     classes = [
         {"class": "cat\x1b[2J", "accuracy": 0.5, "correct": 1, "count": 2},

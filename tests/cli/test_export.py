@@ -1,4 +1,4 @@
-"""An exported model needs nothing but safetensors and torch to be read."""
+"""An exported model can be read with safetensors and torch alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - no iterator
 
 
-def test_holds_the_state_dict_and_all_one_needs_to_use_it(
+def test_the_file_has_the_state_dict_and_metadata_to_use_it(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = export.run(configured(run, f"output={tmp_path}/model.safetensors"))
@@ -53,14 +53,14 @@ def test_holds_the_state_dict_and_all_one_needs_to_use_it(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.safetensors", "run"]
 
 
-def test_the_chosen_checkpoint(run: Path, tmp_path: Path) -> None:
+def test_the_chosen_checkpoint_is_exported(run: Path, tmp_path: Path) -> None:
     first = checkpoint_format.list_checkpoints(run / "checkpoints")[0]
     tensors, metadata = read(export.run(configured(run, f"output={tmp_path}/m", f"checkpoint={first}")))
     assert metadata["step"] == str(int(first.name[5:]))
     assert all(tensor.equal(tensors[name]) for name, tensor in checkpoint_reader.load_model(first).items())
 
 
-def test_floating_point_becomes_float32_and_counters_stay(run: Path, tmp_path: Path) -> None:
+def test_floating_point_tensors_become_float32_and_integers_stay(run: Path, tmp_path: Path) -> None:
     last = checkpoint_format.list_checkpoints(run / "checkpoints")[-1]
     state, progress = checkpoint_reader.load(last)
     model = {
@@ -75,14 +75,14 @@ def test_floating_point_becomes_float32_and_counters_stay(run: Path, tmp_path: P
     assert tensors["batches"].equal(model["batches"])
 
 
-def test_no_model_is_built(run: Path, tmp_path: Path) -> None:
+def test_the_model_is_not_built(run: Path, tmp_path: Path) -> None:
     change_config(run, model={"name": "custom", "_target_": "nowhere.to_be_found.Net", "kwargs": {}})
     _, metadata = read(export.run(configured(run, f"output={tmp_path}/m")))
     assert json.loads(metadata["model_config"])["_target_"] == "nowhere.to_be_found.Net"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["output=m", "format=onnx"], "format=onnx: unknown choice; choices: safetensors"),
         (["output=nowhere/m"], "output=nowhere/m: there is no folder nowhere"),
@@ -90,10 +90,10 @@ def test_no_model_is_built(run: Path, tmp_path: Path) -> None:
         ([], "output: "),
     ],
 )
-def test_mistakes_are_said_in_one_line(run: Path, overrides: list[str], said: str) -> None:
+def test_invalid_settings_are_refused_in_one_line(run: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         export.run(configured(run, *overrides))
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 def test_more_than_one_process_is_refused(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""A prediction is what evaluation sees, for files."""
+"""Predictions for files are those that evaluation makes for the same images."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from tests.runs import CONF
 from tests.trained import change_config, save_test_images
 
 
-def predicted(run: Path, wanted: object, **changes: Any) -> list[Prediction]:
+def predicted(run: Path, images: object, **changes: Any) -> list[Prediction]:
     composed = hydra_entry.compose(CONF, "predict", [f"run={run}"])
-    options = {"output": str(run.parent / "result.json"), **changes, "input": wanted}
+    options = {"output": str(run.parent / "result.json"), **changes, "input": images}
     for key, value in options.items():
         composed[key] = value
     return predict.run(load_settings(PredictSettings, composed))
 
 
-def refused(run: Path, wanted: object, **changes: Any) -> str:
+def refused(run: Path, images: object, **changes: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        predicted(run, wanted, **changes)
+        predicted(run, images, **changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -59,17 +59,17 @@ def probabilities(prediction: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_files_get_what_evaluation_gives_the_same_images(
+def test_predictions_for_files_equal_those_of_evaluation(
     run: Path, images: tuple[Path, list[int]], batch_size: int
 ) -> None:
     folder, labels = images
-    found = predicted(run, str(folder), batch_size=batch_size)
-    assert [one["path"] for one in found] == [str(path) for path in sorted(folder.iterdir())]
-    right = sum(one["class"] == str(label) for one, label in zip(found, labels, strict=True))
+    predictions = predicted(run, str(folder), batch_size=batch_size)
+    assert [one["path"] for one in predictions] == [str(path) for path in sorted(folder.iterdir())]
+    right = sum(one["class"] == str(label) for one, label in zip(predictions, labels, strict=True))
     assert right == json.loads((run / "summary.json").read_text())["test_correct"]
 
 
-def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: tuple[Path, list[int]]) -> None:
+def test_probabilities_are_the_softmax_of_the_logits(run: Path, images: tuple[Path, list[int]]) -> None:
     opened = RunFolder.open(str(run))
     test = data_source(opened.config).load().test
     loader = Loader(
@@ -89,15 +89,15 @@ def test_probabilities_are_the_softmax_of_the_models_answer(run: Path, images: t
         assert probabilities(one) == pytest.approx(row.sort(descending=True).values.tolist(), rel=1e-4)
 
 
-def test_views_are_averaged_as_in_the_runs_evaluation(run: Path, images: tuple[Path, list[int]]) -> None:
+def test_logits_of_views_are_averaged_as_in_evaluation(run: Path, images: tuple[Path, list[int]]) -> None:
     plain = predicted(run, str(images[0]))
     change_config(run, trainer={"test_views": "flip"})
     flipped = predicted(run, str(images[0]))
     assert [probabilities(one) for one in flipped] != [probabilities(one) for one in plain]
     composed = hydra_entry.compose(CONF, "evaluate", [f"run={run}", "split=test"])
-    found = evaluate.run(load_settings(evaluate.EvaluateSettings, composed))
+    result = evaluate.run(load_settings(evaluate.EvaluateSettings, composed))
     right = sum(one["class"] == str(label) for one, label in zip(flipped, images[1], strict=True))
-    assert right == found["correct"]
+    assert right == result["correct"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_views_are_averaged_as_in_the_runs_evaluation(run: Path, images: tuple[P
         ("mean_squared_error", [0.0, 0.0, 0.0, 0.0]),
     ],
 )
-def test_outputs_become_probabilities_by_the_runs_loss(
+def test_the_loss_determines_how_logits_become_probabilities(
     run: Path, images: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch, loss: str, expected: list[float]
 ) -> None:
     change_config(run, loss={"name": loss})
@@ -119,13 +119,13 @@ def test_outputs_become_probabilities_by_the_runs_loss(
         predict.Predictor, "_outputs", lambda self, pixels: torch.zeros(len(pixels), 4, dtype=torch.float64)
     )
     (one,) = predicted(run, str(images[0] / "0000.png"), top=4)
-    # Equal answers keep the order of the classes, as argmax does.
+    # Classes of equal probability keep their order, as with argmax.
     assert classes(one) == ["0", "1", "2", "3"]
     assert probabilities(one) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
-def test_the_runs_precision_is_used(run: Path, images: tuple[Path, list[int]], precision: str) -> None:
+def test_the_precision_of_the_run_is_used(run: Path, images: tuple[Path, list[int]], precision: str) -> None:
     single = predicted(run, str(images[0]))
     change_config(run, trainer={"precision": precision})
     other = predicted(run, str(images[0]))
@@ -134,7 +134,7 @@ def test_the_runs_precision_is_used(run: Path, images: tuple[Path, list[int]], p
         assert probabilities(two) == pytest.approx(probabilities(one), abs=0.05 if precision == "bf16" else 1e-5)
 
 
-def test_files_and_folders_in_the_order_given(run: Path, tmp_path: Path) -> None:
+def test_files_and_folders_keep_the_given_order(run: Path, tmp_path: Path) -> None:
     pixels = np.zeros((9, 20, 3), dtype=np.uint8)
     for name in (
         "folder/b/2.PNG",
@@ -146,21 +146,21 @@ def test_files_and_folders_in_the_order_given(run: Path, tmp_path: Path) -> None
     ):
         write_image(tmp_path / name, pixels)
     (tmp_path / "folder" / "notes.txt").write_text("no image")
-    found = predicted(run, [str(tmp_path / "z.png"), str(tmp_path / "folder")])
+    predictions = predicted(run, [str(tmp_path / "z.png"), str(tmp_path / "folder")])
     names = ["z.png", "folder/a.jpeg", "folder/b/10.jpg", "folder/b/2.PNG"]
-    assert [one["path"] for one in found] == [str(tmp_path / name) for name in names]
+    assert [one["path"] for one in predictions] == [str(tmp_path / name) for name in names]
 
 
-def test_json_and_csv_hold_the_same(run: Path, images: tuple[Path, list[int]], tmp_path: Path) -> None:
+def test_json_and_csv_have_the_same_content(run: Path, images: tuple[Path, list[int]], tmp_path: Path) -> None:
     one_of_each: dict[str, Any] = {}
     for top in (1, 3):
-        found = predicted(run, str(images[0]), top=top, output=str(tmp_path / "r.json"))
+        predictions = predicted(run, str(images[0]), top=top, output=str(tmp_path / "r.json"))
         predicted(run, str(images[0]), top=top, output=str(tmp_path / "r.CSV"))
         rows = json.loads((tmp_path / "r.json").read_text())
         table = list(csv.DictReader((tmp_path / "r.CSV").open(newline="")))
-        assert len(rows) == len(table) == len(found) == 31
+        assert len(rows) == len(table) == len(predictions) == 31
         one_of_each[str(top)] = (rows[0], list(table[0]))
-        for row, cells, one in zip(rows, table, found, strict=True):
+        for row, cells, one in zip(rows, table, predictions, strict=True):
             assert (row["path"], row["class"], row["probability"]) == (one["path"], one["class"], one["probability"])
             assert (cells["path"], cells["class"], float(cells["probability"])) == tuple(list(row.values())[:3])
     assert list(one_of_each["1"][0]) == one_of_each["1"][1] == ["path", "class", "probability"]
@@ -169,7 +169,7 @@ def test_json_and_csv_hold_the_same(run: Path, images: tuple[Path, list[int]], t
 
 
 @pytest.mark.parametrize("output", [None, "-"])
-def test_without_a_file_json_goes_to_the_standard_output(
+def test_without_a_file_json_goes_to_standard_output(
     run: Path, images: tuple[Path, list[int]], output: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     predicted(run, str(images[0] / "0003.png"), output=output)
@@ -178,7 +178,7 @@ def test_without_a_file_json_goes_to_the_standard_output(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are no UTF-8")
-def test_names_that_are_no_utf8_come_out_as_they_are(run: Path, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_written_unchanged(run: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "in" / "x.png", np.zeros((8, 8, 3), dtype=np.uint8))
     name = os.fsencode(tmp_path / "in") + b"/caf\xe9,1.png"
     (tmp_path / "in" / "x.png").rename(os.fsdecode(name))
@@ -186,23 +186,23 @@ def test_names_that_are_no_utf8_come_out_as_they_are(run: Path, tmp_path: Path) 
     assert b'"' + name + b'",' in (tmp_path / "r.csv").read_bytes()
 
 
-def test_a_broken_image_is_named_or_left_out(
+def test_an_undecodable_image_is_refused_or_skipped(
     run: Path, images: tuple[Path, list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = images[0] / "0005.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    said = refused(run, str(images[0]), batch_size=4)
-    assert said.startswith(f"input={bad}: can't be decoded (")
-    assert said.endswith("on_error=skip leaves such files out")
+    message = refused(run, str(images[0]), batch_size=4)
+    assert message.startswith(f"input={bad}: can't be decoded (")
+    assert message.endswith("on_error=skip leaves such files out")
     assert not (run.parent / "result.json").exists()
-    found = predicted(run, str(images[0]), batch_size=1, on_error="skip")
-    assert len(found) == 30
-    assert str(bad) not in [one["path"] for one in found]
+    predictions = predicted(run, str(images[0]), batch_size=1, on_error="skip")
+    assert len(predictions) == 30
+    assert str(bad) not in [one["path"] for one in predictions]
     assert "none of 1 images can be decoded" in refused(run, [str(bad)], on_error="skip")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "changes", "said"),
+    ("images", "changes", "message"),
     [
         ("nowhere.png", {}, "input=nowhere.png: is neither a file nor a folder"),
         ([], {}, "input=[]: must be an image file, a folder, or a list of them"),
@@ -210,23 +210,23 @@ def test_a_broken_image_is_named_or_left_out(
         ("EMPTY", {}, "the folder has no .jpg, .jpeg, .png files"),
         ("IMAGE", {"top": 5}, "top=5: the run has 4 classes"),
         ("IMAGE", {"top": 0}, "top=0: must be at least 1"),
-        ("IMAGE", {"output": "result.txt"}, "output=result.txt: its ending says the format; choices: .json, .csv"),
+        ("IMAGE", {"output": "result.txt"}, "output=result.txt: the ending must name the format; choices: .json, .csv"),
         ("IMAGE", {"output": "nowhere/result.csv"}, "there is no folder nowhere"),
         ("IMAGE", {"on_error": "ignore"}, "on_error=ignore: unknown choice; choices: stop, skip"),
         ("IMAGE", {"checkpoint": "oldest"}, "checkpoint=oldest: is not a checkpoint's folder"),
     ],
 )
-def test_mistakes_are_said_in_one_line(
-    run: Path, tmp_path: Path, wanted: object, changes: dict[str, Any], said: str
+def test_invalid_settings_are_refused_in_one_line(
+    run: Path, tmp_path: Path, images: object, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     write_image(tmp_path / "image.png", np.zeros((8, 8, 3), dtype=np.uint8))
-    places = {"EMPTY": tmp_path / "empty", "IMAGE": tmp_path / "image.png"}
-    wanted = str(places.get(wanted, wanted)) if isinstance(wanted, str) else wanted
-    assert said in refused(run, wanted, **changes)
+    paths = {"EMPTY": tmp_path / "empty", "IMAGE": tmp_path / "image.png"}
+    images = str(paths.get(images, images)) if isinstance(images, str) else images
+    assert message in refused(run, images, **changes)
 
 
-def test_a_model_that_answers_no_number_is_refused(
+def test_a_model_with_outputs_that_are_not_finite_is_refused(
     run: Path, images: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverged(self: object, pixels: torch.Tensor) -> torch.Tensor:
@@ -235,10 +235,10 @@ def test_a_model_that_answers_no_number_is_refused(
         )
 
     monkeypatch.setattr(predict.Predictor, "_outputs", diverged)
-    assert f"the model's answer to {images[0] / '0002.png'} is not a number" in refused(run, str(images[0]))
+    assert f"the model's output for {images[0] / '0002.png'} is not finite" in refused(run, str(images[0]))
 
 
-def test_a_run_whose_images_no_file_can_hold_is_refused(run: Path, images: tuple[Path, list[int]]) -> None:
+def test_a_run_with_images_of_two_channels_is_refused(run: Path, images: tuple[Path, list[int]]) -> None:
     data = json.loads((run / "data.json").read_text())
     data |= {"channels": 2, "mean": data["mean"][:2], "std": data["std"][:2]}
     (run / "data.json").write_text(json.dumps(data))
