@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from distrain.config import schema
 from distrain.config.load import difference, fingerprint, load_config, to_container
 from distrain.config.registry import choices, locate, register
-from distrain.config.schema import setting
+from distrain.config.schema import affected_by, setting
 from distrain.errors import ConfigError, config_error
 from tests.runs import compose
 
@@ -185,6 +185,27 @@ def test_a_name_can_not_be_registered_twice() -> None:
     choices("logger")
     with pytest.raises(ValueError, match="logger=none is registered twice"):
         register("logger", "none", schema.LoggerConfig)(object)
+
+
+# --- effects ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "effects"),
+    [
+        ("data.limit", {"sample_order", "schedule"}),
+        ("seed", {"sample_order"}),
+        ("optimizer.lr", {"schedule"}),
+        ("scheduler.gamma", {"schedule"}),
+        ("runtime.threads", {"execution"}),
+        ("trainer.progress", {"execution"}),
+        ("run_dir", {"identity"}),
+        ("optimizer.weight_decay", set()),
+        ("model.kwargs.norm", set()),
+    ],
+)
+def test_a_key_has_the_effects_of_its_field_and_section(key: str, effects: set[str]) -> None:
+    assert affected_by(compose("scheduler=step"), key) == effects
 
 
 # --- comparing runs --------------------------------------------------------------------------------------------------

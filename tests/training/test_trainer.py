@@ -32,7 +32,7 @@ TRAIN, VAL, TEST, STEPS = 48, 5, 31, 5
 
 
 class DropoutNet(nn.Module):
-    """Its results depend on torch's random numbers in training."""
+    """A model whose outputs in training depend on torch's random numbers."""
 
     def __init__(self, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ DROPOUT = ("model=custom", "model._target_=tests.training.test_trainer.DropoutNe
 
 
 class Witness(Callback):
-    """Notes what the trainer called, with how many updates were done, and each step's results."""
+    """Records the calls of the trainer, the number of updates at each call, and each step's results."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -86,7 +86,7 @@ class Witness(Callback):
 
 
 class Run:
-    """A run in this process and all it left."""
+    """A run in this process, and its files."""
 
     def __init__(self, folder: Path, *overrides: str, callback: Callback | None = None) -> None:
         self.folder = folder
@@ -132,7 +132,7 @@ def test_an_epoch_ends_with_evaluation_and_checkpoint(whole: Run) -> None:
         assert row["epoch/val_accuracy"] * VAL == round(row["epoch/val_accuracy"] * VAL)
 
 
-def test_an_epoch_s_training_loss_is_the_sum_over_its_samples(whole: Run) -> None:
+def test_the_training_loss_of_an_epoch_is_the_mean_over_its_samples(whole: Run) -> None:
     for number, row in enumerate(whole.rows("epoch")):
         results = whole.witness.results[number * STEPS : (number + 1) * STEPS]
         assert [result.count for result in results] == [10, 10, 10, 10, 8]
@@ -142,7 +142,7 @@ def test_an_epoch_s_training_loss_is_the_sum_over_its_samples(whole: Run) -> Non
         assert row["epoch/train_accuracy"] == sum(int(result.metric_sums) for result in results) / TRAIN
 
 
-def test_steps_are_logged_at_their_interval_since_the_last(whole: Run) -> None:
+def test_each_log_covers_the_steps_since_the_last_one(whole: Run) -> None:
     rows = whole.rows("step")
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14]
     names = ("loss", "accuracy", "gradient_norm", "learning_rate")
@@ -167,7 +167,7 @@ def test_steps_are_logged_at_their_interval_since_the_last(whole: Run) -> None:
     assert third["train/loss"] == pytest.approx(float(results[5].loss_sum) / 10)
 
 
-def test_the_rate_follows_the_schedule(whole: Run) -> None:
+def test_the_learning_rate_follows_the_schedule(whole: Run) -> None:
     expected = [whole.config.optimizer.lr * whole.trainer.schedule(step) for step in range(3 * STEPS)]
     assert whole.witness.rates == expected
     assert len(set(expected)) > 5
@@ -185,7 +185,7 @@ def test_callbacks_are_called_in_order(whole: Run) -> None:
     assert [values["epoch"] for values in whole.witness.epochs] == [1, 2, 3]
 
 
-def test_the_summary_is_what_the_run_came_to(whole: Run) -> None:
+def test_the_summary_has_the_results_of_the_run(whole: Run) -> None:
     summary = whole.summary
     assert json.loads((whole.folder / "summary.json").read_text()) == summary
     expected = {"strategy": "single", "world_size": 1, "mesh": {}, "compression": "none"}
@@ -213,7 +213,7 @@ def test_the_test_split_is_counted_exactly(whole: Run) -> None:
     assert whole.summary["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_end_is_logged_with_its_pictures_and_metrics(whole: Run) -> None:
+def test_the_final_metrics_and_figures_are_logged(whole: Run) -> None:
     assert whole.logger.figures == [(15, "test/predictions"), (15, "test/confusion_matrix")]
     assert whole.logger.final == {
         f"final/{name}": whole.summary[name]
@@ -221,7 +221,7 @@ def test_the_end_is_logged_with_its_pictures_and_metrics(whole: Run) -> None:
     }
 
 
-def test_dropout_draws_depend_on_seed_and_step(whole: Run, tmp_path: Path) -> None:
+def test_dropout_depends_on_seed_and_step_alone(whole: Run, tmp_path: Path) -> None:
     again = Run(tmp_path / "again", *DROPOUT, "trainer.epochs=3")
     assert same(again.model, whole.model)
     other = Run(tmp_path / "other", *DROPOUT, "trainer.epochs=3", "seed=4294967295")
@@ -243,7 +243,7 @@ def test_dropout_draws_depend_on_seed_and_step(whole: Run, tmp_path: Path) -> No
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_may_end_amid_an_epoch_with_all_that_an_end_has(tmp_path: Path) -> None:
+def test_a_run_that_ends_within_an_epoch_evaluates_and_saves(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.epochs=4", "trainer.max_steps=7")
     assert run.checkpoints == [5, 7]
     assert (run.summary["steps"], run.summary["epochs"], run.summary["samples"]) == (7, 1, TRAIN + 20)
@@ -255,7 +255,7 @@ def test_a_run_may_end_amid_an_epoch_with_all_that_an_end_has(tmp_path: Path) ->
     assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
 
 
-def test_before_the_first_epoch_ends_the_training_loss_is_of_the_samples_so_far(tmp_path: Path) -> None:
+def test_within_the_first_epoch_the_training_loss_covers_the_samples_so_far(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.max_steps=3")
     expected = math.fsum(float(result.loss_sum) for result in run.witness.results) / 30
     assert run.summary["train_loss"] == pytest.approx(expected, rel=1e-14)
@@ -264,13 +264,13 @@ def test_before_the_first_epoch_ends_the_training_loss_is_of_the_samples_so_far(
     assert run.summary["epochs"] == 0
 
 
-def test_a_limit_at_an_epoch_s_end_ends_the_epoch_too(tmp_path: Path) -> None:
+def test_a_step_limit_at_the_end_of_an_epoch_ends_the_epoch(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.epochs=4", "trainer.max_steps=5")
     assert (run.summary["steps"], run.summary["epochs"]) == (5, 1)
     assert len(run.rows("epoch")) == 1
 
 
-def test_no_validation_images_no_validation(tmp_path: Path) -> None:
+def test_without_validation_images_there_is_no_validation(tmp_path: Path) -> None:
     run = Run(tmp_path, "data.val_fraction=0", "trainer.epochs=1")
     (row,) = run.rows("epoch")
     assert not any("val" in name for name in row)
@@ -281,7 +281,7 @@ def test_no_validation_images_no_validation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "limit", "steps"), [(3, None, 15), (3, 7, 7), (3, 99, 15)])
-def test_all_steps_are_known_beforehand(epochs: int, limit: int | None, steps: int) -> None:
+def test_total_steps_is_the_smaller_of_epochs_and_max_steps(epochs: int, limit: int | None, steps: int) -> None:
     config = small(f"trainer.epochs={epochs}", f"trainer.max_steps={'null' if limit is None else limit}")
     assert total_steps(config, 5) == steps
 
@@ -290,7 +290,7 @@ def test_nested_keys_become_dotted_ones() -> None:
     assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == {"a": 1, "b.c": [2], "b.d.e": None}
 
 
-def test_on_fit_end_is_called_after_a_failure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_fit_end_is_also_called_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Fails(Callback):
         def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
@@ -312,7 +312,7 @@ def test_on_fit_end_is_called_after_a_failure_too(tmp_path: Path, capsys: pytest
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_come_every_so_many_steps_and_epochs_and_old_ones_go(tmp_path: Path) -> None:
+def test_checkpoints_are_saved_at_their_intervals_and_old_ones_removed(tmp_path: Path) -> None:
     options = ("trainer.epochs=4", "checkpoint.every_steps=3", "checkpoint.every_epochs=2")
     kept = Run(tmp_path / "all", *options, "checkpoint.keep=99")
     assert kept.checkpoints == [3, 6, 9, 10, 12, 15, 18, 20]
@@ -322,7 +322,7 @@ def test_checkpoints_come_every_so_many_steps_and_epochs_and_old_ones_go(tmp_pat
     assert same(run.model, kept.model)
 
 
-def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(tmp_path: Path) -> None:
     # A rate that ruins what the first epoch learned.
     options = ("trainer.epochs=4", "checkpoint.keep=1", "scheduler=constant", "optimizer.lr=0.01")
 
@@ -340,7 +340,7 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path) -> None:
     assert run.checkpoints == [best * STEPS, 4 * STEPS]
 
 
-def test_a_mid_epoch_save_leaves_the_epoch_s_loss_exact(whole: Run, tmp_path: Path) -> None:
+def test_a_save_within_an_epoch_does_not_change_its_training_loss(whole: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, *DROPOUT, "trainer.epochs=3", "checkpoint.every_steps=2", "trainer.log_every_steps=3")
     assert same(run.model, whole.model)
     for row, expected in zip(run.rows("epoch"), whole.rows("epoch"), strict=True):
@@ -353,13 +353,13 @@ def test_a_mid_epoch_save_leaves_the_epoch_s_loss_exact(whole: Run, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The uninterrupted run, saved after every step."""
+    """The uninterrupted run, with a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("saved")
     return Run(folder, *DROPOUT, "trainer.epochs=3", "checkpoint.every_steps=1", "checkpoint.keep=99")
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 10, 14])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved: Run, step: int, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(saved: Run, step: int, tmp_path: Path) -> None:
     run = Run(tmp_path, *DROPOUT, "trainer.epochs=3", f"resume={saved.checkpoint(step)}", "checkpoint.keep=99")
     assert same(run.model, saved.model)
     assert run.witness.calls[0] == ("start", step)
@@ -377,14 +377,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved: Run, step: in
 
 
 @pytest.mark.parametrize("options", [("trainer.precision=fp16",), ("optimizer=sgd", "optimizer.momentum=0.9")])
-def test_so_it_is_with_other_state(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_resumed_run_with_other_state_equals_the_uninterrupted_one(options: tuple[str, ...], tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole", *DROPOUT, *options, "trainer.epochs=2", "checkpoint.every_steps=3")
     resumed = Run(tmp_path / "resumed", *DROPOUT, *options, "trainer.epochs=2", f"resume={whole.checkpoint(9)}")
     assert len(resumed.witness.results) == 1
     assert same(resumed.model, whole.model)
 
 
-def test_the_same_folder_goes_on_from_its_newest_sound_checkpoint(
+def test_a_run_resumes_the_newest_valid_checkpoint_of_its_folder(
     saved: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = Run(tmp_path, *DROPOUT, "trainer.epochs=3", "trainer.max_steps=7", "scheduler=constant")
@@ -399,7 +399,7 @@ def test_the_same_folder_goes_on_from_its_newest_sound_checkpoint(
     assert anew.witness.calls[0] == ("start", 0)
 
 
-def test_a_finished_run_has_nothing_left_to_do(saved: Run, tmp_path: Path) -> None:
+def test_a_finished_run_does_not_train_again(saved: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, *DROPOUT, "trainer.epochs=2", f"resume={saved.checkpoint(15)}")
     assert run.witness.results == []
     assert same(run.model, saved.model)
@@ -421,13 +421,13 @@ def test_a_resumed_run_may_have_another_batch_size(saved: Run, tmp_path: Path) -
     assert run.summary["samples"] == 2 * TRAIN
 
 
-def test_from_an_epoch_on_a_resumed_run_may_have_other_images(saved: Run, tmp_path: Path) -> None:
+def test_a_run_resumed_between_epochs_may_have_other_images(saved: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, *DROPOUT, "trainer.epochs=2", "data.limit=20", f"resume={saved.checkpoint(5)}")
     assert [result.count for result in run.witness.results] == [10, 10]
     assert run.summary["epochs"] == 2
 
 
-def test_another_model_s_checkpoint_is_refused_by_name(
+def test_a_checkpoint_of_another_model_is_refused(
     saved: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Failed):
@@ -436,7 +436,7 @@ def test_another_model_s_checkpoint_is_refused_by_name(
     assert f"resume={saved.checkpoint(5)}: was saved with another configuration: model._target_: " in line
 
 
-def test_a_later_start_takes_the_folder_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_later_start_takes_over_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class AnotherStarts(Callback):
         def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
