@@ -98,7 +98,7 @@ def resolve_auto(
     return dataclasses.replace(config, trainer=trainer)
 
 
-# --- defaults -------------------------------------------------------------------------------------------------------
+# --- defaults --------------------------------------------------------------------------------------------------------
 
 
 def default_layout(precision: str, device: torch.device, model: nn.Module) -> str:
