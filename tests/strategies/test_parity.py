@@ -21,7 +21,7 @@ VARIANTS = {
     "accumulated": ("trainer.micro_batch_size=2", "data.augment.flip=true"),
     "clipped": ("trainer.grad_clip_norm=0.1", "trainer.micro_batch_size=3", "scheduler=cosine"),
     "fewer samples than ranks": ("data.batch_size=23",),
-    "seed's CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", "data.augment.flip=true"),
+    "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", "data.augment.flip=true"),
     "many buckets": (),
     "batch norm": ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch"),
     "group norm": ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group"),
