@@ -1,18 +1,18 @@
-"""In which order each rank of a pipeline works on the microbatches.
+"""Pipeline schedules: the order in which each rank works on the microbatches.
 
-Any number of microbatches will do, also fewer than stages. Orders with whole backward passes follow a rule; those with
-split ones are found by playing the pipeline through in unit times, where a free rank takes the most urgent piece that
-is ready. Such an order can't deadlock, whatever the real times are.
+Any number of microbatches is possible, also fewer than stages. Schedules with undivided backward passes follow a rule.
+Those with split backward passes are found by simulating the pipeline in unit times: a free rank takes the most urgent
+action that is ready. Such an order can't deadlock, whatever the real times are.
 
 ===========================  ==========================================================================================
-``gpipe``                    all forward, then all backward passes (Huang et al. 2019, arXiv 1811.06965)
-``1f1b``                     a stage keeps at most as many microbatches as there are stages behind it (Narayanan et al.
-                             2019, PipeDream; 2021, arXiv 2104.04473, "PipeDream-Flush")
-``interleaved_1f1b``         the same with several stages a rank, dealt out in turn (Narayanan et al. 2021, §2.2)
-``interleaved_zero_bubble``  backward passes in two halves: the input's gradient, which another rank waits for, and the
-                             weights', which fills gaps (Qi et al. 2023, arXiv 2401.10241)
-``zbv_zero_bubble``          the same with two stages a rank laid out as a V: the first rank also has the last stage (Qi
-                             et al. 2024, arXiv 2405.15362)
+``gpipe``                    all forward passes, then all backward passes (Huang et al. 2019, arXiv 1811.06965)
+``1f1b``                     a stage holds at most as many microbatches as there are stages from it to the last one
+                             (Narayanan et al. 2019, PipeDream; 2021, arXiv 2104.04473, "PipeDream-Flush")
+``interleaved_1f1b``         the same with several stages per rank, assigned round-robin (Narayanan et al. 2021, §2.2)
+``interleaved_zero_bubble``  backward passes in two halves: the gradient of the input, which another rank waits for, and
+                             the gradients of the weights, which fill idle time (Qi et al. 2023, arXiv 2401.10241)
+``zbv_zero_bubble``          the same with two stages per rank, assigned forth and back like a V, so that the first rank
+                             also has the last stage (Qi et al. 2024, arXiv 2405.15362)
 ===========================  ==========================================================================================
 """
 
@@ -22,210 +22,226 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Kind = Literal["forward", "backward", "input", "weight"]
+ActionKind = Literal["forward", "backward", "input", "weight"]
 
 
-class Work(NamedTuple):
-    """One piece of work of one stage on one microbatch.
+class Action(NamedTuple):
+    """One forward or backward pass of one stage on one microbatch.
 
-    ``backward`` is ``input`` and ``weight`` in one.
+    ``backward`` is a whole backward pass. ``input`` and ``weight`` are its two halves: the gradient of the input, and
+    the gradients of the weights.
     """
 
-    kind: Kind
+    kind: ActionKind
     stage: int
     microbatch: int
 
 
+class TimedAction(NamedTuple):
+    """An action of a simulated schedule with its start and end."""
+
+    action: Action
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """A named schedule's traits.
+    """Properties of a schedule.
 
     Attributes:
-        name: As the configuration names it.
-        layout: ``loop`` deals stages out in turn, ``v`` there and back.
-        splits_backward: Input and weight gradients are separate pieces.
-        flushes: No backward pass before all forward passes.
-        virtual: Stages a rank: ``None`` for any number from 2, else exactly this many.
+        name: Its name in the configuration.
+        layout: How stages are assigned to ranks: ``loop`` is round-robin, ``v`` forth and back.
+        splits_backward: The gradients of input and weights are separate actions.
+        forward_first: All forward passes precede all backward passes.
+        stages_per_rank: Number of stages per rank; ``None`` for any number from 2.
     """
 
     name: str
     layout: Literal["loop", "v"] = "loop"
     splits_backward: bool = False
-    flushes: bool = False
-    virtual: int | None = 1
+    forward_first: bool = False
+    stages_per_rank: int | None = 1
 
 
 SCHEDULES = {
     schedule.name: schedule
     for schedule in (
-        Schedule("gpipe", flushes=True),
+        Schedule("gpipe", forward_first=True),
         Schedule("1f1b"),
-        Schedule("interleaved_1f1b", virtual=None),
-        Schedule("interleaved_zero_bubble", splits_backward=True, virtual=None),
-        Schedule("zbv_zero_bubble", layout="v", splits_backward=True, virtual=2),
+        Schedule("interleaved_1f1b", stages_per_rank=None),
+        Schedule("interleaved_zero_bubble", splits_backward=True, stages_per_rank=None),
+        Schedule("zbv_zero_bubble", layout="v", splits_backward=True, stages_per_rank=2),
     )
 }
 
 
-def placement(schedule: Schedule, ranks: int, virtual: int) -> list[int]:
-    """The pipeline rank of each of the ``ranks * virtual`` stages."""
-    there = list(range(ranks))
+def rank_of_stages(schedule: Schedule, ranks: int, stages_per_rank: int) -> list[int]:
+    """The pipeline rank of each of the ``ranks * stages_per_rank`` stages."""
+    forth = list(range(ranks))
     if schedule.layout == "v":
-        return [rank for turn in range(virtual) for rank in (there if turn % 2 == 0 else there[::-1])]
-    return there * virtual
+        return [rank for turn in range(stages_per_rank) for rank in (forth if turn % 2 == 0 else forth[::-1])]
+    return forth * stages_per_rank
 
 
-def orders(schedule: Schedule, ranks: int, virtual: int, microbatches: int) -> list[list[Work]]:
-    """Each pipeline rank's work, in order."""
+def actions_of_ranks(schedule: Schedule, ranks: int, stages_per_rank: int, microbatches: int) -> list[list[Action]]:
+    """Each pipeline rank's actions of one step, in order."""
     if schedule.splits_backward:
-        return [[work for work, _, _ in lane] for lane in _fill_gaps(schedule, ranks, virtual, microbatches)]
-    return [_one_forward_one_backward(schedule, ranks, virtual, microbatches, rank) for rank in range(ranks)]
+        timelines = _fill_idle_time(schedule, ranks, stages_per_rank, microbatches)
+        return [[timed.action for timed in timeline] for timeline in timelines]
+    return [_one_forward_one_backward(schedule, ranks, stages_per_rank, microbatches, rank) for rank in range(ranks)]
 
 
-def _one_forward_one_backward(schedule: Schedule, ranks: int, virtual: int, microbatches: int, rank: int) -> list[Work]:
-    """Forward passes to fill the pipeline, then one forward and one backward pass in turn, then what is left."""
-    mine = [turn * ranks + rank for turn in range(virtual)]
-    # Groups of as many microbatches as ranks go through one stage before the rank's next one. The rule can deadlock
-    # with a part of a group, so the last group is filled up with microbatches that are then left out everywhere.
+def _one_forward_one_backward(
+    schedule: Schedule, ranks: int, stages_per_rank: int, microbatches: int, rank: int
+) -> list[Action]:
+    """Forward passes that fill the pipeline, then forward and backward passes in turn, then the remaining ones."""
+    stages = [turn * ranks + rank for turn in range(stages_per_rank)]
+    # As many microbatches as there are ranks go through one stage before they go through the rank's next stage. The
+    # rule can deadlock with an incomplete group of microbatches, so the last group is filled up with microbatches that
+    # don't exist; all ranks leave their actions out.
     groups = [range(first, first + ranks) for first in range(0, microbatches, ranks)]
-    forwards = [Work("forward", stage, m) for group in groups for stage in mine for m in group]
-    backwards = [Work("backward", stage, m) for group in groups for stage in mine[::-1] for m in group]
+    forwards = [Action("forward", stage, m) for group in groups for stage in stages for m in group]
+    backwards = [Action("backward", stage, m) for group in groups for stage in stages[::-1] for m in group]
     ahead = ranks - rank - 1
-    if virtual > 1:
-        ahead = 2 * ahead + (virtual - 1) * ranks
-    ahead = len(forwards) if schedule.flushes else min(ahead, len(forwards))
+    if stages_per_rank > 1:
+        ahead = 2 * ahead + (stages_per_rank - 1) * ranks
+    ahead = len(forwards) if schedule.forward_first else min(ahead, len(forwards))
     order = forwards[:ahead]
     for forward, backward in zip(forwards[ahead:], backwards, strict=False):
         order += [forward, backward]
     order += backwards[len(forwards) - ahead :]
-    return [work for work in order if work.microbatch < microbatches]
+    return [action for action in order if action.microbatch < microbatches]
 
 
-def play(
-    order: Sequence[Sequence[Work]],
+def simulate(
+    order: Sequence[Sequence[Action]],
     forward: Sequence[float],
     backward: Sequence[float],
-) -> list[list[tuple[Work, float, float]]]:
-    """Plays an order through, each piece as soon as its rank is free and what it needs is there.
+) -> list[list[TimedAction]]:
+    """Runs each action as soon as its rank is free and the actions it depends on are done.
 
     Args:
-        order: Each rank's work.
-        forward: Duration of each stage's forward pass.
-        backward: Duration of each stage's backward pass, of which half is the input's gradient.
+        order: Each rank's actions.
+        forward: Duration of each stage's forward pass, in any unit.
+        backward: Duration of each stage's backward pass, half of which is the gradient of the input.
 
     Returns:
-        For each rank its work with start and end.
+        Each rank's actions with start and end, in the same unit.
 
     Raises:
-        ValueError: The order can't be played to the end.
+        ValueError: The order deadlocks.
     """
-    last = max(work.stage for lane in order for work in lane)
-    done: dict[Work, float] = {}
-    lanes: list[list[tuple[Work, float, float]]] = [[] for _ in order]
-    moved = True
-    while moved:
-        moved = False
-        for rank, lane in enumerate(order):
-            while len(lanes[rank]) < len(lane):
-                work = lane[len(lanes[rank])]
-                needs = _needs(work, last)
-                if not all(need in done for need in needs):
+    last = max(action.stage for actions in order for action in actions)
+    ends: dict[Action, float] = {}
+    timelines: list[list[TimedAction]] = [[] for _ in order]
+    progress = True
+    while progress:
+        progress = False
+        for timeline, actions in zip(timelines, order, strict=True):
+            while len(timeline) < len(actions):
+                action = actions[len(timeline)]
+                start = _earliest_start(action, timeline, ends, last)
+                if start is None:
                     break
-                free = lanes[rank][-1][2] if lanes[rank] else 0.0
-                start = max([free, *(done[need] for need in needs)])
-                end = start + _length(work, forward, backward)
-                done[work] = end
-                lanes[rank].append((work, start, end))
-                moved = True
-    if any(len(played) < len(lane) for played, lane in zip(lanes, order, strict=True)):
+                ends[action] = start + _duration(action, forward, backward)
+                timeline.append(TimedAction(action, start, ends[action]))
+                progress = True
+    if any(len(timeline) < len(actions) for timeline, actions in zip(timelines, order, strict=True)):
         raise ValueError("the order deadlocks")
-    return lanes
+    return timelines
 
 
-def _needs(work: Work, last: int) -> list[Work]:
-    """What must be done before; a backward pass in one piece stands for both halves where it is split."""
-    kind, stage, m = work
-    if kind == "forward":
-        return [Work("forward", stage - 1, m)] if stage else []
-    if kind == "weight":
-        return [Work("input", stage, m)]
-    return [Work("forward", stage, m), *([Work(kind, stage + 1, m)] if stage < last else [])]
+def _earliest_start(
+    action: Action, timeline: Sequence[TimedAction], ends: dict[Action, float], last: int
+) -> float | None:
+    """When a rank can start an action; ``None`` if it depends on an action that is not done.
 
-
-def _length(work: Work, forward: Sequence[float], backward: Sequence[float]) -> float:
-    if work.kind == "forward":
-        return forward[work.stage]
-    return backward[work.stage] * (1.0 if work.kind == "backward" else 0.5)
-
-
-def bubble(lanes: Sequence[Sequence[tuple[Work, float, float]]]) -> float:
-    """Share of all ranks' time, from the first start to the last end, in which they do nothing."""
-    begin = min(start for lane in lanes for _, start, _ in lane)
-    finish = max(end for lane in lanes for _, _, end in lane)
-    busy = sum(end - start for lane in lanes for _, start, end in lane)
-    return 1.0 - busy / ((finish - begin) * len(lanes))
-
-
-def _fill_gaps(
-    schedule: Schedule, ranks: int, virtual: int, microbatches: int
-) -> list[list[tuple[Work, float, float]]]:
-    """Plays the pipeline through in unit times: a free rank takes the most urgent piece that is ready.
-
-    An order found this way can't deadlock, whatever the real times are.
+    Args:
+        action: The action.
+        timeline: What the rank has done so far.
+        ends: When actions of all ranks ended.
+        last: The last stage.
     """
-    where = placement(schedule, ranks, virtual)
-    last = len(where) - 1
-    forward, backward = [1.0] * len(where), [2.0] * len(where)
-    done: dict[Work, float] = {}
-    lanes: list[list[tuple[Work, float, float]]] = [[] for _ in range(ranks)]
-    kinds: tuple[Kind, ...] = ("forward", "input", "weight")
-    waiting = [
-        {
-            Work(kind, stage, m)
-            for kind in kinds
-            for stage in range(last + 1)
-            if where[stage] == rank
-            for m in range(microbatches)
-        }
-        for rank in range(ranks)
-    ]
-    while any(waiting):
-        # The rank that can start something first goes first, as it would in real time.
-        start, _, rank, work = min(
-            (max([free, *(done[need] for need in needs)]), _urgency(work, ranks), rank, work)
-            for rank in range(ranks)
-            for free in [lanes[rank][-1][2] if lanes[rank] else 0.0]
-            for work in _open(schedule, waiting[rank], len(where), ranks, microbatches)
-            for needs in [_needs(work, last)]
-            if all(need in done for need in needs)
-        )
-        done[work] = start + _length(work, forward, backward)
-        waiting[rank].remove(work)
-        lanes[rank].append((work, start, done[work]))
-    return lanes
+    dependencies = _dependencies(action, last)
+    if not all(dependency in ends for dependency in dependencies):
+        return None
+    rank_is_free = timeline[-1].end if timeline else 0.0
+    return max([rank_is_free, *(ends[dependency] for dependency in dependencies)])
 
 
-def _open(schedule: Schedule, waiting: set[Work], stages: int, ranks: int, microbatches: int) -> list[Work]:
-    """What a rank may do next: no more forward passes than its memory allows, in an order that lets it free some."""
-    forwards = [work for work in waiting if work.kind == "forward"]
-    others = [work for work in waiting if work.kind != "forward"]
+def _dependencies(action: Action, last: int) -> list[Action]:
+    """Actions that must be done before."""
+    kind, stage, m = action
+    if kind == "forward":
+        return [Action("forward", stage - 1, m)] if stage else []
+    if kind == "weight":
+        return [Action("input", stage, m)]
+    return [Action("forward", stage, m), *([Action(kind, stage + 1, m)] if stage < last else [])]
+
+
+def _duration(action: Action, forward: Sequence[float], backward: Sequence[float]) -> float:
+    if action.kind == "forward":
+        return forward[action.stage]
+    return backward[action.stage] * (1.0 if action.kind == "backward" else 0.5)
+
+
+def bubble_fraction(timelines: Sequence[Sequence[TimedAction]]) -> float:
+    """Idle fraction of all ranks' time from the first start to the last end."""
+    first_start = min(start for timeline in timelines for _, start, _ in timeline)
+    last_end = max(end for timeline in timelines for _, _, end in timeline)
+    busy = sum(end - start for timeline in timelines for _, start, end in timeline)
+    return 1.0 - busy / ((last_end - first_start) * len(timelines))
+
+
+def _fill_idle_time(schedule: Schedule, ranks: int, stages_per_rank: int, microbatches: int) -> list[list[TimedAction]]:
+    """Simulates the pipeline in unit times: a free rank takes the most urgent action that is ready."""
+    rank_of_stage = rank_of_stages(schedule, ranks, stages_per_rank)
+    last = len(rank_of_stage) - 1
+    forward, backward = [1.0] * len(rank_of_stage), [2.0] * len(rank_of_stage)
+    ends: dict[Action, float] = {}
+    timelines: list[list[TimedAction]] = [[] for _ in range(ranks)]
+    kinds: tuple[ActionKind, ...] = ("forward", "input", "weight")
+    remaining: list[set[Action]] = [set() for _ in range(ranks)]
+    for stage, rank in enumerate(rank_of_stage):
+        remaining[rank] |= {Action(kind, stage, m) for kind in kinds for m in range(microbatches)}
+    while any(remaining):
+        ready: list[tuple[float, tuple[int, ...], int, Action]] = []
+        for rank in range(ranks):
+            for action in _permitted(schedule, remaining[rank], len(rank_of_stage), ranks):
+                start = _earliest_start(action, timelines[rank], ends, last)
+                if start is not None:
+                    ready.append((start, _priority(action, ranks), rank, action))
+        # The action that can start first is next, as in real time.
+        start, _, rank, action = min(ready)
+        ends[action] = start + _duration(action, forward, backward)
+        remaining[rank].remove(action)
+        timelines[rank].append(TimedAction(action, start, ends[action]))
+    return timelines
+
+
+def _permitted(schedule: Schedule, remaining: set[Action], stages: int, ranks: int) -> list[Action]:
+    """A rank's remaining actions, without forward passes for which it would have to hold too many activations."""
+    forwards = [action for action in remaining if action.kind == "forward"]
+    others = [action for action in remaining if action.kind != "forward"]
     if not forwards:
         return others
-    virtual = stages // ranks
-    kept = sum(work.kind == "weight" for work in others) - len(forwards)
+    stages_per_rank = stages // ranks
+    # Microbatches with a forward pass and no complete backward pass.
+    held = sum(action.kind == "weight" for action in others) - len(forwards)
     if schedule.layout == "loop":
-        # One fixed order: a rank that ran ahead on its first stage would fill its memory with what only its later
-        # stages can free.
-        chosen = [min(forwards, key=lambda work: _urgency(work, ranks))]
-        return others + (chosen if kept < ranks * virtual + ranks - 1 else [])
-    # On a V the way back is always open, for the same reason.
-    return others + [work for work in forwards if work.stage >= ranks or kept < 2 * ranks]
+        # In one fixed order: a rank that ran ahead on its first stage would fill its memory with activations that only
+        # its later stages can free.
+        next_forward = [min(forwards, key=lambda action: _priority(action, ranks))]
+        return others + (next_forward if held < ranks * stages_per_rank + ranks - 1 else [])
+    # In a V the stages on the way back are always permitted, for the same reason.
+    return others + [action for action in forwards if action.stage >= ranks or held < 2 * ranks]
 
 
-def _urgency(work: Work, ranks: int) -> tuple[int, ...]:
-    """Sorts what is ready at the same time: what others wait for goes first, weights' gradients wait for nobody."""
-    if work.kind == "weight":
-        return (2, work.microbatch, -work.stage)
-    if work.kind == "forward":
-        return (1, work.microbatch // ranks, work.stage, work.microbatch)
-    return (0, work.microbatch // ranks, -work.stage, work.microbatch)
+def _priority(action: Action, ranks: int) -> tuple[int, ...]:
+    """Sort key of actions that are ready at the same time: those that other ranks wait for come first."""
+    if action.kind == "weight":
+        return (2, action.microbatch, -action.stage)
+    if action.kind == "forward":
+        return (1, action.microbatch // ranks, action.stage, action.microbatch)
+    return (0, action.microbatch // ranks, -action.stage, action.microbatch)

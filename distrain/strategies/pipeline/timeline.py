@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline did when: recorded in every step, drawn and summed up at the end of a run."""
+"""Timelines of a pipeline: spans are recorded in every step, and drawn at the end of a run."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ _COLOURS = {
     "send": "#b279a2",
     "wait": "#e8e8e8",
 }
-_NO_WORK = ("wait", "send")
-_Mark = Any
+_COMMUNICATION = ("wait", "send")
+#: Seconds, or a CUDA event.
+_Timestamp = Any
 
 
 @dataclass(frozen=True)
 class Span:
-    """One stretch of a rank's time in a step.
+    """An interval of a rank's time in a step.
 
     Attributes:
-        kind: ``forward``, ``backward``, ``input`` or ``weight``; ``send`` for packing and starting to send what another
-            stage needs, ``wait`` for waiting for what another stage hands over.
-        stage: Whose work it is.
-        microbatch: Which.
+        kind: ``forward``, ``backward``, ``input`` or ``weight`` as in a schedule; ``send`` for starting to send what
+            another stage needs, ``wait`` for waiting for what another stage sends.
+        stage: Index of the stage.
+        microbatch: Index of the microbatch.
         start: Seconds on the rank's clock.
-        end: Likewise.
+        end: Seconds on the rank's clock.
     """
 
     kind: str
@@ -49,36 +50,38 @@ class Span:
 
 
 class SpanRecorder:
-    """Keeps the last few steps' spans; on a GPU as events that are read later, so that nothing waits for them.
+    """Records the spans of the last few steps.
+
+    On a GPU it records events and reads them later, so that the host does not wait for the device.
 
     Args:
-        device: Where the rank computes.
-        steps: How many steps to keep.
+        device: The rank's device.
+        steps: Number of steps to keep.
     """
 
     def __init__(self, device: torch.device, steps: int = 10) -> None:
         self._cuda = device.type == "cuda"
-        self._steps: deque[list[tuple[str, int, int, _Mark, _Mark]]] = deque(maxlen=steps)
-        self._now: list[tuple[str, int, int, _Mark, _Mark]] = []
+        self._steps: deque[list[tuple[str, int, int, _Timestamp, _Timestamp]]] = deque(maxlen=steps)
+        self._current: list[tuple[str, int, int, _Timestamp, _Timestamp]] = []
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._now = []
+    def begin_step(self) -> None:
+        """Starts the record of a step."""
+        self._current = []
 
-    def end(self) -> None:
-        """The step is over and is kept."""
-        self._steps.append(self._now)
-        # What comes between steps, an evaluation's waits, belongs to none.
-        self._now = []
+    def end_step(self) -> None:
+        """Ends the step and keeps its record; a step that is not ended is not kept."""
+        self._steps.append(self._current)
+        # Spans between steps, such as the waits of an evaluation, are not kept.
+        self._current = []
 
     @contextmanager
     def span(self, kind: str, stage: int, microbatch: int) -> Iterator[None]:
-        """Times what happens inside."""
-        start = self._mark()
+        """Records the block inside ``with`` as a span."""
+        start = self._timestamp()
         yield
-        self._now.append((kind, stage, microbatch, start, self._mark()))
+        self._current.append((kind, stage, microbatch, start, self._timestamp()))
 
-    def _mark(self) -> _Mark:
+    def _timestamp(self) -> _Timestamp:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -86,16 +89,16 @@ class SpanRecorder:
         return event
 
     def steps(self) -> list[list[Span]]:
-        """The kept steps, oldest first."""
+        """The last steps, oldest first."""
         if not self._cuda:
             return [[Span(*row) for row in step] for step in self._steps]
-        # Events know only differences: all are placed relative to now.
+        # CUDA gives only the time between two events, so all times are computed relative to a last event.
         torch.cuda.synchronize()
-        now, here = self._mark(), time.perf_counter()
+        last, last_seconds = self._timestamp(), time.perf_counter()
         torch.cuda.synchronize()
 
-        def seconds(event: _Mark) -> float:
-            return here - float(event.elapsed_time(now)) / 1000
+        def seconds(event: _Timestamp) -> float:
+            return last_seconds - float(event.elapsed_time(last)) / 1000
 
         return [
             [Span(kind, stage, m, seconds(start), seconds(end)) for kind, stage, m, start, end in step]
@@ -103,46 +106,51 @@ class SpanRecorder:
         ]
 
 
+#: Each rank's spans of one step.
 Lanes = Sequence[Sequence[Span]]
 
 
-def aligned(everyone: list[dict[str, Any]]) -> list[list[list[Span]]]:
-    """For each recorded step each rank's spans, on rank 0's clock.
+def align_clocks(ranks: list[dict[str, Any]]) -> list[list[list[Span]]]:
+    """Moves the spans of all ranks to rank 0's clock.
 
-    Processes of one host share a clock; another host's is taken to show the same time when all left a barrier.
+    Processes of one host share a clock. Other hosts' clocks are aligned by the time at which ranks left a barrier.
 
     Args:
-        everyone: For each rank its ``host``, its ``clock`` after the barrier, and its ``steps`` as plain spans.
+        ranks: For each rank its ``host``, the ``clock`` in seconds when it left the barrier, and the spans of its
+            ``steps`` as dictionaries.
+
+    Returns:
+        For each step that all ranks recorded, each rank's spans.
     """
-    first = everyone[0]
-    shifts = [0.0 if each["host"] == first["host"] else first["clock"] - each["clock"] for each in everyone]
-    count = min(len(each["steps"]) for each in everyone)
+    first = ranks[0]
+    shifts = [0.0 if rank["host"] == first["host"] else first["clock"] - rank["clock"] for rank in ranks]
+    count = min(len(rank["steps"]) for rank in ranks)
     steps = []
     for position in range(-count, 0):
         lanes = []
-        for each, shift in zip(everyone, shifts, strict=True):
-            spans = (Span(**span) for span in each["steps"][position])
+        for rank, shift in zip(ranks, shifts, strict=True):
+            spans = (Span(**span) for span in rank["steps"][position])
             lanes.append([replace(span, start=span.start + shift, end=span.end + shift) for span in spans])
         steps.append(lanes)
     return steps
 
 
 def measured_bubble(lanes: Lanes) -> float:
-    """Share of all ranks' time, from the step's first start to its last end, in which they don't compute."""
-    work = [span for lane in lanes for span in lane if span.kind not in _NO_WORK]
-    whole = max(span.end for span in work) - min(span.start for span in work)
-    return 1.0 - sum(span.end - span.start for span in work) / (whole * len(lanes))
+    """Fraction of all ranks' time, from the first pass's start to the last one's end, in which they don't compute."""
+    passes = [span for lane in lanes for span in lane if span.kind not in _COMMUNICATION]
+    duration = max(span.end for span in passes) - min(span.start for span in passes)
+    return 1.0 - sum(span.end - span.start for span in passes) / (duration * len(lanes))
 
 
 def chrome_trace(lanes: Lanes) -> list[dict[str, Any]]:
-    """The step in the format of chrome://tracing and Perfetto: one process a rank, one row a stage."""
-    begin = min(span.start for lane in lanes for span in lane)
+    """The step in the format of chrome://tracing and Perfetto: each rank is a process, each stage a thread."""
+    first_start = min(span.start for lane in lanes for span in lane)
     return [
         {
             "name": f"{span.kind} {span.microbatch}",
             "cat": span.kind,
             "ph": "X",
-            "ts": 1e6 * (span.start - begin),
+            "ts": 1e6 * (span.start - first_start),
             "dur": 1e6 * (span.end - span.start),
             "pid": rank,
             "tid": span.stage,
@@ -153,17 +161,17 @@ def chrome_trace(lanes: Lanes) -> list[dict[str, Any]]:
     ]
 
 
-def write(lanes: Lanes, title: str, folder: Path) -> Figure:
-    """Writes ``timeline.png`` and ``timeline.trace.json`` and returns the picture."""
+def write_timeline(lanes: Lanes, title: str, folder: Path) -> Figure:
+    """Writes ``timeline.png`` and ``timeline.trace.json``, and returns the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "timeline.trace.json").write_text(json.dumps(chrome_trace(lanes)) + "\n")
-    figure = draw(lanes, title)
+    figure = draw_timeline(lanes, title)
     figure.savefig(folder / "timeline.png")
     return figure
 
 
-def draw(lanes: Lanes, title: str) -> Figure:
-    """One row a rank; forward and backward passes with the number of their microbatch, waiting in grey."""
+def draw_timeline(lanes: Lanes, title: str) -> Figure:
+    """Draws one row per rank: passes with the index of their microbatch, and waiting in grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -171,14 +179,14 @@ def draw(lanes: Lanes, title: str) -> Figure:
     figure = Figure(figsize=(12, 1.4 + 0.7 * len(lanes)), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    begin = min(span.start for lane in lanes for span in lane)
-    whole = max(span.end for lane in lanes for span in lane) - begin
+    first_start = min(span.start for lane in lanes for span in lane)
+    duration = max(span.end for lane in lanes for span in lane) - first_start
     stages = {span.stage for lane in lanes for span in lane}
     for rank, lane in enumerate(lanes):
         for span in lane:
-            start, length = 1000 * (span.start - begin), 1000 * (span.end - span.start)
+            start, length = 1000 * (span.start - first_start), 1000 * (span.end - span.start)
             # Later stages of the same rank are paler.
-            alpha = 0.55 if span.stage >= len(lanes) and span.kind not in _NO_WORK else 1.0
+            alpha = 0.55 if span.stage >= len(lanes) and span.kind not in _COMMUNICATION else 1.0
             axes.barh(
                 rank,
                 length,
@@ -189,7 +197,7 @@ def draw(lanes: Lanes, title: str) -> Figure:
                 edgecolor="white",
                 linewidth=0.3,
             )
-            if span.kind not in _NO_WORK and span.end - span.start > 0.012 * whole:
+            if span.kind not in _COMMUNICATION and span.end - span.start > 0.012 * duration:
                 axes.text(start + length / 2, rank, str(span.microbatch), ha="center", va="center", fontsize=8)
     axes.set_yticks(range(len(lanes)), [f"rank {rank}" for rank in range(len(lanes))])
     axes.invert_yaxis()

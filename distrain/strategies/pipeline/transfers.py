@@ -1,4 +1,4 @@
-"""What stages hand each other: activations on the way there, gradients on the way back."""
+"""Transfers between stages: activations in forward passes, their gradients in backward passes."""
 
 from __future__ import annotations
 
@@ -6,134 +6,174 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
 from distrain.reporting.metrics import Stopwatch
-from distrain.strategies.pipeline.schedule import Work
+from distrain.strategies.pipeline.schedule import Action
 from distrain.strategies.pipeline.timeline import SpanRecorder
+from distrain.strategies.precision import Precision
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What a stage hands to the next for each sample; both sides know it, since the backend checks nothing.
+class ActivationSpec:
+    """Shape and format of the activations that a stage sends to the next one, and of their gradients.
+
+    Sender and receiver both know it, since the backend does not check messages.
 
     Attributes:
-        shape: Of one sample.
-        dtype: Under the run's precision.
-        channels_last: It lies in memory as ``[H, W, C]``.
+        shape: Shape of one sample.
+        dtype: Data type under the run's precision.
+        channels_last: The memory layout is ``[N, H, W, C]``.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     channels_last: bool
 
-    def buffer(self, size: int, device: torch.device) -> Tensor:
-        """Memory for ``size`` samples, contiguous, as it travels."""
+    def empty_message(self, size: int, device: torch.device) -> Tensor:
+        """Contiguous memory for a message of ``size`` samples."""
         shape = tuple(self.shape)
         if self.channels_last:
             shape = (shape[1], shape[2], shape[0])
         return torch.empty((size, *shape), dtype=self.dtype, device=device)
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        """The tensor as it travels."""
+    def to_message(self, tensor: Tensor) -> Tensor:
+        """The tensor as it is sent, contiguous.
+
+        Raises:
+            ValueError: The tensor does not match the specification.
+        """
         if tensor.dtype != self.dtype or tensor.shape[1:] != self.shape:
-            raise ValueError(f"a stage hands over {tensor.dtype} {list(tensor.shape[1:])}, announced was {self}")
+            raise ValueError(f"a stage sends {tensor.dtype} {list(tensor.shape[1:])}, but the next one expects {self}")
         return (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).contiguous()
 
-    def unpack(self, buffer: Tensor) -> Tensor:
-        """The tensor in its own shape, in the same memory."""
-        return buffer.permute(0, 3, 1, 2) if self.channels_last else buffer
+    def from_message(self, message: Tensor) -> Tensor:
+        """The message as a tensor of the original shape, in the same memory."""
+        return message.permute(0, 3, 1, 2) if self.channels_last else message
 
 
-class Mail:
-    """One step's messages of one rank: posted as soon as they are there, asked for before they are needed.
+def find_activation_specs(
+    model: nn.Sequential, example: Tensor, starts: Sequence[int], precision: Precision
+) -> list[ActivationSpec]:
+    """Runs the model on two samples to find what each stage but the last sends.
 
     Args:
-        where: The pipeline rank of each stage.
-        handed: What each stage but the last hands over.
+        model: The whole model.
+        example: Inputs.
+        starts: Index of each stage's first block.
+        precision: Of forward passes.
+    """
+    training = model.training
+    model.eval()
+    specs = []
+    with torch.no_grad(), precision.autocast():
+        x = example[:2]
+        for index, block in enumerate(model.children()):
+            x = block(x)
+            if index + 1 in starts:
+                channels_last = x.dim() == 4 and not x.is_contiguous()
+                channels_last = channels_last and x.is_contiguous(memory_format=torch.channels_last)
+                specs.append(ActivationSpec(x.shape[1:], x.dtype, channels_last))
+    model.train(training)
+    return specs
+
+
+class StageTransfers:
+    """One rank's transfers in one step: receives start before they are needed, sends as soon as the data exist.
+
+    Each transfer is identified by the action that needs it.
+
+    Args:
+        rank_of_stage: The pipeline rank of each stage.
+        specs: What each stage but the last sends.
         sizes: Samples of each microbatch.
-        forward_line: Carries activations.
-        backward_line: Carries gradients.
-        device: Where buffers lie.
-        recorder: Takes the waits.
-        stopwatch: Takes them too.
+        forward_group: The pipeline's ranks, for activations.
+        backward_group: The same ranks, for gradients.
+        device: Device of the buffers.
+        recorder: Records sends and waits.
+        stopwatch: Records waits.
     """
 
     def __init__(
         self,
-        where: Sequence[int],
-        handed: Sequence[Handed],
+        rank_of_stage: Sequence[int],
+        specs: Sequence[ActivationSpec],
         sizes: Sequence[int],
-        forward_line: Communicator,
-        backward_line: Communicator,
+        forward_group: Communicator,
+        backward_group: Communicator,
         device: torch.device,
         recorder: SpanRecorder,
         stopwatch: Stopwatch,
     ) -> None:
-        self._where = where
-        self._handed = handed
+        self._rank_of_stage = rank_of_stage
+        self._specs = specs
         self._sizes = sizes
-        self._lines = (forward_line, backward_line)
+        self._groups = (forward_group, backward_group)
         self._device = device
         self._recorder = recorder
         self._stopwatch = stopwatch
-        self._expected: dict[Work, tuple[Pending, Tensor]] = {}
-        self._local: dict[Work, Tensor] = {}
-        self._sent: list[tuple[Pending, Tensor]] = []
+        self._receives: dict[Action, tuple[Pending, Tensor]] = {}
+        # From one stage of this rank to another one.
+        self._local: dict[Action, Tensor] = {}
+        # Messages must be kept alive until they are sent.
+        self._sends: list[tuple[Pending, Tensor]] = []
 
-    def expect(self, works: Sequence[Work]) -> None:
-        """Starts receiving for the next few pieces of work."""
-        for work in works:
-            source = self._source(work)
-            if source is None or work in self._expected or self._where[source] == self._line(work).rank:
+    def start_receives(self, actions: Sequence[Action]) -> None:
+        """Starts to receive what these actions need from other ranks."""
+        for action in actions:
+            source = self._source_stage(action)
+            if source is None or action in self._receives:
                 continue
-            handed = self._handed_to(work)
-            buffer = handed.buffer(self._sizes[work.microbatch], self._device)
-            pending = self._line(work).start_receive(buffer, self._where[source], self._tag(work))
-            self._expected[work] = (pending, handed.unpack(buffer))
+            group, source_rank = self._group(action), self._rank_of_stage[source]
+            if source_rank == group.rank:
+                continue
+            spec = self._spec(action)
+            message = spec.empty_message(self._sizes[action.microbatch], self._device)
+            pending = group.start_receive(message, source_rank, self._tag(action))
+            self._receives[action] = (pending, spec.from_message(message))
 
-    def take(self, work: Work) -> Tensor:
-        """What this work begins with; waits for it."""
-        if work in self._local:
-            return self._local.pop(work)
-        pending, tensor = self._expected.pop(work)
-        with self._stopwatch.communication(), self._recorder.span("wait", work.stage, work.microbatch):
+    def receive(self, action: Action) -> Tensor:
+        """Waits for what an action needs, and returns it."""
+        if action in self._local:
+            return self._local.pop(action)
+        pending, tensor = self._receives.pop(action)
+        with self._stopwatch.communication(), self._recorder.span("wait", action.stage, action.microbatch):
             pending.wait()
         return tensor
 
-    def post(self, work: Work, tensor: Tensor) -> None:
-        """Hands ``tensor`` to the work that begins with it, on this rank or another."""
-        line, owner = self._line(work), self._where[work.stage]
-        if owner == line.rank:
-            self._local[work] = tensor
+    def send(self, action: Action, tensor: Tensor) -> None:
+        """Starts to send what an action, on this rank or another, needs."""
+        group, rank = self._group(action), self._rank_of_stage[action.stage]
+        if rank == group.rank:
+            self._local[action] = tensor
             return
-        with self._recorder.span("send", work.stage, work.microbatch):
-            packed = self._handed_to(work).pack(tensor)
-            self._sent.append((line.start_send(packed, owner, self._tag(work)), packed))
+        with self._recorder.span("send", action.stage, action.microbatch):
+            message = self._spec(action).to_message(tensor)
+            self._sends.append((group.start_send(message, rank, self._tag(action)), message))
 
-    def wait(self) -> None:
-        """Waits until all that was sent has left."""
+    def wait_for_sends(self) -> None:
+        """Waits until everything is sent."""
         with self._stopwatch.communication():
-            for pending, _ in self._sent:
+            for pending, _ in self._sends:
                 pending.wait()
-        self._sent.clear()
+        self._sends.clear()
 
-    def _source(self, work: Work) -> int | None:
-        """The stage that hands over what this work begins with."""
-        if work.kind == "forward":
-            return work.stage - 1 if work.stage else None
-        if work.kind == "weight" or work.stage == len(self._where) - 1:
+    def _source_stage(self, action: Action) -> int | None:
+        """The stage whose output, or input gradient, an action needs."""
+        if action.kind == "forward":
+            return action.stage - 1 if action.stage else None
+        if action.kind == "weight" or action.stage == len(self._rank_of_stage) - 1:
             return None
-        return work.stage + 1
+        return action.stage + 1
 
-    def _line(self, work: Work) -> Communicator:
-        return self._lines[work.kind != "forward"]
+    def _group(self, action: Action) -> Communicator:
+        return self._groups[action.kind != "forward"]
 
-    def _handed_to(self, work: Work) -> Handed:
-        # A forward pass begins with what the stage before gives, a backward pass with the gradient of what this gives.
-        return self._handed[work.stage - 1 if work.kind == "forward" else work.stage]
+    def _spec(self, action: Action) -> ActivationSpec:
+        # A forward pass needs the output of the previous stage, a backward pass the gradient of its own stage's output.
+        return self._specs[action.stage - 1 if action.kind == "forward" else action.stage]
 
-    def _tag(self, work: Work) -> int:
-        return work.stage * len(self._sizes) + work.microbatch
+    def _tag(self, action: Action) -> int:
+        return action.stage * len(self._sizes) + action.microbatch
