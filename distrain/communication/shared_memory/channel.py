@@ -41,6 +41,8 @@ _MAX_PARTS_AHEAD = 4
 _KINDS = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce_scatter", "reduce", "gather")
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 _REDUCTION_NAMES = tuple(_REDUCTIONS)
+#: Computes the result of a started collective, given this rank's entry.
+_Finish = Callable[[Entry], None]
 _DTYPES = tuple(DTYPES.values())
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
@@ -71,7 +73,7 @@ class Operation:
     Attributes:
         entry: What this rank has announced.
         awaited: The peers that must have started it before it can be finished.
-        finish: Computes the result when they have.
+        finish: Computes the result when they have, given ``entry``.
     """
 
     __slots__ = ("_channel", "_number", "awaited", "entry", "finish")
@@ -82,7 +84,7 @@ class Operation:
         number: int,
         entry: Entry,
         awaited: Sequence[Peer],
-        finish: Callable[[], None],
+        finish: _Finish,
     ) -> None:
         self._channel = channel
         self._number = number
@@ -154,8 +156,8 @@ class SharedMemoryChannel:
         if not tensor.is_contiguous():
             reduce = operation.finish
 
-            def finish() -> None:
-                reduce()
+            def finish(own: Entry) -> None:
+                reduce(own)
                 copy_back(flat, tensor)
 
             operation.finish = finish
@@ -192,7 +194,7 @@ class SharedMemoryChannel:
         if self._rank:
             return self._contribute(code, count * dtype.itemsize, flat)
 
-        def finish() -> None:
+        def finish(_: Entry) -> None:
             if count:
                 others = [peer.arena.views.at(peer.offset(number), dtype, count) for peer in self._all_peers]
                 reduce_alone([flat, *others], flat, _REDUCTIONS[reduction])
@@ -212,17 +214,15 @@ class SharedMemoryChannel:
         flat, part, number = flattened(tensor), flattened(into), self._started
         dtype, count = flat.dtype, part.numel()
         code = _code("reduce_scatter", dtype, _REDUCTION_NAMES.index(reduction))
-        operation = self._start(code, flat.numel() * dtype.itemsize, flat, self._all_peers, _nothing)
         first = self._rank * count * dtype.itemsize
 
-        def finish() -> None:
+        def finish(own: Entry) -> None:
             if count:
-                messages = self._messages(number, operation)
+                messages = self._messages(number, own)
                 sources = [arena.views.at(offset + first, dtype, count) for arena, offset in messages]
                 reduce_alone(sources, part, _REDUCTIONS[reduction])
 
-        operation.finish = finish
-        operation.wait()
+        self._start(code, flat.numel() * dtype.itemsize, flat, self._all_peers, finish).wait()
         copy_back(part, into)
 
     def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
@@ -248,13 +248,12 @@ class SharedMemoryChannel:
         size, ranks = count * dtype.itemsize, len(self._arenas)
         together = ranks > 2 and size > _REDUCE_TOGETHER_BYTES
         segment_bytes = _padded(segment_size(count, ranks) * dtype.itemsize) if together else 0
-        operation = self._start(code, size, flat, self._all_peers, _nothing, segment_bytes)
-        if count == 0:
-            return operation
         reduce = _REDUCTIONS[reduction]
 
-        def finish() -> None:
-            messages = self._messages(number, operation)
+        def finish(own: Entry) -> None:
+            if count == 0:
+                return
+            messages = self._messages(number, own)
             sources = [arena.views.at(offset, dtype, count) for arena, offset in messages]
             # The first operation overwrites the tensor, so ranks after the first two must read their message instead.
             if rank < 2:
@@ -273,13 +272,12 @@ class SharedMemoryChannel:
             else:
                 reduce_alone(sources, flat, reduce)
 
-        operation.finish = finish
-        return operation
+        return self._start(code, size, flat, self._all_peers, finish, segment_bytes)
 
     def _start_receive(self, code: int, size: int, flat: Tensor, source: int) -> Operation:
         number, peer, count = self._started, self._peers[source], flat.numel()
 
-        def finish() -> None:
+        def finish(_: Entry) -> None:
             if count:
                 flat.copy_(peer.arena.views.at(peer.offset(number), flat.dtype, count))
 
@@ -293,17 +291,17 @@ class SharedMemoryChannel:
         """Starts to copy every peer's message into the row at its place."""
         number, dtype, count = self._started, like.dtype, like.numel()
 
-        def finish() -> None:
+        def finish(_: Entry) -> None:
             if count:
                 for rank, peer in self._peers.items():
                     rows[rank].copy_(peer.arena.views.at(peer.offset(number), dtype, count))
 
         return self._start(_code(kind, dtype), count * dtype.itemsize, message, self._all_peers, finish)
 
-    def _messages(self, number: int, operation: Operation) -> list[tuple[MappedArena, int]]:
+    def _messages(self, number: int, own: Entry) -> list[tuple[MappedArena, int]]:
         """Arena and offset of each rank's message to a collective that all ranks have started."""
         offsets = [peer.offset(number) for peer in self._all_peers]
-        offsets.insert(self._rank, operation.entry.offset)
+        offsets.insert(self._rank, own.offset)
         return list(zip(self._arenas, offsets, strict=True))
 
     def _contribute(self, code: int, size: int, message: Tensor) -> Operation:
@@ -318,7 +316,7 @@ class SharedMemoryChannel:
         size: int,
         message: Tensor | None,
         awaited: Sequence[Peer],
-        finish: Callable[[], None],
+        finish: _Finish,
         segment_bytes: int = 0,
     ) -> Operation:
         """Announces a collective and publishes this rank's message to it.
@@ -328,7 +326,8 @@ class SharedMemoryChannel:
             size: Bytes of each rank's tensor; ranks compare it to detect that their collectives differ.
             message: This rank's message; ``None`` if it contributes nothing.
             awaited: The peers that must have started the collective before it can be finished.
-            finish: Computes the result.
+            finish: Computes the result. It must not refer to the operation that this returns: such a cycle would keep
+                the tensors alive until the garbage collector runs, and that may be in any thread.
             segment_bytes: Bytes after the message for the segment of the result that this rank publishes. If they are
                 not 0, a word before the message counts its pieces that are ready.
         """
@@ -375,13 +374,13 @@ class SharedMemoryChannel:
                         "ranks of one group are in different collectives: "
                         f"{self._name} in {_describe(operation.entry)}, {peer.name} in {_describe(peer.entry(oldest))}"
                     )
-            operation.finish()
+            operation.finish(operation.entry)
             self._pending.popleft()
             self._finished += 1
             self._control_block.words[FINISHED] = self._finished
 
 
-def _nothing() -> None:
+def _nothing(_: Entry) -> None:
     return
 
 

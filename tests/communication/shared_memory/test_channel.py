@@ -21,6 +21,7 @@ from distrain.communication.types import DTYPES, Reduction
 from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
+from tests.garbage import cyclic_garbage
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 
 OPEN = Path("/proc/self/fd")
@@ -309,3 +310,31 @@ def asked_to_end() -> str:
 
 def test_signal_is_handled_while_a_rank_waits() -> None:
     assert run_ranks(asked_to_end, 2) == ["as Ctrl-C", "slept"]
+
+
+def garbage_of_collectives() -> dict[str, int]:
+    everyone = form_group()
+    assert shares_memory(everyone)
+
+    def all_kinds() -> None:
+        # The longest is sent in parts, or reduced together by three ranks.
+        for count in (0, 3, 1_000_003):
+            tensor = torch.ones(count)
+            everyone.all_reduce(tensor)
+            everyone.broadcast(tensor, 1)
+            everyone.all_gather(tensor)
+            everyone.reduce_scatter(torch.ones(everyone.size, count))
+            everyone.barrier()
+            strided = torch.ones(count, 2)[:, 0]
+            started = [everyone.start_all_reduce(each) for each in (tensor, strided)]
+            _, gather = everyone.start_all_gather(tensor)
+            for pending in (gather, *reversed(started)):
+                pending.wait()
+
+    return cyclic_garbage(all_kinds)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_collectives_leave_nothing_to_the_garbage_collector(ranks: int) -> None:
+    # A tensor in a reference cycle would live on, and be freed in whichever thread the collector happens to run.
+    assert run_ranks(garbage_of_collectives, ranks) == [{}] * ranks

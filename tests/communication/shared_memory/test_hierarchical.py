@@ -22,6 +22,7 @@ from distrain.communication.types import Reduction
 from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
+from tests.garbage import cyclic_garbage
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import relative_difference, small
 from tests.trained import train
@@ -92,6 +93,32 @@ def every_operation(layout: str) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_operation_gives_the_defined_result(layout: str) -> None:
     assert run_ranks(every_operation, len(layout), layout) == [[]] * len(layout)
+
+
+def garbage_of_collectives(layout: str) -> dict[str, int]:
+    everyone = form_group_on_hosts(layout)
+
+    def all_kinds() -> None:
+        for count in (0, 3, 600_001):
+            tensor = torch.ones(count)
+            everyone.all_reduce(tensor)
+            everyone.broadcast(tensor, 1)
+            everyone.all_gather(tensor)
+            everyone.reduce_scatter(torch.ones(everyone.size, count))
+            everyone.barrier()
+            strided = torch.ones(count, 2)[:, 0]
+            started = [everyone.start_all_reduce(each) for each in (tensor, strided)]
+            _, gather = everyone.start_all_gather(tensor)
+            for pending in (gather, *reversed(started)):
+                pending.wait()
+        # The leader's thread has then let go of the last collective before this one.
+        everyone.barrier()
+
+    return cyclic_garbage(all_kinds)
+
+
+def test_collectives_leave_nothing_to_the_garbage_collector() -> None:
+    assert run_ranks(garbage_of_collectives, 3, "aab") == [{}] * 3
 
 
 def same_bits(layout: str) -> int:
