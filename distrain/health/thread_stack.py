@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -38,7 +42,8 @@ class ThreadStack:
     @classmethod
     def of_thread(cls, identifier: int) -> ThreadStack:
         """The stack of a running thread, given its :func:`threading.get_ident` number."""
-        return cls.of_frame(sys._current_frames().get(identifier))
+        with _no_automatic_collection():
+            return cls.of_frame(sys._current_frames().get(identifier))
 
     @classmethod
     def of_frame(cls, frame: FrameType | None) -> ThreadStack:
@@ -60,6 +65,32 @@ class ThreadStack:
             [_line(frame, line) for frame, line in frames[-_MAX_LINES:]],
             any(_is_waiting(frame) for frame, _ in frames),
         )
+
+
+#: Held while automatic garbage collection is off, so that two threads don't restore each other's setting.
+_collection_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _no_automatic_collection() -> Iterator[None]:
+    """Prevents automatic garbage collection in all threads while another thread's frames are walked.
+
+    In Python 3.11 ``frame.f_back`` creates a frame object, which can start a collection in this thread. A collection
+    that frees a tensor releases the interpreter lock. The other thread then continues and leaves the frame that is
+    being read, whose memory is used again for something else: the process crashes.
+
+    The threshold is changed rather than :func:`gc.disable` called, because training code may switch collection off and
+    on around a part of a step in the other thread: that works as before.
+    """
+    with _collection_lock:
+        threshold, *_ = gc.get_threshold()
+        try:
+            gc.set_threshold(0)
+            yield
+        finally:
+            # Another thread may have set its own threshold meanwhile.
+            if gc.get_threshold()[0] == 0:
+                gc.set_threshold(threshold)
 
 
 def _line(frame: FrameType, line: int) -> str:
