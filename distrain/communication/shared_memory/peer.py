@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import time
@@ -139,6 +140,12 @@ class Peer:
             time.sleep(min(max(_SLEEP_FRACTION * waited, _MIN_SLEEP), _MAX_SLEEP))
 
 
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    """The C library. Every ``CDLL`` makes a class, which is part of a reference cycle, so it is made only once."""
+    return ctypes.CDLL(None)
+
+
 def migrate_to_another_core() -> None:
     """Moves this thread to another core, if its affinity allows more than one.
 
@@ -146,7 +153,7 @@ def migrate_to_another_core() -> None:
     scheduler looks for a better core when a thread wakes up, and yielding threads never sleep.
     """
     allowed = os.sched_getaffinity(0)
-    others = allowed - {ctypes.CDLL(None).sched_getcpu()}
+    others = allowed - {_c_library().sched_getcpu()}
     if others:
         try:
             os.sched_setaffinity(0, others)
