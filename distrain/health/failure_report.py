@@ -141,7 +141,11 @@ class FailureReporter:
                 log.warning("this failure could not be published to the other ranks: %s", first_line(error))
         if first.to_json() == own.to_json():
             first = own
-            add_details(failure, store)
+            try:
+                add_details(failure, store)
+            except Exception:
+                # The failure itself matters more.
+                log.exception("%s lacks details, because they can't be collected", REPORT_NAME)
             failure.time = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             self._write(failure)
         self.reported = first

@@ -7,11 +7,13 @@ blocks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NoReturn
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 _INTERVAL_SECONDS = 1.0
 #: Heartbeats within the longest permitted silence.
 _HEARTBEATS_PER_SILENCE = 4
+#: The run ends after this many rounds in a row have failed: before this rank has been silent for too long.
+_MAX_FAILED_ROUNDS = 3
 #: After a failure of the run: how long the main thread may take to end by itself.
 _MAIN_THREAD_SECONDS = 3.0
 #: How long a rank that others hold responsible may take to end itself before it is killed.
@@ -110,6 +114,8 @@ class Watch:
         self._last_check = now
         self._suspect: int | None = None
         self._stack_of_error: ThreadStack | None = None
+        # Rounds in a row that have failed by an unexpected error, and the latest such error.
+        self._failed_rounds, self._latest_error = 0, ""
         # Sequence numbers of the latest heartbeat begun, and of the latest one in the store.
         self._number = self._published = 0
         # When the request to the store, or the end of the process, began that is under way; None if there is none.
@@ -244,36 +250,78 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            self._watch()
-        except RuntimeError as error:
-            # A store that rank 0 serves also ends when the run ends as it should.
+            while self._try_round():
+                self._wake.wait(self._interval)
+                self._wake.clear()
+        except Exception:
+            # The main thread may wait for the other ranks forever, and without heartbeats they would blame this rank.
+            log.exception("the watch thread can't report a failure; this process ends")
+            print_to_stderr(f"distrain: the watch thread of rank {self._rank} failed; its process ends")
             if not self._closing.wait(_MAIN_THREAD_SECONDS):
-                self._end_run(self.describe_store_failure(first_line(error)), None)
+                self._exit_process()
         finally:
             self._done.set()
             with self._changed:
                 self._changed.notify_all()
 
-    def _watch(self) -> None:
-        while True:
-            closing = self._closing.is_set()
-            first_failure = self._exchange(leaving=closing)
-            if first_failure is not None:
-                # The rank that writes the report waits for this one's state.
-                self._exchange(leaving=closing, failing=True)
-                self._end_run(first_failure.failure, self._store)
-                return
-            if closing:
-                self._kill_local_leftovers(None)
-                if self._rank == 0 and self._identity.rank_0_serves_store:
-                    self._wait_until_all_leave()
-                return
-            failure = self._check()
-            if failure is not None and not self._closing.is_set():
-                self._end_run(failure, self._store)
-                return
-            self._wake.wait(self._interval)
-            self._wake.clear()
+    def _try_round(self) -> bool:
+        """Like :meth:`_run_round`, but ends the run after errors, unless another round may succeed."""
+        try:
+            continues = self._run_round()
+        except Exception as error:
+            if isinstance(error, RuntimeError) and self._request_began is not None:
+                # A store that rank 0 serves also ends when the run ends as it should.
+                if not self._closing.wait(_MAIN_THREAD_SECONDS):
+                    self._end_run(self.describe_store_failure(first_line(error)), None)
+                return False
+            if self._exit_began is not None:
+                raise
+            return self._may_try_again(error)
+        self._failed_rounds = 0
+        return continues
+
+    def _may_try_again(self, error: Exception) -> bool:
+        """Logs an unexpected error of a round; after too many in a row this ends the run and returns false."""
+        self._request_began = None
+        self._failed_rounds += 1
+        message = f"{type(error).__name__}: {first_line(error)}"
+        if message != self._latest_error:
+            self._latest_error = message
+            log.error("the watch thread failed, and tries again", exc_info=error)
+        if self._failed_rounds < _MAX_FAILED_ROUNDS:
+            return True
+        if not self._closing.is_set():
+            # Looking at the main thread's stack may be what fails, and the report needs a stack.
+            self.keep_stack_of(error)
+            failure = Failure(
+                self._rank,
+                self._identity.host,
+                self._activity.step,
+                f"its watch thread, which sends the heartbeats, failed {self._failed_rounds} times in a row: {message}",
+                traceback="".join(traceback.format_exception(error)),
+            )
+            self._end_run(failure, self._store)
+        return False
+
+    def _run_round(self) -> bool:
+        """Publishes a heartbeat and evaluates those of all ranks; returns whether the watch continues."""
+        closing = self._closing.is_set()
+        first_failure = self._exchange(leaving=closing)
+        if first_failure is not None:
+            # The rank that writes the report waits for this one's state.
+            self._exchange(leaving=closing, failing=True)
+            self._end_run(first_failure.failure, self._store)
+            return False
+        if closing:
+            self._kill_local_leftovers(None)
+            if self._rank == 0 and self._identity.rank_0_serves_store:
+                self._wait_until_all_leave()
+            return False
+        failure = self._check()
+        if failure is not None and not self._closing.is_set():
+            self._end_run(failure, self._store)
+            return False
+        return True
 
     def _exchange(self, *, leaving: bool, failing: bool = False) -> FirstFailure | None:
         """Publishes a heartbeat and reads those of all ranks; returns the run's first failure, if there is one."""
@@ -336,10 +384,12 @@ class Watch:
     def _wait_until_all_leave(self) -> None:
         """Waits briefly for the other ranks, which would report a failure if the store ended before they leave."""
         deadline = time.monotonic() + _BLAMED_RANK_SECONDS
-        while time.monotonic() < deadline:
-            if all(heartbeat.leaving for heartbeat in read_heartbeats(self._store, self._observed).values()):
-                return
-            time.sleep(0.01)
+        # The store is this process's own; an error here would only mean that nothing more can be learned from it.
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                if all(heartbeat.leaving for heartbeat in read_heartbeats(self._store, self._observed).values()):
+                    return
+                time.sleep(0.01)
 
     def _guard(self) -> None:
         """Monitors the watch's own thread, which may block in a request to a store that no longer answers."""
@@ -379,10 +429,14 @@ class Watch:
         self._exit_process()
 
     def _exit_process(self) -> NoReturn:
-        self._before_exit()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            self._before_exit()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except Exception:
+            log.exception("an error while this process ends")
+        finally:
+            os._exit(1)
 
     def _local_stack(self) -> str:
         return "\n".join(["its main thread is in:", *self._stack().lines])

@@ -19,7 +19,9 @@ from distrain.config.schema import Config
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
 from distrain.errors import Failed
+from distrain.health.failure_report import FailureReporter
 from distrain.health.judge import UNREPORTED_EXIT
+from distrain.health.thread_stack import ThreadStack
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.run_plan import data_source
@@ -46,7 +48,46 @@ def crash() -> None:
     ctypes.string_at(0)
 
 
-FAULTS: dict[str, Callable[[], None]] = {"hang": hang, "crash": crash}
+def break_watch() -> None:
+    """Lets every look at the main thread's stack fail, and hangs."""
+    fail_to_look(1000)
+    hang()
+
+
+def break_report() -> None:
+    """Like :func:`break_watch`, and the failure can't be reported either."""
+
+    def fail(*_: object) -> None:
+        raise LookupError("planted in the report")
+
+    FailureReporter.report = fail  # type: ignore[method-assign]
+    break_watch()
+
+
+def disturb_watch() -> None:
+    """Lets one look at the main thread's stack fail, and gives the watch thread time for a few heartbeats."""
+    fail_to_look(1)
+    time.sleep(LIMIT)
+
+
+def fail_to_look(times: int) -> None:
+    look, failures = ThreadStack.of_thread, iter(range(times))
+
+    def look_or_fail(identifier: int) -> ThreadStack:
+        if next(failures, None) is None:
+            return look(identifier)
+        raise ArithmeticError("planted")
+
+    ThreadStack.of_thread = look_or_fail  # type: ignore[method-assign, assignment]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "hang": hang,
+    "crash": crash,
+    "break_watch": break_watch,
+    "break_report": break_report,
+    "disturb_watch": disturb_watch,
+}
 
 
 def train_with_fault(configuration: Config, fault: str, rank: int, batch: int) -> str:
@@ -253,7 +294,43 @@ def test_a_crash_below_python_leaves_its_stack(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "logs").glob("*.fault")] == ["rank_1.fault"]
 
 
+def test_a_watch_thread_that_fails_again_and_again_ends_the_run(tmp_path: Path) -> None:
+    limits = ("runtime.timeout_seconds=60", "runtime.heartbeat_timeout_seconds=60")
+    outcomes, failure = run_with_fault(tmp_path, "ddp", "break_watch", *limits)
+    assert str(outcomes[1]) == "died with exit code 1"
+    assert (failure["rank"], failure["host"], failure["step"]) == (1, HOST, 3)
+    error = "its watch thread, which sends the heartbeats, failed 3 times in a row: ArithmeticError: planted"
+    assert failure["error"] == error
+    assert failure["samples"] == expected_samples(configured(tmp_path, "ddp"), (1, 2))
+    assert failure["traceback"].startswith("Traceback (most recent call last):\n")
+    assert failure["traceback"].endswith("ArithmeticError: planted\n")
+    assert [other["rank"] for other in failure["others"]] == [0]
+    written = (tmp_path / "logs" / "rank_1.log").read_text()
+    assert written.count("the watch thread failed, and tries again\nTraceback") == 1
+    assert error in written
+
+
+def test_a_watch_thread_that_cannot_report_its_failure_ends_the_process(tmp_path: Path) -> None:
+    limits = ("runtime.timeout_seconds=60", "runtime.heartbeat_timeout_seconds=60")
+    outcomes, failure = run_with_fault(tmp_path, "ddp", "break_report", *limits)
+    assert str(outcomes[1]) == "died with exit code 1"
+    assert (failure["rank"], failure["step"], failure["error"]) == (1, 3, UNREPORTED_EXIT)
+    written = (tmp_path / "logs" / "rank_1.log").read_text()
+    assert "the watch thread can't report a failure; this process ends\nTraceback" in written
+    assert "LookupError: planted in the report" in written
+
+
 # --- what does not end a run -----------------------------------------------------------------------------------------
+
+
+def test_a_watch_thread_that_fails_once_continues_and_its_error_is_logged(tmp_path: Path) -> None:
+    configuration = configured(tmp_path, "ddp")
+    outcomes = run_ranks(train_with_fault, 2, configuration, "disturb_watch", 1, 3)
+    assert outcomes == ["finished"] * 2
+    assert not (tmp_path / "failure.json").exists()
+    written = (tmp_path / "logs" / "rank_1.log").read_text()
+    assert written.count("the watch thread failed, and tries again\nTraceback") == 1
+    assert "ArithmeticError: planted" in written
 
 
 def pause_and_train(configuration: Config) -> str:
