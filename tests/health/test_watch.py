@@ -60,7 +60,7 @@ def break_report() -> None:
     def fail(*_: object) -> None:
         raise LookupError("planted in the report")
 
-    FailureReporter.report = fail  # type: ignore[method-assign]
+    FailureReporter.report = fail  # type: ignore[method-assign, assignment]
     break_watch()
 
 
@@ -78,7 +78,7 @@ def fail_to_look(times: int) -> None:
             return look(identifier)
         raise ArithmeticError("planted")
 
-    ThreadStack.of_thread = look_or_fail  # type: ignore[method-assign, assignment]
+    ThreadStack.of_thread = look_or_fail  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[], None]] = {
