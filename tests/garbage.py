@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CellType, FrameType, FunctionType, MethodType
 from typing import Any
@@ -12,27 +12,25 @@ from typing import Any
 from torch import Tensor
 
 
-def cyclic_garbage(action: Callable[[], object]) -> dict[str, int]:
-    """Runs ``action`` and returns what it leaves in reference cycles: the number of objects by description.
-
-    Cycles made by other packages alone are left out: those without a tensor and without an object of distrain.
-    """
-    with _collected_objects_kept():
-        action()
-        gc.collect()
-        found = Counter(_describe(item) for item in gc.garbage)
-    relevant = any(name.startswith(("distrain.", "tests.", "tensor")) for name in found)
-    return dict(found) if relevant else {}
-
-
 @contextmanager
-def _collected_objects_kept() -> Iterator[None]:
+def cyclic_garbage() -> Iterator[dict[str, int]]:
+    """Finds what the block leaves in reference cycles.
+
+    Yields:
+        A dictionary that is filled at the end of the block: the number of objects by description. Cycles made by other
+        packages alone are left out: it stays empty if there is neither a tensor nor an object of distrain.
+    """
+    found: dict[str, int] = {}
     was_enabled = gc.isenabled()
     gc.disable()
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        yield
+        yield found
+        gc.collect()
+        counts = Counter(_describe(item) for item in gc.garbage)
+        if any(name.startswith(("distrain.", "tests.", "tensor")) for name in counts):
+            found.update(counts)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

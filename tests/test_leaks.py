@@ -12,6 +12,7 @@ from distrain.config.schema import Config
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
+from tests.garbage import cyclic_garbage
 from tests.harness import run_ranks
 from tests.runs import small, trainer_for
 
@@ -50,3 +51,47 @@ def test_steps_logs_epochs_and_saves_leave_no_object_and_no_descriptor(tmp_path:
         assert last[0] <= warm[0]
         # One object every third step would be seventy.
         assert last[1] - warm[1] < 70
+
+
+class CyclicGarbage(Callback):
+    """Finds what the steps after the second leave in reference cycles."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+        self._block = cyclic_garbage()
+
+    def on_step_end(self, trainer: Any) -> None:
+        if trainer.progress.step == 2:
+            self.found = self._block.__enter__()
+        elif trainer.progress.step == trainer.config.trainer.max_steps:
+            self._block.__exit__(None, None, None)
+
+
+def garbage_of_steps(config: Config) -> dict[str, int]:
+    garbage = CyclicGarbage()
+    with Runtime(config, World.from_environment()) as runtime:
+        trainer = trainer_for(config, runtime)
+        trainer.callbacks.append(garbage)
+        trainer.fit()
+    return garbage.found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ("strategy=single",)),
+        (2, ("strategy=ddp",)),
+        (2, ("strategy=ddp", "compression=powersgd")),
+        (2, ("strategy=ddp", "compression=topk")),
+        (2, ("strategy=pipeline",)),
+        (2, ("strategy=local_sgd",)),
+        (3, ("strategy=parameter_server",)),
+    ],
+)
+def test_steps_epochs_and_saves_leave_no_tensor_to_the_garbage_collector(
+    ranks: int, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    # Such a tensor would live on, and be freed in whichever thread the collector happens to run.
+    every = ("trainer.max_steps=16", "trainer.epochs=1000", "trainer.log_every_steps=2", "checkpoint.every_steps=3")
+    config = small(*options, *every, f"run_dir={tmp_path}")
+    assert run_ranks(garbage_of_steps, ranks, config) == [{}] * ranks

@@ -316,7 +316,7 @@ def garbage_of_collectives() -> dict[str, int]:
     everyone = form_group()
     assert shares_memory(everyone)
 
-    def all_kinds() -> None:
+    with cyclic_garbage() as garbage:
         # The longest is sent in parts, or reduced together by three ranks.
         for count in (0, 3, 1_000_003):
             tensor = torch.ones(count)
@@ -330,8 +330,7 @@ def garbage_of_collectives() -> dict[str, int]:
             _, gather = everyone.start_all_gather(tensor)
             for pending in (gather, *reversed(started)):
                 pending.wait()
-
-    return cyclic_garbage(all_kinds)
+    return garbage
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -98,7 +98,7 @@ def test_every_operation_gives_the_defined_result(layout: str) -> None:
 def garbage_of_collectives(layout: str) -> dict[str, int]:
     everyone = form_group_on_hosts(layout)
 
-    def all_kinds() -> None:
+    with cyclic_garbage() as garbage:
         for count in (0, 3, 600_001):
             tensor = torch.ones(count)
             everyone.all_reduce(tensor)
@@ -113,8 +113,7 @@ def garbage_of_collectives(layout: str) -> dict[str, int]:
                 pending.wait()
         # The leader's thread has then let go of the last collective before this one.
         everyone.barrier()
-
-    return cyclic_garbage(all_kinds)
+    return garbage
 
 
 def test_collectives_leave_nothing_to_the_garbage_collector() -> None:
