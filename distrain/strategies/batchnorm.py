@@ -135,6 +135,11 @@ class DeferredBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a layer of the model normalises by statistics of the batch."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 def defer(model: nn.Module, communicator: Communicator) -> int:
     """Makes the model's BatchNorm layers, in place, update their running statistics only at :func:`settle`.
 

@@ -133,6 +133,19 @@ class Server:
         """Steps that the fastest worker has finished."""
         return max(worker.steps for worker in self.workers.values())
 
+    def log_workers(self) -> None:
+        """Logs what each worker did."""
+        for worker in self.workers.values():
+            log.info(
+                "worker %s: %d steps, %d samples, staleness %s, pushed %.1f MB, pulled %.1f MB",
+                worker.peer,
+                worker.steps,
+                worker.samples,
+                dict(sorted(worker.staleness.items())),
+                worker.pushed_bytes / 1e6,
+                worker.pulled_bytes / 1e6,
+            )
+
     def _living(self) -> list[WorkerRecord]:
         return [worker for worker in self.workers.values() if worker.is_alive]
 

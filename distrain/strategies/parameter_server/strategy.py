@@ -1,25 +1,24 @@
-"""Servers that hold the parameters, and workers that push gradients and pull parameters."""
+"""strategy=parameter_server: servers hold the parameters, workers push gradients and pull parameters."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distrain.checkpoint import named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import RankName
 from distrain.compression.base import MessageCompressor
-from distrain.config.registry import choices, register
-from distrain.config.schema import Config, StrategyConfig, setting
+from distrain.config.registry import register
+from distrain.config.schema import Config
 from distrain.errors import ConfigError, NonFinite, Stopped
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients
@@ -28,14 +27,18 @@ from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.batchnorm import has_batchnorm
 from distrain.strategies.parameter_server.client import ServerClient, ServerClients
 from distrain.strategies.parameter_server.collectives import WorkerCommunicator
 from distrain.strategies.parameter_server.connect import Listener, connect_to_server, listen_address
+from distrain.strategies.parameter_server.options import ParameterServerConfig
 from distrain.strategies.parameter_server.protocol import FrameKind
 from distrain.strategies.parameter_server.server import Server
 from distrain.strategies.parameter_server.server_policy import ServerPolicy
 from distrain.strategies.parameter_server.server_shard import ServerShard
+from distrain.strategies.parameter_server.sharded_gradients import ShardedGradients
 from distrain.strategies.parameter_server.shards import assign_tensors
+from distrain.strategies.parameter_server.statistics import merge_statistics, report_statistics
 from distrain.strategies.parameter_server.stop_decision import PushConsensus
 from distrain.strategies.parameter_server.worker_record import WorkerRecord
 from distrain.strategies.replicated import Replicated
@@ -44,96 +47,52 @@ from distrain.tasks.base import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distrain.compression.bucket import Bucket
     from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_STALENESS = 3
-#: How many times faster steps might be that are computed while the last one's push and pull travel, if that is done.
+#: Steps are overlapped with answers only if steps might then be so many times faster.
 _MIN_SPEEDUP = 1.5
-#: Besides a few copies of the model, what a worker may bring to a collective, in bytes.
+#: Bytes that a worker may send in one collective, besides a few copies of the model.
 _MAX_COUNT_BYTES = 64 * MIB
-
-
-@dataclass
-class ParameterServerConfig(StrategyConfig):
-    """Keys of ``strategy=parameter_server``."""
-
-    servers: int = setting("Ranks that hold the parameters, the last ones; all others are workers.", at_least=1)
-    mode: str = setting("Who waits for whom.", choices=("sync", "async", "ssp"))
-    staleness: int | None = setting(
-        f"ssp: steps that a worker may be ahead of the slowest one; null: {_DEFAULT_STALENESS}.", at_least=0
-    )
-    overlap: bool | None = setting(
-        "Compute a step while the last one's push and pull travel; null: where it pays, in async and ssp."
-    )
-    bucket_mb: float = setting("Size in MiB of the messages in which gradients are pushed.", above=0)
-    worker_timeout_seconds: float = setting("A rank that gives no sign of life for so long is gone.", above=0)
-
-    @property
-    def staleness_bound(self) -> int | None:
-        """Steps that a worker may be ahead of the slowest one; ``None`` where nothing bounds them."""
-        if self.mode != "ssp":
-            return None
-        return _DEFAULT_STALENESS if self.staleness is None else self.staleness
-
-    @property
-    def may_overlap(self) -> bool:
-        """Whether a step is ever computed while the last one's push and pull travel."""
-        allowed = self.mode == "async" or (self.staleness_bound or 0) > 0
-        return allowed if self.overlap is None else self.overlap
-
-    def __post_init__(self) -> None:
-        """Refuses values that don't go together.
-
-        Raises:
-            ConfigError: See the messages.
-        """
-        if self.staleness is not None and self.mode != "ssp":
-            raise ConfigError("strategy.staleness", self.staleness, f"is a bound for mode=ssp, not {self.mode}")
-        if self.overlap and self.mode == "sync":
-            raise ConfigError("strategy.overlap", True, "mode=sync computes each step with all earlier ones applied")
-        if self.overlap and self.staleness_bound == 0:
-            raise ConfigError("strategy.overlap", True, "a step under way is one step of staleness; it needs 1")
 
 
 @register("strategy", "parameter_server", ParameterServerConfig)
 class ParameterServer(Replicated[ParameterServerConfig]):
     """Servers hold the parameters in shards, apply the optimizer to what workers push, and answer with parameters.
 
-    The last ``servers`` ranks are servers: rank 0, which writes what a run leaves behind, has to see the training, and
-    workers' ranks are then also their shares of a batch. Each tensor lies whole on one server; bytes are balanced.
+    The last ``servers`` ranks are servers. Rank 0 writes a run's files and must take part in training, so workers come
+    first, and a worker's rank is also the index of its share. Each tensor is on one server; bytes are balanced.
 
     - ``sync``: the servers wait for all workers, add the shares in order of rank, clip by the norm of the whole and
       make one update: the parameters are those of ``strategy=single`` to rounding, and a run resumes bit for bit.
     - ``async``: a server applies each push at once and answers with what it has then (Downpour SGD, Dean et al. 2012,
       NIPS, §4.1), so gradients miss what others pushed meanwhile. What is applied is the mean gradient of the worker's
       samples, with the learning rate times their part of the global batch: the pushes of one batch move the parameters
-      together about as far as ``ddp``'s one update, whatever the optimizer, and decay weights as much. That the rate
-      wants dividing by staleness, which is about the number of workers, is of Zhang et al. 2016, "Staleness-aware
+      together about as far as ``ddp``'s one update, whatever the optimizer, and decay weights as much. Dividing the
+      learning rate by the staleness, which is about the number of workers, follows Zhang et al. 2016, "Staleness-aware
       async-SGD for distributed deep learning" (arXiv 1511.05950).
     - ``ssp``: as async, but a worker starts no step that is more than ``staleness`` ahead of what the slowest living
       worker has finished (Ho et al. 2013, NIPS).
 
-    Pushes leave bucket by bucket while the backward pass still runs. In async and ssp a worker may also compute its
-    next step before the last push is answered, with parameters one step older. By default it does so where that might
-    make steps half as fast again: where an answer takes between half and twice as long as a step's computing.
+    Buckets are pushed while the backward pass still runs. In async and ssp a worker may also compute its next step
+    before the last push is answered, with parameters that are one step older. By default it does so where that might
+    make steps at least 1.5 times as fast: where an answer takes between half and twice as long as computing a step.
 
-    In the last two modes the training is not the serial one, depends on who was how fast, and repeats and resumes
-    approximately: a checkpoint holds the servers' parameters and optimizer state at a moment when every worker has
-    pushed all steps up to it, so no sample is lost or seen twice. ``trainer.grad_clip_norm`` bounds the mean gradient
-    of each worker's samples, before it is compressed. At ends of epochs and at checkpoints the workers wait for each
-    other, at logs they don't.
+    In async and ssp the training differs from that of one process, depends on the speed of the workers, and is
+    repeated and resumed approximately: a checkpoint holds the servers' parameters and optimizer state at a moment when
+    every worker has pushed all steps up to it, so no sample is lost or seen twice. ``trainer.grad_clip_norm`` bounds
+    the mean gradient of each worker's samples, before it is compressed. Workers wait for each other at ends of epochs
+    and at checkpoints, but not at logs.
 
-    A worker other than rank 0 that dies or falls silent is then left behind: the others go on, the samples it owned in
-    the current epoch are not seen, and from the next epoch on (and in evaluation at once) the living share everything.
-    The run succeeds, with a warning and ``lost_workers`` in the summary. In sync mode, or if a server or rank 0 is
+    If a worker other than rank 0 is lost in async or ssp, the others continue without the samples of its share in the
+    current epoch; from the next epoch on, and in evaluation at once, the remaining workers share all samples. The run
+    succeeds, with a warning and ``lost_workers`` in the summary. In sync mode, or if a server or rank 0 is
     lost, the run fails with that rank's name. A launcher that ends all ranks when one dies (torchrun does so on each
-    host) leaves nobody to go on; see ``docs/parameter_server.md``.
+    host) ends this run too; see ``docs/parameter_server.md``.
 
-    With ``trainer.on_nonfinite=skip`` the servers leave out a sync update that is not finite; in async and ssp a worker
+    With ``trainer.on_nonfinite=skip`` the servers skip a sync update that is not finite; in async and ssp a worker
     whose own gradient is not finite pushes nothing in its place. Stops are decided by the first server, for a step that
     no worker has finished yet; in async that takes until the slowest one is there.
 
@@ -143,7 +102,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     compressor: MessageCompressor
 
-    # Workers may die, and a process group fails with the first of them.
+    # A process group fails with the first rank that is lost, and workers may be lost.
     saves_in_background = False
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
@@ -160,40 +119,10 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._overlapped_steps = 0
         self._figures: dict[str, Figure] = {}
 
+    @override
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
-        """Refuses what leaves no worker, and losses that all workers would have to scale together."""
-        options = cls.options_of(config)
-        if world_size < 2:
-            raise ConfigError("strategy", "parameter_server", f"needs a server and a worker, and {world_size} started")
-        if options.servers >= world_size:
-            raise ConfigError(
-                "strategy.servers",
-                options.servers,
-                f"leaves no worker among {world_size} ranks",
-                range(1, world_size),
-            )
-        if config.trainer.precision == "fp16":
-            raise ConfigError(
-                "trainer.precision", "fp16", "would need a loss scale that all workers share", ["fp32", "bf16", "fp64"]
-            )
-        if config.trainer.on_nonfinite == "rewind" and options.mode != "sync":
-            raise ConfigError(
-                "trainer.on_nonfinite",
-                "rewind",
-                f"needs workers that keep step, not mode={options.mode}",
-                ["stop", "skip"],
-            )
-        if config.optimizer.lookahead.every is not None and options.mode != "sync":
-            raise ConfigError(
-                "optimizer.lookahead.every",
-                config.optimizer.lookahead.every,
-                f"needs workers that keep step, not mode={options.mode}",
-                ["null"],
-            )
-        if config.compression.name == "auto":
-            others = [name for name in choices("compression") if name != "auto"]
-            raise ConfigError("compression", "auto", "chooses by timing collectives, and pushes are none", others)
+        cls.options_of(config).check_run(config, world_size)
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
@@ -203,25 +132,25 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         if options.servers > tensors:
             raise ConfigError("strategy.servers", options.servers, f"the model has only {tensors} tensors to hold")
 
+    @override
     @classmethod
     def data_parallel_size(cls, config: Config, world_size: int) -> int:
-        """Servers see no data; see the base class."""
         return world_size - cls.options_of(config).servers
 
     @property
+    @override
     def training_group(self) -> Communicator:
-        """The workers that are alive; see the base class."""
         return self.replicas
 
     @property
     def layout(self) -> dict[str, Any]:
-        """See the base class; with a worker less the layout is another one."""
+        """As the base class's; after the loss of a worker it is another layout."""
         return {**super().layout, "mesh": {"server": self.options.servers, "worker": self.replicas.size}}
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
+    @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        """Divides the parameters and connects the ranks; see the base class."""
         world, all_ranks = self.runtime.world, self.runtime.communicator()
         self.sync_initial_state(model, all_ranks)
         parameters = list(trainable_parameters(model).items())
@@ -230,9 +159,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             dict(parameters[position] for position in positions)
             for positions in assign_tensors(sizes, self.options.servers)
         ]
-        hosts = [
-            str(rank_info["host"]) for rank_info in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)
-        ]
+        hosts = [str(each["host"]) for each in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
         peers = [RankName(rank, host) for rank, host in enumerate(hosts)]
         workers, servers = peers[: self._worker_count], peers[self._worker_count :]
         if self.is_server:
@@ -264,10 +191,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         if self._worker_count > 1:
             self.replicas = WorkerCommunicator(clients[0].request, world.rank, list(range(self._worker_count)))
         self._averaged_buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        if (
-            any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-            and self._worker_count > 1
-        ):
+        if self._worker_count > 1 and has_batchnorm(model):
             log.warning(
                 "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
                 "does not; model.norm=group is equal"
@@ -317,9 +241,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
 
     def _make_gradients(self) -> ReducedGradients:
-        assert isinstance(self.options, ParameterServerConfig)
         shards = [self._make_shard_gradients(client.parameters, client) for client in self._clients.clients]
-        return _ShardedGradients(shards, self._local_clipping)
+        return ShardedGradients(shards, self._clip_locally if self._clips_locally else None)
 
     def _make_shard_gradients(self, named: Mapping[str, nn.Parameter], client: ServerClient | None) -> Gradients:
         size = self.options.bucket_mb
@@ -327,9 +250,9 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     # --- the life of a rank ------------------------------------------------------------------------------------------
 
+    @override
     def run(self, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Serves or trains; see the base class."""
-        # The servers see workers off; a process group would fail with the first that is gone.
+        # Servers wait for all workers to leave; a barrier of the process group would fail if one is lost.
         self.runtime.final_barrier = lambda: None
         self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._worker_count
         if self._server is not None:
@@ -339,13 +262,13 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 self._server.serve()
             finally:
                 self.runtime.step = self._server.steps()
-            self._log_workers(self._server)
+            self._server.log_workers()
             if self._server.stop_reason is not None:
                 raise Stopped(self._server.stop_reason, self._server.steps())
             return {}
         try:
             summary = fit()
-            # Nobody leaves while another still talks.
+            # No worker leaves while another one still communicates.
             self._barrier()
             self._clients.leave()
         except Stopped as stop:
@@ -356,18 +279,6 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             self._clients.abandon(error, fatal=isinstance(error, NonFinite))
             raise
         return summary
-
-    def _log_workers(self, server: Server) -> None:
-        for worker in server.workers.values():
-            log.info(
-                "worker %s: %d steps, %d samples, staleness %s, pushed %.1f MB, pulled %.1f MB",
-                worker.peer,
-                worker.steps,
-                worker.samples,
-                dict(sorted(worker.staleness.items())),
-                worker.pushed_bytes / 1e6,
-                worker.pulled_bytes / 1e6,
-            )
 
     def _on_worker_lost(self, worker: WorkerRecord) -> None:
         self.runtime.lost_ranks.add(worker.peer.rank)
@@ -388,47 +299,45 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
+    @override
     def train_step(self, batch: Batch) -> StepResult:
-        """Pushes the gradient of this worker's share; see the base class."""
         self._up_to_date = False
         self._step_started = time.perf_counter()
-        rate = float(self.optimizer.param_groups[0]["lr"])
         self._share = len(batch) / batch.global_count
-        self._clients.begin_push(self.compressor.step + 1, rate, len(batch), self._share)
+        self._clients.begin_push(self.compressor.step + 1, self._learning_rate, len(batch), self._share)
         return super().train_step(batch)
 
+    @override
     def consensus(self) -> Consensus:
-        """Agrees by what travels with pushes and their answers; see the base class."""
         return PushConsensus(self._clients.clients)
 
     @property
+    @override
     def skips_locally(self) -> bool:
-        """In async and ssp; see the base class."""
         return self.options.mode != "sync"
 
     @property
-    def _local_clipping(self) -> Callable[[ReducedGradients], None] | None:
-        """What a worker does to its own gradients before they travel."""
+    def _clips_locally(self) -> bool:
+        """Whether a worker clips or checks its own gradient before it is sent, instead of the servers."""
+        return self.options.mode != "sync" and (self.config.trainer.grad_clip_norm is not None or self._checks_finite)
+
+    def _clip_locally(self, gradients: ReducedGradients) -> None:
         max_norm = self.config.trainer.grad_clip_norm
-        if self.options.mode == "sync" or (max_norm is None and not self._checks_finite):
-            return None
+        # The gradient of an empty share is zero, so any factor will do.
+        share = self._share or 1.0
+        norm = gradients.norm()
+        self._norm = norm / share
+        self._skipped = self._checks_finite and not bool(norm.isfinite())
+        if self._skipped:
+            # The servers count a push of no samples, but don't apply it.
+            gradients.zero()
+            self._clients.begin_push(self.compressor.step, self._learning_rate, 0, self._share)
+        elif max_norm is not None:
+            clip_gradient_norm(gradients, max_norm * share, norm)
 
-        def clip_local(gradients: ReducedGradients) -> None:
-            # Of an empty share there is nothing to clip.
-            share = self._share or 1.0
-            norm = gradients.norm()
-            self._norm = norm / share
-            self._skipped = self._checks_finite and not bool(norm.isfinite())
-            if self._skipped:
-                # A push of no samples, which the servers count and don't apply.
-                gradients.zero()
-                self._clients.begin_push(
-                    self.compressor.step, float(self.optimizer.param_groups[0]["lr"]), 0, self._share
-                )
-            elif max_norm is not None:
-                clip_gradient_norm(gradients, max_norm * share, norm)
-
-        return clip_local
+    @property
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _update(self) -> bool:
         compute_seconds = time.perf_counter() - self._step_started
@@ -458,14 +367,14 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         return compute_seconds + answer_seconds > _MIN_SPEEDUP * max(compute_seconds, answer_seconds)
 
     def gradient_norm(self) -> Tensor:
-        """Norm before clipping of the gradient that the servers applied last, in async and ssp one worker's.
+        """Norm before clipping of the gradient that the servers applied last; in async and ssp that of one worker.
 
-        Where workers clip or look at their own, it is this worker's.
+        Where workers clip or check their own gradients, it is that of this worker.
         """
         return self._norm if self._norm is not None else torch.tensor(self._clients.gradient_norm())
 
+    @override
     def eval_step(self, batch: Batch) -> StepResult:
-        """Forward only, with the servers' parameters; see the base class."""
         self._synchronise()
         return super().eval_step(batch)
 
@@ -495,17 +404,15 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         """Waits until all living workers are here."""
         self.replicas.barrier()
 
-    # --- what the trainer sums ---------------------------------------------------------------------------------------
-
+    @override
     def agree_on_shard(self) -> tuple[int, int]:
-        """An equal share for every worker that is alive; see the base class."""
         if self.options.mode != "sync":
             self._barrier()
             self.data_shard = (self.replicas.rank, self.replicas.size)
         return self.data_shard
 
+    @override
     def reduce_counts(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
-        """See the base class."""
         if isinstance(self.replicas, WorkerCommunicator) and self.options.mode != "sync":
             return self.replicas.accumulate(name, counted, wait=settled)
         return super().reduce_counts(name, counted, settled=settled)
@@ -522,8 +429,6 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 metrics["parameter_server/staleness_max"] = float(recent.integer("staleness_max"))
         return metrics
 
-    # --- what came of it ---------------------------------------------------------------------------------------------
-
     def uncompressed_bytes_per_step(self) -> int:
         """A push and a pull of everything."""
         return 2 * sum(client.bytes for client in self._clients.clients)
@@ -531,37 +436,18 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     def report(self) -> dict[str, Any]:
         """Who did how many steps and how stale they were, who is gone, and what travelled; also draws it."""
         by_server = [client.request(FrameKind.STATISTICS)[0].meta for client in self._clients.clients]
-        rows = [
-            _merge_statistics([server["workers"][index] for server in by_server]) for index in range(self._worker_count)
+        workers = [
+            merge_statistics([server["workers"][index] for server in by_server]) for index in range(self._worker_count)
         ]
-        lost = [row for row in rows if row["lost"] is not None]
-        all_workers = _sum_histograms([row["staleness"] for row in rows])
         statistics = {
             "mode": self.options.mode,
             "staleness_bound": self.options.staleness_bound,
             "overlapped_steps": int(self.replicas.all_reduce(torch.tensor(self._overlapped_steps))),
-            "updates": by_server[0]["updates"],
-            "samples": sum(row["samples"] for row in rows),
-            "workers": [
-                {
-                    **{key: row[key] for key in ("rank", "host", "steps", "samples")},
-                    "staleness": _summarise_staleness(row["staleness"]),
-                    "steps_ahead_max": row["lead"],
-                }
-                for row in rows
-            ],
-            "staleness": _summarise_staleness(all_workers),
-            "lost_workers": [
-                {"rank": row["rank"], "host": row["host"], "after_steps": row["steps"], "reason": row["lost"]}
-                for row in lost
-            ],
-            "shards": [{"tensors": server["tensors"], "bytes": server["bytes"]} for server in by_server],
-            "bytes_pushed": sum(row["pushed"] for row in rows),
-            "bytes_pulled": sum(row["pulled"] for row in rows),
+            **report_statistics(by_server, workers),
         }
         if self.runtime.is_main and self.options.mode != "sync":
             self._figures["parameter_server/staleness"] = pictures.histogram(
-                {f"rank {row['rank']}": row["staleness"] for row in rows},
+                {f"rank {worker['rank']}": worker["staleness"] for worker in workers},
                 "updates that a push was late",
                 "pushes",
             )
@@ -587,8 +473,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._synchronise()
         return super().model_state()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See the base class; the optimizer's tensors are fetched by the first worker, which saves them."""
         model = self.model_state()
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
@@ -601,8 +487,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._barrier()
         return self._saved(model, tensors, scalars)
 
+    @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
-        """Gives the servers what any strategy saved; see the base class."""
         restored = super().load_state_dict(saved)
         # Checked by loading it here as every strategy does; workers keep none of it.
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
@@ -612,77 +498,3 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self.optimizer.state.clear()
         self._barrier()
         return restored
-
-
-class _ShardedGradients:
-    """The gradients of all shards as one.
-
-    Args:
-        shards: One a server.
-        before_sending: Done to the whole before anything travels; buckets then wait for the end of the backward pass.
-    """
-
-    def __init__(self, shards: Sequence[Gradients], before_sending: Callable[[ReducedGradients], None] | None) -> None:
-        self._shards = shards
-        self._before_sending = before_sending
-        self.buckets: list[Bucket] = [bucket for shard in shards for bucket in shard.buckets]
-
-    @property
-    def bytes_per_step(self) -> int:
-        return sum(bucket.bytes for bucket in self.buckets)
-
-    def zero(self) -> None:
-        for shard in self._shards:
-            shard.zero()
-
-    def begin_last_backward(self) -> None:
-        if self._before_sending is None:
-            for shard in self._shards:
-                shard.begin_last_backward()
-
-    def finish(self) -> None:
-        if self._before_sending is not None:
-            self._before_sending(self)
-            for shard in self._shards:
-                shard.begin_last_backward()
-        for shard in self._shards:
-            shard.finish()
-
-    def norm(self) -> Tensor:
-        whole: Tensor = torch.linalg.vector_norm(torch.stack([shard.norm() for shard in self._shards]))
-        return whole
-
-    def scale(self, factor: Tensor) -> None:
-        for shard in self._shards:
-            shard.scale(factor)
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def _merge_statistics(by_server: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all servers say of one worker, as one; steps and samples are the first one's."""
-    return {
-        **by_server[0],
-        "staleness": _sum_histograms(
-            [{int(updates): count for updates, count in server["staleness"].items()} for server in by_server]
-        ),
-        "lead": max(server["lead"] for server in by_server),
-        "pushed": sum(server["pushed"] for server in by_server),
-        "pulled": sum(server["pulled"] for server in by_server),
-        "lost": next((server["lost"] for server in by_server if server["lost"] is not None), None),
-    }
-
-
-def _sum_histograms(histograms: Sequence[Mapping[int, int]]) -> dict[int, int]:
-    total: Counter[int] = Counter()
-    for histogram in histograms:
-        total.update(histogram)
-    return dict(sorted(total.items()))
-
-
-def _summarise_staleness(histogram: Mapping[int, int]) -> dict[str, Any]:
-    """Mean, largest and counts of how many updates pushes were late."""
-    count = sum(histogram.values())
-    mean = sum(staleness * pushes for staleness, pushes in histogram.items()) / count if count else math.nan
-    return {"mean": mean, "max": max(histogram, default=0), "histogram": {str(k): v for k, v in histogram.items()}}

@@ -176,7 +176,7 @@ class Pipeline(Strategy[PipelineConfig]):
         )
 
     def _log_setup(self, model: nn.Module) -> None:
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        if batchnorm.has_batchnorm(model):
             log.warning(
                 "BatchNorm layers normalise each microbatch by its own statistics, whereas one process uses those of "
                 "the whole batch; with model.norm=group both compute the same"

@@ -301,7 +301,7 @@ def test_compressed_pushes_give_the_results_of_ddp(tmp_path: Path) -> None:
         ((), 1, "strategy=parameter_server: needs a server and a worker, and 1 started"),
         (("strategy.servers=3",), 3, "strategy.servers=3: leaves no worker among 3 ranks; choices: 1, 2"),
         (("strategy.servers=9",), 12, "strategy.servers=9: the model has only 8 tensors to hold"),
-        (("compression=auto",), 2, "compression=auto: chooses by timing collectives, and pushes are none"),
+        (("compression=auto",), 2, "compression=auto: needs collectives; gradients are sent to servers instead"),
         (("trainer.precision=fp16",), 2, "trainer.precision=fp16: would need a loss scale that all workers share"),
         (("data.batch_size=2",), 4, "data.batch_size=2: the global batch is smaller than the 3 ranks that share it"),
     ],
