@@ -1,9 +1,9 @@
-"""Writes named tensors into a file in the safetensors format, piece by piece.
+"""Writes a checkpoint's files: named tensors in the safetensors format, and any other bytes, each with a checksum.
 
-The library's own writer copies every tensor into a Python object while it holds the interpreter's lock, which delays
-training while a file is written in the background. Here the bytes go straight from the tensor's memory to the disk and
-into the checksum; both release the lock. The format is described at https://huggingface.co/docs/safetensors: eight
-bytes with the length of a JSON header, the header, the tensors' bytes.
+The safetensors library copies every tensor into a Python object while it holds the global interpreter lock. That would
+delay training while a thread writes a checkpoint in the background. Here the tensor's own memory is written and hashed,
+and both release the lock. The format is described at https://huggingface.co/docs/safetensors: eight bytes with the
+length of a JSON header, the header, the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distrain.files.writing import flush_and_sync
 
+#: Part of a file's content. A memory view has one dimension and elements of one byte, so its length is in bytes.
 Chunk = bytes | memoryview
 
 _DTYPE_NAMES = {
@@ -31,7 +32,7 @@ _DTYPE_NAMES = {
 
 
 class FileDigest(TypedDict):
-    """A file's entry in a manifest.
+    """A file's entry in a checkpoint's ``manifest.json``.
 
     Attributes:
         bytes: Size of the file.
@@ -43,12 +44,16 @@ class FileDigest(TypedDict):
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
-    """The bytes of a file that holds the tensors, in order. Contiguous tensors on the CPU are not copied.
+    """Yields the content of a safetensors file from begin to end: the header, then one chunk for each tensor.
+
+    A contiguous tensor on the CPU is not copied: its chunk is a view of its memory. So it must not change until that
+    chunk has been used.
 
     Raises:
-        TypeError: The format does not know a tensor's dtype.
+        TypeError: A tensor has a dtype for which this module has no safetensors name. Raised by the first ``next()``.
     """
-    # Larger elements first, so that each tensor is aligned in a file that is mapped into memory.
+    # Larger elements first, and a header padded to a multiple of 8 bytes: so each tensor's offset in the file is a
+    # multiple of its element size, and a reader can map the file into memory.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, end = {}, 0
     for name in names:
@@ -67,22 +72,27 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
 
 
 def write(path: Path, content: Iterable[Chunk]) -> FileDigest:
-    """Writes a file and syncs it to the disk.
+    """Writes a file and syncs its content to the disk.
+
+    This is not atomic: a crash leaves an incomplete file. Callers write into a temporary folder and rename that.
+
+    Returns:
+        The size and checksum of what was written.
 
     Raises:
         OSError: It could not be written. The error holds the path, which Python's own error for a full disk lacks.
     """
-    total, size = hashlib.sha256(), 0
+    checksum, size = hashlib.sha256(), 0
     try:
         with path.open("wb") as file:
             for chunk in content:
                 file.write(chunk)
-                total.update(chunk)
+                checksum.update(chunk)
                 size += len(chunk)
             flush_and_sync(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return {"bytes": size, "sha256": total.hexdigest()}
+    return {"bytes": size, "sha256": checksum.hexdigest()}
 
 
 def digest_of(content: bytes) -> FileDigest:

@@ -18,7 +18,7 @@ from distrain.data.base import DataSource, DataSpec, Splits
 from distrain.errors import ConfigError, config_error
 from distrain.models.build import check_model
 from distrain.optim import schedulers
-from distrain.optim.optimizers.build import check_optimizer
+from distrain.optim.optimizers.build import check_lookahead
 from distrain.optim.optimizers.groups import check_groups
 from distrain.runtime.device import choose_backend, choose_device
 from distrain.runtime.world import World
@@ -101,7 +101,7 @@ class RunPlan:
             problem = f"the global batch is smaller than the {shards} ranks that share it"
             raise ConfigError("data.batch_size", config.data.batch_size, problem)
         compression.compressor_class(config).check(config)
-        check_optimizer(config)
+        check_lookahead(config)
         resume.check(config)
         if world.size == 1 and config.compression.name != "none":
             log.warning("compression=%s is ignored: one process exchanges no gradients", config.compression.name)

@@ -15,8 +15,11 @@ from distrain.optim.optimizers.groups import ParameterGroups, Parameters
 from distrain.optim.optimizers.lookahead import Lookahead
 
 
-def check_optimizer(config: Config) -> None:
-    """Refuses lookahead if updates may be skipped, since its last merge must happen at the run's last update.
+def check_lookahead(config: Config) -> None:
+    """Refuses lookahead if updates may be skipped.
+
+    Lookahead counts updates. If one was skipped, the count would never reach the run's total, and lookahead would not
+    leave its slow copy in the parameters at the end.
 
     Raises:
         ConfigError: Lookahead together with a setting that may skip updates.
@@ -26,7 +29,7 @@ def check_optimizer(config: Config) -> None:
         raise ConfigError(
             "optimizer.lookahead.every",
             every,
-            "needs every update, and trainer.precision=fp16 and trainer.on_nonfinite=skip or rewind may skip some",
+            "needs every update, but trainer.precision=fp16 and trainer.on_nonfinite=skip or rewind may skip updates",
             ["null"],
         )
 
@@ -44,13 +47,15 @@ def build_optimizer(
         config: Its ``lr`` is the base rate; the scheduler multiplies it by a factor.
         params: Parameters, or pairs of name and parameter, on the device they are trained on. Names are needed if
             ``config.groups`` is not empty.
-        steps_per_epoch: Updates per epoch, for groups that are trained in the first epochs only.
-        total_steps: Updates of the whole run; after the last one, lookahead leaves its slow copy in the parameters.
+        steps_per_epoch: Updates per epoch. Only groups with ``epochs`` need it: they are frozen after those epochs.
+        total_steps: Updates of the whole run. Only lookahead needs it: after the last update it sets the parameters to
+            its slow copy.
 
     Returns:
-        The optimizer. It uses torch's fused kernel if the configuration asks for it and every parameter supports it,
-        otherwise torch's default implementation. Between steps all groups have the same ``lr``, so a scheduler sets
-        one value for all of them; each group's ``lr_factor`` applies only within ``step()``.
+        The optimizer. An optimizer of torch uses its fused kernel if ``config.fused`` is set and every parameter is a
+        floating-point tensor on the CPU or on CUDA; otherwise torch chooses the implementation. Between steps all
+        groups have the same ``lr``, so a scheduler sets one value for all of them; each group's ``lr_factor`` applies
+        only within ``step()``.
     """
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)

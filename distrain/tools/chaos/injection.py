@@ -1,4 +1,4 @@
-"""Injects each kind of fault into a running job, and checks the job's reports and its next resume."""
+"""Injects faults into a running job, and checks the report files it leaves and how the next start resumes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distrain.checkpoint import format as checkpoint_format
 from distrain.errors import EXIT_STOPPED
 from distrain.tools.chaos import processes
 from distrain.tools.chaos.attempt import Attempt
@@ -16,27 +17,31 @@ from distrain.tools.chaos.disk import FULL_MESSAGES, Disk
 from distrain.tools.chaos.plan import FAULT_KINDS, Fault, Outcome
 from distrain.tools.testnet.network import VirtualNetwork
 
-#: A save must fail on the full disk, and be reported, within this time. Also the limit for a rank to appear.
+#: Longest wait for a rank's process to appear, and for the job to report a failed save while its disk is kept full.
 _WAIT_SECONDS = 30
-#: Longest time for which a disk stays full after the first failed save, and for which links stay slow.
+#: A disk stays full after the first reported failure, and links stay slow, for a random time below this.
 _MAX_DURATION_SECONDS = 1.0
+#: Added to every packet that a host sends.
 _LINK_DELAY_SECONDS = 0.05
 
 
 class FaultMissed(Exception):
-    """The fault could not be injected because its moment has passed; the message says why."""
+    """The fault could not be injected: the job or the rank has ended, or the job lacks what the fault needs.
+
+    The message completes a sentence that begins with "missed, because".
+    """
 
 
 @dataclass
 class Target:
-    """What a fault is injected into.
+    """A running job into which faults are injected.
 
     Attributes:
-        attempt: The running training.
-        checkpoints: Its checkpoints.
+        attempt: The job: one start of the training's command.
+        checkpoints: The checkpoints of the run.
         disk: The storage of the run's folder, if it can be filled.
         network: The network of the ranks' hosts, if each rank has its own host.
-        cleanups: Called when the job has ended, to undo lasting faults.
+        cleanups: Undo faults that last until the job has ended. The caller of :func:`inject` calls them after that.
     """
 
     attempt: Attempt
@@ -47,24 +52,29 @@ class Target:
 
 
 def inject(target: Target, fault: Fault) -> str:
-    """Injects a fault.
+    """Injects a fault; returns when it has been injected, and for a temporary fault when it is over.
 
     Returns:
         What was done, in a few words.
 
     Raises:
-        FaultMissed: The job has ended, or what the fault needs is not there.
+        FaultMissed: The job or the rank has ended, or the job lacks what the fault needs.
+        FileNotFoundError: A checkpoint was to be damaged, but none is intact. All processes have been killed by then.
     """
     return _INJECTORS[fault.kind](target, fault)
 
 
 def _signal_rank(number: signal.Signals) -> Callable[[Target, Fault], str]:
+    """Makes an injector that sends this signal to the fault's rank."""
+
     def send(target: Target, fault: Fault) -> str:
         deadline = time.monotonic() + _WAIT_SECONDS
         # During startup the rank may not exist yet.
         while (pid := target.attempt.rank_pids().get(fault.rank)) is None:
-            if target.attempt.has_ended() or time.monotonic() > deadline:
-                raise FaultMissed(f"rank {fault.rank} has no process on this host")
+            if target.attempt.has_ended():
+                raise FaultMissed("the run had ended")
+            if time.monotonic() > deadline:
+                raise FaultMissed(f"rank {fault.rank} had no process on this host for {_WAIT_SECONDS} s")
             time.sleep(0.02)
         if not processes.send_signal(pid, number):
             raise FaultMissed(f"rank {fault.rank} had ended")
@@ -90,7 +100,7 @@ def _kill_all(target: Target, _: Fault) -> str:
 def _kill_saving(target: Target, _: Fault) -> str:
     while not target.attempt.has_ended():
         if target.checkpoints.save_in_progress():
-            # The ranks are stopped while we check again, so that the save can't complete before the kill.
+            # The save may complete at any moment. So stop the ranks, check again, and only then kill.
             pids = target.attempt.rank_pids().values()
             for pid in pids:
                 processes.send_signal(pid, signal.SIGSTOP)
@@ -99,6 +109,7 @@ def _kill_saving(target: Target, _: Fault) -> str:
                 return "SIGKILL to all during a save"
             for pid in pids:
                 processes.send_signal(pid, signal.SIGCONT)
+        # A small checkpoint may be written within milliseconds.
         time.sleep(0.0005)
     raise FaultMissed("the run ended before a save could be interrupted")
 
@@ -111,12 +122,13 @@ def _damage(target: Target, fault: Fault) -> str:
 def _fill_disk(target: Target, fault: Fault) -> str:
     disk, attempt = target.disk, target.attempt
     if disk is None:
-        raise FaultMissed("the run's folder is on no disk that can be filled")
+        raise FaultMissed("the disk of the run's folder can't be filled")
     begin = time.monotonic()
     until = begin + _WAIT_SECONDS
     reported = False
     try:
         while time.monotonic() < until and not attempt.has_ended():
+            # Repeated, since the job may delete files or start processes meanwhile.
             disk.fill(attempt.all_pids())
             if not reported and any(message in attempt.output() for message in FULL_MESSAGES):
                 reported, until = True, time.monotonic() + fault.draws[0] * _MAX_DURATION_SECONDS
@@ -124,13 +136,14 @@ def _fill_disk(target: Target, fault: Fault) -> str:
     finally:
         disk.clear()
     if not reported and attempt.has_ended() and not any(attempt.exit_codes()):
-        raise FaultMissed("the run ended without a save on the full disk")
+        raise FaultMissed("the run ended without reporting a failed save")
     description = f"{disk.description}, for {time.monotonic() - begin:.1f} s"
-    return description if reported else f"{description}; the run did not report it"
+    return description if reported else f"{description}; the run reported no failed save"
 
 
 def _cut_link(target: Target, fault: Fault) -> str:
     network = _running_network(target)
+    # Host and rank have the same number, since each rank has its own host.
     network.cut_link(fault.rank)
     target.cleanups.append(network.restore_links)
     return f"link of rank {fault.rank}'s host cut"
@@ -148,6 +161,7 @@ def _delay_link(target: Target, fault: Fault) -> str:
 
 
 def _running_network(target: Target) -> VirtualNetwork:
+    """The network of a job that is still running."""
     if target.network is None:
         raise FaultMissed("the ranks are not on hosts of a test network")
     if target.attempt.has_ended():
@@ -175,10 +189,12 @@ _INJECTORS: dict[str, Callable[[Target, Fault], str]] = {
 def check_reports(target: Target, fault: Fault, *, trained: bool) -> list[str]:
     """Checks the exit codes and report files of a job that a fault has ended.
 
+    The fault's :class:`~distrain.tools.chaos.plan.Outcome` says what is required; of ``KILLED``, nothing is.
+
     Args:
-        target: The job.
-        fault: The fault that was injected.
-        trained: The job had begun to train. Before that no failure.json is required.
+        target: The job. All its processes have ended.
+        fault: The fault that was injected, of a kind that ends the job.
+        trained: The job had logged a step. Before that, ``failure.json`` may be missing.
 
     Returns:
         The problems found.
@@ -188,7 +204,7 @@ def check_reports(target: Target, fault: Fault, *, trained: bool) -> list[str]:
         return []
     problems = []
     if not all(exit_codes):
-        problems.append(f"the run did not end well, but its exit codes are {exit_codes}")
+        problems.append(f"exit code 0, although the run should have failed or stopped: {exit_codes}")
     if expected is Outcome.STOPS:
         return problems + _check_stop(target, exit_codes)
     report = target.attempt.read_report("failure.json")
@@ -204,23 +220,24 @@ def _check_stop(target: Target, exit_codes: list[int]) -> list[str]:
     if report is None:
         return [f"there is no stopped.json: {target.attempt.last_message()}"]
     problems = []
-    # torchrun replaces every nonzero exit code of a worker by 1.
+    # torchrun itself exits with 1, whichever nonzero code its workers exit with.
     if any(code not in (EXIT_STOPPED, 1) for code in exit_codes):
         problems.append(f"exit codes {exit_codes}, not {EXIT_STOPPED}")
     newest = target.checkpoints.newest_intact()
     step = report.get("step")
-    if newest is None or newest.name != f"step_{step if isinstance(step, int) else -1:08d}":
+    saved = checkpoint_format.checkpoint_path(target.checkpoints.folder, step) if isinstance(step, int) else None
+    if saved is None or saved != newest:
         problems.append(f"stopped at step {step}, but the newest checkpoint is {newest.name if newest else 'missing'}")
     return problems
 
 
 def check_resume(log: str, expected: Path | None, damaged: list[Path]) -> list[str]:
-    """Checks which checkpoint a run has resumed from.
+    """Checks that a run resumed from the newest intact checkpoint and logged each newer damaged one that it left out.
 
     Args:
         log: What rank 0 has logged since the restart.
-        expected: The newest intact checkpoint, if there is one.
-        damaged: The damaged checkpoints that were there.
+        expected: The newest intact checkpoint before the restart; ``None``: the run must begin with step 0.
+        damaged: The damaged checkpoints before the restart, older and newer than ``expected``.
 
     Returns:
         The problems found.
@@ -231,15 +248,16 @@ def check_resume(log: str, expected: Path | None, damaged: list[Path]) -> list[s
         problems.append(f"resumed from {resumed}, which was damaged")
     elif resumed != (expected.name if expected else None):
         problems.append(f"began with {resumed or 'step 0'}, not with {expected.name if expected else 'step 0'}")
+    left_out = [line for line in log.splitlines() if "left out" in line]
     newer = [path.name for path in damaged if expected is None or path.name > expected.name]
-    unnamed = [name for name in newer if not any("left out" in line and name in line for line in log.splitlines())]
-    if unnamed:
-        problems.append(f"the log does not say that {', '.join(unnamed)} was left out")
+    unreported = [name for name in newer if not any(name in line for line in left_out)]
+    if unreported:
+        problems.append(f"the log does not say that {', '.join(unreported)} was left out")
     return problems
 
 
 def resumed_checkpoint(log: str) -> str | None:
-    """The name of the checkpoint from which a run has resumed, read from its log."""
+    """The name of the checkpoint that a run resumed from, read from rank 0's log; ``None`` if it began with step 0."""
     marker = "resumed from "
     for line in log.splitlines():
         if marker in line:
