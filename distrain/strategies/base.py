@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 OptionsT_co = TypeVar("OptionsT_co", bound=StrategyConfig, default=StrategyConfig, covariant=True)
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
-_COMPRESSORS_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
+_COMPRESSOR_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
 
 
 @dataclass
@@ -46,16 +46,18 @@ class StepResult:
         loss_sum: Sum of the samples' losses, a scalar on the device.
         metric_sums: Sums of the task's metrics, ``[len(task.metrics)]`` on the device.
         count: Samples in this rank's share.
-        outputs: The model's, for each of them; only from :meth:`Strategy.eval_step`, on the rank that has them.
-        left_out: The gradient was not finite, and there was no update; see :attr:`Strategy.skips_locally`. Only where
-            ``trainer.on_nonfinite`` is ``skip`` or ``rewind``, since looking costs something.
+        outputs: The model's outputs for these samples; only from :meth:`Strategy.eval_step`, and in a pipeline only on
+            the rank of the last stage.
+        skipped: Whether the update was skipped because the gradient was not finite; see
+            :attr:`Strategy.skips_locally`. Only if ``trainer.on_nonfinite`` is ``skip`` or ``rewind``: the check costs
+            time.
     """
 
     loss_sum: Tensor
     metric_sums: Tensor
     count: int
     outputs: Tensor | None = None
-    left_out: bool = False
+    skipped: bool = False
 
 
 class Strategy(ABC, Generic[OptionsT_co]):
@@ -67,10 +69,11 @@ class Strategy(ABC, Generic[OptionsT_co]):
         data_shard: ``(index, count)``: which share of each global batch this rank works on.
         ledger: Bytes this rank has sent.
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
-        optimizer: What :meth:`setup` made; the trainer sets its learning rate.
-        compressor: How what is reduced among replicas travels.
+        optimizer: Made by :meth:`setup`; the trainer sets its learning rate.
+        compressor: Compresses what is reduced among replicas.
         compressed_quantity: Quantity being compressed; residuals share its unit.
-        saves_in_background: The ranks that train have a process group of their own for saving.
+        saves_in_background: Whether checkpoints may be written while training goes on, over a process group of their
+            own.
     """
 
     compressed_quantity: ClassVar[str] = "gradients"
@@ -95,7 +98,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @property
     def layout(self) -> dict[str, Any]:
-        """How the ranks are arranged; what each rank has for itself fits the same layout only."""
+        """How the ranks are arranged. State that each rank saves for itself can only be restored in the same layout."""
         mesh = self.mesh
         return {
             "strategy": self.config.strategy.name,
@@ -132,7 +135,10 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
-        """Makes a whole model, which is to be timed and thrown away, compute as in a step, but without other ranks."""
+        """Prepares a copy of the model for a timing trial: it computes as in a step, but without the other ranks.
+
+        The copy is discarded after the trial.
+        """
 
     @property
     def training_group(self) -> Communicator:
@@ -168,37 +174,39 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All there is to continue, of what this rank must save; all ranks call it together.
+        """What this rank must save for training to continue; all ranks call it together.
 
-        ``model`` and ``optimizer`` are the tensors, by unsplit names, that this rank is responsible for: each of the
-        whole model's is one rank's, and a rank may have none. Of ``scalars`` the first rank's are saved. What every
-        rank has for itself are ``compressor`` (its ``state_dict()``) and, where needed, ``local`` tensors, by
-        ``<what>/<parameter name>``. The tensors may be those that training goes on with.
+        Returns:
+            ``model`` and ``optimizer``: the tensors that this rank saves, by the unsplit model's names. Each tensor is
+            saved by one rank; a rank may have none. ``scalars``: plain data, of which those of rank 0 are saved.
+            ``compressor`` (its ``state_dict()``) and, where needed, ``local``: tensors that every rank saves for
+            itself, by ``<kind>/<parameter name>``. The tensors are not copies: training changes them.
         """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> list[RestoredPart]:
-        """Takes back what :meth:`state_dict` gave, under this or another strategy.
+        """Restores what :meth:`state_dict` returned under this or another strategy.
 
-        ``model`` and ``optimizer`` are those of all ranks together, ``compressor`` and ``local`` are sequences of what
-        each rank had, and ``layout`` is that of the run that saved.
+        Args:
+            state: ``model`` and ``optimizer`` of all ranks together; ``compressor`` and ``local`` as sequences with one
+                entry per rank; ``layout`` of the run that saved.
 
         Returns:
-            What became of each part on this rank; the parts and their order are the same on all ranks.
+            How each part was restored on this rank; the parts and their order are the same on all ranks.
 
         Raises:
             ValueError: Names or shapes differ from the model's.
         """
 
     def consensus(self) -> Consensus:
-        """How the ranks that train agree, between steps, on what one of them wishes; all call it together, once."""
+        """How the ranks that train agree on requests between steps; all of them call it together, once."""
         if self.runtime.world.size == 1:
             return SingleRankConsensus()
         return AllReduceConsensus(self.runtime.control_group(), lambda: self.synchronised)
 
     @property
     def skips_locally(self) -> bool:
-        """Whether each rank leaves out updates by its own gradient; else all ranks leave out the same."""
+        """Whether each rank decides by its own gradient which updates to skip; else all ranks skip the same ones."""
         return False
 
     @property
@@ -207,49 +215,49 @@ class Strategy(ABC, Generic[OptionsT_co]):
         return True
 
     def agree_on_shard(self) -> tuple[int, int]:
-        """This rank's share, where ranks may leave; all ranks call it together before they go through data."""
+        """This rank's :attr:`data_shard`, which changes if ranks are lost; all ranks call it before they read data."""
         return self.data_shard
 
     def reduce_counts(self, name: str, counted: Tensor, *, settled: bool) -> Tensor:
-        """Sum over the ranks of what each has counted since its last call.
+        """Sum over the ranks of what each has counted since the last call.
 
         Args:
             name: What is counted.
             counted: This rank's numbers, 1-D; may be overwritten.
-            settled: All ranks are at the same step. Where ranks don't keep step, a log need not wait for it, and gets
-                what has been counted by then.
+            settled: Wait until all ranks are at the same step. With ``False``, ranks that don't keep step may get the
+                sum of what has been counted so far.
         """
         return self.training_group.all_reduce(counted)
 
     @torch.no_grad()
     def sync_initial_state(self, model: nn.Module, communicator: Communicator) -> None:
-        """Compares the initial parameters and buffers by hash; where a rank's differ, rank 0's are taken."""
+        """Compares the initial parameters and buffers by hash; if a rank's differ, all ranks take those of rank 0."""
         mine = digest(model.state_dict().values()).to(self.runtime.device)
         hashes = [int(each) for each in communicator.all_gather(mine)]
         strays = [rank for rank, each in enumerate(hashes) if each != hashes[0]]
         if strays:
-            log.warning("initial parameters of ranks %s differ from rank 0's, which are taken", strays)
+            log.warning("the initial parameters of ranks %s differ from those of rank 0, which all ranks use", strays)
             for tensor in model.state_dict().values():
                 communicator.broadcast(tensor)
 
     def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> list[RestoredPart]:
-        """Takes this rank's part of what the compressors of a saved run kept, and says what became of it.
+        """Restores this rank's part of the compressors' state of a saved run.
 
         Args:
             saved: As for :meth:`load_state_dict`.
             names: Parameters that this rank holds.
             replicas: How many ranks hold each of them.
         """
-        travelled = saved["layout"].get("travels", Strategy.compressed_quantity)
-        if travelled != self.compressed_quantity:
+        saved_quantity = saved["layout"].get("travels", Strategy.compressed_quantity)
+        if saved_quantity != self.compressed_quantity:
             if all(key == "step" for each in saved["compressor"] for key in each):
-                return [RestoredPart(part, "absent", "none were saved") for part in _COMPRESSORS_PARTS]
-            log.warning("what the saved run's ranks had not sent yet is of %s; it is lost", travelled)
+                return [RestoredPart(part, "absent", "none were saved") for part in _COMPRESSOR_PARTS]
+            log.warning("the residuals of the saved run are of %s: they are discarded", saved_quantity)
             return [
-                RestoredPart(part, "reset", f"{travelled} travelled, now {self.compressed_quantity}")
-                for part in _COMPRESSORS_PARTS
+                RestoredPart(part, "reset", f"of {saved_quantity}; this run compresses {self.compressed_quantity}")
+                for part in _COMPRESSOR_PARTS
             ]
-        carried = resharding.restore(
+        restored = resharding.restore(
             self.compressor,
             saved["compressor"],
             same_layout=saved["layout"] == self.layout,
@@ -258,22 +266,22 @@ class Strategy(ABC, Generic[OptionsT_co]):
             replicas=replicas,
         )
         self._measured_from = self.compressor.step
-        return carried
+        return restored
 
     def uncompressed_bytes_per_step(self) -> int:
         """Bytes this rank would send in a step without compression."""
         return 0
 
     def metrics(self) -> dict[str, float]:
-        """More scalars for the log, by tag; all ranks call it together, whenever metrics are logged.
+        """Further scalars for the log, by tag; all ranks call it together, whenever metrics are logged.
 
-        Here it is what compression costs and keeps back: milliseconds a step that a rank compresses and decompresses,
-        the mean of all ranks, and the Euclidean norm of what all ranks together have not sent yet.
+        By default those of compression: milliseconds per step that a rank compresses and decompresses, the mean of all
+        ranks, and the Euclidean norm of all ranks' residuals.
         """
         return self.compression_metrics(self.training_group)
 
     def compression_metrics(self, communicator: Communicator) -> dict[str, float]:
-        """What :meth:`metrics` says of compression, over these ranks."""
+        """The scalars of compression, over the ranks of ``communicator``."""
         steps = self.compressor.step - self._measured_from
         if self.config.compression.name == "none" or steps <= 0:
             return {}
@@ -290,13 +298,13 @@ class Strategy(ABC, Generic[OptionsT_co]):
         return found
 
     def report(self) -> dict[str, Any]:
-        """More for ``summary.json``, by part; all ranks call it together at the end of a run."""
+        """Further entries of ``summary.json``; all ranks call it together at the end of a run."""
         metrics = self.compression_metrics(self.training_group)
         found = {name.removeprefix("compression/"): value for name, value in metrics.items()}
         return {"compression_report": {**found, **self.compressor.report()}} if found else {}
 
     def figures(self) -> dict[str, Figure]:
-        """Pictures of what :meth:`report` found, by name; on the rank that writes."""
+        """Figures for the logger, by name, after :meth:`report`; on the rank that writes."""
         return {}
 
     def set_learning_rate(self, rate: float) -> None:
@@ -305,9 +313,9 @@ class Strategy(ABC, Generic[OptionsT_co]):
             group["lr"] = rate
 
     def run(self, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs a rank's whole part, from resuming to the summary, which is returned.
+        """Runs everything a rank does between set-up and the end, and returns the run's summary.
 
-        A strategy whose ranks have other work (a parameter server) does it here; what such a rank returns is empty.
+        By default that is ``fit``. A rank with other work (a server) does that instead and returns an empty summary.
         """
         return fit()
 

@@ -30,7 +30,7 @@ class _Normalise(torch.autograd.Function):
         sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() // channels)])
         communicator.all_reduce(sums)
         count = sums[-1]
-        # Looked at only where it may be: on a GPU the host would wait for it.
+        # Reading the count makes the host wait for a GPU, so it is read only where it may be too small.
         if x.numel() <= channels and count <= 1:
             raise ValueError(f"BatchNorm needs more than one value a channel to train on, got {list(x.shape)}")
         mean = sums[:-1] / count
@@ -117,7 +117,7 @@ class DeferredBatchNorm(_BatchNorm):
         return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def update_running_statistics(self) -> None:
         """Updates the running statistics from all microbatches of the step; all replicas call it together."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             self.sums = None
@@ -140,14 +140,16 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def defer(model: nn.Module, communicator: Communicator) -> int:
-    """Makes the model's BatchNorm layers, in place, update their running statistics only at :func:`settle`.
+def defer_running_statistics(model: nn.Module, communicator: Communicator) -> int:
+    """Makes BatchNorm layers, in place, update running statistics only at :func:`update_running_statistics`.
 
     Returns:
         How many layers it found.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
+        # Changing the class keeps the layer's identity: names, hooks and references to it stay valid.
+        # Changing the class keeps the layer's identity: names, hooks and references to it stay valid.
         layer.__class__ = DeferredBatchNorm
         assert isinstance(layer, DeferredBatchNorm)
         layer.communicator = communicator
@@ -155,20 +157,20 @@ def defer(model: nn.Module, communicator: Communicator) -> int:
     return len(layers)
 
 
-def settle(modules: Iterable[nn.Module]) -> None:
+def update_running_statistics(modules: Iterable[nn.Module]) -> None:
     """Updates the running statistics of all deferred layers; once a step, on all replicas together."""
     for module in modules:
         for layer in module.modules():
             if isinstance(layer, DeferredBatchNorm):
-                layer.settle()
+                layer.update_running_statistics()
 
 
-def keep_from_compiler() -> None:
-    """From now on torch.compile leaves synchronised layers out, instead of following them into their collectives."""
+def exclude_from_compilation() -> None:
+    """Excludes synchronised layers from torch.compile, which can't compile their collectives."""
     SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)  # type: ignore[method-assign]
 
 
-def synchronise(model: nn.Module, communicator: Communicator) -> int:
+def synchronise_batchnorm(model: nn.Module, communicator: Communicator) -> int:
     """Replaces the model's BatchNorm layers, in place, by ones that see all replicas; names and tensors stay.
 
     Returns:
@@ -177,10 +179,12 @@ def synchronise(model: nn.Module, communicator: Communicator) -> int:
     count = 0
     for name, child in list(model.named_children()):
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            # As above: the layer stays the same object.
+            # As above: the layer stays the same object.
             child.__class__ = SyncBatchNorm
         if isinstance(child, SyncBatchNorm):
             child.communicator = communicator
             count += 1
         else:
-            count += synchronise(model.get_submodule(name), communicator)
+            count += synchronise_batchnorm(model.get_submodule(name), communicator)
     return count

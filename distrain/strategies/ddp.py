@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
@@ -41,13 +42,13 @@ class DDPConfig(StrategyConfig):
 
     @property
     def sizes(self) -> tuple[float | None, float | None, float | None]:
-        """What is asked for of the first bucket, the others and the last."""
+        """Configured sizes in MiB of the first bucket, the others and the last; ``None``: by measurement."""
         return self.first_bucket_mb, self.bucket_mb, self.last_bucket_mb
 
 
 @register("strategy", "ddp", DDPConfig)
 class DDP(Replicated[DDPConfig]):
-    """One process's training step with the gradients summed over all ranks while the backward pass runs.
+    """Every rank holds the model and trains on its share; gradients are summed during the backward pass.
 
     Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704). Unlike torch's DistributedDataParallel the mean is over
     the global batch's samples, not over ranks, and a rank without samples contributes zeros.
@@ -61,19 +62,20 @@ class DDP(Replicated[DDPConfig]):
 
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
-        """Any number of ranks will do."""
+        """Accepts any number of ranks."""
 
+    @override
     @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
-        """BatchNorm over all replicas is no kernel of torch's; see the base class."""
+        # Synchronised BatchNorm doesn't use torch's kernel, so it takes another time.
         if cls.options_of(config).batchnorm == "sync" and world_size > 1:
-            batchnorm.synchronise(model, Communicator())
+            batchnorm.synchronise_batchnorm(model, Communicator())
 
+    @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        """Makes sure that all ranks start from the same model; see the base class."""
         self.sync_initial_state(model, self.replicas)
         if self.options.batchnorm == "sync" and self.replicas.size > 1:
-            layers = batchnorm.synchronise(model, self.replicas)
+            layers = batchnorm.synchronise_batchnorm(model, self.replicas)
             self._needs_every_piece = layers > 0
             self._evaluates_together = any(
                 isinstance(layer, batchnorm.SyncBatchNorm) and layer.running_mean is None for layer in model.modules()
@@ -90,62 +92,63 @@ class DDP(Replicated[DDPConfig]):
                         "trainer.compile: the graph breaks at each synchronised BatchNorm layer, which costs more than "
                         "it gains; strategy.batchnorm=local and model.norm=group compile whole"
                     )
-                    batchnorm.keep_from_compiler()
+                    batchnorm.exclude_from_compilation()
                 if self.config.trainer.micro_batch_size is not None:
                     log.warning(
                         "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
                         "they depend on the number of ranks; model.norm=group does not"
                     )
         super().setup(model, task, make_optimizer, example)
-        diverging = not self._needs_every_piece and self.replicas.size > 1
-        self._diverging = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if diverging else []
-        self._settled = True
+        local = not self._needs_every_piece and self.replicas.size > 1
+        #: Buffers that each rank updates from its own share, as BatchNorm does with ``batchnorm=local``.
+        self._local_buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if local else []
+        self._buffers_are_averaged = True
 
+    @override
     def train_step(self, batch: Batch) -> StepResult:
-        """One update from all ranks' shares; see the base class."""
-        self._settled = False
+        self._buffers_are_averaged = False
         return super().train_step(batch)
 
+    @override
     def eval_step(self, batch: Batch) -> StepResult:
-        """Forward only; see the base class."""
-        self._settle()
+        self._average_buffers()
         return super().eval_step(batch)
 
+    @override
     def model_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name; all ranks call it together."""
-        self._settle()
+        self._average_buffers()
         return super().model_state()
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Averages buffers that each rank updated from its own share (BatchNorm's with ``batchnorm=local``)."""
-        if not self._settled:
-            for buffer in self._diverging:
-                # In float64, so that a buffer that is the same everywhere (a constant) stays what it is.
+    def _average_buffers(self) -> None:
+        if not self._buffers_are_averaged:
+            for buffer in self._local_buffers:
+                # In float64, so that a buffer that is equal on all ranks (a constant) keeps its value.
                 buffer.copy_(self.replicas.all_reduce(buffer.double()).div_(self.replicas.size))
-        self._settled = True
+        self._buffers_are_averaged = True
 
+    @override
     def _make_gradients(self) -> Gradients:
         size = gradient_bytes_of(self.model)
-        everyone, device = self.runtime.communicator(), self.runtime.device
-        self._bucketing = BucketSizing(
-            self.options.sizes, self.replicas, everyone, device, size, deterministic=self.config.trainer.deterministic
+        all_ranks, device = self.runtime.communicator(), self.runtime.device
+        self._bucket_sizing = BucketSizing(
+            self.options.sizes, self.replicas, all_ranks, device, size, deterministic=self.config.trainer.deterministic
         )
-        sizes = self._bucketing.sizes(size)
+        sizes = self._bucket_sizing.sizes(size)
         gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
-        self._bucketing.log_choice([bucket.bytes for bucket in gradients.buckets])
+        self._bucket_sizing.log_choice([bucket.bytes for bucket in gradients.buckets])
         return gradients
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Also what the buckets' sizes follow from; see the base class."""
-        found = super().state_dict()
-        found["scalars"]["buckets"] = self._bucketing.state_dict()
-        return found
+        state = super().state_dict()
+        state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
+        return state
 
+    @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
-        """Takes back the buckets' sizes too, where the ranks are arranged as they were; see the base class."""
         if saved["layout"] == self.layout:
             assert isinstance(self.gradients, Gradients)
-            self._bucketing.load_state_dict(saved["scalars"].get("buckets"))
-            self.gradients.rebuild_buckets(*self._bucketing.sizes(self.gradients.bytes))
+            self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
+            self.gradients.rebuild_buckets(*self._bucket_sizing.sizes(self.gradients.bytes))
         return super().load_state_dict(saved)

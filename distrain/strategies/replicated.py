@@ -71,7 +71,7 @@ class Replicated(Strategy[OptionsT_co]):
             self.compressor.begin_step()
             result = self._accumulate(batch, batch.global_count, sends=True)
             self.gradients.finish()
-            result.left_out = self._update()
+            result.skipped = self._update()
         return result
 
     def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:

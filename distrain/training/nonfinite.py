@@ -78,7 +78,7 @@ class NonFiniteGuard:
             self._check_loss(result, batch, step)
             return True
         finite = math.isfinite(result.loss_sum.item())
-        if not result.left_out:
+        if not result.skipped:
             self._skipped_in_a_row = 0
             # If the loss is not finite here, the loss scaling of fp16 has skipped the update: normal, so no warning.
             return finite

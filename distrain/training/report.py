@@ -84,7 +84,7 @@ class Report:
         if counts:
             self._window.add(result.loss_sum, result.metric_sums, result.count)
         # Where all ranks skip the same update, it is one.
-        self._skipped += result.left_out and (self._runtime.is_main or self._strategy.skips_locally)
+        self._skipped += result.skipped and (self._runtime.is_main or self._strategy.skips_locally)
 
     def collect(self, progress: Progress, *, settled: bool = True) -> list[float]:
         """Adds the sums since the last call, over all ranks, to ``progress``, and returns them.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distrain.communication.collectives import Communicator
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.batchnorm import SyncBatchNorm, synchronise
+from distrain.strategies.batchnorm import SyncBatchNorm, synchronise_batchnorm
 from tests.harness import RankFailed, run_ranks
 from tests.runs import small
 
@@ -79,7 +79,7 @@ def on_each_rank(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
         found = {}
         for name in LAYERS:
             model = nn.Sequential(make(name))
-            assert synchronise(model, everyone) == 1
+            assert synchronise_batchnorm(model, everyone) == 1
             batches = [
                 (inputs.split(shares)[everyone.rank], derivatives.split(shares)[everyone.rank])
                 for (inputs, derivatives), shares in zip(data(name, everyone.size), SHARES[everyone.size], strict=True)
@@ -116,7 +116,7 @@ def test_shares_give_what_the_whole_batch_gives(shared: list[dict[str, Any]], na
 
 def alone(layer: nn.Module) -> nn.Module:
     model = nn.Sequential(layer)
-    synchronise(model, Communicator())
+    synchronise_batchnorm(model, Communicator())
     return model
 
 
@@ -165,7 +165,7 @@ def test_one_value_a_channel_can_not_be_normalised() -> None:
 def one_value_among_two(folder: Path) -> None:
     with Runtime(small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
         model = nn.Sequential(nn.BatchNorm1d(2))
-        synchronise(model, runtime.communicator())
+        synchronise_batchnorm(model, runtime.communicator())
         # One sample each is enough; one in all is not.
         model(torch.ones(1, 2))
         model(torch.ones(1 - runtime.world.rank, 2))
@@ -185,7 +185,7 @@ def test_all_layers_are_replaced_wherever_they_are_and_keep_names_and_tensors() 
         {"first": inner, "second": nn.Sequential(nn.Sequential(nn.BatchNorm1d(5))), "third": nn.BatchNorm3d(2)}
     )
     before = model.state_dict(keep_vars=True)
-    assert synchronise(model, Communicator()) == 3
+    assert synchronise_batchnorm(model, Communicator()) == 3
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -197,11 +197,11 @@ def test_all_layers_are_replaced_wherever_they_are_and_keep_names_and_tensors() 
 def test_a_second_call_gives_the_layers_another_group() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2))
     first, second = Communicator(), Communicator()
-    assert synchronise(model, first) == 1
-    assert synchronise(model, second) == 1
+    assert synchronise_batchnorm(model, first) == 1
+    assert synchronise_batchnorm(model, second) == 1
     assert isinstance(model[0], SyncBatchNorm)
     assert model[0].communicator is second
 
 
 def test_a_model_without_such_layers_stays() -> None:
-    assert synchronise(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), Communicator()) == 0
+    assert synchronise_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), Communicator()) == 0

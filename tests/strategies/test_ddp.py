@@ -192,7 +192,7 @@ def test_where_initial_parameters_differ_rank_0_s_are_taken_with_a_warning(ranks
     for each in ranks:
         assert torch.equal(each["start"]["different"], parameters(network(0, norm=True)))
         assert each["start"]["warnings"] == [
-            "WARNING initial parameters of ranks [1, 2] differ from rank 0's, which are taken"
+            "WARNING the initial parameters of ranks [1, 2] differ from those of rank 0, which all ranks use"
         ]
 
 

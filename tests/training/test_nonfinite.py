@@ -141,10 +141,10 @@ def test_a_skipped_update_changes_no_state() -> None:
     for number, batch in enumerate(batches):
         for kind in ("loss", "gradient") if number == 2 else ():
             FAULT = kind
-            left_out.append(strategies[0].train_step(batch).left_out)
+            left_out.append(strategies[0].train_step(batch).skipped)
         FAULT = "nothing"
-        left_out.append(strategies[0].train_step(batch).left_out)
-        assert not strategies[1].train_step(batch).left_out
+        left_out.append(strategies[0].train_step(batch).skipped)
+        assert not strategies[1].train_step(batch).skipped
     assert left_out == [False, False, True, True, False, False]
     # Including BatchNorm's statistics, which the forward pass had already changed.
     for (name, tensor), other in zip(faulty.state_dict().items(), healthy.state_dict().values(), strict=True):
@@ -231,11 +231,11 @@ def test_an_overflow_of_the_loss_scale_is_not_reported() -> None:
     batch.inputs *= 1e3
     results = [strategy.train_step(batch) for _ in range(12)]
     assert strategy.precision.state_dict()["scale"] < 2**16
-    assert not any(result.left_out for result in results)
+    assert not any(result.skipped for result in results)
     batch.inputs *= math.nan
     for _ in range(16):
-        assert not strategy.train_step(batch).left_out or strategy.precision.state_dict()["scale"] == 1
-    assert strategy.train_step(batch).left_out
+        assert not strategy.train_step(batch).skipped or strategy.precision.state_dict()["scale"] == 1
+    assert strategy.train_step(batch).skipped
 
 
 # --- rewind ----------------------------------------------------------------------------------------------------------

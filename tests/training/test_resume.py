@@ -190,7 +190,7 @@ def test_residuals_are_reset_without_error_feedback_or_in_another_unit(lossy: di
     assert hows(tmp_path / "a") == {**MOVED, "residuals": "reset", "compressor's factors": "reset"}
     start(2, "strategy=local_sgd", *options, f"run_dir={tmp_path}/b", f"resume={lossy['topk']}")
     assert hows(tmp_path / "b") == {**MOVED, "residuals": "reset", "compressor's factors": "reset"}
-    assert "gradients travelled, now differences" in log_of(tmp_path / "b")
+    assert "of gradients; this run compresses differences" in log_of(tmp_path / "b")
 
 
 def test_diverged_local_sgd_replicas_are_restored_or_averaged(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             if warming_up:
                 self.gradients.finish()
             if count:
-                result.left_out = self._update()
+                result.skipped = self._update()
             self._step += 1
             self._count_samples(batch)
             if not warming_up:

@@ -434,7 +434,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         return 2 * sum(client.bytes for client in self._clients.clients)
 
     def report(self) -> dict[str, Any]:
-        """Who did how many steps and how stale they were, who is gone, and what travelled; also draws it."""
+        """Steps and staleness of each worker, lost workers, and bytes; also draws the staleness."""
         by_server = [client.request(FrameKind.STATISTICS)[0].meta for client in self._clients.clients]
         workers = [
             merge_statistics([server["workers"][index] for server in by_server]) for index in range(self._worker_count)

@@ -154,7 +154,7 @@ class Pipeline(Strategy[PipelineConfig]):
         for name, block in blocks[boundaries[index] : boundaries[index + 1]]:
             module.add_module(name, block)
         if self.options.batchnorm == "deferred":
-            batchnorm.defer(module, self.replicas)
+            batchnorm.defer_running_statistics(module, self.replicas)
         is_last = index == len(self._rank_of_stage) - 1
         splits_backward = self._schedule.splits_backward
         self.stages[index] = Stage(index, module, is_last, self.task, self.precision, splits_backward=splits_backward)
@@ -215,14 +215,14 @@ class Pipeline(Strategy[PipelineConfig]):
                 if not count or len(self.stages) > 1:
                     self.gradients[index].begin_last_backward()
                 self.gradients[index].finish()
-            batchnorm.settle(self._modules)
-            left_out = self._update()
+            batchnorm.update_running_statistics(self._modules)
+            skipped = self._update()
         if count == self.options.microbatches:
             self._recorder.end_step()
         for stage in self.stages.values():
             # Measuring hooks every tensor that autograd saves, so it is done in the first step only.
             stage.measures_memory = False
-        return StepResult(loss_sum, metric_sums, len(batch) if self._has_last_stage else 0, left_out=left_out)
+        return StepResult(loss_sum, metric_sums, len(batch) if self._has_last_stage else 0, skipped=skipped)
 
     @property
     def _modules(self) -> list[nn.Module]:
