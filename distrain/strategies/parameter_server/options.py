@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distrain.compression.base import MessageCompressor, compressor_class
-from distrain.config.registry import choices
+from distrain.config.registry import choice, choices
 from distrain.config.schema import Config, StrategyConfig, setting
 from distrain.errors import ConfigError
 
@@ -89,6 +89,12 @@ class ParameterServerConfig(StrategyConfig):
                 f"needs workers that keep step, not mode={self.mode}",
                 ["null"],
             )
-        if not issubclass(compressor_class(config), MessageCompressor):
-            name, others = config.compression.name, [name for name in choices("compression") if name != "auto"]
-            raise ConfigError("compression", name, "needs collectives; gradients are sent to servers instead", others)
+        if not _sends_messages(compressor_class(config)):
+            others = [name for name in choices("compression") if _sends_messages(choice("compression", name).target)]
+            reason = "needs collectives; gradients are sent to servers instead"
+            raise ConfigError("compression", config.compression.name, reason, others)
+
+
+def _sends_messages(compressor: object) -> bool:
+    """Whether a registered compressor makes messages that can be sent to one rank; others need collectives."""
+    return isinstance(compressor, type) and issubclass(compressor, MessageCompressor)

@@ -88,9 +88,9 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     If a worker other than rank 0 is lost in async or ssp, the others continue without the samples of its share in the
     current epoch; from the next epoch on, and in evaluation at once, the remaining workers share all samples. The run
-    succeeds, with a warning and ``lost_workers`` in the summary. In sync mode, or if a server or rank 0 is
-    lost, the run fails with that rank's name. A launcher that ends all ranks when one dies (torchrun does so on each
-    host) ends this run too; see ``docs/parameter_server.md``.
+    succeeds, with a warning and ``lost_workers`` in the summary. In sync mode, or if a server or rank 0 is lost, the
+    run fails with that rank's name. A launcher that ends all ranks when one dies (torchrun does so on each host) ends
+    this run too; see ``docs/parameter_server.md``.
 
     With ``trainer.on_nonfinite=skip`` the servers skip a sync update that is not finite; in async and ssp a worker
     whose own gradient is not finite pushes nothing in its place. Stops are decided by the first server, for a step that
@@ -108,11 +108,10 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         self._worker_count = runtime.world.size - self.options.servers
-        rank = runtime.world.rank
         runtime.activity.independent_steps = self.options.mode != "sync"
         self._server: Server | None = None
-        self.is_server = rank >= self._worker_count
-        self.data_shard = (0 if self.is_server else rank, self._worker_count)
+        self.is_server = runtime.world.rank >= self._worker_count
+        self.data_shard = (0 if self.is_server else runtime.world.rank, self._worker_count)
         self._up_to_date = True
         self._checks_finite = config.trainer.on_nonfinite != "stop"
         self._skipped = False
@@ -126,7 +125,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
-        """Refuses more servers than there are tensors for."""
+        """Refuses more servers than the model has trainable tensors."""
         options = cls.options_of(config)
         tensors = len(trainable_parameters(model))
         if options.servers > tensors:
@@ -159,7 +158,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             dict(parameters[position] for position in positions)
             for positions in assign_tensors(sizes, self.options.servers)
         ]
-        hosts = [str(each["host"]) for each in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
+        hosts = [str(info["host"]) for info in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
         peers = [RankName(rank, host) for rank, host in enumerate(hosts)]
         workers, servers = peers[: self._worker_count], peers[self._worker_count :]
         if self.is_server:
