@@ -170,7 +170,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by the unsplit model's names."""
+        """Parameters and buffers by the unsplit model's names; all ranks call it together."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

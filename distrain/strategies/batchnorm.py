@@ -149,7 +149,6 @@ def defer_running_statistics(model: nn.Module, communicator: Communicator) -> in
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
         # Changing the class keeps the layer's identity: names, hooks and references to it stay valid.
-        # Changing the class keeps the layer's identity: names, hooks and references to it stay valid.
         layer.__class__ = DeferredBatchNorm
         assert isinstance(layer, DeferredBatchNorm)
         layer.communicator = communicator
@@ -179,7 +178,6 @@ def synchronise_batchnorm(model: nn.Module, communicator: Communicator) -> int:
     count = 0
     for name, child in list(model.named_children()):
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
-            # As above: the layer stays the same object.
             # As above: the layer stays the same object.
             child.__class__ = SyncBatchNorm
         if isinstance(child, SyncBatchNorm):

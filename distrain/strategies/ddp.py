@@ -60,10 +60,6 @@ class DDP(Replicated[DDPConfig]):
         self.replicas = Communicator(self.mesh.get_group("data") if self.mesh else None, self.ledger)
         self.data_shard = (self.replicas.rank, self.replicas.size)
 
-    @classmethod
-    def check(cls, config: Config, world_size: int) -> None:
-        """Accepts any number of ranks."""
-
     @override
     @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:

@@ -137,15 +137,15 @@ def test_a_skipped_update_changes_no_state() -> None:
     healthy.load_state_dict(faulty.state_dict())
     strategies = [single(model, "trainer.on_nonfinite=skip", "optimizer.momentum=0.9") for model in (faulty, healthy)]
     batches = [drawn(6, 3, 8, 8, seed=seed) for seed in range(4)]
-    left_out = []
+    skipped = []
     for number, batch in enumerate(batches):
         for kind in ("loss", "gradient") if number == 2 else ():
             FAULT = kind
-            left_out.append(strategies[0].train_step(batch).skipped)
+            skipped.append(strategies[0].train_step(batch).skipped)
         FAULT = "nothing"
-        left_out.append(strategies[0].train_step(batch).skipped)
+        skipped.append(strategies[0].train_step(batch).skipped)
         assert not strategies[1].train_step(batch).skipped
-    assert left_out == [False, False, True, True, False, False]
+    assert skipped == [False, False, True, True, False, False]
     # Including BatchNorm's statistics, which the forward pass had already changed.
     for (name, tensor), other in zip(faulty.state_dict().items(), healthy.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), name
