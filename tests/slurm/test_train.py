@@ -32,8 +32,8 @@ pytestmark = [
 ]
 
 CIFAR10 = os.environ.get("DISTRAIN_CIFAR10")
-#: Enough steps for some seconds of training, in which the job is disturbed.
-STEPS = 240 if CIFAR10 else 800
+#: Enough steps for some seconds of training, in which the job is disturbed: SLURM looks for jobs every two seconds.
+STEPS, SAVE_EVERY = (240, 40) if CIFAR10 else (6000, 100)
 SCRIPT = LAUNCH / "slurm" / "train.sbatch"
 SETTINGS = (
     "strategy=ddp",
@@ -41,7 +41,7 @@ SETTINGS = (
     "trainer.epochs=1000",
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_steps=10",
-    "checkpoint.every_steps=40",
+    f"checkpoint.every_steps={SAVE_EVERY}",
     "scheduler=constant",
     "runtime.threads=1",
     # `auto` chooses by measured times, so two runs might choose differently.
