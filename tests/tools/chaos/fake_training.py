@@ -132,7 +132,15 @@ def resume(run: Path, wrong: str) -> tuple[int, int]:
 
 def cut(path: Path, step: int) -> None:
     rows = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{row}\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= step))
+    path.write_text("".join(f"{row}\n" for row in rows if step_of(row) <= step))
+
+
+def step_of(row: str) -> float:
+    """The step of a row; infinite if the row was cut off by a full disk, perhaps with another one behind it."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def log(run: Path, line: str) -> None:
