@@ -18,7 +18,7 @@ from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint.format import PARTS, PER_RANK_PARTS, checkpoint_path, per_rank_file, temporary_path
 from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
-from distrain.files.writing import sync_folder, to_json
+from distrain.files.writing import sync_path, to_json
 
 #: Tag of the messages that carry the files of ranks that don't see rank 0's folder.
 _FILE_TAG = 1
@@ -190,7 +190,7 @@ def _complete(temporary: Path, final: Path, content: Mapping[str, Any], digests:
     # Without a newline at the end, so that a manifest that lost its last byte is no longer JSON.
     manifest = json.dumps(dict(sorted({**digests, "state.json": state_digest}.items())), indent=2).encode()
     safetensors_writer.write(temporary / "manifest.json", [manifest])
-    sync_folder(temporary)
+    sync_path(temporary)
     # A resumed run may save the same step again. Renaming needs the name to be free, and a folder that is being deleted
     # must not look like a checkpoint, so the old one is renamed first and deleted last.
     replaced = final.parent / f"{temporary.name}.replaced"
@@ -202,5 +202,5 @@ def _complete(temporary: Path, final: Path, content: Mapping[str, Any], digests:
         if replaced.exists():
             replaced.rename(final)
         raise
-    sync_folder(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)

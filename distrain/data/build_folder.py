@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrain.errors import ConfigError
+from distrain.files.writing import sync_path
 
 log = logging.getLogger(__name__)
 _BUILD = ".build-"
@@ -76,15 +77,7 @@ def publish(built: Path, target: Path) -> None:
         target: The final place. An existing file is replaced; a folder must not exist yet.
     """
     for path in sorted(built.rglob("*"), reverse=True) if built.is_dir() else []:
-        _fsync(path)
-    _fsync(built)
+        sync_path(path)
+    sync_path(built)
     built.replace(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(target.parent)

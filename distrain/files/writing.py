@@ -40,8 +40,8 @@ def flush_and_sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Syncs a folder's entries to the disk, so that new names in it survive a crash of the machine."""
+def sync_path(path: Path) -> None:
+    """Syncs a file's content, or a folder's entries, to the disk, so that it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

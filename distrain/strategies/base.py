@@ -323,8 +323,3 @@ class Strategy(ABC, Generic[OptionsT_co]):
 def strategy_class(config: Config) -> type[Strategy]:
     """The class of the strategy that the configuration names."""
     return cast(type[Strategy], choice("strategy", config.strategy.name).target)
-
-
-def build(config: Config, runtime: Runtime) -> Strategy:
-    """The strategy that the configuration names."""
-    return strategy_class(config)(config, runtime)

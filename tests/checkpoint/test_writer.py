@@ -95,7 +95,7 @@ def test_saving_a_step_again_replaces_its_checkpoint(saved: Path) -> None:
 BREAKABLE: dict[str, Any] = {
     "a tensor's file": (safetensors_writer, "write"),
     "state.json": (checkpoint_writer, "to_json"),
-    "the folder": (checkpoint_writer, "sync_folder"),
+    "the folder": (checkpoint_writer, "sync_path"),
     "its name": (Path, "rename"),
     "a new folder": (Path, "mkdir"),
 }

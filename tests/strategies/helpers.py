@@ -26,7 +26,7 @@ def set_up(model: nn.Module, config: Config, runtime: Runtime | None = None) -> 
     """The configured strategy around a model; alone unless a runtime is given."""
     # Small tensors: more threads would only wait for each other.
     torch.set_num_threads(1)
-    strategy = cast(Replicated, base.build(config, runtime or Runtime(config, ALONE)))
+    strategy = cast(Replicated, base.strategy_class(config)(config, runtime or Runtime(config, ALONE)))
     example = torch.zeros(0)
     task = tasks.build(config, DataSpec(3, 8, 8, tuple("abcdefghij")))
     strategy.setup(model, task, lambda named: build_optimizer(config.optimizer, named), example)
