@@ -1,4 +1,4 @@
-"""What a configuration means on this rank, resolved once: device, backend, strategy, data source and task."""
+"""What a configuration means on this rank: device, strategy, data source and task."""
 
 from __future__ import annotations
 
@@ -39,13 +39,12 @@ def data_source(config: Config) -> DataSource:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run as this rank will do it; nothing of it is resolved again.
+    """A run as this rank will do it, for everything between the configuration and the trainer.
 
     Attributes:
         config: The checked configuration.
         world: This rank's place among all.
         device: Where this rank computes.
-        backend: The process group's.
         strategy: The class of the strategy.
         source: The data set, not loaded yet.
         spec: What the source says of itself before it is loaded.
@@ -55,7 +54,6 @@ class RunPlan:
     config: Config
     world: World
     device: torch.device
-    backend: str
     strategy: type[Strategy]
     source: DataSource
     spec: DataSpec
@@ -69,12 +67,12 @@ class RunPlan:
             ConfigError: There is no such device, backend or data, or the strategy can't run on so many ranks.
         """
         device = choose_device(config, world)
-        backend = choose_backend(config, device)
+        choose_backend(config, device)  # Runtime uses it; here a backend that can't serve the device is refused.
         strategy = strategies.strategy_class(config)
         strategy.check(config, world.size)
         source = data_source(config)
         spec = source.describe()
-        return cls(config, world, device, backend, strategy, source, spec, tasks.build(config, spec))
+        return cls(config, world, device, strategy, source, spec, tasks.build(config, spec))
 
     @property
     def dtype(self) -> torch.dtype:
