@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-net test-slurm test-image lint lint-deploy format bench chaos hooks dev clean
+.PHONY: help train test test-net test-slurm test-soak test-image lint lint-deploy format bench chaos hooks dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ test-net: $(VENV)/.stamp-test ## Run jobs under torchrun on several hosts of a t
 
 test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on this machine (needs slurm-wlm and munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+test-soak: $(VENV)/.stamp-test ## Train hundreds of times, for faults that few runs show (an hour on two cores)
+	$(BIN)/python -m pytest -m soak tests/soak $(ARGS)
 
 test-image: ## Build the image without a daemon and train in it (needs root, buildah and debootstrap)
 	docker/try_image.sh

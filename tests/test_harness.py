@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +43,7 @@ def die_on(rank: int) -> int:
 def write_pid_and_hang_on(rank: int, folder: Path) -> str:
     folder.joinpath(str(own_rank()[0])).write_text(str(os.getpid()))
     if own_rank()[0] == rank:
+        (folder / "hangs").touch()
         time.sleep(600)
     return "done"
 
@@ -49,6 +53,7 @@ def hang_deaf(folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=time.sleep, args=(600,)).start()
     folder.joinpath("0").write_text(str(os.getpid()))
+    (folder / "hangs").touch()
     time.sleep(600)
 
 
@@ -67,8 +72,8 @@ def change_environment() -> None:
 
 
 def gone(pid: int) -> bool:
-    """The process has ended and was reaped; waits a moment for the fork server to do it."""
-    deadline = time.monotonic() + 5
+    """The process has ended and was reaped; waits for the fork server to do it."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
@@ -76,6 +81,19 @@ def gone(pid: int) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+@pytest.fixture
+def time_is_up_when_a_rank_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the harness's time limit run out as soon as only a rank is left that hangs, however busy the machine is."""
+
+    def wait(ends: list[Connection], timeout: float) -> list[Any]:
+        while not (ready := multiprocessing.connection.wait(ends, 0.05)):
+            if len(ends) == 1 and (tmp_path / "hangs").exists():
+                break
+        return ready
+
+    monkeypatch.setattr("tests.harness.wait", wait)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -119,19 +137,23 @@ def test_result_that_cant_travel_is_a_failure_not_a_hang() -> None:
         run_ranks(unpicklable, 1)
 
 
-def test_time_limit_ends_the_rank_that_hangs_and_names_it(tmp_path: Path) -> None:
-    start = time.monotonic()
-    outcomes = run_ranks_to_the_end(write_pid_and_hang_on, 2, 1, tmp_path, timeout=1.5)
-    assert time.monotonic() - start < 10
+def test_time_limit_ends_the_ranks_and_names_each() -> None:
+    outcomes = run_ranks_to_the_end(time.sleep, 2, 600, timeout=0.5)
+    assert [str(outcome) for outcome in outcomes] == ["still running after 0.5 s"] * 2
+
+
+@pytest.mark.usefixtures("time_is_up_when_a_rank_hangs")
+def test_rank_that_hangs_is_ended_and_the_others_result_is_kept(tmp_path: Path) -> None:
+    outcomes = run_ranks_to_the_end(write_pid_and_hang_on, 2, 1, tmp_path)
     assert outcomes[0] == "done"
     assert isinstance(outcomes[1], RankFailed)
-    assert str(outcomes[1]) == "still running after 1.5 s"
     assert all(gone(int(tmp_path.joinpath(str(rank)).read_text())) for rank in range(2))
 
 
+@pytest.mark.usefixtures("time_is_up_when_a_rank_hangs")
 def test_rank_that_ignores_signals_is_ended_too(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="still running"):
-        run_ranks(hang_deaf, 1, tmp_path, timeout=1.5)
+        run_ranks(hang_deaf, 1, tmp_path)
     assert gone(int(tmp_path.joinpath("0").read_text()))
 
 
