@@ -26,6 +26,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
 
+#: Seconds after which something that a test waits for counts as hanging; far more than a busy machine needs.
+HANG_SECONDS = 300
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or ran out of time; the message says which and holds its traceback."""
@@ -47,7 +50,7 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = HANG_SECONDS) -> list[Any]:
     """Calls ``function(*args)`` on every rank at the same time.
 
     Args:
@@ -69,7 +72,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return outcomes
 
 
-def run_ranks_to_the_end(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks_to_the_end(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = HANG_SECONDS
+) -> list[Any]:
     """As :func:`run_ranks`, but a failure is an outcome: a :class:`RankFailed` in the rank's place."""
     store = TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)

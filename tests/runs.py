@@ -54,8 +54,8 @@ SMALL = (
     "logger=none",
     "trainer.progress=off",
     "runtime.threads=1",
-    "runtime.timeout_seconds=30",
-    "runtime.setup_timeout_seconds=30",
+    "runtime.timeout_seconds=120",
+    "runtime.setup_timeout_seconds=120",
 )
 
 

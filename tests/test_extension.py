@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader
+from tests.harness import HANG_SECONDS
 from tests.runs import LAUNCH
 
 PARTS = {
@@ -208,7 +209,9 @@ def run(lab: Path, script: str, *arguments: str, ranks: int = 1) -> subprocess.C
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, "-W", "ignore", *launcher, str(LAUNCH / f"{script}.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=lab, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(
+        command, cwd=lab, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
 
 
 def train(lab: Path, name: str, *overrides: str, ranks: int = 1) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distrain.runtime.world import World
-from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.harness import HANG_SECONDS, RankFailed, run_ranks, run_ranks_to_the_end
 
 
 def own_rank() -> tuple[int, int]:
@@ -73,7 +73,7 @@ def change_environment() -> None:
 
 def gone(pid: int) -> bool:
     """The process has ended and was reaped; waits for the fork server to do it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)

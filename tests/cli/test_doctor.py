@@ -16,7 +16,7 @@ from distrain.cli.doctor import DoctorSettings
 from distrain.errors import ConfigError, Failed
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
-from tests.harness import run_ranks, run_ranks_to_the_end
+from tests.harness import HANG_SECONDS, run_ranks, run_ranks_to_the_end
 from tests.runs import LAUNCH
 
 
@@ -77,7 +77,7 @@ def examine_all_but_the_last() -> str:
 
 
 def test_missing_rank_fails_the_others() -> None:
-    assert run_ranks_to_the_end(examine_all_but_the_last, 3, timeout=30) == ["failed", "failed", "absent"]
+    assert run_ranks_to_the_end(examine_all_but_the_last, 3) == ["failed", "failed", "absent"]
 
 
 def test_unreachable_or_unknown_rendezvous_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_command_runs_with_the_interface_in_its_environment() -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert done.stdout == f"{interface}\n"
     assert done.returncode == 3

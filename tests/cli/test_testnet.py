@@ -14,6 +14,7 @@ from distrain.cli.testnet import NetworkSettings
 from distrain.errors import ConfigError
 from distrain.tools.testnet import network
 from distrain.tools.testnet.network import VirtualNetwork
+from tests.harness import HANG_SECONDS
 from tests.hosts import needs_network
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "testnet.py"
@@ -25,7 +26,7 @@ def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         env={**os.environ, "HYDRA_FULL_ERROR": "0"},
     )
 

@@ -112,7 +112,7 @@ def _by_name(gradients: Gradients) -> Tensor:
 
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 60), (3, 200), (4, 40)])
 def test_all_ranks_get_equal_sums_and_residuals_hold_the_rest(ranks: int, steps: int) -> None:
-    everyone = run_ranks(_exchange_on_rank, ranks, ALL, steps, timeout=150)
+    everyone = run_ranks(_exchange_on_rank, ranks, ALL, steps)
     for name in ALL:
         assert len({found[name]["digest"] for found in everyone}) == 1, name
         first = everyone[0][name]

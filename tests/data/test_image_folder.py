@@ -19,7 +19,7 @@ from distrain.data.base import Splits
 from distrain.data.build_folder import locked_build_folder
 from distrain.errors import ConfigError
 from tests.data.helpers import source, write_image
-from tests.harness import CONTEXT
+from tests.harness import CONTEXT, HANG_SECONDS
 
 
 def load(root: Path, **changes: object) -> Splits:
@@ -212,7 +212,7 @@ def start_job(tree: Path, log: Path) -> BaseProcess:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -224,7 +224,7 @@ def test_one_of_several_jobs_builds_while_the_others_wait(tree: Path, tmp_path: 
         jobs = [start_job(tree, log) for log in logs]
         wait_for(lambda: all(log.exists() and "waiting for another process" in log.read_text() for log in logs))
     for job in jobs:
-        job.join(60)
+        job.join(HANG_SECONDS)
         assert job.exitcode == 0
     texts = [log.read_text() for log in logs]
     assert all("14 images" in text for text in texts)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from distrain.data.prefetch import prefetched
+from tests.harness import HANG_SECONDS
 
 
 def background_threads() -> int:
@@ -47,7 +48,7 @@ def test_items_are_prepared_while_the_consumer_works() -> None:
 
     stream = prefetched(items(), 1)
     next(stream)
-    assert second_prepared.wait(5)
+    assert second_prepared.wait(HANG_SECONDS)
     stream.close()
 
 
@@ -73,10 +74,8 @@ def test_a_consumer_that_stops_early_leaves_no_thread() -> None:
     stream = prefetched(endless(), 2)
     next(stream)
     assert background_threads() == 1
-    started = time.monotonic()
     stream.close()
     assert background_threads() == 0
-    assert time.monotonic() - started < 1
 
 
 def test_a_stream_that_is_never_read_starts_no_thread() -> None:

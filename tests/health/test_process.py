@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from distrain.health.process import Process, _state_and_start
+from tests.harness import HANG_SECONDS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
@@ -32,7 +33,7 @@ def process_of(child: subprocess.Popen[bytes]) -> Process:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -67,5 +68,5 @@ def test_a_stopped_process_is_recognised_and_can_be_killed(child: subprocess.Pop
     wait_for(lambda: process.is_stopped)
     assert process.is_alive
     process.kill()
-    assert child.wait(5) == -signal.SIGKILL
+    assert child.wait(HANG_SECONDS) == -signal.SIGKILL
     process.kill()

@@ -25,7 +25,7 @@ from distrain.health.thread_stack import ThreadStack
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.run_plan import data_source
-from tests.harness import run_ranks, run_ranks_to_the_end
+from tests.harness import HANG_SECONDS, run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank, trainer_for
 
 HOST = World.from_environment().host
@@ -135,7 +135,7 @@ def run_with_fault(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Returns the outcome of each rank, and the report; rank 1 fails in the batch."""
     configuration = configured(folder, strategy, *options)
-    outcomes = run_ranks_to_the_end(train_with_fault, ranks, configuration, fault, 1, batch, timeout=60)
+    outcomes = run_ranks_to_the_end(train_with_fault, ranks, configuration, fault, 1, batch)
     assert time.time() - float((folder / "fault_time").read_text()) < LIMIT + GRACE
     assert not any("still running" in str(outcome) for outcome in outcomes)
     return outcomes, report(folder)
@@ -197,7 +197,7 @@ def test_a_killed_worker_of_a_parameter_server_is_named_with_its_samples(tmp_pat
 def test_a_stuck_expendable_worker_ends_itself_and_the_others_continue(tmp_path: Path) -> None:
     options = ("strategy.mode=async", "trainer.epochs=2", "strategy.worker_timeout_seconds=30")
     configuration = configured(tmp_path, "parameter_server", *options)
-    outcomes = run_ranks_to_the_end(train_with_fault, 3, configuration, "hang", 1, 3, timeout=60)
+    outcomes = run_ranks_to_the_end(train_with_fault, 3, configuration, "hang", 1, 3)
     assert [str(outcome) for outcome in outcomes] == ["finished", "died with exit code 1", "finished"]
     assert not (tmp_path / "failure.json").exists()
     assert "no progress within runtime.timeout_seconds=2 in training" in (tmp_path / "logs" / "rank_1.log").read_text()
@@ -213,7 +213,7 @@ def train_on_separate_hosts(configuration: Config, fault: str, rank: int, batch:
 def test_a_rank_killed_on_another_host_is_named(tmp_path: Path) -> None:
     limits = ("runtime.timeout_seconds=60", "runtime.heartbeat_timeout_seconds=60")
     outcomes = run_ranks_to_the_end(
-        train_on_separate_hosts, 2, configured(tmp_path, "ddp", *limits), "SIGKILL", 1, 3, timeout=60
+        train_on_separate_hosts, 2, configured(tmp_path, "ddp", *limits), "SIGKILL", 1, 3, timeout=HANG_SECONDS
     )
     assert "failed" in str(outcomes[0]) or str(outcomes[0]) == "died with exit code 1"
     failure = report(tmp_path)
@@ -234,7 +234,7 @@ def test_a_failed_rank_that_served_the_store_is_named(fault: str, error: str, tm
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configuration = configured(tmp_path, "ddp")
-    outcomes = run_ranks_to_the_end(train_with_store_on_rank_0, 2, configuration, fault, port, timeout=60)
+    outcomes = run_ranks_to_the_end(train_with_store_on_rank_0, 2, configuration, fault, port)
     assert str(outcomes[0]) == "died with exit code -9"
     assert "failed" in str(outcomes[1]) or str(outcomes[1]) == "died with exit code 1"
     failure = report(tmp_path)

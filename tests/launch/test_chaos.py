@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import HANG_SECONDS
 from tests.runs import launched
 from tests.trained import Refusal
 
@@ -22,7 +23,7 @@ def test_training_with_a_damaged_checkpoint_ends_as_the_undisturbed_one(tmp_path
     arguments = ["nproc=1", "faults=1", "kinds=[flip_bit]", ALONE]
     arguments += [f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'results'}"]
     training = ["experiment=chaos", "strategy=single", "trainer.max_steps=150"]
-    done = launched(tmp_path, "chaos", *arguments, "--", *training, timeout=115)
+    done = launched(tmp_path, "chaos", *arguments, "--", *training, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "single, run 1 ended as the undisturbed run" in done.stdout
     results = json.loads(tmp_path.joinpath("results").read_text())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from distrain.cli.run_folder import RunFolder
+from tests.harness import HANG_SECONDS
 from tests.trained import Refusal, launch, save_test_images
 
 #: Prints the class of each image of a folder, with plain torch and without distrain.
@@ -36,7 +37,7 @@ def test_exported_model_has_the_same_test_accuracy_in_plain_torch(run: Path, tmp
     launch("export", f"run={run}", "format=safetensors", f"output={tmp_path}/model.safetensors")
     labels = save_test_images(RunFolder.open(str(run)).config, tmp_path / "images")
     command = [sys.executable, "-I", "-c", SCORE, str(tmp_path / "model.safetensors"), str(tmp_path / "images")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=HANG_SECONDS)
     right = sum(name == str(label) for name, label in zip(json.loads(done.stdout), labels, strict=True))
     assert right == json.loads((run / "summary.json").read_text())["test_correct"]
 

@@ -7,12 +7,13 @@ import subprocess
 from pathlib import Path
 
 from distrain.cli.run_folder import RunFolder
+from tests.harness import HANG_SECONDS
 from tests.runs import SMALL, launched
 from tests.tools.launching.helpers import SSH, program
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return launched(folder, "hosts", *arguments, timeout=100)
+    return launched(folder, "hosts", *arguments, timeout=HANG_SECONDS)
 
 
 def test_two_hosts_train_one_model(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.data.helpers import ROOT, write_image
+from tests.harness import HANG_SECONDS
 from tests.trained import Refusal, launch
 
 
@@ -43,6 +44,8 @@ def test_modules_in_the_current_folder_are_not_imported(run: Path, tmp_path: Pat
         (run / name).write_text(module)
     write_image(run / "a.png", np.zeros((8, 8, 3), dtype=np.uint8))
     command = [sys.executable, str(ROOT / "launch" / "predict.py"), "run=.", "input=a.png"]
-    done = subprocess.run(command, cwd=run, env={"PYTHONPATH": str(ROOT)}, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=run, env={"PYTHONPATH": str(ROOT)}, capture_output=True, check=True, timeout=HANG_SECONDS
+    )
     assert json.loads(done.stdout)[0]["path"] == "a.png"
     assert not mark.exists()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 from tests.runs import LAUNCH, SMALL, small, train_on_rank
 
 OPTIONS = (*SMALL, "strategy=ddp", "model=custom", "trainer.epochs=100", "checkpoint.every_steps=5")
@@ -69,7 +69,7 @@ def test_restarted_run_resumes_in_the_folder_of_its_first_attempt(tmp_path: Path
         tmp_path, "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(LAUNCH / "train.py"), *options
     )
     try:
-        assert process.wait(timeout=90) == 0, (tmp_path / "output").read_text()
+        assert process.wait(timeout=HANG_SECONDS) == 0, (tmp_path / "output").read_text()
     finally:
         kill(process)
     (run,) = tmp_path.glob("outputs/*/*")
@@ -146,7 +146,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     agents.leave()
 
 
-def wait_for(folder: Path, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(folder: Path, condition: Callable[[], bool], what: str, seconds: float = HANG_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}\n" + (folder / "output").read_text()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import HANG_SECONDS
 from tests.runs import LAUNCH
 
 #: Modules that take 0.1 s or more to import; those of the compiler take 0.5 s each.
@@ -56,7 +57,7 @@ def started(folder: Path, script: str, *arguments: str) -> subprocess.CompletedP
         env={**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

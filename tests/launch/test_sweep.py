@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from tests.harness import HANG_SECONDS
 from tests.runs import SMALL, launched
 
 QUICK = tuple(option for option in SMALL if option != "logger=none")
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return launched(folder, "sweep", *arguments, timeout=110)
+    return launched(folder, "sweep", *arguments, timeout=HANG_SECONDS)
 
 
 def test_failed_job_is_reported_and_the_others_have_results(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distrain.config.load import load_config, to_container
 from distrain.errors import EXIT_STOPPED
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 from tests.runs import LAUNCH, compose, train_on_rank
 
 SMALL = (
@@ -94,7 +94,7 @@ def start(folder: Path, ranks: int, *arguments: str) -> FinishedCommand:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
         check=False,
     )
     return FinishedCommand(done.returncode, done.stdout, done.stderr)
@@ -242,12 +242,12 @@ def test_run_stopped_by_sigterm_to_torchrun_resumes_bit_for_bit(tmp_path: Path) 
         command(2, *arguments(run)), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_SECONDS
         while not run.joinpath("metrics.jsonl").exists() or not run.joinpath("metrics.jsonl").read_text():
             assert time.monotonic() < deadline, "the run never logged a step"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, printed = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=HANG_SECONDS)
     finally:
         process.kill()
     stopped = json.loads(run.joinpath("stopped.json").read_text())

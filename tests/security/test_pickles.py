@@ -17,7 +17,7 @@ from distrain.data import cifar10, decode, image_cache
 from distrain.data.decode import DecodeError
 from distrain.data.digits import Digits
 from tests.data.helpers import source
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 from tests.runs import CONF, small, train_on_rank
 from tests.security.helpers import (
     Bomb,
@@ -158,5 +158,5 @@ def train_and_watch(folder: str) -> list[str]:
 
 
 def test_training_saving_and_resuming_unpickle_nothing(tmp_path: Path) -> None:
-    for seen in run_ranks(train_and_watch, 2, str(tmp_path), timeout=110):
+    for seen in run_ranks(train_and_watch, 2, str(tmp_path), timeout=HANG_SECONDS):
         assert seen == [f"{type(tmp_path).__module__}.{type(tmp_path).__name__}"]

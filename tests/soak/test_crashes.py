@@ -45,13 +45,6 @@ def walk(thread: int, ended: threading.Event, walks: list[int]) -> None:
 def train_while_walked(config: Config) -> dict[str, Any]:
     """Trains while the watch thread, and one more, look at the main thread every millisecond."""
     watch._INTERVAL_SECONDS = WALK_SECONDS
-    lost: list[str] = []
-
-    def record(_: watch.Watch, error: Exception) -> bool:
-        lost.append(repr(error))
-        return True
-
-    watch.Watch._may_try_again = record  # type: ignore[method-assign]
     ended, walks = threading.Event(), [0]
     walker = threading.Thread(target=walk, args=(threading.get_ident(), ended, walks))
     walker.start()
@@ -59,7 +52,7 @@ def train_while_walked(config: Config) -> dict[str, Any]:
         summary = trainer_for(config, runtime).fit()
     ended.set()
     walker.join()
-    return {"steps": summary["steps"], "walks": walks[0], "lost": lost}
+    return {"steps": summary["steps"], "walks": walks[0]}
 
 
 @pytest.mark.parametrize("run", range(10))
@@ -70,8 +63,9 @@ def test_run_that_is_looked_at_every_millisecond_loses_no_heartbeat(
     long = (f"trainer.max_steps={STEPS}", "trainer.epochs=100000", f"seed={run}", f"run_dir={tmp_path}")
     for found in run_ranks(train_while_walked, 2, small(*options, *long), timeout=500):
         assert found["steps"] == STEPS
-        assert found["lost"] == []
         assert found["walks"] > STEPS
+    # A heartbeat that fails is logged.
+    assert "watch thread" not in "".join(log.read_text() for log in (tmp_path / "logs").glob("*.log"))
 
 
 @pytest.mark.parametrize("launch", range(300))

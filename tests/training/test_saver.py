@@ -35,7 +35,7 @@ from distrain.training.saver import Saver
 from tests import runs
 from tests.checkpoint.helpers import state as whole_state
 from tests.checkpoint.helpers import state_of_rank
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 from tests.training.test_trainer import Run, same
 
 HERE = socket.gethostname()
@@ -79,7 +79,7 @@ class Gate:
         def slow(*args: Any, **kwargs: Any) -> Path:
             self.entered += 1
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(HANG_SECONDS)
             return save(*args, **kwargs)
 
         monkeypatch.setattr(checkpoint_writer, "save", slow)
@@ -112,7 +112,7 @@ def test_a_background_save_writes_the_same_files_as_a_blocking_one(tmp_path: Pat
     given = whole_state()
     saver = make_saver(tmp_path / "background")
     saver.save(given, progress(1))
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(HANG_SECONDS)
     # Training continues in the meantime.
     for part in ("model", "optimizer", "compressor", "local"):
         for tensor in given[part].values():
@@ -153,7 +153,7 @@ def test_memory_for_the_first_copy_is_allocated_after_the_first_step(tmp_path: P
     saver.poll()
     assert saver._staging is not None
     assert saver._staging._preparation is not None
-    saver._staging._preparation.result(timeout=30)
+    saver._staging._preparation.result(timeout=HANG_SECONDS)
     ready = {buffer.data_ptr() for buffers in saver._staging._prepared_buffers.values() for buffer in buffers}
     saver.save(whole_state(), progress(1))
     used = {name: buffer.data_ptr() for name, (buffer, _) in saver._staging._buffers.items()}
@@ -187,7 +187,7 @@ def test_a_save_waits_until_the_one_before_is_complete(tmp_path: Path, gate: Gat
     assert (gate.entered, second.is_alive()) == (1, True)
     assert checkpoint_format.list_checkpoints(tmp_path) == []
     gate.opened.set()
-    second.join(30)
+    second.join(HANG_SECONDS)
     saver.wait()
     assert gate.entered == 2
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
@@ -211,9 +211,9 @@ def test_the_cost_of_saving_is_reported(tmp_path: Path, gate: Gate, monkeypatch:
     saver.wait()
     found = saver.report()
     assert (found["saves"], found["failed"]) == (2, 0)
-    assert 500 <= found["stall_ms"]["max"] < 10_000
+    assert 500 <= found["stall_ms"]["max"] < 100_000
     assert found["stall_ms"]["mean"] < found["stall_ms"]["max"]
-    assert 0.1 <= found["write_seconds"] < 10
+    assert 0.1 <= found["write_seconds"] < 100
     full_disk(monkeypatch)
     saver.save(whole_state(), progress(3))
     saver.wait()
@@ -261,8 +261,8 @@ def test_a_failed_run_waits_for_a_save_up_to_a_time_limit(
     saver.save(whole_state(), progress(1))
     start = time.monotonic()
     saver.close()
-    assert 0.2 <= time.monotonic() - start < 5
-    monkeypatch.setattr(saving, "_CLOSE_TIMEOUT_SECONDS", 30)
+    assert 0.2 <= time.monotonic() - start < 60
+    monkeypatch.setattr(saving, "_CLOSE_TIMEOUT_SECONDS", 60)
     threading.Timer(0.2, gate.opened.set).start()
     saver.close()
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001"]
@@ -426,7 +426,7 @@ def test_a_save_in_progress_completes_when_the_run_fails(tmp_path: Path, monkeyp
     class Fails(Callback):
         def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
-                assert gate.reached.wait(30)
+                assert gate.reached.wait(HANG_SECONDS)
                 threading.Timer(0.2, gate.opened.set).start()
                 raise RuntimeError("out of luck")
 

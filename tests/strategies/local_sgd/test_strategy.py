@@ -25,7 +25,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.local_sgd.strategy import LocalSGD
 from distrain.strategies.replicated import Replicated
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 from tests.runs import check, relative_difference, small, train_on_rank
 from tests.strategies.helpers import batch, drawn, parameters, set_up
 
@@ -475,12 +475,12 @@ def on_four_ranks(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(on_three_ranks, 3, tmp_path_factory.mktemp("run"), timeout=110)
+    return run_ranks(on_three_ranks, 3, tmp_path_factory.mktemp("run"), timeout=HANG_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(on_four_ranks, 4, tmp_path_factory.mktemp("run"), timeout=110)
+    return run_ranks(on_four_ranks, 4, tmp_path_factory.mktemp("run"), timeout=HANG_SECONDS)
 
 
 # --- the simulated training ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from distrain.strategies.parameter_server.server import Server
 from distrain.strategies.parameter_server.server_policy import ServerPolicy
 from distrain.strategies.parameter_server.server_shard import ServerShard
 from distrain.strategies.parameter_server.worker_record import WorkerRecord
+from tests.harness import HANG_SECONDS
 
 HERE = "here"
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ class RunningServer:
     def join(self) -> None:
         """Waits until the server ends."""
         assert self.thread is not None
-        self.thread.join(20)
+        self.thread.join(HANG_SECONDS)
         assert not self.thread.is_alive()
 
 

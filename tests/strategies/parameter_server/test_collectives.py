@@ -17,6 +17,7 @@ from torch import Tensor
 from distrain.communication.types import Reduction
 from distrain.strategies.parameter_server.collectives import CollectiveServer, WorkerCommunicator
 from distrain.strategies.parameter_server.protocol import Frame, FrameKind, ProtocolError
+from tests.harness import HANG_SECONDS
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ class Workers:
 
     def wait_until_a_collective_is_pending(self) -> None:
         """Waits until a worker waits in a collective for others."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_SECONDS
         while not self.server._collectives:
             assert time.monotonic() < deadline
             time.sleep(0.001)

@@ -10,6 +10,7 @@ from distrain.communication.types import RankName
 from distrain.errors import PeerLost
 from distrain.strategies.parameter_server.heartbeat import Farewell, HeartbeatMonitor, failure_reason
 from distrain.strategies.parameter_server.protocol import Connection, FrameKind
+from tests.harness import HANG_SECONDS
 from tests.strategies.parameter_server.helpers import connected_pair
 
 
@@ -27,7 +28,7 @@ class Recorder:
 
     def wait(self) -> Farewell:
         """Waits for the farewell and returns it."""
-        assert self._ended.wait(10)
+        assert self._ended.wait(HANG_SECONDS)
         assert len(self.farewells) == 1
         assert self.monitor.wait_for_farewell(0) == self.farewells[0]
         return self.farewells[0]

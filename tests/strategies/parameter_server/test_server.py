@@ -11,6 +11,7 @@ import torch
 
 from distrain.errors import PeerLost
 from distrain.strategies.parameter_server.protocol import FrameKind
+from tests.harness import HANG_SECONDS
 from tests.strategies.parameter_server.helpers import PUSH_HEADER, common_value, running_server, server_policy
 
 
@@ -52,7 +53,7 @@ def test_in_sync_mode_the_sum_of_all_shares_is_applied_once() -> None:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(10)
+            worker.join(HANG_SECONDS)
         assert [common_value(model) for model in run.models] == [0.25] * 3
         assert run.server.version == 1
 
@@ -74,7 +75,7 @@ def test_a_worker_is_never_further_ahead_than_the_bound() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(HANG_SECONDS)
         assert run.server.workers[0].max_lead == bound
         # The other worker increments its count only after its push, so the count may be one too low.
         assert max(own - other for own, other in started) <= bound + 1
@@ -87,7 +88,7 @@ def test_a_dead_worker_does_not_block_others() -> None:
         fast.join(0.3)
         assert fast.is_alive()
         run.clients[1].abandon(ValueError("broken"))
-        fast.join(10)
+        fast.join(HANG_SECONDS)
         assert not fast.is_alive()
         assert [(worker.peer.rank, worker.steps, worker.loss_reason) for worker in run.lost] == [
             (1, 0, "ValueError: broken")

@@ -15,6 +15,7 @@ import pytest
 
 from distrain.tools.chaos import processes
 from distrain.tools.testnet.network import VirtualNetwork
+from tests.harness import HANG_SECONDS
 from tests.hosts import needs_network
 
 if sys.platform != "linux":
@@ -38,7 +39,7 @@ def wait_for(count: int) -> None:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_SECONDS
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -83,12 +84,12 @@ def test_ranks_on_hosts_get_signals_from_outside() -> None:
         wait_until(lambda: state(ranks[0]) == "T")
         assert started[0].poll() is None
         assert processes.send_signal(ranks[1], signal.SIGKILL)
-        assert started[1].wait(10) == -signal.SIGKILL
+        assert started[1].wait(HANG_SECONDS) == -signal.SIGKILL
         # The child of the killed rank is left behind, and counted.
         wait_for(4)
         processes.kill_all(MARK)
         assert processes.marked_processes(MARK) == {}
-        assert started[0].wait(10) == -signal.SIGKILL
+        assert started[0].wait(HANG_SECONDS) == -signal.SIGKILL
 
 
 def program(pid: int) -> str:
@@ -118,5 +119,5 @@ def test_started_process_reacts_to_sigint_though_this_one_ignores_it(start: Any)
         signal.signal(signal.SIGINT, before)
     for process in (ignoring, reacting):
         process.send_signal(signal.SIGINT)
-    assert reacting.wait(10) == -signal.SIGINT
+    assert reacting.wait(HANG_SECONDS) == -signal.SIGINT
     assert ignoring.poll() is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distrain.tools.doctor import interfaces
+from tests.harness import HANG_SECONDS
 
 HERE = {"lo": "127.0.0.1", "eth0": "10.0.0.2", "docker0": "172.17.0.1"}
 
@@ -78,7 +79,7 @@ def test_name_server_that_does_not_answer_times_out(monkeypatch: pytest.MonkeyPa
     release = threading.Event()
 
     def hang(*_: Any, **__: Any) -> Any:
-        release.wait(30)
+        release.wait(HANG_SECONDS)
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr("socket.getaddrinfo", hang)

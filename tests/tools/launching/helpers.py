@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.harness import HANG_SECONDS
+
 #: Ignores SIGTERM and never ends; starts a descendant like it in another session, which writes its PID into a file.
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -35,7 +37,7 @@ def program(path: Path, text: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
     """Waits until a condition holds, and fails after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.harness import HANG_SECONDS
 from tests.runs import LAUNCH
 from tests.tools.launching.helpers import STUBBORN, is_running, program, wait_until
 
@@ -25,7 +26,7 @@ def test_output_and_exit_code_are_passed_on(tmp_path: Path) -> None:
     started = agent(*program(tmp_path / "a.py", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(5)"))
     assert started.stdout is not None
     assert sorted(started.stdout.read().split()) == [b"err", b"out"]
-    assert started.wait(30) == 5
+    assert started.wait(HANG_SECONDS) == 5
 
 
 def test_command_is_terminated_when_stdin_closes_and_has_time_to_save(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ time.sleep(600)
     assert started.stdout.readline() == b"up\n"
     started.stdout.close()
     started.stdin.close()
-    assert started.wait(30) == 128 + signal.SIGTERM
+    assert started.wait(HANG_SECONDS) == 128 + signal.SIGTERM
     assert saved.exists()
 
 
@@ -58,7 +59,7 @@ def test_command_and_descendants_are_killed_after_the_grace_period(tmp_path: Pat
     assert started.stdin is not None
     wait_until(pid_file.exists)
     started.stdin.close()
-    assert started.wait(30) == 128 + signal.SIGTERM
+    assert started.wait(HANG_SECONDS) == 128 + signal.SIGTERM
     assert not is_running(int(pid_file.read_text()))
     assert started.stdout is not None
     started.stdout.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distrain.tools.launching.processes import Child, TerminationRequested, termination_signals_raise
+from tests.harness import HANG_SECONDS
 from tests.tools.launching.helpers import STUBBORN, is_running, program, wait_until
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux' /proc")
@@ -24,7 +25,7 @@ def child(text: str, *, pipe_stdin: bool = False) -> Child:
     [("pass", 0), ("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)],
 )
 def test_exit_code_is_that_of_a_shell(text: str, code: int) -> None:
-    assert child(text).wait(30) == code
+    assert child(text).wait(HANG_SECONDS) == code
 
 
 def test_wait_returns_after_its_time_limit() -> None:
@@ -37,7 +38,7 @@ def test_child_reads_end_of_file_after_stdin_is_closed() -> None:
     started = child("import sys; sys.stdin.read(); sys.exit(7)", pipe_stdin=True)
     assert started.wait(0.2) is None
     started.close_stdin()
-    assert started.wait(30) == 7
+    assert started.wait(HANG_SECONDS) == 7
 
 
 def test_child_that_ends_on_sigterm_is_not_killed() -> None:

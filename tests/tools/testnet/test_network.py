@@ -13,6 +13,7 @@ import pytest
 
 from distrain.tools.testnet import network
 from distrain.tools.testnet.network import VirtualNetwork
+from tests.harness import HANG_SECONDS
 from tests.hosts import needs_network
 
 pytestmark = needs_network
@@ -21,7 +22,7 @@ pytestmark = needs_network
 def run_script(net: VirtualNetwork, host: int, script: str) -> str:
     """Runs a Python script on a host and returns its output."""
     process = net.start(host, [sys.executable, "-I", "-S", "-c", script])
-    text, _ = process.communicate(timeout=20)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, text
     return text.decode().strip()
 
@@ -57,25 +58,25 @@ def test_command_starts_where_it_is_typed(pair: VirtualNetwork) -> None:
 def test_what_is_printed_goes_to_a_log(pair: VirtualNetwork, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = pair.start(1, ["sh", "-c", "echo $RANK; echo $MINE >&2"], {"MINE": "mine", "RANK": "7"}, log)
-    assert process.wait(10) == 0
+    assert process.wait(HANG_SECONDS) == 0
     assert log.read_text() == "7\nmine\n"
-    assert pair.start(0, ["echo", "more"], log=log).wait(10) == 0
+    assert pair.start(0, ["echo", "more"], log=log).wait(HANG_SECONDS) == 0
     assert log.read_text() == "7\nmine\nmore\n"
 
 
 def test_exit_code_and_signals_reach_through(pair: VirtualNetwork) -> None:
     ends = pair.start(0, ["sh", "-c", "exit 7"])
-    assert ends.wait(10) == 7
+    assert ends.wait(HANG_SECONDS) == 7
     missing = pair.start(0, ["no-such-command"])
-    assert missing.communicate(timeout=10)[0].decode() == "no-such-command: No such file or directory\n"
+    assert missing.communicate(timeout=HANG_SECONDS)[0].decode() == "no-such-command: No such file or directory\n"
     assert missing.returncode == 127
     waits = start_script(pair, 0, "sleep 60 >/dev/null 2>&1 & wait", before="trap 'echo asked; exit 5' TERM")
     waits.send_signal(signal.SIGTERM)
-    assert waits.communicate(timeout=10)[0] == b"asked\n"
+    assert waits.communicate(timeout=HANG_SECONDS)[0] == b"asked\n"
     assert waits.returncode == 5
     dies = start_script(pair, 0, "exec sleep 62.5")
     dies.kill()
-    assert dies.wait(10) == -signal.SIGKILL
+    assert dies.wait(HANG_SECONDS) == -signal.SIGKILL
     wait_until(lambda: "62.5" not in run_script(pair, 0, PROCESSES))
 
 
@@ -83,7 +84,7 @@ def test_exit_code_and_signals_reach_through(pair: VirtualNetwork) -> None:
 PROCESSES = "import pathlib; print([p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')])"
 
 
-def wait_until(holds: object, seconds: float = 10) -> None:
+def wait_until(holds: object, seconds: float = HANG_SECONDS) -> None:
     assert callable(holds)
     deadline = time.monotonic() + seconds
     while not holds():
@@ -142,7 +143,7 @@ def talk(net: VirtualNetwork, server: str, client: str, **values: object) -> tup
     assert serving.stdout is not None
     assert serving.stdout.readline() == b"ready\n"
     asked = run_script(net, 0, client.format(address=net.address(1), **values))
-    return serving.communicate(timeout=20)[0].decode().strip(), asked
+    return serving.communicate(timeout=HANG_SECONDS)[0].decode().strip(), asked
 
 
 def fastest(net: VirtualNetwork, count: int, size: int) -> float:
@@ -253,7 +254,7 @@ def test_powered_off_host_does_not_answer(pair: VirtualNetwork) -> None:
     with VirtualNetwork(2) as net:
         stays = start_script(net, 1, "exec sleep 60")
         net.power_off(1)
-        assert stays.wait(10) == -signal.SIGKILL
+        assert stays.wait(HANG_SECONDS) == -signal.SIGKILL
         script = f"import socket; s = socket.socket(); s.settimeout(0.3); print(s.connect_ex(('{net.address(1)}', 80)))"
         # EAGAIN: no answer. A running host refuses the connection: ECONNREFUSED.
         assert run_script(net, 0, script) == "11"
@@ -264,7 +265,7 @@ def test_no_process_outlives_the_network(tmp_path: Path) -> None:
     with VirtualNetwork(2, name="short") as net:
         stays = start_script(net, 1, "trap '' TERM HUP; sleep 60 & sleep 60")
         assert "short" in network.running_networks()
-    assert stays.wait(10) == -signal.SIGKILL
+    assert stays.wait(HANG_SECONDS) == -signal.SIGKILL
     assert "short" not in network.running_networks()
 
 
@@ -281,7 +282,7 @@ def test_network_ends_with_the_process_that_made_it(number: signal.Signals, tmp_
     try:
         wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 20)
         maker.send_signal(number)
-        assert maker.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
+        assert maker.wait(HANG_SECONDS) == (-number if number == signal.SIGKILL else 128 + number)
         wait_until(lambda: tmp_path.name not in network.running_networks())
         wait_until(lambda: not sleeping("61.7"))
     finally:
@@ -303,7 +304,7 @@ def test_shut_down_removes_only_the_named_network() -> None:
     with VirtualNetwork(1, name="named") as net, VirtualNetwork(1, name="other"):
         waits = start_script(net, 0, "exec sleep 60")
         assert network.shut_down("named") == ["named"]
-        assert waits.wait(10) == -signal.SIGKILL
+        assert waits.wait(HANG_SECONDS) == -signal.SIGKILL
         assert "named" not in network.running_networks()
         assert "other" in network.running_networks()
     assert network.shut_down("named") == []
