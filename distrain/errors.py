@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from distrain.files.untrusted import printable
 
@@ -23,16 +23,21 @@ class ConfigError(ValueError):
         value: Its value; :data:`ABSENT` if there is none to show.
         problem: Why it is refused.
         choices: What is permitted; the one closest to the value is suggested.
+        meant: What the user may have meant instead; suggested if no choice is close.
     """
 
-    def __init__(self, key: str, value: object, problem: str, choices: Iterable[object] = ()) -> None:
+    def __init__(
+        self, key: str, value: object, problem: str, choices: Iterable[object] = (), *, meant: Sequence[str] = ()
+    ) -> None:
         shown = list(choices)
         message = f"{key}={show_value(value)}: {problem}" if value is not ABSENT else f"{key}: {problem}"
         if shown:
-            wrong = key.rpartition(".")[2] if value is ABSENT else str(value)
-            close = difflib.get_close_matches(wrong, [str(choice) for choice in shown], n=1)
             message += f"; choices: {', '.join(map(show_value, shown))}"
-            message += f" (did you mean {close[0]}?)" if close else ""
+            wrong = key.rpartition(".")[2] if value is ABSENT else str(value)
+            by_lower_case = {str(choice).lower(): str(choice) for choice in shown}
+            close = difflib.get_close_matches(wrong.lower(), by_lower_case, n=1)
+            meant = [by_lower_case[name] for name in close] or meant
+        message += f" (did you mean {' or '.join(meant)}?)" if meant else ""
         super().__init__(printable(" ".join(message.split())))
 
     def __reduce__(self) -> tuple[Callable[[str], ConfigError], tuple[str]]:
@@ -49,9 +54,9 @@ ABSENT = _Absent()
 NO_VALUE = str(ABSENT)
 
 
-def config_error(key: str, problem: str, choices: Iterable[object] = ()) -> ConfigError:
+def config_error(key: str, problem: str, choices: Iterable[object] = (), *, meant: Sequence[str] = ()) -> ConfigError:
     """Returns a :class:`ConfigError` whose message shows a key without a value."""
-    return ConfigError(key, ABSENT, problem, choices)
+    return ConfigError(key, ABSENT, problem, choices, meant=meant)
 
 
 def config_error_from_line(line: str) -> ConfigError:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
+# This checkout's package is found even where nothing is installed, or another folder called distrain lies on the path.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 from distrain.cli import hydra_entry
 from distrain.config.load import load_settings
+
+
+def schema() -> type[Any]:
+    """The command's keys."""
+    from distrain.cli import doctor
+
+    return doctor.DoctorSettings
 
 
 def task(composed: DictConfig) -> None:
@@ -18,9 +29,9 @@ def task(composed: DictConfig) -> None:
 
     if command:
         hydra_entry.restore_hydra_full_error()
-    doctor.run(load_settings(doctor.DoctorSettings, composed), command)
+    doctor.run(load_settings(schema(), composed), command)
 
 
 if __name__ == "__main__":
     command = hydra_entry.pop_command(sys.argv)
-    hydra_entry.main(task, Path(__file__).parent.parent / "conf", "doctor")
+    hydra_entry.main(task, Path(__file__).parent.parent / "conf", "doctor", schema)

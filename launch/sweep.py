@@ -24,6 +24,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+# This checkout's package is found even where nothing is installed, or another folder called distrain lies on the path.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 from distrain.cli import hydra_entry, sweep
 from distrain.errors import ConfigError
 

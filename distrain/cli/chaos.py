@@ -41,10 +41,10 @@ class ChaosSettings:
     seed: int = setting("Determines which fault strikes which rank, and when.", at_least=0)
     nproc: int = setting("Number of ranks.", at_least=1)
     launcher: str = setting("The command that starts a training.")
-    folder: str | None = setting("Parent of the runs' folders; null: outputs/chaos/<date>_<time>.")
+    folder: str | None = setting("Parent of the runs' folders; null: outputs/chaos/<date>_<time>.", path=True)
     keep: bool = setting("Keep the folders of correct runs too.")
     patience_seconds: float = setting("A run that logs nothing for this long is given up.", above=0)
-    json: str | None = setting("Result file.")
+    json: str | None = setting("Result file.", path=True)
 
 
 def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path, launch: Path) -> list[Recovery]:
@@ -63,7 +63,7 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
         ConfigError: A setting or a training's key is invalid.
         Failed: A run did not recover, or ended with other parameters.
     """
-    result_file = Path(settings.json).expanduser() if settings.json else None
+    result_file = Path(settings.json) if settings.json else None
     if result_file:
         output.check_writable(result_file)
     if not Path("/proc/self/environ").exists():
@@ -187,7 +187,7 @@ def _open_network(nproc: int, launch: Path) -> Iterator[tuple[Launcher, VirtualN
 
 def _make_folder(name: str | None) -> Path:
     now = datetime.datetime.now()
-    folder = Path(name).expanduser() if name else Path("outputs", "chaos", f"{now:%Y-%m-%d_%H-%M-%S}")
+    folder = Path(name) if name else Path("outputs", "chaos", f"{now:%Y-%m-%d_%H-%M-%S}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

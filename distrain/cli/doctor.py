@@ -36,7 +36,7 @@ class DoctorSettings:
     wait: float = setting("Seconds to wait for all ranks to arrive.", above=0)
     expect: str | None = setting("Bandwidth that each link should have, like 1gbit; null: compare with nothing.")
     threads: int | None = setting("The job's runtime.threads; null: not set.", at_least=1)
-    output: str | None = setting("File for all results (JSON), written by rank 0; null: none.")
+    output: str | None = setting("File for all results (JSON), written by rank 0; null: none.", path=True)
     export: bool = setting("Only print the lines that set the right interface on this host, for a shell's eval.")
 
 
@@ -57,7 +57,7 @@ def run(settings: DoctorSettings, command: Sequence[str]) -> list[Finding]:
     """
     world, host, port = _world_and_rendezvous(settings)
     expected = _parse_rate("expect", settings.expect)
-    target = Path(settings.output).expanduser() if settings.output is not None else None
+    target = Path(settings.output) if settings.output is not None else None
     if target is not None and world.rank == 0:
         output.check_writable(target)
     if settings.export or command:

@@ -36,13 +36,15 @@ class EvaluateSettings(RunSettings):
     """Keys of ``launch/evaluate.py``."""
 
     split: str = setting("Split to evaluate.", choices=("train", "val", "test"))
-    data_root: str | None = setting("Folder that contains the data on this machine; null: the run's data.root.")
+    data_root: str | None = setting(
+        "Folder that contains the data on this machine; null: the run's data.root.", path=True
+    )
     batch_size: int | None = setting(
         "Samples per evaluation step over all ranks; null: the run's data.eval_batch_size.", at_least=1
     )
     device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
     output: str | None = setting(
-        "JSON file for the result; -: standard output; null: evaluation_<split>.json in the run's folder."
+        "JSON file for the result; -: standard output; null: evaluation_<split>.json in the run's folder.", path=True
     )
     allow: list[str] = setting(
         "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
@@ -94,7 +96,7 @@ def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
         return None
     if settings.output is None:
         return folder.path / f"evaluation_{settings.split}.json"
-    return Path(settings.output).expanduser()
+    return Path(settings.output)
 
 
 def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world: World) -> Config:

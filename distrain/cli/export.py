@@ -26,7 +26,7 @@ class ExportSettings(RunSettings):
     """Keys of ``launch/export.py``."""
 
     format: str = setting("File format.", choices=("safetensors",))
-    output: str = setting("File to write.")
+    output: str = setting("File to write.", path=True)
     allow: list[str] = setting(
         "Dotted prefixes, besides distrain's, from which the run's choices may be imported; their code runs."
     )
@@ -54,7 +54,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     """
     require_one_process("export", world or World.from_environment())
     folder = RunFolder.open(settings.run, settings.allow)
-    target = Path(settings.output).expanduser()
+    target = Path(settings.output)
     output.check_writable(target)
     weights = folder.weights(settings.checkpoint)
     tensors = {name: _plain(tensor) for name, tensor in weights.tensors.items()}

@@ -30,11 +30,19 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from distrain.cli import key_help
+from distrain.cli.arguments import quote_home_folders, quoted, refuse_misread_paths, unparsable
+from distrain.config.key_search import same_name, schema_docs, similar_keys
 from distrain.config.load import config_error_from_omegaconf
+from distrain.config.registry import GROUPS
+from distrain.config.schema import Config
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, config_error
 
 #: Seconds that the other ranks of a host wait before they print an error that the host's first rank may have printed.
 _FIRST_RANK_SECONDS = 2
+
+#: Name of the file with the keys of a training.
+_TRAINING = "config"
 
 #: HYDRA_FULL_ERROR as the user set it, for processes started from here; :func:`main` changes the variable itself.
 user_hydra_full_error: str | None = None
@@ -48,13 +56,19 @@ class ExitWithCode(Exception):
         self.code = code
 
 
-def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> None:
+def main(
+    task: Callable[[DictConfig], object],
+    conf: Path,
+    config_name: str,
+    schema: Callable[[], type[Any]] = lambda: Config,
+) -> None:
     """Composes the configuration from ``sys.argv``, runs the task, and ends the process on errors.
 
     Args:
         task: Takes the composed configuration.
         conf: The folder of YAML files.
         config_name: Name of the primary file, without ``.yaml``.
+        schema: Returns the dataclass of the command's keys, which may take an import of torch.
     """
     global user_hydra_full_error
     user_hydra_full_error = os.environ.get("HYDRA_FULL_ERROR")
@@ -90,6 +104,10 @@ def main(task: Callable[[DictConfig], object], conf: Path, config_name: str) -> 
     )
     try:
         _check_options(sys.argv[1:])
+        sys.argv[1:] = quote_home_folders(sys.argv[1:])
+        refuse_misread_paths(sys.argv[1:], schema)
+        if explain_keys(sys.argv[1:], conf, config_name, schema):
+            return
         decorated()
     except ExitWithCode as error:
         sys.exit(error.code)
@@ -186,9 +204,7 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
         options = [str(option) for option in error.options or ()] or _choices(conf / group)
         return ConfigError(group or config_name, name, "no such choice", options)
     if isinstance(error, OverrideParseException):
-        return config_error(
-            f"argument '{error.override}'", "is not of the form key=value, or a bracket or quote is open"
-        )
+        return unparsable(str(error.override), arguments)
     overrides = _overrides(arguments)
     for override in overrides:
         key, value = override.key_or_group, override.value()
@@ -198,15 +214,15 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
             return ConfigError(key, value, "needs the name of a choice", _choices(conf / key))
         if override.is_sweep_override() and "Ambiguous" in str(error):
             text = str(override.input_line).partition("=")[2]
-            return ConfigError(key, text, f"a list is written [{text}]; to run once with each value add --multirun")
+            problem = f"a list is written [{text}]; to run once with each value add --multirun"
+            return ConfigError(key, text, f"{problem}; for a text with commas type {quoted(key, text)}")
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = str(cause.full_key or cause.key)
         parent, _, _ = key.rpartition(".")
         known = known_keys(parent, conf, config_name, overrides)
-        return config_error(
-            key, "no such key" if known != [] else f"no such key; to add it write +{key}=…", known or ()
-        )
+        problem = "no such key" if known != [] else f"no such key; to add it write +{key}=…"
+        return config_error(key, problem, known or (), meant=_meant(key, conf, config_name, overrides))
     if isinstance(cause, OmegaConfBaseException):
         return config_error_from_omegaconf(cause)
     return config_error("configuration", str(error) or type(error).__name__)
@@ -226,6 +242,74 @@ def known_keys(parent: str, conf: Path, config_name: str, overrides: Sequence[Ov
     except (HydraException, OmegaConfBaseException):
         return None
     return [str(key) for key in node] if isinstance(node, DictConfig) else None
+
+
+def _meant(key: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str]:
+    """What to type instead of a setting whose key does not exist, as far as it can be guessed."""
+    typed = next((o for o in overrides if o.key_or_group == key or o.key_or_group.startswith(f"{key}.")), None)
+    full_key = key if typed is None else typed.key_or_group
+    value = "" if typed is None else str(typed.input_line).partition("=")[2]
+    here = all_keys(conf, config_name, [o for o in overrides if o.key_or_group in _groups(conf)])
+    found = [f"{name}={value}" for name in same_name(full_key, here)]
+    if not found and config_name == _TRAINING:
+        elsewhere = keys_of_other_choices(conf)
+        found = [f"{name}={value} with {elsewhere[name]}" for name in same_name(full_key, elsewhere)]
+    return found or [f"{name}={value}" for name in similar_keys(full_key, here)]
+
+
+def all_keys(conf: Path, config_name: str, group_overrides: Sequence[Override]) -> dict[str, str]:
+    """Every key of a command, dotted, with its meaning where that is known without importing torch."""
+    try:
+        composed = compose(conf, config_name, [str(override.input_line) for override in group_overrides])
+    except (HydraException, OmegaConfBaseException):
+        return {}
+    docs = schema_docs(Config) if config_name == _TRAINING else {}
+    content = OmegaConf.to_container(composed)
+    return {key: docs.get(key, "") for key in _leaves(content)}
+
+
+def keys_of_other_choices(conf: Path) -> dict[str, str]:
+    """Every key in the files of choices, dotted, with the choices that have it: ``optimizer=muon or optimizer=sgd``."""
+    found: dict[str, list[str]] = {}
+    for group in sorted(_groups(conf) & GROUPS.keys()):
+        for name in _choices(conf / group):
+            content = OmegaConf.to_container(OmegaConf.load(conf / group / f"{name}.yaml"))
+            for key in _leaves(content, f"{group}."):
+                found.setdefault(key, []).append(f"{group}={name}")
+    return {key: " or ".join(names) for key, names in found.items()}
+
+
+def _leaves(content: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of nested mappings that hold no mapping."""
+    if not isinstance(content, dict) or not content:
+        return [prefix.removesuffix(".")] if prefix else []
+    return [leaf for key, value in content.items() for leaf in _leaves(value, f"{prefix}{key}.")]
+
+
+def explain_keys(arguments: Sequence[str], conf: Path, config_name: str, schema: Callable[[], type[Any]]) -> bool:
+    """Prints what ``--help KEY …`` asks for.
+
+    Args:
+        arguments: The command line.
+        conf: The folder of YAML files.
+        config_name: Name of the primary file, without ``.yaml``.
+        schema: Returns the dataclass of the command's keys.
+
+    Returns:
+        Whether the command line asks for the explanation of a key.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    options = get_args_parser().parse_known_args(list(arguments))[0]
+    names = [argument for argument in options.overrides if "=" not in argument and argument[:1].isalpha()]
+    if not (options.help and names):
+        return False
+    composed = compose(conf, config_name, [argument for argument in options.overrides if argument not in names])
+    choices = {group: _choices(conf / group) for group in sorted(_groups(conf))} if config_name == _TRAINING else {}
+    for name in names:
+        print(key_help.explain(name, schema(), composed, choices))
+    return True
 
 
 def compose(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

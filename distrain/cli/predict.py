@@ -46,8 +46,8 @@ _OUTPUT_SUFFIXES = (".json", ".csv")
 class PredictSettings(RunSettings):
     """Keys of ``launch/predict.py``."""
 
-    input: Any = setting("An image file, a folder (with its subfolders), or a list of these.")
-    output: str | None = setting("File for the result, .json or .csv; - or null: JSON on standard output.")
+    input: Any = setting("An image file, a folder (with its subfolders), or a list of these.", path=True)
+    output: str | None = setting("File for the result, .json or .csv; - or null: JSON on standard output.", path=True)
     top: int = setting("Number of classes per image, the most probable first.", at_least=1)
     on_error: str = setting(
         "If an image can't be decoded: stop the command, or skip the image.", choices=("stop", "skip")
@@ -98,7 +98,7 @@ def _output_path(setting: str | None) -> Path | None:
     """The result file; ``None`` for standard output."""
     if setting is None or setting == "-":
         return None
-    path = Path(setting).expanduser()
+    path = Path(setting)
     if path.suffix.lower() not in _OUTPUT_SUFFIXES:
         raise ConfigError("output", setting, "the ending must name the format", _OUTPUT_SUFFIXES)
     output.check_writable(path)
@@ -121,7 +121,7 @@ def find_images(setting: object) -> list[str]:
         raise ConfigError("input", setting, "must be an image file, a folder, or a list of them")
     images: list[str] = []
     for name in map(str, paths):
-        path = Path(name).expanduser()
+        path = Path(name)
         if path.is_dir():
             below = list(_images_below(path))
             if not below:

@@ -98,7 +98,7 @@ class RunFolder:
         Raises:
             ConfigError: There is no such folder, a file is missing, or a file has content that no run writes.
         """
-        folder = Path(path).expanduser()
+        folder = Path(path)
         if not folder.is_dir():
             raise ConfigError("run", path, "is not a folder")
         config = _read_config(folder / "config.yaml", allow)
@@ -130,10 +130,10 @@ class RunFolder:
     def _find(self, which: str) -> Path:
         folder = checkpoint_format.checkpoints_folder(self.path)
         if which not in (_NEWEST, _BEST):
-            if not Path(which).expanduser().is_dir():
+            if not Path(which).is_dir():
                 paths = [str(path) for path in checkpoint_format.list_checkpoints(folder)]
                 raise ConfigError("checkpoint", which, "is not a checkpoint's folder", [_NEWEST, _BEST, *paths])
-            return Path(which).expanduser()
+            return Path(which)
         newest = checkpoint_reader.newest_valid(folder)
         if newest is None:
             raise ConfigError("run", self.path, "has no complete checkpoint yet")

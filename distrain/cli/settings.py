@@ -13,8 +13,8 @@ from distrain.runtime.world import World
 class RunSettings:
     """Selects a run and one of its checkpoints."""
 
-    run: str = setting("Folder of the run.")
-    checkpoint: str = setting("newest, best (by validation score), or the folder of a checkpoint.")
+    run: str = setting("Folder of the run.", path=True)
+    checkpoint: str = setting("newest, best (by validation score), or the folder of a checkpoint.", path=True)
 
 
 def require_one_process(command: str, world: World) -> None:

@@ -31,8 +31,8 @@ class SweepSettings:
     metric: str = setting("The number of summary.json that ranks the jobs and that Optuna optimizes.")
     grace_seconds: float = setting("Seconds that a job has to save before it is killed.", at_least=0)
     torchrun: list[str] = setting("More options for torchrun.")
-    script: str | None = setting("The script that each job runs; null: the script that was started.")
-    jobs_file: str | None = setting("Write one line per job to this file and run none; null: run them.")
+    script: str | None = setting("The script that each job runs; null: the script that was started.", path=True)
+    jobs_file: str | None = setting("Write one line per job to this file and run none; null: run them.", path=True)
 
 
 def torchrun_command(settings: SweepSettings, script: Path) -> list[str]:

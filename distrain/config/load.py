@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import operator
+import os
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from distrain.config.key_search import schema_docs, similar_keys
 from distrain.config.registry import GROUPS, choice, choices
 from distrain.config.schema import CheckpointConfig, Config, RuntimeConfig, TrainerConfig
 from distrain.errors import ABSENT, ConfigError, config_error, config_error_from_line, show_value
@@ -40,7 +42,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
     fields = {f.name: f for f in dataclasses.fields(Config)}
     for key in node:
         if key not in fields:
-            raise config_error(str(key), "no such key", fields)
+            raise config_error(str(key), "no such key", fields, meant=similar_keys(str(key), schema_docs(Config)))
     values: dict[str, Any] = {}
     try:
         # Interpolations (${…}) are resolved in the whole configuration, since they may refer to another group.
@@ -82,8 +84,8 @@ class _Top:
     """The keys of :class:`Config` that are in no section or group."""
 
     seed: int = 0
-    resume: str = "auto"
-    run_dir: str | None = None
+    resume: str = dataclasses.field(default="auto", metadata={"path": True})
+    run_dir: str | None = dataclasses.field(default=None, metadata={"path": True})
     experiment: str | None = None
 
 
@@ -93,6 +95,10 @@ _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 
 
 _SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
+
+
+#: What false and true mean where a key has the choices off and auto: in YAML, ``off`` is the truth value false.
+_SWITCHES = {"False": "off", "True": "auto"}
 
 
 def _load_choice(group: str, key: str, node: Any) -> Any:
@@ -112,6 +118,11 @@ def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
     except OmegaConfBaseException as error:
         raise config_error_from_omegaconf(error, prefix=key, schema=schema) from error
     for spec in dataclasses.fields(schema):
+        value = getattr(instance, spec.name)
+        if spec.metadata.get("path"):
+            setattr(instance, spec.name, _expand_home(_join(key, spec.name), value))
+        if "off" in spec.metadata.get("choices", ()) and value in _SWITCHES:
+            setattr(instance, spec.name, _SWITCHES[value])
         group = spec.metadata.get("choices_of")
         if group is not None:
             values = getattr(instance, spec.name)
@@ -120,6 +131,18 @@ def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
                     group, _join(_join(key, spec.name), str(name)), node[spec.name][name]
                 )
     return instance
+
+
+def _expand_home(key: str, value: Any) -> Any:
+    """A path, or a list of paths, with the user's home folder for a ``~`` at the beginning."""
+    if isinstance(value, list):
+        return [_expand_home(key, element) for element in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    expanded = os.path.expanduser(value)  # noqa: PTH111 - keeps a leading ./ and a trailing slash
+    if expanded == value:
+        raise ConfigError(key, value, "has no such home folder; a folder whose name begins with ~ is written ./~…")
+    return expanded
 
 
 def _load_nested_choice(group: str, key: str, node: Any) -> Any:
@@ -154,24 +177,24 @@ def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: Di
         expected = typing.get_type_hints(expected).get(name) if dataclasses.is_dataclass(expected) else None
     if expected is None:
         return config_error_from_omegaconf(error, prefix=prefix, schema=schema)
-    return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {_describe_type(expected)}")
+    return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {describe_type(expected)}")
 
 
-def _describe_type(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type hint in words, for example ``a whole number, or null``."""
     arguments = typing.get_args(hint)
     if type(None) in arguments:
-        return f"{_describe_type(arguments[0])}, or null"
+        return f"{describe_type(arguments[0])}, or null"
     if typing.get_origin(hint) is list:
-        return f"a list, each element {_describe_type(arguments[0])}"
+        return f"a list, each element {describe_type(arguments[0])}"
     if arguments and typing.get_origin(hint) is not dict:
-        return " or ".join(map(_describe_type, arguments))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return " or ".join(map(describe_type, arguments))
+    words: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(hint, "a mapping of keys to values")
 
 
 #: For each limit of :func:`~distrain.config.schema.setting`, its comparison and its words in messages.
-_LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "above": (operator.gt, "greater than"),
     "at_least": (operator.ge, "at least"),
     "below": (operator.lt, "less than"),
@@ -202,7 +225,7 @@ def _check_limits(prefix: str, value: Any) -> None:
                 raise ConfigError(key, element, "unknown choice", allowed)
             if isinstance(element, bool) or not isinstance(element, int | float):
                 continue
-            for name, (holds, words) in _LIMITS.items():
+            for name, (holds, words) in LIMITS.items():
                 limit = limits.get(name)
                 if limit is not None and not holds(element, limit):
                     raise ConfigError(key, item, f"must be {words} {limit}")

@@ -33,6 +33,7 @@ def setting(
     at_most: float | None = None,
     choices_of: str | None = None,
     affects: Iterable[Effect] = (),
+    path: bool = False,
     default: Any = dataclasses.MISSING,
     default_factory: Any = dataclasses.MISSING,
 ) -> Any:
@@ -47,6 +48,7 @@ def setting(
         at_most: Inclusive upper limit.
         choices_of: A group. The field is a mapping from names to choices of this group, each checked by its own schema.
         affects: See :data:`Effect`.
+        path: The value is a path, or a list of paths; a ``~`` at its beginning becomes the user's home folder.
         default: Value if the YAML file has none; normally the YAML files contain all values.
         default_factory: Makes the default, for mutable values.
     """
@@ -59,6 +61,7 @@ def setting(
         "at_most": at_most,
         "choices_of": choices_of,
         "affects": frozenset(affects),
+        "path": path,
     }
     if default_factory is not dataclasses.MISSING:
         return field(metadata=metadata, default_factory=default_factory)
@@ -134,7 +137,7 @@ class DataConfig:
     """The data set. The keys of each data set are defined in ``distrain/data``."""
 
     name: str = setting("Name of the data set.")
-    root: str | None = setting("Folder that contains the data; null if the data set needs none.")
+    root: str | None = setting("Folder that contains the data; null if the data set needs none.", path=True)
     batch_size: int = setting(
         "Global batch size: samples per training step over all ranks.", at_least=1, affects=("schedule",)
     )
@@ -364,9 +367,10 @@ class Config:
     resume: str = setting(
         "Checkpoint to resume: auto (the newest in run_dir, if there is one), never, or the path of a checkpoint.",
         affects=("identity",),
+        path=True,
     )
     run_dir: str | None = setting(
-        "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",)
+        "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",), path=True
     )
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)

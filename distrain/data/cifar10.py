@@ -68,7 +68,7 @@ class Cifar10(DataSource):
         self._config = config
         if config.root is None:
             raise ConfigError("data.root", None, f"needs the folder that contains {FOLDER}")
-        self._root = Path(config.root).expanduser()
+        self._root = Path(config.root)
 
     def describe(self) -> DataSpec:
         """Returns 3x32x32 and the ten classes.

@@ -37,7 +37,9 @@ class ImageFolderConfig(DataConfig):
     on_error: str = setting(
         "If an image can't be decoded: stop ends the run, skip leaves it out.", choices=("stop", "skip")
     )
-    cache: str | None = setting("Folder for decoded images; null: .distrain-cache in root, or the user's cache.")
+    cache: str | None = setting(
+        "Folder for decoded images; null: .distrain-cache in root, or the user's cache.", path=True
+    )
     workers: int | None = setting("Decoding processes; null: one per CPU core.", at_least=1)
 
 
@@ -65,7 +67,7 @@ class ImageFolder(DataSource):
     def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
         changes = super().changes_for_evaluation(config, root)
         # A cache that was made from another root is of no use, and a saved run must not say where to write a new one.
-        if root is not None or config.cache is None or not is_build_folder(Path(config.cache).expanduser()):
+        if root is not None or config.cache is None or not is_build_folder(Path(config.cache)):
             changes["cache"] = None
         return changes
 
@@ -73,7 +75,7 @@ class ImageFolder(DataSource):
         self._config = config
         if config.root is None:
             raise ConfigError("data.root", None, "needs the folder that contains the images")
-        self._root = Path(config.root).expanduser()
+        self._root = Path(config.root)
 
     def describe(self) -> DataSpec:
         """Returns the configured size and one class per folder, without opening any file.
@@ -145,7 +147,7 @@ class ImageFolder(DataSource):
 
     def _cache_folder(self) -> Path:
         if self._config.cache is not None:
-            return Path(self._config.cache).expanduser()
+            return Path(self._config.cache)
         in_root = self._root / _CACHE
         if os.access(in_root if in_root.exists() else self._root, os.W_OK):
             return in_root

@@ -1,0 +1,116 @@
+"""What a user typed, before Hydra reads it: how a value is quoted, and values that Hydra would read as something else.
+
+Hydra's command line has a grammar of its own: ``a,b`` are two values, ``[a]`` is a list, ``1.10`` is the number 1.1,
+and ``=``, ``(`` and ``~`` may stand only in quotes. A path may contain all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from distrain.config.key_search import schema_fields
+from distrain.errors import ConfigError, config_error
+
+#: ``key=value``, also with the + or ++ that adds a key.
+_SETTING = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w.@/:-]*)=(?P<value>.*)", re.DOTALL)
+#: A value that begins with somebody's home folder and holds nothing that Hydra's grammar gives a meaning.
+_HOME = re.compile(r"~[\w.-]*(/[^'\"\[\]{},()]*)?", re.DOTALL)
+#: What Hydra reads as a number or a truth value, although it is written like a name.
+_NO_TEXT = re.compile(r"[+-]?\d[\d_]*|[+-]?[\d_]*\.?[\d_]*(e[+-]?[\d_]+)?|nan|[+-]?inf|true|false", re.IGNORECASE)
+
+
+def quoted(key: str, value: str) -> str:
+    """The argument to type in a shell so that a key gets exactly this text."""
+    return shlex.quote(f"{key}={_in_quotes(value)}")
+
+
+def quote_home_folders(arguments: Iterable[str]) -> list[str]:
+    """Puts values such as ``~/runs/a=b`` into quotes, in which Hydra allows ``~``.
+
+    Bash replaces ``key=~/…`` by itself, other shells don't. The schema's paths are expanded after the check.
+    """
+    result = []
+    for argument in arguments:
+        setting = _SETTING.fullmatch(argument)
+        if setting is not None and _HOME.fullmatch(setting["value"]):
+            argument = f"{setting['key']}={_in_quotes(setting['value'])}"
+        result.append(argument)
+    return result
+
+
+def unparsable(argument: str, arguments: Sequence[str]) -> ConfigError:
+    """The error for an argument that is not in Hydra's grammar; it says what to type instead.
+
+    Args:
+        argument: The argument.
+        arguments: The whole command line.
+    """
+    problem = "is not of the form key=value"
+    setting = _SETTING.fullmatch(argument)
+    if setting is None:
+        place = arguments.index(argument) if argument in arguments else 0
+        before = _SETTING.fullmatch(arguments[place - 1]) if place else None
+        if before is not None and not argument.startswith(("-", "~", "=")):
+            whole = quoted(before["key"], f"{before['value']} {argument}")
+            problem += f"; if it belongs to the argument before it, type {whole}"
+        return config_error(f"argument '{argument}'", problem)
+    problem += ", or a bracket or quote is open"
+    key, value = setting["key"], setting["value"]
+    for suggestion in (_quoted_list(key, value), f"{key}={_in_quotes(value)}"):
+        if suggestion and _parses(suggestion):
+            problem += f"; if it is text, type {shlex.quote(suggestion)}"
+            break
+    return config_error(f"argument '{argument}'", problem)
+
+
+def refuse_misread_paths(arguments: Iterable[str], schema: Callable[[], type[Any]]) -> None:
+    """Refuses a path that Hydra would read as a number, a list or a mapping, for example ``run_dir=2026_11_29``.
+
+    Args:
+        arguments: The command line.
+        schema: Returns the dataclass of the command's keys; called only if a value is suspicious.
+
+    Raises:
+        ConfigError: It says how to quote the path.
+    """
+    for argument in arguments:
+        setting = _SETTING.fullmatch(argument)
+        if setting is None or not setting["value"]:
+            continue
+        key, value = setting["key"].lstrip("+"), setting["value"]
+        misread = (value.startswith(("[", "{")) or _NO_TEXT.fullmatch(value)) and not value.isdecimal()
+        if misread and key in path_keys(schema()):
+            raise ConfigError(key, value, f"would not be read as text; type {quoted(key, value)}")
+
+
+def path_keys(schema: type[Any]) -> list[str]:
+    """The keys of a schema that hold one path."""
+    return [name for name, spec in schema_fields(schema) if spec.metadata.get("path") and spec.type != "Any"]
+
+
+def _in_quotes(text: str) -> str:
+    """Text as a quoted value of Hydra's grammar."""
+    # Backslashes count only before a quote, so at the end too.
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
+    return f'"{escaped}"'
+
+
+def _quoted_list(key: str, value: str) -> str:
+    """The list with quotes around each of its elements; empty for anything else."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return ""
+    return f"{key}=[{','.join(_in_quotes(element.strip()) for element in value[1:-1].split(','))}]"
+
+
+def _parses(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
