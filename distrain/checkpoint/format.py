@@ -32,9 +32,11 @@ PARTS = ("model", "optimizer")
 PER_RANK_PARTS = ("compressor", "local")
 #: Largest JSON file of a checkpoint that is read, in bytes.
 MAX_JSON_BYTES = 1 << 26
+#: Name of a checkpoint's folder. Group: the step.
+CHECKPOINT_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 #: A hidden folder that is being written, replaced or removed. Groups: the checkpoint's name, the host and process id of
 #: the rank 0 that made it, and the purpose (nothing for a folder that is being written).
-TEMPORARY_NAME = re.compile(r"\.(step_\d+)\.(?:(.+)\.)?(\d+)(\.replaced|\.removed)?")
+TEMPORARY_NAME = re.compile(r"\.(step_[0-9]{8,})\.(?:(.+)\.)?([0-9]+)(\.replaced|\.removed)?")
 
 
 class DamagedCheckpoint(ValueError):
@@ -53,7 +55,20 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a ``checkpoints`` folder, oldest first; empty if there is no such folder."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
+    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob("step_*"))
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name and _is_folder(path))]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # the disk fails; reading the checkpoint says so
+        return True
 
 
 def temporary_path(checkpoint: Path) -> Path:

@@ -1,13 +1,14 @@
-"""Model and optimizer state by the unsplit model's parameter names, so that any strategy can load any other's state."""
+"""Optimizer state by the unsplit model's parameter names, so that any strategy can load any other's state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from distrain.checkpoint.module_state import is_extra_state
 from distrain.checkpoint.restore_report import RestoredPart
 
 
@@ -77,18 +78,6 @@ def load_optimizer(
         optimizer.state[parameter][state_name] = value
 
 
-def check_names(model_names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Compares a model's names with those of saved tensors.
-
-    Raises:
-        ValueError: A name is missing, or is not in the model; the first few are named.
-    """
-    names = list(model_names)
-    problems = [f"{name} is missing" for name in names if name not in tensors]
-    problems += [f"{name} is not in the model" for name in tensors if name not in names]
-    _raise_if_any(problems)
-
-
 #: Name of the part that holds the state of each rank only, such as its copy of the model in local SGD.
 LOCAL_STATE = "local state"
 
@@ -101,7 +90,8 @@ def restored_parts(saved: Mapping[str, Any], dtype: torch.dtype) -> list[Restore
             were averaged into the saved one.
         dtype: Floating-point type of this run's parameters.
     """
-    formats = {tensor.dtype for tensor in saved["model"].values() if tensor.is_floating_point()} - {dtype}
+    tensors = [tensor for name, tensor in saved["model"].items() if not is_extra_state(name)]
+    formats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {dtype}
     copies = int(saved["scalars"].get("copies", 1))
     merged = RestoredPart("model", "redistributed", f"the mean of {copies} ranks' copies")
     moments = RestoredPart("optimizer", "redistributed", f"moments are the mean of {copies} ranks'")
@@ -124,29 +114,3 @@ def restored_parts(saved: Mapping[str, Any], dtype: torch.dtype) -> list[Restore
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _raise_if_any(problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError("the saved model is not this model: " + "; ".join(problems[:3]) + more)
-
-
-@torch.no_grad()
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies parameters and buffers into the model, in place.
-
-    Raises:
-        ValueError: A name is missing or is not in the model, or a shape differs; the first few are named.
-    """
-    targets = model.state_dict()
-    check_names(targets, tensors)
-    _raise_if_any(
-        [
-            f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(target.shape)}"
-            for name, target in targets.items()
-            if tensors[name].shape != target.shape
-        ]
-    )
-    for name, target in targets.items():
-        target.copy_(tensors[name])

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrain.checkpoint.state_schema import shorten
+
 #: Field names in checkpoints of release 0.1, whose only metric was accuracy, and today's names.
 _RENAMED = {"val_accuracy": "val_score", "best_accuracy": "best_score"}
 
@@ -65,10 +67,10 @@ class Progress:
             if name not in fields:
                 raise ValueError(f"progress.{name} is unknown")
             if not _fits(str(fields[name].type), value):
-                raise ValueError(f"progress.{name}={value!r} is not of type {fields[name].type}")
+                raise ValueError(f"progress.{name}={shorten(value)} is not of type {fields[name].type}")
         sums = saved.get("epoch_sums", [])
         if sums and len(sums) != 2 + metrics:
-            raise ValueError(f"progress.epoch_sums={sums!r} must hold loss, {metrics} metrics and count")
+            raise ValueError(f"progress.epoch_sums={shorten(sums)} must hold loss, {metrics} metrics and count")
         return cls(**saved)
 
 

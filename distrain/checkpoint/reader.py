@@ -20,7 +20,9 @@ from distrain.checkpoint.format import (
     list_checkpoints,
     part_files,
     per_rank_file,
+    step_of,
 )
+from distrain.checkpoint.state_schema import read_state
 from distrain.files.untrusted import read_json
 
 log = logging.getLogger(__name__)
@@ -71,22 +73,15 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         DamagedCheckpoint: A file is missing, cut short, or changed.
     """
-    files = verify(path)
-    state: dict[str, Any] = {}
-    try:
-        content = read_json(path / "state.json", MAX_JSON_BYTES)
-        state["scalars"], progress = dict(content["scalars"]), dict(content["progress"])
-        state["layout"] = dict(content["layout"])
-        # Old checkpoints were saved without a configuration.
-        state["config"] = dict(content["config"]) if content.get("config") is not None else None
-        ranks = int(state["layout"]["world_size"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamagedCheckpoint(f"{path / 'state.json'} can't be read") from error
+    files = _compare_with_manifest(path)
+    content = read_state(path)
+    # Old checkpoints were saved without a configuration.
+    state = {"scalars": content["scalars"], "layout": content["layout"], "config": content.get("config")}
     for part in PARTS:
         state[part] = _load_part(path, part, files)
     for part in PER_RANK_PARTS:
-        state[part] = PerRankTensors(path, part, ranks, files)
-    return state, progress
+        state[part] = PerRankTensors(path, part, content["layout"]["world_size"], files)
+    return state, content["progress"]
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
@@ -99,22 +94,35 @@ def load_model(path: Path) -> dict[str, Tensor]:
 
 
 def verify(path: Path) -> set[str]:
-    """Compares every file with the manifest.
+    """Compares every file with the manifest, and the content of ``state.json`` with what it may hold.
 
     Returns:
         The names of the files.
 
     Raises:
-        DamagedCheckpoint: Names the first file that differs.
+        DamagedCheckpoint: Names the first file that differs or can't be read, or the field with a wrong value.
     """
+    files = _compare_with_manifest(path)
+    read_state(path)
+    return files
+
+
+def _compare_with_manifest(path: Path) -> set[str]:
+    try:
+        return _compare_files(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{error.filename or path} can't be read ({error.strerror or error})") from error
+
+
+def _compare_files(path: Path) -> set[str]:
     manifest_path = path / "manifest.json"
     try:
         manifest = read_json(manifest_path, MAX_JSON_BYTES)
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        raise DamagedCheckpoint(f"{manifest_path} can't be read") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{manifest_path} can't be read ({error})") from error.__cause__
     _check_link(manifest_path)
     required = [
         *(name for part in PARTS for name in part_files(part, expected) or [f"{part}.safetensors"]),
@@ -138,17 +146,30 @@ def verify(path: Path) -> set[str]:
 
 
 def is_valid(path: Path) -> bool:
-    """Whether a checkpoint passes :func:`verify`."""
+    """Whether a checkpoint passes :func:`verify`.
+
+    Raises:
+        OSError: The disk fails, so that nothing is known of it.
+    """
     try:
         verify(path)
-    except DamagedCheckpoint:
+    except DamagedCheckpoint as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
         return False
     return True
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint that passes :func:`verify`; newer damaged ones are skipped and named in the log."""
+def newest_valid(folder: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint that passes :func:`verify`; newer damaged ones are skipped and named in the log.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        before: Only checkpoints of earlier steps than this one's are looked at.
+    """
     for path in reversed(list_checkpoints(folder)):
+        if before is not None and step_of(path) >= step_of(before):
+            continue
         try:
             verify(path)
         except DamagedCheckpoint as error:
@@ -172,6 +193,8 @@ def _load_part(path: Path, part: str, files: Iterable[str]) -> dict[str, Tensor]
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} can't be read ({error.strerror or error})") from error
     except safetensors.SafetensorError as error:
         raise DamagedCheckpoint(f"{path} is not a safetensors file: {error}") from error
 

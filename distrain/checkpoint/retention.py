@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 
-from distrain.checkpoint.format import TEMPORARY_NAME, list_checkpoints, temporary_path
+from distrain.checkpoint.format import TEMPORARY_NAME, list_checkpoints, step_of, temporary_path
 from distrain.checkpoint.reader import is_valid
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def prune(folder: Path, keep: int, best_step: int | None, newest_step: int) -> N
         newest_step: Step of the checkpoint that was just saved. Later steps belong to an abandoned branch, since the
             run went back to an earlier checkpoint or began anew. They are deleted, or a later start would resume them.
     """
-    paths = {int(path.name[5:]): path for path in list_checkpoints(folder)}
+    paths = {step_of(path): path for path in list_checkpoints(folder)}
     abandoned = [path for step, path in paths.items() if step > newest_step]
     if abandoned:
         log.warning("removing checkpoints of an abandoned branch of this run: %s", ", ".join(map(str, abandoned)))
@@ -87,7 +87,7 @@ def _is_in_use(path: Path, host: str | None, pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has so large a number
         return False
     except PermissionError:
         return True

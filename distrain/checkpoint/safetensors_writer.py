@@ -31,6 +31,15 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 
 
+def why_unsupported(tensor: Tensor) -> str:
+    """What about a tensor a safetensors file can't hold, such as its dtype; empty if it can."""
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.layout is not torch.strided:
+        return f"a tensor of layout {tensor.layout}"
+    return "" if tensor.dtype in _DTYPE_NAMES else f"a tensor of {tensor.dtype}"
+
+
 class FileDigest(TypedDict):
     """A file's entry in a checkpoint's ``manifest.json``.
 
@@ -58,8 +67,8 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
     header, end = {}, 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise TypeError(f"{name} is of {tensor.dtype}, which a checkpoint can't hold")
+        if problem := why_unsupported(tensor):
+            raise TypeError(f"{name} is {problem}, which a checkpoint can't hold")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

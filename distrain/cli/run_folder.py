@@ -17,9 +17,10 @@ import yaml
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as checkpoint_format
-from distrain.checkpoint import named_state
+from distrain.checkpoint import module_state
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.checkpoint.state_schema import read_state
 from distrain.config.load import load_config
 from distrain.config.registry import check_allowed
 from distrain.config.schema import Config
@@ -61,11 +62,13 @@ class Weights:
         path: Folder of the checkpoint.
         step: Number of updates when it was saved.
         tensors: Parameters and buffers by name in the unsplit model, on the CPU.
+        plain: The rest of the model's state, for :func:`distrain.checkpoint.module_state.load`.
     """
 
     path: Path
     step: int
     tensors: dict[str, Tensor]
+    plain: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class RunFolder:
             path = None
             try:
                 path = self._find(which)
-                progress = checkpoint_progress(path)
-                return Weights(path, progress["step"], checkpoint_reader.load_model(path))
+                state = read_state(path)
+                tensors = checkpoint_reader.load_model(path)
+                return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"))
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):
                     raise ConfigError("checkpoint", which, str(error)) from error
@@ -139,7 +143,7 @@ class RunFolder:
             raise ConfigError("run", self.path, "has no complete checkpoint yet")
         if which == _NEWEST:
             return newest
-        best = checkpoint_progress(newest)["best_step"]
+        best = read_state(newest)["progress"]["best_step"]
         if best is None:
             raise ConfigError("checkpoint", _BEST, "the run has no validation accuracy to choose by", [_NEWEST])
         path = checkpoint_format.checkpoint_path(folder, best)
@@ -169,29 +173,10 @@ class RunFolder:
             allowed=[*TRUSTED_PREFIXES, *allow],
         )
         try:
-            named_state.load_model(model, weights.tensors)
+            module_state.load(model, weights.tensors, weights.plain)
         except ValueError as error:
             raise ConfigError("checkpoint", weights.path, str(error)) from error
         return model.requires_grad_(False).eval()
-
-
-def checkpoint_progress(path: Path) -> dict[str, Any]:
-    """The position of the run in a checkpoint: ``step``, an integer, and ``best_step``, an integer or ``None``.
-
-    Raises:
-        DamagedCheckpoint: ``state.json`` is missing or has other content.
-    """
-    file = path / "state.json"
-    try:
-        progress = read_json(file, checkpoint_format.MAX_JSON_BYTES)["progress"]
-        steps = {"step": progress["step"], "best_step": progress["best_step"]}
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{file} is missing") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamagedCheckpoint(f"{file} can't be read") from error
-    if not _is_whole(steps["step"]) or not (steps["best_step"] is None or _is_whole(steps["best_step"])):
-        raise DamagedCheckpoint(f"{file} has steps that are no whole numbers")
-    return steps
 
 
 def _is_whole(value: object, at_least: int = 0) -> bool:

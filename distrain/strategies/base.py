@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
+from distrain.checkpoint import module_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
@@ -232,13 +234,26 @@ class Strategy(ABC, Generic[OptionsT_co]):
     @torch.no_grad()
     def sync_initial_state(self, model: nn.Module, communicator: Communicator) -> None:
         """Compares the initial parameters and buffers by hash; if a rank's differ, all ranks take those of rank 0."""
-        mine = digest(model.state_dict().values()).to(self.runtime.device)
+        device = self.runtime.device
+        state = module_state.read(model)
+        plain = torch.frombuffer(bytearray(json.dumps(state.to_plain()).encode()), dtype=torch.uint8)
+        mine = digest([*state.tensors.values(), plain]).to(device)
         hashes = [int(each) for each in communicator.all_gather(mine)]
         strays = [rank for rank, each in enumerate(hashes) if each != hashes[0]]
         if strays:
             log.warning("the initial parameters of ranks %s differ from those of rank 0, which all ranks use", strays)
-            for tensor in model.state_dict().values():
-                communicator.broadcast(tensor)
+            tensors = communicator.merge_tensors(state.tensors, device)
+            module_state.load(model, tensors, communicator.all_gather_json(state.to_plain(), device)[0])
+
+    def module_state_of(self, saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """The model's saved tensors and its other state, with this rank's own where the ranks are arranged as before.
+
+        Args:
+            saved: As for :meth:`load_state_dict`.
+        """
+        same_layout = saved["layout"] == self.layout
+        own = saved["local"][self.runtime.world.rank] if same_layout and saved.get("local") else {}
+        return module_state.with_own_state(saved["model"], saved["scalars"].get("module"), own)
 
     def restore_compressor(self, saved: Mapping[str, Any], names: Iterable[str], replicas: int) -> list[RestoredPart]:
         """Restores this rank's part of the compressors' state of a saved run.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from distrain.strategies.named_buffers import NamedBuffers
+
 
 class BufferSnapshot:
     """Copies of buffers as they were before a step; a forward pass changes BatchNorm's running statistics, for example.
@@ -16,17 +18,20 @@ class BufferSnapshot:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._buffers: list[Tensor] = [buffer for module in modules for buffer in module.buffers()]
-        self._copies = [buffer.clone() for buffer in self._buffers]
+        self._buffers = [NamedBuffers(module) for module in modules]
+        self._copies = [buffer.clone() for buffer in self._current()]
+
+    def _current(self) -> list[Tensor]:
+        return [buffer for buffers in self._buffers for buffer in buffers.values()]
 
     @torch.no_grad()
     def take(self) -> None:
         """Copies the buffers' current values."""
-        if self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._current())
 
     @torch.no_grad()
     def restore(self) -> None:
         """Gives the buffers the values that were copied last."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+        if self._copies:
+            torch._foreach_copy_(self._current(), self._copies)

@@ -19,6 +19,7 @@ from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
 
@@ -95,9 +96,8 @@ class DDP(Replicated[DDPConfig]):
                         "they depend on the number of ranks; model.norm=group does not"
                     )
         super().setup(model, task, make_optimizer, example)
-        local = not self._needs_every_piece and self.replicas.size > 1
         #: Buffers that each rank updates from its own share, as BatchNorm does with ``batchnorm=local``.
-        self._local_buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if local else []
+        self._local_buffers = NamedBuffers(model, floating=True, not_in=(batchnorm.SyncBatchNorm,))
         self._buffers_are_averaged = True
 
     @override
@@ -107,18 +107,15 @@ class DDP(Replicated[DDPConfig]):
 
     @override
     def eval_step(self, batch: Batch) -> StepResult:
-        self._average_buffers()
+        self._prepare_model_state()
         return super().eval_step(batch)
 
     @override
-    def model_state(self) -> dict[str, Tensor]:
-        self._average_buffers()
-        return super().model_state()
-
     @torch.no_grad()
-    def _average_buffers(self) -> None:
-        if not self._buffers_are_averaged:
-            for buffer in self._local_buffers:
+    def _prepare_model_state(self) -> None:
+        """Averages the buffers that each rank updates by itself."""
+        if not self._buffers_are_averaged and self.replicas.size > 1:
+            for buffer in self._local_buffers.values():
                 # In float64, so that a buffer that is equal on all ranks (a constant) keeps its value.
                 buffer.copy_(self.replicas.all_reduce(buffer.double()).div_(self.replicas.size))
         self._buffers_are_averaged = True

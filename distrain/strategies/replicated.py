@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint import named_state
+from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
@@ -152,30 +152,43 @@ class Replicated(Strategy[OptionsT_co]):
 
     @override
     def model_state(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        self._prepare_model_state()
+        return module_state.read(self.model).tensors
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._saved(self.model_state(), *named_state.optimizer_state(self.optimizer, self._names))
+        self._prepare_model_state()
+        return self._saved(*named_state.optimizer_state(self.optimizer, self._names))
 
-    def _saved(self, model: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
-        """What :meth:`state_dict` returns: model and optimizer on the first replica, and each rank's compressor."""
+    def _prepare_model_state(self) -> None:
+        """Makes the model hold what is evaluated and saved; all ranks call it together."""
+
+    def _saved(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`state_dict` returns: model and optimizer on the first replica, and what is each rank's own.
+
+        Args:
+            tensors: Those of the optimizer.
+            scalars: Likewise.
+        """
         saves = self.replicas.rank == 0
+        model = module_state.read(self.model)
         return {
-            "model": model if saves else {},
+            "model": model.tensors if saves else {},
             "optimizer": tensors if saves else {},
             "compressor": self.compressor.state_dict(),
+            "local": module_state.own_state(self.model, model, self.replicas, self.runtime.device),
             "scalars": {
                 "optimizer_name": self.config.optimizer.name,
                 "optimizer": scalars,
                 "precision": self.precision.state_dict(),
+                "module": model.to_plain(),
             },
         }
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
-        named_state.load_model(self.model, saved["model"])
+        module_state.load(self.model, *self.module_state_of(saved))
         named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         return [
             *named_state.restored_parts(saved, self.precision.dtype),

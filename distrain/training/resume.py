@@ -13,6 +13,7 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import RestoredPart, table, worst
+from distrain.checkpoint.state_schema import read_state
 from distrain.communication.collectives import Communicator
 from distrain.config.load import changes, to_container
 from distrain.config.schema import Config, affected_by
@@ -25,6 +26,8 @@ from distrain.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
+#: Most changes, and most characters of a value, that a message shows.
+_MOST_CHANGES, _LONGEST_VALUE = 20, 200
 #: Old and new value of each configuration key that differs.
 Changes = Mapping[str, tuple[str, str]]
 
@@ -80,11 +83,11 @@ def check(config: Config) -> None:
 def _read_saved_config(path: Path) -> tuple[dict[str, Any] | None, bool]:
     """Configuration of the run that saved a checkpoint, and whether it was saved in the middle of an epoch."""
     try:
-        state = read_json(path / "state.json", checkpoint_format.MAX_JSON_BYTES)
-        return dict(state["config"]), bool(state["progress"]["epoch_samples"])
-    except (OSError, ValueError, TypeError, KeyError):
-        # Written by a release that saved no configuration, or damaged; loading it reports that.
+        state = read_state(path)
+    except DamagedCheckpoint:  # loading it reports that
         return None, False
+    # A release that saved no configuration may have written it.
+    return state.get("config"), bool(state["progress"]["epoch_samples"])
 
 
 def refuse_incompatible(config: Config, path: Path, saved: Mapping[str, Any] | None, mid_epoch: bool) -> None:
@@ -131,7 +134,14 @@ def _is_incompatible(
 
 
 def _format_changes(changes: Changes) -> str:
-    return ", ".join(f"{key}: {old} → {new}" for key, (old, new) in changes.items())
+    shown = [f"{_shortened(key)}: {_shortened(old)} → {_shortened(new)}" for key, (old, new) in changes.items()]
+    return ", ".join(shown[:_MOST_CHANGES]) + (
+        f" and {len(shown) - _MOST_CHANGES} more" if len(shown) > _MOST_CHANGES else ""
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def saved_trainer_config(config: Config, runtime: Runtime) -> dict[str, Any]:
@@ -157,10 +167,16 @@ def saved_trainer_config(config: Config, runtime: Runtime) -> dict[str, Any]:
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint(runtime: Runtime, training_group: Communicator) -> Path | None:
-    """The newest valid checkpoint of this run, chosen by rank 0; all ranks call it together."""
+def newest_checkpoint(runtime: Runtime, training_group: Communicator, before: Path | None = None) -> Path | None:
+    """The newest valid checkpoint of this run, chosen by rank 0; all ranks call it together.
+
+    Args:
+        runtime: This rank's surroundings.
+        training_group: The ranks that train.
+        before: A checkpoint that could not be loaded; an older one is chosen.
+    """
     folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
-    newest = checkpoint_reader.newest_valid(folder) if training_group.rank == 0 else None
+    newest = checkpoint_reader.newest_valid(folder, before) if training_group.rank == 0 else None
     names = training_group.all_gather_json({"name": newest.name if newest is not None else None}, runtime.device)
     name = names[0]["name"]
     return None if name is None else folder / name
@@ -180,28 +196,51 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
         What was restored; ``None`` if the run starts from the beginning.
 
     Raises:
-        ConfigError: A rank can't read the checkpoint, or it does not fit this run.
+        ConfigError: A rank can't read the checkpoint that ``resume`` names, or a checkpoint does not fit this run.
     """
     path = None
     if config.resume == "auto":
         path = newest_checkpoint(runtime, strategy.training_group)
     elif config.resume != "never":
         path = Path(config.resume)
-    return _load(config, runtime, strategy, task, path, samples) if path is not None else None
+    while path is not None:
+        loaded = _read(runtime, strategy.training_group, task, path)
+        if not isinstance(loaded, str):
+            return _restore(config, runtime, strategy, path, samples, *loaded)
+        if config.resume != "auto":
+            raise ConfigError("resume", path, loaded)
+        if runtime.is_main:
+            log.warning("checkpoint left out: %s: %s", path, loaded)
+        path = newest_checkpoint(runtime, strategy.training_group, before=path)
+    return None
 
 
-def _load(config: Config, runtime: Runtime, strategy: Strategy, task: Task, path: Path, samples: int) -> Resumed:
-    group = strategy.training_group
+def _read(runtime: Runtime, group: Communicator, task: Task, path: Path) -> tuple[dict[str, Any], Progress] | str:
+    """A checkpoint's state and position; or why a rank can't read it, the same on all ranks."""
     problem = ""
     try:
         state, position = checkpoint_reader.load(path)
         progress = Progress.read(position, len(task.metrics))
-    except (DamagedCheckpoint, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         problem = str(error)
     problems = group.all_gather_json({"problem": problem, "host": runtime.world.host}, runtime.device)
     for rank, report in enumerate(problems):
         if report["problem"]:
-            raise ConfigError("resume", path, f"rank {rank} on {report['host']} can't read it: {report['problem']}")
+            return f"rank {rank} on {report['host']} can't read it: {report['problem']}"
+    return state, progress
+
+
+def _restore(
+    config: Config,
+    runtime: Runtime,
+    strategy: Strategy,
+    path: Path,
+    samples: int,
+    state: dict[str, Any],
+    progress: Progress,
+) -> Resumed:
+    """Gives a checkpoint's state to the strategy, and reports what became of each part."""
+    group = strategy.training_group
     saved: Mapping[str, Any] | None = state.get("config")
     refuse_incompatible(config, path, saved, bool(progress.epoch_samples))
     try:

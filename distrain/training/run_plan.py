@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from distrain.checkpoint.module_state import check_saveable
 from distrain.compression import base as compression
 from distrain.config.registry import choice
 from distrain.config.schema import Config
@@ -128,6 +129,7 @@ class RunPlan:
 
 def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
     strategy.check_model(config, model)
+    check_saveable(model)
     check_groups(config.optimizer.groups, model)
 
 

@@ -40,13 +40,19 @@ def state(seed: int = 0) -> dict[str, Any]:
         "compressor": {"residual/kernel": values(4, 3, 2, 2), "step": torch.tensor(40)},
         "local": {"drift/part": values(6)},
         "layout": {"strategy": "single", "world_size": 1, "mesh": {}},
-        "scalars": {"optimizer": {"kernel/generation": 3}, "precision": {"scale": 65536.0, "good_steps": 7}},
+        "scalars": {
+            "optimizer_name": "adam",
+            "optimizer": {"kernel/generation": 3},
+            "precision": {"scale": 65536.0, "good_steps": 7},
+        },
     }
 
 
 def progress(step: int) -> dict[str, Any]:
     """A trainer's position."""
-    return {"step": step, "epoch": 2, "epoch_sums": [0.1 + 0.2, 3.0, 1e-300], "best_accuracy": None}
+    counts = {"step": step, "epoch": 0, "epoch_samples": step, "samples": 10 * step}
+    scores = {"train_loss": None, "val_accuracy": None, "best_accuracy": None, "best_step": None}
+    return {**counts, "epoch_sums": [0.1 + 0.2, 3.0, 1e-300], **scores}
 
 
 def part_of(tensors: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ def test_manifest_with_wrong_content_is_named(saved: Path, content: str) -> None
 @pytest.mark.parametrize("content", ["[]", "{}", '{"scalars": {}}', '{"scalars": 3, "progress": {}}', "\xff"])
 def test_state_with_wrong_content_is_named(saved: Path, content: str) -> None:
     rewrite(saved, "state.json", content.encode("latin-1"))
-    with pytest.raises(DamagedCheckpoint, match=r"state\.json can't be read"):
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json"):
         checkpoint_reader.load(saved)
 
 

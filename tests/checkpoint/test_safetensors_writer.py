@@ -72,7 +72,7 @@ def test_digest_holds_size_and_checksum_of_the_file(tmp_path: Path) -> None:
 
 
 def test_unsupported_dtype_is_refused_with_the_name_of_the_tensor() -> None:
-    with pytest.raises(TypeError, match=r"phase is of torch\.complex64"):
+    with pytest.raises(TypeError, match=r"phase is a tensor of torch\.complex64"):
         list(safetensors_writer.serialize({"phase": torch.zeros(2, dtype=torch.complex64)}))
 
 

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
+from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
 from distrain.errors import Failed
@@ -42,7 +44,7 @@ HERE = socket.gethostname()
 
 
 def progress(step: int, best: int | None = None) -> dict[str, Any]:
-    return {"step": step, "best_step": best}
+    return asdict(Progress(step=step, samples=step, best_step=best))
 
 
 def make_saver(folder: Path, *, background: bool = True, keep: int = 9) -> Saver:
@@ -249,7 +251,7 @@ def test_saverother_error_is_raised_at_the_next_step(tmp_path: Path) -> None:
     assert saver._pending is not None
     saver.close()
     for step in (saver.poll, saver.wait):
-        with pytest.raises(TypeError, match="local/phase is of"):
+        with pytest.raises(TypeError, match="local/phase is a tensor of"):
             step()
 
 

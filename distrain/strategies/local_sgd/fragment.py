@@ -67,16 +67,22 @@ class SampleCount:
 class _FragmentBucket:
     """Tensors of a fragment that are sent in one bucket; all buckets about them have the same memory layout.
 
+    Args:
+        named: The tensors' names, shapes and types.
+        copies: This rank's copies by name, which training changes.
+        compressor: As for :class:`Fragment`.
+
     Attributes:
-        tensors: This rank's copies, which training changes.
         difference: What is sent: this rank's share of the mean difference, and after the exchange the whole of it.
         anchor: The result of the last merge, equal on all ranks; its memory stays the same.
         momentum: The outer optimizer's momentum, equal on all ranks; ``None`` if it has none.
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], compressor: Compressor) -> None:
-        self.tensors = {name: tensor.detach() for name, tensor in named}
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], copies: Mapping[str, Tensor], compressor: Compressor
+    ) -> None:
         self._named = named
+        self._copies = copies
         self._compressor = compressor
         self.difference = self._zeros()
         self.anchor = self.copies()
@@ -94,13 +100,13 @@ class _FragmentBucket:
         """A new bucket with the current values of this rank's copies."""
         bucket = self._zeros()
         for name, view in bucket.tensors.items():
-            view.copy_(self.tensors[name])
+            view.copy_(self._copies[name].detach())
         return bucket
 
     def set_copies(self, values: Bucket) -> None:
         """Overwrites this rank's copies."""
         for name, view in values.tensors.items():
-            self.tensors[name].copy_(view)
+            self._copies[name].detach().copy_(view)
 
     def state(self) -> dict[str, Bucket]:
         """Buckets that are equal on all ranks, by the prefix of their tensors' names in a checkpoint."""
@@ -115,7 +121,8 @@ class Fragment:
     gradient of the outer optimizer, which updates the anchor; the anchor then replaces the copies.
 
     Args:
-        tensors: This rank's copies by name; at construction they are equal on all ranks.
+        tensors: This rank's copies by name, looked up whenever they are used; at construction they are equal on all
+            ranks.
         communicator: The ranks that merge.
         compressor: Compresses the differences.
         stopwatch: Records exposed communication.
@@ -150,7 +157,7 @@ class Fragment:
         self._exchanger = BucketExchanger(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._exchanging = False
-        self._buckets = [_FragmentBucket(named, compressor) for named in _bucket_contents(tensors)]
+        self._buckets = [_FragmentBucket(named, tensors, compressor) for named in _bucket_contents(tensors)]
         self._outer_optimizer = make_outer_optimizer(self.anchors)
         if self._outer_optimizer.defaults["momentum"]:
             for bucket in self._buckets:

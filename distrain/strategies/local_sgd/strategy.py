@@ -26,6 +26,7 @@ from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.local_sgd.divergence_check import DivergenceCheck
 from distrain.strategies.local_sgd.fragment import Fragment, SampleCount, outer_sgd, weighted_mean
 from distrain.strategies.local_sgd.options import LocalSGDConfig
+from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
 
@@ -126,9 +127,7 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             nesterov = options.outer_optimizer == "nesterov"
             make_outer_optimizer = outer_sgd(options.outer_lr, options.outer_momentum, nesterov=nesterov)
         self._parameters = trainable_parameters(model)
-        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-        #: This rank's copy: all tensors that differ between ranks and are merged, by name.
-        self._copies: dict[str, Tensor] = {**self._parameters, **buffers}
+        self._buffers = NamedBuffers(model, floating=True)
         self._moment_names = _moment_names(make_optimizer)
         self._fragments = [
             Fragment(tensors, self._merge_group, self.compressor, self.stopwatch, make_outer_optimizer)
@@ -136,10 +135,15 @@ class LocalSGD(Replicated[LocalSGDConfig]):
         ]
         #: For each fragment, the step of every period at whose end its merge starts. Buffers are merged last.
         self._merge_steps = [(index + 1) * options.period // options.fragments for index in range(options.fragments)]
-        if buffers:
-            fragment = Fragment(buffers, self._merge_group, self._no_compression, self.stopwatch, outer_sgd())
+        if self._buffers:
+            fragment = Fragment(self._buffers, self._merge_group, self._no_compression, self.stopwatch, outer_sgd())
             self._fragments.append(fragment)
             self._merge_steps.append(options.period)
+
+    @property
+    def _copies(self) -> dict[str, Tensor]:
+        """This rank's copy: all tensors that differ between ranks and are merged, by name."""
+        return {**self._parameters, **self._buffers}
 
     @override
     def consensus(self) -> Consensus:
@@ -250,7 +254,8 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             if self.options.average_optimizer_state:
                 self._average_moments(fragment, self._group, weight)
         if fragments:
-            merged = [self._copies[name] for fragment in fragments for name in fragment.names]
+            copies = self._copies
+            merged = [copies[name] for fragment in fragments for name in fragment.names]
             self._divergence_check.start(merged, self._group, self._first_of_group, self._step)
 
     def _check_anchors(self, fragments: Sequence[Fragment]) -> None:
@@ -261,8 +266,9 @@ class LocalSGD(Replicated[LocalSGDConfig]):
 
     @torch.no_grad()
     def _write_copies(self, values: Mapping[str, Tensor]) -> None:
+        copies = self._copies
         for name, value in values.items():
-            self._copies[name].copy_(value)
+            copies[name].copy_(value)
 
     def _mean_moments(self, names: Iterable[str], communicator: Communicator, weight: float) -> dict[str, Tensor]:
         """The weighted mean over a group of its optimizers' moments, as ``<parameter name>/<moment name>``."""
@@ -301,7 +307,8 @@ class LocalSGD(Replicated[LocalSGDConfig]):
                 means |= fragment.mean_of_copies(self.replicas, fragment.samples.weight(self.replicas.size))
         return means
 
-    def _show_merged_model(self) -> None:
+    @override
+    def _prepare_model_state(self) -> None:
         """Puts the mean of all copies into the model until the next training step; all ranks call it together."""
         if self._set_aside is None:
             self._divergence_check.check()
@@ -317,13 +324,8 @@ class LocalSGD(Replicated[LocalSGDConfig]):
 
     @override
     def eval_step(self, batch: Batch) -> StepResult:
-        self._show_merged_model()
+        self._prepare_model_state()
         return super().eval_step(batch)
-
-    @override
-    def model_state(self) -> dict[str, Tensor]:
-        self._show_merged_model()
-        return super().model_state()
 
     # --- metrics and report ------------------------------------------------------------------------------------------
 
@@ -380,10 +382,10 @@ class LocalSGD(Replicated[LocalSGDConfig]):
         for fragment in self._fragments:
             # Before the compressor's state is read, which a merge under way may still change.
             fragment.wait()
-        model = self.model_state()
+        self._prepare_model_state()
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         assert self._set_aside is not None
-        integer_buffers = {name: buffer for name, buffer in self.model.named_buffers() if name not in self._copies}
+        integer_buffers = {name: buffer for name, buffer in self.model.named_buffers() if name not in self._set_aside}
         local = {f"copy/{name}": tensor for name, tensor in {**self._set_aside, **integer_buffers}.items()}
         local |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
         local |= {f"precision/{name}": torch.tensor(value) for name, value in self.precision.state_dict().items()}
@@ -394,10 +396,10 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             if self.runtime.is_main:
                 local |= fragment.shared_state()
         means = self._mean_moments(self._parameters, self.replicas, 1 / self.replicas.size)
-        saved = self._saved(model, {name: means.get(name, tensor) for name, tensor in tensors.items()}, scalars)
+        saved = self._saved({name: means.get(name, tensor) for name, tensor in tensors.items()}, scalars)
         saved["scalars"]["local_sgd"] = {"step": self._step, "warmup_steps": self.options.warmup_steps}
         saved["scalars"]["copies"] = 1 if self._step <= self.options.warmup_steps else self.replicas.size
-        return {**saved, "local": local}
+        return {**saved, "local": {**saved["local"], **local}}
 
     @override
     @torch.no_grad()

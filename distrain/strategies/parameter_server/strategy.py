@@ -28,6 +28,7 @@ from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.batchnorm import has_batchnorm
+from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.parameter_server.client import ServerClient, ServerClients
 from distrain.strategies.parameter_server.collectives import WorkerCommunicator
 from distrain.strategies.parameter_server.connect import Listener, connect_to_server, listen_address
@@ -102,8 +103,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     compressor: MessageCompressor
 
-    # A process group fails with the first rank that is lost, and workers may be lost.
-    saves_in_background = False
+    saves_in_background = False  # a process group fails with the first rank that is lost, and workers may be lost
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
@@ -189,7 +189,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._clients = ServerClients(clients)
         if self._worker_count > 1:
             self.replicas = WorkerCommunicator(clients[0].request, world.rank, list(range(self._worker_count)))
-        self._averaged_buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._averaged_buffers = NamedBuffers(model, floating=True)
         if self._worker_count > 1 and has_batchnorm(model):
             log.warning(
                 "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
@@ -374,10 +374,11 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     @override
     def eval_step(self, batch: Batch) -> StepResult:
-        self._synchronise()
+        self._prepare_model_state()
         return super().eval_step(batch)
 
-    def _synchronise(self) -> None:
+    @override
+    def _prepare_model_state(self) -> None:
         """Takes the servers' parameters when all workers have pushed their steps, and averages buffers."""
         if self._up_to_date:
             return
@@ -391,12 +392,13 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     @torch.no_grad()
     def _average_buffers(self) -> None:
-        if self._averaged_buffers and self.replicas.size > 1:
+        buffers = list(self._averaged_buffers.values())
+        if buffers and self.replicas.size > 1:
             # With a count, since a worker may go just now; in float64, so that what is equal stays what it is.
-            parts = [buffer.double().flatten() for buffer in self._averaged_buffers]
+            parts = [buffer.double().flatten() for buffer in buffers]
             total = self.replicas.all_reduce(torch.cat([*parts, parts[0].new_ones(1)]))
-            means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in self._averaged_buffers])
-            for buffer, mean in zip(self._averaged_buffers, means, strict=True):
+            means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in buffers])
+            for buffer, mean in zip(buffers, means, strict=True):
                 buffer.copy_(mean.view_as(buffer))
 
     def _barrier(self) -> None:
@@ -469,12 +471,11 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         """
         if self._server is not None:
             return {name: parameter.detach() for name, parameter in self._shard_parameters.items()}
-        self._synchronise()
         return super().model_state()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        model = self.model_state()
+        self._prepare_model_state()
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
         if self.replicas.rank == 0:
@@ -484,7 +485,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
                 scalars |= more_scalars
         # No worker pushes before that is done, or parameters and moments would be of different steps.
         self._barrier()
-        return self._saved(model, tensors, scalars)
+        return self._saved(tensors, scalars)
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:

@@ -33,6 +33,9 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
     if not isinstance(model, nn.Sequential):
         kind = type(model).__name__
         raise config_error("model", f"{kind} is no nn.Sequential, and a pipeline splits a model between its blocks")
+    if own := [name for name in model.state_dict() if "." not in name]:
+        kind = type(model).__name__
+        raise config_error("model", f"{kind} holds {own[0]} itself, and a pipeline needs all state to be in its blocks")
     names = [name for name, _ in model.named_children()]
     if stages > len(names):
         raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks", names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint import named_state
+from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
@@ -99,7 +99,8 @@ class Pipeline(Strategy[PipelineConfig]):
         assert isinstance(model, nn.Sequential), "another model was refused"
         self.sync_initial_state(model, self.runtime.communicator())
         self.task = task
-        self._all_names = list(model.state_dict())
+        self._all_names = list(module_state.read(model).tensors)
+        self._blocks = {name for name, _ in model.named_children()}
         self._split = split.choose_split(
             model,
             example,
@@ -310,23 +311,30 @@ class Pipeline(Strategy[PipelineConfig]):
         return {name: tensors[name] for name in self._all_names}
 
     def _own_model_state(self) -> dict[str, Tensor]:
-        return {name: tensor for module in self._modules for name, tensor in module.state_dict().items()}
+        return {name: tensor for module in self._modules for name, tensor in module_state.read(module).tensors.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """The state of this rank's stages, which ranks of the first replica save."""
+        device, saves = self.runtime.device, self.replicas.rank == 0
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
-        scalars_of_ranks = self.pipeline_group.all_gather_json(scalars, self.runtime.device)
-        saves = self.replicas.rank == 0
+        states = [module_state.read(module) for module in self._modules]
+        local: dict[str, Tensor] = {}
+        for module, state in zip(self._modules, states, strict=True):
+            local |= module_state.own_state(module, state, self.replicas, device)
+        plain = {"optimizer": scalars, "modules": [state.to_plain() for state in states]}
+        ranks = self.pipeline_group.all_gather_json(plain, device)
         return {
-            "model": self._own_model_state() if saves else {},
+            "model": {name: tensor for state in states for name, tensor in state.tensors.items()} if saves else {},
             "optimizer": tensors if saves else {},
             "compressor": self.compressor.state_dict(),
+            "local": local,
             "scalars": {
                 "optimizer_name": self.config.optimizer.name,
-                "optimizer": {name: value for of_rank in scalars_of_ranks for name, value in of_rank.items()},
+                "optimizer": {name: value for rank in ranks for name, value in rank["optimizer"].items()},
                 "precision": self.precision.state_dict(),
                 "buckets": self._bucket_sizing.state_dict(),
+                "module": module_state.merged_plain(plain for rank in ranks for plain in rank["modules"]),
             },
         }
 
@@ -337,12 +345,27 @@ class Pipeline(Strategy[PipelineConfig]):
             for gradients in self.gradients.values():
                 gradients.rebuild_buckets(*self._bucket_sizing.sizes(gradients.bytes))
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
-        named_state.check_names(self._all_names, saved["model"])
-        for module in self._modules:
-            named_state.load_model(module, {name: saved["model"][name] for name in module.state_dict()})
+        self._load_model(*self.module_state_of(saved))
         named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
         return [
             *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, self._names.values(), self.replicas.size),
         ]
+
+    def _load_model(self, tensors: Mapping[str, Tensor], plain: dict[str, Any] | None) -> None:
+        """Loads the model's state into this rank's stages.
+
+        Raises:
+            ValueError: On all ranks of the pipeline: it doesn't fit a stage of one of them.
+        """
+        problem = ""
+        try:
+            module_state.check_blocks(self._blocks, tensors)
+            for module in self._modules:
+                module_state.load(module, *module_state.part_of_blocks(module, tensors, plain))
+        except ValueError as error:
+            problem = str(error)
+        for rank in self.pipeline_group.all_gather_json({"problem": problem}, self.runtime.device):
+            if rank["problem"]:
+                raise ValueError(rank["problem"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import writer as checkpoint_writer
+from distrain.checkpoint.progress import Progress
 from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
@@ -344,7 +345,7 @@ def save_and_load(runtime: Runtime, saved: Replicated, into: Replicated) -> None
     """Saves one strategy and loads the other from it."""
     everyone = runtime.communicator()
     state = {**saved.state_dict(), "layout": saved.layout}
-    path = checkpoint_writer.save(runtime.run_dir / "checkpoints", state, {"step": 0}, everyone, runtime.device)
+    path = checkpoint_writer.save(runtime.run_dir / "checkpoints", state, asdict(Progress()), everyone, runtime.device)
     everyone.barrier()
     into.load_state_dict(checkpoint_reader.load(path)[0])
     everyone.barrier()

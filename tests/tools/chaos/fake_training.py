@@ -165,7 +165,14 @@ def save(folder: Path, step: int, value: int) -> None:
     temporary.mkdir(parents=True)
     (temporary / "model.safetensors").write_bytes(pack_tensor("w", value))
     (temporary / "optimizer.safetensors").write_bytes(pack_tensor("w/moment", value // 2))
-    state = {"progress": {"step": step}, "scalars": {}, "layout": {"world_size": 1}}
+    state = {
+        "progress": {
+            "step": step, "epoch": 0, "epoch_samples": step, "samples": step, "epoch_sums": [], "train_loss": None,
+            "val_score": None, "best_score": None, "best_step": None,
+        },
+        "scalars": {"optimizer_name": "sgd", "optimizer": {}, "precision": {}},
+        "layout": {"strategy": "single", "world_size": 1, "mesh": {}},
+    }  # fmt: skip
     (temporary / "state.json").write_text(json.dumps(state))
     contents = {name: (temporary / name).read_bytes() for name in FILES}
     manifest = {

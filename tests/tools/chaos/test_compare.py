@@ -11,16 +11,13 @@ from torch import Tensor
 
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.tools.chaos import compare
+from tests.checkpoint.helpers import progress, state
 
 
 def save(run: Path, model: Tensor, moment: Tensor | None = None, step: int = 10) -> Path:
-    state = {
-        "model": {"a": torch.zeros(2), "w": model},
-        "optimizer": {"w/moment": torch.ones(2) if moment is None else moment},
-        "scalars": {},
-        "layout": {"world_size": 1},
-    }
-    checkpoint_writer.save(run / "checkpoints", state, {"step": step, "best_step": None})
+    tensors = {"model": {"a": torch.zeros(2), "w": model}}
+    tensors["optimizer"] = {"w/moment": torch.ones(2) if moment is None else moment}
+    checkpoint_writer.save(run / "checkpoints", {**state(), **tensors}, progress(step))
     return run
 
 

@@ -11,6 +11,7 @@ import pytest
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.tools.chaos.damage import CheckpointTracker
 from distrain.tools.chaos.plan import Fault
+from tests.checkpoint.helpers import progress, state
 
 CONTENTS = {"manifest.json": b"{}", "model.safetensors": bytes(range(200)), "state.json": b"{1}"}
 
@@ -95,8 +96,7 @@ def test_hidden_folder_is_a_save_in_progress_unless_it_is_being_deleted(checkpoi
 
 
 def test_complete_save_is_published_and_incomplete_save_stays_hidden(checkpoints: CheckpointTracker) -> None:
-    state = {"model": {}, "optimizer": {}, "scalars": {}, "layout": {"world_size": 1}}
-    saved = checkpoint_writer.save(checkpoints.folder, state, {"step": 30})
+    saved = checkpoint_writer.save(checkpoints.folder, state(), progress(30))
     saved.rename(checkpoints.folder / ".step_00000030.host.1")
     make(checkpoints.folder / ".step_00000040.host.1")
     checkpoints.publish_complete()
