@@ -259,7 +259,7 @@ def _check_position(
     if progress["epoch"] > step:
         raise _Wrong("progress.epoch", progress["epoch"], f"is more than progress.step={step}")
     if not step <= samples <= step * _MAX_BATCH:
-        raise _Wrong("progress.samples", samples, f"is not possible after {step} steps")
+        raise _Wrong("progress.samples", samples, f"is not possible after progress.step={step}")
     if progress["epoch_samples"] > samples:
         raise _Wrong("progress.epoch_samples", progress["epoch_samples"], f"is more than progress.samples={samples}")
     if (progress["best_step"] or 0) > step:

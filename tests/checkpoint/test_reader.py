@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -11,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import retention as checkpoint_retention
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.format import DamagedCheckpoint
@@ -191,3 +196,91 @@ def test_incomplete_checkpoint_is_never_used(saved: Path, warnings: list[str]) -
     (incomplete / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
     assert checkpoint_reader.newest_valid(saved.parent) == saved
     assert warnings == []
+
+
+STRAYS = (
+    "step_\N{SUPERSCRIPT TWO}", "step_00000041.bak", "step_-1", "step_1e3", "step_41", "step_0000004a", "step_",
+    "step_\N{ARABIC-INDIC DIGIT FOUR}", "step_" + "\N{ARABIC-INDIC DIGIT FOUR}" * 8, "step_00000041 ", "step_+0000041",
+    "step_000000041", "Step_00000041", ".step_00000041", ".step_\N{SUPERSCRIPT TWO}.host.7",
+    ".step_00000041.host.99999999999999999999", "step_" + "9" * 200,
+)  # fmt: skip
+
+
+def test_stray_names_beside_checkpoints_are_ignored(saved: Path, warnings: list[str]) -> None:
+    folder = saved.parent
+    for name in STRAYS:
+        (folder / name).mkdir()
+    (folder / "step_00000042").write_text("a file")
+    assert checkpoint_reader.newest_valid(folder) == saved or warnings
+    strays = [path for path in checkpoint_format.list_checkpoints(folder) if path != saved]
+    # A number of any size is a step, but such a folder holds no checkpoint.
+    assert [path.name for path in strays] == ["step_" + "9" * 200]
+    checkpoint_retention.remove_leftovers(folder)
+    checkpoint_retention.prune(folder, keep=1, best_step=None, newest_step=40)
+    assert checkpoint_format.list_checkpoints(folder) == [saved]
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (100_000_000, 99_999_999, 7):
+        checkpoint_format.checkpoint_path(tmp_path, step).mkdir()
+    steps = [checkpoint_format.step_of(path) for path in checkpoint_format.list_checkpoints(tmp_path)]
+    assert steps == [7, 99_999_999, 100_000_000]
+
+
+class FailingFile(io.FileIO):
+    """A file whose content the disk no longer gives."""
+
+    error = errno.EIO
+
+    def readinto(self, buffer: Any) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+    def readall(self) -> bytes:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
+@pytest.mark.parametrize("call", ["open", "read", "stat"])
+@pytest.mark.parametrize("name", FILES)
+def test_older_checkpoint_is_used_if_the_disk_fails(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch, name: str, call: str, code: int
+) -> None:
+    older, newer = save_steps(tmp_path, 40, 41)
+    real_open, real_stat = Path.open, Path.stat
+
+    def failing_open(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path != newer / name:
+            return real_open(path, *arguments, **options)
+        if call == "open":
+            raise OSError(code, os.strerror(code), str(path))
+        file = FailingFile(path)
+        file.error = code
+        return io.BufferedReader(file)
+
+    def failing_stat(path: Path, **options: Any) -> os.stat_result:
+        if call == "stat" and path == newer / name:
+            raise OSError(code, os.strerror(code), str(path))
+        return real_stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", failing_stat)
+    if call != "stat":
+        monkeypatch.setattr(Path, "open", failing_open)
+    assert checkpoint_reader.newest_valid(tmp_path) == older
+    assert len(warnings) == 1
+    assert str(newer) in warnings[0]
+    assert os.strerror(code) in warnings[0]
+
+
+def test_complete_folder_that_the_disk_does_not_give_is_not_removed(
+    saved: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = saved.rename(saved.with_name(".step_00000040.host.1"))
+    os.utime(left, (0, 0))
+
+    def failing_open(path: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "open", failing_open)
+    checkpoint_retention.remove_leftovers(saved.parent)
+    assert "Input/output error" in warnings[0]
+    assert (left / "model.safetensors").exists()
