@@ -43,6 +43,8 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         if runtime.is_main:
             write_yaml(runtime.run_dir / "config.yaml", to_container(plan.config))
             write_json(runtime.run_dir / "data.json", data_manifest(splits))
+            for note in splits.notes:
+                log.info("%s", note)
             log.info("run folder: %s", runtime.run_dir)
         summary = build_trainer(plan, runtime, splits).fit()
         if runtime.is_main:

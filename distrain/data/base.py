@@ -80,6 +80,7 @@ class Splits:
         mean: Mean of each channel, for pixel values in [0, 1].
         std: Standard deviation of each channel, for pixel values in [0, 1].
         resident: Whether all images are in memory; otherwise they are read from a memory map.
+        notes: What users should know of the data before training, a line each.
     """
 
     spec: DataSpec
@@ -89,6 +90,7 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resident: bool
+    notes: tuple[str, ...] = ()
 
 
 class DataSource(ABC):

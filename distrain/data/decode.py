@@ -16,18 +16,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
-#: The only decoders that are used, whatever format a file claims to have.
-FORMATS = ("JPEG", "PNG")
+#: The only decoders that are used, whatever format a file claims to have by its name.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 #: File name extensions of images.
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 #: Larger images are refused before they are decoded. This is Pillow's own limit: 256 MiB of RGB values.
 LARGEST_PIXELS = (1 << 28) // 3
 #: Larger files are refused, in bytes; no image of an allowed size needs more.
 LARGEST_FILE = 1 << 30
 #: Number of images that a worker decodes between two progress messages.
 CHUNK = 64
+#: Limit for the text in a PNG file, in bytes, which is read with the pixels and not used. Pillow's own limit of 1 MiB
+#: refuses sound images that carry the settings of a program.
+_LARGEST_TEXT = 1 << 24
+#: EXIF tag of an image's orientation, and how an image with each value is turned upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Longer reasons for a failure are cut off.
 _REASON_LENGTH = 300
 
@@ -49,11 +63,11 @@ class DecodeError(ValueError):
 
 
 def decode(path: str | os.PathLike[str], height: int, width: int, channels: int) -> npt.NDArray[np.uint8]:
-    """Decodes a JPEG or PNG file, and resizes and crops the image.
+    """Decodes an image file of one of :data:`FORMATS`, and resizes and crops the image.
 
-    The image is rotated as its EXIF orientation says, scaled until it just covers the target size, and centre-cropped;
-    an image that already has the target size is unchanged. Transparency is dropped; 16-bit greyscale keeps its upper 8
-    bits.
+    The image (the first one of an animation) is rotated as its EXIF orientation says, scaled until it just covers the
+    target size, and centre-cropped; an image that already has the target size is unchanged. Transparency is dropped;
+    16-bit greyscale keeps its upper 8 bits.
 
     Args:
         path: The file.
@@ -65,9 +79,10 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
         uint8 [channels, height, width].
 
     Raises:
-        DecodeError: Not a JPEG or PNG file, truncated, corrupt, not readable, more than ``LARGEST_PIXELS`` pixels, or
-            more than ``LARGEST_FILE`` bytes.
+        DecodeError: Not a file of these formats, truncated, corrupt, not readable, of floating-point pixels, more than
+            ``LARGEST_PIXELS`` pixels, or more than ``LARGEST_FILE`` bytes.
     """
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
     try:
         if Path(path).stat().st_size > LARGEST_FILE:
             raise ValueError(f"has more than {LARGEST_FILE} bytes")
@@ -76,15 +91,28 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
                 raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
             # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
             opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
-            image = _resize_and_crop(_to_channels(ImageOps.exif_transpose(opened), channels), height, width)
+            image = _resize_and_crop(_to_channels(_upright(opened), channels), height, width)
     except Exception as error:  # corrupt files make Pillow raise almost anything, even SyntaxError and struct.error
         raise DecodeError(path, str(error) or type(error).__name__) from error
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF orientation says; the rest of the metadata is ignored, sound or not."""
+    image.load()
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken metadata makes Pillow raise almost anything, and the pixels are sound without it
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
 def _to_channels(image: Image.Image, channels: int) -> Image.Image:
     """Converts to RGB (3 channels) or greyscale (1 channel)."""
+    if image.mode == "F":
+        raise ValueError("has floating-point pixels, whose range is unknown")
     if image.mode.startswith("I"):
         # Pillow's conversion would clip 16-bit values at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -207,7 +207,7 @@ def test_an_undecodable_image_is_refused_or_skipped(
         ("nowhere.png", {}, "input=nowhere.png: is neither a file nor a folder"),
         ([], {}, "input=[]: must be an image file, a folder, or a list of them"),
         ({"a": 1}, {}, "must be an image file"),
-        ("EMPTY", {}, "the folder has no .jpg, .jpeg, .png files"),
+        ("EMPTY", {}, "the folder has no .jpg, .jpeg, .png, .webp"),
         ("IMAGE", {"top": 5}, "top=5: the run has 4 classes"),
         ("IMAGE", {"top": 0}, "top=0: must be at least 1"),
         ("IMAGE", {"output": "result.txt"}, "output=result.txt: the ending must name the format; choices: .json, .csv"),

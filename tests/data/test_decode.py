@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from distrain.data.decode import DecodeError, decode
 from tests.data.helpers import ROOT, write_image
@@ -73,8 +74,75 @@ def test_a_photograph_is_rotated_as_exif_says(tmp_path: Path) -> None:
     assert decoded[:, 20:].max() < 50
 
 
+FORMATS = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize("format_", FORMATS.values())
+def test_a_sound_image_is_read_whatever_its_name(tmp_path: Path, format_: str, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(gradient(6, 9)).save(path, format=format_, **({"lossless": True} if format_ == "WEBP" else {}))
+    assert np.array_equal(decode(path, 6, 9, 3), gradient(6, 9).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("size", [1 << 10, 3 << 20])
+def test_a_png_with_much_text_is_read(tmp_path: Path, size: int, compressed: bool) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("settings", "x" * size, zip=compressed)
+    text.add_itxt("notes", "y" * size, zip=compressed)
+    Image.fromarray(gradient(6, 9)).save(tmp_path / "a.png", pnginfo=text)
+    assert np.array_equal(decode(tmp_path / "a.png", 6, 9, 3), gradient(6, 9).transpose(2, 0, 1))
+
+
+def exif(orientation: int, other: bytes) -> bytes:
+    """Metadata with one more entry, of 12 bytes, before the orientation."""
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + other + entry + b"\0\0\0\0"
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "other",
+    {
+        "width is a float": struct.pack("<HHIf", 0x0100, 11, 1, 3.5),
+        "width is text": struct.pack("<HHI4s", 0x0100, 2, 4, b"wide"),
+        "width is negative": struct.pack("<HHIi", 0x0100, 9, 1, -5),
+        "unknown type": struct.pack("<HHII", 0x0101, 99, 1, 7),
+        "place outside of the file": struct.pack("<HHII", 0x010F, 2, 500, 60_000),
+    }.values(),
+)
+def test_the_orientation_is_read_whatever_the_other_metadata_are(
+    tmp_path: Path, orientation: int, other: bytes
+) -> None:
+    pixels = gradient(16, 32)
+    Image.fromarray(pixels).save(tmp_path / "plain.jpg", quality=95)
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", quality=95, exif=exif(orientation, other))
+    plain = np.asarray(Image.open(tmp_path / "plain.jpg"))
+    upright = {
+        1: plain, 2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.swapaxes(0, 1),
+        6: np.rot90(plain, -1), 7: plain[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(plain),
+    }[orientation]  # fmt: skip
+    height, width = upright.shape[:2]
+    decoded = decode(tmp_path / "turned.jpg", height, width, 3)
+    assert np.array_equal(decoded, upright.transpose(2, 0, 1))
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DecodeError, match=r"a\.tiff: has floating-point pixels, whose range is unknown"):
+        decode(tmp_path / "a.tiff", 4, 4, 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1"])
+def test_other_kinds_of_pixels_are_converted(tmp_path: Path, mode: str) -> None:
+    Image.fromarray(np.full((4, 4, 3), 255, dtype=np.uint8)).convert(mode).save(tmp_path / "a.tiff")
+    assert np.unique(decode(tmp_path / "a.tiff", 4, 4, 3)).tolist() == [255]
+
+
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "gif", "missing", "folder"])
-def test_files_that_are_not_complete_jpeg_or_png_files_are_refused(tmp_path: Path, kind: str) -> None:
+def test_files_that_are_no_complete_images_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.jpg"
     if kind == "folder":
         path.mkdir()

@@ -165,11 +165,97 @@ def test_links_to_outside_of_the_root_are_not_followed(
     assert "ignoring 1 symbolic links" in caplog.text
 
 
-def test_hidden_files_and_other_types_are_ignored(tree: Path) -> None:
-    (tree / "train" / "a" / "notes.txt").write_text("x")
+def test_hidden_files_are_ignored_and_other_types_are_counted(tree: Path) -> None:
     (tree / "train" / "a" / ".hidden.png").write_text("x")
     (tree / "train" / "list.csv").write_text("x")
+    assert load(tree).notes == ("24 files, 24 images in 2 classes (train 16, test 8)",)
+    for name in ("notes.txt", "Thumbs.db", "other.TXT", "README"):
+        (tree / "train" / "a" / name).write_text("x")
+    splits = load(tree, val_fraction=0.0)
+    assert len(splits.train) == 16
+    (note,) = splits.notes
+    assert note == "28 files, 24 images in 2 classes (train 16, test 8); left out: 4 (.txt 2, no ending 1, .db 1)"
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".tiff", ".tif", ".JPEG", ".PNG"])
+def test_images_in_subfolders_and_of_other_formats_are_taken(tree: Path, suffix: str) -> None:
+    for place in ("train/a/2024/spring", "train/a/2025", "test/b/x"):
+        write_image(tree / place / f"more{suffix}", np.full((5, 4, 3), 60, dtype=np.uint8))
+    splits = load(tree, val_fraction=0.0)
+    assert (len(splits.train), len(splits.test)) == (18, 9)
+    assert splits.notes == ("27 files, 27 images in 2 classes (train 18, test 9)",)
+
+
+def test_a_link_to_a_folder_further_up_ends(tree: Path) -> None:
+    (tree / "train" / "a" / "again").symlink_to(tree / "train")
     assert len(load(tree, val_fraction=0.0).train) == 16
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "valid", "test"),
+        ("Train", "Validation", "Test"),
+        ("training", "VAL", "testing"),
+        ("TRAINING", "VALID", "TESTING"),
+        ("train", "validation", None),
+        ("Training", None, "test"),
+    ],
+)
+def test_parts_have_the_usual_names_in_any_case(tree: Path, train: str, val: str | None, test: str | None) -> None:
+    images = np.full((5, 4, 3), 222, dtype=np.uint8)
+    (tree / "train").rename(tree / "renamed")
+    (tree / "renamed").rename(tree / train)
+    if test is None:
+        shutil.rmtree(tree / "test")
+    else:
+        (tree / "test").rename(tree / "renamed")
+        (tree / "renamed").rename(tree / test)
+    if val is not None:
+        write_image(tree / val / "b" / "x.png", images)
+    splits = load(tree)
+    if val is not None:
+        assert values(splits.val.images) == [222]
+    assert len(splits.test) == (8 if test else 2)
+    assert len(splits.train) + len(splits.val) == (16 if test else 14) + (val is not None)
+
+
+def test_parts_that_cant_be_told_apart_are_refused(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as caught:
+            source("image_folder", root=str(tree)).describe()
+        return str(caught.value)
+
+    (tree / "valid").mkdir()
+    (tree / "Validation").mkdir()
+    assert "both Validation and valid could be the val images; rename or remove one" in refusal()
+    (tree / "valid").rmdir()
+    (tree / "Validation").rename(tree / "extra")
+    assert source("image_folder", root=str(tree)).describe().classes == ("a", "b")
+    assert "ignoring the folders beside train in" in caplog.text
+    assert "extra" in caplog.text
+    (tree / "extra").rmdir()
+    shutil.rmtree(tree / "train")
+    (tree / "Val").mkdir()
+    assert "has Val and test but no folder of training images (train or training); the folder must hold" in refusal()
+    (tree / "Val").rmdir()
+    assert "has test but no folder of training images" in refusal()
+
+
+def test_classes_may_have_names_of_parts(tmp_path: Path) -> None:
+    for name in ("valid", "invalid", "test"):
+        for number in range(6):
+            write_image(tmp_path / "tree" / name / f"{number}.png", np.full((5, 4, 3), number, dtype=np.uint8))
+    assert load(tmp_path / "tree").spec.classes == ("invalid", "test", "valid")
+
+
+def test_classes_too_small_to_be_split_are_named(tree: Path) -> None:
+    for number in range(2):
+        write_image(tree / "train" / "c" / f"{number}.png", np.full((5, 4, 3), 1, dtype=np.uint8))
+    write_image(tree / "train" / "d" / "0.png", np.full((5, 4, 3), 1, dtype=np.uint8))
+    assert load(tree).notes[1:] == ("classes with too few images to be in every part: d (1)",)
+    whole = load(tree / "train", test_fraction=0.25)
+    assert whole.notes[1:] == ("classes with too few images to be in every part: c (2), d (1)",)
 
 
 def test_invalid_folders_are_refused_before_decoding(tree: Path, tmp_path: Path) -> None:
@@ -187,7 +273,9 @@ def test_invalid_folders_are_refused_before_decoding(tree: Path, tmp_path: Path)
 
 def test_a_class_without_images_is_refused(tree: Path) -> None:
     (tree / "train" / "c").mkdir()
-    with pytest.raises(ConfigError, match="train/c has no JPEG or PNG files"):
+    with pytest.raises(
+        ConfigError, match=r"train/c has no image files \(\.jpg, .*\); the folder must hold train/CLASS/"
+    ):
         load(tree)
 
 

@@ -83,7 +83,7 @@ def bomb(kind: str) -> bytes:
     if kind == "text":
         return png(4, 4, (b"zTXt", b"a\0\0" + zlib.compress(bytes(20_000_000))), rows=bytes(20))
     whole = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(whole, format="GIF" if kind == "gif" else "TIFF")
+    Image.new("RGB", (8, 8)).save(whole, format="GIF")
     return whole.getvalue()
 
 
@@ -96,7 +96,6 @@ def bomb(kind: str) -> bytes:
         ("text", "Decompressed data too large"),
         ("truncated", "image file"),
         ("gif", "cannot identify"),
-        ("tiff", "cannot identify"),
     ],
 )
 def test_image_bomb_is_refused_by_name(tmp_path: Path, kind: str, message: str) -> None:
