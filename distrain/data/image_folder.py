@@ -21,6 +21,7 @@ from distrain.data.build_folder import is_build_folder
 from distrain.data.image_cache import CacheSpec, ImageCache, open_or_build
 from distrain.data.image_tree import ImageTree, Listing
 from distrain.errors import ConfigError
+from distrain.files.user_cache import user_cache_folder
 
 log = logging.getLogger(__name__)
 _CACHE = ".distrain-cache"
@@ -38,7 +39,8 @@ class ImageFolderConfig(DataConfig):
         "If an image can't be decoded: stop ends the run, skip leaves it out.", choices=("stop", "skip")
     )
     cache: str | None = setting(
-        "Folder for decoded images; null: .distrain-cache in root, or the user's cache.", path=True
+        "Folder for decoded images; null: .distrain-cache in root, else in the user's cache or among temporary files.",
+        path=True,
     )
     workers: int | None = setting("Decoding processes; null: one per CPU core.", at_least=1)
 
@@ -113,7 +115,10 @@ class ImageFolder(DataSource):
         in_root = self._root / _CACHE
         if os.access(in_root if in_root.exists() else self._root, os.W_OK):
             return in_root
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrain"
+        try:
+            return user_cache_folder()
+        except OSError as error:
+            raise ConfigError("data.cache", None, f"{error}; name another folder") from error
 
 
 def _without(indices: list[int], broken: tuple[int, ...]) -> Tensor:

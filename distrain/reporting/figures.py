@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -100,6 +101,8 @@ def histogram(counts: Mapping[str, Mapping[int, int]], x_label: str, y_label: st
 
 def _figure(width: float, height: float | None = None, layout: Literal["constrained"] | None = "constrained") -> Figure:
     # Created without pyplot, which has global state and may look for a display.
+    # Without a home folder it advises on its own cache in five lines.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
