@@ -27,6 +27,7 @@ class Progress:
         val_score: The task's first metric on the validation split after that epoch.
         best_score: The best ``val_score`` so far.
         best_step: The step at which it was reached.
+        best_epoch: The epoch at whose end it was reached, counted from 1.
         skipped_updates: Updates skipped because a gradient was not finite. Where each rank decides alone, the sum of
             all ranks' skips.
         rewinds: How often the run went back to a checkpoint because gradients were not finite.
@@ -41,6 +42,7 @@ class Progress:
     val_score: float | None = None
     best_score: float | None = None
     best_step: int | None = None
+    best_epoch: int | None = None
     skipped_updates: int = 0
     rewinds: int = 0
 

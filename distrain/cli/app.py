@@ -61,8 +61,11 @@ def closing_line(summary: dict[str, Any], task: Task) -> str:
     """What a user wants to know at the end of a run, in one line."""
     score = task.metrics[0]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in summary["time_share"].items())
+    # After a resume, steps and time are those of this start. Older releases did not say where they resumed.
+    resumed_at = summary.get("resumed_at_step", 0)
+    steps = f"{summary['steps'] - resumed_at} of {summary['steps']}" if resumed_at else str(summary["steps"])
     return (
         f"test_{score} {summary[f'test_{score}']:.4f}, test_loss {summary['test_loss']:.4f} | "
-        f"{summary['steps']} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | "
+        f"{steps} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | "
         f"{parts}"
     )

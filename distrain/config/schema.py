@@ -291,7 +291,8 @@ class TrainerConfig:
     )
     log_every_steps: int = setting("Steps between two logs of metrics; each log costs a small all-reduce.", at_least=1)
     progress: str = setting(
-        "Progress on the terminal: a live bar, plain lines, or off; auto: a bar if it is a terminal, else lines.",
+        "Progress on the terminal: a live bar, plain lines, or off (only in the log file); auto: a bar if it is a "
+        "terminal, else lines.",
         choices=("auto", "bar", "lines", "off"),
         affects=("execution",),
     )

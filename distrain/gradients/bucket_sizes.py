@@ -21,6 +21,7 @@ from torch import nn
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.autotune.link_model import LinkModel, measure_link
 from distrain.gradients.trainable_parameters import trainable_parameters
+from distrain.runtime.rank_logging import FILE_ONLY
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class BucketSizing:
             bucket_bytes: Size of each bucket of this rank.
         """
         if self.cost is not None and bucket_bytes:
-            log.info("%s", describe_choice(self.cost, bucket_bytes))
+            log.info("%s", describe_choice(self.cost, bucket_bytes), extra=FILE_ONLY)
 
     def state_dict(self) -> dict[str, float] | None:
         """The measured cost as plain data; ``None`` where nothing was measured."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Mapping, Sequence
 
 from distrain.errors import ConfigError
 from distrain.runtime.world import MAX_DIGITS
@@ -26,3 +28,19 @@ def store_address(world_size: int) -> tuple[str, int]:
 def serves_store() -> bool:
     """Whether the launcher serves the store, which then outlives the ranks; otherwise rank 0 serves it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: int | None = None) -> str:
+    """What to type in a shell to start such a run.
+
+    Args:
+        arguments: ``sys.argv``.
+        environment: The environment variables, which say whether torchrun started this process.
+        ranks: Ranks on this host; ``None``: as many as there are.
+    """
+    ranks = ranks or int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    under_torchrun = ranks > 1 or "TORCHELASTIC_RUN_ID" in environment
+    words = ["torchrun", "--nproc-per-node", str(ranks)] if under_torchrun else ["python"]
+    if environment.get("GROUP_WORLD_SIZE", "1") != "1":
+        words += ["--nnodes", environment["GROUP_WORLD_SIZE"]]
+    return shlex.join([*words, *arguments])

@@ -9,6 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 from typing_extensions import override
 
+#: For ``extra=`` of a log call: the line goes to the rank's file and not to the terminal.
+FILE_ONLY = {"file_only": True}
+
 
 class RankLogging:
     """Handlers of the ``distrain`` logger for the duration of a run. Nothing changes until :meth:`start`."""
@@ -34,6 +37,7 @@ class RankLogging:
         if rank == 0:
             to_terminal = _ProgressBarHandler()
             to_terminal.setFormatter(logging.Formatter("%(message)s"))
+            to_terminal.addFilter(lambda record: not getattr(record, "file_only", False))
             self._handlers.append(to_terminal)
         for handler in self._handlers:
             logger.addHandler(handler)

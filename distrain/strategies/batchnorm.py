@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain.communication.collectives import Communicator
+from distrain.config.schema import ModelConfig
+
+
+def replacement(model: ModelConfig) -> str:
+    """What to type, or to build, to have layers that don't depend on how a batch is divided."""
+    return "model.norm=group" if hasattr(model, "norm") else "GroupNorm in the model"
 
 
 class _Normalise(torch.autograd.Function):

@@ -87,13 +87,15 @@ class DDP(Replicated[DDPConfig]):
                 if self.config.trainer.compile:
                     log.warning(
                         "trainer.compile: the graph breaks at each synchronised BatchNorm layer, which costs more than "
-                        "it gains; strategy.batchnorm=local and model.norm=group compile whole"
+                        "it gains; strategy.batchnorm=local and %s compile whole",
+                        batchnorm.replacement(self.config.model),
                     )
                     batchnorm.exclude_from_compilation()
                 if self.config.trainer.micro_batch_size is not None:
                     log.warning(
                         "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
-                        "they depend on the number of ranks; model.norm=group does not"
+                        "they depend on the number of ranks; %s does not",
+                        batchnorm.replacement(self.config.model),
                     )
         super().setup(model, task, make_optimizer, example)
         #: Buffers that each rank updates from its own share, as BatchNorm does with ``batchnorm=local``.

@@ -83,8 +83,10 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     make_optimizer = functools.partial(
         build_optimizer, config.optimizer, steps_per_epoch=steps_per_epoch, total_steps=steps
     )
+    # Counted before a strategy splits the model.
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     strategy.setup(model, plan.task, make_optimizer, first.inputs)
-    return Trainer(
+    trainer = Trainer(
         plan,
         runtime,
         strategy,
@@ -94,3 +96,8 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         loggers.build(config, runtime.run_dir) if runtime.is_main else loggers.Logger(),
         callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
     )
+    trainer.report.parameters = {
+        "count": sum(size for size, _ in sizes),
+        "trainable": sum(size for size, is_trainable in sizes if is_trainable),
+    }
+    return trainer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from distrain.data.base import Images, Splits
 from distrain.data.batch import Targets, slice_targets
 from distrain.data.loader import Loader
 from distrain.runtime.device import seed_everything
+from distrain.runtime.rank_logging import FILE_ONLY
 from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
 from distrain.strategies.precision import Precision
@@ -44,9 +46,12 @@ _MAX_TIME_RATIO = 0.95
 _FIRST_IMAGES = 4
 #: Longest step of a trial in seconds; if a model takes longer, the trial uses fewer images.
 _MAX_STEP_SECONDS = 0.5
-#: A trial ends when its steps have taken this many seconds, or after this many rounds.
+#: A trial ends when its steps have taken this many seconds, or after this many rounds; where the rounds contradict each
+#: other, it goes on to more rounds, but not for longer than this by the clock on the wall.
 _MAX_TRIAL_SECONDS = 1.0
 _MAX_ROUNDS = 5
+_MAX_ROUNDS_IF_UNCLEAR = 20
+_MAX_WALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def resolve_auto(
         seed_everything(config.seed)
     if formats is None:
         formats = Formats(_default_precision_of_all(config, runtime), requested.memory_format)
-        log.info("formats by default: %s, %s", formats.precision, formats.memory_format)
+        log.info("formats by default: %s, %s", formats.precision, formats.memory_format, extra=FILE_ONLY)
     trainer = dataclasses.replace(requested, precision=formats.precision, memory_format=formats.memory_format)
     return dataclasses.replace(config, trainer=trainer)
 
@@ -163,7 +168,7 @@ def _resumed_formats(config: Config, runtime: Runtime) -> Formats | None:
     # If the resumed run used the default layout, its configuration says auto, and so does this run's.
     if layout not in ("auto", *LAYOUTS) or precision not in _precisions(config):
         return None
-    log.info("formats of the resumed run: %s, %s", precision, layout)
+    log.info("formats of the resumed run: %s, %s", precision, layout, extra=FILE_ONLY)
     return Formats(precision, layout)
 
 
@@ -197,19 +202,52 @@ def _choose_by_trial(
     # This collective also makes all ranks start the trial at the same time.
     (per_image,) = max_over_ranks([trial.seconds_per_image(candidates) if trial is not None else 0.0])
     size = min(len(images), max(_FIRST_IMAGES, int(_MAX_STEP_SECONDS / per_image)))
-    seconds = max_over_ranks(trial.step_seconds(candidates, size) if trial is not None else [0.0] * len(candidates))
+    rounds = trial.rounds(candidates, size, default_layouts) if trial is not None else [[0.0] * len(candidates)]
+    shortest = dict(zip(candidates, max_over_ranks(_shortest(rounds)), strict=True))
+    typical = dict(zip(candidates, max_over_ranks(_typical(rounds)), strict=True))
     if runtime.device.type == "cuda":
         # So that the reported peak memory is that of the run without the trial.
         del trial, model
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(runtime.device)
-    timings = dict(zip(candidates, seconds, strict=True))
-    best = fastest(timings, default_layouts)
+    best = clearly_fastest(shortest, typical, default_layouts)
     if best is not None:
-        log.info("tried forward and backward passes of %d images:\n%s", size, format_timings(timings, best))
+        tried = format_timings(shortest, best)
+        log.info("tried forward and backward passes of %d images:\n%s", size, tried, extra=FILE_ONLY)
         if config.trainer.precision == "auto" and len(default_layouts) == 1:
             log.info("trainer.precision=auto stays fp32 unless trainer.lowest_precision=bf16 allows less")
     return best
+
+
+def clearly_fastest(
+    shortest: Mapping[Formats, float], typical: Mapping[Formats, float], default_layouts: Mapping[str, str]
+) -> Formats | None:
+    """The formats that are the fastest both by their shortest and by their typical step; else the usual ones.
+
+    Other work on the machine makes single steps several times longer, which shortens no step but may hide that a format
+    is fast; so one number alone may be wrong.
+
+    Args:
+        shortest: The shortest time of a step in each format, infinite if it fails; from the highest precision.
+        typical: The median time, as ``shortest``.
+        default_layouts: The default layout for each precision.
+
+    Returns:
+        The choice; ``None`` if all formats fail.
+    """
+    choice = fastest(shortest, default_layouts)
+    if choice is None or choice == fastest(typical, default_layouts):
+        return choice
+    usual = [Formats(precision, layout) for precision, layout in default_layouts.items()]
+    return next((formats for formats in usual if math.isfinite(shortest.get(formats, math.inf))), choice)
+
+
+def _shortest(rounds: Sequence[Sequence[float]]) -> list[float]:
+    return [min(seconds) for seconds in zip(*rounds, strict=True)]
+
+
+def _typical(rounds: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def fastest(seconds: Mapping[Formats, float], default_layouts: Mapping[str, str]) -> Formats | None:
@@ -242,6 +280,35 @@ def format_timings(seconds: Mapping[Formats, float], best: Formats) -> str:
         mark = "  chosen" if formats == best else ""
         lines.append(f"{formats.precision:9}  {formats.memory_format:13}  {time_column}{mark}")
     return "\n".join(lines)
+
+
+def repeat_rounds(
+    time_round: Callable[[], list[float]], candidates: Sequence[Formats], default_layouts: Mapping[str, str]
+) -> list[list[float]]:
+    """Repeats a round of timings until they say clearly which formats are fastest, or take too long.
+
+    Args:
+        time_round: Times one step in each format, in seconds.
+        candidates: The formats, in the order of the timings.
+        default_layouts: The default layout for each precision.
+    """
+    start, total = time.perf_counter(), 0.0
+    rounds: list[list[float]] = []
+    while len(rounds) < 2 or (
+        len(rounds) < _MAX_ROUNDS_IF_UNCLEAR
+        and total < 3 * _MAX_TRIAL_SECONDS
+        and time.perf_counter() - start < _MAX_WALL_SECONDS
+    ):
+        rounds.append(time_round())
+        total += sum(seconds for seconds in rounds[-1] if math.isfinite(seconds))
+        if len(rounds) >= _MAX_ROUNDS or (len(rounds) >= 3 and total >= _MAX_TRIAL_SECONDS):
+            by_shortest, by_typical = (
+                fastest(dict(zip(candidates, seconds, strict=True)), default_layouts)
+                for seconds in (_shortest(rounds), _typical(rounds))
+            )
+            if by_shortest == by_typical:
+                break
+    return rounds
 
 
 # --- the trial -------------------------------------------------------------------------------------------------------
@@ -286,22 +353,15 @@ class Trial:
             seconds = [self._step(formats, count) for formats in candidates]
         return min(seconds) / count
 
-    def step_seconds(self, candidates: Sequence[Formats], size: int) -> list[float]:
-        """Shortest time of a step in each format; infinite if the format fails.
-
-        The formats take turns. The shortest time is used, not the median, since other work of the machine can only make
-        a step longer, and with few steps it may affect most of them.
+    def rounds(self, candidates: Sequence[Formats], size: int, default_layouts: Mapping[str, str]) -> list[list[float]]:
+        """Times of steps in which the formats take turns: per round one of each format, infinite if the format fails.
 
         Args:
             candidates: The formats.
             size: Images per step.
+            default_layouts: The default layout for each precision.
         """
-        rounds: list[list[float]] = []
-        total = 0.0
-        while len(rounds) < 2 or (len(rounds) < _MAX_ROUNDS and total < _MAX_TRIAL_SECONDS):
-            rounds.append([self._step(formats, size) for formats in candidates])
-            total += sum(seconds for seconds in rounds[-1] if math.isfinite(seconds))
-        return [min(seconds) for seconds in zip(*rounds, strict=True)]
+        return repeat_rounds(lambda: [self._step(formats, size) for formats in candidates], candidates, default_layouts)
 
     def _step(self, formats: Formats, size: int) -> float:
         if formats in self._failed:
@@ -314,7 +374,8 @@ class Trial:
             targets = slice_targets(self._batch.targets, 0, size)
             return _time_step(self._model, inputs, targets, self._task, precision)
         except Exception as error:  # any error of a user's model, for example a view of a tensor in another layout
-            log.info("%s, %s: %s", formats.precision, formats.memory_format, str(error).partition("\n")[0])
+            problem = str(error).partition("\n")[0]
+            log.info("%s, %s: %s", formats.precision, formats.memory_format, problem, extra=FILE_ONLY)
             self._failed.add(formats)
             return math.inf
         finally:
@@ -333,4 +394,7 @@ def _time_step(model: nn.Module, inputs: Tensor, targets: Targets, task: Task, p
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return time.perf_counter()
+    # Processor time of this thread, which takes part in all of the model's work: unlike the clock on the wall, it
+    # stands still while other programs have the processor.
+    return time.thread_time()

@@ -1,7 +1,8 @@
-"""Callbacks, which the trainer calls at fixed points: the base class, progress on the terminal, and the profiler."""
+"""Callbacks, which the trainer calls at fixed points: the base class, progress in log and terminal, the profiler."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing_extensions import override
 
 from distrain.checkpoint.progress import Progress
 from distrain.config.schema import Config, TrainerConfig
+from distrain.runtime.rank_logging import FILE_ONLY
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
 from distrain.training.report import Report
+
+log = logging.getLogger(__name__)
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
@@ -71,6 +75,21 @@ class Callback:
         """Called after the last step, also if the run fails."""
 
 
+class EpochLog(Callback):
+    """Logs one line per epoch.
+
+    Args:
+        on_terminal: Whether the line also goes to the terminal, not only to the rank's log file.
+    """
+
+    def __init__(self, *, on_terminal: bool) -> None:
+        self._extra = None if on_terminal else FILE_ONLY
+
+    @override
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
+        log.info("%s", _epoch_line(run, values), extra=self._extra)
+
+
 class ProgressBar(Callback):
     """A live line with epoch, loss, metrics, images per second, remaining time and share of time in communication.
 
@@ -112,7 +131,6 @@ class ProgressBar(Callback):
     @override
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
         self._bar.set_description_str(_title(run), refresh=False)
-        tqdm.write(_epoch_line(run, values), file=self._stream or sys.stderr)
 
     @override
     def on_fit_end(self, run: RunView) -> None:
@@ -120,10 +138,10 @@ class ProgressBar(Callback):
 
 
 class PlainProgress(Callback):
-    """The same values as plain lines, for files and pipes: one per epoch, and one per logged step if epochs are long.
+    """The same values as plain lines, for files and pipes, while an epoch is long.
 
     Args:
-        every_seconds: Shortest time between two lines within an epoch.
+        every_seconds: Shortest time between two lines, and between the end of an epoch and the next line.
         stream: Where to write; by default standard error.
     """
 
@@ -153,7 +171,6 @@ class PlainProgress(Callback):
     @override
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
         self._last = run.report.seconds()
-        print(_epoch_line(run, values), file=self._stream or sys.stderr, flush=True)
 
 
 def _sent(values: Mapping[str, float]) -> str:
@@ -226,8 +243,8 @@ def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: 
     """The configured callbacks of this rank; only rank 0 has any."""
     if not is_main:
         return []
-    callbacks: list[Callback] = []
     mode = trainer_config.progress
+    callbacks: list[Callback] = [EpochLog(on_terminal=mode != "off")]
     if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
         callbacks.append(ProgressBar())
     elif mode != "off":

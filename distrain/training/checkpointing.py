@@ -60,7 +60,7 @@ class Checkpointing:
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
         self._rewind_points = RewindPoints(strategy.training_group, runtime.device)
         self._saved_step: int | None = None
-        self._previous_best: tuple[float | None, int | None] = (None, None)
+        self._previous_best: tuple[float | None, int | None, int | None] = (None, None, None)
         self._owner: RunOwner | None = None
 
     def resume(self) -> Progress:
@@ -92,8 +92,8 @@ class Checkpointing:
         self.wait(progress)
         best = progress.best_score
         if best is None or (score > best if self._task.higher_is_better else score < best):
-            self._previous_best = best, progress.best_step
-            progress.best_score, progress.best_step = score, progress.step
+            self._previous_best = best, progress.best_step, progress.best_epoch
+            progress.best_score, progress.best_step, progress.best_epoch = score, progress.step, progress.epoch
 
     def wait(self, progress: Progress) -> None:
         """Waits for the save under way; if it failed, ``progress`` no longer names its step as the best."""
@@ -102,7 +102,7 @@ class Checkpointing:
         if failed_step is not None and failed_step == self._saved_step:
             self._saved_step = None
             if failed_step == progress.best_step:
-                progress.best_score, progress.best_step = self._previous_best
+                progress.best_score, progress.best_step, progress.best_epoch = self._previous_best
 
     @in_phase("saving")
     def save(self, progress: Progress, control: RunControl) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from distrain.data.base import Splits
 from distrain.files.writing import write_json
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
+from distrain.reporting.origin import Origin, as_iso
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult, Strategy
 from distrain.tasks.base import Evaluation, Task
@@ -38,6 +40,7 @@ class Report:
 
     Attributes:
         clock: Times the loop over batches; from :meth:`begin` on.
+        parameters: Number of values in the unsplit model's parameters: ``count`` and ``trainable``.
     """
 
     clock: StepClock
@@ -61,6 +64,8 @@ class Report:
         #: Step of the last log, and the bytes that had been sent by then.
         self._last_log = (0, 0)
         self._start_time = time.perf_counter()
+        self.parameters: dict[str, int] = {}
+        self._origin = Origin(Path.cwd() if runtime.is_main else None)
 
     def begin(self, first_step: int, total_steps: int) -> None:
         """Training begins, or goes on after ``first_step`` steps."""
@@ -196,11 +201,15 @@ class Report:
             "compression": self._config.compression.name,
             "epochs": progress.epoch,
             "steps": progress.step,
+            "resumed_at_step": self._first_step,
             "samples": progress.samples,
             "skipped_updates": progress.skipped_updates,
             "rewinds": progress.rewinds,
             "train_loss": progress.train_loss if progress.epoch else (loss if count else None),
             f"val_{self._task.metrics[0]}": progress.val_score,
+            f"best_val_{self._task.metrics[0]}": progress.best_score,
+            "best_step": progress.best_step,
+            "best_epoch": progress.best_epoch,
             **{f"test_{name}": value for name, value in test.metrics.items()},
             "test_loss": test.loss,
             "test_count": test.count,
@@ -215,6 +224,10 @@ class Report:
             "wall_seconds": round(self.seconds(), 3),
             "checkpoint": checkpoint,
             **strategy.report(),
+            "parameters": self.parameters,
+            "start": as_iso(runtime.start_time),
+            "end": as_iso(time.time()),
+            **self._origin.collect(),
         }
 
     def write(self, summary: dict[str, Any], step: int, test: Evaluation, splits: Splits) -> None:

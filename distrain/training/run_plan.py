@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
+import sys
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +23,7 @@ from distrain.models.build import check_model
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import check_lookahead
 from distrain.optim.optimizers.groups import check_groups
+from distrain.runtime import launcher
 from distrain.runtime.device import choose_backend, choose_device
 from distrain.runtime.world import World
 from distrain.strategies import base as strategies
@@ -104,6 +107,9 @@ class RunPlan:
         resume.check(config)
         if world.size == 1 and config.compression.name != "none":
             log.warning("compression=%s is ignored: one process exchanges no gradients", config.compression.name)
+        if world.size == 1 and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            several = launcher.command(sys.argv, os.environ, ranks=2)
+            log.warning("strategy=%s on one process has nothing to divide; on two: %s", config.strategy.name, several)
         unused = check_model(
             config.model,
             in_channels=self.spec.channels,

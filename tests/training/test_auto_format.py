@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,14 +185,20 @@ def test_a_trial_changes_only_the_two_keys(run_dir: str) -> None:
     assert after == config
 
 
-def test_a_format_in_which_the_model_fails_is_not_chosen(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+def logged(run_dir: str) -> str:
+    return Path(run_dir.removeprefix("run_dir="), "logs", "rank_0.log").read_text()
+
+
+def test_a_format_in_which_the_model_fails_is_not_chosen(run_dir: str) -> None:
     assert resolve(small("model=custom", f"model._target_={__name__}.ContiguousOnly", LAYOUT, run_dir)) == A
-    output = capsys.readouterr().err
+    output = logged(run_dir)
     assert "fp32       channels_last     fails" in output
     assert "fp32, channels_last: view size is not compatible" in output
 
 
-def test_the_table_is_logged(run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_logged_and_not_shown(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     use_clock({A: 0.004, B: 0.003, C: 0.005, D: 0.001}, monkeypatch)
     resolve(small(*BOTH, run_dir))
     assert (
@@ -201,7 +208,8 @@ def test_the_table_is_logged(run_dir: str, monkeypatch: pytest.MonkeyPatch, caps
         "fp32       channels_last      7.50\n"
         "bf16       contiguous        12.50\n"
         "bf16       channels_last      2.50  chosen\n"
-    ) in capsys.readouterr().err
+    ) in logged(run_dir)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("seconds", [0.0001, 0.1, 3.0])
@@ -212,12 +220,47 @@ def test_a_trial_is_short_for_any_model(seconds: float, run_dir: str, monkeypatc
     assert len(spent) <= 14
 
 
-def test_a_trial_has_the_size_of_a_microbatch(
-    run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trial_has_the_size_of_a_microbatch(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_clock({A: 0.1, B: 0.1}, monkeypatch)
     resolve(small(LAYOUT, "trainer.micro_batch_size=5", run_dir))
-    assert "tried forward and backward passes of 5 images" in capsys.readouterr().err
+    assert "tried forward and backward passes of 5 images" in logged(run_dir)
+
+
+#: True times of a step, by how much a disturbed step is longer at most, the usual layout, and what must be chosen.
+ON_A_BUSY_MACHINE: dict[str, tuple[Clock, float, str, set[Formats]]] = {
+    "the usual one is six times faster": ({A: 0.01, B: 0.06}, 8, "contiguous", {A}),
+    "the other one is six times faster": ({A: 0.06, B: 0.01}, 8, "contiguous", {B}),
+    "the usual one, with long steps": ({A: 0.1, B: 0.6}, 4, "contiguous", {A}),
+    "equally fast": ({A: 0.01, B: 0.01}, 8, "channels_last", {A, B}),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_BUSY_MACHINE)
+def test_other_work_on_the_machine_does_not_choose_a_far_slower_format(case: str) -> None:
+    """Two hundred machines on which three steps of five take several times as long as they would alone."""
+    clock, worst, usual, expected = ON_A_BUSY_MACHINE[case]
+    chosen = []
+    for seed in range(200):
+        noise = random.Random(seed)
+
+        def time_round(noise: random.Random = noise) -> list[float]:
+            return [seconds * (noise.uniform(1, worst) if noise.random() < 0.6 else 1) for seconds in clock.values()]
+
+        rounds = auto_format.repeat_rounds(time_round, list(clock), {"fp32": usual})
+        shortest, typical = (
+            dict(zip(clock, seconds, strict=True))
+            for seconds in (auto_format._shortest(rounds), auto_format._typical(rounds))
+        )
+        chosen.append(auto_format.clearly_fastest(shortest, typical, {"fp32": usual}))
+    assert set(chosen) <= expected
+    # Two starts of the same run should choose the same.
+    assert len(chosen) - max(map(chosen.count, expected)) <= 20
+
+
+def test_time_on_a_processor_stands_still_while_others_have_it() -> None:
+    before = auto_format._now(torch.device("cpu"))
+    time.sleep(0.2)
+    assert auto_format._now(torch.device("cpu")) - before < 0.1
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distrain.training.callbacks import Callback, PlainProgress, Profiler, ProgressBar, default_callbacks
+from distrain.training.callbacks import Callback, EpochLog, PlainProgress, Profiler, ProgressBar, default_callbacks
 from tests.runs import small
 
 STEP = {
@@ -90,17 +91,24 @@ def test_the_bytes_that_a_rank_sends_per_step_are_shown(sent: float, ratio: floa
     assert stream.getvalue().rstrip("\n").endswith(f"communication 12%{expected}")
 
 
-def test_the_bar_leaves_one_line_per_epoch() -> None:
+def test_the_bar_shows_the_next_epoch() -> None:
     terminal, run = Terminal(), trainer()
     bar = ProgressBar(terminal)
     bar.on_fit_start(run)
     run.progress.epoch = 1
     bar.on_epoch_end(run, VALIDATED)
     bar.on_fit_end(run)
-    lines = [line.rpartition("\r")[2] for line in terminal.getvalue().splitlines()]
-    expected = "epoch 1/2: loss 0.4568, accuracy 0.8123 | validation: loss 0.5679, accuracy 0.7901 | 23,457 images/s"
-    assert expected in lines
     assert "epoch 2/2" in terminal.last()
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_one_line_per_epoch_is_logged(on_terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="distrain"):
+        EpochLog(on_terminal=on_terminal).on_epoch_end(trainer(epoch=1), VALIDATED)
+    (record,) = caplog.records
+    expected = "epoch 1/2: loss 0.4568, accuracy 0.8123 | validation: loss 0.5679, accuracy 0.7901 | 23,457 images/s"
+    assert record.getMessage() == expected
+    assert getattr(record, "file_only", False) is not on_terminal
 
 
 def test_the_bar_of_a_resumed_run_starts_at_its_step() -> None:
@@ -137,7 +145,6 @@ def test_plain_lines_come_every_epoch_and_at_most_once_per_interval() -> None:
     assert stream.getvalue().splitlines() == [
         f"step 2/20: {figures}",
         f"step 4/20: {figures}",
-        "epoch 1/2: loss 0.4568, accuracy 0.8123 | 23,457 images/s",
     ]
 
 
@@ -147,11 +154,12 @@ def test_plain_lines_come_every_epoch_and_at_most_once_per_interval() -> None:
 @pytest.mark.parametrize(
     ("mode", "terminal", "expected"),
     [
-        ("auto", True, [ProgressBar]),
-        ("auto", False, [PlainProgress]),
-        ("bar", False, [ProgressBar]),
-        ("lines", True, [PlainProgress]),
-        ("off", True, []),
+        ("auto", True, [EpochLog, ProgressBar]),
+        ("auto", False, [EpochLog, PlainProgress]),
+        ("bar", False, [EpochLog, ProgressBar]),
+        ("lines", True, [EpochLog, PlainProgress]),
+        ("off", True, [EpochLog]),
+        ("false", True, [EpochLog]),
     ],
 )
 def test_auto_chooses_a_bar_in_a_terminal_and_lines_elsewhere(
@@ -165,13 +173,13 @@ def test_auto_chooses_a_bar_in_a_terminal_and_lines_elsewhere(
 
 def test_progress_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     run = trainer(epoch=1)
-    PlainProgress().on_epoch_end(run, EPOCH)
+    PlainProgress(every_seconds=0).on_log(run, STEP)
     bar = ProgressBar()
     bar.on_fit_start(run)
     bar.on_fit_end(run)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "epoch 1/2: loss 0.4568" in captured.err
+    assert "step 0/20: loss 0.3457" in captured.err
     assert "0/20" in captured.err
 
 
@@ -180,7 +188,7 @@ def test_progress_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_profiler_records_the_configured_steps_after_warmup(tmp_path: Path) -> None:
     options = small("trainer.profile_steps=2").trainer
-    (profiler,) = default_callbacks(options, tmp_path, is_main=True)
+    _, profiler = default_callbacks(options, tmp_path, is_main=True)
     assert isinstance(profiler, Profiler)
     run = trainer()
     profiler.on_fit_start(run)

@@ -27,7 +27,7 @@ from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
-from distrain.strategies.batchnorm import has_batchnorm
+from distrain.strategies.batchnorm import has_batchnorm, replacement
 from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.parameter_server.client import ServerClient, ServerClients
 from distrain.strategies.parameter_server.collectives import WorkerCommunicator
@@ -193,7 +193,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         if self._worker_count > 1 and has_batchnorm(model):
             log.warning(
                 "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
-                "does not; model.norm=group is equal"
+                "does not; %s is equal",
+                replacement(self.config.model),
             )
         super().setup(model, task, make_optimizer, example)
         log.info(

@@ -180,7 +180,8 @@ class Pipeline(Strategy[PipelineConfig]):
         if batchnorm.has_batchnorm(model):
             log.warning(
                 "BatchNorm layers normalise each microbatch by its own statistics, whereas one process uses those of "
-                "the whole batch; with model.norm=group both compute the same"
+                "the whole batch; with %s both compute the same",
+                batchnorm.replacement(self.config.model),
             )
         if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
             log.warning("dropout draws other random numbers on each stage than one process would, so results differ")
