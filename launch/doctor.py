@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,4 +35,7 @@ def task(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     command = hydra_entry.pop_command(sys.argv)
+    if not command:
+        # The report says what torch's own warnings about sockets would say, in words. torch reads this when imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     hydra_entry.main(task, Path(__file__).parent.parent / "conf", "doctor", schema)

@@ -44,6 +44,9 @@ _FIRST_RANK_SECONDS = 2
 #: Name of the file with the keys of a training.
 _TRAINING = "config"
 
+#: What shells report of a command that Ctrl-C ended.
+_EXIT_INTERRUPTED = 130
+
 #: HYDRA_FULL_ERROR as the user set it, for processes started from here; :func:`main` changes the variable itself.
 user_hydra_full_error: str | None = None
 
@@ -111,6 +114,10 @@ def main(
         decorated()
     except ExitWithCode as error:
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        # Outside a run, which saves first; see distrain.runtime.signals.
+        print("distrain: interrupted", file=sys.stderr, flush=True)
+        _exit_now(_EXIT_INTERRUPTED)
     except Exception as error:  # Hydra and YAML raise many types for a user's mistakes
         if wants_traceback or not composing:
             raise

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from distrain.cli import hydra_entry
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
+from distrain.files.untrusted import printable
 from distrain.tools.launching import table
 from distrain.tools.launching.jobs import DONE, JobResult, JobRunner, hydra_quote, job_array_lines, make_jobs
 
@@ -106,6 +107,10 @@ class Sweep:
         results, code = self._runner.run(jobs)
         self._results += results
         print(table.to_text(self._results, self._settings.metric), flush=True)
+        without = [result for result in results if result.status == DONE and self.metric(result) is None]
+        if without:
+            # Hydra's sweeper needs the number, so the sweep ends with exit code 1.
+            print(f"distrain: {no_metric(self._settings.metric, without)}", file=sys.stderr, flush=True)
         target = self._folder / "results.csv"
         target.write_text(table.to_csv(self._results))
         print(f"{target}; curves and HParams: tensorboard --logdir {self._folder}", flush=True)
@@ -116,6 +121,25 @@ class Sweep:
     def metric(self, result: JobResult) -> float | None:
         """Returns the number that ranks a job; ``None`` if it is not done or lacks the number."""
         return table.summary_number(result, self._settings.metric) if result.status == DONE else None
+
+
+def no_metric(metric: str, results: Sequence[JobResult]) -> str:
+    """What is wrong with jobs that are done and lack the number by which jobs are ranked, and what they have instead.
+
+    Args:
+        metric: The number's name in ``summary.json``.
+        results: The jobs, at least one.
+    """
+    first = results[0]
+    scores = [name for name in first.summary if name.startswith(("val_", "test_", "train_"))]
+    numbers = [name for name in scores if table.summary_number(first, name) is not None]
+    why = " (there is no validation split with data.val_fraction=0)" if metric.startswith("val_") else ""
+    names = ", ".join(printable(result.job.name) for result in results)
+    return str(
+        ConfigError(
+            "sweep.metric", metric, f"is no number in the summary.json of {names}{why}, so the sweep fails", numbers
+        )
+    )
 
 
 def multirun_arguments(arguments: Sequence[str], script: Path, default_folder: str) -> list[str]:

@@ -255,6 +255,16 @@ class Communicator:
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
 
+    def medium(self, tensor: Tensor) -> str:
+        """What carries a tensor of a group of several ranks, in words; a group's first call is a collective."""
+        backend = str(dist.get_backend(self.group))
+        channel = self._channel_for(tensor)
+        if channel is None:
+            return backend
+        if isinstance(channel, SharedMemoryChannel):
+            return "shared memory"
+        return f"shared memory within hosts, {backend} between them"
+
     def _channel_for(self, tensor: Tensor | None) -> Channel | None:
         """The channel that replaces the backend for a tensor, or ``None``; a group's first call is a collective."""
         if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in _CHANNEL_DTYPES):

@@ -149,8 +149,17 @@ def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
     try:
         imported = importlib.import_module(module)
     except Exception as error:  # a user's module may raise anything
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (module == missing or module.startswith(f"{missing}.")):
+            problem = f"can't be imported: there is no module {missing} in the current folder, {Path.cwd()}"
+            raise ConfigError(key, path, f"{problem}, nor in a folder that PYTHONPATH names") from error
         raise ConfigError(key, path, f"can't be imported ({type(error).__name__}: {error})") from error
     try:
         return getattr(imported, name)
     except AttributeError:
-        raise ConfigError(key, path, f"module {module} has no {name}") from None
+        problem = f"module {module} has no {name}"
+        file, root = getattr(imported, "__file__", None), path.partition(".")[0]
+        here = next((own for own in (Path(root), Path(f"{root}.py")) if own.exists()), None)
+        if file is not None and here is not None and Path.cwd() not in Path(file).parents:
+            problem += f"; {file} hides {here} of the current folder: rename that, or put the folder on PYTHONPATH"
+        raise ConfigError(key, path, problem) from None

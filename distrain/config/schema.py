@@ -332,7 +332,9 @@ class RuntimeConfig:
         default="auto",
     )
     threads: int | None = setting(
-        "CPU threads per rank; null: the host's cores divided by its number of ranks.", at_least=1
+        "CPU threads per rank; null: MKL_NUM_THREADS or OMP_NUM_THREADS if you set it, else the host's cores divided "
+        "by its number of ranks.",
+        at_least=1,
     )
     setup_timeout_seconds: float = setting(
         "The run fails if not all ranks have joined within this many seconds.", above=0

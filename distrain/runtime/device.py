@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,6 +54,43 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def choose_threads(configured: int | None, world: World, environment: Mapping[str, str] = os.environ) -> int:
+    """Number of CPU threads of this rank.
+
+    Args:
+        configured: ``runtime.threads``.
+        world: This rank's place.
+        environment: What the user set there counts: ``MKL_NUM_THREADS``, else ``OMP_NUM_THREADS``, as in torch.
+
+    Returns:
+        What is configured, else what the environment says, else this host's cores divided by its number of ranks.
+    """
+    if configured is not None:
+        return configured
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        # OpenMP takes a list with the numbers of nested levels.
+        text = environment.get(name, "").partition(",")[0].strip()
+        if text.isdecimal() and int(text) > 0 and not (name == "OMP_NUM_THREADS" and _set_by_torchrun(environment)):
+            return int(text)
+    return max(1, available_cores() // world.local_size)
+
+
+def _set_by_torchrun(environment: Mapping[str, str]) -> bool:
+    """Whether ``OMP_NUM_THREADS`` is torchrun's and not the user's.
+
+    torchrun sets it to 1 for its workers if it is not set, which wastes most of a machine that has more cores than
+    ranks. torchrun is the parent of this process, and Linux keeps the environment that it was started with.
+    """
+    several = environment.get("LOCAL_WORLD_SIZE", "1") != "1"
+    if "TORCHELASTIC_RUN_ID" not in environment or not several or environment["OMP_NUM_THREADS"] != "1":
+        return False
+    try:
+        of_torchrun = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in of_torchrun.split(b"\0"))
 
 
 def seed_everything(seed: int) -> None:

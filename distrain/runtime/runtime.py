@@ -29,7 +29,7 @@ from distrain.health.members import register
 from distrain.health.watch import Watch, WatchIdentity
 from distrain.runtime import bind_address, launcher, rendezvous
 from distrain.runtime.config_comparison import require_same_configuration
-from distrain.runtime.device import available_cores, choose_backend, choose_device, seed_everything
+from distrain.runtime.device import choose_backend, choose_device, choose_threads, seed_everything
 from distrain.runtime.malloc import retain_freed_memory
 from distrain.runtime.rank_logging import RankLogging
 from distrain.runtime.run_dir import agree_on_run_dir
@@ -165,12 +165,7 @@ class Runtime:
         self._logging.stop()
 
     def _set_threads(self) -> None:
-        threads = self.config.runtime.threads
-        if threads is None:
-            # torchrun sets OMP_NUM_THREADS=1 for every worker, which wastes most of a machine that has more cores than
-            # ranks. So the number follows from the cores that this process may use.
-            threads = max(1, available_cores() // self.world.local_size)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(choose_threads(self.config.runtime.threads, self.world))
         if self.device.type == "cpu":
             retain_freed_memory()
 

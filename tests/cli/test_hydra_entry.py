@@ -128,7 +128,10 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     # models
     "model=cifar_cnn": ("model=cifar_cnn: needs images of at least", "8x8"),
     "model=custom": ("model._target_: needs a value",),
-    "model=custom model._target_=nowhere.Net": ("model._target_=nowhere.Net: can't be imported",),
+    "model=custom model._target_=nowhere.Net": (
+        "model._target_=nowhere.Net: can't be imported: there is no module nowhere in the current folder, /",
+        "nor in a folder that PYTHONPATH names",
+    ),
     "model=custom model._target_=torch.nn.Nope": ("model._target_=torch.nn.Nope: module torch.nn has no Nope",),
     "model=custom model._target_=Net": ("model._target_=Net: is not a dotted path",),
     "model=custom model._target_=tests.cli.test_hydra_entry.NoModule": (
@@ -321,6 +324,46 @@ def test_model_in_the_current_folder_is_found(run_command: Callable[..., None], 
     tmp_path.joinpath("beside_me.py").write_text("from distrain.models.cnn import SimpleCNN as Net\n")
     with pytest.raises(ConfigAccepted):
         run_command("strategy=ddp", "model=custom", "model._target_=beside_me.Net")
+
+
+def test_module_that_is_hidden_by_another_is_named(
+    run_command: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.joinpath("hydra.py").write_text("from distrain.models.cnn import SimpleCNN as Net\n")
+    with pytest.raises(SystemExit):
+        run_command("strategy=ddp", "model=custom", "model._target_=hydra.Net")
+    assert "hides hydra.py of the current folder: rename that, or put" in capfd.readouterr().err
+
+
+def test_one_process_of_a_strategy_for_several_is_told_how_to_start_them(
+    run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(logging.getLogger("distrain"), "propagate", True)
+    with pytest.raises(ConfigAccepted):
+        run_command("strategy=ddp", "run_dir=a b")
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == (
+        "strategy=ddp on one process has nothing to divide; on two: "
+        "torchrun --nproc-per-node 2 launch/train.py strategy=ddp 'run_dir=a b'"
+    )
+
+
+def test_interrupted_command_says_one_line(
+    run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fake_exit(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def interrupted(_: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "_exit", fake_exit)
+    with pytest.raises(SystemExit) as end:
+        run_command(task=interrupted)
+    assert end.value.code == 130
+    assert capfd.readouterr().err == "distrain: interrupted\n"
 
 
 def test_help_shows_all_choices_and_examples(

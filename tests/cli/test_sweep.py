@@ -10,6 +10,7 @@ import yaml
 from distrain.cli import sweep
 from distrain.cli.sweep import SweepSettings
 from distrain.errors import ConfigError
+from distrain.tools.launching.jobs import DONE, Job, JobResult
 from tests.config.test_conf import keys_of
 from tests.runs import CONF
 
@@ -32,6 +33,15 @@ def test_nproc_and_sweep_keys_go_to_the_launcher_and_the_rest_to_the_trainings()
 def test_unknown_key_of_a_sweep_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^sweep.minuts: no such key; .*did you mean sweep.minutes"):
         sweep.multirun_arguments(["sweep.minuts=3"], Path("train.py"), "here")
+
+
+def test_jobs_without_the_number_that_ranks_them_are_named() -> None:
+    job = Job("0_sgd", {}, (), Path("there"))
+    result = JobResult(job, DONE, summary={"val_accuracy": None, "test_accuracy": 0.5, "test_loss": 1.5, "steps": 3})
+    assert sweep.no_metric("val_accuracy", [result, result]) == (
+        "sweep.metric=val_accuracy: is no number in the summary.json of 0_sgd, 0_sgd (there is no validation split "
+        "with data.val_fraction=0), so the sweep fails; choices: test_accuracy, test_loss (did you mean test_accuracy?)"
+    )
 
 
 def test_launchers_file_has_each_key_of_its_schema() -> None:

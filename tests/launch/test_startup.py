@@ -84,6 +84,25 @@ def test_help_and_simple_errors_do_not_import_torch(argument: str, code: int, tm
     assert run.stdout.endswith("imported torch: False\n")
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_another_folder_called_distrain_hides_nothing(installed: bool, tmp_path: Path) -> None:
+    """A parent of a checkout on PYTHONPATH makes a namespace package of it, with or without an installed distrain."""
+    tmp_path.joinpath("distrain", "docs").mkdir(parents=True)
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    run = subprocess.run(
+        # -S leaves out what is installed in another way than as a folder of the path.
+        [sys.executable, *([] if installed else ["-S"]), str(LAUNCH / "train.py"), "strategy=dpp"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *libraries])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "did you mean ddp?" in run.stderr
+
+
 def test_choice_is_found_in_the_module_named_after_it_or_in_another(tmp_path: Path) -> None:
     """``none`` is in ``none.py``; ``resnet18`` and ``custom`` are in other modules, and no further one is imported."""
     script = (

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from distrain.errors import ConfigError
-from distrain.runtime.device import choose_backend, choose_device, generators
+from distrain.runtime.device import choose_backend, choose_device, choose_threads, generators
 from distrain.runtime.world import World
-from tests.runs import small
+from tests.runs import LAUNCH, small
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +28,53 @@ def test_the_backend_follows_the_device_unless_configured() -> None:
     assert choose_backend(small(), torch.device("cpu")) == "gloo"
     assert choose_backend(small(), torch.device("cuda", 0)) == "nccl"
     assert choose_backend(small("runtime.backend=gloo"), torch.device("cuda", 0)) == "gloo"
+
+
+#: What torchrun adds to the environment of two ranks for which the user set no number of threads.
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("configured", "environment", "expected"),
+    [
+        (None, {}, 8),
+        (3, {"OMP_NUM_THREADS": "1"}, 3),
+        (None, {"OMP_NUM_THREADS": "1"}, 1),
+        (None, {"OMP_NUM_THREADS": "5,2"}, 5),
+        (None, {"MKL_NUM_THREADS": "2"}, 2),
+        (None, {"MKL_NUM_THREADS": "2", "OMP_NUM_THREADS": "3"}, 2),
+        (None, {"OMP_NUM_THREADS": ""}, 8),
+        (None, {"OMP_NUM_THREADS": "0"}, 8),
+        (None, {"OMP_NUM_THREADS": "many"}, 8),
+        (None, {**BY_TORCHRUN, "LOCAL_WORLD_SIZE": "1"}, 1),
+        (None, {**BY_TORCHRUN, "OMP_NUM_THREADS": "2"}, 2),
+    ],
+)
+def test_threads_are_those_that_the_user_set(
+    configured: int | None, environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distrain.runtime.device.available_cores", lambda: 16)
+    assert choose_threads(configured, World(0, 2, 0, 2, "host"), environment) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("set_by_user", "expected"), [(True, 1), (False, 8)])
+def test_torchruns_own_choice_is_not_the_users(set_by_user: bool, expected: int) -> None:
+    """A process that stands for torchrun starts a rank, with or without the variable in its own environment."""
+    rank = (
+        "from distrain.runtime import device; from distrain.runtime.world import World; "
+        "device.available_cores = lambda: 16; print(device.choose_threads(None, World(0, 2, 0, 2, 'host')))"
+    )
+    torchrun = (
+        f"import os, subprocess, sys; os.environ.update({BY_TORCHRUN}); "
+        f"subprocess.run([sys.executable, '-c', {rank!r}])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in (*BY_TORCHRUN, "MKL_NUM_THREADS")}
+    if set_by_user:
+        environment["OMP_NUM_THREADS"] = "1"
+    environment["PYTHONPATH"] = str(LAUNCH.parent)
+    done = subprocess.run([sys.executable, "-c", torchrun], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == expected
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)])

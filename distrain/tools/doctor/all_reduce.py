@@ -27,11 +27,13 @@ class AllReduceTiming:
         backend: ``gloo`` or ``nccl``.
         error: Why the all-reduce failed; empty if it worked.
         points: Pairs of bytes that each rank sends and seconds on the slowest rank, by growing size.
+        medium: What carried the messages; ranks of one host use no network.
     """
 
     backend: str
     error: str = ""
     points: list[tuple[int, float]] = field(default_factory=list)
+    medium: str = ""
 
 
 def time_all_reduce(backend: str, world: World, store: Store, timeout: float) -> AllReduceTiming:
@@ -73,7 +75,9 @@ def _measure(backend: str, world: World, store: Store, timeout: float) -> AllRed
         timeout=datetime.timedelta(seconds=timeout),
     )
     try:
-        link = measure_link(Communicator(dist.group.WORLD), device, _MAX_BYTES)
-        return AllReduceTiming(backend, "", [(sample.sent, sample.seconds) for sample in link.samples("all_reduce")])
+        communicator = Communicator(dist.group.WORLD)
+        link = measure_link(communicator, device, _MAX_BYTES)
+        points = [(sample.sent, sample.seconds) for sample in link.samples("all_reduce")]
+        return AllReduceTiming(backend, "", points, communicator.medium(torch.empty(1, device=device)))
     finally:
         dist.destroy_process_group()

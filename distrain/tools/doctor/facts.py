@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import distrain
-from distrain.runtime.device import available_cores
+from distrain.runtime.device import available_cores, choose_threads
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
 
@@ -46,7 +46,7 @@ class RankFacts:
         cores: Number of CPU cores that the process may use.
         quota: CPU limit of the process's container, in cores; ``None`` for no limit.
         numa_nodes: Number of NUMA nodes.
-        threads: Value of ``OMP_NUM_THREADS``; ``None`` if it is not set.
+        threads: CPU threads that a training takes in this rank unless ``runtime.threads`` says otherwise.
         gpus: Name of each GPU.
         gpu_links: How GPUs are connected, one line per pair.
         backends: Backends that torch was built with.
@@ -69,7 +69,7 @@ class RankFacts:
     cores: int
     quota: float | None
     numa_nodes: int
-    threads: int | None
+    threads: int
     gpus: list[str]
     gpu_links: list[str]
     backends: list[str]
@@ -89,7 +89,6 @@ def gather_facts(world: World, rendezvous_host: str) -> RankFacts:
     """
     choice, here = interfaces.gloo_choice(), interfaces.addresses()
     rendezvous_address = interfaces.resolve(rendezvous_host).address if rendezvous_host else ""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
     return RankFacts(
         rank=world.rank,
         host=world.host,
@@ -108,7 +107,7 @@ def gather_facts(world: World, rendezvous_host: str) -> RankFacts:
         cores=available_cores(),
         quota=cpu_quota(),
         numa_nodes=len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),
-        threads=int(threads) if threads.isdigit() else None,
+        threads=choose_threads(None, world),
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         gpu_links=_gpu_links(),
         backends=[name for name in ("gloo", "nccl", "mpi") if dist.is_backend_available(name)],

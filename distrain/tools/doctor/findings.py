@@ -226,7 +226,7 @@ def _slow_links(examination: Examination) -> Iterator[Finding]:
 def _threads(examination: Examination) -> Iterator[Finding]:
     for facts in examination.hosts:
         cores = facts.cores if facts.quota is None else min(facts.cores, max(1, round(facts.quota)))
-        threads = examination.threads or facts.threads or 1
+        threads = examination.threads or facts.threads
         if facts.local_size > cores:
             yield Finding(
                 "too many ranks",

@@ -17,7 +17,7 @@ def format_report(examination: Examination, findings: Sequence[Finding]) -> str:
         parts.append(_link_table(examination))
     for timing in examination.all_reduce:
         if timing.points:
-            rows = [[f"all-reduce ({timing.backend})", "time", "each rank sends"]]
+            rows = [[f"all-reduce ({timing.medium or timing.backend})", "time", "each rank sends"]]
             for sent, seconds in timing.points:
                 rows.append([_format_bytes(sent), f"{1000 * seconds:.3g} ms", format_rate(sent / seconds)])
             parts.append(format_table(rows))
@@ -74,7 +74,7 @@ def _rank_table(examination: Examination) -> str:
                 f"{facts.interface} {facts.address}".strip(),
                 facts.why,
                 f"{facts.cores}" if facts.quota is None else f"{facts.cores} (limited to {facts.quota:g})",
-                "-" if threads is None else str(threads),
+                str(threads),
                 str(len(facts.gpus)),
             ]
         )
