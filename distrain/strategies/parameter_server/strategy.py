@@ -192,8 +192,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._averaged_buffers = NamedBuffers(model, floating=True)
         if self._worker_count > 1 and has_batchnorm(model):
             log.warning(
-                "BatchNorm layers normalise by each worker's share of the batch, which one process, seeing all of it, "
-                "does not; %s is equal",
+                "BatchNorm layers normalise by each worker's share of the batch, not by all of it; %s is equal",
                 replacement(self.config.model),
             )
         super().setup(model, task, make_optimizer, example)
