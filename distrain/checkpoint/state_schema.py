@@ -173,10 +173,10 @@ _PROGRESS = _fields(
         "epoch_sums": _list_of(_number()),
         "train_loss": _or_null(_number()),
         "best_step": _or_null(_whole()),
-        "best_epoch": _or_null(_whole()),
     },
     {
         "val_score": _or_null(_number()),
+        "best_epoch": _or_null(_whole()),
         "best_score": _or_null(_number()),
         "skipped_updates": _whole(),
         "rewinds": _whole(),
