@@ -73,6 +73,10 @@ class Terminated(Exception):
     """A signal asked the process to end."""
 
 
+class TakenOver(RuntimeError):
+    """The run's folder belongs to a later start of the run; this start writes nothing more into it, and ends."""
+
+
 class PeerLost(RuntimeError):
     """Another rank has ended, and the run can't continue without it.
 

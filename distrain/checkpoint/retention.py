@@ -48,7 +48,12 @@ def remove_leftovers(folder: Path) -> None:
 
     A temporary folder that is complete is published as a checkpoint instead; see :func:`publish`.
     """
-    for path in sorted(folder.glob(".step_*")):
+    try:
+        paths = sorted(folder.glob(".step_*"))
+    except OSError as error:
+        log.warning("can't look for folders left by a process that died: %s", error)
+        return
+    for path in paths:
         parsed = TEMPORARY_NAME.fullmatch(path.name)
         if parsed is None:
             continue

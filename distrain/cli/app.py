@@ -10,7 +10,7 @@ from typing import Any
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data.base import Splits
-from distrain.files.writing import write_json, write_yaml
+from distrain.files.writing import to_json, to_yaml
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tasks.base import Task
@@ -40,9 +40,9 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         runtime.activity.phase = "set-up"
         make_model = functools.partial(build_model, plan, splits)
         plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
-        if runtime.is_main:
-            write_yaml(runtime.run_dir / "config.yaml", to_container(plan.config))
-            write_json(runtime.run_dir / "data.json", data_manifest(splits))
+        if runtime.is_main and runtime.owner is not None:
+            runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
+            runtime.owner.write_kept("data.json", to_json(data_manifest(splits)))
             for note in splits.notes:
                 log.info("%s", note)
             log.info("run folder: %s", runtime.run_dir)

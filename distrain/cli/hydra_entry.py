@@ -37,6 +37,7 @@ from distrain.config.load import config_error_from_omegaconf
 from distrain.config.registry import GROUPS
 from distrain.config.schema import Config
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, config_error
+from distrain.files.terminal import TERMINAL, print_to_stderr
 
 #: Seconds that the other ranks of a host wait before they print an error that the host's first rank may have printed.
 _FIRST_RANK_SECONDS = 2
@@ -101,6 +102,11 @@ def main(
         except Failed:
             # Threads of the process group may still wait for a lost peer, so nothing is cleaned up.
             _exit_now(EXIT_FAILED)
+        except OSError as error:
+            if wants_traceback:
+                raise
+            print_to_stderr(f"distrain: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
+            raise ExitWithCode(EXIT_FAILED) from error
 
     decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(
         guarded_task
@@ -164,16 +170,20 @@ def exit_refused(error: ConfigError) -> NoReturn:
         # The launcher ends all ranks as soon as one has exited. Rank 0 of the host exits first and prints the line; a
         # rank that is still running after the wait found an error that rank 0 did not have.
         time.sleep(_FIRST_RANK_SECONDS)
-    print(f"distrain: {error}", file=sys.stderr, flush=True)
+    print_to_stderr(f"distrain: {error}")
     sys.exit(EXIT_REFUSED)
 
 
 def _exit_now(code: int) -> NoReturn:
     """Ends the process at once, without destructors."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        logging.shutdown()
+        TERMINAL.flush()
+        # Output to a full disk must not change the exit code.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 def _check_options(arguments: Sequence[str]) -> None:

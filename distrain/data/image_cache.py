@@ -12,6 +12,7 @@ all. Caches are never removed automatically; any may be deleted while no run use
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -123,6 +124,16 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCa
             can't be written.
     """
     target = folder / spec.digest(folder)
+    try:
+        cache = _open_or_build(spec, folder, target, workers)
+    except OSError as error:
+        raise ConfigError("data.cache", folder, f"{error.filename or target}: {error.strerror or error}") from error
+    if cache is None:
+        raise ConfigError("data.cache", folder, f"{target.name} was damaged or deleted right after it was built")
+    return cache
+
+
+def _open_or_build(spec: CacheSpec, folder: Path, target: Path, workers: int | None) -> ImageCache | None:
     cache = _open(spec, target)
     if cache is None:
         with locked_build_folder("data.cache", folder) as temporary:
@@ -135,8 +146,6 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCa
                 _build(spec, built, workers or _available_cores())
                 publish(built, target)
                 cache = _open(spec, target)
-    if cache is None:
-        raise ConfigError("data.cache", folder, f"{target.name} was damaged or deleted right after it was built")
     return cache
 
 
@@ -170,7 +179,7 @@ def _build(spec: CacheSpec, built: Path, workers: int) -> None:
         raise ConfigError("data.cache", built.parent.parent, problem)
     for name, size in sizes.items():
         with (built / name).open("wb") as file:
-            file.truncate(len(spec.files) * size)
+            _allocate(file, len(spec.files) * size)
     job = built.parent / "job.json"
     job.write_text(
         json.dumps(
@@ -196,6 +205,25 @@ def _build(spec: CacheSpec, built: Path, workers: int) -> None:
         "broken_files": {spec.files[index].path: reason for index, reason in broken.items()},
     }
     (built / _META).write_text(json.dumps(meta, indent=1))
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    """Gives a new file its size, with space on the disk for it.
+
+    Workers write it through a memory map, where a disk that turns out to be full ends them by a signal.
+
+    Raises:
+        OSError: There is too little space.
+    """
+    file.truncate(size)
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        # Other errors mean that the file system can't reserve space.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _decode(spec: CacheSpec, job: Path, count: int) -> dict[int, str]:

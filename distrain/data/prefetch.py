@@ -8,6 +8,8 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+#: How long the end of an iteration waits for the item that is being prepared.
+_STOP_SECONDS = 5.0
 
 
 class _Failure:
@@ -45,17 +47,18 @@ class _Producer(Generic[T]):
         self._slots.release()
 
     def stop(self) -> None:
-        """Ends the thread; waits until the item that is being prepared is finished."""
+        """Ends the thread; waits for a while until the item that is being prepared is finished."""
         self._stopped = True
         self._slots.release()
-        self._thread.join()
+        # A read from a disk that no longer answers must not keep a failed run from ending.
+        self._thread.join(_STOP_SECONDS)
 
 
 def prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Yields items while a background thread prepares up to ``depth`` of them in advance.
 
     An exception in ``items`` is raised here with its traceback. Closing the generator, or leaving the loop over it,
-    ends the thread; an item that is being prepared is finished first.
+    ends the thread; an item that is being prepared is finished first, unless that takes too long.
 
     Args:
         items: Where the items come from; advanced in the background thread only.

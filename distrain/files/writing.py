@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+
+log = logging.getLogger(__name__)
 
 
 def to_json(content: Mapping[str, Any]) -> str:
@@ -23,15 +27,43 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Like :func:`write_json`, but atomic: readers see the old file or the new one, even if several processes write."""
+    """Like :func:`write_json`, but atomic; see :func:`replace_text`."""
+    replace_text(path, to_json(content))
+
+
+def replace_text(path: Path, content: str) -> None:
+    """Writes a text file atomically: readers see the old file or the new one, even if several processes write.
+
+    Raises:
+        OSError: It can't be written; it holds the path, and the old file stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_json(temporary, content)
-    temporary.replace(path)
+    try:
+        temporary.write_text(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as YAML and keeps the order of the keys."""
-    path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """Plain data as YAML, with the keys in their order."""
+    return str(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def losing_on_disk_errors(what: str) -> Iterator[None]:
+    """Runs a block that writes something a run can do without; an error of the disk is logged, and the run goes on.
+
+    Args:
+        what: What is lost, at the beginning of a sentence.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = f"{error.filename}: " if error.filename else ""
+        log.error("%s can't be written (%s%s). The run goes on", what, path, error.strerror or error)
 
 
 def flush_and_sync(file: IO[bytes]) -> None:

@@ -20,8 +20,8 @@ from torch import nn
 
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.autotune.link_model import LinkModel, measure_link
+from distrain.files.terminal import FILE_ONLY
 from distrain.gradients.trainable_parameters import trainable_parameters
-from distrain.runtime.rank_logging import FILE_ONLY
 
 log = logging.getLogger(__name__)
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import IO
 
+from distrain.files.writing import losing_on_disk_errors
+
+log = logging.getLogger(__name__)
+
 
 class CrashDump:
     """A file to which Python writes the stacks of all threads if a fatal signal ends the process.
+
+    Without the file, if it can't be opened, Python writes the stacks to standard error, where it can.
 
     Args:
         path: The file. Its previous content is deleted.
@@ -18,8 +27,11 @@ class CrashDump:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._had_handler = faulthandler.is_enabled()
-        self._file: IO[str] | None = path.open("w")
-        faulthandler.enable(self._file)
+        self._file: IO[str] | None = None
+        with losing_on_disk_errors("The file for the stacks of a crash"):
+            self._file = path.open("w")
+        if self._file is not None:
+            faulthandler.enable(self._file)
 
     def close(self) -> None:
         """Stops recording and removes the file, which is empty unless the process crashed."""
@@ -28,10 +40,15 @@ class CrashDump:
         faulthandler.disable()
         if self._had_handler and sys.__stderr__ is not None:
             faulthandler.enable(sys.__stderr__)
-        self._file.close()
-        self._file = None
-        if self._path.is_file() and not self._path.stat().st_size:
-            self._path.unlink(missing_ok=True)
+        file, self._file = self._file, None
+        # An empty file that stays does no harm, and the run may be ending because of its disk.
+        with contextlib.suppress(OSError):
+            # Another start of the run may have put its own file there.
+            is_own = os.path.samestat(os.fstat(file.fileno()), self._path.stat())
+            if is_own and not self._path.stat().st_size:
+                self._path.unlink()
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def crash_dump_path(run_dir: Path, rank: int) -> Path:
@@ -43,14 +60,17 @@ def read_crash_dump(run_dir: Path | None, rank: int) -> str:
     """Returns what a process that has ended wrote when it crashed; removes an empty file.
 
     Returns:
-        The stacks, or an empty string if the process did not crash.
+        The stacks, or an empty string if the process did not crash or the file can't be read.
     """
     if run_dir is None:
         return ""
     path = crash_dump_path(run_dir, rank)
-    if not path.is_file():
+    try:
+        if path.stat().st_size:
+            return path.read_text(errors="replace")
+        path.unlink()
+    except FileNotFoundError:
         return ""
-    if not path.stat().st_size:
-        path.unlink(missing_ok=True)
-        return ""
-    return path.read_text(errors="replace")
+    except OSError as error:
+        log.warning("%s can't be read: %s", path, error.strerror)
+    return ""

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.files.writing import replace_json
 
 log = logging.getLogger(__name__)
@@ -103,16 +103,26 @@ class FailureReporter:
 
     Attributes:
         run_dir: Where ``failure.json`` is written; ``None`` if it is not to be written.
+        is_taken: Returns whether the folder belongs to another start of the run; this one then writes nothing there.
         reported: The failure that was reported; ``None`` before that.
     """
 
     def __init__(self, rank: int) -> None:
         self.run_dir: Path | None = None
+        self.is_taken: Callable[[], bool] = lambda: False
         self.reported: FirstFailure | None = None
         self._rank = rank
         self._lock = threading.Lock()
 
-    def report(self, failure: Failure, local_stack: str, store: Store | None, add_details: AddDetails) -> None:
+    def report(
+        self,
+        failure: Failure,
+        local_stack: str,
+        store: Store | None,
+        add_details: AddDetails,
+        *,
+        stack_on_terminal: bool = True,
+    ) -> None:
         """Reports a failure, unless this process has already reported one.
 
         Args:
@@ -120,16 +130,24 @@ class FailureReporter:
             local_stack: Where this rank was; logged if another rank failed first.
             store: Where the first failure is published; ``None`` if there is no store or it cannot be reached.
             add_details: Called before ``failure.json`` is written.
+            stack_on_terminal: Whether rank 0 shows ``local_stack`` on the terminal too; the log file always has it.
         """
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             return
         try:
             if self.reported is None:
-                self._report(failure, local_stack, store, add_details)
+                self._report(failure, local_stack, store, add_details, stack_on_terminal)
         finally:
             self._lock.release()
 
-    def _report(self, failure: Failure, local_stack: str, store: Store | None, add_details: AddDetails) -> None:
+    def _report(
+        self,
+        failure: Failure,
+        local_stack: str,
+        store: Store | None,
+        add_details: AddDetails,
+        stack_on_terminal: bool,
+    ) -> None:
         own = FirstFailure(failure, self._rank)
         first = own
         if store is not None:
@@ -151,19 +169,22 @@ class FailureReporter:
         self.reported = first
         summary = first.failure.summary()
         if first.failure.rank == self._rank:
-            log.error("%s\n%s", first.failure.error, local_stack)
+            log.error("%s\n%s", first.failure.error, local_stack, extra=None if stack_on_terminal else FILE_ONLY)
             print_to_stderr(f"distrain: {summary}")
         else:
             log.error("stopped because %s\n%s", summary, local_stack)
             print_to_stderr(f"distrain: rank {self._rank} stopped because {summary}")
 
     def _write(self, failure: Failure) -> None:
-        if self.run_dir is None:
+        if self.run_dir is None or self.is_taken():
             return
+        path = self.run_dir / REPORT_NAME
         try:
-            replace_json(self.run_dir / REPORT_NAME, asdict(failure))
+            # The run may have failed because its folder was removed.
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            replace_json(path, asdict(failure))
         except OSError as error:
-            log.error("%s can't be written: %s", REPORT_NAME, error)
+            print_to_stderr(f"distrain: {path} can't be written: {error.strerror}")
 
 
 def is_broken_connection(error: BaseException) -> bool:
@@ -178,8 +199,3 @@ def is_broken_connection(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [""])[0]
-
-
-def print_to_stderr(line: str) -> None:
-    """Prints a line for the user at once."""
-    print(line, file=sys.stderr, flush=True)

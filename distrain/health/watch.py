@@ -21,6 +21,7 @@ from typing import NoReturn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distrain.errors import PeerLost, Terminated
+from distrain.files.terminal import TERMINAL, print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import read_crash_dump
 from distrain.health.failure_report import (
@@ -31,7 +32,6 @@ from distrain.health.failure_report import (
     FirstFailure,
     first_line,
     is_broken_connection,
-    print_to_stderr,
 )
 from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, judge, why_stuck
 from distrain.health.members import details_key, heartbeat_key, read_heartbeats, read_members
@@ -394,17 +394,28 @@ class Watch:
     def _guard(self) -> None:
         """Monitors the watch's own thread, which may block in a request to a store that no longer answers."""
         last_check = time.monotonic()
+        reported = ""
         while not self._done.wait(self._interval):
             now = time.monotonic()
-            if now - last_check > self._longest_gap and self._request_began is not None:
-                self._request_began = now
-            last_check, request_began = now, self._request_began
-            if self._exit_began is not None:
-                if now - self._exit_began > _FORCED_EXIT_SECONDS and not self._closing.is_set():
-                    os._exit(1)
-            elif request_began is not None and now - request_began > self._limits.silence:
-                failure = self.describe_store_failure(f"no answer for {self._limits.silence:g} s")
-                threading.Thread(target=self._end_run, args=(failure, None), daemon=True).start()
+            was_suspended, last_check = now - last_check > self._longest_gap, now
+            try:
+                self._check_watch(now, was_suspended=was_suspended)
+            except Exception as error:
+                # It must go on: only this thread can end a process whose watch is blocked.
+                if reported != (message := f"{type(error).__name__}: {first_line(error)}"):
+                    reported = message
+                    log.error("the thread that monitors the watch failed, and tries again", exc_info=error)
+
+    def _check_watch(self, now: float, *, was_suspended: bool) -> None:
+        if was_suspended and self._request_began is not None:
+            self._request_began = now
+        request_began = self._request_began
+        if self._exit_began is not None:
+            if now - self._exit_began > _FORCED_EXIT_SECONDS and not self._closing.is_set():
+                os._exit(1)
+        elif request_began is not None and now - request_began > self._limits.silence:
+            failure = self.describe_store_failure(f"no answer for {self._limits.silence:g} s")
+            threading.Thread(target=self._end_run, args=(failure, None), daemon=True).start()
 
     # --- ending the process ------------------------------------------------------------------------------------------
 
@@ -431,8 +442,8 @@ class Watch:
     def _exit_process(self) -> NoReturn:
         try:
             self._before_exit()
+            TERMINAL.flush()
             sys.stdout.flush()
-            sys.stderr.flush()
         except Exception:
             log.exception("an error while this process ends")
         finally:

@@ -15,12 +15,15 @@ from typing_extensions import override
 
 from distrain.config.registry import choice, register
 from distrain.config.schema import Config, LoggerConfig, setting
+from distrain.files.appending import AppendedFile
 from distrain.files.writing import flush_and_sync
 from distrain.reporting import event_files
+from distrain.runtime.run_owner import RunOwner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
+
+    from distrain.reporting.event_writer import EventWriter
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +43,18 @@ class Logger:
 
     Attributes:
         accepts_figures: Whether it stores figures; if not, the caller need not draw them.
+        owner: This start as the owner of the run's folder; ``None`` outside a run.
     """
 
     accepts_figures: bool = False
+    owner: RunOwner | None = None
 
     def __init__(self, config: LoggerConfig | None = None, run_dir: Path | None = None) -> None:
         self.config = config
+
+    def may_create(self) -> bool:
+        """Whether the run's folder belongs to this start, so that a file that was removed may be made anew."""
+        return self.owner is None or self.owner.may_write
 
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         """Logs named numbers.
@@ -119,18 +128,33 @@ class MetricsFile(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._file = path.open("a", buffering=1)
+        self._file = AppendedFile(path, self.may_create)
+        self._rewind: tuple[int, bool] | None = None
 
     @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         # JSON has no NaN, and other parsers reject the `NaN` that Python writes by default.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.hold(f"{json.dumps(row, allow_nan=False)}\n".encode())
+        self.flush()
 
     @override
     def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        self._file.close()
+        self._rewind = step, mid_epoch
+        self.flush()
+
+    @override
+    def flush(self) -> None:
+        # Rows that are logged before the removal succeeds wait, so that no row is removed by mistake.
+        if self._rewind is not None:
+            self._remove_rows(*self._rewind)
+            self._rewind = None
+        self._file.flush()
+
+    def _remove_rows(self, step: int, mid_epoch: bool) -> None:
+        if not self._path.exists():
+            return
         new_path = self._path.with_name(f".{self._path.name}.new")
         invalid = 0
         with self._path.open("rb") as old, new_path.open("wb") as new:
@@ -149,11 +173,13 @@ class MetricsFile(Logger):
             new_path.replace(self._path)
         if invalid:
             log.warning("removed %d lines from %s that are truncated or not valid rows", invalid, self._path)
-        self._file = self._path.open("a", buffering=1)
 
     @override
     def close(self) -> None:
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def _step_and_kind(line: bytes) -> tuple[int, str] | None:
@@ -175,7 +201,9 @@ def _is_valid_after_rewind(row: tuple[int, str], step: int, *, mid_epoch: bool) 
 class TensorBoardConfig(LoggerConfig):
     """Keys of ``logger=tensorboard``."""
 
-    flush_seconds: int = setting("Longest time in seconds until a value is written.", at_least=1)
+    flush_seconds: int = setting(
+        "Seconds between two writes of logged values; a checkpoint writes them too.", at_least=1
+    )
 
 
 @register("logger", "tensorboard", TensorBoardConfig)
@@ -193,21 +221,30 @@ class TensorBoardLogger(Logger):
         super().__init__(config)
         self._folder = run_dir / "tensorboard"
         self._flush_seconds = config.flush_seconds
-        self._opened: SummaryWriter | None = None
+        self._last_flush = -math.inf
+        self._opened: EventWriter | None = None
         self._purge_step: int | None = None
+        self._rewind: tuple[int, bool] | None = None
 
     @property
-    def _writer(self) -> SummaryWriter:
+    def _writer(self) -> EventWriter:
         if self._opened is None:
             # Imported only when there is something to write, since the import is slow.
-            from torch.utils.tensorboard import SummaryWriter
+            from distrain.reporting.event_writer import EventWriter
 
             # A running TensorBoard still has the removed events in memory; a purge step makes it discard them.
-            self._opened = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=self._flush_seconds)
+            self._opened = EventWriter(self._folder, self._purge_step, self.may_create)
         return self._opened
 
     @override
     def rewind(self, step: int, *, mid_epoch: bool) -> None:
+        self.close()
+        # Set at the first start too: TensorBoard recognises a restart only from the second such event on.
+        self._purge_step = step + 1 if step else 0
+        self._rewind = step, mid_epoch
+        self.flush()
+
+    def _remove_events(self, step: int, mid_epoch: bool) -> None:
         # Events are removed from the files. The usual way, a purge step in a new file, leaves that to the reader, and
         # TensorBoard's fast loader goes by each curve's own steps.
         def is_valid(event_step: int, value: Any) -> bool:
@@ -216,19 +253,19 @@ class TensorBoardLogger(Logger):
             is_end_of_epoch = value.HasField("image") or (mid_epoch and value.tag.partition("/")[0] == "epoch")
             return event_step < step or not is_end_of_epoch
 
-        self.close()
         event_files.remove_events(self._folder, is_valid)
-        # Set at the first start too: TensorBoard recognises a restart only from the second such event on.
-        self._purge_step = step + 1 if step else 0
 
     @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        if time.monotonic() - self._last_flush >= self._flush_seconds:
+            self.flush()
 
     @override
     def figure(self, step: int, name: str, figure: Figure) -> None:
         self._writer.add_figure(name, figure, step)
+        self.flush()
 
     @override
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
@@ -242,17 +279,23 @@ class TensorBoardLogger(Logger):
             self._writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, 0)
+        self.flush()
 
     @override
     def flush(self) -> None:
+        # Events that are logged before the removal succeeds wait.
+        if self._rewind is not None:
+            self._remove_events(*self._rewind)
+            self._rewind = None
         if self._opened is not None:
             self._opened.flush()
+            self._last_flush = time.monotonic()
 
     @override
     def close(self) -> None:
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.close()
 
 
 class Loggers(Logger):
@@ -263,10 +306,13 @@ class Loggers(Logger):
 
     Args:
         loggers: Where to pass calls on to.
+        owner: This start as the owner of the run's folder. Every call checks it, and raises ``TakenOver`` instead of
+            writing into a folder that another start of the run has taken.
     """
 
-    def __init__(self, loggers: Sequence[Logger]) -> None:
+    def __init__(self, loggers: Sequence[Logger], owner: RunOwner | None = None) -> None:
         super().__init__()
+        self.owner = owner
         self._loggers = list(loggers)
         self.accepts_figures = any(logger.accepts_figures for logger in self._loggers)
         self._failing: set[Logger] = set()
@@ -296,7 +342,10 @@ class Loggers(Logger):
         self._call_each(lambda logger: logger.close())
 
     def _call_each(self, call: Callable[[Logger], None]) -> None:
+        if self.owner is not None:
+            self.owner.check()
         for logger in self._loggers:
+            logger.owner = self.owner
             try:
                 call(logger)
             except OSError as error:
@@ -307,12 +356,13 @@ class Loggers(Logger):
                 self._failing.discard(logger)
 
 
-def build(config: Config, run_dir: Path) -> Logger:
+def build(config: Config, run_dir: Path, owner: RunOwner | None = None) -> Logger:
     """Builds the loggers of the rank that writes: ``metrics.jsonl`` and the configured logger.
 
     Args:
         config: The run's configuration.
         run_dir: The run's folder.
+        owner: This start as the owner of the folder.
     """
     configured: Logger = choice("logger", config.logger.name).target(config.logger, run_dir)
-    return Loggers([MetricsFile(run_dir / "metrics.jsonl"), configured])
+    return Loggers([MetricsFile(run_dir / "metrics.jsonl"), configured], owner)

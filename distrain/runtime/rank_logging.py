@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 from typing_extensions import override
 
-#: For ``extra=`` of a log call: the line goes to the rank's file and not to the terminal.
-FILE_ONLY = {"file_only": True}
+from distrain.files.appending import AppendedFile
+from distrain.files.terminal import TERMINAL, print_to_stderr
+from distrain.runtime.run_owner import RunOwner
 
 
 class RankLogging:
@@ -20,30 +21,33 @@ class RankLogging:
         self._handlers: list[logging.Handler] = []
         self._previous_propagate: bool | None = None
 
-    def start(self, rank: int, log_file: Path | None) -> None:
-        """Adds the handlers.
-
-        Args:
-            rank: This rank; rank 0 also logs to the terminal.
-            log_file: This rank's log file; ``None`` for no file.
-        """
+    def start(self, rank: int) -> None:
+        """Lets rank 0 log to the terminal, and the other ranks nowhere for now."""
         logger = logging.getLogger("distrain")
         logger.setLevel(logging.INFO)
         self._previous_propagate, logger.propagate = logger.propagate, False
-        if log_file is not None:
-            to_file = logging.FileHandler(log_file)
-            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            self._handlers.append(to_file)
-        if rank == 0:
-            to_terminal = _ProgressBarHandler()
-            to_terminal.setFormatter(logging.Formatter("%(message)s"))
-            to_terminal.addFilter(lambda record: not getattr(record, "file_only", False))
-            self._handlers.append(to_terminal)
-        for handler in self._handlers:
-            logger.addHandler(handler)
+        # Without any handler, Python would print warnings and errors to standard error.
+        to_terminal = _ProgressBarHandler() if rank == 0 else logging.NullHandler()
+        to_terminal.addFilter(lambda record: not getattr(record, "file_only", False))
+        self._add(to_terminal, "%(message)s")
+
+    def add_file(self, path: Path, rank: int, owner: Callable[[], RunOwner | None] = lambda: None) -> None:
+        """Adds this rank's log file.
+
+        Args:
+            path: The file.
+            rank: This rank.
+            owner: Returns who owns the run's folder, once that is known.
+        """
+        self._add(_LogFile(path, rank, owner), "%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def _add(self, handler: logging.Handler, line_format: str) -> None:
+        handler.setFormatter(logging.Formatter(line_format))
+        self._handlers.append(handler)
+        logging.getLogger("distrain").addHandler(handler)
 
     def flush(self) -> None:
-        """Writes out buffered lines."""
+        """Writes out what waits for a disk that couldn't be written."""
         for handler in self._handlers:
             handler.flush()
 
@@ -58,9 +62,73 @@ class RankLogging:
             logger.propagate, self._previous_propagate = self._previous_propagate, None
 
 
+class _LogFile(logging.Handler):
+    """A rank's log file. An error of the disk is said once on the terminal; lines wait until it can be written again.
+
+    Args:
+        path: The file.
+        rank: This rank.
+        owner: As for :meth:`RankLogging.add_file`.
+    """
+
+    def __init__(self, path: Path, rank: int, owner: Callable[[], RunOwner | None]) -> None:
+        super().__init__()
+        self._rank, self._owner = rank, owner
+        self._file = AppendedFile(path, lambda: (mine := owner()) is None or mine.may_write)
+        self._fails = False
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{_text(self, record)}\n".encode(errors="backslashreplace")
+        self._try(lambda: self._file.append(line))
+
+    @override
+    def flush(self) -> None:
+        self._locked(self._file.flush)
+
+    @override
+    def close(self) -> None:
+        self._locked(self._file.close)
+        super().close()
+
+    def _locked(self, write: Callable[[], None]) -> None:
+        # Logging itself holds this lock for `emit` alone.
+        self.acquire()
+        try:
+            self._try(write)
+        finally:
+            self.release()
+
+    def _try(self, write: Callable[[], None]) -> None:
+        owner = self._owner()
+        if owner is not None and owner.is_taken:
+            self._file.discard()
+            return
+        try:
+            write()
+        except OSError as error:
+            if not self._fails:
+                print_to_stderr(
+                    f"distrain: rank {self._rank} can't write its log {self._file.path}: {error.strerror}. "
+                    "The run goes on"
+                )
+            self._fails = True
+        else:
+            self._fails = False
+
+
 class _ProgressBarHandler(logging.Handler):
     """Prints log lines above a progress bar instead of through it."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        text = _text(self, record)
+        tqdm.write(text, file=TERMINAL)
+
+
+def _text(handler: logging.Handler, record: logging.LogRecord) -> str:
+    """The record as the handler formats it; an error in it is no reason to end a training."""
+    try:
+        return handler.format(record)
+    except Exception as error:
+        return f"a log line can't be formatted ({type(error).__name__}): {record.msg!r}"

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import os
 from pathlib import Path
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -17,6 +18,8 @@ from distrain.runtime import launcher
 #: Numbers the runs of this process whose folder is not configured; the same in every attempt of a restarted job.
 _RUN_NUMBERS = itertools.count()
 _MAX_ATTEMPTS = 1000
+#: More than the configuration, the logs' first lines and the claim take.
+_PROBE_BYTES = 1 << 16
 
 
 def agree_on_run_dir(configured: str | None, rank: int, store: Store | None, launcher_store: Store | None) -> Path:
@@ -45,7 +48,9 @@ def agree_on_run_dir(configured: str | None, rank: int, store: Store | None, lau
         if "refused" in answer:
             raise config_error_from_line(answer["refused"])
         path = Path(answer["path"])
-    path.joinpath("logs").mkdir(parents=True, exist_ok=True)
+    if rank:
+        # The rank may be on a host that doesn't see rank 0's folder.
+        path.joinpath("logs").mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -70,14 +75,14 @@ def make_run_dir(configured: str | None) -> Path:
             another run has that name.
 
     Raises:
-        ConfigError: The folder can't be made.
+        ConfigError: The folder can't be made or written.
     """
     now = datetime.datetime.now()
     base = Path(configured) if configured else Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}")
     try:
         if configured:
             base.joinpath("logs").mkdir(parents=True, exist_ok=True)
-            archive_previous_report(base)
+            _check_writable(base)
             return base.resolve()
         base.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(_MAX_ATTEMPTS):
@@ -85,7 +90,25 @@ def make_run_dir(configured: str | None) -> Path:
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 path.joinpath("logs").mkdir()
+                _check_writable(path)
                 return path.resolve()
     except OSError as error:
         raise ConfigError("run_dir", base, f"can't be made: {error.strerror}") from error
     raise ConfigError("run_dir", base, f"{_MAX_ATTEMPTS} runs have this name already")
+
+
+def _check_writable(folder: Path) -> None:
+    """Writes a file and removes it, so that a full disk is known before the set-up; archives an old failure report.
+
+    Raises:
+        ConfigError: The folder can't be written.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+        archive_previous_report(folder)
+    except OSError as error:
+        raise ConfigError("run_dir", folder, f"{error.filename or probe} can't be written: {error.strerror}") from error

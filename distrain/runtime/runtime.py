@@ -20,10 +20,11 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.connect import channel_registry
 from distrain.config.schema import Config
-from distrain.errors import ConfigError, Failed, PeerLost, Stopped, Terminated
+from distrain.errors import ConfigError, Failed, PeerLost, Stopped, TakenOver, Terminated
+from distrain.files.terminal import print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import CrashDump, crash_dump_path
-from distrain.health.failure_report import Failure, FailureReporter, first_line, print_to_stderr
+from distrain.health.failure_report import Failure, FailureReporter, first_line
 from distrain.health.judge import Limits
 from distrain.health.members import register
 from distrain.health.watch import Watch, WatchIdentity
@@ -33,6 +34,7 @@ from distrain.runtime.device import choose_backend, choose_device, choose_thread
 from distrain.runtime.malloc import retain_freed_memory
 from distrain.runtime.rank_logging import RankLogging
 from distrain.runtime.run_dir import agree_on_run_dir
+from distrain.runtime.run_owner import RunOwner
 from distrain.runtime.signals import SignalHandler
 from distrain.runtime.world import World
 
@@ -70,6 +72,7 @@ class Runtime:
         device: Where this rank computes.
         backend: Backend of the process group: ``gloo`` or ``nccl``.
         run_dir: The folder that all ranks share; made by rank 0.
+        owner: This start as the owner of that folder; ``None`` during set-up and without ``keep_logs``.
         activity: What this rank is doing; updated by the code that does it.
         stoppable: Set by code that checks ``stop_requested`` at regular intervals.
         stop_requested: Name of the signal that asked this rank to save and stop; see :mod:`distrain.runtime.signals`.
@@ -88,6 +91,7 @@ class Runtime:
         self.stoppable = False
         self.stop_requested: str | None = None
         self.run_dir = Path()
+        self.owner: RunOwner | None = None
         self.backend = choose_backend(config, self.device)
         self._store: Store | None = None
         self._logging = RankLogging()
@@ -102,6 +106,7 @@ class Runtime:
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Runtime:
+        self._logging.start(self.world.rank)
         try:
             self._set_threads()
             channel_registry.enabled = self.config.runtime.shared_memory == "auto"
@@ -118,7 +123,8 @@ class Runtime:
                 self.run_dir = agree_on_run_dir(self.config.run_dir, self.world.rank, self._store, launcher_store)
             else:
                 self.run_dir = Path(self.config.run_dir or ".")
-            self._start_logging()
+            if self._keep_logs:
+                self._start_files()
             if chooses_run_dir and "TORCHELASTIC_RUN_ID" in os.environ and not launcher.serves_store():
                 log.warning(
                     "torchrun keeps no store that outlives its workers, so a restart begins again in a new folder; "
@@ -127,6 +133,8 @@ class Runtime:
             if self.world.size > 1 or self.backend == "nccl":
                 self._form_group()
             self._set_determinism()
+            if self._keep_logs:
+                self.owner = self._take_run_dir()
             self._signals.install()
         except ConfigError:
             self._close()
@@ -149,6 +157,8 @@ class Runtime:
             self._fail(broken)
             self._close()
             raise Failed from broken
+        if self.owner is not None and self.is_main:
+            self.owner.release()
         # Shared memory is found through its process group, so it is released before the groups.
         channel_registry.close_all()
         if dist.is_initialized():
@@ -216,13 +226,23 @@ class Runtime:
         self.start_time = float(launcher_store.compare_set(key, "", repr(self.start_time)))
         return PrefixStore(prefix, launcher_store)
 
-    def _start_logging(self) -> None:
-        log_file = None
-        if self._keep_logs:
-            self._reporter.run_dir = self.run_dir
-            self._crash_dump = CrashDump(crash_dump_path(self.run_dir, self.world.rank))
-            log_file = self.run_dir / "logs" / f"rank_{self.world.rank}.log"
-        self._logging.start(self.world.rank, log_file)
+    def _start_files(self) -> None:
+        """Starts the log file, the file for the stacks of a crash, and the failure report."""
+        rank = self.world.rank
+        self._reporter.run_dir = self.run_dir
+        self._reporter.is_taken = lambda: self.owner is not None and self.owner.is_taken
+        self._logging.add_file(self.run_dir / "logs" / f"rank_{rank}.log", rank, lambda: self.owner)
+        self._crash_dump = CrashDump(crash_dump_path(self.run_dir, rank))
+
+    def _take_run_dir(self) -> RunOwner:
+        """Makes this start of the run the owner of its folder; all ranks call it together."""
+        if self._store is None or self.world.size == 1:
+            return RunOwner.take(self.run_dir)
+        if self.is_main:
+            owner = RunOwner.take(self.run_dir)
+            self._store.set("run_owner", owner.to_json())
+            return owner
+        return RunOwner.from_json(self._store.get("run_owner"))
 
     def _flush_logs(self) -> None:
         """Called before the watch ends this process."""
@@ -325,21 +345,23 @@ class Runtime:
     def _fail(self, error: BaseException) -> None:
         """Reports the failure that ended this rank: its own, or that of another rank which caused it."""
         self._signals.ignored = True
-        message = first_line(error)
+        message, says_all = first_line(error), isinstance(error, Terminated | TakenOver)
         own = Failure(
             self.world.rank,
             self.world.host,
             self.step,
-            message if isinstance(error, Terminated) else f"{type(error).__name__}: {message}".removesuffix(": "),
+            message if says_all else f"{type(error).__name__}: {message}".removesuffix(": "),
             traceback="".join(traceback.format_exception(error)),
         )
+        # What a disk or a refusal says in its line needs no stack; the log and the report have it.
+        stack_on_terminal = not isinstance(error, OSError | ConfigError | TakenOver)
         if self.expendable and not isinstance(error, PeerLost):
             log.error("%s\n%s", own.error, own.traceback)
             continues = "" if isinstance(error, Terminated) else "; the other ranks continue"
             print_to_stderr(f"distrain: {own.summary()}{continues}")
             return
         if self._watch is None or self._store is None:
-            self._reporter.report(own, own.traceback, None, self._add_own_samples)
+            self._reporter.report(own, own.traceback, None, self._add_own_samples, stack_on_terminal=stack_on_terminal)
             return
         self._watch.keep_stack_of(error)
         reachable_store: Store | None = self._store
@@ -349,7 +371,8 @@ class Runtime:
             failure = self._watch.find_cause(error, self._store, ignored_ranks) or own
         except RuntimeError as problem:
             failure, reachable_store = self._watch.describe_store_failure(first_line(problem)), None
-        self._reporter.report(failure, own.traceback, reachable_store, self._watch.add_details)
+        add_details = self._watch.add_details
+        self._reporter.report(failure, own.traceback, reachable_store, add_details, stack_on_terminal=stack_on_terminal)
 
     def _add_own_samples(self, failure: Failure, _: Store | None) -> None:
         failure.samples = self.activity.samples()

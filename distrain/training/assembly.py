@@ -93,7 +93,7 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         splits,
         loaders,
         schedulers.build(config.scheduler, steps_per_epoch, steps),
-        loggers.build(config, runtime.run_dir) if runtime.is_main else loggers.Logger(),
+        loggers.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger(),
         callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
     )
     trainer.report.parameters = {

@@ -25,8 +25,8 @@ from distrain.config.schema import Config
 from distrain.data.base import Images, Splits
 from distrain.data.batch import Targets, slice_targets
 from distrain.data.loader import Loader
+from distrain.files.terminal import FILE_ONLY
 from distrain.runtime.device import seed_everything
-from distrain.runtime.rank_logging import FILE_ONLY
 from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
 from distrain.strategies.precision import Precision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -13,7 +12,8 @@ from typing_extensions import override
 
 from distrain.checkpoint.progress import Progress
 from distrain.config.schema import Config, TrainerConfig
-from distrain.runtime.rank_logging import FILE_ONLY
+from distrain.files.terminal import FILE_ONLY, TERMINAL
+from distrain.files.writing import losing_on_disk_errors
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
@@ -108,7 +108,7 @@ class ProgressBar(Callback):
             total=run.total_steps,
             initial=run.progress.step,
             unit="step",
-            file=self._stream or sys.stderr,
+            file=self._stream or TERMINAL,
             dynamic_ncols=True,
             mininterval=0.2,
             smoothing=0.05,
@@ -164,7 +164,7 @@ class PlainProgress(Callback):
             f"step {run.progress.step}/{run.total_steps}: loss {values['train/loss']:.4f}, "
             f"{_metrics(run, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
             f"communication {values['time/communication']:.0%}{_sent(values)}",
-            file=self._stream or sys.stderr,
+            file=self._stream or TERMINAL,
             flush=True,
         )
 
@@ -232,11 +232,13 @@ class Profiler(Callback):
 
     @override
     def on_step_end(self, run: RunView) -> None:
-        self._profiler.step()
+        with losing_on_disk_errors("The profile"):
+            self._profiler.step()
 
     @override
     def on_fit_end(self, run: RunView) -> None:
-        self._profiler.stop()
+        with losing_on_disk_errors("The profile"):
+            self._profiler.stop()
 
 
 def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: bool) -> list[Callback]:
@@ -245,7 +247,7 @@ def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: 
         return []
     mode = trainer_config.progress
     callbacks: list[Callback] = [EpochLog(on_terminal=mode != "off")]
-    if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
+    if mode == "bar" or (mode == "auto" and TERMINAL.isatty()):
         callbacks.append(ProgressBar())
     elif mode != "off":
         callbacks.append(PlainProgress())

@@ -10,7 +10,6 @@ from typing import Any
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.progress import Progress
-from distrain.checkpoint.run_owner import RunOwner
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.health.activity import in_phase
@@ -61,12 +60,9 @@ class Checkpointing:
         self._rewind_points = RewindPoints(strategy.training_group, runtime.device)
         self._saved_step: int | None = None
         self._previous_best: tuple[float | None, int | None, int | None] = (None, None, None)
-        self._owner: RunOwner | None = None
 
     def resume(self) -> Progress:
-        """Takes the run folder, and goes on from the checkpoint that ``resume`` names, if there is one."""
-        if self.runtime.is_main:
-            self._owner = RunOwner(self._folder)
+        """Goes on from the checkpoint that ``resume`` names, if there is one."""
         resumed = resume.resume(self._config, self.runtime, self._strategy, self._task, self._samples)
         if resumed is None:
             return Progress()
@@ -110,13 +106,13 @@ class Checkpointing:
 
         Raises:
             NonFinite: The model holds NaN.
+            TakenOver: Another start of this run has taken the folder.
         """
         start = time.perf_counter()
         self.wait(progress)
         if self._saved_step == progress.step:
             return
-        if self._owner is not None:
-            self._owner.check()
+        self._keep_folder()
         self._report.collect(progress)
         self._report.logger.flush()
         layout, config = self._strategy.layout, to_container(self._config)
@@ -132,14 +128,37 @@ class Checkpointing:
 
         Raises:
             RuntimeError: It could not be saved.
+            TakenOver: Another start of this run has taken the folder.
         """
         for seconds in _LAST_SAVES:
             time.sleep(seconds)
             self.save(progress, control)
             self.wait(progress)
+            if not self._folder_is_complete(progress.step):
+                self._saved_step = None
             if self._saved_step == progress.step:
                 return
         raise RuntimeError(f"step {progress.step}, the last one, could not be saved")
+
+    def _keep_folder(self) -> None:
+        """Writes the run's folder anew if it was removed; rank 0 does that for all."""
+        owner = self.runtime.owner
+        if owner is None or not self.runtime.is_main:
+            return
+        try:
+            owner.restore()
+        except OSError as error:
+            # Saving will fail too, and tell all ranks.
+            log.error("%s can't be written: %s", error.filename, error.strerror)
+
+    def _folder_is_complete(self, step: int) -> bool:
+        """Whether the run's folder holds this step's checkpoint, and what belongs beside it; all ranks call it."""
+        owner, complete = self.runtime.owner, True
+        if owner is not None and self.runtime.is_main:
+            owner.check()
+            complete = owner.is_complete() and checkpoint_format.checkpoint_path(self._folder, step).is_dir()
+        answers = self._strategy.training_group.all_gather_json({"complete": complete}, self.runtime.device)
+        return all(answer["complete"] for answer in answers)
 
     def rewind(self, progress: Progress) -> None:
         """Restores the newest checkpoint, but not the position in the data.
@@ -153,10 +172,18 @@ class Checkpointing:
         progress.rewinds += 1
         log.warning("went back to %s; the data go on after step %d", path, progress.step)
 
-    def release(self) -> None:
-        """The run has ended: another one may take the folder."""
-        if self._owner is not None:
-            self._owner.release()
+    def check_folder(self) -> None:
+        """Checks at the end of the run that its folder is still there; rank 0 does that for all.
+
+        Raises:
+            TakenOver: Another start of this run has taken the folder.
+            RuntimeError: The folder was removed after the last save.
+        """
+        owner = self.runtime.owner
+        if owner is not None and self.runtime.is_main:
+            owner.check()
+            if not owner.is_complete():
+                raise RuntimeError(f"the run folder {owner.run_dir} was removed after the last step was saved")
 
     def close(self) -> None:
         """Ends the saver, also after an error."""

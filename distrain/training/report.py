@@ -14,7 +14,7 @@ from distrain.checkpoint.progress import Progress
 from distrain.config.load import to_container
 from distrain.config.schema import Config, affected_by
 from distrain.data.base import Splits
-from distrain.files.writing import write_json
+from distrain.files.writing import losing_on_disk_errors, replace_json
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
 from distrain.reporting.origin import Origin, as_iso
@@ -231,17 +231,22 @@ class Report:
         }
 
     def write(self, summary: dict[str, Any], step: int, test: Evaluation, splits: Splits) -> None:
-        """Logs figures and hyper-parameters, and writes ``summary.json``; on the rank that writes."""
-        if self.logger.accepts_figures:
-            for name, figure in self._task.figures(test, splits.test).items():
-                self.logger.figure(step, f"test/{name}", figure)
-        for name, figure in self._strategy.figures().items():
-            self.logger.figure(step, name, figure)
+        """Writes ``summary.json``, and logs figures and hyper-parameters; on the rank that writes.
+
+        What can't be written is named in the log; the model is saved by then.
+        """
+        with losing_on_disk_errors("summary.json"):
+            replace_json(self._runtime.run_dir / "summary.json", summary)
+        with losing_on_disk_errors("Figures"):
+            if self.logger.accepts_figures:
+                for name, figure in self._task.figures(test, splits.test).items():
+                    self.logger.figure(step, f"test/{name}", figure)
+            for name, figure in self._strategy.figures().items():
+                self.logger.figure(step, name, figure)
         score = self._task.metrics[0]
         numbers = ("train_loss", f"val_{score}", f"test_{score}", "test_loss", "images_per_second")
         final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
         self.logger.hyperparameters(hyperparameters(self._config), final)
-        write_json(self._runtime.run_dir / "summary.json", summary)
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:

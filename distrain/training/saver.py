@@ -51,6 +51,7 @@ class Saver:
             since a process group can't tell the messages of two threads apart.
         device: Device on which the group communicates.
         background: Write while training continues.
+        is_taken: Returns whether another start of the run owns the folder; then nothing is written or removed there.
         expected_tensors: Returns tensors with the shapes and types that this rank will save. Called at the first
             :meth:`poll`; memory for their copies is then allocated in the background.
 
@@ -67,6 +68,7 @@ class Saver:
         device: torch.device = _CPU,
         *,
         background: bool,
+        is_taken: Callable[[], bool] = lambda: False,
         expected_tensors: Callable[[], list[Tensor]] = list,
     ) -> None:
         self.failed_step: int | None = None
@@ -74,6 +76,7 @@ class Saver:
         self._keep = keep
         self._group = group if group is not None else Communicator()
         self._device = device
+        self._is_taken = is_taken
         self._staging = _Staging() if background else None
         self._expected_tensors: Callable[[], list[Tensor]] | None = expected_tensors if background else None
         self._pending: Future[int | None] | None = None
@@ -151,7 +154,8 @@ class Saver:
                 log.error("CHECKPOINT NOT SAVED at step %d: %s. The run goes on; older checkpoints stay", step, error)
             return step
         self._write_seconds.append(time.perf_counter() - start)
-        if self._group.rank == 0:
+        # The later steps of another start's checkpoints would look like an abandoned branch.
+        if self._group.rank == 0 and not self._is_taken():
             checkpoint_retention.prune(self._folder, self._keep, progress["best_step"], step)
         return None
 
@@ -242,13 +246,18 @@ def _allocate_buffer(tensor: Tensor) -> Tensor:
 def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
     """Builds the run's saver, and its own process group if it needs one; all ranks call it together."""
     folder, keep = checkpoint_format.checkpoints_folder(runtime.run_dir), config.checkpoint.keep
+    owner = runtime.owner
+
+    def is_taken() -> bool:
+        return owner is not None and owner.is_taken
+
     if runtime.is_main:
         checkpoint_retention.remove_leftovers(folder)
     if not config.checkpoint.background or not strategy.saves_in_background:
-        return Saver(folder, keep, strategy.training_group, runtime.device, background=False)
+        return Saver(folder, keep, strategy.training_group, runtime.device, background=False, is_taken=is_taken)
     group = runtime.control_group() if runtime.world.size > 1 else None
     expected_tensors = functools.partial(_expected_tensors, strategy)
-    return Saver(folder, keep, group, background=True, expected_tensors=expected_tensors)
+    return Saver(folder, keep, group, background=True, is_taken=is_taken, expected_tensors=expected_tensors)
 
 
 def _expected_tensors(strategy: Strategy) -> list[Tensor]:

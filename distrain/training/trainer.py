@@ -240,7 +240,7 @@ class Trainer:
         summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
         if finished_summary is None and self.runtime.is_main:
             self.report.write(summary, self.progress.step, test, self.splits)
-        self.checkpointing.release()
+        self.checkpointing.check_folder()
         self.report.logger.close()
         return finished_summary or summary
 

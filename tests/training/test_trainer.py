@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
-from distrain.checkpoint.run_owner import RunOwner
 from distrain.config.schema import Config
 from distrain.errors import Failed
 from distrain.reporting.loggers import InMemoryLogger
+from distrain.runtime.run_owner import RunOwner
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult
 from distrain.training.callbacks import Callback
@@ -440,9 +440,9 @@ def test_a_later_start_takes_over_the_folder(tmp_path: Path, capsys: pytest.Capt
     class AnotherStarts(Callback):
         def on_step_end(self, trainer: Any) -> None:
             if trainer.progress.step == 3:
-                RunOwner(tmp_path / "checkpoints")
+                RunOwner.take(tmp_path)
 
     with pytest.raises(Failed):
         Run(tmp_path, "checkpoint.every_steps=2", callback=AnotherStarts())
-    assert "failed at step 4: RuntimeError: another start of this run has taken over" in capsys.readouterr().err
+    assert "failed at step 4: another start of this run has taken over" in capsys.readouterr().err
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]

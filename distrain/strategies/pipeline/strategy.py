@@ -19,6 +19,7 @@ from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
+from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm
@@ -292,7 +293,8 @@ class Pipeline(Strategy[PipelineConfig]):
         summary = report.summary(self.options, self._split.rows, ranks, aligned_steps)
         if self.runtime.is_main:
             folder = self.runtime.run_dir / "pipeline"
-            self._figures = report.write_files(folder, self.options, summary, aligned_steps)
+            with losing_on_disk_errors("The report of the pipeline"):
+                self._figures = report.write_files(folder, self.options, summary, aligned_steps)
         return {"pipeline": summary, **super().report()}
 
     @override

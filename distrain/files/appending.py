@@ -1,0 +1,122 @@
+"""A file that a run appends to while it trains, and that outlives errors of its disk and the loss of its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+#: Most bytes that wait for a disk that can't be written.
+_MAX_WAITING_BYTES = 1 << 20
+_COPY_BYTES = 1 << 20
+
+
+class AppendedFile:
+    """Appends to a file. What can't be written waits in memory, and is written before what is appended later.
+
+    If more than a mebibyte waits, the oldest of it is lost. If the file has been removed, it is made anew with the
+    content that it had.
+
+    Args:
+        path: The file; it is opened at the first write.
+        may_create: Asked before a file is opened, so before one that is missing is made anew. If not, the removed file
+            is written on; its content is copied once a new one may be made.
+    """
+
+    def __init__(self, path: Path, may_create: Callable[[], bool] = lambda: True) -> None:
+        self.path = path
+        self._may_create = may_create
+        self._descriptor: int | None = None
+        self._waiting: deque[memoryview] = deque()
+        self._waiting_bytes = 0
+
+    def append(self, data: bytes) -> None:
+        """Takes data, and writes it together with what waits.
+
+        Raises:
+            OSError: Not all could be written. The data waits; it must not be appended again.
+        """
+        self.hold(data)
+        self.flush()
+
+    def hold(self, data: bytes) -> None:
+        """Takes data that :meth:`flush` will write."""
+        self._waiting.append(memoryview(data))
+        self._waiting_bytes += len(data)
+        while self._waiting_bytes > _MAX_WAITING_BYTES and len(self._waiting) > 2:
+            # Not the first, which may be written in part already.
+            self._waiting_bytes -= len(self._waiting[1])
+            del self._waiting[1]
+
+    def flush(self) -> None:
+        """Writes what waits.
+
+        Raises:
+            OSError: Not all could be written.
+        """
+        if not self._waiting:
+            return
+        try:
+            self._open()
+            while self._waiting and self._descriptor is not None:
+                data = self._waiting[0]
+                written = os.write(self._descriptor, data)
+                self._waiting_bytes -= written
+                if written < len(data):
+                    self._waiting[0] = data[written:]
+                else:
+                    self._waiting.popleft()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def close(self) -> None:
+        """Writes what waits and closes the file; the next write opens it again.
+
+        Raises:
+            OSError: Not all could be written; the file is closed all the same.
+        """
+        try:
+            self.flush()
+        finally:
+            self.discard()
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def discard(self) -> None:
+        """Forgets what waits."""
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _open(self) -> None:
+        """Opens the file, unless it is open and still where it was."""
+        old = self._descriptor
+        if old is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(self.path.lstat(), os.fstat(old)):
+                    return
+        if not self._may_create():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        if old is None:
+            self._descriptor = os.open(self.path, flags, 0o666)
+            return
+        # A removed file can be read as long as it is open.
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        new = os.open(temporary, flags | os.O_TRUNC, 0o666)
+        try:
+            position = 0
+            while chunk := os.pread(old, _COPY_BYTES, position):
+                position += len(chunk)
+                while chunk:
+                    chunk = chunk[os.write(new, chunk) :]
+            temporary.rename(self.path)
+        except OSError:
+            os.close(new)
+            temporary.unlink(missing_ok=True)
+            raise
+        self._descriptor = new
+        os.close(old)
