@@ -167,7 +167,7 @@ def test_each_call_on_the_run_folder_may_fail_once(
     with FaultyDisk(folder) as disk:
         assert start(folder)[0] == 0
     assert len(disk.calls) > 200
-    table = []
+    table: list[str] = []
     for count, number in enumerate(chosen(disk.calls)):
         prepare()
         with FaultyDisk(folder, once(number, ERRORS[count % len(ERRORS)])) as faulty:

@@ -54,8 +54,16 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a ``checkpoints`` folder, oldest first; empty if there is no such folder."""
-    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob("step_*"))
+    """The checkpoints in a ``checkpoints`` folder, oldest first; empty if there is no such folder.
+
+    Raises:
+        OSError: The folder can't be read. That must not look like a folder without checkpoints.
+    """
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in paths)
     return [path for _, path in sorted((int(name[1]), path) for name, path in named if name and _is_folder(path))]
 
 

@@ -28,6 +28,13 @@ def prune(folder: Path, keep: int, best_step: int | None, newest_step: int) -> N
         newest_step: Step of the checkpoint that was just saved. Later steps belong to an abandoned branch, since the
             run went back to an earlier checkpoint or began anew. They are deleted, or a later start would resume them.
     """
+    try:
+        _prune(folder, keep, best_step, newest_step)
+    except OSError as error:
+        log.warning("can't look for old checkpoints: %s", error)
+
+
+def _prune(folder: Path, keep: int, best_step: int | None, newest_step: int) -> None:
     paths = {step_of(path): path for path in list_checkpoints(folder)}
     abandoned = [path for step, path in paths.items() if step > newest_step]
     if abandoned:

@@ -20,7 +20,7 @@ class AppendedFile:
     content that it had.
 
     Args:
-        path: The file; it is opened at the first write.
+        path: The file; it is opened by :meth:`open` or at the first write.
         may_create: Asked before a file is opened, so before one that is missing is made anew. If not, the removed file
             is written on; its content is copied once a new one may be made.
     """
@@ -59,7 +59,7 @@ class AppendedFile:
         if not self._waiting:
             return
         try:
-            self._open()
+            self.open()
             while self._waiting and self._descriptor is not None:
                 data = self._waiting[0]
                 written = os.write(self._descriptor, data)
@@ -90,8 +90,12 @@ class AppendedFile:
         self._waiting.clear()
         self._waiting_bytes = 0
 
-    def _open(self) -> None:
-        """Opens the file, unless it is open and still where it was."""
+    def open(self) -> None:
+        """Opens the file, unless it is open and still where it was.
+
+        Raises:
+            OSError: It can't be opened.
+        """
         old = self._descriptor
         if old is not None:
             with contextlib.suppress(FileNotFoundError):

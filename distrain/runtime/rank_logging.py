@@ -76,6 +76,7 @@ class _LogFile(logging.Handler):
         self._rank, self._owner = rank, owner
         self._file = AppendedFile(path, lambda: (mine := owner()) is None or mine.may_write)
         self._fails = False
+        self._try(self._file.open)
 
     @override
     def emit(self, record: logging.LogRecord) -> None:

@@ -57,6 +57,14 @@ def check(config: Config) -> None:
         ConfigError: ``resume`` names no valid checkpoint, or the saved run's configuration is incompatible with this
             one; the message shows the differences.
     """
+    try:
+        _check(config)
+    except OSError as error:
+        key, value = ("resume", config.resume) if config.resume != "auto" else ("run_dir", config.run_dir)
+        raise ConfigError(key, value, f"{error.filename} can't be read: {error.strerror}") from error
+
+
+def _check(config: Config) -> None:
     if config.resume == "never":
         return
     if config.resume != "auto":
