@@ -61,7 +61,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """
     try:
         paths = list(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in paths)
     return [path for _, path in sorted((int(name[1]), path) for name, path in named if name and _is_folder(path))]
