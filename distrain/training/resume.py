@@ -19,6 +19,7 @@ from distrain.config.load import changes, to_container
 from distrain.config.schema import Config, affected_by
 from distrain.data.base import source_class
 from distrain.errors import NO_VALUE, ConfigError
+from distrain.files.terminal import FILE_ONLY
 from distrain.files.untrusted import read_json
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
@@ -267,7 +268,10 @@ def _restore(
     parts += _trainer_parts(config, progress, changed, samples, same_layout=state["layout"] == strategy.layout)
     before, now = (f"{layout['strategy']} on {layout['world_size']}" for layout in (state["layout"], strategy.layout))
     log.info("resumed from %s: step %d, epoch %d", path, progress.step, progress.epoch)
-    log.info("of what was saved by %s, this run (%s) has:\n%s", before, now, table(parts))
+    log.info("of what was saved by %s, this run (%s) has:\n%s", before, now, table(parts), extra=FILE_ONLY)
+    differing = [part for part in parts if part.how not in ("exact", "absent")]
+    if differing:
+        log.info("not as in the run that was saved:\n%s", table(differing))
     if saved is None:
         log.info("the checkpoint doesn't contain its configuration, so it was not compared with this run's")
     for key, (old, new) in changed.items():

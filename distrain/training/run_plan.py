@@ -18,7 +18,7 @@ from distrain.compression import base as compression
 from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.base import DataSource, DataSpec, Splits
-from distrain.errors import ConfigError, config_error
+from distrain.errors import ConfigError, config_error, config_error_from_line
 from distrain.models.build import check_model
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import check_lookahead
@@ -34,6 +34,9 @@ from distrain.tasks.base import Task
 from distrain.training import auto_format, resume
 
 log = logging.getLogger(__name__)
+
+#: Numbers of ranks below this are tried to tell who started one rank how many the strategy needs.
+_MOST_TRIED_RANKS = 65
 
 
 def data_source(config: Config) -> DataSource:
@@ -73,7 +76,7 @@ class RunPlan:
         device = choose_device(config, world)
         choose_backend(config, device)  # Runtime uses it; here a backend that can't serve the device is refused.
         strategy = strategies.strategy_class(config)
-        strategy.check(config, world.size)
+        _check_ranks(strategy, config, world)
         source = data_source(config)
         spec = source.describe()
         return cls(config, world, device, strategy, source, spec, tasks.build(config, spec))
@@ -131,6 +134,28 @@ class RunPlan:
                 raise config_error("data", f"there is no image to {purpose} on")
         steps_per_epoch = -(-len(splits.train) // self.config.data.batch_size)
         schedulers.build(self.config.scheduler, steps_per_epoch, total_steps(self.config, steps_per_epoch))
+
+
+def _check_ranks(strategy: type[Strategy], config: Config, world: World) -> None:
+    """Refuses a number of ranks on which the strategy can't run; says how to start more where only one was started."""
+    try:
+        strategy.check(config, world.size)
+    except ConfigError as error:
+        if world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+            raise
+        enough = next((ranks for ranks in range(2, _MOST_TRIED_RANKS) if _accepts(strategy, config, ranks)), None)
+        if enough is None:
+            raise
+        several = launcher.command(sys.argv, os.environ, ranks=enough)
+        raise config_error_from_line(f"{error}; on {enough} ranks: {several}") from error
+
+
+def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
+    try:
+        strategy.check(config, ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:

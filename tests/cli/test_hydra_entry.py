@@ -335,11 +335,35 @@ def test_module_that_is_hidden_by_another_is_named(
     assert "hides hydra.py of the current folder: rename that, or put" in capfd.readouterr().err
 
 
+@pytest.fixture
+def one_process(run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [
+        ("strategy=pipeline strategy.stages=4 data.batch_size=64", 4),
+        ("strategy=pipeline", 2),
+        ("strategy=parameter_server", 2),
+        ("strategy=parameter_server strategy.servers=2", 3),
+    ],
+)
+def test_too_few_ranks_are_refused_with_the_command_for_enough(
+    arguments: str, ranks: int, run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command(*arguments.split())
+    line = capfd.readouterr().err
+    assert line.endswith(f"; on {ranks} ranks: torchrun --nproc-per-node {ranks} launch/train.py {arguments}\n")
+
+
+@pytest.mark.usefixtures("one_process")
 def test_one_process_of_a_strategy_for_several_is_told_how_to_start_them(
     run_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name)
     monkeypatch.setattr(logging.getLogger("distrain"), "propagate", True)
     with pytest.raises(ConfigAccepted):
         run_command("strategy=ddp", "run_dir=a b")
