@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 
-from distrain.files.untrusted import printable
-
 #: Exit code of a run that failed.
 EXIT_FAILED = 1
 #: Exit code of a command whose configuration was refused.
@@ -38,7 +36,7 @@ class ConfigError(ValueError):
             close = difflib.get_close_matches(wrong.lower(), by_lower_case, n=1)
             meant = [by_lower_case[name] for name in close] or meant
         message += f" (did you mean {' or '.join(meant)}?)" if meant else ""
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(" ".join(message.split()))
 
     def __reduce__(self) -> tuple[Callable[[str], ConfigError], tuple[str]]:
         return config_error_from_line, (str(self),)

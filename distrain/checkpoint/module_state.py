@@ -186,12 +186,16 @@ def check_saveable(module: nn.Module) -> dict[str, torch.Size]:
     """
     try:
         state = read(module)
-        load(module, state.tensors, state.to_plain())
     except ValueError as error:
         raise config_error("model", str(error)) from error
     except Exception as error:  # a user's get_extra_state may raise anything
         problem = f"the state of {type(module).__name__} can't be read ({type(error).__name__}: {error})"
         raise config_error("model", f"{problem}, and what can't be saved is not trained") from error
+    try:
+        load(module, state.tensors, state.to_plain())
+    except ValueError as error:
+        problem = f"{type(module).__name__} can't load the state that it saves ({error})"
+        raise config_error("model", problem) from error
     return {name: tensor.shape for name, tensor in state.tensors.items() if not is_extra_state(name)}
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from distrain.files.escaping import Lines
+
 #: ``exact``: as it was saved. ``redistributed``: the same state, divided among the ranks in another way. ``changed``:
 #: replaced by what this run's configuration says. ``reset``: lost, and started anew. ``absent``: not in the saved run.
 RestoreOutcome = Literal["exact", "redistributed", "changed", "reset", "absent"]
@@ -37,9 +39,9 @@ def worst(ranks: Sequence[Sequence[RestoredPart]]) -> list[RestoredPart]:
     return [min(outcomes, key=lambda part: _WORST_FIRST.index(part.how)) for outcomes in zip(*ranks, strict=True)]
 
 
-def table(parts: Iterable[RestoredPart]) -> str:
+def table(parts: Iterable[RestoredPart]) -> Lines:
     """One line per part, in columns."""
     rows = list(parts)
     name_width = max((len(row.part) for row in rows), default=0)
     how_width = max(map(len, get_args(RestoreOutcome)))
-    return "\n".join(f"  {row.part:<{name_width}}  {row.how:<{how_width}}  {row.why}" for row in rows)
+    return Lines.of(f"  {row.part:<{name_width}}  {row.how:<{how_width}}  {row.why}" for row in rows)

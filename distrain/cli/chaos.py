@@ -19,6 +19,7 @@ from distrain.cli import hydra_entry, output
 from distrain.config.load import load_config
 from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError, Failed, config_error
+from distrain.files.terminal import show
 from distrain.runtime.world import World
 from distrain.tools.chaos import report
 from distrain.tools.chaos.campaign import Campaign, UnusableTraining
@@ -74,7 +75,7 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
     specs = _number_equal_names([_training_spec(keys, settings.nproc, conf) for keys in trainings])
     kinds = _possible_kinds(settings)
     folder = _make_folder(settings.folder)
-    print(f"folder of the runs: {folder}", flush=True)
+    show(f"folder of the runs: {folder}")
     recoveries: list[Recovery] = []
     unusable: UnusableTraining | None = None
     try:
@@ -86,7 +87,7 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
                 folder / training.name.replace(" ", "_"),
                 patience_seconds=settings.patience_seconds,
                 keep=settings.keep,
-                print_line=functools.partial(print, flush=True),
+                print_line=show,
                 recoveries=recoveries,
             )
             share = settings.faults // len(specs) + (number < settings.faults % len(specs))
@@ -95,12 +96,12 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
     except UnusableTraining as error:
         unusable = error
     if recoveries:
-        print(report.table(recoveries), flush=True)
+        show(report.table(recoveries))
     if result_file:
         results = report.content(recoveries, dataclasses.asdict(settings))
         output.write(result_file, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     if unusable is not None:
-        print(f"distrain: {unusable}", flush=True)
+        show(f"distrain: {unusable}")
         raise Failed from unusable
     if not all(recovery.recovered and recovery.identical for recovery in recoveries):
         raise Failed
@@ -165,7 +166,7 @@ def _possible_kinds(settings: ChaosSettings) -> list[str]:
         raise ConfigError(
             "kinds", ",".join(settings.kinds), f"{' and '.join(_NETWORK_KINDS)} can't be injected: {problem}"
         )
-    print(f"left out: {', '.join(_NETWORK_KINDS)}, because {problem}", flush=True)
+    show(f"left out: {', '.join(_NETWORK_KINDS)}, because {problem}")
     return [name for name in requested if name not in _NETWORK_KINDS]
 
 

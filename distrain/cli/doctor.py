@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import NoReturn
 from distrain.cli import output
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, Failed, config_error
+from distrain.files.escaping import Lines
+from distrain.files.terminal import print_to_stderr, show
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces, report
 from distrain.tools.doctor.examination import Examination
@@ -75,11 +76,11 @@ def run(settings: DoctorSettings, command: Sequence[str]) -> list[Finding]:
             unreachable.append(Finding(error.kind, f"{own.label}: {error.problem}", error.advice))
     findings = [*unreachable, *diagnose(examination)]
     if world.rank == 0:
-        print(report.format_report(examination, findings), end="", flush=True)
+        show(Lines.of(report.format_report(examination, findings).removesuffix("\n").split("\n")))
         if target is not None:
             output.write_text(target, json.dumps(report.as_json(examination, findings), indent=2) + "\n")
     elif unreachable:
-        print(f"{own.label}\n{report.format_findings(findings)}", flush=True)
+        show(Lines.of([own.label, *report.format_findings(findings).split("\n")]))
     if any(finding.wrong for finding in findings):
         raise Failed
     return findings
@@ -142,7 +143,7 @@ def _set_interface(host: str, command: Sequence[str]) -> None:
 
 def _replace_process(command: Sequence[str], variables: dict[str, str]) -> NoReturn:
     shown = " ".join(f"{key}={value}" for key, value in variables.items())
-    print(f"doctor: {shown}", file=sys.stderr, flush=True)
+    print_to_stderr(f"doctor: {shown}")
     os.environ.update(variables)
     try:
         os.execvp(command[0], list(command))

@@ -18,7 +18,8 @@ from distrain.cli.settings import RunSettings
 from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
 from distrain.data.base import DataSpec, Images, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
-from distrain.files.untrusted import printable
+from distrain.files.escaping import Lines
+from distrain.files.terminal import show
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -87,7 +88,7 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
     if runtime.is_main:
         output.write_text(target, json.dumps(result, indent=2) + "\n")
         if target is not None:
-            print(_table(result, plan.task), flush=True)
+            show(_table(result, plan.task))
     return result
 
 
@@ -140,7 +141,7 @@ def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Spl
 
 
 def _describe(spec: DataSpec) -> str:
-    names = ", ".join(map(printable, spec.classes[:10])) + (", …" if len(spec.classes) > 10 else "")
+    names = ", ".join(spec.classes[:10]) + (", …" if len(spec.classes) > 10 else "")
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
 
 
@@ -170,7 +171,7 @@ def _result(split: str, weights: Weights, task: Task, evaluation: Evaluation) ->
     }
 
 
-def _table(result: dict[str, Any], task: Task) -> str:
+def _table(result: dict[str, Any], task: Task) -> Lines:
     """The result for people: a line, and a table for each list of rows from the task, such as one row per class."""
     metrics = ", ".join(f"{name} {result[name]:.4f}" for name in task.metrics)
     counted = f"{result['correct']} of {result['count']}" if "correct" in result else f"{result['count']} samples"
@@ -181,10 +182,8 @@ def _table(result: dict[str, Any], task: Task) -> str:
         for first, *cells in rows:
             padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([first.ljust(widths[0]), *padded]))
-    return "\n".join(lines)
+    return Lines.of(lines)
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, str):
-        return printable(value)
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

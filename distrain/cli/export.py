@@ -18,6 +18,7 @@ from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.schema import setting
 from distrain.errors import ConfigError
+from distrain.files.terminal import show
 from distrain.runtime.world import World
 
 
@@ -66,7 +67,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
             raise ConfigError("output", target, f"can't be written ({error})") from error
 
     output.write(target, make)
-    print(f"{weights.path.name} as {settings.format}: {target}", flush=True)
+    show(f"{weights.path.name} as {settings.format}: {target}")
     return target
 
 

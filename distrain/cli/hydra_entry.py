@@ -37,7 +37,7 @@ from distrain.config.load import config_error_from_omegaconf
 from distrain.config.registry import GROUPS
 from distrain.config.schema import Config
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, config_error
-from distrain.files.terminal import TERMINAL, print_to_stderr
+from distrain.files.terminal import TERMINAL, escape_everything, print_to_stderr
 
 #: Seconds that the other ranks of a host wait before they print an error that the host's first rank may have printed.
 _FIRST_RANK_SECONDS = 2
@@ -75,6 +75,7 @@ def main(
         schema: Returns the dataclass of the command's keys, which may take an import of torch.
     """
     global user_hydra_full_error
+    escape_everything()
     user_hydra_full_error = os.environ.get("HYDRA_FULL_ERROR")
     wants_traceback = user_hydra_full_error not in (None, "", "0")
     # Otherwise Hydra prints errors in its own way and exits with 1.

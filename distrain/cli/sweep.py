@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from distrain.cli import hydra_entry
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
-from distrain.files.untrusted import printable
+from distrain.files.terminal import print_to_stderr, show
 from distrain.tools.launching import table
 from distrain.tools.launching.jobs import DONE, JobResult, JobRunner, hydra_quote, job_array_lines, make_jobs
 
@@ -102,18 +102,18 @@ class Sweep:
             if conflicting:
                 raise ConfigError("sweep.folder", self._folder, f"{conflicting[0].name} in it has other settings")
             Path(self._settings.jobs_file).write_text(job_array_lines(jobs))
-            print(f"{self._settings.jobs_file}: {len(jobs)} jobs, one per line")
+            show(f"{self._settings.jobs_file}: {len(jobs)} jobs, one per line")
             sys.exit(0)
         results, code = self._runner.run(jobs)
         self._results += results
-        print(table.to_text(self._results, self._settings.metric), flush=True)
+        show(table.to_text(self._results, self._settings.metric))
         without = [result for result in results if result.status == DONE and self.metric(result) is None]
         if without:
             # Hydra's sweeper needs the number, so the sweep ends with exit code 1.
-            print(f"distrain: {no_metric(self._settings.metric, without)}", file=sys.stderr, flush=True)
+            print_to_stderr(f"distrain: {no_metric(self._settings.metric, without)}")
         target = self._folder / "results.csv"
         target.write_text(table.to_csv(self._results))
-        print(f"{target}; curves and HParams: tensorboard --logdir {self._folder}", flush=True)
+        show(f"{target}; curves and HParams: tensorboard --logdir {self._folder}")
         if code:
             sys.exit(code)
         return results
@@ -134,7 +134,7 @@ def no_metric(metric: str, results: Sequence[JobResult]) -> str:
     scores = [name for name in first.summary if name.startswith(("val_", "test_", "train_"))]
     numbers = [name for name in scores if table.summary_number(first, name) is not None]
     why = " (there is no validation split with data.val_fraction=0)" if metric.startswith("val_") else ""
-    names = ", ".join(printable(result.job.name) for result in results)
+    names = ", ".join(result.job.name for result in results)
     return str(
         ConfigError(
             "sweep.metric", metric, f"is no number in the summary.json of {names}{why}, so the sweep fails", numbers

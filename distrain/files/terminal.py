@@ -1,10 +1,16 @@
-"""Standard error, for lines that a user should see. A terminal that can't be written ends no run."""
+"""What is printed for the user, all of it escaped. Standard error that can't be written ends no run."""
 
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import threading
+import warnings
+from types import TracebackType
 from typing import Any, TextIO, cast
+
+from distrain.files.escaping import EscapingFormatter, Lines, escaped, format_error
 
 #: For ``extra=`` of a log call: the line goes to the rank's file and not to the terminal.
 FILE_ONLY = {"file_only": True}
@@ -45,7 +51,43 @@ def _stream() -> TextIO:
 TERMINAL = cast(TextIO, _Terminal())
 
 
-def print_to_stderr(line: str) -> None:
-    """Prints a line for the user at once."""
-    TERMINAL.write(f"{line}\n")
+def print_to_stderr(text: str) -> None:
+    """Prints for the user at once; on one line, except for :class:`~distrain.files.escaping.Lines`."""
+    TERMINAL.write(f"{_shown(text)}\n")
     TERMINAL.flush()
+
+
+def show(text: str) -> None:
+    """Like :func:`print_to_stderr`, to standard output: for results, which must not be lost without an error."""
+    shown = _shown(text)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _shown(text: str) -> str:
+    return text if isinstance(text, Lines) else escaped(text)
+
+
+def escape_everything() -> None:
+    """Makes Python itself escape what it prints: uncaught errors, warnings, and logs before a run's log begins."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(EscapingFormatter("%(message)s"))
+
+    def show_error(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
+        print_to_stderr(format_error(error))
+
+    def show_thread_error(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None:
+            name = "?" if arguments.thread is None else arguments.thread.name
+            print_to_stderr(Lines.of([f"Exception in thread {name}:", *format_error(arguments.exc_value).split("\n")]))
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return (
+            Lines.of([f"{filename}:{lineno}: {category.__name__}: {message}", *([] if line is None else [line])]) + "\n"
+        )
+
+    sys.excepthook = show_error
+    threading.excepthook = show_thread_error
+    warnings.formatwarning = format_warning

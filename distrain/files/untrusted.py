@@ -11,11 +11,6 @@ class UnreadableFile(ValueError):
     """A file does not hold what it should; the message names the file and the reason in one line."""
 
 
-def printable(text: str) -> str:
-    """Replaces non-printable characters, which could send commands to a terminal, in text from an untrusted source."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
 def read_text(path: Path, max_bytes: int) -> str:
     """Reads a text file.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.files.writing import replace_json
 
@@ -169,10 +170,11 @@ class FailureReporter:
         self.reported = first
         summary = first.failure.summary()
         if first.failure.rank == self._rank:
-            log.error("%s\n%s", first.failure.error, local_stack, extra=None if stack_on_terminal else FILE_ONLY)
+            extra = None if stack_on_terminal else FILE_ONLY
+            log.error("%s\n%s", first.failure.error, Lines.of(local_stack.split("\n")), extra=extra)
             print_to_stderr(f"distrain: {summary}")
         else:
-            log.error("stopped because %s\n%s", summary, local_stack)
+            log.error("stopped because %s\n%s", summary, Lines.of(local_stack.split("\n")))
             print_to_stderr(f"distrain: rank {self._rank} stopped because {summary}")
 
     def _write(self, failure: Failure) -> None:

@@ -21,6 +21,7 @@ from typing import NoReturn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distrain.errors import PeerLost, Terminated
+from distrain.files.escaping import Lines
 from distrain.files.terminal import TERMINAL, print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import read_crash_dump
@@ -434,7 +435,7 @@ class Watch:
         """Ends this expendable rank; the other ranks continue."""
         self._exit_began = time.monotonic()
         failure = self.describe_failure(self._rank, reason)
-        log.error("%s\n%s", failure.error, self._local_stack())
+        log.error("%s\n%s", failure.error, Lines.of(self._local_stack().split("\n")))
         print_to_stderr(f"distrain: {failure.summary()}; the other ranks continue")
         self._exchange(leaving=True)
         self._exit_process()

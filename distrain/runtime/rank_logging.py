@@ -10,6 +10,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from distrain.files.appending import AppendedFile
+from distrain.files.escaping import EscapingFormatter
 from distrain.files.terminal import TERMINAL, print_to_stderr
 from distrain.runtime.run_owner import RunOwner
 
@@ -42,7 +43,7 @@ class RankLogging:
         self._add(_LogFile(path, rank, owner), "%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def _add(self, handler: logging.Handler, line_format: str) -> None:
-        handler.setFormatter(logging.Formatter(line_format))
+        handler.setFormatter(EscapingFormatter(line_format))
         self._handlers.append(handler)
         logging.getLogger("distrain").addHandler(handler)
 

@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.connect import channel_registry
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed, PeerLost, Stopped, TakenOver, Terminated
+from distrain.files.escaping import format_error
 from distrain.files.terminal import print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import CrashDump, crash_dump_path
@@ -351,12 +351,12 @@ class Runtime:
             self.world.host,
             self.step,
             message if says_all else f"{type(error).__name__}: {message}".removesuffix(": "),
-            traceback="".join(traceback.format_exception(error)),
+            traceback=format_error(error),
         )
         # What a disk or a refusal says in its line needs no stack; the log and the report have it.
         stack_on_terminal = not isinstance(error, OSError | ConfigError | TakenOver)
         if self.expendable and not isinstance(error, PeerLost):
-            log.error("%s\n%s", own.error, own.traceback)
+            log.error("%s\n%s", own.error, format_error(error))
             continues = "" if isinstance(error, Terminated) else "; the other ranks continue"
             print_to_stderr(f"distrain: {own.summary()}{continues}")
             return

@@ -25,6 +25,7 @@ from distrain.config.schema import Config
 from distrain.data.base import Images, Splits
 from distrain.data.batch import Targets, slice_targets
 from distrain.data.loader import Loader
+from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
@@ -272,14 +273,14 @@ def fastest(seconds: Mapping[Formats, float], default_layouts: Mapping[str, str]
     return best if best is not None and math.isfinite(seconds[best]) else None
 
 
-def format_timings(seconds: Mapping[Formats, float], best: Formats) -> str:
+def format_timings(seconds: Mapping[Formats, float], best: Formats) -> Lines:
     """A table of the timings for people, one line per candidate."""
     lines = ["precision  memory format        ms"]
     for formats, step_seconds in seconds.items():
         time_column = f"{1000 * step_seconds:8.2f}" if math.isfinite(step_seconds) else "   fails"
         mark = "  chosen" if formats == best else ""
         lines.append(f"{formats.precision:9}  {formats.memory_format:13}  {time_column}{mark}")
-    return "\n".join(lines)
+    return Lines.of(lines)
 
 
 def repeat_rounds(

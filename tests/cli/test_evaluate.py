@@ -173,6 +173,6 @@ def test_the_table_has_a_line_per_class_and_no_control_characters() -> None:
     assert evaluate._table({**result, "classes": classes}, task).splitlines() == [
         "test of step_00000001: accuracy 0.5000 (1 of 2), loss 1.2500",
         "class    accuracy  correct  count",
-        "cat\ufffd[2J    0.5000        1      2",
+        "cat\\x1b[2J    0.5000        1      2",
         "dog             -        0      0",
     ]

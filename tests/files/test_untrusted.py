@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.errors import ConfigError
-from distrain.files.untrusted import UnreadableFile, printable, read_json, read_text
+from distrain.files.untrusted import UnreadableFile, read_json, read_text
 
 
 def test_regular_file_is_read(tmp_path: Path) -> None:
@@ -47,8 +46,3 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     for name in ("nothing", "broken"):
         with pytest.raises(FileNotFoundError):
             read_text(tmp_path / name, 10)
-
-
-def test_control_characters_never_reach_the_terminal() -> None:
-    assert printable("caf\u00e9 \x1b[31mred\r\n") == "caf\u00e9 \ufffd[31mred\ufffd\ufffd"
-    assert str(ConfigError("run", "\x1b]0;title\x07", "is\nno folder")) == "run=\ufffd]0;title\ufffd: is no folder"

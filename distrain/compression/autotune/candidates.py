@@ -9,6 +9,7 @@ from typing import Any
 
 from distrain.compression.autotune.link_model import LinkModel
 from distrain.compression.autotune.step_trace import median_with_error
+from distrain.files.escaping import Lines
 
 #: Candidates predicted to be slower than the fastest by more than this factor are not tried, and at most so many are.
 SHORTLIST_FACTOR, MAX_SHORTLIST = 1.25, 4
@@ -92,7 +93,8 @@ class CandidateTable:
         link = {"latency_ms": _ms(self.link.latency), "bytes_per_second": round(self.link.bytes_per_second)}
         return {"link": link, "candidates": rows}
 
-    def __str__(self) -> str:
+    def to_text(self) -> Lines:
+        """A line for each candidate."""
         lines = ["candidate         MB sent  compress ms  predicted ms  measured ms"]
         for name, predicted in self.predicted.items():
             measured = f"{1000 * self.measured[name]:11.1f}" if name in self.measured else f"{'-':>11}"
@@ -100,7 +102,7 @@ class CandidateTable:
                 f"{name:14}  {self.sent[name] / 1e6:9.3f}  {1000 * self.work[name]:11.1f}  "
                 f"{1000 * predicted:12.1f}  {measured}"
             )
-        return "\n".join(lines)
+        return Lines.of(lines)
 
 
 def trial_order(names: Sequence[str], round_seconds: float, trial_seconds: float) -> list[str]:

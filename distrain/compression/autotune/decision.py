@@ -129,7 +129,7 @@ class CompressorDecision(StepProbe):
 
     def _choose_and_check(self, table: CandidateTable, name: str) -> Phase:
         self._candidates.choose(name)
-        log.info("compression=auto chooses %s on this link (%s)\n%s", name, table.link, table)
+        log.info("compression=auto chooses %s on this link (%s)\n%s", name, table.link, table.to_text())
         return Phase([name] * CHECKED_STEPS, lambda traces: self._check(table, name, traces))
 
     def _check(self, table: CandidateTable, name: str, traces: Sequence[StepTrace]) -> Phase | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, config_error
+from distrain.files.escaping import Lines
 from distrain.gradients.linear_partition import linear_partition
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
 from distrain.strategies.pipeline.options import PipelineConfig
@@ -79,7 +80,7 @@ class Split:
     starts: list[int]
     rows: list[dict[str, Any]]
 
-    def table(self) -> str:
+    def table(self) -> Lines:
         """The rows as text, one line per stage."""
         lines = ["stage  rank  parameters  forward ms  backward ms  activation MB  blocks"]
         for row in self.rows:
@@ -89,7 +90,7 @@ class Split:
                 f"{row['stage']:5}  {row['rank']:4}  {row['parameters']:10,}  {row['forward_ms']:10.2f}  "
                 f"{row['backward_ms']:11.2f}  {row['activation_mb']:13.2f}  {names}"
             )
-        return "\n".join(lines)
+        return Lines.of(lines)
 
 
 def choose_split(

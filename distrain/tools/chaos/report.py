@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from distrain.files.escaping import Lines
 from distrain.tools.chaos.disturbed_run import Recovery
 
 _HEADINGS = (
@@ -14,14 +15,14 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def table(recoveries: Sequence[Recovery]) -> str:
+def table(recoveries: Sequence[Recovery]) -> Lines:
     """One line per kind of fault and training, and one line for all; times as median and maximum in seconds."""
     groups: dict[tuple[str, str], list[Recovery]] = {}
     for recovery in sorted(recoveries, key=lambda recovery: recovery.fault.kind):
         groups.setdefault((recovery.fault.kind, recovery.training), []).append(recovery)
     lines = [_HEADINGS, *(_row(*names, group) for names, group in groups.items()), _row("all", "", recoveries)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
-    return "\n".join(
+    return Lines.of(
         "  ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distrain.files.untrusted import printable
+from distrain.files.escaping import Lines
 from distrain.tools.launching.jobs import DONE, JobResult
 
 #: Columns of the CSV file from ``summary.json``; dotted paths name parts of a value.
@@ -85,13 +85,13 @@ def to_csv(results: Sequence[JobResult]) -> str:
     return text.getvalue()
 
 
-def to_text(results: Sequence[JobResult], metric: str) -> str:
+def to_text(results: Sequence[JobResult], metric: str) -> Lines:
     """Returns a table of the finished jobs, best first, and below it one line for each other job."""
     keys = swept_keys(results)
     columns = [metric, *(path for path in _TEXT_COLUMNS if path != metric)]
     rows = [["job", *keys, *columns, "seconds"]]
     for result in ranked((result for result in results if result.status == DONE), metric):
-        swept = [printable(result.job.swept.get(key, "")) for key in keys]
+        swept = [result.job.swept.get(key, "") for key in keys]
         cells = [_format_cell(summary_value(result, path)) for path in columns]
         rows.append([result.job.name.partition("_")[0], *swept, *cells, f"{result.seconds:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -104,10 +104,10 @@ def to_text(results: Sequence[JobResult], metric: str) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     unfinished = [result for result in results if result.status != DONE]
-    lines += [f"{printable(result.job.name)}: {result.status}: {printable(result.reason)}" for result in unfinished]
+    lines += [f"{result.job.name}: {result.status}: {result.reason}" for result in unfinished]
     done = len(results) - len(unfinished)
     lines.append(f"{done} of {len(results)} jobs are done" + (f", {len(unfinished)} not" if unfinished else ""))
-    return "\n".join(lines)
+    return Lines.of(lines)
 
 
 def _format_cell(value: Any) -> str:

@@ -78,7 +78,7 @@ def test_the_first_round_of_a_trial_does_not_count() -> None:
 def test_the_table_is_plain_data_and_readable() -> None:
     candidate_table = table({"none": 3.65, "topk": 0.0411}, topk=0.0423)
     candidate_table.sent, candidate_table.work = {"none": 42_600_000, "topk": 1_065_000}, {"none": 0.0, "topk": 0.0211}
-    assert str(candidate_table).splitlines() == [
+    assert candidate_table.to_text().splitlines() == [
         "candidate         MB sent  compress ms  predicted ms  measured ms",
         "none               42.600          0.0        3650.0            -",
         "topk                1.065         21.1          41.1         42.3",

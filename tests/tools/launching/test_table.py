@@ -37,7 +37,7 @@ def test_text_has_a_row_for_each_finished_job_and_a_line_for_each_other() -> Non
     assert rows[0].split()[:4] == ["job", "compression", "lr", "val_accuracy"]
     assert [row.split()[0] for row in rows[1:4]] == ["002", "000", "004"]
     assert rows[2].split() == ["000", "fp16", "0", "0.5000", "-", "0.1000", "-", "20.0", "4,096", "12.3"]
-    assert rows[4] == "001_compression=fp16: failed: rank 0 on a at step 1: bad \N{REPLACEMENT CHARACTER}[2J luck"
+    assert rows[4] == "001_compression=fp16: failed: rank 0 on a at step 1: bad \\x1b[2J luck"
     assert rows[5] == "003_compression=fp16: over its time limit: ended after 1 minutes"
     assert rows[6] == "3 of 5 jobs are done, 2 not"
 
