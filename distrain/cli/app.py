@@ -16,6 +16,7 @@ from distrain.runtime.world import World
 from distrain.tasks.base import Task
 from distrain.training import auto_format
 from distrain.training.assembly import build_model, build_trainer
+from distrain.training.model_notices import model_notices
 from distrain.training.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,12 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         Failed: The run failed; which rank, where and why was said.
     """
     plan = RunPlan.resolve(config, world or World.from_environment())
-    plan.check()
+    trial = plan.check()
     splits = plan.source.load()
-    plan.check_sizes(splits)
+    plan.check_sizes(splits, trial)
+    notices = model_notices(config, plan.world.size, plan.strategy, plan.dtype, trial)
+    # The model of the trial needs memory.
+    del trial
     with Runtime(config, plan.world) as runtime:
         runtime.activity.phase = "set-up"
         make_model = functools.partial(build_model, plan, splits)
@@ -46,6 +50,8 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
             for note in splits.notes:
                 log.info("%s", note)
             log.info("run folder: %s", runtime.run_dir)
+            for notice in notices:
+                log.warning("%s", notice)
         summary = build_trainer(plan, runtime, splits).fit()
         if runtime.is_main:
             log.info("%s", closing_line(summary, plan.task))

@@ -20,6 +20,7 @@ from distrain.data.base import DataSpec, Images, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.escaping import Lines
 from distrain.files.terminal import show
+from distrain.models.tensors import convert
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -149,7 +150,7 @@ def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Images, m
     runtime.activity.phase = "evaluation"
     strategy = plan.strategy(plan.config, runtime)
     layout = plan.memory_format(model)
-    model.to(device=plan.device, dtype=plan.dtype)
+    convert(model, plan.dtype, plan.device)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     loader = build_loader(plan, strategy, splits, images, layout, training=False)
     first = next(loader.epoch(0))

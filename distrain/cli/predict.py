@@ -28,6 +28,7 @@ from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
+from distrain.models.tensors import convert
 from distrain.runtime.device import available_cores, choose_device
 from distrain.runtime.world import World
 from distrain.strategies.precision import Precision
@@ -170,7 +171,7 @@ class Predictor:
         self._precision = Precision(config.trainer.precision, self._device)
         model = folder.model(folder.weights(settings.checkpoint), settings.allow)
         self._layout = auto_format.memory_format(config, self._device, model)
-        model.to(device=self._device, dtype=self._precision.dtype)
+        convert(model, self._precision.dtype, self._device)
         self._model: nn.Module = model.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def predict(self, paths: Sequence[str]) -> Iterator[Prediction]:

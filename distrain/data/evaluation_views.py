@@ -28,12 +28,13 @@ def averaged_logits(forward: Callable[[Tensor], Tensor], images: Tensor, views: 
 
 
 def _views(images: Tensor, views: str) -> Iterator[tuple[Tensor, float]]:
+    """Views and their weights. Each has memory of its own, since a model may change the images that it is given."""
     if views == "flip":
-        yield from ((images, 1 / 2), (images.flip(3), 1 / 2))
+        yield from ((images.clone(), 1 / 2), (images.flip(3), 1 / 2))
         return
-    yield from ((images, 1 / 4), (images.flip(3), 1 / 4))
+    yield from ((images.clone(), 1 / 4), (images.flip(3), 1 / 4))
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     for start in (0, 2):
         moved = padded[:, :, start : start + height, start : start + width]
-        yield from ((moved, 1 / 8), (moved.flip(3), 1 / 8))
+        yield from ((moved.clone(), 1 / 8), (moved.flip(3), 1 / 8))

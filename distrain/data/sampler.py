@@ -40,6 +40,12 @@ def batch_share(seed: int, samples: int, epoch: int, offset: int, count: int, sh
     return positions
 
 
+def part_sizes(count: int, parts: int) -> list[int]:
+    """Sizes of the parts into which :func:`shard_bounds` and ``Tensor.tensor_split`` divide ``count`` samples."""
+    size, larger = divmod(count, parts)
+    return [size + (index < larger) for index in range(parts)]
+
+
 def shard_bounds(count: int, index: int, shards: int) -> tuple[int, int]:
     """Returns the half-open range of ``count`` samples that belongs to shard ``index`` of ``shards``.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +100,36 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code may draw from the global generator
     torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """What the next random numbers of Python, NumPy and torch on the CPU depend on."""
+
+    of_python: tuple[Any, ...]
+    of_numpy: dict[str, Any]
+    of_torch: torch.Tensor
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present state."""
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - as above
+        return cls(random.getstate(), numpy_state, torch.random.get_rng_state())
+
+    def restore(self) -> None:
+        """Makes it the present state again."""
+        random.setstate(self.of_python)
+        np.random.set_state(self.of_numpy)  # noqa: NPY002 - as above
+        torch.random.set_rng_state(self.of_torch)
+
+    def draws_equal(self, other: RandomState) -> bool:
+        """Whether the same numbers would be drawn next from both states."""
+        numpy_equal = self._numpy_key() == other._numpy_key()
+        return self.of_python == other.of_python and numpy_equal and torch.equal(self.of_torch, other.of_torch)
+
+    def _numpy_key(self) -> tuple[bytes, object, object]:
+        inner = self.of_numpy["state"]
+        return np.asarray(inner["key"]).tobytes(), inner["pos"], self.of_numpy["has_gauss"]
 
 
 def generators(device: torch.device) -> list[torch.Generator]:

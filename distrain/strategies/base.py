@@ -21,6 +21,7 @@ from distrain.compression import base as compression
 from distrain.compression import resharding
 from distrain.config.registry import choice
 from distrain.config.schema import Config, StrategyConfig
+from distrain.data.sampler import part_sizes
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.tasks.base import Task
@@ -129,6 +130,28 @@ class Strategy(ABC, Generic[OptionsT_co]):
     def data_parallel_size(cls, config: Config, world_size: int) -> int:
         """How many ranks share a batch."""
         return world_size
+
+    @classmethod
+    def forward_sizes(cls, config: Config, world_size: int, count: int, *, training: bool) -> list[list[int]]:
+        """How many samples each forward pass over a global batch has, for each rank that shares the batch.
+
+        Args:
+            config: The run's configuration.
+            world_size: Number of ranks.
+            count: Samples in the global batch.
+            training: In a training step; otherwise in evaluation.
+
+        Returns:
+            One list a rank; passes without samples have the size 0.
+        """
+        shards = cls.data_parallel_size(config, world_size)
+        pieces = accumulated_pieces(config, count, shards) if training else 1
+        return [part_sizes(share, pieces) for share in part_sizes(count, shards)]
+
+    @classmethod
+    def normalises_together(cls, config: Config, world_size: int) -> bool:
+        """Whether BatchNorm layers take their statistics over the samples that all ranks run at the same time."""
+        return False
 
     @classmethod
     def full_model_ranks(cls, config: Config, world_size: int) -> int:
@@ -333,6 +356,18 @@ class Strategy(ABC, Generic[OptionsT_co]):
         By default that is ``fit``. A rank with other work (a server) does that instead and returns an empty summary.
         """
         return fit()
+
+
+def accumulated_pieces(config: Config, count: int, shards: int) -> int:
+    """Pieces of ``trainer.micro_batch_size`` that the largest share of a batch needs; replicas don't differ in it.
+
+    Args:
+        config: The run's configuration.
+        count: Samples in the global batch.
+        shards: How many ranks share it.
+    """
+    size = config.trainer.micro_batch_size
+    return 1 if size is None else math.ceil(math.ceil(count / shards) / size)
 
 
 def strategy_class(config: Config) -> type[Strategy]:

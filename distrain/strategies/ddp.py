@@ -63,9 +63,14 @@ class DDP(Replicated[DDPConfig]):
 
     @override
     @classmethod
+    def normalises_together(cls, config: Config, world_size: int) -> bool:
+        return cls.options_of(config).batchnorm == "sync" and world_size > 1
+
+    @override
+    @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
         # Synchronised BatchNorm doesn't use torch's kernel, so it takes another time.
-        if cls.options_of(config).batchnorm == "sync" and world_size > 1:
+        if cls.normalises_together(config, world_size):
             batchnorm.synchronise_batchnorm(model, Communicator())
 
     @override

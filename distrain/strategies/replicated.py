@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.gradients.buckets import Gradients, ReducedGradients
-from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy
+from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
 from distrain.strategies.update import clip_and_step
@@ -118,9 +117,7 @@ class Replicated(Strategy[OptionsT_co]):
 
     def _pieces(self, batch: Batch) -> list[tuple[Tensor, Targets]]:
         """The share in pieces of near-equal size, as many as the largest share needs, so that replicas don't differ."""
-        size = self.config.trainer.micro_batch_size
-        largest = math.ceil(batch.global_count / self.data_shard[1])
-        count = 1 if size is None else math.ceil(largest / size)
+        count = accumulated_pieces(self.config, batch.global_count, self.data_shard[1])
         pieces = [(batch.inputs, batch.targets)] if count == 1 else batch.split(count)
         return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[0])]
 

@@ -11,6 +11,7 @@ from distrain.data.base import Images, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
+from distrain.models.tensors import convert
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.reporting import loggers
@@ -34,8 +35,7 @@ def build_model(plan: RunPlan, splits: Splits) -> nn.Module:
     )
     if isinstance(model, DataDependentInit):
         model.initialise_from(splits.train, splits.mean, splits.std)
-    model.to(device=plan.device, dtype=plan.dtype)
-    # One call can't change type and layout: nn.Module.to has no overload for both.
+    convert(model, plan.dtype, plan.device)
     return model.to(memory_format=plan.memory_format(model))  # type: ignore[call-overload,no-any-return]
 
 

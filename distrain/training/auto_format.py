@@ -368,7 +368,8 @@ class Trial:
         if formats in self._failed:
             return math.inf
         layout = LAYOUTS[formats.memory_format]
-        inputs = self._batch.inputs[:size].contiguous(memory_format=layout)
+        # A copy, since a model may change the images that it is given.
+        inputs = self._batch.inputs[:size].clone(memory_format=layout)
         precision = Precision(formats.precision, self._device)
         try:
             self._model.to(memory_format=layout)  # type: ignore[call-overload]

@@ -13,13 +13,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from distrain.checkpoint.module_state import check_saveable
 from distrain.compression import base as compression
 from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.base import DataSource, DataSpec, Splits
 from distrain.errors import ConfigError, config_error, config_error_from_line
-from distrain.models.build import check_model
+from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import check_lookahead
 from distrain.optim.optimizers.groups import check_groups
@@ -31,7 +30,7 @@ from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
-from distrain.training import auto_format, resume
+from distrain.training import auto_format, batch_sizes, resume
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +93,11 @@ class RunPlan:
         """The same plan with other number formats or layouts."""
         return dataclasses.replace(self, config=config)
 
-    def check(self) -> None:
-        """Refuses what can be refused without loading data or talking to other ranks, and names unused parameters.
+    def check(self) -> ModelTrial:
+        """Refuses what can be refused without loading data or talking to other ranks.
+
+        Returns:
+            What a trial found out about the model.
 
         Raises:
             ConfigError: One line that names the key, the value and the choices.
@@ -113,18 +115,22 @@ class RunPlan:
         if world.size == 1 and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
             several = launcher.command(sys.argv, os.environ, ranks=2)
             log.warning("strategy=%s on one process has nothing to divide; on two: %s", config.strategy.name, several)
-        unused = check_model(
+        return ModelTrial(
             config.model,
             in_channels=self.spec.channels,
             num_classes=self.task.output_size,
             image_size=(self.spec.height, self.spec.width),
+            dtype=self.dtype,
+            autocast=Precision(config.trainer.precision, self.device).autocast,
             extra_check=functools.partial(_check_model, config, self.strategy),
         )
-        if unused and world.rank == 0:
-            log.warning("the loss doesn't depend on parameters %s; they get no gradient", ", ".join(unused))
 
-    def check_sizes(self, splits: Splits) -> None:
+    def check_sizes(self, splits: Splits, trial: ModelTrial) -> None:
         """Refuses what can be refused only when the number of samples is known.
+
+        Args:
+            splits: The data.
+            trial: Result of :meth:`check`.
 
         Raises:
             ConfigError: As :meth:`check`.
@@ -134,6 +140,7 @@ class RunPlan:
                 raise config_error("data", f"there is no image to {purpose} on")
         steps_per_epoch = -(-len(splits.train) // self.config.data.batch_size)
         schedulers.build(self.config.scheduler, steps_per_epoch, total_steps(self.config, steps_per_epoch))
+        batch_sizes.check(self.config, self.world.size, self.strategy, splits, trial)
 
 
 def _check_ranks(strategy: type[Strategy], config: Config, world: World) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 
 from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
-from distrain.models import build
-from distrain.models.build import CustomConfig, check_model, instantiate_model
+from distrain.models import trial
+from distrain.models.build import CustomConfig, instantiate_model
+from distrain.models.trial import ModelTrial
 
 DIGITS: dict[str, Any] = {"in_channels": 1, "num_classes": 10, "image_size": (8, 8)}
 
@@ -78,7 +79,7 @@ imported = torch.nn.Identity
 def my_models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's module of models, checked once in the way of small models and once in the way of large ones."""
     if request.param == "large":
-        monkeypatch.setattr(build, "_FAST_FLOPS", 0)
+        monkeypatch.setattr(trial, "_FAST_FLOPS", 0)
     (tmp_path / "my_models.py").write_text(MY_MODELS)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -92,7 +93,7 @@ def test_a_custom_model_gets_the_data_sets_shape_and_its_kwargs() -> None:
     model = instantiate_model(custom("my_models.Net", width=7), **DIGITS)
     assert [tuple(p.shape) for p in model.parameters()] == [(7, 64), (7,), (10, 7), (10,)]
     assert instantiate_model(custom("my_models.TakesAll", width=7), **DIGITS).received == {**DIGITS, "width": 7}
-    check_model(custom("my_models.Net", width=7), **DIGITS)
+    ModelTrial(custom("my_models.Net", width=7), **DIGITS)
 
 
 @pytest.mark.usefixtures("my_models")
@@ -102,26 +103,26 @@ def test_kwargs_override_the_data_sets_shape() -> None:
 
 @pytest.mark.usefixtures("my_models")
 def test_a_target_may_be_a_function_that_makes_the_model() -> None:
-    check_model(custom("my_models.factory"), **DIGITS)
+    ModelTrial(custom("my_models.factory"), **DIGITS)
     assert isinstance(instantiate_model(custom("my_models.factory"), **DIGITS), nn.Sequential)
 
 
 @pytest.mark.usefixtures("my_models")
 @pytest.mark.parametrize("target", ["my_models.DependsOnValues", "my_models.Constant"])
 def test_a_model_that_fails_on_the_meta_device_is_checked_on_cpu(target: str) -> None:
-    assert check_model(custom(target), **DIGITS) == []
+    assert ModelTrial(custom(target), **DIGITS).unused == []
 
 
 @pytest.mark.usefixtures("my_models")
 def test_parameters_without_gradient_are_returned() -> None:
-    assert check_model(custom("my_models.Unused"), **DIGITS) == ["more.weight", "more.bias"]
+    assert ModelTrial(custom("my_models.Unused"), **DIGITS).unused == ["more.weight", "more.bias"]
 
 
 @pytest.mark.usefixtures("my_models")
 @pytest.mark.parametrize("target", ["my_models.Net", "my_models.DependsOnValues"])
 def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
     before = torch.random.get_rng_state()
-    check_model(custom(target), **DIGITS)
+    ModelTrial(custom(target), **DIGITS)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -133,7 +134,7 @@ def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
         ("no_such_package.Net", {}, "can't be imported"),
         ("my_models.Net", {"widht": 3}, "unexpected keyword argument 'widht'; its arguments: num_classes, image_size"),
         ("my_models.Broken", {}, "fails to build (OSError: no weights)"),
-        ("my_models.Lazy", {}, "lazy parameters"),
+        ("my_models.Lazy", {}, "is lazy"),
         ("my_models.MY_MODELS", {}, "has no MY_MODELS"),
         ("my_models.number", {}, "makes a int, not an nn.Module"),
         ("my_models.__name__", {}, "neither an nn.Module class nor a function"),
@@ -144,7 +145,7 @@ def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
 )
 def test_an_untrainable_target_is_refused_in_one_line(target: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_model(custom(target, **kwargs), **DIGITS)
+        ModelTrial(custom(target, **kwargs), **DIGITS)
     assert message in str(caught.value)
     assert str(caught.value).startswith(("model._target_=", "model.kwargs="))
     assert "\n" not in str(caught.value)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
-from distrain.models.build import check_model
 from distrain.models.cnn import CifarCNN, SimpleCNN
+from distrain.models.trial import ModelTrial
 
 
 def parameters(model: nn.Module) -> int:
@@ -75,9 +75,9 @@ def test_initial_weights_are_glorot_uniform_and_biases_zero(model: nn.Module) ->
 @pytest.mark.parametrize(("name", "target", "side"), [("simple_cnn", "SimpleCNN", 4), ("cifar_cnn", "CifarCNN", 18)])
 def test_images_below_the_smallest_size_are_refused(name: str, target: str, side: int) -> None:
     config = ModelConfig(name=name, _target_=f"distrain.models.cnn.{target}")
-    check_model(config, in_channels=3, num_classes=10, image_size=(side, side))
+    ModelTrial(config, in_channels=3, num_classes=10, image_size=(side, side))
     with pytest.raises(ConfigError, match=f"model={name}: needs images of at least {side}x{side} pixels.*{side - 1}"):
-        check_model(config, in_channels=3, num_classes=10, image_size=(side, side - 1))
+        ModelTrial(config, in_channels=3, num_classes=10, image_size=(side, side - 1))
 
 
 @pytest.mark.parametrize("kind", [SimpleCNN, CifarCNN])

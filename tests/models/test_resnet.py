@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distrain.models.build import check_model
 from distrain.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet34, ResNet50, ResNetConfig
+from distrain.models.trial import ModelTrial
 
 
 def make(kind: Any = ResNet18, *, stem: str = "cifar", norm: str = "batch", num_classes: int = 10) -> ResNet:
@@ -101,7 +101,7 @@ def test_logits_do_not_depend_on_other_samples_without_batchnorm(norm: str) -> N
 def test_the_model_check_accepts_8x8_digits(name: str, stem: str, norm: str) -> None:
     target = f"distrain.models.resnet.ResNet{name.removeprefix('resnet')}"
     config = ResNetConfig(name=name, _target_=target, stem=stem, norm=norm)
-    check_model(config, in_channels=1, num_classes=10, image_size=(8, 8))
+    ModelTrial(config, in_channels=1, num_classes=10, image_size=(8, 8))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])

@@ -18,6 +18,7 @@ from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config
+from distrain.data.sampler import part_sizes
 from distrain.errors import ConfigError
 from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
@@ -80,6 +81,17 @@ class Pipeline(Strategy[PipelineConfig]):
         if config.trainer.compile:
             problem = "is not possible under strategy=pipeline"
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
+
+    @override
+    @classmethod
+    def data_parallel_size(cls, config: Config, world_size: int) -> int:
+        return world_size // cls.options_of(config).ranks
+
+    @override
+    @classmethod
+    def forward_sizes(cls, config: Config, world_size: int, count: int, *, training: bool) -> list[list[int]]:
+        shares = part_sizes(count, cls.data_parallel_size(config, world_size))
+        return [part_sizes(share, max(cls._microbatch_count(config, share), 1)) for share in shares]
 
     @override
     @classmethod
@@ -184,8 +196,6 @@ class Pipeline(Strategy[PipelineConfig]):
                 "the whole batch; with %s both compute the same",
                 batchnorm.replacement(self.config.model),
             )
-        if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
-            log.warning("dropout draws other random numbers on each stage than one process would, so results differ")
         options = self.options
         log.info(
             "%s: %d stages on %d ranks, %d replicas, %d microbatches, predicted bubble %.0f %%\n%s",
@@ -233,12 +243,15 @@ class Pipeline(Strategy[PipelineConfig]):
 
     def _microbatches(self, batch: Batch) -> list[tuple[Tensor, Targets]]:
         """The share in microbatches of near-equal size, none of them empty; the same on all ranks of the pipeline."""
-        share = len(batch)
-        count = self.options.microbatches
-        if self.config.trainer.micro_batch_size is not None:
-            count = max(count, math.ceil(share / self.config.trainer.micro_batch_size))
-        count = min(count, share)
+        count = self._microbatch_count(self.config, len(batch))
         return batch.split(count) if count else []
+
+    @classmethod
+    def _microbatch_count(cls, config: Config, share: int) -> int:
+        count, largest = cls.options_of(config).microbatches, config.trainer.micro_batch_size
+        if largest is not None:
+            count = max(count, math.ceil(share / largest))
+        return min(count, share)
 
     def _update(self) -> bool:
         """Applies the gradient; returns whether that was skipped because it is not finite.

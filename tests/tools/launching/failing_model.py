@@ -17,8 +17,8 @@ class FailingModel(nn.Module):
         self.output = nn.Linear(in_channels * image_size[0] * image_size[1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Output shapes are checked before training, on the meta device.
-        if images.device.type != "meta":
+        # Before training the model is tried on one or two images.
+        if len(images) > 2:
             if self.behaviour == "fail":
                 raise RuntimeError("as configured")
             if self.behaviour == "hang":

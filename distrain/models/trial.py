@@ -1,0 +1,399 @@
+"""A model's first trial: what can be known of it in a second, before data are loaded and ranks communicate."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from distrain.config.schema import ModelConfig
+from distrain.errors import ConfigError
+from distrain.models import tensors
+from distrain.models.base import DataDependentInit
+from distrain.models.build import CustomConfig, instantiate_model
+from distrain.runtime.device import RandomState, seed_everything
+
+log = logging.getLogger(__name__)
+
+#: Floating-point operations that any CPU does in less than a second.
+_FAST_FLOPS = 1e11
+#: Seconds after which a trial says that it is still waiting for the model.
+_PATIENCE = 10.0
+
+
+class ModelTrial:
+    """Builds the configured model, only to try it, and runs a few images through it.
+
+    A model that a CPU runs fast is run on the CPU; a built-in one with zeros as parameters, a ``custom`` one with its
+    own initial parameters. A large model, or a ``custom`` one that nobody knows how long to wait for, runs on the meta
+    device (shapes without memory): what depends on values is not known of it then. If a ``custom`` model fails there,
+    for example because its forward pass depends on values, it is tried again on the CPU.
+
+    Args:
+        config: As for :func:`instantiate_model`, like the next four.
+        in_channels: Channels of the images.
+        num_classes: Number of logits per sample.
+        image_size: Height and width of the images in pixels.
+        allowed: Prefixes that the ``_target_`` of a ``custom`` model may have.
+        dtype: Floating-point format of parameters and images.
+        autocast: The context of forward passes.
+        extra_check: Another check of the model, called before images run.
+
+    Attributes:
+        unused: Names of trainable parameters that the logits don't depend on.
+        cast: Names of parameters and buffers that training gives another number format, by their own format.
+        buffers_of_samples: Names of parameters and buffers that a forward pass in training mode changes, in a way that
+            depends on the samples it sees. BatchNorm's are left out.
+        buffers_of_passes: Names of those that it changes in the same way whatever the samples are.
+        draws_random: Whether a forward pass in training mode draws random numbers.
+        mixes_samples: Whether a sample's logits depend on the other samples of its batch, in training mode and apart
+            from BatchNorm.
+
+    Raises:
+        ConfigError: What :func:`instantiate_model` raises, or the model can't be trained on such images.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        in_channels: int,
+        num_classes: int,
+        image_size: tuple[int, int],
+        allowed: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        extra_check: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self._config, self._num_classes, self._dtype, self._autocast = config, num_classes, dtype, autocast
+        self._image_shape = (in_channels, *image_size)
+        self._allowed, self._extra_check = allowed, extra_check
+        self.unused: list[str] = []
+        self.cast: dict[str, list[str]] = {}
+        self.buffers_of_samples: list[str] = []
+        self.buffers_of_passes: list[str] = []
+        self.draws_random = self.mixes_samples = False
+        with self._surroundings():
+            self._try()
+
+    def problem_with(self, count: int, *, training: bool, batchnorm: bool = True) -> str:
+        """Why the model can't run so many images at once; empty if it can.
+
+        Args:
+            count: Number of images.
+            training: In training mode; otherwise in evaluation mode.
+            batchnorm: Whether BatchNorm layers take statistics of these images, if in training mode.
+        """
+        with self._surroundings():
+            self._set_mode(training, batchnorm=batchnorm)
+            try:
+                with torch.set_grad_enabled(training):
+                    self._forward(self._images(count))
+            except _Refused as refused:
+                return str(refused)
+        return ""
+
+    # --- the trial ---------------------------------------------------------------------------------------------------
+
+    def _try(self) -> None:
+        is_custom = isinstance(self._config, CustomConfig)
+        try:
+            self._build("meta")
+            if not self._runs_fast():
+                self._check_training()
+                return
+        except ConfigError:
+            if not is_custom:
+                raise
+        if is_custom:
+            self._build("cpu")
+        else:
+            # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import
+            # the code that computes shapes.
+            self._model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+            self._device = "cpu"
+        self._check_training()
+
+    def _build(self, device: str) -> None:
+        channels, *size = self._image_shape
+        with torch.device(device):
+            self._model = instantiate_model(
+                self._config,
+                in_channels=channels,
+                num_classes=self._num_classes,
+                image_size=(size[0], size[1]),
+                allowed=self._allowed,
+            )
+        self._device = device
+        self.cast = tensors.cast_tensors(self._model, self._dtype)
+        if self._extra_check is not None:
+            self._extra_check(self._model)
+        tensors.convert(self._model, self._dtype)
+
+    def _runs_fast(self) -> bool:
+        """Whether a CPU runs two images in less than a second, by an upper bound: each parameter used at each pixel."""
+        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        return 2 * 2 * parameters * self._image_shape[1] * self._image_shape[2] < _FAST_FLOPS
+
+    @property
+    def _has_values(self) -> bool:
+        """Whether the model computes what it will compute at the start of training."""
+        return isinstance(self._config, CustomConfig) and self._device == "cpu"
+
+    def _check_training(self) -> None:
+        model = self._model
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self._refuse("nothing to train: no parameter of it has requires_grad=True; leave it so for some")
+        before = _State(model)
+        self._set_mode(training=True)
+        images = self._images(2)
+        random_state = RandomState.now()
+        logits = self._run(images)
+        drew = not RandomState.now().draws_equal(random_state)
+        self.draws_random = drew or any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules())
+        if not logits.requires_grad:
+            self._refuse(
+                "nothing to train: its output depends on no trainable parameter; its forward pass must not run under "
+                "torch.no_grad() or detach() its output"
+            )
+        self.unused = _unused_parameters(model, logits)
+        self._check_state(before)
+        if self._has_values:
+            self._check_values(logits)
+        else:
+            self.buffers_of_samples = before.changed(model)
+        self._set_mode(training=False)
+        with torch.no_grad():
+            self._run(self._images(2))
+
+    def _check_state(self, before: _State) -> None:
+        """Refuses a forward pass that changes what the model consists of."""
+        model = self._model
+        if replaced := before.replaced_parameters(model):
+            problem = f"its forward pass makes or replaces the parameters {_listed(replaced)}"
+            self._refuse(f"{problem}; make all parameters in __init__, and change them only in place")
+        if differing := before.differing_state(model):
+            problem = f"its forward pass adds, removes or reshapes the state {_listed(differing)}"
+            self._refuse(
+                f"{problem}, so that a new model could not load a saved one; make it in __init__, or "
+                "register_buffer(…, persistent=False)"
+            )
+        if holding := [name for name, buffer in model.named_buffers() if buffer.requires_grad]:
+            problem = f"its forward pass leaves the graph of the backward pass in the buffers {_listed(holding)}"
+            self._refuse(f"{problem}; call detach() on what they are computed from")
+
+    def _check_values(self, logits: Tensor) -> None:
+        """Runs backward passes, and finds out how samples and buffers depend on each other."""
+        if not isinstance(self._model, DataDependentInit) and not bool(logits.isfinite().all()):
+            self._refuse(
+                f"returns {_nonfinite(logits)} for images of normal noise; look at its initial parameters, and at "
+                "divisions, logarithms and roots of numbers near 0"
+            )
+        self._backward(logits)
+        # BatchNorm, which is expected to mix samples and is spoken of elsewhere, keeps still.
+        self._set_mode(training=True, batchnorm=False)
+        buffers = _Buffers(self._model)
+        images = self._images(3)
+        results = []
+        for pair in ([0, 1], [0, 2]):
+            buffers.restore()
+            before = _State(self._model)
+            seed_everything(0)
+            logits = self._run(images[pair])
+            self._backward(logits)
+            results.append((logits.detach()[0], {name: tensor.clone() for name, tensor in _changeable(self._model)}))
+        (first, buffers_first), (second, buffers_second) = results
+        self.mixes_samples = not _nearly_equal(first, second)
+        for name in before.changed(self._model):
+            same = _nearly_equal(buffers_first[name], buffers_second[name])
+            (self.buffers_of_passes if same else self.buffers_of_samples).append(name)
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def _images(self, count: int) -> Tensor:
+        shape = (count, *self._image_shape)
+        if not self._has_values:
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        return torch.randn(shape, dtype=self._dtype, generator=torch.Generator().manual_seed(0))
+
+    def _set_mode(self, training: bool, *, batchnorm: bool = True) -> None:
+        self._model.train(training)
+        if not batchnorm:
+            for layer in self._model.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+
+    def _run(self, images: Tensor) -> Tensor:
+        try:
+            return self._forward(images)
+        except _Refused as refused:
+            self._refuse(str(refused), refused.__cause__)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        shape, mode = list(images.shape), "" if self._model.training else " in evaluation mode"
+        try:
+            with self._autocast(), torch.device(self._device):
+                output: Any = self._model(images)
+        except Exception as error:  # a user's forward may raise anything
+            raise _Refused(f"fails on images {shape}{mode} ({_described(error)})") from error
+        expected = [len(images), self._num_classes]
+        actual = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        if actual != expected:
+            way_out = "its forward must return one tensor with a row for each image and a column for each class"
+            raise _Refused(f"returns {actual} for images {shape}{mode}; logits {expected} are needed: {way_out}")
+        result: Tensor = output
+        if not result.is_floating_point():
+            raise _Refused(f"returns logits of {result.dtype}{mode}; they must be real numbers, such as torch.float32")
+        if len(images) == 1 and self._has_values and not bool(result.isfinite().all()):
+            raise _Refused(f"returns {_nonfinite(result)} for a single image{mode}")
+        return result
+
+    def _backward(self, logits: Tensor) -> None:
+        try:
+            logits.float().square().mean().backward()
+        except Exception as error:  # a user's autograd function may raise anything
+            self._refuse(f"fails in the backward pass ({_described(error)})", error)
+
+    def _refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
+        raise ConfigError("model._target_", self._config._target_, problem) from cause
+
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """Leaves the random generator as it is, compiles nothing, and says so if the model takes long."""
+        name = self._config._target_
+        timer = threading.Timer(
+            _PATIENCE, log.warning, ("still waiting for the first trial of %s (a forward pass of 2 images)", name)
+        )
+        timer.daemon = True
+        # Only a model that compiles parts of itself has imported the compiler.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        random_state = RandomState.now()
+        timer.start()
+        try:
+            with torch.enable_grad(), eager:
+                seed_everything(0)
+                yield
+        finally:
+            timer.cancel()
+            random_state.restore()
+
+
+class _Refused(Exception):
+    """The model can't run some images; the message says why."""
+
+
+# --- what a forward pass changes -------------------------------------------------------------------------------------
+
+
+class _State:
+    """What a model consists of at a moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # The tensors themselves are kept, so that no other tensor gets their ids.
+        self._parameters = dict(model.named_parameters())
+        self._versions = {name: (tensor, tensor._version) for name, tensor in _changeable(model)}
+        self._shapes = _shapes(model)
+
+    def replaced_parameters(self, model: nn.Module) -> list[str]:
+        """Names of parameters that are other objects than before, new or gone."""
+        now = dict(model.named_parameters())
+        return [name for name in {**self._parameters, **now} if self._parameters.get(name) is not now.get(name)]
+
+    def differing_state(self, model: nn.Module) -> list[str]:
+        """Names of saved tensors that are new, gone or of another shape or format."""
+        now = _shapes(model)
+        return [name for name in {**self._shapes, **now} if self._shapes.get(name) != now.get(name)]
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Names of parameters and buffers other than BatchNorm's that were replaced or written to."""
+        changed = []
+        for name, tensor in _changeable(model):
+            before, version = self._versions.get(name, (None, 0))
+            if before is not None and (tensor is not before or tensor._version != version):
+                changed.append(name)
+        return changed
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    state = model.state_dict()
+    return {name: (value.shape, value.dtype) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _changeable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers other than BatchNorm's, by name."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            yield from module.named_buffers(prefix, recurse=False)
+
+
+class _Buffers:
+    """Buffers as they were when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._copies = [
+            (module, name, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        for module, name, copy in self._copies:
+            module._buffers[name] = copy.clone()
+
+
+def _unused_parameters(model: nn.Module, logits: Tensor) -> list[str]:
+    """Names of parameters that are not in the logits' autograd graph; cheaper than a backward pass."""
+    reached: set[int] = set()
+    visited: set[Any] = set()
+    pending: list[Any] = [logits.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        pending.extend(next_node for next_node, _ in node.next_functions)
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _nearly_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two results of the same computation differ by rounding at most."""
+    if not first.is_floating_point() and not first.is_complex():
+        return torch.equal(first, second)
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _nonfinite(logits: Tensor) -> str:
+    return "NaN" if bool(logits.isnan().any()) else "infinite numbers"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _described(error: BaseException) -> str:
+    """An error's type and message, and the line outside of torch that raised it."""
+    text = f"{type(error).__name__}: {error}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours_or_torchs(frame.filename)]
+    return f"{text}, at {frames[-1].filename}:{frames[-1].lineno}" if frames else text
+
+
+def _is_ours_or_torchs(file: str) -> bool:
+    return file == __file__ or file.startswith((torch.__path__[0], "<"))
