@@ -37,6 +37,8 @@ def why_unsupported(tensor: Tensor) -> str:
         return "a quantised tensor"
     if tensor.layout is not torch.strided:
         return f"a tensor of layout {tensor.layout}"
+    if tensor.is_complex():
+        return f"a tensor of {tensor.dtype} (hold torch.view_as_real(…) of it, or register it with persistent=False)"
     return "" if tensor.dtype in _DTYPE_NAMES else f"a tensor of {tensor.dtype}"
 
 

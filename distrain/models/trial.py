@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from distrain.checkpoint.module_state import check_saveable
 from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit
-from distrain.models.build import CustomConfig, instantiate_model
+from distrain.models.build import instantiate_model
 from distrain.runtime.device import RandomState, seed_everything
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,10 @@ _PATIENCE = 10.0
 class ModelTrial:
     """Builds the configured model, only to try it, and runs a few images through it.
 
-    A model that a CPU runs fast is run on the CPU; a built-in one with zeros as parameters, a ``custom`` one with its
-    own initial parameters. A large model, or a ``custom`` one that nobody knows how long to wait for, runs on the meta
-    device (shapes without memory): what depends on values is not known of it then. If a ``custom`` model fails there,
-    for example because its forward pass depends on values, it is tried again on the CPU.
+    A model that a CPU runs fast is run on the CPU: one of distrain's own with zeros as parameters, another one with its
+    own initial parameters. A large model runs on the meta device (shapes without memory): what depends on values is
+    not known of it then. If it fails there and is not one of distrain's, for example because its forward pass depends
+    on values, it is tried again on the CPU.
 
     Args:
         config: As for :func:`instantiate_model`, like the next four.
@@ -78,6 +79,8 @@ class ModelTrial:
         self._config, self._num_classes, self._dtype, self._autocast = config, num_classes, dtype, autocast
         self._image_shape = (in_channels, *image_size)
         self._allowed, self._extra_check = allowed, extra_check
+        #: Whether the model is not one of distrain's own, of which all is known that can't be seen in shapes.
+        self._is_foreign = not config._target_.startswith("distrain.models.")
         self.unused: list[str] = []
         self.cast: dict[str, list[str]] = {}
         self.buffers_of_samples: list[str] = []
@@ -106,16 +109,15 @@ class ModelTrial:
     # --- the trial ---------------------------------------------------------------------------------------------------
 
     def _try(self) -> None:
-        is_custom = isinstance(self._config, CustomConfig)
         try:
             self._build("meta")
             if not self._runs_fast():
                 self._check_training()
                 return
         except ConfigError:
-            if not is_custom:
+            if not self._is_foreign:
                 raise
-        if is_custom:
+        if self._is_foreign:
             self._build("cpu")
         else:
             # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import
@@ -135,6 +137,7 @@ class ModelTrial:
                 allowed=self._allowed,
             )
         self._device = device
+        self.buffers_of_samples, self.buffers_of_passes = [], []
         self.cast = tensors.cast_tensors(self._model, self._dtype)
         if self._extra_check is not None:
             self._extra_check(self._model)
@@ -148,12 +151,13 @@ class ModelTrial:
     @property
     def _has_values(self) -> bool:
         """Whether the model computes what it will compute at the start of training."""
-        return isinstance(self._config, CustomConfig) and self._device == "cpu"
+        return self._is_foreign and self._device == "cpu"
 
     def _check_training(self) -> None:
         model = self._model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             self._refuse("nothing to train: no parameter of it has requires_grad=True; leave it so for some")
+        shapes = self._saved_shapes()
         before = _State(model)
         self._set_mode(training=True)
         images = self._images(2)
@@ -172,9 +176,22 @@ class ModelTrial:
             self._check_values(logits)
         else:
             self.buffers_of_samples = before.changed(model)
+        if not self._is_foreign:
+            return
         self._set_mode(training=False)
         with torch.no_grad():
             self._run(self._images(2))
+        now = self._saved_shapes()
+        if differing := [name for name in {**shapes, **now} if shapes.get(name) != now.get(name)]:
+            problem = f"its forward pass adds, removes or reshapes the state {_listed(differing)}"
+            self._refuse(
+                f"{problem}, so that a new model could not load a saved one; make it in __init__, or "
+                "register_buffer(…, persistent=False)"
+            )
+
+    def _saved_shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of what a checkpoint would hold."""
+        return check_saveable(self._model) if self._is_foreign else {}
 
     def _check_state(self, before: _State) -> None:
         """Refuses a forward pass that changes what the model consists of."""
@@ -182,12 +199,6 @@ class ModelTrial:
         if replaced := before.replaced_parameters(model):
             problem = f"its forward pass makes or replaces the parameters {_listed(replaced)}"
             self._refuse(f"{problem}; make all parameters in __init__, and change them only in place")
-        if differing := before.differing_state(model):
-            problem = f"its forward pass adds, removes or reshapes the state {_listed(differing)}"
-            self._refuse(
-                f"{problem}, so that a new model could not load a saved one; make it in __init__, or "
-                "register_buffer(…, persistent=False)"
-            )
         if holding := [name for name, buffer in model.named_buffers() if buffer.requires_grad]:
             problem = f"its forward pass leaves the graph of the backward pass in the buffers {_listed(holding)}"
             self._refuse(f"{problem}; call detach() on what they are computed from")
@@ -302,17 +313,11 @@ class _State:
         # The tensors themselves are kept, so that no other tensor gets their ids.
         self._parameters = dict(model.named_parameters())
         self._versions = {name: (tensor, tensor._version) for name, tensor in _changeable(model)}
-        self._shapes = _shapes(model)
 
     def replaced_parameters(self, model: nn.Module) -> list[str]:
         """Names of parameters that are other objects than before, new or gone."""
         now = dict(model.named_parameters())
         return [name for name in {**self._parameters, **now} if self._parameters.get(name) is not now.get(name)]
-
-    def differing_state(self, model: nn.Module) -> list[str]:
-        """Names of saved tensors that are new, gone or of another shape or format."""
-        now = _shapes(model)
-        return [name for name in {**self._shapes, **now} if self._shapes.get(name) != now.get(name)]
 
     def changed(self, model: nn.Module) -> list[str]:
         """Names of parameters and buffers other than BatchNorm's that were replaced or written to."""
@@ -322,11 +327,6 @@ class _State:
             if before is not None and (tensor is not before or tensor._version != version):
                 changed.append(name)
         return changed
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    state = model.state_dict()
-    return {name: (value.shape, value.dtype) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _changeable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

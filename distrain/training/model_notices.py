@@ -47,9 +47,7 @@ def model_notices(
         divided = f"{ranks} ranks share a batch, each in {pieces} forward passes"
     result = "so results differ from those of one process that runs it whole"
     if trial.draws_random:
-        notices.append(
-            f"the model draws random numbers, as dropout does, and {divided} with own draws, {result}"
-        )
+        notices.append(f"the model draws random numbers, as dropout does, and {divided} with own draws, {result}")
     if trial.mixes_samples:
         notices.append(f"the model mixes the samples that it runs at once, and {divided}, {result}")
     if trial.buffers_of_samples:

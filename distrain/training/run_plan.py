@@ -167,7 +167,6 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
 
 def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
     strategy.check_model(config, model)
-    check_saveable(model)
     check_groups(config.optimizer.groups, model)
 
 
