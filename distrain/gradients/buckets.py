@@ -169,6 +169,8 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar."""
+        if not self.buckets:
+            return torch.zeros(())
         norms: list[Tensor] = [torch.linalg.vector_norm(bucket.flat) for bucket in self.buckets]
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
+from distrain.strategies.pipeline.blocks import named_blocks, trial_copy
 
 #: Sizes in bytes of the two messages from which latency and bandwidth are computed.
 _MESSAGE_BYTES = (4096, 4 * 2**20)
@@ -48,7 +48,7 @@ def measure_blocks(
 ) -> list[BlockCost]:
     """Times each block's forward and backward pass on a microbatch.
 
-    Uses copies of the blocks, so that parameters, gradients and running statistics don't change.
+    Parameters, gradients and buffers don't change.
 
     Args:
         model: The whole model on its device.
@@ -57,9 +57,8 @@ def measure_blocks(
         repeats: Number of timed runs, whose median is taken; one more run comes before them to warm up.
     """
     costs = []
-    x = inputs
-    for name, block in model.named_children():
-        trial = copy.deepcopy(block).train()
+    value: Any = inputs
+    for name, block in named_blocks(model):
         forwards, backwards = [], []
         saved_bytes = 0
 
@@ -68,30 +67,46 @@ def measure_blocks(
             saved_bytes += tensor.numel() * tensor.element_size()
             return tensor
 
-        for repeat in range(repeats + 1):
-            trial_inputs = x.detach().requires_grad_(x.is_floating_point())
-            start = _synchronised_time(x.device)
-            saved_bytes = 0
-            with autocast(), torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor):
-                output = trial(trial_inputs)
-            middle = _synchronised_time(x.device)
-            output.backward(torch.ones_like(output))
-            end = _synchronised_time(x.device)
-            if repeat:
-                forwards.append(1000 * (middle - start))
-                backwards.append(1000 * (end - middle))
+        with trial_copy(block) as trial:
+            for repeat in range(repeats + 1):
+                given = _copied(value)
+                start = _synchronised_time(inputs.device)
+                saved_bytes = 0
+                with autocast(), torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor):
+                    output = trial(given)
+                middle = _synchronised_time(inputs.device)
+                roots = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+                if roots:
+                    torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+                end = _synchronised_time(inputs.device)
+                if repeat:
+                    forwards.append(1000 * (middle - start))
+                    backwards.append(1000 * (end - middle))
         costs.append(
             BlockCost(
                 name,
                 sum(p.numel() for p in block.parameters()),
                 sorted(forwards)[repeats // 2],
                 sorted(backwards)[repeats // 2],
-                output.numel() * output.element_size(),
+                sum(tensor.numel() * tensor.element_size() for tensor in _tensors(output)),
                 saved_bytes,
             )
         )
-        x = output.detach()
+        value = output
     return costs
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a block's input without a graph, into which the block may write."""
+    if isinstance(value, Tensor):
+        # Not the leaf itself, into which autograd forbids to write.
+        return value.detach().requires_grad_(value.requires_grad).clone()
+    return type(value)(_copied(item) for item in value) if type(value) in (tuple, list) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    items = value if isinstance(value, tuple | list) else [value]
+    return [item for item in items if isinstance(item, Tensor)]
 
 
 def measure_point_to_point(group: Communicator, device: torch.device, repeats: int = 3) -> tuple[float, float]:

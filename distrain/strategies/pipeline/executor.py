@@ -86,14 +86,14 @@ class ScheduleExecutor:
             stage, m = self._stages[action.stage], action.microbatch
             if action.kind == "forward":
                 inputs, targets = microbatches[m]
-                x = inputs if stage.is_first else transfers.receive(action)
+                received = [inputs] if stage.is_first else transfers.receive(action)
                 with self._recorder.span(*action):
-                    output, loss_sum = stage.forward(m, x, targets, global_count)
+                    outputs, loss_sum = stage.forward(m, received, targets, global_count)
                 if stage.is_last:
                     loss += loss_sum
-                    metric_sums += self._task.measure(output, targets)
+                    metric_sums += self._task.measure(outputs[0], targets)
                 else:
-                    transfers.send(Action("forward", action.stage + 1, m), output)
+                    transfers.send(Action("forward", action.stage + 1, m), outputs)
                 continue
             if action.kind in ("backward", "weight"):
                 backwards_left[action.stage] -= 1
@@ -105,13 +105,12 @@ class ScheduleExecutor:
                 with self._recorder.span(*action):
                     stage.backward_weight(m)
                 continue
-            output_gradient = None if stage.is_last else transfers.receive(action)
+            output_gradients = None if stage.is_last else transfers.receive(action)
             backward = stage.backward if action.kind == "backward" else stage.backward_input
             with self._recorder.span(*action):
-                input_gradient = backward(m, output_gradient)
+                input_gradients = backward(m, output_gradients)
             if not stage.is_first:
-                assert input_gradient is not None
-                transfers.send(Action(action.kind, action.stage - 1, m), input_gradient)
+                transfers.send(Action(action.kind, action.stage - 1, m), input_gradients)
         transfers.wait_for_sends()
         return loss, metric_sums
 
@@ -139,12 +138,12 @@ class ScheduleExecutor:
             transfers.start_receives(actions[position : position + _RECEIVES_AHEAD])
             stage = self._stages[action.stage]
             stage.module.eval()
-            x = microbatches[action.microbatch] if stage.is_first else transfers.receive(action)
+            received = [microbatches[action.microbatch]] if stage.is_first else transfers.receive(action)
             with self._precision.autocast():
-                output = stage.module(x)
+                sent = stage.run(received)
             if stage.is_last:
-                outputs.append(output)
+                outputs.append(sent[0])
             else:
-                transfers.send(Action("forward", action.stage + 1, action.microbatch), output)
+                transfers.send(Action("forward", action.stage + 1, action.microbatch), sent)
         transfers.wait_for_sends()
         return torch.cat(outputs) if outputs else torch.zeros((), device=self._device)

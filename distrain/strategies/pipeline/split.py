@@ -14,6 +14,7 @@ from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
 from distrain.gradients.linear_partition import linear_partition
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
+from distrain.strategies.pipeline.blocks import TracedBlock, named_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
     if own := [name for name in model.state_dict() if "." not in name]:
         kind = type(model).__name__
         raise config_error("model", f"{kind} holds {own[0]} itself, and a pipeline needs all state to be in its blocks")
-    names = [name for name, _ in model.named_children()]
+    names = [name for name, _ in named_blocks(model)]
     if stages > len(names):
         raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks", names)
     for name in boundaries:
@@ -58,12 +59,12 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
 
 
 def allowed_cuts(model: nn.Sequential) -> list[int]:
-    """Indices of the blocks that a stage may begin with: no parameter is used both before and after the cut."""
-    blocks = list(model.children())
+    """Indices of the blocks that a stage may begin with: no parameter or buffer is used before and after the cut."""
+    tensors = [[id(tensor) for tensor in (*block.parameters(), *block.buffers())] for _, block in named_blocks(model)]
     cuts = []
-    for cut in range(1, len(blocks)):
-        before = {id(p) for block in blocks[:cut] for p in block.parameters()}
-        if not any(id(p) in before for block in blocks[cut:] for p in block.parameters()):
+    for cut in range(1, len(tensors)):
+        before = {tensor for of_block in tensors[:cut] for tensor in of_block}
+        if not any(tensor in before for of_block in tensors[cut:] for tensor in of_block):
             cuts.append(cut)
     return cuts
 
@@ -96,6 +97,7 @@ class Split:
 def choose_split(
     model: nn.Sequential,
     example: Tensor,
+    traced: Sequence[TracedBlock],
     options: PipelineConfig,
     rank_of_stage: Sequence[int],
     runtime: Runtime,
@@ -107,13 +109,26 @@ def choose_split(
     Args:
         model: The whole model.
         example: This rank's inputs of a batch. Rank 0 times the blocks on a part of them.
+        traced: What each block hands over.
         options: The strategy's keys.
         rank_of_stage: The pipeline rank of each stage.
         runtime: Of the run.
         pipeline_group: The ranks of one pipeline.
         autocast: Context of forward passes.
+
+    Raises:
+        ConfigError: A stage would begin after a block whose output can't be sent.
     """
-    names = [name for name, _ in model.named_children()]
+    names = [name for name, _ in named_blocks(model)]
+    cuts = [cut for cut in allowed_cuts(model) if traced[cut - 1].output is not None]
+    for name in options.boundaries:
+        before = traced[names.index(name) - 1]
+        if before.output is None:
+            raise ConfigError("strategy.boundaries", name, f"the block before it, {before.name}, {before.problem}")
+    if len(cuts) < options.stages - 1:
+        problems = "; ".join(f"{block.name} {block.problem}" for block in traced[:-1] if block.output is None)
+        problem = f"the model can be cut at {len(cuts)} places only: {problems}"
+        raise ConfigError("strategy.stages", options.stages, problem)
     costs: list[BlockCost] = []
     if runtime.is_main:
         # As large as the schedule's microbatches, and at least two samples, which BatchNorm needs.
@@ -130,7 +145,7 @@ def choose_split(
         compute_ms = [cost.forward_ms + cost.backward_ms for cost in costs]
         # An activation is sent, and its gradient comes back.
         transfer_ms = [2 * (latency_ms + ms_per_byte * cost.output_bytes) for cost in costs]
-        starts = linear_partition(compute_ms, transfer_ms, options.stages, allowed_cuts(model))
+        starts = linear_partition(compute_ms, transfer_ms, options.stages, cuts)
     return Split(starts, _rows(costs, starts, rank_of_stage))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.data.batch import Targets
+from distrain.strategies.pipeline.blocks import HandOver, flatten
 from distrain.strategies.precision import Precision
 from distrain.tasks.base import Task
 
@@ -19,17 +21,17 @@ class _SavedMicrobatch:
     """What a stage saves of a microbatch from its forward to its backward pass.
 
     Attributes:
-        input: Input of the stage.
-        output: Tensor from which the backward pass starts.
+        inputs: Inputs of the stage whose gradients the previous stage needs.
+        roots: Tensors from which the backward pass starts; none if there is nothing to train up to here.
         parameter_groups: Of a split backward pass: what its second half needs.
-        output_gradient: Of a split backward pass: the gradient of the output.
+        output_gradients: Of a split backward pass: the gradients of the roots.
         activation_bytes: Size of what autograd saves, if it is measured.
     """
 
-    input: Tensor
-    output: Tensor
+    inputs: list[Tensor]
+    roots: list[Tensor]
     parameter_groups: list[dict[str, Any]] = field(default_factory=list)
-    output_gradient: Tensor | None = None
+    output_gradients: list[Tensor] | None = None
     activation_bytes: int = 0
 
 
@@ -42,6 +44,8 @@ class Stage:
         is_last: Whether it ends in the loss.
         task: Computes the loss of the last stage's outputs.
         precision: Of forward and backward passes.
+        input: What the previous stage hands over; ``None`` for the first stage.
+        changes_input: Whether the part may write into its input.
         splits_backward: Whether backward passes come in two halves.
 
     Attributes:
@@ -56,12 +60,16 @@ class Stage:
         is_last: bool,
         task: Task,
         precision: Precision,
+        input: HandOver | None,
         *,
+        changes_input: bool,
         splits_backward: bool,
     ) -> None:
         self.index = index
         self.module = module
-        self.is_first = index == 0
+        self.is_first = input is None
+        self._input = input
+        self._changes_input = changes_input
         self.is_last = is_last
         self.splits_backward = splits_backward
         if splits_backward:
@@ -75,64 +83,92 @@ class Stage:
         self.measures_memory = True
         self.peak_activation_bytes = 0
 
-    def forward(self, microbatch: int, x: Tensor, targets: Targets, global_count: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, microbatch: int, inputs: Sequence[Tensor], targets: Targets, global_count: int
+    ) -> tuple[list[Tensor], Tensor]:
         """Runs the forward pass and saves what the backward pass needs.
 
         Args:
             microbatch: Index of the microbatch.
-            x: Input of the stage, ``[N, …]``.
+            inputs: The tensors that the stage gets, each ``[N, …]``.
             targets: Of the microbatch's samples.
             global_count: What the sum of losses is divided by.
 
         Returns:
-            The output (of the last stage, the model's), and the sum of the losses, which is 0 except on the last stage.
+            The tensors of the output (of the last stage, the model's), and the sum of the losses, which is 0 except on
+            the last stage.
         """
-        if not self.is_first:
-            x = x.detach().requires_grad_()
+        leaves = []
+        if self._input is not None:
+            pairs = zip(inputs, self._input.tensors, strict=True)
+            inputs = [tensor.detach().requires_grad_(spec.requires_grad) for tensor, spec in pairs]
+            leaves = [tensor for tensor in inputs if tensor.requires_grad]
         storage_bytes: dict[int, int] = {}
         hooks = self._record_saved_storages(storage_bytes) if self.measures_memory else nullcontext()
         with hooks, self._precision.autocast():
-            output = self.module(x)
-            loss_sum = self._task.loss(output, targets)[0] if self.is_last else output.new_zeros(())
-        root = self._precision.scale(loss_sum / global_count) if self.is_last else output
-        if self.splits_backward and root._is_view():
-            # The split backward pass detaches the output in place, which views (of a flatten, for example) don't allow.
-            root = root.clone()
-        self._saved[microbatch] = _SavedMicrobatch(x, root, activation_bytes=sum(storage_bytes.values()))
+            outputs = self.run(inputs)
+            loss_sum = self._task.loss(outputs[0], targets)[0] if self.is_last else outputs[0].new_zeros(())
+        roots = [self._precision.scale(loss_sum / global_count)] if self.is_last else outputs
+        roots = [root for root in roots if root.requires_grad]
+        if self.splits_backward:
+            # The split backward pass detaches the output in place, which views (of a flatten, for example) don't allow,
+            # and an output that is the input itself has no graph.
+            roots = [root.clone() if root._is_view() or root.is_leaf else root for root in roots]
+        self._saved[microbatch] = _SavedMicrobatch(leaves, roots, activation_bytes=sum(storage_bytes.values()))
         held_bytes = sum(saved.activation_bytes for saved in self._saved.values())
         self.peak_activation_bytes = max(self.peak_activation_bytes, held_bytes)
-        return output.detach(), loss_sum.detach()
+        return [output.detach() for output in outputs], loss_sum.detach()
 
-    def backward(self, microbatch: int, output_gradient: Tensor | None) -> Tensor | None:
-        """Runs the whole backward pass; returns the gradient of the stage's input."""
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Runs the part on the tensors that the previous stage hands over, and returns the output's tensors."""
+        if self._input is None:
+            return flatten(self.module(inputs[0]))
+        # Autograd forbids writing into a leaf, and a stage of the same rank may still need what it handed over.
+        given = [tensor.clone() for tensor in inputs] if self._changes_input else inputs
+        return flatten(self.module(self._input.unflatten(given)))
+
+    def backward(self, microbatch: int, output_gradients: list[Tensor] | None) -> list[Tensor]:
+        """Runs the whole backward pass.
+
+        Args:
+            microbatch: Index of the microbatch.
+            output_gradients: Of the output's tensors that need one; ``None`` on the last stage.
+
+        Returns:
+            Gradients of the inputs that need one.
+        """
         saved = self._saved.pop(microbatch)
-        torch.autograd.backward(saved.output, output_gradient)
-        return saved.input.grad
+        if saved.roots:
+            torch.autograd.backward(saved.roots, output_gradients)
+        return [_gradient(tensor) for tensor in saved.inputs]
 
-    def backward_input(self, microbatch: int, output_gradient: Tensor | None) -> Tensor | None:
-        """Computes the gradient of the stage's input, which the previous stage waits for.
+    def backward_input(self, microbatch: int, output_gradients: list[Tensor] | None) -> list[Tensor]:
+        """Computes the gradients of the stage's inputs, which the previous stage waits for.
 
-        The first stage has no previous one: it runs its whole backward pass in :meth:`backward_weight`.
+        A stage whose inputs need none runs its whole backward pass in :meth:`backward_weight`.
         """
         saved = self._saved[microbatch]
-        saved.output_gradient = output_gradient
-        if self.is_first:
-            return None
-        gradients = None if output_gradient is None else [output_gradient]
+        saved.output_gradients = output_gradients
+        if not saved.inputs or not saved.roots:
+            return [_gradient(tensor) for tensor in saved.inputs]
         input_gradients, saved.parameter_groups = self._split_backward.stage_backward_input(
-            [saved.output], gradients, [saved.input], self.module.parameters()
+            saved.roots, output_gradients, saved.inputs, self._trained()
         )
-        input_gradient = input_gradients[0]
-        assert input_gradient is not None
-        return input_gradient
+        pairs = zip(saved.inputs, input_gradients, strict=True)
+        return [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in pairs]
 
     def backward_weight(self, microbatch: int) -> None:
         """Computes the gradients of the parameters, which no other stage waits for."""
         saved = self._saved.pop(microbatch)
-        if self.is_first:
-            torch.autograd.backward(saved.output, saved.output_gradient)
+        if not saved.roots:
+            return
+        if saved.inputs:
+            self._split_backward.stage_backward_weight(self._trained(), saved.parameter_groups)
         else:
-            self._split_backward.stage_backward_weight(self.module.parameters(), saved.parameter_groups)
+            torch.autograd.backward(saved.roots, saved.output_gradients)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     def _record_saved_storages(self, storage_bytes: dict[int, int]) -> AbstractContextManager[Any]:
         """Records the size of each storage that autograd saves, by address; those of parameters are left out."""
@@ -145,3 +181,8 @@ class Stage:
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    """The gradient of an input; zeros if the output does not depend on it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

@@ -27,11 +27,12 @@ from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.pipeline import report, split, timeline
+from distrain.strategies.pipeline.blocks import TracedBlock, named_blocks, trace_blocks
 from distrain.strategies.pipeline.executor import ScheduleExecutor
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.schedule import SCHEDULES, rank_of_stages
 from distrain.strategies.pipeline.stage import Stage
-from distrain.strategies.pipeline.transfers import StageTransfers, find_activation_specs
+from distrain.strategies.pipeline.transfers import StageTransfers
 from distrain.strategies.precision import Precision
 from distrain.strategies.update import clip_and_step
 from distrain.tasks.base import Task
@@ -113,23 +114,25 @@ class Pipeline(Strategy[PipelineConfig]):
         self.sync_initial_state(model, self.runtime.communicator())
         self.task = task
         self._all_names = list(module_state.read(model).tensors)
-        self._blocks = {name for name, _ in model.named_children()}
+        self._blocks = {name for name, _ in named_blocks(model)}
+        traced = trace_blocks(model, example, self.precision)
         self._split = split.choose_split(
             model,
             example,
+            traced,
             self.options,
             self._rank_of_stage,
             self.runtime,
             self.pipeline_group,
             self.precision.autocast,
         )
-        self._activation_specs = find_activation_specs(model, example, self._split.starts, self.precision)
+        self._outputs = [output for start in self._split.starts[1:] if (output := traced[start - 1].output) is not None]
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
         for index, rank in enumerate(self._rank_of_stage):
             if rank == self.pipeline_group.rank:
-                self._add_stage(index, model)
+                self._add_stage(index, model, traced)
         buckets = [bucket for gradients in self.gradients.values() for bucket in gradients.buckets]
         self._bucket_sizing.log_choice([bucket.bytes for bucket in buckets])
         named = [pair for module in self._modules for pair in module.named_parameters()]
@@ -161,8 +164,8 @@ class Pipeline(Strategy[PipelineConfig]):
             deterministic=self.config.trainer.deterministic,
         )
 
-    def _add_stage(self, index: int, model: nn.Sequential) -> None:
-        blocks = list(model.named_children())
+    def _add_stage(self, index: int, model: nn.Sequential, traced: list[TracedBlock]) -> None:
+        blocks = named_blocks(model)
         boundaries = [*self._split.starts, len(blocks)]
         module = nn.Sequential()
         for name, block in blocks[boundaries[index] : boundaries[index + 1]]:
@@ -171,7 +174,16 @@ class Pipeline(Strategy[PipelineConfig]):
             batchnorm.defer_running_statistics(module, self.replicas)
         is_last = index == len(self._rank_of_stage) - 1
         splits_backward = self._schedule.splits_backward
-        self.stages[index] = Stage(index, module, is_last, self.task, self.precision, splits_backward=splits_backward)
+        self.stages[index] = Stage(
+            index,
+            module,
+            is_last,
+            self.task,
+            self.precision,
+            self._outputs[index - 1] if index else None,
+            changes_input=traced[boundaries[index]].changes_input,
+            splits_backward=splits_backward,
+        )
         sizes = self._bucket_sizing.sizes(gradient_bytes_of(module))
         self.gradients[index] = Gradients(
             module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes
@@ -180,7 +192,7 @@ class Pipeline(Strategy[PipelineConfig]):
     def _make_transfers(self, sizes: list[int]) -> StageTransfers:
         return StageTransfers(
             self._rank_of_stage,
-            self._activation_specs,
+            self._outputs,
             sizes,
             self._forward_group,
             self.pipeline_group,
@@ -266,7 +278,10 @@ class Pipeline(Strategy[PipelineConfig]):
 
     def norm(self) -> Tensor:
         """Norm of the whole model's gradient; all ranks of the pipeline call it together."""
-        squares = torch.stack([gradients.norm().square() for gradients in self.gradients.values()]).sum()
+        norms = [gradients.norm() for gradients in self.gradients.values()]
+        # A stage without trained parameters doesn't know their type and device.
+        norms = [norm.to(self.runtime.device, self.precision.dtype) for norm in norms]
+        squares = torch.stack([norm.square() for norm in norms]).sum()
         return self.pipeline_group.all_reduce(squares).sqrt()
 
     def scale(self, factor: Tensor) -> None:
