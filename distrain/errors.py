@@ -11,6 +11,11 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 #: Exit code of a run that saved everything and stopped on request (sysexits' EX_TEMPFAIL); run it again to continue.
 EXIT_STOPPED = 75
+#: Exit code of a command that Ctrl-C ended at once; what shells show for a process that SIGINT has ended.
+EXIT_INTERRUPTED = 130
+
+#: What asks a rank to stop, besides signals: the launcher that started it runs no more.
+LAUNCHER_ENDED = "LAUNCHER_ENDED"
 
 
 class ConfigError(ValueError):
@@ -68,7 +73,18 @@ def show_value(value: object) -> str:
 
 
 class Terminated(Exception):
-    """A signal asked the process to end."""
+    """The process was asked to end at once.
+
+    Args:
+        request: Name of the signal, or :data:`LAUNCHER_ENDED`.
+
+    Attributes:
+        request: As given.
+    """
+
+    def __init__(self, request: str) -> None:
+        super().__init__("its launcher has ended" if request == LAUNCHER_ENDED else f"ended by {request}")
+        self.request = request
 
 
 class TakenOver(RuntimeError):
@@ -103,6 +119,12 @@ class Stopped(Exception):
 
 class Failed(Exception):
     """The run failed and the failure has been reported; the process ends with a non-zero exit code."""
+
+    @property
+    def exit_code(self) -> int:
+        """The process's exit code."""
+        interrupted = isinstance(self.__cause__, Terminated) and self.__cause__.request == "SIGINT"
+        return EXIT_INTERRUPTED if interrupted else EXIT_FAILED
 
 
 class NonFinite(RuntimeError):

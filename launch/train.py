@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while modules are imported ends the process, without a traceback of imports.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from omegaconf import DictConfig
 

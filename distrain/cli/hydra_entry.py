@@ -36,7 +36,16 @@ from distrain.config.key_search import same_name, schema_docs, similar_keys
 from distrain.config.load import config_error_from_omegaconf
 from distrain.config.registry import GROUPS
 from distrain.config.schema import Config
-from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped, config_error
+from distrain.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    ConfigError,
+    Failed,
+    Stopped,
+    config_error,
+)
 from distrain.files.terminal import TERMINAL, escape_everything, print_to_stderr
 
 #: Seconds that the other ranks of a host wait before they print an error that the host's first rank may have printed.
@@ -44,9 +53,6 @@ _FIRST_RANK_SECONDS = 2
 
 #: Name of the file with the keys of a training.
 _TRAINING = "config"
-
-#: What shells report of a command that Ctrl-C ended.
-_EXIT_INTERRUPTED = 130
 
 #: HYDRA_FULL_ERROR as the user set it, for processes started from here; :func:`main` changes the variable itself.
 user_hydra_full_error: str | None = None
@@ -81,6 +87,8 @@ def main(
     # Otherwise Hydra prints errors in its own way and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composing = True
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Skips the interpreter's garbage collection of all objects at exit, which takes 0.3 s after importing torch.
     atexit.register(gc.freeze)
 
@@ -97,12 +105,13 @@ def main(
                 raise
             exit_refused(error)
         except Stopped:
-            # The launcher may send SIGTERM to this rank because another one has just exited with the same code.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # The launcher may send a signal to this rank because another one has just exited with the same code.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
             _exit_now(EXIT_STOPPED)
-        except Failed:
+        except Failed as failed:
             # Threads of the process group may still wait for a lost peer, so nothing is cleaned up.
-            _exit_now(EXIT_FAILED)
+            _exit_now(failed.exit_code)
         except OSError as error:
             if wants_traceback:
                 raise
@@ -123,8 +132,8 @@ def main(
         sys.exit(error.code)
     except KeyboardInterrupt:
         # Outside a run, which saves first; see distrain.runtime.signals.
-        print("distrain: interrupted", file=sys.stderr, flush=True)
-        _exit_now(_EXIT_INTERRUPTED)
+        print_to_stderr("distrain: interrupted")
+        _exit_now(EXIT_INTERRUPTED)
     except Exception as error:  # Hydra and YAML raise many types for a user's mistakes
         if wants_traceback or not composing:
             raise

@@ -169,12 +169,12 @@ class FailureReporter:
             self._write(failure)
         self.reported = first
         summary = first.failure.summary()
+        extra = None if stack_on_terminal else FILE_ONLY
         if first.failure.rank == self._rank:
-            extra = None if stack_on_terminal else FILE_ONLY
             log.error("%s\n%s", first.failure.error, Lines.of(local_stack.split("\n")), extra=extra)
             print_to_stderr(f"distrain: {summary}")
         else:
-            log.error("stopped because %s\n%s", summary, Lines.of(local_stack.split("\n")))
+            log.error("stopped because %s\n%s", summary, Lines.of(local_stack.split("\n")), extra=extra)
             print_to_stderr(f"distrain: rank {self._rank} stopped because {summary}")
 
     def _write(self, failure: Failure) -> None:

@@ -33,6 +33,25 @@ class Member:
         return self.is_local and not self.process.is_alive
 
 
+@dataclass(frozen=True)
+class WatchIdentity:
+    """Who a :class:`~distrain.health.watch.Watch` runs for.
+
+    Attributes:
+        rank: This rank.
+        world_size: Number of ranks.
+        host: Name of this rank's host.
+        store_address: Address of the run's store, for messages.
+        rank_0_serves_store: The store ends with rank 0's process; otherwise the launcher serves it.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    store_address: str
+    rank_0_serves_store: bool
+
+
 def register(store: Store, rank: int, host: str) -> None:
     """Publishes this rank's host and process; every rank does so before any calls :func:`read_members`."""
     if rank == 0:

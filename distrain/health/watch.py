@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import NoReturn
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -35,7 +34,7 @@ from distrain.health.failure_report import (
     is_broken_connection,
 )
 from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, judge, why_stuck
-from distrain.health.members import details_key, heartbeat_key, read_heartbeats, read_members
+from distrain.health.members import WatchIdentity, details_key, heartbeat_key, read_heartbeats, read_members
 from distrain.health.rank_states import RankDetails, RankStates
 from distrain.health.thread_stack import ThreadStack
 
@@ -58,25 +57,6 @@ _REPORT_SECONDS, _SEARCH_SECONDS = 2.0, 6.0
 _FORCED_EXIT_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class WatchIdentity:
-    """Who a :class:`Watch` runs for.
-
-    Attributes:
-        rank: This rank.
-        world_size: Number of ranks.
-        host: Name of this rank's host.
-        store_address: Address of the run's store, for messages.
-        rank_0_serves_store: The store ends with rank 0's process; otherwise the launcher serves it.
-    """
-
-    rank: int
-    world_size: int
-    host: str
-    store_address: str
-    rank_0_serves_store: bool
-
-
 class Watch:
     """Publishes this rank's heartbeats and monitors those of all ranks. Created by the main thread.
 
@@ -86,6 +66,7 @@ class Watch:
         limits: Time limits.
         activity: What this rank is doing; kept up to date by the main thread.
         reporter: Reports failures.
+        on_launcher_end: Called when the store that the launcher serves has ended: the run is to save and stop.
         before_exit: Called before a thread of this object ends the process.
     """
 
@@ -96,6 +77,7 @@ class Watch:
         limits: Limits,
         activity: RankActivity,
         reporter: FailureReporter,
+        on_launcher_end: Callable[[], None],
         before_exit: Callable[[], None],
     ) -> None:
         self._identity = identity
@@ -104,6 +86,7 @@ class Watch:
         self._limits = limits
         self._activity = activity
         self._reporter = reporter
+        self._on_launcher_end = on_launcher_end
         self._before_exit = before_exit
         self._members = read_members(store, identity.world_size, identity.host)
         self._interval = min(_INTERVAL_SECONDS, limits.silence / _HEARTBEATS_PER_SILENCE)
@@ -121,6 +104,7 @@ class Watch:
         self._number = self._published = 0
         # When the request to the store, or the end of the process, began that is under way; None if there is none.
         self._request_began: float | None = None
+        self._store_has_ended = False
         self._exit_began: float | None = None
         self._changed = threading.Condition()
         self._wake, self._closing, self._done = threading.Event(), threading.Event(), threading.Event()
@@ -135,7 +119,9 @@ class Watch:
         with self._changed:
             number = self._number + 1
             self._wake.set()
-            self._changed.wait_for(lambda: self._published >= number or self._done.is_set(), _MAIN_THREAD_SECONDS)
+            self._changed.wait_for(
+                lambda: self._published >= number or self._store_has_ended or self._done.is_set(), _MAIN_THREAD_SECONDS
+            )
 
     def close(self) -> None:
         """Publishes that this rank leaves, kills local processes that would not end by themselves, ends the watch."""
@@ -187,12 +173,16 @@ class Watch:
             time.sleep(0.05)
         return lost_peer
 
-    def knows_of_failure(self, store: Store) -> bool:
-        """Whether a rank has reported a failure, or has ended without reporting one; returns at once."""
+    def knows_of_failure(self, store: Store | None) -> bool:
+        """Whether a rank has reported a failure, or has ended without reporting one; returns at once.
+
+        Args:
+            store: The main thread's connection to the store; ``None`` if it can't be reached.
+        """
         exited = (
             self._members[rank].has_exited and not seen.heartbeat.leaving for rank, seen in self._observed.items()
         )
-        return store.get(FIRST_FAILURE_KEY) != NO_FAILURE.encode() or any(exited)
+        return (store is not None and store.get(FIRST_FAILURE_KEY) != NO_FAILURE.encode()) or any(exited)
 
     def _silent_remote_ranks(self) -> list[int]:
         """Ranks on other hosts with a few missing heartbeats, which alone would not count as a failure."""
@@ -271,8 +261,9 @@ class Watch:
             continues = self._run_round()
         except Exception as error:
             if isinstance(error, RuntimeError) and self._request_began is not None:
+                ends = self._may_end_without_store()
                 # A store that rank 0 serves also ends when the run ends as it should.
-                if not self._closing.wait(_MAIN_THREAD_SECONDS):
+                if not ends and not self._closing.wait(_MAIN_THREAD_SECONDS):
                     self._end_run(self.describe_store_failure(first_line(error)), None)
                 return False
             if self._exit_began is not None:
@@ -280,6 +271,26 @@ class Watch:
             return self._may_try_again(error)
         self._failed_rounds = 0
         return continues
+
+    def _may_end_without_store(self) -> bool:
+        """If the launcher has ended, and its store with it: lets the main thread save and stop.
+
+        Returns:
+            Whether it did so; false if it made no progress for too long, or if rank 0 serves the store.
+        """
+        if self._identity.rank_0_serves_store:
+            return False
+        self._request_began, self._store_has_ended = None, True
+        with self._changed:
+            self._changed.notify_all()
+        self._on_launcher_end()
+        progress, began = self._activity.progress, time.monotonic()
+        while not self._closing.wait(self._interval):
+            if progress != self._activity.progress:
+                progress, began = self._activity.progress, time.monotonic()
+            elif time.monotonic() - began > self._limits.step:
+                return False
+        return True
 
     def _may_try_again(self, error: Exception) -> bool:
         """Logs an unexpected error of a round; after too many in a row this ends the run and returns false."""

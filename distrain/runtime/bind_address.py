@@ -11,8 +11,11 @@ import errno
 import ipaddress
 import logging
 import os
+import queue
 import socket
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -23,6 +26,11 @@ log = logging.getLogger(__name__)
 
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _BACKLOG = 2048
+#: How much longer than its own time limit torch's store may take; its message says more about the cause.
+_ANSWER_SECONDS = 1.0
+
+Connected = TypeVar("Connected")
+
 #: Names of the loopback interface: on Linux; on macOS and the BSDs.
 _LOOPBACK_NAMES = ("lo", "lo0")
 
@@ -55,18 +63,53 @@ def open_store(address: str, port: int, world: World, *, serves: bool, timeout: 
 
     Raises:
         torch.distributed.DistError: It cannot be reached, or the port is taken.
+        TimeoutError: Something listens there, but does not answer as a store does.
     """
     listener = _listen(address, port, world) if serves else None
-    return TCPStore(
-        address,
-        port,
-        world.size,
-        is_master=serves,
-        timeout=timeout,
-        wait_for_workers=False,
-        # The store takes ownership of the socket. Without one it would listen on all interfaces.
-        master_listen_fd=None if listener is None else listener.detach(),
-    )
+
+    def connect() -> TCPStore:
+        return TCPStore(
+            address,
+            port,
+            world.size,
+            is_master=serves,
+            timeout=timeout,
+            wait_for_workers=False,
+            # The store takes ownership of the socket. Without one it would listen on all interfaces.
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+
+    return within_time(connect, timeout.total_seconds())
+
+
+def within_time(connect: Callable[[], Connected], seconds: float) -> Connected:
+    """Calls a function in a thread of its own, and waits for it so long that signals are still handled.
+
+    torch's store has no time limit for the first answer, so a program that never answers would block it forever.
+
+    Args:
+        connect: The function. If it takes longer, its thread stays behind, which does not keep the process from ending.
+        seconds: The longest wait.
+
+    Raises:
+        TimeoutError: It took longer. What the function itself raises is raised too.
+    """
+    outcome: queue.SimpleQueue[tuple[Connected | None, BaseException | None]] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            outcome.put((connect(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=call, name="distrain-connect", daemon=True).start()
+    try:
+        connected, error = outcome.get(timeout=seconds + _ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return cast(Connected, connected)
 
 
 def _listen(address: str, port: int, world: World) -> socket.socket | None:

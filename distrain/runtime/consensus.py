@@ -46,16 +46,32 @@ class Request(enum.IntFlag):
     REWIND = 2
     TIME_LIMIT = 4
     SIGUSR1 = 8
-    SIGTERM = 16
+    SIGQUIT = 16
+    SIGHUP = 32
+    LAUNCHER_ENDED = 64
+    SIGINT = 128
+    SIGTERM = 256
 
     @property
     def reason(self) -> str | None:
-        """The most urgent reason to stop the run: a signal or a configuration key; ``None`` if it continues."""
-        reasons = ((Request.SIGTERM, "SIGTERM"), (Request.SIGUSR1, "SIGUSR1"), (Request.TIME_LIMIT, _TIME_LIMIT))
-        return next((reason for request, reason in reasons if request in self), None)
+        """The most urgent reason to stop the run, for messages; ``None`` if it continues.
+
+        A signal's name, a configuration key, or ``the end of its launcher``.
+        """
+        return next((reason for request, reason in _REASONS.items() if request in self), None)
 
 
-_REQUESTS = (Request.SAVE, Request.REWIND, Request.TIME_LIMIT, Request.SIGUSR1, Request.SIGTERM)
+#: The most urgent reason first.
+_REASONS = {
+    Request.SIGTERM: "SIGTERM",
+    Request.SIGINT: "SIGINT",
+    Request.LAUNCHER_ENDED: "the end of its launcher",
+    Request.SIGHUP: "SIGHUP",
+    Request.SIGQUIT: "SIGQUIT",
+    Request.SIGUSR1: "SIGUSR1",
+    Request.TIME_LIMIT: _TIME_LIMIT,
+}
+_REQUESTS = (Request.SAVE, Request.REWIND, *_REASONS)
 
 
 class Consensus(Protocol):
@@ -155,7 +171,7 @@ class AllReduceConsensus(Consensus):
 
 
 def request_from_signal(signal_name: str | None) -> Request:
-    """What a signal requests; nothing for ``None``."""
+    """What a signal, or :data:`~distrain.errors.LAUNCHER_ENDED`, requests; nothing for ``None``."""
     return Request.NOTHING if signal_name is None else Request[signal_name]
 
 
@@ -190,7 +206,7 @@ class RunControl:
         if signal_name is not None:
             self._runtime.raise_if_another_rank_failed()
             request |= request_from_signal(signal_name)
-        if time.time() >= self._end_time:
+        if time.monotonic() >= self._end_time:
             request |= Request.TIME_LIMIT
         if time.monotonic() - self._last_save >= self._save_seconds:
             request |= Request.SAVE

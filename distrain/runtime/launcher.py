@@ -1,13 +1,28 @@
-"""What the launcher (torchrun, for example) says in the environment about the store at which the ranks meet."""
+"""What the launcher (torchrun, for example) says in the environment about the store, and whether it still runs."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 
 from distrain.errors import ConfigError
 from distrain.runtime.world import MAX_DIGITS
+
+#: How often a rank looks whether its launcher still runs, in seconds.
+_POLL_SECONDS = 0.5
+
+#: The process that started this one. Read at the start: after its end the system names another one.
+_parent = os.getppid()
+
+
+def _remember_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_remember_parent)
 
 
 def store_address(world_size: int) -> tuple[str, int]:
@@ -44,3 +59,32 @@ def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: 
     if environment.get("GROUP_WORLD_SIZE", "1") != "1":
         words += ["--nnodes", environment["GROUP_WORLD_SIZE"]]
     return shlex.join([*words, *arguments])
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun's agent started this rank. It ends its ranks when it ends, unless it is killed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def has_ended() -> bool:
+    """Whether the agent that started this rank has ended."""
+    return is_torchrun() and os.getppid() != _parent
+
+
+def call_at_end(callback: Callable[[], None], closing: threading.Event) -> None:
+    """Calls back, in a thread, when the agent that started this rank has ended; does nothing without an agent.
+
+    Args:
+        callback: The function to call.
+        closing: Set when nobody wants to know any more.
+    """
+    if not is_torchrun():
+        return
+
+    def wait_for_end() -> None:
+        while not has_ended():
+            if closing.wait(_POLL_SECONDS):
+                return
+        callback()
+
+    threading.Thread(target=wait_for_end, name="distrain-launcher-watch", daemon=True).start()

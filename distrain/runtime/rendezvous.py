@@ -8,16 +8,16 @@ prefix that is new in this start, and all ranks register below that prefix. Ther
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterable
 
-import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 _POLL_SECONDS = 0.005
+#: Between two looks at a key that takes long, so that many waiting ranks don't keep the store busy.
+_LONGEST_PAUSE = 0.1
 
 
 def gather_ranks(store: Store, rank: int, world_size: int, timeout: float, register: Callable[[Store], None]) -> str:
@@ -89,10 +89,13 @@ def _not_arrived(own_store: Store, ranks: Iterable[int]) -> list[int]:
 
 def _wait(store: Store, key: str, deadline: float) -> bool:
     """Waits for a key; returns whether it was set in time."""
-    try:
-        store.wait([key], datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
-    except dist.DistStoreError:
-        return False
+    # The store's own wait() would keep signals from being handled, Ctrl-C among them.
+    pause = _POLL_SECONDS
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
     return True
 
 

@@ -6,6 +6,7 @@ import datetime
 import itertools
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,15 +20,15 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.connect import channel_registry
 from distrain.config.schema import Config
-from distrain.errors import ConfigError, Failed, PeerLost, Stopped, TakenOver, Terminated
+from distrain.errors import LAUNCHER_ENDED, ConfigError, Failed, PeerLost, Stopped, TakenOver, Terminated
 from distrain.files.escaping import format_error
 from distrain.files.terminal import print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import CrashDump, crash_dump_path
 from distrain.health.failure_report import Failure, FailureReporter, first_line
 from distrain.health.judge import Limits
-from distrain.health.members import register
-from distrain.health.watch import Watch, WatchIdentity
+from distrain.health.members import WatchIdentity, register
+from distrain.health.watch import Watch
 from distrain.runtime import bind_address, launcher, rendezvous
 from distrain.runtime.config_comparison import require_same_configuration
 from distrain.runtime.device import choose_backend, choose_device, choose_threads, seed_everything
@@ -49,8 +50,18 @@ _GRACE_SECONDS = 10.0
 #: Whether this process was ever part of a process group; torch's threads then make its end delicate.
 joined_group = False
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 #: Numbers the runs of this process; the same in every attempt of a restarted job.
 _RUN_NUMBERS = itertools.count()
+
+
+def boot_id() -> str:
+    """Names this host's monotonic clock: the same for all processes of the host, another one after it is restarted."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 class Runtime:
@@ -79,7 +90,8 @@ class Runtime:
         final_barrier: Called on every rank at the end of a run that succeeded, so that no rank leaves while another
             still communicates.
         lost_ranks: Ranks that ended while the others continued; a later failure of the run is not attributed to them.
-        start_time: When the run began, in seconds since the epoch; after a restart, when its first attempt began.
+        start_time: When the run began, by this host's monotonic clock in seconds; after a restart of the job, when its
+            first attempt on this host began.
     """
 
     def __init__(self, config: Config, world: World, *, keep_logs: bool = True) -> None:
@@ -101,13 +113,14 @@ class Runtime:
         self._watch: Watch | None = None
         self.final_barrier: Callable[[], None] = lambda: self.communicator().barrier()
         self.lost_ranks: set[int] = set()
-        self.start_time = time.time()
+        self.start_time = time.monotonic()
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Runtime:
         self._logging.start(self.world.rank)
         try:
+            self._signals.install()
             self._set_threads()
             channel_registry.enabled = self.config.runtime.shared_memory == "auto"
             if self.device.type == "cuda":
@@ -135,7 +148,6 @@ class Runtime:
             self._set_determinism()
             if self._keep_logs:
                 self.owner = self._take_run_dir()
-            self._signals.install()
         except ConfigError:
             self._close()
             raise
@@ -150,6 +162,8 @@ class Runtime:
             self._fail(error)
             self._close()
             raise Failed from error
+        # Everything is saved. The launcher may send SIGTERM to this rank because another one has exited already.
+        self._signals.ignored = True
         # A store or a connection that closes early looks like a failure to the ranks that still use it.
         try:
             self.final_barrier()
@@ -199,8 +213,9 @@ class Runtime:
         timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
         try:
             return bind_address.open_store(address, port, self.world, serves=serves, timeout=timeout)
-        except dist.DistError as error:
-            raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}") from error
+        except (dist.DistError, TimeoutError) as error:
+            hint = "" if serves else " (is this port another program's?)"
+            raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}{hint}") from error
 
     def _meet(self, launcher_store: Store) -> Store:
         """Waits for all ranks and starts the watch; returns the part of the store that belongs to this attempt."""
@@ -219,10 +234,12 @@ class Runtime:
             ),
             self.activity,
             self._reporter,
+            self._signals.report_launcher_end,
             self._flush_logs,
         )
-        # A launcher's store outlives the attempts of a job, so the first attempt's time is found there.
-        key = f"distrain/start_time/{next(_RUN_NUMBERS)}"
+        # A launcher's store outlives the attempts of a job, so the first attempt's time is found there. Each host has a
+        # clock of its own, which starts when the host does.
+        key = f"distrain/start_time/{next(_RUN_NUMBERS)}/{boot_id()}"
         self.start_time = float(launcher_store.compare_set(key, "", repr(self.start_time)))
         return PrefixStore(prefix, launcher_store)
 
@@ -233,6 +250,7 @@ class Runtime:
         self._reporter.is_taken = lambda: self.owner is not None and self.owner.is_taken
         self._logging.add_file(self.run_dir / "logs" / f"rank_{rank}.log", rank, lambda: self.owner)
         self._crash_dump = CrashDump(crash_dump_path(self.run_dir, rank))
+        self._signals.dump_stacks_to(self.run_dir / "logs" / f"rank_{rank}.log")
 
     def _take_run_dir(self) -> RunOwner:
         """Makes this start of the run the owner of its folder; all ranks call it together."""
@@ -339,8 +357,15 @@ class Runtime:
         Raises:
             Terminated: A rank has reported a failure, or has ended without reporting one.
         """
-        if self._watch is not None and self._store is not None and self._watch.knows_of_failure(self._store):
-            raise Terminated(f"ended by {self.stop_requested}")
+        if self._watch is None:
+            return
+        try:
+            known = self._watch.knows_of_failure(None if self.stop_requested == LAUNCHER_ENDED else self._store)
+        except RuntimeError:
+            # The store has ended, perhaps with the launcher. If it was rank 0's, the watch reports it.
+            known = self._watch.knows_of_failure(None)
+        if known:
+            raise Terminated(self.stop_requested or "SIGTERM")
 
     def _fail(self, error: BaseException) -> None:
         """Reports the failure that ended this rank: its own, or that of another rank which caused it."""
@@ -353,17 +378,23 @@ class Runtime:
             message if says_all else f"{type(error).__name__}: {message}".removesuffix(": "),
             traceback=format_error(error),
         )
-        # What a disk or a refusal says in its line needs no stack; the log and the report have it.
-        stack_on_terminal = not isinstance(error, OSError | ConfigError | TakenOver)
+        # What a disk, a refusal or a signal says in its line needs no stack; the log and the report have it.
+        on_terminal = not isinstance(error, OSError | ConfigError | TakenOver | Terminated)
         if self.expendable and not isinstance(error, PeerLost):
             log.error("%s\n%s", own.error, format_error(error))
             continues = "" if isinstance(error, Terminated) else "; the other ranks continue"
             print_to_stderr(f"distrain: {own.summary()}{continues}")
             return
         if self._watch is None or self._store is None:
-            self._reporter.report(own, own.traceback, None, self._add_own_samples, stack_on_terminal=stack_on_terminal)
+            self._reporter.report(own, own.traceback, None, self._add_own_samples, stack_on_terminal=on_terminal)
             return
         self._watch.keep_stack_of(error)
+        if isinstance(error, Terminated) and error.request in ("SIGINT", LAUNCHER_ENDED):
+            # No launcher sends SIGINT because a rank has failed, so there is no cause to look for.
+            store = None if error.request == LAUNCHER_ENDED else self._store
+            add_details = self._watch.add_details
+            self._reporter.report(own, own.traceback, store, add_details, stack_on_terminal=False)
+            return
         reachable_store: Store | None = self._store
         try:
             # If a launcher ends the run, the reason may be a rank that the others could continue without.
@@ -372,7 +403,7 @@ class Runtime:
         except RuntimeError as problem:
             failure, reachable_store = self._watch.describe_store_failure(first_line(problem)), None
         add_details = self._watch.add_details
-        self._reporter.report(failure, own.traceback, reachable_store, add_details, stack_on_terminal=stack_on_terminal)
+        self._reporter.report(failure, own.traceback, reachable_store, add_details, stack_on_terminal=on_terminal)
 
     def _add_own_samples(self, failure: Failure, _: Store | None) -> None:
         failure.samples = self.activity.samples()

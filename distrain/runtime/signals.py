@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-from distrain.errors import Terminated
+from distrain.errors import LAUNCHER_ENDED, Terminated
+from distrain.runtime import launcher
 
 log = logging.getLogger(__name__)
 
-#: A launcher may forward a signal that every process has received already. Within this time it is the same request.
+#: A launcher may forward a signal that every process has received already, and systems send SIGHUP with SIGTERM. Within
+#: this time it is the same request.
 _SAME_REQUEST_SECONDS = 5.0
+#: The same for SIGINT from a terminal, where a second Ctrl-C means that the user does not want to wait.
+_SAME_INTERRUPT_SECONDS = 0.3
+#: Ask the run to save and stop. An ignored one stays ignored: `nohup` ignores SIGHUP, a shell's `&` may ignore SIGINT.
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Stoppable(Protocol):
@@ -22,7 +32,7 @@ class Stoppable(Protocol):
 
     Attributes:
         stoppable: Whether ``stop_requested`` is checked at regular intervals.
-        stop_requested: The signal's name; ``None`` if there was none.
+        stop_requested: The signal's name, or :data:`~distrain.errors.LAUNCHER_ENDED`; ``None`` if there was none.
     """
 
     stoppable: bool
@@ -30,46 +40,99 @@ class Stoppable(Protocol):
 
 
 class SignalHandler:
-    """Handles SIGTERM and SIGUSR1, which batch systems send some time before they end a job.
+    """Handles the signals that users, terminals, launchers and batch systems send to end a run, and a launcher's end.
 
-    While ``target.stoppable``, either signal sets ``target.stop_requested``. A second SIGTERM, or one while the target
-    is not stoppable, raises :class:`~distrain.errors.Terminated` in the main thread; SIGUSR1 is then ignored.
+    While ``target.stoppable``, SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 and the end of the launcher set
+    ``target.stop_requested``. A second request, or one while the target is not stoppable, raises
+    :class:`~distrain.errors.Terminated` in the main thread; SIGUSR1 is then ignored. SIGQUIT also writes the stacks of
+    all threads to the file given to :meth:`dump_stacks_to`.
 
     Args:
         target: The object that is asked to stop.
 
     Attributes:
-        ignored: Set when the run has failed and is ending: both signals are then ignored.
+        ignored: Set when the run is ending, after a failure or with everything saved: signals are then ignored.
     """
 
     def __init__(self, target: Stoppable) -> None:
         self.ignored = False
         self._target = target
         self._requested_at = 0.0
+        self._launcher_ended = False
+        self._closing = threading.Event()
+        self._stacks: IO[str] | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
         """Starts to handle the signals; does nothing outside the main thread, where Python forbids it."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (*_STOPPING, signal.SIGUSR1):
+            if not (number in _MAY_BE_IGNORED and signal.getsignal(number) is signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._handle)
+        self._closing.clear()
+        launcher.call_at_end(self.report_launcher_end, self._closing)
+
+    def dump_stacks_to(self, path: Path) -> None:
+        """Makes SIGQUIT append the stacks of all threads to an existing file, also while the main thread hangs."""
+        if signal.SIGQUIT not in self._previous:
+            return
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            log.warning("SIGQUIT will write no stacks: %s can't be opened (%s)", path, error.strerror)
+            return
+        self._stacks = os.fdopen(descriptor, "a")
+        faulthandler.register(signal.SIGQUIT, self._stacks, all_threads=True, chain=True)
 
     def restore(self) -> None:
         """Restores the previous handlers."""
+        self._closing.set()
+        if self._stacks is not None:
+            faulthandler.unregister(signal.SIGQUIT)
+            self._stacks.close()
+            self._stacks = None
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None stands for a handler that was not installed by Python.
+            if handler is not None:
+                signal.signal(number, handler)
         self._previous.clear()
+
+    def report_launcher_end(self) -> None:
+        """Requests to stop because the launcher has ended; may be called by any thread, and more than once."""
+        if not self._launcher_ended and self._previous:
+            self._launcher_ended = True
+            # Only a signal reaches the main thread wherever it is. This one is always handled.
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         # When one rank fails, the launcher ends the others, which are already reporting that failure.
         if self.ignored:
             return
-        name, now, target = signal.Signals(number).name, time.monotonic(), self._target
-        if name == target.stop_requested and now - self._requested_at < _SAME_REQUEST_SECONDS:
-            return
-        if number == signal.SIGTERM and (not target.stoppable or name == target.stop_requested):
-            raise Terminated("ended by SIGTERM")
-        if not target.stoppable:
-            log.warning("%s is ignored: no training is running that could be saved and stopped", name)
-        elif target.stop_requested != "SIGTERM":
+        target, now = self._target, time.monotonic()
+        name = signal.Signals(number).name
+        if number == signal.SIGUSR1 and self._launcher_ended:
+            name = LAUNCHER_ENDED
+        first = target.stop_requested
+        if name == "SIGUSR1":
+            if not target.stoppable:
+                log.warning("SIGUSR1 is ignored: no training is running that could be saved and stopped")
+            elif first is None:
+                target.stop_requested, self._requested_at = name, now
+        elif first is None or first == "SIGUSR1":
+            if not target.stoppable:
+                raise Terminated(name)
             target.stop_requested, self._requested_at = name, now
+        elif now - self._requested_at >= _same_request_seconds(first, name):
+            raise Terminated(name if first != "SIGINT" else first)
+
+
+def _same_request_seconds(first: str, second: str) -> float:
+    """For how long a second request may be the echo of the first one, in seconds."""
+    if first == "SIGINT":
+        if launcher.is_torchrun():
+            # After Ctrl-C torchrun sends SIGINT. It sends SIGTERM, or ends, only after a second Ctrl-C.
+            return 0.0 if second in ("SIGTERM", LAUNCHER_ENDED) else _SAME_REQUEST_SECONDS
+        return _SAME_INTERRUPT_SECONDS if second == "SIGINT" else _SAME_REQUEST_SECONDS
+    # What ended the launcher is also why it sent a signal; the save goes on.
+    return float("inf") if LAUNCHER_ENDED in (first, second) else _SAME_REQUEST_SECONDS

@@ -246,17 +246,24 @@ def test_a_rank_that_receives_sigterm_before_training_is_named_by_all(tmp_path: 
     assert report(tmp_path)["rank"] == 1
 
 
-def test_an_interrupt_from_the_keyboard_is_reported_as_a_failure(tmp_path: Path) -> None:
-    configuration = fragile(tmp_path, "SIGINT", "strategy=single", rank=0)
-    ending = run_ranks(train_interruptibly, 1, configuration)[0]
-    assert ending.outcome == "Failed"
-    assert ending.last_line == f"distrain: rank 0 on {HOST} failed at step 3: KeyboardInterrupt"
-
-
-def train_interruptibly(configuration: Config) -> Ending:
+def interrupt_in_set_up(configuration: Config) -> tuple[str, int]:
     # The harness ignores interrupts from its own terminal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return train_to_the_end(configuration)
+    code = 0
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            with Runtime(configuration, World.from_environment()):
+                os.kill(os.getpid(), signal.SIGINT)
+        except Failed as failed:
+            code = failed.exit_code
+    return stderr.getvalue(), code
+
+
+def test_ctrl_c_before_training_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
+    configuration = small("strategy=single", f"run_dir={tmp_path}")
+    line = f"distrain: rank 0 on {HOST} failed at step 0: ended by SIGINT\n"
+    assert run_ranks(interrupt_in_set_up, 1, configuration) == [(line, 130)]
+    assert "ended by SIGINT" in (tmp_path / "logs" / "rank_0.log").read_text()
 
 
 def test_a_stopped_rank_ends_the_run_in_time(tmp_path: Path) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from distrain.errors import Terminated
+from distrain.errors import LAUNCHER_ENDED, Terminated
 from distrain.runtime import signals
 from distrain.runtime.signals import SignalHandler
+
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
 @dataclass
@@ -37,16 +41,17 @@ def send(name: str) -> None:
     os.kill(os.getpid(), getattr(signal, name))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT"])
 def test_a_signal_is_recorded_while_the_target_is_stoppable(name: str, target: Target) -> None:
     send(name)
     assert target.stop_requested == name
 
 
-def test_sigterm_ends_a_run_that_is_not_stoppable(target: Target) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])
+def test_a_signal_ends_a_run_that_is_not_stoppable(name: str, target: Target) -> None:
     target.stoppable = False
-    with pytest.raises(Terminated, match="ended by SIGTERM"):
-        send("SIGTERM")
+    with pytest.raises(Terminated, match=f"ended by {name}"):
+        send(name)
     assert target.stop_requested is None
 
 
@@ -92,6 +97,76 @@ def test_a_run_that_is_failing_ignores_signals() -> None:
         assert target.stop_requested is None
     finally:
         handler.restore()
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize("first", [*NAMES, LAUNCHER_ENDED])
+@pytest.mark.parametrize("second", [*NAMES, LAUNCHER_ENDED])
+@pytest.mark.parametrize("seconds", [0.1, 1, 100])
+def test_a_second_request_ends_the_run_unless_it_is_an_echo_of_the_first(
+    first: str, second: str, seconds: float, torchrun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    if first == "SIGINT":
+        # Ctrl-C reaches torchrun, which sends SIGINT once; a second one makes it send SIGTERM, or end.
+        echo = second not in ("SIGTERM", LAUNCHER_ENDED) and seconds < 5 if torchrun else seconds < 5
+        echo = seconds < 0.3 if second == "SIGINT" and not torchrun else echo
+    else:
+        echo = seconds < 5 or LAUNCHER_ENDED in (first, second)
+    if "SIGUSR1" in (first, second):
+        echo = True
+    target = Target()
+    handler = SignalHandler(target)
+    handler.install()
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    try:
+        send_request(handler, first)
+        assert target.stop_requested == first
+        clock += seconds
+        if echo:
+            send_request(handler, second)
+            assert target.stop_requested == (second if first == "SIGUSR1" else first)
+        else:
+            with pytest.raises(Terminated):
+                send_request(handler, second)
+    finally:
+        handler.restore()
+
+
+def send_request(handler: SignalHandler, name: str) -> None:
+    if name == LAUNCHER_ENDED:
+        handler.report_launcher_end()
+    else:
+        send(name)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGQUIT"])
+def test_a_signal_that_nohup_or_a_shell_has_ignored_stays_ignored(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    target = Target()
+    handler = SignalHandler(target)
+    try:
+        handler.install()
+        send(name)
+        assert target.stop_requested is None
+        handler.restore()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_sigquit_writes_all_stacks_also_while_the_main_thread_hangs(tmp_path: Path, target: Target) -> None:
+    handler = SignalHandler(target)
+    handler.install()
+    (tmp_path / "rank_0.log").write_text("a line\n")
+    handler.dump_stacks_to(tmp_path / "rank_0.log")
+    send("SIGQUIT")
+    assert target.stop_requested == "SIGQUIT"
+    handler.restore()
+    assert "test_sigquit_writes_all_stacks" in (tmp_path / "rank_0.log").read_text()
 
 
 def test_previous_handlers_are_restored() -> None:

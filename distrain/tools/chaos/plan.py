@@ -55,11 +55,7 @@ FAULT_KINDS = {
         FaultKind("kill_all", "kill -9 of the launcher and all ranks", Outcome.KILLED, during_startup=True),
         FaultKind("kill_saving", "the same while a checkpoint is being written", Outcome.KILLED),
         FaultKind("stop_rank", "SIGSTOP to a rank, which then hangs", Outcome.FAILS_NAMING_RANK),
-        FaultKind(
-            "interrupt_rank",
-            "SIGINT to a rank, where Python raises KeyboardInterrupt",
-            Outcome.FAILS_NAMING_RANK,
-        ),
+        FaultKind("interrupt_rank", "SIGINT to a rank, as Ctrl-C sends it", Outcome.STOPS),
         FaultKind("terminate", "SIGTERM to the launcher", Outcome.STOPS),
         FaultKind("warn_rank", "SIGUSR1 to a rank, as schedulers announce the end", Outcome.STOPS),
         FaultKind(

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from distrain.runtime.bind_address import within_time
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
 
@@ -83,15 +84,18 @@ class DoctorRendezvous:
         if not serves:
             _wait_until_reachable(address, resolved.address, port, timeout)
         try:
-            store = TCPStore(
-                resolved.address,
-                port,
-                world.size,
-                is_master=serves,
-                timeout=datetime.timedelta(seconds=timeout),
-                wait_for_workers=False,
+            store = within_time(
+                lambda: TCPStore(
+                    resolved.address,
+                    port,
+                    world.size,
+                    is_master=serves,
+                    timeout=datetime.timedelta(seconds=timeout),
+                    wait_for_workers=False,
+                ),
+                timeout,
             )
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             line = str(error).strip().splitlines()[0]
             problem = f"can't serve port {port}" if serves else f"port {port} of {address} answers, but is no store"
             raise RendezvousFailed(
