@@ -40,7 +40,11 @@ def task(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+        if len(sys.argv) == 2:
+            print(__doc__)
+        else:
+            # Asks about a key of the trainings.
+            hydra_entry.main(task, LAUNCH.parent / "conf", "config")
         sys.exit()
     folder = f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}_sweep"
     try:

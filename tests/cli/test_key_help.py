@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from tests.trained import launch
 
 
 def helped(capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> str:
-    launch(script, "--help", *arguments)
+    with contextlib.suppress(SystemExit):
+        launch(script, "--help", *arguments)
     return capsys.readouterr().out
 
 
@@ -25,6 +28,7 @@ def helped(capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> 
         ("train", "run_dir seed", ("a path, or null", "seed=0")),
         ("train", "model=custom model", ("model._target_=needed", "nn.Module")),
         ("train", "strategy=pipeline strategy.schedule", ("strategy.schedule=", "one of: ")),
+        ("sweep", "optimizer.lr", ("optimizer.lr=0.003",)),
         ("evaluate", "split", ("split=test", "one of: train, val, test")),
         ("predict", "input", ("input=needed", "a path, or a list of paths")),
         ("export", "output", ("File to write.",)),

@@ -102,7 +102,10 @@ def on_each_rank(folder: Path, shared_memory: str) -> dict[str, Any]:
     with Runtime(configuration, World.from_environment()) as runtime:
         everyone = runtime.communicator()
         rank = everyone.rank
-        found: dict[str, Any] = {"place": (rank, everyone.size)}
+        found: dict[str, Any] = {
+            "place": (rank, everyone.size),
+            "medium": (shared_memory, everyone.medium(torch.ones(1))),
+        }
         mine = torch.tensor([1.0, 10.0]) * (rank + 1)
         for reduction in ("sum", "max", "min"):
             tensor = mine.clone()
@@ -139,6 +142,7 @@ def test_collectives_of_several_ranks_are_right(found: list[dict[str, Any]]) -> 
     factors = range(1, ranks + 1)
     for rank, each in enumerate(found):
         assert each["place"] == (rank, ranks)
+        assert each["medium"] in (("off", "gloo"), ("auto", "shared memory"))
         assert each["sum"] == each["started"] == [sum(factors), 10 * sum(factors)]
         assert each["max"] == [ranks, 10 * ranks]
         assert each["min"] == [1, 10]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from distrain.communication.collectives import Communicator
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.batchnorm import SyncBatchNorm, synchronise_batchnorm
+from distrain.strategies.batchnorm import SyncBatchNorm, replacement, synchronise_batchnorm
 from tests.harness import RankFailed, run_ranks
-from tests.runs import small
+from tests.runs import compose, small
 
 #: How many samples each rank gets in each of two training steps and in evaluation.
 SHARES: dict[int, list[tuple[int, ...]]] = {
@@ -205,3 +205,9 @@ def test_a_second_call_gives_the_layers_another_group() -> None:
 
 def test_a_model_without_such_layers_stays() -> None:
     assert synchronise_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), Communicator()) == 0
+
+
+def test_advice_names_a_key_that_the_model_has() -> None:
+    assert replacement(compose("model=resnet18").model) == "model.norm=group"
+    own = compose("model=custom", "model._target_=torch.nn.BatchNorm2d").model
+    assert replacement(own) == replacement(compose("model=airbench_cnn").model) == "GroupNorm in the model"

@@ -220,6 +220,13 @@ def test_process_group_that_does_not_form_is_reported() -> None:
     assert finding.problem == "gloo: all-reduce over all ranks failed: no answer within 30 s"
 
 
+def test_all_reduce_is_named_by_what_carries_it() -> None:
+    timings = [AllReduceTiming("gloo", "", [(1000, 0.001)], "shared memory"), AllReduceTiming("nccl", "", [(8, 0.1)])]
+    shown = report.format_report(job(rank(0), rank(1), all_reduce=timings), [])
+    assert "all-reduce (shared memory)  time" in shown
+    assert "all-reduce (nccl)  time" in shown
+
+
 @pytest.mark.parametrize(("rate", "expected"), [(1.25e9, "10 Gbit/s"), (GIGABIT, "936 Mbit/s"), (1e4, "0.08 Mbit/s")])
 def test_rates_are_shown_in_bits_per_second(rate: float, expected: str) -> None:
     assert findings.format_rate(rate) == expected
