@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,3 +51,18 @@ def test_a_forward_pass_may_overwrite_the_logits_of_the_one_before() -> None:
         return memory.copy_(corners(images))
 
     torch.testing.assert_close(averaged_logits(reusing_memory, IMAGES, "flip"), mirrored(IMAGES))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("views", ["plain", "flip", "flip_translate"])
+@pytest.mark.parametrize("change", [lambda x: x.sub_(0.5).div_(2.0), lambda x: x[:, :, 1:].zero_(), Tensor.relu_])
+def test_a_model_that_changes_its_images_in_place_sees_each_view_unchanged(
+    change: Callable[[Tensor], Tensor], views: str, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    def changing(images: Tensor) -> Tensor:
+        change(images)
+        return corners(images)
+
+    with mode():
+        expected = averaged_logits(lambda images: changing(images.clone()), IMAGES.clone(), views)
+        assert torch.equal(averaged_logits(changing, IMAGES.clone(), views), expected)

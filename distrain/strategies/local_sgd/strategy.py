@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint import named_state
+from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
@@ -385,8 +385,13 @@ class LocalSGD(Replicated[LocalSGDConfig]):
         self._prepare_model_state()
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         assert self._set_aside is not None
-        integer_buffers = {name: buffer for name, buffer in self.model.named_buffers() if name not in self._set_aside}
-        local = {f"copy/{name}": tensor for name, tensor in {**self._set_aside, **integer_buffers}.items()}
+        buffers = dict(self.model.named_buffers())
+        unmerged = {
+            name: tensor
+            for name, tensor in module_state.read(self.model).tensors.items()
+            if name in buffers and name not in self._set_aside
+        }
+        local = {f"copy/{name}": tensor for name, tensor in {**self._set_aside, **unmerged}.items()}
         local |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
         local |= {f"precision/{name}": torch.tensor(value) for name, value in self.precision.state_dict().items()}
         for index, fragment in enumerate(self._fragments):
