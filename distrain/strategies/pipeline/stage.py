@@ -122,7 +122,9 @@ class Stage:
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the part on the tensors that the previous stage hands over, and returns the output's tensors."""
         if self._input is None:
-            return flatten(self.module(inputs[0]))
+            # Microbatches are parts of one batch. Autograd would take a change of one, in place, for a change of all of
+            # them; `data` is the same memory, but its changes are counted by themselves.
+            return flatten(self.module(inputs[0].data))
         # Autograd forbids writing into a leaf, and a stage of the same rank may still need what it handed over.
         given = [tensor.clone() for tensor in inputs] if self._changes_input else inputs
         return flatten(self.module(self._input.unflatten(given)))
