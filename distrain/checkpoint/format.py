@@ -6,7 +6,8 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 ``model.safetensors``         parameters and buffers
 ``optimizer.safetensors``     the optimizer's tensors as ``<parameter>/<state name>``
 ``rank_XXXXX.safetensors``    the state of one rank only, such as its residuals, as ``<part>/<state name>/<parameter>``
-``state.json``                position in the data, step, best metric, scalars, and the layout of the ranks that saved
+``state.json``                position in the data, step, best metric, scalars, and the layout of the ranks that saved;
+                              :mod:`~distrain.checkpoint.state_schema` says what it may hold
 ``manifest.json``             size and SHA-256 of each other file; written last
 ============================  ========================================================================================
 

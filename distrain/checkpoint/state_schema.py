@@ -115,6 +115,14 @@ def _or_null(rule: Rule) -> Rule:
     return check
 
 
+def _all_of(*rules: Rule) -> Rule:
+    def check(name: str, value: object) -> None:
+        for rule in rules:
+            rule(name, value)
+
+    return check
+
+
 def _list_of(rule: Rule) -> Rule:
     def check(name: str, value: object) -> None:
         if not isinstance(value, list):
@@ -207,10 +215,18 @@ _LAYOUT = _fields(
     {"travels": _text},
 )
 
+_CONFIG = _fields(
+    {},
+    {
+        section: _fields({}, {"name": _text})
+        for section in ("strategy", "compression", "model", "data", "optimizer", "scheduler", "loss", "trainer")
+    },
+)
+
 _STATE = _fields(
     {"progress": _PROGRESS, "scalars": _SCALARS, "layout": _LAYOUT},
     # Old checkpoints were saved without a configuration.
-    {"config": _or_null(_entries(_plain))},
+    {"config": _or_null(_all_of(_entries(_plain), _CONFIG))},
 )
 
 
@@ -229,7 +245,8 @@ def read_state(path: Path) -> dict[str, Any]:
         content = read_json(file, MAX_JSON_BYTES)
         _check_depth(content)
         _STATE("", content)
-        _check_position(path.name, content["progress"], content["scalars"], content["layout"])
+        _check_position(path.name, content["progress"])
+        _check_names(content["scalars"], content["layout"], content.get("config") or {})
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
     except OSError as error:
@@ -249,9 +266,7 @@ def _check_depth(content: object) -> None:
         level = [item for value in inner for item in (value.values() if isinstance(value, dict) else value)]
 
 
-def _check_position(
-    folder: str, progress: Mapping[str, Any], scalars: Mapping[str, Any], layout: Mapping[str, Any]
-) -> None:
+def _check_position(folder: str, progress: Mapping[str, Any]) -> None:
     """Compares fields with each other: every epoch has a step and every step a sample."""
     step, samples = progress["step"], progress["samples"]
     named = CHECKPOINT_NAME.fullmatch(folder)
@@ -268,5 +283,16 @@ def _check_position(
     for name, old_name in (("val_score", "val_accuracy"), ("best_score", "best_accuracy")):
         if name not in progress and old_name not in progress:
             raise ValueError(f"progress.{name} is missing")
+
+
+def _check_names(scalars: Mapping[str, Any], layout: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Compares the names of choices with the configuration of the run that saved them."""
+    for path, name, section in (
+        ("layout.strategy", layout["strategy"], "strategy"),
+        ("scalars.optimizer_name", scalars["optimizer_name"], "optimizer"),
+    ):
+        configured = config.get(section, {}).get("name", name)
+        if name != configured:
+            raise _Wrong(path, name, f"is not config.{section}.name={shorten(configured)}")
     if layout["strategy"] == "local_sgd" and "local_sgd" not in scalars:
         raise ValueError("scalars.local_sgd is missing")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import distrain
+from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
@@ -36,8 +37,8 @@ class ExportSettings(RunSettings):
 def run(settings: ExportSettings, world: World | None = None) -> Path:
     """Writes the unsplit model's ``state_dict`` to a file and returns its path; the model is not built.
 
-    Floating-point tensors are converted to float32, and all tensors are contiguous. The metadata in the file's header
-    describe the model. All values are text; those marked JSON must be parsed:
+    Parameters and buffers of floating point are converted to float32, and all tensors are contiguous. The metadata in
+    the file's header describe the model. All values are text; those marked JSON must be parsed:
 
     ==================== ===============================================================================
     ``format``           ``pt``, which other tools expect
@@ -47,6 +48,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     ``input_shape``      JSON: channels, height, width of an image
     ``mean``, ``std``    JSON: one value per channel; the input is ``(pixel / 255 - mean) / std``
     ``step``             number of updates
+    ``extra_state``      JSON: what modules returned from ``get_extra_state()``, by name; only if there is any
     ``distrain_version`` release that wrote the file
     ==================== ===============================================================================
 
@@ -58,7 +60,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     target = Path(settings.output)
     output.check_writable(target)
     weights = folder.weights(settings.checkpoint)
-    tensors = {name: _plain(tensor) for name, tensor in weights.tensors.items()}
+    tensors = {name: _plain(name, tensor) for name, tensor in weights.tensors.items()}
 
     def make(path: Path) -> None:
         try:
@@ -71,13 +73,18 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     return target
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    if is_extra_state(name):  # its type is the module's own business
+        return tensor.contiguous()
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
 def _metadata(folder: RunFolder, weights: Weights) -> dict[str, str]:
     spec = folder.spec
+    extra_state = (weights.plain or {}).get("extra_state", {})
+    extra = {name: json.loads(text) for name, text in extra_state.items()}
     return {
+        **({"extra_state": json.dumps(extra)} if extra else {}),
         "format": "pt",
         "model": folder.config.model.name,
         "model_config": json.dumps(dataclasses.asdict(folder.config.model)),
