@@ -349,7 +349,7 @@ def compose(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> Dict
     """
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        return hydra.compose(config_name, list(overrides))
+        return hydra.compose(config_name, quote_home_folders(overrides))
 
 
 def _overrides(arguments: Sequence[str]) -> list[Override]:

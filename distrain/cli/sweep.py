@@ -162,6 +162,8 @@ def multirun_arguments(arguments: Sequence[str], script: Path, default_folder: s
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "sweep.folder":
+            # Hydra's own key, which no schema expands.
+            value = hydra_quote(str(Path(value).expanduser())) if value.startswith("~") else value
             translated.append(f"hydra.sweep.dir={value}")
         elif key.startswith("sweep."):
             if key.removeprefix("sweep.") not in known:

@@ -95,6 +95,11 @@ def test_tilde_becomes_the_home_folder(key: str, path: str, monkeypatch: pytest.
     assert value == path.replace("~", "/home/me")
 
 
+def test_settings_behind_dashes_are_read_like_those_of_a_training() -> None:
+    """launch/hosts.py and launch/chaos.py compose what stands behind ``--``."""
+    assert composed_run_dir("run_dir=~/x") == str(Path.home() / "x")
+
+
 @pytest.mark.parametrize(
     ("command", "keys"),
     [("evaluate", ["run", "checkpoint", "output", "data_root"]), ("predict", ["run", "output", "input"])],

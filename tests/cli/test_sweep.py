@@ -30,6 +30,12 @@ def test_nproc_and_sweep_keys_go_to_the_launcher_and_the_rest_to_the_trainings()
     ]
 
 
+def test_home_folder_is_expanded_in_the_sweeps_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    translated = sweep.multirun_arguments(["sweep.folder=~/a=b"], Path("train.py"), "here")
+    assert translated[-1] == "hydra.sweep.dir='/home/me/a=b'"
+
+
 def test_unknown_key_of_a_sweep_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^sweep.minuts: no such key; .*did you mean sweep.minutes"):
         sweep.multirun_arguments(["sweep.minuts=3"], Path("train.py"), "here")
