@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
 
 from distrain.checkpoint.format import TEMPORARY_NAME, list_checkpoints, step_of, temporary_path
 from distrain.checkpoint.reader import is_valid
+from distrain.files.contained_folder import ContainedFolder
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def _prune(folder: Path, keep: int, best_step: int | None, newest_step: int) -> 
         removed = path.with_name(f"{temporary_path(path).name}.removed")
         try:
             # Renamed first: a folder that is being deleted must not look like a checkpoint.
-            path.rename(removed)
-            shutil.rmtree(removed)
+            contained, name = ContainedFolder(folder.parent), f"{folder.name}/{removed.name}"
+            contained.rename(f"{folder.name}/{path.name}", name)
+            contained.remove_tree(name)
         except OSError as error:
             log.warning("can't remove an old checkpoint: %s", error)
 
@@ -70,7 +71,7 @@ def remove_leftovers(folder: Path) -> None:
             if (final := publish(path)) is not None:
                 log.warning("published %s, which was complete when its process died", final)
             else:
-                shutil.rmtree(path)
+                ContainedFolder(folder.parent).remove_tree(f"{folder.name}/{path.name}")
                 log.info("removed %s, left by a process that died", path)
         except OSError as error:
             log.warning("can't remove a folder left by a process that died: %s", error)
@@ -88,7 +89,9 @@ def publish(temporary: Path) -> Path | None:
     final = temporary.with_name(parsed[1])
     if final.exists() or not is_valid(temporary):
         return None
-    return temporary.rename(final)
+    folder = temporary.parent
+    ContainedFolder(folder.parent).rename(f"{folder.name}/{temporary.name}", f"{folder.name}/{final.name}")
+    return final
 
 
 def _is_in_use(path: Path, host: str | None, pid: int) -> bool:

@@ -12,12 +12,12 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync
 
 #: Part of a file's content. A memory view has one dimension and elements of one byte, so its length is in bytes.
@@ -82,7 +82,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
             yield flat.view(torch.uint8).numpy().data
 
 
-def write(path: Path, content: Iterable[Chunk]) -> FileDigest:
+def write(folder: ContainedFolder, name: str, content: Iterable[Chunk]) -> FileDigest:
     """Writes a file and syncs its content to the disk.
 
     This is not atomic: a crash leaves an incomplete file. Callers write into a temporary folder and rename that.
@@ -95,14 +95,14 @@ def write(path: Path, content: Iterable[Chunk]) -> FileDigest:
     """
     checksum, size = hashlib.sha256(), 0
     try:
-        with path.open("wb") as file:
+        with folder.create(name) as file:
             for chunk in content:
                 file.write(chunk)
                 checksum.update(chunk)
                 size += len(chunk)
             flush_and_sync(file)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(folder.path / name)) from error
     return {"bytes": size, "sha256": checksum.hexdigest()}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint.format import PARTS, PER_RANK_PARTS, checkpoint_path, per_rank_file, temporary_path
 from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
-from distrain.files.writing import sync_path, to_json
+from distrain.files.contained_folder import ContainedFolder
+from distrain.files.writing import to_json
 
 #: Tag of the messages that carry the files of ranks that don't see rank 0's folder.
 _FILE_TAG = 1
@@ -62,7 +62,7 @@ def save(
         _save(temporary, final, state, progress, _ErrorExchange(communicator, device))
     except SaveFailed:
         if communicator.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_quietly(*_contained(temporary))
         raise
     return final
 
@@ -73,8 +73,9 @@ def _save(
     rank = exchange.communicator.rank
     with exchange.catching_errors():
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            contained, name = _contained(temporary)
+            _remove_quietly(contained, name)
+            contained.make_folder(name)
     ranks = exchange.all_gather({"folder": temporary.name, "parts": [part for part in PARTS if state[part]]})
     # The name holds the process id, so all ranks use the one of rank 0.
     temporary = final.parent / ranks[0]["folder"]
@@ -105,7 +106,7 @@ class _ErrorExchange:
         self.device = device
         self.error: str | None = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def catching_errors(self) -> Iterator[None]:
         """Keeps an ``OSError`` of the block for the next :meth:`all_gather`, where the other ranks wait for it."""
         try:
@@ -161,11 +162,13 @@ def _write_rank_files(
     communicator, device = exchange.communicator, exchange.device
     digests: dict[str, FileDigest] = {}
     serialized: dict[str, bytes] = {}
-    sees_folder = temporary.is_dir()
+    contained, folder = _contained(temporary)
+    sees_folder = contained.is_folder(folder)
     with exchange.catching_errors():
         for name, tensors in files.items():
             if sees_folder:
-                digests[name] = safetensors_writer.write(temporary / name, safetensors_writer.serialize(tensors))
+                content = safetensors_writer.serialize(tensors)
+                digests[name] = safetensors_writer.write(contained, f"{folder}/{name}", content)
             else:
                 serialized[name] = b"".join(safetensors_writer.serialize(tensors))
                 digests[name] = safetensors_writer.digest_of(serialized[name])
@@ -173,34 +176,47 @@ def _write_rank_files(
     for rank, other in enumerate(ranks):
         for name in other["sends"]:
             if communicator.rank == rank:
-                content = torch.frombuffer(bytearray(serialized[name]), dtype=torch.uint8).to(device)
-                communicator.start_send(content, to=0, tag=_FILE_TAG).wait()
+                sent = torch.frombuffer(bytearray(serialized[name]), dtype=torch.uint8).to(device)
+                communicator.start_send(sent, to=0, tag=_FILE_TAG).wait()
             elif communicator.rank == 0:
-                content = torch.empty(other["digests"][name]["bytes"], dtype=torch.uint8, device=device)
-                communicator.start_receive(content, rank, tag=_FILE_TAG).wait()
+                received = torch.empty(other["digests"][name]["bytes"], dtype=torch.uint8, device=device)
+                communicator.start_receive(received, rank, tag=_FILE_TAG).wait()
                 # After an error the rest is received all the same, since its senders wait for that.
                 with exchange.catching_errors():
-                    safetensors_writer.write(temporary / name, [content.cpu().numpy().data])
+                    safetensors_writer.write(contained, f"{folder}/{name}", [received.cpu().numpy().data])
     return {name: digest for other in ranks for name, digest in other["digests"].items()}
 
 
 def _complete(temporary: Path, final: Path, content: Mapping[str, Any], digests: Mapping[str, FileDigest]) -> None:
     """Writes ``state.json`` and the manifest, and publishes the folder under its final name."""
-    state_digest = safetensors_writer.write(temporary / "state.json", [to_json(content).encode()])
+    contained, folder = _contained(temporary)
+    final_name = _contained(final)[1]
+    state_digest = safetensors_writer.write(contained, f"{folder}/state.json", [to_json(content).encode()])
     # Without a newline at the end, so that a manifest that lost its last byte is no longer JSON.
     manifest = json.dumps(dict(sorted({**digests, "state.json": state_digest}.items())), indent=2).encode()
-    safetensors_writer.write(temporary / "manifest.json", [manifest])
-    sync_path(temporary)
+    safetensors_writer.write(contained, f"{folder}/manifest.json", [manifest])
+    contained.sync(folder)
     # A resumed run may save the same step again. Renaming needs the name to be free, and a folder that is being deleted
     # must not look like a checkpoint, so the old one is renamed first and deleted last.
-    replaced = final.parent / f"{temporary.name}.replaced"
-    if final.exists():
-        final.rename(replaced)
+    replaced = f"{folder}.replaced"
+    if contained.exists(final_name):
+        contained.rename(final_name, replaced)
     try:
-        temporary.rename(final)
+        contained.rename(folder, final_name)
     except OSError:
-        if replaced.exists():
-            replaced.rename(final)
+        if contained.exists(replaced):
+            contained.rename(replaced, final_name)
         raise
-    sync_path(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    contained.sync(final.parent.name)
+    _remove_quietly(contained, replaced)
+
+
+def _contained(path: Path) -> tuple[ContainedFolder, str]:
+    """The run's folder and the path in it, for the folder of a checkpoint."""
+    return ContainedFolder(path.parent.parent), f"{path.parent.name}/{path.name}"
+
+
+def _remove_quietly(folder: ContainedFolder, name: str) -> None:
+    # A later start removes what stays; see `retention.remove_leftovers`.
+    with contextlib.suppress(OSError):
+        folder.remove_tree(name)

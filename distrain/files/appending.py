@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from distrain.files.contained_folder import ContainedFolder, UnsafePath
 
 #: Most bytes that wait for a disk that can't be written.
 _MAX_WAITING_BYTES = 1 << 20
@@ -20,17 +23,23 @@ class AppendedFile:
     content that it had.
 
     Args:
-        path: The file; it is opened by :meth:`open` or at the first write.
+        folder: The folder that no link may lead out of.
+        name: The file in it; it is opened by :meth:`open` or at the first write.
         may_create: Asked before a file is opened, so before one that is missing is made anew. If not, the removed file
             is written on; its content is copied once a new one may be made.
     """
 
-    def __init__(self, path: Path, may_create: Callable[[], bool] = lambda: True) -> None:
-        self.path = path
+    def __init__(self, folder: ContainedFolder, name: str, may_create: Callable[[], bool] = lambda: True) -> None:
+        self._folder, self._name = folder, name
         self._may_create = may_create
         self._descriptor: int | None = None
         self._waiting: deque[memoryview] = deque()
         self._waiting_bytes = 0
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._folder.path / self._name
 
     def append(self, data: bytes) -> None:
         """Takes data, and writes it together with what waits.
@@ -99,28 +108,35 @@ class AppendedFile:
         old = self._descriptor
         if old is not None:
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(self.path.lstat(), os.fstat(old)):
+                if os.path.samestat(self._folder.status(self._name), os.fstat(old)):
                     return
         if not self._may_create():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        parent = str(PurePosixPath(self._name).parent)
+        self._folder.make_folder(parent)
         if old is None:
-            self._descriptor = os.open(self.path, flags, 0o666)
-            return
+            try:
+                self._descriptor = self._folder.open(self._name, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+                return
+            except UnsafePath as error:
+                if error.errno != errno.EMLINK:
+                    raise
+            # Another folder shares this file (a snapshot by hard links, say), and must not change with it.
+            old = self._descriptor = self._folder.open(self._name, os.O_RDONLY)
         # A removed file can be read as long as it is open.
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        new = os.open(temporary, flags | os.O_TRUNC, 0o666)
+        temporary = str(PurePosixPath(self._name).with_name(f".{self.path.name}.{os.getpid()}"))
+        self._folder.unlink(temporary, missing_ok=True)
+        new = self._folder.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         try:
             position = 0
             while chunk := os.pread(old, _COPY_BYTES, position):
                 position += len(chunk)
                 while chunk:
                     chunk = chunk[os.write(new, chunk) :]
-            temporary.rename(self.path)
+            self._folder.rename(temporary, self._name)
         except OSError:
             os.close(new)
-            temporary.unlink(missing_ok=True)
+            self._folder.unlink(temporary, missing_ok=True)
             raise
         self._descriptor = new
         os.close(old)

@@ -21,32 +21,6 @@ def to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(_without_nonfinite(content), indent=2, allow_nan=False) + "\n"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data as JSON; see :func:`to_json`."""
-    path.write_text(to_json(content))
-
-
-def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Like :func:`write_json`, but atomic; see :func:`replace_text`."""
-    replace_text(path, to_json(content))
-
-
-def replace_text(path: Path, content: str) -> None:
-    """Writes a text file atomically: readers see the old file or the new one, even if several processes write.
-
-    Raises:
-        OSError: It can't be written; it holds the path, and the old file stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def to_yaml(content: Mapping[str, Any]) -> str:
     """Plain data as YAML, with the keys in their order."""
     return str(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))

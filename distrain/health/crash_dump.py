@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import IO
 
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import losing_on_disk_errors
 
 log = logging.getLogger(__name__)
+
+_MAX_BYTES = 1 << 24
 
 
 class CrashDump:
@@ -21,15 +24,16 @@ class CrashDump:
     Without the file, if it can't be opened, Python writes the stacks to standard error, where it can.
 
     Args:
-        path: The file. Its previous content is deleted.
+        run_dir: The run's folder.
+        rank: This rank. The previous content of its file is deleted.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._folder, self._name = ContainedFolder(run_dir), _file_name(rank)
         self._had_handler = faulthandler.is_enabled()
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         with losing_on_disk_errors("The file for the stacks of a crash"):
-            self._file = path.open("w")
+            self._file = self._folder.create(self._name)
         if self._file is not None:
             faulthandler.enable(self._file)
 
@@ -44,16 +48,16 @@ class CrashDump:
         # An empty file that stays does no harm, and the run may be ending because of its disk.
         with contextlib.suppress(OSError):
             # Another start of the run may have put its own file there.
-            is_own = os.path.samestat(os.fstat(file.fileno()), self._path.stat())
-            if is_own and not self._path.stat().st_size:
-                self._path.unlink()
+            own = os.fstat(file.fileno())
+            if os.path.samestat(own, self._folder.status(self._name)) and not own.st_size:
+                self._folder.unlink(self._name)
         with contextlib.suppress(OSError):
             file.close()
 
 
 def crash_dump_path(run_dir: Path, rank: int) -> Path:
     """A rank's file in the run folder."""
-    return run_dir / "logs" / f"rank_{rank}.fault"
+    return run_dir / _file_name(rank)
 
 
 def read_crash_dump(run_dir: Path | None, rank: int) -> str:
@@ -64,13 +68,19 @@ def read_crash_dump(run_dir: Path | None, rank: int) -> str:
     """
     if run_dir is None:
         return ""
-    path = crash_dump_path(run_dir, rank)
+    path, folder, name = crash_dump_path(run_dir, rank), ContainedFolder(run_dir), _file_name(rank)
     try:
-        if path.stat().st_size:
-            return path.read_text(errors="replace")
-        path.unlink()
+        with folder.open_file(name, "rb") as file:
+            content = file.read(_MAX_BYTES)
+        if content:
+            return content.decode(errors="replace")
+        folder.unlink(name)
     except FileNotFoundError:
         return ""
     except OSError as error:
         log.warning("%s can't be read: %s", path, error.strerror)
     return ""
+
+
+def _file_name(rank: int) -> str:
+    return f"logs/rank_{rank}.fault"

@@ -15,9 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
-from distrain.files.writing import replace_json
+from distrain.files.writing import to_json
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Failure:
 def archive_previous_report(run_dir: Path) -> None:
     """Renames an earlier run's report in this folder, so that ``failure.json`` exists only if the last run failed."""
     with contextlib.suppress(FileNotFoundError):
-        run_dir.joinpath(REPORT_NAME).replace(run_dir / f"previous_{REPORT_NAME}")
+        ContainedFolder(run_dir).rename(REPORT_NAME, f"previous_{REPORT_NAME}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class FailureReporter:
         try:
             # The run may have failed because its folder was removed.
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            replace_json(path, asdict(failure))
+            ContainedFolder(self.run_dir).replace_text(REPORT_NAME, to_json(asdict(failure)))
         except OSError as error:
             print_to_stderr(f"distrain: {path} can't be written: {error.strerror}")
 

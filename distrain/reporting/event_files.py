@@ -11,8 +11,9 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,10 @@ def remove_events(folder: Path, is_valid: Callable[[int, Any], bool]) -> None:
         is_valid: Called with an event's step and each value of its summary (tensorboard's ``Summary.Value``). An event
             is kept if all of its values are valid.
     """
+    contained = ContainedFolder(folder.parent)
     for path in event_paths(folder):
-        new_path = folder / f".{path.name.replace('tfevents', 'new')}"
-        with path.open("rb") as old, new_path.open("wb") as new:
+        name, new_name = (f"{folder.name}/{file}" for file in (path.name, f".{path.name.replace('tfevents', 'new')}"))
+        with contained.open_file(name, "rb") as old, contained.create(new_name) as new:
             size = os.fstat(old.fileno()).st_size
             has_values, read_bytes = False, 0
             for record, event in _records(old, size):
@@ -54,15 +56,15 @@ def remove_events(folder: Path, is_valid: Callable[[int, Any], bool]) -> None:
                 "removed everything after byte %d of %s: the record there is truncated or corrupt", read_bytes, path
             )
         if unchanged:
-            new_path.unlink()
+            contained.unlink(new_name)
         elif has_values:
-            new_path.replace(path)
+            contained.rename(new_name, name)
         else:
-            path.unlink()
-            new_path.unlink()
+            contained.unlink(name)
+            contained.unlink(new_name)
 
 
-def _records(file: BinaryIO, size: int) -> Iterator[tuple[bytes, Any]]:
+def _records(file: IO[bytes], size: int) -> Iterator[tuple[bytes, Any]]:
     """Yields each complete record with its event, up to the first that is truncated or corrupt."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]

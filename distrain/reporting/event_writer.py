@@ -22,6 +22,7 @@ from torch.utils.tensorboard.writer import FileWriter
 from typing_extensions import override
 
 from distrain.files.appending import AppendedFile
+from distrain.files.contained_folder import ContainedFolder
 
 _VERSION = "brain.Event:2"
 #: Tells the files apart that this process opens within a second.
@@ -40,7 +41,7 @@ class EventWriter(SummaryWriter):
     def __init__(self, folder: Path, purge_step: int | None, may_create: Callable[[], bool]) -> None:
         number = next(_FILE_NUMBERS)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
-        self._event_file = _EventFile(AppendedFile(folder / name, may_create))
+        self._event_file = _EventFile(AppendedFile(ContainedFolder(folder.parent), f"{folder.name}/{name}", may_create))
         super().__init__(str(folder), purge_step=purge_step)
 
     @override

@@ -16,6 +16,7 @@ from typing_extensions import override
 from distrain.config.registry import choice, register
 from distrain.config.schema import Config, LoggerConfig, setting
 from distrain.files.appending import AppendedFile
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync
 from distrain.reporting import event_files
 from distrain.runtime.run_owner import RunOwner
@@ -127,8 +128,8 @@ class MetricsFile(Logger):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path = path
-        self._file = AppendedFile(path, self.may_create)
+        self._path, self._folder = path, ContainedFolder(path.parent)
+        self._file = AppendedFile(self._folder, path.name, self.may_create)
         self._rewind: tuple[int, bool] | None = None
 
     @override
@@ -153,11 +154,12 @@ class MetricsFile(Logger):
         self._file.flush()
 
     def _remove_rows(self, step: int, mid_epoch: bool) -> None:
-        if not self._path.exists():
+        name, folder = self._path.name, self._folder
+        if not folder.exists(name):
             return
-        new_path = self._path.with_name(f".{self._path.name}.new")
+        new_name = f".{name}.new"
         invalid = 0
-        with self._path.open("rb") as old, new_path.open("wb") as new:
+        with folder.open_file(name, "rb") as old, folder.create(new_name) as new:
             for line in old:
                 row = _step_and_kind(line)
                 if row is None:
@@ -168,9 +170,9 @@ class MetricsFile(Logger):
             flush_and_sync(new)
         # The file is replaced atomically, and only if a row was removed.
         if unchanged:
-            new_path.unlink()
+            folder.unlink(new_name)
         else:
-            new_path.replace(self._path)
+            folder.rename(new_name, name)
         if invalid:
             log.warning("removed %d lines from %s that are truncated or not valid rows", invalid, self._path)
 

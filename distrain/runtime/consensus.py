@@ -21,7 +21,8 @@ from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
-from distrain.files.writing import losing_on_disk_errors, replace_json
+from distrain.files.contained_folder import ContainedFolder
+from distrain.files.writing import losing_on_disk_errors, to_json
 
 if TYPE_CHECKING:
     from distrain.config.schema import Config
@@ -224,10 +225,11 @@ class RunControl:
 def write_stop_file(run_dir: Path, reason: str, step: int, exit_code: int) -> None:
     """Writes ``stopped.json``, for launchers whose own exit code does not tell that the run stopped on request."""
     with losing_on_disk_errors(STOPPED_FILE):
-        replace_json(run_dir / STOPPED_FILE, {"reason": reason, "step": step, "exit_code": exit_code})
+        content = to_json({"reason": reason, "step": step, "exit_code": exit_code})
+        ContainedFolder(run_dir).replace_text(STOPPED_FILE, content)
 
 
 def remove_stop_file(run_dir: Path) -> None:
     """Removes ``stopped.json``, because the run continues."""
     with losing_on_disk_errors(f"The removal of {STOPPED_FILE}"):
-        (run_dir / STOPPED_FILE).unlink(missing_ok=True)
+        ContainedFolder(run_dir).unlink(STOPPED_FILE, missing_ok=True)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from distrain.files.appending import AppendedFile
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.escaping import EscapingFormatter
 from distrain.files.terminal import TERMINAL, print_to_stderr
 from distrain.runtime.run_owner import RunOwner
@@ -32,15 +33,15 @@ class RankLogging:
         to_terminal.addFilter(lambda record: not getattr(record, "file_only", False))
         self._add(to_terminal, "%(message)s")
 
-    def add_file(self, path: Path, rank: int, owner: Callable[[], RunOwner | None] = lambda: None) -> None:
+    def add_file(self, run_dir: Path, rank: int, owner: Callable[[], RunOwner | None] = lambda: None) -> None:
         """Adds this rank's log file.
 
         Args:
-            path: The file.
+            run_dir: The run's folder.
             rank: This rank.
             owner: Returns who owns the run's folder, once that is known.
         """
-        self._add(_LogFile(path, rank, owner), "%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._add(_LogFile(run_dir, rank, owner), "%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def _add(self, handler: logging.Handler, line_format: str) -> None:
         handler.setFormatter(EscapingFormatter(line_format))
@@ -67,15 +68,17 @@ class _LogFile(logging.Handler):
     """A rank's log file. An error of the disk is said once on the terminal; lines wait until it can be written again.
 
     Args:
-        path: The file.
+        run_dir: The run's folder.
         rank: This rank.
         owner: As for :meth:`RankLogging.add_file`.
     """
 
-    def __init__(self, path: Path, rank: int, owner: Callable[[], RunOwner | None]) -> None:
+    def __init__(self, run_dir: Path, rank: int, owner: Callable[[], RunOwner | None]) -> None:
         super().__init__()
         self._rank, self._owner = rank, owner
-        self._file = AppendedFile(path, lambda: (mine := owner()) is None or mine.may_write)
+        self._file = AppendedFile(
+            ContainedFolder(run_dir), f"logs/rank_{rank}.log", lambda: (mine := owner()) is None or mine.may_write
+        )
         self._fails = False
         self._try(self._file.open)
 

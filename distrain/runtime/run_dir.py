@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distrain.errors import ConfigError, config_error_from_line
+from distrain.files.contained_folder import ContainedFolder, UnsafePath
 from distrain.health.failure_report import archive_previous_report
 from distrain.runtime import launcher
 
@@ -20,6 +21,11 @@ _RUN_NUMBERS = itertools.count()
 _MAX_ATTEMPTS = 1000
 #: More than the configuration, the logs' first lines and the claim take.
 _PROBE_BYTES = 1 << 16
+#: What runs write into their folder. Links to elsewhere under other names do no harm.
+_WRITTEN = (
+    *("config.yaml", "data.json", "metrics.jsonl", "summary.json", "stopped.json"),
+    *("failure.json", "previous_failure.json", "checkpoints", "logs", "pipeline", "tensorboard"),
+)
 
 
 def agree_on_run_dir(configured: str | None, rank: int, store: Store | None, launcher_store: Store | None) -> Path:
@@ -50,7 +56,9 @@ def agree_on_run_dir(configured: str | None, rank: int, store: Store | None, lau
         path = Path(answer["path"])
     if rank:
         # The rank may be on a host that doesn't see rank 0's folder.
-        path.joinpath("logs").mkdir(parents=True, exist_ok=True)
+        folder = ContainedFolder(path)
+        folder.check(_WRITTEN)
+        folder.make_folder("logs")
     return path
 
 
@@ -81,17 +89,22 @@ def make_run_dir(configured: str | None) -> Path:
     base = Path(configured) if configured else Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}")
     try:
         if configured:
-            base.joinpath("logs").mkdir(parents=True, exist_ok=True)
+            base.mkdir(parents=True, exist_ok=True)
+            # Resolved once: the user's own links above the folder are fine.
+            base = base.resolve()
+            _refuse_links(base)
+            ContainedFolder(base).make_folder("logs")
             _check_writable(base)
-            return base.resolve()
+            return base
         base.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(_MAX_ATTEMPTS):
             path = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
-                path.joinpath("logs").mkdir()
+                path = path.resolve()
+                ContainedFolder(path).make_folder("logs")
                 _check_writable(path)
-                return path.resolve()
+                return path
     except OSError as error:
         raise ConfigError("run_dir", base, f"can't be made: {error.strerror}") from error
     raise ConfigError("run_dir", base, f"{_MAX_ATTEMPTS} runs have this name already")
@@ -103,12 +116,31 @@ def _check_writable(folder: Path) -> None:
     Raises:
         ConfigError: The folder can't be written.
     """
-    probe = folder / f".probe.{os.getpid()}"
+    contained, probe = ContainedFolder(folder), f".probe.{os.getpid()}"
     try:
         try:
-            probe.write_bytes(bytes(_PROBE_BYTES))
+            with contained.create(probe) as file:
+                file.write(bytes(_PROBE_BYTES))
         finally:
-            probe.unlink(missing_ok=True)
+            contained.unlink(probe, missing_ok=True)
         archive_previous_report(folder)
     except OSError as error:
-        raise ConfigError("run_dir", folder, f"{error.filename or probe} can't be written: {error.strerror}") from error
+        raise ConfigError(
+            "run_dir", folder, f"{error.filename or folder / probe} can't be written: {error.strerror}"
+        ) from error
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuses a run folder in which something that runs write is a link, a device, a pipe or a socket.
+
+    Raises:
+        ConfigError: Names it, and what to type instead.
+    """
+    try:
+        ContainedFolder(folder).check(_WRITTEN)
+    except UnsafePath as error:
+        problem = (
+            f"{error.filename} {error.strerror}; in a run folder distrain writes to its own files and folders only. "
+            "Remove it, or choose the folder where everything is to lie (run_dir=/where/there/is/room)"
+        )
+        raise ConfigError("run_dir", folder, problem) from error

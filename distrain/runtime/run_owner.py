@@ -15,12 +15,15 @@ import logging
 import os
 import socket
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from distrain.errors import TakenOver
-from distrain.files.writing import replace_text
+from distrain.files.contained_folder import ContainedFolder
 
 log = logging.getLogger(__name__)
+
+_CLAIM = PurePosixPath("checkpoints", ".claim")
+_MAX_CLAIM_BYTES = 1 << 16
 
 
 class FolderState(enum.Enum):
@@ -46,14 +49,14 @@ class RunOwner:
     def __init__(self, run_dir: Path, claim: str, earlier: str | None) -> None:
         self.run_dir = run_dir
         self._claim, self._earlier = claim, earlier
-        self._file = claim_path(run_dir)
+        self._folder, self._file = ContainedFolder(run_dir), claim_path(run_dir)
         self._taken_by: str | None = None
         self._kept: dict[str, str] = {}
         self._identity = _identity(run_dir)
         # A rank whose host doesn't see rank 0's folder never finds the claim, which says nothing then.
         self._was_claimed = False
         with contextlib.suppress(OSError):
-            self._was_claimed = self._file.read_text() == claim
+            self._was_claimed = _read_claim(self._folder) == claim
 
     @classmethod
     def take(cls, run_dir: Path) -> RunOwner:
@@ -61,7 +64,7 @@ class RunOwner:
         claim = json.dumps({"name": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()})
         earlier = None
         with contextlib.suppress(OSError):
-            earlier = claim_path(run_dir).read_text()
+            earlier = _read_claim(ContainedFolder(run_dir))
         owner = cls(run_dir, claim, earlier)
         owner._write_claim()
         return owner
@@ -81,7 +84,7 @@ class RunOwner:
         if self._taken_by is not None:
             return FolderState.TAKEN
         try:
-            claim = self._file.read_text()
+            claim = _read_claim(self._folder)
         except (FileNotFoundError, NotADirectoryError):
             return self._state_without_claim()
         except (OSError, UnicodeDecodeError):
@@ -134,7 +137,7 @@ class RunOwner:
         """
         self.check()
         self._kept[name] = content
-        replace_text(self.run_dir / name, content)
+        self._folder.replace_text(name, content)
 
     def restore(self) -> None:
         """Makes the folder anew if it was removed, with the claim and the kept files; called by rank 0.
@@ -149,11 +152,11 @@ class RunOwner:
         missing = [name for name in self._kept if not self.run_dir.joinpath(name).is_file()]
         if self.state() is FolderState.REMOVED:
             log.warning("THE RUN FOLDER WAS REMOVED: %s. It is written anew", self.run_dir)
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self._file, self._claim)
+            self._folder.make_folder(_CLAIM.parent.name)
+            self._folder.replace_text(str(_CLAIM), self._claim)
         self._identity = _identity(self.run_dir)
         for name in missing:
-            replace_text(self.run_dir / name, self._kept[name])
+            self._folder.replace_text(name, self._kept[name])
             log.warning("%s was removed and is written anew", self.run_dir / name)
 
     def is_complete(self) -> bool:
@@ -166,17 +169,17 @@ class RunOwner:
             return
         self._was_claimed = False
         try:
-            self._file.unlink(missing_ok=True)
+            self._folder.unlink(str(_CLAIM), missing_ok=True)
             # Of a start that saved nothing.
-            self._file.parent.rmdir()
+            self._folder.remove_folder(_CLAIM.parent.name)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 log.warning("%s stays: %s", self._file, error.strerror)
 
     def _write_claim(self) -> None:
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self._file, self._claim)
+            self._folder.make_folder(_CLAIM.parent.name)
+            self._folder.replace_text(str(_CLAIM), self._claim)
             self._was_claimed = True
         except OSError as error:
             log.warning(
@@ -188,7 +191,12 @@ class RunOwner:
 
 def claim_path(run_dir: Path) -> Path:
     """The file that names the owner of a run's folder."""
-    return run_dir / "checkpoints" / ".claim"
+    return run_dir / _CLAIM
+
+
+def _read_claim(folder: ContainedFolder) -> str:
+    with folder.open_file(str(_CLAIM), "rb") as file:
+        return file.read(_MAX_CLAIM_BYTES).decode()
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from distrain.errors import LAUNCHER_ENDED, ConfigError, Failed, PeerLost, Stopp
 from distrain.files.escaping import format_error
 from distrain.files.terminal import print_to_stderr
 from distrain.health.activity import RankActivity
-from distrain.health.crash_dump import CrashDump, crash_dump_path
+from distrain.health.crash_dump import CrashDump
 from distrain.health.failure_report import Failure, FailureReporter, first_line
 from distrain.health.judge import Limits
 from distrain.health.members import WatchIdentity, register
@@ -248,8 +248,8 @@ class Runtime:
         rank = self.world.rank
         self._reporter.run_dir = self.run_dir
         self._reporter.is_taken = lambda: self.owner is not None and self.owner.is_taken
-        self._logging.add_file(self.run_dir / "logs" / f"rank_{rank}.log", rank, lambda: self.owner)
-        self._crash_dump = CrashDump(crash_dump_path(self.run_dir, rank))
+        self._logging.add_file(self.run_dir, rank, lambda: self.owner)
+        self._crash_dump = CrashDump(self.run_dir, rank)
         self._signals.dump_stacks_to(self.run_dir / "logs" / f"rank_{rank}.log")
 
     def _take_run_dir(self) -> RunOwner:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import IO, Any, Protocol
 
 from distrain.errors import LAUNCHER_ENDED, Terminated
+from distrain.files.contained_folder import ContainedFolder
 from distrain.runtime import launcher
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class SignalHandler:
         if signal.SIGQUIT not in self._previous:
             return
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+            run_dir = ContainedFolder(path.parent.parent)
+            descriptor = run_dir.open(f"{path.parent.name}/{path.name}", os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             log.warning("SIGQUIT will write no stacks: %s can't be opened (%s)", path, error.strerror)
             return

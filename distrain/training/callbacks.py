@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -12,6 +15,7 @@ from typing_extensions import override
 
 from distrain.checkpoint.progress import Progress
 from distrain.config.schema import Config, TrainerConfig
+from distrain.files.contained_folder import ContainedFolder
 from distrain.files.terminal import FILE_ONLY, TERMINAL
 from distrain.files.writing import losing_on_disk_errors
 from distrain.runtime.runtime import Runtime
@@ -225,7 +229,7 @@ class Profiler(Callback):
 
         self._profiler = profiler.profile(
             schedule=profiler.schedule(wait=self.warmup - 1, warmup=1, active=self._steps, repeat=1),
-            on_trace_ready=profiler.tensorboard_trace_handler(str(self._folder), f"rank_{run.runtime.world.rank}"),
+            on_trace_ready=lambda profile: self._write(profile, run.runtime.world.rank),
             record_shapes=True,
         )
         self._profiler.start()
@@ -239,6 +243,15 @@ class Profiler(Callback):
     def on_fit_end(self, run: RunView) -> None:
         with losing_on_disk_errors("The profile"):
             self._profiler.stop()
+
+    def _write(self, profile: Any, rank: int) -> None:
+        # TensorBoard looks for this name. The profiler opens a path itself, which could lead through a link.
+        folder, name = ContainedFolder(self._folder.parent), f"rank_{rank}.{time.time_ns()}.pt.trace.json"
+        with tempfile.TemporaryDirectory() as temporary:
+            profile.export_chrome_trace(str(Path(temporary, name)))
+            folder.make_folder(self._folder.name)
+            with Path(temporary, name).open("rb") as source, folder.create(f"{self._folder.name}/{name}") as target:
+                shutil.copyfileobj(source, target)
 
 
 def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: bool) -> list[Callback]:

@@ -14,7 +14,8 @@ from distrain.checkpoint.progress import Progress
 from distrain.config.load import to_container
 from distrain.config.schema import Config, affected_by
 from distrain.data.base import Splits
-from distrain.files.writing import losing_on_disk_errors, replace_json
+from distrain.files.contained_folder import ContainedFolder
+from distrain.files.writing import losing_on_disk_errors, to_json
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
 from distrain.reporting.origin import Origin, as_iso
@@ -236,7 +237,7 @@ class Report:
         What can't be written is named in the log; the model is saved by then.
         """
         with losing_on_disk_errors("summary.json"):
-            replace_json(self._runtime.run_dir / "summary.json", summary)
+            ContainedFolder(self._runtime.run_dir).replace_text("summary.json", to_json(summary))
         with losing_on_disk_errors("Figures"):
             if self.logger.accepts_figures:
                 for name, figure in self._task.figures(test, splits.test).items():

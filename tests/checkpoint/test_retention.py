@@ -20,6 +20,7 @@ from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import retention as checkpoint_retention
 from distrain.checkpoint import writer as checkpoint_writer
+from distrain.files.contained_folder import ContainedFolder
 from tests.checkpoint.helpers import progress, save_steps, state
 from tests.harness import run_ranks
 
@@ -57,10 +58,10 @@ def test_checkpoint_that_cannot_be_removed_is_logged(
 ) -> None:
     save_steps(tmp_path, 10, 20)
 
-    def read_only(path: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    def read_only(folder: ContainedFolder, name: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder.path / name))
 
-    monkeypatch.setattr(shutil, "rmtree", read_only)
+    monkeypatch.setattr(ContainedFolder, "remove_tree", read_only)
     checkpoint_retention.prune(tmp_path, 1, None, 20)
     assert len(warnings) == 1
     assert "can't remove an old checkpoint" in warnings[0]
@@ -81,10 +82,8 @@ def _save_and_be_killed(folder: Path, after: int) -> None:
 
         return call
 
-    changing = ((Path, ("mkdir", "open", "rename")), (os, ("fsync", "unlink", "rmdir")))
-    for owner, names in changing:
-        for name in names:
-            setattr(owner, name, counted(getattr(owner, name)))
+    for name in ("mkdir", "fdopen", "rename", "fsync", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
     for step in (40, 50):
         checkpoint_writer.save(folder, state(seed=step), progress(step))
     checkpoint_retention.prune(folder, 1, None, 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distrain.checkpoint import safetensors_writer
+from distrain.files.contained_folder import ContainedFolder
 
 GENERATOR = torch.Generator().manual_seed(0)
 KINDS = (
@@ -30,7 +32,7 @@ TENSORS = {
 
 
 def test_library_reads_the_written_file(tmp_path: Path) -> None:
-    safetensors_writer.write(tmp_path / "file", safetensors_writer.serialize(TENSORS))
+    safetensors_writer.write(ContainedFolder(tmp_path), "file", safetensors_writer.serialize(TENSORS))
     found = load_file(tmp_path / "file")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -44,7 +46,7 @@ def test_library_reads_the_written_file(tmp_path: Path) -> None:
 def test_file_has_the_size_that_the_library_writes(tmp_path: Path) -> None:
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in TENSORS.items()}
     save_file(plain, tmp_path / "theirs")
-    safetensors_writer.write(tmp_path / "ours", safetensors_writer.serialize(TENSORS))
+    safetensors_writer.write(ContainedFolder(tmp_path), "ours", safetensors_writer.serialize(TENSORS))
     theirs, ours = ((tmp_path / name).read_bytes() for name in ("theirs", "ours"))
     sizes = [int.from_bytes(each[:8], "little") for each in (theirs, ours)]
     assert sum(tensor.numel() * tensor.element_size() for tensor in plain.values()) == len(ours) - 8 - sizes[1]
@@ -53,7 +55,7 @@ def test_file_has_the_size_that_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_file_without_tensors_is_valid(tmp_path: Path) -> None:
-    safetensors_writer.write(tmp_path / "file", safetensors_writer.serialize({}))
+    safetensors_writer.write(ContainedFolder(tmp_path), "file", safetensors_writer.serialize({}))
     assert load_file(tmp_path / "file") == {}
 
 
@@ -65,7 +67,7 @@ def test_tensors_are_written_without_a_copy() -> None:
 
 
 def test_digest_holds_size_and_checksum_of_the_file(tmp_path: Path) -> None:
-    content = safetensors_writer.write(tmp_path / "file", [b"some", memoryview(b"thing")])
+    content = safetensors_writer.write(ContainedFolder(tmp_path), "file", [b"some", memoryview(b"thing")])
     assert (tmp_path / "file").read_bytes() == b"something"
     assert content == {"bytes": 9, "sha256": hashlib.sha256(b"something").hexdigest()}
     assert safetensors_writer.digest_of(b"something") == content
@@ -77,7 +79,8 @@ def test_unsupported_dtype_is_refused_with_the_name_of_the_tensor() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
-def test_error_of_a_full_disk_names_the_path() -> None:
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as caught:
-        safetensors_writer.write(Path("/dev/full"), [bytes(1 << 20)])
+def test_error_of_a_full_disk_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ContainedFolder, "create", lambda *_: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'") as caught:
+        safetensors_writer.write(ContainedFolder(tmp_path), "file", [bytes(1 << 20)])
     assert caught.value.errno == errno.ENOSPC

@@ -15,6 +15,7 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.writer import SaveFailed
+from distrain.files.contained_folder import ContainedFolder
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests import runs
@@ -95,9 +96,9 @@ def test_saving_a_step_again_replaces_its_checkpoint(saved: Path) -> None:
 BREAKABLE: dict[str, Any] = {
     "a tensor's file": (safetensors_writer, "write"),
     "state.json": (checkpoint_writer, "to_json"),
-    "the folder": (checkpoint_writer, "sync_path"),
-    "its name": (Path, "rename"),
-    "a new folder": (Path, "mkdir"),
+    "the folder": (ContainedFolder, "sync"),
+    "its name": (ContainedFolder, "rename"),
+    "a new folder": (ContainedFolder, "make_folder"),
 }
 
 
@@ -127,8 +128,8 @@ def _save_with_one_failing_rank(folder: Path) -> list[str]:
     with Runtime(runs.small("strategy=ddp", f"run_dir={folder}"), World.from_environment()) as runtime:
         communicator, write = runtime.communicator(), safetensors_writer.write
 
-        def full_disk(path: Path, content: Any) -> safetensors_writer.FileDigest:
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+        def full_disk(folder: ContainedFolder, name: str, content: Any) -> safetensors_writer.FileDigest:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(folder.path / name))
 
         for faulty in range(2):
             with pytest.MonkeyPatch.context() as patched:

@@ -28,6 +28,7 @@ from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
 from distrain.errors import Failed
+from distrain.files.contained_folder import ContainedFolder
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training import checkpointing
@@ -98,11 +99,11 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, times: int = 10**6) -> None:
     """Makes the next writes of files fail with a full disk."""
     write, left = safetensors_writer.write, [times]
 
-    def fail(path: Path, content: Any) -> FileDigest:
+    def fail(folder: ContainedFolder, name: str, content: Any) -> FileDigest:
         left[0] -= 1
         if left[0] < 0:
-            return write(path, content)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return write(folder, name, content)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.path / name))
 
     monkeypatch.setattr(safetensors_writer, "write", fail)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain.files.writing import write_json
+from distrain.files.contained_folder import ContainedFolder
+from distrain.files.writing import to_json
 from distrain.strategies.pipeline import timeline
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.schedule import SCHEDULES, actions_of_ranks, bubble_fraction, simulate
@@ -74,8 +75,9 @@ def write_files(
     Returns:
         Figures by name.
     """
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "split.json", {"stages": summary["stages"]})
+    contained = ContainedFolder(folder.parent)
+    contained.make_folder(folder.name)
+    contained.replace_text(f"{folder.name}/split.json", to_json({"stages": summary["stages"]}))
     if not steps:
         return {}
     title = (

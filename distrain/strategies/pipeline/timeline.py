@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distrain.files.contained_folder import ContainedFolder
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -163,10 +165,12 @@ def chrome_trace(lanes: Lanes) -> list[dict[str, Any]]:
 
 def write_timeline(lanes: Lanes, title: str, folder: Path) -> Figure:
     """Writes ``timeline.png`` and ``timeline.trace.json``, and returns the figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "timeline.trace.json").write_text(json.dumps(chrome_trace(lanes)) + "\n")
+    contained = ContainedFolder(folder.parent)
+    contained.make_folder(folder.name)
+    contained.replace_text(f"{folder.name}/timeline.trace.json", json.dumps(chrome_trace(lanes)) + "\n")
     figure = draw_timeline(lanes, title)
-    figure.savefig(folder / "timeline.png")
+    with contained.create(f"{folder.name}/timeline.png") as file:
+        figure.savefig(file, format="png")
     return figure
 
 
