@@ -36,7 +36,7 @@ test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on t
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 test-soak: $(VENV)/.stamp-test ## Train hundreds of times, for faults that few runs show (an hour on two cores)
-	$(BIN)/python -m pytest -m soak tests/soak $(ARGS)
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 test-image: ## Build the image without a daemon and train in it (needs root, buildah and debootstrap)
 	docker/try_image.sh
