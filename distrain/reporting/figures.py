@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor
 
+from distrain.files.escaping import escaped
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -20,6 +22,11 @@ _COLUMNS = 8
 _CELL, _TITLE = 1.3, 0.3
 
 
+def _label(name: str) -> str:
+    """A class name as matplotlib shows it, which would read ``$…$`` as a formula and fail at a wrong one."""
+    return escaped(name).replace("$", r"\$")
+
+
 def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
     """Draws a confusion matrix: true classes by row, predicted classes by column.
 
@@ -29,6 +36,7 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
         confusion: int64 ``[classes, classes]`` counts.
         classes: Class names.
     """
+    classes = list(map(_label, classes))
     figure = _figure(max(4.0, min(12.0, 1.8 + 0.55 * len(classes))))
     axes = figure.subplots()
     counts = confusion.numpy()
@@ -55,6 +63,7 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
         predicted: Predicted classes, int64 ``[N]``.
         classes: Class names.
     """
+    classes = list(map(_label, classes))
     columns = min(_COLUMNS, max(1, len(images)))
     rows = -(-len(images) // columns)
     figure = _figure(_CELL * columns, (_CELL + _TITLE) * rows, layout=None)

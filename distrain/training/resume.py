@@ -275,7 +275,7 @@ def _restore(
     if saved is None:
         log.info("the checkpoint doesn't contain its configuration, so it was not compared with this run's")
     for key, (old, new) in changed.items():
-        log.info("changed: %s: %s → %s", key, old, new)
+        log.info("changed: %s: %s → %s", _shortened(key), _shortened(old), _shortened(new))
     return Resumed(path, progress, parts)
 
 

@@ -33,6 +33,27 @@ def test_the_confusion_matrix_counts_true_classes_by_row() -> None:
     figure.canvas.draw()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$x^$", r"\$x^\$"),
+        ("a\x1b[2J\nb", r"a\x1b[2J\nb"),
+        ("\udcff", r"\udcff"),
+        ("猫", "猫"),
+        ("$\\frac{$", r"\$\frac{\$"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_a_class_name_is_text_and_no_formula(name: str, shown: str) -> None:
+    matrix = figures.confusion_matrix(torch.eye(2, dtype=torch.int64), (name, "dog"))
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    grid = figures.predictions(images, torch.tensor([0, 0]), torch.tensor([0, 1]), (name, "dog"))
+    assert matrix.axes[0].get_yticklabels()[0].get_text() == shown
+    assert texts(grid) == [shown, f"dog\n(is {shown})"]
+    for figure in (matrix, grid):
+        figure.canvas.draw()
+
+
 def test_a_confusion_matrix_of_many_classes_has_no_text() -> None:
     figure = figures.confusion_matrix(torch.eye(200, dtype=torch.int64), [str(i) for i in range(200)])
     assert texts(figure) == []
