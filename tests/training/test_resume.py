@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -369,6 +371,32 @@ def test_all_ranks_name_a_rank_that_can_not_read_the_checkpoint(parts: Run, tmp_
     for output in run_ranks(unreadable_on_one_rank, 2, tmp_path, parts.checkpoint(5)):
         assert f"resume={parts.checkpoint(5)}: rank 1 on {World.from_environment().host} can't read it: " in output
         assert "Permission denied" in output
+
+
+def resumed_step(folder: Path, newest: str) -> int:
+    load = checkpoint_reader.load
+
+    def fails(path: Path) -> Any:
+        if os.environ["RANK"] == "1" and path.name == newest:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return load(path)
+
+    checkpoint_reader.load = fails
+    configuration = small("strategy=ddp", f"run_dir={folder}", "trainer.epochs=3")
+    with Runtime(configuration, World.from_environment()) as runtime:
+        return trainer_for(configuration, runtime).checkpointing.resume().step
+
+
+def test_all_ranks_use_the_checkpoint_before_one_that_a_single_rank_can_not_read(parts: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(parts.folder, tmp_path / "run")
+    newest = max(path.name for path in (folder / "checkpoints").iterdir())
+    before = int(newest.removeprefix("step_")) - 1
+    assert run_ranks(resumed_step, 2, folder, newest) == [before, before]
+    warning = (
+        f"checkpoint left out: {folder}/checkpoints/{newest}: rank 1 on {World.from_environment().host} can't read"
+    )
+    assert warning in log_of(folder)
+    assert "Stale file handle" in log_of(folder)
 
 
 # --- metrics of a resumed run ----------------------------------------------------------------------------------------
