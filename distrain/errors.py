@@ -98,11 +98,12 @@ class PeerLost(RuntimeError):
         rank: The lost rank.
         host: Name of its host.
         reason: Why it ended, as far as is known.
+        step: The last step of it that is known here; ``None`` if nothing is known of its steps.
     """
 
-    def __init__(self, rank: int, host: str, reason: str) -> None:
+    def __init__(self, rank: int, host: str, reason: str, step: int | None = None) -> None:
         super().__init__(f"rank {rank} on {host} is gone: {reason}")
-        self.rank, self.host, self.reason = rank, host, reason
+        self.rank, self.host, self.reason, self.step = rank, host, reason, step
 
 
 class Stopped(Exception):

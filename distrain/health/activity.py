@@ -52,6 +52,10 @@ class RankActivity:
         self.step, self.offset = step, offset
         self.progress += 1
 
+    def reach(self, step: int) -> None:
+        """Records that ``step`` updates are done somewhere; a server is as far as its fastest worker."""
+        self.step = max(self.step, step)
+
     def samples(self) -> list[int] | None:
         """Positions in the training split of this rank's part of the current batch; ``None`` outside training."""
         if self.find_samples is None or self.phase != "training":

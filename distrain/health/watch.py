@@ -150,7 +150,8 @@ class Watch:
         broken = is_broken_connection(error)
         if not (broken or isinstance(error, Terminated | PeerLost)):
             return None
-        lost_peer = self.describe_failure(error.rank, error.reason) if isinstance(error, PeerLost) else None
+        known_step = error.step if isinstance(error, PeerLost) else None
+        lost_peer = self.describe_failure(error.rank, error.reason, known_step) if isinstance(error, PeerLost) else None
         began = time.monotonic()
         # Most often a collective breaks off because a peer failed. That peer gets time to report its own failure.
         while (waited := time.monotonic() - began) < _SEARCH_SECONDS:
@@ -161,10 +162,11 @@ class Watch:
             for rank, heartbeat in read_heartbeats(store, exited).items():
                 # If the launcher ends this rank, the end of an expendable rank is why it does so.
                 was_expendable = heartbeat.expendable and not isinstance(error, Terminated)
-                # A parameter server learns the failed rank's step from its heartbeats, the last of which may be due.
-                is_early = waited < _REPORT_SECONDS and not self._activity.is_timed
+                step = known_step if isinstance(error, PeerLost) and rank == error.rank else None
+                # A parameter server learns a failed server's step from its heartbeats, the last of which may be due.
+                is_early = waited < _REPORT_SECONDS and not self._activity.is_timed and step is None
                 if not (heartbeat.leaving or was_expendable or rank in ignored_ranks or is_early):
-                    return self.describe_failure(rank, UNREPORTED_EXIT)
+                    return self.describe_failure(rank, UNREPORTED_EXIT, step)
             if waited > _REPORT_SECONDS:
                 if not broken or all(member.is_local for member in self._members):
                     break
@@ -193,10 +195,12 @@ class Watch:
             if not self._members[rank].is_local and not observed.heartbeat.leaving and observed.heartbeat_time < latest
         ]
 
-    def describe_failure(self, rank: int, error: str) -> Failure:
-        """Builds the report of another rank's failure, as far as this rank knows."""
-        steps = [self._observed[rank].heartbeat.step]
-        if not self._activity.independent_steps:
+    def describe_failure(self, rank: int, error: str, known_step: int | None = None) -> Failure:
+        """Builds the report of another rank's failure, as far as this rank knows; ``known_step``: it did so many."""
+        heartbeat = self._observed[rank].heartbeat
+        steps = [heartbeat.step, known_step or 0]
+        # A server, whose steps have no time limit, is at least as far as each of its workers.
+        if not self._activity.independent_steps or heartbeat.phase == "serving":
             # The failed rank's last heartbeat may be a second old. Ranks in lockstep wait for each other in one step.
             steps += [seen.heartbeat.step for seen in self._observed.values() if seen.heartbeat.progress is not None]
             steps += [self._activity.step] if self._activity.is_timed else []

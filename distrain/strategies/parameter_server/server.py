@@ -71,6 +71,7 @@ class Server:
         connections: Mapping[tuple[int, str], Connection],
         on_worker_lost: Callable[[WorkerRecord], None],
         own_requests: Callable[[], int] = lambda: 0,
+        on_push: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.shard = shard
         self.workers = {worker.rank: WorkerRecord(worker) for worker in workers}
@@ -80,6 +81,7 @@ class Server:
         self._policy = policy
         self._on_worker_lost = on_worker_lost
         self._own_requests = own_requests
+        self._on_push = on_push
         self._changed = threading.Condition(threading.RLock())
         self._error: BaseException | None = None
         self._stop_decision = StopDecision(policy.in_flight)
@@ -173,7 +175,8 @@ class Server:
             culprit = farewell.culprit or worker.peer
             worker.loss_reason = reason if farewell.culprit is None else f"it lost {farewell.culprit}: {reason}"
             if self._policy.mode == "sync" or rank == 0 or farewell.fatal:
-                self._stop(PeerLost(culprit.rank, culprit.host, reason))
+                step = self.workers[culprit.rank].step if culprit.rank in self.workers else None
+                self._stop(PeerLost(culprit.rank, culprit.host, reason, step))
             else:
                 # The rank that this worker reports as lost may still be connected to the others. If it isn't, they
                 # report it too.
@@ -280,8 +283,8 @@ class Server:
                 # Applies the mean gradient of the worker's samples with the worker's part of the learning rate.
                 self.shard.gradients.scale(torch.tensor(1 / push.share))
                 self._update(push.learning_rate * push.share)
-            worker.steps += 1
-            worker.samples += push.samples
+            worker.add_push(push.step, push.samples)
+            self._on_push(push.step)
             self._changed.notify_all()
             started = time.perf_counter()
             if self._policy.staleness is not None:
@@ -303,8 +306,8 @@ class Server:
                 if (other.step, other.learning_rate) != (push.step, push.learning_rate):
                     raise RuntimeError(f"{worker.peer} is at step {push.step}, another worker at {other.step}")
             self._pending_pushes[worker.peer.rank] = push
-            worker.steps += 1
-            worker.samples += push.samples
+            worker.add_push(push.step, push.samples)
+            self._on_push(push.step)
             worker.staleness[self.version - push.version] += 1
             next_version = self.version + 1
             if len(self._pending_pushes) == len(self.workers):

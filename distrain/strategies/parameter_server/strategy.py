@@ -236,6 +236,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             connections,
             self._on_worker_lost,
             lambda: int(request_from_signal(self.runtime.stop_requested)),
+            self.runtime.activity.reach,
         )
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
 
@@ -251,16 +252,14 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     @override
     def run(self, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        # Servers wait for all workers to leave; a barrier of the process group would fail if one is lost.
+        # Servers wait for all workers; a barrier of the process group would fail if one is lost.
         self.runtime.final_barrier = lambda: None
         self.runtime.expendable = self.options.mode != "sync" and 0 < self.runtime.world.rank < self._worker_count
         if self._server is not None:
             self.runtime.activity.phase = "serving"
+            self.runtime.publish_activity()
             self.runtime.stoppable = True
-            try:
-                self._server.serve()
-            finally:
-                self.runtime.step = self._server.steps()
+            self._server.serve()
             self._server.log_workers()
             if self._server.stop_reason is not None:
                 raise Stopped(self._server.stop_reason, self._server.steps())

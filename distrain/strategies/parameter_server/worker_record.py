@@ -16,6 +16,7 @@ class WorkerRecord:
     Attributes:
         peer: The worker's rank and host.
         steps: Number of its pushes.
+        step: The step of the run that its latest push belongs to; 0 before the first.
         samples: Samples from which its pushes were computed.
         staleness: Number of its pushes by their staleness. The staleness of a push is the number of updates that the
             server made between sending the parameters and applying the gradient computed from them.
@@ -28,6 +29,7 @@ class WorkerRecord:
 
     peer: RankName
     steps: int = 0
+    step: int = 0
     samples: int = 0
     staleness: Counter[int] = field(default_factory=Counter)
     max_lead: int = 0
@@ -40,6 +42,17 @@ class WorkerRecord:
     def is_alive(self) -> bool:
         """Whether others may wait for it."""
         return self.loss_reason is None and not self.finished
+
+    def add_push(self, step: int, samples: int) -> None:
+        """Counts a push.
+
+        Args:
+            step: The step of the run that it belongs to.
+            samples: Samples from which it was computed.
+        """
+        self.steps += 1
+        self.step = step
+        self.samples += samples
 
     def statistics(self) -> dict[str, Any]:
         """Everything as plain data, for the run's report."""

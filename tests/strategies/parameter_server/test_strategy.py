@@ -199,13 +199,17 @@ def test_a_failing_worker_reports_its_error_and_the_others_continue(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("mode", "rank", "who"), [("sync", 1, "worker"), ("async", 2, "server")], ids=["sync worker", "async server"]
+    ("mode", "rank", "who"),
+    [("sync", 1, "worker"), ("async", 2, "server"), ("async", 0, "worker")],
+    ids=["sync worker", "async server", "async worker"],
 )
 def test_losing_a_required_rank_ends_the_run_with_its_name(mode: str, rank: int, who: str, tmp_path: Path) -> None:
     configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}")
     endings = run_ranks_to_the_end(ending_of_server if who == "server" else train_to_the_end, 3, configuration)
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["rank"], failure["error"]) == (rank, "the process exited without reporting an error (killed?)")
+    # A heartbeat of the first second says step 0.
+    assert failure["step"] > 0
     for other in {0, 1, 2} - {rank}:
         assert endings[other].outcome == "Failed"
         assert f"rank {rank}" in endings[other].last_line
