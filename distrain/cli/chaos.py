@@ -21,11 +21,12 @@ from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError, Failed, config_error
 from distrain.files.terminal import show
 from distrain.runtime.world import World
-from distrain.tools.chaos import report
+from distrain.tools.chaos import processes, report
 from distrain.tools.chaos.campaign import Campaign, UnusableTraining
 from distrain.tools.chaos.disturbed_run import Recovery, TrainingSpec
 from distrain.tools.chaos.launchers import CommandLauncher, HostPerRankLauncher, Launcher
 from distrain.tools.chaos.plan import FAULT_KINDS
+from distrain.tools.launching.processes import TerminationRequested, termination_signals_raise
 from distrain.tools.testnet.network import VirtualNetwork
 from distrain.training.run_plan import RunPlan
 
@@ -79,22 +80,26 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
     recoveries: list[Recovery] = []
     unusable: UnusableTraining | None = None
     try:
-        for number, training in enumerate(specs):
-            campaign = Campaign(
-                training,
-                launcher,
-                functools.partial(_open_network, settings.nproc, launch),
-                folder / training.name.replace(" ", "_"),
-                patience_seconds=settings.patience_seconds,
-                keep=settings.keep,
-                print_line=show,
-                recoveries=recoveries,
-            )
-            share = settings.faults // len(specs) + (number < settings.faults % len(specs))
-            if share:
-                campaign.run(kinds, share, settings.faults_per_run, str(settings.seed))
+        with processes.ended_with_this_process(), termination_signals_raise(once=True):
+            for number, training in enumerate(specs):
+                campaign = Campaign(
+                    training,
+                    launcher,
+                    functools.partial(_open_network, settings.nproc, launch),
+                    folder / training.name.replace(" ", "_"),
+                    patience_seconds=settings.patience_seconds,
+                    keep=settings.keep,
+                    print_line=show,
+                    recoveries=recoveries,
+                )
+                share = settings.faults // len(specs) + (number < settings.faults % len(specs))
+                if share:
+                    campaign.run(kinds, share, settings.faults_per_run, str(settings.seed))
     except UnusableTraining as error:
         unusable = error
+    except TerminationRequested as request:
+        show(f"chaos: {request}; its trainings have been ended")
+        raise hydra_entry.ExitWithCode(request.code) from request
     if recoveries:
         show(report.table(recoveries))
     if result_file:

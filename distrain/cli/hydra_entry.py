@@ -104,6 +104,9 @@ def main(
             if wants_traceback:
                 raise
             exit_refused(error)
+        except ExitWithCode as error:
+            # Hydra says nothing about this exception, unlike about others.
+            sys.exit(error.code)
         except Stopped:
             # The launcher may send a signal to this rank because another one has just exited with the same code.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):

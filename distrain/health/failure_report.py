@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -190,13 +191,21 @@ class FailureReporter:
             print_to_stderr(f"distrain: {path} can't be written: {error.strerror}")
 
 
+#: What a RuntimeError of gloo, NCCL or distrain's own collectives says if a peer or the way to it is gone. The name of
+#: a library alone says nothing: gloo also refuses wrong shapes and types.
+_BROKEN_CONNECTION = re.compile(
+    r"connection|socket|broken pipe|reset by peer|timed? ?out|gloo/transport/|remote process exited"
+    r"|NCCL (communicator|error)",
+    re.IGNORECASE,
+)
+
+
 def is_broken_connection(error: BaseException) -> bool:
     """Whether an error may be the consequence of another rank's failure: a collective or a connection broke off."""
-    text = str(error).lower()
-    words = ("gloo", "nccl", "connection", "socket")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in words)
-    )
+    if isinstance(error, dist.DistError):
+        return True
+    # Only errors of collectives are plain RuntimeErrors; a subclass is something else, such as a lack of memory.
+    return type(error) is RuntimeError and _BROKEN_CONNECTION.search(first_line(error)) is not None
 
 
 def first_line(error: BaseException) -> str:

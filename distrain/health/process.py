@@ -33,11 +33,11 @@ class Process:
     def is_alive(self) -> bool:
         """Whether the process exists and is not a zombie."""
         if self.started is None:
-            with contextlib.suppress(OSError):
-                os.kill(self.pid, 0)
-                return True
-            return False
+            return _exists(self.pid)
         state, started = _state_and_start(self.pid)
+        if started is None:
+            # Without a free file descriptor, for example, /proc can't be read, which says nothing about the process.
+            return _exists(self.pid)
         return started == self.started and state not in ("Z", "X")
 
     @property
@@ -58,6 +58,16 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.01)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _state_and_start(pid: int) -> tuple[str, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -42,6 +43,22 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_this_process_is_alive() -> None:
     assert Process.current().is_alive
     assert not Process.current().is_stopped
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.EIO])
+def test_a_process_is_not_taken_for_ended_because_proc_cannot_be_read(
+    number: int, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = process_of(child)
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert process.is_alive
+    child.kill()
+    child.wait()
+    assert not process.is_alive
 
 
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:

@@ -307,7 +307,7 @@ class ServerClient:
             if farewell.expelled:
                 raise Expelled(f"the server, {self.server}, excluded this worker: {farewell.reason}") from error
             culprit = farewell.culprit or self.server
-            raise PeerLost(culprit.rank, culprit.host, farewell.reason) from error
+            raise PeerLost(culprit.rank, culprit.host, farewell.reason, farewell.step) from error
 
 
 class ServerClients:

@@ -28,6 +28,7 @@ class Farewell:
         finished: The peer has finished its work and said so.
         stop_reason: What stopped the peer, if it finished before the end of the training.
         fatal: The run must not continue without the peer.
+        step: The last step of the culprit that the peer knows of; ``None`` if it knows of none.
     """
 
     reason: str
@@ -36,6 +37,7 @@ class Farewell:
     finished: bool = False
     stop_reason: str | None = None
     fatal: bool = False
+    step: int | None = None
 
 
 class HeartbeatMonitor:
@@ -62,7 +64,13 @@ class HeartbeatMonitor:
         self._thread.start()
 
     def report_failure(
-        self, reason: str, *, culprit: RankName | None = None, expelled: bool = False, fatal: bool = False
+        self,
+        reason: str,
+        *,
+        culprit: RankName | None = None,
+        expelled: bool = False,
+        fatal: bool = False,
+        step: int | None = None,
     ) -> None:
         """Tells the peer why this rank ends the connection; the arguments are those of :class:`Farewell`.
 
@@ -70,7 +78,7 @@ class HeartbeatMonitor:
             OSError: The connection has already ended.
         """
         culprit_fields = None if culprit is None else [culprit.rank, culprit.host]
-        meta = {"reason": reason, "culprit": culprit_fields, "expelled": expelled, "fatal": fatal}
+        meta = {"reason": reason, "culprit": culprit_fields, "expelled": expelled, "fatal": fatal, "step": step}
         self._connection.send(FrameKind.FAILURE, meta)
 
     def leave(self, stop_reason: str | None = None) -> None:
@@ -151,8 +159,13 @@ def _parse_failure(meta: dict[str, object]) -> Farewell:
     culprit = None
     if isinstance(fields, list) and len(fields) == 2 and isinstance(fields[0], int):
         culprit = RankName(fields[0], str(fields[1]))
+    step = meta.get("step")
     return Farewell(
-        str(meta.get("reason")), culprit, expelled=meta.get("expelled") is True, fatal=meta.get("fatal") is True
+        str(meta.get("reason")),
+        culprit,
+        expelled=meta.get("expelled") is True,
+        fatal=meta.get("fatal") is True,
+        step=step if isinstance(step, int) else None,
     )
 
 

@@ -123,9 +123,10 @@ class Server:
             with self._changed:
                 self._stop(error)
             reason, culprit = failure_reason(error)
+            step = error.step if isinstance(error, PeerLost) else None
             for rank, worker in self.workers.items():
                 if worker.is_alive:
-                    self._report_failure(rank, reason, culprit=culprit or self._name)
+                    self._report_failure(rank, reason, culprit=culprit or self._name, step=step)
             raise
         finally:
             for connection in self._connections.values():
@@ -188,10 +189,16 @@ class Server:
             self._connections[rank, channel].shut_down()
 
     def _report_failure(
-        self, rank: int, reason: str, *, culprit: RankName | None = None, expelled: bool = False
+        self,
+        rank: int,
+        reason: str,
+        *,
+        culprit: RankName | None = None,
+        expelled: bool = False,
+        step: int | None = None,
     ) -> None:
         try:
-            self._monitors[rank].report_failure(reason, culprit=culprit, expelled=expelled)
+            self._monitors[rank].report_failure(reason, culprit=culprit, expelled=expelled, step=step)
         except OSError:
             log.info("worker %s could not be told why its connection ends", self.workers[rank].peer)
 

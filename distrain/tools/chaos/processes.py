@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +20,46 @@ from distrain.tools.testnet.network import is_entry_process
 #: The environment variable that holds the mark.
 MARK_VARIABLE = "DISTRAIN_CHAOS"
 _PROC = Path("/proc")
+_SOURCE = str(Path(__file__).resolve().parents[3])
 
 
 def marked_processes(mark: str) -> dict[int, dict[str, str]]:
-    """The running processes with the mark: number and initial environment of each."""
+    """The running processes with the mark: number and initial environment of each.
+
+    Args:
+        mark: The mark; one that ends with a dot stands for all marks that begin so.
+    """
     environments = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
             # The process may have ended, or belong to another user. A zombie's environment is empty.
             with contextlib.suppress(OSError):
                 variables = _parse(entry.joinpath("environ").read_bytes())
-                if variables.get(MARK_VARIABLE) == mark:
+                own = variables.get(MARK_VARIABLE, "")
+                if own == mark or (mark.endswith(".") and own.startswith(mark)):
                     environments[int(entry.name)] = variables
     return environments
+
+
+@contextlib.contextmanager
+def ended_with_this_process() -> Iterator[None]:
+    """At the end of this block, all trainings that this process started are killed, also if it is itself killed.
+
+    A second process does that when its standard input closes.
+    """
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "distrain.tools.chaos.processes", f"{os.getpid()}."],
+        stdin=subprocess.PIPE,
+        # What ends this process must not end it too.
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([_SOURCE, os.environ.get("PYTHONPATH", "")])},
+    )
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        guard.stdin.close()
+        guard.wait()
 
 
 def rank_pids(mark: str) -> dict[int, int]:
@@ -90,3 +119,9 @@ def _parent(pid: int) -> int | None:
         # The second field is the program's name in brackets, which may contain spaces and brackets.
         return int(_PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()[1])
     return None
+
+
+if __name__ == "__main__":
+    # Started by ended_with_this_process(): standard input closes when that process ends.
+    sys.stdin.buffer.read()
+    kill_all(sys.argv[1])

@@ -125,19 +125,29 @@ class TerminationRequested(BaseException):
 
 
 @contextlib.contextmanager
-def termination_signals_raise() -> Iterator[None]:
-    """Makes SIGINT, SIGTERM and SIGHUP raise :class:`TerminationRequested` in the main thread.
+def termination_signals_raise(*, once: bool = False) -> Iterator[None]:
+    """Makes SIGINT, SIGTERM, SIGHUP and SIGQUIT raise :class:`TerminationRequested` in the main thread.
 
-    Does nothing in other threads.
+    Does nothing in other threads. A SIGHUP that `nohup` has made ignored stays ignored.
+
+    Args:
+        once: Whether only the first signal raises, so that a second one can't interrupt what ends the processes.
     """
+    received = False
 
     def handle(number: int, _: FrameType | None) -> None:
-        raise TerminationRequested(number)
+        nonlocal received
+        if not (once and received):
+            received = True
+            raise TerminationRequested(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
