@@ -56,6 +56,7 @@ class ModelTrial:
         buffers_of_samples: Names of parameters and buffers that a forward pass in training mode changes, in a way that
             depends on the samples it sees. BatchNorm's are left out.
         buffers_of_passes: Names of those that it changes in the same way whatever the samples are.
+        has_batchnorm: Whether a layer normalises by statistics of the samples that run at once.
         draws_random: Whether a forward pass in training mode draws random numbers.
         mixes_samples: Whether a sample's logits depend on the other samples of its batch, in training mode and apart
             from BatchNorm.
@@ -85,7 +86,7 @@ class ModelTrial:
         self.cast: dict[str, list[str]] = {}
         self.buffers_of_samples: list[str] = []
         self.buffers_of_passes: list[str] = []
-        self.draws_random = self.mixes_samples = False
+        self.has_batchnorm = self.draws_random = self.mixes_samples = False
         with self._surroundings():
             self._try()
 
@@ -137,6 +138,7 @@ class ModelTrial:
                 allowed=self._allowed,
             )
         self._device = device
+        self.has_batchnorm = any(isinstance(layer, _BatchNorm) for layer in self._model.modules())
         self.buffers_of_samples, self.buffers_of_passes = [], []
         self.cast = tensors.cast_tensors(self._model, self._dtype)
         if self._extra_check is not None:

@@ -141,11 +141,6 @@ class DeferredBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
 
-def has_batchnorm(model: nn.Module) -> bool:
-    """Whether a layer of the model normalises by statistics of the batch."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
-
-
 def defer_running_statistics(model: nn.Module, communicator: Communicator) -> int:
     """Makes BatchNorm layers, in place, update running statistics only at :func:`update_running_statistics`.
 

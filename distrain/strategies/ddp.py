@@ -96,12 +96,6 @@ class DDP(Replicated[DDPConfig]):
                         batchnorm.replacement(self.config.model),
                     )
                     batchnorm.exclude_from_compilation()
-                if self.config.trainer.micro_batch_size is not None:
-                    log.warning(
-                        "trainer.micro_batch_size with BatchNorm: statistics are of the samples that run at once, so "
-                        "they depend on the number of ranks; %s does not",
-                        batchnorm.replacement(self.config.model),
-                    )
         super().setup(model, task, make_optimizer, example)
         #: Buffers that each rank updates from its own share, as BatchNorm does with ``batchnorm=local``.
         self._local_buffers = NamedBuffers(model, floating=True, not_in=(batchnorm.SyncBatchNorm,))

@@ -9,6 +9,7 @@ import torch
 from distrain.config.schema import Config
 from distrain.models.trial import ModelTrial
 from distrain.strategies.base import Strategy
+from distrain.strategies.batchnorm import replacement
 
 #: Names shown in a line.
 _SHOWN = 8
@@ -46,6 +47,9 @@ def model_notices(
     else:
         divided = f"{ranks} ranks share a batch, each in {pieces} forward passes"
     result = "so results differ from those of one process that runs it whole"
+    if trial.has_batchnorm and (pieces > 1 or not strategy.normalises_together(config, world_size)):
+        batchnorm = f"BatchNorm takes statistics of the samples that run at once, and {divided}, {result}"
+        notices.append(f"{batchnorm}; {replacement(config.model)} is equal")
     if trial.draws_random:
         notices.append(f"the model draws random numbers, as dropout does, and {divided} with own draws, {result}")
     if trial.mixes_samples:

@@ -27,7 +27,6 @@ from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
 from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
-from distrain.strategies.batchnorm import has_batchnorm, replacement
 from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.parameter_server.client import ServerClient, ServerClients
 from distrain.strategies.parameter_server.collectives import WorkerCommunicator
@@ -190,11 +189,6 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         if self._worker_count > 1:
             self.replicas = WorkerCommunicator(clients[0].request, world.rank, list(range(self._worker_count)))
         self._averaged_buffers = NamedBuffers(model, floating=True)
-        if self._worker_count > 1 and has_batchnorm(model):
-            log.warning(
-                "BatchNorm layers normalise by each worker's share of the batch, not by all of it; %s is equal",
-                replacement(self.config.model),
-            )
         super().setup(model, task, make_optimizer, example)
         log.info(
             "parameter server, %s: %d workers, %d servers that hold %s MB",

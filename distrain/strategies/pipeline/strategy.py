@@ -150,7 +150,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self._recorder,
             self.runtime.device,
         )
-        self._log_setup(model)
+        self._log_setup()
 
     def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
         options = self.options
@@ -201,13 +201,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self.stopwatch,
         )
 
-    def _log_setup(self, model: nn.Module) -> None:
-        if batchnorm.has_batchnorm(model):
-            log.warning(
-                "BatchNorm layers normalise each microbatch by its own statistics, whereas one process uses those of "
-                "the whole batch; with %s both compute the same",
-                batchnorm.replacement(self.config.model),
-            )
+    def _log_setup(self) -> None:
         options = self.options
         log.info(
             "%s: %d stages on %d ranks, %d replicas, %d microbatches, predicted bubble %.0f %%\n%s",
