@@ -34,9 +34,10 @@ class FlatOutput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.flatten()
+        return images.flatten() * self.scale
 
 
 #: Arguments after `launch/train.py strategy=ddp`, on two ranks without a GPU, and what the error line must contain.
