@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -26,6 +27,11 @@ from distrain.checkpoint.state_schema import read_state
 from distrain.files.untrusted import read_json
 
 log = logging.getLogger(__name__)
+
+#: Most files of a checkpoint, a few for each rank; and most tensors of a file, a few for each parameter.
+_MAX_FILES, _MAX_TENSORS = 1 << 16, 1 << 17
+#: Unit of ``st_blocks``.
+_BLOCK_BYTES = 512
 
 
 class PerRankTensors(Sequence[Mapping[str, Tensor]]):
@@ -124,6 +130,9 @@ def _compare_files(path: Path) -> set[str]:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedCheckpoint(f"{manifest_path} can't be read ({error})") from error.__cause__
     _check_link(manifest_path)
+    if len(expected) > _MAX_FILES:
+        problem = f"lists {len(expected)} files, and no run writes more than {_MAX_FILES}"
+        raise DamagedCheckpoint(f"{manifest_path} {problem}")
     required = [
         *(name for part in PARTS for name in part_files(part, expected) or [f"{part}.safetensors"]),
         "state.json",
@@ -140,6 +149,7 @@ def _compare_files(path: Path) -> set[str]:
         size, digest = expected[name]
         if file.stat().st_size != size:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, not {size}")
+        _check_size(file)
         if _sha256(file) != digest:
             raise DamagedCheckpoint(f"{file} differs from its checksum")
     return set(expected)
@@ -202,6 +212,23 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 def _check_link(file: Path) -> None:
     if not file.resolve().is_relative_to(file.parent.resolve()):
         raise DamagedCheckpoint(f"{file} is a link that leaves the checkpoint")
+
+
+def _check_size(file: Path) -> None:
+    """Refuses what would take hours to hash or to load, though it takes next to no room on the disk."""
+    found = file.stat()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if found.st_size > memory and found.st_blocks * _BLOCK_BYTES < found.st_size // 2:
+        raise DamagedCheckpoint(f"{file} has {found.st_size} bytes, more than this host's memory, and most are a hole")
+    if file.suffix != ".safetensors":
+        if found.st_size > MAX_JSON_BYTES:
+            raise DamagedCheckpoint(f"{file} has {found.st_size} bytes, and no run writes more than {MAX_JSON_BYTES}")
+        return
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, MAX_JSON_BYTES))
+    if length > MAX_JSON_BYTES or header.count(b'"data_offsets"') > _MAX_TENSORS:
+        raise DamagedCheckpoint(f"{file} says that it holds more tensors than any run writes ({_MAX_TENSORS})")
 
 
 def _sha256(path: Path) -> str:

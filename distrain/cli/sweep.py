@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from distrain.cli import hydra_entry
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
+from distrain.files.contained_folder import ContainedFolder, UnsafePath
 from distrain.files.terminal import print_to_stderr, show
 from distrain.tools.launching import table
 from distrain.tools.launching.jobs import DONE, JobResult, JobRunner, hydra_quote, job_array_lines, make_jobs
@@ -98,7 +99,11 @@ class Sweep:
         """
         jobs = make_jobs(overrides, first, self._fixed, self._folder)
         if self._settings.jobs_file is not None:
-            conflicting = [job for job in jobs if not job.claim_folder()]
+            try:
+                conflicting = [job for job in jobs if not job.claim_folder()]
+            except UnsafePath as error:
+                problem = f"{error.filename} {error.strerror}; remove it, or name another folder"
+                raise ConfigError("sweep.folder", self._folder, problem) from error
             if conflicting:
                 raise ConfigError("sweep.folder", self._folder, f"{conflicting[0].name} in it has other settings")
             Path(self._settings.jobs_file).write_text(job_array_lines(jobs))
@@ -112,7 +117,10 @@ class Sweep:
             # Hydra's sweeper needs the number, so the sweep ends with exit code 1.
             print_to_stderr(f"distrain: {no_metric(self._settings.metric, without)}")
         target = self._folder / "results.csv"
-        target.write_text(table.to_csv(self._results))
+        try:
+            ContainedFolder(self._folder).replace_text(target.name, table.to_csv(self._results))
+        except UnsafePath as error:
+            print_to_stderr(f"distrain: {target} is not written, since it {error.strerror}")
         show(f"{target}; curves and HParams: tensorboard --logdir {self._folder}")
         if code:
             sys.exit(code)

@@ -16,6 +16,7 @@ from distrain.cli import app
 from distrain.cli.run_folder import RunFolder
 from distrain.errors import ConfigError, Failed
 from distrain.reporting.loggers import TensorBoardLogger
+from distrain.tools.launching.jobs import NOT_RUN, Job, JobRunner
 from tests.test_disk_faults import config_for
 
 STRAYS: dict[str, Callable[[Path, Path], None]] = {
@@ -86,6 +87,21 @@ def test_a_stray_at_any_path_leaves_everything_outside_as_it_was(stray: str, tmp
             problems.append(f"{path}: something outside changed")
             break
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("place", ["", "overrides.txt", "output.log", "summary.json"])
+def test_a_sweep_writes_through_no_link(place: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("of the user")
+    before = content(outside)
+    job = Job("0", {}, (), tmp_path / "sweep" / "0")
+    (job.folder.parent if not place else job.folder).mkdir(parents=True)
+    (job.folder / place if place else job.folder).symlink_to(outside / "file" if place else outside)
+    (result,), _ = JobRunner(["true"], parallel=1, minutes=None, grace_seconds=1.0).run([job])
+    assert result.status == NOT_RUN
+    assert "is a link to" in result.reason or "other settings" in result.reason
+    assert content(outside) == before
 
 
 def test_a_stray_that_no_run_writes_does_no_harm(tmp_path: Path, finished: Path) -> None:

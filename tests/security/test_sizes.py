@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pytest
 from PIL import Image
 
 from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.cli import hydra_entry, predict
 from distrain.cli.run_folder import RunFolder
 from distrain.config.load import load_settings
 from distrain.data import decode
 from distrain.data.decode import DecodeError
+from tests.checkpoint.helpers import progress, rewrite, state
 from tests.runs import CONF
 from tests.security.helpers import (
     load_tree,
@@ -139,3 +142,38 @@ def test_run_folder_can_not_claim_huge_images(run: Path) -> None:
 def predict_one(run: Path, file: Path) -> Any:
     composed = hydra_entry.compose(CONF, "predict", [f"run={run}", f"input={file}", f"output={run}/out.json"])
     return predict.run(load_settings(predict.PredictSettings, composed))
+
+
+def seconds_to_refuse(checkpoint: Path, message: str) -> float:
+    start = time.process_time()
+    refused = one_line_error(lambda: checkpoint_reader.verify(checkpoint), DamagedCheckpoint)
+    assert message in refused
+    return time.process_time() - start
+
+
+def claim(checkpoint: Path, name: str, size: int) -> None:
+    """Writes a file's size into the manifest, with a checksum that only reading the file can refute."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest[name] = {"bytes": size, "sha256": "0" * 64}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "another"])
+def test_a_checkpoint_of_holes_is_refused_before_it_is_hashed(tmp_path: Path, name: str) -> None:
+    checkpoint = checkpoint_writer.save(tmp_path, state(), progress(40))
+    with (checkpoint / name).open("ab") as file:
+        file.truncate(4 << 40)
+    claim(checkpoint, name, 4 << 40)
+    assert seconds_to_refuse(checkpoint, f"{name} has {4 << 40} bytes, more than this host's memory") < 5
+
+
+def test_numbers_of_tensors_and_files_are_bounded(tmp_path: Path) -> None:
+    checkpoint = checkpoint_writer.save(tmp_path, state(), progress(40))
+    rewrite(checkpoint, "model.safetensors", of_tensors(**{f"{number}": tensor_at(0, 0) for number in range(300_000)}))
+    assert seconds_to_refuse(checkpoint, "more tensors than any run writes") < 5
+    checkpoint = checkpoint_writer.save(tmp_path, state(), progress(41))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    empty = {"bytes": 0, "sha256": "0" * 64}
+    manifest |= {f"{number}": empty for number in range(300_000)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert seconds_to_refuse(checkpoint, "and no run writes more than 65536") < 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 import threading
@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distrain.files.contained_folder import ContainedFolder, UnsafePath
+from distrain.files.untrusted import read_json
 from distrain.tools.launching.processes import Child, TerminationRequested, termination_signals_raise
 
 #: Values of :attr:`JobResult.status`.
 DONE, FAILED, STOPPED, TIMED_OUT, NOT_RUN = "done", "failed", "stopped", "over its time limit", "not run"
 _POLL_SECONDS = 0.2
+_OUTPUT = "output.log"
+_MAX_JSON_BYTES = 1 << 26
 #: Longer folder names are hard to read, and file systems allow at most 255 bytes.
 _MAX_NAME_LENGTH = 100
 
@@ -50,13 +54,19 @@ class Job:
 
         Returns:
             Whether the folder was empty or already this job's.
+
+        Raises:
+            UnsafePath: The folder or a file in it is a link, or is special.
         """
-        file = self.folder / "overrides.txt"
+        folder, name = ContainedFolder(self.folder.parent), self.folder.name
         own_content = job_array_lines([self])
-        if file.exists() or (self.folder / "summary.json").exists():
-            return file.exists() and file.read_text() == own_content
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(own_content)
+        folder.make_folder(name)
+        if folder.exists(f"{name}/overrides.txt") or folder.exists(f"{name}/summary.json"):
+            if not folder.exists(f"{name}/overrides.txt"):
+                return False
+            with folder.open_file(f"{name}/overrides.txt", "rb") as file:
+                return file.read(_MAX_JSON_BYTES) == own_content.encode()
+        folder.replace_text(f"{name}/overrides.txt", own_content)
         return True
 
 
@@ -158,7 +168,15 @@ class JobRunner:
             return [future.result() for future in futures], code
 
     def _run_job(self, job: Job) -> JobResult:
-        if not job.claim_folder():
+        try:
+            claimed = job.claim_folder()
+            output_log = ContainedFolder(job.folder.parent)
+            output_log.check([f"{job.folder.name}/{name}" for name in (_OUTPUT, "summary.json")])
+        except UnsafePath as error:
+            reason = f"{error.filename} {error.strerror}; remove it, or name another sweep.folder"
+            self._log(f"sweep: {job.name}: {NOT_RUN}: {reason}")
+            return JobResult(job, NOT_RUN, reason)
+        if not claimed:
             reason = f"{job.folder} holds a training with other settings; name another sweep.folder"
             self._log(f"sweep: {job.name}: {NOT_RUN}: {reason}")
             return JobResult(job, NOT_RUN, reason)
@@ -170,8 +188,9 @@ class JobRunner:
         if self._stop.is_set():
             return JobResult(job, NOT_RUN, "the sweep ended before")
         self._log(f"sweep: {job.name}: starts")
-        log_file, started = job.folder / "output.log", time.time()
-        with log_file.open("ab") as output:
+        log_file, started = job.folder / _OUTPUT, time.time()
+        descriptor = output_log.open(f"{job.folder.name}/{_OUTPUT}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with os.fdopen(descriptor, "ab") as output:
             log_start = output.tell()
             child = Child([*self._command, *job.arguments], output=output, environment=self._environment)
             result = self._wait_for(job, child)
@@ -205,10 +224,9 @@ class JobRunner:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return read_json(path, _MAX_JSON_BYTES)
     except (FileNotFoundError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _summary(job: Job) -> dict[str, Any]:
