@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import NoReturn
 
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
+from distrain.files.escaping import Lines
+from distrain.files.terminal import print_to_stderr, show
 from distrain.tools.testnet import network
 from distrain.tools.testnet.network import VirtualNetwork, host_name
 
@@ -65,7 +66,7 @@ def run(settings: NetworkSettings, command: Sequence[str]) -> int:
     """
     if settings.action == "down":
         removed = network.shut_down(settings.name)
-        print(f"ended: {', '.join(removed)}" if removed else "there is no such test network", flush=True)
+        show(f"ended: {', '.join(removed)}" if removed else "there is no such test network")
         return 0
     if settings.action == "on":
         _exec_on_host(settings, command)
@@ -157,12 +158,13 @@ def _signals_as_exceptions() -> Iterator[None]:
 
 
 def _wait_for_signal(net: VirtualNetwork) -> int:
-    print(
-        f"test network {net.name}: {', '.join(f'{host_name(host)} {net.address(host)}' for host in range(net.hosts))}\n"
-        f"run there: python launch/testnet.py on name={net.name} host=0 -- COMMAND\n"
+    hosts = ", ".join(f"{host_name(host)} {net.address(host)}" for host in range(net.hosts))
+    lines = [
+        f"test network {net.name}: {hosts}",
+        f"run there: python launch/testnet.py on name={net.name} host=0 -- COMMAND",
         "it ends with this process (Ctrl-C)",
-        flush=True,
-    )
+    ]
+    show(Lines.of(lines))
     while True:
         signal.pause()
 
@@ -196,7 +198,7 @@ def _run_on_all(net: VirtualNetwork, command: Sequence[str]) -> int:
     codes = [process.returncode for process in processes]
     for host, code in enumerate(codes):
         if code:
-            print(f"{host_name(host)} | ended with {_describe_exit(code)}", file=sys.stderr, flush=True)
+            print_to_stderr(f"{host_name(host)} | ended with {_describe_exit(code)}")
     failed = next((code for code in codes if code), 0)
     return 128 - failed if failed < 0 else failed
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from distrain.checkpoint.progress import Progress
 from distrain.config.schema import Config, TrainerConfig
 from distrain.files.contained_folder import ContainedFolder
+from distrain.files.escaping import escaped
 from distrain.files.terminal import FILE_ONLY, TERMINAL
 from distrain.files.writing import losing_on_disk_errors
 from distrain.runtime.runtime import Runtime
@@ -195,7 +196,7 @@ def _title(run: RunView) -> str:
 
 
 def _metrics(run: RunView, values: Mapping[str, float], prefix: str, digits: int) -> str:
-    return ", ".join(f"{name} {values[prefix + name]:.{digits}f}" for name in run.task.metrics)
+    return ", ".join(f"{escaped(name)} {values[prefix + name]:.{digits}f}" for name in run.task.metrics)
 
 
 def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.checkpoint.module_state import is_extra_state
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.data.batch import Batch
@@ -148,6 +149,8 @@ def refuse_nan(model: Mapping[str, Tensor], step: int) -> None:
         NonFinite: A tensor contains NaN; the message names the first one.
     """
     for name, tensor in model.items():
+        if is_extra_state(name):  # what it means is the module's own business
+            continue
         # The maximum of a tensor is NaN if any element is; unlike isnan() on the tensor, it allocates no copy.
         if tensor.is_floating_point() and tensor.numel() and bool(tensor.detach().amax().isnan()):
             raise NonFinite(f"{name} contains NaN after step {step}, which is not saved")

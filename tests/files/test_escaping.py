@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import distrain
 from distrain.cli import hydra_entry
 from distrain.errors import ConfigError
 from distrain.files.escaping import EscapingFormatter, Lines, escaped, format_error
@@ -48,8 +50,8 @@ def run_log(tmp_path: Path) -> Iterator[Callable[[], str]]:
     """A run's log, whose file a test reads."""
     logs = RankLogging()
     logs.start(0)
-    logs.add_file(tmp_path / "rank_0.log", 0)
-    yield lambda: (tmp_path / "rank_0.log").read_text(encoding="utf-8")
+    logs.add_file(tmp_path, 0)
+    yield lambda: (tmp_path / "logs" / "rank_0.log").read_text(encoding="utf-8")
     logs.stop()
 
 
@@ -162,3 +164,26 @@ def test_a_formatted_record_is_unchanged_for_other_handlers() -> None:
     assert EscapingFormatter("%(message)s").format(record) == "a\\nb"
     assert record.getMessage() == "a\nb"
     assert format_error(ValueError("x")) == "ValueError: x"
+
+
+#: Files that print in their own way, and why that can't carry what a stranger's file says.
+PRINTS_BY_ITSELF = {
+    "files/terminal.py": "the place where text is escaped",
+    "training/callbacks.py": "numbers, and names of metrics, which are escaped",
+    "cli/testnet.py": "the output of the user's command",
+    "cli/doctor.py": "lines for a shell",
+    "cli/hydra_entry.py": "the user's own YAML files",
+    "tools/testnet/relay.py": "one word for the process that started it",
+    "tools/testnet/enter.py": "the user's command",
+}
+
+
+def test_nothing_else_prints() -> None:
+    root = Path(distrain.__file__).parent
+    printing = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing == PRINTS_BY_ITSELF.keys()
