@@ -79,6 +79,10 @@ class HandOver:
     container: type | None
     tensors: tuple[ActivationSpec, ...]
 
+    def shapes_and_types(self) -> tuple[Any, ...]:
+        """What sender and receiver must agree on in evaluation too."""
+        return self.container, [(spec.shape, spec.dtype) for spec in self.tensors]
+
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
         """The value that these tensors make."""
         return tensors[0] if self.container is None else self.container(tensors)
@@ -115,7 +119,7 @@ class TracedBlock:
 
 
 def trace_blocks(model: nn.Sequential, example: Tensor, precision: Precision) -> list[TracedBlock]:
-    """Runs two samples through the model as in training, and leaves the model as it was.
+    """Runs two samples through the model, in training and in evaluation mode, and leaves the model as it was.
 
     Args:
         model: The whole model.
@@ -125,28 +129,48 @@ def trace_blocks(model: nn.Sequential, example: Tensor, precision: Precision) ->
     Raises:
         ConfigError: A block fails.
     """
-    shape = (2, *example.shape[1:])
+    traced = _run_blocks(model, example, precision, training=True)
+    evaluated = _run_blocks(model, example, precision, training=False)
+    return [_in_both_modes(*blocks) for blocks in zip(traced, evaluated, strict=True)]
+
+
+def _run_blocks(model: nn.Sequential, example: Tensor, precision: Precision, *, training: bool) -> list[TracedBlock]:
+    """As :func:`trace_blocks`, in one of the modes."""
+    # The same images on all ranks, as different ones as usual: zeros may be a special case for a block.
+    images = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
     channels_last = example.dim() == 4 and example.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last and not example.is_contiguous() else torch.contiguous_format
-    value: Any = torch.zeros(shape, dtype=example.dtype, device=example.device).contiguous(memory_format=layout)
+    value: Any = images.to(example.device, example.dtype, memory_format=layout)
     inputs: list[list[tuple[Tensor, int]]] = []
     outputs: list[tuple[str, HandOver | None, str]] = []
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), precision.autocast():
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training), precision.autocast():
         for name, block in named_blocks(model):
             tensors = [value] if isinstance(value, Tensor) else list(value) if isinstance(value, tuple | list) else []
             inputs.append([(item, item._version) for item in tensors if isinstance(item, Tensor)])
             with trial_copy(block) as trial:
                 try:
-                    value = trial(value)
+                    value = trial.train(training)(value)
                 except Exception as error:  # a user's forward may raise anything
                     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                    raise ConfigError("model", name, f"this block fails on two images ({reason})") from error
+                    mode = "" if training else " in evaluation mode"
+                    raise ConfigError("model", name, f"this block fails on two images{mode} ({reason})") from error
             outputs.append((name, *_hand_over(value)))
     changed = [any(tensor._version != version for tensor, version in block) for block in inputs]
     return [
         TracedBlock(name, changes_input, output, problem)
         for changes_input, (name, output, problem) in zip(changed, outputs, strict=True)
     ]
+
+
+def _in_both_modes(trained: TracedBlock, evaluated: TracedBlock) -> TracedBlock:
+    """What holds of a block in training and in evaluation."""
+    changes_input = trained.changes_input or evaluated.changes_input
+    output, problem = trained.output, trained.problem
+    if output is not None and (
+        evaluated.output is None or output.shapes_and_types() != evaluated.output.shapes_and_types()
+    ):
+        output, problem = None, "hands over other tensors in evaluation than in training"
+    return TracedBlock(trained.name, changes_input, output, problem)
 
 
 def _hand_over(value: Any) -> tuple[HandOver | None, str]:
@@ -178,7 +202,8 @@ def trial_copy(block: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _restored(block: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in block.modules()]
+    """Afterwards the block has its attributes and buffers as they were before, and its gradients."""
+    attributes = [(module, dict(vars(module))) for module in block.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in block.modules()
@@ -191,8 +216,9 @@ def _restored(block: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
         with torch.no_grad():
             for module, name, buffer, values in buffers:
                 module._buffers[name] = buffer.copy_(values)

@@ -13,6 +13,7 @@ from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
 from distrain.gradients.linear_partition import linear_partition
+from distrain.models.base import BlockSequence
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
 from distrain.strategies.pipeline.blocks import TracedBlock, named_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
@@ -35,9 +36,15 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
     if not isinstance(model, nn.Sequential):
         kind = type(model).__name__
         raise config_error("model", f"{kind} is no nn.Sequential, and a pipeline splits a model between its blocks")
-    if own := [name for name in model.state_dict() if "." not in name]:
-        kind = type(model).__name__
+    kind = type(model).__name__
+    if own := [name for name in (*model.state_dict(), *model._buffers, *model._parameters) if "." not in name]:
         raise config_error("model", f"{kind} holds {own[0]} itself, and a pipeline needs all state to be in its blocks")
+    # A pipeline calls the blocks, and never the model.
+    if "forward" in vars(model) or type(model).forward not in (nn.Sequential.forward, BlockSequence.forward):
+        problem = "has a forward of its own, and a pipeline runs the blocks one after another"
+        raise config_error("model", f"{kind} {problem}; move what it does into a block")
+    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+        raise config_error("model", f"{kind} has hooks, which a pipeline does not call; register them at a block")
     names = [name for name, _ in named_blocks(model)]
     if stages > len(names):
         raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks", names)

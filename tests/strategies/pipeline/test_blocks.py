@@ -82,6 +82,19 @@ class WithLock(nn.Module):
         return y
 
 
+class OfMode(nn.Module):
+    """Hands over a pair in training and a tensor in evaluation."""
+
+    def forward(self, x: Tensor) -> Any:
+        return (x, x) if self.training else x
+
+
+class OfModeTaker(nn.Module):
+    def forward(self, given: Any) -> Tensor:
+        first: Tensor = given[0] if isinstance(given, tuple) else given
+        return first
+
+
 def head(classes: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes)]
 
@@ -108,6 +121,7 @@ def model(in_channels: int, num_classes: int, kind: str) -> nn.Module:
         "tuple": [Two(in_channels), Between(), Sum(), nn.Tanh()],
         "list": [Two(in_channels, list), Between(), Between(), Sum()],
         "mask": [conv(in_channels), WithMask(), Masked(), conv()],
+        "other tensors in evaluation": [conv(in_channels), OfMode(), OfModeTaker(), conv()],
         "unused tensor": [Two(in_channels), UsesOne(), conv()],
         "one activation used twice": [conv(in_channels), shared, conv(), shared, conv(), shared],
         "views": [conv(in_channels), nn.Unflatten(1, (2, 4)), nn.Flatten(1, 2), nn.Identity(), conv()],
@@ -118,7 +132,7 @@ def model(in_channels: int, num_classes: int, kind: str) -> nn.Module:
 KINDS = (
     "in place", "in place after nothing", "frozen front", "frozen middle", "frozen front with in place",
     "old weight norm", "new weight norm", "lock", "tuple", "list", "mask", "unused tensor",
-    "one activation used twice", "views",
+    "other tensors in evaluation", "one activation used twice", "views",
 )  # fmt: skip
 
 
@@ -193,6 +207,60 @@ def test_tracing_finds_changed_inputs_and_leaves_the_model_as_it_was() -> None:
         assert all(torch.equal(tensor, state[name]) for name, tensor in block.state_dict().items())
         assert all(parameter.grad is None for parameter in block.parameters())
     assert torch.equal(torch.random.get_rng_state(), generator)
+
+
+def test_a_block_that_hands_over_other_tensors_in_evaluation_ends_no_stage() -> None:
+    traced = trace(OfMode(), OfModeTaker())
+    assert traced[0].problem == "hands over other tensors in evaluation than in training"
+    assert traced[1].output is not None
+
+
+def test_a_block_that_cant_be_copied_keeps_its_attributes() -> None:
+    class Counts(WithLock):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    block = Counts()
+    trace(nn.Conv2d(3, 8, 1), block)
+    assert block.calls == 0
+    assert block.training
+
+
+class OwnForward(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        """Twice what the blocks return."""
+        result: Tensor = 2 * super().forward(input)
+        return result
+
+
+class OwnBuffer(nn.Sequential):
+    """Its buffer is not in the ``state_dict()``."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+
+def hooked(*blocks: nn.Module) -> nn.Module:
+    model = nn.Sequential(*blocks)
+    model.register_forward_hook(lambda _, __, output: 2 * output)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (OwnForward, "OwnForward has a forward of its own, and a pipeline runs the blocks one after another"),
+        (OwnBuffer, "OwnBuffer holds scale itself"),
+        (hooked, "Sequential has hooks, which a pipeline does not call; register them at a block"),
+    ],
+)
+def test_what_a_model_does_besides_its_blocks_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split.check(make(nn.Linear(4, 4), nn.Linear(4, 2)), 2, [])
 
 
 def test_a_block_that_is_used_twice_is_there_twice_and_its_parameters_stay_in_one_stage() -> None:
