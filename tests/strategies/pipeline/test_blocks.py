@@ -95,6 +95,14 @@ class OfModeTaker(nn.Module):
         return first
 
 
+class ChangesImages(nn.Module):
+    """Writes into a part of the images that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, :1].mul_(0.5)
+        return x
+
+
 def head(classes: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes)]
 
@@ -122,6 +130,7 @@ def model(in_channels: int, num_classes: int, kind: str) -> nn.Module:
         "list": [Two(in_channels, list), Between(), Between(), Sum()],
         "mask": [conv(in_channels), WithMask(), Masked(), conv()],
         "other tensors in evaluation": [conv(in_channels), OfMode(), OfModeTaker(), conv()],
+        "changed images": [ChangesImages(), conv(in_channels), nn.Tanh()],
         "unused tensor": [Two(in_channels), UsesOne(), conv()],
         "one activation used twice": [conv(in_channels), shared, conv(), shared, conv(), shared],
         "views": [conv(in_channels), nn.Unflatten(1, (2, 4)), nn.Flatten(1, 2), nn.Identity(), conv()],
@@ -132,7 +141,7 @@ def model(in_channels: int, num_classes: int, kind: str) -> nn.Module:
 KINDS = (
     "in place", "in place after nothing", "frozen front", "frozen middle", "frozen front with in place",
     "old weight norm", "new weight norm", "lock", "tuple", "list", "mask", "unused tensor",
-    "other tensors in evaluation", "one activation used twice", "views",
+    "other tensors in evaluation", "changed images", "one activation used twice", "views",
 )  # fmt: skip
 
 
@@ -232,7 +241,7 @@ def test_a_block_that_cant_be_copied_keeps_its_attributes() -> None:
 class OwnForward(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """Twice what the blocks return."""
-        result: Tensor = 2 * super().forward(input)
+        result: Tensor = 2 * super().forward(input)  # type: ignore[no-untyped-call]
         return result
 
 
