@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distrain.config.registry import choice, locate, register
@@ -22,6 +25,9 @@ class CustomConfig(ModelConfig):
 
     kwargs: dict[str, Any] = setting("Arguments for the target, besides those that the data set determines.")
 
+
+#: Where lines of code are that a user can't change.
+_NOT_USERS = (torch.__path__[0], str(Path(__file__).parent), "<")
 
 # The target is only a placeholder: `custom` builds what `_target_` names.
 register("model", "custom", CustomConfig)(nn.Module)
@@ -107,4 +113,11 @@ def _call(path: str, target: Callable[..., Any], optional: Mapping[str, Any], re
     except ConfigError:
         raise
     except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError("model._target_", path, f"fails to build ({type(error).__name__}: {error})") from error
+        raise ConfigError("model._target_", path, f"fails to build {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """An error's type and message in brackets, and the line outside of torch and distrain that raised it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_USERS)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"({type(error).__name__}: {error}){where}"

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -21,7 +20,7 @@ from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit
-from distrain.models.build import instantiate_model
+from distrain.models.build import described, instantiate_model
 from distrain.runtime.device import RandomState, seed_everything
 
 log = logging.getLogger(__name__)
@@ -258,7 +257,7 @@ class ModelTrial:
             with self._autocast(), torch.device(self._device):
                 output: Any = self._model(images)
         except Exception as error:  # a user's forward may raise anything
-            raise _Refused(f"fails on images {shape}{mode} ({_described(error)})") from error
+            raise _Refused(f"fails on images {shape}{mode} {described(error)}") from error
         expected = [len(images), self._num_classes]
         actual = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         if actual != expected:
@@ -275,7 +274,7 @@ class ModelTrial:
         try:
             logits.float().square().mean().backward()
         except Exception as error:  # a user's autograd function may raise anything
-            self._refuse(f"fails in the backward pass ({_described(error)})", error)
+            self._refuse(f"fails in the backward pass {described(error)}", error)
 
     def _refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
         raise ConfigError("model._target_", self._config._target_, problem) from cause
@@ -388,14 +387,3 @@ def _nonfinite(logits: Tensor) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
-
-
-def _described(error: BaseException) -> str:
-    """An error's type and message, and the line outside of torch that raised it."""
-    text = f"{type(error).__name__}: {error}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours_or_torchs(frame.filename)]
-    return f"{text}, at {frames[-1].filename}:{frames[-1].lineno}" if frames else text
-
-
-def _is_ours_or_torchs(file: str) -> bool:
-    return file == __file__ or file.startswith((torch.__path__[0], "<"))
