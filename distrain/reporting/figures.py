@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -15,16 +16,53 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: A confusion matrix of more classes has no class names and no numbers.
-_MAX_LABELLED_CLASSES = 30
+_MAX_LABELLED_CLASSES = 50
+#: Of more classes than this, names and numbers are smaller.
+_MAX_CLASSES_IN_FULL_SIZE = 20
+#: Longer names are shortened: in the confusion matrix, and above an image, which is narrow.
+_LONGEST_LABEL, _LONGEST_CAPTION = 24, 15
+#: Fonts that are tried, in order, for letters that matplotlib's own font lacks, such as Chinese ones.
+_FONTS = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "SimHei", "Arial Unicode MS",
+)  # fmt: skip
 #: Images in a row of the grid.
 _COLUMNS = 8
 #: Side of each image's square cell, and height of the caption above it, in inches.
 _CELL, _TITLE = 1.3, 0.3
 
 
-def _label(name: str) -> str:
-    """A class name as matplotlib shows it, which would read ``$…$`` as a formula and fail at a wrong one."""
-    return escaped(name).replace("$", r"\$")
+def _labels(classes: Sequence[str], longest: int) -> list[str]:
+    """Class names as matplotlib shows them, which would read ``$…$`` as a formula and fail at a wrong one.
+
+    A name with letters that no font here has is replaced by the class's number.
+    """
+    letters = _drawable_letters() if not all(name.isascii() for name in classes) else None
+    labels = []
+    for number, name in enumerate(classes):
+        label = escaped(name)
+        if letters is not None and not letters.issuperset(map(ord, label)):
+            label = f"class {number}"
+        label = label if len(label) <= longest else f"{label[: longest - 1]}…"
+        labels.append(label.replace("$", r"\$"))
+    return labels
+
+
+@functools.cache
+def _available_fonts() -> list[str]:
+    from matplotlib import font_manager
+
+    available = {entry.name for entry in font_manager.fontManager.ttflist}
+    return [name for name in _FONTS if name in available]
+
+
+@functools.cache
+def _drawable_letters() -> frozenset[int]:
+    """Code points for which a font is available."""
+    from matplotlib import font_manager, ft2font
+
+    paths = [font_manager.findfont(name) for name in _available_fonts()]
+    return frozenset(letter for path in paths for letter in ft2font.FT2Font(path).get_charmap())
 
 
 def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
@@ -36,7 +74,6 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
         confusion: int64 ``[classes, classes]`` counts.
         classes: Class names.
     """
-    classes = list(map(_label, classes))
     figure = _figure(max(4.0, min(12.0, 1.8 + 0.55 * len(classes))))
     axes = figure.subplots()
     counts = confusion.numpy()
@@ -45,12 +82,16 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= _MAX_LABELLED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        fonts, size = _available_fonts(), 9 if len(classes) <= _MAX_CLASSES_IN_FULL_SIZE else 6
+        labels, places = _labels(classes, _LONGEST_LABEL), range(len(classes))
+        axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor", family=fonts, fontsize=size)
+        axes.set_yticks(places, labels, family=fonts, fontsize=size)
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
                 colour = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+                axes.text(
+                    column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=size - 1
+                )
     return figure
 
 
@@ -63,7 +104,7 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
         predicted: Predicted classes, int64 ``[N]``.
         classes: Class names.
     """
-    classes = list(map(_label, classes))
+    labels_of_classes = _labels(classes, _LONGEST_CAPTION)
     columns = min(_COLUMNS, max(1, len(images)))
     rows = -(-len(images) // columns)
     figure = _figure(_CELL * columns, (_CELL + _TITLE) * rows, layout=None)
@@ -78,9 +119,19 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
         pixels = image.permute(1, 2, 0) if len(image) == 3 else image[0]
         extent = (x - half_width, x + half_width, y + half_height, y - half_height)
         axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
-        caption = classes[guess] if label == guess else f"{classes[guess]}\n(is {classes[label]})"
+        caption = labels_of_classes[guess]
+        caption += "" if label == guess else f"\n(is {labels_of_classes[label]})"
         colour = "green" if label == guess else "red"
-        axes.text(x, y - half_height - 0.05, caption, fontsize=8, color=colour, ha="center", va="bottom")
+        axes.text(
+            x,
+            y - half_height - 0.05,
+            caption,
+            fontsize=8,
+            color=colour,
+            ha="center",
+            va="bottom",
+            family=_available_fonts(),
+        )
     axes.set_xlim(0, columns * _CELL)
     axes.set_ylim(rows * (_CELL + _TITLE), 0)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,12 +248,31 @@ class Report:
         score = self._task.metrics[0]
         numbers = ("train_loss", f"val_{score}", f"test_{score}", "test_loss", "images_per_second")
         final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
-        self.logger.hyperparameters(hyperparameters(self._config), final)
+        self.logger.hyperparameters(hyperparameters(self._config, sys.argv), final)
 
 
-def hyperparameters(config: Config) -> dict[str, Any]:
-    """The keys that affect what is trained, dotted, with their values."""
-    values = flatten(to_container(config))
+#: Hyper-parameters that are shown of every run, besides those that its user chose.
+_ALWAYS_SHOWN = frozenset(
+    {"data.batch_size", "optimizer.lr", "trainer.epochs", "seed"}
+    | {f"{group}.name" for group in ("data", "model", "strategy", "compression", "optimizer", "loss", "scheduler")}
+)
+
+
+def hyperparameters(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
+    """The main keys, and those of the command line that affect what is trained, dotted, with their values.
+
+    Args:
+        config: The run's configuration.
+        arguments: The command line, as in ``sys.argv``.
+    """
+    typed = {argument.partition("=")[0].lstrip("+~") for argument in arguments[1:] if "=" in argument}
+
+    def is_chosen(key: str) -> bool:
+        parts = key.split(".")
+        # A group's name, as in model=resnet18, chooses no single key.
+        return key in _ALWAYS_SHOWN or any(".".join(parts[:count]) in typed for count in range(2, len(parts) + 1))
+
+    values = {key: value for key, value in flatten(to_container(config)).items() if is_chosen(key)}
     return {key: value for key, value in values.items() if not affected_by(config, key) & {"execution", "identity"}}
 
 

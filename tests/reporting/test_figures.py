@@ -39,12 +39,16 @@ def test_the_confusion_matrix_counts_true_classes_by_row() -> None:
         ("$x^$", r"\$x^\$"),
         ("a\x1b[2J\nb", r"a\x1b[2J\nb"),
         ("\udcff", r"\udcff"),
-        ("猫", "猫"),
+        ("猫", "class 0"),
+        ("Äffchen", "Äffchen"),
         ("$\\frac{$", r"\$\frac{\$"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_a_class_name_is_text_and_no_formula(name: str, shown: str) -> None:
+def test_a_class_name_is_text_and_no_formula(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a machine without a Chinese font.
+    monkeypatch.setattr(figures, "_FONTS", ("DejaVu Sans",))
+    figures._available_fonts.cache_clear()
+    figures._drawable_letters.cache_clear()
     matrix = figures.confusion_matrix(torch.eye(2, dtype=torch.int64), (name, "dog"))
     images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
     grid = figures.predictions(images, torch.tensor([0, 0]), torch.tensor([0, 1]), (name, "dog"))
@@ -52,6 +56,19 @@ def test_a_class_name_is_text_and_no_formula(name: str, shown: str) -> None:
     assert texts(grid) == [shown, f"dog\n(is {shown})"]
     for figure in (matrix, grid):
         figure.canvas.draw()
+
+
+def test_long_names_are_shortened_and_no_two_texts_overlap() -> None:
+    names = [f"a rather long name of a class {number}" for number in range(10)]
+    matrix = figures.confusion_matrix(torch.eye(10, dtype=torch.int64), names)
+    labels = torch.arange(10)
+    grid = figures.predictions(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), labels, labels.roll(1), names)
+    assert matrix.axes[0].get_yticklabels()[0].get_text() == "a rather long name of a…"
+    assert texts(grid)[0] == "a rather long …\n(is a rather long …)"
+    grid.canvas.draw()
+    boxes = [text.get_window_extent() for text in grid.axes[0].texts]
+    for position, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:position])
 
 
 def test_a_confusion_matrix_of_many_classes_has_no_text() -> None:
