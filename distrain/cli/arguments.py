@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from distrain.config.key_search import schema_fields
+from distrain.config.quoting import in_quotes
 from distrain.errors import ConfigError, config_error
 
 #: ``key=value``, also with the + or ++ that adds a key.
@@ -27,7 +28,7 @@ _NO_TEXT = re.compile(r"[+-]?\d[\d_]*|[+-]?[\d_]*\.?[\d_]*(e[+-]?[\d_]+)?|nan|[+
 
 def quoted(key: str, value: str) -> str:
     """The argument to type in a shell so that a key gets exactly this text."""
-    return shlex.quote(f"{key}={_in_quotes(value)}")
+    return shlex.quote(f"{key}={in_quotes(value)}")
 
 
 def quote_home_folders(arguments: Iterable[str]) -> list[str]:
@@ -39,7 +40,7 @@ def quote_home_folders(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         setting = _SETTING.fullmatch(argument)
         if setting is not None and _HOME.fullmatch(setting["value"]):
-            argument = f"{setting['key']}={_in_quotes(setting['value'])}"
+            argument = f"{setting['key']}={in_quotes(setting['value'])}"
         result.append(argument)
     return result
 
@@ -62,7 +63,7 @@ def unparsable(argument: str, arguments: Sequence[str]) -> ConfigError:
         return config_error(f"argument '{argument}'", problem)
     problem += ", or a bracket or quote is open"
     key, value = setting["key"], setting["value"]
-    for suggestion in (_quoted_list(key, value), f"{key}={_in_quotes(value)}"):
+    for suggestion in (_quoted_list(key, value), f"{key}={in_quotes(value)}"):
         if suggestion and _parses(suggestion):
             problem += f"; if it is text, type {shlex.quote(suggestion)}"
             break
@@ -94,18 +95,11 @@ def path_keys(schema: type[Any]) -> list[str]:
     return [name for name, spec in schema_fields(schema) if spec.metadata.get("path") and spec.type != "Any"]
 
 
-def _in_quotes(text: str) -> str:
-    """Text as a quoted value of Hydra's grammar."""
-    # Backslashes count only before a quote, so at the end too.
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
-    return f'"{escaped}"'
-
-
 def _quoted_list(key: str, value: str) -> str:
     """The list with quotes around each of its elements; empty for anything else."""
     if not (value.startswith("[") and value.endswith("]")):
         return ""
-    return f"{key}=[{','.join(_in_quotes(element.strip()) for element in value[1:-1].split(','))}]"
+    return f"{key}=[{','.join(in_quotes(element.strip()) for element in value[1:-1].split(','))}]"
 
 
 def _parses(argument: str) -> bool:

@@ -29,7 +29,7 @@ from distrain.health.failure_report import Failure, FailureReporter, first_line
 from distrain.health.judge import Limits
 from distrain.health.members import WatchIdentity, register
 from distrain.health.watch import Watch
-from distrain.runtime import bind_address, launcher, rendezvous
+from distrain.runtime import bind_address, launcher, rendezvous, resuming
 from distrain.runtime.config_comparison import require_same_configuration
 from distrain.runtime.device import choose_backend, choose_device, choose_threads, seed_everything
 from distrain.runtime.malloc import retain_freed_memory
@@ -114,6 +114,8 @@ class Runtime:
         self.final_barrier: Callable[[], None] = lambda: self.communicator().barrier()
         self.lost_ranks: set[int] = set()
         self.start_time = time.monotonic()
+        # Now, since the launcher may have ended when it is needed.
+        self._launcher_command = resuming.command_of(os.getppid()) if launcher.is_torchrun() else []
 
     # --- set-up and tear-down ----------------------------------------------------------------------------------------
 
@@ -346,6 +348,11 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes the files that exist once per run."""
         return self.world.rank == 0
+
+    def how_to_resume(self) -> str:
+        """What a user must type so that this run goes on, for a message."""
+        own, arguments = resuming.own_command()
+        return resuming.how_to_resume(self.run_dir, own, self._launcher_command, arguments, os.environ)
 
     # --- failures ----------------------------------------------------------------------------------------------------
 

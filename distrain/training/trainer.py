@@ -228,7 +228,7 @@ class Trainer:
         step = self.progress.step
         if self.runtime.is_main:
             consensus.write_stop_file(self.runtime.run_dir, reason, step, EXIT_STOPPED)
-            log.info("stopped by %s at step %d, saved; start the same command again to go on", reason, step)
+            log.info("stopped by %s at step %d, saved; %s", reason, step, self.runtime.how_to_resume())
         raise Stopped(reason, step)
 
     def _finish(self, finished_summary: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -254,7 +255,8 @@ def test_run_stopped_by_sigterm_to_torchrun_resumes_bit_for_bit(tmp_path: Path) 
     step = stopped["step"]
     assert stopped == {"reason": "SIGTERM", "step": step, "exit_code": 75}
     assert step > 0
-    assert f"stopped by SIGTERM at step {step}, saved; start the same command again to go on" in printed
+    (line,) = re.findall(f"stopped by SIGTERM at step {step}, saved; to go on: (.*)", printed)
+    assert shlex.split(line)[-len(arguments(run)) :] == list(arguments(run))
     assert not run.joinpath("failure.json").exists()
     assert not run.joinpath("summary.json").exists()
     limit = f"trainer.max_steps={step + 5}"
@@ -269,7 +271,21 @@ def test_run_stopped_by_sigterm_to_torchrun_resumes_bit_for_bit(tmp_path: Path) 
         assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
 
-def test_stopped_run_exits_with_75(tmp_path: Path) -> None:
-    ended = start(tmp_path, 1, *SMALL, f"run_dir={tmp_path / 'run'}", "logger=none", "trainer.max_minutes=1e-9")
+def test_stopped_run_exits_with_75_and_goes_on_with_the_command_that_it_prints(tmp_path: Path) -> None:
+    ended = start(tmp_path, 1, *SMALL, "logger=none", "trainer.max_minutes=1e-9")
     assert ended.code == EXIT_STOPPED == 75
-    assert ended.err.splitlines()[-1].startswith("stopped by trainer.max_minutes at step 1, saved")
+    line = ended.err.splitlines()[-1]
+    assert line.startswith("stopped by trainer.max_minutes at step 1, saved; to go on: ")
+    again = subprocess.run(
+        line.partition("to go on: ")[2],
+        shell=True,
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
+    )
+    assert again.returncode == EXIT_STOPPED
+    assert again.stderr.splitlines()[-1].startswith("stopped by trainer.max_minutes at step 2, saved; to go on: ")
+    assert len(list(tmp_path.glob("outputs/*/*"))) == 1
