@@ -35,7 +35,7 @@ test-net: $(VENV)/.stamp-test ## Run jobs under torchrun on several hosts of a t
 test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on this machine (needs slurm-wlm and munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
-test-soak: $(VENV)/.stamp-test ## Train hundreds of times, for faults that few runs show (an hour on two cores)
+test-soak: $(VENV)/.stamp-test ## Train hundreds of times, for faults that few runs show (an hour and a half on two cores)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 test-image: ## Build the image without a daemon and train in it (needs root, buildah and debootstrap)

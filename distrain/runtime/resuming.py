@@ -41,8 +41,8 @@ def how_to_resume(
     if "TORCHELASTIC_RUN_ID" in environment:
         if list(parent[-arguments:]) != list(own[-arguments:]):
             return _same_again(place, given=given)
-        one_host = environment.get("GROUP_WORLD_SIZE", "1") == "1"
-        return f"to go on{'' if one_host else ', on every host with its own options'}: {shlex.join([*_short(parent[:-arguments]), *command])}"
+        hosts = "" if environment.get("GROUP_WORLD_SIZE", "1") == "1" else ", on every host with its own options"
+        return f"to go on{hosts}: {shlex.join([*_short(parent[:-arguments]), *command])}"
     if environment.get("WORLD_SIZE", "1") != "1":
         return _same_again(place, given=given)
     return f"to go on: {shlex.join([*own[:-arguments], *command])}"
