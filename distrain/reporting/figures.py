@@ -43,7 +43,10 @@ def _labels(classes: Sequence[str], longest: int) -> list[str]:
         label = escaped(name)
         if letters is not None and not letters.issuperset(map(ord, label)):
             label = f"class {number}"
-        label = label if len(label) <= longest else f"{label[: longest - 1]}…"
+        if len(label) > longest:
+            # In the middle, since long names often differ at their ends.
+            end = (longest - 1) // 2
+            label = f"{label[: longest - 1 - end]}…{label[-end:]}"
         labels.append(label.replace("$", r"\$"))
     return labels
 

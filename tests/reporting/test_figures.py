@@ -63,8 +63,8 @@ def test_long_names_are_shortened_and_no_two_texts_overlap() -> None:
     matrix = figures.confusion_matrix(torch.eye(10, dtype=torch.int64), names)
     labels = torch.arange(10)
     grid = figures.predictions(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), labels, labels.roll(1), names)
-    assert matrix.axes[0].get_yticklabels()[0].get_text() == "a rather long name of a…"
-    assert texts(grid)[0] == "a rather long …\n(is a rather long …)"
+    assert matrix.axes[0].get_yticklabels()[0].get_text() == "a rather lon…f a class 0"
+    assert texts(grid)[0] == "a rathe…class 9\n(is a rathe…class 0)"
     grid.canvas.draw()
     boxes = [text.get_window_extent() for text in grid.axes[0].texts]
     for position, box in enumerate(boxes):
