@@ -141,7 +141,7 @@ def no_metric(metric: str, results: Sequence[JobResult]) -> str:
     first = results[0]
     scores = [name for name in first.summary if name.startswith(("val_", "test_", "train_"))]
     numbers = [name for name in scores if table.summary_number(first, name) is not None]
-    why = " (there is no validation split with data.val_fraction=0)" if metric.startswith("val_") else ""
+    why = " (no validation without an epoch's end, or with data.val_fraction=0)" if metric.startswith("val_") else ""
     names = ", ".join(result.job.name for result in results)
     return str(
         ConfigError(

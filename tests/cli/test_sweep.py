@@ -45,8 +45,9 @@ def test_jobs_without_the_number_that_ranks_them_are_named() -> None:
     job = Job("0_sgd", {}, (), Path("there"))
     result = JobResult(job, DONE, summary={"val_accuracy": None, "test_accuracy": 0.5, "test_loss": 1.5, "steps": 3})
     assert sweep.no_metric("val_accuracy", [result, result]) == (
-        "sweep.metric=val_accuracy: is no number in the summary.json of 0_sgd, 0_sgd (there is no validation split "
-        "with data.val_fraction=0), so the sweep fails; choices: test_accuracy, test_loss (did you mean test_accuracy?)"
+        "sweep.metric=val_accuracy: is no number in the summary.json of 0_sgd, 0_sgd "
+        "(no validation without an epoch's end, or with data.val_fraction=0), so the sweep fails; "
+        "choices: test_accuracy, test_loss (did you mean test_accuracy?)"
     )
 
 
