@@ -24,7 +24,7 @@ from distrain.checkpoint.format import (
     step_of,
 )
 from distrain.checkpoint.state_schema import read_state
-from distrain.files.untrusted import read_json
+from distrain.files import untrusted
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +118,14 @@ def _compare_with_manifest(path: Path) -> set[str]:
         return _compare_files(path)
     except OSError as error:
         raise DamagedCheckpoint(f"{error.filename or path} can't be read ({error.strerror or error})") from error
+    except untrusted.UnreadableFile as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
 
 
 def _compare_files(path: Path) -> set[str]:
     manifest_path = path / "manifest.json"
     try:
-        manifest = read_json(manifest_path, MAX_JSON_BYTES)
+        manifest = untrusted.read_json(manifest_path, MAX_JSON_BYTES)
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{manifest_path} is missing") from None
@@ -224,7 +226,7 @@ def _check_size(file: Path) -> None:
         if found.st_size > MAX_JSON_BYTES:
             raise DamagedCheckpoint(f"{file} has {found.st_size} bytes, and no run writes more than {MAX_JSON_BYTES}")
         return
-    with file.open("rb") as opened:
+    with untrusted.open_regular(file) as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(length, MAX_JSON_BYTES))
     if length > MAX_JSON_BYTES or header.count(b'"data_offsets"') > _MAX_TENSORS:
@@ -233,7 +235,7 @@ def _check_size(file: Path) -> None:
 
 def _sha256(path: Path) -> str:
     total = hashlib.sha256()
-    with path.open("rb") as file:
+    with untrusted.open_regular(path) as file:
         while chunk := file.read(1 << 20):
             total.update(chunk)
     return total.hexdigest()

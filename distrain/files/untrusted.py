@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class UnreadableFile(ValueError):
     """A file does not hold what it should; the message names the file and the reason in one line."""
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a regular file for reading, whatever may be put in its place meanwhile.
+
+    Raises:
+        UnreadableFile: It is not a regular file: reading a pipe, say, would never end.
+        OSError: It can't be opened.
+    """
+    # Looked at first, since opening some devices has effects, and again when it is open.
+    if path.exists() and not path.is_file():
+        raise UnreadableFile(f"{path.name} is not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UnreadableFile(f"{path.name} is not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def read_text(path: Path, max_bytes: int) -> str:
@@ -24,10 +46,8 @@ def read_text(path: Path, max_bytes: int) -> str:
     """
     if not path.exists():
         raise FileNotFoundError(path)
-    if not path.is_file():
-        raise UnreadableFile(f"{path.name} is not a regular file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(max_bytes + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ from distrain.checkpoint import retention as checkpoint_retention
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.files import untrusted
 from tests.checkpoint.helpers import FILES, PARTS, part_of, progress, rewrite, save_steps, state
 
 
@@ -246,11 +247,11 @@ def test_older_checkpoint_is_used_if_the_disk_fails(
     tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch, name: str, call: str, code: int
 ) -> None:
     older, newer = save_steps(tmp_path, 40, 41)
-    real_open, real_stat = Path.open, Path.stat
+    real_open, real_stat = untrusted.open_regular, Path.stat
 
-    def failing_open(path: Path, *arguments: Any, **options: Any) -> Any:
+    def failing_open(path: Path) -> Any:
         if path != newer / name:
-            return real_open(path, *arguments, **options)
+            return real_open(path)
         if call == "open":
             raise OSError(code, os.strerror(code), str(path))
         file = FailingFile(path)
@@ -264,7 +265,7 @@ def test_older_checkpoint_is_used_if_the_disk_fails(
 
     monkeypatch.setattr(Path, "stat", failing_stat)
     if call != "stat":
-        monkeypatch.setattr(Path, "open", failing_open)
+        monkeypatch.setattr(untrusted, "open_regular", failing_open)
     assert checkpoint_reader.newest_valid(tmp_path) == older
     assert len(warnings) == 1
     assert str(newer) in warnings[0]
@@ -277,10 +278,10 @@ def test_complete_folder_that_the_disk_does_not_give_is_not_removed(
     left = saved.rename(saved.with_name(".step_00000040.host.1"))
     os.utime(left, (0, 0))
 
-    def failing_open(path: Path, *_: Any, **__: Any) -> Any:
+    def failing_open(path: Path) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(Path, "open", failing_open)
+    monkeypatch.setattr(untrusted, "open_regular", failing_open)
     checkpoint_retention.remove_leftovers(saved.parent)
     assert "Input/output error" in warnings[0]
     assert (left / "model.safetensors").exists()

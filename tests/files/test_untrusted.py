@@ -35,13 +35,16 @@ def test_content_other_than_a_json_object_is_refused_by_name(tmp_path: Path, con
         read_json(tmp_path / "a.json", 1_000_000)
 
 
-def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("pipe", "folder", "endless"):
         with pytest.raises(UnreadableFile, match=f"^{name} is not a regular file"):
             read_text(tmp_path / name, 10)
+    monkeypatch.setattr(Path, "is_file", lambda _path: True)  # as if it had been put there after the look
+    with pytest.raises(UnreadableFile, match=r"^pipe is not a regular file"):
+        read_text(tmp_path / "pipe", 10)
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name in ("nothing", "broken"):
         with pytest.raises(FileNotFoundError):
