@@ -11,12 +11,14 @@ import copy
 import errno
 import functools
 import io
+import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +27,14 @@ from distrain.cli import app, run_folder
 from distrain.config.schema import Config
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped
 from distrain.reporting.loggers import TensorBoardLogger
-from distrain.training import checkpointing
+from distrain.runtime.run_owner import RunOwner
+from distrain.tasks.base import Evaluation
+from distrain.training import callbacks, checkpointing
+from distrain.training.callbacks import Callback
+from distrain.training.report import Report
+from distrain.training.trainer import Trainer
 from tests.faulty_disk import Call, FaultyDisk
+from tests.harness import run_ranks
 from tests.runs import small
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EROFS, errno.EDQUOT)
@@ -177,3 +185,249 @@ def test_each_call_on_the_run_folder_may_fail_once(
             name = errno.errorcode[ERRORS[count % len(ERRORS)]]
             table.append(f"call {number} ({', '.join(map(str, faulty.failed))}: {name}): {problems}\n{said[-1500:]}")
     assert not table, "\n".join([f"{len(table)} faults are not handled:", *table])
+
+
+# --- a disk that stays full, and one that recovers -------------------------------------------------------------------
+
+WRITES = ("open", "write", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "close", "truncate")
+
+
+def from_until(first: float, last: float, code: int, total: int) -> Callable[[int, Call], int]:
+    """Lets everything that writes fail between two shares of a run's calls."""
+    low, high = first * total, last * total
+    return lambda index, call: code if low <= index < high and call.operation in WRITES else 0
+
+
+@pytest.mark.parametrize("code", ERRORS, ids=lambda code: errno.errorcode[code])
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(0.0, 9.0, EXIT_REFUSED), (0.3, 9.0, EXIT_FAILED), (0.3, 0.6, 0), (0.2, 0.25, 0)],
+    ids=["always", "to the end", "for a while", "for a moment"],
+)
+def test_a_disk_that_stays_full_ends_a_run_in_one_line_and_one_that_recovers_does_not(
+    first: float, last: float, expected: int, code: int, tmp_path: Path, finished: Path
+) -> None:
+    folder = tmp_path / "run"
+    with FaultyDisk(folder) as disk:
+        assert start(folder)[0] == 0
+    shutil.rmtree(folder)
+    with FaultyDisk(folder, from_until(first, last, code, len(disk.calls))) as faulty:
+        ended, said = start(folder)
+    assert faulty.failed
+    assert (ended, problems_of(folder, finished, False, ended, said)) == (expected, []), said
+    if expected == 0:
+        # What was logged while the disk failed is there too.
+        assert steps_of_rows(folder) == [1, 2, 3, 3]
+        assert "step_00000002" in (folder / "logs" / "rank_0.log").read_text() or "NOT SAVED" in said
+
+
+def steps_of_rows(folder: Path) -> list[int]:
+    """Steps of the rows of ``metrics.jsonl``."""
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_full_disk_after_the_last_save_costs_only_reports(tmp_path: Path, finished: Path) -> None:
+    folder = tmp_path / "run"
+
+    published = f"rename checkpoints/.{Path(LAST).name}"
+
+    def is_full(_: int, call: Call) -> int:
+        is_saved = any(str(earlier).startswith(published) for earlier in disk.calls)
+        return errno.ENOSPC if is_saved and call.operation in ("open", "write") else 0
+
+    with FaultyDisk(folder, is_full) as disk:
+        code, said = start(folder)
+    assert disk.failed
+    assert (code, problems_of_success(folder, finished)) == (0, [])
+    assert not (folder / "summary.json").exists()
+    assert said.count("summary.json can't be written") == 1
+    assert said.count("can't write its log") == 1
+    assert "Traceback" not in said
+
+
+def _fail_on_one_rank(folder: Path, faulty_rank: int, number: int, code: int) -> tuple[int, str, int]:
+    """What a rank of two does whose calls on the folder fail, one of them."""
+    checkpointing._LAST_SAVES = (0, 0, 0, 0)
+    rank = int(os.environ["RANK"])
+    with FaultyDisk(folder, once(number if rank == faulty_rank else -1, code)) as disk:
+        code, said = start(folder, 3, "strategy=ddp", "logger=none")
+    return code, said, len(disk.failed)
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, 40), (0, 160), (1, 12), (1, 30)])
+def test_a_fault_on_one_of_two_ranks(rank: int, number: int, tmp_path: Path) -> None:
+    endings = run_ranks(_fail_on_one_rank, 2, tmp_path / "run", rank, number, errno.EIO)
+    codes = {code for code, _, _ in endings}
+    assert len(codes) == 1
+    assert codes <= {0, EXIT_FAILED, EXIT_REFUSED}
+    assert endings[rank][2] == 1
+    assert all("Traceback" not in said for _, said, _ in endings)
+    again = run_ranks(_fail_on_one_rank, 2, tmp_path / "run", rank, -1, 0)
+    assert [code for code, _, _ in again] == [0, 0]
+    assert checkpoint_reader.newest_valid(tmp_path / "run" / "checkpoints") == tmp_path / "run" / LAST
+
+
+# --- a folder that is removed, replaced or taken ---------------------------------------------------------------------
+
+
+class AtStep(Callback):
+    """Does something after a step, once."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self._step, self._action = step, action
+
+    def on_step_end(self, run: Any) -> None:
+        if run.progress.step == self._step:
+            self._action()
+
+
+Plan = Callable[[int, Callable[[], object]], None]
+
+
+@pytest.fixture
+def plan_action(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Plans what happens after a step of the next run."""
+
+    def plan(step: int, action: Callable[[], object]) -> None:
+        monkeypatch.setattr(callbacks, "default_callbacks", lambda *_, **__: [AtStep(step, action)])
+
+    return plan
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def make_anew(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["", "background"])
+@pytest.mark.parametrize(
+    "remove",
+    [
+        shutil.rmtree,
+        empty,
+        lambda folder: shutil.rmtree(folder.parent),
+        lambda folder: folder.rename(folder.with_name("moved")),
+        lambda folder: shutil.rmtree(folder / "checkpoints"),
+        lambda folder: shutil.rmtree(folder / "logs"),
+        lambda folder: (folder / "config.yaml").unlink(),
+        lambda folder: (folder / "metrics.jsonl").unlink(),
+        make_anew,
+    ],
+    ids=["removed", "emptied", "parent", "moved", "checkpoints", "logs", "config", "metrics", "made anew"],
+)
+def test_a_folder_that_is_removed_is_written_anew(
+    remove: Callable[[Path], object], background: bool, tmp_path: Path, finished: Path, plan_action: Plan
+) -> None:
+    folder = tmp_path / "parent" / "run"
+    plan_action(2, lambda: remove(folder))
+    code, said = start(folder, 3, f"checkpoint.background={str(background).lower()}")
+    assert (code, problems_of_success(folder, finished)) == (0, []), said
+    assert steps_of_rows(folder) == [1, 2, 3, 3]
+    assert "run folder: " in (folder / "logs" / "rank_0.log").read_text()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+    assert [path.name for path in folder.rglob(".*")] == []
+
+
+def test_a_folder_that_is_removed_after_the_last_step_is_written_anew(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    evaluate = Trainer.evaluate
+
+    def remove_and_evaluate(self: Trainer, split: str, watch: Sequence[int] = ()) -> Evaluation:
+        if split == "test":
+            shutil.rmtree(folder)
+        return evaluate(self, split, watch)
+
+    monkeypatch.setattr(Trainer, "evaluate", remove_and_evaluate)
+    code, said = start(folder)
+    assert (code, problems_of_success(folder, finished)) == (0, []), said
+    assert "THE RUN FOLDER WAS REMOVED" in said
+
+
+def test_a_folder_that_is_removed_after_the_summary_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(Report, "write", lambda *_: shutil.rmtree(folder))
+    code, said = start(folder)
+    assert code == EXIT_FAILED
+    assert said.splitlines()[-1].endswith(f"the run folder {folder} was removed after the last step was saved")
+
+
+def test_another_folder_in_its_place_is_left_alone(tmp_path: Path, finished: Path, plan_action: Plan) -> None:
+    folder = tmp_path / "run"
+
+    def replace() -> None:
+        folder.rename(tmp_path / "moved")
+        shutil.copytree(finished, folder)
+
+    plan_action(2, replace)
+    code, said = start(folder)
+    assert code == EXIT_FAILED
+    assert f"the run folder {folder} was removed, and another one is in its place" in said.splitlines()[-1]
+    assert content_of(folder) == content_of(finished)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """The files of a run's folder, without those of a checkpoint that is being written or removed."""
+    paths = [path for path in folder.rglob("*") if not path.parent.name.startswith(".") and path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def raise_error() -> None:
+    raise RuntimeError("a failure of the earlier start")
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [(lambda: None, "another start of this run has taken over"), (raise_error, "a failure of the earlier start")],
+    ids=["goes on", "fails"],
+)
+@pytest.mark.parametrize("background", [False, True], ids=["", "background"])
+@pytest.mark.parametrize("saves", [True, False], ids=["saves", "logs only"])
+def test_a_start_whose_folder_was_taken_writes_nothing_more(
+    then: Callable[[], None], message: str, background: bool, saves: bool, tmp_path: Path, plan_action: Plan
+) -> None:
+    folder, left = tmp_path / "run", {}
+
+    def take_over() -> None:
+        # The later start runs to its end, in a process of its own as far as files go.
+        RunOwner.take(folder)
+        folder.joinpath("metrics.jsonl").write_text("rows of the later start\n")
+        left.update(content_of(folder))
+        then()
+
+    plan_action(2, take_over)
+    options = [f"checkpoint.background={str(background).lower()}", *([] if saves else ["checkpoint.every_steps=null"])]
+    code, said = start(folder, 3, *options)
+    assert code == EXIT_FAILED
+    assert said.splitlines()[-1].startswith("distrain: rank 0 on ")
+    assert message in said.splitlines()[-1]
+    assert content_of(folder) == left
+
+
+def _train_until_taken(folder: Path) -> tuple[int, str, dict[str, bytes]]:
+    left: dict[str, bytes] = {}
+
+    def take_over() -> None:
+        RunOwner.take(folder)
+        left.update(content_of(folder))
+
+    is_main = os.environ["RANK"] == "0"
+    setattr(callbacks, "default_callbacks", lambda *_, **__: [AtStep(2, take_over)] if is_main else [])  # noqa: B010
+    code, said = start(folder, 3, "strategy=ddp", "logger=none")
+    return code, said, left
+
+
+def test_no_rank_writes_into_a_folder_that_was_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    endings = run_ranks(_train_until_taken, 2, folder)
+    assert [code for code, _, _ in endings] == [EXIT_FAILED, EXIT_FAILED]
+    assert all("another start of this run has taken over" in said.splitlines()[-1] for _, said, _ in endings)
+    assert content_of(folder) == endings[0][2]

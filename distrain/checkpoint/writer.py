@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import to_json
+
+log = logging.getLogger(__name__)
 
 #: Tag of the messages that carry the files of ranks that don't see rank 0's folder.
 _FILE_TAG = 1
@@ -35,6 +38,8 @@ def save(
     progress: Mapping[str, Any],
     communicator: Communicator | None = None,
     device: torch.device = _CPU,
+    *,
+    is_taken: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Writes a checkpoint into a hidden folder and renames it when it is complete. A collective call.
 
@@ -48,6 +53,7 @@ def save(
         progress: The trainer's position; ``step`` names the checkpoint.
         communicator: The ranks that save together; by default this rank alone.
         device: Device of the tensors that ``communicator`` exchanges.
+        is_taken: Returns whether another start of the run owns the folder; then no checkpoint is made.
 
     Returns:
         The checkpoint's folder.
@@ -59,7 +65,7 @@ def save(
     final = checkpoint_path(folder, int(progress["step"]))
     temporary = temporary_path(final)
     try:
-        _save(temporary, final, state, progress, _ErrorExchange(communicator, device))
+        _save(temporary, final, state, progress, _ErrorExchange(communicator, device), is_taken)
     except SaveFailed:
         if communicator.rank == 0:
             _remove_quietly(*_contained(temporary))
@@ -68,7 +74,12 @@ def save(
 
 
 def _save(
-    temporary: Path, final: Path, state: Mapping[str, Any], progress: Mapping[str, Any], exchange: _ErrorExchange
+    temporary: Path,
+    final: Path,
+    state: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    exchange: _ErrorExchange,
+    is_taken: Callable[[], bool],
 ) -> None:
     rank = exchange.communicator.rank
     with exchange.catching_errors():
@@ -85,7 +96,10 @@ def _save(
         if rank == 0 and not exchange.error:
             content = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
             content["config"] = state.get("config")
-            _complete(temporary, final, content, digests)
+            _complete(temporary, content, digests)
+            if is_taken():
+                raise OSError(errno.EPERM, "another start of this run has taken the folder", str(final))
+            _publish(temporary, final)
     # No rank continues before all know whether the checkpoint exists.
     exchange.all_gather({})
 
@@ -163,8 +177,9 @@ def _write_rank_files(
     digests: dict[str, FileDigest] = {}
     serialized: dict[str, bytes] = {}
     contained, folder = _contained(temporary)
-    sees_folder = contained.is_folder(folder)
     with exchange.catching_errors():
+        # Rank 0 made it; if it has been removed since, that is an error.
+        sees_folder = communicator.rank == 0 or contained.is_folder(folder)
         for name, tensors in files.items():
             if sees_folder:
                 content = safetensors_writer.serialize(tensors)
@@ -187,15 +202,20 @@ def _write_rank_files(
     return {name: digest for other in ranks for name, digest in other["digests"].items()}
 
 
-def _complete(temporary: Path, final: Path, content: Mapping[str, Any], digests: Mapping[str, FileDigest]) -> None:
-    """Writes ``state.json`` and the manifest, and publishes the folder under its final name."""
+def _complete(temporary: Path, content: Mapping[str, Any], digests: Mapping[str, FileDigest]) -> None:
+    """Writes ``state.json`` and the manifest."""
     contained, folder = _contained(temporary)
-    final_name = _contained(final)[1]
     state_digest = safetensors_writer.write(contained, f"{folder}/state.json", [to_json(content).encode()])
     # Without a newline at the end, so that a manifest that lost its last byte is no longer JSON.
     manifest = json.dumps(dict(sorted({**digests, "state.json": state_digest}.items())), indent=2).encode()
     safetensors_writer.write(contained, f"{folder}/manifest.json", [manifest])
     contained.sync(folder)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Gives the complete folder its final name."""
+    contained, folder = _contained(temporary)
+    final_name = _contained(final)[1]
     # A resumed run may save the same step again. Renaming needs the name to be free, and a folder that is being deleted
     # must not look like a checkpoint, so the old one is renamed first and deleted last.
     replaced = f"{folder}.replaced"
@@ -207,7 +227,11 @@ def _complete(temporary: Path, final: Path, content: Mapping[str, Any], digests:
         if contained.exists(replaced):
             contained.rename(replaced, final_name)
         raise
-    contained.sync(final.parent.name)
+    try:
+        contained.sync(final.parent.name)
+    except OSError as error:
+        # The checkpoint is there and complete, so this must not count as a failed save.
+        log.warning("%s would not survive a crash of the machine: %s", final, error.strerror)
     _remove_quietly(contained, replaced)
 
 

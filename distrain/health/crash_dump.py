@@ -37,8 +37,12 @@ class CrashDump:
         if self._file is not None:
             faulthandler.enable(self._file)
 
-    def close(self) -> None:
-        """Stops recording and removes the file, which is empty unless the process crashed."""
+    def close(self, *, keep_file: bool = False) -> None:
+        """Stops recording and removes the file, which is empty unless the process crashed.
+
+        Args:
+            keep_file: Leave it, because another start of the run uses it now.
+        """
         if self._file is None:
             return
         faulthandler.disable()
@@ -47,9 +51,10 @@ class CrashDump:
         file, self._file = self._file, None
         # An empty file that stays does no harm, and the run may be ending because of its disk.
         with contextlib.suppress(OSError):
-            # Another start of the run may have put its own file there.
+            # The folder may have been removed, and another one be in its place.
             own = os.fstat(file.fileno())
-            if os.path.samestat(own, self._folder.status(self._name)) and not own.st_size:
+            is_own = os.path.samestat(own, self._folder.status(self._name))
+            if is_own and not keep_file and not own.st_size:
                 self._folder.unlink(self._name)
         with contextlib.suppress(OSError):
             file.close()

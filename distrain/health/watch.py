@@ -239,7 +239,10 @@ class Watch:
         failure.others = states.others(rank, self._members)
 
     def _crash_dump(self, rank: int) -> str:
-        return read_crash_dump(self._reporter.run_dir, rank) if self._members[rank].has_exited else ""
+        # In a folder that was taken the file is another process's.
+        if not self._members[rank].has_exited or self._reporter.is_taken():
+            return ""
+        return read_crash_dump(self._reporter.run_dir, rank)
 
     # --- heartbeats, in the watch's thread ---------------------------------------------------------------------------
 

@@ -285,13 +285,14 @@ class TensorBoardLogger(Logger):
 
     @override
     def flush(self) -> None:
-        # Events that are logged before the removal succeeds wait.
+        # Until this succeeds, every call tries again.
+        self._last_flush = -math.inf
         if self._rewind is not None:
             self._remove_events(*self._rewind)
             self._rewind = None
         if self._opened is not None:
             self._opened.flush()
-            self._last_flush = time.monotonic()
+        self._last_flush = time.monotonic()
 
     @override
     def close(self) -> None:
@@ -303,8 +304,8 @@ class TensorBoardLogger(Logger):
 class Loggers(Logger):
     """Passes everything on to several loggers; the run continues if one of them can't write (a full disk, say).
 
-    What such a logger can't write is lost. An error is logged at its first failed call, and again if it fails after a
-    call that succeeded.
+    What such a logger can't write it keeps for later, as far as it can. An error is logged at its first failed call,
+    and again if it fails after a call that succeeded.
 
     Args:
         loggers: Where to pass calls on to.
@@ -352,7 +353,7 @@ class Loggers(Logger):
                 call(logger)
             except OSError as error:
                 if logger not in self._failing:
-                    log.error("METRICS ARE LOST: %s can't write (%s). The run continues", type(logger).__name__, error)
+                    log.error("METRICS NOT WRITTEN: %s can't write (%s). The run goes on", type(logger).__name__, error)
                 self._failing.add(logger)
             else:
                 self._failing.discard(logger)

@@ -187,7 +187,7 @@ class Runtime:
         channel_registry.close_all()
         self._signals.restore()
         if self._crash_dump is not None:
-            self._crash_dump.close()
+            self._crash_dump.close(keep_file=self._reporter.is_taken())
         self._logging.stop()
 
     def _set_threads(self) -> None:
@@ -268,7 +268,7 @@ class Runtime:
         """Called before the watch ends this process."""
         self._logging.flush()
         if self._crash_dump is not None:
-            self._crash_dump.close()
+            self._crash_dump.close(keep_file=self._reporter.is_taken())
 
     def _form_group(self) -> None:
         global joined_group

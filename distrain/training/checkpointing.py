@@ -10,6 +10,7 @@ from typing import Any
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.progress import Progress
+from distrain.checkpoint.writer import SaveFailed
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.health.activity import in_phase
@@ -127,7 +128,7 @@ class Checkpointing:
         """Saves the last step, which must not be lost; a full disk may have room again after some seconds.
 
         Raises:
-            RuntimeError: It could not be saved.
+            SaveFailed: It could not be saved.
             TakenOver: Another start of this run has taken the folder.
         """
         for seconds in _LAST_SAVES:
@@ -138,7 +139,8 @@ class Checkpointing:
                 self._saved_step = None
             if self._saved_step == progress.step:
                 return
-        raise RuntimeError(f"step {progress.step}, the last one, could not be saved")
+        problem = self.saver.failure or "the run folder was removed each time"
+        raise SaveFailed(f"step {progress.step}, the last one, could not be saved: {problem}")
 
     def _keep_folder(self) -> None:
         """Writes the run's folder anew if it was removed; rank 0 does that for all."""

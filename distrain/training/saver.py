@@ -56,6 +56,7 @@ class Saver:
             :meth:`poll`; memory for their copies is then allocated in the background.
 
     Attributes:
+        failure: Why the last save failed, which names rank, host and file; empty if it did not.
         failed_step: Step of the last save if it failed, else ``None``; up to date and equal on all ranks after
             :meth:`wait`.
     """
@@ -71,6 +72,7 @@ class Saver:
         is_taken: Callable[[], bool] = lambda: False,
         expected_tensors: Callable[[], list[Tensor]] = list,
     ) -> None:
+        self.failure = ""
         self.failed_step: int | None = None
         self._folder = folder
         self._keep = keep
@@ -148,11 +150,13 @@ class Saver:
         """Writes a checkpoint and removes old ones; returns the step if it could not be written, else ``None``."""
         start, step = time.perf_counter(), int(progress["step"])
         try:
-            checkpoint_writer.save(self._folder, state, progress, self._group, self._device)
+            checkpoint_writer.save(self._folder, state, progress, self._group, self._device, is_taken=self._is_taken)
         except checkpoint_writer.SaveFailed as error:
+            self.failure = str(error)
             if self._group.rank == 0:
                 log.error("CHECKPOINT NOT SAVED at step %d: %s. The run goes on; older checkpoints stay", step, error)
             return step
+        self.failure = ""
         self._write_seconds.append(time.perf_counter() - start)
         # The later steps of another start's checkpoints would look like an abandoned branch.
         if self._group.rank == 0 and not self._is_taken():

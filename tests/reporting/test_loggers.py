@@ -175,7 +175,7 @@ def test_a_failing_logger_is_reported_once_and_the_run_continues(caplog: pytest.
     combined = Loggers([full, working])
     for full.free in (False, False, True, False):
         combined.scalars(1, {"loss": 0.5})
-    message = "METRICS ARE LOST: FullDisk can't write ([Errno 28] No space left on device). The run continues"
+    message = "METRICS NOT WRITTEN: FullDisk can't write ([Errno 28] No space left on device). The run goes on"
     assert caplog.messages == [message, message], "one message each time that it starts to fail"
     assert len(working.rows) == 4
     combined.hyperparameters({}, {"accuracy": 0.5})
