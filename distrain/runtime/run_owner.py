@@ -40,7 +40,7 @@ class RunOwner:
     Args:
         run_dir: The run's folder.
         claim: What this start writes into the claim file.
-        earlier: What the claim file held before; ``None`` if there was none.
+        earlier: What the claim file held before; ``None`` if there was none, empty if it could not be read.
 
     Attributes:
         run_dir: As given.
@@ -62,9 +62,13 @@ class RunOwner:
     def take(cls, run_dir: Path) -> RunOwner:
         """Makes this start the owner; a claim that can't be written is named in the log."""
         claim = json.dumps({"name": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()})
-        earlier = None
-        with contextlib.suppress(OSError):
+        earlier: str | None
+        try:
             earlier = _read_claim(ContainedFolder(run_dir))
+        except (FileNotFoundError, NotADirectoryError):
+            earlier = None
+        except (OSError, UnicodeDecodeError):
+            earlier = ""
         owner = cls(run_dir, claim, earlier)
         owner._write_claim()
         return owner
@@ -93,7 +97,8 @@ class RunOwner:
         if claim == self._claim:
             self._was_claimed = True
             return FolderState.OURS
-        if claim == self._earlier and not self._was_claimed:
+        if not self._was_claimed and self._earlier in (claim, ""):
+            self._earlier = claim
             return FolderState.OURS
         self._taken_by = f"another start of this run has taken over {self.run_dir}: {claim}"
         return FolderState.TAKEN

@@ -167,7 +167,7 @@ class DisturbedRun:
         self._checkpoints.publish_complete()
         expected, damaged = self._checkpoints.newest_intact(), self._checkpoints.damaged()
         with Attempt(self._launcher, self._training.keys, self._folder, self._output) as attempt:
-            target = injection.Target(attempt, self._checkpoints, self._disk, self._network)
+            target = injection.Target(attempt, self._checkpoints, self._patience, self._disk, self._network)
             begin = time.monotonic()
             for pending in self._pending:
                 pending.since, pending.after = begin, None

@@ -39,6 +39,7 @@ class Target:
     Attributes:
         attempt: The job: one start of the training's command.
         checkpoints: The checkpoints of the run.
+        patience_seconds: Longest wait for the job to begin a save.
         disk: The storage of the run's folder, if it can be filled.
         network: The network of the ranks' hosts, if each rank has its own host.
         cleanups: Undo faults that last until the job has ended. The caller of :func:`inject` calls them after that.
@@ -46,6 +47,7 @@ class Target:
 
     attempt: Attempt
     checkpoints: CheckpointTracker
+    patience_seconds: float
     disk: Disk | None = None
     network: VirtualNetwork | None = None
     cleanups: list[Callable[[], None]] = field(default_factory=list)
@@ -98,7 +100,10 @@ def _kill_all(target: Target, _: Fault) -> str:
 
 
 def _kill_saving(target: Target, _: Fault) -> str:
+    deadline = time.monotonic() + target.patience_seconds
     while not target.attempt.has_ended():
+        if time.monotonic() > deadline:
+            raise FaultMissed(f"the run began no save within {target.patience_seconds:g} s")
         if target.checkpoints.save_in_progress():
             # The save may complete at any moment. So stop the ranks, check again, and only then kill.
             pids = target.attempt.rank_pids().values()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrain.tools.chaos.injection import check_resume, resumed_checkpoint
+import pytest
+
+from distrain.tools.chaos.attempt import Attempt
+from distrain.tools.chaos.damage import CheckpointTracker
+from distrain.tools.chaos.injection import FaultMissed, Target, check_resume, inject, resumed_checkpoint
+from distrain.tools.chaos.plan import Fault
 
 OLD, NEW = Path("run/checkpoints/step_00000010"), Path("run/checkpoints/step_00000020")
 RESUMED = "12:00 INFO distrain.training.resume: resumed from /a: b/run/checkpoints/step_000000{}: step {}, epoch 0\n"
@@ -38,3 +43,19 @@ def test_damaged_checkpoint_must_be_left_out_and_named() -> None:
 
 def test_older_damaged_checkpoint_need_not_be_named() -> None:
     assert check_resume(RESUMED.format(20, 20), NEW, [OLD]) == []
+
+
+class HangingAttempt(Attempt):
+    """A job that neither saves nor ends."""
+
+    def __init__(self) -> None:
+        pass
+
+    def has_ended(self) -> bool:
+        return False
+
+
+def test_a_job_that_never_saves_is_not_awaited_for_ever(tmp_path: Path) -> None:
+    target = Target(HangingAttempt(), CheckpointTracker(tmp_path / "checkpoints"), patience_seconds=0.05)
+    with pytest.raises(FaultMissed, match=r"^the run began no save within 0\.05 s$"):
+        inject(target, Fault("kill_saving", 0, 0.0, 0, (0.0, 0.0, 0.0)))
