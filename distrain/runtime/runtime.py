@@ -182,12 +182,18 @@ class Runtime:
         self._close()
 
     def _close(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-        channel_registry.close_all()
-        self._signals.restore()
-        if self._crash_dump is not None:
-            self._crash_dump.close(keep_file=self._reporter.is_taken())
+        """Releases everything. An error in that is logged; it must neither hide how the run ended nor stop the rest."""
+        crash_dump, watch = self._crash_dump, self._watch
+        steps: list[Callable[[], None]] = [channel_registry.close_all, self._signals.restore]
+        if watch is not None:
+            steps.insert(0, watch.close)
+        if crash_dump is not None:
+            steps.append(lambda: crash_dump.close(keep_file=self._reporter.is_taken()))
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                log.warning("an error while the run ends: %s: %s", type(error).__name__, first_line(error))
         self._logging.stop()
 
     def _set_threads(self) -> None:

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from distrain.errors import LAUNCHER_ENDED, Terminated
 from distrain.files.contained_folder import ContainedFolder
+from distrain.files.writing import losing_on_disk_errors
 from distrain.runtime import launcher
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,9 @@ class SignalHandler:
         self._closing.set()
         if self._stacks is not None:
             faulthandler.unregister(signal.SIGQUIT)
-            self._stacks.close()
-            self._stacks = None
+            stacks, self._stacks = self._stacks, None
+            with losing_on_disk_errors("The end of the stacks that SIGQUIT wrote"):
+                stacks.close()
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed by Python.
             if handler is not None:

@@ -443,6 +443,6 @@ def test_a_later_start_takes_over_the_folder(tmp_path: Path, capsys: pytest.Capt
                 RunOwner.take(tmp_path)
 
     with pytest.raises(Failed):
-        Run(tmp_path, "checkpoint.every_steps=2", callback=AnotherStarts())
+        Run(tmp_path, "checkpoint.every_steps=2", "checkpoint.background=false", callback=AnotherStarts())
     assert "failed at step 4: another start of this run has taken over" in capsys.readouterr().err
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
