@@ -39,7 +39,7 @@ class Call:
     """A call on a file below the folder.
 
     Attributes:
-        operation: Its name, such as ``write``.
+        operation: Its name, such as ``write``; ``open_to_read`` for the opening of a file or folder to read it.
         path: The file's path below the folder.
     """
 
@@ -69,7 +69,7 @@ class FaultyDisk:
         self._fails = fails
         self._lock = threading.RLock()
         self._patch = pytest.MonkeyPatch()
-        self._readlink, self._fspath = os.readlink, os.fspath
+        self._readlink, self._fspath, self._os_open = os.readlink, os.fspath, os.open
 
     def __enter__(self) -> FaultyDisk:
         for name in _PATH_CALLS:
@@ -80,7 +80,7 @@ class FaultyDisk:
         self._patch.setattr(io, "open", opened)
         self._patch.setattr(builtins, "open", opened)
         safe_open: Any = safetensors.torch.safe_open  # type: ignore[attr-defined]
-        self._patch.setattr(safetensors.torch, "safe_open", self._wrap("open", safe_open))
+        self._patch.setattr(safetensors.torch, "safe_open", self._wrap("open_to_read", safe_open))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -92,7 +92,9 @@ class FaultyDisk:
             where = self.below(path, kwargs.get("dir_fd", kwargs.get("src_dir_fd")))
             if where is None:
                 return function(path, *args, **kwargs)
-            error = self.count(name, where)
+            flags = args[0] if name == "open" and args and isinstance(args[0], int) else os.O_RDONLY
+            to_read = function is self._os_open and not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            error = self.count("open_to_read" if to_read else name, where)
             if error is None:
                 return function(path, *args, **kwargs)
             if name in _FAIL_AFTERWARDS:
@@ -177,7 +179,11 @@ def _open(
     where = disk.below(file)
     if where is None or not closefd:
         return original(file, mode, buffering, encoding, errors, newline, closefd, opener)
-    if not isinstance(file, int) and (error := disk.count("open", where)) is not None:
+    if (
+        not isinstance(file, int)
+        and (error := disk.count("open_to_read" if mode.startswith("r") and "+" not in mode else "open", where))
+        is not None
+    ):
         raise error
     raw = _File(file, mode.replace("b", "").replace("t", ""), closefd, opener)
     raw.disk, raw.where = disk, where

@@ -192,33 +192,49 @@ def test_each_call_on_the_run_folder_may_fail_once(
 WRITES = ("open", "write", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "close", "truncate")
 
 
-def from_until(first: float, last: float, code: int, total: int) -> Callable[[int, Call], int]:
-    """Lets everything that writes fail between two shares of a run's calls."""
-    low, high = first * total, last * total
-    return lambda index, call: code if low <= index < high and call.operation in WRITES else 0
+class FullFromUntil:
+    """Lets everything that writes fail from one call on until another.
+
+    Args:
+        first: Text in the call from which on calls fail.
+        last: Text in the first call that succeeds again.
+        code: Their errno.
+    """
+
+    def __init__(self, first: str, last: str, code: int) -> None:
+        self._first, self._last, self._code = first, last, code
+        self._began = self._ended = False
+
+    def __call__(self, _: int, call: Call) -> int:
+        self._began = self._began or self._first in str(call)
+        self._ended = self._ended or (self._began and self._last in str(call))
+        return self._code if self._began and not self._ended and call.operation in WRITES else 0
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: errno.errorcode[code])
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
-    [(0.0, 9.0, EXIT_REFUSED), (0.3, 9.0, EXIT_FAILED), (0.3, 0.6, 0), (0.2, 0.25, 0)],
-    ids=["always", "to the end", "for a while", "for a moment"],
+    [
+        ("", "never", EXIT_REFUSED),
+        ("write metrics.jsonl", "never", EXIT_FAILED),
+        ("rename checkpoints/.step_00000001", "never", EXIT_FAILED),
+        ("write metrics.jsonl", "step_00000003", 0),
+        (".step_00000001", "step_00000002", 0),
+    ],
+    ids=["always", "from the first step", "to the end", "for a while", "for a moment"],
 )
 def test_a_disk_that_stays_full_ends_a_run_in_one_line_and_one_that_recovers_does_not(
-    first: float, last: float, expected: int, code: int, tmp_path: Path, finished: Path
+    first: str, last: str, expected: int, code: int, tmp_path: Path, finished: Path
 ) -> None:
     folder = tmp_path / "run"
-    with FaultyDisk(folder) as disk:
-        assert start(folder)[0] == 0
-    shutil.rmtree(folder)
-    with FaultyDisk(folder, from_until(first, last, code, len(disk.calls))) as faulty:
+    with FaultyDisk(folder, FullFromUntil(first, last, code)) as faulty:
         ended, said = start(folder)
     assert faulty.failed
     assert (ended, problems_of(folder, finished, False, ended, said)) == (expected, []), said
     if expected == 0:
         # What was logged while the disk failed is there too.
         assert steps_of_rows(folder) == [1, 2, 3, 3]
-        assert "step_00000002" in (folder / "logs" / "rank_0.log").read_text() or "NOT SAVED" in said
+        assert "NOT SAVED at step" in (folder / "logs" / "rank_0.log").read_text()
 
 
 def steps_of_rows(folder: Path) -> list[int]:
@@ -296,11 +312,17 @@ def plan_action(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def empty(folder: Path) -> None:
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path) if path.is_dir() else path.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, into which another thread may write at that moment."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_anew(folder: Path) -> None:
-    shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir()
 
 
@@ -308,12 +330,12 @@ def make_anew(folder: Path) -> None:
 @pytest.mark.parametrize(
     "remove",
     [
-        shutil.rmtree,
+        remove,
         empty,
-        lambda folder: shutil.rmtree(folder.parent),
+        lambda folder: remove(folder.parent),
         lambda folder: folder.rename(folder.with_name("moved")),
-        lambda folder: shutil.rmtree(folder / "checkpoints"),
-        lambda folder: shutil.rmtree(folder / "logs"),
+        lambda folder: remove(folder / "checkpoints"),
+        lambda folder: remove(folder / "logs"),
         lambda folder: (folder / "config.yaml").unlink(),
         lambda folder: (folder / "metrics.jsonl").unlink(),
         make_anew,

@@ -22,7 +22,7 @@ from distrain.communication.shared_memory.connect import channel_registry
 from distrain.config.schema import Config
 from distrain.errors import LAUNCHER_ENDED, ConfigError, Failed, PeerLost, Stopped, TakenOver, Terminated
 from distrain.files.escaping import format_error
-from distrain.files.terminal import print_to_stderr
+from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import CrashDump
 from distrain.health.failure_report import Failure, FailureReporter, first_line
@@ -193,7 +193,9 @@ class Runtime:
             try:
                 step()
             except Exception as error:
-                log.warning("an error while the run ends: %s: %s", type(error).__name__, first_line(error))
+                # Not on the terminal, whose last line says how the run ended.
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                log.warning("an error while the run ends: %s", problem, extra=FILE_ONLY)
         self._logging.stop()
 
     def _set_threads(self) -> None:

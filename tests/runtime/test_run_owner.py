@@ -45,7 +45,7 @@ def test_the_claim_of_a_start_that_died_is_replaced(run_dir: Path) -> None:
     assert RunOwner.take(run_dir).may_write
 
 
-@pytest.mark.parametrize("operation", ["mkdir", "open", "write", "close", "replace", "read"])
+@pytest.mark.parametrize("operation", ["mkdir", "open", "write", "close", "rename", "read"])
 @pytest.mark.parametrize("claimed_before", [False, True])
 def test_a_claim_that_can_not_be_written_is_said_and_written_later(
     operation: str, claimed_before: bool, run_dir: Path, caplog: pytest.LogCaptureFixture
@@ -72,7 +72,7 @@ def test_a_claim_that_can_not_be_written_is_said_and_written_later(
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_claim_that_can_not_be_read_for_a_moment_changes_nothing(code: int, run_dir: Path) -> None:
     owner = RunOwner.take(run_dir)
-    with FaultyDisk(run_dir, lambda _, call: code if call.operation in ("open", "stat") else 0):
+    with FaultyDisk(run_dir, lambda _, call: code if call.operation in ("open_to_read", "stat") else 0):
         assert owner.may_write
     assert owner.may_write
 
