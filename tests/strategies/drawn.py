@@ -315,6 +315,12 @@ HEADS: dict[str, Callable[[int], list[nn.Module]]] = {
     "no tensor": lambda classes: [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, classes), Nothing()],
 }  # fmt: skip
 _USUAL_HEADS = ("linear", "two layers")
+#: Parts that can't be equal to one process where a batch is divided among ranks, and further ones where a rank runs its
+#: share in several passes.
+UNEQUAL_ON_RANKS = {"dropout", "noise", "replaced buffer", "buffer of samples"}
+UNEQUAL_IN_PASSES = UNEQUAL_ON_RANKS | {
+    "batch norm", "batch norm without statistics", "norm of vectors", "spectral norm", "counter"
+}  # fmt: skip
 
 
 def _tied() -> list[nn.Module]:

@@ -171,17 +171,20 @@ def test_drawn_networks_train_as_plain_torch_or_are_refused_or_announced(
         kept += "refused" not in outcome
     # Most networks can be trained.
     assert kept > TOGETHER / 2
-    for name, options in {
-        "ddp": ("strategy=ddp",),
-        "pipeline": ("strategy=pipeline", "strategy.microbatches=2"),
-    }.items():
+    for name, options, unequal in [
+        ("ddp", ("strategy=ddp",), drawn.UNEQUAL_ON_RANKS),
+        ("pipeline", ("strategy=pipeline", "strategy.microbatches=2"), drawn.UNEQUAL_IN_PASSES),
+    ]:
         equal = 0
         for seed, outcome, expected in zip(seeds, trained(2, *options), single, strict=True):
+            blocks, head = drawn.names(seed)
             if "refused" in outcome:
                 if "\n" in outcome["refused"]:
                     wrong.append(f"{name}, {described(seed)}: {outcome['refused']}")
             elif "refused" in expected:
                 wrong.append(f"{name}, {described(seed)}: trains, but single is refused: {expected['refused']}")
+            elif bool(outcome["announced"]) != bool(unequal.intersection([*blocks, head])):
+                wrong.append(f"{name}, {described(seed)}: announces {outcome['announced'] or 'nothing'}")
             elif not outcome["announced"]:
                 equal += 1
                 if problem := _differs(outcome, expected):
