@@ -240,10 +240,15 @@ class ModelTrial:
 
     def _set_mode(self, training: bool, *, batchnorm: bool = True) -> None:
         self._model.train(training)
-        if not batchnorm:
-            for layer in self._model.modules():
-                if isinstance(layer, _BatchNorm):
-                    layer.eval()
+        for layer in self._model.modules():
+            if not isinstance(layer, _BatchNorm):
+                continue
+            if not batchnorm:
+                layer.eval()
+            if not layer.track_running_stats:
+                # Without running statistics a layer takes those of the images in evaluation mode too.
+                zeros = torch.zeros(layer.num_features, dtype=self._dtype, device=self._device)
+                layer.running_mean, layer.running_var = (None, None) if batchnorm else (zeros, zeros + 1)
 
     def _run(self, images: Tensor) -> Tensor:
         try:

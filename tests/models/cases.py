@@ -286,6 +286,7 @@ FOUND: dict[str, tuple[type[Net], dict[str, Any]]] = {
     ),
     "old spectral norm": (changed(_old_spectral), {"buffers_of_passes": ["head.weight_u", "head.weight_v"]}),
     "batch norm": (_with(lambda: nn.BatchNorm1d(8)), {}),
+    "batch norm without statistics": (_with(lambda: nn.BatchNorm1d(8, track_running_stats=False)), {}),
     "layer norm": (_with(lambda: nn.LayerNorm(8)), {}),
     "dropout": (_with(lambda: nn.Dropout(0.5)), {"draws_random": True}),
     "dropout of nothing": (_with(lambda: nn.Dropout(0.0)), {}),
