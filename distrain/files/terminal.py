@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -91,3 +92,17 @@ def escape_everything() -> None:
     sys.excepthook = show_error
     threading.excepthook = show_thread_error
     warnings.formatwarning = format_warning
+
+
+def open_standard_streams() -> None:
+    """Opens the null device in place of standard input, output and error where they are closed (``>&- 2>&-``).
+
+    The next file to be opened would otherwise get their number, and what a library prints would be written into it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # A new file gets the lowest free number.
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)

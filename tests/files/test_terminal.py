@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
 from distrain.files.terminal import TERMINAL, print_to_stderr
+from tests.runs import LAUNCH
 
 
 class Full(io.StringIO):
@@ -39,3 +43,46 @@ def test_lines_for_a_terminal_that_is_gone_are_lost(
 def test_lines_are_printed_to_what_standard_error_is_then(capsys: pytest.CaptureFixture[str]) -> None:
     print_to_stderr("a line")
     assert capsys.readouterr().err == "a line\n"
+
+
+SCRIPT = """
+import os, sys
+from distrain.files.terminal import open_standard_streams, print_to_stderr
+open_standard_streams()
+with open(sys.argv[1], "w") as file:
+    assert file.fileno() > 2
+    os.write(1, b"printed by a library")
+    os.write(2, b"printed by a library")
+    print_to_stderr("a line")
+    file.write("the data")
+    file.flush()
+    os.system("echo a child also prints; echo that >&2")
+"""
+
+
+@pytest.mark.parametrize("closed", ["0<&-", ">&-", "2>&-", ">&- 2>&-", "0<&- 2>&-", "0<&- >&-", "0<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(closed: str, tmp_path: Path) -> None:
+    subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, SCRIPT, str(tmp_path / "file")],
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent)},
+        capture_output=True,
+        check=True,
+    )
+    assert (tmp_path / "file").read_text() == "the data"
+
+
+@pytest.mark.parametrize("to", [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
+def test_a_training_whose_output_nobody_takes_writes_its_log(to: str, tmp_path: Path) -> None:
+    options = "data=synthetic data.height=8 data.width=8 data.train_size=40 data.test_size=8 data.batch_size=8"
+    line = f'{{ "$0" "$1" {options} trainer.epochs=1 run_dir=run logger=none; echo $? > code; }} {to}'
+    subprocess.run(
+        ["sh", "-c", line, sys.executable, str(LAUNCH / "train.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert (tmp_path / "code").read_text() == "0\n"
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "epoch 1/1" in log
+    assert "test_accuracy" in log
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -121,3 +121,28 @@ def test_started_process_reacts_to_sigint_though_this_one_ignores_it(start: Any)
         process.send_signal(signal.SIGINT)
     assert reacting.wait(HANG_SECONDS) == -signal.SIGINT
     assert ignoring.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_trainings_end_with_the_process_that_started_them(number: signal.Signals, tmp_path: Path) -> None:
+    script = (
+        "import os, subprocess, sys\n"
+        "from distrain.tools.chaos import processes\n"
+        "with processes.ended_with_this_process():\n"
+        "    environment = {**os.environ, processes.MARK_VARIABLE: f'{os.getpid()}.1'}\n"
+        "    command = ['sh', '-c', 'sleep 600 & sleep 600']\n"
+        "    subprocess.Popen(command, env=environment, start_new_session=True)\n"
+        "    print('started', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    mark = f"{process.pid}.1"
+    wait_until(lambda: len(processes.marked_processes(mark)) == 3)
+    process.send_signal(number)
+    process.wait()
+    wait_until(lambda: not processes.marked_processes(mark))
+    process.communicate()
