@@ -23,7 +23,7 @@ _SETTING = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w.@/:-]*)=(?P<value>.*)", re.D
 #: A value that begins with somebody's home folder and holds nothing that Hydra's grammar gives a meaning.
 _HOME = re.compile(r"~[\w.-]*(/[^'\"\[\]{},()]*)?", re.DOTALL)
 #: What Hydra reads as a number or a truth value, although it is written like a name.
-_NO_TEXT = re.compile(r"[+-]?\d[\d_]*|[+-]?[\d_]*\.?[\d_]*(e[+-]?[\d_]+)?|nan|[+-]?inf|true|false", re.IGNORECASE)
+_NO_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?|nan|[+-]?inf|true|false", re.IGNORECASE)
 
 
 def quoted(key: str, value: str) -> str:

@@ -74,6 +74,7 @@ def test_path_that_hydra_reads_as_something_else_is_refused_with_what_to_type(na
 
 
 def test_other_values_are_left_to_hydra() -> None:
+    refuse_misread_paths([f"run_dir={path}" for path in (".", "..", "-", "_", "e5", "./1.10", "1a")], lambda: Config)
     arguments = ["run_dir=null", "run_dir=17", "run_dir=a1", "run_dir=", "optimizer.lr=1e-3", "optimizer.betas=[1,2]"]
     refuse_misread_paths(arguments, lambda: Config)
     refuse_misread_paths(["input=[a,b]", "run=r"], lambda: PredictSettings)
