@@ -61,11 +61,12 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """Runs one rank; returns the seconds of the timed steps, and the run's own figures about its checkpoints."""
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
+    from distrain.data.base import data_source
     from distrain.runtime.runtime import Runtime
     from distrain.runtime.world import World
     from distrain.training.assembly import build_trainer
     from distrain.training.callbacks import Callback
-    from distrain.training.run_plan import RunPlan, data_source
+    from distrain.training.run_plan import RunPlan
 
     ticks: dict[int, float] = {}
 
@@ -75,7 +76,7 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
 
     checked = load_config(cli.compose(ROOT / "conf", "config", overrides))
     world = World.from_environment()
-    splits = data_source(checked).load()
+    splits = data_source(checked.data).load()
     with Runtime(checked, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
         trainer.callbacks.append(RecordTime())

@@ -40,9 +40,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from distrain.config.load import load_config
+from distrain.data.base import data_source
 from distrain.tools.testnet import network
 from distrain.training.assembly import build_trainer
-from distrain.training.run_plan import RunPlan, data_source
+from distrain.training.run_plan import RunPlan
 
 ROOT = Path(__file__).parent.parent
 TORCH_HOOKS = ("none", "fp16", "bf16", "powersgd", "quantization")
@@ -114,7 +115,7 @@ def distrain_worker(arguments: argparse.Namespace, contender: str, folder: Path,
 
     configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, contender, folder, hosts)))
     world = World.from_environment()
-    splits = data_source(configuration).load()
+    splits = data_source(configuration.data).load()
     record = StepRecord(arguments, AUTO_STEPS if contender == "auto" else 0)
     with Runtime(configuration, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(configuration, runtime.world), runtime, splits)
@@ -149,7 +150,7 @@ def torch_worker(arguments: argparse.Namespace, hook: str, folder: Path, hosts: 
     from distrain.models.resnet import ResNet18
 
     configuration = load_config(cli.compose(ROOT / "conf", "config", overrides(arguments, "none", folder, hosts)))
-    splits = data_source(configuration).load()
+    splits = data_source(configuration.data).load()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)

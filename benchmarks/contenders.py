@@ -172,10 +172,11 @@ def fit(model: str, share: int, steps: int, folder: str, prepare: Callable[[Any]
     """
     from distrain.cli import hydra_entry as cli
     from distrain.config.load import load_config
+    from distrain.data.base import data_source
     from distrain.runtime.runtime import Runtime
     from distrain.runtime.world import World
     from distrain.training.assembly import build_trainer
-    from distrain.training.run_plan import RunPlan, data_source
+    from distrain.training.run_plan import RunPlan
 
     world = World.from_environment()
     checked = load_config(
@@ -199,7 +200,7 @@ def fit(model: str, share: int, steps: int, folder: str, prepare: Callable[[Any]
             ],
         )
     )
-    splits = data_source(checked).load()
+    splits = data_source(checked.data).load()
     with Runtime(checked, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
         prepare(trainer)

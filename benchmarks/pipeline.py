@@ -28,12 +28,13 @@ from torch import nn
 from distrain.cli import hydra_entry as cli
 from distrain.config import schema
 from distrain.config.load import load_config
+from distrain.data.base import data_source
 from distrain.models.build import instantiate_model
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.assembly import build_trainer
 from distrain.training.callbacks import Callback
-from distrain.training.run_plan import RunPlan, data_source
+from distrain.training.run_plan import RunPlan
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 1024
@@ -79,7 +80,7 @@ def distrain(arguments: argparse.Namespace) -> float:
         def on_step_end(self, trainer: Any) -> None:
             marks.append(time.perf_counter())
 
-    splits = data_source(checked).load()
+    splits = data_source(checked.data).load()
     with Runtime(checked, world) as runtime:
         trainer = build_trainer(RunPlan.resolve(checked, runtime.world), runtime, splits)
         trainer.callbacks.append(RecordTime())

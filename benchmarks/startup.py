@@ -166,9 +166,10 @@ def trace(began: float, overrides: list[str]) -> None:
     with parts.part("import distrain"), cli.gc_disabled():
         checked = load_config(composed)
         from distrain.cli import app
+        from distrain.data.base import data_source
         from distrain.runtime.runtime import Runtime
         from distrain.training import auto_format
-        from distrain.training.run_plan import RunPlan, data_source
+        from distrain.training.run_plan import RunPlan
         from distrain.training.trainer import Trainer
 
     def end(*_: Any) -> NoReturn:
@@ -178,7 +179,7 @@ def trace(began: float, overrides: list[str]) -> None:
         os._exit(0)
 
     parts.wrap(RunPlan, "check", "check")
-    parts.wrap(type(data_source(checked)), "load", "data")
+    parts.wrap(type(data_source(checked.data)), "load", "data")
     parts.wrap(Runtime, "__enter__", "rendezvous")
     parts.wrap(auto_format, "resolve_auto", "try formats")
     parts.wrap(app, "build_trainer", "build")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from distrain.cli import hydra_entry
 from distrain.config.load import load_config
 from distrain.config.schema import Config
-from distrain.data.base import Splits
+from distrain.data.base import Splits, data_source
 from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.assembly import build_trainer
-from distrain.training.run_plan import RunPlan, data_source
+from distrain.training.run_plan import RunPlan
 from distrain.training.trainer import Trainer
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -100,7 +100,7 @@ def train_on_rank(configuration: Config) -> dict[str, Any]:
     """
     world = World.from_environment()
     check(configuration, world)
-    splits = data_source(configuration).load()
+    splits = data_source(configuration.data).load()
     with Runtime(configuration, world) as runtime:
         trainer = trainer_for(configuration, runtime, splits)
         summary = trainer.fit()

@@ -17,7 +17,7 @@ from PIL import Image
 from distrain.cli import app
 from distrain.config.load import to_container
 from distrain.config.schema import Config
-from distrain.training.run_plan import data_source
+from distrain.data.base import data_source
 from tests.harness import run_ranks
 from tests.runs import LAUNCH, compose, small
 
@@ -28,7 +28,7 @@ def train(config: Config) -> dict[str, Any]:
 
 def save_test_images(config: Config, folder: Path) -> list[int]:
     """Writes the test images as PNG files named by their place; returns their labels."""
-    test = data_source(config).load().test
+    test = data_source(config.data).load().test
     folder.mkdir()
     for place in range(len(test)):
         Image.fromarray(np.ascontiguousarray(test.images[place].permute(1, 2, 0).numpy())).save(

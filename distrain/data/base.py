@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -142,6 +145,25 @@ class DataSource(ABC):
 def source_class(config: DataConfig) -> type[DataSource]:
     """The class of the configured data set."""
     return cast("type[DataSource]", choice("data", config.name).target)
+
+
+def data_source(config: DataConfig) -> DataSource:
+    """The configured data set, not loaded yet."""
+    return cast("DataSource", choice("data", config.name).target(config))
+
+
+@contextlib.contextmanager
+def refusing_unreadable(root: Path) -> Iterator[None]:
+    """Runs a block that reads ``data.root``; an error of the file system names the key.
+
+    Raises:
+        ConfigError: The block raised an ``OSError``: no permission, say, or a network file system that is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename not in (None, str(root)) else ""
+        raise ConfigError("data.root", root, f"{place}can't be read ({error.strerror or error})") from error
 
 
 def check_shared_keys(config: DataConfig, spec: DataSpec) -> DataSpec:

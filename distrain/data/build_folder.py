@@ -33,11 +33,12 @@ def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
         folder: Folder to lock; created if it is missing.
 
     Raises:
-        ConfigError: The folder can't be written or locked.
+        ConfigError: The folder can't be written or locked, or what is built in it can't be (a full disk).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Not through a link, which others can make in a folder for temporary files.
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise ConfigError(key, folder, f"can't be written ({error.strerror})") from error
     try:
@@ -47,6 +48,8 @@ def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=_BUILD, dir=folder, ignore_cleanup_errors=True) as temporary:
             yield Path(temporary)
+    except OSError as error:
+        raise ConfigError(key, folder, f"{error.filename or folder}: {error.strerror or error}") from error
     finally:
         os.close(lock)
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys
+from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, refusing_unreadable
 from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError, config_error
 
@@ -82,7 +82,8 @@ class Cifar10(DataSource):
                 f"lacks {FOLDER} or one of its files; set data.root to the folder that has them, or data.download=true"
             )
             raise ConfigError("data.root", self._config.root, f"{problem} to download them (170 MB)")
-        classes = CLASSES if folder is None else self._classes(folder / _NAMES)
+        with refusing_unreadable(self._root):
+            classes = CLASSES if folder is None else self._classes(folder / _NAMES)
         return check_shared_keys(self._config, DataSpec(*_SHAPE, classes))
 
     def load(self) -> Splits:
@@ -96,25 +97,28 @@ class Cifar10(DataSource):
         spec, folder = self.describe(), self._complete_folder()
         if folder is None:
             raise ConfigError("data.root", self._config.root, f"lacks {FOLDER} or one of its files")
-        train = [self._read(folder / name) for name in _TRAIN]
+        with refusing_unreadable(self._root):
+            train = [self._read(folder / name) for name in _TRAIN]
+            test = Images(*self._read(folder / _TEST))
         images = Images(torch.cat([pixels for pixels, _ in train]), torch.cat([labels for _, labels in train]))
-        return assemble(self._config, spec, images, Images(*self._read(folder / _TEST)))
+        return assemble(self._config, spec, images, test)
 
     def _complete_folder(self) -> Path | None:
         """The folder that contains all files; ``None`` if a file is missing.
 
         Raises:
-            ConfigError: A file has the wrong size.
+            ConfigError: A file has the wrong size, or the folder can't be read.
         """
-        for folder in (self._root / FOLDER, self._root):
-            if not all((folder / name).is_file() for name in _FILES):
-                continue
-            for name in (*_TRAIN, _TEST):
-                size, expected = (folder / name).stat().st_size, BATCH_IMAGES * _RECORD
-                if size != expected:
-                    problem = f"{name} has {size} bytes, not {expected}; delete it and download it again"
-                    raise ConfigError("data.root", folder, problem)
-            return folder
+        with refusing_unreadable(self._root):
+            for folder in (self._root / FOLDER, self._root):
+                if not all((folder / name).is_file() for name in _FILES):
+                    continue
+                for name in (*_TRAIN, _TEST):
+                    size, expected = (folder / name).stat().st_size, BATCH_IMAGES * _RECORD
+                    if size != expected:
+                        problem = f"{name} has {size} bytes, not {expected}; delete it and download it again"
+                        raise ConfigError("data.root", folder, problem)
+                return folder
         return None
 
     @staticmethod

@@ -8,6 +8,9 @@ A cache is a folder whose name is a hash of everything that its content depends 
 
 It is built in a temporary folder under a lock, written to disk and then renamed, so that it exists completely or not at
 all. Caches are never removed automatically; any may be deleted while no run uses it.
+
+Who may read the image folder may read its caches. Where all users may write (``/tmp``), a cache is its owner's alone,
+and one of another user is not trusted.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import warnings
@@ -120,11 +124,12 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCa
         workers: Number of decoding processes; ``None``: one for each CPU core that this process may use.
 
     Raises:
-        ConfigError: An image can't be decoded and may not be skipped, there is too little disk space, or the folder
-            can't be written.
+        ConfigError: An image can't be decoded and may not be skipped, there is too little disk space, the folder can't
+            be written, or another user may have put the cache there.
     """
     target = folder / spec.digest(folder)
     try:
+        _check_owner(spec, folder, target)
         cache = _open_or_build(spec, folder, target, workers)
     except OSError as error:
         raise ConfigError("data.cache", folder, f"{error.filename or target}: {error.strerror or error}") from error
@@ -144,9 +149,38 @@ def _open_or_build(spec: CacheSpec, folder: Path, target: Path, workers: int | N
                     shutil.rmtree(target)
                 built = temporary / "cache"
                 _build(spec, built, workers or _available_cores())
+                _restrict_readers(spec, folder, built)
                 publish(built, target)
                 cache = _open(spec, target)
     return cache
+
+
+def _check_owner(spec: CacheSpec, folder: Path, target: Path) -> None:
+    """Refuses a cache of an unknown user in a folder where all users may write.
+
+    Raises:
+        ConfigError: There is such a cache.
+    """
+    if not (folder.is_dir() and os.path.lexists(target) and _is_writable_by_all(folder)):
+        return
+    owner = target.lstat().st_uid
+    if owner not in (os.geteuid(), 0, spec.root.stat().st_uid):
+        problem = f"{target.name} belongs to another user (uid {owner}), and all users may write to this folder"
+        raise ConfigError("data.cache", folder, f"{problem}; name another one")
+
+
+def _restrict_readers(spec: CacheSpec, folder: Path, built: Path) -> None:
+    """Lets others read a new cache only if they may read the image folder, and never where all users may write."""
+    others = 0 if _is_writable_by_all(folder) else spec.root.stat().st_mode & 0o077
+    for path in (built, *built.iterdir()):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        # Some file systems have no permissions to set; there they already agree.
+        if mode & ~(0o700 | others):
+            path.chmod(mode & (0o700 | others))
+
+
+def _is_writable_by_all(folder: Path) -> bool:
+    return bool(folder.stat().st_mode & stat.S_IWOTH)
 
 
 def _open(spec: CacheSpec, target: Path) -> ImageCache | None:

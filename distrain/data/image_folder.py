@@ -16,7 +16,16 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, hold_out_test
+from distrain.data.base import (
+    DataSource,
+    DataSpec,
+    Images,
+    Splits,
+    assemble,
+    check_shared_keys,
+    hold_out_test,
+    refusing_unreadable,
+)
 from distrain.data.build_folder import is_build_folder
 from distrain.data.image_cache import CacheSpec, ImageCache, open_or_build
 from distrain.data.image_tree import ImageTree, Listing
@@ -73,11 +82,13 @@ class ImageFolder(DataSource):
         """Returns the configured size and one class per folder, without opening any file.
 
         Raises:
-            ConfigError: There is no such folder, there are fewer than two classes, or the test or validation images
+            ConfigError: The folder can't be read, there are fewer than two classes, or the test or validation images
                 have a class that the training images lack.
         """
-        c, tree = self._config, ImageTree(self._root)
-        return check_shared_keys(c, DataSpec(c.channels, c.height, c.width, tuple(tree.classes)))
+        c = self._config
+        with refusing_unreadable(self._root):
+            classes = tuple(ImageTree(self._root).classes)
+        return check_shared_keys(c, DataSpec(c.channels, c.height, c.width, classes))
 
     def load(self) -> Splits:
         """Opens the cache of decoded images; decodes the files first if it doesn't exist.
@@ -87,7 +98,8 @@ class ImageFolder(DataSource):
                 written.
         """
         c, spec = self._config, self.describe()
-        listing = ImageTree(self._root).list_images()
+        with refusing_unreadable(self._root):
+            listing = ImageTree(self._root).list_images()
         recipe = CacheSpec(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
         cache = open_or_build(recipe, self._cache_folder(), c.workers)
         if cache.broken:

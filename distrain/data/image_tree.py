@@ -22,6 +22,8 @@ PART_NAMES = {
     "test": ("test", "testing"),
 }
 LAYOUT = "the folder must hold train/CLASS/ and test/CLASS/ (and perhaps val/CLASS/), or CLASS/ directly"
+#: Folders that operating systems and storage devices make, in lower case; the pictures in them are copies.
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 #: How many kinds of files and how many folders a line names.
 _NAMED = 4
 
@@ -58,8 +60,8 @@ class Listing:
 class ImageTree:
     """``root/{train,test[,val]}/<class>/**``, or ``root/<class>/**``.
 
-    Classes are numbered in the order of their folders' names. Hidden files are ignored. Symbolic links to places
-    outside of the root are not followed.
+    Classes are numbered in the order of their folders' names. Hidden files and the folders of operating
+    systems are ignored. Symbolic links to places outside of the root are not followed.
 
     Args:
         root: The folder.
@@ -151,12 +153,12 @@ class ImageTree:
                 left_out[Path(entry.name).suffix.lower()] += 1
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
-        """Entries of a folder, sorted by name, without hidden ones and links to outside of the root."""
+        """Entries of a folder, sorted by name, without hidden ones, system folders and links to outside of the root."""
         result, skipped_links = [], 0
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FOLDERS:
                         continue
                     if entry.is_symlink() and not _is_inside(self._root, Path(entry.path)):
                         skipped_links += 1

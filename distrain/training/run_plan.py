@@ -8,15 +8,13 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
 
 from distrain.compression import base as compression
-from distrain.config.registry import choice
 from distrain.config.schema import Config
-from distrain.data.base import DataSource, DataSpec, Splits
+from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, config_error, config_error_from_line
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
@@ -36,11 +34,6 @@ log = logging.getLogger(__name__)
 
 #: Numbers of ranks below this are tried to tell who started one rank how many the strategy needs.
 _MOST_TRIED_RANKS = 65
-
-
-def data_source(config: Config) -> DataSource:
-    """The data set that the configuration names."""
-    return cast(DataSource, choice("data", config.data.name).target(config.data))
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class RunPlan:
         choose_backend(config, device)  # Runtime uses it; here a backend that can't serve the device is refused.
         strategy = strategies.strategy_class(config)
         _check_ranks(strategy, config, world)
-        source = data_source(config)
+        source = data_source(config.data)
         spec = source.describe()
         return cls(config, world, device, strategy, source, spec, tasks.build(config, spec))
 

@@ -17,11 +17,10 @@ from distrain.cli import evaluate, hydra_entry, predict
 from distrain.cli.predict import Prediction, PredictSettings
 from distrain.cli.run_folder import RunFolder
 from distrain.config.load import load_settings
-from distrain.data.base import Images
+from distrain.data.base import Images, data_source
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from distrain.training.run_plan import data_source
 from tests.data.helpers import write_image
 from tests.runs import CONF
 from tests.trained import change_config, save_test_images
@@ -71,7 +70,7 @@ def test_predictions_for_files_equal_those_of_evaluation(
 
 def test_probabilities_are_the_softmax_of_the_logits(run: Path, images: tuple[Path, list[int]]) -> None:
     opened = RunFolder.open(str(run))
-    test = data_source(opened.config).load().test
+    test = data_source(opened.config.data).load().test
     loader = Loader(
         Images(test.images, test.targets),
         batch_size=31,

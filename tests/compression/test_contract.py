@@ -14,11 +14,11 @@ from distrain.checkpoint import writer as checkpoint_writer
 from distrain.communication.collectives import digest
 from distrain.compression import base
 from distrain.config.registry import choices
+from distrain.data.base import data_source
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.training.run_plan import data_source
 from tests.harness import run_ranks
 from tests.runs import relative_difference, small, train_on_rank, trainer_for
 
@@ -200,7 +200,7 @@ def _resave_on_rank(configuration: Any) -> None:
     from dataclasses import asdict
 
     world = World.from_environment()
-    splits = data_source(configuration).load()
+    splits = data_source(configuration.data).load()
     with Runtime(configuration, world) as runtime:
         trainer = trainer_for(configuration, runtime, splits)
         trainer._resume()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -59,3 +61,27 @@ def test_a_folder_that_cannot_be_written_is_refused_with_its_key(tmp_path: Path)
         locked_build_folder("data.cache", tmp_path / "file" / "cache"),
     ):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS])
+def test_an_error_of_the_disk_while_building_names_the_key_and_leaves_nothing(tmp_path: Path, code: int) -> None:
+    def build() -> None:
+        with locked_build_folder("data.cache", tmp_path) as temporary:
+            (temporary / "new").write_text("half")
+            raise OSError(code, os.strerror(code), str(temporary / "new"))
+
+    with pytest.raises(ConfigError, match=rf"data\.cache=.*: .*/new: {os.strerror(code)}"):
+        build()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_lock_is_not_made_through_a_link(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(ConfigError, match=r"data\.cache=.*: can't be written"),
+        locked_build_folder("data.cache", folder),
+    ):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -284,6 +285,84 @@ def test_too_little_disk_space_is_refused_before_decoding(tree: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(ConfigError, match=r"data\.cache=.*: the cache needs .* MiB, and only 0 MiB are free"):
         load(tree)
+
+
+@pytest.mark.parametrize(
+    ("root_mode", "cache_mode", "folder", "file"),
+    [
+        (0o755, 0o755, 0o755, 0o644),
+        (0o750, 0o755, 0o750, 0o640),
+        (0o700, 0o755, 0o700, 0o600),
+        (0o755, 0o777, 0o700, 0o600),
+        (0o755, 0o1777, 0o700, 0o600),
+        (0o700, 0o700, 0o700, 0o600),
+    ],
+)
+def test_a_cache_is_readable_by_those_who_may_read_the_images(
+    tree: Path, tmp_path: Path, root_mode: int, cache_mode: int, folder: int, file: int
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(cache_mode)
+    tree.chmod(root_mode)
+    old = os.umask(0o022)
+    try:
+        load(tree, cache=str(cache))
+    finally:
+        os.umask(old)
+    (built,) = (path for path in cache.iterdir() if path.is_dir())
+    modes = {path.name: path.stat().st_mode & 0o777 for path in built.iterdir()}
+    assert built.stat().st_mode & 0o777 == folder
+    assert modes == dict.fromkeys(("images.u8", "moments.i64", "meta.json"), file)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_another_users_cache_is_trusted_only_where_not_everybody_can_write(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    load(tree, cache=str(cache))
+    if shared:
+        cache.chmod(0o1777)
+    (built,) = (path for path in cache.iterdir() if path.is_dir())
+    lstat = Path.lstat
+
+    def of_another_user(path: Path) -> os.stat_result:
+        fields = list(lstat(path))
+        fields[4] = os.getuid() + 1 if path == built else fields[4]
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(Path, "lstat", of_another_user)
+    if not shared:
+        assert len(load(tree, cache=str(cache)).train) == 14
+        return
+    with pytest.raises(ConfigError, match=r"data\.cache=.*belongs to another user \(uid \d+\).*name another one"):
+        load(tree, cache=str(cache))
+
+
+@pytest.mark.parametrize("choice", ["image_folder", "cifar10"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_data_that_cant_be_read_are_refused_with_their_key(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, choice: str, code: int
+) -> None:
+    def fail(path: Path, **options: object) -> os.stat_result:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "stat", fail)
+    size = {"height": 5, "width": 4} if choice == "image_folder" else {}
+    with pytest.raises(ConfigError, match=rf"^data\.root=.*can't be read \({os.strerror(code)}\)"):
+        source(choice, root=str(tree), **size).describe()
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"])
+def test_folders_of_operating_systems_are_no_classes_and_their_pictures_no_samples(tree: Path, name: str) -> None:
+    expected = load(tree).train.images
+    for place in (tree, tree / "train", tree / "train" / "a"):
+        write_image(place / name / "thumbnail.png", np.zeros((5, 4, 3), dtype=np.uint8))
+    splits = load(tree)
+    assert splits.spec.classes == ("a", "b")
+    assert splits.train.images.equal(expected)
 
 
 def build(tree: Path, log: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from distrain.config.schema import Config
+from distrain.data.base import data_source
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
 from distrain.errors import Failed
@@ -24,7 +25,6 @@ from distrain.health.judge import UNREPORTED_EXIT
 from distrain.health.thread_stack import ThreadStack
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.training.run_plan import data_source
 from tests.harness import HANG_SECONDS, run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank, trainer_for
 
@@ -142,7 +142,7 @@ def run_with_fault(
 
 
 def expected_samples(configuration: Config, shard: tuple[int, int], batch: int = 3) -> list[int]:
-    count = len(data_source(configuration).load().train)
+    count = len(data_source(configuration.data).load().train)
     return batch_share(configuration.seed, count, 0, 10 * batch, 10, shard)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distrain.cli import app
 from distrain.config.schema import Config
-from distrain.data.base import Splits
+from distrain.data.base import Splits, data_source
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 from distrain.runtime.runtime import Runtime
@@ -26,7 +26,7 @@ from distrain.runtime.world import World
 from distrain.training import auto_format
 from distrain.training.assembly import build_model
 from distrain.training.auto_format import Formats, fastest
-from distrain.training.run_plan import RunPlan, data_source
+from distrain.training.run_plan import RunPlan
 from tests.harness import run_ranks
 from tests.runs import compose, small
 
@@ -65,7 +65,7 @@ def _resolve_config(config: Config, runtime: Runtime, splits: Splits) -> Config:
 
 def resolve(config: Config) -> Formats:
     with Runtime(config, World.from_environment()) as runtime:
-        found = _resolve_config(config, runtime, data_source(config).load())
+        found = _resolve_config(config, runtime, data_source(config.data).load())
     return Formats(found.trainer.precision, found.trainer.memory_format)
 
 
@@ -175,7 +175,7 @@ def test_a_trial_changes_only_the_two_keys(run_dir: str) -> None:
     draws = []
     for tried in (False, True):
         with Runtime(config, World.from_environment()) as runtime:
-            splits = data_source(config).load()
+            splits = data_source(config.data).load()
             after = _resolve_config(config, runtime, splits) if tried else config
             draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))  # noqa: NPY002
     assert draws[0] == draws[1]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.config.schema import Config
+from distrain.data.base import data_source
 from distrain.errors import Failed
 from distrain.reporting.loggers import InMemoryLogger
 from distrain.runtime.run_owner import RunOwner
@@ -23,7 +24,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult
 from distrain.training.callbacks import Callback
 from distrain.training.report import flatten
-from distrain.training.run_plan import data_source, total_steps
+from distrain.training.run_plan import total_steps
 from tests.runs import small, trainer_for
 from tests.strategies.helpers import ALONE
 
@@ -202,7 +203,7 @@ def test_the_summary_has_the_results_of_the_run(whole: Run) -> None:
 
 
 def test_the_test_split_is_counted_exactly(whole: Run) -> None:
-    splits = data_source(whole.config).load()
+    splits = data_source(whole.config.data).load()
     model = DropoutNet(3, 4, (8, 8)).eval()
     model.load_state_dict(whole.model)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (splits.mean, splits.std))
