@@ -117,7 +117,7 @@ def try_case(case: Case, agent: subprocess.Popen[bytes], folder: Path) -> None:
         "set-up": (run / "logs" / "rank_1.log").exists,
         "training": lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size,
         "evaluation": (folder / "evaluates").exists,
-        "saving": lambda: list(run.glob("checkpoints/*")),
+        "saving": lambda: list(run.glob("checkpoints/step_*")),
     }
     wait_until(lambda: begun[phase]() or agent.poll() is not None)
     ranks = children(agent.pid)
