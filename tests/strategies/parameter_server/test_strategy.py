@@ -204,11 +204,11 @@ def test_a_failing_worker_reports_its_error_and_the_others_continue(tmp_path: Pa
     ids=["sync worker", "async server", "async worker"],
 )
 def test_losing_a_required_rank_ends_the_run_with_its_name(mode: str, rank: int, who: str, tmp_path: Path) -> None:
-    configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}")
+    endless = ("trainer.epochs=100000",) if who == "server" else ()
+    configuration = fragile(tmp_path, "SIGKILL", rank, f"strategy.mode={mode}", *endless)
     endings = run_ranks_to_the_end(ending_of_server if who == "server" else train_to_the_end, 3, configuration)
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["rank"], failure["error"]) == (rank, "the process exited without reporting an error (killed?)")
-    # A heartbeat of the first second says step 0.
     assert failure["step"] > 0
     for other in {0, 1, 2} - {rank}:
         assert endings[other].outcome == "Failed"
@@ -217,7 +217,10 @@ def test_losing_a_required_rank_ends_the_run_with_its_name(mode: str, rank: int,
 
 
 def ending_of_server(configuration: Config) -> Ending:
-    """As :func:`train_to_the_end`, but rank 2, a server, kills itself after the first checkpoint."""
+    """As :func:`train_to_the_end`, but rank 2, a server, kills itself some time after the first checkpoint.
+
+    The ranks know of each other's steps from heartbeats, one a second.
+    """
     if os.environ["RANK"] == "2":
         import signal
         import threading
@@ -225,6 +228,7 @@ def ending_of_server(configuration: Config) -> Ending:
         def die() -> None:
             while not list(Path(str(configuration.run_dir)).glob("checkpoints/step_*")):
                 time.sleep(0.01)
+            time.sleep(2.5)
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=die, daemon=True).start()

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 STEP_SECONDS = 0.01
+#: A rank that gets one of these saves and stops.
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT)
 SAVE_EVERY = 5
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -28,7 +30,8 @@ def main() -> None:
     if "RANK" not in os.environ:
         sys.exit(launch(int(keys.get("ranks", 2)), run, keys.get("wrong", "")))
     if os.environ["RANK"] != "0":
-        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: sys.exit(75))
         time.sleep(600)
     train(run, int(keys["steps"]), keys.get("wrong", ""))
 
@@ -83,7 +86,8 @@ def is_stopped(pid: int) -> bool:
 
 def train(run: Path, steps: int, wrong: str) -> None:
     stop: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, _: stop.append(number))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda received, _: stop.append(received))
     step, value = resume(run, wrong)
     with run.joinpath("metrics.jsonl").open("ab", buffering=0) as metrics:
         while step < steps:
