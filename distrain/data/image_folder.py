@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections import Counter
@@ -78,6 +79,12 @@ class ImageFolder(DataSource):
             raise ConfigError("data.root", None, "needs the folder that contains the images")
         self._root = Path(config.root)
 
+    @functools.cached_property
+    def _tree(self) -> ImageTree:
+        # Looked at once, since what is ignored is said then.
+        with refusing_unreadable(self._root):
+            return ImageTree(self._root)
+
     def describe(self) -> DataSpec:
         """Returns the configured size and one class per folder, without opening any file.
 
@@ -86,9 +93,7 @@ class ImageFolder(DataSource):
                 have a class that the training images lack.
         """
         c = self._config
-        with refusing_unreadable(self._root):
-            classes = tuple(ImageTree(self._root).classes)
-        return check_shared_keys(c, DataSpec(c.channels, c.height, c.width, classes))
+        return check_shared_keys(c, DataSpec(c.channels, c.height, c.width, tuple(self._tree.classes)))
 
     def load(self) -> Splits:
         """Opens the cache of decoded images; decodes the files first if it doesn't exist.
@@ -99,7 +104,7 @@ class ImageFolder(DataSource):
         """
         c, spec = self._config, self.describe()
         with refusing_unreadable(self._root):
-            listing = ImageTree(self._root).list_images()
+            listing = self._tree.list_images()
         recipe = CacheSpec(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
         cache = open_or_build(recipe, self._cache_folder(), c.workers)
         if cache.broken:
