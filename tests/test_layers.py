@@ -9,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "distrain"
 #: From the top down: a room imports rooms that stand below it, and never one above.
 LAYERS = (
+    "__main__",
     "cli",
     "tools",
     "training",

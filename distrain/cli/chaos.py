@@ -1,4 +1,4 @@
-"""``launch/chaos.py``: tests whether trainings recover from injected faults."""
+"""``distrain chaos``: tests whether trainings recover from injected faults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NETWORK_KINDS = [name for name, kind in FAULT_KINDS.items() if kind.needs_netwo
 
 @dataclass
 class ChaosSettings:
-    """Keys of ``launch/chaos.py``."""
+    """Keys of ``distrain chaos``."""
 
     faults: int = setting("Number of faults over all trainings.", at_least=1)
     faults_per_run: int = setting("Maximum number of faults per run.", at_least=1)
@@ -49,14 +49,13 @@ class ChaosSettings:
     json: str | None = setting("Result file.", path=True)
 
 
-def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path, launch: Path) -> list[Recovery]:
+def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path) -> list[Recovery]:
     """Injects faults into each training, prints the outcome, and writes the result file.
 
     Args:
         settings: The command's settings.
         trainings: The configuration keys of each training.
         conf: The folder of YAML files.
-        launch: The folder of ``train.py``.
 
     Returns:
         The outcome of each fault.
@@ -70,7 +69,7 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
         output.check_writable(result_file)
     if not Path("/proc/self/environ").exists():
         raise config_error("chaos", "finds processes through /proc, which only Linux has")
-    launcher = CommandLauncher(settings.launcher, launch, settings.nproc)
+    launcher = CommandLauncher(settings.launcher, settings.nproc)
     if not trainings:
         raise config_error("training", "none is given; write its keys after --, as in: -- strategy=ddp")
     specs = _number_equal_names([_training_spec(keys, settings.nproc, conf) for keys in trainings])
@@ -85,7 +84,7 @@ def run(settings: ChaosSettings, trainings: Sequence[Sequence[str]], conf: Path,
                 campaign = Campaign(
                     training,
                     launcher,
-                    functools.partial(_open_network, settings.nproc, launch),
+                    functools.partial(_open_network, settings.nproc),
                     folder / training.name.replace(" ", "_"),
                     patience_seconds=settings.patience_seconds,
                     keep=settings.keep,
@@ -186,9 +185,9 @@ def _network_problem(hosts: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _open_network(nproc: int, launch: Path) -> Iterator[tuple[Launcher, VirtualNetwork]]:
+def _open_network(nproc: int) -> Iterator[tuple[Launcher, VirtualNetwork]]:
     with VirtualNetwork(nproc) as network:
-        yield HostPerRankLauncher(network, launch), network
+        yield HostPerRankLauncher(network), network
 
 
 def _make_folder(name: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""``launch/doctor.py``: examines this machine, or all hosts of a job if started on each of them."""
+"""``distrain doctor``: examines this machine, or all hosts of a job if started on each of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 @dataclass
 class DoctorSettings:
-    """Keys of ``launch/doctor.py``."""
+    """Keys of ``distrain doctor``."""
 
     address: str | None = setting("HOST:PORT where ranks meet; null: MASTER_ADDR and MASTER_PORT.")
     ranks: int | None = setting("Number of ranks; null: WORLD_SIZE.", at_least=1)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class EvaluateSettings(RunSettings):
-    """Keys of ``launch/evaluate.py``."""
+    """Keys of ``distrain evaluate``."""
 
     split: str = setting("Split to evaluate.", choices=("train", "val", "test"))
     data_root: str | None = setting(

@@ -25,7 +25,7 @@ from distrain.runtime.world import World
 
 @dataclass
 class ExportSettings(RunSettings):
-    """Keys of ``launch/export.py``."""
+    """Keys of ``distrain export``."""
 
     format: str = setting("File format.", choices=("safetensors",))
     output: str = setting("File to write.", path=True)

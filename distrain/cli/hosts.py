@@ -1,4 +1,4 @@
-"""``launch/hosts.py``: trains on several hosts over ssh, with a torchrun agent on each."""
+"""``distrain hosts``: trains on several hosts over ssh, with a torchrun agent on each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PORTS = (20000, 29999)
 
 @dataclass
 class HostsSettings:
-    """Keys of ``launch/hosts.py``."""
+    """Keys of ``distrain hosts``."""
 
     hosts: list[str] = setting("Hosts to start a torchrun agent on, as ssh takes them: [a, me@b].")
     addresses: list[str] | None = setting("How hosts reach each other, in the order of hosts; null: by those names.")
@@ -30,20 +30,19 @@ class HostsSettings:
     ssh: str = setting("The ssh command; gets a host and a command line for it.")
     python: str | None = setting("The interpreter on the hosts; null: the path of this one.")
     folder: str | None = setting("The working folder on the hosts; null: the path of this one.")
-    script: str | None = setting("The script on the hosts; null: the path of launch/train.py here.")
+    script: str | None = setting("The script on the hosts; null: distrain train.")
     env: dict[str, str] = setting("Environment variables for the ranks; ssh passes none on by itself.")
     port: int | None = setting("Rendezvous port on the first host; null: a random one.", at_least=1, at_most=65535)
     torchrun: list[str] = setting("More options for torchrun.")
     grace_seconds: float = setting("Seconds that ranks have to save before they are killed.", at_least=0)
 
 
-def run(settings: HostsSettings, conf: Path, train_script: Path, arguments: Sequence[str]) -> int:
+def run(settings: HostsSettings, conf: Path, arguments: Sequence[str]) -> int:
     """Trains on all hosts.
 
     Args:
         settings: The command line before ``--``.
         conf: The folder of YAML files.
-        train_script: Path of ``launch/train.py``.
         arguments: The command line behind ``--``: the training's settings.
 
     Returns:
@@ -54,7 +53,7 @@ def run(settings: HostsSettings, conf: Path, train_script: Path, arguments: Sequ
     """
     if settings.script is None:
         check_training(conf, arguments)
-    return run_on_hosts(host_commands(settings, train_script, arguments), settings.grace_seconds)
+    return run_on_hosts(host_commands(settings, arguments), settings.grace_seconds)
 
 
 def check_training(conf: Path, arguments: Sequence[str]) -> None:
@@ -75,13 +74,12 @@ def check_training(conf: Path, arguments: Sequence[str]) -> None:
         raise hydra_entry.to_config_error(error, conf, "config", arguments) from error
 
 
-def host_commands(settings: HostsSettings, train_script: Path, arguments: Sequence[str]) -> list[HostCommand]:
+def host_commands(settings: HostsSettings, arguments: Sequence[str]) -> list[HostCommand]:
     """Returns the command to run for each host.
 
     Args:
         settings: The checked keys.
-        train_script: The script to run unless ``settings.script`` names another.
-        arguments: Arguments of the script.
+        arguments: Arguments of ``distrain train``, or of the script that ``settings.script`` names.
 
     Raises:
         ConfigError: No host is given, a name would be taken for an option of ssh, or addresses don't match the hosts.
@@ -100,6 +98,8 @@ def host_commands(settings: HostsSettings, train_script: Path, arguments: Sequen
     port = settings.port or random.randint(*_PORTS)
     rendezvous_id = uuid.uuid4().hex
     python = settings.python or sys.executable
+    # As the agent is found, in the environment of the interpreter or in the working folder.
+    started = [settings.script] if settings.script else ["-m", "distrain", "train"]
     commands = []
     for index, (host, address) in enumerate(zip(settings.hosts, addresses, strict=True)):
         torchrun = [
@@ -112,7 +112,7 @@ def host_commands(settings: HostsSettings, train_script: Path, arguments: Sequen
         words = [
             *("exec", "env", *(f"{name}={value}" for name, value in settings.env.items())),
             *(python, "-m", "distrain.tools.launching.agent", f"{settings.grace_seconds:g}", python),
-            *(*torchrun, settings.script or str(train_script), *arguments),
+            *(*torchrun, *started, *arguments),
         ]
         remote_line = f"cd {shlex.quote(settings.folder or str(Path.cwd()))} && {shlex.join(words)}"
         commands.append(HostCommand(host, (*ssh, host, remote_line)))

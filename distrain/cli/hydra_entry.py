@@ -162,6 +162,12 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
+def set_arguments(arguments: Sequence[str] | None) -> None:
+    """Takes these arguments as this process's command line; ``None`` keeps it. Hydra reads ``sys.argv`` only."""
+    if arguments is not None:
+        sys.argv[1:] = arguments
+
+
 def pop_command(arguments: list[str]) -> list[str]:
     """Removes ``-- COMMAND…``, which Hydra must not parse, from the end of ``arguments`` and returns the command."""
     split = arguments.index("--") if "--" in arguments else len(arguments)

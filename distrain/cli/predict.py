@@ -45,7 +45,7 @@ _OUTPUT_SUFFIXES = (".json", ".csv")
 
 @dataclass
 class PredictSettings(RunSettings):
-    """Keys of ``launch/predict.py``."""
+    """Keys of ``distrain predict``."""
 
     input: Any = setting("An image file, a folder (with its subfolders), or a list of these.", path=True)
     output: str | None = setting("File for the result, .json or .csv; - or null: JSON on standard output.", path=True)

@@ -1,4 +1,4 @@
-"""``launch/sweep.py``: many trainings, one for each combination of values, and one table of their results.
+"""``distrain sweep``: many trainings, one for each combination of values, and one table of their results.
 
 Hydra's sweeper composes the combinations and hands them to the launcher in ``hydra_plugins``, which calls
 :meth:`Sweep.run`. Each job trains under a torchrun of its own.
@@ -19,6 +19,7 @@ from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.contained_folder import ContainedFolder, UnsafePath
 from distrain.files.terminal import print_to_stderr, show
+from distrain.runtime import program
 from distrain.tools.launching import table
 from distrain.tools.launching.jobs import DONE, JobResult, JobRunner, hydra_quote, job_array_lines, make_jobs
 
@@ -33,11 +34,11 @@ class SweepSettings:
     metric: str = setting("The number of summary.json that ranks the jobs and that Optuna optimizes.")
     grace_seconds: float = setting("Seconds that a job has to save before it is killed.", at_least=0)
     torchrun: list[str] = setting("More options for torchrun.")
-    script: str | None = setting("The script that each job runs; null: the script that was started.", path=True)
+    script: str | None = setting("The script that each job runs; null: distrain train.", path=True)
     jobs_file: str | None = setting("Write one line per job to this file and run none; null: run them.", path=True)
 
 
-def torchrun_command(settings: SweepSettings, script: Path) -> list[str]:
+def torchrun_command(settings: SweepSettings) -> list[str]:
     """Returns a job's command without arguments.
 
     Each torchrun takes a free port, at an address that needs no name service.
@@ -46,7 +47,7 @@ def torchrun_command(settings: SweepSettings, script: Path) -> list[str]:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
         *("--nproc-per-node", settings.nproc),
         *settings.torchrun,
-        str(script),
+        *([settings.script] if settings.script else program.starting("train")),
     ]
 
 
@@ -65,7 +66,7 @@ class Sweep:
         self._fixed = fixed
         self._results: list[JobResult] = []
         self._runner = JobRunner(
-            torchrun_command(settings, Path(settings.script or sys.argv[0])),
+            torchrun_command(settings),
             parallel=settings.parallel,
             minutes=settings.minutes,
             grace_seconds=settings.grace_seconds,
@@ -150,23 +151,21 @@ def no_metric(metric: str, results: Sequence[JobResult]) -> str:
     )
 
 
-def multirun_arguments(arguments: Sequence[str], script: Path, default_folder: str) -> list[str]:
-    """Translates a command line of ``launch/sweep.py`` into one of Hydra's ``--multirun``.
+def multirun_arguments(arguments: Sequence[str], default_folder: str) -> list[str]:
+    """Translates a command line of ``distrain sweep`` into one of Hydra's ``--multirun``.
 
     ``nproc`` and ``sweep.…`` become keys of the launcher, ``sweep.folder`` becomes Hydra's folder of the sweep, and
     everything else is passed on to the trainings.
 
     Args:
         arguments: What the user typed.
-        script: The script that each job runs.
         default_folder: The sweep's folder if the user names none.
 
     Raises:
         ConfigError: An unknown key ``sweep.…``.
     """
     known = ["folder", *(field.name for field in dataclasses.fields(SweepSettings))]
-    translated = ["--multirun", "hydra/launcher=torchrun", f"hydra.launcher.script={hydra_quote(str(script))}"]
-    translated.append(f"hydra.sweep.dir={hydra_quote(default_folder)}")
+    translated = ["--multirun", "hydra/launcher=torchrun", f"hydra.sweep.dir={hydra_quote(default_folder)}"]
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "sweep.folder":

@@ -1,4 +1,4 @@
-"""``launch/testnet.py``: makes a test network, runs a command on every host, or keeps the network up for commands."""
+"""``distrain testnet``: makes a test network, runs a command on every host, or keeps the network up for commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -23,12 +24,14 @@ from distrain.tools.testnet.network import VirtualNetwork, host_name
 
 #: Seconds between forwarding a signal and killing the commands. torchrun gives its ranks 30.
 _GRACE_SECONDS = 40.0
+#: The folder of the command's YAML file. It is not in ``conf/``, where ``loss=`` chooses a loss function.
+CONF = Path(network.__file__).parent / "conf"
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclass
 class NetworkSettings:
-    """Keys of ``launch/testnet.py``."""
+    """Keys of ``distrain testnet``."""
 
     action: str = setting(
         "up: make a network; on: run a command on a host; down: end networks.", choices=("up", "on", "down")

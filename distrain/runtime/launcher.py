@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from distrain.errors import ConfigError
+from distrain.runtime import program
 from distrain.runtime.world import MAX_DIGITS
 
 #: How often a rank looks whether its launcher still runs, in seconds.
@@ -55,10 +56,13 @@ def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: 
     """
     ranks = ranks or int(environment.get("LOCAL_WORLD_SIZE", "1"))
     under_torchrun = ranks > 1 or "TORCHELASTIC_RUN_ID" in environment
-    words = ["torchrun", "--nproc-per-node", str(ranks)] if under_torchrun else ["python"]
+    script, *settings = arguments
+    if not under_torchrun:
+        return shlex.join([*program.on_one_rank(script), *settings])
+    words = ["torchrun", "--nproc-per-node", str(ranks)]
     if environment.get("GROUP_WORLD_SIZE", "1") != "1":
         words += ["--nnodes", environment["GROUP_WORLD_SIZE"]]
-    return shlex.join([*words, *arguments])
+    return shlex.join([*words, *program.under_torchrun(script), *settings])
 
 
 def is_torchrun() -> bool:

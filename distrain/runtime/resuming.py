@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distrain.config.quoting import path_setting
+from distrain.runtime import program
 
 _RUN_DIR = re.compile(r"\+{0,2}run_dir=")
 #: Would start the run anew, or from another run's checkpoint, instead of going on.
@@ -42,10 +42,10 @@ def how_to_resume(
         if list(parent[-arguments:]) != list(own[-arguments:]):
             return _same_again(place, given=given)
         hosts = "" if environment.get("GROUP_WORLD_SIZE", "1") == "1" else ", on every host with its own options"
-        return f"to go on{hosts}: {shlex.join([*_short(parent[:-arguments]), *command])}"
+        return f"to go on{hosts}: {shlex.join([*program.short(parent[:-arguments]), *command])}"
     if environment.get("WORLD_SIZE", "1") != "1":
         return _same_again(place, given=given)
-    return f"to go on: {shlex.join([*own[:-arguments], *command])}"
+    return f"to go on: {shlex.join([*program.short(own[:-arguments]), *command])}"
 
 
 def command_of(process: int) -> list[str]:
@@ -65,12 +65,3 @@ def own_command() -> tuple[list[str], int]:
 def _same_again(place: str, *, given: bool) -> str:
     addition = "" if given else f" with {shlex.quote(place)}"
     return f"to go on, start all ranks as before{addition}"
-
-
-def _short(words: Sequence[str]) -> list[str]:
-    """Without the interpreter, where a script such as ``torchrun`` was started by its name."""
-    if len(words) > 1 and Path(words[1]).name == "torchrun":
-        on_path = shutil.which("torchrun")
-        found = on_path is not None and os.path.realpath(on_path) == os.path.realpath(words[1])
-        return ["torchrun" if found else words[1], *words[2:]]
-    return list(words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,13 +41,13 @@ def option(words: list[str], name: str) -> str:
 
 
 def test_each_host_gets_an_agent_whose_rendezvous_is_on_the_first_host() -> None:
-    first, second = hosts.host_commands(settings(), Path("/d/train.py"), ["strategy=ddp", "data.root=/my data"])
+    first, second = hosts.host_commands(settings(), ["strategy=ddp", "data.root=/my data"])
     assert first.command[:4] == ("ssh", "-p", "22", "a")
     assert second.command[:4] == ("ssh", "-p", "22", "me@b")
     for command, is_host, address in ((first, 1, "a"), (second, 0, "b")):
         words = remote_words(command)
         assert words[:4] == ["cd", "/a folder", "&&", "exec"]
-        assert words[-3:] == ["/d/train.py", "strategy=ddp", "data.root=/my data"]
+        assert words[-5:] == ["-m", "distrain", "train", "strategy=ddp", "data.root=/my data"]
         assert option(words, "--nnodes") == "2"
         assert option(words, "--nproc-per-node") == "2"
         assert option(words, "--rdzv-endpoint") == "a:29400"
@@ -60,7 +59,7 @@ def test_each_host_gets_an_agent_whose_rendezvous_is_on_the_first_host() -> None
 def test_trainings_have_separate_rendezvous() -> None:
     rendezvous = {
         (option(words, "--rdzv-id"), option(words, "--rdzv-endpoint"))
-        for words in (remote_words(hosts.host_commands(settings(port=None), Path("t.py"), [])[0]) for _ in range(5))
+        for words in (remote_words(hosts.host_commands(settings(port=None), [])[0]) for _ in range(5))
     }
     assert len({identifier for identifier, _ in rendezvous}) == 5
     assert all(20000 <= int(endpoint.partition(":")[2]) <= 29999 for _, endpoint in rendezvous)
@@ -73,7 +72,7 @@ def test_addresses_variables_options_and_script_are_passed_on() -> None:
         torchrun=["--max-restarts", "3"],
         script="launch/evaluate.py",
     )
-    words = remote_words(hosts.host_commands(values, Path("t.py"), ["run=r"])[1])
+    words = remote_words(hosts.host_commands(values, ["run=r"])[1])
     assert option(words, "--rdzv-endpoint") == "10.0.0.1:29400"
     assert option(words, "--local-addr") == "10.0.0.2"
     assert option(words, "env") == "GLOO_SOCKET_IFNAME=eth1"
@@ -91,7 +90,7 @@ def test_addresses_variables_options_and_script_are_passed_on() -> None:
 )
 def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        hosts.host_commands(settings(**changes), Path("t.py"), [])
+        hosts.host_commands(settings(**changes), [])
     assert str(refused.value) == expected
 
 

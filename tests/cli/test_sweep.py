@@ -17,11 +17,10 @@ from tests.runs import CONF
 
 def test_nproc_and_sweep_keys_go_to_the_launcher_and_the_rest_to_the_trainings() -> None:
     arguments = ["strategy=ddp", "nproc=2", "sweep.minutes=3", "sweep.folder=there", "compression=none,fp16"]
-    assert sweep.multirun_arguments(arguments, Path("/d/it's/train.py"), "here") == [
+    assert sweep.multirun_arguments(arguments, "it's here") == [
         "--multirun",
         "hydra/launcher=torchrun",
-        "hydra.launcher.script='/d/it\\'s/train.py'",
-        "hydra.sweep.dir='here'",
+        "hydra.sweep.dir='it\\'s here'",
         "strategy=ddp",
         "hydra.launcher.nproc=2",
         "hydra.launcher.minutes=3",
@@ -32,13 +31,13 @@ def test_nproc_and_sweep_keys_go_to_the_launcher_and_the_rest_to_the_trainings()
 
 def test_home_folder_is_expanded_in_the_sweeps_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    translated = sweep.multirun_arguments(["sweep.folder=~/a=b"], Path("train.py"), "here")
+    translated = sweep.multirun_arguments(["sweep.folder=~/a=b"], "here")
     assert translated[-1] == "hydra.sweep.dir='/home/me/a=b'"
 
 
 def test_unknown_key_of_a_sweep_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^sweep.minuts: no such key; .*did you mean sweep.minutes"):
-        sweep.multirun_arguments(["sweep.minuts=3"], Path("train.py"), "here")
+        sweep.multirun_arguments(["sweep.minuts=3"], "here")
 
 
 def test_jobs_without_the_number_that_ranks_them_are_named() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from distrain.errors import ConfigError
+from distrain.runtime import program
 from distrain.tools.testnet.network import VirtualNetwork
 
 
@@ -34,17 +35,17 @@ class CommandLauncher:
     """Starts the user's command on this host.
 
     Args:
-        template: The command, with the placeholders ``{python}``, ``{launch}``, ``{nproc}`` and ``{keys}``.
-        launch: The folder of distrain's ``train.py``.
+        template: The command, with the placeholders ``{python}``, ``{train}``, ``{nproc}`` and ``{keys}``. ``{train}``
+            is what Python or torchrun runs to train.
         nproc: Number of ranks.
 
     Raises:
         ConfigError: The template lacks ``{keys}`` or has unknown placeholders.
     """
 
-    def __init__(self, template: str, launch: Path, nproc: int) -> None:
+    def __init__(self, template: str, nproc: int) -> None:
         self._template = template
-        self._values = {"python": sys.executable, "launch": str(launch), "nproc": str(nproc)}
+        self._words = {"python": [sys.executable], "train": program.starting("train"), "nproc": [str(nproc)]}
         if "{keys}" not in template:
             raise ConfigError("launcher", template, "needs {keys}, which stands for the training's keys")
         self.command([])
@@ -52,14 +53,14 @@ class CommandLauncher:
     def command(self, keys: Sequence[str]) -> list[str]:
         """The command's arguments for these keys."""
         words: list[str] = []
+        values = {**self._words, "keys": list(keys)}
+        joined = {name: shlex.join(value) for name, value in values.items()}
         try:
             for word in shlex.split(self._template):
-                if word == "{keys}":
-                    words += keys
-                else:
-                    words.append(word.format(**self._values, keys=shlex.join(keys)))
+                name = word[1:-1]
+                words += values[name] if word == f"{{{name}}}" and name in values else [word.format(**joined)]
         except (ValueError, KeyError, IndexError) as error:
-            allowed = ", ".join(f"{{{name}}}" for name in [*self._values, "keys"])
+            allowed = ", ".join(f"{{{name}}}" for name in values)
             raise ConfigError(
                 "launcher", self._template, f"can't be filled in ({error}); allowed placeholders: {allowed}"
             ) from error
@@ -83,14 +84,12 @@ class HostPerRankLauncher:
 
     Args:
         network: Has as many hosts as there are ranks.
-        launch: The folder of distrain's ``train.py``.
     """
 
-    def __init__(self, network: VirtualNetwork, launch: Path) -> None:
+    def __init__(self, network: VirtualNetwork) -> None:
         self.network = network
-        self._launch = launch
 
     def start(self, keys: Sequence[str], variables: Mapping[str, str], output: Path) -> list[subprocess.Popen[bytes]]:
-        """Starts ``train.py`` on every host."""
-        command = [sys.executable, str(self._launch / "train.py"), *keys]
+        """Starts a rank on every host."""
+        command = [sys.executable, *program.starting("train"), *keys]
         return [self.network.start(host, command, variables, output) for host in range(self.network.hosts)]

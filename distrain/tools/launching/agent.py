@@ -1,6 +1,6 @@
 """Runs a command on a remote host, and ends it when the ssh connection that started it is closed.
 
-``launch/hosts.py`` starts ``python -m distrain.tools.launching.agent GRACE_SECONDS COMMAND …`` over ssh. A command
+``distrain hosts`` starts ``python -m distrain.tools.launching.agent GRACE_SECONDS COMMAND …`` over ssh. A command
 started over ssh directly would keep running after the connection ends. The agent instead sends SIGTERM to the command
 as soon as standard input is closed, and after the grace period kills it with all that it started.
 """

@@ -17,7 +17,7 @@ if sys.platform != "linux":
 
 
 def start(folder: Path, program: str) -> Attempt:
-    return Attempt(CommandLauncher(f"{{python}} -c '{program}' {{keys}}", folder, 1), [], folder, folder / "output.log")
+    return Attempt(CommandLauncher(f"{{python}} -c '{program}' {{keys}}", 1), [], folder, folder / "output.log")
 
 
 def test_only_what_this_attempt_wrote_counts(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class FakeCampaign:
         self.recoveries: list[Recovery] = []
         keys = ("steps=100", "ranks=2", *([f"wrong={wrong}"] if wrong else []))
         training = TrainingSpec("fake", keys, 2, limit_seconds, limit_seconds)
-        launcher = CommandLauncher(f"{{python}} {FAKE_TRAINING} {{keys}}", FAKE_TRAINING.parent, 2)
+        launcher = CommandLauncher(f"{{python}} {FAKE_TRAINING} {{keys}}", 2)
         self._campaign = Campaign(
             training,
             launcher,

@@ -1,0 +1,26 @@
+"""``distrain NAME``, ``python -m distrain NAME`` and ``torchrun … -m distrain NAME``: one command, by its name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python has put a folder in front of all others: with -m the current one, else this file's. Modules in it must not
+    # take the place of distrain's and torch's. A user's own module is still found: the current folder is appended when
+    # one is named.
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
+    # Also found where nothing is installed.
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from distrain.cli import dispatch
+
+
+def main() -> None:
+    """Runs the command that the command line names, and ends the process with its exit code."""
+    dispatch.run(sys.argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""``distrain evaluate run=DIR``: evaluates a run, on one rank or under torchrun with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from distrain.cli import hydra_entry
+from distrain.config.folder import CONF
+from distrain.config.load import load_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: The command line behind the command's name; ``None``: that of this process.
+    """
+    hydra_entry.set_arguments(arguments)
+    hydra_entry.main(_task, CONF, "evaluate", _schema)
+
+
+def _schema() -> type[Any]:
+    """The command's keys."""
+    from distrain.cli import evaluate
+
+    return evaluate.EvaluateSettings
+
+
+def _task(composed: DictConfig) -> None:
+    with hydra_entry.gc_disabled():
+        # Imported here because it imports torch, which --help and most errors need not wait for.
+        from distrain.cli import evaluate
+
+    evaluate.run(load_settings(_schema(), composed))

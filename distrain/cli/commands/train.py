@@ -1,0 +1,33 @@
+"""``distrain train strategy=ddp …``: trains, on one rank or under torchrun on many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from distrain.cli import hydra_entry
+from distrain.config.folder import CONF
+from distrain.config.load import load_config
+from distrain.tools.launching import slurm
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: The command line behind the command's name; ``None``: that of this process.
+    """
+    hydra_entry.set_arguments(arguments)
+    hydra_entry.main(_task, CONF, "config")
+
+
+def _task(composed: DictConfig) -> None:
+    slurm.set_torchrun_variables(os.environ)
+    with hydra_entry.gc_disabled():
+        config = load_config(composed)
+        # Imported here because it imports torch, which --help, completion and most errors need not wait for.
+        from distrain.cli import app
+
+    app.train(config)

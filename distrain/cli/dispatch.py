@@ -1,0 +1,69 @@
+"""``distrain NAME …``: finds the command by its name and lists all of them. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+
+import distrain
+from distrain.errors import EXIT_REFUSED, config_error
+from distrain.files.terminal import print_to_stderr
+from distrain.runtime import program
+
+#: What each command does, in one line. The command NAME is ``main`` in ``distrain/cli/commands/NAME.py``.
+COMMANDS = {
+    "train": "train a model, on one rank or under torchrun on many",
+    "evaluate": "compute the metrics of a run's checkpoint",
+    "predict": "predict the classes of images by a run's model",
+    "export": "write a run's model as a file that is readable without distrain",
+    "sweep": "train with each combination of values; one table of the results",
+    "doctor": "examine this machine, or all machines of a job and their network",
+    "hosts": "train on several machines over ssh",
+    "testnet": "simulate several machines and their network on this one",
+    "chaos": "injure trainings, and check that they recover with the same result",
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Runs a command.
+
+    Args:
+        arguments: ``sys.argv``; the command's name is removed from it.
+
+    Raises:
+        SystemExit: The command has ended, or there is no such command.
+    """
+    name = arguments[1] if len(arguments) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(overview())
+    elif name == "--version":
+        print(f"distrain {distrain.__version__}")
+    elif name not in COMMANDS:
+        problem = "no such command"
+        if "=" in name:
+            problem += "; settings follow a command, as in: distrain train strategy=ddp"
+        print_to_stderr(f"distrain: {config_error(name, problem, COMMANDS)}")
+        sys.exit(EXIT_REFUSED)
+    else:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # Ctrl-C while modules are imported ends the process, without a traceback of imports.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        del arguments[1]
+        program.remember(name)
+        importlib.import_module(f"distrain.cli.commands.{name}").main()
+
+
+def overview() -> str:
+    """What ``distrain --help`` prints: one line for each command."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: distrain COMMAND key=value …",
+            "",
+            *(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()),
+            "",
+            "distrain COMMAND --help    explains a command and its keys",
+            "distrain --version         prints the version",
+        ]
+    )
