@@ -16,7 +16,7 @@ if sys.platform != "linux":
     pytest.skip("needs /proc", allow_module_level=True)
 
 #: One rank without a launcher. RANK is set, because ranks are recognised by it.
-ALONE = 'launcher="env RANK=0 {python} {launch}/train.py {keys}"'
+ALONE = 'launcher="env RANK=0 {python} {train} {keys}"'
 
 
 def test_training_with_a_damaged_checkpoint_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
