@@ -6,7 +6,8 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 ``model.safetensors``         parameters and buffers
 ``optimizer.safetensors``     the optimizer's tensors as ``<parameter>/<state name>``
 ``rank_XXXXX.safetensors``    the state of one rank only, such as its residuals, as ``<part>/<state name>/<parameter>``
-``state.json``                position in the data, step, best metric, scalars, and the layout of the ranks that saved;
+``state.json``                position in the data, step, best metric, scalars, the layout of the ranks that saved, and
+                              what is known of the data;
                               :mod:`~distrain.checkpoint.state_schema` says what it may hold
 ``manifest.json``             size and SHA-256 of each other file; written last
 ============================  ========================================================================================
@@ -42,6 +43,16 @@ TEMPORARY_NAME = re.compile(r"\.(step_[0-9]{8,})\.(?:(.+)\.)?([0-9]+)(\.replaced
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint is incomplete or differs from its manifest; the message names the file."""
+
+
+def unreadable(path: Path, error: OSError) -> DamagedCheckpoint:
+    """The error for a checkpoint that the file system does not give.
+
+    Args:
+        path: What was read; named if the error names no file.
+        error: What the file system said.
+    """
+    return DamagedCheckpoint(f"{error.filename or path} can't be read ({error.strerror or error})")
 
 
 def checkpoints_folder(run_dir: Path) -> Path:

@@ -137,6 +137,24 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, A
     _raise_if_any(problems)
 
 
+def check_fits(module: nn.Module, shapes: Mapping[str, torch.Size], plain: Mapping[str, Any] | None) -> None:
+    """Refuses saved state that :func:`load` would refuse, as far as names and shapes tell; nothing is loaded.
+
+    Args:
+        module: The module. Its tensors may be on the meta device.
+        shapes: Shape of each saved tensor by its name.
+        plain: As for :func:`load`.
+
+    Raises:
+        ValueError: As from :func:`load`.
+    """
+    if _loads_in_its_own_way(module):
+        return
+    saved: dict[str, Any] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    saved |= (plain or {}).get("extra_state", {})
+    _raise_if_any(_differences(module.state_dict(), saved))
+
+
 def _loads_in_its_own_way(module: nn.Module) -> bool:
     """Whether hooks or methods of the user's may rename, reshape or add what is loaded."""
 

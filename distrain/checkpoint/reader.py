@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import safetensors.torch
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from distrain.checkpoint.format import (
     part_files,
     per_rank_file,
     step_of,
+    unreadable,
 )
 from distrain.checkpoint.state_schema import read_state
 from distrain.files import untrusted
@@ -81,8 +83,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     files = _compare_with_manifest(path)
     content = read_state(path)
-    # Old checkpoints were saved without a configuration.
-    state = {"scalars": content["scalars"], "layout": content["layout"], "config": content.get("config")}
+    # Old checkpoints were saved without configuration and data.
+    state = {key: content.get(key) for key in ("scalars", "layout", "config", "data")}
     for part in PARTS:
         state[part] = _load_part(path, part, files)
     for part in PER_RANK_PARTS:
@@ -97,6 +99,28 @@ def load_model(path: Path) -> dict[str, Tensor]:
         DamagedCheckpoint: A file is missing, cut short, or changed.
     """
     return _load_part(path, "model", verify(path))
+
+
+def model_shapes(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the model's tensors, from the files' headers; nothing is compared with the manifest.
+
+    Raises:
+        DamagedCheckpoint: A file can't be read, or is not a safetensors file.
+    """
+    shapes: dict[str, torch.Size] = {}
+    try:
+        for name in part_files("model", [each.name for each in path.iterdir()]):
+            _check_link(path / name)
+            _check_size(path / name)
+            with safetensors.safe_open(path / name, framework="pt") as file:
+                shapes |= {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except safetensors.SafetensorError as error:
+        raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {error}") from error
+    except untrusted.UnreadableFile as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    return shapes
 
 
 def verify(path: Path) -> set[str]:
@@ -117,7 +141,7 @@ def _compare_with_manifest(path: Path) -> set[str]:
     try:
         return _compare_files(path)
     except OSError as error:
-        raise DamagedCheckpoint(f"{error.filename or path} can't be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     except untrusted.UnreadableFile as error:
         raise DamagedCheckpoint(f"{path}: {error}") from error
 
@@ -206,7 +230,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise DamagedCheckpoint(f"{path} can't be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     except safetensors.SafetensorError as error:
         raise DamagedCheckpoint(f"{path} is not a safetensors file: {error}") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint.format import CHECKPOINT_NAME, MAX_JSON_BYTES, DamagedCheckpoint
+from distrain.checkpoint.format import CHECKPOINT_NAME, MAX_JSON_BYTES, DamagedCheckpoint, unreadable
 from distrain.files.untrusted import read_json
 
 #: Raises :class:`_Wrong` if a value is not what a field holds. The first argument is the field's dotted name.
@@ -223,11 +223,30 @@ _CONFIG = _fields(
     },
 )
 
+_DATA = _fields(
+    {},
+    {
+        "samples": _fields({}, {"train": _whole(), "val": _whole(), "test": _whole()}),
+        **dict.fromkeys(("channels", "height", "width"), _whole(1)),
+        "classes": _list_of(_text),
+        **dict.fromkeys(("mean", "std"), _list_of(_number())),
+    },
+)
+
 _STATE = _fields(
     {"progress": _PROGRESS, "scalars": _SCALARS, "layout": _LAYOUT},
-    # Old checkpoints were saved without a configuration.
-    {"config": _or_null(_all_of(_entries(_plain), _CONFIG))},
+    # Old checkpoints were saved without these.
+    {"config": _or_null(_all_of(_entries(_plain), _CONFIG)), "data": _or_null(_DATA)},
 )
+
+
+def check_data(content: Mapping[str, Any]) -> None:
+    """Checks what a checkpoint, or ``data.json`` of its run, says of the data.
+
+    Raises:
+        ValueError: A field has a value that no run writes; the message names both.
+    """
+    _DATA("data", content)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -250,7 +269,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
     except OSError as error:
-        raise DamagedCheckpoint(f"{file} can't be read ({error.strerror or error})") from error
+        raise unreadable(file, error) from error
     except ValueError as error:
         raise DamagedCheckpoint(f"{file}: {error}") from error.__cause__ or error
     return content

@@ -47,9 +47,9 @@ def save(
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        state: A strategy's ``state_dict()``, its ``layout`` and the run's ``config`` as plain data. ``model`` and
-            ``optimizer`` hold this rank's tensors, ``compressor`` and ``local`` the state of this rank only; of
-            ``scalars`` and ``layout`` those of rank 0 are saved.
+        state: A strategy's ``state_dict()``, its ``layout``, and as plain data the run's ``config`` and what is
+            known of its ``data``. ``model`` and ``optimizer`` hold this rank's tensors, ``compressor`` and ``local``
+            the state of this rank only; of ``scalars`` and ``layout`` those of rank 0 are saved.
         progress: The trainer's position; ``step`` names the checkpoint.
         communicator: The ranks that save together; by default this rank alone.
         device: Device of the tensors that ``communicator`` exchanges.
@@ -95,7 +95,7 @@ def _save(
     with exchange.catching_errors():
         if rank == 0 and not exchange.error:
             content = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
-            content["config"] = state.get("config")
+            content |= {"config": state.get("config"), "data": state.get("data")}
             _complete(temporary, content, digests)
             if is_taken():
                 raise OSError(errno.EPERM, "another start of this run has taken the folder", str(final))

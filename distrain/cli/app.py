@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from distrain.config.load import to_container
 from distrain.config.schema import Config
-from distrain.data.base import Splits
+from distrain.data import manifest
+from distrain.data.manifest import data_manifest
 from distrain.files.writing import to_json, to_yaml
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tasks.base import Task
-from distrain.training import auto_format
+from distrain.training import auto_format, resume
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.model_notices import model_notices
 from distrain.training.run_plan import RunPlan
@@ -37,6 +37,8 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
     trial = plan.check()
     splits = plan.source.load()
     plan.check_sizes(splits, trial)
+    data = data_manifest(splits)
+    changed_data = resume.changed_data(config, data)
     notices = model_notices(config, plan.world.size, plan.strategy, plan.dtype, trial)
     # The model of the trial needs memory.
     del trial
@@ -46,21 +48,18 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
         if runtime.is_main and runtime.owner is not None:
             runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
-            runtime.owner.write_kept("data.json", to_json(data_manifest(splits)))
+            runtime.owner.write_kept(manifest.FILE, to_json(data))
             for note in splits.notes:
                 log.info("%s", note)
             log.info("run folder: %s", runtime.run_dir)
+            if changed_data:
+                log.warning("%s", changed_data)
             for notice in notices:
                 log.warning("%s", notice)
         summary = build_trainer(plan, runtime, splits).fit()
         if runtime.is_main:
             log.info("%s", closing_line(summary, plan.task))
     return summary
-
-
-def data_manifest(splits: Splits) -> dict[str, Any]:
-    """What somebody who has the run but not the data must know to use the model; the content of ``data.json``."""
-    return {**asdict(splits.spec), "mean": list(splits.mean), "std": list(splits.std)}
 
 
 def closing_line(summary: dict[str, Any], task: Task) -> str:

@@ -24,6 +24,7 @@ from distrain.checkpoint.state_schema import read_state
 from distrain.config.load import load_config
 from distrain.config.registry import check_allowed
 from distrain.config.schema import Config
+from distrain.data import manifest
 from distrain.data.base import DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
@@ -38,7 +39,6 @@ TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
 #: Largest accepted files, in bytes.
 _MAX_CONFIG_BYTES = 1 << 17
-_MAX_DATA_BYTES = 1 << 24
 #: Deepest accepted nesting of a configuration; a run writes about six levels.
 _MAX_DEPTH = 32
 _START_TOKENS = (
@@ -105,7 +105,7 @@ class RunFolder:
         if not folder.is_dir():
             raise ConfigError("run", path, "is not a folder")
         config = _read_config(folder / "config.yaml", allow)
-        spec, mean, std = _read_data(folder / "data.json")
+        spec, mean, std = _read_data(folder / manifest.FILE)
         return cls(folder, config, spec, mean, std)
 
     def weights(self, which: str) -> Weights:
@@ -254,7 +254,7 @@ def _refuse_all_but_data(key: str, value: object) -> None:
 
 
 def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ...]]:
-    content = _read(read_json, path, _MAX_DATA_BYTES)
+    content = _read(read_json, path, manifest.MAX_BYTES)
 
     def refuse(problem: str) -> ConfigError:
         return ConfigError("run", path.parent, f"{path.name} {problem}")

@@ -50,6 +50,7 @@ class ModelTrial:
         extra_check: Another check of the model, called before images run.
 
     Attributes:
+        model: The model that was tried, for its structure: what training builds has other values.
         unused: Names of trainable parameters that the logits don't depend on.
         cast: Names of parameters and buffers that training gives another number format, by their own format.
         buffers_of_samples: Names of parameters and buffers that a forward pass in training mode changes, in a way that
@@ -122,14 +123,14 @@ class ModelTrial:
         else:
             # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import
             # the code that computes shapes.
-            self._model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+            self.model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
             self._device = "cpu"
         self._check_training()
 
     def _build(self, device: str) -> None:
         channels, *size = self._image_shape
         with torch.device(device):
-            self._model = instantiate_model(
+            self.model = instantiate_model(
                 self._config,
                 in_channels=channels,
                 num_classes=self._num_classes,
@@ -137,16 +138,16 @@ class ModelTrial:
                 allowed=self._allowed,
             )
         self._device = device
-        self.has_batchnorm = any(isinstance(layer, _BatchNorm) for layer in self._model.modules())
+        self.has_batchnorm = any(isinstance(layer, _BatchNorm) for layer in self.model.modules())
         self.buffers_of_samples, self.buffers_of_passes = [], []
-        self.cast = tensors.cast_tensors(self._model, self._dtype)
+        self.cast = tensors.cast_tensors(self.model, self._dtype)
         if self._extra_check is not None:
-            self._extra_check(self._model)
-        tensors.convert(self._model, self._dtype)
+            self._extra_check(self.model)
+        tensors.convert(self.model, self._dtype)
 
     def _runs_fast(self) -> bool:
         """Whether a CPU runs two images in less than a second, by an upper bound: each parameter used at each pixel."""
-        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return 2 * 2 * parameters * self._image_shape[1] * self._image_shape[2] < _FAST_FLOPS
 
     @property
@@ -155,7 +156,7 @@ class ModelTrial:
         return self._is_foreign and self._device == "cpu"
 
     def _check_training(self) -> None:
-        model = self._model
+        model = self.model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             self._refuse("nothing to train: no parameter of it has requires_grad=True; leave it so for some")
         shapes = self._saved_shapes()
@@ -192,11 +193,11 @@ class ModelTrial:
 
     def _saved_shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of what a checkpoint would hold."""
-        return check_saveable(self._model) if self._is_foreign else {}
+        return check_saveable(self.model) if self._is_foreign else {}
 
     def _check_state(self, before: _State) -> None:
         """Refuses a forward pass that changes what the model consists of."""
-        model = self._model
+        model = self.model
         if replaced := before.replaced_parameters(model):
             problem = f"its forward pass makes or replaces the parameters {_listed(replaced)}"
             self._refuse(f"{problem}; make all parameters in __init__, and change them only in place")
@@ -206,7 +207,7 @@ class ModelTrial:
 
     def _check_values(self, logits: Tensor) -> None:
         """Runs backward passes, and finds out how samples and buffers depend on each other."""
-        if not isinstance(self._model, DataDependentInit) and not bool(logits.isfinite().all()):
+        if not isinstance(self.model, DataDependentInit) and not bool(logits.isfinite().all()):
             self._refuse(
                 f"returns {_nonfinite(logits)} for images of normal noise; look at its initial parameters, and at "
                 "divisions, logarithms and roots of numbers near 0"
@@ -214,19 +215,19 @@ class ModelTrial:
         self._backward(logits)
         # BatchNorm, which is expected to mix samples and is spoken of elsewhere, keeps still.
         self._set_mode(training=True, batchnorm=False)
-        buffers = _Buffers(self._model)
+        buffers = _Buffers(self.model)
         images = self._images(3)
         results = []
         for pair in ([0, 1], [0, 2]):
             buffers.restore()
-            before = _State(self._model)
+            before = _State(self.model)
             seed_everything(0)
             logits = self._run(images[pair])
             self._backward(logits)
-            results.append((logits.detach()[0], {name: tensor.clone() for name, tensor in _changeable(self._model)}))
+            results.append((logits.detach()[0], {name: tensor.clone() for name, tensor in _changeable(self.model)}))
         (first, buffers_first), (second, buffers_second) = results
         self.mixes_samples = not _nearly_equal(first, second)
-        for name in before.changed(self._model):
+        for name in before.changed(self.model):
             same = _nearly_equal(buffers_first[name], buffers_second[name])
             (self.buffers_of_passes if same else self.buffers_of_samples).append(name)
 
@@ -239,8 +240,8 @@ class ModelTrial:
         return torch.randn(shape, dtype=self._dtype, generator=torch.Generator().manual_seed(0))
 
     def _set_mode(self, training: bool, *, batchnorm: bool = True) -> None:
-        self._model.train(training)
-        for layer in self._model.modules():
+        self.model.train(training)
+        for layer in self.model.modules():
             if not isinstance(layer, _BatchNorm):
                 continue
             if not batchnorm:
@@ -257,10 +258,10 @@ class ModelTrial:
             self._refuse(str(refused), refused.__cause__)
 
     def _forward(self, images: Tensor) -> Tensor:
-        shape, mode = list(images.shape), "" if self._model.training else " in evaluation mode"
+        shape, mode = list(images.shape), "" if self.model.training else " in evaluation mode"
         try:
             with self._autocast(), torch.device(self._device):
-                output: Any = self._model(images)
+                output: Any = self.model(images)
         except Exception as error:  # a user's forward may raise anything
             raise _Refused(f"fails on images {shape}{mode} {described(error)}") from error
         expected = [len(images), self._num_classes]

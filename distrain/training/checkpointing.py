@@ -13,6 +13,8 @@ from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.writer import SaveFailed
 from distrain.config.load import to_container
 from distrain.config.schema import Config
+from distrain.data.base import Splits
+from distrain.data.manifest import data_manifest
 from distrain.health.activity import in_phase
 from distrain.runtime.consensus import Request, RunControl
 from distrain.runtime.runtime import Runtime
@@ -36,7 +38,7 @@ class Checkpointing:
         runtime: This rank's surroundings.
         strategy: Holds the state.
         task: Says which of two scores is better.
-        samples: Training samples of an epoch.
+        splits: The data.
         report: Completes the progress that is saved.
 
     Attributes:
@@ -50,12 +52,13 @@ class Checkpointing:
         runtime: Runtime,
         strategy: Strategy,
         task: Task,
-        samples: int,
+        splits: Splits,
         report: Report,
     ) -> None:
         self.runtime = runtime
         self.saver = saver.build(config, runtime, strategy)
-        self._config, self._strategy, self._task, self._samples = config, strategy, task, samples
+        self._config, self._strategy, self._task = config, strategy, task
+        self._samples, self._data = len(splits.train), data_manifest(splits)
         self._report = report
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
         self._rewind_points = RewindPoints(strategy.training_group, runtime.device)
@@ -116,8 +119,8 @@ class Checkpointing:
         self._keep_folder()
         self._report.collect(progress)
         self._report.logger.flush()
-        layout, config = self._strategy.layout, to_container(self._config)
-        state: dict[str, Any] = {**self._strategy.state_dict(), "layout": layout, "config": config}
+        state: dict[str, Any] = {**self._strategy.state_dict(), "layout": self._strategy.layout}
+        state |= {"config": to_container(self._config), "data": self._data}
         refuse_nan(state["model"], progress.step)
         self.saver.save(state, asdict(progress), start)
         self._saved_step = progress.step

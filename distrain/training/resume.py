@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Set
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from distrain.checkpoint import format as checkpoint_format
+from distrain.checkpoint import module_state
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import RestoredPart, table, worst
-from distrain.checkpoint.state_schema import read_state
+from distrain.checkpoint.state_schema import check_data, read_state
 from distrain.communication.collectives import Communicator
 from distrain.config.load import changes, to_container
 from distrain.config.schema import Config, affected_by
-from distrain.data.base import source_class
+from distrain.data import manifest
+from distrain.data.base import DataSpec, source_class
+from distrain.data.manifest import data_changes
 from distrain.errors import NO_VALUE, ConfigError
 from distrain.files.terminal import FILE_ONLY
 from distrain.files.untrusted import read_json
@@ -29,6 +35,7 @@ log = logging.getLogger(__name__)
 
 #: Most changes, and most characters of a value, that a message shows.
 _MOST_CHANGES, _LONGEST_VALUE = 20, 200
+_START_ANEW = "to start from the beginning choose another run_dir, or resume=never"
 #: Old and new value of each configuration key that differs.
 Changes = Mapping[str, tuple[str, str]]
 
@@ -58,35 +65,128 @@ def check(config: Config) -> None:
         ConfigError: ``resume`` names no valid checkpoint, or the saved run's configuration is incompatible with this
             one; the message shows the differences.
     """
+    with _refusing_unreadable(config):
+        if config.resume not in ("auto", "never"):
+            path = Path(config.resume)
+            if not path.is_dir():
+                raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
+            try:
+                checkpoint_reader.verify(path)
+            except DamagedCheckpoint as error:
+                raise ConfigError("resume", config.resume, str(error)) from error
+        _check_resumed(config, lambda path: refuse_incompatible(config, path, *_read_saved_config(path)))
+
+
+def check_model(config: Config, model: nn.Module, spec: DataSpec) -> None:
+    """Refuses a checkpoint of a model with other names or shapes; no tensor is read.
+
+    Args:
+        config: This run's configuration.
+        model: This run's model; its values don't matter.
+        spec: Shape and classes of this run's data, which may be why the model differs.
+
+    Raises:
+        ConfigError: The model can't load the checkpoint; the message names the first tensors, and how the data changed.
+    """
+
+    def refuse_misfit(path: Path) -> None:
+        try:
+            state, shapes = read_state(path), checkpoint_reader.model_shapes(path)
+        except DamagedCheckpoint:  # loading it reports that
+            return
+        try:
+            module_state.check_fits(model, shapes, state["scalars"].get("module"))
+        except ValueError as error:
+            changed = data_changes(_saved_data(path, state), asdict(spec))
+            because = f" (the data changed: {', '.join(changed)})" if changed else ""
+            raise ConfigError("resume", path, f"{error}{because}; {_START_ANEW}") from error
+
+    with _refusing_unreadable(config):
+        _check_resumed(config, refuse_misfit)
+
+
+def changed_data(config: Config, data: Mapping[str, Any]) -> str:
+    """One line that says how the data differ from those that the resumed run was trained on; empty if they don't.
+
+    Call it before this start writes ``data.json``, since old checkpoints don't say it themselves.
+
+    Args:
+        config: This run's configuration.
+        data: Result of :func:`distrain.data.manifest.data_manifest` for this run's data.
+
+    Raises:
+        ConfigError: The folder of the checkpoints can't be read.
+    """
+    with _refusing_unreadable(config):
+        for path in reversed(_checkpoints(config)):
+            try:
+                state = read_state(path)
+            except DamagedCheckpoint:  # an older one is resumed
+                continue
+            saved = _saved_data(path, state)
+            return _describe_changes(path, state["progress"], saved, data)
+    return ""
+
+
+def _describe_changes(
+    path: Path, progress: Mapping[str, Any], saved: Mapping[str, Any], data: Mapping[str, Any]
+) -> str:
+    changed = data_changes(saved, data)
+    if not changed:
+        return ""
+    message = (
+        f"THE DATA CHANGED since {path.name} was saved: {', '.join(changed)}; the run goes on with the new data, so "
+        "its results differ from those of a run that was not interrupted"
+    )
+    if progress["epoch_samples"] and _samples_of(saved) not in (None, data["samples"]["train"]):
+        message += f"; epoch {progress['epoch'] + 1} goes on in another order: it has some samples twice, others never"
+    return message
+
+
+def _saved_data(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint, or else the run that it lies in, says of the data; empty if neither says anything valid."""
+    if state.get("data"):
+        return dict(state["data"])
     try:
-        _check(config)
+        # Checkpoints of older releases don't say it.
+        content = read_json(path.parent.parent / manifest.FILE, manifest.MAX_BYTES)
+        check_data(content)
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+@contextlib.contextmanager
+def _refusing_unreadable(config: Config) -> Iterator[None]:
+    """Runs a block that reads checkpoints; an error of the file system names the key."""
+    try:
+        yield
     except OSError as error:
         key, value = ("resume", config.resume) if config.resume != "auto" else ("run_dir", config.run_dir)
         raise ConfigError(key, value, f"{error.filename} can't be read: {error.strerror}") from error
 
 
-def _check(config: Config) -> None:
-    if config.resume == "never":
-        return
-    if config.resume != "auto":
-        path = Path(config.resume)
-        if not path.is_dir():
-            raise ConfigError("resume", config.resume, "is not a checkpoint's folder", ["auto", "never", "PATH"])
-        try:
-            checkpoint_reader.verify(path)
-        except DamagedCheckpoint as error:
-            raise ConfigError("resume", config.resume, str(error)) from error
-        refuse_incompatible(config, path, *_read_saved_config(path))
-    elif config.run_dir is not None:
-        folder = checkpoint_format.checkpoints_folder(Path(config.run_dir))
-        try:
-            for path in checkpoint_format.list_checkpoints(folder)[-1:]:
-                refuse_incompatible(config, path, *_read_saved_config(path))
-        except ConfigError:
-            # The newest checkpoint may be damaged, and an older one be resumed. Verifying takes time, so only now.
-            newest = checkpoint_reader.newest_valid(folder)
-            if newest is not None:
-                refuse_incompatible(config, newest, *_read_saved_config(newest))
+def _checkpoints(config: Config) -> list[Path]:
+    """What may be resumed, oldest first, as far as it is known before the ranks agree on a run folder."""
+    if config.resume not in ("auto", "never"):
+        return [Path(config.resume)]
+    if config.resume == "never" or config.run_dir is None:
+        return []
+    return checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(Path(config.run_dir)))
+
+
+def _check_resumed(config: Config, check: Callable[[Path], None]) -> None:
+    """Applies a check, which may raise :class:`ConfigError`, to the checkpoint that will be resumed."""
+    try:
+        for path in _checkpoints(config)[-1:]:
+            check(path)
+    except ConfigError:
+        if config.resume != "auto":
+            raise
+        # The newest checkpoint may be damaged, and an older one be resumed. Verifying takes time, so only now.
+        newest = checkpoint_reader.newest_valid(path.parent)
+        if newest is not None:
+            check(newest)
 
 
 def _read_saved_config(path: Path) -> tuple[dict[str, Any] | None, bool]:
@@ -125,7 +225,7 @@ def refuse_incompatible(config: Config, path: Path, saved: Mapping[str, Any] | N
             path,
             f"was saved with another configuration: {_format_changes(wrong)}"
             + (" (in the middle of an epoch, whose order of samples would change)" if only_order else "")
-            + "; to start from the beginning choose another run_dir, or resume=never",
+            + f"; {_START_ANEW}",
         )
 
 
@@ -265,7 +365,10 @@ def _restore(
         for key, change in changed.items()
         if "identity" not in affected_by(config, key) and NO_VALUE not in change
     }
-    parts += _trainer_parts(config, progress, changed, samples, same_layout=state["layout"] == strategy.layout)
+    same_layout = state["layout"] == strategy.layout
+    parts += _trainer_parts(
+        config, progress, changed, _samples_of(state.get("data") or {}), samples, same_layout=same_layout
+    )
     before, now = (f"{layout['strategy']} on {layout['world_size']}" for layout in (state["layout"], strategy.layout))
     log.info("resumed from %s: step %d, epoch %d", path, progress.step, progress.epoch)
     log.info("of what was saved by %s, this run (%s) has:\n%s", before, now, table(parts), extra=FILE_ONLY)
@@ -280,7 +383,13 @@ def _restore(
 
 
 def _trainer_parts(
-    config: Config, progress: Progress, changes: Changes, samples: int, *, same_layout: bool
+    config: Config,
+    progress: Progress,
+    changes: Changes,
+    saved_samples: int | None,
+    samples: int,
+    *,
+    same_layout: bool,
 ) -> list[RestoredPart]:
     """What became of the parts that do not depend on the strategy: schedule, position, random numbers, best score."""
     step, epoch, consumed = progress.step, progress.epoch, progress.epoch_samples
@@ -293,6 +402,9 @@ def _trainer_parts(
     if order_changes:
         why = f"epoch {epoch} in another order: {_format_changes(order_changes)}"
         position = RestoredPart("data position", "changed", why)
+    elif consumed and saved_samples not in (None, samples):
+        why = f"epoch {epoch}, {consumed} of {saved_samples} samples seen; there are {samples} now, in another order"
+        position = RestoredPart("data position", "changed", why)
     draws = RestoredPart("random draws", "exact", "functions of seed, step and sample")
     if "seed" in changes:
         draws = RestoredPart("random draws", "reset", f"of another seed: {_format_changes({'seed': changes['seed']})}")
@@ -303,6 +415,12 @@ def _trainer_parts(
     if progress.best_score is not None:
         best = RestoredPart("best metric", "exact", f"{progress.best_score:.4f} at step {progress.best_step}")
     return [schedule, position, draws, best]
+
+
+def _samples_of(data: Mapping[str, Any]) -> int | None:
+    """Number of training samples that a manifest of data says; ``None`` in those of older releases."""
+    samples: int | None = data.get("samples", {}).get("train")
+    return samples
 
 
 def finished_summary(run_dir: Path, step: int) -> dict[str, Any] | None:

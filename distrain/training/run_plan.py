@@ -108,7 +108,7 @@ class RunPlan:
         if world.size == 1 and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
             several = launcher.command(sys.argv, os.environ, ranks=2)
             log.warning("strategy=%s on one process has nothing to divide; on two: %s", config.strategy.name, several)
-        return ModelTrial(
+        trial = ModelTrial(
             config.model,
             in_channels=self.spec.channels,
             num_classes=self.task.output_size,
@@ -117,6 +117,8 @@ class RunPlan:
             autocast=Precision(config.trainer.precision, self.device).autocast,
             extra_check=functools.partial(_check_model, config, self.strategy),
         )
+        resume.check_model(config, trial.model, self.spec)
+        return trial
 
     def check_sizes(self, splits: Splits, trial: ModelTrial) -> None:
         """Refuses what can be refused only when the number of samples is known.

@@ -79,7 +79,7 @@ class Trainer:
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
         self.report = Report(plan.config, runtime, strategy, plan.task, self._guard, logger)
         samples = len(splits.train)
-        self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, samples, self.report)
+        self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, splits, self.report)
         self._generators = generators(runtime.device)
         runtime.activity.find_samples = functools.partial(batch_share, plan.config.seed, samples)
         # Published now, so that other ranks can name this rank's samples even if it dies in its first step.

@@ -48,3 +48,6 @@ def test_state_of_another_model_is_refused_and_nothing_is_copied(tensors: dict[s
     with pytest.raises(ValueError, match=f"the saved model is not this model: {problem}"):
         module_state.load(target, tensors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+    # Names and shapes are enough to tell.
+    with pytest.raises(ValueError, match=f"the saved model is not this model: {problem}"):
+        module_state.check_fits(target.to("meta"), {name: tensor.shape for name, tensor in tensors.items()}, None)

@@ -111,7 +111,7 @@ def test_models_of_our_own_are_known_and_tried_once(model: str, monkeypatch: pyt
     run = ModelTrial._forward
 
     def counted(self: ModelTrial, images: torch.Tensor) -> torch.Tensor:
-        passes.append(self._model.training)
+        passes.append(self.model.training)
         return run(self, images)
 
     monkeypatch.setattr(ModelTrial, "_forward", counted)

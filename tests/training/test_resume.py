@@ -10,12 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import writer as checkpoint_writer
@@ -325,6 +326,56 @@ def test_another_model_is_refused_before_the_run_starts(parts: Run) -> None:
         with pytest.raises(ConfigError, match=r"^resume=.*: was saved with another configuration: model\."):
             check(small("model=resnet18", where), ALONE)
     check(small("model=resnet18", f"run_dir={parts.folder}", "resume=never"), ALONE)
+
+
+class Narrow(nn.Module):
+    """A user's model, whose width is in its code and not in the configuration."""
+
+    width = 4
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(3 * 8 * 8, self.width)
+        self.out = nn.Linear(self.width, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.out(self.hidden(images.flatten(1)))
+        return result
+
+
+class Adapting(Narrow):
+    """Takes what it can use of a narrower model."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        own = self.state_dict()
+        fitting = {name: saved if saved.shape == own[name].shape else own[name] for name, saved in state_dict.items()}
+        return super().load_state_dict(fitting, *arguments, **options)
+
+
+@pytest.mark.parametrize("where", ["run_dir", "resume"])
+def test_a_model_whose_code_changed_is_refused_before_the_run_starts(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("model=custom", f"model._target_={__name__}.Narrow")
+    run = Run(tmp_path, *model, "trainer.max_steps=2")
+    named = f"run_dir={tmp_path}" if where == "run_dir" else f"resume={run.checkpoint(2)}"
+    check(small(*model, named), ALONE)
+    monkeypatch.setattr(Narrow, "width", 5)
+    misfit = r"^resume=.*: the saved model is not this model: hidden\.weight is \(4, 192\), the model's \(5, 192\)"
+    with pytest.raises(ConfigError, match=misfit):
+        check(small(*model, named), ALONE)
+
+
+def test_only_a_model_that_loads_in_its_own_way_may_have_other_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An optimizer without state of its own, which the model could not adapt.
+    optimizer = ("optimizer=sgd", "optimizer.momentum=0")
+    model = ("model=custom", f"model._target_={__name__}.Adapting", f"run_dir={tmp_path}", *optimizer)
+    Run(tmp_path, *model, "trainer.max_steps=2")
+    monkeypatch.setattr(Narrow, "width", 5)
+    check(small(*model), ALONE)
+    assert Run(tmp_path, *model, "trainer.max_steps=3").progress.step == 3
 
 
 def test_a_damaged_checkpoint_is_not_compared(tmp_path: Path) -> None:
