@@ -107,6 +107,18 @@ class ModelTrial:
                 return str(refused)
         return ""
 
+    def show(self, look: Callable[[nn.Module, Tensor], None]) -> None:
+        """Gives the model, and two images that it can run, to another check of it.
+
+        Does nothing for distrain's own models, of which all is known, so that nobody waits for it.
+
+        Raises:
+            ConfigError: The check refuses the model.
+        """
+        if self._is_foreign:
+            with self._surroundings():
+                look(self.model, self._images(2))
+
     # --- the trial ---------------------------------------------------------------------------------------------------
 
     def _try(self) -> None:

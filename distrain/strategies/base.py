@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
+    from distrain.strategies.precision import Precision
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,20 @@ class Strategy(ABC, Generic[OptionsT_co]):
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuses a model that this strategy can't train; the model has shapes but no values (the meta device).
+
+        Raises:
+            ConfigError: As :meth:`check`.
+        """
+
+    @classmethod
+    def check_passes(cls, config: Config, model: nn.Module, images: Tensor, precision: Precision) -> None:
+        """Refuses a model by what running it shows, before any process group forms.
+
+        Args:
+            config: The run's configuration.
+            model: Can run these images; it may have shapes but no values (the meta device).
+            images: Two images.
+            precision: Of forward passes.
 
         Raises:
             ConfigError: As :meth:`check`.

@@ -108,15 +108,17 @@ class RunPlan:
         if world.size == 1 and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
             several = launcher.command(sys.argv, os.environ, ranks=2)
             log.warning("strategy=%s on one process has nothing to divide; on two: %s", config.strategy.name, several)
+        precision = Precision(config.trainer.precision, self.device)
         trial = ModelTrial(
             config.model,
             in_channels=self.spec.channels,
             num_classes=self.task.output_size,
             image_size=(self.spec.height, self.spec.width),
             dtype=self.dtype,
-            autocast=Precision(config.trainer.precision, self.device).autocast,
+            autocast=precision.autocast,
             extra_check=functools.partial(_check_model, config, self.strategy),
         )
+        trial.show(lambda model, images: self.strategy.check_passes(config, model, images, precision))
         resume.check_model(config, trial.model, self.spec)
         return trial
 

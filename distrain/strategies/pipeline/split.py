@@ -76,6 +76,30 @@ def allowed_cuts(model: nn.Sequential) -> list[int]:
     return cuts
 
 
+def possible_cuts(model: nn.Sequential, traced: Sequence[TracedBlock], options: PipelineConfig) -> list[int]:
+    """Indices of the blocks that a stage may begin with, since what the block before hands over can be sent.
+
+    Args:
+        model: The whole model.
+        traced: What each block hands over.
+        options: The strategy's keys.
+
+    Raises:
+        ConfigError: A stage would begin after a block whose output can't be sent.
+    """
+    names = [name for name, _ in named_blocks(model)]
+    cuts = [cut for cut in allowed_cuts(model) if traced[cut - 1].output is not None]
+    for name in options.boundaries:
+        before = traced[names.index(name) - 1]
+        if before.output is None:
+            raise ConfigError("strategy.boundaries", name, f"the block before it, {before.name}, {before.problem}")
+    if len(cuts) < options.stages - 1:
+        problems = "; ".join(f"{block.name} {block.problem}" for block in traced[:-1] if block.output is None)
+        problem = f"the model can be cut at {len(cuts)} places only: {problems}"
+        raise ConfigError("strategy.stages", options.stages, problem)
+    return cuts
+
+
 @dataclass(frozen=True)
 class Split:
     """A model's division into stages; equal on all ranks.
@@ -127,15 +151,7 @@ def choose_split(
         ConfigError: A stage would begin after a block whose output can't be sent.
     """
     names = [name for name, _ in named_blocks(model)]
-    cuts = [cut for cut in allowed_cuts(model) if traced[cut - 1].output is not None]
-    for name in options.boundaries:
-        before = traced[names.index(name) - 1]
-        if before.output is None:
-            raise ConfigError("strategy.boundaries", name, f"the block before it, {before.name}, {before.problem}")
-    if len(cuts) < options.stages - 1:
-        problems = "; ".join(f"{block.name} {block.problem}" for block in traced[:-1] if block.output is None)
-        problem = f"the model can be cut at {len(cuts)} places only: {problems}"
-        raise ConfigError("strategy.stages", options.stages, problem)
+    cuts = possible_cuts(model, traced, options)
     costs: list[BlockCost] = []
     if runtime.is_main:
         # As large as the schedule's microbatches, and at least two samples, which BatchNorm needs.

@@ -106,6 +106,13 @@ class Pipeline(Strategy[PipelineConfig]):
         options = cls.options_of(config)
         split.check(model, options.stages, options.boundaries)
 
+    @override
+    @classmethod
+    def check_passes(cls, config: Config, model: nn.Module, images: Tensor, precision: Precision) -> None:
+        """Refuses blocks that fail alone, and boundaries after blocks whose output can't be sent."""
+        assert isinstance(model, nn.Sequential), "another model was refused"
+        split.possible_cuts(model, trace_blocks(model, images, precision), cls.options_of(config))
+
     # --- set-up ------------------------------------------------------------------------------------------------------
 
     @override

@@ -16,7 +16,7 @@ from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import flatten, named_blocks, trace_blocks
 from distrain.strategies.precision import Precision
 from tests.harness import run_ranks
-from tests.runs import relative_difference, small, train_on_rank
+from tests.runs import check, relative_difference, small, train_on_rank
 
 #: Schedules with their stages per rank.
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv_zero_bubble": 2}
@@ -198,6 +198,41 @@ def test_a_block_whose_output_cant_be_sent_is_named_where_a_stage_would_end_with
     assert [block.output is None for block in traced] == [False, True]
     assert traced[1].name == "1"
     assert traced[1].problem.startswith(problem)
+
+
+class Takes(nn.Module):
+    def forward(self, given: Any) -> Tensor:
+        first: Tensor = given["x"] if isinstance(given, dict) else given
+        return first
+
+
+def refusable(in_channels: int, num_classes: int, kind: str) -> nn.Module:
+    blocks = {
+        "dict": [Returns("dict"), Takes(), conv(in_channels), *head(num_classes)],
+        "dict last": [conv(in_channels), Returns("dict"), nn.Sequential(Takes(), *head(num_classes))],
+    }
+    return nn.Sequential(*blocks[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "options", "refusal"),
+    [
+        ("dict", 2, ("strategy.boundaries=['1']",), "strategy.boundaries=1: the block before it, 0, hands over a dict"),
+        (
+            "dict last",
+            3,
+            ("strategy.stages=3",),
+            "strategy.stages=3: the model can be cut at 1 places only: 1 hands",
+        ),
+    ],
+)
+def test_blocks_that_cant_be_in_stages_are_refused_before_ranks_meet(
+    kind: str, ranks: int, options: tuple[str, ...], refusal: str
+) -> None:
+    target = ("model=custom", f"model._target_={__name__}.refusable", f"+model.kwargs.kind='{kind}'")
+    with pytest.raises(ConfigError) as refused:
+        check(small(*target, "strategy=pipeline", *options), World(0, ranks, 0, ranks, "here"))
+    assert str(refused.value).startswith(refusal)
 
 
 def test_a_block_that_fails_is_named() -> None:
