@@ -6,6 +6,8 @@ VENV ?= .venv
 # Processes and strategy of `make train`, and what `train`, `test`, `bench` and `chaos` hand on to their command.
 NPROC ?= 2
 STRATEGY ?= ddp
+# Where `make dist` puts the wheel and the source archive.
+DIST ?= dist
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-net test-slurm test-soak test-image lint lint-deploy format bench chaos hooks dev clean
+.PHONY: help train test test-net test-slurm test-soak test-image lint lint-deploy format bench chaos hooks dist dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +72,12 @@ chaos: $(VENV)/.stamp-digits ## Hurt four kinds of trainings 100 times and compa
 
 hooks: $(VENV)/.stamp-lint ## Check every commit before it is made
 	$(BIN)/pre-commit install
+
+dist: $(VENV)/.stamp-dist ## Build the wheel and the source archive, and check both
+	rm -rf $(DIST)
+	$(BIN)/python -m build --no-isolation --outdir $(DIST) .
+	$(BIN)/python -m twine check --strict $(DIST)/*
+	$(BIN)/check-wheel-contents $(DIST)/*.whl
 
 dev: $(VENV)/.stamp-dev ## Install everything and run nothing
 
