@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distrain.files.file_version import file_version
 from distrain.tools.chaos import processes
 from distrain.tools.chaos.launchers import Launcher
 
@@ -26,6 +27,9 @@ class Attempt:
         keys: The training's configuration keys, without ``run_dir``.
         run_dir: The run's folder.
         output: File to which everything printed is appended.
+
+    Attributes:
+        started: When it was started, by ``time.monotonic``.
     """
 
     def __init__(self, launcher: Launcher, keys: Sequence[str], run_dir: Path, output: Path) -> None:
@@ -35,7 +39,10 @@ class Attempt:
         self._log = run_dir / "logs" / "rank_0.log"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self.mark = f"{os.getpid()}.{next(_NUMBERS)}"
-        self.started = time.time()
+        self.started = time.monotonic()
+        # Rows of metrics.jsonl carry the time of day, and a resumed run removes some of the older ones.
+        self._started_at = time.time()
+        self._earlier_reports = {path.name: file_version(path) for path in run_dir.glob("*.json")}
         with processes.default_sigint():
             self._launchers = launcher.start(
                 [*keys, f"run_dir={run_dir}"], {processes.MARK_VARIABLE: self.mark}, output
@@ -91,7 +98,7 @@ class Attempt:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 if row["kind"] == "step":
-                    return int(row["step"]) if row["time"] >= self.started else None
+                    return int(row["step"]) if row["time"] >= self._started_at else None
         return None
 
     def rank0_log(self) -> str:
@@ -111,8 +118,7 @@ class Attempt:
         """Reads a JSON file of the run's folder; ``None`` unless this attempt has written it."""
         path = self.run_dir / name
         with contextlib.suppress(OSError, ValueError):
-            # File systems store times with less precision than the clock has.
-            if path.stat().st_mtime >= self.started - 0.05:
+            if file_version(path) != self._earlier_reports.get(name):
                 content = json.loads(path.read_text())
                 return content if isinstance(content, dict) else None
         return None

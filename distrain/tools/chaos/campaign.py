@@ -134,11 +134,11 @@ class Campaign:
             while not attempt.has_ended():
                 if (newest := attempt.newest_step()) != step:
                     last_progress, step = time.monotonic(), newest
-                    startup_seconds = startup_seconds or time.time() - attempt.started
+                    startup_seconds = startup_seconds or time.monotonic() - attempt.started
                 if time.monotonic() - last_progress > self.patience_seconds:
                     raise self._unusable(f"logged nothing for {self.patience_seconds:g} s")
                 time.sleep(_POLL_SECONDS)
-            total_seconds = time.time() - attempt.started
+            total_seconds = time.monotonic() - attempt.started
             if any(attempt.exit_codes()):
                 raise self._unusable(f"failed: {attempt.last_message()}")
             if startup_seconds is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.contained_folder import ContainedFolder, UnsafePath
+from distrain.files.file_version import file_version
 from distrain.files.untrusted import read_json
 from distrain.tools.launching.processes import Child, TerminationRequested, termination_signals_raise
 
@@ -22,6 +23,8 @@ DONE, FAILED, STOPPED, TIMED_OUT, NOT_RUN = "done", "failed", "stopped", "over i
 _POLL_SECONDS = 0.2
 _OUTPUT = "output.log"
 _MAX_JSON_BYTES = 1 << 26
+#: What a run reports of its end, and the job's status then.
+_REPORTS = {"failure.json": FAILED, "stopped.json": STOPPED}
 #: Longer folder names are hard to read, and file systems allow at most 255 bytes.
 _MAX_NAME_LENGTH = 100
 
@@ -188,19 +191,21 @@ class JobRunner:
         if self._stop.is_set():
             return JobResult(job, NOT_RUN, "the sweep ended before")
         self._log(f"sweep: {job.name}: starts")
-        log_file, started = job.folder / _OUTPUT, time.time()
+        log_file, started = job.folder / _OUTPUT, time.monotonic()
+        earlier_reports = {name: file_version(job.folder / name) for name in _REPORTS}
         descriptor = output_log.open(f"{job.folder.name}/{_OUTPUT}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with os.fdopen(descriptor, "ab") as output:
             log_start = output.tell()
             child = Child([*self._command, *job.arguments], output=output, environment=self._environment)
             result = self._wait_for(job, child)
-        result.seconds = time.time() - started
+        result.seconds = time.monotonic() - started
         if result.status == DONE:
             result.summary = _summary(job)
             if not result.summary:
                 result.status, result.reason = FAILED, "exited with code 0 but wrote no summary.json"
         elif not result.reason:
-            result.status, result.reason = _reported_reason(job, started) or (FAILED, _error_line(log_file, log_start))
+            reported = _reported_reason(job, earlier_reports)
+            result.status, result.reason = reported or (FAILED, _error_line(log_file, log_start))
         self._log(f"sweep: {job.name}: {result.status}{': ' if result.reason else ''}{result.reason}")
         return result
 
@@ -233,11 +238,16 @@ def _summary(job: Job) -> dict[str, Any]:
     return _read_json(job.folder / "summary.json")
 
 
-def _reported_reason(job: Job, started: float) -> tuple[str, str] | None:
-    """Returns status and reason from the report that the run wrote in this attempt, if it wrote one."""
-    for name, status in (("failure.json", FAILED), ("stopped.json", STOPPED)):
+def _reported_reason(job: Job, earlier: Mapping[str, object]) -> tuple[str, str] | None:
+    """Status and reason from the report that the run wrote in this attempt; ``None`` if it wrote none.
+
+    Args:
+        job: The job.
+        earlier: The version of each report before this attempt.
+    """
+    for name, status in _REPORTS.items():
         file = job.folder / name
-        if file.exists() and file.stat().st_mtime >= started - 1:
+        if file_version(file) not in (None, earlier[name]):
             report = _read_json(file)
             if status == STOPPED:
                 return status, f"{report.get('reason')} at step {report.get('step')}; it saved its state"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ def test_only_what_this_attempt_wrote_counts(tmp_path: Path) -> None:
     rows.write_text(json.dumps({"kind": "step", "step": 9, "time": time.time() - 1}) + "\n")
     failure = tmp_path / "failure.json"
     failure.write_text("{}")
+    # By a clock that has been set back since.
+    os.utime(failure, (time.time() + 3600,) * 2)
     with start(tmp_path, 'print("distrain: now"); print("later")') as attempt:
         assert attempt.exit_codes() == [0]
         assert attempt.has_ended()
@@ -35,6 +38,7 @@ def test_only_what_this_attempt_wrote_counts(tmp_path: Path) -> None:
         assert attempt.last_message() == "distrain: now"
         assert attempt.rank0_log() == ""
         assert attempt.newest_step() is None
+        assert attempt.read_report("failure.json") is None
         with rows.open("a") as file:
             file.write(json.dumps({"kind": "step", "step": 2, "time": time.time()}) + "\n")
             file.write(json.dumps({"kind": "epoch", "step": 2, "time": time.time()}) + "\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from distrain.tools.launching.jobs import (
     DONE,
@@ -114,12 +118,19 @@ def test_job_that_stopped_by_itself_did_not_fail(tmp_path: Path) -> None:
     assert (result.status, result.reason) == (STOPPED, "trainer.max_minutes at step 7; it saved its state")
 
 
-def test_report_of_an_earlier_attempt_is_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("age", [3600, 0, -3600])
+def test_report_of_an_earlier_attempt_is_ignored_whatever_the_clock_says(tmp_path: Path, age: float) -> None:
     run(tmp_path, "report")
     job = jobs(tmp_path, "report")[0]
-    os.utime(job.folder / "failure.json", (0, 0))
+    os.utime(job.folder / "failure.json", (time.time() - age,) * 2)
     start = program(tmp_path / "crash.py", "raise KeyError('new')")
     assert runner(start).run([job])[0][0].reason == "KeyError: 'new'"
+
+
+def test_a_clock_that_is_set_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = itertools.count(time.time(), 3600)
+    monkeypatch.setattr(time, "time", lambda: next(hours))
+    assert run(tmp_path, "0.5")[0].seconds < 600
 
 
 def test_output_is_written_to_the_jobs_folder(tmp_path: Path) -> None:
