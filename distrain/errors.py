@@ -87,6 +87,21 @@ class Terminated(Exception):
         self.request = request
 
 
+def termination_behind(error: BaseException) -> Terminated | None:
+    """The request to end that led to an error: the error itself, or one that was being handled when it was raised.
+
+    A library's clean-up that is interrupted by :class:`Terminated` may raise an error of its own instead.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, Terminated):
+            return current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None
+
+
 class TakenOver(RuntimeError):
     """The run's folder belongs to a later start of the run; this start writes nothing more into it, and ends."""
 
@@ -124,8 +139,8 @@ class Failed(Exception):
     @property
     def exit_code(self) -> int:
         """The process's exit code."""
-        interrupted = isinstance(self.__cause__, Terminated) and self.__cause__.request == "SIGINT"
-        return EXIT_INTERRUPTED if interrupted else EXIT_FAILED
+        request = None if self.__cause__ is None else termination_behind(self.__cause__)
+        return EXIT_INTERRUPTED if request is not None and request.request == "SIGINT" else EXIT_FAILED
 
 
 class NonFinite(RuntimeError):

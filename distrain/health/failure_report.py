@@ -133,7 +133,8 @@ class FailureReporter:
             local_stack: Where this rank was; logged if another rank failed first.
             store: Where the first failure is published; ``None`` if there is no store or it cannot be reached.
             add_details: Called before ``failure.json`` is written.
-            stack_on_terminal: Whether rank 0 shows ``local_stack`` on the terminal too; the log file always has it.
+            stack_on_terminal: Whether rank 0 shows ``local_stack`` on the terminal too if it failed first; the log file
+                always has it.
         """
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             return
@@ -171,12 +172,13 @@ class FailureReporter:
             self._write(failure)
         self.reported = first
         summary = first.failure.summary()
-        extra = None if stack_on_terminal else FILE_ONLY
         if first.failure.rank == self._rank:
+            extra = None if stack_on_terminal else FILE_ONLY
             log.error("%s\n%s", first.failure.error, Lines.of(local_stack.split("\n")), extra=extra)
             print_to_stderr(f"distrain: {summary}")
         else:
-            log.error("stopped because %s\n%s", summary, Lines.of(local_stack.split("\n")), extra=extra)
+            # Where this rank waited for the failed one says nothing about the failure.
+            log.error("stopped because %s\n%s", summary, Lines.of(local_stack.split("\n")), extra=FILE_ONLY)
             print_to_stderr(f"distrain: rank {self._rank} stopped because {summary}")
 
     def _write(self, failure: Failure) -> None:

@@ -168,7 +168,9 @@ class Watch:
                 if not (heartbeat.leaving or was_expendable or rank in ignored_ranks or is_early):
                     return self.describe_failure(rank, UNREPORTED_EXIT, step)
             if waited > _REPORT_SECONDS:
-                if not broken or all(member.is_local for member in self._members):
+                # A peer that was asked to end looks for a cause itself, and reports the request if it finds none.
+                is_local = all(member.is_local for member in self._members)
+                if not broken or (is_local and waited > 2 * _REPORT_SECONDS):
                     break
                 for rank in self._silent_remote_ranks():
                     return self.describe_failure(rank, "its connections broke off and it sends no heartbeats")

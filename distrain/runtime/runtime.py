@@ -20,7 +20,16 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from distrain.communication.collectives import Communicator
 from distrain.communication.shared_memory.connect import channel_registry
 from distrain.config.schema import Config
-from distrain.errors import LAUNCHER_ENDED, ConfigError, Failed, PeerLost, Stopped, TakenOver, Terminated
+from distrain.errors import (
+    LAUNCHER_ENDED,
+    ConfigError,
+    Failed,
+    PeerLost,
+    Stopped,
+    TakenOver,
+    Terminated,
+    termination_behind,
+)
 from distrain.files.escaping import format_error
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.health.activity import RankActivity
@@ -108,7 +117,7 @@ class Runtime:
         self._store: Store | None = None
         self._logging = RankLogging()
         self._crash_dump: CrashDump | None = None
-        self._signals = SignalHandler(self)
+        self._signals = SignalHandler(self, (Runtime.__exit__.__code__, Runtime._fail.__code__))
         self._reporter = FailureReporter(world.rank)
         self._watch: Watch | None = None
         self.final_barrier: Callable[[], None] = lambda: self.communicator().barrier()
@@ -385,6 +394,7 @@ class Runtime:
     def _fail(self, error: BaseException) -> None:
         """Reports the failure that ended this rank: its own, or that of another rank which caused it."""
         self._signals.ignored = True
+        error = termination_behind(error) or error
         message, says_all = first_line(error), isinstance(error, Terminated | TakenOver)
         own = Failure(
             self.world.rank,
@@ -417,6 +427,8 @@ class Runtime:
             failure = self._watch.find_cause(error, self._store, ignored_ranks) or own
         except RuntimeError as problem:
             failure, reachable_store = self._watch.describe_store_failure(first_line(problem)), None
+        # Where this rank was says nothing about another's failure, or about a store that is gone.
+        on_terminal = on_terminal and failure is own
         add_details = self._watch.add_details
         self._reporter.report(failure, own.traceback, reachable_store, add_details, stack_on_terminal=on_terminal)
 

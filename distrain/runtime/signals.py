@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import IO, Any, Protocol
 
 from distrain.errors import LAUNCHER_ENDED, Terminated
@@ -45,20 +46,23 @@ class SignalHandler:
     """Handles the signals that users, terminals, launchers and batch systems send to end a run, and a launcher's end.
 
     While ``target.stoppable``, SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 and the end of the launcher set
-    ``target.stop_requested``. A second request, or one while the target is not stoppable, raises
-    :class:`~distrain.errors.Terminated` in the main thread; SIGUSR1 is then ignored. SIGQUIT also writes the stacks of
-    all threads to the file given to :meth:`dump_stacks_to`.
+    ``target.stop_requested``. A second request raises :class:`~distrain.errors.Terminated` in the main thread, and so
+    does a first one while the target is not stoppable; SIGUSR1 is then ignored. SIGQUIT also writes the stacks of all
+    threads to the file given to :meth:`dump_stacks_to`.
 
     Args:
         target: The object that is asked to stop.
+        shutdown: Code of the functions that end the run. A signal that arrives in them, even before their first line
+            ran, is ignored like one that arrives when ``ignored`` is set.
 
     Attributes:
         ignored: Set when the run is ending, after a failure or with everything saved: signals are then ignored.
     """
 
-    def __init__(self, target: Stoppable) -> None:
+    def __init__(self, target: Stoppable, shutdown: Collection[CodeType] = ()) -> None:
         self.ignored = False
         self._target = target
+        self._shutdown = shutdown
         self._requested_at = 0.0
         self._launcher_ended = False
         self._closing = threading.Event()
@@ -110,9 +114,9 @@ class SignalHandler:
             # Only a signal reaches the main thread wherever it is. This one is always handled.
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         # When one rank fails, the launcher ends the others, which are already reporting that failure.
-        if self.ignored:
+        if self.ignored or any(caller.f_code in self._shutdown for caller in _callers(frame)):
             return
         target, now = self._target, time.monotonic()
         name = signal.Signals(number).name
@@ -125,11 +129,19 @@ class SignalHandler:
             elif first is None:
                 target.stop_requested, self._requested_at = name, now
         elif first is None or first == "SIGUSR1":
+            # Kept even when raised: a library may catch what is raised here, and the run then stops at its first step.
+            target.stop_requested, self._requested_at = name, now
             if not target.stoppable:
                 raise Terminated(name)
-            target.stop_requested, self._requested_at = name, now
         elif now - self._requested_at >= _same_request_seconds(first, name):
             raise Terminated(name if first != "SIGINT" else first)
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frame and those that called it, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _same_request_seconds(first: str, second: str) -> float:

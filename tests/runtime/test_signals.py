@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.errors import LAUNCHER_ENDED, Terminated
+from distrain.errors import LAUNCHER_ENDED, Terminated, termination_behind
 from distrain.runtime import signals
 from distrain.runtime.signals import SignalHandler
 
@@ -52,7 +52,10 @@ def test_a_signal_ends_a_run_that_is_not_stoppable(name: str, target: Target) ->
     target.stoppable = False
     with pytest.raises(Terminated, match=f"ended by {name}"):
         send(name)
-    assert target.stop_requested is None
+    # A launcher passes on the signal, which must not interrupt how the run ends.
+    send("SIGTERM")
+    # If a library had caught the exception, the run would stop once it can.
+    assert target.stop_requested == name
 
 
 def test_sigusr1_is_ignored_with_a_warning_if_the_run_is_not_stoppable(
@@ -97,6 +100,37 @@ def test_a_run_that_is_failing_ignores_signals() -> None:
         assert target.stop_requested is None
     finally:
         handler.restore()
+
+
+def test_a_function_that_ends_the_run_is_not_interrupted_even_before_its_first_line() -> None:
+    def end_run() -> bool:
+        send("SIGTERM")
+        return True
+
+    target = Target(stoppable=False)
+    handler = SignalHandler(target, [end_run.__code__])
+    handler.install()
+    try:
+        assert end_run()
+        assert target.stop_requested is None
+    finally:
+        handler.restore()
+
+
+def test_the_request_behind_an_error_of_an_interrupted_library_is_found() -> None:
+    def interrupted_library() -> None:
+        try:
+            raise Terminated("SIGTERM")
+        finally:
+            [].index(1)
+
+    with pytest.raises(ValueError, match="not in list") as caught:
+        interrupted_library()
+    request = termination_behind(caught.value)
+    assert request is not None
+    assert request.request == "SIGTERM"
+    caught.value.__context__ = caught.value
+    assert termination_behind(caught.value) is None
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
