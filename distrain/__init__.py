@@ -1,3 +1,38 @@
-"""distrain: one PyTorch model, trained under any parallelism with one word changed."""
+"""distrain: one PyTorch model, trained under any parallelism with one word changed.
+
+The names below are the Python API; see :mod:`distrain.api`. Importing distrain imports neither torch nor Hydra, which
+the first use of a name does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrain.api.fit import fit
+    from distrain.api.run import Run, read_run
+    from distrain.errors import ConfigError, Failed, Stopped
 
 __version__ = "0.1.0"
+__all__ = ["ConfigError", "Failed", "Run", "Stopped", "fit", "read_run"]
+
+#: Where each name is defined.
+_HOMES = {
+    "fit": "distrain.api.fit",
+    "Run": "distrain.api.run",
+    "read_run": "distrain.api.run",
+    "ConfigError": "distrain.errors",
+    "Failed": "distrain.errors",
+    "Stopped": "distrain.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

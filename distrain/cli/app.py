@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distrain.config.load import to_container
@@ -22,8 +24,26 @@ from distrain.training.run_plan import RunPlan
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A training that has ended.
+
+    Attributes:
+        run_dir: The run's folder.
+        summary: What ``summary.json`` holds; empty on a rank that had other work, such as a parameter server.
+    """
+
+    run_dir: Path
+    summary: dict[str, Any]
+
+
 def train(config: Config, world: World | None = None) -> dict[str, Any]:
-    """Checks, loads, trains, and returns what ``summary.json`` holds.
+    """As :func:`train_run`; returns the summary alone."""
+    return train_run(config, world).summary
+
+
+def train_run(config: Config, world: World | None = None) -> Finished:
+    """Checks, loads and trains.
 
     Args:
         config: The run's configuration.
@@ -59,7 +79,7 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
         summary = build_trainer(plan, runtime, splits).fit()
         if runtime.is_main:
             log.info("%s", closing_line(summary, plan.task))
-    return summary
+    return Finished(runtime.run_dir, summary)
 
 
 def closing_line(summary: dict[str, Any], task: Task) -> str:

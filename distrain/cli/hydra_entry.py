@@ -356,9 +356,14 @@ def compose(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> Dict
         config_name: Name of the primary file, without ``.yaml``.
         overrides: Settings, in Hydra's syntax.
     """
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        return hydra.compose(config_name, quote_home_folders(overrides))
+    # A Python program that calls distrain may use Hydra itself.
+    shared = GlobalHydra.instance()
+    before, shared.hydra = shared.hydra, None
+    try:
+        with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            return hydra.compose(config_name, quote_home_folders(overrides))
+    finally:
+        shared.hydra = before
 
 
 def _overrides(arguments: Sequence[str]) -> list[Override]:

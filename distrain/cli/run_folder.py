@@ -273,7 +273,11 @@ def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ..
             raise refuse(f"needs {name}, a list of {content['channels']} numbers")
     if not all(value > 0 for value in content["std"]):
         raise refuse("has a std that is not above 0")
-    spec = DataSpec(content["channels"], content["height"], content["width"], tuple(classes))
+    # Releases without arrays of floating point wrote no type.
+    dtype = content.get("dtype", "uint8")
+    if dtype not in ("uint8", "float"):
+        raise refuse("needs dtype, which is uint8 or float")
+    spec = DataSpec(content["channels"], content["height"], content["width"], tuple(classes), dtype)
     return spec, tuple(map(float, content["mean"])), tuple(map(float, content["std"]))
 
 

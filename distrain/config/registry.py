@@ -103,7 +103,7 @@ def choices(group: str) -> dict[str, Choice]:
     It imports all modules of the group, which takes long; use :func:`choice` if the name is known.
     """
     _import_files(group)
-    return _CHOICES[group]
+    return dict(sorted(_CHOICES[group].items()))
 
 
 def _import_files(group: str, only: Any = None) -> None:

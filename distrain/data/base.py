@@ -33,12 +33,14 @@ class DataSpec:
         height: Height of each image in pixels.
         width: Width of each image in pixels.
         classes: Names of the classes, in the order of their numbers; empty if there are no classes.
+        dtype: ``uint8``: pixel values from 0 to 255. ``float``: numbers of any range, which are not divided by 255.
     """
 
     channels: int
     height: int
     width: int
     classes: tuple[str, ...] = ()
+    dtype: str = "uint8"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Images:
     """One split.
 
     Attributes:
-        images: uint8 [N, C, H, W] in memory; if ``rows`` is given, a memory map that also contains other images.
+        images: uint8 or floating point [N, C, H, W] in memory; if ``rows`` is given, a memory map that also contains
+            other images.
         targets: What the task compares outputs with: a tensor [N, …], such as class numbers as int64 [N], or a
             dictionary of such tensors.
         rows: int64 [N], index in ``images`` of each sample; ``None`` if sample i is ``images[i]``.
@@ -59,8 +62,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.images if self.rows is None else self.rows)
 
+    @property
+    def one(self) -> int:
+        """What mean and standard deviation count as 1: the 255 of a pixel value, or 1 for floating-point numbers."""
+        return 255 if self.images.dtype == torch.uint8 else 1
+
     def pick(self, positions: Tensor) -> Tensor:
-        """Copies the images at some positions of the split, int64 [n], to uint8 [n, C, H, W]."""
+        """Copies the images at some positions of the split, int64 [n], to [n, C, H, W]."""
         return self.images.index_select(0, positions if self.rows is None else self.rows.index_select(0, positions))
 
     def subset(self, positions: Tensor) -> Images:
@@ -80,8 +88,8 @@ class Splits:
         train: Training images.
         val: Validation images; may be empty.
         test: Test images.
-        mean: Mean of each channel, for pixel values in [0, 1].
-        std: Standard deviation of each channel, for pixel values in [0, 1].
+        mean: Mean of each channel, for pixel values in [0, 1]; floating-point images are taken as they are.
+        std: Standard deviation of each channel, likewise.
         resident: Whether all images are in memory; otherwise they are read from a memory map.
         notes: What users should know of the data before training, a line each.
     """
@@ -194,7 +202,7 @@ def assemble(
     config: DataConfig,
     spec: DataSpec,
     train: Images,
-    test: Images,
+    test: Images | None,
     *,
     val: Images | None = None,
     moments: Tensor | None = None,
@@ -205,7 +213,7 @@ def assemble(
         config: The data set's configuration; only the keys that all data sets share are used.
         spec: Shape and classes.
         train: All images that are not for testing.
-        test: Test images.
+        test: Test images; ``None``: the validation images.
         val: Validation images, if the data set has its own; ``data.val_fraction`` is then ignored.
         moments: Result of :func:`image_moments` for ``train``, if it is known already.
 
@@ -221,6 +229,7 @@ def assemble(
         keep = keep.index_select(0, chosen.sort().values)
     if len(keep) == 0:
         raise ConfigError("data.val_fraction", config.val_fraction, f"leaves none of {len(train)} images for training")
+    test = val if test is None else test
     if len(test) == 0:
         raise config_error("data", "there are no test images")
     keeps_all = len(keep) == len(train)

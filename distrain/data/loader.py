@@ -28,7 +28,7 @@ class _RawBatch:
     """A batch whose pixels are not normalised yet.
 
     Attributes:
-        pixels: uint8 [n, C, H, W]; in pinned memory if they must still be copied to the device.
+        pixels: [n, C, H, W] of the stored type; in pinned memory if they must still be copied to the device.
         draws: Random draws of the augmentation; ``None`` without augmentation.
         batch: The batch, with ``pixels`` as its inputs.
     """
@@ -45,8 +45,8 @@ class Loader:
         images: The split.
         batch_size: Number of samples in a global batch.
         shard: Index and number of shards: which part of each global batch this loader yields.
-        mean: Channel means, for pixel values in [0, 1].
-        std: Channel standard deviations, for pixel values in [0, 1].
+        mean: Channel means, for pixel values in [0, 1]; for the numbers themselves if the images are floating point.
+        std: Channel standard deviations, likewise.
         device: Device of the batches. All images are kept on a CUDA device if they take less than a quarter of its free
             memory.
         dtype: Floating-point type of the inputs; for 16-bit types, normalisation is in float32 and its result rounded.
@@ -99,8 +99,8 @@ class Loader:
             self._pixels = self._pixels.to(device)
 
         # Expanded to the size of an image, since broadcasting over pixels is slow for channels-last on CPU.
-        self._shift = self._constant([255 * value for value in mean], height, width)
-        self._scale = self._constant([1 / (255 * value) for value in std], height, width)
+        self._shift = self._constant([images.one * value for value in mean], height, width)
+        self._scale = self._constant([1 / (images.one * value) for value in std], height, width)
 
     def _constant(self, values: Sequence[float], height: int, width: int) -> Tensor:
         """One value per channel, expanded to [1, C, H, W]."""
@@ -149,12 +149,12 @@ class Loader:
             yield _RawBatch(pixels, None if draws is None else draws[:, low:high], batch)
 
     def _gather_pixels(self, rows: Tensor) -> Tensor:
-        """Uint8 [n, C, H, W] on the device of ``self._pixels``; in pinned memory if they must still be copied."""
+        """[n, C, H, W] on the device of ``self._pixels``; in pinned memory if they must still be copied."""
         if self._on_device:
             pixels = self._pixels.index_select(0, rows)
             return pixels.permute(0, 3, 1, 2) if self._is_nhwc else pixels
         # torch's pinned allocator reuses a block only after the copies from it have finished.
-        pinned = torch.empty((len(rows), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty((len(rows), *self._pixels.shape[1:]), dtype=self._pixels.dtype, pin_memory=True)
         return torch.index_select(self._pixels, 0, rows, out=pinned)
 
     def _finish(self, raw: _RawBatch) -> Batch:

@@ -68,7 +68,7 @@ class Whitening(nn.Module):
 
         Args:
             images: The training images.
-            mean: Channel means that normalise pixel values in [0, 1].
+            mean: Channel means that normalise pixel values in [0, 1], or floating-point images as they are.
             std: Channel standard deviations, likewise.
         """
         size = images.images.shape[1] * _KERNEL**2
@@ -80,7 +80,8 @@ class Whitening(nn.Module):
             sums += patches.sum(0)
             count += len(patches)
         shift, scale = (
-            255 * torch.tensor(values, dtype=torch.float64).repeat_interleave(_KERNEL**2) for values in (mean, std)
+            images.one * torch.tensor(values, dtype=torch.float64).repeat_interleave(_KERNEL**2)
+            for values in (mean, std)
         )
         sums, products = sums / count, products / count
         moments = products - torch.outer(shift, sums) - torch.outer(sums, shift) + torch.outer(shift, shift)

@@ -102,12 +102,16 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
     """Draws a grid of images with their predicted classes; wrong ones are red and followed by the true class.
 
     Args:
-        images: uint8 ``[N, C, H, W]``. Images of 3 channels are shown in colour, of others the first channel in grey.
+        images: uint8 ``[N, C, H, W]``, or floating point, which is drawn from its smallest value (black) to its largest
+            (white). Images of 3 channels are shown in colour, of others the first channel in grey.
         labels: True classes, int64 ``[N]``.
         predicted: Predicted classes, int64 ``[N]``.
         classes: Class names.
     """
     labels_of_classes = _labels(classes, _LONGEST_CAPTION)
+    if images.is_floating_point():
+        low, high = images.min(), images.max()
+        images = ((images - low) * (255 / (high - low).clamp_min(1e-30))).byte()
     columns = min(_COLUMNS, max(1, len(images)))
     rows = -(-len(images) // columns)
     figure = _figure(_CELL * columns, (_CELL + _TITLE) * rows, layout=None)

@@ -47,7 +47,7 @@ def serves_store() -> bool:
 
 
 def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: int | None = None) -> str:
-    """What to type in a shell to start such a run.
+    """What to type in a shell, or in a Python program, to start such a run.
 
     Args:
         arguments: ``sys.argv``.
@@ -55,6 +55,8 @@ def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: 
         ranks: Ranks on this host; ``None``: as many as there are.
     """
     ranks = ranks or int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if program.function is not None:
+        return f"{program.function}(…, nproc={ranks})" if ranks > 1 else f"{program.function}(…)"
     under_torchrun = ranks > 1 or "TORCHELASTIC_RUN_ID" in environment
     script, *settings = arguments
     if not under_torchrun:

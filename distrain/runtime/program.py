@@ -6,10 +6,11 @@ ranks), or by its script in a checkout, ``python launch/NAME.py``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 #: ``python MAIN NAME`` is ``distrain NAME``. Unlike ``-m distrain`` it works where distrain is not installed, and never
@@ -18,12 +19,25 @@ MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 
 #: The command's name if ``distrain NAME`` was typed in one of its forms; ``None`` if a script was started.
 _name: str | None = None
+#: The function that a Python program has called, such as ``distrain.fit``; ``None``: this is a command.
+function: str | None = None
 
 
 def remember(name: str) -> None:
     """Says that this process is ``distrain NAME``, and not a script; ``sys.argv`` no longer holds the name."""
     global _name
     _name = name
+
+
+@contextlib.contextmanager
+def called_as(name: str) -> Iterator[None]:
+    """Inside this block messages speak of a function that a Python program has called, not of a command line."""
+    global function
+    before, function = function, name
+    try:
+        yield
+    finally:
+        function = before
 
 
 def starting(name: str) -> list[str]:

@@ -30,8 +30,11 @@ def how_to_resume(
         arguments: The number of words of both that are the script and its arguments, ``len(sys.argv)``.
         environment: The environment variables, which say how the ranks were started.
     """
-    script, *settings = own[-arguments:]
     folder = os.path.relpath(run_dir)
+    if program.function is not None:
+        shown = str(run_dir) if folder.startswith("..") else folder
+        return f"to go on: {program.function}(…, run_dir={shown!r})"
+    script, *settings = own[-arguments:]
     place = path_setting("run_dir", str(run_dir) if folder.startswith("..") else folder)
     given = any(_RUN_DIR.match(setting) for setting in settings)
     if _SEVERAL_RUNS & set(settings):

@@ -69,7 +69,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "strategy=DDP": ("strategy=DDP: no such choice", "did you mean ddp?"),
     "strategy=pipe": ("strategy=pipe: no such choice", "choices: ddp,", "single"),
     "model=simple_cn": ("model=simple_cn: no such choice", "did you mean simple_cnn?"),
-    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, synthetic"),
+    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, python_object, synthetic"),
     "optimizer=lion": ("optimizer=lion: no such choice", "choices: adam, adamw, muon, sgd"),
     "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, one_cycle, step, triangle"),
     "loss=focal": ("loss=focal: no such choice", "cross_entropy"),

@@ -1,0 +1,224 @@
+"""``distrain.fit``: a training of objects, by the code that the command ``train`` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distrain.api.arrays import data_object
+from distrain.api.run import Run, open_run
+from distrain.api.settings import build_config, merge
+from distrain.api.surroundings import restored_surroundings
+from distrain.checkpoint import module_state
+from distrain.checkpoint.format import checkpoints_folder
+from distrain.cli import app
+from distrain.cli.run_folder import RunFolder
+from distrain.config.schema import Config
+from distrain.data.python_object import DataObject, PythonObjectDataConfig, offered_data
+from distrain.errors import ConfigError, config_error
+from distrain.models.python_object import ModelObject, offered_model
+from distrain.runtime import program
+from distrain.runtime.world import World
+from distrain.tools.launching import slurm
+
+#: Wrappers that distrain replaces by its own, by class name, and what to pass instead.
+_WRAPPERS = {
+    "DistributedDataParallel": "its module, model.module",
+    "DataParallel": "its module, model.module",
+    "FullyShardedDataParallel": "the module before it was wrapped",
+    "OptimizedModule": "the module itself, and keys={'trainer.compile': True}",
+}
+
+
+def fit(
+    model: ModelObject | str,
+    train: Any,
+    *,
+    val: Any = None,
+    test: Any = None,
+    classes: int | Sequence[str] | None = None,
+    nproc: int | str | None = None,
+    config_dir: str | os.PathLike[str] | None = None,
+    keys: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """Trains a model, and returns the run.
+
+    It does what the command ``train`` does, with the same configuration, checks, run folder and promises. Under
+    torchrun all ranks call it with the same arguments; otherwise ``nproc`` starts ranks.
+
+    Args:
+        model: An ``nn.Module``, whose parameters are the initial ones, and which holds the trained ones at the end; or
+            a class or function that makes one, which is called with ``in_channels``, ``num_classes`` and
+            ``image_size`` as far as it accepts them, under the run's seed; or the name of one of distrain's models.
+        train: Samples to train on: a pair of inputs [N, C, H, W] (uint8, or floating point) and class numbers [N], as
+            arrays or tensors; or a map-style ``torch.utils.data.Dataset`` of such pairs, which is read into memory
+            once; or the name of one of distrain's data sets.
+        val: Samples for validation; by default ``data.val_fraction`` of ``train`` is held out.
+        test: Samples for the test at the end; by default those of the validation.
+        classes: Names of the classes, or their number; by default the largest label says how many there are.
+        nproc: Ranks to start on this machine, each a process; by default the training runs in this process.
+        config_dir: A folder with further choices, as ``--config-dir`` of the command.
+        keys: Values by dotted key, such as ``{"trainer.grad_clip_norm": 1.0}``.
+        **settings: Choices: ``strategy``, ``compression``, ``optimizer``, ``scheduler``, ``loss``, ``task``,
+            ``logger``, ``experiment``; values: ``epochs``, ``max_steps``, ``batch_size``, ``lr``, ``device``, ``seed``,
+            ``run_dir``, ``resume`` (also a run's folder); or dotted keys, ``**{"optimizer.lr": 0.1}``.
+
+    Returns:
+        The run: its folder, configuration, metrics, summary and model.
+
+    Raises:
+        ConfigError: An argument is refused, before anything is trained; the message is one line.
+        Failed: The training failed; the reason was printed, and is in ``failure.json`` of the run's folder.
+        Stopped: The training was stopped on request, by Ctrl-C for example; everything is saved, and
+            ``fit(…, run_dir=…)`` goes on.
+    """
+    with restored_surroundings(), program.called_as("distrain.fit"):
+        slurm.set_torchrun_variables(os.environ)
+        training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
+        ranks = _ranks_to_start(nproc)
+        if ranks is not None:
+            raise config_error("nproc", "is not possible yet")
+        finished = training.run()
+        return training.finish(finished.run_dir)
+
+
+@dataclass
+class Training:
+    """A checked request to train.
+
+    Attributes:
+        config: The configuration.
+        model: The model, if it is an object.
+        data: The samples, if they are objects.
+    """
+
+    config: Config
+    model: ModelObject | None
+    data: DataObject | None
+
+    @contextlib.contextmanager
+    def objects(self) -> Iterator[None]:
+        """Inside this block the configuration's model and data stand for the objects."""
+        with offered_model(self.model), offered_data(self.data):
+            yield
+
+    def run(self, world: World | None = None) -> app.Finished:
+        """Trains, as this rank."""
+        with self.objects():
+            return app.train_run(self.config, world)
+
+    def finish(self, run_dir: Path) -> Run:
+        """Gives the trained parameters to the user's module, and reads the run's folder."""
+        folder = RunFolder.open(str(run_dir), _allowed(self.config))
+        if isinstance(self.model, nn.Module):
+            weights = folder.weights("newest")
+            module_state.load(self.model, weights.tensors, weights.plain)
+        return open_run(folder, self.model)
+
+
+def prepare(
+    model: ModelObject | str,
+    train: Any,
+    val: Any,
+    test: Any,
+    classes: int | Sequence[str] | None,
+    config_dir: str | os.PathLike[str] | None,
+    settings: dict[str, Any],
+) -> Training:
+    """Checks the arguments of :func:`fit`.
+
+    Raises:
+        ConfigError: One is wrong.
+    """
+    fixed: dict[str, Any] = {}
+    if isinstance(model, str):
+        model_choice, model_object = model, None
+    else:
+        model_choice, model_object = "python_object", _checked_model(model)
+        fixed["model._target_"] = _name_of(model)
+    data_choice = train if isinstance(train, str) else "python_object"
+    config = build_config(
+        _with_run_to_resume(settings), model=model_choice, data=data_choice, fixed=fixed, config_dir=config_dir
+    )
+    if isinstance(train, str):
+        for name, value in (("val", val), ("test", test), ("classes", classes)):
+            if value is not None:
+                raise config_error(name, f"does not go with train={train!r}, which has its own; leave it out")
+        return Training(config, model_object, None)
+    if isinstance(val, str) or isinstance(test, str):
+        raise config_error("val" if isinstance(val, str) else "test", "must be samples, as train is, not a name")
+    assert isinstance(config.data, PythonObjectDataConfig)
+    classes = _class_names_of(train) if classes is None else classes
+    data = data_object(train, val, test, classes=classes, memory_limit_mb=config.data.memory_limit_mb)
+    config.data = dataclasses.replace(config.data, fingerprint=data.fingerprint)
+    return Training(config, model_object, data)
+
+
+def _checked_model(model: Any) -> ModelObject:
+    kind = type(model).__name__
+    if isinstance(model, nn.Module):
+        if kind in _WRAPPERS:
+            raise config_error("model", f"is a {kind}; pass {_WRAPPERS[kind]}")
+        return model
+    if not callable(model):
+        problem = f"is a {kind}; pass an nn.Module, a class or function that makes one, or the name of a model"
+        raise config_error("model", problem)
+    return model  # type: ignore[no-any-return]
+
+
+def _name_of(model: Any) -> str:
+    """What the configuration calls an object: the dotted name of its class, or of the function."""
+    target = type(model) if isinstance(model, nn.Module) else getattr(model, "func", model)
+    return f"{target.__module__}.{getattr(target, '__qualname__', type(target).__qualname__)}"
+
+
+def _class_names_of(train: Any) -> list[str] | None:
+    """The names that torchvision's data sets, for example, know of their classes."""
+    names = getattr(train, "classes", None)
+    return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None
+
+
+def _with_run_to_resume(settings: dict[str, Any]) -> dict[str, Any]:
+    """``resume=`` a run's folder goes on in that folder; a checkpoint's starts a new one, as on the command line."""
+    resume = settings.get("resume")
+    if isinstance(resume, Run):
+        resume = resume.run_dir
+    if resume is None or not checkpoints_folder(Path(resume)).is_dir():
+        return {name: value for name, value in settings.items() if name != "resume" or value is not None}
+    if settings.get("run_dir") not in (None, resume, str(resume)):
+        raise ConfigError("run_dir", settings["run_dir"], f"is another folder than that of resume={resume}; give one")
+    return {**settings, "run_dir": os.fspath(resume), "resume": "auto"}
+
+
+def _ranks_to_start(nproc: int | str | None) -> int | None:
+    """How many ranks to start; ``None``: this process is a rank, perhaps the only one.
+
+    Raises:
+        ConfigError: ``nproc`` is no number of ranks, or a launcher has started another number.
+    """
+    if nproc is None:
+        return None
+    if isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1:
+        raise ConfigError("nproc", nproc, "must be a whole number from 1 on")
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        started = World.from_environment().local_size
+        if nproc != started:
+            problem = f"a launcher, such as torchrun, has started {started} ranks on this machine; leave nproc out"
+            raise ConfigError("nproc", nproc, problem)
+        return None
+    return nproc if nproc > 1 else None
+
+
+def _allowed(config: Config) -> list[str]:
+    """Parts outside distrain that the user's own configuration names."""
+    sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    names = [name for section in sections if "." in str(name := getattr(section, "name", ""))]
+    return [*names, getattr(config.model, "_target_", "")]

@@ -1,0 +1,36 @@
+"""What a training changes in its process, and a program that goes on afterwards expects to be as before."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+from distrain.runtime.device import RandomState
+
+
+@contextlib.contextmanager
+def restored_surroundings() -> Iterator[None]:
+    """Restores after this block: random generators of the CPU, threads, environment, torch's modes, the log's level.
+
+    Signal handlers, log handlers and the process group are the business of :class:`~distrain.runtime.runtime.Runtime`.
+    """
+    log = logging.getLogger("distrain")
+    environment, random_state = dict(os.environ), RandomState.now()
+    threads, level, benchmark = torch.get_num_threads(), log.level, torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        torch.backends.cudnn.benchmark = benchmark
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        random_state.restore()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
