@@ -164,11 +164,55 @@ class AllReduceConsensus(Consensus):
             return Request.NOTHING
         (tensor, pending), self._pending = self._pending, None
         pending.wait()
-        *flags, self._slowest_step = tensor.tolist()
-        agreed = Request.NOTHING
-        for request, flag in zip(_REQUESTS, flags, strict=True):
-            agreed |= request if flag else Request.NOTHING
+        agreed, self._slowest_step = _decoded(tensor)
         return agreed
+
+
+class WaitingConsensus(Consensus):
+    """Combines requests in all-reduces that every rank waits for, a few times a second: between batches of evaluation.
+
+    Evaluation begins and ends with all ranks together, so waiting for the slowest one costs nothing.
+
+    Args:
+        communicator: The ranks. All of them call :meth:`agree` equally often, and no collective is under way then.
+        device: Device of the tensors that they exchange.
+    """
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self._communicator, self._device = communicator, device
+        self._interval = self._batches_left = 1
+        self._last_exchange = time.perf_counter()
+
+    @override
+    def agree(self, request: Request) -> Request:
+        if self._communicator.size == 1:
+            return request
+        self._batches_left -= 1
+        if self._batches_left:
+            return Request.NOTHING
+        now = time.perf_counter()
+        batch_seconds, self._last_exchange = (now - self._last_exchange) / self._interval, now
+        values = [float(each in request) for each in _REQUESTS] + [batch_seconds]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
+        agreed, slowest_batch = _decoded(self._communicator.all_reduce(tensor, "max"))
+        # The training since the last evaluation makes its first batch look slow, never fast.
+        affordable = int(_PERIOD / slowest_batch) if slowest_batch else 1
+        self._interval = self._batches_left = max(1, min(affordable, _GROWTH * self._interval))
+        return agreed
+
+    @override
+    def close(self) -> None:
+        # No message is pending.
+        pass
+
+
+def _decoded(values: Tensor) -> tuple[Request, float]:
+    """The requests of all ranks and the slowest one's seconds, from the sums that they exchanged."""
+    *flags, seconds = values.tolist()
+    agreed = Request.NOTHING
+    for request, flag in zip(_REQUESTS, flags, strict=True):
+        agreed |= request if flag else Request.NOTHING
+    return agreed, float(seconds)
 
 
 def request_from_signal(signal_name: str | None) -> Request:
@@ -182,12 +226,16 @@ class RunControl:
     Args:
         config: The run's configuration. Only rank 0 checks its time limits.
         runtime: Knows of signals, and when the run began.
-        consensus: Combines the requests of all ranks.
+        consensus: Combines the requests of all ranks after steps.
+        training_group: The ranks that evaluate together; by default this rank alone.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, consensus: Consensus) -> None:
+    def __init__(
+        self, config: Config, runtime: Runtime, consensus: Consensus, training_group: Communicator | None = None
+    ) -> None:
         self._runtime = runtime
         self._consensus = consensus
+        self._in_evaluation = WaitingConsensus(training_group or Communicator(), runtime.device)
         self._end_time = self._save_seconds = float("inf")
         if runtime.is_main:
             self._end_time = runtime.start_time + 60 * (config.trainer.max_minutes or float("inf"))
@@ -203,15 +251,29 @@ class RunControl:
         Raises:
             Terminated: A signal came because another rank failed.
         """
-        signal_name = self._runtime.stop_requested
-        if signal_name is not None:
-            self._runtime.raise_if_another_rank_failed()
-            request |= request_from_signal(signal_name)
+        request |= self._requested_by_signal()
         if time.monotonic() >= self._end_time:
             request |= Request.TIME_LIMIT
         if time.monotonic() - self._last_save >= self._save_seconds:
             request |= Request.SAVE
         return self._consensus.agree(request)
+
+    def why_stop_evaluation(self) -> str | None:
+        """Why all ranks stop an evaluation now; all of them call it after every batch.
+
+        Only signals stop it. When ``trainer.max_minutes`` are over an evaluation is finished, since it would be
+        repeated from its beginning, and a run whose evaluation takes longer would never get past it.
+
+        Raises:
+            Terminated: A signal came because another rank failed.
+        """
+        return self._in_evaluation.agree(self._requested_by_signal()).reason
+
+    def _requested_by_signal(self) -> Request:
+        signal_name = self._runtime.stop_requested
+        if signal_name is not None:
+            self._runtime.raise_if_another_rank_failed()
+        return request_from_signal(signal_name)
 
     def note_save(self) -> None:
         """Records that a checkpoint was saved just now."""

@@ -62,7 +62,9 @@ class Checkpointing:
         self._report = report
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
         self._rewind_points = RewindPoints(strategy.training_group, runtime.device)
+        #: Of the last checkpoint, saved or resumed: its step, and the epochs that had ended.
         self._saved_step: int | None = None
+        self._saved_epoch = 0
         self._previous_best: tuple[float | None, int | None, int | None] = (None, None, None)
 
     def resume(self) -> Progress:
@@ -73,6 +75,7 @@ class Checkpointing:
         progress = resumed.progress
         self._rewind_points.add(resumed.path, progress.step)
         self._saved_step = self.runtime.step = progress.step
+        self._saved_epoch = progress.epoch
         return progress
 
     def is_due(self, agreed: Request, progress: Progress) -> bool:
@@ -106,7 +109,7 @@ class Checkpointing:
 
     @in_phase("saving")
     def save(self, progress: Progress, control: RunControl) -> None:
-        """Saves this step, or begins to in the background; does nothing where it is saved already.
+        """Saves this position, or begins to in the background; does nothing where it is saved already.
 
         Raises:
             NonFinite: The model holds NaN.
@@ -114,7 +117,8 @@ class Checkpointing:
         """
         start = time.perf_counter()
         self.wait(progress)
-        if self._saved_step == progress.step:
+        # A checkpoint of an epoch's last step lacks what the end of the epoch adds: the validation, and the best score.
+        if (self._saved_step, self._saved_epoch) == (progress.step, progress.epoch):
             return
         self._keep_folder()
         self._report.collect(progress)
@@ -123,7 +127,7 @@ class Checkpointing:
         state |= {"config": to_container(self._config), "data": self._data}
         refuse_nan(state["model"], progress.step)
         self.saver.save(state, asdict(progress), start)
-        self._saved_step = progress.step
+        self._saved_step, self._saved_epoch = progress.step, progress.epoch
         control.note_save()
         self._rewind_points.add(checkpoint_format.checkpoint_path(self._folder, progress.step), progress.step)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,8 +12,30 @@ from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation, Task
 
 
+class EvaluationStopped(Exception):
+    """All ranks have agreed to stop an evaluation before its end; the message says why."""
+
+
+def evaluate_in_training(
+    strategy: Strategy, task: Task, loader: Loader, watch: Sequence[int], why_stop: Callable[[], str | None]
+) -> Evaluation:
+    """As :func:`evaluate`, on the ranks that train, some of which may be lost meanwhile."""
+    loader.shard = strategy.agree_on_shard()
+    while True:
+        evaluation = evaluate(strategy, task, loader, strategy.training_group, watch, why_stop)
+        shard, loader.shard = loader.shard, strategy.agree_on_shard()
+        # A rank that left meanwhile took its share with it.
+        if loader.shard == shard:
+            return evaluation
+
+
 def evaluate(
-    strategy: Strategy, task: Task, loader: Loader, communicator: Communicator, watch: Sequence[int] = ()
+    strategy: Strategy,
+    task: Task,
+    loader: Loader,
+    communicator: Communicator,
+    watch: Sequence[int] = (),
+    why_stop: Callable[[], str | None] = lambda: None,
 ) -> Evaluation:
     """Evaluates the model on a split; all ranks call it together.
 
@@ -23,9 +45,13 @@ def evaluate(
         loader: Batches of this rank's shard of the split.
         communicator: The ranks that share the split.
         watch: Positions of samples in the split whose decision (see :meth:`Task.decide`) is returned.
+        why_stop: Called after every batch; returns why all ranks stop there, the same on each of them.
 
     Returns:
         The result over all ranks, the same on each of them.
+
+    Raises:
+        EvaluationStopped: ``why_stop`` gave a reason.
     """
     device = strategy.runtime.device
     state = task.metric_state(device)
@@ -38,6 +64,8 @@ def evaluate(
         strategy.runtime.activity.progress += 1
         loss_and_count[0] += result.loss_sum
         loss_and_count[1] += result.count
+        if reason := why_stop():
+            raise EvaluationStopped(reason)
         if result.outputs is None or not result.count:
             continue
         task.update_state(state, result.outputs, batch.targets)

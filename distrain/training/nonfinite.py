@@ -178,7 +178,7 @@ class RewindPoints:
             step: Updates done. A checkpoint saved in the same step as a rewind is not added, since it contains the
                 state that was just restored.
         """
-        if step != self._last_rewind_step:
+        if step != self._last_rewind_step and path not in self._paths[-1:]:
             self._paths.append(path)
 
     def pop_newest(self, step: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -144,24 +145,31 @@ class Report:
             "speed/compression_ratio": uncompressed / sent_by_all if sent_by_all else 1.0,
         }
 
-    def end_epoch(self, progress: Progress) -> dict[str, float]:
-        """Closes an epoch's sums, moves ``progress`` to the next epoch, and returns what is to be logged."""
+    def end_epoch(self, progress: Progress) -> tuple[Progress, dict[str, float]]:
+        """Closes an epoch's sums.
+
+        Args:
+            progress: At the epoch's last sample, and left there.
+
+        Returns:
+            The position at the beginning of the next epoch, and what is to be logged.
+        """
         self.clock.lap()
         self.collect(progress)
         loss, metrics, count = self._means(progress.epoch_sums)
-        progress.epoch_sums = []
-        progress.epoch += 1
-        progress.epoch_samples = 0
         # Every update of a short epoch may have been skipped.
-        progress.train_loss = loss if count else math.nan
+        train_loss = loss if count else math.nan
+        ended = dataclasses.replace(
+            progress, epoch=progress.epoch + 1, epoch_samples=0, epoch_sums=[], train_loss=train_loss
+        )
         values = {
-            "epoch": float(progress.epoch),
-            "epoch/train_loss": progress.train_loss,
+            "epoch": float(ended.epoch),
+            "epoch/train_loss": train_loss,
             **{f"epoch/train_{name}": value for name, value in metrics.items()},
             "epoch/images_per_second": self.clock.epoch.samples_per_second,
         }
         self.clock.epoch = TimedSteps()
-        return values
+        return ended, values
 
     def validation(self, evaluation: Evaluation) -> dict[str, float]:
         """What is to be logged of a validation."""

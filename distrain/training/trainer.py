@@ -25,7 +25,7 @@ from distrain.tasks.base import Evaluation
 from distrain.training import resume
 from distrain.training.callbacks import Callback
 from distrain.training.checkpointing import Checkpointing
-from distrain.training.evaluation import evaluate
+from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
 from distrain.training.nonfinite import NonFiniteGuard
 from distrain.training.report import Report
 from distrain.training.run_plan import RunPlan, total_steps
@@ -98,11 +98,13 @@ class Trainer:
 
     def _fit(self) -> dict[str, Any]:
         self.runtime.stoppable = True
-        self._control = RunControl(self.config, self.runtime, self.strategy.consensus())
+        self._control = RunControl(self.config, self.runtime, self.strategy.consensus(), self.strategy.training_group)
         finished_summary = self._resume()
         self._notify("on_fit_start")
         try:
             stop_reason = self._train()
+        except EvaluationStopped as stopped:
+            stop_reason = str(stopped)
         finally:
             self._notify("on_fit_end")
         self._control.close()
@@ -169,10 +171,12 @@ class Trainer:
             self.runtime.publish_activity()
 
     def _end_epoch(self) -> None:
-        values = self.report.end_epoch(self.progress)
+        ended, values = self.report.end_epoch(self.progress)
+        # If a stop interrupts it, the epoch has not ended, and the run ends it when it is resumed.
+        evaluation = self.evaluate("val") if len(self.splits.val) else None
+        self.progress = ended
         saves = self.checkpointing.is_due_after_epoch(self.progress.epoch)
-        if len(self.splits.val):
-            evaluation = self.evaluate("val")
+        if evaluation is not None:
             values |= self.report.validation(evaluation)
             self.progress.val_score = evaluation.metrics[self.task.metrics[0]]
             # Only what is saved can be kept as the best.
@@ -195,14 +199,8 @@ class Trainer:
     @in_phase("evaluation")
     def evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
         """Evaluates a split; all ranks call it together."""
-        loader = self.loaders[split]
-        loader.shard = self.strategy.agree_on_shard()
-        while True:
-            evaluation = evaluate(self.strategy, self.task, loader, self.strategy.training_group, watch)
-            shard, loader.shard = loader.shard, self.strategy.agree_on_shard()
-            # A rank that left meanwhile took its share with it.
-            if loader.shard == shard:
-                return evaluation
+        why_stop = self._control.why_stop_evaluation
+        return evaluate_in_training(self.strategy, self.task, self.loaders[split], watch, why_stop)
 
     def save(self) -> None:
         """Saves this step, if it is not saved yet; all ranks call it together."""
@@ -235,7 +233,10 @@ class Trainer:
         self.report.clock.lap()
         self.runtime.activity.phase = "finishing"
         self.save()
-        test = self.evaluate("test", range(min(_WATCHED, len(self.splits.test))))
+        try:
+            test = self.evaluate("test", range(min(_WATCHED, len(self.splits.test))))
+        except EvaluationStopped as stopped:
+            self._stop(str(stopped))
         self.checkpointing.save_with_retries(self.progress, self._control)
         summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
         if finished_summary is None and self.runtime.is_main:
