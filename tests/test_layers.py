@@ -30,6 +30,7 @@ LAYERS = (
     "errors",
     "files",
     "rng",
+    "torch_internals",
 )
 MOST_ROOMS, MOST_LOOSE_MODULES, MOST_LINES = 24, 6, 500
 #: Longer files that hold one idea, which halves would not be easier to read.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.checkpoint import safetensors_writer
 from distrain.communication.collectives import Communicator, digest
 from distrain.errors import config_error
@@ -68,8 +69,7 @@ def read(module: nn.Module) -> ModuleState:
                 extra[name] = json.dumps(value)
         if problem:
             raise ValueError(f"{_owner(module, name)} has the state {name}, {problem}; a checkpoint can hold {_PLAIN}")
-    metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", {})
-    versions = {name: entry.get("version") for name, entry in metadata.items()}
+    versions = {name: entry.get("version") for name, entry in torch_internals.state_metadata(state).items()}
     return ModuleState(tensors, extra, {name: v for name, v in versions.items() if isinstance(v, int) and v != 1})
 
 
@@ -119,14 +119,14 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, A
     entries: dict[str, Any] = dict(tensors)
     entries |= {name: json.loads(text) for name, text in plain.get("extra_state", {}).items()}
     own = module.state_dict()
-    if not _loads_in_its_own_way(module):
+    if not torch_internals.loads_in_its_own_way(module):
         _raise_if_any(_differences(own, entries))
     state = OrderedDict(entries)
-    metadata = {name: dict(entry) for name, entry in getattr(own, "_metadata", {}).items()}
+    metadata = torch_internals.state_metadata(own)
     if "versions" in plain:
         for name, entry in metadata.items():
             entry["version"] = plain["versions"].get(name, 1)
-    state._metadata = metadata  # type: ignore[attr-defined]
+    torch_internals.set_state_metadata(state, metadata)
     try:
         found = module.load_state_dict(state, strict=False)
     except Exception as error:  # a hook of the user's may raise anything
@@ -148,26 +148,11 @@ def check_fits(module: nn.Module, shapes: Mapping[str, torch.Size], plain: Mappi
     Raises:
         ValueError: As from :func:`load`.
     """
-    if _loads_in_its_own_way(module):
+    if torch_internals.loads_in_its_own_way(module):
         return
     saved: dict[str, Any] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     saved |= (plain or {}).get("extra_state", {})
     _raise_if_any(_differences(module.state_dict(), saved))
-
-
-def _loads_in_its_own_way(module: nn.Module) -> bool:
-    """Whether hooks or methods of the user's may rename, reshape or add what is loaded."""
-
-    def is_of_torch(method: Callable[..., Any]) -> bool:
-        return method.__module__.partition(".")[0] == "torch"
-
-    return any(
-        part._load_state_dict_pre_hooks
-        or part._load_state_dict_post_hooks
-        or not is_of_torch(type(part)._load_from_state_dict)
-        or not is_of_torch(type(part).load_state_dict)
-        for part in module.modules()
-    )
 
 
 def _differences(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

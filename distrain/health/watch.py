@@ -53,7 +53,7 @@ _BLAMED_RANK_SECONDS = 2.0
 _EXIT_SECONDS = 1.0
 #: After a broken collective: how long the peer that caused it may take to report, and how long a silent one is sought.
 _REPORT_SECONDS, _SEARCH_SECONDS = 2.0, 6.0
-#: After a failure the process ends after this time even if the report can't be written.
+#: After a failure the process ends after this time at the latest.
 _FORCED_EXIT_SECONDS = 10.0
 
 
@@ -169,8 +169,7 @@ class Watch:
                     return self.describe_failure(rank, UNREPORTED_EXIT, step)
             if waited > _REPORT_SECONDS:
                 # A peer that was asked to end looks for a cause itself, and reports the request if it finds none.
-                is_local = all(member.is_local for member in self._members)
-                if not broken or (is_local and waited > 2 * _REPORT_SECONDS):
+                if not broken or (waited > 2 * _REPORT_SECONDS and all(member.is_local for member in self._members)):
                     break
                 for rank in self._silent_remote_ranks():
                     return self.describe_failure(rank, "its connections broke off and it sends no heartbeats")

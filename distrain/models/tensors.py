@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from distrain import torch_internals
 from distrain.errors import ConfigError
 
 #: The complex format with the precision of each floating-point format that a run may have.
@@ -41,7 +42,7 @@ def lay_out_densely(target: str, model: nn.Module) -> None:
     for name, tensor in named_tensors(model):
         if problem := _why_untrainable(tensor):
             raise ConfigError("model._target_", target, f"{name} {problem}")
-        by_storage[tensor.untyped_storage()._cdata].append((name, tensor))
+        by_storage[torch_internals.storage_id(tensor)].append((name, tensor))
     for sharing in by_storage.values():
         if len(sharing) > 1 or not _is_dense(sharing[0][1]):
             _refuse_overlaps(target, sharing)
@@ -120,7 +121,7 @@ def convert(model: nn.Module, dtype: torch.dtype, device: torch.device | None = 
             return tensor.to(device, _COMPLEX[dtype])
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    model._apply(converted)
+    torch_internals.apply_to_tensors(model, converted)
     return model
 
 

@@ -12,8 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from distrain.checkpoint.module_state import check_saveable
 from distrain.config.schema import ModelConfig
@@ -22,6 +20,7 @@ from distrain.models import tensors
 from distrain.models.base import DataDependentInit
 from distrain.models.build import described, instantiate_model
 from distrain.runtime.device import RandomState, seed_everything
+from distrain.torch_internals import BatchNorm, Dropout, apply_to_tensors, write_count
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ class ModelTrial:
         else:
             # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import
             # the code that computes shapes.
-            self.model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+            apply_to_tensors(self.model, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
             self._device = "cpu"
         self._check_training()
 
@@ -150,7 +149,7 @@ class ModelTrial:
                 allowed=self._allowed,
             )
         self._device = device
-        self.has_batchnorm = any(isinstance(layer, _BatchNorm) for layer in self.model.modules())
+        self.has_batchnorm = any(isinstance(layer, BatchNorm) for layer in self.model.modules())
         self.buffers_of_samples, self.buffers_of_passes = [], []
         self.cast = tensors.cast_tensors(self.model, self._dtype)
         if self._extra_check is not None:
@@ -178,7 +177,7 @@ class ModelTrial:
         random_state = RandomState.now()
         logits = self._run(images)
         drew = not RandomState.now().draws_equal(random_state)
-        self.draws_random = drew or any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules())
+        self.draws_random = drew or any(isinstance(layer, Dropout) and layer.p > 0 for layer in model.modules())
         if not logits.requires_grad:
             self._refuse(
                 "nothing to train: its output depends on no trainable parameter; its forward pass must not run under "
@@ -254,7 +253,7 @@ class ModelTrial:
     def _set_mode(self, training: bool, *, batchnorm: bool = True) -> None:
         self.model.train(training)
         for layer in self.model.modules():
-            if not isinstance(layer, _BatchNorm):
+            if not isinstance(layer, BatchNorm):
                 continue
             if not batchnorm:
                 layer.eval()
@@ -331,7 +330,7 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         # The tensors themselves are kept, so that no other tensor gets their ids.
         self._parameters = dict(model.named_parameters())
-        self._versions = {name: (tensor, tensor._version) for name, tensor in _changeable(model)}
+        self._versions = {name: (tensor, write_count(tensor)) for name, tensor in _changeable(model)}
 
     def replaced_parameters(self, model: nn.Module) -> list[str]:
         """Names of parameters that are other objects than before, new or gone."""
@@ -343,7 +342,7 @@ class _State:
         changed = []
         for name, tensor in _changeable(model):
             before, version = self._versions.get(name, (None, 0))
-            if before is not None and (tensor is not before or tensor._version != version):
+            if before is not None and (tensor is not before or write_count(tensor) != version):
                 changed.append(name)
         return changed
 
@@ -352,7 +351,7 @@ def _changeable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and buffers other than BatchNorm's, by name."""
     yield from model.named_parameters()
     for prefix, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
+        if not isinstance(module, BatchNorm):
             yield from module.named_buffers(prefix, recurse=False)
 
 
@@ -363,13 +362,12 @@ class _Buffers:
         self._copies = [
             (module, name, buffer.clone())
             for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
 
     def restore(self) -> None:
         for module, name, copy in self._copies:
-            module._buffers[name] = copy.clone()
+            setattr(module, name, copy.clone())
 
 
 def _unused_parameters(model: nn.Module, logits: Tensor) -> list[str]:

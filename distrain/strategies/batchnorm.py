@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import ModelConfig
+from distrain.torch_internals import BatchNorm
 
 
 def replacement(model: ModelConfig) -> str:
@@ -61,7 +61,7 @@ class _Normalise(torch.autograd.Function):
         return result.to(ctx.dtype), None, None
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """A BatchNorm layer whose training statistics are those of all replicas' samples together."""
 
     communicator: Communicator
@@ -95,7 +95,7 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
 
-class DeferredBatchNorm(_BatchNorm):
+class DeferredBatchNorm(BatchNorm):
     """A BatchNorm layer that normalises each microbatch by itself but updates its running statistics once a step.
 
     As torchgpipe does (Kim et al. 2020, arXiv 2004.09910, §3.2): the statistics are those of the whole batch, over all
@@ -147,7 +147,7 @@ def defer_running_statistics(model: nn.Module, communicator: Communicator) -> in
     Returns:
         How many layers it found.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
     for layer in layers:
         # Changing the class keeps the layer's identity: names, hooks and references to it stay valid.
         layer.__class__ = DeferredBatchNorm
@@ -178,7 +178,7 @@ def synchronise_batchnorm(model: nn.Module, communicator: Communicator) -> int:
     """
     count = 0
     for name, child in list(model.named_children()):
-        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+        if isinstance(child, BatchNorm) and not isinstance(child, SyncBatchNorm):
             # As above: the layer stays the same object.
             child.__class__ = SyncBatchNorm
         if isinstance(child, SyncBatchNorm):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.strategies.named_buffers import NamedBuffers
 
 
@@ -28,10 +29,10 @@ class BufferSnapshot:
     def take(self) -> None:
         """Copies the buffers' current values."""
         if self._copies:
-            torch._foreach_copy_(self._copies, self._current())
+            torch_internals.foreach_copy(self._copies, self._current())
 
     @torch.no_grad()
     def restore(self) -> None:
         """Gives the buffers the values that were copied last."""
         if self._copies:
-            torch._foreach_copy_(self._current(), self._copies)
+            torch_internals.foreach_copy(self._current(), self._copies)

@@ -20,23 +20,23 @@ class NamedBuffers(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, *, floating: bool = False, not_in: tuple[type[nn.Module], ...] = ()) -> None:
-        self._owners: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
         seen: set[int] = set()
         for prefix, module in model.named_modules():
             if isinstance(module, not_in):
                 continue
-            for key, buffer in module._buffers.items():
+            for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 # Each tensor once, as named_buffers() does.
-                if buffer is None or id(buffer) in seen:
+                if id(buffer) in seen:
                     continue
                 seen.add(id(buffer))
                 if buffer.is_floating_point() or not floating:
-                    self._owners[f"{prefix}.{key}" if prefix else key] = (module._buffers, key)
+                    self._owners[f"{prefix}.{key}" if prefix else key] = (module, key)
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        buffers, key = self._owners[name]
-        buffer = buffers[key]
+        module, key = self._owners[name]
+        buffer: Tensor | None = getattr(module, key)
         if buffer is None:
             raise RuntimeError(f"the model's buffer {name} was a tensor, and a forward pass made it None")
         return buffer.detach()

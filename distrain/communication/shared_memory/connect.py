@@ -15,11 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _get_process_group_store
 
+from distrain import torch_internals
 from distrain.communication.shared_memory.arena import Arena, MappedArena
 from distrain.communication.shared_memory.channel import SharedMemoryChannel
 from distrain.communication.shared_memory.control_block import CONTROL_BLOCK_BYTES, ControlBlock
@@ -135,8 +134,8 @@ def _connect(group: dist.ProcessGroup, all_gather_json: AllGatherJson) -> Channe
     if own_rank == host_ranks[0]:
         # Made without torch.distributed.new_group, which names a group by how many groups the rank is in. Leaders can
         # be in different numbers of groups, and so might not agree on the name.
-        store = PrefixStore(f"hosts/{ranks[0]['token']}", _get_process_group_store(group))
-        timeout = timedelta(seconds=_timeout(group))
+        store = PrefixStore(f"hosts/{ranks[0]['token']}", torch_internals.group_store(group))
+        timeout = timedelta(seconds=torch_internals.group_timeout(group))
         leaders = cast(LeaderGroup, dist.ProcessGroupGloo(store, layout.index(host_ranks), len(layout), timeout))
     return HierarchicalChannel(own_rank, layout, host_channels, leaders)
 
@@ -164,7 +163,7 @@ def _connect_host(
     try:
         ranks = _agree(description, all_gather_json)
         try:
-            peers = _map_peers([ranks[rank] for rank in host_ranks], local_rank, _timeout(group))
+            peers = _map_peers([ranks[rank] for rank in host_ranks], local_rank, torch_internals.group_timeout(group))
         except (OSError, ValueError) as error:
             problem = str(error)[:_MAX_PROBLEM_LENGTH]
         _agree({"problem": problem}, all_gather_json)
@@ -235,9 +234,3 @@ def _map_peers(descriptions: list[dict[str, Any]], local_rank: int, timeout: flo
         if peers[index].token != other["token"]:
             raise OSError(f"process id {other['pid']} belongs to another process on this rank than on its own")
     return peers
-
-
-def _timeout(group: dist.ProcessGroup) -> float:
-    """Timeout of the group's collectives in seconds."""
-    seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-    return seconds

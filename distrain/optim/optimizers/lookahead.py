@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrain import torch_internals
 from distrain.config.schema import LookaheadConfig
 from distrain.optim.optimizers import updates
 
@@ -59,8 +60,8 @@ class Lookahead:
         slow = [optimizer.state[parameter][_KEY] for parameter in parameters]
         if is_merge:
             keep = self._keep * min(1.0, self._update / self._total) ** self._power
-            torch._foreach_lerp_(slow, parameters, 1 - keep)
-        torch._foreach_copy_(parameters, slow)
+            torch_internals.foreach_lerp(slow, parameters, 1 - keep)
+        torch_internals.foreach_copy(parameters, slow)
 
 
 def _with_gradient(optimizer: torch.optim.Optimizer) -> list[Tensor]:

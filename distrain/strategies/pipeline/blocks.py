@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.errors import ConfigError
 from distrain.strategies.precision import Precision
 
 
 def named_blocks(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """The blocks in order; one that the model uses twice is there twice, unlike in ``named_children()``."""
-    return list(zip(model._modules, model, strict=True))
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
+    return list(zip(names, model, strict=True))
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _run_blocks(model: nn.Sequential, example: Tensor, precision: Precision, *, 
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training), precision.autocast():
         for name, block in named_blocks(model):
             tensors = [value] if isinstance(value, Tensor) else list(value) if isinstance(value, tuple | list) else []
-            inputs.append([(item, item._version) for item in tensors if isinstance(item, Tensor)])
+            inputs.append([(item, torch_internals.write_count(item)) for item in tensors if isinstance(item, Tensor)])
             with trial_copy(block) as trial:
                 try:
                     value = trial.train(training)(value)
@@ -155,7 +157,7 @@ def _run_blocks(model: nn.Sequential, example: Tensor, precision: Precision, *, 
                     mode = "" if training else " in evaluation mode"
                     raise ConfigError("model", name, f"this block fails on two images{mode} ({reason})") from error
             outputs.append((name, *_hand_over(value)))
-    changed = [any(tensor._version != version for tensor, version in block) for block in inputs]
+    changed = [any(torch_internals.write_count(tensor) != version for tensor, version in block) for block in inputs]
     return [
         TracedBlock(name, changes_input, output, problem)
         for changes_input, (name, output, problem) in zip(changed, outputs, strict=True)
@@ -207,8 +209,7 @@ def _restored(block: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in block.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     gradients = [(parameter, parameter.grad) for parameter in block.parameters()]
     for parameter, _ in gradients:
@@ -221,6 +222,6 @@ def _restored(block: nn.Module) -> Iterator[None]:
             vars(module).update(before)
         with torch.no_grad():
             for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer.copy_(values)
+                setattr(module, name, buffer.copy_(values))
         for parameter, gradient in gradients:
             parameter.grad = gradient

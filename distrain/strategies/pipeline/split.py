@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
@@ -37,13 +38,13 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
         kind = type(model).__name__
         raise config_error("model", f"{kind} is no nn.Sequential, and a pipeline splits a model between its blocks")
     kind = type(model).__name__
-    if own := [name for name in (*model.state_dict(), *model._buffers, *model._parameters) if "." not in name]:
+    if own := [name for name in (*model.state_dict(), *torch_internals.registered_names(model)) if "." not in name]:
         raise config_error("model", f"{kind} holds {own[0]} itself, and a pipeline needs all state to be in its blocks")
     # A pipeline calls the blocks, and never the model.
     if "forward" in vars(model) or type(model).forward not in (nn.Sequential.forward, BlockSequence.forward):
         problem = "has a forward of its own, and a pipeline runs the blocks one after another"
         raise config_error("model", f"{kind} {problem}; move what it does into a block")
-    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+    if torch_internals.has_hooks(model):
         raise config_error("model", f"{kind} has hooks, which a pipeline does not call; register them at a block")
     names = [name for name, _ in named_blocks(model)]
     if stages > len(names):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.data.batch import Targets
 from distrain.strategies.pipeline.blocks import HandOver, flatten
 from distrain.strategies.precision import Precision
@@ -73,10 +74,7 @@ class Stage:
         self.is_last = is_last
         self.splits_backward = splits_backward
         if splits_backward:
-            # Imported here, since it imports all of torch's pipelining with compiler and export, which takes a second.
-            from torch.distributed.pipelining import _backward
-
-            self._split_backward = _backward
+            self._split_backward = torch_internals.split_backward()
         self._task = task
         self._precision = precision
         self._saved: dict[int, _SavedMicrobatch] = {}
@@ -113,7 +111,7 @@ class Stage:
         if self.splits_backward:
             # The split backward pass detaches the output in place, which views (of a flatten, for example) don't allow,
             # and an output that is the input itself has no graph.
-            roots = [root.clone() if root._is_view() or root.is_leaf else root for root in roots]
+            roots = [root.clone() if torch_internals.is_view(root) or root.is_leaf else root for root in roots]
         self._saved[microbatch] = _SavedMicrobatch(leaves, roots, activation_bytes=sum(storage_bytes.values()))
         held_bytes = sum(saved.activation_bytes for saved in self._saved.values())
         self.peak_activation_bytes = max(self.peak_activation_bytes, held_bytes)

@@ -1,0 +1,202 @@
+"""What distrain uses of torch without torch having promised it: names that a release may move, rename or take away.
+
+Each function works without the private name too, then more slowly or less precisely, as its docstring says. No other
+module of distrain uses a private name of torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.dropout import _DropoutNd
+
+    BatchNorm: TypeAlias = _BatchNorm
+    Dropout: TypeAlias = _DropoutNd
+else:
+    # The base classes of all batch normalisations and of all dropouts.
+    BatchNorm = nn.BatchNorm1d.__mro__[1]
+    Dropout = nn.Dropout.__mro__[1]
+
+#: torch's own default for gloo's collectives, in seconds.
+_DEFAULT_TIMEOUT_SECONDS = 1800.0
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def foreach_lerp(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Moves each tensor towards its end by a share of the difference, in place; fallback: one kernel for each."""
+    if hasattr(torch, "_foreach_lerp_"):
+        torch._foreach_lerp_(tensors, ends, weight)
+        return
+    for tensor, end in zip(tensors, ends, strict=True):
+        tensor.lerp_(end, weight)
+
+
+def foreach_copy(tensors: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source into its tensor; fallback: one kernel for each."""
+    if hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(tensors, sources)
+        return
+    for tensor, source in zip(tensors, sources, strict=True):
+        tensor.copy_(source)
+
+
+def write_count(tensor: Tensor) -> int:
+    """A number that changes when the tensor is written to; fallback: a hash of its values."""
+    if hasattr(tensor, "_version"):
+        return tensor._version
+    return 0 if tensor.is_meta else hash(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows the tensor as a view of another one; fallback: whether it may be one."""
+    return tensor._is_view() if hasattr(tensor, "_is_view") else not tensor.is_leaf
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identifies the memory that a tensor shares with others; fallback: its address, which meta tensors don't have."""
+    storage = tensor.untyped_storage()
+    if hasattr(storage, "_cdata"):
+        return cast(int, storage._cdata)
+    return storage.data_ptr() or id(tensor)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Replaces every parameter and buffer by the function's result; parameters stay the same objects.
+
+    Fallback: modules that keep other tensors, or other references to their parameters, are not told.
+    """
+    if hasattr(model, "_apply"):
+        model._apply(function)
+        return
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = function(parameter.data)
+            if parameter.grad is not None:
+                parameter.grad.data = function(parameter.grad.data)
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, function(buffer))
+
+
+def registered_names(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that a module holds itself; fallback: only those that are not ``None``."""
+    if hasattr(module, "_parameters") and hasattr(module, "_buffers"):
+        return [*module._parameters, *module._buffers]
+    named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [name for name, _ in named]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its ``forward``; fallback: no hook is noticed."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)
+
+
+def loads_in_its_own_way(module: nn.Module) -> bool:
+    """Whether hooks or methods of the user's may rename, reshape or add what is loaded; fallback: it is assumed."""
+    methods = (getattr(type(module), "_load_from_state_dict", None), type(module).load_state_dict)
+    names = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    return any(getattr(module, name, True) for name in names) or any(
+        method is None or method.__module__.partition(".")[0] != "torch" for method in methods
+    )
+
+
+def state_metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries that modules left in a ``state_dict()`` about its format; fallback: none."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", {})
+    return {name: dict(entry) for name, entry in metadata.items()}
+
+
+def set_state_metadata(state: Any, metadata: dict[str, dict[str, Any]]) -> None:
+    """Gives a dictionary such entries, for ``load_state_dict()``; a torch that knows none ignores them."""
+    state._metadata = metadata
+
+
+# --- the backward pass in two parts ----------------------------------------------------------------------------------
+
+
+class SplitBackward(Protocol):
+    """A backward pass whose gradients of inputs come before those of parameters."""
+
+    def stage_backward_input(
+        self,
+        stage_outputs_or_loss: list[Tensor],
+        output_grads: list[Tensor] | None,
+        input_values: list[Tensor],
+        weights: Iterable[nn.Parameter],
+    ) -> tuple[Sequence[Tensor | None], list[dict[str, Any]]]:
+        """Returns the inputs' gradients, and what :meth:`stage_backward_weight` needs."""
+
+    def stage_backward_weight(self, weights: Iterable[nn.Parameter], param_groups: list[dict[str, Any]]) -> Any:
+        """Adds the parameters' gradients."""
+
+
+class _TwoBackwards:
+    """Goes through the graph once for the inputs and once more for the parameters, which takes longer."""
+
+    def stage_backward_input(
+        self,
+        stage_outputs_or_loss: list[Tensor],
+        output_grads: list[Tensor] | None,
+        input_values: list[Tensor],
+        weights: Iterable[nn.Parameter],
+    ) -> tuple[Sequence[Tensor | None], list[dict[str, Any]]]:
+        gradients = torch.autograd.grad(
+            stage_outputs_or_loss, input_values, output_grads, retain_graph=True, allow_unused=True
+        )
+        return gradients, [{"outputs": stage_outputs_or_loss, "gradients": output_grads}]
+
+    def stage_backward_weight(self, weights: Iterable[nn.Parameter], param_groups: list[dict[str, Any]]) -> None:
+        if parameters := list(weights):
+            for group in param_groups:
+                torch.autograd.backward(group["outputs"], group["gradients"], inputs=parameters)
+
+
+def split_backward() -> SplitBackward:
+    """torch's, which keeps what both parts need; fallback: the graph is gone through twice.
+
+    Importing torch's takes a second, since it imports all of torch's pipelining with compiler and export.
+    """
+    try:
+        from torch.distributed.pipelining import _backward
+    except ImportError:
+        return _TwoBackwards()
+    known = hasattr(_backward, "stage_backward_input") and hasattr(_backward, "stage_backward_weight")
+    return cast(SplitBackward, _backward) if known else _TwoBackwards()
+
+
+# --- process groups --------------------------------------------------------------------------------------------------
+
+
+def group_store(group: dist.ProcessGroup) -> Any:
+    """The store of a process group.
+
+    Raises:
+        OSError: This torch does not tell it; its users then do without.
+    """
+    get: Callable[[dist.ProcessGroup], Any] | None = getattr(dist.distributed_c10d, "_get_process_group_store", None)
+    if get is None:
+        raise OSError(f"torch {torch.__version__} does not tell the store of a process group")
+    return get(group)
+
+
+def group_timeout(group: dist.ProcessGroup) -> float:
+    """Timeout of the group's collectives on the CPU, in seconds; fallback: torch's default."""
+    options = None
+    if hasattr(group, "_get_backend"):
+        options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return timeout.total_seconds() if isinstance(timeout, datetime.timedelta) else _DEFAULT_TIMEOUT_SECONDS
