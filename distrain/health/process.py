@@ -45,6 +45,13 @@ class Process:
         """Whether a signal has suspended the process; false on systems without ``/proc``, where it is unknown."""
         return self.started is not None and _state_and_start(self.pid) == ("T", self.started)
 
+    def kill_after(self, seconds: float) -> None:
+        """Kills the process unless it ends by itself in this time; at once if a signal has suspended it."""
+        deadline = time.monotonic() + seconds
+        while self.is_alive and not self.is_stopped and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+
     def kill(self, seconds: float = 0.5) -> None:
         """Kills the process, but no other one that has its ID now; does nothing on systems without ``/proc``.
 

@@ -488,11 +488,7 @@ class Watch:
                 rank: process for rank, process in processes.items() if self._observed[rank].heartbeat.expendable
             }
         elif first_failure.failure.rank in processes and first_failure.detected_by != first_failure.failure.rank:
-            blamed = processes[first_failure.failure.rank]
-            deadline = time.monotonic() + _BLAMED_RANK_SECONDS
-            while blamed.is_alive and not blamed.is_stopped and time.monotonic() < deadline:
-                time.sleep(0.05)
-            blamed.kill()
+            processes[first_failure.failure.rank].kill_after(_BLAMED_RANK_SECONDS)
             # A killed process leaves its empty crash dump behind; reading removes it.
             self._crash_dump(first_failure.failure.rank)
         for process in processes.values():

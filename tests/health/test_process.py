@@ -87,3 +87,17 @@ def test_a_stopped_process_is_recognised_and_can_be_killed(child: subprocess.Pop
     process.kill()
     assert child.wait(HANG_SECONDS) == -signal.SIGKILL
     process.kill()
+
+
+def test_a_process_gets_time_to_end_unless_a_signal_has_suspended_it(child: subprocess.Popen[bytes]) -> None:
+    process = process_of(child)
+    began = time.monotonic()
+    process.kill_after(0.2)
+    assert time.monotonic() - began > 0.2
+    assert child.wait() == -signal.SIGKILL
+    with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) as other:
+        stopped = process_of(other)
+        other.send_signal(signal.SIGSTOP)
+        wait_for(lambda: stopped.is_stopped)
+        stopped.kill_after(60)
+        assert other.wait(HANG_SECONDS) == -signal.SIGKILL
