@@ -144,9 +144,12 @@ def kind(call: Call) -> str:
     return re.sub(r"\d+", "N", str(call))
 
 
+ALL_FAULTS = bool(os.environ.get("ALL_DISK_FAULTS"))
+
+
 def chosen(calls: list[Call], known: Set[str] = frozenset()) -> list[int]:
     """The numbers of the calls that fail: one of each kind but the known ones, by turns the first and the last."""
-    if os.environ.get("ALL_DISK_FAULTS"):
+    if ALL_FAULTS:
         return list(range(len(calls)))
     numbers: dict[str, list[int]] = {}
     for number, call in enumerate(calls):
@@ -167,6 +170,7 @@ def kinds_of_a_new_run(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return {kind(call) for call in disk.calls}
 
 
+@pytest.mark.timeout(4000 if ALL_FAULTS else 600)
 @pytest.mark.parametrize("resumes", [False, True], ids=["fresh", "resumed"])
 def test_each_call_on_the_run_folder_may_fail_once(
     resumes: bool, tmp_path: Path, finished: Path, stopped: Path, kinds_of_a_new_run: set[str]
