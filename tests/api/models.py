@@ -14,6 +14,7 @@ SETTINGS = {
     "lr": 0.01,
     "logger": "none",
     "trainer.progress": "off",
+    "trainer.memory_format": "contiguous",
     "runtime.threads": 1,
     "runtime.timeout_seconds": 120,
 }

@@ -182,8 +182,9 @@ def fails_in_training() -> nn.Module:
         steps = 0
 
         def forward(self, inputs: Tensor) -> Tensor:
-            Failing.steps += 1
-            if Failing.steps > 20:
+            # In the trial of the model it runs fewer images at once.
+            Failing.steps += self.training and len(inputs) > 3
+            if Failing.steps > 6:
                 raise RuntimeError("the model is tired")
             return super().forward(inputs)
 
