@@ -9,14 +9,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distrain.api.fit import fit
     from distrain.api.run import Run, read_run
+    from distrain.api.trained import evaluate, export, load_model, predict
     from distrain.errors import ConfigError, Failed, Stopped
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "Failed", "Run", "Stopped", "fit", "read_run"]
+__all__ = [
+    "ConfigError",
+    "Failed",
+    "Run",
+    "Stopped",
+    "evaluate",
+    "export",
+    "fit",
+    "load_model",
+    "predict",
+    "read_run",
+]
 
 #: Where each name is defined.
 _HOMES = {
+    "evaluate": "distrain.api.trained",
+    "export": "distrain.api.trained",
     "fit": "distrain.api.fit",
+    "load_model": "distrain.api.trained",
+    "predict": "distrain.api.trained",
     "Run": "distrain.api.run",
     "read_run": "distrain.api.run",
     "ConfigError": "distrain.errors",

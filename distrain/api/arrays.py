@@ -51,9 +51,30 @@ def data_object(
             raise config_error(name, problem)
         if part.images.is_floating_point() != dtype.is_floating_point:
             raise config_error(name, f"has inputs of {_short(part.images.dtype)}, and train of {_short(dtype)}")
-    names = _class_names(classes, max(int(part.targets.max()) for part in parts.values()))
-    spec = DataSpec(shape[0], shape[1], shape[2], names, "float" if dtype.is_floating_point else "uint8")
+    spec = _spec(parts["train"], classes, max(int(part.targets.max()) for part in parts.values()))
     return DataObject(spec, parts["train"], parts.get("val"), parts.get("test"), _fingerprint(spec, parts))
+
+
+def one_part(data: Any, classes: Sequence[str], memory_limit_mb: int) -> DataObject:
+    """Samples that are training, validation and test samples at once, to evaluate a model on.
+
+    Args:
+        data: The samples, as for :func:`data_object`.
+        classes: Names of the classes.
+        memory_limit_mb: As above.
+
+    Raises:
+        ConfigError: As above.
+    """
+    part = samples("data", data, memory_limit_mb)
+    spec = _spec(part, classes, int(part.targets.max()))
+    return DataObject(spec, part, part, part, _fingerprint(spec, {"data": part}))
+
+
+def _spec(part: Images, classes: int | Sequence[str] | None, largest: int) -> DataSpec:
+    dtype = "float" if part.images.is_floating_point() else "uint8"
+    channels, height, width = part.images.shape[1:]
+    return DataSpec(channels, height, width, _class_names(classes, largest), dtype)
 
 
 def samples(name: str, value: Any, memory_limit_mb: int) -> Images:

@@ -56,9 +56,6 @@ class EvaluateSettings(RunSettings):
 def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any]:
     """Evaluates a run's model; rank 0 prints and writes the result.
 
-    The run's own strategy is not used, since a checkpoint contains the unsplit model: every rank holds the whole model
-    and evaluates a share of each batch. The model is not compiled, since that would take longer than it saves.
-
     Returns:
         The content of the result file, the same on all ranks.
 
@@ -72,6 +69,32 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
     target = _output_path(settings, folder)
     if target is not None:
         output.check_writable(target)
+    result, task = evaluate_run(folder, settings, world)
+    if world.rank == 0:
+        output.write_text(target, json.dumps(result, indent=2) + "\n")
+        if target is not None:
+            show(_table(result, task))
+    return result
+
+
+def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) -> tuple[dict[str, Any], Task]:
+    """Evaluates a run's model.
+
+    The run's own strategy is not used, since a checkpoint contains the unsplit model: every rank holds the whole model
+    and evaluates a share of each batch. The model is not compiled, since that would take longer than it saves.
+
+    Args:
+        folder: The run.
+        settings: As for :func:`run`; ``run`` and ``output`` are not used.
+        world: This rank's place.
+
+    Returns:
+        The result, the same on all ranks, and what the model was trained to do.
+
+    Raises:
+        ConfigError: As :func:`run`.
+        Failed: As :func:`run`.
+    """
     config = _config_for_evaluation(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
     model = folder.model(weights, settings.allow)
@@ -85,12 +108,7 @@ def run(settings: EvaluateSettings, world: World | None = None) -> dict[str, Any
         # Ranks that were started with different settings would evaluate shares of different splits.
         if evaluation.count != len(images):
             raise RuntimeError(f"{evaluation.count} samples were evaluated, not the {len(images)} of the split")
-    result = _result(settings.split, weights, plan.task, evaluation)
-    if runtime.is_main:
-        output.write_text(target, json.dumps(result, indent=2) + "\n")
-        if target is not None:
-            show(_table(result, plan.task))
-    return result
+    return _result(settings.split, weights, plan.task, evaluation), plan.task
 
 
 def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:

@@ -35,7 +35,19 @@ class ExportSettings(RunSettings):
 
 
 def run(settings: ExportSettings, world: World | None = None) -> Path:
-    """Writes the unsplit model's ``state_dict`` to a file and returns its path; the model is not built.
+    """Writes the model of a run as :func:`export_run` does, says so, and returns the file's path.
+
+    Raises:
+        ConfigError: The run or the output can't be used.
+    """
+    require_one_process("export", world or World.from_environment())
+    target, weights = export_run(RunFolder.open(settings.run, settings.allow), settings)
+    show(f"{weights.path.name} as {settings.format}: {target}")
+    return target
+
+
+def export_run(folder: RunFolder, settings: ExportSettings) -> tuple[Path, Weights]:
+    """Writes the unsplit model's ``state_dict`` to a file; the model is not built.
 
     Parameters and buffers of floating point are converted to float32, and all tensors are contiguous. The metadata in
     the file's header describe the model. All values are text; those marked JSON must be parsed:
@@ -52,11 +64,12 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     ``distrain_version`` release that wrote the file
     ==================== ===============================================================================
 
+    Returns:
+        The file, and what was written.
+
     Raises:
         ConfigError: The run or the output can't be used.
     """
-    require_one_process("export", world or World.from_environment())
-    folder = RunFolder.open(settings.run, settings.allow)
     target = Path(settings.output)
     output.check_writable(target)
     weights = folder.weights(settings.checkpoint)
@@ -69,8 +82,7 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
             raise ConfigError("output", target, f"can't be written ({error})") from error
 
     output.write(target, make)
-    show(f"{weights.path.name} as {settings.format}: {target}")
-    return target
+    return target, weights
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

@@ -79,9 +79,24 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
     task = tasks.build(folder.config, folder.spec)
     if settings.top > task.largest_top():
         raise ConfigError("top", settings.top, f"the run has {task.largest_top()} classes")
+    target = _output_path(settings.output)
+    predictions = predict_files(folder, task, settings, world)
+    as_csv = target is not None and target.suffix.lower() == ".csv"
+    output.write_text(target, to_csv(predictions) if as_csv else to_json(predictions))
+    return predictions
+
+
+def predict_files(folder: RunFolder, task: Task, settings: PredictSettings, world: World) -> list[Prediction]:
+    """The predictions for all images that ``settings.input`` names, in their order.
+
+    Raises:
+        ConfigError: The run or an image can't be used.
+    """
     if folder.spec.channels not in _FILE_CHANNELS:
         raise ConfigError("run", settings.run, f"its images have {folder.spec.channels} channels; files give 1 or 3")
-    target = _output_path(settings.output)
+    if folder.spec.dtype != "uint8":
+        problem = "it was trained on floating-point arrays, and files give bytes; use distrain.predict(run, array)"
+        raise ConfigError("run", settings.run, problem)
     paths = find_images(settings.input)
     predictor = Predictor(folder, task, settings, world)
     with warnings.catch_warnings():
@@ -90,8 +105,6 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
         predictions = list(predictor.predict(paths))
     if not predictions:
         raise ConfigError("input", settings.input, f"none of {len(paths)} images can be decoded")
-    as_csv = target is not None and target.suffix.lower() == ".csv"
-    output.write_text(target, to_csv(predictions) if as_csv else to_json(predictions))
     return predictions
 
 
@@ -201,6 +214,16 @@ class Predictor:
         if skipped:
             log.warning("left out %d of %d images that can't be decoded", skipped, len(paths))
 
+    def predict_arrays(self, images: Images) -> Iterator[Prediction]:
+        """Yields the predictions for images in memory; the entry ``path`` is the number of the image.
+
+        Raises:
+            ConfigError: The model's output for an image is not finite.
+        """
+        for places in torch.arange(len(images)).split(self._settings.batch_size):
+            names = [str(place) for place in places.tolist()]
+            yield from self._predict(names, images.pick(places))
+
     def _decode(self, path: str) -> npt.NDArray[np.uint8] | DecodeError:
         spec = self._folder.spec
         try:
@@ -225,7 +248,7 @@ class Predictor:
             yield {"path": path, **entries}
 
     def _outputs(self, pixels: Tensor) -> Tensor:
-        """The model's outputs [n, …], as float64 on the CPU, for images as uint8 [n, C, H, W]."""
+        """The model's outputs [n, …], as float64 on the CPU, for images [n, C, H, W]."""
         loader = Loader(
             Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)),
             batch_size=len(pixels),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 #: Fast, and nothing divides evenly: 45 samples to train on, batches of 8.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 8,
     "lr": 0.01,
