@@ -112,7 +112,7 @@ def test_an_exported_model_is_the_trained_one(run: distrain.Run, tmp_path: Path)
         ),
         (lambda run: distrain.evaluate(run, 3), r"data: is a int; pass a pair"),
         (lambda run: distrain.evaluate(run, samples(), split="tset"), r"split=tset: .*\(did you mean test\?\)"),
-        (lambda run: distrain.evaluate(run, samples(), **{"model": "net"}), r"model: is a str; pass an nn.Module"),
+        (lambda run: distrain.evaluate(run, samples(), model=3), r"model: is a int; pass an nn.Module"),  # type: ignore[arg-type]
         (lambda run: distrain.evaluate(run, samples(), batch_size=0), r"batch_size=0: must be a whole number of at"),
         (lambda run: distrain.evaluate("nowhere"), r"run=nowhere: is not a folder"),
         (
