@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -128,8 +128,8 @@ def set_state_metadata(state: Any, metadata: dict[str, dict[str, Any]]) -> None:
 # --- the backward pass in two parts ----------------------------------------------------------------------------------
 
 
-class SplitBackward(Protocol):
-    """A backward pass whose gradients of inputs come before those of parameters."""
+class SplitBackward:
+    """A backward pass in two parts, which goes through the graph for the inputs and once more for the parameters."""
 
     def stage_backward_input(
         self,
@@ -139,43 +139,29 @@ class SplitBackward(Protocol):
         weights: Iterable[nn.Parameter],
     ) -> tuple[Sequence[Tensor | None], list[dict[str, Any]]]:
         """Returns the inputs' gradients, and what :meth:`stage_backward_weight` needs."""
-
-    def stage_backward_weight(self, weights: Iterable[nn.Parameter], param_groups: list[dict[str, Any]]) -> Any:
-        """Adds the parameters' gradients."""
-
-
-class _TwoBackwards:
-    """Goes through the graph once for the inputs and once more for the parameters, which takes longer."""
-
-    def stage_backward_input(
-        self,
-        stage_outputs_or_loss: list[Tensor],
-        output_grads: list[Tensor] | None,
-        input_values: list[Tensor],
-        weights: Iterable[nn.Parameter],
-    ) -> tuple[Sequence[Tensor | None], list[dict[str, Any]]]:
         gradients = torch.autograd.grad(
             stage_outputs_or_loss, input_values, output_grads, retain_graph=True, allow_unused=True
         )
         return gradients, [{"outputs": stage_outputs_or_loss, "gradients": output_grads}]
 
     def stage_backward_weight(self, weights: Iterable[nn.Parameter], param_groups: list[dict[str, Any]]) -> None:
+        """Adds the parameters' gradients."""
         if parameters := list(weights):
             for group in param_groups:
                 torch.autograd.backward(group["outputs"], group["gradients"], inputs=parameters)
 
 
 def split_backward() -> SplitBackward:
-    """torch's, which keeps what both parts need; fallback: the graph is gone through twice.
+    """torch's functions of the same names, which keep what both parts need; fallback: :class:`SplitBackward`.
 
     Importing torch's takes a second, since it imports all of torch's pipelining with compiler and export.
     """
     try:
         from torch.distributed.pipelining import _backward
     except ImportError:
-        return _TwoBackwards()
+        return SplitBackward()
     known = hasattr(_backward, "stage_backward_input") and hasattr(_backward, "stage_backward_weight")
-    return cast(SplitBackward, _backward) if known else _TwoBackwards()
+    return cast(SplitBackward, _backward) if known else SplitBackward()
 
 
 # --- process groups --------------------------------------------------------------------------------------------------
