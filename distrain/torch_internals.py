@@ -152,7 +152,7 @@ class SplitBackward:
 
 
 def split_backward() -> SplitBackward:
-    """torch's functions of the same names, which keep what both parts need; fallback: :class:`SplitBackward`.
+    """Returns torch's functions of these names, which keep what both parts need; fallback: :class:`SplitBackward`.
 
     Importing torch's takes a second, since it imports all of torch's pipelining with compiler and export.
     """
