@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -32,9 +31,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from distrain.cli import key_help
 from distrain.cli.arguments import quote_home_folders, quoted, refuse_misread_paths, unparsable
+from distrain.cli.config_files import HYDRA_VERSION_BASE, ConfigFiles, leaves
 from distrain.config.key_search import same_name, schema_docs, similar_keys
 from distrain.config.load import config_error_from_omegaconf
-from distrain.config.registry import GROUPS
 from distrain.config.schema import Config
 from distrain.errors import (
     EXIT_FAILED,
@@ -121,14 +120,15 @@ def main(
             print_to_stderr(f"distrain: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
             raise ExitWithCode(EXIT_FAILED) from error
 
-    decorated: Any = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=config_name)(
-        guarded_task
-    )
+    decorated: Any = hydra.main(
+        version_base=HYDRA_VERSION_BASE, config_path=str(conf.resolve()), config_name=config_name
+    )(guarded_task)
     try:
         _check_options(sys.argv[1:])
         sys.argv[1:] = quote_home_folders(sys.argv[1:])
         refuse_misread_paths(sys.argv[1:], schema)
-        if explain_keys(sys.argv[1:], conf, config_name, schema):
+        files = ConfigFiles.of_command(conf, config_name, sys.argv[1:])
+        if explain_keys(sys.argv[1:], files, schema):
             return
         decorated()
     except ExitWithCode as error:
@@ -235,19 +235,24 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
         config_name: Name of the primary file, without ``.yaml``.
         arguments: The command line that was composed.
     """
+    try:
+        files = ConfigFiles.of_command(conf, config_name, arguments)
+    except ConfigError as no_folder:
+        return no_folder
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        options = [str(option) for option in error.options or ()] or _choices(conf / group)
+        options = [str(option) for option in error.options or ()] or files.choices(group)
         return ConfigError(group or config_name, name, "no such choice", options)
     if isinstance(error, OverrideParseException):
         return unparsable(str(error.override), arguments)
     overrides = _overrides(arguments)
+    groups = files.groups()
     for override in overrides:
         key, value = override.key_or_group, override.value()
         if not key:
             return config_error(f"argument '{override.input_line}'", "is not of the form key=value")
-        if key in _groups(conf) and not override.is_delete() and not isinstance(value, str | dict | Sweep):
-            return ConfigError(key, value, "needs the name of a choice", _choices(conf / key))
+        if key in groups and not override.is_delete() and not isinstance(value, str | dict | Sweep):
+            return ConfigError(key, value, "needs the name of a choice", files.choices(key))
         if override.is_sweep_override() and "Ambiguous" in str(error):
             text = str(override.input_line).partition("=")[2]
             problem = f"a list is written [{text}]; to run once with each value add --multirun"
@@ -256,79 +261,59 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = str(cause.full_key or cause.key)
         parent, _, _ = key.rpartition(".")
-        known = known_keys(parent, conf, config_name, overrides)
+        group_overrides = [str(override.input_line) for override in overrides if override.key_or_group in groups]
+        known = known_keys(parent, files, group_overrides)
         problem = "no such key" if known != [] else f"no such key; to add it write +{key}=…"
-        return config_error(key, problem, known or (), meant=_meant(key, conf, config_name, overrides))
+        return config_error(key, problem, known or (), meant=_meant(key, files, overrides, group_overrides))
     if isinstance(cause, OmegaConfBaseException):
         return config_error_from_omegaconf(cause)
     return config_error("configuration", str(error) or type(error).__name__)
 
 
-def known_keys(parent: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str] | None:
+def known_keys(parent: str, files: ConfigFiles, group_overrides: Sequence[str]) -> list[str] | None:
     """Looks up the keys below ``parent``, composed with the command line's groups but without its values.
 
     Returns:
         The keys, or ``None`` if ``parent`` does not exist or is no mapping.
     """
-    groups = _groups(conf)
-    group_overrides = [str(override.input_line) for override in overrides if override.key_or_group in groups]
     try:
-        composed = compose(conf, config_name, group_overrides)
+        composed = files.compose(group_overrides)
         node = OmegaConf.select(composed, parent) if parent else composed
     except (HydraException, OmegaConfBaseException):
         return None
     return [str(key) for key in node] if isinstance(node, DictConfig) else None
 
 
-def _meant(key: str, conf: Path, config_name: str, overrides: Sequence[Override]) -> list[str]:
+def _meant(key: str, files: ConfigFiles, overrides: Sequence[Override], group_overrides: Sequence[str]) -> list[str]:
     """What to type instead of a setting whose key does not exist, as far as it can be guessed."""
     typed = next((o for o in overrides if o.key_or_group == key or o.key_or_group.startswith(f"{key}.")), None)
     full_key = key if typed is None else typed.key_or_group
     value = "" if typed is None else str(typed.input_line).partition("=")[2]
-    here = all_keys(conf, config_name, [o for o in overrides if o.key_or_group in _groups(conf)])
+    here = all_keys(files, group_overrides)
     found = [f"{name}={value}" for name in same_name(full_key, here)]
-    if not found and config_name == _TRAINING:
-        elsewhere = keys_of_other_choices(conf)
+    if not found and files.name == _TRAINING:
+        elsewhere = files.keys_of_choices()
         found = [f"{name}={value} with {elsewhere[name]}" for name in same_name(full_key, elsewhere)]
     return found or [f"{name}={value}" for name in similar_keys(full_key, here)]
 
 
-def all_keys(conf: Path, config_name: str, group_overrides: Sequence[Override]) -> dict[str, str]:
+def all_keys(files: ConfigFiles, group_overrides: Sequence[str]) -> dict[str, str]:
     """Every key of a command, dotted, with its meaning where that is known without importing torch."""
     try:
-        composed = compose(conf, config_name, [str(override.input_line) for override in group_overrides])
+        composed = files.compose(group_overrides)
     except (HydraException, OmegaConfBaseException):
         return {}
-    docs = schema_docs(Config) if config_name == _TRAINING else {}
+    docs = schema_docs(Config) if files.name == _TRAINING else {}
     content = OmegaConf.to_container(composed)
-    return {key: docs.get(key, "") for key in _leaves(content)}
+    return {key: docs.get(key, "") for key in leaves(content)}
 
 
-def keys_of_other_choices(conf: Path) -> dict[str, str]:
-    """Every key in the files of choices, dotted, with the choices that have it: ``optimizer=muon or optimizer=sgd``."""
-    found: dict[str, list[str]] = {}
-    for group in sorted(_groups(conf) & GROUPS.keys()):
-        for name in _choices(conf / group):
-            content = OmegaConf.to_container(OmegaConf.load(conf / group / f"{name}.yaml"))
-            for key in _leaves(content, f"{group}."):
-                found.setdefault(key, []).append(f"{group}={name}")
-    return {key: " or ".join(names) for key, names in found.items()}
-
-
-def _leaves(content: Any, prefix: str = "") -> list[str]:
-    """The dotted keys of nested mappings that hold no mapping."""
-    if not isinstance(content, dict) or not content:
-        return [prefix.removesuffix(".")] if prefix else []
-    return [leaf for key, value in content.items() for leaf in _leaves(value, f"{prefix}{key}.")]
-
-
-def explain_keys(arguments: Sequence[str], conf: Path, config_name: str, schema: Callable[[], type[Any]]) -> bool:
+def explain_keys(arguments: Sequence[str], files: ConfigFiles, schema: Callable[[], type[Any]]) -> bool:
     """Prints what ``--help KEY …`` asks for.
 
     Args:
         arguments: The command line.
-        conf: The folder of YAML files.
-        config_name: Name of the primary file, without ``.yaml``.
+        files: The YAML files of the command.
         schema: Returns the dataclass of the command's keys.
 
     Returns:
@@ -341,29 +326,26 @@ def explain_keys(arguments: Sequence[str], conf: Path, config_name: str, schema:
     names = [argument for argument in options.overrides if "=" not in argument and argument[:1].isalpha()]
     if not (options.help and names):
         return False
-    composed = compose(conf, config_name, [argument for argument in options.overrides if argument not in names])
-    choices = {group: _choices(conf / group) for group in sorted(_groups(conf))} if config_name == _TRAINING else {}
+    composed = files.compose([argument for argument in options.overrides if argument not in names])
+    choices = {group: files.choices(group) for group in sorted(files.groups())} if files.name == _TRAINING else {}
     for name in names:
         print(key_help.explain(name, schema(), composed, choices))
     return True
 
 
-def compose(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+def compose(conf: Path, config_name: str, arguments: Sequence[str] = ()) -> DictConfig:
     """Composes a configuration as Hydra does on a command line.
 
     Args:
         conf: The folder of YAML files.
         config_name: Name of the primary file, without ``.yaml``.
-        overrides: Settings, in Hydra's syntax.
+        arguments: Settings, in Hydra's syntax, and the option ``--config-dir``.
+
+    Raises:
+        ConfigError: ``--config-dir`` names no folder.
     """
-    # A Python program that calls distrain may use Hydra itself.
-    shared = GlobalHydra.instance()
-    before, shared.hydra = shared.hydra, None
-    try:
-        with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            return hydra.compose(config_name, quote_home_folders(overrides))
-    finally:
-        shared.hydra = before
+    overrides = get_args_parser().parse_known_args(list(arguments))[0].overrides
+    return ConfigFiles.of_command(conf, config_name, arguments).compose(overrides)
 
 
 def _overrides(arguments: Sequence[str]) -> list[Override]:
@@ -371,11 +353,3 @@ def _overrides(arguments: Sequence[str]) -> list[Override]:
         get_args_parser().parse_known_args(list(arguments))[0].overrides
     )
     return overrides
-
-
-def _groups(conf: Path) -> set[str]:
-    return {path.relative_to(conf).as_posix() for path in conf.rglob("*") if path.is_dir()}
-
-
-def _choices(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -58,12 +58,14 @@ class Sweep:
         settings: The sweep's keys.
         folder: The sweep's folder.
         fixed: Keys that are the same for all jobs.
+        options: What stands in front of the settings of each job, such as ``--config-dir DIR``.
     """
 
-    def __init__(self, settings: SweepSettings, folder: Path, fixed: Sequence[str]) -> None:
+    def __init__(self, settings: SweepSettings, folder: Path, fixed: Sequence[str], options: Sequence[str]) -> None:
         self._settings = settings
         self._folder = folder
         self._fixed = fixed
+        self._options = options
         self._results: list[JobResult] = []
         self._runner = JobRunner(
             torchrun_command(settings),
@@ -75,17 +77,21 @@ class Sweep:
         )
 
     @classmethod
-    def from_command_line(cls, settings: SweepSettings, folder: str, overrides: Sequence[str]) -> Sweep:
+    def from_command_line(
+        cls, settings: SweepSettings, folder: str, overrides: Sequence[str], config_folders: Sequence[str]
+    ) -> Sweep:
         """Makes the sweep of a command line.
 
         Args:
             settings: The sweep's keys.
             folder: The sweep's folder.
             overrides: The trainings' settings as the user typed them, with Hydra's syntax for sweeps.
+            config_folders: The folders that ``--config-dir`` names.
         """
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         fixed = [override.get_key_element() for override in parsed if not override.is_sweep_override()]
-        return cls(settings, Path(folder).resolve(), fixed)
+        options = [word for name in config_folders for word in ("--config-dir", name)]
+        return cls(settings, Path(folder).resolve(), fixed, options)
 
     def run(self, overrides: Sequence[Sequence[str]], first: int) -> list[JobResult]:
         """Runs jobs, then prints the table and writes ``results.csv``, with all results so far.
@@ -98,7 +104,7 @@ class Sweep:
             ConfigError: Jobs should be listed, but the folder holds another sweep.
             SystemExit: The process was asked to end, or jobs were only listed.
         """
-        jobs = make_jobs(overrides, first, self._fixed, self._folder)
+        jobs = make_jobs(overrides, first, self._fixed, self._folder, self._options)
         if self._settings.jobs_file is not None:
             try:
                 conflicting = [job for job in jobs if not job.claim_folder()]
@@ -165,8 +171,12 @@ def multirun_arguments(arguments: Sequence[str], default_folder: str) -> list[st
         ConfigError: An unknown key ``sweep.…``.
     """
     known = ["folder", *(field.name for field in dataclasses.fields(SweepSettings))]
-    translated = ["--multirun", "hydra/launcher=torchrun", f"hydra.sweep.dir={hydra_quote(default_folder)}"]
+    # Hydra reads no option between settings.
+    options = [argument for argument in arguments if argument.startswith("-") or "=" not in argument]
+    translated = ["--multirun", *options, "hydra/launcher=torchrun", f"hydra.sweep.dir={hydra_quote(default_folder)}"]
     for argument in arguments:
+        if argument in options:
+            continue
         key, _, value = argument.partition("=")
         if key == "sweep.folder":
             # Hydra's own key, which no schema expands.

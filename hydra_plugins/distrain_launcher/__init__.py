@@ -38,7 +38,14 @@ class TorchrunLauncher(Launcher):
         from distrain.config.load import load_settings
 
         settings = load_settings(sweep.SweepSettings, OmegaConf.create(self._settings))
-        self._sweep = sweep.Sweep.from_command_line(settings, config.hydra.sweep.dir, config.hydra.overrides.task)
+        sources = config.hydra.runtime.config_sources
+        self._sweep = sweep.Sweep.from_command_line(
+            settings,
+            config.hydra.sweep.dir,
+            config.hydra.overrides.task,
+            # Hydra's name for --config-dir.
+            [source.path for source in sources if source.provider == "command-line"],
+        )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs some jobs; sweepers that choose new values by earlier results call this several times."""

@@ -38,17 +38,19 @@ class Job:
         swept: Values of the keys that differ between jobs, by key.
         overrides: All of its settings, in Hydra's syntax.
         folder: Its run folder.
+        options: What stands in front of the settings, such as ``--config-dir DIR``.
     """
 
     name: str
     swept: dict[str, str]
     overrides: tuple[str, ...]
     folder: Path
+    options: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
         """Command-line arguments of the training."""
-        return [*self.overrides, f"run_dir={hydra_quote(str(self.folder))}"]
+        return [*self.options, *self.overrides, f"run_dir={hydra_quote(str(self.folder))}"]
 
     def claim_folder(self) -> bool:
         """Takes the folder for this job, unless it holds a training with other settings.
@@ -98,7 +100,9 @@ def hydra_quote(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def make_jobs(overrides: Sequence[Sequence[str]], first: int, fixed: Sequence[str], folder: Path) -> list[Job]:
+def make_jobs(
+    overrides: Sequence[Sequence[str]], first: int, fixed: Sequence[str], folder: Path, options: Sequence[str] = ()
+) -> list[Job]:
     """Turns the combinations that Hydra's sweeper composed into jobs.
 
     Args:
@@ -106,6 +110,7 @@ def make_jobs(overrides: Sequence[Sequence[str]], first: int, fixed: Sequence[st
         first: Number of the first job.
         fixed: Keys that are the same for all jobs of the sweep.
         folder: The sweep's folder.
+        options: What stands in front of the settings of each job.
     """
     jobs = []
     for number, settings in enumerate(overrides, start=first):
@@ -113,7 +118,7 @@ def make_jobs(overrides: Sequence[Sequence[str]], first: int, fixed: Sequence[st
         swept = {key.lstrip("+"): value for key, _, value in pairs if key not in fixed}
         values = ",".join(f"{key}={value}" for key, value in swept.items())
         name = re.sub(r"[^\w.,=+-]", "_", f"{number:03d}_{values}" if values else f"{number:03d}")[:_MAX_NAME_LENGTH]
-        jobs.append(Job(name, swept, tuple(settings), folder / name))
+        jobs.append(Job(name, swept, tuple(settings), folder / name, tuple(options)))
     return jobs
 
 
