@@ -11,8 +11,11 @@ if __name__ == "__main__":
     # one is named.
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]
-    # Also found where nothing is installed.
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    # This package, and not another one of that name; also where none is installed.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import distrain  # noqa: F401
+
+    sys.path.append(sys.path.pop(0))
 
 from distrain.cli import dispatch
 

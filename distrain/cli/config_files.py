@@ -31,11 +31,13 @@ class ConfigFiles:
     """Where a command finds its keys and choices.
 
     Attributes:
-        folders: The folders of YAML files; a file in an earlier one hides those of the same name.
+        conf: distrain's folder of YAML files.
+        own: The folder of ``--config-dir``, if one is given; no file has the name of one of distrain's.
         name: Name of the primary file, without ``.yaml``.
     """
 
-    folders: tuple[Path, ...]
+    conf: Path
+    own: Path | None
     name: str
 
     @classmethod
@@ -48,16 +50,22 @@ class ConfigFiles:
             arguments: The command line.
 
         Raises:
-            ConfigError: ``--config-dir`` names no folder.
+            ConfigError: ``--config-dir`` names no folder, or one with files that would not be read.
         """
+        conf = conf.resolve()
         own = get_args_parser().parse_known_args(list(arguments))[0].config_dir
         if own is None:
-            return cls((conf.resolve(),), name)
+            return cls(conf, None, name)
         folder = Path(own)
         if not folder.is_dir():
             problem = "must be the folder that your groups are in" if folder.exists() else "there is no such folder"
             raise ConfigError("--config-dir", own, problem)
-        return cls((folder.resolve(), conf.resolve()), name)
+        for path in sorted(conf.rglob("*.yaml")):
+            file = path.relative_to(conf).as_posix()
+            # Hydra would read distrain's.
+            if (folder / file).exists():
+                raise ConfigError("--config-dir", own, f"distrain has a {file} too; give yours another name")
+        return cls(conf, folder.resolve(), name)
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
         """Composes the configuration as Hydra does on a command line.
@@ -65,14 +73,13 @@ class ConfigFiles:
         Args:
             overrides: Settings, in Hydra's syntax.
         """
-        *own, conf = self.folders
         version.setbase(HYDRA_VERSION_BASE)
         # A Python program that calls distrain may use Hydra itself.
         shared = GlobalHydra.instance()
         before, shared.hydra = shared.hydra, None
-        search_path = create_config_search_path(str(conf))
-        for folder in own:
-            search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+        search_path = create_config_search_path(str(self.conf))
+        if self.own is not None:
+            search_path.prepend("command-line", f"file://{self.own}", SearchPathQuery(provider="schema"))
         try:
             Hydra.create_main_hydra2("distrain", search_path)
             return hydra.compose(self.name, quote_home_folders(overrides))
@@ -81,27 +88,29 @@ class ConfigFiles:
 
     def groups(self) -> set[str]:
         """The groups of choices, such as ``optimizer``."""
-        *own, conf = self.folders
-        ours = {path.relative_to(conf).as_posix() for path in conf.rglob("*") if path.is_dir()}
-        return ours | {path.name for folder in own for path in folder.iterdir() if path.is_dir()}
+        ours = {path.relative_to(self.conf).as_posix() for path in self.conf.rglob("*") if path.is_dir()}
+        return ours | {path.name for path in (self.own.iterdir() if self.own else ()) if path.is_dir()}
 
     def choices(self, group: str) -> list[str]:
         """The names of a group's choices; without a group, those of the primary files."""
-        return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
+        return sorted(path.stem for path in self._files(group))
 
     def keys_of_choices(self) -> dict[str, str]:
         """Every key in the files of choices, dotted, with the choices that have it: ``model=a or model=b``."""
         found: dict[str, list[str]] = {}
         for group in sorted(self.groups() & GROUPS.keys()):
-            for name in self.choices(group):
-                path = next(path for folder in self.folders if (path := folder / group / f"{name}.yaml").exists())
+            for path in sorted(self._files(group), key=lambda path: path.stem):
                 content: Any = {}
                 # A user's file with an error in it is refused when it is chosen.
                 with contextlib.suppress(YAMLError, OmegaConfBaseException, OSError):
                     content = OmegaConf.to_container(OmegaConf.load(path))
                 for key in leaves(content, f"{group}."):
-                    found.setdefault(key, []).append(f"{group}={name}")
+                    found.setdefault(key, []).append(f"{group}={path.stem}")
         return {key: " or ".join(names) for key, names in found.items()}
+
+    def _files(self, group: str) -> list[Path]:
+        folders = [self.conf, self.own] if self.own else [self.conf]
+        return [path for folder in folders for path in (folder / group).glob("*.yaml")]
 
 
 def leaves(content: Any, prefix: str = "") -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from typing import NoReturn
 
 import distrain
-from distrain.errors import EXIT_REFUSED, config_error
+from distrain.cli import completion
+from distrain.errors import EXIT_REFUSED, ConfigError, config_error
 from distrain.files.terminal import print_to_stderr
 from distrain.runtime import program
 
@@ -34,17 +36,25 @@ def run(arguments: list[str]) -> None:
     Raises:
         SystemExit: The command has ended, or there is no such command.
     """
-    name = arguments[1] if len(arguments) > 1 else "--help"
-    if name in ("-h", "--help"):
+    name = arguments[1] if len(arguments) > 1 else ""
+    following = arguments[2] if len(arguments) > 2 else ""
+    if name in ("-h", "--help", ""):
         print(overview())
-    elif name == "--version":
+        sys.exit(0 if name else EXIT_REFUSED)
+    if name == "--version":
         print(f"distrain {distrain.__version__}")
+    elif name == "--completion":
+        try:
+            print(completion.script(following), end="")
+        except ConfigError as error:
+            _refuse(error)
+    elif name == "--complete":
+        completion.print_candidates(following, list(COMMANDS))
     elif name not in COMMANDS:
         problem = "no such command"
         if "=" in name:
             problem += "; settings follow a command, as in: distrain train strategy=ddp"
-        print_to_stderr(f"distrain: {config_error(name, problem, COMMANDS)}")
-        sys.exit(EXIT_REFUSED)
+        _refuse(config_error(name, problem, COMMANDS))
     else:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             # Ctrl-C while modules are imported ends the process, without a traceback of imports.
@@ -54,16 +64,22 @@ def run(arguments: list[str]) -> None:
         importlib.import_module(f"distrain.cli.commands.{name}").main()
 
 
+def _refuse(error: ConfigError) -> NoReturn:
+    print_to_stderr(f"distrain: {error}")
+    sys.exit(EXIT_REFUSED)
+
+
 def overview() -> str:
     """What ``distrain --help`` prints: one line for each command."""
     width = max(map(len, COMMANDS))
     return "\n".join(
         [
-            "usage: distrain COMMAND key=value …",
+            "usage: distrain COMMAND key=value ...",
             "",
             *(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()),
             "",
-            "distrain COMMAND --help    explains a command and its keys",
-            "distrain --version         prints the version",
+            "distrain COMMAND --help                explains a command and its keys",
+            "distrain --version                     prints the version",
+            'eval "$(distrain --completion bash)"   completes commands, choices and keys in this shell; also zsh, fish',
         ]
     )

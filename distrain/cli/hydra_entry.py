@@ -32,6 +32,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from distrain.cli import key_help
 from distrain.cli.arguments import quote_home_folders, quoted, refuse_misread_paths, unparsable
 from distrain.cli.config_files import HYDRA_VERSION_BASE, ConfigFiles, leaves
+from distrain.cli.typed_help import printed_as_started
 from distrain.config.key_search import same_name, schema_docs, similar_keys
 from distrain.config.load import config_error_from_omegaconf
 from distrain.config.schema import Config
@@ -130,7 +131,8 @@ def main(
         files = ConfigFiles.of_command(conf, config_name, sys.argv[1:])
         if explain_keys(sys.argv[1:], files, schema):
             return
-        decorated()
+        with printed_as_started() if {"-h", "--help"} & set(sys.argv[1:]) else contextlib.nullcontext():
+            decorated()
     except ExitWithCode as error:
         sys.exit(error.code)
     except KeyboardInterrupt:

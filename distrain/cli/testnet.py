@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from distrain.cli.typed_help import as_started
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
@@ -140,7 +141,8 @@ def _exec_on_host(settings: NetworkSettings, command: Sequence[str]) -> NoReturn
     if settings.host >= hosts:
         raise ConfigError("host", settings.host, f"{name} has hosts 0 to {hosts - 1}")
     if not command:
-        raise config_error("command", "write the command after two dashes: testnet.py on host=0 -- COMMAND")
+        hint = as_started("write the command after two dashes: distrain testnet on host=0 -- COMMAND")
+        raise config_error("command", hint)
     os.environ.update({"GLOO_SOCKET_IFNAME": "eth0", **network.rendezvous_variables(settings.host, hosts)})
     line = network.command_inside(up[name][host_name(settings.host)], command)
     os.execv(line[0], line)
@@ -164,7 +166,7 @@ def _wait_for_signal(net: VirtualNetwork) -> int:
     hosts = ", ".join(f"{host_name(host)} {net.address(host)}" for host in range(net.hosts))
     lines = [
         f"test network {net.name}: {hosts}",
-        f"run there: python launch/testnet.py on name={net.name} host=0 -- COMMAND",
+        as_started(f"run there: distrain testnet on name={net.name} host=0 -- COMMAND"),
         "it ends with this process (Ctrl-C)",
     ]
     show(Lines.of(lines))

@@ -40,6 +40,16 @@ def called_as(name: str) -> Iterator[None]:
         function = before
 
 
+def is_dispatched() -> bool:
+    """Whether ``distrain NAME`` was typed in one of its forms, and not a script started."""
+    return _name is not None
+
+
+def script(name: str) -> str:
+    """The script of a command, as it would be typed beside the script that was started."""
+    return str(Path(sys.argv[0]).with_name(f"{name}.py"))
+
+
 def starting(name: str) -> list[str]:
     """What Python or torchrun must be given in front of the settings, to start a command from any folder."""
     return [str(MAIN), name]

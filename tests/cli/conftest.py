@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from tests.trained import original, run
+from tests.trained import original, refusal, run
 
-__all__ = ["original", "run"]
+__all__ = ["original", "refusal", "run"]

@@ -1,8 +1,8 @@
-r"""Trains with each combination of values: ``python launch/sweep.py strategy=ddp nproc=2 compression=none,fp16``.
+r"""Trains with each combination of values: ``distrain sweep strategy=ddp nproc=2 compression=none,fp16``.
 
 Values are separated by commas, or written as range(1,5), choice(a,b) or glob(*): Hydra's syntax of ``--multirun``. Each
 combination is a job: a training under its own torchrun, in its own folder. A job that fails or hangs does not stop the
-others. nproc and sweep.* belong to the sweep, all other settings to launch/train.py:
+others. nproc and sweep.* belong to the sweep, all other settings to the trainings:
 
   nproc=2               ranks per job
   sweep.minutes=30      ends a job that takes longer
@@ -12,7 +12,7 @@ others. nproc and sweep.* belong to the sweep, all other settings to launch/trai
                         sweep that was stopped, the same command runs the missing jobs
   sweep.jobs_file=FILE  writes one line per job, for launch/slurm/train.sbatch, and runs none
 
-  python launch/sweep.py hydra/sweeper=optuna hydra.sweeper.direction=maximize hydra.sweeper.n_trials=20 \
+  distrain sweep hydra/sweeper=optuna hydra.sweeper.direction=maximize hydra.sweeper.n_trials=20 \
       'optimizer.lr=tag(log,interval(0.0001,0.1))'      lets Optuna choose the values (pip install 'distrain[optuna]')
 """
 
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from distrain.cli import hydra_entry, sweep
+from distrain.cli.typed_help import as_started
 from distrain.config.folder import CONF
 from distrain.errors import ConfigError
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hydra_entry.set_arguments(arguments)
     if {"-h", "--help"} & set(sys.argv[1:]):
         if len(sys.argv) == 2:
-            print(__doc__)
+            print(as_started(__doc__ or ""))
         else:
             # Asks about a key of the trainings.
             hydra_entry.main(_task, CONF, "config")
