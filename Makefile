@@ -2,7 +2,10 @@
 # once: a stamp file per extra says what is there, and is out of date when pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
-VENV ?= .venv
+# A release of torch to test with instead of the one in constraints.txt, in an environment of its own.
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 # Processes and strategy of `make train`, and what `train`, `test`, `bench` and `chaos` hand on to their command.
 NPROC ?= 2
 STRATEGY ?= ddp
@@ -16,7 +19,7 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-net test-slurm test-soak test-image lint lint-deploy format bench chaos hooks dist dev clean
+.PHONY: help train test test-core test-net test-slurm test-soak test-image lint lint-deploy format bench chaos hooks dist dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,12 +27,23 @@ help: ## List the targets
 	@echo '  make train ARGS="trainer.epochs=3"     hands ARGS on; so do test, bench and chaos'
 	@echo '  make train NPROC=4 STRATEGY=ddp        more processes, another strategy'
 	@echo '  make test PYTHON=python3.12            which Python makes the environment (only the first time)'
+	@echo '  make test TORCH=2.14.1                 another torch, in an environment of its own; so do all targets'
 
 train: $(VENV)/.stamp-digits ## Train a CNN on real images under two data-parallel processes
 	$(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py strategy=$(STRATEGY) $(ARGS)
 
 test: $(VENV)/.stamp-test ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# What depends on torch most: process groups, strategies, gradients, compression, optimizers and checkpoints.
+CORE := tests/test_torch_internals.py tests/runtime/test_runtime.py tests/runtime/test_device.py \
+	tests/communication/test_collectives.py tests/gradients tests/compression tests/optim tests/models/test_tensors.py \
+	tests/strategies/test_single.py tests/strategies/test_ddp.py tests/strategies/test_batchnorm.py \
+	tests/strategies/test_precision.py tests/strategies/pipeline/test_strategy.py tests/strategies/local_sgd \
+	tests/checkpoint tests/training/test_resume.py tests/training/test_trainer.py
+
+test-core: $(VENV)/.stamp-test ## Run the tests of what depends on torch most (minutes), with TORCH=2.6.0 for example
+	$(BIN)/python -m pytest $(CORE) $(ARGS)
 
 test-net: $(VENV)/.stamp-test ## Run jobs under torchrun on several hosts of a test network (Linux, root)
 	DISTRAIN_TEST_NET=1 $(BIN)/python -m pytest tests/multinode $(ARGS)
@@ -92,6 +106,13 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 # The name of the stamp is the name of the extra. Only the environment's existence counts, not its date.
-$(VENV)/.stamp-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+$(VENV)/.stamp-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
+
+# For another torch: without the versions of what torch itself chooses. Not with pip's -c alone, which knows no exception.
+ifneq ($(TORCH),)
+$(CONSTRAINTS): constraints.txt | $(VENV)/pyvenv.cfg
+	grep -vE '^(torch|triton|sympy|setuptools|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' constraints.txt >$@
+	echo 'torch==$(TORCH)' >>$@
+endif

@@ -46,6 +46,7 @@ from distrain.runtime.rank_logging import RankLogging
 from distrain.runtime.run_dir import agree_on_run_dir
 from distrain.runtime.run_owner import RunOwner
 from distrain.runtime.signals import SignalHandler
+from distrain.runtime.torch_version import warn_if_untested
 from distrain.runtime.world import World
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class Runtime:
         self._logging.start(self.world.rank)
         try:
             self._signals.install()
+            if self.is_main:
+                warn_if_untested()
             self._set_threads()
             channel_registry.enabled = self.config.runtime.shared_memory == "auto"
             if self.device.type == "cuda":

@@ -21,7 +21,7 @@ from distrain.compression.autotune.candidate_set import CandidateSet
 from distrain.compression.base import Compressor, LossyConfig
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config.registry import Choice, choices
+from distrain.config.registry import _CHOICES, Choice, choices
 from distrain.config.schema import CompressionConfig
 from distrain.errors import ConfigError
 from distrain.gradients.buckets import Gradients
@@ -136,8 +136,9 @@ FAKES: dict[str, type[Compressor]] = {"fake": Fake, "slow": Slow, "fading": Fadi
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices("compression")
     for name, kind in FAKES.items():
-        monkeypatch.setitem(choices("compression"), name, Choice("compression", name, LossyConfig, kind))
+        monkeypatch.setitem(_CHOICES["compression"], name, Choice("compression", name, LossyConfig, kind))
 
 
 def fake(name: str, min_elements: int = 1, error_feedback: bool = True) -> LossyConfig:
@@ -186,7 +187,7 @@ def _exchange_on_rank(
 ) -> dict[str, Any]:
     """Exchanges random gradients; ``prefer`` replaces the measured choice."""
     for name, kind in FAKES.items():
-        choices("compression")[name] = Choice("compression", name, LossyConfig, kind)
+        _CHOICES.setdefault("compression", {})[name] = Choice("compression", name, LossyConfig, kind)
     if prefer is not None:
         candidates.SHORTLIST_FACTOR = candidates.SHORTLIST_FACTOR_NONE = 1e9
         _force(prefer)

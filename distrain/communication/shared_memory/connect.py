@@ -119,6 +119,11 @@ def _connect(group: dist.ProcessGroup, all_gather_json: AllGatherJson) -> Channe
         return _connect_host(group, layout[0], all_gather_json)
     if len(layout) == len(ranks):
         return None
+    try:
+        # On all ranks, not only on those that use it, so that all or none go over the network.
+        group_store = torch_internals.group_store(group)
+    except OSError as error:
+        raise _CannotShareMemory(str(error)) from error
     host_ranks = next(members for members in layout if own_rank in members)
     to_leader = _connect_host(group, host_ranks, all_gather_json)
     try:
@@ -134,7 +139,7 @@ def _connect(group: dist.ProcessGroup, all_gather_json: AllGatherJson) -> Channe
     if own_rank == host_ranks[0]:
         # Made without torch.distributed.new_group, which names a group by how many groups the rank is in. Leaders can
         # be in different numbers of groups, and so might not agree on the name.
-        store = PrefixStore(f"hosts/{ranks[0]['token']}", torch_internals.group_store(group))
+        store = PrefixStore(f"hosts/{ranks[0]['token']}", group_store)
         timeout = timedelta(seconds=torch_internals.group_timeout(group))
         leaders = cast(LeaderGroup, dist.ProcessGroupGloo(store, layout.index(host_ranks), len(layout), timeout))
     return HierarchicalChannel(own_rank, layout, host_channels, leaders)
