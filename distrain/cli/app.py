@@ -82,6 +82,19 @@ def train_run(config: Config, world: World | None = None) -> Finished:
     return Finished(runtime.run_dir, summary)
 
 
+def check(config: Config, world: World) -> None:
+    """Refuses what :func:`train` would refuse on these ranks, as far as that needs no data and no other rank.
+
+    Args:
+        config: The run's configuration.
+        world: A rank's place among the ranks that are to be started.
+
+    Raises:
+        ConfigError: The configuration can't run.
+    """
+    RunPlan.resolve(config, world).check()
+
+
 def closing_line(summary: dict[str, Any], task: Task) -> str:
     """What a user wants to know at the end of a run, in one line."""
     score = task.metrics[0]

@@ -111,6 +111,24 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
     return _result(settings.split, weights, plan.task, evaluation), plan.task
 
 
+def check(settings: EvaluateSettings, world: World) -> None:
+    """Refuses what :func:`run` would refuse on these ranks, as far as that needs neither the weights nor the data.
+
+    Args:
+        settings: The keys.
+        world: A rank's place among the ranks that are to be started.
+
+    Raises:
+        ConfigError: The run or the checkpoint can't be used, or the output can't be written.
+    """
+    folder = RunFolder.open(settings.run, settings.allow)
+    target = _output_path(settings, folder)
+    if target is not None:
+        output.check_writable(target)
+    folder.find_checkpoint(settings.checkpoint)
+    RunPlan.resolve(_config_for_evaluation(folder, settings, world), world)
+
+
 def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
     if settings.output == "-":
         return None

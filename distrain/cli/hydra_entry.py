@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,13 +46,20 @@ from distrain.errors import (
     Stopped,
     config_error,
 )
-from distrain.files.terminal import TERMINAL, escape_everything, print_to_stderr
+from distrain.files.terminal import TERMINAL, escape_everything
+from distrain.health import last_line
+from distrain.runtime import program
+from distrain.tools.launching import launch_keys
+from distrain.tools.launching.launch_keys import LaunchSettings
 
 #: Seconds that the other ranks of a host wait before they print an error that the host's first rank may have printed.
 _FIRST_RANK_SECONDS = 2
 
 #: Name of the file with the keys of a training.
 _TRAINING = "config"
+
+#: Checks a composed configuration for the ranks that are to be started; raises a ConfigError.
+Check = Callable[[DictConfig, LaunchSettings], None]
 
 #: HYDRA_FULL_ERROR as the user set it, for processes started from here; :func:`main` changes the variable itself.
 user_hydra_full_error: str | None = None
@@ -71,14 +78,18 @@ def main(
     conf: Path,
     config_name: str,
     schema: Callable[[], type[Any]] = lambda: Config,
+    check: Check | None = None,
 ) -> None:
     """Composes the configuration from ``sys.argv``, runs the task, and ends the process on errors.
+
+    With ``nproc=N`` the configuration is checked, and the same command is started as N ranks.
 
     Args:
         task: Takes the composed configuration.
         conf: The folder of YAML files.
         config_name: Name of the primary file, without ``.yaml``.
         schema: Returns the dataclass of the command's keys, which may take an import of torch.
+        check: Refuses what ranks would refuse; ``None`` if the command can't start any.
     """
     global user_hydra_full_error
     escape_everything()
@@ -87,6 +98,7 @@ def main(
     # Otherwise Hydra prints errors in its own way and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composing = True
+    launch: LaunchSettings | None = None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Skips the interpreter's garbage collection of all objects at exit, which takes 0.3 s after importing torch.
@@ -99,51 +111,64 @@ def main(
         composing = False
         # Errors end the process here, because Hydra would add lines of its own to them.
         try:
-            task(composed)
+            if launch is None or check is None:
+                task(composed)
+            else:
+                _start_ranks(launch, check, composed)
         except ConfigError as error:
             if wants_traceback:
                 raise
             exit_refused(error)
         except ExitWithCode as error:
+            if error.code:
+                last_line.tell_launcher("distrain: failed, for the reason printed above")
             # Hydra says nothing about this exception, unlike about others.
             sys.exit(error.code)
-        except Stopped:
+        except Stopped as stopped:
+            last_line.tell_launcher(f"distrain: {stopped}, saved")
             # The launcher may send a signal to this rank because another one has just exited with the same code.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_IGN)
             _exit_now(EXIT_STOPPED)
         except Failed as failed:
+            last_line.tell_launcher("distrain: failed, for the reason printed above")
             # Threads of the process group may still wait for a lost peer, so nothing is cleaned up.
             _exit_now(failed.exit_code)
         except OSError as error:
             if wants_traceback:
                 raise
-            print_to_stderr(f"distrain: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
+            last_line.print_last_line(f"distrain: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
             raise ExitWithCode(EXIT_FAILED) from error
 
     decorated: Any = hydra.main(
         version_base=HYDRA_VERSION_BASE, config_path=str(conf.resolve()), config_name=config_name
     )(guarded_task)
     try:
+        launch_arguments = [] if check is None else _pop_launch_arguments()
         _check_options(sys.argv[1:])
         sys.argv[1:] = quote_home_folders(sys.argv[1:])
         refuse_misread_paths(sys.argv[1:], schema)
         files = ConfigFiles.of_command(conf, config_name, sys.argv[1:])
-        if explain_keys(sys.argv[1:], files, schema):
+        if explain_keys(sys.argv[1:], files, schema, launches=check is not None):
             return
+        if not launch_keys.is_rank():
+            launch = launch_keys.check(launch_arguments, sys.argv[1:], os.environ)
         with printed_as_started() if {"-h", "--help"} & set(sys.argv[1:]) else contextlib.nullcontext():
             decorated()
     except ExitWithCode as error:
         sys.exit(error.code)
     except KeyboardInterrupt:
         # Outside a run, which saves first; see distrain.runtime.signals.
-        print_to_stderr("distrain: interrupted")
+        last_line.print_last_line("distrain: interrupted")
         _exit_now(EXIT_INTERRUPTED)
     except Exception as error:  # Hydra and YAML raise many types for a user's mistakes
         if wants_traceback or not composing:
+            last_line.tell_launcher(f"distrain: {type(error).__name__}: {error}")
             raise
         exit_refused(
-            error if isinstance(error, ConfigError) else to_config_error(error, conf, config_name, sys.argv[1:])
+            error
+            if isinstance(error, ConfigError)
+            else to_config_error(error, conf, config_name, sys.argv[1:], launches=check is not None)
         )
     runtime = sys.modules.get("distrain.runtime.runtime")
     if runtime is not None and runtime.joined_group:
@@ -162,6 +187,25 @@ def gc_disabled() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _pop_launch_arguments() -> list[str]:
+    """Removes ``nproc=N`` and the like from this process's command line, and returns them."""
+    arguments = sys.argv[1:]
+    popped = launch_keys.pop(arguments)
+    sys.argv[1:] = arguments
+    program.remember_removed(popped)
+    return popped
+
+
+def _start_ranks(launch: LaunchSettings, check: Check, composed: DictConfig) -> NoReturn:
+    """Checks the configuration, starts the ranks, and ends this process as they end."""
+    check(composed, launch)
+    with gc_disabled():
+        # Imported here because it imports torch, which most errors need not wait for.
+        from distrain.tools.launching import elastic
+    restore_hydra_full_error()
+    _exit_now(elastic.run_ranks(launch, *elastic.own_command()).code)
 
 
 def set_arguments(arguments: Sequence[str] | None) -> None:
@@ -187,11 +231,11 @@ def restore_hydra_full_error() -> None:
 
 def exit_refused(error: ConfigError) -> NoReturn:
     """Prints the error, once per host, and exits with ``EXIT_REFUSED``."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not last_line.is_launcher_ours():
         # The launcher ends all ranks as soon as one has exited. Rank 0 of the host exits first and prints the line; a
         # rank that is still running after the wait found an error that rank 0 did not have.
         time.sleep(_FIRST_RANK_SECONDS)
-    print_to_stderr(f"distrain: {error}")
+    last_line.print_last_line(f"distrain: {error}")
     sys.exit(EXIT_REFUSED)
 
 
@@ -228,7 +272,9 @@ def _check_options(arguments: Sequence[str]) -> None:
         )
 
 
-def to_config_error(error: BaseException, conf: Path, config_name: str, arguments: Sequence[str]) -> ConfigError:
+def to_config_error(
+    error: BaseException, conf: Path, config_name: str, arguments: Sequence[str], *, launches: bool = False
+) -> ConfigError:
     """Turns an error of Hydra or OmegaConf into one line that names the key, the value and the choices.
 
     Args:
@@ -236,6 +282,7 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
         conf: The folder of YAML files.
         config_name: Name of the primary file, without ``.yaml``.
         arguments: The command line that was composed.
+        launches: Whether the command has the keys of :class:`~distrain.tools.launching.launch_keys.LaunchSettings`.
     """
     try:
         files = ConfigFiles.of_command(conf, config_name, arguments)
@@ -266,7 +313,9 @@ def to_config_error(error: BaseException, conf: Path, config_name: str, argument
         group_overrides = [str(override.input_line) for override in overrides if override.key_or_group in groups]
         known = known_keys(parent, files, group_overrides)
         problem = "no such key" if known != [] else f"no such key; to add it write +{key}=…"
-        return config_error(key, problem, known or (), meant=_meant(key, files, overrides, group_overrides))
+        extra = launch_keys.docs() if launches and not parent else {}
+        meant = _meant(key, files, overrides, group_overrides, extra)
+        return config_error(key, problem, [*(known or ()), *extra], meant=meant)
     if isinstance(cause, OmegaConfBaseException):
         return config_error_from_omegaconf(cause)
     return config_error("configuration", str(error) or type(error).__name__)
@@ -286,12 +335,26 @@ def known_keys(parent: str, files: ConfigFiles, group_overrides: Sequence[str]) 
     return [str(key) for key in node] if isinstance(node, DictConfig) else None
 
 
-def _meant(key: str, files: ConfigFiles, overrides: Sequence[Override], group_overrides: Sequence[str]) -> list[str]:
-    """What to type instead of a setting whose key does not exist, as far as it can be guessed."""
+def _meant(
+    key: str,
+    files: ConfigFiles,
+    overrides: Sequence[Override],
+    group_overrides: Sequence[str],
+    extra: Mapping[str, str],
+) -> list[str]:
+    """What to type instead of a setting whose key does not exist, as far as it can be guessed.
+
+    Args:
+        key: The key.
+        files: The command's YAML files.
+        overrides: The command line.
+        group_overrides: Those that choose a file.
+        extra: Other keys that there are, with their meaning.
+    """
     typed = next((o for o in overrides if o.key_or_group == key or o.key_or_group.startswith(f"{key}.")), None)
     full_key = key if typed is None else typed.key_or_group
     value = "" if typed is None else str(typed.input_line).partition("=")[2]
-    here = all_keys(files, group_overrides)
+    here = {**all_keys(files, group_overrides), **extra}
     found = [f"{name}={value}" for name in same_name(full_key, here)]
     if not found and files.name == _TRAINING:
         elsewhere = files.keys_of_choices()
@@ -310,13 +373,16 @@ def all_keys(files: ConfigFiles, group_overrides: Sequence[str]) -> dict[str, st
     return {key: docs.get(key, "") for key in leaves(content)}
 
 
-def explain_keys(arguments: Sequence[str], files: ConfigFiles, schema: Callable[[], type[Any]]) -> bool:
+def explain_keys(
+    arguments: Sequence[str], files: ConfigFiles, schema: Callable[[], type[Any]], *, launches: bool = False
+) -> bool:
     """Prints what ``--help KEY …`` asks for.
 
     Args:
         arguments: The command line.
         files: The YAML files of the command.
         schema: Returns the dataclass of the command's keys.
+        launches: Whether the command has the keys of :class:`~distrain.tools.launching.launch_keys.LaunchSettings`.
 
     Returns:
         Whether the command line asks for the explanation of a key.
@@ -331,7 +397,10 @@ def explain_keys(arguments: Sequence[str], files: ConfigFiles, schema: Callable[
     composed = files.compose([argument for argument in options.overrides if argument not in names])
     choices = {group: files.choices(group) for group in sorted(files.groups())} if files.name == _TRAINING else {}
     for name in names:
-        print(key_help.explain(name, schema(), composed, choices))
+        if launches and name in launch_keys.docs():
+            print(key_help.explain(name, LaunchSettings, launch_keys.defaults(), {}))
+        else:
+            print(key_help.explain(name, schema(), composed, choices))
     return True
 
 

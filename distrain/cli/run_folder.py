@@ -120,7 +120,7 @@ class RunFolder:
         for _ in range(_ATTEMPTS):
             path = None
             try:
-                path = self._find(which)
+                path = self.find_checkpoint(which)
                 state = read_state(path)
                 tensors = checkpoint_reader.load_model(path)
                 return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"))
@@ -131,7 +131,12 @@ class RunFolder:
             "checkpoint", which, f"was removed while it was read, {_ATTEMPTS} times in a row; make a copy of the run"
         )
 
-    def _find(self, which: str) -> Path:
+    def find_checkpoint(self, which: str) -> Path:
+        """The folder of a checkpoint, for a name as in :meth:`weights`.
+
+        Raises:
+            ConfigError: There is no such checkpoint.
+        """
         folder = checkpoint_format.checkpoints_folder(self.path)
         if which not in (_NEWEST, _BEST):
             if not Path(which).is_dir():

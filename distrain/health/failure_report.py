@@ -20,6 +20,7 @@ from distrain.files.contained_folder import ContainedFolder
 from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.files.writing import to_json
+from distrain.health.last_line import print_last_line
 
 log = logging.getLogger(__name__)
 
@@ -175,11 +176,12 @@ class FailureReporter:
         if first.failure.rank == self._rank:
             extra = None if stack_on_terminal else FILE_ONLY
             log.error("%s\n%s", first.failure.error, Lines.of(local_stack.split("\n")), extra=extra)
-            print_to_stderr(f"distrain: {summary}")
+            print_last_line(f"distrain: {summary}")
         else:
             # Where this rank waited for the failed one says nothing about the failure.
             log.error("stopped because %s\n%s", summary, Lines.of(local_stack.split("\n")), extra=FILE_ONLY)
-            print_to_stderr(f"distrain: rank {self._rank} stopped because {summary}")
+            line = f"distrain: rank {self._rank} stopped because {summary}"
+            print_last_line(line, cause=f"distrain: {summary}")
 
     def _write(self, failure: Failure) -> None:
         if self.run_dir is None or self.is_taken():

@@ -27,7 +27,12 @@ class Process:
     @classmethod
     def current(cls) -> Process:
         """The calling process."""
-        return cls(os.getpid(), _state_and_start(os.getpid())[1])
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The process that has this ID now."""
+        return cls(pid, _state_and_start(pid)[1])
 
     @property
     def is_alive(self) -> bool:

@@ -21,6 +21,7 @@ MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 _name: str | None = None
 #: The function that a Python program has called, such as ``distrain.fit``; ``None``: this is a command.
 function: str | None = None
+_removed: list[str] = []
 
 
 def remember(name: str) -> None:
@@ -48,6 +49,16 @@ def is_dispatched() -> bool:
 def script(name: str) -> str:
     """The script of a command, as it would be typed beside the script that was started."""
     return str(Path(sys.argv[0]).with_name(f"{name}.py"))
+
+
+def remember_removed(arguments: Sequence[str]) -> None:
+    """Says that these arguments were removed from ``sys.argv``: keys that are no part of a run's configuration."""
+    _removed[:] = arguments
+
+
+def removed() -> list[str]:
+    """What :func:`remember_removed` was told."""
+    return list(_removed)
 
 
 def starting(name: str) -> list[str]:

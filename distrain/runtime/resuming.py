@@ -62,7 +62,7 @@ def command_of(process: int) -> list[str]:
 
 def own_command() -> tuple[list[str], int]:
     """This process's command line, and how many of its words are the script and its arguments."""
-    return sys.orig_argv, len(sys.argv)
+    return sys.orig_argv, len(sys.argv) + len(program.removed())
 
 
 def _same_again(place: str, *, given: bool) -> str:

@@ -51,7 +51,7 @@ def test_keys_of_a_choice_with_an_error_in_it_are_not_known(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, net,"),
+        (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, net, resnet18"),
         (["model=1"], "model=1: needs the name of a choice; choices: airbench_cnn, cifar_cnn, custom, net,"),
         (["experiment=quik"], "(did you mean quick?)"),
         (["optimizer=broken"], "mine/optimizer/broken.yaml"),

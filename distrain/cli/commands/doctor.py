@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from distrain.cli import hydra_entry
 from distrain.config.folder import CONF
 from distrain.config.load import load_settings
+from distrain.errors import ConfigError
+from distrain.tools.launching.launch_keys import LaunchSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not command:
         # The report says what torch's own warnings about sockets would say, in words. torch reads this when imported.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    hydra_entry.main(functools.partial(_task, command), CONF, "doctor", _schema)
+    hydra_entry.main(functools.partial(_task, command), CONF, "doctor", _schema, functools.partial(_check, command))
 
 
 def _schema() -> type[Any]:
@@ -44,3 +46,14 @@ def _task(command: Sequence[str], composed: DictConfig) -> None:
     if command:
         hydra_entry.restore_hydra_full_error()
     doctor.run(load_settings(_schema(), composed), command)
+
+
+def _check(command: Sequence[str], composed: DictConfig, launch: LaunchSettings) -> None:
+    settings = load_settings(_schema(), composed)
+    for key in ("ranks", "rank", "address"):
+        if getattr(settings, key) is not None:
+            raise ConfigError(
+                key, getattr(settings, key), "is for ranks that are started by hand; leave it or nproc out"
+            )
+    if command or settings.export:
+        raise ConfigError("nproc", launch.nproc, "nothing is examined then; leave nproc out")

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from distrain.cli import hydra_entry
 from distrain.config.folder import CONF
 from distrain.config.load import load_settings
+from distrain.tools.launching.launch_keys import LaunchSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line behind the command's name; ``None``: that of this process.
     """
     hydra_entry.set_arguments(arguments)
-    hydra_entry.main(_task, CONF, "evaluate", _schema)
+    hydra_entry.main(_task, CONF, "evaluate", _schema, _check)
 
 
 def _schema() -> type[Any]:
@@ -35,3 +36,11 @@ def _task(composed: DictConfig) -> None:
         from distrain.cli import evaluate
 
     evaluate.run(load_settings(_schema(), composed))
+
+
+def _check(composed: DictConfig, launch: LaunchSettings) -> None:
+    with hydra_entry.gc_disabled():
+        # Imported here because it imports torch, which --help and most errors need not wait for.
+        from distrain.cli import evaluate
+
+    evaluate.check(load_settings(_schema(), composed), launch.first_world())

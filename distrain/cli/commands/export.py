@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from distrain.cli import hydra_entry
 from distrain.config.folder import CONF
 from distrain.config.load import load_settings
+from distrain.errors import ConfigError
+from distrain.tools.launching.launch_keys import LaunchSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line behind the command's name; ``None``: that of this process.
     """
     hydra_entry.set_arguments(arguments)
-    hydra_entry.main(_task, CONF, "export", _schema)
+    hydra_entry.main(_task, CONF, "export", _schema, _check)
 
 
 def _schema() -> type[Any]:
@@ -35,3 +37,7 @@ def _task(composed: DictConfig) -> None:
         from distrain.cli import export
 
     export.run(load_settings(_schema(), composed))
+
+
+def _check(_: DictConfig, launch: LaunchSettings) -> None:
+    raise ConfigError("nproc", launch.nproc, "export runs on one process; leave nproc out")

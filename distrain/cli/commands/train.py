@@ -11,6 +11,7 @@ from distrain.cli import hydra_entry
 from distrain.config.folder import CONF
 from distrain.config.load import load_config
 from distrain.tools.launching import slurm
+from distrain.tools.launching.launch_keys import LaunchSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line behind the command's name; ``None``: that of this process.
     """
     hydra_entry.set_arguments(arguments)
-    hydra_entry.main(_task, CONF, "config")
+    hydra_entry.main(_task, CONF, "config", check=_check)
 
 
 def _task(composed: DictConfig) -> None:
@@ -31,3 +32,11 @@ def _task(composed: DictConfig) -> None:
         from distrain.cli import app
 
     app.train(config)
+
+
+def _check(composed: DictConfig, launch: LaunchSettings) -> None:
+    with hydra_entry.gc_disabled():
+        config = load_config(composed)
+        # Imported here because it imports torch, which most errors need not wait for.
+        from distrain.cli import app
+    app.check(config, launch.first_world())
