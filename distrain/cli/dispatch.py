@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "predict the classes of images by a run's model",
     "export": "write a run's model as a file that is readable without distrain",
     "sweep": "train with each combination of values; one table of the results",
+    "compare": "show runs side by side, as a table and as a page with curves",
     "doctor": "examine this machine, or all machines of a job and their network",
     "hosts": "train on several machines over ssh",
     "testnet": "simulate several machines and their network on this one",

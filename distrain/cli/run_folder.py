@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as checkpoint_format
@@ -28,7 +27,7 @@ from distrain.data import manifest
 from distrain.data.base import DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
-from distrain.files.untrusted import UnreadableFile, read_json, read_text
+from distrain.files.untrusted import UnreadableFile, read_json, read_yaml
 from distrain.models.build import instantiate_model
 from distrain.tasks import base as tasks
 
@@ -39,15 +38,6 @@ TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
 #: Largest accepted files, in bytes.
 _MAX_CONFIG_BYTES = 1 << 17
-#: Deepest accepted nesting of a configuration; a run writes about six levels.
-_MAX_DEPTH = 32
-_START_TOKENS = (
-    yaml.BlockMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.FlowSequenceStartToken,
-)
-_END_TOKENS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 #: Largest number of values in an image, over all channels.
 _MAX_IMAGE_VALUES = 3 * LARGEST_PIXELS
 #: Attempts to read a checkpoint; a run in progress may remove one while it is read.
@@ -198,34 +188,13 @@ def _read(read: Callable[[Path, int], T], path: Path, largest: int) -> T:
 
 
 def _read_config(path: Path, allow: Sequence[str]) -> Config:
-    text = _read(read_text, path, _MAX_CONFIG_BYTES)
-    try:
-        _refuse_yaml_bombs(path, text)
-        content = yaml.safe_load(text)
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: for example an impossible date
-        raise ConfigError("run", path.parent, f"{path.name} is not plain YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError("run", path.parent, f"{path.name} is not a mapping of keys to values")
+    content = _read(read_yaml, path, _MAX_CONFIG_BYTES)
     try:
         _refuse_all_but_data(path.name, content)
         _check_choices("", content, [*TRUSTED_PREFIXES, *allow])
         return load_config(content)
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
-
-
-def _refuse_yaml_bombs(path: Path, text: str) -> None:
-    """Refuses aliases, with which a few lines can fill all memory, and nesting so deep that scanning takes too long."""
-    depth = 0
-    # Tokens are read lazily, so scanning stops at the first token that is refused.
-    for token in yaml.scan(text):
-        depth += isinstance(token, _START_TOKENS) - isinstance(token, _END_TOKENS)
-        if isinstance(token, yaml.AliasToken):
-            raise ConfigError("run", path.parent, f"{path.name} has YAML aliases, which no run writes")
-        if depth > _MAX_DEPTH:
-            raise ConfigError("run", path.parent, f"{path.name} is nested more than {_MAX_DEPTH} deep")
 
 
 def _check_choices(key: str, section: Mapping[str, object], allowed: Sequence[str]) -> None:

@@ -8,6 +8,18 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
+#: Deepest accepted nesting of YAML; a run's configuration has about six levels.
+_MAX_DEPTH = 32
+_START_TOKENS = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_END_TOKENS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
 
 class UnreadableFile(ValueError):
     """A file does not hold what it should; the message names the file and the reason in one line."""
@@ -69,14 +81,75 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         UnreadableFile: As for :func:`read_text`; or it is not a JSON object, is nested too deep, or holds a key twice,
             which JSON readers resolve differently.
     """
-    text = read_text(path, max_bytes)
+    return parse_json(path.name, read_text(path, max_bytes))
+
+
+def parse_json(name: str, text: str) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Args:
+        name: Of the file, for error messages.
+        text: Its content, of bounded size.
+
+    Raises:
+        UnreadableFile: As for :func:`read_json`.
+    """
     try:
         content = json.loads(text, object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile(f"{path.name} is not JSON ({error})") from error
+        raise UnreadableFile(f"{name} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UnreadableFile(f"{path.name} is not a mapping of keys to values")
+        raise UnreadableFile(f"{name} is not a mapping of keys to values")
     return content
+
+
+def read_yaml(path: Path, max_bytes: int) -> dict[Any, Any]:
+    """Reads a file that holds a YAML mapping.
+
+    Args:
+        path: The file.
+        max_bytes: Largest size that is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UnreadableFile: As for :func:`read_text` and :func:`parse_yaml`.
+    """
+    return parse_yaml(path.name, read_text(path, max_bytes))
+
+
+def parse_yaml(name: str, text: str) -> dict[Any, Any]:
+    """Parses a YAML mapping by YAML's safe loader.
+
+    Args:
+        name: Of the file, for error messages.
+        text: Its content, of bounded size.
+
+    Raises:
+        UnreadableFile: It is not a YAML mapping, is nested too deep, or has aliases, with which a few lines can fill all
+            memory.
+    """
+    try:
+        _refuse_yaml_bombs(name, text)
+        content = yaml.safe_load(text)
+    except UnreadableFile:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: for example an impossible date
+        raise UnreadableFile(f"{name} is not plain YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise UnreadableFile(f"{name} is not a mapping of keys to values")
+    return content
+
+
+def _refuse_yaml_bombs(name: str, text: str) -> None:
+    """Refuses aliases, and nesting so deep that scanning takes too long."""
+    depth = 0
+    # Tokens are read lazily, so scanning stops at the first token that is refused.
+    for token in yaml.scan(text):
+        depth += isinstance(token, _START_TOKENS) - isinstance(token, _END_TOKENS)
+        if isinstance(token, yaml.AliasToken):
+            raise UnreadableFile(f"{name} has YAML aliases, which no run writes")
+        if depth > _MAX_DEPTH:
+            raise UnreadableFile(f"{name} is nested more than {_MAX_DEPTH} deep")
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

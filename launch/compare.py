@@ -1,0 +1,14 @@
+"""Shows runs side by side: ``python launch/compare.py runs/a runs/b``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# This checkout's package is found even where nothing is installed, or another folder called distrain lies on the path.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from distrain.cli.commands import compare
+
+if __name__ == "__main__":
+    compare.main()
