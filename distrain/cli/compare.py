@@ -32,7 +32,7 @@ class CompareSettings:
     """Keys of ``distrain compare``."""
 
     output: str | None = setting(
-        "The page: one HTML file that needs no network; -: on standard output, without the table; null: only the table.",
+        "The page, one HTML file; -: on standard output, without the table; null: only the table.",
         path=True,
     )
     metric: str | None = setting(

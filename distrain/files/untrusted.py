@@ -125,8 +125,8 @@ def parse_yaml(name: str, text: str) -> dict[Any, Any]:
         text: Its content, of bounded size.
 
     Raises:
-        UnreadableFile: It is not a YAML mapping, is nested too deep, or has aliases, with which a few lines can fill all
-            memory.
+        UnreadableFile: It is not a YAML mapping, is nested too deep, or has aliases, with which a few lines can fill
+            all memory.
     """
     try:
         _refuse_yaml_bombs(name, text)

@@ -51,8 +51,8 @@ class _Bucket:
 class Curve:
     """A number over the steps of a run.
 
-    Of a long curve it keeps buckets of consecutive rows, by their lowest and highest value. So a peak of a single row is
-    drawn, and nothing is smoothed.
+    Of a long curve it keeps buckets of consecutive rows, by their lowest and highest value. So a peak of a single row
+    is drawn, and nothing is smoothed.
 
     Attributes:
         rows: Number of rows.

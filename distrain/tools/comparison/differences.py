@@ -63,13 +63,16 @@ def _unique(name: str, taken: set[str]) -> str:
 def find_differences(runs: Sequence[Run]) -> list[Difference]:
     """The keys that differ, in the order of the configurations; runs without one count for nothing."""
     known = [run for run in runs if run.config is not None]
-    keys = dict.fromkeys(key for run in known for key in run.config or {})
+    keys = list(dict.fromkeys(key for run in known for key in run.config or {}))
+    # A key that only a later run has stands beside the others of its group.
+    groups = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    keys.sort(key=lambda key: groups.index(key.partition(".")[0]))
     found = []
     for key in keys:
         if key not in _OF_EACH_RUN and len({(run.config or {}).get(key) for run in known}) > 1:
             found.append(Difference(key, tuple((run.config or {}).get(key) for run in runs)))
     for path, label in _ORIGIN.items():
-        values = tuple(run.text(path) for run in runs)
+        values = tuple(shortened(text, 40) if (text := run.text(path)) is not None else None for run in runs)
         if len(set(values) - {None}) > 1:
             found.append(Difference(label, values))
     return found
@@ -78,8 +81,8 @@ def find_differences(runs: Sequence[Run]) -> list[Difference]:
 def describe_runs(runs: Sequence[Run], differences: Sequence[Difference], most: int = 3) -> list[str]:
     """What distinguishes each run in a few words: the first keys by which it differs from most runs.
 
-    Choices come before other keys, since ``strategy=ddp`` says more than ``strategy.batchnorm=sync``. What the name says
-    is not repeated.
+    Choices come before other keys, since ``strategy=ddp`` says more than ``strategy.batchnorm=sync``. What the name
+    says is not repeated.
     """
     choices = [difference for difference in differences if difference.key.endswith(".name")]
     others = [difference for difference in differences if "." in difference.key and difference not in choices]

@@ -77,8 +77,10 @@ def show_bytes(number: float | None) -> str:
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is one to be made small: a loss, an error, or a cost."""
-    return metric.rpartition(".")[2].rpartition("/")[2].endswith(
-        ("loss", "error", "seconds", "_ms", "bytes_sent_per_step", "peak_memory_mb", "mean", "p50", "p95")
+    return (
+        metric.rpartition(".")[2]
+        .rpartition("/")[2]
+        .endswith(("loss", "error", "seconds", "_ms", "bytes_sent_per_step", "peak_memory_mb", "mean", "p50", "p95"))
     )
 
 
@@ -122,7 +124,9 @@ def bytes_sent(run: Run) -> float | None:
 
 def validation_metrics(runs: Sequence[Run]) -> list[str]:
     """Names of validation metrics, the scores before the losses."""
-    names = [name.removeprefix(_VALIDATION) for run in runs for name in run.metrics.curves if name.startswith(_VALIDATION)]
+    names = [
+        name.removeprefix(_VALIDATION) for run in runs for name in run.metrics.curves if name.startswith(_VALIDATION)
+    ]
     names += [name.removeprefix(_BEST) for run in runs for name in run.summary if name.startswith(_BEST)]
     return sorted(dict.fromkeys(names), key=lower_is_better)
 
@@ -189,7 +193,9 @@ def ordered(runs: Sequence[Run], metric: str) -> list[Run]:
     values = [metric_value(run, metric) for run in runs]
     if all(value is None for value in values):
         raise ConfigError("metric", metric, "is no number in any run's summary.json", _metrics_to_order_by(runs))
-    numbered = sorted(zip(values, runs, strict=True), key=lambda pair: (pair[0] is None, -_sign(metric) * (pair[0] or 0.0)))
+    numbered = sorted(
+        zip(values, runs, strict=True), key=lambda pair: (pair[0] is None, -_sign(metric) * (pair[0] or 0.0))
+    )
     return [run for _, run in numbered]
 
 

@@ -1,7 +1,7 @@
 """The page that shows runs side by side: one HTML file that needs no network and runs no code but ours.
 
-Everything that comes from a run is escaped, and the page's Content-Security-Policy allows only the style and the script of
-this folder, by their hashes.
+Everything that comes from a run is escaped, and the page's Content-Security-Policy allows only the style and the script
+of this folder, by their hashes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,8 @@ def to_html(runs: Sequence[Run], baseline: Run, made: str, version: str) -> str:
     """
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
-    )
+    allowed = f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     differences = find_differences(runs)
     data = _data(runs)
     title = "1 run" if len(runs) == 1 else f"Comparison of {len(runs)} runs"
@@ -69,8 +69,7 @@ def to_html(runs: Sequence[Run], baseline: Run, made: str, version: str) -> str:
         f"<style>{style}</style>",
         "</head>",
         "<body>",
-        f"<header><h1>{title}</h1>",
-        f'<p class="dim">{_text(", ".join(run.name for run in runs[:12]))}{" …" if len(runs) > 12 else ""}</p></header>',
+        f"<header><h1>{title}</h1></header>",
         "<main>",
         *_notices(runs),
         *_curves(runs, differences, data),
@@ -80,7 +79,7 @@ def to_html(runs: Sequence[Run], baseline: Run, made: str, version: str) -> str:
         *_bytes(runs),
         *_origins(runs),
         "</main>",
-        f'<footer><p>Made by distrain {_text(version)} on {_text(made)}.</p></footer>',
+        f"<footer><p>Made by distrain {_text(version)} on {_text(made)}.</p></footer>",
         f'<script type="application/json" id="data">{_json(data)}</script>',
         f"<script>{script}</script>",
         "</body>",
@@ -97,6 +96,11 @@ def _hash(source: str) -> str:
 def _text(text: object) -> str:
     """Text for HTML; letters that are not printable, also those that turn the direction, are shown as escapes."""
     return html.escape(escaped(str(text)))
+
+
+def _name(text: str) -> str:
+    """A name or a key for HTML, which may be broken between its parts."""
+    return re.sub(r"([._,/])(?=\w)", r"\1<wbr>", _text(text))
 
 
 def _json(content: Any) -> str:
@@ -208,7 +212,7 @@ def _curves(runs: Sequence[Run], differences: Sequence[Difference], data: dict[s
     for index, (run, described) in enumerate(zip(runs, describe_runs(runs, differences), strict=True)):
         more = f' <span class="dim">{_text(described)}</span>' if described else ""
         button = f'<button type="button" id="run-{index}" aria-pressed="true" title="A double click shows it alone">'
-        parts.append(f"<li>{button}<span>{_text(run.name)}{more}</span></button></li>")
+        parts.append(f"<li>{button}<span>{_name(run.name)}{more}</span></button></li>")
     parts.append('</ul><div class="charts" id="charts">')
     for index, chart in enumerate(data["charts"]):
         title = _text(chart["title"])
@@ -223,8 +227,8 @@ def _curves(runs: Sequence[Run], differences: Sequence[Difference], data: dict[s
 
 def _notes_on_curves(runs: Sequence[Run], data: dict[str, Any]) -> list[str]:
     notes = [
-        "Seconds are those of training, from the durations of steps: evaluation, saving and pauses before a resume don't "
-        "count."
+        "Seconds are those of training, from the durations of steps: evaluation, saving and pauses before a resume "
+        "don't count."
     ]
     without = [run.name for run in runs if run.metrics.curves and not run.seconds_over_steps()]
     if without:
@@ -233,9 +237,9 @@ def _notes_on_curves(runs: Sequence[Run], data: dict[str, Any]) -> list[str]:
     drawn = max((len(curve["s"]) for chart in data["charts"] for curve in chart["curves"]), default=0)
     if longest > drawn:
         notes.append(
-            f"Nothing is smoothed. The longest curve has {longest:,} rows; a curve of more than about {drawn:,} points is "
-            "drawn by the lowest and the highest value of each stretch of steps, at the steps where they were logged, and by "
-            "its first and last value."
+            f"Nothing is smoothed. The longest curve has {longest:,} rows. One of more than about {drawn:,} rows is "
+            "drawn by the lowest and the highest value of each stretch of steps, where they were logged, and by its "
+            "first and last value."
         )
     left_out = len(_chart_names(runs)) - len(data["charts"])
     if left_out > 0:
@@ -246,18 +250,18 @@ def _notes_on_curves(runs: Sequence[Run], data: dict[str, Any]) -> list[str]:
 def _table(caption: str, head: Sequence[str], rows: Sequence[str]) -> list[str]:
     return [
         '<div class="scroll" tabindex="0"><table>',
-        f"<caption>{caption}</caption>",
         f"<thead><tr>{''.join(head)}</tr></thead>",
         f"<tbody>{''.join(rows)}</tbody></table></div>",
+        *([f'<p class="dim">{caption}</p>'] if caption else []),
     ]
 
 
 def _head(text: str, *, number: bool = False) -> str:
-    return f'<th scope="col"{" class=number" if number else ""}>{_text(text)}</th>'
+    return f'<th scope="col"{" class=number" if number else ""}>{_name(text)}</th>'
 
 
 def _row_head(run: Run) -> str:
-    return f'<th scope="row">{_text(run.name)}</th>'
+    return f'<th scope="row">{_name(run.name)}</th>'
 
 
 def _final_figures(runs: Sequence[Run], baseline: Run) -> list[str]:
@@ -270,7 +274,7 @@ def _final_figures(runs: Sequence[Run], baseline: Run) -> list[str]:
     for run in runs:
         cells = [_row_head(run)]
         if states:
-            cells.append(f'<td{" class=state-failed" if run.state == FAILED else ""}>{run.state}</td>')
+            cells.append(f"<td{' class=state-failed' if run.state == FAILED else ''}>{run.state}</td>")
         for path, key in (("strategy", "strategy.name"), ("compression", "compression.name")):
             cells.append(f"<td>{_text(shortened(run.text(path) or (run.config or {}).get(key) or '–', 40))}</td>")
         ranks = run.number("world_size")
@@ -311,7 +315,7 @@ def _differences(runs: Sequence[Run], differences: Sequence[Difference]) -> list
     if len(runs) <= max(len(differences), 4):
         head = [_head("key"), *(_head(run.name) for run in runs)]
         rows = [
-            f'<tr><th scope="row"><code>{_text(shortened(difference.key, _LONGEST_VALUE))}</code></th>'
+            f'<tr><th scope="row"><code>{_name(shortened(difference.key, _LONGEST_VALUE))}</code></th>'
             f"{''.join(map(cell, difference.values))}</tr>"
             for difference in differences
         ]
@@ -361,7 +365,9 @@ def _bytes(runs: Sequence[Run]) -> list[str]:
     if not largest:
         return []
     head = [_head("run"), _head("sent per step, all ranks")]
-    head += [_head(text, number=True) for text in ("per step", "per step and rank", "uncompressed", "ratio", "whole run")]
+    head += [
+        _head(text, number=True) for text in ("per step", "per step and rank", "uncompressed", "ratio", "whole run")
+    ]
     rows = []
     for run in runs:
         sent = per_step[run.name]

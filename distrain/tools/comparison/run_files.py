@@ -1,10 +1,10 @@
-"""Finds runs below a folder, and opens their files. They may come from a stranger: no link is followed, sizes are bounded."""
+"""Finds runs below a folder, and opens their files, which may come from a stranger: bounded, never through a link."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -120,7 +120,7 @@ class FoundRuns:
     notices: list[str] = field(default_factory=list)
 
 
-def find_runs(paths: list[str]) -> FoundRuns:
+def find_runs(paths: Sequence[str]) -> FoundRuns:
     """Finds runs.
 
     Args:
@@ -147,7 +147,9 @@ def find_runs(paths: list[str]) -> FoundRuns:
                 seen.add(run.path.resolve())
                 found.runs.append(run)
         if len(found.runs) > MOST_RUNS:
-            raise ConfigError("DIR", path, f"these are more than {MOST_RUNS} runs; name fewer, or a folder deeper inside")
+            raise ConfigError(
+                "DIR", path, f"these are more than {MOST_RUNS} runs; name fewer, or a folder deeper inside"
+            )
     return found
 
 
