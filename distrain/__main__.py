@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,11 +19,17 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))
 
 from distrain.cli import dispatch
+from distrain.errors import EXIT_OUTPUT_CLOSED
 
 
 def main() -> None:
     """Runs the command that the command line names, and ends the process with its exit code."""
-    dispatch.run(sys.argv)
+    try:
+        dispatch.run(sys.argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `distrain --help | head` has read enough. Without destructors, which would write the rest.
+        os._exit(EXIT_OUTPUT_CLOSED)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ EXIT_REFUSED = 2
 EXIT_STOPPED = 75
 #: Exit code of a command that Ctrl-C ended at once; what shells show for a process that SIGINT has ended.
 EXIT_INTERRUPTED = 130
+#: Exit code of a command whose output nobody reads any more, as with ``| head``; what shells show for SIGPIPE.
+EXIT_OUTPUT_CLOSED = 141
 
 #: What asks a rank to stop, besides signals: the launcher that started it runs no more.
 LAUNCHER_ENDED = "LAUNCHER_ENDED"

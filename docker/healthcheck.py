@@ -17,14 +17,15 @@ WATCHED = ("metrics.jsonl", "rank_*.log")
 
 
 def count_ranks(proc: Path = PROC) -> int:
-    """Number of processes that run one of distrain's scripts, not counting torchrun."""
+    """Number of processes that run one of distrain's commands, not counting torchrun."""
     count = 0
     for file in proc.glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().split(b"\0")
         except OSError:  # The process has ended meanwhile.
             continue
-        count += any(word.startswith(b"/app/launch/") for word in words) and b"torchrun" not in b" ".join(words[:2])
+        command = b"distrain" in words or any(word.startswith(b"/app/launch/") for word in words)
+        count += command and b"torchrun" not in b" ".join(words[:2])
     return count
 
 

@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 # This checkout's package is found even where nothing is installed, or another folder called distrain lies on the path.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+# Completion in fish takes only scripts that hold the text @hydra.main.
 from distrain.cli.commands import train
 
 if __name__ == "__main__":

@@ -34,6 +34,13 @@ def test_the_newest_version_of_the_changelog_is_the_packages() -> None:
     assert newest[1] == distrain.__version__.split(".dev")[0]
 
 
+def test_images_carry_the_packages_version() -> None:
+    files = [*(ROOT / "docker").iterdir(), *(ROOT / "launch" / "kubernetes").iterdir(), *(ROOT / "docs").glob("*.md")]
+    named = re.compile(r"distrain:(\d+\.\d[\w.]*\d)|image\.version=\"(.*)\"")
+    versions = {a or b for path in files if path.is_file() for a, b in named.findall(path.read_text())}
+    assert versions == {distrain.__version__.split(".dev")[0]}
+
+
 def test_package_citation_and_licence_file_name_the_same_licence() -> None:
     assert 'license = "Apache-2.0"\nlicense-files = ["LICENSE"]' in (ROOT / "pyproject.toml").read_text()
     assert load(ROOT / "CITATION.cff")["license"] == "Apache-2.0"

@@ -44,9 +44,10 @@ def run(arguments: list[str]) -> None:
         sys.exit(0 if name else EXIT_REFUSED)
     if name == "--version":
         print(f"distrain {distrain.__version__}")
-    elif name == "--completion":
+    elif name == "--completion" or (following in ("-sc", "--shell-completion") and "install=" in arguments[-1]):
         try:
-            print(completion.script(following), end="")
+            # The second is how a single command of Hydra is asked; its own script knows no commands.
+            print(completion.script(arguments[-1].removeprefix("install=") if name in COMMANDS else following), end="")
         except ConfigError as error:
             _refuse(error)
     elif name == "--complete":

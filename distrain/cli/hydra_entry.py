@@ -39,6 +39,7 @@ from distrain.config.schema import Config
 from distrain.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_OUTPUT_CLOSED,
     EXIT_REFUSED,
     EXIT_STOPPED,
     ConfigError,
@@ -161,6 +162,9 @@ def main(
         # Outside a run, which saves first; see distrain.runtime.signals.
         last_line.print_last_line("distrain: interrupted")
         _exit_now(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Such as help that is piped to `head`; a run has its own handling.
+        _exit_now(EXIT_OUTPUT_CLOSED)
     except Exception as error:  # Hydra and YAML raise many types for a user's mistakes
         if wants_traceback or not composing:
             last_line.tell_launcher(f"distrain: {type(error).__name__}: {error}")

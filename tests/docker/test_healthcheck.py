@@ -40,6 +40,11 @@ def test_healthy_while_a_rank_runs_and_its_log_grows(proc: Path, runs: Path) -> 
     assert problem(NOW, proc, runs) is None
 
 
+def test_healthy_with_a_rank_of_the_installed_command(proc: Path, runs: Path) -> None:
+    (proc / "7" / "cmdline").write_text("\0".join(["/opt/distrain/bin/python3", "-u", "-m", "distrain", "train"]))
+    assert problem(NOW, proc, runs) is None
+
+
 def test_unhealthy_when_only_the_launcher_is_left(proc: Path, runs: Path) -> None:
     (proc / "7" / "cmdline").unlink()
     assert problem(NOW, proc, runs) == "no rank runs"
