@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from distrain.errors import ConfigError
+from distrain.health.last_line import LAUNCHER
 from distrain.runtime import program
 from distrain.runtime.world import MAX_DIGITS
 
@@ -57,8 +58,11 @@ def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: 
     ranks = ranks or int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if program.function is not None:
         return f"{program.function}(…, nproc={ranks})" if ranks > 1 else f"{program.function}(…)"
-    under_torchrun = ranks > 1 or "TORCHELASTIC_RUN_ID" in environment
+    under_torchrun = ranks > 1 or is_rank(environment)
     script, *settings = arguments
+    if LAUNCHER in environment or (program.is_dispatched() and under_torchrun and not is_rank(environment)):
+        others = [key for key in program.removed() if not key.startswith("nproc=")]
+        return shlex.join([*program.on_one_rank(script), f"nproc={ranks}", *others, *settings])
     if not under_torchrun:
         return shlex.join([*program.on_one_rank(script), *settings])
     words = ["torchrun", "--nproc-per-node", str(ranks)]
@@ -68,8 +72,13 @@ def command(arguments: Sequence[str], environment: Mapping[str, str], *, ranks: 
 
 
 def is_torchrun() -> bool:
-    """Whether torchrun's agent started this rank. It ends its ranks when it ends, unless it is killed."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun's agent, or distrain's, started this rank; unless killed, it ends its ranks when it ends."""
+    return is_rank(os.environ)
+
+
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent, or distrain's, set these variables."""
+    return "TORCHELASTIC_RUN_ID" in environment
 
 
 def has_ended() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distrain.reporting.origin import Origin, as_iso, git_state
-from distrain.runtime import launcher
+from distrain.runtime import launcher, program
 
 
 @pytest.fixture
@@ -113,3 +113,16 @@ def test_times_carry_their_zone() -> None:
 )
 def test_command_can_be_typed_again(environment: dict[str, str], ranks: int | None, expected: str) -> None:
     assert launcher.command(["launch/train.py", "run_dir=a b"], environment, ranks=ranks) == expected
+
+
+def test_ranks_that_the_command_starts_itself_are_started_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "DISTRAIN_LAUNCHER": "1"}
+    monkeypatch.setattr(program, "_removed", ["nproc=4", "max_restarts=2"])
+    expected = "python launch/train.py nproc=4 max_restarts=2 seed=1"
+    assert launcher.command(["launch/train.py", "seed=1"], ranks) == expected
+    monkeypatch.setattr(program, "_removed", [])
+    monkeypatch.setattr(program, "_name", "train")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert launcher.command(["/bin/distrain", "seed=1"], {}, ranks=2) == "/bin/distrain train nproc=2 seed=1"
+    # Under torchrun the user is told of torchrun.
+    assert launcher.command(["/bin/distrain"], {"TORCHELASTIC_RUN_ID": "x"}, ranks=2).startswith("torchrun")
