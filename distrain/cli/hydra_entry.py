@@ -204,10 +204,16 @@ def _pop_launch_arguments() -> list[str]:
 
 def _start_ranks(launch: LaunchSettings, check: Check, composed: DictConfig) -> NoReturn:
     """Checks the configuration, starts the ranks, and ends this process as they end."""
+    quiets_torch = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiets_torch:
+        # Read when torch is imported. Hosts leave one after another, of which torch's store would warn with its stack.
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     check(composed, launch)
     with gc_disabled():
         # Imported here because it imports torch, which most errors need not wait for.
         from distrain.tools.launching import elastic
+    if quiets_torch:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
     restore_hydra_full_error()
     _exit_now(elastic.run_ranks(launch, *elastic.own_command()).code)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -110,14 +109,3 @@ def test_a_slip_in_a_key_finds_it(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["max_restart=2"])
     assert "did you mean max_restarts" in capfd.readouterr().err
-
-
-def test_ranks_under_torchrun_start_no_ranks(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(SystemExit) as ended:
-        train.main(["nproc=2", "strategy=ddp"])
-    assert ended.value.code == EXIT_REFUSED
-    assert "torchrun has already started this process" in capfd.readouterr().err

@@ -289,7 +289,10 @@ def _rendezvous(settings: LaunchSettings) -> RendezvousHandler:
     if most == 1:
         return _OneHost()
     static = settings.node_rank is not None
-    options = {"rank": settings.node_rank} if static else {}
+    options: dict[str, Any] = {"rank": settings.node_rank} if static else {}
+    if not static and _is_own_address(str(settings.rdzv_endpoint)):
+        # torch finds this out by comparing names, which need not resolve to the address that the other hosts use.
+        options["is_host"] = True
     return get_rendezvous_handler(
         RendezvousParameters(
             backend="static" if static else "c10d",
@@ -302,6 +305,22 @@ def _rendezvous(settings: LaunchSettings) -> RendezvousHandler:
             **options,
         )
     )
+
+
+def _is_own_address(endpoint: str) -> bool:
+    """Whether the host of an endpoint is this one."""
+    host = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        resolved = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, _, _, _, address in resolved:
+        try:
+            socket.create_server(address[:2], family=family).close()
+        except OSError:
+            continue
+        return True
+    return False
 
 
 class _OneHost(RendezvousHandler):

@@ -20,8 +20,6 @@ from distrain.runtime.world import World
 
 #: Most ranks per host; a larger number is a slip of the finger, which would bring the machine down.
 _MOST_RANKS = 1024
-#: Variables that a launcher sets for each rank, and what it is called.
-_OTHER_LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "RANK": "another launcher", "WORLD_SIZE": "another launcher"}
 _SEVERAL_RUNS = re.compile(r"-m|--multirun|\+{0,2}hydra\.mode=.*multirun.*", re.IGNORECASE)
 _SETTING = re.compile(r"\+{0,2}(?P<key>\w+)=(?P<value>.*)", re.DOTALL)
 
@@ -139,14 +137,16 @@ def check(given: Iterable[str], arguments: Iterable[str], environment: Mapping[s
     name = given[0].partition("=")[0]
     if not settings.starts_ranks:
         return None
-    for variable, launcher in _OTHER_LAUNCHERS.items():
-        if variable in environment:
-            problem = (
-                f"{launcher} has already started this process ({variable}={environment[variable]}); use one of them"
-            )
-            raise config_error(name, problem)
+    if "TORCHELASTIC_RUN_ID" in environment:
+        raise config_error(name, "torchrun has started this process, as one of its ranks; use one of the two")
+    one_host = settings.nodes == (1, 1)
+    started = environment.get("WORLD_SIZE", "1")
+    # Operators of clusters set it for one process per host, whose agent sets it anew for each rank.
+    if one_host and started != "1":
+        problem = f"this process is one of {started} ranks already (WORLD_SIZE={started}); leave one of the two out"
+        raise config_error(name, problem)
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks != "1" and settings.nodes == (1, 1) and "SLURM_STEP_ID" in environment:
+    if tasks != "1" and one_host and "SLURM_STEP_ID" in environment:
         problem = (
             f"srun has started {tasks} tasks, which are ranks already; leave {name} out, or give one task per node"
         )

@@ -74,6 +74,16 @@ def test_the_check_is_for_the_fewest_ranks_that_may_start() -> None:
     assert (world.size, world.local_size, world.rank) == (6, 3, 0)
 
 
+def test_ranks_start_no_ranks() -> None:
+    with pytest.raises(ConfigError, match="torchrun has started this process"):
+        parse("nproc=2", {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="this process is one of 4 ranks already"):
+        parse("nproc=2", {"WORLD_SIZE": "4"})
+    assert parse("nproc=2", {"WORLD_SIZE": "1"}) is not None
+    # Some operators of clusters set the variables for the only process of each host.
+    assert parse(HOSTS, {"WORLD_SIZE": "2", "RANK": "1"}) is not None
+
+
 def test_tasks_of_srun_start_ranks_only_as_hosts_of_one_job() -> None:
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     with pytest.raises(ConfigError, match="srun has started 2 tasks"):
