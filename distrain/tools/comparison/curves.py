@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
-
-#: A curve's value at a step; ``None`` where it is not a finite number.
-Point = tuple[int, float | None]
 
 #: Rows that a curve keeps before it joins neighbours; an even number.
 _MOST_BUCKETS = 1024
@@ -24,41 +22,69 @@ _PREFIXES = ("train/", "epoch/val_", "epoch/train_")
 _OTHERS = frozenset({"speed/images_per_second"})
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of a curve: a row, or a stretch of consecutive rows.
+
+    Attributes:
+        step: Of the row, or the middle of the stretch.
+        mean: Mean of the finite values; ``None`` if there is none, so that the line breaks.
+        low: The lowest of them.
+        high: The highest of them.
+    """
+
+    step: int
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
 @dataclass(slots=True)
 class _Bucket:
-    """Consecutive rows: the lowest and the highest value, and whether a value among them was not finite."""
+    """Consecutive rows.
 
-    low: tuple[int, float] | None
-    high: tuple[int, float] | None
-    missing_at: int | None
+    Attributes:
+        first: Step of the first row.
+        last: Step of the last row.
+        count: Number of finite values.
+        mean: Their mean.
+        low: The lowest of them.
+        high: The highest of them.
+    """
+
+    first: int
+    last: int
+    count: int
+    mean: float
+    low: float
+    high: float
 
     def absorb(self, later: _Bucket) -> None:
         """Takes the rows that follow."""
-        if later.low is not None and (self.low is None or later.low[1] < self.low[1]):
-            self.low = later.low
-        if later.high is not None and (self.high is None or later.high[1] > self.high[1]):
-            self.high = later.high
-        if later.missing_at is not None:
-            self.missing_at = later.missing_at
+        self.last = later.last
+        if later.count:
+            count = self.count + later.count
+            # Not by sums, which could overflow.
+            self.mean = self.mean * (self.count / count) + later.mean * (later.count / count)
+            self.low, self.high = min(self.low, later.low), max(self.high, later.high)
+            self.count = count
 
-    def points(self) -> Iterator[Point]:
-        if self.low is not None and self.high is not None:
-            yield from sorted({self.low, self.high})
-        if self.missing_at is not None:
-            yield self.missing_at, None
+    def point(self) -> Point:
+        """How it is drawn."""
+        middle = (self.first + self.last) // 2
+        return Point(middle, self.mean, self.low, self.high) if self.count else Point(middle, None, None, None)
 
 
 class Curve:
     """A number over the steps of a run.
 
-    Of a long curve it keeps buckets of consecutive rows, by their lowest and highest value. So a peak of a single row
-    is drawn, and nothing is smoothed.
+    Of a long curve it keeps stretches of consecutive rows, by their mean, their lowest and their highest value, so that
+    also a peak of a single row is drawn.
 
     Attributes:
         rows: Number of rows.
         missing: How many of them were not finite.
         first_missing: Step of the first of these.
-        first: The first finite value.
         last: The last finite value.
         lowest: The lowest finite value.
         highest: The highest finite value.
@@ -71,7 +97,6 @@ class Curve:
         self.rows = 0
         self.missing = 0
         self.first_missing: int | None = None
-        self.first: tuple[int, float] | None = None
         self.last: tuple[int, float] | None = None
         self.lowest = math.inf
         self.highest = -math.inf
@@ -88,14 +113,12 @@ class Curve:
             if self.first_missing is None:
                 self.first_missing = step
             self.missing += 1
-            bucket = _Bucket(None, None, step)
+            bucket = _Bucket(step, step, 0, 0.0, math.inf, -math.inf)
         else:
-            point = (step, value)
-            self.first = self.first or point
-            self.last = point
+            self.last = (step, value)
             self.lowest = min(self.lowest, value)
             self.highest = max(self.highest, value)
-            bucket = _Bucket(point, point, None)
+            bucket = _Bucket(step, step, 1, value, value, value)
         if self._in_last and self._in_last < self._per_bucket:
             self._buckets[-1].absorb(bucket)
             self._in_last += 1
@@ -107,23 +130,15 @@ class Curve:
         self._in_last = 1
 
     def points(self, most: int) -> list[Point]:
-        """The points to draw, by step: all rows, or the lowest and highest of buckets, with the first and the last row.
+        """The points to draw, by step: all rows, or stretches of rows.
 
         Args:
-            most: About how many points there may be, at least 4.
+            most: How many points there may be, at least 1.
         """
-        buckets = self._buckets
-        if self.rows > most:
-            buckets = [_Bucket(bucket.low, bucket.high, bucket.missing_at) for bucket in buckets]
-            while 2 * len(buckets) > most:
-                buckets = _joined(buckets)
-        points = [point for bucket in buckets for point in bucket.points()]
-        if self.first is not None and self.last is not None:
-            if self.first[0] < points[0][0]:
-                points.insert(0, self.first)
-            if self.last[0] > points[-1][0]:
-                points.append(self.last)
-        return points
+        buckets = [dataclasses.replace(bucket) for bucket in self._buckets]
+        while len(buckets) > most:
+            buckets = _joined(buckets)
+        return [bucket.point() for bucket in buckets]
 
 
 def _joined(buckets: list[_Bucket]) -> list[_Bucket]:

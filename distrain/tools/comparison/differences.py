@@ -11,6 +11,8 @@ from distrain.tools.comparison.run import Run, shortened
 
 #: Longer names make tables and legends hard to read.
 _LONGEST_NAME = 48
+#: As many letters of a commit tell it from others.
+_LONGEST_ORIGIN = 16
 #: Differs between all runs, and the name already says it.
 _OF_EACH_RUN = frozenset({"run_dir"})
 #: Parts of ``summary.json`` that say where a run comes from, and how they are called beside the keys.
@@ -72,7 +74,7 @@ def find_differences(runs: Sequence[Run]) -> list[Difference]:
         if key not in _OF_EACH_RUN and len({(run.config or {}).get(key) for run in known}) > 1:
             found.append(Difference(key, tuple((run.config or {}).get(key) for run in runs)))
     for path, label in _ORIGIN.items():
-        values = tuple(shortened(text, 40) if (text := run.text(path)) is not None else None for run in runs)
+        values = tuple(None if (text := run.text(path)) is None else text[:_LONGEST_ORIGIN] for run in runs)
         if len(set(values) - {None}) > 1:
             found.append(Difference(label, values))
     return found

@@ -163,7 +163,7 @@ def figures_of(runs: Sequence[Run]) -> list[Figure]:
         Figure("images/s", of_summary("images_per_second"), decimals=0, better=1),
         Figure("ms per step", of_summary("step_ms.mean"), decimals=2, better=-1),
         Figure("parameters", of_summary("parameters.count")),
-        Figure("peak memory (MiB, largest rank)", of_summary("peak_memory_mb"), decimals=0, better=-1),
+        Figure("peak memory, MiB", of_summary("peak_memory_mb"), decimals=0, better=-1),
         Figure("skipped updates", of_summary("skipped_updates"), False),
         Figure("resumed at step", of_summary("resumed_at_step"), False),
     ]

@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 34;
-  const MOST_READ = 10;
+  const MOST_READ = 10, MOST_WITH_RANGE = 5;
   const shown = data.runs.map(() => true);
   let overSeconds = false;
   let logLoss = true;
@@ -39,9 +39,14 @@
   // Steps are stored as differences, since these are shorter.
   function decode(stored) {
     let step = 0;
-    const points = stored.s.map((more, index) => ({ step: step += more, y: stored.v[index] }));
+    const points = stored.s.map((more, index) => ({
+      step: step += more,
+      y: stored.v[index],
+      low: (stored.l || stored.v)[index],
+      high: (stored.h || stored.v)[index],
+    }));
     for (const point of points) point.seconds = secondsAt(data.runs[stored.r].knots, point.step);
-    return { run: stored.r, points };
+    return { run: stored.r, points, hasBand: Boolean(stored.l) };
   }
 
   function write(number) {
@@ -116,8 +121,8 @@
       }
       let lowest = Infinity, highest = -Infinity, longest = 0;
       for (const point of drawn) {
-        lowest = Math.min(lowest, point.y);
-        highest = Math.max(highest, point.y);
+        lowest = Math.min(lowest, this.log && point.low <= 0 ? point.y : point.low);
+        highest = Math.max(highest, point.high);
         longest = Math.max(longest, this.x(point));
       }
       longest = longest || 1;
@@ -145,8 +150,28 @@
       }
       element("text", { x: (LEFT + width - RIGHT) / 2, y: height - 3, "text-anchor": "middle" }, this.svg).textContent =
         overSeconds ? "seconds of training" : "steps";
+      this.bottom = lowest;
+      for (const curve of curves) if (curve.hasBand) this.drawBand(curve);
       for (const curve of curves) this.drawCurve(curve);
       this.marker = element("line", { class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden" }, this.svg);
+    }
+
+    // From the lowest to the highest value of each stretch of steps.
+    drawBand(curve) {
+      let upper = [], lower = [], path = "";
+      const end = () => {
+        if (upper.length > 1) path += `M${upper.join("L")}L${lower.reverse().join("L")}Z`;
+        upper = [];
+        lower = [];
+      };
+      for (const point of curve.points) {
+        if (point.y === null || (this.log && point.y <= 0)) { end(); continue; }
+        const x = this.toX(this.x(point)).toFixed(1);
+        upper.push(`${x} ${this.toY(point.high).toFixed(1)}`);
+        lower.push(`${x} ${this.toY(Math.max(point.low, this.bottom)).toFixed(1)}`);
+      }
+      end();
+      element("path", { class: `band ${data.runs[curve.run].style}`, d: path }, this.svg);
     }
 
     drawCurve(curve) {
@@ -208,12 +233,13 @@
       found = found.slice(0, MOST_READ);
       found.sort((a, b) => (b.point.y ?? -Infinity) - (a.point.y ?? -Infinity));
       this.readout.className = `readout ${x > this.width / 2 ? "left" : "right"}`;
-      html("div", overSeconds ? `${write(at)} s` : `step ${Math.round(at).toLocaleString("en-US")}`, this.readout);
+      html("div", overSeconds ? `${write(Number(at.toPrecision(4)))} s` : `step ${Math.round(at).toLocaleString("en-US")}`, this.readout);
       for (const entry of found) {
         const row = html("div", null, this.readout);
         row.appendChild(sample(data.runs[entry.run].style));
         html("span", data.runs[entry.run].name, row);
         html("b", entry.point.y === null ? "not finite" : write(entry.point.y), row);
+        if (found.length <= MOST_WITH_RANGE && entry.point.low !== entry.point.high) html("span", `${write(entry.point.low)} to ${write(entry.point.high)}`, row, "dim");
       }
       if (more > 0) html("div", `and ${more} more`, this.readout);
     }

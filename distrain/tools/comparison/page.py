@@ -31,8 +31,8 @@ from distrain.tools.comparison.run import FAILED, FINISHED, Run, shortened
 _HERE = Path(__file__).parent
 _COLORS, _DASHES = 8, 7
 #: Points of all curves together, so that ten long runs make a page of less than 300 kB.
-_MOST_POINTS = 14_000
-_FEWEST_POINTS_PER_CURVE = 60
+_MOST_POINTS = 8_000
+_FEWEST_POINTS_PER_CURVE = 50
 _MOST_KNOTS = 48
 _MOST_CHARTS = 16
 #: Runs from which on the list of runs scrolls by itself.
@@ -133,7 +133,7 @@ def _chart_names(runs: Sequence[Run]) -> list[str]:
     # An epoch's mean of what is also logged during it is worth a chart only where nothing was logged during it.
     for name in list(counts):
         during = f"train/{name.removeprefix('epoch/train_')}"
-        if name.startswith("epoch/train_") and counts.get(during, 0) == len(runs):
+        if name.startswith("epoch/train_") and counts[name] <= counts.get(during, 0):
             del counts[name]
 
     def rank(name: str) -> tuple[bool, bool, int, bool]:
@@ -157,10 +157,14 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
             if curve is None:
                 continue
             points = curve.points(most)
-            steps = [step for step, _ in points]
-            deltas = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
-            values = [None if value is None else _rounded(value) for _, value in points]
-            curves.append({"r": index, "s": deltas, "v": values})
+            steps = [point.step for point in points]
+            # Differences are shorter than steps.
+            stored: dict[str, Any] = {"r": index, "s": [b - a for a, b in zip([0, *steps], steps, strict=False)]}
+            stored["v"] = [_rounded(point.mean) for point in points]
+            if any(point.low != point.high for point in points):
+                stored["l"] = [_rounded(point.low) for point in points]
+                stored["h"] = [_rounded(point.high) for point in points]
+            curves.append(stored)
         charts.append({"title": _chart_title(name), "loss": lower_is_better(name), "curves": curves})
     shown = [
         {"name": run.name, "style": _style(index), "knots": _knots(run.seconds_over_steps())}
@@ -169,8 +173,10 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
     return {"runs": shown, "charts": charts}
 
 
-def _rounded(value: float) -> float | int:
+def _rounded(value: float | None) -> float | int | None:
     """Five significant digits, which no screen tells from more."""
+    if value is None:
+        return None
     rounded = float(f"{value:.5g}")
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e9 else rounded
 
@@ -237,9 +243,8 @@ def _notes_on_curves(runs: Sequence[Run], data: dict[str, Any]) -> list[str]:
     drawn = max((len(curve["s"]) for chart in data["charts"] for curve in chart["curves"]), default=0)
     if longest > drawn:
         notes.append(
-            f"Nothing is smoothed. The longest curve has {longest:,} rows. One of more than about {drawn:,} rows is "
-            "drawn by the lowest and the highest value of each stretch of steps, where they were logged, and by its "
-            "first and last value."
+            f"The longest curve has {longest:,} rows. One of more than about {drawn:,} rows is drawn in stretches: the "
+            "line is the mean of each, and the band reaches from its lowest to its highest value."
         )
     left_out = len(_chart_names(runs)) - len(data["charts"])
     if left_out > 0:

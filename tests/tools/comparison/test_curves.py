@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 from typing import Any
 
 import pytest
@@ -19,14 +20,19 @@ def read(*rows: Any, end: bytes = b"") -> Metrics:
     return read_metrics(io.BytesIO(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + end))
 
 
+def drawn(curve: Curve, most: int = 50) -> list[tuple[int, float | None]]:
+    return [(point.step, point.mean) for point in curve.points(most)]
+
+
 def test_a_short_curve_is_drawn_row_by_row() -> None:
     curve = read(*ROWS).curves["train/loss"]
-    assert curve.points(100) == [(10, 1.0), (20, 0.5), (30, 0.3), (40, 0.2)]
+    assert drawn(curve) == [(10, 1.0), (20, 0.5), (30, 0.3), (40, 0.2)]
+    assert all(point.low == point.mean == point.high for point in curve.points(4))
     assert (curve.lowest, curve.highest, curve.last, curve.rows) == (0.2, 1.0, (40, 0.2), 4)
 
 
 @pytest.mark.parametrize("rows", [3_000, 70_001])
-def test_a_long_curve_keeps_its_ends_and_every_extreme_where_it_was(rows: int) -> None:
+def test_a_long_curve_keeps_its_mean_and_every_extreme(rows: int) -> None:
     draw = random.Random(rows)
     values = {step: draw.random() for step in range(1, rows + 1)}
     values[rows // 3], values[rows // 2] = 50.0, -50.0
@@ -34,15 +40,18 @@ def test_a_long_curve_keeps_its_ends_and_every_extreme_where_it_was(rows: int) -
     for step, value in values.items():
         curve.add(step, value)
     points = curve.points(200)
-    assert len(points) <= 202
-    steps = [step for step, _ in points]
+    assert 100 <= len(points) <= 200
+    steps = [point.step for point in points]
     assert steps == sorted(set(steps))
-    assert all(values[step] == value for step, value in points)
-    assert points[0] == (1, values[1])
-    assert points[-1] == (rows, values[rows])
-    assert {(rows // 3, 50.0), (rows // 2, -50.0)} <= set(points)
-    # All rows are covered: no stretch without points is longer than a few buckets.
-    assert max(later - step for step, later in itertools.pairwise(steps)) < 6 * rows / 100
+    stretch = 2 * rows / len(points)
+    assert points[0].step <= stretch
+    assert points[-1].step >= rows - stretch
+    for step, value in ((rows // 3, 50.0), (rows // 2, -50.0)):
+        assert any(value in (point.low, point.high) and abs(point.step - step) <= stretch for point in points)
+    ordinary = [point.mean for point in points if point.mean is not None]
+    assert statistics.mean(ordinary) == pytest.approx(0.5, abs=0.05)
+    # All rows are covered.
+    assert max(later - step for step, later in itertools.pairwise(steps)) < 2 * rows / 100
     assert curve.rows == rows
 
 
@@ -62,14 +71,14 @@ def test_values_that_are_not_finite_break_the_line_and_are_counted() -> None:
     curve = read(*rows, end=b"".join(odd) + b'{"kind":"step","step":9,"train/loss":1%s}\n' % (b"0" * 400)).curves[
         "train/loss"
     ]
-    assert curve.points(50) == [(1, 1.0), (2, None), (3, 2.0), (4, None), (5, None), (6, None), (9, None)]
+    assert drawn(curve) == [(1, 1.0), (2, None), (3, 2.0), (4, None), (5, None), (6, None), (9, None)]
     assert (curve.missing, curve.first_missing, curve.last) == (5, 2, (3, 2.0))
 
 
 def test_a_curve_without_any_finite_value_has_no_last_one() -> None:
     curve = read(*(step_row(step, None) for step in range(1, 4))).curves["train/loss"]
     assert curve.last is None
-    assert [value for _, value in curve.points(4)] == [None] * 3
+    assert [value for _, value in drawn(curve)] == [None] * 3
 
 
 @pytest.mark.parametrize(

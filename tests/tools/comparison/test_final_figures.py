@@ -29,7 +29,7 @@ def test_figures_come_from_the_summary_and_the_best_from_the_curves(tmp_path: Pa
         "images/s": "1,000",
         "ms per step": "10.00",
         "parameters": "5,000",
-        "peak memory (MiB, largest rank)": "100",
+        "peak memory, MiB": "100",
     }
     assert bytes_sent(runs[0]) == 80_000
 
