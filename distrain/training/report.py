@@ -235,7 +235,8 @@ class Report:
             "checkpoint": checkpoint,
             **strategy.report(),
             "parameters": self.parameters,
-            "start": as_iso(runtime.start_time),
+            # The start is known by another clock than the calendar's.
+            "start": as_iso(time.time() - (time.monotonic() - runtime.start_time)),
             "end": as_iso(time.time()),
             **self._origin.collect(),
         }

@@ -56,7 +56,7 @@ def test_summary_says_where_the_run_comes_from(two_starts: Path) -> None:
     for summary in (first, second):
         start, end = (datetime.datetime.fromisoformat(summary[key]) for key in ("start", "end"))
         assert start.tzinfo is not None
-        assert start <= end
+        assert start <= end < start + datetime.timedelta(hours=1)
         assert summary["versions"] == {
             "python": platform.python_version(),
             "torch": torch.__version__,
