@@ -46,7 +46,7 @@ def test_a_link_in_a_searched_folder_is_not_followed_but_a_named_one_is(tmp_path
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl"])
 def test_a_strange_thing_in_the_place_of_a_file_is_a_problem_of_the_run(tmp_path: Path, stray: str, name: str) -> None:
     secret = tmp_path / "secret"
-    secret.write_text('{"kind": "step", "step": 1, "train/loss": 77}\n')
+    secret.write_text('{"kind": "step", "step": 1, "train/loss": 123456.75}\n')
     folder = write_run(tmp_path / "run")
     path = folder / name
     path.unlink()
@@ -59,7 +59,7 @@ def test_a_strange_thing_in_the_place_of_a_file_is_a_problem_of_the_run(tmp_path
         path.mkdir()
     run = read_run(find_runs([str(folder)]).runs[0])
     assert any(name in problem for problem in run.problems), run.problems
-    assert "77" not in repr(run)
+    assert "123456.75" not in repr(run)
 
 
 def test_what_is_no_folder_or_holds_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
