@@ -205,7 +205,9 @@ def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
     if "epoch/val_loss" in values:
         metrics = _metrics(run, values, "epoch/val_", 4)
         parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
-    parts.append(f"| {values['epoch/images_per_second']:,.0f} images/s")
+    # A first epoch that is all warm-up has no speed yet.
+    if speed := values["epoch/images_per_second"]:
+        parts.append(f"| {speed:,.0f} images/s")
     return " ".join(parts)
 
 

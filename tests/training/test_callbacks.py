@@ -111,6 +111,12 @@ def test_one_line_per_epoch_is_logged(on_terminal: bool, caplog: pytest.LogCaptu
     assert getattr(record, "file_only", False) is not on_terminal
 
 
+def test_an_epoch_in_which_no_step_was_timed_tells_no_speed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="distrain"):
+        EpochLog(on_terminal=True).on_epoch_end(trainer(epoch=1), {**VALIDATED, "epoch/images_per_second": 0.0})
+    assert caplog.messages[0].endswith("accuracy 0.7901")
+
+
 def test_the_bar_of_a_resumed_run_starts_at_its_step() -> None:
     terminal, run = Terminal(), trainer(step=15, epoch=1)
     bar = ProgressBar(terminal)
