@@ -8,6 +8,7 @@
 ``bare two``   the same under torchrun on two ranks: joins a gloo group and wraps the model in DistributedDataParallel
 ``help``       ``python launch/train.py --help``
 ``mistake``    ``python launch/train.py trainer.epochs=many``, which is refused
+``mistakes``   the median of ``distrain train nproc=2`` with each mistake of benchmarks/mistakes.py; no rank starts
 =============  =======================================================================================================
 
 distrain trains the same network on the same number of synthetic images of the same size; ``--overrides`` changes that.
@@ -79,6 +80,11 @@ def first_step(folder: Path) -> float:
 
 def measure(name: str, arguments: argparse.Namespace) -> float:
     """Seconds from a contender's command to its first step, or to its end if it takes no step."""
+    if name == "mistakes":
+        sys.path.append(str(ROOT))
+        from benchmarks.mistakes import MISTAKES
+
+        return statistics.median(map(time_of_mistake, MISTAKES))
     with tempfile.TemporaryDirectory() as folder:
         run, stamp = Path(folder, "run"), Path(folder, "stamp")
         train = [TRAIN, *arguments.overrides, "trainer.max_steps=1", "trainer.log_every_steps=1", f"run_dir={run}"]
@@ -101,6 +107,16 @@ def measure(name: str, arguments: argparse.Namespace) -> float:
         return (float(stamp.read_text()) if stamp.exists() else ended) - began
 
 
+def time_of_mistake(arguments: str) -> float:
+    """Seconds until ``distrain train nproc=2`` has refused these arguments."""
+    words = arguments.split()
+    keys = {word.partition("=")[0] for word in words}
+    kept = [word for word in ("nproc=2", "strategy=ddp") if word.partition("=")[0] not in keys]
+    began = time.time()
+    run_command([sys.executable, "-m", "distrain", "train", *kept, *words], 2)
+    return time.time() - began
+
+
 def run_command(command: list[str], code: int) -> str:
     """Runs a command that must end with this exit code; returns its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -111,7 +127,7 @@ def run_command(command: list[str], code: int) -> str:
     return done.stdout
 
 
-CONTENDERS = ("import", "one", "two", "bare", "bare two", "help", "mistake")
+CONTENDERS = ("import", "one", "two", "bare", "bare two", "help", "mistake", "mistakes")
 
 
 # --- the parts of distrain's start -----------------------------------------------------------------------------------
