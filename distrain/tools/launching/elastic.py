@@ -69,7 +69,8 @@ def run_ranks(settings: LaunchSettings, entrypoint: str | Callable[..., Any], ar
     Returns:
         How they ended. ``line`` is printed already.
     """
-    with tempfile.TemporaryDirectory(prefix="distrain_") as folder, _launcher_marked(), _quiet_agent():
+    least, most = settings.nodes
+    with tempfile.TemporaryDirectory(prefix="distrain_") as folder, _variables_set(least != most), _quiet_agent():
         return _Launch(settings, entrypoint, arguments, folder).run()
 
 
@@ -378,11 +379,13 @@ class _OneHost(RendezvousHandler):
 
 
 @contextlib.contextmanager
-def _launcher_marked() -> Iterator[None]:
+def _variables_set(hosts_may_join: bool) -> Iterator[None]:
     """Lets the ranks know who started them, and print without delay; they inherit the environment."""
-    added = {LAUNCHER: str(os.getpid())}
-    if "PYTHONUNBUFFERED" not in os.environ:
-        added["PYTHONUNBUFFERED"] = "1"
+    wanted = {"PYTHONUNBUFFERED": "1"}
+    if hosts_may_join:
+        # Otherwise torch gives the ranks the agents' own store, and a host that joins later can't use it.
+        wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    added = {LAUNCHER: str(os.getpid()), **{key: value for key, value in wanted.items() if key not in os.environ}}
     os.environ.update(added)
     try:
         yield
