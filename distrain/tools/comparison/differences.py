@@ -63,7 +63,10 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def find_differences(runs: Sequence[Run]) -> list[Difference]:
-    """The keys that differ, in the order of the configurations; runs without one count for nothing."""
+    """The keys that differ; runs without a configuration count for nothing.
+
+    Those that all runs have come first, in the order of the configurations.
+    """
     known = [run for run in runs if run.config is not None]
     keys = list(dict.fromkeys(key for run in known for key in run.config or {}))
     # A key that only a later run has stands beside the others of its group.
@@ -73,6 +76,7 @@ def find_differences(runs: Sequence[Run]) -> list[Difference]:
     for key in keys:
         if key not in _OF_EACH_RUN and len({(run.config or {}).get(key) for run in known}) > 1:
             found.append(Difference(key, tuple((run.config or {}).get(key) for run in runs)))
+    found.sort(key=lambda difference: any(difference.key not in (run.config or {}) for run in known))
     for path, label in _ORIGIN.items():
         values = tuple(None if (text := run.text(path)) is None else text[:_LONGEST_ORIGIN] for run in runs)
         if len(set(values) - {None}) > 1:
@@ -87,7 +91,9 @@ def describe_runs(runs: Sequence[Run], differences: Sequence[Difference], most: 
     says is not repeated.
     """
     choices = [difference for difference in differences if difference.key.endswith(".name")]
-    others = [difference for difference in differences if "." in difference.key and difference not in choices]
+    # A key that only some runs have follows from a choice.
+    others = [difference for difference in differences if "." in difference.key and None not in difference.values]
+    others = [difference for difference in others if difference not in choices]
     descriptions = []
     for index, run in enumerate(runs):
         said = []

@@ -55,8 +55,8 @@ class Figure:
 
 def show_number(number: float, decimals: int | None = None) -> str:
     """A number as a person writes it."""
-    if decimals is not None and abs(number) < 1e6 and (number == 0 or abs(number) >= 10.0**-decimals):
-        return f"{number:,.{decimals}f}"
+    if decimals is not None and abs(number) < 1e6:
+        return f"{number:,.{decimals}f}" if number == 0 or abs(number) >= 10.0**-decimals else f"{number:.2g}"
     if number == int(number) and abs(number) < 1e15:
         return f"{int(number):,}"
     if 1000 <= abs(number) < 1e9:

@@ -75,8 +75,8 @@ class Run:
         if self.metrics.clock.is_known:
             return self.metrics.clock.knots
         # A run shorter than trainer.log_every_steps logs epochs only.
-        step_ms, last = self.number("step_ms.mean"), self.metrics.last_step
-        return [(0, 0.0), (last, last * step_ms / 1000)] if step_ms is not None and last else []
+        step_ms, last = self.number("step_ms.mean"), self.metrics.last_step or int(self.number("steps") or 0)
+        return [(0, 0.0), (last, last * step_ms / 1000)] if step_ms is not None and last > 0 else []
 
 
 def read_run(files: RunFiles) -> Run:

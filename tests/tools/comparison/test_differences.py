@@ -46,6 +46,8 @@ def test_a_run_is_described_by_what_sets_it_apart_from_most(tmp_path: Path) -> N
     runs = read(
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b"),
-        write_run(tmp_path / "c", config={**CONFIG, "strategy": {"name": "pipeline"}, "seed": 3}),
+        write_run(tmp_path / "c", config={**CONFIG, "strategy": {"name": "pipeline", "stages": 2}, "seed": 3}),
     )
-    assert describe_runs(runs, find_differences(runs)) == ["", "", "strategy=pipeline"]
+    differences = find_differences(runs)
+    assert [difference.key for difference in differences] == ["strategy.name", "seed", "strategy.stages"]
+    assert describe_runs(runs, differences) == ["", "", "strategy=pipeline"]

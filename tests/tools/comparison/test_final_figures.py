@@ -79,6 +79,12 @@ def test_differences_are_absolute_for_metrics_and_in_percent_for_costs() -> None
 def test_numbers_and_bytes_are_written_for_people() -> None:
     numbers = [1234567.0, 0.000012345, 1234.56, 1e300, -3.0]
     assert [show_number(number) for number in numbers] == ["1,234,567", "1.234e-05", "1,235", "1e+300", "-3"]
+    assert [show_number(number, 2) for number in (0.0, 0.004567, 1.005, 2e7)] == [
+        "0.00",
+        "0.0046",
+        "1.00",
+        "20,000,000",
+    ]
     assert [show_bytes(n) for n in (None, 0, 999, 1500, 2.5e9, 1e20)] == [
         "–",
         "0 B",

@@ -52,6 +52,13 @@ def test_a_sweeps_table_says_why_a_job_has_no_results(tmp_path: Path) -> None:
     assert run.reason == "the sweep says failed: exit code 2"
 
 
+def test_a_run_too_short_to_log_steps_has_the_seconds_of_its_summary(tmp_path: Path) -> None:
+    (run,) = read(write_run(tmp_path / "a", rows=[]))
+    assert run.training_seconds == pytest.approx(0.4)
+    (run,) = read(write_run(tmp_path / "b", summary={}, rows=[]))
+    assert run.training_seconds is None
+
+
 def test_a_time_that_no_clock_shows_is_left_out(tmp_path: Path) -> None:
     (run,) = read(write_run(tmp_path / "a", summary=None, rows=[{**step_row(1, 1.0), "time": 1e300}]))
     assert run.reason.endswith("last row at step 1")

@@ -59,6 +59,7 @@ def test_a_strange_thing_in_the_place_of_a_file_is_a_problem_of_the_run(tmp_path
         path.mkdir()
     run = read_run(find_runs([str(folder)]).runs[0])
     assert any(name in problem for problem in run.problems), run.problems
+    assert all(curve.highest < 123456 for curve in run.metrics.curves.values())
     assert "123456.75" not in repr(run)
 
 
