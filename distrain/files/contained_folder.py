@@ -178,6 +178,13 @@ class ContainedFolder:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
+    def is_link(self, name: str) -> bool:
+        """Whether there is a link under a name, wherever it leads."""
+        try:
+            return stat.S_ISLNK(self.status(name).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def sync(self, name: str) -> None:
         """Syncs a folder's entries to the disk, so that they survive a crash of the machine."""
         with self._parent_of(f"{name}/-") as (folder, _):

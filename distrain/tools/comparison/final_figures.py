@@ -13,6 +13,11 @@ _VALIDATION, _BEST = "epoch/val_", "best_val_"
 #: Numbers of ``summary.json`` that begin with ``test_`` and are no metric.
 _COUNTS = frozenset({"test_count", "test_correct"})
 _LONGEST_TEXT = 40
+#: Ends of the names of metrics that are to be made small.
+_SMALL_IS_GOOD = (
+    *("loss", "error", "perplexity", "mse", "mae"),
+    *("seconds", "_ms", "ms_per_step", "bytes_sent_per_step", "per_rank", "memory_mb"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,8 @@ def show_bytes(number: float | None) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric is one to be made small: a loss, an error, or a cost."""
-    return (
-        metric.rpartition(".")[2]
-        .rpartition("/")[2]
-        .endswith(("loss", "error", "seconds", "_ms", "bytes_sent_per_step", "peak_memory_mb", "mean", "p50", "p95"))
-    )
+    """Whether a metric is one to be made small: a loss, an error, or a cost such as time, bytes and memory."""
+    return metric.startswith("step_ms.") or metric.endswith(_SMALL_IS_GOOD)
 
 
 def _sign(metric: str) -> int:

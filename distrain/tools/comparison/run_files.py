@@ -154,7 +154,7 @@ def find_runs(paths: Sequence[str]) -> FoundRuns:
 
 
 def _search(folder: ContainedFolder, notices: list[str]) -> Iterator[RunFiles]:
-    looked_at = 0
+    looked_at = links = 0
     #: Folders to look at: path, depth, and what a sweep's table says of it.
     waiting: list[tuple[str, int, tuple[str, str] | None]] = [(_ITSELF, 0, None)]
     while waiting:
@@ -174,6 +174,10 @@ def _search(folder: ContainedFolder, notices: list[str]) -> Iterator[RunFiles]:
             inside = [(str(PurePosixPath(inner, name)), name) for name in names if not name.startswith(".")]
             folders = [(path, depth + 1, outcomes.get(name)) for path, name in inside if folder.is_folder(path)]
             waiting += reversed(folders)
+            links += sum(folder.is_link(path) for path, _ in inside)
+    if links:
+        which = "1 link is" if links == 1 else f"{links} links are"
+        notices.append(f"{folder.path}: {which} not followed; name a run behind a link itself")
 
 
 def _is_run(names: list[str]) -> bool:

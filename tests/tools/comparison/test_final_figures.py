@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from distrain.errors import ConfigError
-from distrain.tools.comparison.final_figures import Figure, bytes_sent, figures_of, ordered, show_bytes, show_number
+from distrain.tools.comparison.final_figures import (
+    Figure,
+    bytes_sent,
+    figures_of,
+    lower_is_better,
+    ordered,
+    show_bytes,
+    show_number,
+)
 from tests.tools.comparison.runs import SUMMARY, epoch_row, read, write_run
 
 
@@ -93,3 +101,9 @@ def test_numbers_and_bytes_are_written_for_people() -> None:
         "2.5 GB",
         "1e+05 PB",
     ]
+
+
+def test_losses_errors_and_costs_are_better_when_smaller() -> None:
+    small = ("test_loss", "epoch/val_loss", "mean_absolute_error", "step_ms.p95", "wall_seconds", "peak_memory_mb")
+    assert all(map(lower_is_better, small))
+    assert not any(map(lower_is_better, ("val_accuracy", "test_mean_iou", "images_per_second", "compression_ratio")))

@@ -17,7 +17,8 @@ from distrain.tools.comparison.page import to_html
 from distrain.tools.comparison.run import Run
 from tests.tools.comparison.runs import CONFIG, ROWS, SUMMARY, epoch_row, read, step_row, write_run
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\n\x00数据"
+#: Markup, letters that turn the direction or break lines, half a letter, and a name of bytes that are no text.
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\n\x00\udcff\ud800数据"
 
 
 class Elements(HTMLParser):
@@ -99,7 +100,7 @@ def test_text_of_a_hostile_run_stays_text(tmp_path: Path) -> None:
     summary = {**SUMMARY, "strategy": HOSTILE, "compression": HOSTILE, "command": HOSTILE, "end": HOSTILE}
     summary |= {f"test_{HOSTILE}": 1.0, f"best_val_{HOSTILE}": 0.5}
     rows = [{**row, f"train/{HOSTILE[:60]}": 1.0, f"epoch/val_{HOSTILE[:60]}": 1.0} for row in ROWS]
-    name = HOSTILE.replace("/", "\\").replace("\x00", "")
+    name = HOSTILE.replace("/", "\\").replace("\x00", "").replace("\ud800", "")
     folders = [
         write_run(tmp_path / name, config=config, summary=summary, rows=rows),
         write_run(tmp_path / f"{name}2", summary=None, rows=rows, failure={"error": HOSTILE, "host": HOSTILE}),

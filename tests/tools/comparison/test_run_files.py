@@ -39,6 +39,8 @@ def test_a_link_in_a_searched_folder_is_not_followed_but_a_named_one_is(tmp_path
     inside = write_run(tmp_path / "runs" / "inside")
     (tmp_path / "runs" / "linked").symlink_to(run)
     assert found(tmp_path / "runs") == [str(inside)]
+    (notice,) = find_runs([str(tmp_path / "runs")]).notices
+    assert notice.endswith("1 link is not followed; name a run behind a link itself")
     assert found(tmp_path / "runs" / "linked") == [str(run)]
 
 
