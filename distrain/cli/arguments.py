@@ -6,11 +6,13 @@ and ``=``, ``(`` and ``~`` may stand only in quotes. A path may contain all of t
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -43,6 +45,29 @@ def quote_home_folders(arguments: Iterable[str]) -> list[str]:
             argument = f"{setting['key']}={in_quotes(setting['value'])}"
         result.append(argument)
     return result
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Puts options and their values, such as ``--config-dir DIR``, in front: Hydra reads none between settings."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        settings = parser.parse_known_intermixed_args(list(arguments))[0].overrides
+    except argparse.ArgumentError:
+        # Told by who checks the options.
+        return list(arguments)
+    options, left = [], list(settings)
+    for argument in arguments:
+        if left and argument == left[0]:
+            del left[0]
+        else:
+            options.append(argument)
+    return [*options, *settings]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, and its settings as ``overrides``; what is no option of Hydra's is left out."""
+    return get_args_parser().parse_known_args(options_first(arguments))[0]
 
 
 def unparsable(argument: str, arguments: Sequence[str]) -> ConfigError:

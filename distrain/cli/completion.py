@@ -54,6 +54,8 @@ complete -c distrain -f -a '(__distrain_complete)'
 }
 #: Options of every command that are worth a Tab.
 _OPTIONS = ("--help", "--config-dir", "--cfg", "--multirun")
+#: Commands that start their own ranks with ``nproc=N``.
+_START_RANKS = ("train", "evaluate", "doctor")
 #: Commands whose settings behind ``--`` are those of a training.
 _OF_TRAININGS = ("hosts", "chaos")
 #: Hydra offers the places of a list as if they were keys.
@@ -91,7 +93,8 @@ def print_candidates(line: str, commands: Sequence[str]) -> None:
 
 
 def _print_settings(name: str, before: Sequence[str], word: str) -> None:
-    if "--" in before:
+    is_of_training = "--" in before
+    if is_of_training:
         if name not in _OF_TRAININGS:
             return
         name, before = "train", before[len(before) - before[::-1].index("--") :]
@@ -105,8 +108,12 @@ def _print_settings(name: str, before: Sequence[str], word: str) -> None:
 
             found += ["nproc=", "sweep.folder="]
             found += [f"sweep.{field.name}=" for field in dataclasses.fields(SweepSettings) if field.name != "nproc"]
+        elif name in _START_RANKS and not is_of_training:
+            from distrain.tools.launching.launch_keys import LaunchSettings
+
+            found += [f"{field.name}=" for field in dataclasses.fields(LaunchSettings)]
         found += _asked_of_hydra(name, before, word)
-    found = [candidate for candidate in found if candidate != word]
+    found = [candidate for candidate in found if candidate.startswith(word) and candidate != word]
     if equals and not found:
         found = [f"{key}={path}" for path in _paths(value)]
     _print(found, word)

@@ -11,14 +11,14 @@ from typing import Any
 import hydra
 from hydra import version
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distrain.cli.arguments import quote_home_folders
+from distrain.cli.arguments import parse, quote_home_folders
 from distrain.config.registry import GROUPS
 from distrain.errors import ConfigError
 
@@ -53,7 +53,7 @@ class ConfigFiles:
             ConfigError: ``--config-dir`` names no folder, or one with files that would not be read.
         """
         conf = conf.resolve()
-        own = get_args_parser().parse_known_args(list(arguments))[0].config_dir
+        own = parse(arguments).config_dir
         if own is None:
             return cls(conf, None, name)
         folder = Path(own)

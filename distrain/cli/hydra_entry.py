@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distrain.cli import key_help
-from distrain.cli.arguments import quote_home_folders, quoted, refuse_misread_paths, unparsable
+from distrain.cli.arguments import options_first, parse, quote_home_folders, quoted, refuse_misread_paths, unparsable
 from distrain.cli.config_files import HYDRA_VERSION_BASE, ConfigFiles, leaves
 from distrain.cli.typed_help import printed_as_started
 from distrain.config.key_search import same_name, schema_docs, similar_keys
@@ -146,6 +146,7 @@ def main(
     )(guarded_task)
     try:
         launch_arguments = [] if check is None else _pop_launch_arguments()
+        sys.argv[1:] = options_first(sys.argv[1:])
         _check_options(sys.argv[1:])
         sys.argv[1:] = quote_home_folders(sys.argv[1:])
         refuse_misread_paths(sys.argv[1:], schema)
@@ -268,10 +269,6 @@ def _check_options(arguments: Sequence[str]) -> None:
         options, unknown = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise config_error("command line", str(error)) from error
-    if unknown and not unknown[0].startswith("-"):
-        raise config_error(
-            f"argument '{unknown[0]}'", "options such as --multirun stand before all settings or after them"
-        )
     if unknown:
         raise config_error(
             f"argument '{unknown[0]}'", "no such option; settings are key=value, without dashes; see --help"
@@ -400,7 +397,7 @@ def explain_keys(
     Raises:
         ConfigError: There is no such key.
     """
-    options = get_args_parser().parse_known_args(list(arguments))[0]
+    options = parse(arguments)
     names = [argument for argument in options.overrides if "=" not in argument and argument[:1].isalpha()]
     if not (options.help and names):
         return False
@@ -425,12 +422,10 @@ def compose(conf: Path, config_name: str, arguments: Sequence[str] = ()) -> Dict
     Raises:
         ConfigError: ``--config-dir`` names no folder.
     """
-    overrides = get_args_parser().parse_known_args(list(arguments))[0].overrides
+    overrides = parse(arguments).overrides
     return ConfigFiles.of_command(conf, config_name, arguments).compose(overrides)
 
 
 def _overrides(arguments: Sequence[str]) -> list[Override]:
-    overrides: list[Override] = OverridesParser.create().parse_overrides(
-        get_args_parser().parse_known_args(list(arguments))[0].overrides
-    )
+    overrides: list[Override] = OverridesParser.create().parse_overrides(parse(arguments).overrides)
     return overrides

@@ -171,12 +171,8 @@ def multirun_arguments(arguments: Sequence[str], default_folder: str) -> list[st
         ConfigError: An unknown key ``sweep.…``.
     """
     known = ["folder", *(field.name for field in dataclasses.fields(SweepSettings))]
-    # Hydra reads no option between settings.
-    options = [argument for argument in arguments if argument.startswith("-") or "=" not in argument]
-    translated = ["--multirun", *options, "hydra/launcher=torchrun", f"hydra.sweep.dir={hydra_quote(default_folder)}"]
+    translated = ["--multirun", "hydra/launcher=torchrun", f"hydra.sweep.dir={hydra_quote(default_folder)}"]
     for argument in arguments:
-        if argument in options:
-            continue
         key, _, value = argument.partition("=")
         if key == "sweep.folder":
             # Hydra's own key, which no schema expands.

@@ -43,6 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("distrain evaluate run=m", ["run=mine/"]),
         ("distrain evaluate run=mine/", ["run=mine/model/"]),
         ("distrain evaluate mo", []),
+        ("distrain train np", ["nproc="]),
+        ("distrain predict np", []),
         ("distrain sweep sweep.m", ["sweep.minutes=", "sweep.metric="]),
         ("distrain sweep strategy=d", ["strategy=ddp"]),
         ("distrain hosts hosts=[a] -- strategy=d", ["strategy=ddp"]),

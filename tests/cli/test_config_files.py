@@ -51,7 +51,7 @@ def test_keys_of_a_choice_with_an_error_in_it_are_not_known(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, net, resnet18"),
+        (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, net,"),
         (["model=1"], "model=1: needs the name of a choice; choices: airbench_cnn, cifar_cnn, custom, net,"),
         (["experiment=quik"], "(did you mean quick?)"),
         (["optimizer=broken"], "mine/optimizer/broken.yaml"),
@@ -63,11 +63,9 @@ def test_keys_of_a_choice_with_an_error_in_it_are_not_known(mine: Path) -> None:
 def test_errors_list_ones_own_choices_too(
     command: str, arguments: list[str], line: str, mine: Path, refusal: Refusal
 ) -> None:
-    before = {"train": [], "hosts": ["hosts=[a]", "ssh=false", "--"], "sweep": ["seed=1,2"]}[command]
-    if command == "sweep":
-        assert line in refusal(command, *before, *arguments, "--config-dir", "mine")
-    else:
-        assert line in refusal(command, *before, "--config-dir", "mine", *arguments)
+    before = {"train": [], "hosts": ["hosts=[a]", "ssh=false", "--"], "sweep": ["trainer.epochs=1,2"]}[command]
+    # Between settings, where Hydra itself reads no option.
+    assert line in refusal(command, *before, "seed=3", "--config-dir", "mine", *arguments)
 
 
 @pytest.mark.parametrize(
