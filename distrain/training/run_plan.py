@@ -86,8 +86,11 @@ class RunPlan:
         """The same plan with other number formats or layouts."""
         return dataclasses.replace(self, config=config)
 
-    def check(self) -> ModelTrial:
+    def check(self, *, warn: bool = True) -> ModelTrial:
         """Refuses what can be refused without loading data or talking to other ranks.
+
+        Args:
+            warn: Whether to say which choices have no effect on this number of ranks.
 
         Returns:
             What a trial found out about the model.
@@ -103,9 +106,10 @@ class RunPlan:
         compression.compressor_class(config).check(config)
         check_lookahead(config)
         resume.check(config)
-        if world.size == 1 and config.compression.name != "none":
+        alone = world.size == 1 and warn
+        if alone and config.compression.name != "none":
             log.warning("compression=%s is ignored: one process exchanges no gradients", config.compression.name)
-        if world.size == 1 and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if alone and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
             several = launcher.command(sys.argv, os.environ, ranks=2)
             log.warning("strategy=%s on one process has nothing to divide; on two: %s", config.strategy.name, several)
         precision = Precision(config.trainer.precision, self.device)

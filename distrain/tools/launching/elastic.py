@@ -291,7 +291,7 @@ def _rendezvous(settings: LaunchSettings) -> RendezvousHandler:
         return _OneHost()
     static = settings.node_rank is not None
     options: dict[str, Any] = {"rank": settings.node_rank} if static else {}
-    if not static and _is_own_address(str(settings.rdzv_endpoint)):
+    if not static and _can_listen(str(settings.rdzv_endpoint)):
         # torch finds this out by comparing names, which need not resolve to the address that the other hosts use.
         options["is_host"] = True
     return get_rendezvous_handler(
@@ -308,11 +308,11 @@ def _rendezvous(settings: LaunchSettings) -> RendezvousHandler:
     )
 
 
-def _is_own_address(endpoint: str) -> bool:
-    """Whether the host of an endpoint is this one."""
-    host = endpoint.rpartition(":")[0].strip("[]")
+def _can_listen(endpoint: str) -> bool:
+    """Whether the host of an endpoint is this one, and nobody listens at its port yet."""
+    host, _, port = endpoint.rpartition(":")
     try:
-        resolved = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except OSError:
         return False
     for family, _, _, _, address in resolved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,16 @@ def _wait_for(folder: Path, files: list[str]) -> None:
     while not all((folder / name).exists() for name in files):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_host_serves_the_store_if_it_can() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert not elastic._can_listen(f"127.0.0.1:{taken.getsockname()[1]}")
+        port = taken.getsockname()[1]
+    assert elastic._can_listen(f"localhost:{port}")
+    # An address for documentation, which no host has.
+    assert not elastic._can_listen(f"192.0.2.1:{port}")
+    assert not elastic._can_listen(f"no-such-host.invalid:{port}")
 
 
 def rank_squared() -> int:
