@@ -112,6 +112,10 @@ def _print_settings(name: str, before: Sequence[str], word: str) -> None:
             from distrain.tools.launching.launch_keys import LaunchSettings
 
             found += [f"{field.name}=" for field in dataclasses.fields(LaunchSettings)]
+        elif name == "compare":
+            # Runs are named without a key.
+            before = [typed for typed in before if "=" in typed]
+            found += [] if equals else [path for path in _paths(word) if path.endswith("/")]
         found += _asked_of_hydra(name, before, word)
     found = [candidate for candidate in found if candidate.startswith(word) and candidate != word]
     if equals and not found:

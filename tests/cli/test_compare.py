@@ -87,6 +87,12 @@ def test_a_mistake_is_answered_in_one_line(arguments: list[str], says: str, caps
     assert says in refused(capsys, *arguments)
 
 
+@pytest.mark.usefixtures("folder")
+def test_hydras_options_keep_their_values(capsys: pytest.CaptureFixture[str]) -> None:
+    compare.main([".", "--cfg", "job", "metric=x"])
+    assert "metric: x" in capsys.readouterr().out.splitlines()
+
+
 def test_help_explains_the_command_and_a_key(capsys: pytest.CaptureFixture[str]) -> None:
     compare.main(["--help", "metric"])
     assert "the best first" in capsys.readouterr().out

@@ -40,6 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("distrain train data.root=./", ["data.root=./file", "data.root=./mine/"]),
         ("distrain train data.root=./.", ["data.root=./.hidden"]),
         ("distrain evaluate ru", ["run="]),
+        ("distrain compare m", ["mine/", "metric="]),
+        ("distrain compare mine/model ou", ["output="]),
         ("distrain evaluate run=m", ["run=mine/"]),
         ("distrain evaluate run=mine/", ["run=mine/model/"]),
         ("distrain evaluate mo", []),

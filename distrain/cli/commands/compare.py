@@ -14,6 +14,9 @@ from distrain.cli import hydra_entry
 from distrain.config.folder import CONF
 from distrain.config.load import load_settings
 
+#: Hydra's options whose value is the next argument.
+_OPTIONS_WITH_VALUE = frozenset({"--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd"})
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command.
@@ -22,21 +25,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line behind the command's name; ``None``: that of this process.
     """
     hydra_entry.set_arguments(arguments)
-    folders = [argument for argument in sys.argv[1:] if _is_folder(argument)]
+    settings, folders = _divided(sys.argv[1:])
     # Hydra takes no arguments but settings and options.
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not _is_folder(argument)]
+    sys.argv[1:] = settings
     hydra_entry.main(functools.partial(_task, folders), CONF, "compare", _schema)
 
 
-def _is_folder(argument: str) -> bool:
-    """Whether an argument names a folder: ``key=value`` may be one too, as a sweep's jobs are named so."""
-    if argument.startswith("-"):
-        return False
-    key, equals, _ = argument.partition("=")
-    if not equals:
-        # The key that --help should explain is no folder.
-        return not ({"-h", "--help"} & set(sys.argv[1:]))
-    return not key.isidentifier() and Path(argument).expanduser().is_dir()
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Settings and options, and the folders; ``key=value`` may be a folder too, as those of a sweep's jobs."""
+    settings: list[str] = []
+    folders: list[str] = []
+    # Words beside --help are keys to be explained.
+    explains = bool({"-h", "--help"} & set(arguments))
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        key, equals, _ = argument.partition("=")
+        if argument.startswith("-") or before in _OPTIONS_WITH_VALUE:
+            is_folder = False
+        elif equals:
+            is_folder = not key.isidentifier() and Path(argument).expanduser().is_dir()
+        else:
+            is_folder = not explains
+        (folders if is_folder else settings).append(argument)
+    return settings, folders
 
 
 def _schema() -> type[Any]:

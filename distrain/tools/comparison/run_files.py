@@ -155,6 +155,7 @@ def find_runs(paths: Sequence[str]) -> FoundRuns:
 
 def _search(folder: ContainedFolder, notices: list[str]) -> Iterator[RunFiles]:
     looked_at = links = 0
+    unreadable: list[str] = []
     #: Folders to look at: path, depth, and what a sweep's table says of it.
     waiting: list[tuple[str, int, tuple[str, str] | None]] = [(_ITSELF, 0, None)]
     while waiting:
@@ -164,17 +165,21 @@ def _search(folder: ContainedFolder, notices: list[str]) -> Iterator[RunFiles]:
             raise ConfigError("DIR", folder.path, f"holds more than {_MAX_FOLDERS} folders; name one deeper inside")
         try:
             names = folder.names(inner)
+            if _is_run(names):
+                yield RunFiles(folder, inner, outcome)
+            elif depth < _MAX_DEPTH:
+                outcomes = _outcomes(RunFiles(folder, inner), notices) if "results.csv" in names else {}
+                inside = [(str(PurePosixPath(inner, name)), name) for name in names if not name.startswith(".")]
+                folders = [(path, depth + 1, outcomes.get(name)) for path, name in inside if folder.is_folder(path)]
+                waiting += reversed(folders)
+                links += sum(folder.is_link(path) for path, _ in inside)
         except OSError as error:
-            notices.append(f"{folder.path / inner} can't be looked into: {error.strerror or error}")
-            continue
-        if _is_run(names):
-            yield RunFiles(folder, inner, outcome)
-        elif depth < _MAX_DEPTH:
-            outcomes = _outcomes(RunFiles(folder, inner), notices) if "results.csv" in names else {}
-            inside = [(str(PurePosixPath(inner, name)), name) for name in names if not name.startswith(".")]
-            folders = [(path, depth + 1, outcomes.get(name)) for path, name in inside if folder.is_folder(path)]
-            waiting += reversed(folders)
-            links += sum(folder.is_link(path) for path, _ in inside)
+            unreadable.append(
+                f"{error.filename or folder.path / inner} can't be looked into: {error.strerror or error}"
+            )
+    if unreadable:
+        more = f", nor can {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        notices.append(f"{unreadable[0]}{more}")
     if links:
         which = "1 link is" if links == 1 else f"{links} links are"
         notices.append(f"{folder.path}: {which} not followed; name a run behind a link itself")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from distrain.errors import ConfigError
+from distrain.files.contained_folder import ContainedFolder
 from distrain.tools.comparison.run import read_run
 from distrain.tools.comparison.run_files import MOST_RUNS, find_runs
 from tests.tools.comparison.runs import write_run
@@ -63,6 +65,23 @@ def test_a_strange_thing_in_the_place_of_a_file_is_a_problem_of_the_run(tmp_path
     assert any(name in problem for problem in run.problems), run.problems
     assert all(curve.highest < 123456 for curve in run.metrics.curves.values())
     assert "123456.75" not in repr(run)
+
+
+def test_a_folder_that_can_not_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = write_run(tmp_path / "inside")
+    for name in ("locked1", "locked2"):
+        (tmp_path / name).mkdir()
+    names = ContainedFolder.names
+
+    def refuse(self: ContainedFolder, name: str) -> list[str]:
+        if "locked" in name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self.path / name))
+        return names(self, name)
+
+    monkeypatch.setattr(ContainedFolder, "names", refuse)
+    runs = find_runs([str(tmp_path)])
+    assert [run.path for run in runs.runs] == [inside]
+    assert runs.notices == [f"{tmp_path}/locked1 can't be looked into: Permission denied, nor can 1 more"]
 
 
 def test_what_is_no_folder_or_holds_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
