@@ -293,10 +293,13 @@ class Watch:
             self._changed.notify_all()
         self._on_launcher_end()
         progress, began = self._activity.progress, time.monotonic()
+        last_check = began
         while not self._closing.wait(self._interval):
-            if progress != self._activity.progress:
-                progress, began = self._activity.progress, time.monotonic()
-            elif time.monotonic() - began > self._limits.step:
+            now = time.monotonic()
+            was_suspended, last_check = now - last_check > self._longest_gap, now
+            if progress != self._activity.progress or was_suspended:
+                progress, began = self._activity.progress, now
+            elif now - began > self._limits.step:
                 return False
         return True
 

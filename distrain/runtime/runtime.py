@@ -54,8 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How much longer a collective may take than a step. The watch must report first, since it knows which rank is late.
-_GRACE_SECONDS = 10.0
+#: A week, which is added to a collective's time limit. The watch, which knows which rank is late, ends a run much
+#: earlier. But torch counts the time in which the whole job is suspended, and the job must then go on.
+_LONGEST_SUSPENSION = 7 * 24 * 3600.0
 
 #: Whether this process was ever part of a process group; torch's threads then make its end delicate.
 joined_group = False
@@ -246,9 +247,12 @@ class Runtime:
             launcher_store, rank, size, limits.setup_timeout_seconds, lambda store: register(store, rank, host)
         )
         address = "{}:{}".format(*launcher.store_address(size))
+        watch_store = self._connect(serves=False)
+        # The watch itself notices a store that doesn't answer.
+        watch_store.set_timeout(datetime.timedelta(seconds=_LONGEST_SUSPENSION))
         self._watch = Watch(
             WatchIdentity(rank, size, host, address, not launcher.serves_store()),
-            PrefixStore(prefix, self._connect(serves=False)),
+            PrefixStore(prefix, watch_store),
             Limits(
                 min(limits.heartbeat_timeout_seconds, limits.timeout_seconds),
                 limits.timeout_seconds,
@@ -336,7 +340,7 @@ class Runtime:
     def collective_timeout_seconds(self) -> float:
         """Time limit of a collective, longer than the watch's, so that the watch can name the late rank first."""
         limits = self.config.runtime
-        return max(limits.timeout_seconds, limits.setup_timeout_seconds) + _GRACE_SECONDS
+        return max(limits.timeout_seconds, limits.setup_timeout_seconds) + _LONGEST_SUSPENSION
 
     @property
     def step(self) -> int:

@@ -334,12 +334,14 @@ def test_a_watch_thread_that_fails_once_continues_and_its_error_is_logged(tmp_pa
 
 
 def pause_and_train(configuration: Config) -> str:
-    """Trains; all ranks are suspended at about the same time, for longer than the limit without heartbeats."""
+    """Trains; all ranks are suspended at about the same time, for longer than every limit."""
     command = f"sleep 1; kill -STOP {os.getpid()}; sleep {2 * LIMIT}; kill -CONT {os.getpid()}"
     step = Loader._gather_pixels
 
     def slow(loader: Loader, rows: Any) -> Any:
-        time.sleep(0.1)
+        # Rank 0 waits for the others in a collective when it is suspended.
+        if int(os.environ["RANK"]):
+            time.sleep(0.1)
         return step(loader, rows)
 
     Loader._gather_pixels = slow  # type: ignore[method-assign, assignment]
@@ -350,9 +352,20 @@ def pause_and_train(configuration: Config) -> str:
     return "finished"
 
 
-def test_a_job_that_is_suspended_as_a_whole_continues(tmp_path: Path) -> None:
-    configuration = configured(tmp_path, "ddp", "trainer.epochs=5")
-    assert run_ranks(pause_and_train, 2, configuration) == ["finished"] * 2
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "options"),
+    [
+        (2, "ddp", ()),
+        (3, "parameter_server", ("strategy.mode=async", f"strategy.worker_timeout_seconds={LIMIT}")),
+    ],
+    ids=["ddp", "async server"],
+)
+def test_a_job_that_is_suspended_as_a_whole_continues(
+    ranks: int, strategy: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    limits = (f"runtime.setup_timeout_seconds={LIMIT}", "trainer.epochs=5")
+    configuration = configured(tmp_path, strategy, *limits, *options)
+    assert run_ranks(pause_and_train, ranks, configuration) == ["finished"] * ranks
     assert not (tmp_path / "failure.json").exists()
 
 

@@ -172,6 +172,13 @@ def train_twice(folder: Path) -> list[str]:
     ]
 
 
+def test_the_limit_of_a_collective_outlasts_a_suspension_of_days() -> None:
+    seconds = Runtime(small("runtime.timeout_seconds=2"), World(0, 1, 0, 1, "here")).collective_timeout_seconds
+    assert seconds > 5 * 24 * 3600
+    # torch counts milliseconds in 32 bits at places.
+    assert 1000 * seconds < 2**31
+
+
 def test_one_launch_may_train_several_times(tmp_path: Path) -> None:
     assert run_ranks(train_twice, 2, tmp_path) == [[f"{tmp_path}/a", f"{tmp_path}/b"]] * 2
 

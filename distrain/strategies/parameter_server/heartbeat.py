@@ -113,19 +113,20 @@ class HeartbeatMonitor:
     def _listen(self) -> Farewell:
         interval = self._timeout / _HEARTBEATS_PER_TIMEOUT
         last_received, last_sent = time.monotonic(), float("-inf")
+        last_turn = last_received
         with selectors.DefaultSelector() as selector:
             selector.register(self._connection.socket, selectors.EVENT_READ)
             try:
                 while True:
-                    if time.monotonic() - last_sent >= interval:
+                    now = time.monotonic()
+                    if now - last_turn > self._timeout / 2:
+                        # This process was itself stopped for a while, and so perhaps was the peer.
+                        last_received = now
+                    last_turn = now
+                    if now - last_sent >= interval:
                         self._connection.send(FrameKind.HEARTBEAT)
                         last_sent = time.monotonic()
-                    # If this process was itself stopped for a while, the timeout seems to be over although the peer's
-                    # heartbeats lie in the socket's buffer. So the socket is polled once more before the peer is given
-                    # up.
-                    readable = selector.select(interval)
-                    timed_out = time.monotonic() - last_received > self._timeout
-                    if readable or (timed_out and selector.select(0)):
+                    if selector.select(interval):
                         frame = self._connection.receive(
                             FrameKind.HEARTBEAT,
                             FrameKind.FAILURE,
@@ -141,7 +142,7 @@ class HeartbeatMonitor:
                             return Farewell("it finished", finished=True, stop_reason=str(stopped) if stopped else None)
                         if frame.kind is FrameKind.FAILURE:
                             return _parse_failure(frame.meta)
-                    elif timed_out:
+                    elif now - last_received > self._timeout:
                         return self._timeout_farewell()
             except TimeoutError:
                 return self._timeout_farewell()
