@@ -173,6 +173,9 @@ PRINTS_BY_ITSELF = {
     "cli/testnet.py": "the output of the user's command",
     "cli/doctor.py": "lines for a shell",
     "cli/hydra_entry.py": "the user's own YAML files",
+    "cli/dispatch.py": "the list of commands, the version, and lines for a shell",
+    "cli/completion.py": "names for a shell's Tab key; the shell escapes what it shows",
+    "cli/commands/sweep.py": "the command's own help",
     "tools/testnet/relay.py": "one word for the process that started it",
     "tools/testnet/enter.py": "the user's command",
 }

@@ -55,6 +55,15 @@ def test_a_long_curve_keeps_its_mean_and_every_extreme(rows: int) -> None:
     assert curve.rows == rows
 
 
+def test_a_stretch_is_drawn_by_the_mean_of_all_its_rows() -> None:
+    curve = Curve()
+    for step in range(8_192):
+        curve.add(step, None if step % 4 == 3 else float(step % 4))
+    points = curve.points(100)
+    assert [point.mean for point in points] == pytest.approx([1.0] * len(points))
+    assert {(point.low, point.high) for point in points} == {(0.0, 2.0)}
+
+
 def test_drawing_a_curve_twice_gives_the_same_points() -> None:
     curve = Curve()
     for step in range(5_000):
