@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-core test-net test-slurm test-soak test-image lint lint-deploy format bench chaos hooks dist dev clean
+.PHONY: help train test test-core test-net test-slurm test-soak test-docs test-image lint lint-deploy format docs bench chaos hooks dist dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,9 @@ test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on t
 test-soak: $(VENV)/.stamp-test ## Train hundreds of times, for faults that few runs show (an hour and a half on two cores)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
+test-docs: $(VENV)/.stamp-test ## Run the commands of the documentation as they stand there, with short settings
+	$(BIN)/python -m pytest -m docs tests/website $(ARGS)
+
 test-image: ## Build the image without a daemon and train in it (needs root, buildah and debootstrap)
 	docker/try_image.sh
 
@@ -67,6 +70,9 @@ lint-deploy: $(VENV)/.stamp-deploy ## Check Dockerfile, manifests and batch scri
 	$(BIN)/shellcheck launch/slurm/train.sbatch docker/try_image.sh
 	$(BIN)/kubernetes-validate --strict --kubernetes-version 1.31.0 launch/kubernetes/*.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+
+docs: $(VENV)/.stamp-docs ## Build the documentation site in site/, and check it
+	$(BIN)/python -m website.build
 
 format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itself
 	$(BIN)/ruff format .
@@ -96,7 +102,7 @@ dist: $(VENV)/.stamp-dist ## Build the wheel and the source archive, and check b
 dev: $(VENV)/.stamp-dev ## Install everything and run nothing
 
 clean: ## Remove the environment and what was built or cached; runs and data sets stay
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 

@@ -19,6 +19,8 @@ from distrain.errors import config_error, show_value
 
 #: Narrowest and widest lines, in characters.
 _WIDTHS = (80, 120)
+#: What is shown as the value of a key that has no default.
+NEEDED = "needed"
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ def explain(name: str, schema: type[Any], composed: DictConfig, choices: Mapping
     Raises:
         ConfigError: There is no such key.
     """
-    keys = {key.name: key for key in _keys(schema, composed, only=name)}
+    keys = {key.name: key for key in keys_of(schema, composed, only=name)}
     if name in keys:
         return _paragraph(keys[name])
     below = [key for key in keys.values() if key.name.startswith(f"{name}.")]
     if below:
         return _title(name, composed, choices) + _table(below)
-    keys = {key.name: key for key in _keys(schema, composed)}
+    keys = {key.name: key for key in keys_of(schema, composed)}
     docs = {key: found.doc for key, found in keys.items()}
     meant = similar_keys(name, docs)
     same = [key for key in meant if key.rpartition(".")[2] == name]
@@ -66,7 +68,7 @@ def explain(name: str, schema: type[Any], composed: DictConfig, choices: Mapping
     return "\n".join(_paragraph(keys[key]) for key in same)
 
 
-def _keys(schema: type[Any], node: Any, prefix: str = "", only: str = "") -> Iterator[Key]:
+def keys_of(schema: type[Any], node: Any, prefix: str = "", only: str = "") -> Iterator[Key]:
     """The keys of a schema with the values of a configuration.
 
     Args:
@@ -84,9 +86,9 @@ def _keys(schema: type[Any], node: Any, prefix: str = "", only: str = "") -> Ite
         if not prefix and spec.name in GROUPS:
             kind = choice(spec.name, value.get("name")).schema if isinstance(value, DictConfig) else kind
         if dataclasses.is_dataclass(kind) and isinstance(value, DictConfig):
-            yield from _keys(typing.cast(type[Any], kind), value, f"{here}.")
+            yield from keys_of(typing.cast(type[Any], kind), value, f"{here}.")
         else:
-            shown = "needed" if OmegaConf.is_missing(node, spec.name) else _show(value)
+            shown = NEEDED if OmegaConf.is_missing(node, spec.name) else _show(value)
             yield Key(here, shown, _describe(kind, spec.metadata), spec.metadata.get("doc", ""))
 
 

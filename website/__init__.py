@@ -1,0 +1,1 @@
+"""Makes and checks the documentation site; `make docs` runs :mod:`website.build`."""
