@@ -71,5 +71,4 @@ def test_what_a_file_refers_to_exists(name: str) -> None:
 def test_the_checklist_for_releases_names_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make ([a-z-]+)", (ROOT / "docs" / "releasing.md").read_text()))
-    # The documentation's target comes with its site.
     assert named <= targets
