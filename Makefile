@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-core test-net test-slurm test-soak test-docs test-image lint lint-deploy format docs bench chaos hooks dist dev clean
+.PHONY: help train test test-core test-wheel test-net test-slurm test-soak test-docs test-image lint lint-deploy format docs bench chaos hooks dist dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,14 @@ CORE := tests/test_torch_internals.py tests/runtime/test_runtime.py tests/runtim
 
 test-core: $(VENV)/.stamp-test ## Run the tests of what depends on torch most (minutes), with TORCH=2.6.0 for example
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
+
+test-wheel: $(VENV)/.stamp-test ## Check that installing the wheel leaves the torch that is there, with TORCH=2.15.0 for example
+	rm -rf $(VENV)/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
+	$(BIN)/python -m pip install --dry-run $(VENV)/wheel/distrain-*.whl >$(VENV)/wheel/would_install.txt
+	$(BIN)/python -c 'import torch; print("installed: torch", torch.__version__)'
+	@grep 'Would install' $(VENV)/wheel/would_install.txt
+	@! grep -E 'Would install.* torch-[0-9]' $(VENV)/wheel/would_install.txt >/dev/null || { echo 'installing the wheel would replace torch' >&2; exit 1; }
 
 test-net: $(VENV)/.stamp-test ## Run jobs under torchrun on several hosts of a test network (Linux, root)
 	DISTRAIN_TEST_NET=1 $(BIN)/python -m pytest tests/multinode $(ARGS)
