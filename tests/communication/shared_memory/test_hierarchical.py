@@ -193,6 +193,16 @@ def one_cannot_share(layout: str) -> str:
     return channel_class(layout)
 
 
+def torch_tells_no_store(layout: str) -> str:
+    del dist.distributed_c10d._get_process_group_store
+    return channel_class(layout)
+
+
+def test_all_ranks_use_gloo_if_torch_tells_no_store_of_a_group() -> None:
+    """Only the first rank of each host needs the store; the others must not go on without it."""
+    assert run_ranks(torch_tells_no_store, 3, "aab") == ["NoneType"] * 3
+
+
 @pytest.mark.parametrize(("layout", "found"), [("aabb", "NoneType"), ("aab", "HierarchicalChannel")])
 def test_all_ranks_use_gloo_if_a_rank_with_neighbours_cannot_share(layout: str, found: str) -> None:
     assert run_ranks(one_cannot_share, len(layout), layout) == [found] * len(layout)
