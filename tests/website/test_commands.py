@@ -16,7 +16,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import OmegaConf
 
-from distrain.cli import chaos, doctor, evaluate, export, hosts, hydra_entry, key_help, predict, sweep, testnet
+from distrain.cli import (
+    chaos,
+    completion,
+    doctor,
+    evaluate,
+    export,
+    hosts,
+    hydra_entry,
+    key_help,
+    predict,
+    sweep,
+    testnet,
+)
 from distrain.cli.config_files import ConfigFiles
 from distrain.cli.dispatch import COMMANDS
 from distrain.config.load import load_config, load_settings
@@ -124,6 +136,9 @@ def _check_distrain(arguments: Sequence[str]) -> None:
     command, *rest = arguments
     if command == "COMMAND":
         return  # stands for any of them
+    if command == "--completion":
+        assert completion.script(*rest)
+        return
     assert command in COMMANDS, f"no command {command}"
     if command in ("train", "sweep"):
         _check_training(rest)
