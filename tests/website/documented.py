@@ -29,7 +29,7 @@ _FILE = re.compile(r"# (?P<path>[\w./-]+\.(py|yaml))$")
 #: Words of the shell's own grammar in front of a command.
 _KEYWORDS = {"do", "then", "!"}
 #: Shell commands that start nothing else, and what is written behind them is not looked at.
-_SHELL = {"for", "done", "wait", "export", "cd", "test", ".", "exit", "mkdir", "fi"}
+_SHELL = {"for", "done", "wait", "export", "cd", "source", "test", ".", "exit", "mkdir", "fi"}
 
 
 @dataclass(frozen=True)
