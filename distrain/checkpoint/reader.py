@@ -243,7 +243,8 @@ def _check_link(file: Path) -> None:
 def _check_size(file: Path) -> None:
     """Refuses what would take hours to hash or to load, though it takes next to no room on the disk."""
     found = file.stat()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Windows tells neither the memory nor the blocks in this way.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else found.st_size
     if found.st_size > memory and found.st_blocks * _BLOCK_BYTES < found.st_size // 2:
         raise DamagedCheckpoint(f"{file} has {found.st_size} bytes, more than this host's memory, and most are a hole")
     if file.suffix != ".safetensors":

@@ -11,6 +11,7 @@ from pathlib import Path
 from distrain.checkpoint.format import TEMPORARY_NAME, list_checkpoints, step_of, temporary_path
 from distrain.checkpoint.reader import is_valid
 from distrain.files.contained_folder import ContainedFolder
+from distrain.health.process import may_exist
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +101,4 @@ def _is_in_use(path: Path, host: str | None, pid: int) -> bool:
         return False
     if host != socket.gethostname():
         return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # no process has so large a number
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+    return pid != os.getpid() and may_exist(pid)

@@ -50,6 +50,7 @@ from distrain.errors import (
 from distrain.files.terminal import TERMINAL, escape_everything
 from distrain.health import last_line
 from distrain.runtime import program
+from distrain.runtime.signals import STOPPING
 from distrain.tools.launching import launch_keys
 from distrain.tools.launching.launch_keys import LaunchSettings
 
@@ -128,7 +129,7 @@ def main(
         except Stopped as stopped:
             last_line.tell_launcher(f"distrain: {stopped}, saved")
             # The launcher may send a signal to this rank because another one has just exited with the same code.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            for number in STOPPING:
                 signal.signal(number, signal.SIG_IGN)
             _exit_now(EXIT_STOPPED)
         except Failed as failed:
@@ -248,6 +249,17 @@ def exit_refused(error: ConfigError) -> NoReturn:
         time.sleep(_FIRST_RANK_SECONDS)
     last_line.print_last_line(f"distrain: {error}")
     sys.exit(EXIT_REFUSED)
+
+
+def require_linux(command: str, reason: str) -> None:
+    """Ends the process with one line and exit code 2 on another system.
+
+    Args:
+        command: The command that can't run there.
+        reason: What it uses of Linux, after "needs Linux, since it".
+    """
+    if sys.platform != "linux":
+        exit_refused(config_error(command, f"needs Linux, since it {reason}"))
 
 
 def _exit_now(code: int) -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrain.errors import ConfigError
+from distrain.files import locking
+from distrain.files.contained_folder import OPEN_FLAGS
 from distrain.files.writing import sync_path
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def locked_build_folder(key: str, folder: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Not through a link, which others can make in a folder for temporary files.
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o666)
     except OSError as error:
         raise ConfigError(key, folder, f"can't be written ({error.strerror})") from error
     try:
@@ -62,10 +63,10 @@ def is_build_folder(folder: Path) -> bool:
 def _lock(key: str, folder: Path, lock: int) -> None:
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locking.lock(lock, wait=False)
         except BlockingIOError:
             log.info("waiting for another process that is writing to %s", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locking.lock(lock, wait=True)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise ConfigError(key, folder, "is on a file system without locks; choose a local folder") from error

@@ -161,10 +161,10 @@ def decode_chunks(job: dict[str, Any], index: int, count: int) -> None:
 
 
 def _write(file: Any, data: bytes, offset: int) -> None:
+    file.seek(offset)
     view = memoryview(data)
     while view:
-        written = os.pwrite(file.fileno(), view, offset)
-        view, offset = view[written:], offset + written
+        view = view[file.write(view) :]
 
 
 def _report(message: dict[str, Any]) -> None:

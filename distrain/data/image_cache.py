@@ -161,6 +161,8 @@ def _check_owner(spec: CacheSpec, folder: Path, target: Path) -> None:
     Raises:
         ConfigError: There is such a cache.
     """
+    if not hasattr(os, "geteuid"):
+        return  # Windows tells no owner by number
     if not (folder.is_dir() and os.path.lexists(target) and _is_writable_by_all(folder)):
         return
     owner = target.lstat().st_uid

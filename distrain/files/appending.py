@@ -128,9 +128,8 @@ class AppendedFile:
         self._folder.unlink(temporary, missing_ok=True)
         new = self._folder.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         try:
-            position = 0
-            while chunk := os.pread(old, _COPY_BYTES, position):
-                position += len(chunk)
+            os.lseek(old, 0, os.SEEK_SET)
+            while chunk := os.read(old, _COPY_BYTES):
                 while chunk:
                     chunk = chunk[os.write(new, chunk) :]
             self._folder.rename(temporary, self._name)

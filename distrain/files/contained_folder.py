@@ -18,9 +18,12 @@ from typing import IO
 
 # Asked once, since functions are compared. Without it, a component is looked at before it is used.
 _HAS_DIR_FD = {os.open, os.stat, os.mkdir, os.unlink, os.rmdir, os.rename} <= os.supports_dir_fd
-# O_NONBLOCK: opening a named pipe would wait for its other end.
-_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_FOLDER_FLAGS = os.O_RDONLY | _FLAGS | getattr(os, "O_DIRECTORY", 0)
+#: For opening a file and not what a link leads to, where the system knows links. O_NONBLOCK: opening a named pipe would
+#: wait for its other end. O_BINARY: Windows would change the ends of lines.
+OPEN_FLAGS = 0
+for _name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+    OPEN_FLAGS |= getattr(os, _name, 0)
+_FOLDER_FLAGS = os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_DIRECTORY", 0)
 #: No folder of a run is nested as deep; a deeper one would exhaust descriptors.
 _MAX_DEPTH = 32
 _KINDS = (
@@ -65,7 +68,7 @@ class ContainedFolder:
         with self._parent_of(name) as (folder, leaf):
             self._refuse_if_unsafe(name, leaf, folder, changes=bool(flags & (os.O_WRONLY | os.O_RDWR)))
             # Truncated only once it is known what was opened.
-            descriptor = os.open(leaf, flags & ~os.O_TRUNC | _FLAGS, 0o666, dir_fd=folder)
+            descriptor = os.open(leaf, flags & ~os.O_TRUNC | OPEN_FLAGS, 0o666, dir_fd=folder)
             try:
                 self._check_opened(name, os.fstat(descriptor), flags)
                 if flags & os.O_TRUNC:
@@ -90,7 +93,7 @@ class ContainedFolder:
         with self._parent_of(name) as (folder, leaf):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(leaf, dir_fd=folder)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
             return os.fdopen(os.open(leaf, flags, 0o666, dir_fd=folder), "wb")
 
     def replace_text(self, name: str, content: str) -> None:
@@ -127,7 +130,8 @@ class ContainedFolder:
     def rename(self, old: str, new: str) -> None:
         """Renames a file or folder; a file or link with the new name is replaced, and a link's target stays."""
         with self._parent_of(old) as (old_folder, old_leaf), self._parent_of(new) as (new_folder, new_leaf):
-            os.rename(old_leaf, new_leaf, src_dir_fd=old_folder, dst_dir_fd=new_folder)
+            # Windows' rename would not replace a file.
+            os.replace(old_leaf, new_leaf, src_dir_fd=old_folder, dst_dir_fd=new_folder)
 
     def unlink(self, name: str, *, missing_ok: bool = False) -> None:
         """Removes a file, or a link but not its target."""

@@ -21,6 +21,10 @@ _START_TOKENS = (
 _END_TOKENS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
+# Windows has neither pipes that would block nor processes that inherit files, but changes the ends of lines.
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
 class UnreadableFile(ValueError):
     """A file does not hold what it should; the message names the file and the reason in one line."""
 
@@ -35,7 +39,7 @@ def open_regular(path: Path) -> IO[bytes]:
     # Looked at first, since opening some devices has effects, and again when it is open.
     if path.exists() and not path.is_file():
         raise UnreadableFile(f"{path.name} is not a regular file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | _FLAGS)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UnreadableFile(f"{path.name} is not a regular file")

@@ -34,6 +34,11 @@ def user_cache_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
+    if not hasattr(os, "getuid"):
+        # On Windows each user has their own folder for temporary files.
+        folder = Path(tempfile.gettempdir(), "distrain")
+        folder.mkdir(exist_ok=True)
+        return folder
     folder = Path(tempfile.gettempdir(), f"distrain-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

@@ -48,7 +48,13 @@ def flush_and_sync(file: IO[bytes]) -> None:
 
 def sync_path(path: Path) -> None:
     """Syncs a file's content, or a folder's entries, to the disk, so that it survives a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
+    flags = os.O_RDONLY
+    if not hasattr(os, "O_DIRECTORY"):
+        # Windows opens no folders, and syncs a file only for who may write it.
+        if path.is_dir():
+            return
+        flags = os.O_RDWR
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -38,11 +38,11 @@ class Process:
     def is_alive(self) -> bool:
         """Whether the process exists and is not a zombie."""
         if self.started is None:
-            return _exists(self.pid)
+            return may_exist(self.pid)
         state, started = _state_and_start(self.pid)
         if started is None:
             # Without a free file descriptor, for example, /proc can't be read, which says nothing about the process.
-            return _exists(self.pid)
+            return may_exist(self.pid)
         return started == self.started and state not in ("Z", "X")
 
     @property
@@ -72,10 +72,13 @@ class Process:
             time.sleep(0.01)
 
 
-def _exists(pid: int) -> bool:
+def may_exist(pid: int) -> bool:
+    """Whether there is a process with this ID; true where the system doesn't tell."""
+    if not hasattr(signal, "SIGKILL"):
+        return True  # Windows' os.kill ends the process, whatever the signal
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has so large a number
         return False
     except PermissionError:
         return True

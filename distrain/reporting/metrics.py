@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 import time
 from array import array
@@ -193,9 +193,16 @@ class MetricSums:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this rank in MiB: allocated by torch on a GPU, resident set size on a CPU."""
+    """Peak memory of this rank in MiB: allocated by torch on a GPU, resident set size on a CPU.
+
+    NaN where the system doesn't tell, as Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import faulthandler
 import logging
@@ -26,8 +27,12 @@ _SAME_REQUEST_SECONDS = 5.0
 #: The same for SIGINT from a terminal, where a second Ctrl-C means that the user does not want to wait.
 _SAME_INTERRUPT_SECONDS = 0.3
 #: Ask the run to save and stop. An ignored one stays ignored: `nohup` ignores SIGHUP, a shell's `&` may ignore SIGINT.
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+#: Windows has the first two only.
+STOPPING: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+)
+#: Asks the run to save and stop, and by it a thread says that the launcher has ended.
+_SAVING: signal.Signals = getattr(signal, "SIGUSR1", signal.SIGTERM)
 
 
 class Stoppable(Protocol):
@@ -73,15 +78,16 @@ class SignalHandler:
         """Starts to handle the signals; does nothing outside the main thread, where Python forbids it."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (*_STOPPING, signal.SIGUSR1):
-            if not (number in _MAY_BE_IGNORED and signal.getsignal(number) is signal.SIG_IGN):
+        for number in dict.fromkeys((*STOPPING, _SAVING)):
+            may_be_ignored = number not in (signal.SIGTERM, _SAVING)
+            if not (may_be_ignored and signal.getsignal(number) is signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._handle)
         self._closing.clear()
         launcher.call_at_end(self.report_launcher_end, self._closing)
 
     def dump_stacks_to(self, path: Path) -> None:
         """Makes SIGQUIT append the stacks of all threads to an existing file, also while the main thread hangs."""
-        if signal.SIGQUIT not in self._previous:
+        if "SIGQUIT" not in {number.name for number in self._previous}:
             return
         try:
             run_dir = ContainedFolder(path.parent.parent)
@@ -112,7 +118,10 @@ class SignalHandler:
         if not self._launcher_ended and self._previous:
             self._launcher_ended = True
             # Only a signal reaches the main thread wherever it is. This one is always handled.
-            os.kill(os.getpid(), signal.SIGUSR1)
+            if hasattr(signal, "SIGUSR1"):
+                os.kill(os.getpid(), _SAVING)
+            else:
+                _thread.interrupt_main(_SAVING)  # os.kill would end the process on Windows
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # When one rank fails, the launcher ends the others, which are already reporting that failure.
@@ -120,7 +129,7 @@ class SignalHandler:
             return
         target, now = self._target, time.monotonic()
         name = signal.Signals(number).name
-        if number == signal.SIGUSR1 and self._launcher_ended:
+        if number == _SAVING and self._launcher_ended:
             name = LAUNCHER_ENDED
         first = target.stop_requested
         if name == "SIGUSR1":

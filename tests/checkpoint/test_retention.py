@@ -82,7 +82,7 @@ def _save_and_be_killed(folder: Path, after: int) -> None:
 
         return call
 
-    for name in ("mkdir", "fdopen", "rename", "fsync", "unlink", "rmdir"):
+    for name in ("mkdir", "fdopen", "replace", "fsync", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
     for step in (40, 50):
         checkpoint_writer.save(folder, state(seed=step), progress(step))

@@ -94,7 +94,7 @@ def test_a_file_that_was_removed_is_made_anew_with_its_content(lose: Callable[[P
     assert [each.name for each in path.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("operation", ["pread", "write", "rename", "open"])
+@pytest.mark.parametrize("operation", ["read", "write", "replace", "open"])
 def test_an_error_while_a_file_is_made_anew_loses_nothing(operation: str, path: Path) -> None:
     file = appended(path)
     file.append(b"before\n")

@@ -45,7 +45,7 @@ def test_the_claim_of_a_start_that_died_is_replaced(run_dir: Path) -> None:
     assert RunOwner.take(run_dir).may_write
 
 
-@pytest.mark.parametrize("operation", ["mkdir", "open", "write", "close", "rename", "read"])
+@pytest.mark.parametrize("operation", ["mkdir", "open", "write", "close", "replace", "read"])
 @pytest.mark.parametrize("claimed_before", [False, True])
 def test_a_claim_that_can_not_be_written_is_said_and_written_later(
     operation: str, claimed_before: bool, run_dir: Path, caplog: pytest.LogCaptureFixture

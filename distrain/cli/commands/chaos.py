@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line behind the command's name; ``None``: that of this process.
     """
     hydra_entry.set_arguments(arguments)
+    hydra_entry.require_linux("chaos", "finds processes through /proc")
     # The keys of each training, which follow a ``--`` each. Hydra would parse them as this command's.
     trainings: list[list[str]] = []
     while "--" in sys.argv:

@@ -12,7 +12,6 @@ because the file is sealed against shrinking.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -109,6 +108,8 @@ class Arena(MappedArena):
     """
 
     def __init__(self, header_bytes: int) -> None:
+        import fcntl  # not on every system; this class is only for Linux
+
         self.descriptor = os.memfd_create("distrain", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.descriptor, ARENA_BYTES)

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from distrain.runtime.signals import STOPPING
+
 _PROC = Path("/proc")
 
 
@@ -144,9 +146,9 @@ def termination_signals_raise(*, once: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        numbers.remove(signal.SIGHUP)
+    numbers = [
+        number for number in STOPPING if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
+    ]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
