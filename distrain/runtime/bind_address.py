@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, cast
 
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _BACKLOG = 2048
 #: How much longer than its own time limit torch's store may take; its message says more about the cause.
 _ANSWER_SECONDS = 1.0
+
+#: The release of torch whose libuv server is known to take an open socket.
+_LIBUV_TAKES_SOCKETS = (2, 13)
 
 Connected = TypeVar("Connected")
 
@@ -68,18 +72,42 @@ def open_store(address: str, port: int, world: World, *, serves: bool, timeout: 
     listener = _listen(address, port, world) if serves else None
 
     def connect() -> TCPStore:
-        return TCPStore(
-            address,
-            port,
-            world.size,
-            is_master=serves,
-            timeout=timeout,
-            wait_for_workers=False,
-            # The store takes ownership of the socket. Without one it would listen on all interfaces.
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
+        if listener is not None:
+            return serve_store(listener, address, port, world.size, timeout)
+        return TCPStore(address, port, world.size, is_master=serves, timeout=timeout, wait_for_workers=False)
 
     return within_time(connect, timeout.total_seconds())
+
+
+def serve_store(
+    listener: socket.socket, address: str, port: int, world_size: int | None, timeout: datetime.timedelta
+) -> TCPStore:
+    """Serves a store at an open socket; without one it would listen on all interfaces.
+
+    Args:
+        listener: The socket; the store takes it over.
+        address: Its address, as this process connects to it.
+        port: Its port.
+        world_size: Number of ranks; ``None`` if it may change.
+        timeout: Time limit of every request.
+    """
+    # Older releases can't give a socket to their newer server.
+    legacy = {"use_libuv": False} if _torch_version() < _LIBUV_TAKES_SOCKETS else {}
+    return TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        **legacy,
+    )
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
 
 
 def within_time(connect: Callable[[], Connected], seconds: float) -> Connected:

@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, cast
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -42,6 +41,7 @@ from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from distrain.files.terminal import print_to_stderr
 from distrain.health.last_line import LAUNCHER
 from distrain.health.process import Process
+from distrain.runtime.bind_address import serve_store
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.tools.launching.outcome import STOPPING, Outcome, outcome_of, signals
 
@@ -328,17 +328,11 @@ class _OneHost(RendezvousHandler):
     """The rendezvous of a job on one host: a store that only processes of this host can reach."""
 
     def __init__(self) -> None:
-        # The system chooses a free port. The store takes ownership of the socket.
+        # The system chooses a free port.
         listener = socket.create_server((_LOOPBACK, 0))
         self._port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            _LOOPBACK,
-            self._port,
-            is_master=True,
-            timeout=datetime.timedelta(seconds=_MEETING_SECONDS),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        timeout = datetime.timedelta(seconds=_MEETING_SECONDS)
+        self._store = serve_store(listener, _LOOPBACK, self._port, None, timeout)
         self._run_id = uuid.uuid4().hex
 
     @override
