@@ -66,7 +66,7 @@ def open_store(address: str, port: int, world: World, *, serves: bool, timeout: 
         timeout: Time limit for connecting, and for every later request.
 
     Raises:
-        torch.distributed.DistError: It cannot be reached, or the port is taken.
+        RuntimeError: It cannot be reached, or the port is taken; torch.distributed.DistError of newer releases.
         TimeoutError: Something listens there, but does not answer as a store does.
     """
     listener = _listen(address, port, world) if serves else None

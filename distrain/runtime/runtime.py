@@ -236,7 +236,7 @@ class Runtime:
         timeout = datetime.timedelta(seconds=self.config.runtime.setup_timeout_seconds)
         try:
             return bind_address.open_store(address, port, self.world, serves=serves, timeout=timeout)
-        except (dist.DistError, TimeoutError) as error:
+        except (RuntimeError, TimeoutError) as error:  # DistError is a RuntimeError, which older releases raise itself
             hint = "" if serves else " (is this port another program's?)"
             raise RuntimeError(f"can't reach the store at {address}:{port}: {first_line(error)}{hint}") from error
 
