@@ -72,6 +72,7 @@ def test_version_is_that_of_the_package(typed: Typed, capsys: pytest.CaptureFixt
         (("--verison",), "--verison: no such command"),
         (("--completion",), "--completion=: there is none for this shell; choices: bash, zsh, fish"),
         (("--completion", "bsh"), "--completion=bsh: there is none for this shell; .* \\(did you mean bash\\?\\)"),
+        (("train", "-sc", "install=tcsh"), "--completion=tcsh: there is none for this shell"),
         (("train", "strategy=dpd"), "strategy=dpd: no such choice; .* \\(did you mean ddp\\?\\)"),
         (("evaluate", "rn=x"), "rn: no such key; .* \\(did you mean run\\?\\)"),
     ],
@@ -132,6 +133,15 @@ def test_help_imports_neither_torch_nor_hydra(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [("-m", "distrain"), (str(program.MAIN),)])
+def test_a_reader_who_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    line = f"{sys.executable} {program.MAIN} train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[1] in ("0", "141")
+
+
 def test_modules_of_the_current_folder_take_nobodys_place(start: tuple[str, ...], tmp_path: Path) -> None:
     for name in ("hydra", "omegaconf", "yaml", "rng", "errors"):
         tmp_path.joinpath(f"{name}.py").write_text("raise SystemExit('planted')\n")
