@@ -132,7 +132,6 @@ def test_help_imports_neither_torch_nor_hydra(tmp_path: Path) -> None:
     assert done.stdout.endswith("imported: []\n"), done.stderr
 
 
-@pytest.mark.parametrize("start", [("-m", "distrain"), (str(program.MAIN),)])
 def test_a_reader_who_has_read_enough_is_no_error(tmp_path: Path) -> None:
     line = f"{sys.executable} {program.MAIN} train --help | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
@@ -142,6 +141,7 @@ def test_a_reader_who_has_read_enough_is_no_error(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[1] in ("0", "141")
 
 
+@pytest.mark.parametrize("start", [("-m", "distrain"), (str(program.MAIN),)])
 def test_modules_of_the_current_folder_take_nobodys_place(start: tuple[str, ...], tmp_path: Path) -> None:
     for name in ("hydra", "omegaconf", "yaml", "rng", "errors"):
         tmp_path.joinpath(f"{name}.py").write_text("raise SystemExit('planted')\n")
