@@ -128,11 +128,13 @@ class Stopped(Exception):
 
     Attributes:
         reason: What asked for it: a signal's name, or the configuration key of a limit.
+        step: Optimizer updates done.
     """
 
     def __init__(self, reason: str, step: int) -> None:
         super().__init__(f"stopped by {reason} at step {step}")
         self.reason = reason
+        self.step = step
 
 
 class Failed(Exception):

@@ -238,12 +238,13 @@ def _fingerprint(spec: DataSpec, parts: dict[str, Images]) -> str:
     for name, part in parts.items():
         for tensor in (part.images, part.targets):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            for chunk in _chunks(tensor):
+            for chunk in byte_chunks(tensor):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def _chunks(tensor: Tensor) -> Iterable[memoryview]:
+def byte_chunks(tensor: Tensor) -> Iterable[memoryview]:
+    """The content of a tensor, some megabytes at a time."""
     rows = max(1, _CHUNK_BYTES // max(1, tensor[0].numel() * tensor.element_size()))
     for chunk in tensor.split(rows):
         yield memoryview(chunk.contiguous().view(torch.uint8).numpy()).cast("B")

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from distrain.api.arrays import data_object
-from distrain.api.run import Run, open_run
+from distrain.api.ranks import run_on_ranks
+from distrain.api.run import Run
 from distrain.api.settings import build_config, merge
 from distrain.api.surroundings import restored_surroundings
-from distrain.checkpoint import module_state
+from distrain.api.training import Training
 from distrain.checkpoint.format import checkpoints_folder
-from distrain.cli import app
-from distrain.cli.run_folder import RunFolder
-from distrain.config.schema import Config
-from distrain.data.python_object import DataObject, PythonObjectDataConfig, offered_data
+from distrain.data.python_object import PythonObjectDataConfig
 from distrain.errors import ConfigError, config_error
-from distrain.models.python_object import ModelObject, offered_model
+from distrain.models.python_object import ModelObject
 from distrain.runtime import program
 from distrain.runtime.world import World
 from distrain.tools.launching import slurm
+from distrain.tools.launching.launch_keys import LaunchSettings
 
 #: Wrappers that distrain replaces by its own, by class name, and what to pass instead.
 _WRAPPERS = {
@@ -84,44 +81,8 @@ def fit(
         slurm.set_torchrun_variables(os.environ)
         training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
         ranks = _ranks_to_start(nproc)
-        if ranks is not None:
-            raise config_error("nproc", "is not possible yet")
-        finished = training.run()
-        return training.finish(finished.run_dir)
-
-
-@dataclass
-class Training:
-    """A checked request to train.
-
-    Attributes:
-        config: The configuration.
-        model: The model, if it is an object.
-        data: The samples, if they are objects.
-    """
-
-    config: Config
-    model: ModelObject | None
-    data: DataObject | None
-
-    @contextlib.contextmanager
-    def objects(self) -> Iterator[None]:
-        """Inside this block the configuration's model and data stand for the objects."""
-        with offered_model(self.model), offered_data(self.data):
-            yield
-
-    def run(self, world: World | None = None) -> app.Finished:
-        """Trains, as this rank."""
-        with self.objects():
-            return app.train_run(self.config, world)
-
-    def finish(self, run_dir: Path) -> Run:
-        """Gives the trained parameters to the user's module, and reads the run's folder."""
-        folder = RunFolder.open(str(run_dir), _allowed(self.config))
-        if isinstance(self.model, nn.Module):
-            weights = folder.weights("newest")
-            module_state.load(self.model, weights.tensors, weights.plain)
-        return open_run(folder, self.model)
+        run_dir = training.run().run_dir if ranks is None else run_on_ranks(training, ranks)
+        return training.finish(run_dir)
 
 
 def prepare(
@@ -198,7 +159,7 @@ def _with_run_to_resume(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "run_dir": os.fspath(resume), "resume": "auto"}
 
 
-def _ranks_to_start(nproc: int | str | None) -> int | None:
+def _ranks_to_start(nproc: int | str | None) -> LaunchSettings | None:
     """How many ranks to start; ``None``: this process is a rank, perhaps the only one.
 
     Raises:
@@ -206,19 +167,14 @@ def _ranks_to_start(nproc: int | str | None) -> int | None:
     """
     if nproc is None:
         return None
-    if isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1:
-        raise ConfigError("nproc", nproc, "must be a whole number from 1 on")
+    if nproc != "gpu" and (isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1):
+        raise ConfigError("nproc", nproc, "must be a whole number from 1 on, or gpu: one rank for each GPU")
+    settings = LaunchSettings(nproc=nproc)
+    ranks = settings.ranks_per_host()
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         started = World.from_environment().local_size
-        if nproc != started:
+        if ranks != started:
             problem = f"a launcher, such as torchrun, has started {started} ranks on this machine; leave nproc out"
             raise ConfigError("nproc", nproc, problem)
         return None
-    return nproc if nproc > 1 else None
-
-
-def _allowed(config: Config) -> list[str]:
-    """Parts outside distrain that the user's own configuration names."""
-    sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    names = [name for section in sections if "." in str(name := getattr(section, "name", ""))]
-    return [*names, getattr(config.model, "_target_", "")]
+    return settings if ranks > 1 else None

@@ -112,35 +112,11 @@ def main(
         nonlocal composing
         composing = False
         # Errors end the process here, because Hydra would add lines of its own to them.
-        try:
+        with ended_as_command(wants_traceback=wants_traceback):
             if launch is None or check is None:
                 task(composed)
             else:
                 _start_ranks(launch, check, composed)
-        except ConfigError as error:
-            if wants_traceback:
-                raise
-            exit_refused(error)
-        except ExitWithCode as error:
-            if error.code:
-                last_line.tell_launcher("distrain: failed, for the reason printed above")
-            # Hydra says nothing about this exception, unlike about others.
-            sys.exit(error.code)
-        except Stopped as stopped:
-            last_line.tell_launcher(f"distrain: {stopped}, saved")
-            # The launcher may send a signal to this rank because another one has just exited with the same code.
-            for number in STOPPING:
-                signal.signal(number, signal.SIG_IGN)
-            _exit_now(EXIT_STOPPED)
-        except Failed as failed:
-            last_line.tell_launcher("distrain: failed, for the reason printed above")
-            # Threads of the process group may still wait for a lost peer, so nothing is cleaned up.
-            _exit_now(failed.exit_code)
-        except OSError as error:
-            if wants_traceback:
-                raise
-            last_line.print_last_line(f"distrain: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
-            raise ExitWithCode(EXIT_FAILED) from error
 
     decorated: Any = hydra.main(
         version_base=HYDRA_VERSION_BASE, config_path=str(conf.resolve()), config_name=config_name
@@ -176,10 +152,52 @@ def main(
             if isinstance(error, ConfigError)
             else to_config_error(error, conf, config_name, sys.argv[1:], launches=check is not None)
         )
+    skip_destructors_after_communication()
+
+
+@contextlib.contextmanager
+def ended_as_command(*, wants_traceback: bool = False) -> Iterator[None]:
+    """Ends the process with the exit code of what is raised in this block, and says why in one line.
+
+    Args:
+        wants_traceback: Errors that one line would describe are raised instead.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if wants_traceback:
+            raise
+        exit_refused(error)
+    except ExitWithCode as error:
+        if error.code:
+            last_line.tell_launcher("distrain: failed, for the reason printed above")
+        # Hydra says nothing about this exception, unlike about others.
+        sys.exit(error.code)
+    except Stopped as stopped:
+        last_line.tell_launcher(f"distrain: {stopped}, saved")
+        # The launcher may send a signal to this rank because another one has just exited with the same code.
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+        _exit_now(EXIT_STOPPED)
+    except Failed as failed:
+        last_line.tell_launcher("distrain: failed, for the reason printed above")
+        # Threads of the process group may still wait for a lost peer, so nothing is cleaned up.
+        _exit_now(failed.exit_code)
+    except OSError as error:
+        if wants_traceback:
+            raise
+        last_line.print_last_line(f"distrain: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
+        raise ExitWithCode(EXIT_FAILED) from error
+
+
+def skip_destructors_after_communication() -> None:
+    """Lets the process exit without destructors if it was part of a process group.
+
+    Those that run while torch's communication threads end abort about 3 % of runs of several ranks with "terminate
+    called without an active exception".
+    """
     runtime = sys.modules.get("distrain.runtime.runtime")
     if runtime is not None and runtime.joined_group:
-        # Exits without destructors: those that run while torch's communication threads end abort about 3 % of runs of
-        # several ranks with "terminate called without an active exception".
         atexit.register(_exit_now, 0)
 
 

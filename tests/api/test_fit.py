@@ -61,7 +61,7 @@ class Items(Dataset[tuple[Tensor, int]]):
 
 
 def test_the_command_trains_the_same_model_on_the_same_data(tmp_path: Path) -> None:
-    config = small("trainer.max_steps=7", f"run_dir={tmp_path / 'command'}")
+    config = small("trainer.max_steps=7", "trainer.memory_format=contiguous", f"run_dir={tmp_path / 'command'}")
     app.train(config)
     keys = {f"data.{name}": getattr(config.data, name) for name in ("channels", "height", "width", "classes", "noise")}
     keys |= {"data.train_size": 53, "data.test_size": 31, "data.eval_batch_size": 7}

@@ -1,0 +1,70 @@
+"""A checked request to train: what this process runs itself, or hands to ranks that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from distrain.api.run import Run, open_run
+from distrain.checkpoint import module_state
+from distrain.cli import app
+from distrain.cli.run_folder import RunFolder
+from distrain.config.schema import Config
+from distrain.data.python_object import DataObject, offered_data
+from distrain.models.python_object import ModelObject, offered_model
+from distrain.runtime.world import World
+
+
+@dataclass
+class Training:
+    """A checked request to train.
+
+    Attributes:
+        config: The configuration.
+        model: The model, if it is an object.
+        data: The samples, if they are objects.
+    """
+
+    config: Config
+    model: ModelObject | None
+    data: DataObject | None
+
+    @contextlib.contextmanager
+    def objects(self) -> Iterator[None]:
+        """Inside this block the configuration's model and data stand for the objects."""
+        with offered_model(self.model), offered_data(self.data):
+            yield
+
+    def run(self, world: World | None = None) -> app.Finished:
+        """Trains, as this rank."""
+        with self.objects():
+            return app.train_run(self.config, world)
+
+    def check(self, world: World) -> None:
+        """Refuses what a rank at this place would refuse before it meets the others.
+
+        Raises:
+            ConfigError: The configuration can't run.
+        """
+        with self.objects():
+            app.check(self.config, world)
+
+    def finish(self, run_dir: Path) -> Run:
+        """Gives the trained parameters to the user's module, and reads the run's folder."""
+        folder = RunFolder.open(str(run_dir), _allowed(self.config))
+        if isinstance(self.model, nn.Module):
+            weights = folder.weights("newest")
+            module_state.load(self.model, weights.tensors, weights.plain)
+        return open_run(folder, self.model)
+
+
+def _allowed(config: Config) -> list[str]:
+    """Parts outside distrain that the user's own configuration names."""
+    sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    names = [name for section in sections if "." in str(name := getattr(section, "name", ""))]
+    return [*names, getattr(config.model, "_target_", "")]
