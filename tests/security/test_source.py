@@ -19,6 +19,9 @@ _NAMES = {
     "dist_cp", "extractall", "unpack_archive",
 }  # fmt: skip
 
+#: Reads what its own parent process wrote a moment before, in a folder that only its user can open.
+_OWN_PICKLE = ("distrain/api/handover.py", "import of cloudpickle")
+
 
 def dangerous_uses(tree: ast.AST) -> Iterator[str]:
     """What a source file uses that could run code in data, as ``line: what``."""
@@ -57,7 +60,12 @@ def _dangerous_call(node: ast.Call) -> Iterator[str]:
 def test_source_has_no_dangerous_call(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    found = [f"{file}:{line}" for file in files for line in dangerous_uses(ast.parse(file.read_text()))]
+    found = [
+        f"{name}:{line}"
+        for file in files
+        for line in dangerous_uses(ast.parse(file.read_text()))
+        if ((name := file.relative_to(ROOT).as_posix()), line.partition(": ")[2]) != _OWN_PICKLE
+    ]
     assert found == []
 
 
