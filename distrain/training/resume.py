@@ -359,11 +359,11 @@ def _restore(
     by_rank = group.all_gather_json({"parts": [astuple(part) for part in restored]}, runtime.device)
     parts = worst([[RestoredPart(*row) for row in rank["parts"]] for rank in by_rank])
     changed = changes(saved, to_container(config)) if saved is not None else {}
-    # A key that only one side has belongs to a choice whose name differs too, which is reported.
+    # Only what trains differently is told; a key that only one side has belongs to a choice whose name differs too.
     changed = {
         key: change
         for key, change in changed.items()
-        if "identity" not in affected_by(config, key) and NO_VALUE not in change
+        if not affected_by(config, key) & {"identity", "execution"} and NO_VALUE not in change
     }
     same_layout = state["layout"] == strategy.layout
     parts += _trainer_parts(

@@ -97,6 +97,10 @@ CHAIN = (
 )
 
 
+def changed_keys(text: str) -> set[str]:
+    return {line.split("changed: ")[1].partition(": ")[0] for line in text.splitlines() if "changed: " in line}
+
+
 def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_path: Path) -> None:
     whole = [train(*CHAIN, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")]
     steps = []
@@ -107,7 +111,9 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
         (30, 1, ()),
         (40, 3, ("strategy=ddp",)),
     ):
-        options = (*CHAIN, *strategy, f"run_dir={tmp_path}/parts", f"trainer.max_steps={end}")
+        # What shows and logs a run is not told as a change of the training.
+        shown = ("trainer.progress=lines", "runtime.timeout_seconds=111") if end == 40 else ()
+        options = (*CHAIN, *strategy, *shown, f"run_dir={tmp_path}/parts", f"trainer.max_steps={end}")
         last = start(ranks, *options) if ranks > 1 else [train(*options)]
         steps += steps_of(last)
     for rank in last:
@@ -126,6 +132,7 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
         assert hows["schedule"] == "changed"
         assert hows["random draws"] == "redistributed"
     assert "changed: strategy.name: ddp → pipeline" in log_of(tmp_path / "parts")
+    assert not {"trainer.progress", "runtime.timeout_seconds"} & changed_keys(log_of(tmp_path / "parts"))
 
 
 def test_the_batch_size_may_change_in_the_middle_of_an_epoch(tmp_path: Path) -> None:

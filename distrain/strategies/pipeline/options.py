@@ -52,6 +52,7 @@ class PipelineConfig(StrategyConfig):
             problem = f"{per_rank} stages per rank make a pipeline of a single rank"
             raise ConfigError("strategy.stages", self.stages, problem)
         if world_size % self.ranks:
-            problem = f"{world_size} ranks can't be divided into pipelines of {self.ranks} ranks"
+            given = "one rank" if world_size == 1 else f"{world_size} ranks"
+            problem = f"{given} can't be divided into pipelines of {self.ranks} ranks"
             choices = [ranks * per_rank for ranks in range(2, world_size + 1) if world_size % ranks == 0]
             raise ConfigError("strategy.stages", self.stages, problem, choices)

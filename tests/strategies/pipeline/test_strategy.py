@@ -160,6 +160,7 @@ def test_a_run_continues_under_other_strategies(tmp_path: Path) -> None:
             2,
             "strategy.stages=3: 2 ranks can't be divided into pipelines of 3",
         ),
+        (("strategy.stages=2",), 1, "strategy.stages=2: one rank can't be divided into pipelines of 2"),
         (
             ("strategy.schedule=zbv_zero_bubble",),
             2,
