@@ -46,7 +46,7 @@ _HEARTBEATS_PER_SILENCE = 4
 #: The run ends after this many rounds in a row have failed: before this rank has been silent for too long.
 _MAX_FAILED_ROUNDS = 3
 #: After a failure of the run: how long the main thread may take to end by itself.
-_MAIN_THREAD_SECONDS = 3.0
+_MAIN_THREAD_SECONDS = 4.5
 #: How long a rank that others hold responsible may take to end itself before it is killed.
 _BLAMED_RANK_SECONDS = 2.0
 #: How long a process on this host may take to end after its connections closed.
@@ -169,7 +169,7 @@ class Watch:
                     return self.describe_failure(rank, UNREPORTED_EXIT, step)
             if waited > _REPORT_SECONDS:
                 # A peer that was asked to end looks for a cause itself, and reports the request if it finds none.
-                if not broken or (waited > 2 * _REPORT_SECONDS and all(member.is_local for member in self._members)):
+                if not broken or (waited > 1.5 * _REPORT_SECONDS and all(member.is_local for member in self._members)):
                     break
                 for rank in self._silent_remote_ranks():
                     return self.describe_failure(rank, "its connections broke off and it sends no heartbeats")
