@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from distrain.api.fit import fit
     from distrain.api.run import Run, read_run
     from distrain.api.trained import evaluate, export, load_model, predict
+    from distrain.api.trainer import Trainer
     from distrain.errors import ConfigError, Failed, Stopped
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "Failed",
     "Run",
     "Stopped",
+    "Trainer",
     "evaluate",
     "export",
     "fit",
@@ -34,6 +36,7 @@ _HOMES = {
     "load_model": "distrain.api.trained",
     "predict": "distrain.api.trained",
     "Run": "distrain.api.run",
+    "Trainer": "distrain.api.trainer",
     "read_run": "distrain.api.run",
     "ConfigError": "distrain.errors",
     "Failed": "distrain.errors",

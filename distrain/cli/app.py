@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from distrain.training import auto_format, resume
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.model_notices import model_notices
 from distrain.training.run_plan import RunPlan
+from distrain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,30 @@ def train_run(config: Config, world: World | None = None) -> Finished:
         ConfigError: The configuration can't run; raised before any process group forms.
         Failed: The run failed; which rank, where and why was said.
     """
+    with prepared(config, world) as trainer:
+        summary = trainer.fit()
+        log_end(trainer, summary)
+    return Finished(trainer.runtime.run_dir, summary)
+
+
+def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
+    """Says in one line what the run came to."""
+    if trainer.runtime.is_main:
+        log.info("%s", closing_line(summary, trainer.task))
+
+
+@contextlib.contextmanager
+def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
+    """Checks, loads, and lets the ranks meet; inside this block the trainer can train, once.
+
+    Args:
+        config: The run's configuration.
+        world: This rank's place; by default from the launcher's environment.
+
+    Raises:
+        ConfigError: As :func:`train_run`.
+        Failed: What is done in the block failed; which rank, where and why was said.
+    """
     plan = RunPlan.resolve(config, world or World.from_environment())
     trial = plan.check()
     splits = plan.source.load()
@@ -76,10 +103,7 @@ def train_run(config: Config, world: World | None = None) -> Finished:
                 log.warning("%s", changed_data)
             for notice in notices:
                 log.warning("%s", notice)
-        summary = build_trainer(plan, runtime, splits).fit()
-        if runtime.is_main:
-            log.info("%s", closing_line(summary, plan.task))
-    return Finished(runtime.run_dir, summary)
+        yield build_trainer(plan, runtime, splits)
 
 
 def check(config: Config, world: World) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader as checkpoint_reader
@@ -15,8 +15,9 @@ from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.manifest import data_manifest
+from distrain.errors import EXIT_STOPPED, Stopped
 from distrain.health.activity import in_phase
-from distrain.runtime.consensus import Request, RunControl
+from distrain.runtime.consensus import Request, RunControl, write_stop_file
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
@@ -148,6 +149,19 @@ class Checkpointing:
                 return
         problem = self.saver.failure or "the run folder was removed each time"
         raise SaveFailed(f"step {progress.step}, the last one, could not be saved: {problem}")
+
+    def stop_run(self, reason: str, progress: Progress, control: RunControl) -> NoReturn:
+        """Saves the run before its end, at a step on which all ranks agreed, so that it can be resumed.
+
+        Raises:
+            Stopped: Always; everything is saved.
+        """
+        self.save_with_retries(progress, control)
+        self._report.logger.close()
+        if self.runtime.is_main:
+            write_stop_file(self.runtime.run_dir, reason, progress.step, EXIT_STOPPED)
+            log.info("stopped by %s at step %d, saved; %s", reason, progress.step, self.runtime.how_to_resume())
+        raise Stopped(reason, progress.step)
 
     def _keep_folder(self) -> None:
         """Writes the run's folder anew if it was removed; rank 0 does that for all."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from distrain import rng
 from distrain.checkpoint.progress import Progress
@@ -13,7 +13,6 @@ from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.data.loader import Loader
 from distrain.data.sampler import batch_share
-from distrain.errors import EXIT_STOPPED, Stopped
 from distrain.health.activity import in_phase
 from distrain.reporting.loggers import Logger
 from distrain.runtime import consensus, gc_freeze
@@ -29,6 +28,7 @@ from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
 from distrain.training.nonfinite import NonFiniteGuard
 from distrain.training.report import Report
 from distrain.training.run_plan import RunPlan, total_steps
+from distrain.training.stepwise import Steps, exhaust
 
 log = logging.getLogger(__name__)
 
@@ -90,27 +90,33 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns what ``summary.json`` holds; nothing on a rank that has other work."""
+        return self.strategy.run(lambda: exhaust(self.steps()))
+
+    def steps(self) -> Steps:
+        """Trains as :meth:`fit`, and yields the number of updates after each; a text sent to it says why to stop."""
         try:
             with gc_freeze.frozen_gc():
-                return self.strategy.run(self._fit)
+                return (yield from self._fit())
         finally:
             self.checkpointing.close()
 
-    def _fit(self) -> dict[str, Any]:
+    def _fit(self) -> Steps:
         self.runtime.stoppable = True
         self._control = RunControl(self.config, self.runtime, self.strategy.consensus(), self.strategy.training_group)
         finished_summary = self._resume()
         self._notify("on_fit_start")
         try:
-            stop_reason = self._train()
+            stop_reason = yield from self._train()
         except EvaluationStopped as stopped:
             stop_reason = str(stopped)
         finally:
             self._notify("on_fit_end")
         self._control.close()
-        return self._stop(stop_reason) if stop_reason else self._finish(finished_summary)
+        if stop_reason:
+            self.checkpointing.stop_run(stop_reason, self.progress, self._control)
+        return self._finish(finished_summary)
 
-    def _train(self) -> str | None:
+    def _train(self) -> Generator[int, str | None, str | None]:
         """Takes steps until the run ends or all ranks agree to stop; returns why they stop."""
         while not self._done():
             loader = self.loaders["train"]
@@ -128,8 +134,9 @@ class Trainer:
                 if self.checkpointing.is_due(agreed, self.progress):
                     with self.report.clock.paused():
                         self.save()
-                if agreed.reason:
-                    return agreed.reason
+                asked = yield self.progress.step
+                if reason := agreed.reason or asked:
+                    return reason
                 if self._at_limit():
                     break
             # More than all where a resumed run has fewer samples than the one that was saved.
@@ -219,16 +226,6 @@ class Trainer:
             consensus.remove_stop_file(self.runtime.run_dir)
         return summary
 
-    def _stop(self, reason: str) -> NoReturn:
-        """Ends the run early, at a step on which all ranks agreed, so that it can be resumed."""
-        self.checkpointing.save_with_retries(self.progress, self._control)
-        self.report.logger.close()
-        step = self.progress.step
-        if self.runtime.is_main:
-            consensus.write_stop_file(self.runtime.run_dir, reason, step, EXIT_STOPPED)
-            log.info("stopped by %s at step %d, saved; %s", reason, step, self.runtime.how_to_resume())
-        raise Stopped(reason, step)
-
     def _finish(self, finished_summary: dict[str, Any] | None) -> dict[str, Any]:
         self.report.clock.lap()
         self.runtime.activity.phase = "finishing"
@@ -236,7 +233,7 @@ class Trainer:
         try:
             test = self.evaluate("test", range(min(_WATCHED, len(self.splits.test))))
         except EvaluationStopped as stopped:
-            self._stop(str(stopped))
+            self.checkpointing.stop_run(str(stopped), self.progress, self._control)
         self.checkpointing.save_with_retries(self.progress, self._control)
         summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
         if finished_summary is None and self.runtime.is_main:
