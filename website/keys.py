@@ -14,6 +14,7 @@ from distrain.cli import hydra_entry
 from distrain.cli.key_help import NEEDED, Key, keys_of
 from distrain.config.registry import GROUPS, choice
 from distrain.config.schema import Config
+from distrain.tools.launching import launch_keys
 
 #: Name and title of the page of all keys that belong to no group.
 GENERAL = ("general", "Training, checkpoints and processes")
@@ -37,7 +38,7 @@ _LONGEST = 80
 
 
 def pages(conf: Path) -> dict[str, tuple[str, str]]:
-    """All pages of the reference of keys: the file's name without suffix, its title and its Markdown.
+    """All pages of the reference of keys: the file's name without suffix, its title in the menu and its Markdown.
 
     Args:
         conf: The folder of YAML files.
@@ -45,8 +46,7 @@ def pages(conf: Path) -> dict[str, tuple[str, str]]:
     name, title = GENERAL
     made = {name: (title, "\n".join(_general(conf)))}
     for group in GROUPS:
-        title = f"{group}: {TITLES[group][0].lower()}{TITLES[group][1:]}" if group in TITLES else group
-        made[group] = (title, "\n".join(_group(conf, group, title)))
+        made[group] = (group, "\n".join(_group(conf, group, TITLES.get(group, group))))
     return made
 
 
@@ -60,6 +60,13 @@ def _general(conf: Path) -> Iterator[str]:
         yield f"## {section}" if section else "## The run"
         yield ""
         yield from _table(key for key in keys if key.name.rpartition(".")[0] == section)
+    yield ""
+    yield "## Ranks and hosts"
+    yield ""
+    yield "By these `distrain train`, `evaluate` and `doctor` start their own ranks."
+    yield "They are no part of a run's configuration."
+    yield ""
+    yield from _table(keys_of(launch_keys.LaunchSettings, launch_keys.defaults()))
 
 
 def _group(conf: Path, group: str, title: str) -> Iterator[str]:
@@ -126,4 +133,5 @@ def _table(keys: Iterable[Key]) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """Plain text as Markdown inside a table: no mark of Markdown's or HTML's has a meaning."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
+    escaped = re.sub(r"([\\`*_{}\[\]|#])", r"\\\1", text)
+    return escaped.replace("<", "&lt;").replace(">", "&gt;")

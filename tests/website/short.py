@@ -35,6 +35,9 @@ def shortened(arguments: list[str]) -> list[str]:
         return arguments
     keys = {argument.partition("=")[0] for argument in arguments}
     added = [setting for setting in SETTINGS if setting.partition("=")[0] not in keys]
+    if command == "sweep":
+        # Its jobs are ranked by the validation at the end of an epoch.
+        added[added.index("trainer.max_steps=3")] = "trainer.epochs=1"
     kept: list[str] = []
     for argument in arguments:
         if argument == "data=cifar10":

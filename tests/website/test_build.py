@@ -34,6 +34,8 @@ def test_the_reference_has_every_key_of_every_choice() -> None:
     pages = keys.pages(CONF)
     general = pages["general"][1]
     assert all(f"`trainer.{name}`" in general for name in TrainerConfig.__dataclass_fields__)
+    assert "| `nproc` |" in general
+    assert "outputs/&lt;date&gt;/" in general
     for group in GROUPS:
         _, text = pages[group]
         for name, choice in choices(group).items():
