@@ -228,7 +228,7 @@ class FullFromUntil:
     [
         ("", "never", EXIT_REFUSED),
         ("write metrics.jsonl", "never", EXIT_FAILED),
-        ("rename checkpoints/.step_00000001", "never", EXIT_FAILED),
+        ("replace checkpoints/.step_00000001", "never", EXIT_FAILED),
         ("write metrics.jsonl", "step_00000003", 0),
         (".step_00000001", "step_00000002", 0),
     ],
@@ -256,7 +256,7 @@ def steps_of_rows(folder: Path) -> list[int]:
 def test_a_full_disk_after_the_last_save_costs_only_reports(tmp_path: Path, finished: Path) -> None:
     folder = tmp_path / "run"
 
-    published = f"rename checkpoints/.{Path(LAST).name}"
+    published = f"replace checkpoints/.{Path(LAST).name}"
 
     def is_full(_: int, call: Call) -> int:
         is_saved = any(str(earlier).startswith(published) for earlier in disk.calls)
