@@ -7,6 +7,7 @@ that a rank need not run the script again. Samples lie in plain files, which all
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -133,8 +134,10 @@ def _culprit(model: Any) -> str:
         function = getattr(model, "func", model)
         code, scope = getattr(function, "__code__", None), getattr(function, "__globals__", {})
         closure = getattr(function, "__closure__", None) or ()
-        names = getattr(code, "co_freevars", ())
-        parts = [(name, cell.cell_contents) for name, cell in zip(names, closure, strict=True)]
+        parts = []
+        for name, cell in zip(getattr(code, "co_freevars", ()), closure, strict=True):
+            with contextlib.suppress(ValueError):  # the variable has no value yet
+                parts.append((name, cell.cell_contents))
         parts += [(name, scope[name]) for name in getattr(code, "co_names", ()) if name in scope]
     for name, value in parts:
         try:

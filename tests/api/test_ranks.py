@@ -113,11 +113,14 @@ def test_an_object_that_no_other_process_can_have_is_refused() -> None:
     lock = threading.Lock()
 
     def make() -> nn.Module:
+        if lock.locked():
+            print(later)
         with lock:
             return skip_net()
 
     with pytest.raises(distrain.ConfigError, match=r"^model: its lock, a lock, can't be sent to other processes"):
         fit(make)
+    later = 1
 
 
 @pytest.mark.parametrize("nproc", [0, -1, 1.5, True, "two"])
