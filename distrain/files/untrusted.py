@@ -63,13 +63,31 @@ def read_text(path: Path, max_bytes: int) -> str:
     if not path.exists():
         raise FileNotFoundError(path)
     try:
-        with open_regular(path) as file:
+        file = open_regular(path)
+    except OSError as error:
+        raise UnreadableFile(f"{path.name} can't be read ({error})") from error
+    return read_open(file, path.name, max_bytes)
+
+
+def read_open(file: IO[bytes], name: str, max_bytes: int) -> str:
+    """Reads the rest of an open text file, and closes it.
+
+    Args:
+        file: The file.
+        name: Its name, for error messages.
+        max_bytes: Largest size that is read.
+
+    Raises:
+        UnreadableFile: It can't be read, is too large, or is not UTF-8.
+    """
+    try:
+        with file:
             content = file.read(max_bytes + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"{path.name} can't be read ({error})") from error
+        raise UnreadableFile(f"{name} can't be read ({error})") from error
     if len(content) > max_bytes:
-        raise UnreadableFile(f"{path.name} has more than {max_bytes} bytes")
+        raise UnreadableFile(f"{name} has more than {max_bytes} bytes")
     return text
 
 

@@ -225,9 +225,9 @@ def read_metrics(file: IO[bytes]) -> Metrics:
             continue
         last_steps[kind] = step
         metrics.last_step = max(metrics.last_step, step)
-        metrics.last_time = _number(row.get("time")) or metrics.last_time
+        metrics.last_time = finite_number(row.get("time")) or metrics.last_time
         if kind == "step":
-            step_ms = _number(row.get("speed/step_ms"))
+            step_ms = finite_number(row.get("speed/step_ms"))
             if step_ms is not None and step_ms >= 0:
                 metrics.clock.add(step, step_ms)
         _add_to_curves(metrics, step, row)
@@ -276,10 +276,10 @@ def _add_to_curves(metrics: Metrics, step: int, row: dict[str, Any]) -> None:
         elif curve.last is not None and curve.last[0] >= step:
             # Rows of steps and of epochs may hold the same name.
             continue
-        curve.add(step, _number(value))
+        curve.add(step, finite_number(value))
 
 
-def _number(value: object) -> float | None:
+def finite_number(value: object) -> float | None:
     """A finite number as float; ``None`` for everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

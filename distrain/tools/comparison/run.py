@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distrain.files.untrusted import UnreadableFile
-from distrain.tools.comparison.curves import Metrics, read_metrics
+from distrain.tools.comparison.curves import Metrics, finite_number, read_metrics
 from distrain.tools.comparison.run_files import RunFiles
 from distrain.tools.launching.jobs import DONE
 
@@ -44,14 +43,7 @@ class Run:
 
     def number(self, path: str) -> float | None:
         """A finite number of the summary by its dotted path, or ``None``."""
-        value = self._value(path)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        try:
-            number = float(value)
-        except OverflowError:
-            return None
-        return number if math.isfinite(number) else None
+        return finite_number(self._value(path))
 
     def text(self, path: str) -> str | None:
         """A text of the summary by its dotted path, or ``None``."""

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from distrain.errors import ConfigError
 from distrain.files.contained_folder import ContainedFolder
-from distrain.files.untrusted import UnreadableFile, parse_json, parse_yaml
+from distrain.files.untrusted import UnreadableFile, parse_json, parse_yaml, read_open
 
 #: Most runs that one comparison shows.
 MOST_RUNS = 200
@@ -94,17 +94,7 @@ class RunFiles:
 
     def _text(self, name: str, max_bytes: int) -> str | None:
         file = self.open(name)
-        if file is None:
-            return None
-        try:
-            with file:
-                content = file.read(max_bytes + 1)
-            text = content.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnreadableFile(f"{name} can't be read ({error})") from error
-        if len(content) > max_bytes:
-            raise UnreadableFile(f"{name} has more than {max_bytes} bytes")
-        return text
+        return None if file is None else read_open(file, name, max_bytes)
 
 
 @dataclass
