@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli import app, run_folder
 from distrain.config.schema import Config
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped
@@ -367,6 +368,34 @@ def test_a_folder_that_is_removed_is_written_anew(
     assert "run folder: " in (folder / "logs" / "rank_0.log").read_text()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3
     assert [path.name for path in folder.rglob(".*")] == []
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["", "background"])
+@pytest.mark.parametrize("moment", ["_files_of_rank", "_complete"])
+@pytest.mark.parametrize("remove", [remove, make_anew], ids=["removed", "made anew"])
+def test_a_folder_that_is_removed_while_a_checkpoint_is_written_is_written_anew(
+    remove: Callable[[Path], object],
+    moment: str,
+    background: bool,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+    write, waiting = getattr(checkpoint_writer, moment), [folder]
+
+    def remove_and_write(*arguments: Any) -> Any:
+        if waiting:
+            remove(waiting.pop())
+            if moment == "_complete":
+                # A slow disk: the writer has made its hidden folder in the new one.
+                (folder / "checkpoints" / arguments[0].name).mkdir(parents=True)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, moment, remove_and_write)
+    code, said = start(folder, 3, f"checkpoint.background={str(background).lower()}")
+    assert (code, problems_of_success(folder, finished)) == (0, []), said
+    assert "CHECKPOINT NOT SAVED at step 1: " in said
 
 
 def test_a_folder_that_is_removed_after_the_last_step_is_written_anew(

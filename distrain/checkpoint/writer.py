@@ -39,7 +39,7 @@ def save(
     communicator: Communicator | None = None,
     device: torch.device = _CPU,
     *,
-    is_taken: Callable[[], bool] = lambda: False,
+    may_write: Callable[[], bool] = lambda: True,
 ) -> Path:
     """Writes a checkpoint into a hidden folder and renames it when it is complete. A collective call.
 
@@ -53,7 +53,7 @@ def save(
         progress: The trainer's position; ``step`` names the checkpoint.
         communicator: The ranks that save together; by default this rank alone.
         device: Device of the tensors that ``communicator`` exchanges.
-        is_taken: Returns whether another start of the run owns the folder; then no checkpoint is made.
+        may_write: Returns whether this start still owns the run's folder; if not, no checkpoint is made.
 
     Returns:
         The checkpoint's folder.
@@ -65,7 +65,7 @@ def save(
     final = checkpoint_path(folder, int(progress["step"]))
     temporary = temporary_path(final)
     try:
-        _save(temporary, final, state, progress, _ErrorExchange(communicator, device), is_taken)
+        _save(temporary, final, state, progress, _ErrorExchange(communicator, device), may_write)
     except SaveFailed:
         if communicator.rank == 0:
             _remove_quietly(*_contained(temporary))
@@ -79,7 +79,7 @@ def _save(
     state: Mapping[str, Any],
     progress: Mapping[str, Any],
     exchange: _ErrorExchange,
-    is_taken: Callable[[], bool],
+    may_write: Callable[[], bool],
 ) -> None:
     rank = exchange.communicator.rank
     with exchange.catching_errors():
@@ -97,8 +97,9 @@ def _save(
             content = {"progress": dict(progress), "scalars": state["scalars"], "layout": state["layout"]}
             content |= {"config": state.get("config"), "data": state.get("data")}
             _complete(temporary, content, digests)
-            if is_taken():
-                raise OSError(errno.EPERM, "another start of this run has taken the folder", str(final))
+            if not may_write():
+                problem = "the run folder was removed, or another start of this run has taken it"
+                raise OSError(errno.EPERM, problem, str(final))
             _publish(temporary, final)
     # No rank continues before all know whether the checkpoint exists.
     exchange.all_gather({})

@@ -108,11 +108,25 @@ class RunOwner:
             return FolderState.OURS
         if _identity(self.run_dir) in (None, self._identity):
             return FolderState.REMOVED
-        # What the ranks' own log files make anew counts as nothing.
-        if any(self.run_dir.joinpath(name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
+        if self._is_used():
             self._taken_by = f"the run folder {self.run_dir} was removed, and another one is in its place"
             return FolderState.TAKEN
         return FolderState.REMOVED
+
+    def _is_used(self) -> bool:
+        """Whether the folder holds what another run wrote.
+
+        What this start may make anew while the folder is removed counts as nothing: log files, and the hidden folder of
+        a checkpoint that is written in the background.
+        """
+        if any(self.run_dir.joinpath(name).exists() for name in ("config.yaml", "metrics.jsonl")):
+            return True
+        try:
+            return not all(name.startswith(".") for name in self._folder.names(_CLAIM.parent.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a link to elsewhere, or a folder that can't be read: certainly not made by this start
+            return True
 
     @property
     def may_write(self) -> bool:

@@ -51,7 +51,7 @@ class Saver:
             since a process group can't tell the messages of two threads apart.
         device: Device on which the group communicates.
         background: Write while training continues.
-        is_taken: Returns whether another start of the run owns the folder; then nothing is written or removed there.
+        may_write: Returns whether this start still owns the run's folder; if not, nothing is saved or removed there.
         expected_tensors: Returns tensors with the shapes and types that this rank will save. Called at the first
             :meth:`poll`; memory for their copies is then allocated in the background.
 
@@ -69,7 +69,7 @@ class Saver:
         device: torch.device = _CPU,
         *,
         background: bool,
-        is_taken: Callable[[], bool] = lambda: False,
+        may_write: Callable[[], bool] = lambda: True,
         expected_tensors: Callable[[], list[Tensor]] = list,
     ) -> None:
         self.failure = ""
@@ -78,7 +78,7 @@ class Saver:
         self._keep = keep
         self._group = group if group is not None else Communicator()
         self._device = device
-        self._is_taken = is_taken
+        self._may_write = may_write
         self._staging = _Staging() if background else None
         self._expected_tensors: Callable[[], list[Tensor]] | None = expected_tensors if background else None
         self._pending: Future[int | None] | None = None
@@ -150,7 +150,7 @@ class Saver:
         """Writes a checkpoint and removes old ones; returns the step if it could not be written, else ``None``."""
         start, step = time.perf_counter(), int(progress["step"])
         try:
-            checkpoint_writer.save(self._folder, state, progress, self._group, self._device, is_taken=self._is_taken)
+            checkpoint_writer.save(self._folder, state, progress, self._group, self._device, may_write=self._may_write)
         except checkpoint_writer.SaveFailed as error:
             self.failure = str(error)
             if self._group.rank == 0:
@@ -159,7 +159,7 @@ class Saver:
         self.failure = ""
         self._write_seconds.append(time.perf_counter() - start)
         # The later steps of another start's checkpoints would look like an abandoned branch.
-        if self._group.rank == 0 and not self._is_taken():
+        if self._group.rank == 0 and self._may_write():
             checkpoint_retention.prune(self._folder, self._keep, progress["best_step"], step)
         return None
 
@@ -252,16 +252,16 @@ def build(config: Config, runtime: Runtime, strategy: Strategy) -> Saver:
     folder, keep = checkpoint_format.checkpoints_folder(runtime.run_dir), config.checkpoint.keep
     owner = runtime.owner
 
-    def is_taken() -> bool:
-        return owner is not None and owner.is_taken
+    def may_write() -> bool:
+        return owner is None or owner.may_write
 
     if runtime.is_main:
         checkpoint_retention.remove_leftovers(folder)
     if not config.checkpoint.background or not strategy.saves_in_background:
-        return Saver(folder, keep, strategy.training_group, runtime.device, background=False, is_taken=is_taken)
+        return Saver(folder, keep, strategy.training_group, runtime.device, background=False, may_write=may_write)
     group = runtime.control_group() if runtime.world.size > 1 else None
     expected_tensors = functools.partial(_expected_tensors, strategy)
-    return Saver(folder, keep, group, background=True, is_taken=is_taken, expected_tensors=expected_tensors)
+    return Saver(folder, keep, group, background=True, may_write=may_write, expected_tensors=expected_tensors)
 
 
 def _expected_tensors(strategy: Strategy) -> list[Tensor]:

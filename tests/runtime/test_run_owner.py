@@ -105,6 +105,18 @@ def test_another_folder_in_its_place_is_not_ours(name: str, run_dir: Path) -> No
         owner.restore()
 
 
+@pytest.mark.parametrize("name", ["logs/rank_0.log", "checkpoints/.step_00000001.tmp-1/model.safetensors"])
+def test_what_a_start_writes_while_its_folder_is_removed_is_not_another_folder(name: str, run_dir: Path) -> None:
+    owner = RunOwner.take(run_dir)
+    owner.write_kept("config.yaml", "content")
+    run_dir.rename(run_dir.with_name("moved"))
+    (run_dir / name).parent.mkdir(parents=True)
+    (run_dir / name).touch()
+    assert not owner.may_write, "a checkpoint would be published in a folder that is not complete"
+    owner.restore()
+    assert owner.is_complete()
+
+
 def test_a_rank_that_does_not_see_the_folder_may_write_its_own(run_dir: Path, tmp_path: Path) -> None:
     owner = RunOwner.take(run_dir)
     shutil.rmtree(run_dir)
