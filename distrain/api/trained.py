@@ -18,7 +18,7 @@ from distrain.cli import export as exporting
 from distrain.cli import predict as prediction
 from distrain.cli.run_folder import RunFolder
 from distrain.cli.settings import require_one_process
-from distrain.config.schema import DataConfig
+from distrain.config.schema import DEVICES, DataConfig
 from distrain.data.python_object import DataObject, PythonObjectDataConfig, offered_data
 from distrain.errors import ConfigError, config_error
 from distrain.models.python_object import ModelObject, offered_model
@@ -26,7 +26,6 @@ from distrain.runtime.world import World
 from distrain.tasks import base as tasks
 
 _SPLITS = ("train", "val", "test")
-_DEVICES = ("auto", "cpu", "cuda")
 
 
 def evaluate(
@@ -52,7 +51,7 @@ def evaluate(
             parameters are neither used nor changed.
         checkpoint: ``newest``, ``best`` by validation score, or the folder of a checkpoint.
         batch_size: Samples per step over all ranks; by default the run's ``data.eval_batch_size``.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         data_root: Folder that contains the run's data set on this machine.
         allow: Dotted prefixes of a model and of parts outside distrain that the run's configuration may name.
 
@@ -69,7 +68,7 @@ def evaluate(
         split=_choice("split", split, _SPLITS),
         data_root=None if data_root is None else os.fspath(data_root),
         batch_size=_count("batch_size", batch_size),
-        device=_choice("device", device, _DEVICES),
+        device=_choice("device", device, DEVICES),
         output="-",
         allow=list(allow),
     )
@@ -103,7 +102,7 @@ def predict(
         model: As for :func:`evaluate`.
         checkpoint: As for :func:`evaluate`.
         batch_size: Images per forward pass.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         allow: As for :func:`evaluate`.
 
     Returns:
@@ -126,7 +125,7 @@ def predict(
         top=_count("top", top) or 1,
         on_error=_choice("on_error", on_error, ("stop", "skip")),
         batch_size=_count("batch_size", batch_size) or 1,
-        device=_choice("device", device, _DEVICES),
+        device=_choice("device", device, DEVICES),
         allow=list(allow),
     )
     folder = _folder(run, allow)

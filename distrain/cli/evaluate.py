@@ -15,7 +15,7 @@ from torch import nn
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
-from distrain.config.schema import CompressionConfig, Config, StrategyConfig, setting
+from distrain.config.schema import DEVICE_DOC, DEVICES, CompressionConfig, Config, StrategyConfig, setting
 from distrain.data.base import DataSpec, Images, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.escaping import Lines
@@ -44,7 +44,7 @@ class EvaluateSettings(RunSettings):
     batch_size: int | None = setting(
         "Samples per evaluation step over all ranks; null: the run's data.eval_batch_size.", at_least=1
     )
-    device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    device: str = setting(DEVICE_DOC, choices=DEVICES)
     output: str | None = setting(
         "JSON file for the result; -: standard output; null: evaluation_<split>.json in the run's folder.", path=True
     )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder
 from distrain.cli.settings import RunSettings, require_one_process
-from distrain.config.schema import setting
+from distrain.config.schema import DEVICE_DOC, DEVICES, setting
 from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
 from distrain.data.loader import Loader
@@ -54,7 +54,7 @@ class PredictSettings(RunSettings):
         "If an image can't be decoded: stop the command, or skip the image.", choices=("stop", "skip")
     )
     batch_size: int = setting("Images per forward pass.", at_least=1)
-    device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    device: str = setting(DEVICE_DOC, choices=DEVICES)
     allow: list[str] = setting(
         "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
     )
@@ -261,7 +261,7 @@ class Predictor:
         )
         with self._precision.autocast():
             parts = [self._task.evaluate(self._model, batch.inputs) for batch in loader.epoch(0)]
-        return torch.cat(parts).double().cpu()
+        return torch.cat(parts).cpu().double()
 
 
 def to_json(predictions: Sequence[Prediction]) -> str:

@@ -318,11 +318,16 @@ class CheckpointConfig:
     )
 
 
+#: Choices of ``runtime.device`` and of the key ``device`` of commands, and their meaning.
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICE_DOC = "Device; auto: cuda if torch finds a GPU, else cpu; mps: an Apple GPU, on one rank."
+
+
 @dataclass
 class RuntimeConfig:
     """Processes and devices."""
 
-    device: str = setting("Device; auto: cuda if torch finds a GPU, else cpu.", choices=("auto", "cpu", "cuda"))
+    device: str = setting(DEVICE_DOC, choices=DEVICES)
     backend: str = setting(
         "Backend of process groups; auto: nccl on cuda, gloo on cpu.", choices=("auto", "gloo", "nccl")
     )

@@ -15,6 +15,7 @@ from distrain.data.base import Images, Splits
 from distrain.data.batch import Batch, map_targets, slice_targets
 from distrain.data.prefetch import prefetched
 from distrain.data.sampler import epoch_order, shard_bounds
+from distrain.runtime.device import is_mps
 
 _DEFAULT_PREFETCH = 2
 #: Images are kept on the device if they take less than this share of its free memory.
@@ -47,8 +48,7 @@ class Loader:
         shard: Index and number of shards: which part of each global batch this loader yields.
         mean: Channel means, for pixel values in [0, 1]; for the numbers themselves if the images are floating point.
         std: Channel standard deviations, likewise.
-        device: Device of the batches. All images are kept on a CUDA device if they take less than a quarter of its free
-            memory.
+        device: Device of the batches. All images are kept on a GPU if they take less than a quarter of its free memory.
         dtype: Floating-point type of the inputs; for 16-bit types, normalisation is in float32 and its result rounded.
         memory_format: ``torch.contiguous_format`` or ``torch.channels_last``.
         seed: The run's seed; determines order and augmentation.
@@ -127,7 +127,7 @@ class Loader:
             return
         if self._prefetch and not self._on_device:
             raw_batches = prefetched(raw_batches, self._prefetch)
-        # CUDA work is queued by the consumer's thread, so it is in order with the rest of the consumer's stream.
+        # Work for a GPU is queued by the consumer's thread, so it is in order with the rest of the consumer's stream.
         with contextlib.closing(raw_batches):
             for raw in raw_batches:
                 yield self._finish(raw)
@@ -137,7 +137,7 @@ class Loader:
         # Once per epoch for all samples, since slicing the results is almost free in each step.
         device_order = order.to(self._device)
         targets = map_targets(lambda tensor: tensor.index_select(0, device_order), self._targets)
-        draws = None if self._augmentation is None else self._augmentation.draws(epoch, device_order)
+        draws = None if self._augmentation is None else self._draws(self._augmentation, epoch, order)
         rows = order if self._rows is None else self._rows.index_select(0, order)
         rows = rows.to(self._pixels.device)
         for start in range(consumed, self._count, self._batch_size):
@@ -148,11 +148,20 @@ class Loader:
             batch = Batch(pixels, slice_targets(targets, low, high), order[low:high], total)
             yield _RawBatch(pixels, None if draws is None else draws[:, low:high], batch)
 
+    def _draws(self, augmentation: Augmentation, epoch: int, order: Tensor) -> Tensor:
+        """The augmentation's draws for an epoch, on the device."""
+        # Made of integers of 64 bits that wrap around, of which Apple's GPUs promise nothing.
+        if is_mps(self._device):
+            return augmentation.draws(epoch, order).to(self._device)
+        return augmentation.draws(epoch, order.to(self._device))
+
     def _gather_pixels(self, rows: Tensor) -> Tensor:
-        """[n, C, H, W] on the device of ``self._pixels``; in pinned memory if they must still be copied."""
+        """[n, C, H, W] on the device of ``self._pixels``; in pinned memory if a CUDA device must still copy them."""
         if self._on_device:
             pixels = self._pixels.index_select(0, rows)
             return pixels.permute(0, 3, 1, 2) if self._is_nhwc else pixels
+        if self._device.type != "cuda":
+            return self._pixels.index_select(0, rows)
         # torch's pinned allocator reuses a block only after the copies from it have finished.
         pinned = torch.empty((len(rows), *self._pixels.shape[1:]), dtype=self._pixels.dtype, pin_memory=True)
         return torch.index_select(self._pixels, 0, rows, out=pinned)
@@ -161,7 +170,7 @@ class Loader:
         """Moves, augments and normalises the images of a batch."""
         pixels, draws = raw.pixels, raw.draws
         if not self._on_device:
-            pixels = pixels.to(self._device, non_blocking=True)
+            pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")
         if self._augmentation is not None and draws is not None:
             pixels = self._augmentation.flip_and_crop(pixels, draws)
         # The layout is converted while the pixels are bytes, which moves a quarter of the memory.
@@ -175,10 +184,13 @@ class Loader:
 
 
 def _fits_on_device(images: Images, device: torch.device) -> bool:
-    """Whether to keep the images on this CUDA device."""
+    """Whether to keep the images on this GPU."""
     if images.rows is not None:
         return False
-    free, _ = torch.cuda.mem_get_info(device)
+    if is_mps(device):
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
     return images.images.nbytes < _MAX_DEVICE_SHARE * free
 
 

@@ -117,9 +117,12 @@ def convert(model: nn.Module, dtype: torch.dtype, device: torch.device | None = 
     """
 
     def converted(tensor: Tensor) -> Tensor:
+        # The format first: a device may lack the one that the tensor has.
         if tensor.is_complex():
-            return tensor.to(device, _COMPLEX[dtype])
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+            tensor = tensor.to(_COMPLEX[dtype])
+        elif tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        return tensor.to(device)
 
     torch_internals.apply_to_tensors(model, converted)
     return model

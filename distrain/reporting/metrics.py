@@ -15,6 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distrain.runtime.device import float64_device, is_mps
+
+#: Steps whose sums a device without float64 keeps before the CPU adds them up.
+_MAX_WAITING = 1024
+
 #: Start and end of a span on a GPU.
 EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -22,17 +27,20 @@ EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 class Stopwatch:
     """Measures what this rank's training time is spent on, without adding synchronisation between host and device.
 
-    On a CPU, spans are measured on the host. On a GPU the host only queues work, so each span is a pair of CUDA events
+    On a CPU, spans are measured on the host. On a CUDA GPU the host only queues work, so each span is a pair of events
     in the compute stream. The events are read in :meth:`collect`, which is called where the host synchronises anyway.
     Communication counts only while the compute stream waits for it (exposed communication); communication that
     overlaps with computation is not counted.
+
+    On an Apple GPU spans are measured on the host too, and the time for which :meth:`flush` waits for the GPU counts as
+    time in steps. What the host does between steps while the GPU works is not counted as time in steps.
 
     Args:
         device: The device of the training step.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._cuda, self._mps = device.type == "cuda", is_mps(device)
         self._step_events: list[EventPair] = []
         self._communication_events: list[EventPair] = []
         self._compression_events: list[EventPair] = []
@@ -69,6 +77,10 @@ class Stopwatch:
 
     def flush(self) -> None:
         """Waits until the device has finished all queued work, and reads the recorded events."""
+        if self._mps:
+            start = time.perf_counter()
+            torch.mps.synchronize()
+            self._host_step += time.perf_counter() - start
         if self._cuda:
             torch.cuda.synchronize()
             self._step += _seconds(self._step_events)
@@ -166,24 +178,46 @@ class TimeShares:
 class MetricSums:
     """Sums of losses, metrics and samples, kept on the device so that adding to them needs no synchronisation.
 
+    A device without float64 keeps what it is given, and the CPU adds it up when the sums are read, or when it has
+    become much. So the sums are the same on every device.
+
     Args:
         device: Device of the steps' sums.
         metrics: Number of metrics of the task.
     """
 
     def __init__(self, device: torch.device, metrics: int) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._metrics = torch.zeros(metrics, dtype=torch.float64, device=device)
+        self._device = float64_device(device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._metrics = torch.zeros(metrics, dtype=torch.float64, device=self._device)
         self._count = 0
+        self._waits = self._device != device
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, loss_sum: Tensor, metric_sums: Tensor, count: int) -> None:
         """Adds one step's sums."""
+        self._count += count
+        if self._waits:
+            self._waiting.append((loss_sum, metric_sums))
+            if len(self._waiting) >= _MAX_WAITING:
+                self._add_waiting()
+            return
         self._loss += loss_sum
         self._metrics += metric_sums
-        self._count += count
+
+    def _add_waiting(self) -> None:
+        """Adds on the CPU what the device keeps: one copy for all losses, one for all metrics, in their order."""
+        if not self._waiting:
+            return
+        losses, metrics = (torch.stack(kept).to(self._device) for kept in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        for loss_sum, metric_sums in zip(losses, metrics, strict=True):
+            self._loss += loss_sum
+            self._metrics += metric_sums
 
     def read_and_reset(self) -> Tensor:
         """Returns ``[loss, *metrics, count]`` as float64 and sets the sums to zero; counts below 2**53 are exact."""
+        self._add_waiting()
         count = self._loss.new_full((1,), self._count)
         sums = torch.cat([self._loss.unsqueeze(0), self._metrics, count])
         self._loss.zero_()
@@ -193,12 +227,17 @@ class MetricSums:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this rank in MiB: allocated by torch on a GPU, resident set size on a CPU.
+    """Peak memory of this rank in MiB: allocated by torch on a CUDA GPU, resident set size on a CPU.
+
+    torch knows no peak on an Apple GPU. There it is what the system holds for this process on the GPU now; torch gives
+    little of it back, so that is near the peak.
 
     NaN where the system doesn't tell, as Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if is_mps(device):
+        return torch.mps.driver_allocated_memory() / 2**20
     try:
         import resource
     except ImportError:

@@ -24,6 +24,7 @@ from distrain.config.schema import Config, StrategyConfig
 from distrain.data.sampler import part_sizes
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
+from distrain.runtime.device import float64_device
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -339,11 +340,10 @@ class Strategy(ABC, Generic[OptionsT_co]):
         if self.config.compression.name == "none" or steps <= 0:
             return {}
         norm = self.compressor.residual_norm()
-        device = self.runtime.device
-        mine = torch.zeros(2, dtype=torch.float64, device=device)
+        mine = torch.zeros(2, dtype=torch.float64, device=float64_device(self.runtime.device))
         mine[0] = self.stopwatch.compression_seconds() / steps
         if norm is not None:
-            mine[1] = norm.double().square()
+            mine[1] = norm.to(mine.device).double().square()
         seconds, squares = communicator.all_reduce(mine).tolist()
         found = {"compression/ms_per_step": 1000 * seconds / communicator.size}
         if norm is not None:

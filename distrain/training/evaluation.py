@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from distrain.communication.collectives import Communicator
+from distrain.data.batch import map_targets
 from distrain.data.loader import Loader
+from distrain.runtime.device import float64_device
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation, Task
 
@@ -53,7 +55,8 @@ def evaluate(
     Raises:
         EvaluationStopped: ``why_stop`` gave a reason.
     """
-    device = strategy.runtime.device
+    # Where the metrics are computed too, so that they are the same on every device.
+    device = float64_device(strategy.runtime.device)
     state = task.metric_state(device)
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
     positions = torch.tensor(list(watch), dtype=torch.int64)
@@ -62,14 +65,15 @@ def evaluate(
     for batch in loader.epoch(0):
         result = strategy.eval_step(batch)
         strategy.runtime.activity.progress += 1
-        loss_and_count[0] += result.loss_sum
+        loss_and_count[0] += result.loss_sum.to(device)
         loss_and_count[1] += result.count
         if reason := why_stop():
             raise EvaluationStopped(reason)
         if result.outputs is None or not result.count:
             continue
-        task.update_state(state, result.outputs, batch.targets)
-        decisions = task.decide(result.outputs)
+        outputs = result.outputs.to(device)
+        task.update_state(state, outputs, map_targets(lambda tensor: tensor.to(device), batch.targets))
+        decisions = task.decide(outputs)
         if decisions is not None:
             index, row = (positions[:, None] == batch.indices[None, :]).nonzero(as_tuple=True)
             watched[index.to(device)] = decisions[row.to(device)].double()

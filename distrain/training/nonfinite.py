@@ -60,7 +60,7 @@ class NonFiniteGuard:
         self._training_group = training_group
         self._device = strategy.runtime.device
         # Reading the loss would make the host wait for a GPU, so its check is deferred to check_loss_sum.
-        self._deferred = self._device.type == "cuda"
+        self._deferred = self._device.type != "cpu"
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self._device)
         self._skipped_in_a_row = 0
 

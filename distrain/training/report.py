@@ -21,6 +21,7 @@ from distrain.files.writing import losing_on_disk_errors, to_json
 from distrain.reporting.loggers import Logger
 from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
 from distrain.reporting.origin import Origin, as_iso
+from distrain.runtime.device import float64_device
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult, Strategy
 from distrain.tasks.base import Evaluation, Task
@@ -200,8 +201,9 @@ class Report:
         )
         sent_by_all, uncompressed = group.all_reduce(sent).tolist()
         shares = self.clock.overall.time.shares()
-        summed = group.all_reduce(torch.tensor(list(shares.values()), dtype=torch.float64, device=device)).tolist()
-        memory = group.all_reduce(torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=device), "max")
+        exact = float64_device(device)
+        summed = group.all_reduce(torch.tensor(list(shares.values()), dtype=torch.float64, device=exact)).tolist()
+        memory = group.all_reduce(torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=exact), "max")
         loss, _, count = self._means(progress.epoch_sums)
         mesh = strategy.mesh
         return {

@@ -21,7 +21,7 @@ from distrain.optim import schedulers
 from distrain.optim.optimizers.build import check_lookahead
 from distrain.optim.optimizers.groups import check_groups
 from distrain.runtime import launcher
-from distrain.runtime.device import choose_backend, choose_device
+from distrain.runtime.device import MPS, choose_backend, choose_device
 from distrain.runtime.world import World
 from distrain.strategies import base as strategies
 from distrain.strategies.base import Strategy
@@ -112,6 +112,8 @@ class RunPlan:
         if alone and config.strategy.name != "single" and "TORCHELASTIC_RUN_ID" not in os.environ:
             several = launcher.command(sys.argv, os.environ, ranks=2)
             log.warning("strategy=%s on one process has nothing to divide; on two: %s", config.strategy.name, several)
+        if alone and config.runtime.device == "auto" and torch.backends.mps.is_available():
+            log.info("this machine's Apple GPU is not used; runtime.device=%s trains on it", MPS)
         precision = Precision(config.trainer.precision, self.device)
         trial = ModelTrial(
             config.model,

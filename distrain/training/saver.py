@@ -26,6 +26,7 @@ from distrain.checkpoint import retention as checkpoint_retention
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
+from distrain.runtime.device import float64_device
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 
@@ -132,7 +133,9 @@ class Saver:
             is the largest value of all ranks.
         """
         stalls, writes = (np.asarray(seconds or [0.0]) for seconds in (self._stall_seconds, self._write_seconds))
-        own = torch.tensor([stalls.max(), stalls.mean(), writes.mean()], dtype=torch.float64, device=self._device)
+        own = torch.tensor(
+            [stalls.max(), stalls.mean(), writes.mean()], dtype=torch.float64, device=float64_device(self._device)
+        )
         max_stall, mean_stall, mean_write = self._group.all_reduce(own, "max").tolist()
         return {
             "saves": self._saves,
@@ -221,7 +224,8 @@ class _Staging:
             prepared = self._prepared_buffers[layout]
             buffer = prepared.pop() if prepared else _allocate_buffer(tensor)
         self._buffers[key] = buffer, layout
-        return buffer.copy_(tensor, non_blocking=True)
+        # Only CUDA promises, by the event, to say when such a copy is complete.
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def _run_in_background(work: Callable[[], T]) -> Future[T]:

@@ -259,7 +259,7 @@ NAN = np.where(X > 3, np.nan, X)
         ({"lr": object()}, r"optimizer.lr.*: .*object.* is not a supported primitive type"),
         ({"keys": {"optimizer.lr": 1}}, r"optimizer.lr=1: is given twice"),
         ({"data": "digits"}, r"data: can't be set here: it says which objects fit\(\) was given"),
-        ({"device": "tpu"}, r"runtime.device=tpu: unknown choice; choices: auto, cpu, cuda"),
+        ({"device": "tpu"}, r"runtime.device=tpu: unknown choice; choices: auto, cpu, cuda, mps"),
         ({"nproc": 0}, r"nproc=0: must be a whole number from 1 on"),
         ({"nproc": True}, r"nproc=true: must be a whole number from 1 on"),
         ({"config_dir": "nowhere"}, r"config_dir=nowhere: is not a folder"),

@@ -36,7 +36,7 @@ def test_file_has_each_key_of_its_schema_and_keeps_hydra_from_making_a_folder(co
         ("top=many", "top=many: must be a whole number"),
         ("+tpo=3", "tpo: no such key; choices: "),
         ("allow=mine", "allow=mine: must be a list"),
-        ("device=tpu", "device=tpu: unknown choice; choices: auto, cpu, cuda"),
+        ("device=tpu", "device=tpu: unknown choice; choices: auto, cpu, cuda, mps"),
         ("batch_size=0", "batch_size=0: must be at least 1"),
     ],
 )

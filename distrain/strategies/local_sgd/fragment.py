@@ -18,6 +18,7 @@ from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.exchange import BucketExchanger
 from distrain.optim.uncompiled import without_compiler_hooks
 from distrain.reporting.metrics import Stopwatch
+from distrain.runtime.device import float64_device
 
 _BUCKET_BYTES = 25 * MIB
 
@@ -219,11 +220,11 @@ class Fragment:
         with self._stopwatch.communication():
             self.wait()
         self.apply_at = None
-        squares = torch.zeros(2, dtype=torch.float64, device=self._buckets[0].anchor.flat.device)
+        squares = torch.zeros(2, dtype=torch.float64, device=float64_device(self._buckets[0].anchor.flat.device))
         for bucket in self._buckets:
             anchor, mean_difference = bucket.anchor.flat, bucket.difference.flat
             copy_minus_mean = bucket.copies().flat.sub_(anchor).add_(mean_difference)
-            squares += torch.stack([copy_minus_mean.dot(copy_minus_mean), anchor.dot(anchor)])
+            squares += torch.stack([copy_minus_mean.dot(copy_minus_mean), anchor.dot(anchor)]).to(squares.device)
             anchor.grad = mean_difference
         self._outer_optimizer.step()
         for bucket in self._buckets:

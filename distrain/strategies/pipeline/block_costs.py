@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
+from distrain.runtime.device import synchronize
 from distrain.strategies.pipeline.blocks import named_blocks, trial_copy
 
 #: Sizes in bytes of the two messages from which latency and bandwidth are computed.
@@ -140,6 +141,5 @@ def measure_point_to_point(group: Communicator, device: torch.device, repeats: i
 
 
 def _synchronised_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
