@@ -199,6 +199,37 @@ def test_what_torch_lacks_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+class DoublesInside(nn.Module):
+    """Float64 that comes of the images (``wrong``), or that never meets them."""
+
+    def __init__(self, in_channels: int, num_classes: int, wrong: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(in_channels * 64, num_classes)
+        self.wrong = wrong
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [n, num_classes] of images [n, C, 8, 8]."""
+        factor = (torch.ones(1, dtype=torch.float64) * 2).sum().item()
+        logits: torch.Tensor = self.head(images.flatten(1)) * factor
+        if self.wrong == "double":
+            return logits.double().float()
+        if self.wrong == "mul":
+            return (logits * torch.ones(4, dtype=torch.float64)).float()
+        return logits
+
+
+@pytest.mark.parametrize("wrong", ["double", "mul", "nothing"])
+def test_a_model_that_makes_float64_is_refused_before_training(wrong: str, fake: FakeMps) -> None:
+    model = ("model=custom", "model._target_=tests.test_apple_gpu.DoublesInside", f"+model.kwargs.wrong={wrong}")
+    check(small(*model, "runtime.device=cpu"), ALONE)
+    if wrong == "nothing":
+        check(small(*model, "runtime.device=mps"), ALONE)
+        return
+    line = rf"^model._target_=.*DoublesInside: makes a float64 tensor in its forward pass \({wrong}\), and an Apple GPU"
+    with pytest.raises(ConfigError, match=line):
+        check(small(*model, "runtime.device=mps"), ALONE)
+
+
 @pytest.mark.parametrize("overrides", [("trainer.precision=bf16",), ("trainer.precision=fp16",), ("strategy=ddp",)])
 def test_what_torch_has_is_accepted(overrides: tuple[str, ...], fake: FakeMps) -> None:
     check(small("runtime.device=mps", *overrides), ALONE)

@@ -16,12 +16,13 @@ from distrain.compression import base as compression
 from distrain.config.schema import Config
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, config_error, config_error_from_line
+from distrain.models.float64 import refuse_float64
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import check_lookahead
 from distrain.optim.optimizers.groups import check_groups
 from distrain.runtime import launcher
-from distrain.runtime.device import MPS, choose_backend, choose_device
+from distrain.runtime.device import MPS, choose_backend, choose_device, is_mps
 from distrain.runtime.world import World
 from distrain.strategies import base as strategies
 from distrain.strategies.base import Strategy
@@ -125,6 +126,8 @@ class RunPlan:
             extra_check=functools.partial(_check_model, config, self.strategy),
         )
         trial.show(lambda model, images: self.strategy.check_passes(config, model, images, precision))
+        if is_mps(self.device):
+            trial.show(lambda model, images: refuse_float64(config.model._target_, model, images))
         resume.check_model(config, trial.model, self.spec)
         return trial
 

@@ -50,6 +50,7 @@ class RankFacts:
         gpus: Name of each GPU.
         gpu_links: How GPUs are connected, one line per pair.
         backends: Backends that torch was built with.
+        apple_gpu: Whether torch can use an Apple GPU here.
     """
 
     rank: int
@@ -73,6 +74,7 @@ class RankFacts:
     gpus: list[str]
     gpu_links: list[str]
     backends: list[str]
+    apple_gpu: bool = False
 
     @property
     def label(self) -> str:
@@ -111,6 +113,7 @@ def gather_facts(world: World, rendezvous_host: str) -> RankFacts:
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         gpu_links=_gpu_links(),
         backends=[name for name in ("gloo", "nccl", "mpi") if dist.is_backend_available(name)],
+        apple_gpu=torch.backends.mps.is_available(),
     )
 
 

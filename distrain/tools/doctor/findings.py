@@ -53,6 +53,7 @@ def diagnose(examination: Examination) -> list[Finding]:
         *_slow_links(examination),
         *_threads(examination),
         *_gpus(examination),
+        *_apple_gpus(examination),
         *_process_groups(examination),
     ]
     return sorted(findings, key=lambda finding: not finding.wrong)
@@ -294,6 +295,17 @@ def _gpus(examination: Examination) -> Iterator[Finding]:
             "each step takes as long as on the slowest GPU",
             wrong=False,
         )
+
+
+def _apple_gpus(examination: Examination) -> Iterator[Finding]:
+    for facts in examination.hosts:
+        if facts.apple_gpu:
+            yield Finding(
+                "apple gpu",
+                f"{facts.host} has an Apple GPU, which a training doesn't use unless it is told to",
+                "runtime.device=mps trains on it, on one rank",
+                wrong=False,
+            )
 
 
 def _process_groups(examination: Examination) -> Iterator[Finding]:

@@ -96,6 +96,12 @@ def test_different_code_is_a_problem_and_different_numpy_a_note() -> None:
     assert (finding.kind, finding.wrong) == ("numpy version", False)
 
 
+def test_an_apple_gpu_is_noted_since_nothing_uses_it_unasked() -> None:
+    finding = only(job(rank(0, apple_gpu=True)))
+    assert not finding.wrong
+    assert finding.advice == "runtime.device=mps trains on it, on one rank"
+
+
 def test_loopback_is_a_problem_only_among_several_hosts() -> None:
     lo = {"interface": "lo", "address": "127.0.0.1", "why": "GLOO_SOCKET_IFNAME=lo"}
     finding = only(job(rank(0), rank(1, **lo)))
