@@ -11,6 +11,7 @@ show: that torch's kernels for Apple's GPUs compute the right numbers, or exist 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 MPS = torch.device("mps")
 _NO_DOUBLE = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+#: Outside of autograd an operation is seen before it is taken apart.
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
 _MISSING = (torch.float64, torch.complex128)
 
 
@@ -34,6 +37,7 @@ class FakeMps:
     Attributes:
         calls: How often each function of ``torch.mps`` was called.
         operations: How often each operation made a tensor there.
+        layouts: Memory layouts of the images and weights of convolutions.
     """
 
     def __init__(self) -> None:
@@ -42,6 +46,7 @@ class FakeMps:
         self._functions, self._operations = _Functions(self), _Operations(self)
         self.calls: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.layouts: set[torch.memory_format] = set()
         self.state = torch.zeros(44, dtype=torch.uint8)
 
     def __enter__(self) -> FakeMps:
@@ -146,6 +151,10 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _CONVOLUTIONS and self._fake.holds(args[0]):
+            for each in args[:2]:
+                is_contiguous = each.is_contiguous()
+                self._fake.layouts.add(torch.contiguous_format if is_contiguous else torch.channels_last)
         result = func(*args, **kwargs)
         inputs = [each for each in tree_leaves((args, dict(kwargs))) if isinstance(each, Tensor)]
         held = [self._fake.holds(each) for each in inputs]
@@ -187,6 +196,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, built: bool = True, available: b
     counted("driver_allocated_memory", lambda: 3 << 20)
     counted("recommended_max_memory", lambda: 1 << 30)
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: built)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: built and available)
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: built and available))
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", functools.cache(lambda major, minor: macos >= major))
     return fake

@@ -19,7 +19,7 @@ from distrain.errors import ConfigError, Failed
 from distrain.runtime.device import RandomState, choose_device, float64_device, generators
 from distrain.runtime.world import World
 from tests.fake_mps import FakeMps, pretend
-from tests.runs import check, small, train_on_rank
+from tests.runs import NormNet, check, small, train_on_rank
 
 ALONE = World(0, 1, 0, 1, "host")
 #: The layout that an Apple GPU gets, and an optimizer without the kernels that torch has for CPU and CUDA only.
@@ -87,6 +87,21 @@ def test_a_run_goes_on_on_the_other_device_as_if_it_had_not_stopped(
     resumed = train(tmp_path / "run", devices[1], *keys, "trainer.max_steps=8", fake=fake)
     assert resumed["summary"]["resumed_at_step"] == 3
     assert all(torch.equal(resumed["model"][name], tensor) for name, tensor in whole["model"].items())
+
+
+def test_a_run_in_channels_last_goes_on_in_the_layout_that_is_right_there(tmp_path: Path, fake: FakeMps) -> None:
+    """torch's BatchNorm has had wrong gradients in channels-last on Apple GPUs."""
+    data = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    keys: dict[str, Any] = {"run_dir": str(tmp_path), "logger": "none", "trainer.progress": "off", "batch_size": 8}
+    first: dict[str, Any] = {**keys, "trainer.memory_format": "channels_last", "trainer.max_steps": 1}
+    second: dict[str, Any] = {**keys, "trainer.memory_format": "auto", "trainer.max_steps": 2, "device": "mps"}
+    model = NormNet(3, 4, "batch")
+    run = distrain.fit(model, data, **first)
+    with fake:
+        distrain.evaluate(run, data, device="mps")
+        distrain.fit(model, data, **second)
+    assert fake.layouts == {torch.contiguous_format}
+    assert json.loads((tmp_path / "summary.json").read_text())["resumed_at_step"] == 1
 
 
 def test_images_that_do_not_fit_on_the_device_are_copied_batch_by_batch(
@@ -183,6 +198,7 @@ def test_the_stand_in_refuses_what_an_apple_gpu_refuses(fake: FakeMps) -> None:
             "trainer.lowest_precision=bf16: needs macOS 14",
         ),
         (("trainer.compile=true",), {}, 1, "trainer.compile=true: torch compiles for an Apple GPU .*choices: false$"),
+        (("trainer.memory_format=channels_last",), {}, 1, "trainer.memory_format=channels_last: torch's BatchNorm has"),
         (("runtime.backend=nccl",), {}, 1, "runtime.backend=nccl: needs runtime.device=cuda"),
     ],
 )

@@ -127,6 +127,9 @@ class RunPlan:
         )
         trial.show(lambda model, images: self.strategy.check_passes(config, model, images, precision))
         if is_mps(self.device):
+            if config.trainer.memory_format == "channels_last":
+                problem = f"torch's BatchNorm has wrong gradients in this layout on an Apple GPU (device={MPS})"
+                raise ConfigError("trainer.memory_format", "channels_last", problem, ["auto", "contiguous"])
             trial.show(lambda model, images: refuse_float64(config.model._target_, model, images))
         resume.check_model(config, trial.model, self.spec)
         return trial
