@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -325,20 +326,30 @@ def draw(rows: list[dict[str, Any]], link: str, path: Path) -> None:
     """Plots the loss against seconds and against bytes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    # Below each other, not side by side: a page of the site is about 700 pixels wide.
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
     for number, row in enumerate(row for row in rows if "failed" not in row and row["contender"] != "alone"):
         points = list(smoothed(row["curve"]))
         style = "--" if row["contender"].startswith("torch_") else "-"
         color = f"C{number % 10}"
-        left.plot([p[0] for p in points], [p[1] for p in points], style, color=color, label=row["contender"])
-        right.plot([p[2] / 1e6 for p in points[1:]], [p[1] for p in points[1:]], style, color=color)
-    left.set(xlabel=f"seconds at {link}", ylabel="training loss (mean of 8 steps)")
-    right.set(xlabel="MB sent by a host", xscale="log")
-    for axes in (left, right):
+        upper.plot([p[0] for p in points], [p[1] for p in points], style, color=color, label=row["contender"])
+        lower.plot([p[2] / 1e6 for p in points[1:]], [p[1] for p in points[1:]], style, color=color)
+    upper.set(xlabel=f"seconds of training, link: {link_name(link)}", ylabel="training loss (mean of 8 steps)")
+    lower.set(xlabel="MB sent by each host", ylabel="training loss (mean of 8 steps)", xscale="log")
+    for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=200)
+
+
+def link_name(rate: str) -> str:
+    """The rate of a link for a reader: ``100 Mbit/s`` for ``100mbit``."""
+    if rate == "none":
+        return "no limit"
+    return re.sub(
+        r"(\d+)([kmg])bit", lambda match: f"{match[1]} {match[2].replace('m', 'M').replace('g', 'G')}bit/s", rate
+    )
 
 
 def main() -> None:

@@ -5,16 +5,18 @@ step, on an unlimited link and on a slow one, as a share of the speed of two hos
 measured for the CIFAR-10 CNN after some epochs with the same global batch and learning rate, on an unlimited link.
 
     python -m benchmarks.strategies --root FOLDER_OF_CIFAR10 [--links none 100mbit] [--steps 100] [--epochs 10]
-        [--only ddp diloco] [--json FILE] [--picture FILE]
+        [--only ddp "local_sgd sync_every=16"] [--json FILE] [--picture FILE]
+    python -m benchmarks.strategies --redraw docs/strategies.md --picture docs/strategies.png
 
 Needs root (network namespaces) and an otherwise idle machine. ``--steps 0`` skips the speed, ``--epochs 0`` the
-accuracy.
+accuracy. ``--redraw`` measures nothing: it draws the figures of the page's table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -25,26 +27,26 @@ from distrain.tools.testnet import network
 
 ROOT = Path(__file__).parent.parent
 TRAINING_HOSTS = 2
-#: Contenders and their keys. In "diloco late", merges run in four parts while training continues.
+#: Contenders and their keys. With ``fragments`` and ``overlap_steps``, parts are merged while training goes on.
 CONTENDERS: dict[str, list[str]] = {
     "alone": ["strategy=single"],
     "ddp": ["strategy=ddp", "strategy.batchnorm=local"],
-    "ddp powersgd": ["strategy=ddp", "strategy.batchnorm=local", "compression=powersgd"],
-    "local_sgd 16": ["strategy=local_sgd", "strategy.sync_every=16"],
-    "diloco 50": ["strategy=local_sgd", "strategy.sync_every=50", "strategy.outer_optimizer=nesterov"],
-    "diloco late": [
+    "ddp compression=powersgd": ["strategy=ddp", "strategy.batchnorm=local", "compression=powersgd"],
+    "local_sgd sync_every=16": ["strategy=local_sgd", "strategy.sync_every=16"],
+    "DiLoCo sync_every=50": ["strategy=local_sgd", "strategy.sync_every=50", "strategy.outer_optimizer=nesterov"],
+    "DiLoCo fragments=4 overlap_steps=5": [
         "strategy=local_sgd",
         "strategy.sync_every=50",
         "strategy.outer_optimizer=nesterov",
         "strategy.fragments=4",
         "strategy.overlap_steps=5",
     ],
-    "server sync": ["strategy=parameter_server", "strategy.mode=sync"],
-    "server async": ["strategy=parameter_server", "strategy.mode=async"],
-    "server ssp": ["strategy=parameter_server", "strategy.mode=ssp"],
+    "parameter_server mode=sync": ["strategy=parameter_server", "strategy.mode=sync"],
+    "parameter_server mode=async": ["strategy=parameter_server", "strategy.mode=async"],
+    "parameter_server mode=ssp": ["strategy=parameter_server", "strategy.mode=ssp"],
 }
 #: Contenders whose steps wait for the link. On a slow link, fewer steps of them are measured.
-LINK_BOUND = ("ddp", "ddp powersgd", "server sync", "server async", "server ssp")
+LINK_BOUND = tuple(name for name in CONTENDERS if name.startswith(("ddp", "parameter_server")))
 SPEED = [
     "model=resnet18",
     "data=synthetic",
@@ -132,14 +134,14 @@ def accuracy(net: network.VirtualNetwork, arguments: argparse.Namespace, name: s
 
 def table(results: dict[str, dict[str, Any]], links: list[str]) -> str:
     """The figures of all contenders; bytes are summed over ranks."""
-    lines = [f"{'':14}" + "".join(f"{link + ' ms':>14}{'of alone':>10}" for link in links)]
+    width = max(map(len, results))
+    lines = [f"{'':{width}}" + "".join(f"{link + ' ms':>14}{'of alone':>10}" for link in links)]
     lines[0] += f"{'ResNet MB/step':>16}{'CNN kB/step':>13}{'accuracy':>10}"
     for name, row in results.items():
-        line = f"{name:14}"
+        line = f"{name:{width}}"
         for link in links:
-            figures, alone = row.get(link), results.get("alone", {}).get(link)
+            figures, share = row.get(link), shares(results, link).get(name)
             line += f"{figures['step_ms']:14.0f}" if figures else f"{'–':>14}"
-            share = figures["images_per_second"] / alone["images_per_second"] if figures and alone else None
             line += f"{share:10.2f}" if share is not None else f"{'–':>10}"
         sent = next((row[link]["bytes_per_step"] for link in links if link in row), None)
         line += f"{sent / 1e6:16.2f}" if sent is not None else f"{'–':>16}"
@@ -153,46 +155,71 @@ def table(results: dict[str, dict[str, Any]], links: list[str]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, Any]], links: list[str], path: Path) -> None:
-    """Speed on each link as a share of computation alone, and accuracy against bytes."""
+def shares(results: dict[str, dict[str, Any]], link: str) -> dict[str, float]:
+    """The speed of each contender as a share of the speed of hosts that never communicate."""
+    alone = results.get("alone", {}).get(link)
+    return {
+        name: row[link]["images_per_second"] / alone["images_per_second"]
+        for name, row in results.items()
+        if alone and link in row
+    }
+
+
+def documented(page: Path) -> tuple[dict[str, dict[str, float]], dict[str, tuple[float, float]]]:
+    """Reads the speeds and accuracies of the documentation's table, for :func:`draw`."""
+    titles, _, *rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in page.read_text().replace("`", "").splitlines()
+        if line.startswith("|")
+    ]
+    columns: dict[str, dict[str, float]] = {title: {} for title in titles[1:]}
+    for name, *cells in rows:
+        for column, cell in zip(columns.values(), cells, strict=True):
+            if number := re.match(r"[\d.,]+", cell):
+                column[name] = float(number[0].replace(",", ""))
+    sent, accuracy, _, *speeds = columns.values()
+    links = [title.removeprefix("speed ").removesuffix(" (share)") for title in titles[4:]]
+    return dict(zip(links, speeds, strict=True)), {name: (sent[name], accuracy[name]) for name in accuracy}
+
+
+def draw(speeds: dict[str, dict[str, float]], accuracies: dict[str, tuple[float, float]], path: Path) -> None:
+    """Draws the speed on each link, and accuracy against bytes.
+
+    Args:
+        speeds: For each link: the speed of each contender as a share of the speed of hosts that never communicate.
+        accuracies: For each contender: kB sent per step by all ranks, and test accuracy in percent.
+        path: Where the picture is written.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = [name for name, row in results.items() if name != "alone" and any(link in row for link in links)]
-    for number, link in enumerate(links):
-        shares = [
-            results[name][link]["images_per_second"] / results["alone"][link]["images_per_second"]
-            if link in results[name]
-            else 0.0
-            for name in names
-        ]
-        places = [place + 0.4 * number for place in range(len(names))]
-        left.barh(places, shares, 0.38, label="no limit" if link == "none" else link)
-    left.set_yticks([place + 0.2 for place in range(len(names))], names)
-    left.invert_yaxis()
-    left.axvline(1, color="0.6", linewidth=1)
-    left.set(xlabel="images/s ÷ hosts that never communicate (ResNet-18)")
-    left.legend()
-    accuracies = {name: row["accuracy"] for name, row in results.items() if "accuracy" in row and name != "alone"}
-    for name, row in accuracies.items():
-        right.plot(row["bytes_per_step"] / 1e3, 100 * row["test_accuracy"], "o")
-        right.annotate(
-            name, (row["bytes_per_step"] / 1e3, 100 * row["test_accuracy"]), (4, 4), textcoords="offset points"
-        )
-    right.set(xlabel="kB per step, all ranks", ylabel="test accuracy in % (CIFAR-10 CNN)", xscale="log")
-    # Room for the names.
-    right.margins(x=0.2, y=0.1)
-    for axes in (left, right):
+    # Below each other, not side by side: a page of the site is about 700 pixels wide.
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    names = list(dict.fromkeys(name for on_link in speeds.values() for name in on_link))
+    for number, (link, on_link) in enumerate(speeds.items()):
+        places = [place + 0.4 * number for place in range(len(names)) if names[place] in on_link]
+        upper.barh(places, [on_link[name] for name in names if name in on_link], 0.38, label=link)
+    upper.set_yticks([place + 0.2 for place in range(len(names))], names)
+    upper.invert_yaxis()
+    upper.axvline(1, color="0.4", linewidth=1)
+    upper.set(xlabel="speed ÷ speed without communication (ResNet-18)")
+    upper.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(speeds), frameon=False)
+    for name, (sent, accuracy) in accuracies.items():
+        lower.plot(sent, accuracy, "o", label=name)
+    lower.set(xlabel="kB sent per step, all ranks", ylabel="test accuracy in % (CIFAR-10 CNN)", xscale="log")
+    lower.legend(loc="lower right")
+    for axes in (upper, lower):
         axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=200)
 
 
 def main() -> None:
     """Measures every contender and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder of CIFAR-10")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--root", help="folder of CIFAR-10")
+    source.add_argument("--redraw", type=Path, metavar="PAGE", help="draw the figures of this page; measure nothing")
     parser.add_argument("--links", nargs="+", default=["none", "100mbit"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=10)
@@ -201,8 +228,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--override", nargs="*", default=[], help="more keys for the accuracy part")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=Path, help="where the picture is written; with --redraw it must be given")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        if not arguments.picture:
+            parser.error("--redraw needs --picture FILE")
+        draw(*documented(arguments.redraw), arguments.picture)
+        return
     arguments.root = str(Path(arguments.root).resolve())
     results: dict[str, dict[str, Any]] = {name: {} for name in arguments.only}
     with network.VirtualNetwork(TRAINING_HOSTS + 1) as net:
@@ -220,7 +252,15 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.picture:
-        draw(results, arguments.links, arguments.picture)
+        speeds = {link: shares(results, link) for link in arguments.links if arguments.steps}
+        for on_link in speeds.values():
+            on_link.pop("alone", None)
+        accuracies = {
+            name: (row["accuracy"]["bytes_per_step"] / 1e3, 100 * row["accuracy"]["test_accuracy"])
+            for name, row in results.items()
+            if "accuracy" in row
+        }
+        draw(speeds, accuracies, arguments.picture)
 
 
 if __name__ == "__main__":
