@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from distrain.api.arrays import data_object
@@ -99,6 +100,9 @@ def prepare(
     Raises:
         ConfigError: One is wrong.
     """
+    if dist.is_initialized():
+        problem = "forms the process group itself, and there is one; call it before init_process_group(), or after"
+        raise config_error("distrain", f"{problem} torch.distributed.destroy_process_group()")
     fixed: dict[str, Any] = {}
     if isinstance(model, str):
         model_choice, model_object = model, None

@@ -14,14 +14,16 @@ from distrain.runtime.device import RandomState
 
 @contextlib.contextmanager
 def restored_surroundings() -> Iterator[None]:
-    """Restores after this block: random generators of the CPU, threads, environment, torch's modes, the log's level.
+    """Restores after this block: random generators, threads, environment, torch's modes, the log's level.
 
     Signal handlers, log handlers and the process group are the business of :class:`~distrain.runtime.runtime.Runtime`.
     """
     log = logging.getLogger("distrain")
     environment, random_state = dict(os.environ), RandomState.now()
     threads, level, benchmark = torch.get_num_threads(), log.level, torch.backends.cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    # Asking for the state of a GPU that is not in use yet would take it into use.
+    gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
@@ -29,8 +31,11 @@ def restored_surroundings() -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if torch.are_deterministic_algorithms_enabled() != deterministic:
             torch.use_deterministic_algorithms(deterministic)
+        torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
         random_state.restore()
+        if gpu_states:
+            torch.cuda.set_rng_state_all(gpu_states)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)

@@ -16,6 +16,7 @@ from distrain.cli import app
 from distrain.cli.run_folder import RunFolder
 from distrain.config.schema import Config
 from distrain.data.python_object import DataObject, offered_data
+from distrain.errors import ConfigError
 from distrain.models.python_object import ModelObject, offered_model
 from distrain.runtime.world import World
 
@@ -55,7 +56,15 @@ class Training:
             app.check(self.config, world)
 
     def finish(self, run_dir: Path) -> Run:
-        """Gives the trained parameters to the user's module, and reads the run's folder."""
+        """Gives the trained parameters to the user's module, and reads the run's folder.
+
+        Raises:
+            ConfigError: This rank's host doesn't see the folder that rank 0 has written.
+        """
+        world = World.from_environment()
+        if world.rank and not (run_dir / "config.yaml").exists():
+            problem = f"the training succeeded, but rank {world.rank} on {world.host} can't read its result, which rank"
+            raise ConfigError("run_dir", run_dir, f"{problem} 0 has written there; name a folder that all hosts share")
         folder = RunFolder.open(str(run_dir), _allowed(self.config))
         if isinstance(self.model, nn.Module):
             weights = folder.weights("newest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,18 @@ def test_the_process_is_afterwards_as_it_was() -> None:
             "environment": dict(os.environ),
             "folder": Path.cwd(),
             "hydra": GlobalHydra.instance().hydra,
+            "warnings": list(warnings.filters),
+            "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+            "python": (list(sys.argv), sys.excepthook, threading.excepthook, list(sys.path)),
+            "root log": (logging.getLogger().level, list(logging.getLogger().handlers), logging.raiseExceptions),
+            "torch": (
+                torch.get_default_dtype(),
+                torch.are_deterministic_algorithms_enabled(),
+                torch.get_float32_matmul_precision(),
+                torch.backends.cudnn.benchmark,
+                torch.backends.cudnn.deterministic,
+                torch.is_grad_enabled(),
+            ),
         }
 
     fit()
@@ -174,7 +188,10 @@ def test_the_process_is_afterwards_as_it_was() -> None:
     fit(first, seed=3)
     with pytest.raises(distrain.Failed):
         fit(second)
-    assert state() == before
+    with pytest.raises(distrain.ConfigError):
+        fit(first, strategy="pipeline")
+    after = state()
+    assert {name: after[name] for name in before if after[name] != before[name]} == {}
 
 
 def fails_in_training() -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,10 +14,13 @@ import nbclient
 import nbformat
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import distrain
 from distrain.api import handover
+from distrain.api.fit import prepare
+from distrain.api.settings import merge
 from tests.api.models import SETTINGS, Skip, samples, skip_net
 from tests.runs import LAUNCH
 
@@ -58,6 +62,49 @@ def test_a_script_trains_on_two_ranks_what_one_process_trains(tmp_path: Path) ->
     assert ended.stdout.count("difference") == 1
     assert max(differences(ended.stdout)) < 1e-5
     assert len(differences(ended.stdout)) == 2
+
+
+#: Every rank leaves its own model; run by torchrun and, as the only rank, by python.
+UNDER_TORCHRUN = """
+import os, torch, distrain
+from tests.api.models import SETTINGS, samples, skip_net
+strategy = "ddp" if "RANK" in os.environ else "single"
+distrain.fit(model := skip_net(), samples(), strategy=strategy, **SETTINGS)
+distrain.fit(skip_net(1), samples(), strategy=strategy, **SETTINGS)
+torch.save(model.state_dict(), "of_rank_" + os.environ.get("RANK", "none"))
+"""
+
+
+def test_a_script_under_torchrun_trains_on_every_rank_what_one_process_trains(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(UNDER_TORCHRUN)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher in ([], torchrun):
+        command = [sys.executable, *launcher, "script.py"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert not re.search("terminate called|destroy_process_group|Traceback", ended.stderr), ended.stderr
+    one, *ranks = (torch.load(tmp_path / f"of_rank_{name}", weights_only=True) for name in ("none", 0, 1))
+    for name, tensor in one.items():
+        for of_rank in ranks:
+            torch.testing.assert_close(of_rank[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_process_group_of_the_program_is_refused_and_left_as_it_is() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(distrain.ConfigError, match=r"torch.distributed.destroy_process_group\(\)"):
+            distrain.fit(skip_net(), samples(), **SETTINGS)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_that_cannot_read_the_result_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = prepare(skip_net(), samples(), None, None, None, None, merge(SETTINGS))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(distrain.ConfigError, match=r"the training succeeded, but rank 1 .* all hosts share"):
+        training.finish(tmp_path)
 
 
 def test_a_notebook_trains_on_two_ranks_what_one_process_trains(tmp_path: Path) -> None:
