@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import distrain
 from distrain.api import handover
@@ -90,7 +91,7 @@ def test_a_script_under_torchrun_trains_on_every_rank_what_one_process_trains(tm
 
 
 def test_a_process_group_of_the_program_is_refused_and_left_as_it_is() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(distrain.ConfigError, match=r"torch.distributed.destroy_process_group\(\)"):
             distrain.fit(skip_net(), samples(), **SETTINGS)
