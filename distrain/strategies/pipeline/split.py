@@ -36,7 +36,9 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
     """
     if not isinstance(model, nn.Sequential):
         kind = type(model).__name__
-        raise config_error("model", f"{kind} is no nn.Sequential, and a pipeline splits a model between its blocks")
+        problem = f"{kind} is no nn.Sequential, and a pipeline splits a model between its blocks"
+        way_out = "write it as nn.Sequential(block, block, …), with each skip connection inside one block"
+        raise config_error("model", f"{problem}; {way_out}")
     kind = type(model).__name__
     if own := [name for name in (*model.state_dict(), *torch_internals.registered_names(model)) if "." not in name]:
         raise config_error("model", f"{kind} holds {own[0]} itself, and a pipeline needs all state to be in its blocks")
