@@ -51,6 +51,8 @@ class RankFacts:
         gpu_links: How GPUs are connected, one line per pair.
         backends: Backends that torch was built with.
         apple_gpu: Whether torch can use an Apple GPU here.
+        load: Processes that ran or waited for a processor in the last minute, on average, per processor of the host; 0
+            where the system doesn't say.
     """
 
     rank: int
@@ -75,6 +77,7 @@ class RankFacts:
     gpu_links: list[str]
     backends: list[str]
     apple_gpu: bool = False
+    load: float = 0.0
 
     @property
     def label(self) -> str:
@@ -114,7 +117,18 @@ def gather_facts(world: World, rendezvous_host: str) -> RankFacts:
         gpu_links=_gpu_links(),
         backends=[name for name in ("gloo", "nccl", "mpi") if dist.is_backend_available(name)],
         apple_gpu=torch.backends.mps.is_available(),
+        load=_load(),
     )
+
+
+def _load() -> float:
+    # Windows lacks it, and some containers refuse it.
+    if not hasattr(os, "getloadavg"):
+        return 0.0
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
 
 
 def versions() -> dict[str, str]:

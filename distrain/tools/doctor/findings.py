@@ -244,6 +244,14 @@ def _threads(examination: Examination) -> Iterator[Finding]:
                 "compete for the cores",
                 f"{key} (or unset it: distrain divides the cores among the ranks)",
             )
+        elif facts.load > 1 and threads > 1:
+            yield Finding(
+                "busy machine",
+                f"{facts.host} is busy: {facts.load:.1f} processes per processor run or wait. A rank has {threads} "
+                "threads, which wait for each other: other work that delays one delays all",
+                "runtime.threads=1 while other work runs",
+                wrong=False,
+            )
         if facts.quota is not None and facts.quota < facts.cores:
             yield Finding(
                 "cpu limit",

@@ -195,6 +195,15 @@ def test_more_threads_or_ranks_than_cores_are_reported() -> None:
     assert only(job(rank(0, local_size=5))).kind == "too many ranks"
 
 
+def test_busy_machine_is_noted_if_a_rank_has_several_threads() -> None:
+    finding = only(job(rank(0, threads=2, load=1.5)))
+    assert (finding.kind, finding.wrong) == ("busy machine", False)
+    assert finding.problem.startswith("node0 is busy: 1.5 processes per processor run or wait. A rank has 2 threads")
+    assert finding.advice.startswith("runtime.threads=1")
+    assert diagnose(job(rank(0, threads=1, load=1.5))) == []
+    assert diagnose(job(rank(0, threads=2, load=0.9))) == []
+
+
 def test_cpu_limit_of_a_container_is_reported() -> None:
     finding = only(job(rank(0, quota=1.5)))
     assert (finding.kind, finding.wrong) == ("cpu limit", False)
