@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 
 from distrain.config.key_search import schema_fields
 from distrain.config.quoting import in_quotes
+from distrain.config.registry import PYTHON_OBJECT
 from distrain.errors import ConfigError, config_error
 
 #: ``key=value``, also with the + or ++ that adds a key.
@@ -113,6 +114,23 @@ def refuse_misread_paths(arguments: Iterable[str], schema: Callable[[], type[Any
         misread = (value.startswith(("[", "{")) or _NO_TEXT.fullmatch(value)) and not value.isdecimal()
         if misread and key in path_keys(schema()):
             raise ConfigError(key, value, f"would not be read as text; type {quoted(key, value)}")
+
+
+def refuse_python_objects(arguments: Iterable[str]) -> None:
+    """Refuses the choice that stands for an object of a Python program, such as ``model=python_object``.
+
+    Raises:
+        ConfigError: It names the function that takes the object.
+    """
+    for argument in arguments:
+        setting = _SETTING.fullmatch(argument)
+        # Several values in a row are those of a sweep.
+        if setting is None or PYTHON_OBJECT not in setting["value"].replace(" ", "").strip("'\"").split(","):
+            continue
+        key = setting["key"].lstrip("+")
+        if key.removesuffix(".name") in ("model", "data"):
+            problem = "stands for an object in a Python program; there, give it to distrain.fit(model, data)"
+            raise ConfigError(key, PYTHON_OBJECT, problem)
 
 
 def path_keys(schema: type[Any]) -> list[str]:

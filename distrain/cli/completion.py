@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from distrain.config.registry import GROUPS
+from distrain.config.registry import GROUPS, selectable
 from distrain.errors import ConfigError
 
 #: What a user's shell is to run once, for each shell.
@@ -132,7 +132,11 @@ def _asked_of_hydra(name: str, before: Sequence[str], word: str) -> list[str]:
     with contextlib.redirect_stdout(printed):
         importlib.import_module(f"distrain.cli.commands.{name}").main([*_config_dir(before), "-sc", "query=fish"])
     lines = printed.getvalue().splitlines()
-    offered = [candidate for candidate in lines if candidate and not _LIST_ELEMENT.search(candidate)]
+    offered = [
+        candidate
+        for candidate in lines
+        if candidate and not _LIST_ELEMENT.search(candidate) and selectable([candidate.partition("=")[2]])
+    ]
     if name == "train":
         return offered
     # conf/ is the folder of all commands, and its groups are those of trainings.

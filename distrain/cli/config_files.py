@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distrain.cli.arguments import parse, quote_home_folders
-from distrain.config.registry import GROUPS
+from distrain.config.registry import GROUPS, selectable
 from distrain.errors import ConfigError
 
 #: Behaviour of this release of Hydra, also in later ones.
@@ -92,14 +92,16 @@ class ConfigFiles:
         return ours | {path.name for path in (self.own.iterdir() if self.own else ()) if path.is_dir()}
 
     def choices(self, group: str) -> list[str]:
-        """The names of a group's choices; without a group, those of the primary files."""
-        return sorted(path.stem for path in self._files(group))
+        """The names of a group's choices that a command can choose; without a group, those of the primary files."""
+        return selectable(sorted(path.stem for path in self._files(group)))
 
     def keys_of_choices(self) -> dict[str, str]:
         """Every key in the files of choices, dotted, with the choices that have it: ``model=a or model=b``."""
         found: dict[str, list[str]] = {}
         for group in sorted(self.groups() & GROUPS.keys()):
             for path in sorted(self._files(group), key=lambda path: path.stem):
+                if not selectable([path.stem]):
+                    continue
                 content: Any = {}
                 # A user's file with an error in it is refused when it is chosen.
                 with contextlib.suppress(YAMLError, OmegaConfBaseException, OSError):

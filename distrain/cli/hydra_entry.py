@@ -30,11 +30,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distrain.cli import key_help
-from distrain.cli.arguments import options_first, parse, quote_home_folders, quoted, refuse_misread_paths, unparsable
+from distrain.cli.arguments import (
+    options_first,
+    parse,
+    quote_home_folders,
+    quoted,
+    refuse_misread_paths,
+    refuse_python_objects,
+    unparsable,
+)
 from distrain.cli.config_files import HYDRA_VERSION_BASE, ConfigFiles, leaves
 from distrain.cli.typed_help import printed_as_started
 from distrain.config.key_search import same_name, schema_docs, similar_keys
 from distrain.config.load import config_error_from_omegaconf
+from distrain.config.registry import selectable
 from distrain.config.schema import Config
 from distrain.errors import (
     EXIT_FAILED,
@@ -127,6 +136,7 @@ def main(
         _check_options(sys.argv[1:])
         sys.argv[1:] = quote_home_folders(sys.argv[1:])
         refuse_misread_paths(sys.argv[1:], schema)
+        refuse_python_objects(sys.argv[1:])
         files = ConfigFiles.of_command(conf, config_name, sys.argv[1:])
         if explain_keys(sys.argv[1:], files, schema, launches=check is not None):
             return
@@ -327,7 +337,7 @@ def to_config_error(
         return no_folder
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        options = [str(option) for option in error.options or ()] or files.choices(group)
+        options = selectable(map(str, error.options or ())) or files.choices(group)
         return ConfigError(group or config_name, name, "no such choice", options)
     if isinstance(error, OverrideParseException):
         return unparsable(str(error.override), arguments)

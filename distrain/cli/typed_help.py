@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from distrain.cli import commands
+from distrain.config.registry import PYTHON_OBJECT
 from distrain.runtime import program
 
 _NAME = "|".join(module.name for module in pkgutil.iter_modules(commands.__path__))
@@ -33,13 +34,15 @@ def as_started(text: str) -> str:
 
 @contextlib.contextmanager
 def printed_as_started() -> Iterator[None]:
-    """Does the same with all that is printed in this context."""
+    """Does the same with all that is printed in this context, and leaves out the choice that no command can choose."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             yield
     finally:
-        sys.stdout.write(as_started(printed.getvalue()))
+        # Hydra lists every file of a group.
+        text = printed.getvalue().replace(f"{PYTHON_OBJECT}, ", "").replace(f", {PYTHON_OBJECT}", "")
+        sys.stdout.write(as_started(text))
 
 
 def _as_started(line: str) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from distrain.config.key_search import schema_docs, similar_keys
-from distrain.config.registry import GROUPS, choice, choices
+from distrain.config.registry import GROUPS, choice, choices, selectable
 from distrain.config.schema import CheckpointConfig, Config, RuntimeConfig, TrainerConfig
 from distrain.errors import ABSENT, ConfigError, config_error, config_error_from_line, show_value
 
@@ -104,7 +104,7 @@ _SWITCHES = {"False": "off", "True": "auto"}
 def _load_choice(group: str, key: str, node: Any) -> Any:
     """The configuration of a choice of ``group``, found at ``key``, as an instance of the choice's schema."""
     if not isinstance(node, DictConfig):
-        raise ConfigError(key, node, f"needs one of the choices of conf/{group}", choices(group))
+        raise ConfigError(key, node, f"needs one of the choices of conf/{group}", selectable(choices(group)))
     return _to_dataclass(key, choice(group, node.get("name"), key).schema, node)
 
 

@@ -18,6 +18,10 @@ from distrain.errors import ConfigError
 
 T = TypeVar("T")
 
+#: The model or data set that is an object of a Python program, as in ``distrain.fit``. A command can't choose it, so it
+#: is in no list of choices.
+PYTHON_OBJECT = "python_object"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -93,7 +97,7 @@ def choice(group: str, name: Any, key: str | None = None) -> Choice:
     _import_files(group, only=name)
     registered_choice = _CHOICES.get(group, {}).get(name) or choices(group).get(name)
     if registered_choice is None:
-        raise ConfigError(f"{key or group}.name", name, "unknown choice", choices(group))
+        raise ConfigError(f"{key or group}.name", name, "unknown choice", selectable(choices(group)))
     return registered_choice
 
 
@@ -104,6 +108,11 @@ def choices(group: str) -> dict[str, Choice]:
     """
     _import_files(group)
     return dict(sorted(_CHOICES[group].items()))
+
+
+def selectable(names: Iterable[str]) -> list[str]:
+    """Of the names of choices, those that a command can choose."""
+    return [name for name in names if name != PYTHON_OBJECT]
 
 
 def _import_files(group: str, only: Any = None) -> None:

@@ -34,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("distrain train --c", ["--config-dir", "--cfg"]),
         ("distrain train --config-dir m", ["mine/"]),
         ("distrain train strategy=d", ["strategy=ddp"]),
+        ("distrain train data=p", []),
         ("distrain train --config-dir mine model=n", ["model=net"]),
         ("distrain train optimizer=sgd optimizer.mo", ["optimizer.momentum="]),
         ("distrain train optimizer.betas=", ["optimizer.betas=file", "optimizer.betas=mine/"]),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distrain.cli import app, hydra_entry
 from distrain.config.load import load_config
-from distrain.config.registry import choices
+from distrain.config.registry import choices, selectable
 from distrain.errors import EXIT_REFUSED, ConfigError, Failed
 from tests.runs import CONF
 
@@ -69,7 +69,10 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "strategy=DDP": ("strategy=DDP: no such choice", "did you mean ddp?"),
     "strategy=pipe": ("strategy=pipe: no such choice", "choices: ddp,", "single"),
     "model=simple_cn": ("model=simple_cn: no such choice", "did you mean simple_cnn?"),
-    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, python_object, synthetic"),
+    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, synthetic"),
+    "data=python_object": ("data=python_object: stands for an object in a Python program", "distrain.fit(model, data)"),
+    "model=python_object": ("model=python_object: stands for an object in", "distrain.fit(model, data)"),
+    "model.name=python_object": ("model.name=python_object: stands for an object in", "distrain.fit(model, data)"),
     "optimizer=lion": ("optimizer=lion: no such choice", "choices: adam, adamw, muon, sgd"),
     "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, one_cycle, step, triangle"),
     "loss=focal": ("loss=focal: no such choice", "cross_entropy"),
@@ -399,7 +402,8 @@ def test_help_shows_all_choices_and_examples(
     printed = capfd.readouterr().out
     assert ended.value.code == 0
     for group in ("strategy", "model", "data", "optimizer", "scheduler", "loss", "logger", "compression"):
-        assert f"{group}: {', '.join(sorted(choices(group)))}" in printed
+        assert f"{group}: {', '.join(selectable(sorted(choices(group))))}\n" in printed
+    assert "python_object" not in printed
     assert "torchrun --nproc-per-node 2 launch/train.py strategy=ddp" in printed
     assert len(printed.splitlines()) < 40
 
