@@ -101,6 +101,20 @@ def load_model(path: Path) -> dict[str, Tensor]:
     return _load_part(path, "model", verify(path))
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file that may come from anywhere.
+
+    Raises:
+        DamagedCheckpoint: It is not a regular safetensors file, or is of a size that no model has.
+        OSError: It can't be opened.
+    """
+    try:
+        _check_size(path)
+    except untrusted.UnreadableFile as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    return _load_tensors(path)
+
+
 def model_shapes(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of the model's tensors, from the files' headers; nothing is compared with the manifest.
 

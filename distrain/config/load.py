@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from distrain.config.key_search import schema_docs, similar_keys
 from distrain.config.registry import GROUPS, choice, choices, selectable
-from distrain.config.schema import CheckpointConfig, Config, RuntimeConfig, TrainerConfig
+from distrain.config.schema import CheckpointConfig, Config, InitConfig, RuntimeConfig, TrainerConfig
 from distrain.errors import ABSENT, ConfigError, config_error, config_error_from_line, show_value
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
             if key in GROUPS:
                 values[key] = _load_choice(key, key, node.get(key, _GROUP_DEFAULTS.get(key)))
             elif key in _SECTIONS:
-                values[key] = _to_dataclass(key, _SECTIONS[key], node.get(key))
+                # The config.yaml of older releases has no section `init`.
+                values[key] = _to_dataclass(key, _SECTIONS[key], node.get(key, _SECTION_DEFAULTS.get(key)))
                 _check_limits(key, values[key])
             elif key in node:
                 values[key] = node[key]
@@ -94,7 +95,8 @@ _GROUP_DEFAULTS = {"task": OmegaConf.create({"name": "classification"})}
 _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 
 
-_SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
+_SECTION_DEFAULTS = {"init": OmegaConf.create()}
+_SECTIONS = {"init": InitConfig, "trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
 
 
 #: What false and true mean where a key has the choices off and auto: in YAML, ``off`` is the truth value false.

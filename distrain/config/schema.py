@@ -240,6 +240,29 @@ class LoggerConfig:
 
 
 @dataclass
+class InitConfig:
+    """Where initial parameters come from. None of this has an effect on a run that is resumed."""
+
+    weights: str | None = setting(
+        "Start from these weights: the folder of a run (its newest checkpoint) or of a checkpoint, or a file "
+        ".safetensors, .pt, .pth, .bin or .ckpt, whose tensors alone are read; null: random ones from the seed.",
+        affects=("identity",),
+        path=True,
+        default=None,
+    )
+    rename: list[list[str]] = setting(
+        "Changes of the names of the weights, one after the other: pairs of a regular expression and its replacement.",
+        affects=("identity",),
+        default_factory=list,
+    )
+    exclude: list[str] = setting(
+        "Shell patterns of the model's names, such as head.*, that keep their random initial values.",
+        affects=("identity",),
+        default_factory=list,
+    )
+
+
+@dataclass
 class TrainerConfig:
     """The training loop."""
 
@@ -380,6 +403,7 @@ class Config:
     run_dir: str | None = setting(
         "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",), path=True
     )
+    init: InitConfig = field(default_factory=InitConfig)
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)
     )

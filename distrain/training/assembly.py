@@ -18,7 +18,7 @@ from distrain.reporting import loggers
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
-from distrain.training import callbacks
+from distrain.training import callbacks, initial_weights, resume
 from distrain.training.run_plan import RunPlan, total_steps
 from distrain.training.trainer import Trainer
 
@@ -71,6 +71,8 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     config = plan.config
     strategy = plan.strategy(config, runtime)
     model = build_model(plan, splits)
+    if not resume.will_resume(config, runtime):
+        initial_weights.load(config.init, runtime, model)
     layout = plan.memory_format(model)
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     loaders = {

@@ -175,6 +175,12 @@ def _checkpoints(config: Config) -> list[Path]:
     return checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(Path(config.run_dir)))
 
 
+def has_checkpoint(config: Config) -> bool:
+    """Whether the run may be resumed, as far as it is known before the ranks agree on a run folder."""
+    with _refusing_unreadable(config):
+        return bool(_checkpoints(config))
+
+
 def _check_resumed(config: Config, check: Callable[[Path], None]) -> None:
     """Applies a check, which may raise :class:`ConfigError`, to the checkpoint that will be resumed."""
     try:
@@ -271,6 +277,18 @@ def saved_trainer_config(config: Config, runtime: Runtime) -> dict[str, Any]:
     section = section if isinstance(section, dict) else {}
     trainer: dict[str, Any] = runtime.communicator().all_gather_json({"trainer": section}, runtime.device)[0]["trainer"]
     return trainer
+
+
+def will_resume(config: Config, runtime: Runtime) -> bool:
+    """Whether :func:`resume` will restore a checkpoint, or fail; all ranks call it together.
+
+    A newest checkpoint that is valid is looked for only if the answer matters, since that takes time.
+    """
+    if config.init.weights is None or config.resume == "never":
+        return False
+    if config.resume != "auto":
+        return True
+    return newest_checkpoint(runtime, runtime.communicator()) is not None
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
-from distrain.training import auto_format, batch_sizes, resume
+from distrain.training import auto_format, batch_sizes, initial_weights, resume
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,8 @@ class RunPlan:
                 raise ConfigError("trainer.memory_format", "channels_last", problem, ["auto", "contiguous"])
             trial.show(lambda model, images: refuse_float64(config.model._target_, model, images))
         resume.check_model(config, trial.model, self.spec)
+        if not resume.has_checkpoint(config):
+            initial_weights.check(config.init, trial.model)
         return trial
 
     def check_sizes(self, splits: Splits, trial: ModelTrial) -> None:
