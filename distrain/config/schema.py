@@ -18,9 +18,10 @@ T = TypeVar("T")
 #:
 #: - ``sample_order``: which samples an epoch has, and their order; must not change in the middle of an epoch.
 #: - ``schedule``: the learning rate at a step.
+#: - ``start``: only the initial parameters, so a resumed run takes no notice of it.
 #: - ``execution``: only how the run is executed and recorded, not what is trained; the key is no hyper-parameter.
 #: - ``identity``: only which run this is and what it resumes; no hyper-parameter, and a change needs no message.
-Effect = Literal["sample_order", "schedule", "execution", "identity"]
+Effect = Literal["sample_order", "schedule", "start", "execution", "identity"]
 
 
 def setting(
@@ -246,18 +247,15 @@ class InitConfig:
     weights: str | None = setting(
         "Start from these weights: the folder of a run (its newest checkpoint) or of a checkpoint, or a file "
         ".safetensors, .pt, .pth, .bin or .ckpt, whose tensors alone are read; null: random ones from the seed.",
-        affects=("identity",),
         path=True,
         default=None,
     )
     rename: list[list[str]] = setting(
         "Changes of the names of the weights, one after the other: pairs of a regular expression and its replacement.",
-        affects=("identity",),
         default_factory=list,
     )
     exclude: list[str] = setting(
         "Shell patterns of the model's names, such as head.*, that keep their random initial values.",
-        affects=("identity",),
         default_factory=list,
     )
 
@@ -403,7 +401,7 @@ class Config:
     run_dir: str | None = setting(
         "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",), path=True
     )
-    init: InitConfig = field(default_factory=InitConfig)
+    init: InitConfig = field(default_factory=InitConfig, metadata=_affects("start"))
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)
     )

@@ -381,7 +381,7 @@ def _restore(
     changed = {
         key: change
         for key, change in changed.items()
-        if not affected_by(config, key) & {"identity", "execution"} and NO_VALUE not in change
+        if not affected_by(config, key) & {"start", "identity", "execution"} and NO_VALUE not in change
     }
     same_layout = state["layout"] == strategy.layout
     parts += _trainer_parts(
