@@ -132,7 +132,7 @@ class RunPlan:
                 raise ConfigError("trainer.memory_format", "channels_last", problem, ["auto", "contiguous"])
             trial.show(lambda model, images: refuse_float64(config.model._target_, model, images))
         resume.check_model(config, trial.model, self.spec)
-        if not resume.has_checkpoint(config):
+        if config.init.weights is not None and not resume.has_checkpoint(config):
             initial_weights.check(config.init, trial.model)
         return trial
 
