@@ -13,9 +13,10 @@ from torch import nn
 
 from distrain.api.arrays import data_object
 from distrain.api.ranks import run_on_ranks
+from distrain.api.result import Result
 from distrain.api.run import Run
 from distrain.api.settings import build_config, merge
-from distrain.api.surroundings import restored_surroundings
+from distrain.api.surroundings import release_process_groups, restored_surroundings
 from distrain.api.training import Training
 from distrain.checkpoint.format import checkpoints_folder
 from distrain.data.python_object import PythonObjectDataConfig
@@ -82,8 +83,9 @@ def fit(
         slurm.set_torchrun_variables(os.environ)
         training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
         ranks = _ranks_to_start(nproc)
-        run_dir = training.run().run_dir if ranks is None else run_on_ranks(training, ranks)
-        return training.finish(run_dir)
+        result = training.run() if ranks is None else Result(run_on_ranks(training, ranks))
+        release_process_groups()
+        return training.finish(result)
 
 
 def prepare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Run:
     """A run that has been trained, or is still in progress.
 
     Attributes:
-        run_dir: The run's folder.
+        run_dir: The run's folder. On a rank of a host that doesn't see it: a temporary copy of what a run holds.
         config: The resolved configuration as nested dictionaries; ``config["optimizer"]["lr"]``.
         metrics: What was logged, a dictionary for each row, as in ``metrics.jsonl``; ``pandas.DataFrame(run.metrics)``
             makes a table of it.
@@ -44,6 +45,7 @@ class Run:
     summary: dict[str, Any]
     _folder: RunFolder
     _object: ModelObject | None = None
+    _copy: tempfile.TemporaryDirectory[str] | None = None
     _model: nn.Module | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
@@ -139,12 +141,15 @@ def read_run(run: str | os.PathLike[str] | Run, *, allow: Sequence[str] = ()) ->
     return open_run(RunFolder.open(os.fspath(run), allow))
 
 
-def open_run(folder: RunFolder, model: ModelObject | None = None) -> Run:
+def open_run(
+    folder: RunFolder, model: ModelObject | None = None, copy: tempfile.TemporaryDirectory[str] | None = None
+) -> Run:
     """The object for a folder that has been checked already.
 
     Args:
         folder: The run's folder.
         model: The run's model, if that was an object.
+        copy: Keeps the folder, if that is a copy which is removed at the end.
     """
     path = folder.path.resolve()
     try:
@@ -153,7 +158,7 @@ def open_run(folder: RunFolder, model: ModelObject | None = None) -> Run:
         summary = {}
     except UnreadableFile as error:
         raise ConfigError("run", path, str(error)) from error
-    return Run(path, to_container(folder.config), _read_metrics(path), summary, folder, model)
+    return Run(path, to_container(folder.config), _read_metrics(path), summary, folder, model, copy)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

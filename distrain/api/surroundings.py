@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
 
 import torch
 
+from distrain.runtime import runtime
 from distrain.runtime.device import RandomState
 
 
@@ -39,3 +41,12 @@ def restored_surroundings() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+
+
+def release_process_groups() -> None:
+    """Lets go of process groups that a finished training holds in reference cycles, and so ends their threads.
+
+    A thread of torch's that still runs when Python ends may abort the process ("terminate called").
+    """
+    if runtime.joined_group:
+        gc.collect()

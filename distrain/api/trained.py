@@ -12,7 +12,7 @@ from torch import nn
 
 from distrain.api.arrays import one_part
 from distrain.api.run import Run, check_images
-from distrain.api.surroundings import restored_surroundings
+from distrain.api.surroundings import release_process_groups, restored_surroundings
 from distrain.cli import evaluate as evaluation
 from distrain.cli import export as exporting
 from distrain.cli import predict as prediction
@@ -76,7 +76,9 @@ def evaluate(
     if data is not None:
         folder, samples = _with_samples(folder, data)
     with restored_surroundings(), offered_model(_model(run, model)), offered_data(samples):
-        return evaluation.evaluate_run(folder, settings, World.from_environment())[0]
+        result = evaluation.evaluate_run(folder, settings, World.from_environment())[0]
+    release_process_groups()
+    return result
 
 
 def predict(

@@ -11,7 +11,8 @@ from typing import Any
 from distrain.api.fit import prepare
 from distrain.api.run import Run
 from distrain.api.settings import merge
-from distrain.api.surroundings import restored_surroundings
+from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.checkpoint.progress import Progress
 from distrain.cli import app
 from distrain.errors import ConfigError, Stopped, config_error
 from distrain.models.python_object import ModelObject
@@ -78,6 +79,7 @@ class Trainer:
         self._inner: training.Trainer | None = None
         self._steps: Steps | None = None
         self._began = False
+        self._progress: Progress | None = None
         self._run: Run | None = None
 
     def __enter__(self) -> Trainer:
@@ -116,9 +118,14 @@ class Trainer:
             end = self._stop(self._steps)
         # Also when no step was taken: the generator would not do it then.
         trainer.checkpointing.close()
+        result = self._training.result(trainer.runtime) if error is None and self._began else None
         self._stack.__exit__(None if end is None else type(end), end, None if end is None else end.__traceback__)
-        if error is None and self._began:
-            self._run = self._training.finish(trainer.runtime.run_dir)
+        # Nothing here must keep the process group, which has ended.
+        self._progress, self._inner, self._steps = trainer.progress, None, None
+        del trainer
+        release_process_groups()
+        if result is not None:
+            self._run = self._training.finish(result)
 
     @staticmethod
     def _stop(steps: Steps) -> Stopped:
@@ -132,12 +139,12 @@ class Trainer:
     @property
     def step(self) -> int:
         """Updates done."""
-        return self._entered().progress.step
+        return (self._progress or self._entered().progress).step
 
     @property
     def epoch(self) -> int:
         """Epochs done."""
-        return self._entered().progress.epoch
+        return (self._progress or self._entered().progress).epoch
 
     def evaluate(self, split: str = "val") -> dict[str, Any]:
         """Evaluates the model as it is; all ranks call it together.
@@ -180,5 +187,5 @@ class Trainer:
 
     def _entered(self) -> training.Trainer:
         if self._inner is None:
-            raise config_error("distrain.Trainer", "is used by `with distrain.Trainer(…) as trainer:`")
+            raise config_error("distrain.Trainer", "is used inside the block of `with distrain.Trainer(…) as trainer:`")
         return self._inner

@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
+from distrain.api.result import Result, shared_result
 from distrain.api.run import Run, open_run
 from distrain.checkpoint import module_state
 from distrain.cli import app
@@ -18,7 +18,9 @@ from distrain.config.schema import Config
 from distrain.data.python_object import DataObject, offered_data
 from distrain.errors import ConfigError
 from distrain.models.python_object import ModelObject, offered_model
+from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.strategies.base import Strategy, strategy_class
 
 
 @dataclass
@@ -41,10 +43,17 @@ class Training:
         with offered_model(self.model), offered_data(self.data):
             yield
 
-    def run(self, world: World | None = None) -> app.Finished:
+    def run(self) -> Result:
         """Trains, as this rank."""
-        with self.objects():
-            return app.train_run(self.config, world)
+        with self.objects(), app.prepared(self.config) as trainer:
+            app.log_end(trainer, trainer.fit())
+            return self.result(trainer.runtime)
+
+    def result(self, runtime: Runtime) -> Result:
+        """Where this rank finds what was trained; all ranks call it together at the end, inside the runtime."""
+        # Ranks of a parameter server end one by one, and don't meet again.
+        ends_together = strategy_class(self.config).run is Strategy.run
+        return shared_result(runtime) if ends_together else Result(runtime.run_dir)
 
     def check(self, world: World) -> None:
         """Refuses what a rank at this place would refuse before it meets the others.
@@ -55,13 +64,13 @@ class Training:
         with self.objects():
             app.check(self.config, world)
 
-    def finish(self, run_dir: Path) -> Run:
+    def finish(self, result: Result) -> Run:
         """Gives the trained parameters to the user's module, and reads the run's folder.
 
         Raises:
             ConfigError: This rank's host doesn't see the folder that rank 0 has written.
         """
-        world = World.from_environment()
+        world, run_dir = World.from_environment(), result.run_dir
         if world.rank and not (run_dir / "config.yaml").exists():
             problem = f"the training succeeded, but rank {world.rank} on {world.host} can't read its result, which rank"
             raise ConfigError("run_dir", run_dir, f"{problem} 0 has written there; name a folder that all hosts share")
@@ -69,7 +78,7 @@ class Training:
         if isinstance(self.model, nn.Module):
             weights = folder.weights("newest")
             module_state.load(self.model, weights.tensors, weights.plain)
-        return open_run(folder, self.model)
+        return open_run(folder, self.model, result.copy)
 
 
 def _allowed(config: Config) -> list[str]:

@@ -6,8 +6,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distrain.config.load import to_container
@@ -27,30 +25,15 @@ from distrain.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A training that has ended.
-
-    Attributes:
-        run_dir: The run's folder.
-        summary: What ``summary.json`` holds; empty on a rank that had other work, such as a parameter server.
-    """
-
-    run_dir: Path
-    summary: dict[str, Any]
-
-
 def train(config: Config, world: World | None = None) -> dict[str, Any]:
-    """As :func:`train_run`; returns the summary alone."""
-    return train_run(config, world).summary
-
-
-def train_run(config: Config, world: World | None = None) -> Finished:
     """Checks, loads and trains.
 
     Args:
         config: The run's configuration.
         world: This rank's place; by default from the launcher's environment.
+
+    Returns:
+        What ``summary.json`` holds; nothing on a rank that had other work, such as a parameter server.
 
     Raises:
         ConfigError: The configuration can't run; raised before any process group forms.
@@ -59,7 +42,7 @@ def train_run(config: Config, world: World | None = None) -> Finished:
     with prepared(config, world) as trainer:
         summary = trainer.fit()
         log_end(trainer, summary)
-    return Finished(trainer.runtime.run_dir, summary)
+    return summary
 
 
 def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
@@ -77,7 +60,7 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
         world: This rank's place; by default from the launcher's environment.
 
     Raises:
-        ConfigError: As :func:`train_run`.
+        ConfigError: As :func:`train`.
         Failed: What is done in the block failed; which rank, where and why was said.
     """
     plan = RunPlan.resolve(config, world or World.from_environment())

@@ -21,8 +21,10 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 import distrain
 from distrain.api import handover
 from distrain.api.fit import prepare
+from distrain.api.result import Result
 from distrain.api.settings import merge
 from tests.api.models import SETTINGS, Skip, samples, skip_net
+from tests.harness import run_ranks
 from tests.runs import LAUNCH
 
 #: What a user writes: a model with skip connections, arrays, and no `if __name__ == "__main__"`.
@@ -67,11 +69,16 @@ def test_a_script_trains_on_two_ranks_what_one_process_trains(tmp_path: Path) ->
 
 #: Every rank leaves its own model; run by torchrun and, as the only rank, by python.
 UNDER_TORCHRUN = """
-import os, torch, distrain
+import os, pathlib, torch, distrain
 from tests.api.models import SETTINGS, samples, skip_net
 strategy = "ddp" if "RANK" in os.environ else "single"
 distrain.fit(model := skip_net(), samples(), strategy=strategy, **SETTINGS)
-distrain.fit(skip_net(1), samples(), strategy=strategy, **SETTINGS)
+strategy = strategy.replace("ddp", "pipeline")
+with distrain.Trainer(skip_net(1), samples(), strategy=strategy, **SETTINGS) as trainer:
+    list(trainer)
+# A thread of torch's that outlives the training may abort the process at its end.
+threads = [task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads
 torch.save(model.state_dict(), "of_rank_" + os.environ.get("RANK", "none"))
 """
 
@@ -100,12 +107,46 @@ def test_a_process_group_of_the_program_is_refused_and_left_as_it_is() -> None:
         dist.destroy_process_group()
 
 
+def _fit_in_own_folder(folder: Path, stepwise: bool) -> tuple[dict[str, Tensor], dict[str, Any], int, bool, str]:
+    """Each rank has a folder of its own named ``run``, as hosts without a shared file system; rank 1's holds a run."""
+    rank = os.environ["RANK"]
+    os.chdir(folder / rank)
+    model = skip_net()
+    settings = {**SETTINGS, "run_dir": "run", "strategy": "ddp"}
+    if stepwise:
+        with distrain.Trainer(model, samples(), **settings) as trainer:
+            list(trainer)
+        run = trainer.run
+    else:
+        run = distrain.fit(model, samples(), **settings)
+    correct = distrain.load_model(run.run_dir, skip_net)(torch.from_numpy(samples()[0])).argmax(1).sum().item()
+    place = str(run.run_dir)
+    result = model.state_dict(), run.summary, len(run.metrics), run.run_dir == Path("run").resolve(), place
+    assert correct == run.model.eval()(run.normalise(samples()[0])).argmax(1).sum().item()
+    return result
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_ranks_without_a_shared_folder_have_the_trained_model_too(tmp_path: Path, stepwise: bool) -> None:
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    # A folder of the same name on the other host is that of another run.
+    distrain.fit(skip_net(5), samples(), **{**SETTINGS, "run_dir": str(tmp_path / "1" / "run")})
+    first, second = run_ranks(_fit_in_own_folder, 2, tmp_path, stepwise)
+    assert (first[3], second[3]) == (True, False)
+    assert first[1:3] == second[1:3]
+    assert first[1]["world_size"] == 2
+    for name, tensor in first[0].items():
+        assert torch.equal(tensor, second[0][name])
+    assert not any(torch.equal(tensor, skip_net().state_dict()[name]) for name, tensor in second[0].items())
+
+
 def test_a_rank_that_cannot_read_the_result_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = prepare(skip_net(), samples(), None, None, None, None, merge(SETTINGS))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(distrain.ConfigError, match=r"the training succeeded, but rank 1 .* all hosts share"):
-        training.finish(tmp_path)
+        training.finish(Result(tmp_path))
 
 
 def test_a_notebook_trains_on_two_ranks_what_one_process_trains(tmp_path: Path) -> None:

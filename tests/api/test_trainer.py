@@ -80,5 +80,5 @@ def test_what_has_no_steps_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch
         distrain.Trainer(skip_net(), samples(), nproc=2, **SETTINGS)
     with pytest.raises(distrain.ConfigError, match="ranks that take no steps of their own"):
         distrain.Trainer(skip_net(), samples(), strategy="parameter_server", **SETTINGS)
-    with pytest.raises(distrain.ConfigError, match=r"is used by `with"):
+    with pytest.raises(distrain.ConfigError, match=r"is used inside the block of `with"):
         distrain.Trainer(skip_net(), samples(), **SETTINGS).save()
