@@ -339,17 +339,14 @@ def draw(rows: list[dict[str, Any]], link: str, path: Path) -> None:
     lower.set(xlabel="MB sent by each host", ylabel="training loss (mean of 8 steps)", xscale="log")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=200)
 
 
 def link_name(rate: str) -> str:
     """The rate of a link for a reader: ``100 Mbit/s`` for ``100mbit``."""
-    if rate == "none":
-        return "no limit"
-    return re.sub(
-        r"(\d+)([kmg])bit", lambda match: f"{match[1]} {match[2].replace('m', 'M').replace('g', 'G')}bit/s", rate
-    )
+    units = {"kbit": "kbit/s", "mbit": "Mbit/s", "gbit": "Gbit/s"}
+    return "no limit" if rate == "none" else re.sub(r"[kmg]bit$", lambda unit: f" {units[unit[0]]}", rate)
 
 
 def main() -> None:
