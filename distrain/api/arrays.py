@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,17 +92,31 @@ def samples(name: str, value: Any, memory_limit_mb: int) -> Images:
         raise config_error(name, f"is a DataLoader; pass its data set, {name}=loader.dataset, and batch_size=…")
     if isinstance(value, TensorDataset) and len(value.tensors) == 2:
         value = value.tensors
-    elif isinstance(value, Dataset) or (hasattr(value, "__getitem__") and not isinstance(value, Sequence | np.ndarray)):
+    if isinstance(value, Mapping):
+        keys = ", ".join(f"{name}[{key!r}]" for key in list(value)[:2])
+        raise config_error(name, f"is a {type(value).__name__}; pass a pair (inputs, labels), such as {name}=({keys})")
+    if isinstance(value, Dataset) or (hasattr(value, "__getitem__") and not isinstance(value, Sequence | np.ndarray)):
         value = _read(name, value, memory_limit_mb)
     if not isinstance(value, tuple | list) or len(value) != 2:
         kind = type(value).__name__ + (f" of {len(value)}" if isinstance(value, tuple | list) else "")
-        raise config_error(name, f"is a {kind}; pass {_KINDS}")
+        raise config_error(name, f"is a {kind}; pass {_KINDS}{_hint(name, value)}")
     images, labels = inputs(name, value[0]), _labels(name, value[1])
     if len(images) != len(labels):
         raise config_error(name, f"has {len(images)} inputs and {len(labels)} labels")
     if not len(images):
         raise config_error(name, "has no samples")
     return Images(images, labels)
+
+
+def _hint(name: str, value: Any) -> str:
+    """What to type instead of something that is often tried for samples."""
+    if isinstance(value, float) and 0 < value < 1 and name == "val":
+        return f"; to hold out a part of train pass keys={{'data.val_fraction': {value:g}}}"
+    if isinstance(value, np.ndarray | Tensor):
+        return f": {name}=(inputs, labels)"
+    if isinstance(value, list | Iterator):
+        return f": x, y = zip(*pairs), then {name}=(np.stack(x), y)"
+    return ""
 
 
 def inputs(name: str, value: Any) -> Tensor:
@@ -144,9 +158,11 @@ def _labels(name: str, value: Any) -> Tensor:
         hint = "for one row of a column per class pass y.argmax(1)"
         raise config_error(name, f"has labels {list(labels.shape)}; class numbers [N] are needed: {hint}")
     if labels.dim() != 1:
-        raise config_error(name, f"has labels {list(labels.shape)}; class numbers [N] are needed")
+        hint = ": pass y[:, 0]" if labels.dim() == 2 else ""
+        raise config_error(name, f"has labels {list(labels.shape)}; class numbers [N] are needed{hint}")
     if labels.is_floating_point() or labels.is_complex():
-        raise config_error(name, f"has labels of {_short(labels.dtype)}; pass class numbers as whole numbers")
+        problem = f"has labels of {_short(labels.dtype)}; pass class numbers as whole numbers"
+        raise config_error(name, f"{problem}: y.astype(int) of an array, y.long() of a tensor")
     labels = labels.long()
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < _MOST_CLASSES:
         low, high = int(labels.min()), int(labels.max())
@@ -168,6 +184,9 @@ def _tensor(name: str, part: str, value: Any) -> Tensor:
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
             return torch.from_numpy(np.ascontiguousarray(array))
     except (TypeError, ValueError) as error:
+        if part == "labels" and np.asarray(value).dtype.kind == "U":
+            problem = "has labels that are text; number them: names, y = np.unique(y, return_inverse=True), and pass"
+            raise config_error(name, f"{problem} classes=list(names)") from error
         kind = f"{array.dtype} array" if isinstance(value, np.ndarray) else type(value).__name__
         raise config_error(name, f"has {part} that are no numbers: a {kind} ({error})") from error
 
@@ -206,7 +225,10 @@ def _item(name: str, dataset: Any, place: int) -> tuple[Tensor, int]:
     except Exception as error:  # a user's data set may raise anything
         raise config_error(where, f"fails ({type(error).__name__}: {error})") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise config_error(where, f"is a {type(item).__name__}; items must be pairs (input, label)")
+        hint = f", not dictionaries of {', '.join(map(str, item))}" if isinstance(item, dict) else ""
+        kind = type(item).__name__ + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+        problem = f"is a {kind}; items must be pairs (input, label){hint}"
+        raise config_error(where, f"{problem}: let __getitem__ return such a pair")
     image = _tensor(where, "an input", item[0])
     if not isinstance(item[0], Tensor | np.ndarray) and image.dim() in (2, 3):
         # A picture of Pillow's: rows, columns, and channels last.
@@ -215,7 +237,8 @@ def _item(name: str, dataset: Any, place: int) -> tuple[Tensor, int]:
         raise config_error(where, f"has an input {list(image.shape)}; images [C, H, W] are needed")
     label = np.asarray(item[1])
     if label.size != 1 or label.dtype.kind not in "iub":
-        raise config_error(where, f"has the label {item[1]!r}; a class number is needed")
+        hint = ": return label.argmax()" if label.ndim == 1 and label.size > 1 else ": return int(label)"
+        raise config_error(where, f"has the label {item[1]!r}; a class number is needed{hint}")
     return image, int(label.reshape(()))
 
 

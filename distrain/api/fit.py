@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.api.arrays import data_object
 from distrain.api.ranks import run_on_ranks
@@ -134,6 +134,9 @@ def _checked_model(model: Any) -> ModelObject:
     if isinstance(model, nn.Module):
         if kind in _WRAPPERS:
             raise config_error("model", f"is a {kind}; pass {_WRAPPERS[kind]}")
+        if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)):
+            problem = "has tensors on the meta device, which have no values; pass the class or function that makes it"
+            raise config_error("model", problem)
         return model
     if not callable(model):
         problem = f"is a {kind}; pass an nn.Module, a class or function that makes one, or the name of a model"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +30,10 @@ KEYWORDS = {
 }
 #: Groups whose choice is a keyword; the model and the data are arguments of their own.
 _CHOICES = (GROUPS.keys() - {"model", "data"}) | {"experiment"}
+#: A choice of a group, for messages.
+_EXAMPLES = {"optimizer": "adam", "strategy": "ddp", "loss": "cross_entropy", "scheduler": "cosine"}
+#: What other libraries call a keyword of ours.
+_ELSEWHERE = {"devices": "nproc", "num_processes": "nproc", "accelerator": "device", "max_epochs": "epochs"}
 
 
 def merge(*mappings: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,13 +73,18 @@ def build_config(
         ConfigError: A key, a choice or a value is wrong.
     """
     for key in settings:
+        if key in _ELSEWHERE:
+            raise config_error(key, f"no such keyword; it is called {_ELSEWHERE[key]} here")
         if key in ("model", "data") or key in fixed:
             raise config_error(key, "can't be set here: it says which objects fit() was given")
     choices = {key: value for key, value in settings.items() if key in _CHOICES and not isinstance(value, Mapping)}
     overrides = [f"model={model}", f"data={data}"]
     for group, value in choices.items():
         if value is not None and not isinstance(value, str):
-            raise ConfigError(group, value, f"must be the name of a choice, not a {type(value).__name__}")
+            kind = value.__name__ if isinstance(value, type) else type(value).__name__
+            example = f", such as {group}='{_EXAMPLES[group]}'" if group in _EXAMPLES else ""
+            problem = f"must be the name of a choice, not {kind}{example}"
+            raise config_error(group, f"{problem}; its arguments go into keys={{'{group}.…': …}}")
         overrides.append(f"{group}={'null' if value is None else value}")
     if config_dir is not None:
         folder = Path(config_dir).resolve()
@@ -103,8 +113,10 @@ def _plain(value: Any) -> Any:
     """The value as YAML could hold it, where that is clear."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.dim() == 0):
         return value.item()
+    if isinstance(value, torch.device):
+        return str(value)
     if isinstance(value, np.ndarray | tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):

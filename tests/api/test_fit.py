@@ -95,7 +95,14 @@ def test_a_module_holds_its_trained_parameters_afterwards() -> None:
 def test_samples_may_be_arrays_tensors_or_a_data_set() -> None:
     inputs, labels = samples()
     tensors = torch.from_numpy(inputs), torch.from_numpy(labels).int()
-    kinds = [(inputs, labels), [inputs[::-1][::-1], labels.tolist()], tensors, TensorDataset(*tensors), Items()]
+    kinds = [
+        (inputs, labels),
+        (inputs.astype(np.float64), labels.astype(np.uint8)),
+        [inputs[::-1][::-1], labels.tolist()],
+        tensors,
+        TensorDataset(*tensors),
+        Items(),
+    ]
     first, *others = [saved(fit(train=train)) for train in kinds]
     for other in others:
         assert equal(first, other)
@@ -241,11 +248,39 @@ NAN = np.where(X > 3, np.nan, X)
         ({"train": (NAN, Y)}, r"train: has inputs that are NaN or infinite"),
         ({"train": (X.astype(object), Y)}, r"train: has inputs that are no numbers: a object array"),
         ({"train": (X, Y / 2)}, r"train: has labels of float64; pass class numbers as whole numbers"),
+        ({"train": (X, Y[:, None])}, r"train: has labels \[50, 1\]; .*: pass y\[:, 0\]"),
+        ({"train": (X, np.array(list("abcd"))[Y])}, r"train: has labels that are text; number them: .*np.unique"),
+        ({"train": X}, r"train: is a ndarray; .*: train=\(inputs, labels\)"),
+        ({"train": {"x": X, "y": Y}}, r"train: is a dict; .* such as train=\(train\['x'\], train\['y'\]\)"),
+        ({"train": list(zip(X, Y, strict=True))}, r"train: is a list of 50; .* x, y = zip\(\*pairs\)"),
+        ({"train": (pair for pair in zip(X, Y, strict=True))}, r"train: is a generator; .* x, y = zip\(\*pairs\)"),
+        ({"val": 0.2}, r"val: is a float; .* pass keys={'data.val_fraction': 0.2}"),
+        (
+            {"train": Items(lambda place, item: dict(zip("xy", item, strict=True)))},
+            r"train\[0\]: is a dict; .* of x, y",
+        ),
+        ({"train": Items(lambda place, item: (*item, place))}, r"train\[0\]: is a tuple of 3; items must be pairs"),
+        ({"train": Items(lambda place, item: (item[0], np.eye(4)[0]))}, r"label array.*: return label.argmax\(\)"),
+        (
+            {"train": Items(lambda place, item: (item[0], 1.0))},
+            r"has the label 1.0; .*: return int\(label\)",
+        ),
+        ({"model": skip_net().to("meta")}, r"model: has tensors on the meta device, .*; pass the class or function"),
+        (
+            {"optimizer": torch.optim.Adam},
+            r"optimizer: must be the name .*, not Adam, such as optimizer='adam'",
+        ),
+        ({"loss": nn.CrossEntropyLoss()}, r"loss: must be the name of a choice, not CrossEntropyLoss, .*'loss.…'"),
+        ({"devices": 2}, r"devices: no such keyword; it is called nproc here"),
+        ({"epochs": 0}, r"trainer.epochs=0: must be at least 1"),
         ({"train": (X, np.eye(4)[Y])}, r"train: has labels \[50, 4\]; .* pass y.argmax\(1\)"),
         ({"train": (X, Y - 1)}, r"train: has labels from -1 to 2; classes are numbered from 0"),
         ({"train": DataLoader(Items())}, r"train: is a DataLoader; pass its data set, train=loader.dataset"),
         ({"train": iter([])}, r"train: is a list_iterator; pass a pair"),
-        ({"train": Items(lambda place, item: item[:1] if place == 9 else item)}, r"train\[9\]: is a tuple; items must"),
+        (
+            {"train": Items(lambda place, item: item[:1] if place == 9 else item)},
+            r"train\[9\]: is a tuple of 1; items",
+        ),
         (
             {"train": Items(lambda place, item: (item[0][:, place // 9 :], 0))},
             r"train\[9\]: is float32 \[1, 5, 6\], and",
@@ -267,7 +302,7 @@ NAN = np.where(X > 3, np.nan, X)
         ({"model": lambda: None}, r"<lambda>: makes a NoneType, not an nn.Module"),
         ({"model": Skip}, r"model.kwargs=.*Skip missing a required argument: 'channels'"),
         ({"strategy": "dpp"}, r"strategy=dpp: no such choice; .*\(did you mean ddp\?\)"),
-        ({"strategy": 3}, r"strategy=3: must be the name of a choice, not a int"),
+        ({"strategy": 3}, r"strategy: must be the name of a choice, not int, such as strategy='ddp'"),
         ({"strategy": "pipeline"}, r"on 2 ranks: distrain.fit\(…, nproc=2\)"),
         ({"lrr": 3}, r"lrr: no such key"),
         ({"optimizer.lrr": 3}, r"optimizer.lrr: no such key; .*\(did you mean lr\?\)"),
