@@ -16,7 +16,7 @@ from distrain.api.ranks import run_on_ranks
 from distrain.api.result import Result
 from distrain.api.run import Run
 from distrain.api.settings import build_config, merge
-from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.api.surroundings import name_refusal_at_exit, release_process_groups, restored_surroundings
 from distrain.api.training import Training
 from distrain.checkpoint.format import checkpoints_folder
 from distrain.data.python_object import PythonObjectDataConfig
@@ -102,6 +102,7 @@ def prepare(
     Raises:
         ConfigError: One is wrong.
     """
+    name_refusal_at_exit()
     if dist.is_initialized():
         problem = "forms the process group itself, and there is one; call it before init_process_group(), or after"
         raise config_error("distrain", f"{problem} torch.distributed.destroy_process_group()")

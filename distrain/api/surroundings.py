@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
 
+from distrain.errors import ConfigError
+from distrain.health import last_line
 from distrain.runtime import runtime
 from distrain.runtime.device import RandomState
 
@@ -50,3 +55,16 @@ def release_process_groups() -> None:
     """
     if runtime.joined_group:
         gc.collect()
+
+
+@functools.cache
+def name_refusal_at_exit() -> None:
+    """Lets torchrun name the refusal at the end of its output, if one ends this program, which did not catch it."""
+    atexit.register(_name_refusal)
+
+
+def _name_refusal() -> None:
+    # Python keeps there what has ended the program, after printing it.
+    error = getattr(sys, "last_value", None)
+    if isinstance(error, ConfigError):
+        last_line.tell_launcher(f"distrain: {error}")

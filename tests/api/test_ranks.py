@@ -97,6 +97,17 @@ def test_a_script_under_torchrun_trains_on_every_rank_what_one_process_trains(tm
             torch.testing.assert_close(of_rank[name], tensor, rtol=0, atol=1e-5)
 
 
+def test_a_refusal_under_torchrun_is_named_at_the_end_of_the_screen(tmp_path: Path) -> None:
+    lines = ["import distrain", "from tests.api.models import *", "fit = distrain.fit"]
+    lines += ["try: fit(skip_net(), samples(), epochs=-1)", "except distrain.ConfigError: pass"]
+    lines += ["fit(skip_net(), samples(), strategy='dpp')"]
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "script.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "distrain: strategy=dpp: no such choice" in "".join(ended.stderr.splitlines()[-4:])
+
+
 def test_a_process_group_of_the_program_is_refused_and_left_as_it_is() -> None:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
