@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from distrain.cli import hydra_entry, output
+from distrain.cli.arguments import refuse_python_objects
 from distrain.config.load import load_config
 from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError, Failed, config_error
@@ -119,6 +120,7 @@ def _training_spec(keys: Sequence[str], nproc: int, conf: Path) -> TrainingSpec:
         ConfigError: A key is invalid.
     """
     try:
+        refuse_python_objects(keys)
         composed = hydra_entry.compose(conf, "config", keys)
     except (HydraException, OmegaConfBaseException) as error:
         raise hydra_entry.to_config_error(error, conf, "config", keys) from error

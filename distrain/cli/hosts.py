@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.cli import hydra_entry
+from distrain.cli.arguments import refuse_python_objects
 from distrain.config.load import load_config
 from distrain.config.schema import setting
 from distrain.errors import ConfigError
@@ -67,6 +68,7 @@ def check_training(conf: Path, arguments: Sequence[str]) -> None:
         ConfigError: A setting is wrong; the message is one line that names the key, the value and the choices.
     """
     try:
+        refuse_python_objects(arguments)
         load_config(hydra_entry.compose(conf, "config", arguments))
     except ConfigError:
         raise
