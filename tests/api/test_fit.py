@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import distrain
+from distrain.api.surroundings import restored_surroundings
 from distrain.cli import app
 from distrain.cli.run_folder import RunFolder
 from tests.api.models import SETTINGS, Skip, samples, skip_net
@@ -325,3 +326,17 @@ def test_a_mistake_is_refused_in_one_line(arguments: dict[str, Any], message: st
     assert re.search(message, str(refused.value)), refused.value
     assert "\n" not in str(refused.value)
     assert not Path("outputs").exists()
+
+
+def test_generators_of_gpus_in_use_are_afterwards_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, used = [torch.tensor([1]), torch.tensor([2])], True
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda earlier: states.__setitem__(slice(None), earlier))
+    with restored_surroundings():
+        states[:] = [torch.tensor([3]), torch.tensor([4])]
+    assert [int(state) for state in states] == [1, 2]
+    used = False
+    with restored_surroundings():
+        states[:] = [torch.tensor([5]), torch.tensor([6])]
+    assert [int(state) for state in states] == [5, 6], "a GPU that was not in use is not taken into use"
