@@ -1,6 +1,7 @@
 """Mistakes of every kind that a user may make behind ``distrain train nproc=2``, and what each line must say.
 
-They are refused before ranks start: tests/cli/test_nproc.py checks the lines, benchmarks/startup.py the time.
+They are refused before ranks start: tests/cli/test_nproc.py checks the lines, benchmarks/startup.py the time. Under
+torchrun, ranks refuse them: tests/launch/test_nproc.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.mistakes import MISTAKES
+from distrain.checkpoint import weight_files
 from tests.harness import HANG_SECONDS
 from tests.launch.test_signals import children, wait_until
-from tests.runs import LAUNCH, SMALL
+from tests.runs import LAUNCH, SMALL, relative_difference
 
 if sys.platform != "linux":
     pytest.skip("finds the ranks through /proc", allow_module_level=True)
@@ -85,12 +89,44 @@ def test_a_run_that_is_restarted_ends_well_and_its_configuration_knows_no_ranks(
     assert not {"nproc", "max_restarts"} & set((tmp_path / "run" / "config.yaml").read_text().replace(":", " ").split())
 
 
+#: Tried in the suite; the others take minutes together.
+TRIED = ("strategy=dpp", "data.batch_size=1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a mistake on a machine without a GPU is none with two")
 @pytest.mark.parametrize(
-    ("mistake", "words"), [("strategy=dpp", "strategy=dpp: no such choice"), ("data.batch_size=1", "than the 2 ranks")]
+    "mistake",
+    [
+        pytest.param(mistake, marks=() if mistake in TRIED else pytest.mark.soak)
+        for mistake in MISTAKES
+        if "--multirun" not in mistake  # ranks of torchrun may train several jobs, one after the other
+    ],
 )
-def test_torchruns_last_ten_lines_name_the_mistake(mistake: str, words: str, tmp_path: Path) -> None:
+def test_torchruns_last_ten_lines_name_the_mistake(mistake: str, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    with started(tmp_path, *launcher, str(LAUNCH / "train.py"), "strategy=ddp", mistake) as process:
+    words = mistake.split()
+    strategy = () if words[0].startswith("strategy=") else ("strategy=ddp",)
+    with started(tmp_path, *launcher, str(LAUNCH / "train.py"), *strategy, *words) as process:
         printed = process.communicate(timeout=HANG_SECONDS)[0]
     assert process.returncode == 1
-    assert words in "\n".join(printed.splitlines()[-10:])
+    assert MISTAKES[mistake] in "\n".join(printed.splitlines()[-10:])
+
+
+def test_two_commands_that_meet_train_what_one_command_trains(tmp_path: Path) -> None:
+    """``nnodes=2``, of two hosts that are one here."""
+    short = ("trainer.max_steps=5", "trainer.precision=fp64")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = ("nproc=1", "nnodes=2", f"rdzv_endpoint=127.0.0.1:{port}", f"rdzv_id={tmp_path.name}")
+    command = ("-m", "distrain", "train", *meeting, "strategy=ddp", *SMALL, *short, "run_dir=hosts")
+    with started(tmp_path, *command) as first, started(tmp_path, *command) as second:
+        for process in (first, second):
+            printed = process.communicate(timeout=HANG_SECONDS)[0]
+            assert process.returncode == 0, printed
+    with started(tmp_path, *TRAIN, *short) as process:
+        printed = process.communicate(timeout=HANG_SECONDS)[0]
+        assert process.returncode == 0, printed
+    whole, hosts = (weight_files.read(tmp_path / run) for run in ("run", "hosts"))
+    assert relative_difference(hosts, whole) <= 1e-12
+    summary = json.loads((tmp_path / "hosts" / "summary.json").read_text())
+    assert (summary["steps"], summary["world_size"]) == (5, 2)
