@@ -46,6 +46,33 @@ def check_optimizer(name: str, scalars: Mapping[str, Any]) -> None:
         raise ValueError(f"it was saved with optimizer={saved}, and this run has optimizer={name}")
 
 
+def has_shape_of_parameter(state_name: str, shape: torch.Size, parameter: Tensor) -> bool:
+    """Whether a tensor of an optimizer's state belongs to the elements of its parameter, as a moment does.
+
+    The others are single numbers, such as a step count; they stay on the CPU, a scalar parameter's moments don't.
+    """
+    return len(shape) > 0 or (parameter.dim() == 0 and state_name != "step")
+
+
+def check_shapes(parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Compares the shapes of an optimizer's saved tensors with those of the parameters they belong to.
+
+    Args:
+        parameters: This run's parameters by name; the state of others is ignored.
+        shapes: Those of the saved tensors, by ``<parameter name>/<state name>``.
+
+    Raises:
+        ValueError: One differs.
+    """
+    for key, shape in shapes.items():
+        name, _, state_name = key.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or not has_shape_of_parameter(state_name, shape, parameter):
+            continue
+        if shape != parameter.shape:
+            raise ValueError(f"optimizer state {key} is {tuple(shape)}, the parameter {tuple(parameter.shape)}")
+
+
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     names: Mapping[Tensor, str],
@@ -58,17 +85,13 @@ def load_optimizer(
         ValueError: A tensor's shape differs from its parameter's.
     """
     parameters = {name: parameter for parameter, name in names.items()}
+    check_shapes(parameters, {key: tensor.shape for key, tensor in tensors.items()})
     for key, value in {**tensors, **scalars}.items():
         name, _, state_name = key.rpartition("/")
         if name not in parameters:
             continue
         parameter = parameters[name]
-        # A step count is a scalar that stays on the CPU; a scalar parameter's moments are on the parameter's device.
-        if isinstance(value, Tensor) and (value.dim() > 0 or (parameter.dim() == 0 and state_name != "step")):
-            if value.shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer state {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
-                )
+        if isinstance(value, Tensor) and has_shape_of_parameter(state_name, value.shape, parameter):
             # Fused kernels need the parameter's dtype, device and strides.
             value = torch.empty_like(parameter).copy_(value)
         elif isinstance(value, Tensor):

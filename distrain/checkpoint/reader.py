@@ -115,15 +115,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return _load_tensors(path)
 
 
-def model_shapes(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the model's tensors, from the files' headers; nothing is compared with the manifest.
+def shapes_of(path: Path, part: str) -> dict[str, torch.Size]:
+    """Names and shapes of a part's tensors, from the files' headers; nothing is compared with the manifest.
+
+    Args:
+        path: The checkpoint's folder.
+        part: ``model`` or ``optimizer``.
 
     Raises:
         DamagedCheckpoint: A file can't be read, or is not a safetensors file.
     """
     shapes: dict[str, torch.Size] = {}
     try:
-        for name in part_files("model", [each.name for each in path.iterdir()]):
+        for name in part_files(part, [each.name for each in path.iterdir()]):
             _check_link(path / name)
             _check_size(path / name)
             with safetensors.safe_open(path / name, framework="pt") as file:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from distrain.checkpoint import format as checkpoint_format
-from distrain.checkpoint import module_state
+from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.progress import Progress
@@ -27,6 +27,7 @@ from distrain.data.manifest import data_changes
 from distrain.errors import NO_VALUE, ConfigError
 from distrain.files.terminal import FILE_ONLY
 from distrain.files.untrusted import read_json
+from distrain.optim.optimizers.saved_state import check_saved_state
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
@@ -78,7 +79,7 @@ def check(config: Config) -> None:
 
 
 def check_model(config: Config, model: nn.Module, spec: DataSpec) -> None:
-    """Refuses a checkpoint of a model with other names or shapes; no tensor is read.
+    """Refuses a checkpoint whose model or optimizer's state has other names or shapes; no tensor is read.
 
     Args:
         config: This run's configuration.
@@ -86,16 +87,21 @@ def check_model(config: Config, model: nn.Module, spec: DataSpec) -> None:
         spec: Shape and classes of this run's data, which may be why the model differs.
 
     Raises:
-        ConfigError: The model can't load the checkpoint; the message names the first tensors, and how the data changed.
+        ConfigError: The model or its optimizer can't load the checkpoint; the message names the first tensors, and how
+            the data changed.
     """
 
     def refuse_misfit(path: Path) -> None:
         try:
-            state, shapes = read_state(path), checkpoint_reader.model_shapes(path)
+            state = read_state(path)
+            shapes, optimizer_shapes = (checkpoint_reader.shapes_of(path, part) for part in ("model", "optimizer"))
         except DamagedCheckpoint:  # loading it reports that
             return
+        scalars = state["scalars"]
         try:
-            module_state.check_fits(model, shapes, state["scalars"].get("module"))
+            module_state.check_fits(model, shapes, scalars.get("module"))
+            named_state.check_optimizer(config.optimizer.name, scalars)
+            check_saved_state(config.optimizer, model, optimizer_shapes, scalars["optimizer"])
         except ValueError as error:
             changed = data_changes(_saved_data(path, state), asdict(spec))
             because = f" (the data changed: {', '.join(changed)})" if changed else ""
@@ -225,13 +231,16 @@ def refuse_incompatible(config: Config, path: Path, saved: Mapping[str, Any] | N
         if _is_incompatible(config, key, change, compatible, mid_epoch=mid_epoch)
     }
     if wrong:
+        go_on = ""
+        if list(wrong) == ["optimizer.name"]:
+            go_on = f"; to go on from it type optimizer={wrong['optimizer.name'][0]}"
         only_order = all("sample_order" in affected_by(config, key) for key in wrong)
         raise ConfigError(
             "resume",
             path,
             f"was saved with another configuration: {_format_changes(wrong)}"
             + (" (in the middle of an epoch, whose order of samples would change)" if only_order else "")
-            + f"; {_START_ANEW}",
+            + f"{go_on}; {_START_ANEW}",
         )
 
 

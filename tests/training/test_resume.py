@@ -385,6 +385,31 @@ def test_only_a_model_that_loads_in_its_own_way_may_have_other_shapes(
     assert Run(tmp_path, *model, "trainer.max_steps=3").progress.step == 3
 
 
+def test_an_optimizer_that_the_saved_state_does_not_fit_is_refused_before_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The model takes what it can use of other shapes, which the optimizer can't.
+    model = ("model=custom", f"model._target_={__name__}.Adapting", f"run_dir={tmp_path}", "optimizer=adam")
+    Run(tmp_path, *model, "trainer.max_steps=2")
+    check(small(*model), ALONE)
+    monkeypatch.setattr(Narrow, "width", 5)
+    misfit = r"^resume=.*: optimizer state hidden\.\S+ is \(4.*\), the parameter \(5.*\); to start from .*$"
+    with pytest.raises(ConfigError, match=misfit):
+        check(small(*model), ALONE)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_before_the_run_starts(parts: Run, tmp_path: Path) -> None:
+    go_on = r"optimizer\.name: adam → sgd; to go on from it type optimizer=adam; to start from the beginning .*$"
+    with pytest.raises(ConfigError, match=go_on):
+        check(small("optimizer=sgd", f"run_dir={parts.folder}"), ALONE)
+    # One that doesn't contain its configuration.
+    state, progress = checkpoint_reader.load(parts.checkpoint(7))
+    state.update(compressor=state["compressor"][0], local={}, config=None)
+    older = checkpoint_writer.save(tmp_path / "older", state, progress)
+    with pytest.raises(ConfigError, match=r"^resume=.*saved with optimizer=adam, and this run has optimizer=sgd; to"):
+        check(small("optimizer=sgd", f"resume={older}"), ALONE)
+
+
 def test_a_damaged_checkpoint_is_not_compared(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.max_steps=2", "trainer.epochs=1")
     torch.save({}, run.checkpoint(2) / "model.safetensors")
