@@ -122,8 +122,25 @@ class AppendedFile:
                 if error.errno != errno.EMLINK:
                     raise
             # Another folder shares this file (a snapshot by hard links, say), and must not change with it.
-            old = self._descriptor = self._folder.open(self._name, os.O_RDONLY)
+            old = self._folder.open(self._name, os.O_RDONLY)
+            try:
+                self._descriptor = self._copy(old)
+            finally:
+                os.close(old)
+            return
         # A removed file can be read as long as it is open.
+        self._descriptor = self._copy(old)
+        os.close(old)
+
+    def _copy(self, old: int) -> int:
+        """Makes the file anew with the content of an open one.
+
+        Returns:
+            A descriptor of the new file, at its end.
+
+        Raises:
+            OSError: It can't be made; what was there is unchanged.
+        """
         temporary = str(PurePosixPath(self._name).with_name(f".{self.path.name}.{os.getpid()}"))
         self._folder.unlink(temporary, missing_ok=True)
         new = self._folder.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
@@ -137,5 +154,4 @@ class AppendedFile:
             os.close(new)
             self._folder.unlink(temporary, missing_ok=True)
             raise
-        self._descriptor = new
-        os.close(old)
+        return new

@@ -135,3 +135,26 @@ def test_only_a_mebibyte_waits_for_a_full_disk(path: Path) -> None:
     content = path.read_bytes()
     assert len(content) < 1 << 21
     assert content[-100_002:-100_000] == b"39", "the newest is kept"
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "replace"])
+def test_a_file_that_another_folder_shares_is_copied_once_the_disk_allows_it(
+    operation: str, path: Path, tmp_path: Path
+) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"before\n")
+    os.link(path, tmp_path / "snapshot")
+    broken = True
+
+    def fails(_: int, call: Call) -> int:
+        return errno.ENOSPC if broken and call.operation == operation else 0
+
+    with FaultyDisk(path.parent, fails):
+        file = appended(path)
+        with pytest.raises(OSError, match="No space left on device"):
+            file.append(b"first\n")
+        broken = False
+        file.append(b"second\n")
+        file.close()
+    assert path.read_bytes() == b"before\nfirst\nsecond\n"
+    assert (tmp_path / "snapshot").read_bytes() == b"before\n"
