@@ -263,7 +263,8 @@ def test_all_ranks_stop_after_the_same_step_whichever_gets_the_signal(name: str,
     servers = {"sync": 1, "async": 2}.get(name, 0)
     assert {result["step"] for result in results[: ranks - servers]} == {step}
     assert step > 6
-    assert name != "local_sgd" or step % 4 == 0
+    # Ranks of local_sgd agree when they merge, and between the batches of an evaluation, after an epoch of 5 steps.
+    assert name != "local_sgd" or step % 4 == 0 or step % 5 == 0
     _, progress = checkpoint_reader.load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     assert (progress["step"], progress["samples"]) == (step, step // 5 * 48 + step % 5 * 10)
     if name != "local_sgd":

@@ -21,7 +21,8 @@ def test_facts_of_this_host_survive_json(monkeypatch: pytest.MonkeyPatch) -> Non
     own = facts.gather_facts(World(1, 2, 0, 2, "here"), "127.0.0.1")
     assert RankFacts(**json.loads(json.dumps(dataclasses.asdict(own)))) == own
     assert own.label == "rank 1 on here"
-    assert own.versions["torch"] == torch.__version__
+    # The package may leave out what it was built for (+cu130).
+    assert own.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert own.threads == 3
     assert own.cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert own.route == "127.0.0.1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -64,6 +65,9 @@ def four_faults(tmp_path_factory: pytest.TempPathFactory) -> Problems:
     old = folder / "path" / "torch-2.6.0.dist-info"
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.6.0\n")
+    # Recent releases of torch find their backends there.
+    entry_points = importlib.metadata.distribution("torch").read_text("entry_points.txt")
+    (old / "entry_points.txt").write_text(entry_points or "")
     faults = {
         0: {"variables": {"OMP_NUM_THREADS": "512"}},
         1: {"path": [str(old.parent)]},
