@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.config.registry import register
+from distrain.config import registry
+from distrain.config.registry import Choice, choices
 from distrain.config.schema import OptimizerConfig
 from distrain.optim.optimizers import saved_state
 from distrain.optim.optimizers.build import build_optimizer
 from tests.runs import small
 
 
-@register("optimizer", "amsgrad_for_test", OptimizerConfig)
 def amsgrad(config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
     """A user's optimizer, whose name is always the same."""
     return torch.optim.Adam(groups, lr=config.lr, amsgrad=amsgrad_is_on)
 
 
-@register("optimizer", "pairs_for_test", OptimizerConfig)
 def pairs(config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
     """One that updates no small parameter."""
     if any(parameter.numel() < 100 for group in groups for _, parameter in group["params"]):
@@ -31,6 +30,13 @@ def pairs(config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool | N
 
 
 amsgrad_is_on = False
+
+
+@pytest.fixture(autouse=True)
+def choices_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choices("optimizer")  # which registers distrain's own
+    for name, target in (("amsgrad_for_test", amsgrad), ("pairs_for_test", pairs)):
+        monkeypatch.setitem(registry._CHOICES["optimizer"], name, Choice("optimizer", name, OptimizerConfig, target))
 
 
 def model() -> nn.Module:
