@@ -24,7 +24,7 @@ from distrain.config.load import load_config
 from distrain.config.registry import check_allowed
 from distrain.config.schema import Config
 from distrain.data import manifest
-from distrain.data.base import DataSpec
+from distrain.data.base import TARGETS, DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
 from distrain.files.untrusted import UnreadableFile, read_json, read_yaml
@@ -251,7 +251,11 @@ def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ..
     dtype = content.get("dtype", "uint8")
     if dtype not in ("uint8", "float"):
         raise refuse("needs dtype, which is uint8 or float")
-    spec = DataSpec(content["channels"], content["height"], content["width"], tuple(classes), dtype)
+    # Releases that knew one kind of targets alone did not write it.
+    target = content.get("target", "class")
+    if target not in TARGETS:
+        raise refuse(f"needs target, which is one of {', '.join(TARGETS)}")
+    spec = DataSpec(content["channels"], content["height"], content["width"], tuple(classes), dtype, target)
     return spec, tuple(map(float, content["mean"])), tuple(map(float, content["std"]))
 
 

@@ -22,6 +22,10 @@ from distrain.errors import ConfigError, config_error
 _VALIDATION, _TEST = 2, 3
 #: Bytes of pixels that are summed at once.
 _CHUNK_BYTES = 1 << 24
+#: Kinds of targets; see :attr:`DataSpec.target`.
+TARGETS = ("class", "labels", "numbers", "mask")
+#: Value in a mask of pixels whose class is unknown; they count in no loss and no metric.
+IGNORED = 255
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,11 @@ class DataSpec:
         channels: Channels of each image.
         height: Height of each image in pixels.
         width: Width of each image in pixels.
-        classes: Names of the classes, in the order of their numbers; empty if there are no classes.
+        classes: Names of the classes, in the order of their numbers; with ``numbers``, the names of the numbers.
         dtype: ``uint8``: pixel values from 0 to 255. ``float``: numbers of any range, which are not divided by 255.
+        target: Kind of the targets. ``class``: one class a sample, int64 [N]. ``labels``: for each class whether it
+            applies to the sample, uint8 [N, classes], 0 or 1. ``numbers``: float32 [N, classes]. ``mask``: the class of
+            each pixel, uint8 [N, H, W]; :data:`IGNORED` where it is unknown.
     """
 
     channels: int
@@ -41,6 +48,7 @@ class DataSpec:
     width: int
     classes: tuple[str, ...] = ()
     dtype: str = "uint8"
+    target: str = "class"
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ class Classification(Task):
 
     def __init__(self, config: Config, spec: DataSpec) -> None:
         super().__init__(config, spec)
-        if not spec.classes:
-            raise config_error("task.name", "classification needs data with classes")
+        if spec.target != "class" or not spec.classes:
+            raise config_error("task.name", "classification needs data with one class a sample")
         self._loss = losses.build(config.loss)
         self._views = config.trainer.test_views
 
