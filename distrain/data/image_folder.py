@@ -4,74 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from typing_extensions import override
 
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig, setting
-from distrain.data.base import (
-    DataSource,
-    DataSpec,
-    Images,
-    Splits,
-    assemble,
-    check_shared_keys,
-    hold_out_test,
-    refusing_unreadable,
-)
-from distrain.data.build_folder import is_build_folder
-from distrain.data.image_cache import CacheSpec, ImageCache, open_or_build
+from distrain.data.base import DataSpec, Splits, check_shared_keys, refusing_unreadable
+from distrain.data.image_files import ImageFilesConfig, ImageFilesSource, LabelledFiles, load_splits
 from distrain.data.image_tree import ImageTree, Listing
 from distrain.errors import ConfigError
-from distrain.files.user_cache import user_cache_folder
-
-log = logging.getLogger(__name__)
-_CACHE = ".distrain-cache"
 
 
 @dataclass
-class ImageFolderConfig(DataConfig):
+class ImageFolderConfig(ImageFilesConfig):
     """Keys of ``data=image_folder``."""
-
-    height: int = setting("Height of each image after resizing, in pixels.", at_least=1)
-    width: int = setting("Width of each image after resizing, in pixels.", at_least=1)
-    channels: int = setting("3: RGB, 1: greyscale.", choices=(1, 3))
-    test_fraction: float = setting("Share of the images used for testing if there is no test folder.", above=0, below=1)
-    on_error: str = setting(
-        "If an image can't be decoded: stop ends the run, skip leaves it out.", choices=("stop", "skip")
-    )
-    cache: str | None = setting(
-        "Folder for decoded images; null: .distrain-cache in root, else in the user's cache or among temporary files.",
-        path=True,
-    )
-    workers: int | None = setting("Decoding processes; null: one per CPU core.", at_least=1)
 
 
 @register("data", "image_folder", ImageFolderConfig)
-class ImageFolder(DataSource):
+class ImageFolder(ImageFilesSource):
     """``root/{train,test[,val]}/<class>/**``, or ``root/<class>/**`` with test images selected by ``split_seed``.
 
     See :class:`distrain.data.image_tree.ImageTree`.
     """
-
-    compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"cache", "workers"}
-
-    @classmethod
-    @override
-    def changes_for_evaluation(cls, config: Any, root: str | None) -> dict[str, Any]:
-        changes = super().changes_for_evaluation(config, root)
-        # A cache that was made from another root is of no use, and a saved run must not say where to write a new one.
-        if root is not None or config.cache is None or not is_build_folder(Path(config.cache)):
-            changes["cache"] = None
-        return changes
 
     def __init__(self, config: ImageFolderConfig) -> None:
         self._config = config
@@ -105,42 +61,10 @@ class ImageFolder(DataSource):
         c, spec = self._config, self.describe()
         with refusing_unreadable(self._root):
             listing = self._tree.list_images()
-        recipe = CacheSpec(self._root, listing.files, c.channels, c.height, c.width, c.on_error == "skip")
-        cache = open_or_build(recipe, self._cache_folder(), c.workers)
-        if cache.broken:
-            log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(listing.files))
-        everything = self._images(cache, listing)
-        notes = [listing.summary(len(spec.classes)), *_too_small(listing, spec)]
-        rows = {part: _without(indices, cache.broken) for part, indices in listing.parts.items()}
-        if "test" not in rows:
-            keep, test = hold_out_test(len(rows["train"]), c.test_fraction, c.split_seed)
-            rows["train"], rows["test"] = rows["train"][keep], rows["train"][test]
-        moments = cache.moments.index_select(0, rows["train"])
-        val = everything.subset(rows["val"]) if "val" in rows else None
-        train, test_images = everything.subset(rows["train"]), everything.subset(rows["test"])
-        splits = assemble(c, spec, train, test_images, val=val, moments=moments)
-        return dataclasses.replace(splits, notes=tuple(notes))
-
-    def _images(self, cache: ImageCache, listing: Listing) -> Images:
-        labels = torch.tensor(listing.labels, dtype=torch.int64)
-        streamed = cache.images.nbytes > self._config.memory_limit_mb * 2**20
-        return Images(cache.images, labels, torch.arange(len(labels)) if streamed else None)
-
-    def _cache_folder(self) -> Path:
-        if self._config.cache is not None:
-            return Path(self._config.cache)
-        in_root = self._root / _CACHE
-        if os.access(in_root if in_root.exists() else self._root, os.W_OK):
-            return in_root
-        try:
-            return user_cache_folder()
-        except OSError as error:
-            raise ConfigError("data.cache", None, f"{error}; name another folder") from error
-
-
-def _without(indices: list[int], broken: tuple[int, ...]) -> Tensor:
-    excluded = set(broken)
-    return torch.tensor([index for index in indices if index not in excluded], dtype=torch.int64)
+        targets = torch.tensor(listing.labels, dtype=torch.int64)
+        splits = load_splits(c, spec, LabelledFiles(self._root, listing.files, targets, listing.parts))
+        notes = (listing.summary(len(spec.classes)), *_too_small(listing, spec))
+        return dataclasses.replace(splits, notes=notes)
 
 
 def _too_small(listing: Listing, spec: DataSpec) -> list[str]:
