@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 #: The only decoders that are used, whatever format a file claims to have by its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -42,6 +42,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: TIFF tags: bits of each sample, and what the value 0 means.
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_WHITE_IS_ZERO = 0
 #: Longer reasons for a failure are cut off.
 _REASON_LENGTH = 300
 
@@ -66,8 +69,18 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
     """Decodes an image file of one of :data:`FORMATS`, and resizes and crops the image.
 
     The image (the first one of an animation) is rotated as its EXIF orientation says, scaled until it just covers the
-    target size, and centre-cropped; an image that already has the target size is unchanged. Transparency is dropped;
-    16-bit greyscale keeps its upper 8 bits.
+    target size, and centre-cropped; an image that already has the target size is unchanged.
+
+    Every kind of pixels becomes RGB or greyscale of 8 bits:
+
+    * 1 bit: black and white. A palette: its colours. CMYK (in a JPEG as Adobe stores it, inverted), YCCK, YCbCr: RGB.
+    * Greyscale of more bits keeps the upper 8: it is scaled, so that white stays white, as the 16 bits of a coloured
+      PNG are. A TIFF whose 0 is white is inverted. Values that don't fit 16 bits are refused.
+    * Transparent pixels show white, as on a page: what is stored below them is arbitrary and often black, and then dark
+      drawings would vanish. (Pillow, torchvision and OpenCV show what is stored below.)
+    * Floating point is refused, since no file says which value is white.
+
+    RGB becomes greyscale by the weights of ITU-R 601. Colour profiles and gamma are not applied.
 
     Args:
         path: The file.
@@ -79,8 +92,8 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
         uint8 [channels, height, width].
 
     Raises:
-        DecodeError: Not a file of these formats, truncated, corrupt, not readable, of floating-point pixels, more than
-            ``LARGEST_PIXELS`` pixels, or more than ``LARGEST_FILE`` bytes.
+        DecodeError: Not a file of these formats, truncated, corrupt, not readable, of pixels that 8 bits can't hold,
+            more than ``LARGEST_PIXELS`` pixels, or more than ``LARGEST_FILE`` bytes.
     """
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
     try:
@@ -91,32 +104,60 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
                 raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
             # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
             opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
-            image = _resize_and_crop(_to_channels(_upright(opened), channels), height, width)
+            opened.load()
+            image = _on_white(_to_8_bits(opened)).convert("RGB" if channels == 3 else "L")
+            image = _resize_and_crop(_upright(image, opened), height, width)
     except Exception as error:  # corrupt files make Pillow raise almost anything, even SyntaxError and struct.error
         raise DecodeError(path, str(error) or type(error).__name__) from error
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF orientation says; the rest of the metadata is ignored, sound or not."""
-    image.load()
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales greyscale of more than 8 bits to 8 bits; other images stay as they are.
+
+    Raises:
+        ValueError: The pixels are floating point, or don't fit 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    # Pillow's own conversion clips at 255, and knows neither 12 bits nor a white 0 here.
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    bits = min(16, tags.get(_BITS_PER_SAMPLE, (16,))[0])
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(f"has pixels from {low} to {high}; greyscale may have values from 0 to {(1 << bits) - 1}")
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lays an image with transparent pixels over white."""
+    if not image.has_transparency_data:
+        return image
+    opaque = Image.new("RGB", image.size, "white")
+    image = image.convert("RGBA")
+    opaque.paste(image, mask=image)
+    return opaque
+
+
+def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Turns an image as the EXIF orientation of the opened file says; other metadata are ignored, sound or not."""
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        # A TIFF has none left: Pillow has turned it already.
+        orientation = opened.getexif().get(_ORIENTATION)
     except Exception:  # broken metadata makes Pillow raise almost anything, and the pixels are sound without it
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
-
-
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Converts to RGB (3 channels) or greyscale (1 channel)."""
-    if image.mode == "F":
-        raise ValueError("has floating-point pixels, whose range is unknown")
-    if image.mode.startswith("I"):
-        # Pillow's conversion would clip 16-bit values at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB" if channels == 3 else "L")
 
 
 def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:

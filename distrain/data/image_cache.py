@@ -42,7 +42,9 @@ from distrain.errors import ConfigError
 from distrain.files.untrusted import read_json
 
 log = logging.getLogger(__name__)
-_FORMAT = 1
+#: Raised when images are decoded to other pixels than before: 2 lays transparent ones over white, inverts a 16-bit TIFF
+#: whose 0 is white, and scales one of 12 bits by 12.
+_FORMAT = 2
 _IMAGES, _MOMENTS, _META = "images.u8", "moments.i64", "meta.json"
 _MOMENT_BYTES = 2 * 8
 _MAX_META_BYTES = 1 << 30

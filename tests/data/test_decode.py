@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from distrain.data.decode import DecodeError, decode
 from tests.data.helpers import ROOT, write_image
@@ -56,22 +58,6 @@ def test_colour_and_greyscale_are_converted(tmp_path: Path) -> None:
     write_image(tmp_path / "grey.png", np.full((4, 4), 77, dtype=np.uint8))
     assert np.unique(decode(tmp_path / "colour.png", 4, 4, 1)).tolist() == [76]
     assert np.unique(decode(tmp_path / "grey.png", 4, 4, 3)).tolist() == [77]
-
-
-def test_16_bit_greyscale_keeps_its_upper_8_bits(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 0x8123, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert np.unique(decode(tmp_path / "deep.png", 4, 4, 1)).tolist() == [0x81]
-
-
-def test_a_photograph_is_rotated_as_exif_says(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    pixels = np.zeros((16, 32, 3), dtype=np.uint8)
-    pixels[:, :16] = 255
-    Image.fromarray(pixels).save(tmp_path / "side.jpg", exif=exif, quality=95)
-    decoded = decode(tmp_path / "side.jpg", 32, 16, 3)
-    assert decoded[:, :12].min() > 200
-    assert decoded[:, 20:].max() < 50
 
 
 FORMATS = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
@@ -129,16 +115,129 @@ def test_the_orientation_is_read_whatever_the_other_metadata_are(
     assert np.array_equal(decoded, upright.transpose(2, 0, 1))
 
 
-def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(DecodeError, match=r"a\.tiff: has floating-point pixels, whose range is unknown"):
-        decode(tmp_path / "a.tiff", 4, 4, 1)
+#: Two pixels of each kind, and what they are in RGB and in greyscale.
+RED, GREY, WHITE, BLACK = (255, 0, 0), (119, 119, 119), (255, 255, 255), (0, 0, 0)
+U16 = np.array([[0x8123, 0xFFFF]], dtype=np.uint16)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1"])
-def test_other_kinds_of_pixels_are_converted(tmp_path: Path, mode: str) -> None:
-    Image.fromarray(np.full((4, 4, 3), 255, dtype=np.uint8)).convert(mode).save(tmp_path / "a.tiff")
-    assert np.unique(decode(tmp_path / "a.tiff", 4, 4, 3)).tolist() == [255]
+def encoded(image: Image.Image, format_: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format_, **options)
+    return buffer.getvalue()
+
+
+def pixels(mode: str, *values: Any) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image
+
+
+def palette(*indices: int) -> Image.Image:
+    image = pixels("P", *indices)
+    image.putpalette([*RED, *GREY])
+    return image
+
+
+def white_is_zero(image: Image.Image) -> bytes:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = 0
+    return encoded(image, "TIFF", tiffinfo=tags)
+
+
+def tiff_of_bits(bits: int, sample_format: int, data: bytes, width: int = 2) -> bytes:
+    """A TIFF with one row of greyscale pixels in a form that Pillow can't write."""
+    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (339, sample_format)])
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    return head + struct.pack("<H", len(tags) + 1) + entries + bytes(4)
+
+
+def ycck_jpeg() -> bytes:
+    """As Adobe writes it: all four planes inverted, and the first three as YCbCr."""
+    planes = [Image.new("L", (16, 16), value) for value in (*(255 - 128, 255 - 128, 255 - 128), 255 - 255)]
+    content = encoded(Image.merge("CMYK", planes), "JPEG", quality=100)
+    place = content.index(b"Adobe") + 11
+    return content[:place] + b"\2" + content[place + 1 :]
+
+
+KINDS: dict[str, tuple[bytes, list[tuple[int, ...]], list[int]]] = {
+    "1 bit": (encoded(pixels("1", 0, 255), "PNG"), [BLACK, WHITE], [0, 255]),
+    "1 bit, 0 is white": (white_is_zero(pixels("1", 0, 255)), [BLACK, WHITE], [0, 255]),
+    "grey": (encoded(pixels("L", 119, 255), "PNG"), [GREY, WHITE], [119, 255]),
+    "grey, 0 is white": (white_is_zero(pixels("L", 119, 255)), [GREY, WHITE], [119, 255]),
+    "grey with a transparent value": (encoded(pixels("L", 119, 9), "PNG", transparency=9), [GREY, WHITE], [119, 255]),
+    "LA": (encoded(pixels("LA", (119, 255), (0, 0)), "PNG"), [GREY, WHITE], [119, 255]),
+    "LA as TIFF": (encoded(pixels("LA", (119, 255), (0, 0)), "TIFF"), [GREY, WHITE], [119, 255]),
+    "16 bits": (encoded(Image.fromarray(U16), "PNG"), [(0x81,) * 3, WHITE], [0x81, 255]),
+    "16 bits as TIFF": (encoded(Image.fromarray(U16), "TIFF"), [(0x81,) * 3, WHITE], [0x81, 255]),
+    "16 bits, compressed": (encoded(Image.fromarray(U16), "TIFF", compression="tiff_lzw"), [(0x81,) * 3, WHITE], []),
+    "16 bits, big-endian": (
+        encoded(Image.frombytes("I;16B", (2, 1), U16.astype(">u2").tobytes()), "TIFF"), [(0x81,) * 3, WHITE], []
+    ),
+    "16 bits, 0 is white": (white_is_zero(Image.fromarray(U16)), [(0x7E,) * 3, BLACK], [0x7E, 0]),
+    "16 bits with a transparent value": (
+        encoded(Image.fromarray(U16), "PNG", transparency=0x8123), [WHITE, WHITE], [255, 255]
+    ),
+    "12 bits": (tiff_of_bits(12, 1, bytes([0x81, 0x2F, 0xFF])), [(0x81,) * 3, WHITE], [0x81, 255]),
+    "32 bits": (tiff_of_bits(32, 1, struct.pack("<II", 0x8123, 0xFFFF)), [(0x81,) * 3, WHITE], [0x81, 255]),
+    "palette": (encoded(palette(0, 1), "PNG"), [RED, GREY], [76, 119]),
+    "palette with a transparent colour": (encoded(palette(0, 1), "PNG", transparency=0), [WHITE, GREY], [255, 119]),
+    "palette with alpha": (encoded(palette(0, 1), "PNG", transparency=b"\0\xff"), [WHITE, GREY], [255, 119]),
+    "RGB": (encoded(pixels("RGB", RED, GREY), "PNG"), [RED, GREY], [76, 119]),
+    "RGB with a transparent colour": (
+        encoded(pixels("RGB", RED, BLACK), "PNG", transparency=BLACK), [RED, WHITE], [76, 255]
+    ),
+    "RGBA": (encoded(pixels("RGBA", (*RED, 255), (9, 8, 7, 0)), "PNG"), [RED, WHITE], [76, 255]),
+    "RGBA, half transparent": (
+        encoded(pixels("RGBA", (0, 0, 0, 128), (*RED, 128)), "PNG"), [(127,) * 3, (255, 127, 127)], [127, 165]
+    ),
+    "RGBA as TIFF": (encoded(pixels("RGBA", (*RED, 255), (9, 8, 7, 0)), "TIFF"), [RED, WHITE], [76, 255]),
+    "RGBA as WebP": (
+        encoded(pixels("RGBA", (*RED, 255), (9, 8, 7, 0)), "WEBP", lossless=True, exact=True), [RED, WHITE], [76, 255]
+    ),
+    "CMYK as TIFF": (encoded(pixels("CMYK", (0, 255, 255, 0), (0, 0, 0, 0)), "TIFF"), [RED, WHITE], [76, 255]),
+    "CMYK JPEG": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100), [RED], [76]),
+    "YCCK JPEG": (ycck_jpeg(), [(128,) * 3], [128]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pixels_becomes_rgb_and_greyscale(tmp_path: Path, kind: str) -> None:
+    content, rgb, grey = KINDS[kind]
+    path = tmp_path / "a.image"
+    path.write_bytes(content)
+    height, width = (16, 16) if "JPEG" in kind else (1, 2)
+    error = 1 if "JPEG" in kind else 0
+    decoded = decode(path, height, width, 3).astype(int)[:, 0, : len(rgb)].T
+    assert np.abs(decoded - rgb).max() <= error
+    if grey:
+        assert np.abs(decode(path, height, width, 1).astype(int)[0, 0, : len(grey)] - grey).max() <= error
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (encoded(Image.fromarray(np.ones((1, 2), dtype=np.float32)), "TIFF"), "has floating-point pixels, whose range"),
+        (tiff_of_bits(32, 1, struct.pack("<II", 9, 70_000)), "has pixels from 9 to 70000; greyscale may have values"),
+        (tiff_of_bits(16, 2, struct.pack("<hh", -1024, 3071)), "has pixels from -1024 to 3071; greyscale may have"),
+    ],
+)
+def test_pixels_that_8_bits_cant_hold_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.tiff").write_bytes(content)
+    with pytest.raises(DecodeError, match=rf"a\.tiff: {re.escape(reason)}"):
+        decode(tmp_path / "a.tiff", 1, 2, 3)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_every_format_is_turned_once_as_exif_says(tmp_path: Path, format_: str) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    halves = np.zeros((16, 32, 3), dtype=np.uint8)
+    halves[:, :16] = 255
+    Image.fromarray(halves).save(tmp_path / "a", format=format_, exif=turned)
+    decoded = decode(tmp_path / "a", 32, 16, 3)
+    assert decoded[:, :12].min() > 200
+    assert decoded[:, 20:].max() < 50
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "gif", "missing", "folder"])
