@@ -7,16 +7,20 @@ parent process are lines of JSON on stdout.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin, TiffImagePlugin
+
+from distrain.data.byte_ranges import ByteRanges, end_to_end
 
 #: The only decoders that are used, whatever format a file claims to have by its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -95,20 +99,64 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
         DecodeError: Not a file of these formats, truncated, corrupt, not readable, of pixels that 8 bits can't hold,
             more than ``LARGEST_PIXELS`` pixels, or more than ``LARGEST_FILE`` bytes.
     """
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
     try:
         if Path(path).stat().st_size > LARGEST_FILE:
             raise ValueError(f"has more than {LARGEST_FILE} bytes")
-        with Image.open(path, formats=FORMATS) as opened:
-            if opened.width * opened.height > LARGEST_PIXELS:
-                raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
-            # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
-            opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
-            opened.load()
-            image = _on_white(_to_8_bits(opened)).convert("RGB" if channels == 3 else "L")
-            image = _resize_and_crop(_upright(image, opened), height, width)
+        return _decode(path, height, width, channels)
     except Exception as error:  # corrupt files make Pillow raise almost anything, even SyntaxError and struct.error
         raise DecodeError(path, str(error) or type(error).__name__) from error
+
+
+def read_piece(pieces: ByteRanges, index: int) -> bytes:
+    """Reads an encoded image that is a piece of another file.
+
+    Raises:
+        DecodeError: It can't be read, or has more than ``LARGEST_FILE`` bytes.
+    """
+    try:
+        if pieces.size[index] > LARGEST_FILE:
+            raise ValueError(f"has more than {LARGEST_FILE} bytes")
+        return pieces.read(index)
+    except (OSError, ValueError) as error:
+        raise DecodeError(place(pieces, index), str(error)) from error
+
+
+def place(pieces: ByteRanges, index: int) -> str:
+    """What to call a piece in an error: its file and where it begins there."""
+    return f"{pieces.paths[pieces.file[index]]}, image at byte {pieces.start[index]}"
+
+
+def decode_bytes(data: bytes, name: str, height: int, width: int, channels: int) -> npt.NDArray[np.uint8]:
+    """As :func:`decode`, for the content of a file.
+
+    Args:
+        data: The content.
+        name: What to call it in an error.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        channels: 3 for RGB, 1 for greyscale.
+
+    Raises:
+        DecodeError: As for :func:`decode`.
+    """
+    try:
+        return _decode(io.BytesIO(data), height, width, channels)
+    except Exception as error:  # as above
+        raise DecodeError(name, str(error) or type(error).__name__) from error
+
+
+def _decode(
+    source: str | os.PathLike[str] | IO[bytes], height: int, width: int, channels: int
+) -> npt.NDArray[np.uint8]:
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
+    with Image.open(source, formats=FORMATS) as opened:
+        if opened.width * opened.height > LARGEST_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+        # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
+        opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
+        opened.load()
+        image = _on_white(_to_8_bits(opened)).convert("RGB" if channels == 3 else "L")
+        image = _resize_and_crop(_upright(image, opened), height, width)
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -171,32 +219,45 @@ def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image
 
 
 def decode_chunks(job: dict[str, Any], index: int, count: int) -> None:
-    """Decodes every ``count``-th chunk of a job's files, and reports each chunk and each broken file on stdout.
+    """Decodes every ``count``-th chunk of a job's images, and reports each chunk and each broken image on stdout.
 
     Args:
-        job: ``root``; ``files``, paths relative to it; ``height``, ``width`` and ``channels``; ``images`` and
-            ``moments``, paths of the output files, which must have their final size already.
+        job: ``root``; ``files``, paths relative to it; ``pieces``, lists of the files' indices, starts and sizes in
+            bytes (see :class:`ByteRanges`), or ``null`` if each file is an image; ``height``, ``width`` and
+            ``channels``; ``moments``, ``images`` and ``encoded``, paths of the output files, which must have their
+            final size already; the last two may be ``null``, and a copy of the encoded images needs ``pieces``.
         index: Index of this worker, counted from 0.
         count: Number of workers.
     """
     root, files = job["root"], job["files"]
     height, width, channels = job["height"], job["width"], job["channels"]
     size = channels * height * width
-    with (
-        Path(job["images"]).open("r+b", buffering=0) as images,
-        Path(job["moments"]).open("r+b", buffering=0) as moments,
-    ):
-        for start in range(index * CHUNK, len(files), count * CHUNK):
-            stop = min(start + CHUNK, len(files))
+    pieces = None if job["pieces"] is None else ByteRanges([Path(root, file) for file in files], *job["pieces"])
+    count_of_images = len(files) if pieces is None else len(pieces)
+    copies = None if pieces is None else end_to_end(Path(), pieces.size)
+    with contextlib.ExitStack() as stack:
+        images, encoded, moments = (
+            None if job[name] is None else stack.enter_context(Path(job[name]).open("r+b", buffering=0))
+            for name in ("images", "encoded", "moments")
+        )
+        for start in range(index * CHUNK, count_of_images, count * CHUNK):
+            stop = min(start + CHUNK, count_of_images)
             pixels = np.zeros((stop - start, channels, height, width), dtype=np.uint8)
             for row in range(start, stop):
                 try:
-                    pixels[row - start] = decode(Path(root, files[row]), height, width, channels)
+                    if pieces is None:
+                        pixels[row - start] = decode(Path(root, files[row]), height, width, channels)
+                        continue
+                    data = read_piece(pieces, row)
+                    pixels[row - start] = decode_bytes(data, place(pieces, row), height, width, channels)
+                    if encoded is not None and copies is not None:
+                        _write(encoded, data, int(copies.start[row]))
                 except DecodeError as error:
                     _report({"broken": row, "reason": error.reason})
+            if images is not None:
+                _write(images, pixels.tobytes(), start * size)
             flat = pixels.reshape(stop - start, channels, -1).astype(np.int64)
             sums = np.stack((flat.sum(2), (flat * flat).sum(2)), axis=2)
-            _write(images, pixels.tobytes(), start * size)
             _write(moments, sums.tobytes(), start * channels * 16)
             _report({"done": stop - start})
 

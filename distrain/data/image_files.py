@@ -90,6 +90,7 @@ def load_splits(config: ImageFilesConfig, spec: DataSpec, labelled: LabelledFile
     cache = open_or_build(recipe, _cache_folder(config, labelled.root), config.workers)
     if cache.broken:
         log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(labelled.files))
+    assert cache.images is not None
     streamed = cache.images.nbytes > config.memory_limit_mb * 2**20
     everything = Images(cache.images, labelled.targets, torch.arange(len(labelled.files)) if streamed else None)
     rows = {part: _without(indices, cache.broken) for part, indices in labelled.parts.items()}
