@@ -28,6 +28,7 @@ from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
+from distrain.models.outputs import logits_of
 from distrain.models.tensors import convert
 from distrain.runtime.device import available_cores, choose_device
 from distrain.runtime.world import World
@@ -247,6 +248,9 @@ class Predictor:
         for path, entries in zip(paths, self._task.predict(outputs, self._settings.top), strict=True):
             yield {"path": path, **entries}
 
+    def _logits(self, inputs: Tensor) -> Tensor:
+        return logits_of(self._model(inputs))
+
     def _outputs(self, pixels: Tensor) -> Tensor:
         """The model's outputs [n, …], as float64 on the CPU, for images [n, C, H, W]."""
         loader = Loader(
@@ -260,7 +264,7 @@ class Predictor:
             memory_format=self._layout,
         )
         with self._precision.autocast():
-            parts = [self._task.evaluate(self._model, batch.inputs) for batch in loader.epoch(0)]
+            parts = [self._task.evaluate(self._logits, batch.inputs) for batch in loader.epoch(0)]
         return torch.cat(parts).cpu().double()
 
 

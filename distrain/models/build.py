@@ -14,17 +14,16 @@ import torch
 from torch import nn
 
 from distrain.config.registry import choice, locate, register
-from distrain.config.schema import ModelConfig, setting
+from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
+from distrain.models.foreign import ForeignModelConfig
 from distrain.models.python_object import PythonObjectModelConfig, maker_of_offered_model
 from distrain.models.tensors import lay_out_densely
 
 
 @dataclass
-class CustomConfig(ModelConfig):
+class CustomConfig(ForeignModelConfig):
     """Keys of ``model=custom``: any importable model."""
-
-    kwargs: dict[str, Any] = setting("Arguments for the target, besides those that the data set determines.")
 
 
 #: Where lines of code are that a user can't change.
@@ -62,16 +61,21 @@ def instantiate_model(
     """
     target = _target(config, allowed)
     dataset_arguments = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
-    arguments = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    kwargs = arguments.pop("kwargs", {})
-    arguments = {name: value for name, value in arguments.items() if name not in ("name", "_target_")}
-    model = _call(config._target_, target, dataset_arguments, {**arguments, **kwargs})
+    model = _call(config._target_, target, dataset_arguments, _configured_arguments(config))
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         problem = f"makes a {kind}, not an nn.Module; name a class or a function that returns one module"
         raise ConfigError("model._target_", config._target_, problem)
     lay_out_densely(config._target_, model)
     return model
+
+
+def _configured_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The model's arguments in its configuration."""
+    base = ForeignModelConfig if isinstance(config, ForeignModelConfig) else ModelConfig
+    others = {"kwargs", *(field.name for field in dataclasses.fields(base))}
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in others}
+    return {**own, **getattr(config, "kwargs", {})}
 
 
 def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[..., Any]:

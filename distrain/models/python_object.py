@@ -7,14 +7,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from distrain.config.registry import register
-from distrain.config.schema import ModelConfig, setting
 from distrain.errors import ConfigError
+from distrain.models.foreign import ForeignModelConfig
 
 #: A module, or a class or function that makes one.
 ModelObject: TypeAlias = nn.Module | Callable[..., nn.Module]
@@ -23,10 +23,8 @@ _offered: ContextVar[ModelObject | None] = ContextVar("offered_model", default=N
 
 
 @dataclass
-class PythonObjectModelConfig(ModelConfig):
+class PythonObjectModelConfig(ForeignModelConfig):
     """Keys of ``model=python_object``; ``_target_`` says what the object is, and nothing is imported by it."""
-
-    kwargs: dict[str, Any] = setting("Arguments for a class or function, besides those that the data set determines.")
 
 
 # The target is only a placeholder: what is offered is built.

@@ -19,6 +19,8 @@ from distrain.errors import ConfigError
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit
 from distrain.models.build import described, instantiate_model
+from distrain.models.foreign import auxiliary_weight
+from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
 from distrain.runtime.device import RandomState, seed_everything
 from distrain.torch_internals import BatchNorm, Dropout, apply_to_tensors, write_count
 
@@ -50,7 +52,9 @@ class ModelTrial:
 
     Attributes:
         model: The model that was tried, for its structure: what training builds has other values.
-        unused: Names of trainable parameters that the logits don't depend on.
+        unused: Names of trainable parameters that the loss doesn't depend on.
+        ignored_outputs: Names of outputs in training mode, besides the logits, that the loss doesn't depend on.
+        auxiliary_outputs: Those of them that are logits of auxiliary heads.
         cast: Names of parameters and buffers that training gives another number format, by their own format.
         buffers_of_samples: Names of parameters and buffers that a forward pass in training mode changes, in a way that
             depends on the samples it sees. BatchNorm's are left out.
@@ -82,6 +86,8 @@ class ModelTrial:
         #: Whether the model is not one of distrain's own, of which all is known that can't be seen in shapes.
         self._is_foreign = not config._target_.startswith("distrain.models.")
         self.unused: list[str] = []
+        self.ignored_outputs: list[str] = []
+        self.auxiliary_outputs: list[str] = []
         self.cast: dict[str, list[str]] = {}
         self.buffers_of_samples: list[str] = []
         self.buffers_of_passes: list[str] = []
@@ -175,7 +181,8 @@ class ModelTrial:
         self._set_mode(training=True)
         images = self._images(2)
         random_state = RandomState.now()
-        logits = self._run(images)
+        output = self._run(images)
+        logits = logits_of(output)
         drew = not RandomState.now().draws_equal(random_state)
         self.draws_random = drew or any(isinstance(layer, Dropout) and layer.p > 0 for layer in model.modules())
         if not logits.requires_grad:
@@ -183,7 +190,11 @@ class ModelTrial:
                 "nothing to train: its output depends on no trainable parameter; its forward pass must not run under "
                 "torch.no_grad() or detach() its output"
             )
-        self.unused = _unused_parameters(model, logits)
+        auxiliary = auxiliary_logits(output)
+        has_weight = auxiliary_weight(self._config) > 0
+        self.auxiliary_outputs = [] if has_weight else list(auxiliary)
+        self.ignored_outputs = [name for name in other_outputs(output) if not has_weight or name not in auxiliary]
+        self.unused = _unused_parameters(model, [logits, *(auxiliary.values() if has_weight else ())])
         self._check_state(before)
         if self._has_values:
             self._check_values(logits)
@@ -233,7 +244,7 @@ class ModelTrial:
             buffers.restore()
             before = _State(self.model)
             seed_everything(0)
-            logits = self._run(images[pair])
+            logits = logits_of(self._run(images[pair]))
             self._backward(logits)
             results.append((logits.detach()[0], {name: tensor.clone() for name, tensor in _changeable(self.model)}))
         (first, buffers_first), (second, buffers_second) = results
@@ -262,13 +273,14 @@ class ModelTrial:
                 zeros = torch.zeros(layer.num_features, dtype=self._dtype, device=self._device)
                 layer.running_mean, layer.running_var = (None, None) if batchnorm else (zeros, zeros + 1)
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, images: Tensor) -> Any:
         try:
             return self._forward(images)
         except _Refused as refused:
             self._refuse(str(refused), refused.__cause__)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor) -> Any:
+        """The model's output for images, if its logits are what is needed."""
         shape, mode = list(images.shape), "" if self.model.training else " in evaluation mode"
         try:
             with self._autocast(), torch.device(self._device):
@@ -276,16 +288,20 @@ class ModelTrial:
         except Exception as error:  # a user's forward may raise anything
             raise _Refused(f"fails on images {shape}{mode} {described(error)}") from error
         expected = [len(images), self._num_classes]
-        actual = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        if actual != expected:
+        needed = f"logits {expected} are needed: "
+        try:
+            result = logits_of(output)
+        except NoLogits as error:
+            way_out = "its forward must return them alone, first in a tuple, or as `logits` of a dictionary or object"
+            raise _Refused(f"returns {error} for images {shape}{mode}; {needed}{way_out}") from error
+        if (actual := list(result.shape)) != expected:
             way_out = "its forward must return one tensor with a row for each image and a column for each class"
-            raise _Refused(f"returns {actual} for images {shape}{mode}; logits {expected} are needed: {way_out}")
-        result: Tensor = output
+            raise _Refused(f"returns {actual} for images {shape}{mode}; {needed}{way_out}")
         if not result.is_floating_point():
             raise _Refused(f"returns logits of {result.dtype}{mode}; they must be real numbers, such as torch.float32")
         if len(images) == 1 and self._has_values and not bool(result.isfinite().all()):
             raise _Refused(f"returns {_nonfinite(result)} for a single image{mode}")
-        return result
+        return output
 
     def _backward(self, logits: Tensor) -> None:
         try:
@@ -370,11 +386,11 @@ class _Buffers:
             setattr(module, name, copy.clone())
 
 
-def _unused_parameters(model: nn.Module, logits: Tensor) -> list[str]:
-    """Names of parameters that are not in the logits' autograd graph; cheaper than a backward pass."""
+def _unused_parameters(model: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
+    """Names of parameters that are not in the outputs' autograd graph; cheaper than a backward pass."""
     reached: set[int] = set()
     visited: set[Any] = set()
-    pending: list[Any] = [logits.grad_fn]
+    pending: list[Any] = [output.grad_fn for output in outputs]
     while pending:
         node = pending.pop()
         if node is None or node in visited:

@@ -14,11 +14,14 @@ from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.gradients.buckets import Gradients, ReducedGradients
+from distrain.models.foreign import auxiliary_weight
+from distrain.models.outputs import logits_of
 from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
 from distrain.strategies.update import clip_and_step
 from distrain.tasks.base import Task
+from distrain.tasks.training_loss import training_loss
 
 if TYPE_CHECKING:
     from distrain.data.batch import Batch, Targets
@@ -38,6 +41,7 @@ class Replicated(Strategy[OptionsT_co]):
         self.precision = Precision(
             config.trainer.precision, runtime.device, check_gradients=config.trainer.on_nonfinite != "stop"
         )
+        self._auxiliary_weight = auxiliary_weight(config.model)
         self._norm: Tensor | None = None
         # A layer that communicates in the forward pass needs every replica in every piece, even without samples.
         self._needs_every_piece = False
@@ -93,11 +97,11 @@ class Replicated(Strategy[OptionsT_co]):
             if sends and index == len(pieces) - 1:
                 self.gradients.begin_last_backward()
             with self.precision.autocast():
-                outputs = self._forward(inputs)
-                loss_sum, size = self.task.loss(outputs, targets)
+                output = self._forward(inputs)
+                logits, loss_sum, size = training_loss(self.task, output, targets, self._auxiliary_weight)
             self.precision.scale(loss_sum / count).backward()
             losses.append(loss_sum.detach())
-            metric_sums.append(self.task.measure(outputs.detach(), targets))
+            metric_sums.append(self.task.measure(logits.detach(), targets))
             samples += size
         if sends and not pieces:
             self.gradients.begin_last_backward()
@@ -139,7 +143,7 @@ class Replicated(Strategy[OptionsT_co]):
             return self._no_samples()
         self._forward.eval()
         with self.precision.autocast():
-            outputs = self.task.evaluate(self._forward, batch.inputs)
+            outputs = self.task.evaluate(lambda inputs: logits_of(self._forward(inputs)), batch.inputs)
             loss_sum, count = self.task.loss(outputs, batch.targets)
         return StepResult(loss_sum, self.task.measure(outputs, batch.targets), count, outputs)
 

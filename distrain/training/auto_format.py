@@ -27,11 +27,13 @@ from distrain.data.batch import Targets, slice_targets
 from distrain.data.loader import Loader
 from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY
+from distrain.models.foreign import auxiliary_weight
 from distrain.runtime.device import float64_device, is_mps, seed_everything, synchronize
 from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
 from distrain.strategies.precision import Precision
 from distrain.tasks.base import Task
+from distrain.tasks.training_loss import training_loss
 from distrain.training import resume
 
 log = logging.getLogger(__name__)
@@ -343,6 +345,7 @@ class Trial:
         self, config: Config, model: nn.Module, task: Task, images: Images, splits: Splits, device: torch.device
     ) -> None:
         self._model, self._task, self._device = model, task, device
+        self._auxiliary_weight = auxiliary_weight(config.model)
         model.train()
         loader = Loader(
             images,
@@ -385,7 +388,7 @@ class Trial:
         try:
             self._model.to(memory_format=layout)  # type: ignore[call-overload]
             targets = slice_targets(self._batch.targets, 0, size)
-            return _time_step(self._model, inputs, targets, self._task, precision)
+            return _time_step(self._model, inputs, targets, self._task, precision, self._auxiliary_weight)
         except Exception as error:  # any error of a user's model, for example a view of a tensor in another layout
             problem = str(error).partition("\n")[0]
             log.info("%s, %s: %s", formats.precision, formats.memory_format, problem, extra=FILE_ONLY)
@@ -395,11 +398,13 @@ class Trial:
             self._model.zero_grad(set_to_none=True)
 
 
-def _time_step(model: nn.Module, inputs: Tensor, targets: Targets, task: Task, precision: Precision) -> float:
+def _time_step(
+    model: nn.Module, inputs: Tensor, targets: Targets, task: Task, precision: Precision, weight: float
+) -> float:
     """Seconds of a forward and backward pass."""
     start = _now(inputs.device)
     with precision.autocast():
-        loss, count = task.loss(model(inputs), targets)
+        _, loss, count = training_loss(task, model(inputs), targets, weight)
     (loss / count).backward()
     return _now(inputs.device) - start
 

@@ -28,6 +28,10 @@ def model_notices(
         trial: What is known of the model.
     """
     notices = []
+    if trial.ignored_outputs:
+        weighted = f"; model.auxiliary_weight=0.3 adds a loss of {_listed(trial.auxiliary_outputs)}"
+        ignored = f"the model's outputs {_listed(trial.ignored_outputs)} are ignored: the loss is that of its logits"
+        notices.append(ignored + (weighted if trial.auxiliary_outputs else ""))
     if trial.unused:
         notices.append(f"the loss doesn't depend on parameters {_listed(trial.unused)}; they get no gradient")
     for original, names in trial.cast.items():

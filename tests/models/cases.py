@@ -168,12 +168,17 @@ REFUSED: dict[str, tuple[type[Net], str]] = {
     "no_grad": (changed(forward=_no_grad), "nothing to train: its output depends on no trainable parameter"),
     "detached": (changed(forward=lambda n, x: _sound(n, x).detach()), "nothing to train: its output depends on no"),
     "decided": (changed(forward=lambda n, x: F.one_hot(_sound(n, x).argmax(1), 4).float()), "nothing to train"),
-    "a tuple": (changed(forward=lambda n, x: (_sound(n, x), x)), "returns a tuple for images"),
-    "a dictionary": (changed(forward=lambda n, x: {"logits": _sound(n, x)}), "returns a dict for images"),
+    "an empty tuple": (changed(forward=lambda n, x: ()), "returns a tuple without a tensor for images"),
+    "the images first": (changed(forward=lambda n, x: (x, _sound(n, x))), "returns [2, 3, 8, 8] for images"),
+    "a dictionary": (
+        changed(forward=lambda n, x: {"images": x, "scores": _sound(n, x)}),
+        "returns a dict with images, scores, none of them logits for images",
+    ),
+    "an object": (changed(forward=lambda n, x: object()), "returns a object for images"),
     "nothing": (changed(forward=lambda n, x: None), "returns a NoneType for images"),
-    "a tuple in evaluation": (
-        changed(forward=lambda n, x: _sound(n, x) if n.training else (_sound(n, x),)),
-        "returns a tuple for images [2, 3, 8, 8] in evaluation mode",
+    "nothing in evaluation": (
+        changed(forward=lambda n, x: _sound(n, x) if n.training else None),
+        "returns a NoneType for images [2, 3, 8, 8] in evaluation mode",
     ),
     "transposed": (changed(forward=lambda n, x: _sound(n, x).t()), "returns [4, 2] for images"),
     "a column too few": (changed(forward=lambda n, x: _sound(n, x)[:, 1:]), "returns [2, 3] for images"),
@@ -301,6 +306,17 @@ FOUND: dict[str, tuple[type[Net], dict[str, Any]]] = {
     "attention among samples": (
         changed(forward=lambda n, x: torch.softmax(n.features(x) @ n.features(x).t(), 1) @ _sound(n, x)),
         {"mixes_samples": True},
+    ),
+    "an auxiliary head": (
+        changed(
+            lambda n, c: setattr(n, "more", nn.Linear(8, c)),
+            lambda n, x: {"more": n.more(n.features(x)), "out": _sound(n, x), "images": x},
+        ),
+        {
+            "unused": ["more.weight", "more.bias"],
+            "ignored_outputs": ["more", "images"],
+            "auxiliary_outputs": ["more"],
+        },
     ),
     "unused": (
         changed(lambda n, c: setattr(n, "more", nn.Linear(2, 2))),

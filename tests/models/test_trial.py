@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from typing import Any
@@ -34,6 +35,8 @@ def test_what_a_user_must_know_of_a_model_is_found_out(case: str) -> None:
     tried = ModelTrial(cases.config(case), **IMAGES)
     found = {
         "unused": tried.unused,
+        "ignored_outputs": tried.ignored_outputs,
+        "auxiliary_outputs": tried.auxiliary_outputs,
         "cast": dict(tried.cast),
         "buffers_of_samples": tried.buffers_of_samples,
         "buffers_of_passes": tried.buffers_of_passes,
@@ -41,6 +44,12 @@ def test_what_a_user_must_know_of_a_model_is_found_out(case: str) -> None:
         "mixes_samples": tried.mixes_samples,
     }
     assert {name: value for name, value in found.items() if value} == cases.FOUND[case][1]
+
+
+def test_with_a_weight_the_loss_depends_on_an_auxiliary_head() -> None:
+    config = dataclasses.replace(cases.config("an auxiliary head"), auxiliary_weight=0.3)
+    tried = ModelTrial(config, **IMAGES)
+    assert (tried.unused, tried.ignored_outputs, tried.auxiliary_outputs) == ([], ["images"], [])
 
 
 @pytest.mark.parametrize("case", ["sound", "dropout", "Python's numbers", "numpy's numbers"])
@@ -62,7 +71,7 @@ def test_of_a_large_model_changes_of_buffers_are_known_too(case: str, monkeypatc
     assert tried.buffers_of_samples == [name for names in cases.FOUND[case][1].values() for name in names]
 
 
-@pytest.mark.parametrize("case", ["all frozen", "no_grad", "a tuple in evaluation", "a buffer added"])
+@pytest.mark.parametrize("case", ["all frozen", "no_grad", "nothing in evaluation", "a buffer added"])
 def test_a_large_model_that_can_not_be_trained_is_refused_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_FAST_FLOPS", 0)
     with pytest.raises(ConfigError, match=cases.REFUSED[case][1].replace("[", r"\[")):
@@ -110,7 +119,7 @@ def test_models_of_our_own_are_known_and_tried_once(model: str, monkeypatch: pyt
     passes: list[bool] = []
     run = ModelTrial._forward
 
-    def counted(self: ModelTrial, images: torch.Tensor) -> torch.Tensor:
+    def counted(self: ModelTrial, images: torch.Tensor) -> Any:
         passes.append(self.model.training)
         return run(self, images)
 

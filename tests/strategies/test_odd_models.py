@@ -1,4 +1,4 @@
-"""Models with odd tensors are trained by each strategy as their ordinary twins are by one process."""
+"""Models with odd tensors and outputs are trained by each strategy as their ordinary twins are by one process."""
 
 from __future__ import annotations
 
@@ -44,16 +44,41 @@ class _Shift(nn.Module):
         return images.sub_(0.5).div_(2) if self.in_place else (images - 0.5) / 2
 
 
+class _Outputs:
+    """What the odd model returns in training."""
+
+    def __init__(self, **outputs: Any) -> None:
+        self.__dict__.update(outputs)
+
+
+class _Heads(nn.Module):
+    """Logits, and those of an auxiliary head, as a tuple or as an object with more."""
+
+    def __init__(self, num_classes: int, odd: bool) -> None:
+        super().__init__()
+        self.odd = odd
+        self.head = nn.Linear(8, num_classes)
+        self.auxiliary = nn.Linear(8, num_classes)
+
+    def forward(self, features: Tensor) -> Any:
+        logits = self.head(features)
+        if self.odd and not self.training:
+            return logits
+        auxiliary = self.auxiliary(features)
+        return _Outputs(note="", a=auxiliary, features=features, logits=logits) if self.odd else (logits, auxiliary)
+
+
 def network(in_channels: int, num_classes: int, odd: bool) -> nn.Sequential:
     """The same numbers with gaps in memory or without, of images that are changed in place or not."""
     generator = torch.Generator().manual_seed(0)
     weight, mean = torch.randn(in_channels, 16, generator=generator)[:, ::2], torch.rand(16, generator=generator)[::2]
     if not odd:
         weight, mean = weight.contiguous(), mean.contiguous()
-    head = nn.Linear(8, num_classes)
+    heads = _Heads(num_classes, odd)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(num_classes, 8, generator=generator))
-    return nn.Sequential(_Shift(odd), _Weighted(weight, mean), nn.ReLU(), head)
+        for head in (heads.head, heads.auxiliary):
+            head.weight.copy_(torch.randn(num_classes, 8, generator=generator))
+    return nn.Sequential(_Shift(odd), _Weighted(weight, mean), nn.ReLU(), heads)
 
 
 STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -71,6 +96,7 @@ def options(odd: bool, *more: str) -> tuple[str, ...]:
         "model=custom",
         "model._target_=tests.strategies.test_odd_models.network",
         f"+model.kwargs.odd={str(odd).lower()}",
+        "model.auxiliary_weight=0.5",
         *("optimizer=adam", "optimizer.lr=0.01", "optimizer.eps=1e-3", "trainer.memory_format=contiguous"),
         *("trainer.max_steps=8", "trainer.epochs=9", "trainer.test_views=flip_translate", "checkpoint.every_steps=4"),
         "checkpoint.keep=9",

@@ -42,7 +42,7 @@ def use_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch | None = None) -> li
     """Replaces timing by a table for steps of four images; returns a list that each step's time is appended to."""
     spent: list[float] = []
 
-    def time_step(model: nn.Module, inputs: Tensor, targets: Tensor, task: object, precision: Any) -> float:
+    def time_step(model: nn.Module, inputs: Tensor, targets: Any, task: object, precision: Any, weight: float) -> float:
         last = inputs.is_contiguous(memory_format=torch.channels_last)
         spent.append(clock[Formats(precision.name, "channels_last" if last else "contiguous")] * len(targets) / 4)
         return spent[-1]

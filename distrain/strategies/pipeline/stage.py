@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.data.batch import Targets
+from distrain.models.outputs import logits_of
 from distrain.strategies.pipeline.blocks import HandOver, flatten
 from distrain.strategies.precision import Precision
 from distrain.tasks.base import Task
+from distrain.tasks.training_loss import training_loss
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Stage:
         input: What the previous stage hands over; ``None`` for the first stage.
         changes_input: Whether the part may write into its input.
         splits_backward: Whether backward passes come in two halves.
+        auxiliary_weight: Weight of the loss of each auxiliary head of the model.
 
     Attributes:
         measures_memory: Whether forward passes measure the size of activations, which takes a little time.
@@ -65,6 +68,7 @@ class Stage:
         *,
         changes_input: bool,
         splits_backward: bool,
+        auxiliary_weight: float = 0.0,
     ) -> None:
         self.index = index
         self.module = module
@@ -77,6 +81,7 @@ class Stage:
             self._split_backward = torch_internals.split_backward()
         self._task = task
         self._precision = precision
+        self._auxiliary_weight = auxiliary_weight
         self._saved: dict[int, _SavedMicrobatch] = {}
         self.measures_memory = True
         self.peak_activation_bytes = 0
@@ -93,7 +98,7 @@ class Stage:
             global_count: What the sum of losses is divided by.
 
         Returns:
-            The tensors of the output (of the last stage, the model's), and the sum of the losses, which is 0 except on
+            The tensors of the output (of the last stage, the logits), and the sum of the losses, which is 0 except on
             the last stage.
         """
         leaves = []
@@ -104,8 +109,13 @@ class Stage:
         storage_bytes: dict[int, int] = {}
         hooks = self._record_saved_storages(storage_bytes) if self.measures_memory else nullcontext()
         with hooks, self._precision.autocast():
-            outputs = self.run(inputs)
-            loss_sum = self._task.loss(outputs[0], targets)[0] if self.is_last else outputs[0].new_zeros(())
+            value = self._run(inputs)
+            if self.is_last:
+                logits, loss_sum, _ = training_loss(self._task, value, targets, self._auxiliary_weight)
+                outputs = [logits]
+            else:
+                outputs = flatten(value)
+                loss_sum = outputs[0].new_zeros(())
         roots = [self._precision.scale(loss_sum / global_count)] if self.is_last else outputs
         roots = [root for root in roots if root.requires_grad]
         if self.splits_backward:
@@ -118,14 +128,22 @@ class Stage:
         return [output.detach() for output in outputs], loss_sum.detach()
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the part on the tensors that the previous stage hands over, and returns the output's tensors."""
+        """Runs the part on the tensors that the previous stage hands over.
+
+        Returns:
+            The output's tensors; of the last stage, the logits.
+        """
+        value = self._run(inputs)
+        return [logits_of(value)] if self.is_last else flatten(value)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Any:
         if self._input is None:
             # Microbatches are parts of one batch. Autograd would take a change of one, in place, for a change of all of
             # them; `data` is the same memory, but its changes are counted by themselves.
-            return flatten(self.module(inputs[0].data))
+            return self.module(inputs[0].data)
         # Autograd forbids writing into a leaf, and a stage of the same rank may still need what it handed over.
         given = [tensor.clone() for tensor in inputs] if self._changes_input else inputs
-        return flatten(self.module(self._input.unflatten(given)))
+        return self.module(self._input.unflatten(given))
 
     def backward(self, microbatch: int, output_gradients: list[Tensor] | None) -> list[Tensor]:
         """Runs the whole backward pass.

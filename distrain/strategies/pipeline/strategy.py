@@ -23,6 +23,7 @@ from distrain.errors import ConfigError
 from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
+from distrain.models.foreign import auxiliary_weight
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
@@ -190,6 +191,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self._outputs[index - 1] if index else None,
             changes_input=traced[boundaries[index]].changes_input,
             splits_backward=splits_backward,
+            auxiliary_weight=auxiliary_weight(self.config.model),
         )
         sizes = self._bucket_sizing.sizes(gradient_bytes_of(module))
         self.gradients[index] = Gradients(
