@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 #: Exit code of a run that failed.
 EXIT_FAILED = 1
@@ -72,6 +75,19 @@ def config_error_from_line(line: str) -> ConfigError:
 def show_value(value: object) -> str:
     """Returns a value as a user would type it on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def described(error: BaseException) -> str:
+    """An error's type and message in brackets, and the line outside of torch and distrain that raised it."""
+    # Where lines of code are that a user can't change; torch is only known here if somebody has imported it.
+    not_users = (str(Path(__file__).parent), *getattr(sys.modules.get("torch"), "__path__", ()), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(not_users)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return " ".join(f"({type(error).__name__}: {error}){where}".split())
+
+
+class SampleError(RuntimeError):
+    """A sample can't be read; the message is one line that names it and says why."""
 
 
 class Terminated(Exception):

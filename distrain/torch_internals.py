@@ -186,3 +186,11 @@ def group_timeout(group: dist.ProcessGroup) -> float:
         options = getattr(group._get_backend(torch.device("cpu")), "options", None)
     timeout = getattr(options, "_timeout", None)
     return timeout.total_seconds() if isinstance(timeout, datetime.timedelta) else _DEFAULT_TIMEOUT_SECONDS
+
+
+# --- data loading ----------------------------------------------------------------------------------------------------
+
+
+def loader_processes(iterator: Any) -> list[Any]:
+    """The worker processes of a data loader's iterator; fallback: none, so that one that dies is not explained."""
+    return list(getattr(iterator, "_workers", ()))

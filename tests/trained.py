@@ -18,6 +18,7 @@ from distrain.cli import app
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data.base import data_source
+from tests.data.helpers import images_of
 from tests.harness import run_ranks
 from tests.runs import LAUNCH, compose, small
 
@@ -31,7 +32,7 @@ def save_test_images(config: Config, folder: Path) -> list[int]:
     test = data_source(config.data).load().test
     folder.mkdir()
     for place in range(len(test)):
-        Image.fromarray(np.ascontiguousarray(test.images[place].permute(1, 2, 0).numpy())).save(
+        Image.fromarray(np.ascontiguousarray(images_of(test)[place].permute(1, 2, 0).numpy())).save(
             folder / f"{place:04d}.png"
         )
     labels: list[int] = test.targets.tolist()

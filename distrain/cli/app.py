@@ -65,28 +65,28 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
     """
     plan = RunPlan.resolve(config, world or World.from_environment())
     trial = plan.check()
-    splits = plan.source.load()
-    plan.check_sizes(splits, trial)
-    data = data_manifest(splits)
-    changed_data = resume.changed_data(config, data)
-    notices = model_notices(config, plan.world.size, plan.strategy, plan.dtype, trial)
-    # The model of the trial needs memory.
-    del trial
-    with Runtime(config, plan.world) as runtime:
-        runtime.activity.phase = "set-up"
-        make_model = functools.partial(build_model, plan, splits)
-        plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
-        if runtime.is_main and runtime.owner is not None:
-            runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
-            runtime.owner.write_kept(manifest.FILE, to_json(data))
-            for note in splits.notes:
-                log.info("%s", note)
-            log.info("run folder: %s", runtime.run_dir)
-            if changed_data:
-                log.warning("%s", changed_data)
-            for notice in notices:
-                log.warning("%s", notice)
-        yield build_trainer(plan, runtime, splits)
+    with contextlib.closing(plan.load()) as splits:
+        plan.check_sizes(splits, trial)
+        data = data_manifest(splits)
+        changed_data = resume.changed_data(config, data)
+        notices = model_notices(config, plan.world.size, plan.strategy, plan.dtype, trial)
+        # The model of the trial needs memory.
+        del trial
+        with Runtime(config, plan.world) as runtime:
+            runtime.activity.phase = "set-up"
+            make_model = functools.partial(build_model, plan, splits)
+            plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
+            if runtime.is_main and runtime.owner is not None:
+                runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
+                runtime.owner.write_kept(manifest.FILE, to_json(data))
+                for note in splits.notes:
+                    log.info("%s", note)
+                log.info("run folder: %s", runtime.run_dir)
+                if changed_data:
+                    log.warning("%s", changed_data)
+                for notice in notices:
+                    log.warning("%s", notice)
+            yield build_trainer(plan, runtime, splits)
 
 
 def check(config: Config, world: World) -> None:

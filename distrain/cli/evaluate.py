@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,7 +17,7 @@ from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
 from distrain.config.schema import DEVICE_DOC, DEVICES, CompressionConfig, Config, StrategyConfig, setting
-from distrain.data.base import DataSpec, Images, Splits, source_class
+from distrain.data.base import DataSpec, Split, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.escaping import Lines
 from distrain.files.terminal import show
@@ -99,11 +100,11 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
     weights = folder.weights(settings.checkpoint)
     model = folder.model(weights, settings.allow)
     plan, splits = _load(config, world, folder)
-    images: Images = getattr(splits, settings.split)
+    images: Split = getattr(splits, settings.split)
     if not len(images):
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
         raise ConfigError("split", settings.split, "the run has no such images", others)
-    with Runtime(config, world, keep_logs=False) as runtime:
+    with contextlib.closing(splits), Runtime(config, world, keep_logs=False) as runtime:
         evaluation = _evaluate(plan, runtime, splits, images, model)
         # Ranks that were started with different settings would evaluate shares of different splits.
         if evaluation.count != len(images):
@@ -166,7 +167,7 @@ def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Spl
     """
     try:
         plan = RunPlan.resolve(config, world)
-        splits = plan.source.load()
+        splits = plan.load()
     except ConfigError as error:
         if not str(error).startswith("data.root"):
             raise
@@ -182,7 +183,7 @@ def _describe(spec: DataSpec) -> str:
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
 
 
-def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Images, model: nn.Module) -> Evaluation:
+def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Split, model: nn.Module) -> Evaluation:
     runtime.activity.phase = "evaluation"
     strategy = plan.strategy(plan.config, runtime)
     layout = plan.memory_format(model)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain import rng
 from distrain.config.registry import choice
@@ -20,6 +21,8 @@ from distrain.errors import ConfigError, config_error
 
 #: Prefixes of random keys, so that different draws with the same seed are independent.
 _VALIDATION, _TEST = 2, 3
+#: Most samples whose channel statistics are measured where samples are read one at a time.
+_MOST_MEASURED = 2000
 #: Bytes of pixels that are summed at once.
 _CHUNK_BYTES = 1 << 24
 #: Kinds of targets; see :attr:`DataSpec.target`.
@@ -51,9 +54,64 @@ class DataSpec:
     target: str = "class"
 
 
+class Split(ABC):
+    """The samples of one split: in memory (:class:`Images`) or read one at a time (:class:`distrain.data.items.Items`).
+
+    Attributes:
+        targets: What the task compares outputs with: a tensor [N, …], such as class numbers as int64 [N], or a
+            dictionary of such tensors; ``None`` if only reading a sample tells its target.
+    """
+
+    targets: Targets
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """uint8, or a floating-point type."""
+
+    @property
+    def one(self) -> int:
+        """What mean and standard deviation count as 1: the 255 of a pixel value, or 1 for floating-point numbers."""
+        return 255 if self.dtype == torch.uint8 else 1
+
+    @abstractmethod
+    def subset(self, positions: Tensor) -> Split:
+        """The samples at some positions, int64 [n], in that order."""
+
+    @abstractmethod
+    def read(self, positions: Tensor) -> Images:
+        """The samples at some positions, int64 [n], in memory, in that order."""
+
+    def pick(self, positions: Tensor) -> Tensor:
+        """The images at some positions of the split, int64 [n], as [n, C, H, W]."""
+        return self.read(positions).images
+
+    def chunks(self, size: int, limit: int | None = None) -> Iterator[Images]:
+        """The samples in memory and in order, ``size`` at a time.
+
+        Args:
+            size: Samples at a time; the last chunk may have fewer.
+            limit: Ends after this many samples; ``None``: all.
+        """
+        for positions in torch.arange(len(self))[:limit].split(size):
+            yield self.read(positions)
+
+    def close(self) -> None:
+        """Ends what reads the samples."""
+
+
 @dataclass(frozen=True)
-class Images:
-    """One split.
+class Images(Split):
+    """A split in memory.
 
     Attributes:
         images: uint8 or floating point [N, C, H, W] in memory; if ``rows`` is given, a memory map that also contains
@@ -67,24 +125,38 @@ class Images:
     targets: Targets
     rows: Tensor | None = None
 
+    @override
     def __len__(self) -> int:
         return len(self.images if self.rows is None else self.rows)
 
     @property
-    def one(self) -> int:
-        """What mean and standard deviation count as 1: the 255 of a pixel value, or 1 for floating-point numbers."""
-        return 255 if self.images.dtype == torch.uint8 else 1
+    @override
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @override
     def pick(self, positions: Tensor) -> Tensor:
-        """Copies the images at some positions of the split, int64 [n], to [n, C, H, W]."""
         return self.images.index_select(0, positions if self.rows is None else self.rows.index_select(0, positions))
 
+    @override
     def subset(self, positions: Tensor) -> Images:
         """The samples at some positions, in that order; images in memory are copied, a memory map is shared."""
-        targets = map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
         if self.rows is None:
-            return Images(self.pick(positions), targets)
-        return Images(self.images, targets, self.rows.index_select(0, positions))
+            return self.read(positions)
+        return Images(self.images, self._targets_at(positions), self.rows.index_select(0, positions))
+
+    @override
+    def read(self, positions: Tensor) -> Images:
+        return Images(self.pick(positions), self._targets_at(positions))
+
+    def _targets_at(self, positions: Tensor) -> Targets:
+        return map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
 
 
 @dataclass(frozen=True)
@@ -98,18 +170,23 @@ class Splits:
         test: Test images.
         mean: Mean of each channel, for pixel values in [0, 1]; floating-point images are taken as they are.
         std: Standard deviation of each channel, likewise.
-        resident: Whether all images are in memory; otherwise they are read from a memory map.
+        resident: Whether all images are in memory; otherwise they are read from a memory map, or one at a time.
         notes: What users should know of the data before training, a line each.
     """
 
     spec: DataSpec
-    train: Images
-    val: Images
-    test: Images
+    train: Split
+    val: Split
+    test: Split
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resident: bool
     notes: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Ends what reads the samples: worker processes."""
+        for split in (self.train, self.val, self.test):
+            split.close()
 
 
 class DataSource(ABC):
@@ -209,10 +286,10 @@ def hold_out_test(count: int, fraction: float, split_seed: int) -> tuple[Tensor,
 def assemble(
     config: DataConfig,
     spec: DataSpec,
-    train: Images,
-    test: Images | None,
+    train: Split,
+    test: Split | None,
     *,
-    val: Images | None = None,
+    val: Split | None = None,
     moments: Tensor | None = None,
 ) -> Splits:
     """Makes the splits: holds out validation images, applies ``data.limit`` and computes the channel statistics.
@@ -243,23 +320,30 @@ def assemble(
     keeps_all = len(keep) == len(train)
     kept = train if keeps_all else train.subset(keep)
     mean, std = config.mean, config.std
+    if spec.dtype == "float":
+        mean, std = mean or [0.0] * spec.channels, std or [1.0] * spec.channels
     if mean is None or std is None:
         kept_moments = moments if keeps_all or moments is None else moments.index_select(0, keep)
         if kept_moments is None:
-            kept_moments = image_moments(kept)
+            kept_moments = image_moments(kept if isinstance(kept, Images) else _spread(kept))
         measured_mean, measured_std = channel_statistics(kept_moments, spec.height * spec.width)
         mean, std = mean or measured_mean, std or measured_std
-    resident = all(part.rows is None for part in (kept, val, test))
+    resident = all(isinstance(part, Images) and part.rows is None for part in (kept, val, test))
     return Splits(spec, kept, val, test, tuple(mean), tuple(std), resident)
 
 
-def image_moments(images: Images) -> Tensor:
+def _spread(split: Split) -> Split:
+    """Some samples, evenly spread over the split, for statistics where reading all of them would take long."""
+    step = -(-len(split) // _MOST_MEASURED)
+    return split.subset(torch.arange(0, len(split), step))
+
+
+def image_moments(images: Split) -> Tensor:
     """Exact sums and sums of squares of each image's pixel values in 0..255, as int64 [N, C, 2]."""
-    count, channels, height, width = len(images), *images.images.shape[1:]
-    chunk = max(1, _CHUNK_BYTES // (channels * height * width))
+    channels, height, width = images.shape
     parts = [torch.empty(0, channels, 2, dtype=torch.int64)]
-    for start in range(0, count, chunk):
-        pixels = images.pick(torch.arange(start, min(start + chunk, count))).flatten(2).int()
+    for chunk in images.chunks(max(1, _CHUNK_BYTES // (channels * height * width))):
+        pixels = chunk.images.flatten(2).int()
         parts.append(torch.stack((pixels.sum(2), pixels.square_().sum(2)), dim=2))
     return torch.cat(parts)
 

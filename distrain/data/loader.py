@@ -11,17 +11,15 @@ from torch import Tensor
 
 from distrain.config.schema import AugmentConfig, DataConfig
 from distrain.data.augment import Augmentation
-from distrain.data.base import Images, Splits
-from distrain.data.batch import Batch, map_targets, slice_targets
+from distrain.data.base import Split, Splits
+from distrain.data.batch import Batch, map_targets
+from distrain.data.gather import gathered
+from distrain.data.items import Items
 from distrain.data.prefetch import prefetched
-from distrain.data.sampler import epoch_order, shard_bounds
+from distrain.data.sampler import Sampler, shard_bounds
 from distrain.runtime.device import is_mps
 
 _DEFAULT_PREFETCH = 2
-#: Images are kept on the device if they take less than this share of its free memory.
-_MAX_DEVICE_SHARE = 0.25
-#: Largest channels-last copy of the images in CPU memory.
-_MAX_COPY_BYTES = 1 << 30
 
 
 @dataclass(slots=True)
@@ -62,7 +60,7 @@ class Loader:
 
     def __init__(
         self,
-        images: Images,
+        images: Split,
         *,
         batch_size: int,
         shard: tuple[int, int],
@@ -76,27 +74,19 @@ class Loader:
         augment: AugmentConfig | None = None,
         prefetch: int = 0,
     ) -> None:
-        height, width = images.images.shape[2:]
-        self._batch_size, self.shard, self._seed, self._shuffle = batch_size, shard, seed, shuffle
-        self._device, self._dtype, self._memory_format, self._prefetch = device, dtype, memory_format, prefetch
-        self._count, self._rows = len(images), images.rows
-        self._targets = map_targets(lambda tensor: tensor.to(device), images.targets)
+        _, height, width = images.shape
+        self._batch_size, self.shard = batch_size, shard
+        self._device, self._dtype, self._memory_format = device, dtype, memory_format
+        self._sampler = Sampler(len(images), seed, shuffle)
         # 16-bit inputs are normalised in float32, since rounding before normalising would lose precision.
         self._compute_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
         augmentation = None if augment is None else Augmentation(augment, height, width, seed)
         self._augmentation = augmentation if augmentation is not None and augmentation.active else None
-        self._pixels = images.images
-        self._on_device = device.type == "cpu" or _fits_on_device(images, device)
-        self._is_nhwc = False
-        if device.type == "cpu":
-            # A channels-last copy of all images saves the conversion of every batch. With augmentation there is no such
-            # copy: augmentation is faster on contiguous images, and saves more than the conversion costs.
-            small = images.rows is None and self._pixels.nbytes <= _MAX_COPY_BYTES
-            if memory_format == torch.channels_last and small and self._augmentation is None:
-                self._pixels, self._is_nhwc = self._pixels.permute(0, 2, 3, 1).contiguous(), True
-        elif self._on_device:
-            self._pixels = self._pixels.to(device)
+        augmented = self._augmentation is not None
+        self._samples = gathered(images, device, memory_format, seed, augmented=augmented)
+        # Worker processes prepare samples ahead; reading them in this process changes its random generators meanwhile.
+        reads_here = isinstance(images, Items) and (device.type == "cpu" or not images.workers.count)
+        self._prefetch = 0 if reads_here else prefetch
 
         # Expanded to the size of an image, since broadcasting over pixels is slow for channels-last on CPU.
         self._shift = self._constant([images.one * value for value in mean], height, width)
@@ -110,7 +100,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Number of batches in an epoch, including a smaller last one."""
-        return (self._count + self._batch_size - 1) // self._batch_size
+        return -(-self._sampler.count // self._batch_size)
 
     def epoch(self, epoch: int, consumed: int = 0) -> Generator[Batch, None, None]:
         """Yields this shard's share of every global batch of an epoch.
@@ -125,7 +115,7 @@ class Loader:
             batches = (self._finish(raw) for raw in raw_batches)
             yield from prefetched(batches, self._prefetch) if self._prefetch else batches
             return
-        if self._prefetch and not self._on_device:
+        if self._prefetch and not self._samples.on_device:
             raw_batches = prefetched(raw_batches, self._prefetch)
         # Work for a GPU is queued by the consumer's thread, so it is in order with the rest of the consumer's stream.
         with contextlib.closing(raw_batches):
@@ -133,19 +123,17 @@ class Loader:
                 yield self._finish(raw)
 
     def _raw_batches(self, epoch: int, consumed: int) -> Generator[_RawBatch, None, None]:
-        order = epoch_order(self._seed, epoch, self._count) if self._shuffle else torch.arange(self._count)
+        count, size = self._sampler.count, self._batch_size
+        order = self._sampler.order(epoch)
         # Once per epoch for all samples, since slicing the results is almost free in each step.
-        device_order = order.to(self._device)
-        targets = map_targets(lambda tensor: tensor.index_select(0, device_order), self._targets)
-        draws = None if self._augmentation is None else self._draws(self._augmentation, epoch, order)
-        rows = order if self._rows is None else self._rows.index_select(0, order)
-        rows = rows.to(self._pixels.device)
-        for start in range(consumed, self._count, self._batch_size):
-            total = min(self._batch_size, self._count - start)
-            low, high = shard_bounds(total, *self.shard)
-            low, high = start + low, start + high
-            pixels = self._gather_pixels(rows[low:high])
-            batch = Batch(pixels, slice_targets(targets, low, high), order[low:high], total)
+        draws = None if self._augmentation is None else self._draws(self._augmentation, epoch, order.counters)
+        ranges = []
+        for start in range(consumed, count, size):
+            low, high = shard_bounds(min(size, count - start), *self.shard)
+            ranges.append((start + low, start + high))
+        samples = self._samples.batches(epoch, order, ranges)
+        for start, (low, high), (pixels, targets) in zip(range(consumed, count, size), ranges, samples, strict=True):
+            batch = Batch(pixels, targets, order.positions[low:high], min(size, count - start))
             yield _RawBatch(pixels, None if draws is None else draws[:, low:high], batch)
 
     def _draws(self, augmentation: Augmentation, epoch: int, order: Tensor) -> Tensor:
@@ -155,21 +143,10 @@ class Loader:
             return augmentation.draws(epoch, order).to(self._device)
         return augmentation.draws(epoch, order.to(self._device))
 
-    def _gather_pixels(self, rows: Tensor) -> Tensor:
-        """[n, C, H, W] on the device of ``self._pixels``; in pinned memory if a CUDA device must still copy them."""
-        if self._on_device:
-            pixels = self._pixels.index_select(0, rows)
-            return pixels.permute(0, 3, 1, 2) if self._is_nhwc else pixels
-        if self._device.type != "cuda":
-            return self._pixels.index_select(0, rows)
-        # torch's pinned allocator reuses a block only after the copies from it have finished.
-        pinned = torch.empty((len(rows), *self._pixels.shape[1:]), dtype=self._pixels.dtype, pin_memory=True)
-        return torch.index_select(self._pixels, 0, rows, out=pinned)
-
     def _finish(self, raw: _RawBatch) -> Batch:
         """Moves, augments and normalises the images of a batch."""
         pixels, draws = raw.pixels, raw.draws
-        if not self._on_device:
+        if not self._samples.on_device:
             pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")
         if self._augmentation is not None and draws is not None:
             pixels = self._augmentation.flip_and_crop(pixels, draws)
@@ -180,18 +157,8 @@ class Loader:
         if self._augmentation is not None and draws is not None:
             images = self._augmentation.cutout_(images, draws)
         raw.batch.inputs = images.to(self._dtype)
+        raw.batch.targets = map_targets(lambda tensor: tensor.to(self._device), raw.batch.targets)
         return raw.batch
-
-
-def _fits_on_device(images: Images, device: torch.device) -> bool:
-    """Whether to keep the images on this GPU."""
-    if images.rows is not None:
-        return False
-    if is_mps(device):
-        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    else:
-        free, _ = torch.cuda.mem_get_info(device)
-    return images.images.nbytes < _MAX_DEVICE_SHARE * free
 
 
 def prefetch_depth(config: DataConfig, splits: Splits, device: torch.device) -> int:

@@ -80,9 +80,6 @@ class PythonObjectData(DataSource):
         if data.val is None and data.test is None and config.val_fraction == 0:
             problem = "leaves no samples to test the model on; pass val=… or test=…, or leave it above 0"
             raise ConfigError("data.val_fraction", config.val_fraction, problem)
-        if data.spec.dtype == "float":
-            identity = [0.0] * data.spec.channels, [1.0] * data.spec.channels
-            config = dataclasses.replace(config, mean=config.mean or identity[0], std=config.std or identity[1])
         splits = assemble(config, data.spec, data.train, data.test, val=data.val)
         notes = [
             f"{len(splits.train)} samples to train on, {len(splits.val)} for validation, {len(splits.test)} to test"

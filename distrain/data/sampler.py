@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from distrain import rng
 
 #: Identifies the order of samples among the uses of random numbers.
 _ORDER = 1
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The samples of an epoch in the order in which they are visited.
+
+    Attributes:
+        positions: Position in the split of each, int64 [count].
+        counters: A number for each on which its random draws depend, int64 [count]: its position.
+    """
+
+    positions: Tensor
+    counters: Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The order of every epoch, as a function of (seed, epoch).
+
+    Attributes:
+        count: Number of samples in the split.
+        seed: The run's seed.
+        shuffle: Another random order in each epoch; otherwise the order of the split.
+    """
+
+    count: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch, counted from 0."""
+        positions = epoch_order(self.seed, epoch, self.count) if self.shuffle else torch.arange(self.count)
+        return EpochOrder(positions, positions)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distrain.config.registry import register
 from distrain.config.schema import ModelConfig, setting
-from distrain.data.base import Images
+from distrain.data.base import Split
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 
@@ -59,7 +59,7 @@ class Whitening(nn.Module):
         return F.gelu(self.conv(images))
 
     @torch.no_grad()
-    def fit(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
+    def fit(self, images: Split, mean: Sequence[float], std: Sequence[float]) -> None:
         """Computes the filters from the first 5,000 training images.
 
         Every rank computes the same filters. Sums of products of bytes are integers that float64 represents exactly, so
@@ -71,11 +71,12 @@ class Whitening(nn.Module):
             mean: Channel means that normalise pixel values in [0, 1], or floating-point images as they are.
             std: Channel standard deviations, likewise.
         """
-        size = images.images.shape[1] * _KERNEL**2
+        channels, height, width = images.shape
+        size = channels * _KERNEL**2
         products, sums, count = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 0
-        chunk_size = max(1, _CHUNK_VALUES // images.images[0].numel())
-        for chunk in torch.arange(min(_WHITENING_IMAGES, len(images))).split(chunk_size):
-            patches = F.unfold(images.pick(chunk).double(), _KERNEL).transpose(1, 2).flatten(0, 1)
+        chunk_size = max(1, _CHUNK_VALUES // (channels * height * width))
+        for chunk in images.chunks(chunk_size, limit=_WHITENING_IMAGES):
+            patches = F.unfold(chunk.images.double(), _KERNEL).transpose(1, 2).flatten(0, 1)
             products += patches.T @ patches
             sums += patches.sum(0)
             count += len(patches)
@@ -178,7 +179,7 @@ class AirbenchCNN(BlockSequence):
             channels = block_width
         super().__init__({**blocks, "head": Head(channels, num_classes, scale)})
 
-    def initialise_from(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
+    def initialise_from(self, images: Split, mean: Sequence[float], std: Sequence[float]) -> None:
         """Computes the whitening filters; see :class:`distrain.models.base.DataDependentInit`."""
         cast(Whitening, self.get_submodule("whitening")).fit(images, mean, std)
 

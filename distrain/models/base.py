@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from distrain.data.base import Images
+    from distrain.data.base import Split
 
 
 class BlockSequence(nn.Sequential):
@@ -46,7 +46,7 @@ class DataDependentInit(Protocol):
     Any model class with this method satisfies the protocol.
     """
 
-    def initialise_from(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
+    def initialise_from(self, images: Split, mean: Sequence[float], std: Sequence[float]) -> None:
         """Sets the initial parameters; called once before training, while the model is on the CPU.
 
         Every rank calls it with the same arguments and must compute the same parameters.

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distrain.config.registry import choice, locate, register
 from distrain.config.schema import ModelConfig
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, described
 from distrain.models.foreign import ForeignModelConfig
 from distrain.models.python_object import PythonObjectModelConfig, maker_of_offered_model
 from distrain.models.tensors import lay_out_densely
@@ -25,9 +22,6 @@ from distrain.models.tensors import lay_out_densely
 class CustomConfig(ForeignModelConfig):
     """Keys of ``model=custom``: any importable model."""
 
-
-#: Where lines of code are that a user can't change.
-_NOT_USERS = (torch.__path__[0], str(Path(__file__).parent), "<")
 
 # The target is only a placeholder: `custom` builds what `_target_` names.
 register("model", "custom", CustomConfig)(nn.Module)
@@ -121,10 +115,3 @@ def _call(path: str, target: Callable[..., Any], optional: Mapping[str, Any], re
         raise
     except Exception as error:  # a user's constructor may raise anything
         raise ConfigError("model._target_", path, f"fails to build {described(error)}") from error
-
-
-def described(error: BaseException) -> str:
-    """An error's type and message in brackets, and the line outside of torch and distrain that raised it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_USERS)]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"({type(error).__name__}: {error}){where}"

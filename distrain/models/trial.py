@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from distrain.checkpoint.module_state import check_saveable
 from distrain.config.schema import ModelConfig
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, described
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit
-from distrain.models.build import described, instantiate_model
+from distrain.models.build import instantiate_model
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
 from distrain.runtime.device import RandomState, seed_everything

@@ -18,7 +18,7 @@ from distrain.data.batch import Targets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distrain.data.base import Images
+    from distrain.data.base import Split
 
 #: Sums of a task's metrics by name; those of several batches or ranks are added.
 MetricState = dict[str, Tensor]
@@ -113,7 +113,7 @@ class Task(ABC):
         """One number a sample that the outputs stand for, ``[n]``, such as its class; ``None`` if there is no such."""
         return None
 
-    def figures(self, evaluation: Evaluation, split: Images) -> dict[str, Figure]:
+    def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:
         """Pictures of an evaluation by name.
 
         Args:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import Config, TaskConfig
-from distrain.data.base import DataSpec, Images
+from distrain.data.base import DataSpec, Split
 from distrain.data.evaluation_views import averaged_logits
 from distrain.errors import config_error
 from distrain.optim import losses
@@ -90,15 +90,15 @@ class Classification(Task):
         return outputs.argmax(1)
 
     @override
-    def figures(self, evaluation: Evaluation, split: Images) -> dict[str, Figure]:
+    def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:
         from distrain.reporting import figures
 
         assert evaluation.watched is not None
         count = len(evaluation.watched)
-        shown = split.pick(torch.arange(count))
+        shown = split.read(torch.arange(count))
         classes = self.spec.classes
         return {
-            "predictions": figures.predictions(shown, split.targets[:count], evaluation.watched.long(), classes),
+            "predictions": figures.predictions(shown.images, shown.targets, evaluation.watched.long(), classes),
             "confusion_matrix": figures.confusion_matrix(evaluation.state["confusion"], classes),
         }
 

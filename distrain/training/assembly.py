@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from distrain.data.base import Images, Splits
+from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
@@ -43,7 +43,7 @@ def build_loader(
     plan: RunPlan,
     strategy: Strategy,
     splits: Splits,
-    images: Images,
+    images: Split,
     layout: torch.memory_format,
     *,
     training: bool,

@@ -16,8 +16,7 @@ from distrain.checkpoint import safetensors_writer, weight_files
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.communication.collectives import digest
 from distrain.config.schema import InitConfig
-from distrain.errors import ConfigError
-from distrain.models.build import described
+from distrain.errors import ConfigError, described
 from distrain.runtime.runtime import Runtime
 from distrain.torch_internals import storage_id
 

@@ -15,7 +15,7 @@ from torch import nn
 from distrain.compression import base as compression
 from distrain.config.schema import Config
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
-from distrain.errors import ConfigError, config_error, config_error_from_line
+from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
 from distrain.models.float64 import refuse_float64
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
@@ -135,6 +135,17 @@ class RunPlan:
         if config.init.weights is not None and not resume.has_checkpoint(config):
             initial_weights.check(config.init, trial.model)
         return trial
+
+    def load(self) -> Splits:
+        """Loads the data.
+
+        Raises:
+            ConfigError: They can't be read.
+        """
+        try:
+            return self.source.load()
+        except SampleError as error:
+            raise config_error("data", str(error)) from error
 
     def check_sizes(self, splits: Splits, trial: ModelTrial) -> None:
         """Refuses what can be refused only when the number of samples is known.

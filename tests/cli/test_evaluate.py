@@ -20,7 +20,7 @@ from distrain.errors import ConfigError
 from distrain.runtime.runtime import Runtime
 from distrain.tasks.classification import Classification
 from distrain.training.run_plan import RunPlan
-from tests.data.helpers import write_image
+from tests.data.helpers import images_of, write_image
 from tests.harness import run_ranks
 from tests.runs import CONF, small
 from tests.trained import change_config, replace_section, train
@@ -144,7 +144,7 @@ def test_moved_data_are_normalised_as_in_training(
     data = json.loads((run / "data.json").read_text())
     for splits in loaded:
         assert [list(splits.mean), list(splits.std)] == [data["mean"], data["std"]]
-    assert loaded[0].test.images.max() < loaded[1].test.images.min()
+    assert images_of(loaded[0].test).max() < images_of(loaded[1].test).min()
     # Evaluation must not write to the cache that the run's configuration names.
     assert not (dark.parent / "dark-cache").exists()
 

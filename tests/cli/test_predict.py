@@ -21,7 +21,7 @@ from distrain.data.base import Images, data_source
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from tests.data.helpers import write_image
+from tests.data.helpers import images_of, write_image
 from tests.runs import CONF
 from tests.trained import change_config, save_test_images
 
@@ -72,7 +72,7 @@ def test_probabilities_are_the_softmax_of_the_logits(run: Path, images: tuple[Pa
     opened = RunFolder.open(str(run))
     test = data_source(opened.config.data).load().test
     loader = Loader(
-        Images(test.images, test.targets),
+        Images(images_of(test), test.targets),
         batch_size=31,
         shard=(0, 1),
         mean=opened.mean,

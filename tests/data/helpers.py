@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import Tensor
 
 from distrain.config.registry import choices
 from distrain.config.schema import AugmentConfig, DataConfig
-from distrain.data.base import DataSource, Images
+from distrain.data.base import DataSource, Images, Split
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,12 @@ def random_images(count: int, channels: int = 3, height: int = 8, width: int = 6
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
     return Images(pixels, torch.arange(count) % 5)
+
+
+def images_of(split: Split) -> Tensor:
+    """All images of a split that is in memory."""
+    assert isinstance(split, Images)
+    return split.images
 
 
 def write_image(path: Path, pixels: npt.NDArray[np.uint8]) -> None:

@@ -15,7 +15,7 @@ from distrain.data.base import (
     image_moments,
 )
 from distrain.errors import ConfigError
-from tests.data.helpers import data_config, random_images
+from tests.data.helpers import data_config, images_of, random_images
 
 SPEC = DataSpec(3, 8, 6, ("a", "b", "c", "d", "e"))
 
@@ -41,7 +41,7 @@ def test_images_stay_with_their_labels() -> None:
     images = marked(50)
     splits = assemble(data_config(), SPEC, images, marked(5))
     for part in (splits.train, splits.val):
-        assert part.images.equal(images.images[part.targets])
+        assert images_of(part).equal(images_of(images)[part.targets])
 
 
 def test_limit_does_not_change_validation_and_test_images() -> None:
@@ -65,7 +65,7 @@ def test_validation_images_of_the_data_set_are_used() -> None:
 
 def test_statistics_are_of_the_training_images() -> None:
     splits = assemble(data_config(), SPEC, marked(100), marked(3))
-    pixels = splits.train.images.double() / 255
+    pixels = images_of(splits.train).double() / 255
     torch.testing.assert_close(
         torch.tensor(splits.mean, dtype=torch.float64), pixels.mean((0, 2, 3)), rtol=1e-12, atol=0
     )

@@ -14,7 +14,7 @@ import torch
 
 from distrain.data import cifar10
 from distrain.errors import ConfigError
-from tests.data.helpers import source
+from tests.data.helpers import images_of, source
 
 IMAGES = 20  # per file
 NAMES = "\n".join(cifar10.CLASSES) + "\n\n"
@@ -69,12 +69,12 @@ def test_pixels_and_labels_are_read_as_the_format_says(root: Path, below: str) -
     assert data.describe().classes == cifar10.CLASSES
     splits = data.load()
     assert (len(splits.train), len(splits.val), len(splits.test)) == (90, 10, 20)
-    assert splits.test.images.shape == (20, 3, 32, 32)
-    assert splits.test.images[:, 0].amax((1, 2)).tolist() == list(range(100, 120))
-    assert splits.test.images[:, 1].unique().tolist() == [1]
-    assert splits.test.images[:, 2].unique().tolist() == [2]
+    assert images_of(splits.test).shape == (20, 3, 32, 32)
+    assert images_of(splits.test)[:, 0].amax((1, 2)).tolist() == list(range(100, 120))
+    assert images_of(splits.test)[:, 1].unique().tolist() == [1]
+    assert images_of(splits.test)[:, 2].unique().tolist() == [2]
     assert splits.test.targets.tolist() == [i % 10 for i in range(20)]
-    reds = torch.cat((splits.train.images, splits.val.images))[:, 0, 0, 0]
+    reds = torch.cat((images_of(splits.train), images_of(splits.val)))[:, 0, 0, 0]
     assert reds.sort().values.tolist() == list(range(100))
     assert splits.mean == (0.4914, 0.4822, 0.4465)
 

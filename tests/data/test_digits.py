@@ -9,24 +9,24 @@ import pytest
 import torch
 
 from distrain.errors import ConfigError
-from tests.data.helpers import source
+from tests.data.helpers import images_of, source
 from tests.harness import run_ranks
 
 
 def test_all_digits_are_loaded_in_reproducible_splits() -> None:
     splits = source("digits").load()
     assert (len(splits.train), len(splits.val), len(splits.test)) == (1294, 144, 359)
-    assert splits.train.images.shape == (1294, 1, 8, 8)
+    assert images_of(splits.train).shape == (1294, 1, 8, 8)
     assert splits.resident
     labels = torch.cat([part.targets for part in (splits.train, splits.val, splits.test)])
     # Published number of images of each digit.
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert source("digits").load().test.images.equal(splits.test.images)
+    assert images_of(source("digits").load().test).equal(images_of(splits.test))
     assert not source("digits", split_seed=1).load().test.targets.equal(splits.test.targets)
 
 
 def test_pixel_values_are_scaled_to_255() -> None:
-    images = source("digits").load().train.images
+    images = images_of(source("digits").load().train)
     assert images.unique().tolist() == [(value * 255 + 8) // 16 for value in range(17)]
 
 

@@ -19,7 +19,7 @@ from distrain.data import image_cache
 from distrain.data.base import Splits
 from distrain.data.build_folder import locked_build_folder
 from distrain.errors import ConfigError
-from tests.data.helpers import source, write_image
+from tests.data.helpers import images_of, source, write_image
 from tests.harness import CONTEXT, HANG_SECONDS
 
 
@@ -42,24 +42,24 @@ def test_folders_determine_splits_and_classes(tree: Path) -> None:
     assert splits.spec.classes == ("a", "b")
     assert (len(splits.train), len(splits.val), len(splits.test)) == (14, 2, 8)
     assert splits.resident
-    assert values(splits.test.images) == [0, 10, 20, 30, 100, 110, 120, 130]
+    assert values(images_of(splits.test)) == [0, 10, 20, 30, 100, 110, 120, 130]
     assert splits.test.targets.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    all_values = values(splits.train.images) + values(splits.val.images)
+    all_values = values(images_of(splits.train)) + values(images_of(splits.val))
     assert sorted(all_values) == [*range(0, 80, 10), *range(100, 180, 10)]
-    assert [int(value >= 100) for value in values(splits.train.images)] == splits.train.targets.tolist()
+    assert [int(value >= 100) for value in values(images_of(splits.train))] == splits.train.targets.tolist()
 
 
 def test_a_val_folder_is_the_validation_split(tree: Path) -> None:
     write_image(tree / "val" / "b" / "x.png", np.full((5, 4, 3), 222, dtype=np.uint8))
     splits = load(tree)
-    assert (len(splits.train), values(splits.val.images), splits.val.targets.tolist()) == (16, [222], [1])
+    assert (len(splits.train), values(images_of(splits.val)), splits.val.targets.tolist()) == (16, [222], [1])
 
 
 def test_classes_directly_below_the_root_get_a_test_split(tree: Path) -> None:
     splits = load(tree / "train", test_fraction=0.25, val_fraction=0.0)
     assert splits.spec.classes == ("a", "b")
     assert (len(splits.train), len(splits.test)) == (12, 4)
-    assert sorted(values(splits.train.images) + values(splits.test.images)) == [
+    assert sorted(values(images_of(splits.train)) + values(images_of(splits.test))) == [
         *range(0, 80, 10),
         *range(100, 180, 10),
     ]
@@ -80,7 +80,7 @@ def test_images_above_the_memory_limit_are_memory_mapped(tree: Path) -> None:
 
 def test_statistics_are_those_of_the_training_images(tree: Path) -> None:
     splits = load(tree)
-    pixels = splits.train.images.double() / 255
+    pixels = images_of(splits.train).double() / 255
     assert splits.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert splits.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
 
@@ -88,7 +88,7 @@ def test_statistics_are_those_of_the_training_images(tree: Path) -> None:
 def test_images_are_decoded_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(tree)
     monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("decoded again"))
-    assert load(tree).train.images.equal(first.train.images)
+    assert images_of(load(tree).train).equal(images_of(first.train))
 
 
 def test_a_changed_file_or_size_gets_a_new_cache(tree: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_changed_file_or_size_gets_a_new_cache(tree: Path) -> None:
     load(tree, channels=1)
     assert len(caches(tree)) == 2
     write_image(tree / "test" / "a" / "0.png", np.full((5, 4, 3), 99, dtype=np.uint8))
-    assert values(load(tree).test.images)[0] == 99
+    assert values(images_of(load(tree).test))[0] == 99
     assert len(caches(tree)) == 3
     # A new modification time counts as a change, even if the bytes are the same.
     os.utime(tree / "test" / "a" / "1.png", ns=(0, 12345))
@@ -113,10 +113,10 @@ def test_a_cache_stays_valid_when_its_tree_is_moved(tree: Path, monkeypatch: pyt
 
 
 def test_a_damaged_cache_is_rebuilt(tree: Path) -> None:
-    expected = load(tree).train.images
+    expected = images_of(load(tree).train)
     path = caches(tree)[0] / "images.u8"
     path.write_bytes(path.read_bytes()[:-1])
-    assert load(tree).train.images.equal(expected)
+    assert images_of(load(tree).train).equal(expected)
 
 
 def test_a_read_only_tree_uses_the_users_cache(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_broken_images_are_skipped_and_counted(tree: Path, caplog: pytest.LogCap
         caplog.clear()
         splits = load(tree, on_error="skip", val_fraction=0.0)
         assert "skipped 2 of 25 images" in caplog.text
-        assert values(splits.train.images) == [0, 10, 20, 40, 50, 60, 70, *range(100, 180, 10)]
+        assert values(images_of(splits.train)) == [0, 10, 20, 40, 50, 60, 70, *range(100, 180, 10)]
         assert len(splits.test) == 8
 
 
@@ -162,7 +162,7 @@ def test_links_to_outside_of_the_root_are_not_followed(
     (tree / "test" / "a" / "inside.png").symlink_to(tree / "test" / "b" / "0.png")
     splits = load(tree)
     assert splits.spec.classes == ("a", "b")
-    assert values(splits.test.images)[:5] == [0, 10, 20, 30, 100]
+    assert values(images_of(splits.test))[:5] == [0, 10, 20, 30, 100]
     assert "ignoring 1 symbolic links" in caplog.text
 
 
@@ -216,7 +216,7 @@ def test_parts_have_the_usual_names_in_any_case(tree: Path, train: str, val: str
         write_image(tree / val / "b" / "x.png", images)
     splits = load(tree)
     if val is not None:
-        assert values(splits.val.images) == [222]
+        assert values(images_of(splits.val)) == [222]
     assert len(splits.test) == (8 if test else 2)
     assert len(splits.train) + len(splits.val) == (16 if test else 14) + (val is not None)
 
@@ -357,12 +357,12 @@ def test_data_that_cant_be_read_are_refused_with_their_key(
 
 @pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"])
 def test_folders_of_operating_systems_are_no_classes_and_their_pictures_no_samples(tree: Path, name: str) -> None:
-    expected = load(tree).train.images
+    expected = images_of(load(tree).train)
     for place in (tree, tree / "train", tree / "train" / "a"):
         write_image(place / name / "thumbnail.png", np.zeros((5, 4, 3), dtype=np.uint8))
     splits = load(tree)
     assert splits.spec.classes == ("a", "b")
-    assert splits.train.images.equal(expected)
+    assert images_of(splits.train).equal(expected)
 
 
 def build(tree: Path, log: Path) -> None:

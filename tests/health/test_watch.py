@@ -17,7 +17,7 @@ import pytest
 
 from distrain.config.schema import Config
 from distrain.data.base import data_source
-from distrain.data.loader import Loader
+from distrain.data.gather import InMemory
 from distrain.data.sampler import batch_share
 from distrain.errors import Failed
 from distrain.health.failure_report import FailureReporter
@@ -93,9 +93,9 @@ FAULTS: dict[str, Callable[[], None]] = {
 def train_with_fault(configuration: Config, fault: str, rank: int, batch: int) -> str:
     """Trains; one rank suffers a fault or a signal while it reads a batch (counted from 0)."""
     reads = 0
-    take = Loader._gather_pixels
+    take = InMemory._gather
 
-    def take_or_fail(loader: Loader, rows: Any) -> Any:
+    def take_or_fail(samples: InMemory, rows: Any) -> Any:
         nonlocal reads
         # One batch is read before training begins.
         if reads == batch + 1 and int(os.environ["RANK"]) == rank:
@@ -105,9 +105,9 @@ def train_with_fault(configuration: Config, fault: str, rank: int, batch: int) -
             else:
                 os.kill(os.getpid(), getattr(signal, fault))
         reads += 1
-        return take(loader, rows)
+        return take(samples, rows)
 
-    Loader._gather_pixels = take_or_fail  # type: ignore[method-assign, assignment]
+    InMemory._gather = take_or_fail  # type: ignore[method-assign, assignment]
     try:
         train_on_rank(configuration)
     except Failed as failed:
@@ -247,19 +247,19 @@ def test_a_failed_rank_that_served_the_store_is_named(fault: str, error: str, tm
 def train_with_stop_request(configuration: Config) -> tuple[str | None, str]:
     """Trains; rank 1 fails in the same batch in which rank 0 receives a request to stop."""
     reads = 0
-    take = Loader._gather_pixels
+    take = InMemory._gather
     world = World.from_environment()
 
-    def take_or_fail(loader: Loader, rows: Any) -> Any:
+    def take_or_fail(samples: InMemory, rows: Any) -> Any:
         nonlocal reads
         reads += 1
         if reads == 4:
             if world.rank == 1:
                 raise ArithmeticError("planted")
             os.kill(os.getpid(), signal.SIGTERM)
-        return take(loader, rows)
+        return take(samples, rows)
 
-    Loader._gather_pixels = take_or_fail  # type: ignore[method-assign, assignment]
+    InMemory._gather = take_or_fail  # type: ignore[method-assign, assignment]
     requested: str | None = None
     try:
         with Runtime(configuration, world) as runtime:
@@ -336,15 +336,15 @@ def test_a_watch_thread_that_fails_once_continues_and_its_error_is_logged(tmp_pa
 def pause_and_train(configuration: Config) -> str:
     """Trains; all ranks are suspended at about the same time, for longer than every limit."""
     command = f"sleep 1; kill -STOP {os.getpid()}; sleep {2 * LIMIT}; kill -CONT {os.getpid()}"
-    step = Loader._gather_pixels
+    step = InMemory._gather
 
-    def slow(loader: Loader, rows: Any) -> Any:
+    def slow(samples: InMemory, rows: Any) -> Any:
         # Rank 0 waits for the others in a collective when it is suspended.
         if int(os.environ["RANK"]):
             time.sleep(0.1)
-        return step(loader, rows)
+        return step(samples, rows)
 
-    Loader._gather_pixels = slow  # type: ignore[method-assign, assignment]
+    InMemory._gather = slow  # type: ignore[method-assign, assignment]
     with subprocess.Popen(["/bin/sh", "-c", command]):
         began = time.monotonic()
         train_on_rank(configuration)

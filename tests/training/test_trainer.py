@@ -25,6 +25,7 @@ from distrain.strategies.base import StepResult
 from distrain.training.callbacks import Callback
 from distrain.training.report import flatten
 from distrain.training.run_plan import total_steps
+from tests.data.helpers import images_of
 from tests.runs import small, trainer_for
 from tests.strategies.helpers import ALONE
 
@@ -207,7 +208,7 @@ def test_the_test_split_is_counted_exactly(whole: Run) -> None:
     model = DropoutNet(3, 4, (8, 8)).eval()
     model.load_state_dict(whole.model)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (splits.mean, splits.std))
-    logits = model((splits.test.images / 255 - mean) / std)
+    logits = model((images_of(splits.test) / 255 - mean) / std)
     assert whole.summary["test_correct"] == int((logits.argmax(1) == splits.test.targets).sum())
     assert whole.summary["test_accuracy"] == whole.summary["test_correct"] / TEST
     expected = F.cross_entropy(logits, splits.test.targets).item()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
 from distrain.config.schema import OptimizerConfig
-from distrain.models.build import described
+from distrain.errors import described
 from distrain.optim.optimizers.build import build_optimizer
 
 #: Longest side of the small parameters on which an update is tried.

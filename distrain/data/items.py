@@ -1,0 +1,135 @@
+"""A split whose samples are read one at a time, by worker processes where that takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from distrain import rng
+from distrain.data.base import DataSpec, Images, Split
+from distrain.data.batch import Targets, map_targets
+from distrain.data.reading import CheckedReader, ItemReader, Request, Samples
+from distrain.data.workers import ItemWorkers
+
+#: Identifies random draws inside of readers among the uses of random numbers.
+_ITEM = 6
+#: Samples that a worker process reads at once where nothing else says how many.
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Items(Split):
+    """A split whose samples are read when they are needed.
+
+    Make one by :meth:`of`; :meth:`subset` makes others that share its reader and worker processes.
+
+    Attributes:
+        source: The reader, and what its samples must be.
+        reader: The reader's number in ``workers``.
+        workers: Reads the samples.
+        rows: int64 [N], number for the reader of each sample.
+        targets: See :class:`distrain.data.base.Split`; ``None``: the reader tells them.
+    """
+
+    source: CheckedReader
+    reader: int
+    workers: ItemWorkers
+    rows: Tensor
+    targets: Targets
+
+    @classmethod
+    def of(
+        cls,
+        reader: ItemReader,
+        spec: DataSpec,
+        workers: ItemWorkers,
+        targets: Targets | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Items:
+        """All samples of a reader.
+
+        Args:
+            reader: Reads them.
+            spec: Their shape, kind of target and classes.
+            workers: Reads them in worker processes; the splits of one data set share it.
+            targets: All targets, where they are known beforehand: from a table, for example.
+            dtype: Type of the images; by default uint8 or float32, as ``spec.dtype`` says.
+        """
+        source = CheckedReader(reader, spec, dtype or (torch.uint8 if spec.dtype == "uint8" else torch.float32))
+        return cls(source, workers.add(source), workers, torch.arange(len(reader)), targets)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int, int]:
+        spec = self.source.spec
+        return spec.channels, spec.height, spec.width
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @override
+    def subset(self, positions: Tensor) -> Items:
+        targets = None if self.targets is None else self._known_targets(positions)
+        return Items(self.source, self.reader, self.workers, self.rows.index_select(0, positions), targets)
+
+    @override
+    def read(self, positions: Tensor) -> Images:
+        parts = list(self._images(positions.split(_CHUNK) if len(positions) else [positions]))
+        if len(parts) == 1:
+            return parts[0]
+        images = torch.cat([part.images for part in parts])
+        if isinstance(parts[0].targets, Tensor):
+            return Images(images, torch.cat([part.targets for part in parts]))
+        names = parts[0].targets
+        return Images(images, {name: torch.cat([part.targets[name] for part in parts]) for name in names})
+
+    @override
+    def chunks(self, size: int, limit: int | None = None) -> Iterator[Images]:
+        yield from self._images(torch.arange(len(self))[:limit].split(min(size, _CHUNK)))
+
+    @override
+    def close(self) -> None:
+        self.workers.close()
+
+    def batches(self, batches: Iterable[tuple[Tensor, Tensor]], family: int) -> Iterator[Samples]:
+        """Reads batches of samples, in worker processes if there are any, which then work some batches ahead.
+
+        Args:
+            batches: For each batch the positions of its samples in the split, int64 [n], and a number for each sample
+                on which its random draws depend, int64 [n].
+            family: What the draws depend on besides; see :func:`draws_of_epoch`.
+        """
+        kept: list[Tensor] = []
+
+        def requests() -> Iterator[Request]:
+            for positions, counters in batches:
+                kept.append(positions)
+                rows = self.rows.index_select(0, positions).tolist()
+                yield Request(self.reader, rows, rng.bits(family, counters).tolist())
+
+        for images, targets in self.workers.read(requests()):
+            positions = kept.pop(0)
+            yield images, targets if self.targets is None else self._known_targets(positions)
+
+    def _images(self, parts: Iterable[Tensor]) -> Iterator[Images]:
+        # As in the first epoch of a run with the seed 0.
+        for images, targets in self.batches(((part, part) for part in parts), draws_of_epoch(0, 0)):
+            yield Images(images, targets)
+
+    def _known_targets(self, positions: Tensor) -> Targets:
+        return map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
+
+
+def draws_of_epoch(seed: int, epoch: int) -> int:
+    """The family of an epoch's random draws inside of readers; see :func:`distrain.rng.bits`."""
+    return rng.key(_ITEM, seed, epoch)
