@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from tqdm import tqdm
 
+from distrain.data.array_images import USUAL_CHANNELS, first_not_finite
 from distrain.data.base import DataSpec, Images
 from distrain.data.python_object import DataObject
+from distrain.data.target_kinds import MOST_CLASSES
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import TERMINAL
 
 #: What may be given for samples, in words.
 _KINDS = "a pair (inputs, labels) of arrays or tensors, or a torch Dataset whose items are such pairs"
-#: More classes are a mistake: labels that are no class numbers.
-_MOST_CLASSES = 1 << 20
-#: Numbers of channels that images usually have.
-_USUAL_CHANNELS = (1, 3, 4)
 _CHUNK_BYTES = 1 << 24
 
 
@@ -135,7 +133,7 @@ def inputs(name: str, value: Any) -> Tensor:
         hint = "x[:, None] adds a channel" if images.dim() == 3 else "x[:, :, None, None] makes columns channels"
         hint = f" ({hint})" if images.dim() in (2, 3) else ""
         raise config_error(name, f"has inputs {shape}; images [N, C, H, W] are needed{hint}")
-    if shape[1] not in _USUAL_CHANNELS and shape[3] in _USUAL_CHANNELS and shape[1] > shape[3]:
+    if shape[1] not in USUAL_CHANNELS and shape[3] in USUAL_CHANNELS and shape[1] > shape[3]:
         problem = f"has inputs {shape}, which look like [N, H, W, C]; pass [N, C, H, W]: x.transpose(0, 3, 1, 2)"
         raise config_error(name, f"{problem} of an array, x.permute(0, 3, 1, 2) of a tensor")
     if 0 in shape[1:]:
@@ -145,9 +143,8 @@ def inputs(name: str, value: Any) -> Tensor:
     if not images.is_floating_point():
         problem = f"has inputs of {_short(images.dtype)}; pass uint8 for pixel values from 0 to 255, or float32"
         raise config_error(name, problem)
-    for chunk in images.split(max(1, _CHUNK_BYTES // (images[0].numel() * 4)) if len(images) else 1):
-        if not bool(chunk.isfinite().all()):
-            raise config_error(name, "has inputs that are NaN or infinite")
+    if (row := first_not_finite(images)) is not None:
+        raise config_error(f"{name}[{row}]", "has inputs that are NaN or infinite")
     return images
 
 
@@ -164,7 +161,7 @@ def _labels(name: str, value: Any) -> Tensor:
         problem = f"has labels of {_short(labels.dtype)}; pass class numbers as whole numbers"
         raise config_error(name, f"{problem}: y.astype(int) of an array, y.long() of a tensor")
     labels = labels.long()
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < _MOST_CLASSES:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
         low, high = int(labels.min()), int(labels.max())
         raise config_error(name, f"has labels from {low} to {high}; classes are numbered from 0")
     return labels
@@ -250,8 +247,8 @@ def _class_names(classes: int | Sequence[str] | None, largest: int) -> tuple[str
     names = tuple(map(str, range(classes) if isinstance(classes, int) else classes))
     if largest >= len(names):
         raise ConfigError("classes", len(names), f"is too few: there are labels up to {largest}")
-    if len(names) > _MOST_CLASSES:
-        raise ConfigError("classes", len(names), f"is more than {_MOST_CLASSES}")
+    if len(names) > MOST_CLASSES:
+        raise ConfigError("classes", len(names), f"is more than {MOST_CLASSES}")
     return names
 
 

@@ -172,6 +172,7 @@ class Splits:
         std: Standard deviation of each channel, likewise.
         resident: Whether all images are in memory; otherwise they are read from a memory map, or one at a time.
         notes: What users should know of the data before training, a line each.
+        fingerprint: A hash that tells other samples from these, for data sets that have one; saved with the run.
     """
 
     spec: DataSpec
@@ -182,6 +183,7 @@ class Splits:
     std: tuple[float, ...]
     resident: bool
     notes: tuple[str, ...] = ()
+    fingerprint: str | None = None
 
     def close(self) -> None:
         """Ends what reads the samples: worker processes."""

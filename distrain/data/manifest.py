@@ -18,7 +18,8 @@ _MOST_CLASSES = 5
 def data_manifest(splits: Splits) -> dict[str, Any]:
     """What somebody who has the run but not the data must know to use the model, and the number of samples."""
     samples = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)}
-    return {**asdict(splits.spec), "mean": list(splits.mean), "std": list(splits.std), "samples": samples}
+    content = {} if splits.fingerprint is None else {"fingerprint": splits.fingerprint}
+    return {**asdict(splits.spec), "mean": list(splits.mean), "std": list(splits.std), "samples": samples, **content}
 
 
 def data_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -38,8 +39,10 @@ def data_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         elif key in ("mean", "std"):
             if list(before) != list(now):
                 changes.append(f"{key}: {_numbers(before, now)} → {_numbers(now, before)}")
-        elif before != now:
+        elif before != now and key != "fingerprint":
             changes.append(f"{key}: {before} → {now}")
+    if not changes and "fingerprint" in new and old.get("fingerprint", new["fingerprint"]) != new["fingerprint"]:
+        changes.append("samples or targets have other values, and are as many as before")
     return changes
 
 

@@ -246,7 +246,7 @@ NAN = np.where(X > 3, np.nan, X)
         ({"train": (X.reshape(50, 36), Y)}, r"\(x\[:, :, None, None\] makes columns channels\)"),
         ({"train": (X.transpose(0, 2, 3, 1), Y)}, r"look like \[N, H, W, C\]; .* x.transpose\(0, 3, 1, 2\)"),
         ({"train": (X.astype(int), Y)}, r"train: has inputs of int64; pass uint8 .* or float32"),
-        ({"train": (NAN, Y)}, r"train: has inputs that are NaN or infinite"),
+        ({"train": (NAN, Y)}, r"train\[\d+\]: has inputs that are NaN or infinite"),
         ({"train": (X.astype(object), Y)}, r"train: has inputs that are no numbers: a object array"),
         ({"train": (X, Y / 2)}, r"train: has labels of float64; pass class numbers as whole numbers"),
         ({"train": (X, Y[:, None])}, r"train: has labels \[50, 1\]; .*: pass y\[:, 0\]"),

@@ -69,7 +69,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "strategy=DDP": ("strategy=DDP: no such choice", "did you mean ddp?"),
     "strategy=pipe": ("strategy=pipe: no such choice", "choices: ddp,", "single"),
     "model=simple_cn": ("model=simple_cn: no such choice", "did you mean simple_cnn?"),
-    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, digits, image_folder, synthetic"),
+    "data=mnist": ("data=mnist: no such choice", "choices: cifar10, "),
     "data=python_object": ("data=python_object: stands for an object in a Python program", "distrain.fit(model, data)"),
     "model=python_object": ("model=python_object: stands for an object in", "distrain.fit(model, data)"),
     "model.name=python_object": ("model.name=python_object: stands for an object in", "distrain.fit(model, data)"),

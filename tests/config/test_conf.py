@@ -23,6 +23,7 @@ FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"
 NEEDED = {
     "model=custom": ["model._target_=distrain.models.cnn.SimpleCNN"],
     "data=image_folder": ["data.root=images"],
+    "data=numpy": ["data.root=arrays.npz"],
 }
 
 
