@@ -108,8 +108,9 @@ def predict(
         allow: As for :func:`evaluate`.
 
     Returns:
-        A dictionary for each image, in their order: ``class``, ``probability``, with ``top`` > 1 also ``top``; for
-        files also ``path``.
+        A dictionary for each image, in their order; for files with ``path``. By the task: ``class``, ``probability``,
+        with ``top`` > 1 also ``top``; ``labels`` and ``probabilities``; ``numbers``; ``pixels`` of each class and
+        ``mask``, a uint8 array [H, W] of class numbers.
 
     Raises:
         ConfigError: The run, the model or an image can't be used.
@@ -124,6 +125,7 @@ def predict(
         checkpoint=os.fspath(checkpoint),
         input=[os.fspath(item) for item in _listed(images)] if is_files else None,
         output=None,
+        masks=None,
         top=_count("top", top) or 1,
         on_error=_choice("on_error", on_error, ("stop", "skip")),
         batch_size=_count("batch_size", batch_size) or 1,
@@ -132,8 +134,7 @@ def predict(
     )
     folder = _folder(run, allow)
     task = tasks.build(folder.config, folder.spec)
-    if top > task.largest_top():
-        raise ConfigError("top", top, f"the run has {task.largest_top()} classes")
+    prediction.check_top(task, top)
     with restored_surroundings(), offered_model(_model(run, model)):
         if is_files:
             return prediction.predict_files(folder, task, settings, world)

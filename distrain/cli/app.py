@@ -104,7 +104,7 @@ def check(config: Config, world: World) -> None:
 
 def closing_line(summary: dict[str, Any], task: Task) -> str:
     """What a user wants to know at the end of a run, in one line."""
-    score = task.metrics[0]
+    score = task.score
     parts = ", ".join(f"{name} {share:.0%}" for name, share in summary["time_share"].items())
     # After a resume, steps and time are those of this start. Older releases did not say where they resumed.
     resumed_at = summary.get("resumed_at_step", 0)

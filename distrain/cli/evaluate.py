@@ -211,7 +211,7 @@ def _result(split: str, weights: Weights, task: Task, evaluation: Evaluation) ->
 
 def _table(result: dict[str, Any], task: Task) -> Lines:
     """The result for people: a line, and a table for each list of rows from the task, such as one row per class."""
-    metrics = ", ".join(f"{name} {result[name]:.4f}" for name in task.metrics)
+    metrics = ", ".join(f"{name} {result[name]:.4f}" for name in task.validated)
     counted = f"{result['correct']} of {result['count']}" if "correct" in result else f"{result['count']} samples"
     lines = [f"{result['split']} of {result['checkpoint']}: {metrics} ({counted}), loss {result['loss']:.4f}"]
     for entries in (value for value in result.values() if isinstance(value, list) and value):

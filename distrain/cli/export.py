@@ -56,7 +56,8 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> tuple[Path, Weigh
     ``format``           ``pt``, which other tools expect
     ``model``            name of the model in the configuration
     ``model_config``     JSON: the class and its arguments
-    ``classes``          JSON: names of the classes in the order of the logits
+    ``task``             name of the task, which says what the outputs are: logits of classes, numbers …
+    ``classes``          JSON: names of the classes, labels or numbers in the order of the outputs
     ``input_shape``      JSON: channels, height, width of an image
     ``mean``, ``std``    JSON: one value per channel; the input is ``(pixel / 255 - mean) / std``
     ``step``             number of updates
@@ -100,6 +101,7 @@ def _metadata(folder: RunFolder, weights: Weights) -> dict[str, str]:
         "format": "pt",
         "model": folder.config.model.name,
         "model_config": json.dumps(dataclasses.asdict(folder.config.model)),
+        "task": folder.config.task.name,
         "classes": json.dumps(spec.classes),
         "input_shape": json.dumps([spec.channels, spec.height, spec.width]),
         "mean": json.dumps(folder.mean),

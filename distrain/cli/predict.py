@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,6 +51,9 @@ class PredictSettings(RunSettings):
 
     input: Any = setting("An image file, a folder (with its subfolders), or a list of these.", path=True)
     output: str | None = setting("File for the result, .json or .csv; - or null: JSON on standard output.", path=True)
+    masks: str | None = setting(
+        "Folder for a PNG file of class numbers for each image, by task=segmentation; null: none.", path=True
+    )
     top: int = setting("Number of classes per image, the most probable first.", at_least=1)
     on_error: str = setting(
         "If an image can't be decoded: stop the command, or skip the image.", choices=("stop", "skip")
@@ -61,7 +65,8 @@ class PredictSettings(RunSettings):
     )
 
 
-#: The prediction for a file: its ``path``, and the entries that the task makes from the model's output.
+#: The prediction for a file: its ``path``, and the entries that the task makes from the model's output. ``mask``, of a
+#: task that makes one: the class of each pixel, uint8 [H, W]; from the command, the file that holds it.
 Prediction = dict[str, Any]
 
 
@@ -78,17 +83,84 @@ def run(settings: PredictSettings, world: World | None = None) -> list[Predictio
     require_one_process("predict", world)
     folder = RunFolder.open(settings.run, settings.allow)
     task = tasks.build(folder.config, folder.spec)
-    if settings.top > task.largest_top():
-        raise ConfigError("top", settings.top, f"the run has {task.largest_top()} classes")
+    check_top(task, settings.top)
     target = _output_path(settings.output)
-    predictions = predict_files(folder, task, settings, world)
+    if settings.masks is not None:
+        _check_masks(task, settings.masks)
+    masks = None if settings.masks is None else MaskFiles(Path(settings.masks))
+    predictions = predict_files(folder, task, settings, world, masks.write if masks else _drop_mask)
     as_csv = target is not None and target.suffix.lower() == ".csv"
     output.write_text(target, to_csv(predictions) if as_csv else to_json(predictions))
     return predictions
 
 
-def predict_files(folder: RunFolder, task: Task, settings: PredictSettings, world: World) -> list[Prediction]:
+def _check_masks(task: Task, folder: str) -> None:
+    """Refuses ``masks`` if the task makes none, or if they can't be written there."""
+    if len(task.output_shape) < 3:
+        raise ConfigError("masks", folder, f"task={task.config.task.name} gives no class for each pixel", ["null"])
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("masks", folder, f"can't be made ({error.strerror})") from error
+
+
+def _drop_mask(prediction: Prediction) -> Prediction:
+    return {name: value for name, value in prediction.items() if name != "mask"}
+
+
+class MaskFiles:
+    """Writes masks as PNG files of class numbers, named after the images.
+
+    Args:
+        folder: Where to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._used = folder, dict[str, int]()
+
+    def write(self, prediction: Prediction) -> Prediction:
+        """Writes a prediction's mask, and returns the prediction with the file's path instead of it.
+
+        Raises:
+            ConfigError: The file can't be written.
+        """
+        stem = Path(prediction["path"]).stem
+        self._used[stem] = count = self._used.get(stem, 0) + 1
+        path = self._folder / (f"{stem}.png" if count == 1 else f"{stem}_{count}.png")
+        try:
+            Image.fromarray(prediction["mask"]).save(path)
+        except OSError as error:
+            raise ConfigError("masks", path, f"can't be written ({error.strerror or error})") from error
+        return {**prediction, "mask": str(path)}
+
+
+def check_top(task: Task, top: int) -> None:
+    """Refuses a number of ranked answers that the task doesn't have.
+
+    Raises:
+        ConfigError: ``top`` is too large.
+    """
+    largest = task.largest_top()
+    if top > largest:
+        problem = f"the run has {largest} classes" if largest > 1 else f"task={task.config.task.name} ranks no answers"
+        raise ConfigError("top", top, problem)
+
+
+def predict_files(
+    folder: RunFolder,
+    task: Task,
+    settings: PredictSettings,
+    world: World,
+    finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
+) -> list[Prediction]:
     """The predictions for all images that ``settings.input`` names, in their order.
+
+    Args:
+        folder: The run.
+        task: What the model was trained to do.
+        settings: The keys.
+        world: This process.
+        finish: What to do with each prediction as soon as it is made.
 
     Raises:
         ConfigError: The run or an image can't be used.
@@ -103,7 +175,7 @@ def predict_files(folder: RunFolder, task: Task, settings: PredictSettings, worl
     with warnings.catch_warnings():
         # Pillow warns about files that it can read nevertheless.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        predictions = list(predictor.predict(paths))
+        predictions = [finish(prediction) for prediction in predictor.predict(paths)]
     if not predictions:
         raise ConfigError("input", settings.input, f"none of {len(paths)} images can be decoded")
     return predictions
@@ -245,8 +317,9 @@ class Predictor:
         if not all(finite):
             problem = f"the model's output for {paths[finite.index(False)]} is not finite; did the training diverge?"
             raise ConfigError("checkpoint", self._settings.checkpoint, problem)
-        for path, entries in zip(paths, self._task.predict(outputs, self._settings.top), strict=True):
-            yield {"path": path, **entries}
+        masks = self._task.masks(outputs)
+        for index, entries in enumerate(self._task.predict(outputs, self._settings.top)):
+            yield {"path": paths[index], **entries, **({} if masks is None else {"mask": masks[index].numpy()})}
 
     def _logits(self, inputs: Tensor) -> Tensor:
         return logits_of(self._model(inputs))
@@ -274,10 +347,14 @@ def to_json(predictions: Sequence[Prediction]) -> str:
 
 
 def to_csv(predictions: Sequence[Prediction]) -> str:
-    """CSV with a header; columns of the second ranked answer end with ``_2``, of the third with ``_3``, and so on."""
+    """CSV with a header; columns of the second ranked answer end with ``_2``, of the third with ``_3``, and so on.
+
+    Several labels are joined by ``;``. A value by name, such as the probability of a label, has a column of its own.
+    """
     rows = [_to_cells(prediction) for prediction in predictions]
+    columns = dict.fromkeys(column for row in rows for column in row)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -285,7 +362,12 @@ def to_csv(predictions: Sequence[Prediction]) -> str:
 
 def _to_cells(prediction: Prediction) -> dict[str, Any]:
     """The cells of a prediction, by column."""
-    cells = {name: value for name, value in prediction.items() if name != "top"}
+    cells: dict[str, Any] = {}
+    for name, value in prediction.items():
+        if isinstance(value, dict):
+            cells |= {f"{name}.{inner}": number for inner, number in value.items()}
+        elif name != "top":
+            cells[name] = ";".join(map(str, value)) if isinstance(value, list) else value
     for rank, answer in enumerate(prediction.get("top", ())[1:], start=2):
         cells |= {f"{name}_{rank}": value for name, value in answer.items()}
     return cells

@@ -140,7 +140,7 @@ class RunFolder:
             return newest
         best = read_state(newest)["progress"]["best_step"]
         if best is None:
-            raise ConfigError("checkpoint", _BEST, "the run has no validation accuracy to choose by", [_NEWEST])
+            raise ConfigError("checkpoint", _BEST, "the run has no validation score to choose by", [_NEWEST])
         path = checkpoint_format.checkpoint_path(folder, best)
         if not path.is_dir():
             raise ConfigError("checkpoint", _BEST, f"{path} was removed", [_NEWEST])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distrain import rng
 from distrain.config.schema import AugmentConfig
+from distrain.data.base import IGNORED
 
 #: Identifies augmentation among the uses of random numbers.
 _AUGMENT = 4
@@ -72,6 +73,23 @@ class Augmentation:
         Returns:
             uint8 [n, C, H, W].
         """
+        return self._moved(images, draws, outside=0)
+
+    def move_masks(self, masks: Tensor, draws: Tensor) -> Tensor:
+        """Moves masks as :meth:`flip_and_crop` moves their images; a pixel outside of the image has no known class.
+
+        Cutout leaves masks as they are: what is hidden is still there.
+
+        Args:
+            masks: uint8 [n, H, W].
+            draws: Those of the images.
+
+        Returns:
+            uint8 [n, H, W].
+        """
+        return self._moved(masks.unsqueeze(1), draws, outside=IGNORED).squeeze(1)
+
+    def _moved(self, images: Tensor, draws: Tensor, outside: int) -> Tensor:
         count = len(images)
         if count == 0:
             return images
@@ -80,13 +98,13 @@ class Augmentation:
             # Selecting from both versions is faster than torch.where on uint8, and needs no CUDA synchronisation.
             images = torch.cat((images, images.flip(3))).index_select(0, rows + draws[0] * count)
         if self._padding:
-            windows = self._padded(images).unfold(2, self._height, 1).unfold(3, self._width, 1)
+            windows = self._padded(images, outside).unfold(2, self._height, 1).unfold(3, self._width, 1)
             images = windows[rows, :, draws[1], draws[2]]
         return images
 
-    def _padded(self, images: Tensor) -> Tensor:
+    def _padded(self, images: Tensor, outside: int) -> Tensor:
         if not self._reflect:
-            return F.pad(images, (self._padding,) * 4)
+            return F.pad(images, (self._padding,) * 4, value=outside)
         # By index, since torch's reflection padding doesn't support uint8.
         for dim, size in ((2, self._height), (3, self._width)):
             lines = torch.arange(-self._padding, size + self._padding, device=images.device)

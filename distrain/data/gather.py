@@ -41,7 +41,7 @@ class Gathered(Protocol):
 
 
 def gathered(
-    split: Split, device: torch.device, layout: torch.memory_format, seed: int, *, augmented: bool
+    split: Split, device: torch.device, layout: torch.memory_format, seed: int, *, augmented: bool, masks: bool = False
 ) -> Gathered:
     """How the samples of a split are gathered.
 
@@ -51,21 +51,26 @@ def gathered(
         layout: Their memory format.
         seed: The run's seed.
         augmented: Whether the pixels are augmented after they were gathered.
+        masks: Whether the targets are a class for each pixel.
     """
     if isinstance(split, Items):
         return _Read(split, device, seed)
     assert isinstance(split, Images)
-    return InMemory(split, device, layout, augmented=augmented)
+    return InMemory(split, device, layout, augmented=augmented, masks=masks)
 
 
 class InMemory:
     """Samples in memory, or in a memory map."""
 
-    def __init__(self, images: Images, device: torch.device, layout: torch.memory_format, *, augmented: bool) -> None:
-        self._rows, self._device = images.rows, device
-        self._targets = map_targets(lambda tensor: tensor.to(device), images.targets)
+    def __init__(
+        self, images: Images, device: torch.device, layout: torch.memory_format, *, augmented: bool, masks: bool
+    ) -> None:
+        self._rows, self._device, self._masks = images.rows, device, masks
         self._pixels = images.images
         self.on_device = device.type == "cpu" or _fits_on_device(images, device)
+        # Masks take as much memory as a channel of the images, and stay where these are.
+        self._target_device = device if self.on_device or not masks else torch.device("cpu")
+        self._targets = map_targets(lambda tensor: tensor.to(self._target_device), images.targets)
         self._is_nhwc = False
         if device.type == "cpu":
             # A channels-last copy of all images saves the conversion of every batch. With augmentation there is no such
@@ -78,14 +83,19 @@ class InMemory:
 
     def batches(self, epoch: int, order: EpochOrder, ranges: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Targets]]:
         """See :class:`Gathered`."""
-        # Once per epoch for all samples, since slicing the results is almost free in each step.
+        # Once per epoch for all samples, since slicing the results is almost free in each step; but masks of a whole
+        # epoch are large.
         positions = order.positions
-        device_order = positions.to(self._device)
-        targets = map_targets(lambda tensor: tensor.index_select(0, device_order), self._targets)
+        target_order = positions.to(self._target_device)
+        targets = None if self._masks else self._targets_at(target_order)
         rows = positions if self._rows is None else self._rows.index_select(0, positions)
         rows = rows.to(self._pixels.device)
         for low, high in ranges:
-            yield self._gather(rows[low:high]), slice_targets(targets, low, high)
+            share = self._targets_at(target_order[low:high]) if self._masks else slice_targets(targets, low, high)
+            yield self._gather(rows[low:high]), share
+
+    def _targets_at(self, positions: Tensor) -> Targets:
+        return map_targets(lambda tensor: tensor.index_select(0, positions), self._targets)
 
     def _gather(self, rows: Tensor) -> Tensor:
         """[n, C, H, W] on the device of ``self._pixels``; in pinned memory if a CUDA device must still copy them."""

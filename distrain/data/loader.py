@@ -54,6 +54,8 @@ class Loader:
         augment: Augmentation; ``None`` for none.
         prefetch: Number of batches that a background thread prepares; 0: each is made when it is needed.
 
+        masks: The targets are a class for each pixel, and are moved by the augmentation like their images.
+
     Attributes:
         shard: As above; may be changed between epochs.
     """
@@ -73,6 +75,7 @@ class Loader:
         shuffle: bool = False,
         augment: AugmentConfig | None = None,
         prefetch: int = 0,
+        masks: bool = False,
     ) -> None:
         _, height, width = images.shape
         self._batch_size, self.shard = batch_size, shard
@@ -82,8 +85,8 @@ class Loader:
         self._compute_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         augmentation = None if augment is None else Augmentation(augment, height, width, seed)
         self._augmentation = augmentation if augmentation is not None and augmentation.active else None
-        augmented = self._augmentation is not None
-        self._samples = gathered(images, device, memory_format, seed, augmented=augmented)
+        self._masks, augmented = masks, self._augmentation is not None
+        self._samples = gathered(images, device, memory_format, seed, augmented=augmented, masks=masks)
         # Worker processes prepare samples ahead; reading them in this process changes its random generators meanwhile.
         reads_here = isinstance(images, Items) and (device.type == "cpu" or not images.workers.count)
         self._prefetch = 0 if reads_here else prefetch
@@ -148,8 +151,11 @@ class Loader:
         pixels, draws = raw.pixels, raw.draws
         if not self._samples.on_device:
             pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")
+            raw.batch.targets = map_targets(lambda tensor: tensor.to(self._device), raw.batch.targets)
         if self._augmentation is not None and draws is not None:
             pixels = self._augmentation.flip_and_crop(pixels, draws)
+            if self._masks:
+                raw.batch.targets = self._augmentation.move_masks(raw.batch.targets, draws)
         # The layout is converted while the pixels are bytes, which moves a quarter of the memory.
         images = pixels.contiguous(memory_format=self._memory_format).to(self._compute_dtype)
         # Not one fused operation, whose rounding would depend on the position of a pixel in the batch.

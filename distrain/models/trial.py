@@ -45,6 +45,7 @@ class ModelTrial:
         in_channels: Channels of the images.
         num_classes: Number of logits per sample.
         image_size: Height and width of the images in pixels.
+        output_shape: Shape of the outputs for one sample; by default a logit for each class.
         allowed: Prefixes that the ``_target_`` of a ``custom`` model may have.
         dtype: Floating-point format of parameters and images.
         autocast: The context of forward passes.
@@ -75,6 +76,7 @@ class ModelTrial:
         in_channels: int,
         num_classes: int,
         image_size: tuple[int, int],
+        output_shape: tuple[int, ...] | None = None,
         allowed: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -82,6 +84,7 @@ class ModelTrial:
     ) -> None:
         self._config, self._num_classes, self._dtype, self._autocast = config, num_classes, dtype, autocast
         self._image_shape = (in_channels, *image_size)
+        self._output_shape = (num_classes,) if output_shape is None else output_shape
         self._allowed, self._extra_check = allowed, extra_check
         #: Whether the model is not one of distrain's own, of which all is known that can't be seen in shapes.
         self._is_foreign = not config._target_.startswith("distrain.models.")
@@ -287,15 +290,18 @@ class ModelTrial:
                 output: Any = self.model(images)
         except Exception as error:  # a user's forward may raise anything
             raise _Refused(f"fails on images {shape}{mode} {described(error)}") from error
-        expected = [len(images), self._num_classes]
-        needed = f"logits {expected} are needed: "
+        expected = [len(images), *self._output_shape]
+        needed = f"outputs {expected} are needed: "
         try:
             result = logits_of(output)
         except NoLogits as error:
             way_out = "its forward must return them alone, first in a tuple, or as `logits` of a dictionary or object"
             raise _Refused(f"returns {error} for images {shape}{mode}; {needed}{way_out}") from error
         if (actual := list(result.shape)) != expected:
-            way_out = "its forward must return one tensor with a row for each image and a column for each class"
+            each = "a row for each image and a column for each class or number"
+            if len(self._output_shape) > 1:
+                each = "a number for each image, class and pixel"
+            way_out = f"its forward must return one tensor with {each}"
             raise _Refused(f"returns {actual} for images {shape}{mode}; {needed}{way_out}")
         if not result.is_floating_point():
             raise _Refused(f"returns logits of {result.dtype}{mode}; they must be real numbers, such as torch.float32")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -14,6 +14,8 @@ from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.data.batch import Targets
+from distrain.errors import ConfigError
+from distrain.optim.losses import describe_targets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Sums of a task's metrics by name; those of several batches or ranks are added.
 MetricState = dict[str, Tensor]
+
+#: The task for each kind of targets.
+_TASKS = {"class": "classification", "labels": "multilabel", "numbers": "regression", "mask": "segmentation"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,12 @@ class Task(ABC):
         spec: What is known of the data before they are loaded.
 
     Attributes:
-        metrics: Names of the means that are logged, for training and evaluation; by the first one, validated, the best
-            checkpoint is chosen.
-        higher_is_better: Whether a larger value of that metric is better.
+        target: Kind of the targets; see :attr:`distrain.data.base.DataSpec.target`. ``None``: any kind.
+        metrics: Names of the means that are logged, for training and evaluation.
+        higher_is_better: Whether a larger :attr:`score` is better.
     """
 
+    target: ClassVar[str | None] = None
     metrics: ClassVar[tuple[str, ...]]
     higher_is_better: ClassVar[bool] = True
 
@@ -70,6 +76,39 @@ class Task(ABC):
     @abstractmethod
     def output_size(self) -> int:
         """Numbers that the model's last layer gives for a sample."""
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the outputs for one sample."""
+        return (self.output_size,)
+
+    @property
+    def score(self) -> str:
+        """Name of the metric by which, on the validation samples, the best checkpoint is chosen."""
+        return self.metrics[0]
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """Names of the metrics that are logged of an evaluation: :attr:`metrics` and :attr:`score`."""
+        return tuple(dict.fromkeys((*self.metrics, self.score)))
+
+    def set_class_weights(self, weights: Sequence[float]) -> None:
+        """Multiplies the loss of each class by its weight from now on; the divisor stays the number of samples.
+
+        All ranks call it with the same weights before they train or evaluate.
+
+        Raises:
+            ConfigError: See :meth:`check_class_weights`.
+        """
+        self.check_class_weights()
+
+    def check_class_weights(self) -> None:
+        """Refuses weights of classes where the loss takes none, or where ``loss.class_weights`` gives them already.
+
+        Raises:
+            ConfigError: One line that names the loss.
+        """
+        raise ConfigError("task.name", self.config.task.name, "its loss takes no class weights")
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, int]:
@@ -131,6 +170,10 @@ class Task(ABC):
         """
         return [{"output": values} for values in outputs.tolist()]
 
+    def masks(self, outputs: Tensor) -> Tensor | None:
+        """Pictures of what the outputs mean, uint8 ``[n, H, W]``, one a sample; ``None`` if there are no such."""
+        return None
+
     def largest_top(self) -> int:
         """The largest ``top`` that :meth:`predict` can give."""
         return 1
@@ -140,6 +183,11 @@ def build(config: Config, spec: DataSpec) -> Task:
     """The task that the configuration names.
 
     Raises:
-        ConfigError: The data don't fit the task.
+        ConfigError: The data don't fit the task, or the loss doesn't.
     """
-    return cast(Task, choice("task", config.task.name).target(config, spec))
+    task = cast("type[Task]", choice("task", config.task.name).target)
+    if task.target not in (None, spec.target):
+        has, needs = describe_targets(spec.target), describe_targets(str(task.target))
+        problem = f"needs {needs}, and data={config.data.name} has {has}; type task={_TASKS[spec.target]}"
+        raise ConfigError("task.name", config.task.name, problem)
+    return task(config, spec)

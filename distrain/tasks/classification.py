@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,53 +9,25 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain.config.registry import register
-from distrain.config.schema import Config, TaskConfig
-from distrain.data.base import DataSpec, Split
-from distrain.data.evaluation_views import averaged_logits
-from distrain.errors import config_error
-from distrain.optim import losses
-from distrain.tasks.base import Evaluation, MetricState, Task
+from distrain.config.schema import TaskConfig
+from distrain.data.base import Split
+from distrain.tasks.base import Evaluation, MetricState
+from distrain.tasks.supervised import Supervised
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @register("task", "classification", TaskConfig)
-class Classification(Task):
-    """The model gives a logit for each class; targets are classes, int64 ``[n]``.
+class Classification(Supervised):
+    """The model gives a logit for each class; targets are classes, int64 ``[n]``."""
 
-    The loss is the configuration's ``loss``. In evaluation logits are averaged over the views that
-    ``trainer.test_views`` names.
-
-    Raises:
-        ConfigError: The data set has no classes.
-    """
-
+    target = "class"
     metrics = ("accuracy",)
-
-    def __init__(self, config: Config, spec: DataSpec) -> None:
-        super().__init__(config, spec)
-        if spec.target != "class" or not spec.classes:
-            raise config_error("task.name", "classification needs data with one class a sample")
-        self._loss = losses.build(config.loss)
-        self._views = config.trainer.test_views
-
-    @property
-    @override
-    def output_size(self) -> int:
-        return len(self.spec.classes)
-
-    @override
-    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        return self._loss(outputs, targets), len(targets)
 
     @override
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.argmax(1) == targets).sum().unsqueeze(0)
-
-    @override
-    def evaluate(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        return averaged_logits(forward, inputs, self._views)
 
     @override
     def metric_state(self, device: torch.device) -> MetricState:

@@ -63,6 +63,7 @@ def build_loader(
         shuffle=training,
         augment=data.augment if training else None,
         prefetch=prefetch_depth(data, splits, plan.device),
+        masks=splits.spec.target == "mask",
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -128,7 +128,7 @@ class ProgressBar(Callback):
     def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
         self._bar.set_description_str(_title(run), refresh=False)
         self._bar.set_postfix_str(
-            f"loss {values['train/loss']:.4f}, {_metrics(run, values, 'train/', 3)}, "
+            f"loss {values['train/loss']:.4f}, {_metrics(run.task.metrics, values, 'train/', 3)}, "
             f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}{_sent(values)}",
             refresh=False,
         )
@@ -167,7 +167,7 @@ class PlainProgress(Callback):
         self._last = now
         print(
             f"step {run.progress.step}/{run.total_steps}: loss {values['train/loss']:.4f}, "
-            f"{_metrics(run, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
+            f"{_metrics(run.task.metrics, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
             f"communication {values['time/communication']:.0%}{_sent(values)}",
             file=self._stream or TERMINAL,
             flush=True,
@@ -195,15 +195,15 @@ def _title(run: RunView) -> str:
     return f"epoch {min(run.progress.epoch + 1, epochs)}/{epochs}"
 
 
-def _metrics(run: RunView, values: Mapping[str, float], prefix: str, digits: int) -> str:
-    return ", ".join(f"{escaped(name)} {values[prefix + name]:.{digits}f}" for name in run.task.metrics)
+def _metrics(names: Iterable[str], values: Mapping[str, float], prefix: str, digits: int) -> str:
+    return ", ".join(f"{escaped(name)} {values[prefix + name]:.{digits}f}" for name in names)
 
 
 def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
     parts = [f"epoch {run.progress.epoch}/{run.config.trainer.epochs}:"]
-    parts.append(f"loss {values['epoch/train_loss']:.4f}, {_metrics(run, values, 'epoch/train_', 4)}")
+    parts.append(f"loss {values['epoch/train_loss']:.4f}, {_metrics(run.task.metrics, values, 'epoch/train_', 4)}")
     if "epoch/val_loss" in values:
-        metrics = _metrics(run, values, "epoch/val_", 4)
+        metrics = _metrics(run.task.validated, values, "epoch/val_", 4)
         parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
     # A first epoch that is all warm-up has no speed yet.
     if speed := values["epoch/images_per_second"]:

@@ -174,7 +174,7 @@ class Report:
 
     def validation(self, evaluation: Evaluation) -> dict[str, float]:
         """What is to be logged of a validation."""
-        metrics = {f"epoch/val_{name}": evaluation.metrics[name] for name in self._task.metrics}
+        metrics = {f"epoch/val_{name}": evaluation.metrics[name] for name in self._task.validated}
         return {"epoch/val_loss": evaluation.loss, **metrics}
 
     def _means(self, sums: Sequence[float]) -> tuple[float, dict[str, float], float]:
@@ -218,8 +218,8 @@ class Report:
             "skipped_updates": progress.skipped_updates,
             "rewinds": progress.rewinds,
             "train_loss": progress.train_loss if progress.epoch else (loss if count else None),
-            f"val_{self._task.metrics[0]}": progress.val_score,
-            f"best_val_{self._task.metrics[0]}": progress.best_score,
+            f"val_{self._task.score}": progress.val_score,
+            f"best_val_{self._task.score}": progress.best_score,
             "best_step": progress.best_step,
             "best_epoch": progress.best_epoch,
             **{f"test_{name}": value for name, value in test.metrics.items()},
@@ -256,7 +256,7 @@ class Report:
                     self.logger.figure(step, f"test/{name}", figure)
             for name, figure in self._strategy.figures().items():
                 self.logger.figure(step, name, figure)
-        score = self._task.metrics[0]
+        score = self._task.score
         numbers = ("train_loss", f"val_{score}", f"test_{score}", "test_loss", "images_per_second")
         final = {f"final/{name}": float(summary[name]) for name in numbers if summary[name] is not None}
         self.logger.hyperparameters(hyperparameters(self._config, sys.argv), final)

@@ -121,6 +121,7 @@ class RunPlan:
             in_channels=self.spec.channels,
             num_classes=self.task.output_size,
             image_size=(self.spec.height, self.spec.width),
+            output_shape=self.task.output_shape,
             dtype=self.dtype,
             autocast=precision.autocast,
             extra_check=functools.partial(_check_model, config, self.strategy),

@@ -185,7 +185,7 @@ class Trainer:
         saves = self.checkpointing.is_due_after_epoch(self.progress.epoch)
         if evaluation is not None:
             values |= self.report.validation(evaluation)
-            self.progress.val_score = evaluation.metrics[self.task.metrics[0]]
+            self.progress.val_score = evaluation.metrics[self.task.score]
             # Only what is saved can be kept as the best.
             if saves:
                 self.checkpointing.note_score(self.progress, self.progress.val_score)

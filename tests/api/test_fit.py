@@ -295,7 +295,7 @@ NAN = np.where(X > 3, np.nan, X)
         ({"train": "digitz"}, r"data=digitz: no such choice; .*\(did you mean digits\?\)"),
         ({"classes": 3}, r"classes=3: is too few: there are labels up to 3"),
         ({"classes": "abcd"}, r"classes=abcd: must be the number of classes, or a list"),
-        ({"classes": 7}, r"model._target_=torch.*Sequential: returns \[2, 4\] .* logits \[2, 7\] are needed"),
+        ({"classes": 7}, r"model._target_=torch.*Sequential: returns \[2, 4\] .* outputs \[2, 7\] are needed"),
         ({"data.val_fraction": 0.0}, r"data.val_fraction=0.0: leaves no samples to test the model on; pass val="),
         ({"model": 3}, r"model: is a int; pass an nn.Module, a class or function"),
         ({"model": "resnet19"}, r"model=resnet19: no such choice; .*\(did you mean resnet18\?\)"),

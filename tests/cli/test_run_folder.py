@@ -253,7 +253,7 @@ def test_a_missing_checkpoint_is_reported(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint=.*manifest\.json is missing|state\.json is missing"):
         weights(run, str(run))
     set_progress(checkpoint_format.list_checkpoints(run / "checkpoints")[-1], best_step=None)
-    with pytest.raises(ConfigError, match="the run has no validation accuracy to choose by"):
+    with pytest.raises(ConfigError, match="the run has no validation score to choose by"):
         weights(run, "best")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match=r"run=.*: has no complete checkpoint yet"):

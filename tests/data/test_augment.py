@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from distrain.data.augment import Augmentation
+from distrain.data.base import IGNORED
 from tests.data.helpers import augment, random_images
 
 HEIGHT, WIDTH = 8, 6
@@ -88,3 +89,16 @@ def test_a_batch_may_be_empty(count: int) -> None:
 def test_augmentation_is_active_only_if_configured() -> None:
     assert not Augmentation(augment(), HEIGHT, WIDTH, seed=0).active
     assert Augmentation(augment(cutout=1), HEIGHT, WIDTH, seed=0).active
+
+
+@pytest.mark.parametrize("border", ["zeros", "reflect"])
+def test_masks_move_with_their_images_and_are_unknown_outside(border: str) -> None:
+    augmentation = Augmentation(augment(flip=True, crop_padding=2, crop_border=border, cutout=3), HEIGHT, WIDTH, seed=1)
+    # As images without a black pixel, masks are moved to the same places.
+    images = random_images(40, channels=1).images.clamp(1, 200)
+    draws = augmentation.draws(0, torch.arange(40))
+    moved = augmentation.flip_and_crop(images, draws)
+    masks = augmentation.move_masks(images.squeeze(1), draws)
+    assert masks.equal(moved.squeeze(1).masked_fill(moved.squeeze(1) == 0, IGNORED))
+    assert bool((masks == IGNORED).any()) == (border == "zeros")
+    assert augmentation.move_masks(images[:0].squeeze(1), draws[:, :0]).shape == (0, HEIGHT, WIDTH)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.data.evaluation_views import averaged_logits
+from distrain.data.evaluation_views import averaged_outputs
 
 IMAGES = torch.randn(5, 3, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -41,7 +41,7 @@ def moved(images: Tensor, rows: int, columns: int) -> Tensor:
     ],
 )
 def test_views_have_their_documented_weights(views: str, expected: Tensor) -> None:
-    torch.testing.assert_close(averaged_logits(corners, IMAGES, views), expected)
+    torch.testing.assert_close(averaged_outputs(corners, IMAGES, views), expected)
 
 
 def test_a_forward_pass_may_overwrite_the_logits_of_the_one_before() -> None:
@@ -50,7 +50,7 @@ def test_a_forward_pass_may_overwrite_the_logits_of_the_one_before() -> None:
     def reusing_memory(images: Tensor) -> Tensor:
         return memory.copy_(corners(images))
 
-    torch.testing.assert_close(averaged_logits(reusing_memory, IMAGES, "flip"), mirrored(IMAGES))
+    torch.testing.assert_close(averaged_outputs(reusing_memory, IMAGES, "flip"), mirrored(IMAGES))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -64,5 +64,5 @@ def test_a_model_that_changes_its_images_in_place_sees_each_view_unchanged(
         return corners(images)
 
     with mode():
-        expected = averaged_logits(lambda images: changing(images.clone()), IMAGES.clone(), views)
-        assert torch.equal(averaged_logits(changing, IMAGES.clone(), views), expected)
+        expected = averaged_outputs(lambda images: changing(images.clone()), IMAGES.clone(), views)
+        assert torch.equal(averaged_outputs(changing, IMAGES.clone(), views), expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrain.data.base import DataSpec, Images, assemble
+from distrain.data.base import IGNORED, DataSpec, Images, assemble
 from distrain.data.batch import Batch
 from distrain.data.loader import Loader, prefetch_depth
 from tests.data.helpers import augment, data_config, random_images
@@ -171,3 +171,17 @@ def test_batches_on_cuda_equal_those_on_cpu(mapped: bool, prefetch: int) -> None
         torch.testing.assert_close(ours.inputs.cpu(), expected.inputs, rtol=1e-6, atol=1e-6)
         assert ours.targets.cpu().equal(expected.targets)
         assert ours.indices.equal(expected.indices)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_masks_are_moved_like_their_images_in_training_and_not_in_evaluation(prefetch: int) -> None:
+    # Each mask is the first channel of its image, so that it can be recognised.
+    pixels = random_images(23).images.clamp(1, 200)
+    split = Images(pixels, pixels[:, 0].clone())
+    options = {"masks": True, "mean": [0.0] * 3, "std": [1.0] * 3, "prefetch": prefetch}
+    moving = loader(split, **options, augment=augment(flip=True, crop_padding=2))
+    for batch in moving.epoch(0, consumed=3):
+        shown = (batch.inputs[:, 0] * 255).round().to(torch.uint8)
+        assert batch.targets.equal(shown.masked_fill(shown == 0, IGNORED))
+    still = torch.cat([batch.targets for batch in loader(split, **options, shuffle=False).epoch(0)])
+    assert still.equal(split.targets)

@@ -139,7 +139,7 @@ def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
         ("my_models.number", {}, "makes a int, not an nn.Module"),
         ("my_models.__name__", {}, "neither an nn.Module class nor a function"),
         ("pathlib.Path", {}, "neither an nn.Module class nor a function"),
-        ("my_models.WrongShape", {}, "returns [2, 3] for images [2, 1, 8, 8]; logits [2, 10] are needed"),
+        ("my_models.WrongShape", {}, "returns [2, 3] for images [2, 1, 8, 8]; outputs [2, 10] are needed"),
         ("torch.nn.Conv2d", {"out_channels": 3, "kernel_size": 9}, "fails on images [2, 1, 8, 8] (RuntimeError"),
     ],
 )

@@ -34,7 +34,7 @@ def trainer(**progress: int) -> Any:
         total_steps=20,
         progress=SimpleNamespace(**{"step": 0, "epoch": 0, **progress}),
         config=SimpleNamespace(trainer=SimpleNamespace(epochs=2)),
-        task=SimpleNamespace(metrics=("accuracy",)),
+        task=SimpleNamespace(metrics=("accuracy",), validated=("accuracy",)),
         runtime=SimpleNamespace(world=SimpleNamespace(rank=0)),
         now=0.0,
     )

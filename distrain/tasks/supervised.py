@@ -1,0 +1,58 @@
+"""What the tasks have in common whose loss is the configuration's ``loss``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from typing_extensions import override
+
+from distrain.config.schema import Config
+from distrain.data.base import DataSpec
+from distrain.data.evaluation_views import averaged_outputs
+from distrain.errors import ConfigError, config_error
+from distrain.optim import losses
+from distrain.tasks.base import Task
+
+
+class Supervised(Task):
+    """Outputs are compared with targets by the configured loss; each class has a name.
+
+    In evaluation outputs are averaged over the views that ``trainer.test_views`` names.
+
+    Raises:
+        ConfigError: The data name no classes, or the loss doesn't fit them.
+    """
+
+    def __init__(self, config: Config, spec: DataSpec) -> None:
+        super().__init__(config, spec)
+        if not spec.classes:
+            raise config_error("task.name", f"{config.task.name} needs data that name their classes")
+        self._loss = losses.build(config.loss, spec)
+
+    @property
+    @override
+    def output_size(self) -> int:
+        return len(self.spec.classes)
+
+    @override
+    def set_class_weights(self, weights: Sequence[float]) -> None:
+        self.check_class_weights()
+        self._loss.set_class_weights(weights)
+
+    @override
+    def check_class_weights(self) -> None:
+        if not self._loss.takes_class_weights:
+            problem = f"takes no class weights with task={self.config.task.name}"
+            raise ConfigError("loss.name", self.config.loss.name, problem)
+        given = getattr(self.config.loss, "class_weights", None)
+        if given is not None:
+            raise ConfigError("loss.class_weights", given, "are given, so the data can't choose them", ["null"])
+
+    @override
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        return self._loss(outputs, targets), len(targets)
+
+    @override
+    def evaluate(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return averaged_outputs(forward, inputs, self.config.trainer.test_views)

@@ -1,0 +1,59 @@
+"""Every strategy trains every task as one process does: the same parameters and the same metrics, of ragged shares."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.runs import relative_difference, small, train_on_rank
+
+TASKS = {
+    "multilabel": ("data.target=labels", "task=multilabel", "loss=asymmetric", "loss.class_weights=[1,2,0.5,1]"),
+    "regression": ("data.target=numbers", "task=regression", "loss=huber", "loss.delta=0.1"),
+    "segmentation": (
+        *("data.target=mask", "task=segmentation", "model=dilated_cnn", "model.widths=[6,4]", "loss=focal"),
+        *("data.augment.flip=true", "data.augment.crop_padding=2", "trainer.test_views=flip"),
+    ),
+}
+STRATEGIES = {
+    "ddp": ("strategy=ddp", "trainer.micro_batch_size=2"),
+    "pipeline": ("strategy=pipeline", "strategy.stages=3", "strategy.microbatches=3"),
+    "local_sgd": ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0"),
+    "parameter_server": ("strategy=parameter_server",),
+}
+#: Both batches of 10 and the last one of 7 leave the three ranks unequal shares.
+STEPS = 6
+
+
+def train(folder: Path, task: str, ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    fixed = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.precision=fp64", "trainer.epochs=2")
+    steps = (f"trainer.max_steps={STEPS}", "resume=never", f"run_dir={folder}")
+    return run_ranks(train_on_rank, ranks, small(*fixed, *steps, *TASKS[task], *overrides))
+
+
+@functools.cache
+def serial(task: str, folder: Path) -> dict[str, Any]:
+    return train(folder / task, task, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize(
+    ("task", "strategy"),
+    [*itertools.product(TASKS, ("ddp", "pipeline")), ("segmentation", "local_sgd"), ("multilabel", "parameter_server")],
+)
+def test_a_strategy_trains_a_task_as_one_process_does(task: str, strategy: str, folder: Path) -> None:
+    expected = serial(task, folder)
+    run = next(run for run in train(folder / f"{task}_{strategy}", task, 3, *STRATEGIES[strategy]) if run["summary"])
+    assert relative_difference(run["model"], expected["model"]) <= 1e-12
+    for name, value in expected["summary"].items():
+        if name.startswith(("train_loss", "val_", "best_", "test_")):
+            assert run["summary"][name] == pytest.approx(value, rel=1e-9), name
