@@ -17,6 +17,7 @@ from distrain import rng
 from distrain.config.registry import choice
 from distrain.config.schema import DataConfig
 from distrain.data.batch import Targets, map_targets
+from distrain.data.sampler import Blocks
 from distrain.errors import ConfigError, config_error
 
 #: Prefixes of random keys, so that different draws with the same seed are independent.
@@ -82,6 +83,11 @@ class Split(ABC):
     def one(self) -> int:
         """What mean and standard deviation count as 1: the 255 of a pixel value, or 1 for floating-point numbers."""
         return 255 if self.dtype == torch.uint8 else 1
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Which samples should be read one soon after the other; ``None`` if that makes no difference."""
+        return None
 
     @abstractmethod
     def subset(self, positions: Tensor) -> Split:

@@ -140,15 +140,18 @@ class ImageCache:
 
     Attributes:
         images: uint8 [N, C, H, W], a read-only memory map of the file; ``None`` if the cache keeps no pixels.
-        encoded: Where the encoded images lie: in the cache, or in the source's files; ``None`` if it keeps pixels.
-        moments: int64 [N, C, 2], sums and sums of squares of each image's pixels.
+        encoded: Where the encoded images lie: in the cache, or in the source's files.
+        moments: int64 [N, C, 2], sums and sums of squares of each image's pixels; ``None`` if they aren't known.
         broken: Indices of the images that could not be decoded.
     """
 
     images: Tensor | None
-    encoded: ByteRanges | None
-    moments: Tensor
+    encoded: ByteRanges
+    moments: Tensor | None
     broken: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.encoded)
 
 
 def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCache:
@@ -168,7 +171,7 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCa
         spec.root,
         target,
         lambda: _open(spec, target),
-        lambda built: _build(spec, built, workers or decode_processes.available_cores()),
+        lambda built: _build(spec, built, decode_processes.available_cores() if workers is None else max(workers, 1)),
     )
 
 
@@ -181,16 +184,16 @@ def _open(spec: CacheSpec, target: Path) -> ImageCache | None:
         broken = tuple(int(index) for index in meta["broken"])
         if not complete or any(not 0 <= index < count for index in broken):
             return None
-        images, encoded = None, spec.pieces
+        images, encoded = None, spec.all_pieces()
         if spec.keeps == PIXELS:
             # Not torch.from_file: its private memory map can't be larger than the host's memory.
             pixels = np.memmap(target / _IMAGES, dtype=np.uint8, mode="r", shape=(count, *shape))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the tensor is meant to be read-only
-                images, encoded = torch.from_numpy(pixels), None
+                images = torch.from_numpy(pixels)
         elif spec.keeps == ENCODED:
             sizes = np.fromfile(target / _SIZES, dtype=np.int64)
-            if (sizes != spec.all_pieces().size).any():
+            if (sizes != encoded.size).any():
                 return None
             encoded = end_to_end(target / _ENCODED, sizes)
         moments = torch.from_numpy(np.fromfile(target / _MOMENTS, dtype=np.int64))

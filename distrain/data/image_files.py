@@ -1,4 +1,4 @@
-"""What data sets of image files share, however they find the files: their keys, the cache of pixels, the splits."""
+"""What data sets of encoded images share, however they find them: their keys, the cache, the splits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain.config.schema import DataConfig, setting
-from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, hold_out_test
+from distrain.data.base import DataSource, DataSpec, Images, Split, Splits, assemble, hold_out_test
 from distrain.data.batch import Targets
 from distrain.data.build_folder import is_build_folder
-from distrain.data.image_cache import CacheSpec, ImageFile, open_or_build
+from distrain.data.byte_ranges import ByteRanges
+from distrain.data.encoded import EncodedReader
+from distrain.data.image_cache import ENCODED, MOMENTS, CacheSpec, ImageCache, ImageFile, open_or_build
+from distrain.data.items import Items
+from distrain.data.workers import ItemWorkers
 from distrain.errors import ConfigError
 from distrain.files.user_cache import user_cache_folder
 
@@ -26,8 +30,8 @@ _CACHE = ".distrain-cache"
 
 
 @dataclass
-class ImageFilesConfig(DataConfig):
-    """Keys of every data set of image files."""
+class DecodedImagesConfig(DataConfig):
+    """Keys of every data set whose images are encoded, as JPEG or PNG for example."""
 
     height: int = setting("Height of each image after resizing, in pixels.", at_least=1)
     width: int = setting("Width of each image after resizing, in pixels.", at_least=1)
@@ -39,11 +43,26 @@ class ImageFilesConfig(DataConfig):
         "If an image can't be decoded: stop ends the run, skip leaves it out.", choices=("stop", "skip")
     )
     cache: str | None = setting(
-        "Folder for decoded images; null: .distrain-cache beside them, else in the user's cache or among temporary "
-        "files.",
+        "Folder for the cache; null: .distrain-cache beside them, else in the user's cache or among temporary files.",
         path=True,
     )
-    workers: int | None = setting("Decoding processes; null: one per CPU core.", at_least=1)
+    workers: int | None = setting(
+        "Decoding processes; null: one per CPU core. Images that stay encoded are decoded by this many processes of "
+        "each rank (null: its share of the cores, at most 8), or by the rank itself (0).",
+        at_least=0,
+    )
+
+
+@dataclass
+class ImageFilesConfig(DecodedImagesConfig):
+    """Keys of every data set of image files."""
+
+    cache_format: str = setting(
+        "What the cache holds: pixels, which are ready to use; or encoded images, which take less space and are "
+        "decoded by worker processes in every epoch. Both train the same.",
+        choices=("pixels", "encoded"),
+        default="pixels",
+    )
 
 
 @dataclass(frozen=True)
@@ -53,20 +72,24 @@ class LabelledFiles:
     Attributes:
         root: Folder of the files.
         files: The image files.
-        targets: Targets of the files, in the same order; see :attr:`distrain.data.base.DataSpec.target`.
-        parts: Indices of the files of each part: ``train``, and ``val`` and ``test`` if these are set apart.
+        targets: Targets of the images, in the same order; see :attr:`distrain.data.base.DataSpec.target`.
+        parts: Indices of the images of each part: ``train``, and ``val`` and ``test`` if these are set apart.
+        pieces: Where in the files the images lie; ``None`` if each file is an image.
+        window: Number of files to read from at a time, if they hold many images each; ``None``: any.
     """
 
     root: Path
     files: Sequence[ImageFile]
     targets: Targets
     parts: Mapping[str, Sequence[int]]
+    pieces: ByteRanges | None = None
+    window: int | None = None
 
 
 class ImageFilesSource(DataSource):
     """A data set of image files, whose configuration is an :class:`ImageFilesConfig`."""
 
-    compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"cache", "workers"}
+    compatible_keys: ClassVar[frozenset[str]] = DataSource.compatible_keys | {"cache", "cache_format", "workers"}
 
     @classmethod
     @override
@@ -78,32 +101,64 @@ class ImageFilesSource(DataSource):
         return changes
 
 
-def load_splits(config: ImageFilesConfig, spec: DataSpec, labelled: LabelledFiles) -> Splits:
-    """Opens the cache of decoded images, and decodes the files first if it doesn't exist; then makes the splits.
+def load_splits(config: DecodedImagesConfig, spec: DataSpec, labelled: LabelledFiles) -> Splits:
+    """Opens the cache of the images, and makes it first if it doesn't exist; then makes the splits.
 
     Raises:
         ConfigError: An image can't be decoded and may not be skipped, the cache can't be written, or no images are left
             for a part.
     """
-    skips = config.on_error == "skip"
-    recipe = CacheSpec(labelled.root, labelled.files, config.channels, config.height, config.width, skips)
-    cache = open_or_build(recipe, _cache_folder(config, labelled.root), config.workers)
+    cache = _open_cache(config, labelled)
     if cache.broken:
-        log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(labelled.files))
-    assert cache.images is not None
-    streamed = cache.images.nbytes > config.memory_limit_mb * 2**20
-    everything = Images(cache.images, labelled.targets, torch.arange(len(labelled.files)) if streamed else None)
+        log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(cache))
+    everything: Split
+    if cache.images is None:
+        reader = EncodedReader(cache.encoded, spec, labelled.window)
+        everything = Items.of(reader, spec, ItemWorkers(config.workers, config.prefetch), labelled.targets)
+    else:
+        streamed = cache.images.nbytes > config.memory_limit_mb * 2**20
+        everything = Images(cache.images, labelled.targets, torch.arange(len(cache)) if streamed else None)
     rows = {part: _without(indices, cache.broken) for part, indices in labelled.parts.items()}
     if "test" not in rows:
         keep, test = hold_out_test(len(rows["train"]), config.test_fraction, config.split_seed)
         rows["train"], rows["test"] = rows["train"][keep], rows["train"][test]
-    moments = cache.moments.index_select(0, rows["train"])
+    moments = None if cache.moments is None else cache.moments.index_select(0, rows["train"])
     val = everything.subset(rows["val"]) if "val" in rows else None
     train, test_images = everything.subset(rows["train"]), everything.subset(rows["test"])
     return assemble(config, spec, train, test_images, val=val, moments=moments)
 
 
-def _cache_folder(config: ImageFilesConfig, root: Path) -> Path:
+def _open_cache(config: DecodedImagesConfig, labelled: LabelledFiles) -> ImageCache:
+    keeps = config.cache_format if isinstance(config, ImageFilesConfig) else ENCODED
+    skips = config.on_error == "skip"
+    if labelled.pieces is not None and keeps == ENCODED:
+        if not skips and config.mean is not None and config.std is not None:
+            # Nothing needs to be known of the images before they are read.
+            return ImageCache(None, labelled.pieces, None, ())
+        keeps = MOMENTS
+    recipe = CacheSpec(
+        labelled.root,
+        labelled.files,
+        config.channels,
+        config.height,
+        config.width,
+        skips,
+        keeps,
+        labelled.pieces,
+    )
+    return open_or_build(recipe, cache_folder(config, labelled.root), config.workers)
+
+
+def cache_folder(config: DecodedImagesConfig, root: Path) -> Path:
+    """The folder that holds the caches of a data set.
+
+    Args:
+        config: May name it.
+        root: Folder of the data set.
+
+    Raises:
+        ConfigError: There is no folder to write to.
+    """
     if config.cache is not None:
         return Path(config.cache)
     in_root = root / _CACHE

@@ -13,6 +13,7 @@ from distrain import rng
 from distrain.data.base import DataSpec, Images, Split
 from distrain.data.batch import Targets, map_targets
 from distrain.data.reading import CheckedReader, ItemReader, Request, Samples
+from distrain.data.sampler import Blocks
 from distrain.data.workers import ItemWorkers
 
 #: Identifies random draws inside of readers among the uses of random numbers.
@@ -76,6 +77,12 @@ class Items(Split):
     @override
     def dtype(self) -> torch.dtype:
         return self.source.dtype
+
+    @property
+    @override
+    def blocks(self) -> Blocks | None:
+        blocks = self.source.reader.blocks()
+        return None if blocks is None else Blocks(blocks.numbers.index_select(0, self.rows), blocks.window)
 
     @override
     def subset(self, positions: Tensor) -> Items:

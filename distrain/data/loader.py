@@ -58,6 +58,7 @@ class Loader:
 
     Attributes:
         shard: As above; may be changed between epochs.
+        sampler: The order of every epoch.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Loader:
         _, height, width = images.shape
         self._batch_size, self.shard = batch_size, shard
         self._device, self._dtype, self._memory_format = device, dtype, memory_format
-        self._sampler = Sampler(len(images), seed, shuffle)
+        self.sampler = Sampler(len(images), seed, shuffle, images.blocks)
         # 16-bit inputs are normalised in float32, since rounding before normalising would lose precision.
         self._compute_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         augmentation = None if augment is None else Augmentation(augment, height, width, seed)
@@ -103,7 +104,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Number of batches in an epoch, including a smaller last one."""
-        return -(-self._sampler.count // self._batch_size)
+        return -(-self.sampler.count // self._batch_size)
 
     def epoch(self, epoch: int, consumed: int = 0) -> Generator[Batch, None, None]:
         """Yields this shard's share of every global batch of an epoch.
@@ -126,8 +127,8 @@ class Loader:
                 yield self._finish(raw)
 
     def _raw_batches(self, epoch: int, consumed: int) -> Generator[_RawBatch, None, None]:
-        count, size = self._sampler.count, self._batch_size
-        order = self._sampler.order(epoch)
+        count, size = self.sampler.count, self._batch_size
+        order = self.sampler.order(epoch)
         # Once per epoch for all samples, since slicing the results is almost free in each step.
         draws = None if self._augmentation is None else self._draws(self._augmentation, epoch, order.counters)
         ranges = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distrain.data.base import IGNORED, DataSpec
 from distrain.data.batch import Targets
+from distrain.data.sampler import Blocks
 from distrain.errors import described
 
 
@@ -37,6 +38,14 @@ class ItemReader(ABC):
             The image [C, H, W], and the sample's target, without the dimension of samples; ``None`` where the split
             holds all targets already.
         """
+
+    def blocks(self) -> Blocks | None:
+        """Which samples lie together, in one file for example, and are better read one soon after the other.
+
+        Returns:
+            The block of each sample; ``None`` if samples may as well be read in any order.
+        """
+        return None
 
     def name(self, row: int) -> str:
         """What a message calls a sample; for example the path of its file."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distrain import rng
 
-#: Identifies the order of samples among the uses of random numbers.
-_ORDER = 1
+#: Identify the order of samples, and that of blocks, among the uses of random numbers.
+_ORDER, _BLOCKS = 1, 7
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,19 @@ class EpochOrder:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Which samples lie together, in one tar for example, and how many such blocks are read at a time.
+
+    Attributes:
+        numbers: The block of each sample of the split, from 0, int64 [count].
+        window: Blocks whose samples are mixed with each other.
+    """
+
+    numbers: Tensor
+    window: int
+
+
+@dataclass(frozen=True)
 class Sampler:
     """The order of every epoch, as a function of (seed, epoch).
 
@@ -34,16 +47,38 @@ class Sampler:
         count: Number of samples in the split.
         seed: The run's seed.
         shuffle: Another random order in each epoch; otherwise the order of the split.
+        blocks: Visit the samples block by block, see :func:`block_order`; ``None``: mix all of them.
     """
 
     count: int
     seed: int = 0
     shuffle: bool = True
+    blocks: Blocks | None = None
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch, counted from 0."""
-        positions = epoch_order(self.seed, epoch, self.count) if self.shuffle else torch.arange(self.count)
+        positions = self._positions(epoch)
         return EpochOrder(positions, positions)
+
+    def _positions(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.count)
+        if self.blocks is None:
+            return epoch_order(self.seed, epoch, self.count)
+        return block_order(self.seed, epoch, self.blocks)
+
+    def share(self, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> list[int]:
+        """Returns the positions in the split of a shard's samples of one batch.
+
+        Args:
+            epoch: Counted from 0.
+            offset: Index of the batch's first sample in the order of the epoch.
+            count: Samples per batch; an epoch's last batch may have fewer.
+            shard: Index of the shard and number of shards.
+        """
+        low, high = shard_bounds(max(min(count, self.count - offset), 0), *shard)
+        positions: list[int] = self._positions(epoch)[offset + low : offset + high].tolist()
+        return positions
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
@@ -60,20 +95,30 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return rng.permutation(rng.key(_ORDER, seed, epoch), count)
 
 
-def batch_share(seed: int, samples: int, epoch: int, offset: int, count: int, shard: tuple[int, int]) -> list[int]:
-    """Returns the positions in the split of a shard's samples of one batch.
+def block_order(seed: int, epoch: int, blocks: Blocks) -> Tensor:
+    """Returns an order in which an epoch reads few blocks at a time: all samples of some blocks, then those of others.
+
+    The blocks are divided into groups of at most ``window`` blocks, and of equal numbers as far as possible, at random
+    and anew in each epoch. The groups follow each other, and the samples within a group are in random order. If samples
+    were put into blocks at random, each batch is as good a sample of the data set as in :func:`epoch_order`. If blocks
+    differ, for example because they are sorted by class, a batch shows the ``window`` blocks of its group only. With a
+    window of all blocks the order is that of :func:`epoch_order`.
 
     Args:
         seed: The run's seed.
-        samples: Number of samples in the split.
         epoch: Counted from 0.
-        offset: Index of the batch's first sample in the order of the epoch.
-        count: Samples per batch; an epoch's last batch may have fewer.
-        shard: Index of the shard and number of shards.
+        blocks: The block of each sample, and the window.
+
+    Returns:
+        A permutation, int64 [count], that depends on the arguments only.
     """
-    low, high = shard_bounds(max(min(count, samples - offset), 0), *shard)
-    positions: list[int] = epoch_order(seed, epoch, samples)[offset + low : offset + high].tolist()
-    return positions
+    order = epoch_order(seed, epoch, len(blocks.numbers))
+    count = int(blocks.numbers.max()) + 1 if len(order) else 0
+    groups = -(-count // blocks.window)
+    # The random place of each block, as the group into which that place falls.
+    places = torch.empty(count, dtype=torch.int64)
+    places[rng.permutation(rng.key(_BLOCKS, seed, epoch), count)] = torch.arange(count) * groups // max(count, 1)
+    return order[torch.argsort(places[blocks.numbers[order]], stable=True)]
 
 
 def part_sizes(count: int, parts: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from distrain.checkpoint.progress import Progress
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.data.loader import Loader
-from distrain.data.sampler import batch_share
 from distrain.health.activity import in_phase
 from distrain.reporting.loggers import Logger
 from distrain.runtime import consensus, gc_freeze
@@ -78,10 +76,9 @@ class Trainer:
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
         self.report = Report(plan.config, runtime, strategy, plan.task, self._guard, logger)
-        samples = len(splits.train)
         self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, splits, self.report)
         self._generators = generators(runtime.device)
-        runtime.activity.find_samples = functools.partial(batch_share, plan.config.seed, samples)
+        runtime.activity.find_samples = loaders["train"].sampler.share
         # Published now, so that other ranks can name this rank's samples even if it dies in its first step.
         runtime.activity.shard = strategy.data_shard
         runtime.publish_activity()

@@ -18,7 +18,7 @@ import pytest
 from distrain.config.schema import Config
 from distrain.data.base import data_source
 from distrain.data.gather import InMemory
-from distrain.data.sampler import batch_share
+from distrain.data.sampler import Sampler
 from distrain.errors import Failed
 from distrain.health.failure_report import FailureReporter
 from distrain.health.judge import UNREPORTED_EXIT
@@ -143,7 +143,7 @@ def run_with_fault(
 
 def expected_samples(configuration: Config, shard: tuple[int, int], batch: int = 3) -> list[int]:
     count = len(data_source(configuration.data).load().train)
-    return batch_share(configuration.seed, count, 0, 10 * batch, 10, shard)
+    return Sampler(count, configuration.seed).share(0, 10 * batch, 10, shard)
 
 
 # --- faults that end a run -------------------------------------------------------------------------------------------
