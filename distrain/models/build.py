@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,15 @@ from torch import nn
 from distrain.config.registry import choice, locate, register
 from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError, described
+from distrain.models.arguments import (
+    DataShape,
+    call,
+    check_names,
+    data_arguments,
+    keywords,
+    problem_with,
+    with_plain_arguments,
+)
 from distrain.models.foreign import ForeignModelConfig
 from distrain.models.python_object import PythonObjectModelConfig, maker_of_offered_model
 from distrain.models.tensors import lay_out_densely
@@ -54,8 +63,11 @@ def instantiate_model(
             can't be trained as they lie in memory; see :func:`distrain.models.tensors.lay_out_densely`.
     """
     target = _target(config, allowed)
-    dataset_arguments = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
-    model = _call(config._target_, target, dataset_arguments, _configured_arguments(config))
+    configured, names = _configured_arguments(config), _named_arguments(config)
+    check_names(names, configured.keys())
+    shape = DataShape(in_channels, num_classes, image_size)
+    of_data = data_arguments(config._target_, target, shape, names, configured.keys())
+    model = _call(config._target_, target, of_data, configured)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         problem = f"makes a {kind}, not an nn.Module; name a class or a function that returns one module"
@@ -70,6 +82,24 @@ def _configured_arguments(config: ModelConfig) -> dict[str, Any]:
     others = {"kwargs", *(field.name for field in dataclasses.fields(base))}
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in others}
     return {**own, **getattr(config, "kwargs", {})}
+
+
+def _named_arguments(config: ModelConfig) -> Mapping[str, str] | None:
+    return config.arguments if isinstance(config, ForeignModelConfig) else None
+
+
+def is_untold(config: ModelConfig, quantity: str, allowed: Sequence[str] | None = None) -> bool:
+    """Whether the model has arguments, of which none is known to be one of the quantities that the data set determines.
+
+    Args:
+        config: As for :func:`instantiate_model`; its model can be built.
+        quantity: ``classes`` or ``channels``.
+        allowed: As for :func:`instantiate_model`.
+    """
+    names = _named_arguments(config)
+    known = keywords(_target(config, allowed))
+    is_told = quantity in (known.found() if names is None else names).values()
+    return not is_told and (bool(known.parameters) or known.takes_more)
 
 
 def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[..., Any]:
@@ -87,30 +117,25 @@ def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[...,
     target = locate("model._target_", path, allowed=allowed)
     if allowed is not None:
         # An allowed module may have imported the object from a module that is not allowed.
-        home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+        made_by = target
+        while isinstance(made_by, functools.partial):
+            made_by = made_by.func
+        home = f"{getattr(made_by, '__module__', '')}.{getattr(made_by, '__qualname__', '')}"
         locate("model._target_", home, allowed=allowed)
     if not callable(target) or (isinstance(target, type) and not issubclass(target, nn.Module)):
         raise ConfigError("model._target_", path, "is neither an nn.Module class nor a function that makes one")
-    return target  # type: ignore[no-any-return]
+    return with_plain_arguments(target)
 
 
-def _call(path: str, target: Callable[..., Any], optional: Mapping[str, Any], required: Mapping[str, Any]) -> Any:
-    """Calls the target with all ``required`` arguments, and those ``optional`` ones that it accepts."""
-    if isinstance(target, type) and getattr(target, "__init__", None) is nn.Module.__init__:
-        # A module without its own constructor: nn.Module's declares **kwargs but rejects any argument.
-        optional = {}
-    signature = inspect.signature(target)
-    accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    arguments = {name: value for name, value in optional.items() if accepts_any or name in signature.parameters}
-    arguments.update(required)
+def _call(path: str, target: Callable[..., Any], of_data: Mapping[str, Any], configured: Mapping[str, Any]) -> Any:
+    """Calls the target with the arguments of the data set and of the configuration."""
+    arguments = {**of_data, **configured}
+    if problem := problem_with(target, arguments):
+        if "missing" in problem:
+            problem += "; +model.kwargs.NAME=… gives one a value, model.arguments='{NAME: classes}' says what it means"
+        raise ConfigError("model.kwargs", dict(configured), f"{path} {problem}")
     try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(
-            "model.kwargs", dict(required), f"{path} {error}; its arguments: {', '.join(signature.parameters)}"
-        ) from error
-    try:
-        return target(**arguments)
+        return call(target, arguments)
     except ConfigError:
         raise
     except Exception as error:  # a user's constructor may raise anything

@@ -13,6 +13,11 @@ class ForeignModelConfig(ModelConfig):
     """A model of the user's, or of another library."""
 
     kwargs: dict[str, Any] = setting("Arguments for the target, besides those that the data set determines.")
+    arguments: dict[str, str] | None = setting(
+        "What the target's arguments mean that the data set determines: classes, channels, image_size, height or width "
+        "by name, such as {num_classes: classes}. null: found out by their names; {}: nothing is passed.",
+        default=None,
+    )
     auxiliary_weight: float = setting(
         "Weight in the training loss of the loss of each auxiliary head: a further output of the logits' shape. "
         "0: such outputs are ignored.",

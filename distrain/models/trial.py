@@ -18,7 +18,7 @@ from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError, described
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit
-from distrain.models.build import instantiate_model
+from distrain.models.build import instantiate_model, is_untold
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
 from distrain.runtime.device import RandomState, seed_everything
@@ -289,7 +289,8 @@ class ModelTrial:
             with self._autocast(), torch.device(self._device):
                 output: Any = self.model(images)
         except Exception as error:  # a user's forward may raise anything
-            raise _Refused(f"fails on images {shape}{mode} {described(error)}") from error
+            way_out = self._way_to_tell("channels") if self._image_shape[0] != 3 else ""
+            raise _Refused(f"fails on images {shape}{mode} {described(error)}{way_out}") from error
         expected = [len(images), *self._output_shape]
         needed = f"outputs {expected} are needed: "
         try:
@@ -301,13 +302,20 @@ class ModelTrial:
             each = "a row for each image and a column for each class or number"
             if len(self._output_shape) > 1:
                 each = "a number for each image, class and pixel"
-            way_out = f"its forward must return one tensor with {each}"
+            way_out = f"its forward must return one tensor with {each}" + self._way_to_tell("classes")
             raise _Refused(f"returns {actual} for images {shape}{mode}; {needed}{way_out}")
         if not result.is_floating_point():
             raise _Refused(f"returns logits of {result.dtype}{mode}; they must be real numbers, such as torch.float32")
         if len(images) == 1 and self._has_values and not bool(result.isfinite().all()):
             raise _Refused(f"returns {_nonfinite(result)} for a single image{mode}")
         return output
+
+    def _way_to_tell(self, quantity: str) -> str:
+        """How to tell the model a number that it was built without; empty if it was told, or has no arguments."""
+        if not is_untold(self._config, quantity, self._allowed):
+            return ""
+        named = f"model.arguments='{{NAME: {quantity}}}'"
+        return f"; no argument of it is known to be the number of {quantity}; if there is one, name it: {named}"
 
     def _backward(self, logits: Tensor) -> None:
         try:

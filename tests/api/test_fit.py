@@ -301,7 +301,7 @@ NAN = np.where(X > 3, np.nan, X)
         ({"model": "resnet19"}, r"model=resnet19: no such choice; .*\(did you mean resnet18\?\)"),
         ({"model": nn.DataParallel(skip_net())}, r"model: is a DataParallel; pass its module, model.module"),
         ({"model": lambda: None}, r"<lambda>: makes a NoneType, not an nn.Module"),
-        ({"model": Skip}, r"model.kwargs=.*Skip missing a required argument: 'channels'"),
+        ({"model": lambda depth: None}, r"model.kwargs=.*<lambda> missing a required argument: 'depth'"),
         ({"strategy": "dpp"}, r"strategy=dpp: no such choice; .*\(did you mean ddp\?\)"),
         ({"strategy": 3}, r"strategy: must be the name of a choice, not int, such as strategy='ddp'"),
         ({"strategy": "pipeline"}, r"on 2 ranks: distrain.fit\(…, nproc=2\)"),

@@ -18,6 +18,7 @@ from distrain.models.trial import ModelTrial
 DIGITS: dict[str, Any] = {"in_channels": 1, "num_classes": 10, "image_size": (8, 8)}
 
 MY_MODELS = """
+import functools
 import torch
 from torch import nn
 
@@ -31,10 +32,18 @@ class Net(nn.Module):
         return self.output(self.hidden(images.flatten(1)))
 
 class TakesAll(Net):
-    def __init__(self, **kwargs):
-        self.received = dict(kwargs)
-        in_channels = kwargs.pop("in_channels")
+    def __init__(self, in_channels, **kwargs):
         super().__init__(**kwargs)
+        self.received = {"in_channels": in_channels, **kwargs}
+
+def takes_anything(**kwargs):
+    return TakesAll(**kwargs)
+
+def classes_by_another_name(count=1000):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, count))
+
+def for_colours(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), nn.Linear(8, num_classes))
 
 class DependsOnValues(Net):
     def forward(self, images):
@@ -72,6 +81,8 @@ def number(num_classes):
     return num_classes
 
 imported = torch.nn.Identity
+with_width = functools.partial(Net, width=3)
+with_torch = functools.partial(torch.nn.Linear, 64)
 """
 
 
@@ -84,8 +95,8 @@ def my_models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def custom(target: str, **kwargs: Any) -> CustomConfig:
-    return CustomConfig(name="custom", _target_=target, kwargs=kwargs)
+def custom(target: str, arguments: dict[str, str] | None = None, **kwargs: Any) -> CustomConfig:
+    return CustomConfig(name="custom", _target_=target, kwargs=kwargs, arguments=arguments)
 
 
 @pytest.mark.usefixtures("my_models")
@@ -94,6 +105,14 @@ def test_a_custom_model_gets_the_data_sets_shape_and_its_kwargs() -> None:
     assert [tuple(p.shape) for p in model.parameters()] == [(7, 64), (7,), (10, 7), (10,)]
     assert instantiate_model(custom("my_models.TakesAll", width=7), **DIGITS).received == {**DIGITS, "width": 7}
     ModelTrial(custom("my_models.Net", width=7), **DIGITS)
+
+
+@pytest.mark.usefixtures("my_models")
+def test_what_the_data_set_determines_can_be_named() -> None:
+    names = {"num_classes": "classes", "image_size": "image_size", "in_channels": "channels"}
+    model = instantiate_model(custom("my_models.takes_anything", names, width=7), **DIGITS)
+    assert model.received == {**DIGITS, "width": 7}
+    ModelTrial(custom("my_models.classes_by_another_name", {"count": "classes"}), **DIGITS)
 
 
 @pytest.mark.usefixtures("my_models")
@@ -139,6 +158,17 @@ def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
         ("my_models.number", {}, "makes a int, not an nn.Module"),
         ("my_models.__name__", {}, "neither an nn.Module class nor a function"),
         ("pathlib.Path", {}, "neither an nn.Module class nor a function"),
+        ("my_models.takes_anything", {}, "takes **kwargs and doesn't say what they are; name the arguments that"),
+        ("my_models.classes_by_another_name", {}, "if there is one, name it: model.arguments='{NAME: classes}'"),
+        ("my_models.for_colours", {}, "no argument of it is known to be the number of channels; if there is one, name"),
+        ("my_models.Net", {"arguments": {"num_clases": "classes"}}, "missing a required argument: 'num_classes'"),
+        ("my_models.factory", {"arguments": {"num_clases": "classes"}, "num_classes": 3}, "argument 'num_clases'"),
+        (
+            "my_models.Net",
+            {"arguments": {"num_classes": "clases"}},
+            "num_classes=clases: is not determined by",
+        ),
+        ("my_models.Net", {"arguments": {}}, "missing a required argument: 'num_classes'; its arguments: num_classes"),
         ("my_models.WrongShape", {}, "returns [2, 3] for images [2, 1, 8, 8]; outputs [2, 10] are needed"),
         ("torch.nn.Conv2d", {"out_channels": 3, "kernel_size": 9}, "fails on images [2, 1, 8, 8] (RuntimeError"),
     ],
@@ -147,7 +177,7 @@ def test_an_untrainable_target_is_refused_in_one_line(target: str, kwargs: dict[
     with pytest.raises(ConfigError) as caught:
         ModelTrial(custom(target, **kwargs), **DIGITS)
     assert message in str(caught.value)
-    assert str(caught.value).startswith(("model._target_=", "model.kwargs="))
+    assert str(caught.value).startswith(("model._target_=", "model.kwargs=", "model.arguments."))
     assert "\n" not in str(caught.value)
 
 
@@ -158,7 +188,14 @@ def test_a_changed_target_of_a_named_choice_is_refused() -> None:
 
 @pytest.mark.usefixtures("my_models")
 @pytest.mark.parametrize(
-    "target", ["torch.nn.Identity", "my_models.imported", "distrain.models.build.locate", "distrain.models.build.nn"]
+    "target",
+    [
+        "torch.nn.Identity",
+        "my_models.imported",
+        "my_models.with_torch",
+        "distrain.models.build.locate",
+        "distrain.models.build.nn",
+    ],
 )
 def test_targets_outside_the_allowed_prefixes_are_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=r"model\._target_=.*is not below"):
@@ -176,6 +213,7 @@ def test_a_refused_target_is_not_even_imported(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("my_models")
 def test_an_allowed_target_is_built() -> None:
     allowed = ["distrain.models", "my_models"]
-    assert type(instantiate_model(custom("my_models.Net"), **DIGITS, allowed=allowed)).__name__ == "Net"
+    for target in ("my_models.Net", "my_models.with_width"):
+        assert type(instantiate_model(custom(target), **DIGITS, allowed=allowed)).__name__ == "Net"
     registered = ModelConfig(name="simple_cnn", _target_="distrain.models.cnn.SimpleCNN")
     assert type(instantiate_model(registered, **DIGITS, allowed=["distrain.models"])).__name__ == "SimpleCNN"
