@@ -23,6 +23,7 @@ from distrain.files.escaping import Lines
 from distrain.files.terminal import show
 from distrain.models.tensors import convert
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.optim.optimizers.sgd import SGDConfig
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.ddp import DDPConfig
@@ -152,6 +153,8 @@ def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world:
         config,
         strategy=strategy,
         compression=CompressionConfig(name="none"),
+        # Nothing is updated, so a run's own optimizer need not be imported.
+        optimizer=SGDConfig(name="sgd", lr=1.0, weight_decay=0.0, fused=False, momentum=0.0, nesterov=False),
         data=dataclasses.replace(config.data, **changes),
         trainer=dataclasses.replace(config.trainer, compile=False),
         runtime=dataclasses.replace(config.runtime, device=settings.device, backend="auto", threads=None),

@@ -29,6 +29,8 @@ from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
 from distrain.files.untrusted import UnreadableFile, read_json, read_yaml
 from distrain.models.build import instantiate_model
+from distrain.optim import custom_loss
+from distrain.optim.losses import CustomLossConfig
 from distrain.tasks import base as tasks
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ T = TypeVar("T")
 #: Dotted prefixes that a run's configuration may name unless the user allows more.
 TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
+#: Keys that hold arguments for what a user's ``_target_`` names.
+_ARGUMENTS = frozenset(f"{group}.kwargs" for group in ("model", "loss", "optimizer", "scheduler"))
 #: Largest accepted files, in bytes.
 _MAX_CONFIG_BYTES = 1 << 17
 #: Largest number of values in an image, over all channels.
@@ -192,7 +196,10 @@ def _read_config(path: Path, allow: Sequence[str]) -> Config:
     try:
         _refuse_all_but_data(path.name, content)
         _check_choices("", content, [*TRUSTED_PREFIXES, *allow])
-        return load_config(content)
+        config = load_config(content)
+        if isinstance(config.loss, CustomLossConfig):
+            custom_loss.check_allowed(config.loss._target_, [*TRUSTED_PREFIXES, *allow])
+        return config
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error
 
@@ -200,10 +207,10 @@ def _read_config(path: Path, allow: Sequence[str]) -> Config:
 def _check_choices(key: str, section: Mapping[str, object], allowed: Sequence[str]) -> None:
     """Refuses choices outside distrain that are not allowed: any ``name`` with dots, at any depth.
 
-    ``model.kwargs`` contains arguments of the model, not choices.
+    Arguments, such as those of a model, are no choices.
     """
     for name, value in section.items():
-        if isinstance(value, dict) and f"{key}{name}" != "model.kwargs":
+        if isinstance(value, dict) and f"{key}{name}" not in _ARGUMENTS:
             _check_choices(f"{key}{name}.", value, allowed)
         elif name == "name" and isinstance(value, str) and "." in value:
             check_allowed(f"{key}name", value, allowed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -16,6 +16,7 @@ from distrain.config.registry import choice, choices, register
 from distrain.config.schema import LossConfig, setting
 from distrain.data.base import IGNORED, TARGETS, DataSpec
 from distrain.errors import ConfigError
+from distrain.optim import custom_loss
 
 
 class Loss(ABC):
@@ -322,6 +323,56 @@ class Asymmetric(Loss):
         return -(terms if weights is None else terms * weights).sum() / logits.shape[1]
 
 
+@dataclass
+class CustomLossConfig(LossConfig):
+    """Keys of ``loss=custom``: any loss in torch's convention."""
+
+    _target_: str = setting(
+        "Dotted path of a function of (outputs, targets), or of a class whose objects are such functions."
+    )
+    kwargs: dict[str, Any] = setting("Keyword arguments for the class, or for each call of the function.")
+
+
+@register("loss", "custom", CustomLossConfig)
+class CustomLoss(Loss):
+    """A user's loss, or one of torch's.
+
+    One with an argument ``reduction`` is asked for a number for each sample. Without it, a single number is taken for
+    the sum or the mean of the samples' losses, whichever a trial proves; several numbers of a sample are averaged.
+    Class numbers and masks reach it as int64, labels and numbers as the outputs' type.
+
+    Raises:
+        ConfigError: There is no such loss, or the loss of a sample depends on other samples.
+    """
+
+    config: CustomLossConfig
+
+    def __init__(self, config: CustomLossConfig) -> None:
+        super().__init__(config)
+        self._function = custom_loss.make(config._target_, config.kwargs)
+        self._is_mean = False
+        self._at = (torch.device("cpu"), torch.float32)
+
+    def try_out(self, spec: DataSpec) -> None:
+        """Finds out what the loss gives, for some data."""
+        self._is_mean = custom_loss.is_mean("loss._target_", self.config._target_, self._call, spec)
+
+    def _call(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._function(outputs, custom_loss.for_torch(outputs, targets, self.kind))
+
+    @override
+    def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not len(labels):
+            # A mean of nothing is NaN.
+            return logits.sum() * 0.0
+        at = (logits.device, logits.dtype)
+        if at != self._at and isinstance(self._function, nn.Module):
+            self._function.to(*at)
+        self._at = at
+        total = custom_loss.sum_of(self._call(logits, labels))
+        return total * len(labels) if self._is_mean else total
+
+
 def build(config: LossConfig, spec: DataSpec) -> Loss:
     """Builds the configured loss.
 
@@ -351,6 +402,12 @@ def build(config: LossConfig, spec: DataSpec) -> Loss:
     if isinstance(loss, Focal) and loss.config.alpha is not None and spec.target != "labels":
         problem = f"is for several labels a sample; for {describe_targets(spec.target)} set loss.class_weights"
         raise ConfigError("loss.alpha", loss.config.alpha, problem)
+    if isinstance(loss, CustomLoss):
+        loss.try_out(spec)
+    elif not type(loss).__module__.startswith("distrain.") and custom_loss.is_mean(
+        "loss.name", config.name, loss, spec
+    ):
+        raise ConfigError("loss.name", config.name, "gives the mean of the samples' losses; let it give their sum")
     return loss
 
 

@@ -22,6 +22,7 @@ FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"
 #: Keys without a default, which the user must set.
 NEEDED = {
     "model=custom": ["model._target_=distrain.models.cnn.SimpleCNN"],
+    "loss=custom": ["loss._target_=torch.nn.CrossEntropyLoss"],
     "data=image_folder": ["data.root=images"],
     "data=numpy": ["data.root=arrays.npz"],
 }
