@@ -83,15 +83,18 @@ class Auto(Compressor):
 
     def __init__(self, config: AutoConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
-        self._candidates = CandidateSet(config.allowed, seed)
-        self._decision = CompressorDecision(self, self._candidates, config.trial_seconds)
-        self.residuals: Residuals = self._candidates.leftover
-        self.observer = self._decision
         self._communicator = Communicator()
-        # Names of all parameters whose gradients were exchanged, in order.
-        self._parameters: dict[str, None] = {}
         # A restored state until the first exchange, which tells whether the choice in it was made by the same ranks.
         self._loaded: dict[str, Tensor] = {}
+        self._begin_choice()
+
+    def _begin_choice(self) -> None:
+        self._candidates = CandidateSet(self.config.allowed, self.seed)
+        self._decision = CompressorDecision(self, self._candidates, self.config.trial_seconds)
+        self.residuals: Residuals = self._candidates.leftover
+        self.observer = self._decision
+        # Names of all parameters whose gradients were exchanged, in order.
+        self._parameters: dict[str, None] = {}
 
     @classmethod
     @override
@@ -129,6 +132,13 @@ class Auto(Compressor):
     def begin_step(self) -> None:
         super().begin_step()
         self._begin_step_of_candidate()
+
+    @override
+    def buckets_change(self) -> None:
+        """Chooses anew, since what pays depends on the size of the gradients."""
+        state, self._loaded = self._candidates.state_dict(), {}
+        self._begin_choice()
+        self._candidates.load_residuals(state)
 
     @override
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:

@@ -120,6 +120,13 @@ class Compressor(ABC):
         if self.observer is not None:
             self.observer.begin_step()
 
+    def buckets_change(self) -> None:
+        """Called between two steps before buckets of other parameters are laid out; state stays by parameter name."""
+        if self.residuals is not None:
+            self.residuals.leave_buckets()
+        if self.observer is not None:
+            self.observer.buckets_change()
+
     @abstractmethod
     def aggregate(self, bucket: Bucket, communicator: Communicator) -> Iterator[Pending]:
         """Replaces the bucket's content, in place, by its sum over the group.

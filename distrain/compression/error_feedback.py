@@ -86,6 +86,10 @@ class Residuals:
         self._velocities.clear()
         self._loaded = {name: tensor for name, tensor in state.items() if name.startswith(("residual/", "velocity/"))}
 
+    def leave_buckets(self) -> None:
+        """Keeps everything by parameter name for buckets that are laid out anew; new names start from zero."""
+        self.load_state_dict(self.state_dict())
+
     def _restored(self, bucket: Bucket, kind: str) -> Bucket:
         """Memory in the layout of the bucket's compressed part, filled with what was loaded and else with zeros."""
         restored = bucket.zeros_like_compressed()

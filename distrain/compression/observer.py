@@ -16,6 +16,9 @@ class ExchangeObserver:
 
     holds_exchanges: bool = False
 
+    def buckets_change(self) -> None:
+        """Between two steps: buckets of other gradients are laid out, so what was measured of the old ones is void."""
+
     def begin_step(self) -> None:
         """A step begins, and no exchange is under way."""
 

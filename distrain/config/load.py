@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from distrain.config.key_search import schema_docs, similar_keys
 from distrain.config.registry import GROUPS, choice, choices, selectable
-from distrain.config.schema import CheckpointConfig, Config, InitConfig, RuntimeConfig, TrainerConfig
+from distrain.config.schema import CheckpointConfig, Config, FreezeConfig, InitConfig, RuntimeConfig, TrainerConfig
 from distrain.errors import ABSENT, ConfigError, config_error, config_error_from_line, show_value
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
                 values[key] = node[key]
             elif spec.default is None:
                 values[key] = None
-            else:
+            elif spec.default_factory is dataclasses.MISSING:
                 raise config_error(key, f"needs a value: {spec.metadata['doc']}")
         top = _to_dataclass("", _Top, OmegaConf.create({k: v for k, v in values.items() if k in _TOP_KEYS}))
     except OmegaConfBaseException as error:
@@ -87,6 +87,7 @@ class _Top:
     seed: int = 0
     resume: str = dataclasses.field(default="auto", metadata={"path": True})
     run_dir: str | None = dataclasses.field(default=None, metadata={"path": True})
+    freeze: list[FreezeConfig] = dataclasses.field(default_factory=list)
     experiment: str | None = None
 
 
@@ -113,6 +114,7 @@ def _load_choice(group: str, key: str, node: Any) -> Any:
 def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
     """The mapping at ``key`` as an instance of a schema; values are converted to the types of its fields."""
     _check_keys(key, schema, node)
+    _check_lists_of_mappings(key, schema, node)
     try:
         instance: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except ValidationError as error:
@@ -168,6 +170,16 @@ def _check_keys(key: str, schema: type[Any], node: Any) -> None:
             raise config_error(_join(key, name), "no such key", types)
         if dataclasses.is_dataclass(types[name]):
             _check_keys(_join(key, name), types[name], node[name])
+
+
+def _check_lists_of_mappings(key: str, schema: type[Any], node: DictConfig) -> None:
+    """Checks each element of a list by itself, since OmegaConf's errors would not say which element is wrong."""
+    for name, hint in typing.get_type_hints(schema).items():
+        element = next(iter(typing.get_args(hint)), None)
+        items = OmegaConf.to_container(node).get(name) if dataclasses.is_dataclass(element) else None
+        for position, item in enumerate(items if isinstance(items, list) else []):
+            if isinstance(item, dict):
+                _to_dataclass(f"{_join(key, name)}[{position}]", cast(type[Any], element), OmegaConf.create(item))
 
 
 def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: DictConfig) -> ConfigError:

@@ -261,6 +261,21 @@ class InitConfig:
 
 
 @dataclass
+class FreezeConfig:
+    """Parameters that are not trained in the first epochs."""
+
+    match: str = setting(
+        "Shell pattern of the parameters' names, such as layer1.*; head: those of the model's last layer. For a "
+        "parameter the first entry counts that matches."
+    )
+    epochs: int | None = setting(
+        "They are frozen in this many first epochs; null: in all; 0: in none, whatever later entries say.",
+        at_least=0,
+        default=None,
+    )
+
+
+@dataclass
 class TrainerConfig:
     """The training loop."""
 
@@ -402,6 +417,9 @@ class Config:
         "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",), path=True
     )
     init: InitConfig = field(default_factory=InitConfig, metadata=_affects("start"))
+    freeze: list[FreezeConfig] = setting(
+        "Parameters that keep their initial values, for ever or in the first epochs.", default_factory=list
+    )
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)
     )

@@ -11,7 +11,7 @@ pass, without hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -44,7 +44,9 @@ class BucketCarrier(Protocol):
 class ReducedGradients(ScalableGradients, Protocol):
     """Gradients that are zeroed, accumulated and reduced together; see :class:`Gradients`."""
 
-    buckets: list[Bucket]
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """All buckets, in the order in which they are sent."""
 
     @property
     def bytes_per_step(self) -> int:
@@ -66,7 +68,7 @@ class Gradients:
     Each parameter's ``grad`` is a view into a bucket and remains one.
 
     Args:
-        parameters: ``(name, parameter)`` pairs in the model's order; those that need no gradient are ignored.
+        parameters: ``(name, parameter)`` pairs in the model's order; those that need no gradient are left out.
         communicator: The replicas over which gradients are summed.
         compressor: Compresses the exchange. Where it compresses anything, an advisor observes its first steps.
         stopwatch: Records exposed communication and compression.
@@ -102,11 +104,13 @@ class Gradients:
         self._missing: list[int] = []
         self.buckets: list[Bucket] = []
         self._hooks: list[RemovableHandle] = []
-        self._parameters = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self._parameters = list(parameters)
         self.rebuild_buckets(first_bucket_mb, bucket_mb, last_bucket_mb)
 
-    def rebuild_buckets(self, first_bucket_mb: float, bucket_mb: float, last_bucket_mb: float) -> None:
-        """Lays out new buckets with zero gradients; call it between steps only.
+    def rebuild_buckets(
+        self, first_bucket_mb: float = math.inf, bucket_mb: float = math.inf, last_bucket_mb: float = 0
+    ) -> None:
+        """Lays out new buckets, with zeros, for the parameters that need a gradient now; call it between steps only.
 
         Args:
             first_bucket_mb: As for the class.
@@ -115,7 +119,11 @@ class Gradients:
         """
         for hook in self._hooks:
             hook.remove()
-        parts = split_into_buckets(self._parameters[::-1], first_bucket_mb * MIB, bucket_mb * MIB, last_bucket_mb * MIB)
+        for _, parameter in self._parameters:
+            # An optimizer leaves a parameter without a gradient as it is, with its state.
+            parameter.grad = None
+        trained = [(name, parameter) for name, parameter in self._parameters if parameter.requires_grad]
+        parts = split_into_buckets(trained[::-1], first_bucket_mb * MIB, bucket_mb * MIB, last_bucket_mb * MIB)
         self.buckets = [make_bucket(part, self._compressor) for part in parts]
         self._missing = [0] * len(parts)
         self._hooks = []

@@ -22,6 +22,7 @@ from distrain.compression import resharding
 from distrain.config.registry import choice
 from distrain.config.schema import Config, StrategyConfig
 from distrain.data.sampler import part_sizes
+from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.runtime.device import float64_device
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 OptionsT_co = TypeVar("OptionsT_co", bound=StrategyConfig, default=StrategyConfig, covariant=True)
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
+#: Most names of frozen parameters in a line of the log.
+_SHOWN_NAMES = 4
 _COMPRESSOR_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
 
 
@@ -75,6 +78,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         ledger: Bytes this rank has sent.
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: Made by :meth:`setup`; the trainer sets its learning rate.
+        freezing: When each parameter is trained; set before :meth:`setup` if some are not always trained.
         compressor: Compresses what is reduced among replicas.
         compressed_quantity: Quantity being compressed; residuals share its unit.
         saves_in_background: Whether checkpoints may be written while training goes on, over a process group of their
@@ -86,6 +90,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer
+    freezing: FreezeSchedule | None = None
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
@@ -95,6 +100,8 @@ class Strategy(ABC, Generic[OptionsT_co]):
         self.stopwatch = Stopwatch(runtime.device)
         self.compressor = compression.build(config.compression, config.seed)
         self._measured_from = 0
+        #: Names of the parameters that are trained now; ``None`` before the first epoch.
+        self._trained: frozenset[str] | None = None
 
     @classmethod
     def options_of(cls, config: Config) -> OptionsT_co:
@@ -196,6 +203,39 @@ class Strategy(ABC, Generic[OptionsT_co]):
             make_optimizer: Builds the optimizer from ``(name, parameter)`` pairs; names are the unsplit model's.
             example: This rank's inputs of a first batch, for a strategy that measures the model.
         """
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Trains what ``freeze`` leaves for an epoch; all ranks call it together, before its first step.
+
+        Also called before :meth:`load_state_dict`, for the epoch of the saved state. A checkpoint at the end of an
+        epoch is saved after this method was called for the next one.
+        """
+        if self.freezing is None:
+            return
+        trained = self.freezing.trained(epoch)
+        if trained == self._trained:
+            return
+        self._trained = trained
+        self.set_trained(trained)
+        if self.runtime.is_main and epoch < self.config.trainer.epochs:
+            frozen = [name for name in self.freezing.parameters if name not in trained]
+            shown = ", ".join(frozen[:_SHOWN_NAMES]) + (" …" if len(frozen) > _SHOWN_NAMES else "")
+            count = len(self.freezing.parameters)
+            log.info(
+                "epoch %d on: %d of %d parameter tensors are trained%s",
+                epoch,
+                len(trained),
+                count,
+                f", frozen: {shown}" if frozen else "",
+            )
+
+    def set_trained(self, names: frozenset[str]) -> None:
+        """Trains these parameters from the next step on, and keeps the others, and their optimizer's state, still.
+
+        Args:
+            names: Among :attr:`freezing`'s ``ever_trained``. The same on all ranks, which call it together.
+        """
+        raise NotImplementedError(f"strategy={self.config.strategy.name} trains the same parameters in all epochs")
 
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:

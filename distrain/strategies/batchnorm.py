@@ -161,7 +161,8 @@ def update_running_statistics(modules: Iterable[nn.Module]) -> None:
     """Updates the running statistics of all deferred layers; once a step, on all replicas together."""
     for module in modules:
         for layer in module.modules():
-            if isinstance(layer, DeferredBatchNorm):
+            # A layer whose parameters are frozen is in evaluation mode, and its statistics stay.
+            if isinstance(layer, DeferredBatchNorm) and layer.training:
                 layer.update_running_statistics()
 
 

@@ -134,6 +134,11 @@ class DDP(Replicated[DDPConfig]):
         return gradients
 
     @override
+    def _rebuild_buckets(self) -> None:
+        assert isinstance(self.gradients, Gradients)
+        self.gradients.rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(self.model)))
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
@@ -142,7 +147,6 @@ class DDP(Replicated[DDPConfig]):
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         if saved["layout"] == self.layout:
-            assert isinstance(self.gradients, Gradients)
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
-            self.gradients.rebuild_buckets(*self._bucket_sizing.sizes(self.gradients.bytes))
+            self._rebuild_buckets()
         return super().load_state_dict(saved)

@@ -16,6 +16,7 @@ from distrain.config.schema import Config
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import logits_of
+from distrain.models.freezing import still_modules, train_only
 from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
@@ -52,6 +53,7 @@ class Replicated(Strategy[OptionsT_co]):
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         self.model = model
         self.task = task
+        self._still: list[nn.Module] = []
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.gradients = self._make_gradients()
         self.optimizer = make_optimizer(model.named_parameters())
@@ -67,6 +69,25 @@ class Replicated(Strategy[OptionsT_co]):
 
     def _make_gradients(self) -> ReducedGradients:
         return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)
+
+    @override
+    def set_trained(self, names: frozenset[str]) -> None:
+        assert self.freezing is not None
+        self.compressor.buckets_change()
+        train_only(self.model, names, self.freezing.ever_trained)
+        self._rebuild_buckets()
+        self._still = still_modules(self.model, self.freezing.parameters - names)
+        self._set_training_mode()
+
+    def _rebuild_buckets(self) -> None:
+        """Lays out the gradients' buckets for the parameters that are trained now."""
+        assert isinstance(self.gradients, Gradients)
+        self.gradients.rebuild_buckets()
+
+    def _set_training_mode(self) -> None:
+        self._forward.train()
+        for module in self._still:
+            module.training = False
 
     @override
     def train_step(self, batch: Batch) -> StepResult:
@@ -87,7 +108,7 @@ class Replicated(Strategy[OptionsT_co]):
         """
         # Visits all layers, so it is done after an evaluation only.
         if not self._forward.training:
-            self._forward.train()
+            self._set_training_mode()
         if self._snapshot is not None:
             self._snapshot.take()
         self.gradients.zero()

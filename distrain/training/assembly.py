@@ -11,6 +11,7 @@ from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
+from distrain.models.freezing import FreezeSchedule, train_only
 from distrain.models.tensors import convert
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer
@@ -72,6 +73,9 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     config = plan.config
     strategy = plan.strategy(config, runtime)
     model = build_model(plan, splits)
+    if config.freeze:
+        strategy.freezing = FreezeSchedule(config.freeze, model)
+        train_only(model, strategy.freezing.ever_trained, strategy.freezing.parameters)
     if not resume.will_resume(config, runtime):
         initial_weights.load(config.init, runtime, model)
     layout = plan.memory_format(model)

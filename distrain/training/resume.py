@@ -380,6 +380,7 @@ def _restore(
     saved: Mapping[str, Any] | None = state.get("config")
     refuse_incompatible(config, path, saved, bool(progress.epoch_samples))
     try:
+        strategy.begin_epoch(progress.epoch)
         restored = strategy.load_state_dict(state)
     except ValueError as error:
         raise ConfigError("resume", path, str(error)) from error

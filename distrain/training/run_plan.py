@@ -17,6 +17,7 @@ from distrain.config.schema import Config
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
 from distrain.models.float64 import refuse_float64
+from distrain.models.freezing import FreezeSchedule, check_counts, train_only
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import check_lookahead
@@ -106,6 +107,7 @@ class RunPlan:
             raise ConfigError("data.batch_size", config.data.batch_size, problem)
         compression.compressor_class(config).check(config)
         check_lookahead(config)
+        check_counts(config)
         resume.check(config)
         alone = world.size == 1 and warn
         if alone and config.compression.name != "none":
@@ -189,8 +191,10 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
 
 
 def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
-    strategy.check_model(config, model)
     check_groups(config.optimizer.groups, model)
+    freezing = FreezeSchedule(config.freeze, model)
+    train_only(model, freezing.ever_trained, freezing.parameters)
+    strategy.check_model(config, model)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

@@ -179,6 +179,7 @@ class Trainer:
         # If a stop interrupts it, the epoch has not ended, and the run ends it when it is resumed.
         evaluation = self.evaluate("val") if len(self.splits.val) else None
         self.progress = ended
+        self.strategy.begin_epoch(ended.epoch)
         saves = self.checkpointing.is_due_after_epoch(self.progress.epoch)
         if evaluation is not None:
             values |= self.report.validation(evaluation)
@@ -213,6 +214,7 @@ class Trainer:
     def _resume(self) -> dict[str, Any] | None:
         """Goes on from a checkpoint; returns the summary of a run that has ended already."""
         self.progress = self.checkpointing.resume()
+        self.strategy.begin_epoch(self.progress.epoch)
         self.report.begin(self.progress.step, self.total_steps)
         summary = resume.finished_summary(self.runtime.run_dir, self.progress.step) if self._done() else None
         if summary is None:

@@ -62,6 +62,12 @@ class Advisor(StepProbe):
         self._zeros: dict[str, Tensor] = {}
 
     @override
+    def buckets_change(self) -> None:
+        super().buckets_change()
+        self._emulates = False
+        self._zeros.clear()
+
+    @override
     def is_warm(self) -> bool:
         return len(self.traces) >= WARMUP_STEPS and self.compressor.step > self.compressor.warmup_steps
 

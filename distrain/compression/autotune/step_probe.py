@@ -53,11 +53,22 @@ class StepProbe(StepRecorder, ABC):
     def __init__(self, compressor: Compressor, ordinary_steps: int, held_steps: int) -> None:
         super().__init__()
         self.compressor = compressor
+        self._ordinary_steps, self._held_steps = ordinary_steps, held_steps
+        self._begin()
+
+    def _begin(self) -> None:
         self._ordinary: list[StepTrace] = []
-        self._held_steps = held_steps
-        self._phase: Phase | None = Phase([ORDINARY] * ordinary_steps, self._end_ordinary)
+        self._phase: Phase | None = Phase([ORDINARY] * self._ordinary_steps, self._end_ordinary)
         self._steps_of_phase = 0
         self._warm = False
+
+    @override
+    def buckets_change(self) -> None:
+        """Begins again with the warm-up."""
+        self.holds_exchanges = False
+        self._open = None
+        self.traces.clear()
+        self._begin()
 
     @abstractmethod
     def is_warm(self) -> bool:

@@ -33,7 +33,7 @@ class SGDConfig(OptimizerConfig):
 @register("optimizer", "sgd", SGDConfig)
 def sgd(config: SGDConfig, groups: list[dict[str, Any]], fused: bool | None) -> torch.optim.Optimizer:
     """Stochastic gradient descent; ``weight_decay`` is added to the gradient."""
-    return without_compiler_hooks(torch.optim.SGD)(
+    optimizer = without_compiler_hooks(torch.optim.SGD)(
         groups,
         lr=config.lr,
         momentum=config.momentum,
@@ -41,3 +41,20 @@ def sgd(config: SGDConfig, groups: list[dict[str, Any]], fused: bool | None) -> 
         weight_decay=config.weight_decay,
         fused=fused,
     )
+    if fused and config.momentum:
+        optimizer.register_step_pre_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Gives parameters that get their first gradient later than others a momentum of zero.
+
+    That is what they begin with anyway, but torch's fused kernel fails if some parameters of a group have a momentum
+    and others have none.
+    """
+    for group in optimizer.param_groups:
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        new = [parameter for parameter in trained if optimizer.state[parameter].get("momentum_buffer") is None]
+        if len(new) < len(trained):
+            for parameter in new:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

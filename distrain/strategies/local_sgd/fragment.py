@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +130,7 @@ class Fragment:
         make_outer_optimizer: Constructs the outer optimizer of the anchors.
 
     Attributes:
-        names: Names of the tensors, in order.
+        names: Names of the tensors that are merged, in order; without them a fragment must not start a merge.
         samples: Samples since the last merge started.
         group_samples: Samples of this rank's group since its last merge, within the group or among all ranks.
         copies_equal: Whether the copies of all ranks are known to be equal.
@@ -147,7 +147,6 @@ class Fragment:
         stopwatch: Stopwatch,
         make_outer_optimizer: MakeOuterOptimizer,
     ) -> None:
-        self.names = list(tensors)
         self.samples = SampleCount()
         self.group_samples = SampleCount()
         self.copies_equal = True
@@ -158,11 +157,31 @@ class Fragment:
         self._exchanger = BucketExchanger(compressor, communicator, stopwatch)
         self._stopwatch = stopwatch
         self._exchanging = False
-        self._buckets = [_FragmentBucket(named, tensors, compressor) for named in _bucket_contents(tensors)]
-        self._outer_optimizer = make_outer_optimizer(self.anchors)
+        self._tensors = tensors
+        self._make_outer_optimizer = make_outer_optimizer
+        self._make_buckets(list(tensors))
+
+    def _make_buckets(self, names: list[str]) -> None:
+        """Lays out buckets for some of the fragment's tensors, whose copies are taken as the anchor."""
+        self.names = names
+        contents = _bucket_contents({name: self._tensors[name] for name in names})
+        self._buckets = [_FragmentBucket(named, self._tensors, self._compressor) for named in contents]
+        if not self._buckets:
+            return
+        self._outer_optimizer = self._make_outer_optimizer(self.anchors)
         if self._outer_optimizer.defaults["momentum"]:
             for bucket in self._buckets:
                 bucket.add_momentum(self._outer_optimizer)
+
+    def merge_only(self, names: Collection[str]) -> None:
+        """From now on merges only those of the fragment's tensors; all ranks call it together, between steps.
+
+        Tensors that were not merged until now start with their copies, equal on all ranks, as the anchor.
+        """
+        self.wait()
+        state = {key: tensor.clone() for key, tensor in self.shared_state().items()}
+        self._make_buckets([name for name in self._tensors if name in names])
+        self._set_shared_state(state)
 
     @property
     def bytes(self) -> int:
@@ -286,6 +305,9 @@ class Fragment:
         self.reset_counts()
         complete = apply_at is not None and all(f"mean/{name}" in saved for name in self.names)
         self.apply_at = apply_at if complete else None
+        self._set_shared_state(saved)
+
+    def _set_shared_state(self, saved: Mapping[str, Tensor]) -> None:
         for bucket in self._buckets:
             for prefix, content in bucket.state().items():
                 for name, view in content.tensors.items():

@@ -140,6 +140,16 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             self._fragments.append(fragment)
             self._merge_steps.append(options.period)
 
+    @override
+    def set_trained(self, names: frozenset[str]) -> None:
+        self._restore_local_copy()
+        for fragment in self._fragments:
+            # Before the compressor's state changes, which a merge under way still needs.
+            fragment.wait()
+        super().set_trained(names)
+        for fragment in self._fragments[: self.options.fragments]:
+            fragment.merge_only(names)
+
     @property
     def _copies(self) -> dict[str, Tensor]:
         """This rank's copy: all tensors that differ between ranks and are merged, by name."""
@@ -221,7 +231,7 @@ class LocalSGD(Replicated[LocalSGDConfig]):
         starting = [
             fragment
             for fragment, merge_step in zip(self._fragments, self._merge_steps, strict=True)
-            if (step - merge_step) % self.options.period == 0
+            if (step - merge_step) % self.options.period == 0 and fragment.names
         ]
         if starting:
             self.compressor.begin_step()
@@ -400,7 +410,8 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             local[f"seen/{index}"] = torch.tensor(counts)
             if self.runtime.is_main:
                 local |= fragment.shared_state()
-        means = self._mean_moments(self._parameters, self.replicas, 1 / self.replicas.size)
+        trained = trainable_parameters(self.model)
+        means = self._mean_moments(trained, self.replicas, 1 / self.replicas.size)
         saved = self._saved({name: means.get(name, tensor) for name, tensor in tensors.items()}, scalars)
         saved["scalars"]["local_sgd"] = {"step": self._step, "warmup_steps": self.options.warmup_steps}
         saved["scalars"]["copies"] = 1 if self._step <= self.options.warmup_steps else self.replicas.size

@@ -21,7 +21,7 @@ from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.parameter_server.heartbeat import Farewell, HeartbeatMonitor, failure_reason
 from distrain.strategies.parameter_server.optimizer_wire import encode_optimizer_state, receive_optimizer_state
 from distrain.strategies.parameter_server.protocol import Connection, Frame, FrameKind
-from distrain.strategies.parameter_server.shards import ParameterBuffer
+from distrain.strategies.parameter_server.shards import ParameterBuffer, trained_among
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class ServerClient:
         self._compressor = compressor
         self._stopwatch = stopwatch
         self._ledger = ledger
-        self._buffer = ParameterBuffer(list(parameters.values()))
+        self._buffer = ParameterBuffer(trained_among(parameters))
         self._thread = ThreadPoolExecutor(1)
         self._pending_answer: Future[Frame] | None = None
         self._push_header: dict[str, Any] | None = None
@@ -97,7 +97,7 @@ class ServerClient:
 
     @property
     def bytes(self) -> int:
-        """Size of the shard's parameters."""
+        """Size of the shard's parameters that are trained now."""
         return self._buffer.data.numel()
 
     # --- the carrier of the gradients' buckets -----------------------------------------------------------------------
@@ -107,9 +107,7 @@ class ServerClient:
 
     def start(self, bucket: Bucket) -> None:
         """Sends a bucket of the push that :meth:`begin_push` began; the bucket may be changed at once."""
-        if self._push_header is not None:
-            self._send(FrameKind.PUSH, self._push_header, None)
-            self._push_header = None
+        self._send_header()
         with self._stopwatch.compression():
             payload = self._compressor.encode(bucket).cpu()
         self._ledger.sent["push"] += payload.numel()
@@ -117,7 +115,14 @@ class ServerClient:
         self._next_bucket += 1
 
     def finish(self) -> None:
-        """Does nothing: :meth:`take_parameters` waits for the answer."""
+        """Ends the push; :meth:`take_parameters` waits for the answer."""
+        # Nothing of this shard may be trained now.
+        self._send_header()
+
+    def _send_header(self) -> None:
+        if self._push_header is not None:
+            self._send(FrameKind.PUSH, self._push_header, None)
+            self._push_header = None
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -225,6 +230,15 @@ class ServerClient:
             frame = connection.receive(answer_kind or kind)
             return frame, connection.read_body(frame, expected_size(frame))
 
+    def request_trained(self) -> None:
+        """Makes the server train those of its parameters that require a gradient in this worker's model."""
+        names = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        self.request(FrameKind.TRAINED, {"names": names}, answer_kind=FrameKind.DONE)
+
+    def trained_changed(self) -> None:
+        """Call when other parameters of this worker's model require a gradient, and nothing is under way."""
+        self._buffer = ParameterBuffer(trained_among(self.parameters))
+
     def fetch_optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Fetches the state of the server's optimizer.
 
@@ -247,7 +261,7 @@ class ServerClient:
         shard_tensors = {name: tensor for name, tensor in tensors.items() if self._holds(name)}
         shard_scalars = {name: value for name, value in scalars.items() if self._holds(name)}
         with self._explain_lost_connection():
-            connection.send(FrameKind.LOAD, None, self._buffer.pack())
+            connection.send(FrameKind.LOAD, None, ParameterBuffer(list(self.parameters.values())).pack())
             connection.send(FrameKind.STATE, *encode_optimizer_state(shard_tensors, shard_scalars))
             connection.read_body(connection.receive(FrameKind.DONE), 0)
 

@@ -8,7 +8,7 @@ doesn't wait for a worker that dies meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -322,3 +322,15 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 def _from_bytes(body: Tensor, tensor: Tensor) -> Tensor:
     """Interprets bytes with the shape and dtype of ``tensor``, on its device."""
     return body.view(tensor.dtype).view(tensor.shape).to(tensor.device)
+
+
+@torch.no_grad()
+def average_in_place(tensors: Sequence[Tensor], workers: Communicator) -> None:
+    """Replaces tensors by their means over the workers that live; all of them call it together."""
+    if tensors and workers.size > 1:
+        # With a count, since a worker may go just now; in float64, so that what is equal stays what it is.
+        parts = [tensor.double().flatten() for tensor in tensors]
+        total = workers.all_reduce(torch.cat([*parts, parts[0].new_ones(1)]))
+        means = (total[:-1] / total[-1]).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))

@@ -53,6 +53,7 @@ class FrameKind(enum.IntEnum):
     HEARTBEAT = 16
     FAILURE = 17
     FAREWELL = 18
+    TRAINED = 19
 
 
 class ProtocolError(RuntimeError):

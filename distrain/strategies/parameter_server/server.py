@@ -28,6 +28,7 @@ from distrain.strategies.parameter_server.protocol import Connection, Frame, Fra
 from distrain.strategies.parameter_server.push import Push, receive_push
 from distrain.strategies.parameter_server.server_policy import ServerPolicy
 from distrain.strategies.parameter_server.server_shard import ServerShard
+from distrain.strategies.parameter_server.shards import ParameterBuffer
 from distrain.strategies.parameter_server.stop_decision import StopDecision
 from distrain.strategies.parameter_server.worker_record import RecentStaleness, WorkerRecord
 
@@ -238,7 +239,7 @@ class Server:
     # --- pushes and pulls --------------------------------------------------------------------------------------------
 
     def _serve_parameters(self, worker: WorkerRecord, connection: Connection) -> None:
-        buffer = self.shard.make_buffer()
+        buffer = ParameterBuffer([])
         while True:
             frame = connection.receive(FrameKind.PUSH, FrameKind.PULL)
             connection.read_body(frame, 0)
@@ -264,6 +265,9 @@ class Server:
                     "decided_step": self._stop_decision.step,
                     "decided_requests": self._stop_decision.requests,
                 }
+                # Compared by identity: another epoch may train other parameters.
+                if [*map(id, buffer.parameters)] != [*map(id, self.shard.trained)]:
+                    buffer = ParameterBuffer(self.shard.trained)
                 parameters = buffer.pack()
             connection.send(FrameKind.PARAMETERS, meta, parameters)
             worker.pulled_bytes += parameters.numel()
@@ -371,6 +375,7 @@ class Server:
                 FrameKind.STATISTICS,
                 FrameKind.STATE,
                 FrameKind.LOAD,
+                FrameKind.TRAINED,
             )
             if frame.kind is FrameKind.COLLECTIVE:
                 contribution = collectives.read_body(connection, frame)
@@ -395,6 +400,9 @@ class Server:
                     with self._changed:
                         squared_norm = self.shard.squared_norm()
                     connection.send(FrameKind.NORM, {"square": squared_norm})
+                elif frame.kind is FrameKind.TRAINED:
+                    self._set_trained(frame)
+                    connection.send(FrameKind.DONE)
                 else:
                     connection.send(FrameKind.STATISTICS, self._statistics(frame))
 
@@ -411,9 +419,17 @@ class Server:
                 "bytes": self.shard.bytes,
             }
 
+    def _set_trained(self, frame: Frame) -> None:
+        """Trains other parameters of the shard from now on. The workers wait for each other before and after it."""
+        names = frame.meta.get("names")
+        if not isinstance(names, list) or not all(name in self.shard.parameters for name in names):
+            raise frame.protocol_error(f"{names!r} are not names of this shard's parameters")
+        with self._changed:
+            self.shard.set_trained(names)
+
     def _load(self, frame: Frame, connection: Connection) -> None:
         """Receives parameters and the optimizer's state and replaces the shard's."""
-        buffer = self.shard.make_buffer()
+        buffer = ParameterBuffer(list(self.shard.parameters.values()))
         connection.read_body_into(frame, buffer.data)
         tensors, scalars = receive_optimizer_state(connection, self.shard.parameters)
         with self._changed:

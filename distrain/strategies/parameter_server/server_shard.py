@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from distrain.compression.encoding.packing import packed_size
 from distrain.gradients.buckets import Gradients
 from distrain.strategies.parameter_server.optimizer_wire import encode_optimizer_state
 from distrain.strategies.parameter_server.push import Push
-from distrain.strategies.parameter_server.shards import ParameterBuffer
+from distrain.strategies.parameter_server.shards import trained_among
 
 
 @dataclass
@@ -27,21 +28,30 @@ class ServerShard:
         gradients: Their gradients, in the buckets in which workers push them.
         optimizer: The optimizer of these parameters.
         compressor: Decodes what the workers' compressors encoded.
+        bucket_mb: Limit for the size of a bucket, in MiB.
     """
 
     parameters: dict[str, nn.Parameter]
     gradients: Gradients
     optimizer: torch.optim.Optimizer
     compressor: MessageCompressor
+    bucket_mb: float = math.inf
 
     @property
     def bytes(self) -> int:
         """Size of the parameters."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
 
-    def make_buffer(self) -> ParameterBuffer:
-        """Returns a buffer for a copy of the parameters."""
-        return ParameterBuffer(list(self.parameters.values()))
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained now: the others are neither pushed nor pulled."""
+        return trained_among(self.parameters)
+
+    def set_trained(self, names: Collection[str]) -> None:
+        """Trains only the named parameters from now on; no push may be under way."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+        self.gradients.rebuild_buckets(self.bucket_mb, self.bucket_mb)
 
     def payload_sizes(self, step: int) -> list[int]:
         """Size in bytes of each bucket's payload in a step."""

@@ -19,14 +19,21 @@ class ShardedGradients:
         before_sending: Called with the gradients of the whole model before anything is sent. All buckets then wait for
             the end of the backward pass. ``None``: each bucket is sent as soon as it is complete.
 
-    Attributes:
-        buckets: Those of all shards.
     """
 
     def __init__(self, shards: Sequence[Gradients], before_sending: Callable[[ReducedGradients], None] | None) -> None:
         self._shards = shards
         self._before_sending = before_sending
-        self.buckets: list[Bucket] = [bucket for shard in shards for bucket in shard.buckets]
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Those of all shards."""
+        return [bucket for shard in self._shards for bucket in shard.buckets]
+
+    def rebuild_buckets(self, bucket_mb: float) -> None:
+        """Lays out new buckets of at most so many MiB; see :meth:`distrain.gradients.buckets.Gradients`."""
+        for shard in self._shards:
+            shard.rebuild_buckets(bucket_mb, bucket_mb)
 
     @property
     def bytes_per_step(self) -> int:

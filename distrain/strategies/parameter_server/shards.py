@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ def assign_tensors(sizes: Sequence[int], servers: int) -> list[list[int]]:
     return [sorted(indices) for indices in assigned]
 
 
+def trained_among(parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Those of a shard's parameters that are trained now, in order; workers and servers get the same."""
+    return [parameter for parameter in parameters.values() if parameter.requires_grad]
+
+
 class ParameterBuffer:
     """One contiguous buffer that holds a copy of some parameters, to be sent or received as a whole.
 
@@ -41,18 +46,19 @@ class ParameterBuffer:
         parameters: In the model's order.
 
     Attributes:
+        parameters: As given.
         data: The copy, uint8 ``[bytes]``, on the CPU.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         offsets, end = [], 0
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             offsets.append(end)
             end += -(-parameter.numel() * parameter.element_size() // _ALIGNMENT) * _ALIGNMENT
         self.data = torch.zeros(end, dtype=torch.uint8)
         self._views: list[Tensor] = []
-        for parameter, start in zip(self._parameters, offsets, strict=True):
+        for parameter, start in zip(self.parameters, offsets, strict=True):
             part = self.data[start : start + parameter.numel() * parameter.element_size()].view(parameter.dtype)
             # With the parameter's own strides (channels-last weights) the copy is a plain one, and both peers agree.
             self._views.append(part.as_strided(parameter.size(), torch.empty_like(parameter, device="meta").stride()))
@@ -60,12 +66,12 @@ class ParameterBuffer:
     @torch.no_grad()
     def pack(self) -> Tensor:
         """Copies the parameters into the buffer and returns :attr:`data`."""
-        for view, parameter in zip(self._views, self._parameters, strict=True):
+        for view, parameter in zip(self._views, self.parameters, strict=True):
             view.copy_(parameter)
         return self.data
 
     @torch.no_grad()
     def unpack(self) -> None:
         """Copies the buffer into the parameters."""
-        for view, parameter in zip(self._views, self._parameters, strict=True):
+        for view, parameter in zip(self._views, self.parameters, strict=True):
             parameter.copy_(view)

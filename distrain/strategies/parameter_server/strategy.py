@@ -29,7 +29,7 @@ from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.parameter_server.client import ServerClient, ServerClients
-from distrain.strategies.parameter_server.collectives import WorkerCommunicator
+from distrain.strategies.parameter_server.collectives import WorkerCommunicator, average_in_place
 from distrain.strategies.parameter_server.connect import Listener, connect_to_server, listen_address
 from distrain.strategies.parameter_server.options import ParameterServerConfig
 from distrain.strategies.parameter_server.protocol import FrameKind
@@ -209,7 +209,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         options, trainer = self.options, self.config.trainer
         self.optimizer = make_optimizer(named.items())
         self._shard_parameters = named
-        shard = ServerShard(named, self._make_shard_gradients(named, None), self.optimizer, self.compressor)
+        gradients = self._make_shard_gradients(named, None)
+        shard = ServerShard(named, gradients, self.optimizer, self.compressor, options.bucket_mb)
         policy = ServerPolicy(
             mode=options.mode,
             staleness=options.staleness_bound,
@@ -241,6 +242,23 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     def _make_shard_gradients(self, named: Mapping[str, nn.Parameter], client: ServerClient | None) -> Gradients:
         size = self.options.bucket_mb
         return Gradients(named.items(), Communicator(), self.compressor, self.stopwatch, size, size, carrier=client)
+
+    @override
+    def set_trained(self, names: frozenset[str]) -> None:
+        # Pushes of the old buckets are answered before a server lays out new ones, and none is made before all have.
+        self._clients.take_parameters()
+        self._barrier()
+        super().set_trained(names)
+        for client in self._clients.clients:
+            if self.replicas.rank == 0:
+                client.request_trained()
+            client.trained_changed()
+        self._barrier()
+
+    @override
+    def _rebuild_buckets(self) -> None:
+        assert isinstance(self.gradients, ShardedGradients)
+        self.gradients.rebuild_buckets(self.options.bucket_mb)
 
     # --- the life of a rank ------------------------------------------------------------------------------------------
 
@@ -380,19 +398,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             self._barrier()
             self._clients.pull()
             self._warn_of_lost_workers()
-        self._average_buffers()
+        average_in_place(list(self._averaged_buffers.values()), self.replicas)
         self._up_to_date = True
-
-    @torch.no_grad()
-    def _average_buffers(self) -> None:
-        buffers = list(self._averaged_buffers.values())
-        if buffers and self.replicas.size > 1:
-            # With a count, since a worker may go just now; in float64, so that what is equal stays what it is.
-            parts = [buffer.double().flatten() for buffer in buffers]
-            total = self.replicas.all_reduce(torch.cat([*parts, parts[0].new_ones(1)]))
-            means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in buffers])
-            for buffer, mean in zip(buffers, means, strict=True):
-                buffer.copy_(mean.view_as(buffer))
 
     def _barrier(self) -> None:
         """Waits until all living workers are here."""

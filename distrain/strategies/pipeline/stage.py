@@ -127,6 +127,10 @@ class Stage:
         self.peak_activation_bytes = max(self.peak_activation_bytes, held_bytes)
         return [output.detach() for output in outputs], loss_sum.detach()
 
+    def expect(self, input: HandOver | None) -> None:
+        """Says what the previous stage hands over from now on: other tensors may need a gradient."""
+        self._input = input
+
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the part on the tensors that the previous stage hands over.
 

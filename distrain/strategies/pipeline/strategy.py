@@ -24,11 +24,12 @@ from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
+from distrain.models.freezing import still_modules, train_only
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.pipeline import report, split, timeline
-from distrain.strategies.pipeline.blocks import TracedBlock, named_blocks, trace_blocks
+from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, named_blocks, trace_blocks
 from distrain.strategies.pipeline.executor import ScheduleExecutor
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.schedule import SCHEDULES, rank_of_stages
@@ -121,6 +122,7 @@ class Pipeline(Strategy[PipelineConfig]):
         assert isinstance(model, nn.Sequential), "another model was refused"
         self.sync_initial_state(model, self.runtime.communicator())
         self.task = task
+        self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
         self._blocks = {name for name, _ in named_blocks(model)}
         traced = trace_blocks(model, example, self.precision)
@@ -134,7 +136,8 @@ class Pipeline(Strategy[PipelineConfig]):
             self.pipeline_group,
             self.precision.autocast,
         )
-        self._outputs = [output for start in self._split.starts[1:] if (output := traced[start - 1].output) is not None]
+        self._outputs = self._hand_overs(traced)
+        self._outputs_of_epochs = self._trace_epochs(model, example)
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
@@ -159,6 +162,37 @@ class Pipeline(Strategy[PipelineConfig]):
             self.runtime.device,
         )
         self._log_setup()
+
+    def _hand_overs(self, traced: list[TracedBlock]) -> list[HandOver]:
+        """What each stage but the last hands over to the next one."""
+        return [output for start in self._split.starts[1:] if (output := traced[start - 1].output) is not None]
+
+    def _trace_epochs(self, model: nn.Sequential, example: Tensor) -> dict[frozenset[str], list[HandOver]]:
+        """What stages hand over while some parameters are frozen, by the names of those that are trained.
+
+        No gradient is sent back to a stage before which nothing is trained.
+        """
+        freezing, found = self.freezing, {}
+        if freezing is None:
+            return {}
+        for epoch in freezing.epochs:
+            train_only(model, freezing.trained(epoch), freezing.ever_trained)
+            found[freezing.trained(epoch)] = self._hand_overs(trace_blocks(model, example, self.precision))
+        train_only(model, freezing.ever_trained, freezing.ever_trained)
+        return found
+
+    @override
+    def set_trained(self, names: frozenset[str]) -> None:
+        assert self.freezing is not None
+        self.compressor.buckets_change()
+        self._outputs = self._outputs_of_epochs[names]
+        frozen = self.freezing.parameters - names
+        self._still = []
+        for index, stage in self.stages.items():
+            train_only(stage.module, names, self.freezing.ever_trained)
+            stage.expect(self._outputs[index - 1] if index else None)
+            self.gradients[index].rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(stage.module)))
+            self._still += still_modules(stage.module, frozen)
 
     def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
         options = self.options
@@ -234,6 +268,8 @@ class Pipeline(Strategy[PipelineConfig]):
             for index, stage in self.stages.items():
                 stage.module.train()
                 self.gradients[index].zero()
+            for module in self._still:
+                module.training = False
             pieces = self._microbatches(batch)
             count = len(pieces)
             self._recorder.begin_step()

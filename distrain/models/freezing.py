@@ -1,0 +1,126 @@
+"""Which of a model's parameters are trained in which epoch, and which modules keep still because theirs are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence, Set
+
+from torch import nn
+
+from distrain.config.schema import Config, FreezeConfig
+from distrain.errors import ConfigError, config_error
+from distrain.models.layers import layer_depths, matches
+
+
+class FreezeSchedule:
+    """When each parameter of a model is trained.
+
+    Args:
+        config: The key ``freeze``; for a parameter the first entry counts whose pattern matches its name.
+        model: The unsplit model. Parameters that it does not want to be trained are ignored.
+
+    Raises:
+        ConfigError: A pattern matches no parameter that is trained without it, or nothing is left to train in an epoch.
+    """
+
+    def __init__(self, config: Sequence[FreezeConfig], model: nn.Module) -> None:
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        depths = layer_depths(model) if config else {}
+        #: The first epoch in which each parameter is trained; infinite for never.
+        self._first_epoch: dict[str, float] = dict.fromkeys(names, 0)
+        used: set[int] = set()
+        for name in names:
+            for index, entry in enumerate(config):
+                if matches(entry.match, name, depths):
+                    used.add(index)
+                    self._first_epoch[name] = math.inf if entry.epochs is None else entry.epochs
+                    break
+        for index, entry in enumerate(config):
+            if index not in used:
+                problem = "matches no parameter that would be trained and is not in an earlier entry"
+                raise ConfigError(f"freeze[{index}].match", entry.match, problem, names)
+        first = min(self._first_epoch.values(), default=0)
+        if first:
+            when = "ever" if first == math.inf else f"in the first {first:g} epochs"
+            way_out = "an entry before the others with epochs: 0, such as {match: head, epochs: 0}, is never frozen"
+            raise config_error("freeze", f"leaves no parameter to train {when}; {way_out}")
+
+    @property
+    def parameters(self) -> Set[str]:
+        """Names of all parameters that would be trained if nothing was frozen."""
+        return self._first_epoch.keys()
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs that train more than the one before, in order; the first is 0."""
+        return sorted({int(epoch) for epoch in self._first_epoch.values() if epoch < math.inf} | {0})
+
+    @property
+    def ever_trained(self) -> frozenset[str]:
+        """Names of the parameters that are trained in some epoch."""
+        return frozenset(name for name, epoch in self._first_epoch.items() if epoch < math.inf)
+
+    def trained(self, epoch: int) -> frozenset[str]:
+        """Names of the parameters that are trained in an epoch, counted from 0."""
+        return frozenset(name for name, first in self._first_epoch.items() if first <= epoch)
+
+
+def check_counts(config: Config) -> None:
+    """Refuses to freeze for some epochs together with what counts the updates of parameters.
+
+    A rank that holds frozen parameters alone makes no update, so its count would be behind that of others.
+
+    Raises:
+        ConfigError: Names the key that counts.
+    """
+    if not any(entry.epochs for entry in config.freeze):
+        return
+    problem = "counts updates, which a rank whose parameters are frozen for some epochs (freeze) doesn't make"
+    if config.optimizer.lookahead.every is not None:
+        raise ConfigError("optimizer.lookahead.every", config.optimizer.lookahead.every, problem, ["null"])
+    for index, group in enumerate(config.optimizer.groups):
+        if group.epochs is not None:
+            raise ConfigError(f"optimizer.groups[{index}].epochs", group.epochs, problem, ["null"])
+
+
+def train_only(model: nn.Module, trained: Collection[str], among: Collection[str]) -> None:
+    """Lets some parameters require a gradient and others not.
+
+    Args:
+        model: The model, or a part of it with the same names.
+        trained: Names of those that do.
+        among: Names of all that this decides about; the others stay as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if name in among:
+            parameter.requires_grad_(name in trained)
+
+
+def still_modules(model: nn.Module, frozen: Collection[str]) -> list[nn.Module]:
+    """The modules with parameters or buffers that keep still: all their own parameters are frozen.
+
+    In evaluation mode they don't update running statistics (BatchNorm) and normalise by them. A module with buffers
+    alone keeps still if the smallest part of the model around it that has parameters is frozen as a whole.
+
+    Args:
+        model: The model, or a part of it with the same names. It is not among the result itself.
+        frozen: Names of the frozen parameters.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def is_frozen(parameters: list[nn.Parameter]) -> bool:
+        decided = [names[id(parameter)] in frozen for parameter in parameters if id(parameter) in names]
+        return bool(decided) and all(decided)
+
+    still = []
+    around: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        around = [(prefix, parent) for prefix, parent in around if not prefix or path.startswith(f"{prefix}.")]
+        parameters = list(module.parameters(recurse=False))
+        if not parameters and next(module.buffers(recurse=False), None) is not None:
+            enclosing = (list(parent.parameters()) for _, parent in reversed(around))
+            parameters = next((found for found in enclosing if found), [])
+        if path and is_frozen(parameters):
+            still.append(module)
+        around.append((path, module))
+    return still

@@ -1,0 +1,123 @@
+"""Parameters that are frozen in the first epochs: every strategy trains, exchanges and resumes as one process does."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
+from tests.harness import run_ranks
+from tests.runs import relative_difference, small, trainer_for
+
+#: First the last layer alone is trained, then a part before it too, from epoch 2 on all but one layer.
+FREEZE = (
+    "freeze=[{{match: head, epochs: 0}}, {{match: {never}}}, {{match: {later}, epochs: 1}}, {{match: '*', epochs: 2}}]"
+)
+COMMON = (
+    "optimizer=sgd",
+    "optimizer.lr=0.05",
+    "optimizer.weight_decay=0.01",
+    "scheduler=constant",
+    "trainer.precision=fp64",
+    "trainer.epochs=3",
+)
+NORM_NET = (
+    "model=custom",
+    "model._target_=tests.runs.NormNet",
+    FREEZE.format(never="first.1.*", later="second.*"),
+)
+BATCH_NORM, GROUP_NORM = (*NORM_NET, "+model.kwargs.norm=batch"), (*NORM_NET, "+model.kwargs.norm=group")
+CNN = ("model=simple_cnn", FREEZE.format(never="block1.*", later="dense.*"))
+MOMENTUM = ("optimizer.momentum=0.9", "trainer.grad_clip_norm=1")
+LOSSY = ("optimizer=adamw", "compression.min_elements=30", *BATCH_NORM)
+
+#: Ways to train that equal one process: number of ranks, what one process has too, and the rest.
+EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "ddp": (
+        3,
+        (*BATCH_NORM, *MOMENTUM),
+        ("strategy=ddp", "strategy.first_bucket_mb=0.0005", "strategy.bucket_mb=0.001"),
+    ),
+    "pipeline": (
+        2,
+        (*CNN, *MOMENTUM),
+        ("strategy=pipeline", "strategy.stages=4", "strategy.schedule=zbv_zero_bubble", "strategy.microbatches=4"),
+    ),
+    "local_sgd": (3, (*GROUP_NORM, "optimizer.momentum=0"), ("strategy=local_sgd", "strategy.sync_every=1")),
+    "parameter_server": (4, (*GROUP_NORM, *MOMENTUM), ("strategy=parameter_server", "strategy.servers=2")),
+}
+#: Ways that lose information.
+LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "powersgd": (3, LOSSY, ("strategy=ddp", "compression=powersgd", "compression.min_compression_rate=1")),
+    "replicated stages": (4, LOSSY, ("strategy=pipeline", "strategy.stages=2", "compression=qsgd")),
+    "merges under way": (
+        2,
+        LOSSY,
+        (
+            "strategy=local_sgd",
+            "strategy.sync_every=4",
+            "strategy.fragments=2",
+            "strategy.overlap_steps=2",
+            "strategy.outer_optimizer=nesterov",
+            "compression=topk",
+        ),
+    ),
+}
+#: Where runs in parts stop; an epoch has five steps.
+STOPS = (4, 5, 11)
+
+
+def train(runs: list[tuple[str, ...]]) -> None:
+    """Trains on this rank, one run after the other."""
+    for overrides in runs:
+        configuration = small(*COMMON, *overrides)
+        with Runtime(configuration, World.from_environment()) as runtime:
+            trainer_for(configuration, runtime).fit()
+
+
+def train_whole_and_in_parts(ranks: int, folder: Path, *overrides: str) -> None:
+    """Trains without stops into ``whole``, and with stops into ``parts``."""
+    stops = [f"trainer.max_steps={step}" for step in STOPS]
+    parts = [(*overrides, f"run_dir={folder}/parts", *stop) for stop in ([stops[0]], [stops[1]], [stops[2]], [])]
+    run_ranks(train, ranks, [(*overrides, f"run_dir={folder}/whole"), *parts])
+
+
+def last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "step_00000015"
+
+
+def tensor_files(run: Path) -> dict[str, str]:
+    """The hashes of all files of tensors in the last checkpoint: model, optimizer, compressors, each rank's own."""
+    files: dict[str, Any] = json.loads((last_checkpoint(run) / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+
+
+@functools.cache
+def alone(folder: Path, overrides: tuple[str, ...]) -> dict[str, Tensor]:
+    run = folder / str(abs(hash(overrides)))
+    train([(*overrides, f"run_dir={run}")])
+    return checkpoint_reader.load_model(last_checkpoint(run))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.mark.parametrize("way", [*EQUAL, *LOSING])
+def test_a_run_with_frozen_epochs_equals_one_process_and_is_resumed_exactly(
+    way: str, folder: Path, tmp_path: Path
+) -> None:
+    ranks, common, own = {**EQUAL, **LOSING}[way]
+    train_whole_and_in_parts(ranks, tmp_path, *common, *own)
+    assert tensor_files(tmp_path / "parts") == tensor_files(tmp_path / "whole")
+    if way in EQUAL:
+        model = checkpoint_reader.load_model(last_checkpoint(tmp_path / "whole"))
+        assert relative_difference(model, alone(folder, common)) <= 1e-12
