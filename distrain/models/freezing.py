@@ -9,7 +9,7 @@ from torch import nn
 
 from distrain.config.schema import Config, FreezeConfig
 from distrain.errors import ConfigError, config_error
-from distrain.models.layers import layer_depths, matches
+from distrain.models.layers import layer_depths, matches, unmatched
 
 
 class FreezeSchedule:
@@ -37,8 +37,9 @@ class FreezeSchedule:
                     break
         for index, entry in enumerate(config):
             if index not in used:
-                problem = "matches no parameter that would be trained and is not in an earlier entry"
-                raise ConfigError(f"freeze[{index}].match", entry.match, problem, names)
+                problem = "matches none of the parameters that would be trained and are in no earlier entry"
+                left = [name for name in names if not any(matches(each.match, name, depths) for each in config[:index])]
+                raise unmatched(f"freeze[{index}].match", entry.match, problem, left)
         first = min(self._first_epoch.values(), default=0)
         if first:
             when = "ever" if first == math.inf else f"in the first {first:g} epochs"

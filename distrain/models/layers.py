@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
+
+from distrain.errors import ConfigError
 
 #: The pattern that stands for the parameters of a model's last layer.
 HEAD = "head"
 
+#: Names shown in a message.
+_SHOWN = 6
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -71,3 +76,19 @@ def matches(pattern: str, name: str, depths: Mapping[str, int]) -> bool:
     if pattern == HEAD:
         return depths.get(name) == max(depths.values(), default=None)
     return fnmatch.fnmatchcase(name, pattern)
+
+
+def unmatched(key: str, pattern: str, problem: str, names: Sequence[str]) -> ConfigError:
+    """The error for a pattern that names no parameter.
+
+    Args:
+        key: Where the pattern is.
+        pattern: The pattern.
+        problem: What is wrong with it.
+        names: The names that it might have meant; the nearest ones, or patterns of all parameters of a module, are
+            suggested.
+    """
+    modules = {f"{name[:end]}.*" for name in names for end, letter in enumerate(name) if letter == "."}
+    near = difflib.get_close_matches(pattern, [*modules, *names], n=2, cutoff=0.5)
+    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ConfigError(key, pattern, f"{problem}; they are {listed}", meant=near)

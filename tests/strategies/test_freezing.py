@@ -70,8 +70,10 @@ LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-#: Where runs in parts stop; an epoch has five steps.
-STOPS = (4, 5, 11)
+#: Ways that are tried by make test-soak alone.
+LONG = ("local_sgd", "replicated stages")
+#: Where runs in parts stop: an epoch has five steps.
+STOPS = (5, 11)
 
 
 def train(runs: list[tuple[str, ...]]) -> None:
@@ -84,8 +86,8 @@ def train(runs: list[tuple[str, ...]]) -> None:
 
 def train_whole_and_in_parts(ranks: int, folder: Path, *overrides: str) -> None:
     """Trains without stops into ``whole``, and with stops into ``parts``."""
-    stops = [f"trainer.max_steps={step}" for step in STOPS]
-    parts = [(*overrides, f"run_dir={folder}/parts", *stop) for stop in ([stops[0]], [stops[1]], [stops[2]], [])]
+    stops = [*((f"trainer.max_steps={step}",) for step in STOPS), ()]
+    parts = [(*overrides, f"run_dir={folder}/parts", *stop) for stop in stops]
     run_ranks(train, ranks, [(*overrides, f"run_dir={folder}/whole"), *parts])
 
 
@@ -111,7 +113,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("alone")
 
 
-@pytest.mark.parametrize("way", [*EQUAL, *LOSING])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.soak] * (way in LONG)) for way in (*EQUAL, *LOSING)]
+)
 def test_a_run_with_frozen_epochs_equals_one_process_and_is_resumed_exactly(
     way: str, folder: Path, tmp_path: Path
 ) -> None:
