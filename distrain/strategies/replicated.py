@@ -15,8 +15,8 @@ from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
-from distrain.models.outputs import logits_of
 from distrain.models.freezing import still_modules, train_only
+from distrain.models.outputs import logits_of
 from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
