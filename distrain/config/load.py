@@ -174,9 +174,10 @@ def _check_keys(key: str, schema: type[Any], node: Any) -> None:
 
 def _check_lists_of_mappings(key: str, schema: type[Any], node: DictConfig) -> None:
     """Checks each element of a list by itself, since OmegaConf's errors would not say which element is wrong."""
+    values = cast(dict[str, Any], OmegaConf.to_container(node))
     for name, hint in typing.get_type_hints(schema).items():
         element = next(iter(typing.get_args(hint)), None)
-        items = OmegaConf.to_container(node).get(name) if dataclasses.is_dataclass(element) else None
+        items = values.get(name) if dataclasses.is_dataclass(element) else None
         for position, item in enumerate(items if isinstance(items, list) else []):
             if isinstance(item, dict):
                 _to_dataclass(f"{_join(key, name)}[{position}]", cast(type[Any], element), OmegaConf.create(item))
