@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -33,9 +34,11 @@ class EncodedReader(ItemReader):
     def __getitem__(self, row: int) -> tuple[Tensor, None]:
         try:
             data = read_piece(self._pieces, row)
-            return torch.from_numpy(decode_bytes(data, self.name(row), *self._shape)), None
+            pixels = decode_bytes(data, self.name(row), *self._shape)
         except DecodeError as error:
             raise ValueError(error.reason) from error  # who reports it adds the name
+        # A copy where Pillow's own memory is read-only.
+        return torch.from_numpy(np.require(pixels, requirements="W")), None
 
     @override
     def blocks(self) -> Blocks | None:

@@ -25,6 +25,7 @@ NEEDED = {
     "loss=custom": ["loss._target_=torch.nn.CrossEntropyLoss"],
     "data=image_folder": ["data.root=images"],
     "data=numpy": ["data.root=arrays.npz"],
+    "data=webdataset": ["data.root=shards"],
 }
 
 

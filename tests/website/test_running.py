@@ -5,9 +5,11 @@ They run with short settings; see :mod:`tests.website.short`. A command with a m
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +83,18 @@ def photos(folder: Path) -> None:
                 Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
 
 
+def shards(folder: Path, images: Path) -> None:
+    """The same images in tar shards."""
+    folder.mkdir()
+    for part in ("train", "test"):
+        with tarfile.open(folder / f"{part}-000.tar", "w") as archive:
+            for number, path in enumerate(sorted(images.glob(f"{part}/*/*.png"))):
+                archive.add(path, f"{number}.png")
+                label = tarfile.TarInfo(f"{number}.cls")
+                label.size = len(path.parent.name)
+                archive.addfile(label, io.BytesIO(path.parent.name.encode()))
+
+
 @pytest.mark.docs
 @pytest.mark.parametrize(
     "path",
@@ -91,6 +105,7 @@ def test_the_commands_of_a_page_run(path: Path, tmp_path: Path, programs: Path, 
     blocks, _ = documented.read(path)
     documented.write_files(blocks, tmp_path)
     photos(tmp_path / "photos")
+    shards(tmp_path / "shards", tmp_path / "photos")
     for name in ("benchmarks", "docker", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "DIR").symlink_to(finished_run)
