@@ -22,13 +22,13 @@ from distrain.models.arguments import (
     problem_with,
     with_plain_arguments,
 )
-from distrain.models.foreign import ForeignModelConfig
+from distrain.models.foreign import ForeignModelConfig, UserModelConfig, identity
 from distrain.models.python_object import PythonObjectModelConfig, maker_of_offered_model
 from distrain.models.tensors import lay_out_densely
 
 
 @dataclass
-class CustomConfig(ForeignModelConfig):
+class CustomConfig(UserModelConfig):
     """Keys of ``model=custom``: any importable model."""
 
 
@@ -67,25 +67,26 @@ def instantiate_model(
     check_names(names, configured.keys())
     shape = DataShape(in_channels, num_classes, image_size)
     of_data = data_arguments(config._target_, target, shape, names, configured.keys())
-    model = _call(config._target_, target, of_data, configured)
+    model = _call(config, target, of_data, configured)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         problem = f"makes a {kind}, not an nn.Module; name a class or a function that returns one module"
-        raise ConfigError("model._target_", config._target_, problem)
+        raise ConfigError(*identity(config), problem)
     lay_out_densely(config._target_, model)
     return model
 
 
 def _configured_arguments(config: ModelConfig) -> dict[str, Any]:
     """The model's arguments in its configuration."""
-    base = ForeignModelConfig if isinstance(config, ForeignModelConfig) else ModelConfig
-    others = {"kwargs", *(field.name for field in dataclasses.fields(base))}
+    if isinstance(config, ForeignModelConfig):
+        return config.target_arguments()
+    others = {"kwargs", *(field.name for field in dataclasses.fields(ModelConfig))}
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in others}
     return {**own, **getattr(config, "kwargs", {})}
 
 
 def _named_arguments(config: ModelConfig) -> Mapping[str, str] | None:
-    return config.arguments if isinstance(config, ForeignModelConfig) else None
+    return config.arguments if isinstance(config, UserModelConfig) else None
 
 
 def is_untold(config: ModelConfig, quantity: str, allowed: Sequence[str] | None = None) -> bool:
@@ -127,16 +128,18 @@ def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[...,
     return with_plain_arguments(target)
 
 
-def _call(path: str, target: Callable[..., Any], of_data: Mapping[str, Any], configured: Mapping[str, Any]) -> Any:
+def _call(
+    config: ModelConfig, target: Callable[..., Any], of_data: Mapping[str, Any], configured: Mapping[str, Any]
+) -> Any:
     """Calls the target with the arguments of the data set and of the configuration."""
     arguments = {**of_data, **configured}
     if problem := problem_with(target, arguments):
         if "missing" in problem:
             problem += "; +model.kwargs.NAME=… gives one a value, model.arguments='{NAME: classes}' says what it means"
-        raise ConfigError("model.kwargs", dict(configured), f"{path} {problem}")
+        raise ConfigError("model.kwargs", dict(configured), f"{config._target_} {problem}")
     try:
         return call(target, arguments)
     except ConfigError:
         raise
     except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError("model._target_", path, f"fails to build {described(error)}") from error
+        raise ConfigError(*identity(config), f"fails to build {described(error)}") from error

@@ -14,7 +14,7 @@ from torch import nn
 
 from distrain.config.registry import register
 from distrain.errors import ConfigError
-from distrain.models.foreign import ForeignModelConfig
+from distrain.models.foreign import UserModelConfig
 
 #: A module, or a class or function that makes one.
 ModelObject: TypeAlias = nn.Module | Callable[..., nn.Module]
@@ -23,7 +23,7 @@ _offered: ContextVar[ModelObject | None] = ContextVar("offered_model", default=N
 
 
 @dataclass
-class PythonObjectModelConfig(ForeignModelConfig):
+class PythonObjectModelConfig(UserModelConfig):
     """Keys of ``model=python_object``; ``_target_`` says what the object is, and nothing is imported by it."""
 
 

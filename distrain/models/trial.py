@@ -19,7 +19,7 @@ from distrain.errors import ConfigError, described
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model, is_untold
-from distrain.models.foreign import auxiliary_weight
+from distrain.models.foreign import ForeignModelConfig, auxiliary_weight, identity
 from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
 from distrain.runtime.device import RandomState, seed_everything
 from distrain.torch_internals import BatchNorm, Dropout, apply_to_tensors, write_count
@@ -87,7 +87,7 @@ class ModelTrial:
         self._output_shape = (num_classes,) if output_shape is None else output_shape
         self._allowed, self._extra_check = allowed, extra_check
         #: Whether the model is not one of distrain's own, of which all is known that can't be seen in shapes.
-        self._is_foreign = not config._target_.startswith("distrain.models.")
+        self._is_foreign = isinstance(config, ForeignModelConfig) or not config._target_.startswith("distrain.models.")
         self.unused: list[str] = []
         self.ignored_outputs: list[str] = []
         self.auxiliary_outputs: list[str] = []
@@ -324,12 +324,12 @@ class ModelTrial:
             self._refuse(f"fails in the backward pass {described(error)}", error)
 
     def _refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
-        raise ConfigError("model._target_", self._config._target_, problem) from cause
+        raise ConfigError(*identity(self._config), problem) from cause
 
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
         """Leaves the random generator as it is, compiles nothing, and says so if the model takes long."""
-        name = self._config._target_
+        _, name = identity(self._config)
         timer = threading.Timer(
             _PATIENCE, log.warning, ("still waiting for the first trial of %s (a forward pass of 2 images)", name)
         )

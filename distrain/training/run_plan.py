@@ -30,7 +30,7 @@ from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
-from distrain.training import auto_format, batch_sizes, initial_weights, resume
+from distrain.training import auto_format, batch_sizes, initial_weights, normalisation, resume
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,10 @@ class RunPlan:
         _check_ranks(strategy, config, world)
         source = data_source(config.data)
         spec = source.describe()
+        statistics = normalisation.of_model(config, spec)
+        if statistics is not None:
+            data = dataclasses.replace(config.data, mean=[*statistics.mean], std=[*statistics.std])
+            source = data_source(data)
         return cls(config, world, device, strategy, source, spec, tasks.build(config, spec))
 
     @property
