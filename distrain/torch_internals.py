@@ -114,6 +114,27 @@ def loads_in_its_own_way(module: nn.Module) -> bool:
     )
 
 
+def has_plain_state(module: nn.Module) -> bool:
+    """Whether a module's own state is its parameters and buffers alone, under their names; fallback: it isn't."""
+    hooks = ("_state_dict_hooks", "_state_dict_pre_hooks")
+    if any(getattr(module, name, True) for name in hooks) or loads_in_its_own_way(module):
+        return False
+    own, methods = type(module), ("state_dict", "_save_to_state_dict", "get_extra_state")
+    return all(getattr(own, name, None) is getattr(nn.Module, name, None) for name in methods)
+
+
+def set_state_version(module: nn.Module, model: nn.Module) -> None:
+    """Gives a module the version that another one's ``state_dict()`` has; fallback: torch's usual one."""
+    if hasattr(model, "_version"):
+        module._version = model._version
+
+
+def changes_saved_tensors() -> bool:
+    """Whether hooks change what autograd saves, as checkpointing of activations does; fallback: no hook is noticed."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
 def state_metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries that modules left in a ``state_dict()`` about its format; fallback: none."""
     metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -214,16 +214,29 @@ def merged_plain(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def part_of_blocks(
-    blocks: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None
+def part_of(
+    names: Collection[str], tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The arguments of :func:`load` for some blocks of a model, from those for the model."""
-    names = {name for name, _ in blocks.named_children()}
+    """The arguments of :func:`load` for a part of a model, from those for the model.
 
-    def part_of(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in entries.items() if name.partition(".")[0] in names}
+    Args:
+        names: Modules, parameters and buffers that the part has.
+        tensors: As for :func:`load`.
+        plain: As for :func:`load`.
+    """
+    known = set(names)
 
-    return part_of(tensors), None if plain is None else {key: part_of(entries) for key, entries in plain.items()}
+    def entries_of_part(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entries.items() if not known.isdisjoint(_beginnings(name))}
+
+    part = None if plain is None else {key: entries_of_part(entries) for key, entries in plain.items()}
+    return entries_of_part(tensors), part
+
+
+def _beginnings(name: str) -> list[str]:
+    """``a.b.c`` gives ``a``, ``a.b`` and ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def check_blocks(blocks: Iterable[str], tensors: Mapping[str, Tensor]) -> None:

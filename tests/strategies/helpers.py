@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +54,16 @@ def drawn(count: int, *shape: int, seed: int = 0, classes: int = 4, dtype: torch
 def parameters(model: nn.Module) -> Tensor:
     """All parameters as one vector, copied."""
     return torch.cat([parameter.detach().clone().flatten() for parameter in model.parameters()])
+
+
+def once(function: Any) -> Any:
+    """The function, called once for the same arguments, which need not be hashable."""
+    results: dict[str, Any] = {}
+
+    def remembered(*arguments: Any) -> Any:
+        key = repr(arguments)
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
+
+    return remembered

@@ -25,6 +25,7 @@ from distrain.training.run_plan import RunPlan
 from tests.harness import run_ranks
 from tests.runs import relative_difference, small
 from tests.strategies import drawn
+from tests.strategies.helpers import once
 
 #: How many networks are drawn, and how many train together in a process. `make test` draws the first of them only.
 COUNT, TOGETHER = 300, 60
@@ -107,8 +108,8 @@ def train_drawn(seeds: range, folder: str, *options: str) -> list[Outcome]:
     outcomes = []
     with Runtime(config, World.from_environment(), keep_logs=False) as runtime:
         # Each strategy would make groups of its own, and hundreds of them would run out of threads.
-        runtime.mesh = _once(runtime.mesh)  # type: ignore[method-assign]
-        runtime.duplicate_group = _once(runtime.duplicate_group)  # type: ignore[method-assign]
+        runtime.mesh = once(runtime.mesh)  # type: ignore[method-assign]
+        runtime.duplicate_group = once(runtime.duplicate_group)  # type: ignore[method-assign]
         logger, said = logging.getLogger("distrain"), Said()
         logger.addHandler(said)
         for seed in seeds:
@@ -116,18 +117,6 @@ def train_drawn(seeds: range, folder: str, *options: str) -> list[Outcome]:
             outcomes.append(train(_plan(config, seed), runtime, said))
         logger.removeHandler(said)
     return outcomes
-
-
-def _once(function: Any) -> Any:
-    results: dict[str, Any] = {}
-
-    def remembered(*arguments: Any) -> Any:
-        key = repr(arguments)
-        if key not in results:
-            results[key] = function(*arguments)
-        return results[key]
-
-    return remembered
 
 
 def _plan(config: Config, seed: int) -> RunPlan:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.runtime.device import synchronize
-from distrain.strategies.pipeline.blocks import named_blocks, trial_copy
+from distrain.strategies.pipeline.blocks import named_blocks
+from distrain.strategies.pipeline.trial_copy import trial_copy
 
 #: Sizes in bytes of the two messages from which latency and bandwidth are computed.
 _MESSAGE_BYTES = (4096, 4 * 2**20)
@@ -29,6 +30,7 @@ class BlockCost:
         parameters: Number of parameters.
         forward_ms: Time of the forward pass, in milliseconds.
         backward_ms: Time of the backward pass, in milliseconds.
+        output_tensors: Number of tensors in the output.
         output_bytes: Size of the output.
         activation_bytes: Size of what autograd saves for the backward pass.
     """
@@ -37,6 +39,7 @@ class BlockCost:
     parameters: int
     forward_ms: float
     backward_ms: float
+    output_tensors: int
     output_bytes: int
     activation_bytes: int
 
@@ -89,6 +92,7 @@ def measure_blocks(
                 sum(p.numel() for p in block.parameters()),
                 sorted(forwards)[repeats // 2],
                 sorted(backwards)[repeats // 2],
+                len(_tensors(output)),
                 sum(tensor.numel() * tensor.element_size() for tensor in _tensors(output)),
                 saved_bytes,
             )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,43 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.errors import ConfigError
+from distrain.models.base import BlockSequence
+from distrain.strategies.pipeline.program import Segment, owned_names
+from distrain.strategies.pipeline.traced_model import TracedModel
+from distrain.strategies.pipeline.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
+
+
+def is_sequence(model: nn.Module) -> bool:
+    """Whether a model does nothing but run its blocks, one after another, and holds no state itself."""
+    if not isinstance(model, nn.Sequential) or "forward" in vars(model):
+        return False
+    if type(model).forward not in (nn.Sequential.forward, BlockSequence.forward):
+        return False
+    return not any("." not in name for name in (*model.state_dict(), *torch_internals.registered_names(model)))
 
 
 def named_blocks(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """The blocks in order; one that the model uses twice is there twice, unlike in ``named_children()``."""
+    if isinstance(model, TracedModel):
+        return list(zip(model.block_names, model, strict=True))
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
     return list(zip(names, model, strict=True))
+
+
+def part_of(model: nn.Sequential, start: int, stop: int) -> nn.Module:
+    """The blocks from ``start`` to before ``stop`` as a module that has their state under the model's names."""
+    if isinstance(model, TracedModel):
+        return model.part(start, stop)
+    part = nn.Sequential()
+    for name, block in named_blocks(model)[start:stop]:
+        part.add_module(name, block)
+    return part
+
+
+def state_names(part: nn.Module) -> list[str]:
+    """Names, or beginnings of names, of the entries that a part has in the model's ``state_dict()``."""
+    return owned_names(part) if isinstance(part, Segment) else [name for name, _ in part.named_children()]
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,11 @@ class HandOver:
 
     container: type | None
     tensors: tuple[ActivationSpec, ...]
+
+    @property
+    def sample_bytes(self) -> int:
+        """Size of one sample of all tensors."""
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.tensors)
 
     def shapes_and_types(self) -> tuple[Any, ...]:
         """What sender and receiver must agree on in evaluation too."""
@@ -185,43 +219,3 @@ def _hand_over(value: Any) -> tuple[HandOver | None, str]:
             return None, f"hands over {list(tensor.shape)} for two images; the first dimension must be the image"
     container = None if isinstance(value, Tensor) else type(value)
     return HandOver(container, tuple(ActivationSpec.of(tensor) for tensor in tensors)), ""
-
-
-@contextlib.contextmanager
-def trial_copy(block: nn.Module) -> Iterator[nn.Module]:
-    """A copy of a block in training mode; parameters, gradients and buffers of the block itself stay as they are.
-
-    A block that can't be copied (one with torch's old weight_norm, say) is used itself, and its buffers are restored.
-    """
-    try:
-        trial = copy.deepcopy(block)
-    except Exception:  # copying a user's module may raise anything
-        with _restored(block):
-            yield block.train()
-    else:
-        yield trial.train()
-
-
-@contextlib.contextmanager
-def _restored(block: nn.Module) -> Iterator[None]:
-    """Afterwards the block has its attributes and buffers as they were before, and its gradients."""
-    attributes = [(module, dict(vars(module))) for module in block.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in block.modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    ]
-    gradients = [(parameter, parameter.grad) for parameter in block.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for module, before in attributes:
-            vars(module).clear()
-            vars(module).update(before)
-        with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                setattr(module, name, buffer.copy_(values))
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

@@ -14,17 +14,18 @@ from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
 from distrain.gradients.linear_partition import linear_partition
-from distrain.models.base import BlockSequence
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
-from distrain.strategies.pipeline.blocks import TracedBlock, named_blocks
+from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, is_sequence, named_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
+from distrain.strategies.pipeline.traced_model import traced_model
+from distrain.strategies.precision import Precision
 
 if TYPE_CHECKING:
     from distrain.runtime.runtime import Runtime
 
 
 def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
-    """Refuses a model that can't be split into so many stages.
+    """Refuses a model that can't be split into so many stages, as far as that is known without running it.
 
     Args:
         model: The whole model.
@@ -34,20 +35,38 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
     Raises:
         ConfigError: The message says why.
     """
-    if not isinstance(model, nn.Sequential):
-        kind = type(model).__name__
-        problem = f"{kind} is no nn.Sequential, and a pipeline splits a model between its blocks"
-        way_out = "write it as nn.Sequential(block, block, …), with each skip connection inside one block"
-        raise config_error("model", f"{problem}; {way_out}")
     kind = type(model).__name__
-    if own := [name for name in (*model.state_dict(), *torch_internals.registered_names(model)) if "." not in name]:
-        raise config_error("model", f"{kind} holds {own[0]} itself, and a pipeline needs all state to be in its blocks")
     # A pipeline calls the blocks, and never the model.
-    if "forward" in vars(model) or type(model).forward not in (nn.Sequential.forward, BlockSequence.forward):
-        problem = "has a forward of its own, and a pipeline runs the blocks one after another"
-        raise config_error("model", f"{kind} {problem}; move what it does into a block")
     if torch_internals.has_hooks(model):
-        raise config_error("model", f"{kind} has hooks, which a pipeline does not call; register them at a block")
+        raise config_error("model", f"{kind} has hooks, which a pipeline does not call; register them at a submodule")
+    if isinstance(model, nn.Sequential) and is_sequence(model):
+        check_blocks(model, stages, boundaries)
+    elif not torch_internals.has_plain_state(model):
+        problem = f"{kind} loads or saves its state in its own way, and a pipeline does so with each part of it"
+        raise config_error("model", f"{problem}; do it in a submodule")
+
+
+def as_sequence(model: nn.Module, example: Tensor, precision: Precision, options: PipelineConfig) -> nn.Sequential:
+    """The model itself if it is a sequence of blocks; else its forward pass, recorded and cut into blocks.
+
+    Args:
+        model: The whole model.
+        example: Inputs ``[N, …]``.
+        precision: Of forward passes.
+        options: The strategy's keys.
+
+    Raises:
+        ConfigError: It can't be traced, or not be cut into so many stages.
+    """
+    if isinstance(model, nn.Sequential) and is_sequence(model):
+        return model
+    traced = traced_model(model, example, precision, options.stages, options.boundaries)
+    check_blocks(traced, options.stages, options.boundaries)
+    return traced
+
+
+def check_blocks(model: nn.Sequential, stages: int, boundaries: Sequence[str]) -> None:
+    """As :func:`check`, for a sequence of blocks."""
     names = [name for name, _ in named_blocks(model)]
     if stages > len(names):
         raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks", names)
@@ -117,13 +136,14 @@ class Split:
 
     def table(self) -> Lines:
         """The rows as text, one line per stage."""
-        lines = ["stage  rank  parameters  forward ms  backward ms  activation MB  blocks"]
+        lines = ["stage  rank  parameters  forward ms  backward ms  activation MB  sends MB/sample  tensors  blocks"]
         for row in self.rows:
             blocks = row["blocks"]
             names = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)})"
             lines.append(
                 f"{row['stage']:5}  {row['rank']:4}  {row['parameters']:10,}  {row['forward_ms']:10.2f}  "
-                f"{row['backward_ms']:11.2f}  {row['activation_mb']:13.2f}  {names}"
+                f"{row['backward_ms']:11.2f}  {row['activation_mb']:13.2f}  {row['sends_mb_per_sample']:15.4f}  "
+                f"{row['sends_tensors']:7}  {names}"
             )
         return Lines.of(lines)
 
@@ -170,16 +190,22 @@ def choose_split(
     else:
         compute_ms = [cost.forward_ms + cost.backward_ms for cost in costs]
         # An activation is sent, and its gradient comes back.
-        transfer_ms = [2 * (latency_ms + ms_per_byte * cost.output_bytes) for cost in costs]
+        transfer_ms = [2 * (latency_ms * cost.output_tensors + ms_per_byte * cost.output_bytes) for cost in costs]
         starts = linear_partition(compute_ms, transfer_ms, options.stages, cuts)
-    return Split(starts, _rows(costs, starts, rank_of_stage))
+    return Split(starts, _rows(costs, [block.output for block in traced], starts, rank_of_stage))
 
 
-def _rows(costs: Sequence[BlockCost], starts: Sequence[int], rank_of_stage: Sequence[int]) -> list[dict[str, Any]]:
+def _rows(
+    costs: Sequence[BlockCost],
+    outputs: Sequence[HandOver | None],
+    starts: Sequence[int],
+    rank_of_stage: Sequence[int],
+) -> list[dict[str, Any]]:
     rows = []
     for stage, start in enumerate(starts):
         stop = starts[stage + 1] if stage + 1 < len(starts) else len(costs)
         blocks = costs[start:stop]
+        sent = outputs[stop - 1] if stop < len(costs) else None
         rows.append(
             {
                 "stage": stage,
@@ -190,6 +216,8 @@ def _rows(costs: Sequence[BlockCost], starts: Sequence[int], rank_of_stage: Sequ
                 "backward_ms": round(sum(cost.backward_ms for cost in blocks), 3),
                 "activation_mb": round(sum(cost.activation_bytes for cost in blocks) / 2**20, 3),
                 "output_mb": round(blocks[-1].output_bytes / 2**20, 3),
+                "sends_tensors": len(sent.tensors) if sent else 0,
+                "sends_mb_per_sample": round(sent.sample_bytes / 2**20, 6) if sent else 0.0,
             }
         )
     return rows

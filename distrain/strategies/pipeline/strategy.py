@@ -29,7 +29,7 @@ from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.pipeline import report, split, timeline
-from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, named_blocks, trace_blocks
+from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, part_of, state_names, trace_blocks
 from distrain.strategies.pipeline.executor import ScheduleExecutor
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.schedule import SCHEDULES, rank_of_stages
@@ -111,23 +111,24 @@ class Pipeline(Strategy[PipelineConfig]):
     @override
     @classmethod
     def check_passes(cls, config: Config, model: nn.Module, images: Tensor, precision: Precision) -> None:
-        """Refuses blocks that fail alone, and boundaries after blocks whose output can't be sent."""
-        assert isinstance(model, nn.Sequential), "another model was refused"
-        split.possible_cuts(model, trace_blocks(model, images, precision), cls.options_of(config))
+        """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
+        options = cls.options_of(config)
+        sequence = split.as_sequence(model, images, precision, options)
+        split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        assert isinstance(model, nn.Sequential), "another model was refused"
         self.sync_initial_state(model, self.runtime.communicator())
         self.task = task
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
-        self._blocks = {name for name, _ in named_blocks(model)}
-        traced = trace_blocks(model, example, self.precision)
+        sequence = split.as_sequence(model, example, self.precision, self.options)
+        self._blocks = {name.partition(".")[0] for name in self._all_names}
+        traced = trace_blocks(sequence, example, self.precision)
         self._split = split.choose_split(
-            model,
+            sequence,
             example,
             traced,
             self.options,
@@ -137,13 +138,13 @@ class Pipeline(Strategy[PipelineConfig]):
             self.precision.autocast,
         )
         self._outputs = self._hand_overs(traced)
-        self._outputs_of_epochs = self._trace_epochs(model, example)
+        self._outputs_of_epochs = self._trace_epochs(model, sequence, example)
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
         for index, rank in enumerate(self._rank_of_stage):
             if rank == self.pipeline_group.rank:
-                self._add_stage(index, model, traced)
+                self._add_stage(index, sequence, traced)
         buckets = [bucket for gradients in self.gradients.values() for bucket in gradients.buckets]
         self._bucket_sizing.log_choice([bucket.bytes for bucket in buckets])
         named = [pair for module in self._modules for pair in module.named_parameters()]
@@ -167,7 +168,9 @@ class Pipeline(Strategy[PipelineConfig]):
         """What each stage but the last hands over to the next one."""
         return [output for start in self._split.starts[1:] if (output := traced[start - 1].output) is not None]
 
-    def _trace_epochs(self, model: nn.Sequential, example: Tensor) -> dict[frozenset[str], list[HandOver]]:
+    def _trace_epochs(
+        self, model: nn.Module, sequence: nn.Sequential, example: Tensor
+    ) -> dict[frozenset[str], list[HandOver]]:
         """What stages hand over while some parameters are frozen, by the names of those that are trained.
 
         No gradient is sent back to a stage before which nothing is trained.
@@ -177,7 +180,7 @@ class Pipeline(Strategy[PipelineConfig]):
             return {}
         for epoch in freezing.epochs:
             train_only(model, freezing.trained(epoch), freezing.ever_trained)
-            found[freezing.trained(epoch)] = self._hand_overs(trace_blocks(model, example, self.precision))
+            found[freezing.trained(epoch)] = self._hand_overs(trace_blocks(sequence, example, self.precision))
         train_only(model, freezing.ever_trained, freezing.ever_trained)
         return found
 
@@ -207,11 +210,8 @@ class Pipeline(Strategy[PipelineConfig]):
         )
 
     def _add_stage(self, index: int, model: nn.Sequential, traced: list[TracedBlock]) -> None:
-        blocks = named_blocks(model)
-        boundaries = [*self._split.starts, len(blocks)]
-        module = nn.Sequential()
-        for name, block in blocks[boundaries[index] : boundaries[index + 1]]:
-            module.add_module(name, block)
+        boundaries = [*self._split.starts, len(traced)]
+        module = part_of(model, boundaries[index], boundaries[index + 1])
         if self.options.batchnorm == "deferred":
             batchnorm.defer_running_statistics(module, self.replicas)
         is_last = index == len(self._rank_of_stage) - 1
@@ -433,7 +433,7 @@ class Pipeline(Strategy[PipelineConfig]):
         try:
             module_state.check_blocks(self._blocks, tensors)
             for module in self._modules:
-                module_state.load(module, *module_state.part_of_blocks(module, tensors, plain))
+                module_state.load(module, *module_state.part_of(state_names(module), tensors, plain))
         except ValueError as error:
             problem = str(error)
         for rank in self.pipeline_group.all_gather_json({"problem": problem}, self.runtime.device):

@@ -273,19 +273,12 @@ def test_a_block_that_cant_be_copied_keeps_its_attributes() -> None:
     assert block.training
 
 
-class OwnForward(nn.Sequential):
-    def forward(self, input: Tensor) -> Tensor:
-        """Twice what the blocks return."""
-        result: Tensor = 2 * super().forward(input)  # type: ignore[no-untyped-call]
-        return result
+class OwnState(nn.Sequential):
+    def get_extra_state(self) -> int:
+        return 1
 
-
-class OwnBuffer(nn.Sequential):
-    """Its buffer is not in the ``state_dict()``."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__(*blocks)
-        self.register_buffer("scale", torch.ones(()), persistent=False)
+    def set_extra_state(self, state: int) -> None:
+        assert state == 1
 
 
 def hooked(*blocks: nn.Module) -> nn.Module:
@@ -297,9 +290,8 @@ def hooked(*blocks: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (OwnForward, "OwnForward has a forward of its own, and a pipeline runs the blocks one after another"),
-        (OwnBuffer, "OwnBuffer holds scale itself"),
-        (hooked, "Sequential has hooks, which a pipeline does not call; register them at a block"),
+        (OwnState, "OwnState loads or saves its state in its own way, and a pipeline does so with each part of it"),
+        (hooked, "Sequential has hooks, which a pipeline does not call; register them at a submodule"),
     ],
 )
 def test_what_a_model_does_besides_its_blocks_is_refused(make: Any, message: str) -> None:

@@ -27,7 +27,6 @@ def test_blocks_that_share_a_parameter_stay_in_one_stage() -> None:
 @pytest.mark.parametrize(
     ("model", "stages", "boundaries", "message"),
     [
-        (nn.Linear(2, 2), 2, [], "nn.Sequential(block, block, …), with each skip connection inside one block"),
         (linear(2), 3, [], "strategy.stages=3: the model has only 2 blocks"),
         (linear(3), 2, ["nothing"], "strategy.boundaries=nothing: is no block"),
         (linear(3), 2, ["block0"], "strategy.boundaries=block0: is no block that a stage could begin with"),

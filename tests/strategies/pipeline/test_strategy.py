@@ -180,7 +180,7 @@ def test_a_run_continues_under_other_strategies(tmp_path: Path) -> None:
         (
             ("model=custom", "model._target_=tests.strategies.pipeline.test_strategy.OneBlock"),
             2,
-            "OneBlock is no nn.Sequential",
+            "strategy.stages=2: OneBlock can be cut at 0 places only",
         ),
     ],
 )
