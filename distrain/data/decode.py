@@ -161,6 +161,66 @@ def _decode(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def decode_mask(
+    path: str | os.PathLike[str], of: str | os.PathLike[str], height: int, width: int
+) -> npt.NDArray[np.uint8]:
+    """Decodes a mask, whose pixels are class numbers, and resizes and crops it as :func:`decode` does the image.
+
+    Of an image with a palette, the numbers of the colours are the classes. The nearest pixel is taken, since a mean of
+    class numbers means nothing.
+
+    Args:
+        path: The file.
+        of: The file of the image that it is a mask of, which must have the same size.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+
+    Returns:
+        uint8 [1, height, width].
+
+    Raises:
+        DecodeError: As for :func:`decode`; or the file is a JPEG, coloured, of another size, or has values above 255.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as opened, Image.open(of, formats=FORMATS) as image:
+            if opened.width * opened.height > LARGEST_PIXELS:
+                raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+            if opened.format in ("JPEG", "MPO"):
+                raise ValueError("is a JPEG, whose pixels are not exactly those that were saved; masks are PNG files")
+            # Looked at before loading, since Pillow turns a TIFF then.
+            sizes = [_upright_size(file) for file in (opened, image)]
+            opened.load()
+            mask = _upright(Image.fromarray(_class_numbers(opened)), opened)
+            if sizes[0] != sizes[1]:
+                mask_size, image_size = ("x".join(map(str, size)) for size in sizes)
+                raise ValueError(f"is {mask_size} pixels, and its image {os.fspath(of)} is {image_size}")
+            mask = _resize_and_crop(mask, height, width, Image.Resampling.NEAREST)
+    except Exception as error:  # as for images
+        raise DecodeError(path, str(error) or type(error).__name__) from error
+    return np.asarray(mask, dtype=np.uint8)[None]
+
+
+def _class_numbers(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The pixels of a mask as numbers [height, width]."""
+    values = np.asarray(image)
+    if values.ndim == 3:
+        # Some programs save grey as three equal colours, with an opaque fourth channel.
+        colours = values[..., : len(image.getbands()) - (image.mode in ("LA", "PA", "RGBA"))]
+        if (colours != colours[..., :1]).any():
+            raise ValueError(f"is coloured ({image.mode}); the pixels of a mask are class numbers: grey, or a palette")
+        values = colours[..., 0]
+    if image.mode == "F" or values.min() < 0 or values.max() > 255:
+        raise ValueError(f"has pixels from {values.min()} to {values.max()}; class numbers are whole, 0 to 255")
+    return values.astype(np.uint8)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after turning an image as its EXIF orientation says."""
+    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    turned = not is_tiff and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scales greyscale of more than 8 bits to 8 bits; other images stay as they are.
 
@@ -208,28 +268,31 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+def _resize_and_crop(
+    image: Image.Image, height: int, width: int, resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     if image.size == (width, height):
         return image
     # Scales and crops in one step; scaling first would make a large intermediate image of a long, thin one.
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return image.resize((width, height), resampling, box=box)
 
 
 def decode_chunks(job: dict[str, Any], index: int, count: int) -> None:
     """Decodes every ``count``-th chunk of a job's images, and reports each chunk and each broken image on stdout.
 
     Args:
-        job: ``root``; ``files``, paths relative to it; ``pieces``, lists of the files' indices, starts and sizes in
+        job: ``root``; ``files``, paths relative to it; ``masks_of``, paths of the images that the files are masks of,
+            or ``null`` if they are images; ``pieces``, lists of the files' indices, starts and sizes in
             bytes (see :class:`ByteRanges`), or ``null`` if each file is an image; ``height``, ``width`` and
             ``channels``; ``moments``, ``images`` and ``encoded``, paths of the output files, which must have their
             final size already; the last two may be ``null``, and a copy of the encoded images needs ``pieces``.
         index: Index of this worker, counted from 0.
         count: Number of workers.
     """
-    root, files = job["root"], job["files"]
+    root, files, masks_of = job["root"], job["files"], job["masks_of"]
     height, width, channels = job["height"], job["width"], job["channels"]
     size = channels * height * width
     pieces = None if job["pieces"] is None else ByteRanges([Path(root, file) for file in files], *job["pieces"])
@@ -245,6 +308,10 @@ def decode_chunks(job: dict[str, Any], index: int, count: int) -> None:
             pixels = np.zeros((stop - start, channels, height, width), dtype=np.uint8)
             for row in range(start, stop):
                 try:
+                    if masks_of is not None:
+                        image = Path(root, masks_of[row])
+                        pixels[row - start] = decode_mask(Path(root, files[row]), image, height, width)
+                        continue
                     if pieces is None:
                         pixels[row - start] = decode(Path(root, files[row]), height, width, channels)
                         continue

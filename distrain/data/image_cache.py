@@ -68,6 +68,7 @@ class CacheSpec:
         skip_broken: Whether images that can't be decoded are allowed.
         keeps: :data:`PIXELS`, :data:`ENCODED` or :data:`MOMENTS`.
         pieces: Where in the files the images lie; ``None`` if each file is an image.
+        masks_of: The images that the files are masks of, in the same order; ``None`` if they are images themselves.
     """
 
     root: Path
@@ -78,6 +79,7 @@ class CacheSpec:
     skip_broken: bool
     keeps: str = PIXELS
     pieces: ByteRanges | None = None
+    masks_of: Sequence[ImageFile] | None = None
 
     @property
     def count(self) -> int:
@@ -124,8 +126,9 @@ class CacheSpec:
         head = [_FORMAT, root, self.channels, self.height, self.width, self.skip_broken]
         # Caches of pixels keep the name that they had before there were others.
         head += [] if self.keeps == PIXELS else [self.keeps]
+        head += [] if self.masks_of is None else ["masks"]
         digest.update(json.dumps(head).encode())
-        for file in self.files:
+        for file in [*self.files, *(self.masks_of or ())]:
             # A path can't contain the separator, so different lists of files give different byte strings.
             digest.update(os.fsencode(file.path) + b"\0%d\0%d\0" % (file.size, file.mtime_ns))
         if self.pieces is not None:
@@ -220,6 +223,7 @@ def _build(spec: CacheSpec, built: Path, workers: int) -> None:
     job = {
         "root": os.fspath(spec.root.absolute()),
         "files": [file.path for file in spec.files],
+        "masks_of": None if spec.masks_of is None else [file.path for file in spec.masks_of],
         "pieces": None if pieces is None else [pieces.file.tolist(), pieces.start.tolist(), pieces.size.tolist()],
         "height": spec.height,
         "width": spec.width,

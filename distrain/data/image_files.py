@@ -27,6 +27,8 @@ from distrain.files.user_cache import user_cache_folder
 
 log = logging.getLogger(__name__)
 _CACHE = ".distrain-cache"
+#: Most classes that a line names.
+_NAMED = 10
 
 
 @dataclass
@@ -173,3 +175,20 @@ def cache_folder(config: DecodedImagesConfig, root: Path) -> Path:
 def _without(indices: Sequence[int], broken: tuple[int, ...]) -> Tensor:
     excluded = set(broken)
     return torch.tensor([index for index in indices if index not in excluded], dtype=torch.int64)
+
+
+def classes_too_small(classes: Sequence[str], labels: Tensor, parts: Mapping[str, Sequence[int]]) -> list[str]:
+    """A line that names the classes with fewer images than there are parts to be taken out of them, if there are any.
+
+    Args:
+        classes: Names of the classes.
+        labels: Class of each image.
+        parts: Indices of the images of each part.
+    """
+    needed = 3 - ("test" in parts) - ("val" in parts)
+    counts = torch.bincount(labels[torch.tensor(parts["train"], dtype=torch.int64)], minlength=len(classes)).tolist()
+    small = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if 0 < count < needed]
+    if needed == 1 or not small:
+        return []
+    more = ", …" if len(small) > _NAMED else ""
+    return [f"classes with too few images to be in every part: {', '.join(small[:_NAMED])}{more}"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 
 from distrain.config.registry import register
 from distrain.data.base import DataSpec, Splits, check_shared_keys, refusing_unreadable
-from distrain.data.image_files import ImageFilesConfig, ImageFilesSource, LabelledFiles, load_splits
-from distrain.data.image_tree import ImageTree, Listing
+from distrain.data.image_files import ImageFilesConfig, ImageFilesSource, LabelledFiles, classes_too_small, load_splits
+from distrain.data.image_tree import ImageTree
 from distrain.errors import ConfigError
 
 
@@ -63,17 +62,5 @@ class ImageFolder(ImageFilesSource):
             listing = self._tree.list_images()
         targets = torch.tensor(listing.labels, dtype=torch.int64)
         splits = load_splits(c, spec, LabelledFiles(self._root, listing.files, targets, listing.parts))
-        notes = (listing.summary(len(spec.classes)), *_too_small(listing, spec))
+        notes = (listing.summary(len(spec.classes)), *classes_too_small(spec.classes, targets, listing.parts))
         return dataclasses.replace(splits, notes=notes)
-
-
-def _too_small(listing: Listing, spec: DataSpec) -> list[str]:
-    """Names the classes that have fewer images than there are parts to be taken out of them."""
-    parts = 3 - ("test" in listing.parts) - ("val" in listing.parts)
-    counts = Counter(listing.labels[index] for index in listing.parts["train"])
-    small = [f"{spec.classes[label]} ({count})" for label, count in sorted(counts.items()) if count < parts]
-    if parts == 1 or not small:
-        return []
-    return [
-        f"classes with too few images to be in every part: {', '.join(small[:10])}{', …' if len(small) > 10 else ''}"
-    ]

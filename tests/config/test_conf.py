@@ -26,6 +26,7 @@ NEEDED = {
     "data=image_folder": ["data.root=images"],
     "data=numpy": ["data.root=arrays.npz"],
     "data=webdataset": ["data.root=shards"],
+    "data=table": ["data.root=images.csv"],
 }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from distrain.config.registry import choices
 from distrain.config.schema import AugmentConfig, DataConfig
+from distrain.data import decode
 from distrain.data.base import DataSource, Images, Split
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +59,16 @@ def images_of(split: Split) -> Tensor:
 def write_image(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def decode_here(
+    job: Mapping[str, Any], path: Path, processes: int, images: int, report_broken: Callable[[int, str], None]
+) -> dict[int, str]:
+    """Stands for :func:`distrain.data.decode_processes.run`; starts no processes, which take most of a test's time."""
+    messages: list[dict[str, Any]] = []
+    with mock.patch.object(decode, "_report", messages.append):
+        decode.decode_chunks(json.loads(json.dumps(job)), 0, 1)
+    broken = {message["broken"]: message["reason"] for message in messages if "broken" in message}
+    for index, reason in broken.items():
+        report_broken(index, reason)
+    return broken

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distrain.data import decode_processes
 from distrain.errors import ConfigError
-from tests.data.helpers import source
+from tests.data.helpers import decode_here, source, write_image
 
 X = np.zeros((6, 4, 4), dtype=np.uint8)
 Y = np.arange(6) % 2
@@ -146,3 +147,163 @@ def test_a_damaged_array_is_named(tmp_path: Path) -> None:
     content[offset + 100_000] ^= 1
     path.write_bytes(content)
     assert refusal("numpy", root=str(path)).startswith(f"data.root={path}: x can't be read (Bad CRC-32")
+
+
+#: Text of a table beside images a.png and b.png, keys, and the line.
+WRONG_TABLES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no such column": (
+        "file,label\na.png,0\n", {}, "data.path_column=path: FILE has no such column; choices: file, label",
+    ),
+    "no such label column": (
+        "path,y\na.png,0\n", {"label_column": ["y", "z"]},
+        "data.label_column=z: FILE has no such column; choices: path, y",
+    ),
+    "no such split column": (
+        "path,label\na.png,0\n", {"split_column": "fold"}, "data.split_column=fold: FILE has no such column; choices:",
+    ),
+    "two columns of a name": ("path,label,label\na.png,0,1\n", {}, "data.root=FILE: the header has two columns label"),
+    "no rows": ("path,label\n\n", {}, "data.root=FILE: has no rows below the header"),
+    "no header": ("\npath,label\n", {}, "data.root=FILE: begins with an empty line"),
+    "too many cells": (
+        "path,label\na.png,0\nb.png,1,2\n", {}, "data.root=FILE: row 3 has 3 cells, and the header 2; a cell with",
+    ),
+    "an open quote": ('path,label\na.png,0\nb.png,"1\n', {}, "data.root=FILE: line 3: unexpected end of data"),
+    "another encoding": (
+        "path,label\na.png,caf\udce9\n", {},
+        "data.root=FILE: line 2 is not UTF-8 (invalid continuation byte); iconv -f",
+    ),
+    "an empty path": ("path,label\na.png,0\n,1\n", {}, "data.root=FILE: row 3, column path: is empty; the path of a"),
+    "a missing file": (
+        "path,label\na.png,0\n\nc.png,1\n", {},
+        "data.root=FILE: row 4, column path: c.png is not in FOLDER; data.images=FOLDER says where the images are",
+    ),
+    "a folder": ("path,label\na.png,0\nfolder,1\n", {}, "data.root=FILE: row 3, column path: folder is no file"),
+    "a path that leads outside": (
+        "path,label\na.png,0\n../../etc/passwd,1\n", {},
+        "data.root=FILE: row 3, column path: ../../etc/passwd is outside of FOLDER; data.images=FOLDER names a folder",
+    ),
+    "an absolute path outside": (
+        "path,label\na.png,0\n/etc/passwd,1\n", {},
+        "data.root=FILE: row 3, column path: /etc/passwd is outside of FOLDER; data.images=FOLDER names a folder",
+    ),
+    "a link to outside": (
+        "path,label\na.png,0\nlink.png,1\n", {},
+        "data.root=FILE: row 3, column path: link.png is a symbolic link to outside of FOLDER",
+    ),
+    "a folder that is a link to outside": (
+        "path,label\na.png,0\nlink/x.png,1\n", {},
+        "data.root=FILE: row 3, column path: link/x.png is a symbolic link to outside of FOLDER",
+    ),
+    "an empty label": ("path,label\na.png,0\nb.png,\n", {}, "data.root=FILE: row 3, column label: is empty; the class"),
+    "NaN as a label": (
+        "path,label\na.png,0\nb.png,NaN\n", {},
+        "data.root=FILE: row 3, column label: is NaN; the class",
+    ),
+    "one class": ("path,label\na.png,x\nb.png,x\n", {}, "data.root=FILE: column label has one class alone, x; two or"),
+    "an unknown class": (
+        "path,label\na.png,x\nb.png,y\n", {"classes": ["x", "z"]},
+        "data.root=FILE: row 3, column label: y can't be learned: it is none of data.classes",
+    ),
+    "a class that no training row has": (
+        "path,label,split\na.png,x,train\nb.png,y,train\nb.png,z,test\n", {},
+        "data.root=FILE: row 4, column label: z can't be learned: no training row has it",
+    ),
+    "an unknown part": (
+        "path,label,split\na.png,x,train\nb.png,y,dev\n", {},
+        "data.root=FILE: row 3, column split: is dev; train, training",
+    ),
+    "an empty part": (
+        "path,label,split\na.png,x,train\nb.png,y,\n", {},
+        "data.root=FILE: row 3, column split: is empty; ",
+    ),
+    "no training rows": (
+        "path,label,split\na.png,x,test\n", {},
+        "data.root=FILE: column split has no row for training",
+    ),
+    "a label that is neither 0 nor 1": (
+        "path,u,v\na.png,0,1\nb.png,1,2\n", {"label_column": ["u", "v"], "target": "labels"},
+        "data.root=FILE: row 3, column v: is 2; a label is 0 or 1",
+    ),
+    "NaN as a number": (
+        "path,u\na.png,0.5\nb.png,nan\n", {"label_column": "u", "target": "numbers"},
+        "data.root=FILE: row 3, column u: is nan; a finite number is needed",
+    ),
+    "a decimal comma": (
+        'path;u\na.png;0,5\n', {"label_column": "u", "target": "numbers"},
+        "data.root=FILE: row 2, column u: is 0,5; a finite number is needed; decimals are written with a point",
+    ),
+    "several columns of classes": (
+        "path,u,v\na.png,0,1\n", {"label_column": ["u", "v"], "target": "class"},
+        "data.label_column=['u', 'v']: name 2 columns, and data.target=class needs one",
+    ),
+    "another number of names": (
+        "path,u,v\na.png,0,1\n", {"label_column": ["u", "v"], "classes": ["u"]},
+        "data.classes=['u']: are 1 names, and data.label_column names 2 columns",
+    ),
+    "masks without names of classes": (
+        "path,label\na.png,b.png\n", {}, "data.classes=null: masks need the names of the classes",
+    ),
+    "a coloured mask": (
+        "path,label\na.png,c.bmp\n", {"classes": ["u", "v"]},
+        "data.on_error=stop: FOLDER/c.bmp can't be decoded (is coloured",
+    ),
+    "a JPEG as a mask": (
+        "path,label\na.png,c.jpg\n", {"classes": ["u", "v"]},
+        "data.on_error=stop: FOLDER/c.jpg can't be decoded (is a JPEG",
+    ),
+    "a mask of another size": (
+        "path,label\na.png,tall.png\n", {"classes": ["u", "v"]},
+        "data.on_error=stop: FOLDER/tall.png can't be decoded (is 4x6 pixels, and its image",
+    ),
+    "a pixel of no class": (
+        "path,label\na.png,b.png\na.png,seven.png\n", {"classes": ["u", "v"]},
+        "data.root=FILE: row 3, column label: seven.png holds 7; data.classes names 2, from 0 on",
+    ),
+    "no folder of images": (
+        "path,label\na.png,0\nb.png,1\n", {"images": "/not/here"}, "data.images=/not/here: is not a folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with images and masks, and links that lead out of it."""
+    folder, outside = tmp_path / "images", tmp_path / "outside"
+    (folder / "folder").mkdir(parents=True)
+    for name, value, shape in (
+        ("a.png", 0, (4, 4)), ("b.png", 1, (4, 4)), ("seven.png", 7, (4, 4)), ("tall.png", 0, (6, 4)),
+        ("c.jpg", 0, (4, 4)), ("c.bmp", [0, 1, 2], (4, 4, 3)), ("../outside/x.png", 0, (4, 4)),
+    ):  # fmt: skip
+        write_image(folder / name, np.full(shape, value, dtype=np.uint8))
+    (folder / "link.png").symlink_to(outside / "x.png")
+    (folder / "link").symlink_to(outside)
+    return folder
+
+
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_wrong_tables_are_refused_in_one_line(images: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_processes, "run", decode_here)
+    text, keys, line = WRONG_TABLES[name]
+    path = images / "table.csv"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    said = refusal("table", root=str(path), height=4, width=4, **keys)
+    assert said.startswith(line.replace("FILE", str(path)).replace("FOLDER", str(images), 1))
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("nowhere.csv", None, "there is no such table (.csv, .tsv, .parquet)"),
+        ("folder", None, "is a folder; name the table in it"),
+        ("a.xlsx", b"PK", "is a spreadsheet; save it as CSV"),
+        ("a.csv", b"", "begins with an empty line"),
+        ("a.csv", b"path,label\na\0.png,0\n", ""),
+    ],
+)
+def test_files_that_are_no_tables_are_refused(images: Path, name: str, content: bytes | None, line: str) -> None:
+    if content is not None:
+        (images / name).write_bytes(content)
+    said = refusal("table", root=str(images / name), height=4, width=4)
+    assert said.startswith(f"data.root={images / name}: {line}")
+    assert "\n" not in said
