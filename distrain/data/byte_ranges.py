@@ -5,7 +5,6 @@ Imports no torch, since the decoding processes use it.
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,8 +67,9 @@ class ByteRanges:
             self._open.popitem()[1].close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # the constructor may have raised
-            self.close()
+        # The constructor may have raised.
+        for file in self.__dict__.get("_open", {}).values():
+            file.close()
 
     def _file(self, number: int) -> IO[bytes]:
         found = self._open.get(number)

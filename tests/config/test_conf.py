@@ -27,6 +27,7 @@ NEEDED = {
     "data=numpy": ["data.root=arrays.npz"],
     "data=webdataset": ["data.root=shards"],
     "data=table": ["data.root=images.csv"],
+    "data=hf": ["data.path=user/name"],
 }
 
 
