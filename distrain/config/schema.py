@@ -184,7 +184,8 @@ class GroupConfig:
     """Parameters with other optimizer settings than the rest."""
 
     match: str = setting(
-        "Shell pattern of the parameters' names, such as *.bias; a parameter belongs to the first group that matches."
+        "Shell pattern of the parameters' names, such as *.bias; head: those of the model's last layer. A parameter "
+        "belongs to the first group that matches."
     )
     lr_factor: float = setting("Their learning rate is multiplied by this.", above=0, default=1.0)
     weight_decay: float | None = setting(
@@ -217,6 +218,13 @@ class OptimizerConfig:
     weight_decay: float = setting("Weight decay; the optimizer determines how it is applied.", at_least=0)
     fused: bool = setting("Use torch's fused kernel if there is one for the device.")
     groups: list[GroupConfig] = setting("Other settings for some parameters, by name.", default_factory=list)
+    layer_decay: float | None = setting(
+        "The learning rate of each layer is that of the next one times this, so the first layers change least; the "
+        "last layer has the whole rate. null: all layers have.",
+        above=0,
+        at_most=1,
+        default=None,
+    )
     lookahead: LookaheadConfig = setting(
         "Lookahead (Zhang et al. 2019, arXiv 1907.08610).",
         default_factory=lambda: LookaheadConfig(every=None, keep=0.5, power=0.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from distrain.data.loader import Loader, prefetch_depth
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
 from distrain.models.freezing import FreezeSchedule, train_only
+from distrain.models.layers import layer_depths
 from distrain.models.tensors import convert
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.optim.optimizers.groups import describe_rates
 from distrain.reporting import loggers
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
@@ -22,6 +25,8 @@ from distrain.strategies.base import Strategy
 from distrain.training import callbacks, initial_weights, resume
 from distrain.training.run_plan import RunPlan, total_steps
 from distrain.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def build_model(plan: RunPlan, splits: Splits) -> nn.Module:
@@ -88,8 +93,14 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     steps_per_epoch = len(loaders["train"])
     steps = total_steps(config, steps_per_epoch)
     make_optimizer = functools.partial(
-        build_optimizer, config.optimizer, steps_per_epoch=steps_per_epoch, total_steps=steps
+        build_optimizer,
+        config.optimizer,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps,
+        depths=layer_depths(model),
     )
+    if runtime.is_main and config.optimizer.layer_decay is not None:
+        log.info("learning rates by layer:\n%s", describe_rates(config.optimizer, model))
     # Counted before a strategy splits the model.
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     strategy.setup(model, plan.task, make_optimizer, first.inputs)

@@ -195,7 +195,7 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
 
 
 def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
-    check_groups(config.optimizer.groups, model)
+    check_groups(config.optimizer, model)
     freezing = FreezeSchedule(config.freeze, model)
     train_only(model, freezing.ever_trained, freezing.parameters)
     strategy.check_model(config, model)

@@ -35,7 +35,7 @@ NORM_NET = (
 )
 BATCH_NORM, GROUP_NORM = (*NORM_NET, "+model.kwargs.norm=batch"), (*NORM_NET, "+model.kwargs.norm=group")
 CNN = ("model=simple_cnn", FREEZE.format(never="block1.*", later="dense.*"))
-MOMENTUM = ("optimizer.momentum=0.9", "trainer.grad_clip_norm=1")
+MOMENTUM = ("optimizer.momentum=0.9", "optimizer.layer_decay=0.5", "trainer.grad_clip_norm=1")
 LOSSY = ("optimizer=adamw", "compression.min_elements=30", *BATCH_NORM)
 
 #: Ways to train that equal one process: number of ranks, what one process has too, and the rest.

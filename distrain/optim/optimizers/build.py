@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -40,16 +41,19 @@ def build_optimizer(
     *,
     steps_per_epoch: int = 1,
     total_steps: int = 1,
+    depths: Mapping[str, int] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """Builds the configured optimizer.
 
     Args:
         config: Its ``lr`` is the base rate; the scheduler multiplies it by a factor.
         params: Parameters, or pairs of name and parameter, on the device they are trained on. Names are needed if
-            ``config.groups`` is not empty.
+            ``config.groups`` is not empty or ``config.layer_decay`` is set.
         steps_per_epoch: Updates per epoch. Only groups with ``epochs`` need it: they are frozen after those epochs.
         total_steps: Updates of the whole run. Only lookahead needs it: after the last update it sets the parameters to
             its slow copy.
+        depths: The layer of each parameter of the whole model, by name. Only ``layer_decay`` and groups of the head
+            need it; a parameter that is not in it has the rate of the last layer.
 
     Returns:
         The optimizer. An optimizer of torch uses its fused kernel if ``config.fused`` is set and every parameter is a
@@ -59,7 +63,7 @@ def build_optimizer(
     """
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
-    groups = ParameterGroups(config.groups, parameters, steps_per_epoch)
+    groups = ParameterGroups(config, parameters, steps_per_epoch, depths)
     # fused=False would also exclude torch's foreach kernels; None lets torch choose.
     optimizer: torch.optim.Optimizer = choice("optimizer", config.name).target(config, groups.groups, fused or None)
     groups.attach(optimizer)

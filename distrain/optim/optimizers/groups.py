@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from distrain.config.schema import GroupConfig
-from distrain.errors import ConfigError
+from distrain.config.schema import GroupConfig, OptimizerConfig
+from distrain.models.layers import layer_depths, matches, unmatched
 from distrain.optim.optimizers import updates
 
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
@@ -25,36 +24,47 @@ class ParameterGroups:
     epoch earlier, by a factor of the number of workers.
 
     Args:
-        config: The configured groups; a parameter belongs to the first one whose pattern matches its name.
-        parameters: Pairs of name and parameter; without names if ``config`` is empty.
+        config: Of the optimizer. A parameter belongs to the first of its groups whose pattern matches its name; with
+            ``layer_decay`` each layer's part of a group is a group.
+        parameters: Pairs of name and parameter; without names if there are neither groups nor ``layer_decay``.
         steps_per_epoch: Updates per epoch.
+        depths: The layer of each parameter of the whole model; see :func:`distrain.models.layers.layer_depths`.
 
     Attributes:
         groups: Parameter groups as ``torch.optim.Optimizer`` takes them.
 
     Raises:
-        TypeError: Groups are configured and the parameters have no names.
+        TypeError: The parameters need names and have none.
     """
 
-    def __init__(self, config: Sequence[GroupConfig], parameters: Parameters, steps_per_epoch: int) -> None:
+    def __init__(
+        self, config: OptimizerConfig, parameters: Parameters, steps_per_epoch: int, depths: Mapping[str, int]
+    ) -> None:
         self._freeze_after = [
-            None if group.epochs is None else round(group.epochs * steps_per_epoch) for group in config
+            None if group.epochs is None else round(group.epochs * steps_per_epoch) for group in config.groups
         ]
         self.groups: list[dict[str, Any]] = [{"params": parameters}]
-        if not config:
+        if not config.groups and config.layer_decay is None:
             return
-        members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(len(config) + 1)]
+        # The first group is there even if it is empty: the learning rate is read from it.
+        members: dict[tuple[int, float], list[tuple[str, nn.Parameter]]] = {(0, 1.0): []}
         for item in parameters:
             if not isinstance(item, tuple):
                 raise TypeError("optimizer groups need named parameters")
-            members[_group_index(config, item[0])].append(item)
-        self.groups = [{**parameter_group(members[0]), "lr_factor": 1.0}]
-        for group, matched, last in zip(config, members[1:], self._freeze_after, strict=True):
-            options: dict[str, Any] = {"params": matched, "lr_factor": group.lr_factor, "last_update": last}
-            if group.weight_decay is not None:
-                options["weight_decay"] = group.weight_decay
-            self.groups.append(options)
-        self.groups = [group for index, group in enumerate(self.groups) if group["params"] or index == 0]
+            key = (_group_index(config.groups, item[0], depths), depth_factor(config, item[0], depths))
+            members.setdefault(key, []).append(item)
+        self.groups = [self._options(config, *key, members[key]) for key in sorted(members, key=_order)]
+
+    def _options(
+        self, config: OptimizerConfig, index: int, factor: float, members: list[tuple[str, nn.Parameter]]
+    ) -> dict[str, Any]:
+        """The parameter group of some members of a configured group, 1 + its index, or of none of them, 0."""
+        if not index:
+            return {**parameter_group(members), "lr_factor": factor}
+        group = config.groups[index - 1]
+        decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        last = self._freeze_after[index - 1]
+        return {"params": members, "lr_factor": group.lr_factor * factor, "last_update": last, **decay}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes an optimizer apply each group's own factor and freeze groups after their last epoch."""
@@ -92,21 +102,58 @@ def parameter_group(parameters: Sequence[Any], *, named: bool = True) -> dict[st
     return {"params": list(parameters), **({"param_names": []} if named and not parameters else {})}
 
 
-def check_groups(config: Sequence[GroupConfig], model: nn.Module) -> None:
+def check_groups(config: OptimizerConfig, model: nn.Module) -> None:
     """Refuses groups without parameters, since their pattern must be mistyped.
 
     Raises:
         ConfigError: A group's pattern matches no trainable parameter that is not already in an earlier group.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    used = {_group_index(config, name) for name in names}
-    for index, group in enumerate(config):
-        if index + 1 not in used:
+    depths = layer_depths(model) if config.groups else {}
+    indices = {name: _group_index(config.groups, name, depths) for name in names}
+    for index, group in enumerate(config.groups, 1):
+        if index not in indices.values():
             problem = "matches no parameter of the model that is not already in an earlier group"
-            raise ConfigError(f"optimizer.groups[{index}].match", group.match, problem, names)
+            left = [name for name in names if not 0 < indices[name] < index]
+            raise unmatched(f"optimizer.groups[{index - 1}].match", group.match, problem, left)
 
 
-def _group_index(config: Sequence[GroupConfig], name: str) -> int:
+def depth_factor(config: OptimizerConfig, name: str, depths: Mapping[str, int]) -> float:
+    """The factor of a parameter's learning rate by its layer: 1 for the last layer, and less for each before it."""
+    if config.layer_decay is None or name not in depths:
+        return 1.0
+    return float(config.layer_decay ** (max(depths.values()) - depths[name]))
+
+
+def describe_rates(config: OptimizerConfig, model: nn.Module) -> str:
+    """A table with a row for each learning rate of a model's parameters, from the first layer to the last.
+
+    Args:
+        config: Of the optimizer.
+        model: The unsplit model.
+    """
+    depths = layer_depths(model)
+    rows: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        rows.setdefault((depths[name], _group_index(config.groups, name, depths)), []).append((name, parameter))
+    lines = [f"{'layer':>5}  {'learning rate':>13}  {'weight decay':>12}  {'values':>11}  parameters"]
+    for (depth, index), members in sorted(rows.items()):
+        group = config.groups[index - 1] if index else None
+        factor = depth_factor(config, members[0][0], depths) * (group.lr_factor if group else 1.0)
+        decay = config.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+        values = sum(parameter.numel() for _, parameter in members)
+        names = members[0][0] if len(members) == 1 else f"{members[0][0]} … {members[-1][0]}"
+        lines.append(f"{depth:5}  {factor:8.3g} × lr  {decay:12.3g}  {values:11,}  {names}")
+    return "\n".join(lines)
+
+
+def _order(key: tuple[int, float]) -> tuple[int, float]:
+    """Sorts the group of all that is neither in a group nor of another layer to the front."""
+    index, factor = key
+    return index, -factor
+
+
+def _group_index(config: Sequence[GroupConfig], name: str, depths: Mapping[str, int]) -> int:
     """0 if no pattern matches the name, else 1 + the index of the first group whose pattern does."""
-    matching = (index for index, group in enumerate(config, 1) if fnmatch.fnmatchcase(name, group.match))
+    matching = (index for index, group in enumerate(config, 1) if matches(group.match, name, depths))
     return next(matching, 0)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import ConfigError
+from distrain.models.layers import layer_depths
 from distrain.optim.optimizers import updates
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.optim.optimizers.groups import describe_rates
 from distrain.runtime.world import World
 from tests.runs import check, small
 
@@ -97,3 +99,64 @@ def test_invalid_groups_are_refused_before_any_process_group_forms(groups: str, 
     with pytest.raises(ConfigError) as caught:
         check(small("optimizer=sgd", f"optimizer.groups={groups}"), world)
     assert message in str(caught.value)
+
+
+# --- learning rates by layer -----------------------------------------------------------------------------------------
+
+
+def three_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("choice", ["sgd", "adam", "muon"])
+def test_each_layer_has_a_part_of_the_rate_of_the_next_one(choice: str) -> None:
+    model = three_layers()
+    config = small(
+        f"optimizer={choice}",
+        "optimizer.lr=0.1",
+        "optimizer.layer_decay=0.5",
+        "optimizer.groups=[{match: '*.bias', lr_factor: 8, weight_decay: 0}]",
+    ).optimizer
+    optimizer = build_optimizer(config, model.named_parameters(), depths=layer_depths(model))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    factors = {names[p]: group["lr_factor"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {"0.weight": 0.25, "1.weight": 0.5, "2.weight": 1, "0.bias": 2, "1.bias": 4, "2.bias": 8}
+    assert factors == pytest.approx(rates)
+
+
+def test_the_rate_of_a_layer_scales_its_update() -> None:
+    model, same = three_layers(), three_layers()
+    options = ("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=0.1")
+    decayed = build_optimizer(
+        small(*options, "optimizer.layer_decay=0.5").optimizer, model.named_parameters(), depths=layer_depths(model)
+    )
+    plain = build_optimizer(small(*options).optimizer, same.named_parameters())
+    for optimizer in (decayed, plain):
+        step(optimizer, *(p for group in optimizer.param_groups for p in group["params"] if p.dim() == 1))
+    for depth, factor in enumerate((0.25, 0.5, 1.0)):
+        start = three_layers()[depth].bias
+        moved = model[depth].bias - start
+        torch.testing.assert_close(moved, factor * (same[depth].bias - start))
+
+
+def test_the_head_can_be_a_group() -> None:
+    model = three_layers()
+    config = small("optimizer.groups=[{match: head, lr_factor: 10}]").optimizer
+    optimizer = build_optimizer(config, model.named_parameters(), depths=layer_depths(model))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
+
+
+def test_the_log_shows_each_layers_rate() -> None:
+    config = small("optimizer=adamw", "optimizer.layer_decay=0.5", "optimizer.weight_decay=0.1").optimizer
+    _, *rows = describe_rates(config, three_layers()).splitlines()
+    assert [row.split() for row in rows] == [
+        [str(depth), factor, "×", "lr", "0.1", "6", f"{depth}.weight", "…", f"{depth}.bias"]
+        for depth, factor in enumerate(("0.25", "0.5", "1"))
+    ]
+
+
+@pytest.mark.parametrize("value", ["0", "1.1", "-1", "nan", "x"])
+def test_a_layer_decay_outside_its_limits_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer\.layer_decay="):
+        small(f"optimizer.layer_decay={value}")
