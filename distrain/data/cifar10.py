@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
+from distrain.data import chosen_classes
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, refusing_unreadable
 from distrain.data.build_folder import locked_build_folder, publish
 from distrain.errors import ConfigError, config_error
@@ -51,6 +52,7 @@ class Cifar10Config(DataConfig):
     """Keys of ``data=cifar10``."""
 
     download: bool = setting("Download the files (170 MB) if they are missing.")
+    classes: list[str] | None = setting("Use the images of these classes alone; null: of all.", default=None)
 
 
 @register("data", "cifar10", Cifar10Config)
@@ -82,8 +84,7 @@ class Cifar10(DataSource):
                 f"lacks {FOLDER} or one of its files; set data.root to the folder that has them, or data.download=true"
             )
             raise ConfigError("data.root", self._config.root, f"{problem} to download them (170 MB)")
-        with refusing_unreadable(self._root):
-            classes = CLASSES if folder is None else self._classes(folder / _NAMES)
+        classes = chosen_classes.choose(self._config.classes, self._names(folder))
         return check_shared_keys(self._config, DataSpec(*_SHAPE, classes))
 
     def load(self) -> Splits:
@@ -101,6 +102,8 @@ class Cifar10(DataSource):
             train = [self._read(folder / name) for name in _TRAIN]
             test = Images(*self._read(folder / _TEST))
         images = Images(torch.cat([pixels for pixels, _ in train]), torch.cat([labels for _, labels in train]))
+        names = self._names(folder)
+        images, test = (chosen_classes.only(split, spec.classes, names) for split in (images, test))
         return assemble(self._config, spec, images, test)
 
     def _complete_folder(self) -> Path | None:
@@ -120,6 +123,13 @@ class Cifar10(DataSource):
                         raise ConfigError("data.root", folder, problem)
                 return folder
         return None
+
+    def _names(self, folder: Path | None) -> tuple[str, ...]:
+        """Names of the ten classes."""
+        if folder is None:
+            return CLASSES
+        with refusing_unreadable(self._root):
+            return self._classes(folder / _NAMES)
 
     @staticmethod
     def _classes(path: Path) -> tuple[str, ...]:

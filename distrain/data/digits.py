@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig
+from distrain.config.schema import DataConfig, setting
+from distrain.data import chosen_classes
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, hold_out_test
 from distrain.errors import config_error
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
 _SIDE = 8
+_CLASSES = tuple("0123456789")
 #: Largest pixel value in the file.
 _MAX_VALUE = 16
 _TEST_FRACTION = 0.2
@@ -28,6 +30,8 @@ _MAX_TEXT = 1 << 20
 @dataclass
 class DigitsConfig(DataConfig):
     """Keys of ``data=digits``; ``split_seed`` selects a fifth of the images for testing."""
+
+    classes: list[str] | None = setting("Use the images of these classes alone; null: of all.", default=None)
 
 
 @register("data", "digits", DigitsConfig)
@@ -47,7 +51,8 @@ class Digits(DataSource):
             ConfigError: scikit-learn isn't installed.
         """
         self._path()
-        return check_shared_keys(self._config, DataSpec(1, _SIDE, _SIDE, tuple("0123456789")))
+        classes = chosen_classes.choose(self._config.classes, _CLASSES)
+        return check_shared_keys(self._config, DataSpec(1, _SIDE, _SIDE, classes))
 
     def load(self) -> Splits:
         """Reads the file; pixel values 0 to 16 are scaled to 0 to 255.
@@ -70,7 +75,8 @@ class Digits(DataSource):
         images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, _SIDE, _SIDE)
         everything = Images(images, torch.from_numpy(table[:, -1].copy()))
         keep, test = hold_out_test(len(everything), _TEST_FRACTION, self._config.split_seed)
-        return assemble(self._config, spec, everything.subset(keep), everything.subset(test))
+        parts = (chosen_classes.only(everything.subset(part), spec.classes, _CLASSES) for part in (keep, test))
+        return assemble(self._config, spec, *parts)
 
     def _path(self) -> Path:
         package = importlib.util.find_spec("sklearn")

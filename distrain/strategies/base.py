@@ -222,8 +222,8 @@ class Strategy(ABC, Generic[OptionsT_co]):
             shown = ", ".join(frozen[:_SHOWN_NAMES]) + (" …" if len(frozen) > _SHOWN_NAMES else "")
             count = len(self.freezing.parameters)
             log.info(
-                "epoch %d on: %d of %d parameter tensors are trained%s",
-                epoch,
+                "from epoch %d on: %d of %d parameter tensors are trained%s",
+                epoch + 1,
                 len(trained),
                 count,
                 f", frozen: {shown}" if frozen else "",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from distrain.config.schema import GroupConfig, OptimizerConfig
+from distrain.files.escaping import Lines
 from distrain.models.layers import layer_depths, matches, unmatched
 from distrain.optim.optimizers import updates
 
@@ -125,7 +126,7 @@ def depth_factor(config: OptimizerConfig, name: str, depths: Mapping[str, int]) 
     return float(config.layer_decay ** (max(depths.values()) - depths[name]))
 
 
-def describe_rates(config: OptimizerConfig, model: nn.Module) -> str:
+def describe_rates(config: OptimizerConfig, model: nn.Module) -> Lines:
     """A table with a row for each learning rate of a model's parameters, from the first layer to the last.
 
     Args:
@@ -144,7 +145,7 @@ def describe_rates(config: OptimizerConfig, model: nn.Module) -> str:
         values = sum(parameter.numel() for _, parameter in members)
         names = members[0][0] if len(members) == 1 else f"{members[0][0]} … {members[-1][0]}"
         lines.append(f"{depth:5}  {factor:8.3g} × lr  {decay:12.3g}  {values:11,}  {names}")
-    return "\n".join(lines)
+    return Lines.of(lines)
 
 
 def _order(key: tuple[int, float]) -> tuple[int, float]:
