@@ -38,7 +38,7 @@ def test_what_makes_no_sense_is_refused(chosen: list[str], line: str) -> None:
 
 def test_digits_of_some_classes() -> None:
     pytest.importorskip("sklearn")
-    whole, part = source("digits"), source("digits", "data.classes=[8,3]")
+    whole, part = source("digits"), source("digits", classes=["8", "3"])
     assert part.describe().classes == ("8", "3")
     assert 300 < sum(map(len, (part.load().train, part.load().val, part.load().test))) < 400
     assert whole.describe().classes == tuple("0123456789")
