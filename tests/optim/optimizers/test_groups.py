@@ -134,10 +134,10 @@ def test_the_rate_of_a_layer_scales_its_update() -> None:
     plain = build_optimizer(small(*options).optimizer, same.named_parameters())
     for optimizer in (decayed, plain):
         step(optimizer, *(p for group in optimizer.param_groups for p in group["params"] if p.dim() == 1))
-    for depth, factor in enumerate((0.25, 0.5, 1.0)):
-        start = three_layers()[depth].bias
-        moved = model[depth].bias - start
-        torch.testing.assert_close(moved, factor * (same[depth].bias - start))
+    start, plainly = dict(three_layers().named_parameters()), dict(same.named_parameters())
+    moved = dict(model.named_parameters())
+    for name, factor in (("0.bias", 0.25), ("1.bias", 0.5), ("2.bias", 1.0)):
+        torch.testing.assert_close(moved[name] - start[name], factor * (plainly[name] - start[name]))
 
 
 def test_the_head_can_be_a_group() -> None:
