@@ -55,8 +55,8 @@ def fit(
 
     Args:
         model: An ``nn.Module``, whose parameters are the initial ones, and which holds the trained ones at the end; or
-            a class or function that makes one, which is called with ``in_channels``, ``num_classes`` and
-            ``image_size`` as far as it accepts them, under the run's seed; or the name of one of distrain's models.
+            a class or function that makes one, which is called with the data's channels, classes and image size as far
+            as it accepts them, under the run's seed; or the name of one of distrain's models.
         train: Samples to train on: a pair of inputs [N, C, H, W] (uint8, or floating point) and class numbers [N], as
             arrays or tensors; or a map-style ``torch.utils.data.Dataset`` of such pairs, which is read into memory
             once; or the name of one of distrain's data sets.
