@@ -226,7 +226,8 @@ def _with_samples(folder: RunFolder, data: Any) -> tuple[RunFolder, DataObject]:
     check_images(folder, samples.train.images)
     shared = {field.name: getattr(old, field.name) for field in dataclasses.fields(DataConfig)}
     changed = PythonObjectDataConfig(
-        **{**shared, "name": "python_object", "limit": None}, fingerprint=samples.fingerprint
+        **{**shared, "name": "python_object", "limit": None, "fold": None, "balance": "none"},
+        fingerprint=samples.fingerprint,
     )
     return dataclasses.replace(folder, config=dataclasses.replace(folder.config, data=changed)), samples
 

@@ -19,10 +19,13 @@ from hydra.errors import HydraException
 from distrain.config.key_search import schema_fields
 from distrain.config.quoting import in_quotes
 from distrain.config.registry import PYTHON_OBJECT
+from distrain.config.schema import ARGUMENTS
 from distrain.errors import ConfigError, config_error
 
 #: ``key=value``, also with the + or ++ that adds a key.
 _SETTING = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w.@/:-]*)=(?P<value>.*)", re.DOTALL)
+#: A setting of a mapping to which keys may be added, or of a key in it.
+_OPEN = re.compile(rf"({'|'.join(map(re.escape, ARGUMENTS))})[.=]")
 #: A value that begins with somebody's home folder and holds nothing that Hydra's grammar gives a meaning.
 _HOME = re.compile(r"~[\w.-]*(/[^'\"\[\]{},()]*)?", re.DOTALL)
 #: What Hydra reads as a number or a truth value, although it is written like a name.
@@ -46,6 +49,11 @@ def quote_home_folders(arguments: Iterable[str]) -> list[str]:
             argument = f"{setting['key']}={in_quotes(setting['value'])}"
         result.append(argument)
     return result
+
+
+def open_mappings(arguments: Iterable[str]) -> list[str]:
+    """Lets ``data.kwargs.size=3`` add a key where any may be added, for which Hydra wants ``+data.kwargs.size=3``."""
+    return [f"++{argument}" if _OPEN.match(argument) else argument for argument in arguments]
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.ddp import DDPConfig
 from distrain.tasks.base import Evaluation, Task
-from distrain.training.assembly import build_loader
+from distrain.training.assembly import build_loader, weigh_classes
 from distrain.training.evaluation import evaluate
 from distrain.training.run_plan import RunPlan
 
@@ -100,7 +101,7 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
     config = _config_for_evaluation(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
     model = folder.model(weights, settings.allow)
-    plan, splits = _load(config, world, folder)
+    plan, splits = _load(config, world, folder, settings.allow)
     images: Split = getattr(splits, settings.split)
     if not len(images):
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
@@ -128,7 +129,7 @@ def check(settings: EvaluateSettings, world: World) -> None:
     if target is not None:
         output.check_writable(target)
     folder.find_checkpoint(settings.checkpoint)
-    RunPlan.resolve(_config_for_evaluation(folder, settings, world), world)
+    RunPlan.resolve(_config_for_evaluation(folder, settings, world), world, _data_prefixes(settings.allow))
 
 
 def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
@@ -162,14 +163,14 @@ def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world:
     )
 
 
-def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Splits]:
+def _load(config: Config, world: World, folder: RunFolder, allow: Sequence[str]) -> tuple[RunPlan, Splits]:
     """Loads the run's data, to be normalised with the run's channel statistics.
 
     Raises:
         ConfigError: The data are not at the configured place, or their shape or classes are not those of the run.
     """
     try:
-        plan = RunPlan.resolve(config, world)
+        plan = RunPlan.resolve(config, world, _data_prefixes(allow))
         splits = plan.load()
     except ConfigError as error:
         if not str(error).startswith("data.root"):
@@ -181,6 +182,11 @@ def _load(config: Config, world: World, folder: RunFolder) -> tuple[RunPlan, Spl
     return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std)
 
 
+def _data_prefixes(allow: Sequence[str]) -> list[str]:
+    """Dotted prefixes of the data sets that a run's configuration may name."""
+    return ["distrain.data", *allow]
+
+
 def _describe(spec: DataSpec) -> str:
     names = ", ".join(spec.classes[:10]) + (", …" if len(spec.classes) > 10 else "")
     return f"{spec.channels}x{spec.height}x{spec.width} images of {len(spec.classes)} classes ({names})"
@@ -188,6 +194,7 @@ def _describe(spec: DataSpec) -> str:
 
 def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Split, model: nn.Module) -> Evaluation:
     runtime.activity.phase = "evaluation"
+    weigh_classes(plan, splits)
     strategy = plan.strategy(plan.config, runtime)
     layout = plan.memory_format(model)
     convert(model, plan.dtype, plan.device)

@@ -31,6 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from distrain.cli import key_help
 from distrain.cli.arguments import (
+    open_mappings,
     options_first,
     parse,
     quote_home_folders,
@@ -134,7 +135,7 @@ def main(
         launch_arguments = [] if check is None else _pop_launch_arguments()
         sys.argv[1:] = options_first(sys.argv[1:])
         _check_options(sys.argv[1:])
-        sys.argv[1:] = quote_home_folders(sys.argv[1:])
+        sys.argv[1:] = open_mappings(quote_home_folders(sys.argv[1:]))
         refuse_misread_paths(sys.argv[1:], schema)
         refuse_python_objects(sys.argv[1:])
         files = ConfigFiles.of_command(conf, config_name, sys.argv[1:])

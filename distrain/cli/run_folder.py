@@ -22,7 +22,7 @@ from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.state_schema import read_state
 from distrain.config.load import load_config
 from distrain.config.registry import check_allowed
-from distrain.config.schema import Config
+from distrain.config.schema import ARGUMENTS, Config
 from distrain.data import manifest
 from distrain.data.base import TARGETS, DataSpec
 from distrain.data.decode import LARGEST_PIXELS
@@ -38,8 +38,6 @@ T = TypeVar("T")
 #: Dotted prefixes that a run's configuration may name unless the user allows more.
 TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
-#: Keys that hold arguments for what a user's ``_target_`` names.
-_ARGUMENTS = frozenset(f"{group}.kwargs" for group in ("model", "loss", "optimizer", "scheduler"))
 #: Largest accepted files, in bytes.
 _MAX_CONFIG_BYTES = 1 << 17
 #: Largest number of values in an image, over all channels.
@@ -210,7 +208,7 @@ def _check_choices(key: str, section: Mapping[str, object], allowed: Sequence[st
     Arguments, such as those of a model, are no choices.
     """
     for name, value in section.items():
-        if isinstance(value, dict) and f"{key}{name}" not in _ARGUMENTS:
+        if isinstance(value, dict) and f"{key}{name}" not in ARGUMENTS:
             _check_choices(f"{key}{name}.", value, allowed)
         elif name == "name" and isinstance(value, str) and "." in value:
             check_allowed(f"{key}name", value, allowed)

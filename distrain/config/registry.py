@@ -134,6 +134,18 @@ def check_allowed(key: str, path: str, allowed: Iterable[str]) -> None:
         raise ConfigError(key, path, problem)
 
 
+def check_target(key: str, path: str, allowed: Iterable[str]) -> None:
+    """Refuses a dotted path that a run folder may not name, or that leads to what another module defines.
+
+    Raises:
+        ConfigError: As :func:`locate`.
+    """
+    allowed = list(allowed)
+    target = locate(key, path, allowed=allowed)
+    # An allowed module may have imported the object from a module that is not allowed.
+    check_allowed(key, f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}", allowed)
+
+
 def locate(key: str, path: str, *, allowed: Iterable[str] | None = None) -> Any:
     """Imports the object at a dotted path.
 

@@ -74,6 +74,14 @@ def _affects(effect: Effect) -> dict[str, frozenset[Effect]]:
     return {"affects": frozenset((effect,))}
 
 
+#: Keys of mappings whose keys are no choices of distrain: arguments of what ``_target_`` names.
+ARGUMENTS = (
+    *(f"{group}.kwargs" for group in ("model", "data", "loss", "optimizer", "scheduler")),
+    "model.arguments",
+    *(f"data.{part}" for part in ("train", "val", "test", "held_out")),
+)
+
+
 def affected_by(config: Config, key: str) -> frozenset[Effect]:
     """What a key affects: the effects of its field and of the fields above it.
 
@@ -90,6 +98,21 @@ def affected_by(config: Config, key: str) -> frozenset[Effect]:
         effects |= fields[name].metadata.get("affects", frozenset())
         node = getattr(node, name)
     return effects
+
+
+def default_of(config: Config, key: str) -> Any:
+    """The value that a key has where a configuration doesn't name it; ``dataclasses.MISSING`` if it must.
+
+    Args:
+        config: A run's configuration; its choices determine the keys.
+        key: A dotted key, such as ``data.fold``.
+    """
+    section, _, name = key.rpartition(".")
+    node: Any = config
+    for part in section.split("."):
+        node = getattr(node, part, None)
+    fields = {spec.name: spec for spec in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
+    return fields[name].default if name in fields else dataclasses.MISSING
 
 
 @dataclass
@@ -162,6 +185,19 @@ class DataConfig:
     )
     prefetch: int | None = setting(
         "Batches prepared in the background; null: 0 if on CPU with the data in memory, else 2.", at_least=0
+    )
+    balance: str = setting(
+        "Classes of unequal size count equally. sampler: an epoch has equally many samples of each class; loss: the "
+        "loss of a sample is weighted inversely to the size of its class.",
+        choices=("none", "sampler", "loss"),
+        default="none",
+        affects=("sample_order",),
+    )
+    fold: str | None = setting(
+        "Cross-validation, K/N: the validation samples are part K (from 1) of N equal parts of the training samples; "
+        "takes the place of val_fraction. null: none.",
+        default=None,
+        affects=("schedule",),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -14,9 +14,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain import rng
-from distrain.config.registry import choice
+from distrain.config.registry import check_target, choice
 from distrain.config.schema import DataConfig
 from distrain.data.batch import Targets, map_targets
+from distrain.data.folds import parse_fold, split_fold
 from distrain.data.sampler import Blocks
 from distrain.errors import ConfigError, config_error
 
@@ -90,6 +91,14 @@ class Split(ABC):
         return None
 
     @abstractmethod
+    def class_numbers(self) -> Tensor:
+        """The class of each sample, int64 [N], where the targets are classes; this may read all samples."""
+
+    def with_known_classes(self) -> Split:
+        """The same samples, for which :meth:`class_numbers` is quick from now on."""
+        return self
+
+    @abstractmethod
     def subset(self, positions: Tensor) -> Split:
         """The samples at some positions, int64 [n], in that order."""
 
@@ -156,6 +165,10 @@ class Images(Split):
         if self.rows is None:
             return self.read(positions)
         return Images(self.images, self._targets_at(positions), self.rows.index_select(0, positions))
+
+    @override
+    def class_numbers(self) -> Tensor:
+        return cast("Tensor", self.targets)
 
     @override
     def read(self, positions: Tensor) -> Images:
@@ -248,8 +261,20 @@ def source_class(config: DataConfig) -> type[DataSource]:
     return cast("type[DataSource]", choice("data", config.name).target)
 
 
-def data_source(config: DataConfig) -> DataSource:
-    """The configured data set, not loaded yet."""
+def data_source(config: DataConfig, allowed: Iterable[str] | None = None) -> DataSource:
+    """The configured data set, not loaded yet.
+
+    Args:
+        config: Its configuration.
+        allowed: Dotted prefixes of what the configuration may name, if it comes from an untrusted run folder; ``None``
+            allows everything.
+
+    Raises:
+        ConfigError: It names something else.
+    """
+    target = getattr(config, "_target_", None)
+    if allowed is not None and target is not None:
+        check_target("data._target_", target, allowed)
     return cast("DataSource", choice("data", config.name).target(config))
 
 
@@ -276,6 +301,10 @@ def check_shared_keys(config: DataConfig, spec: DataSpec) -> DataSpec:
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != spec.channels:
             raise ConfigError(f"data.{name}", values, f"needs one value for each of the {spec.channels} channels")
+    if config.balance != "none" and spec.target != "class":
+        raise ConfigError("data.balance", config.balance, f"needs one class a sample; these data have {spec.target}")
+    if config.fold is not None:
+        parse_fold(config.fold)
     side = min(spec.height, spec.width)
     for name, value in (("crop_padding", config.augment.crop_padding), ("cutout", config.augment.cutout)):
         if value > side:
@@ -298,6 +327,7 @@ def assemble(
     test: Split | None,
     *,
     val: Split | None = None,
+    held_out: Split | None = None,
     moments: Tensor | None = None,
 ) -> Splits:
     """Makes the splits: holds out validation images, applies ``data.limit`` and computes the channel statistics.
@@ -308,15 +338,26 @@ def assemble(
         train: All images that are not for testing.
         test: Test images; ``None``: the validation images.
         val: Validation images, if the data set has its own; ``data.val_fraction`` is then ignored.
+        held_out: The images of ``train`` as they are for validation; by default they are the same.
         moments: Result of :func:`image_moments` for ``train``, if it is known already.
 
     Raises:
-        ConfigError: There are no training or no test images.
+        ConfigError: There are no training or no test images, or there is no such fold.
     """
+    if spec.target == "class" and (config.fold is not None or config.balance != "none"):
+        train = train.with_known_classes()
     keep = torch.arange(len(train))
-    if val is None:
-        keep, held_out = _hold_out(len(train), config.val_fraction, rng.key(_VALIDATION, config.split_seed))
-        val = train.subset(held_out)
+    held_out = train if held_out is None else held_out
+    if config.fold is not None:
+        if val is not None:
+            problem = "the data have validation samples of their own, and a fold is taken out of the training samples"
+            raise ConfigError("data.fold", config.fold, problem)
+        groups = train.class_numbers() if spec.target == "class" else torch.zeros(len(train), dtype=torch.int64)
+        keep, validated = split_fold(config.fold, groups, config.split_seed)
+        val = held_out.subset(validated)
+    elif val is None:
+        keep, validated = _hold_out(len(train), config.val_fraction, rng.key(_VALIDATION, config.split_seed))
+        val = held_out.subset(validated)
     if config.limit is not None and config.limit < len(keep):
         chosen = rng.permutation(rng.key(_VALIDATION, config.split_seed, 1), len(keep))[: config.limit]
         keep = keep.index_select(0, chosen.sort().values)

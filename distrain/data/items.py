@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from distrain import rng
+from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSpec, Images, Split
 from distrain.data.batch import Targets, map_targets
 from distrain.data.reading import CheckedReader, ItemReader, Request, Samples
 from distrain.data.sampler import Blocks
 from distrain.data.workers import ItemWorkers
 
+log = logging.getLogger(__name__)
 #: Identifies random draws inside of readers among the uses of random numbers.
 _ITEM = 6
 #: Samples that a worker process reads at once where nothing else says how many.
 _CHUNK = 64
+
+
+@dataclass
+class ItemsConfig(DataConfig):
+    """Keys of data sets whose samples are read one at a time."""
+
+    workers: int | None = setting(
+        "Processes of each rank that read samples; 0: the training process; null: one for each core of the rank, at "
+        "most 8.",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ class Items(Split):
         workers: Reads the samples.
         rows: int64 [N], number for the reader of each sample.
         targets: See :class:`distrain.data.base.Split`; ``None``: the reader tells them.
+        classes: The class of each sample, int64 [N], where it is known without reading the sample.
     """
 
     source: CheckedReader
@@ -41,6 +58,7 @@ class Items(Split):
     workers: ItemWorkers
     rows: Tensor
     targets: Targets
+    classes: Tensor | None = None
 
     @classmethod
     def of(
@@ -87,7 +105,21 @@ class Items(Split):
     @override
     def subset(self, positions: Tensor) -> Items:
         targets = None if self.targets is None else self._known_targets(positions)
-        return Items(self.source, self.reader, self.workers, self.rows.index_select(0, positions), targets)
+        classes = None if self.classes is None else self.classes.index_select(0, positions)
+        return Items(self.source, self.reader, self.workers, self.rows.index_select(0, positions), targets, classes)
+
+    @override
+    def with_known_classes(self) -> Items:
+        return dataclasses.replace(self, classes=self.class_numbers())
+
+    @override
+    def class_numbers(self) -> Tensor:
+        if self.targets is not None:
+            return cast("Tensor", self.targets)
+        if self.classes is not None:
+            return self.classes
+        log.info("reading all %d samples to know their classes", len(self))
+        return torch.cat([part.targets for part in self.chunks(_CHUNK)])
 
     @override
     def read(self, positions: Tensor) -> Images:

@@ -51,6 +51,7 @@ class Loader:
         memory_format: ``torch.contiguous_format`` or ``torch.channels_last``.
         seed: The run's seed; determines order and augmentation.
         shuffle: Use another random order in each epoch; otherwise the order of the split.
+        classes: Class of each sample, int64 [N], if classes are to be equally frequent; ``None``: each occurs once.
         augment: Augmentation; ``None`` for none.
         prefetch: Number of batches that a background thread prepares; 0: each is made when it is needed.
 
@@ -74,6 +75,7 @@ class Loader:
         memory_format: torch.memory_format,
         seed: int = 0,
         shuffle: bool = False,
+        classes: Tensor | None = None,
         augment: AugmentConfig | None = None,
         prefetch: int = 0,
         masks: bool = False,
@@ -81,7 +83,7 @@ class Loader:
         _, height, width = images.shape
         self._batch_size, self.shard = batch_size, shard
         self._device, self._dtype, self._memory_format = device, dtype, memory_format
-        self.sampler = Sampler(len(images), seed, shuffle, images.blocks)
+        self.sampler = Sampler(len(images), seed, shuffle, images.blocks, classes)
         # 16-bit inputs are normalised in float32, since rounding before normalising would lose precision.
         self._compute_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         augmentation = None if augment is None else Augmentation(augment, height, width, seed)

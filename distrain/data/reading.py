@@ -93,7 +93,14 @@ def checked_target(spec: DataSpec, target: Tensor) -> Tensor:
     size = len(spec.classes)
     shapes = {"class": (), "labels": (size,), "numbers": (size,), "mask": (spec.height, spec.width)}
     if tuple(target.shape) != shapes[spec.target]:
-        raise ValueError(f"the target is {list(target.shape)}; {spec.target} of {list(shapes[spec.target])} are needed")
+        needed = {
+            "class": "the number of a class",
+            "labels": f"0 or 1 for each of {size} classes",
+            "numbers": f"{size} numbers",
+            "mask": f"a mask of {spec.height}x{spec.width} pixels",
+        }
+        found = f"of shape {list(target.shape)}" if target.dim() else "a single number"
+        raise ValueError(f"the target is {found}; {needed[spec.target]} is needed (data.target={spec.target})")
     if spec.target == "numbers":
         if not bool(target.isfinite().all()):
             raise ValueError("the target is NaN or infinite")

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from distrain import rng
+from distrain.data.balance import balanced_order, repetitions
 
 #: Identify the order of samples, and that of blocks, among the uses of random numbers.
 _ORDER, _BLOCKS = 1, 7
+#: Bit from which on a counter holds how often the sample has occurred before.
+_REPETITION = 40
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class EpochOrder:
 
     Attributes:
         positions: Position in the split of each, int64 [count].
-        counters: A number for each on which its random draws depend, int64 [count]: its position.
+        counters: A number for each on which its random draws depend, int64 [count]: its position, and how often it has
+            occurred in the epoch before.
     """
 
     positions: Tensor
@@ -48,21 +52,28 @@ class Sampler:
         seed: The run's seed.
         shuffle: Another random order in each epoch; otherwise the order of the split.
         blocks: Visit the samples block by block, see :func:`block_order`; ``None``: mix all of them.
+        classes: Class of each sample, int64 [count], if classes are to be equally frequent in a shuffled order;
+            blocks are not heeded then.
     """
 
     count: int
     seed: int = 0
     shuffle: bool = True
     blocks: Blocks | None = None
+    classes: Tensor | None = None
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch, counted from 0."""
         positions = self._positions(epoch)
-        return EpochOrder(positions, positions)
+        if not self.shuffle or self.classes is None:
+            return EpochOrder(positions, positions)
+        return EpochOrder(positions, positions + (repetitions(positions) << _REPETITION))
 
     def _positions(self, epoch: int) -> Tensor:
         if not self.shuffle:
             return torch.arange(self.count)
+        if self.classes is not None:
+            return balanced_order(self.seed, epoch, self.classes)
         if self.blocks is None:
             return epoch_order(self.seed, epoch, self.count)
         return block_order(self.seed, epoch, self.blocks)

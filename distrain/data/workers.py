@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -244,6 +245,7 @@ class _Pool:
         atexit.unregister(self._kill)
         self._batches = None
         del self._loader
+        gc.collect()  # a data loader's iterator, which ends the rest of the processes, may be part of a circle
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -292,7 +294,22 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    _start_resource_tracker()
     return context
+
+
+def _start_resource_tracker() -> None:
+    """Starts Python's process that removes the semaphores of one that was killed; it says nothing about it.
+
+    What it says would be the last line of a rank that failed, instead of why it failed.
+    """
+    from multiprocessing import resource_tracker  # Windows has none
+
+    sys.warnoptions.append("ignore:resource_tracker")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove("ignore:resource_tracker")
 
 
 @contextlib.contextmanager

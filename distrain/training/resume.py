@@ -20,11 +20,11 @@ from distrain.checkpoint.restore_report import RestoredPart, table, worst
 from distrain.checkpoint.state_schema import check_data, read_state
 from distrain.communication.collectives import Communicator
 from distrain.config.load import changes, to_container
-from distrain.config.schema import Config, affected_by
+from distrain.config.schema import ARGUMENTS, Config, affected_by, default_of
 from distrain.data import manifest
 from distrain.data.base import DataSpec, source_class
 from distrain.data.manifest import data_changes
-from distrain.errors import NO_VALUE, ConfigError
+from distrain.errors import NO_VALUE, ConfigError, show_value
 from distrain.files.terminal import FILE_ONLY
 from distrain.files.untrusted import read_json
 from distrain.optim.optimizers.saved_state import check_saved_state
@@ -247,10 +247,12 @@ def refuse_incompatible(config: Config, path: Path, saved: Mapping[str, Any] | N
 def _is_incompatible(
     config: Config, key: str, change: tuple[str, str], compatible_data_keys: Set[str], *, mid_epoch: bool
 ) -> bool:
+    if change[0] == NO_VALUE and change[1] == show_value(default_of(config, key)):
+        return False
     if "sample_order" in affected_by(config, key):
         return mid_epoch
     # A key that only one side has was added or removed by a release, or belongs to a choice whose name differs too.
-    if NO_VALUE in change and not key.startswith("model.kwargs."):
+    if NO_VALUE in change and not key.startswith(tuple(f"{name}." for name in ARGUMENTS)):
         return False
     if key.startswith("data."):
         return key.split(".")[1] not in compatible_data_keys

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +62,13 @@ class RunPlan:
     task: Task
 
     @classmethod
-    def resolve(cls, config: Config, world: World) -> RunPlan:
+    def resolve(cls, config: Config, world: World, allowed: Sequence[str] | None = None) -> RunPlan:
         """Looks up what the configuration names.
+
+        Args:
+            config: The run's configuration.
+            world: This rank's place.
+            allowed: Dotted prefixes of data sets that may be imported, if the configuration comes from a run folder.
 
         Raises:
             ConfigError: There is no such device, backend or data, or the strategy can't run on so many ranks.
@@ -71,7 +77,7 @@ class RunPlan:
         choose_backend(config, device)  # Runtime uses it; here a backend that can't serve the device is refused.
         strategy = strategies.strategy_class(config)
         _check_ranks(strategy, config, world)
-        source = data_source(config.data)
+        source = data_source(config.data, allowed)
         spec = source.describe()
         statistics = normalisation.of_model(config, spec)
         if statistics is not None:
@@ -112,6 +118,8 @@ class RunPlan:
         compression.compressor_class(config).check(config)
         check_lookahead(config)
         check_counts(config)
+        if config.data.balance == "loss":
+            self.task.check_class_weights()
         resume.check(config)
         alone = world.size == 1 and warn
         if alone and config.compression.name != "none":

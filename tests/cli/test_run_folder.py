@@ -294,5 +294,5 @@ def test_weights_of_another_model_are_refused(run: Path) -> None:
 def test_data_without_classes_are_refused_by_the_classification_task(run: Path) -> None:
     data = json.loads((run / "data.json").read_text())
     (run / "data.json").write_text(json.dumps({**data, "classes": []}))
-    with pytest.raises(ConfigError, match=r"task\.name: classification needs data with one class a sample"):
+    with pytest.raises(ConfigError, match=r"task\.name: classification needs data that name their classes"):
         newest(run)

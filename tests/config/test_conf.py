@@ -28,6 +28,7 @@ NEEDED = {
     "data=webdataset": ["data.root=shards"],
     "data=table": ["data.root=images.csv"],
     "data=hf": ["data.path=user/name"],
+    "data=custom": ["data._target_=my_package.Scans"],
 }
 
 

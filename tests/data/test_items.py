@@ -157,7 +157,7 @@ GREY, ONE = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor(1)
         (Odd(GREY, ONE + 2), "page 49 .*the class is 3; the 3 classes are numbered from 0 to 2"),
         (Odd(GREY, ONE - 2), "the class is -1"),
         (Odd(GREY, ONE / 3), "no whole number"),
-        (Odd(GREY, torch.ones(2)), r"the target is \[2\]"),
+        (Odd(GREY, torch.ones(2)), r"the target is of shape \[2\]; the number of a class is needed"),
     ],
 )
 def test_a_sample_that_cannot_be_read_is_named_in_one_line(reader: ItemReader, message: str) -> None:
