@@ -189,6 +189,37 @@ PARTS = {
     ),
 }
 
+#: The same images as those of ``Spots``, read one at a time in worker processes.
+ITEMS = """
+from distrain.config.registry import register
+from distrain.data.base import Splits, assemble
+from distrain.data.items import Items
+from distrain.data.reading import ItemReader
+from distrain.data.workers import ItemWorkers
+from lab.data import Spots, SpotsConfig
+
+
+class Reader(ItemReader):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.images[row], None
+
+
+@register("data", "spot_items", SpotsConfig)
+class SpotItems(Spots):
+    def load(self) -> Splits:
+        workers = ItemWorkers(1)
+        parts = [self.draw(self.config.train_size, 0), self.draw(23, 1)]
+        spec = self.describe()
+        train, test = (Items.of(Reader(part.images), spec, workers, part.targets) for part in parts)
+        return assemble(self.config, spec, train, test)
+"""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -201,14 +232,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "conf" / group).mkdir(parents=True)
         content = f"name: lab.{group}.{name}\n{textwrap.dedent(keys)}"
         (folder / "conf" / group / "mine.yaml").write_text(content)
+    (folder / "lab" / "items.py").write_text(ITEMS)
+    keys = textwrap.dedent(PARTS["data"][2])
+    (folder / "conf" / "data" / "items.yaml").write_text(f"name: lab.items.SpotItems\n{keys}")
     return folder
 
 
-def run(lab: Path, script: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs a file of ``launch/`` in the folder above the package, which is then importable."""
+def run(
+    lab: Path, script: str, *arguments: str, ranks: int = 1, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a file of ``launch/`` in the folder above the package, which is then importable; or with it on ``path``."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, "-W", "ignore", *launcher, str(LAUNCH / f"{script}.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(map(str, [LAUNCH.parent, *([path] if path else [])]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=lab, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
@@ -252,6 +289,21 @@ def test_every_strategy_trains_a_task_with_named_targets_as_one_process_does(
     assert summary["test_count"] == 23
     for key in ("train_loss", "val_absolute_error", "test_absolute_error", "test_loss"):
         assert summary[key] == pytest.approx(expected[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("place", ["current folder", pytest.param("installed", marks=pytest.mark.soak)])
+def test_a_data_set_of_a_package_is_read_by_worker_processes_and_trains_the_same(
+    lab: Path, serial: dict[str, Tensor], tmp_path: Path, place: str
+) -> None:
+    mine = ("data=items", "model=mine", "task=mine", f"run_dir={tmp_path / 'run'}", "--config-dir", str(lab / "conf"))
+    fixed = ("trainer.epochs=2", "logger=none", "trainer.progress=off", "trainer.memory_format=contiguous")
+    keys = ("nproc=2", "strategy=ddp", "optimizer=sgd", "optimizer.lr=0.05", *fixed, *mine)
+    folder, path = (lab, None) if place == "current folder" else (tmp_path, lab)
+    done = run(folder, "train", *keys, path=path)
+    assert done.returncode == 0, done.stderr
+    newest = checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(tmp_path / "run"))[-1]
+    for key, tensor in reader.load_model(newest).items():
+        torch.testing.assert_close(tensor, serial[key], rtol=1e-4, atol=1e-6)
 
 
 def test_commands_read_a_run_of_the_package_only_if_it_is_allowed(lab: Path, serial: dict[str, Tensor]) -> None:
