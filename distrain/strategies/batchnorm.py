@@ -7,11 +7,12 @@ and GPUs, with uneven shares and with empty ones, and gives what one process giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import ModelConfig
@@ -141,6 +142,63 @@ class DeferredBatchNorm(BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
 
+def _class_of(layer: BatchNorm, normalising: type[BatchNorm]) -> type[BatchNorm]:
+    """The class to give a layer so that it normalises as ``normalising`` does, and does all else that it did."""
+    own = type(layer)
+    if own.__module__.startswith("torch.") or own.forward is BatchNorm.forward:
+        return normalising
+    return _class_with_own_forward(own, normalising)
+
+
+def _class_with_own_forward(own: type[BatchNorm], normalising: type[BatchNorm]) -> type[BatchNorm]:
+    """A class for a layer whose ``forward`` does more than normalise, like timm's layers with an activation."""
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.training and self.running_mean is not None:
+            return own.forward(self, input, *args, **kwargs)
+        counted = self.num_batches_tracked
+        count = None if counted is None else counted.clone()
+
+        def normalise(x: Tensor) -> Tensor:
+            # Its own forward may have counted this pass already.
+            if count is not None:
+                counted.copy_(count)
+            normalised: Tensor = normalising.forward(self, x)
+            return normalised
+
+        with _Normalising(normalise) as mode:
+            result = own.forward(self, input, *args, **kwargs)
+        if not mode.was_used:
+            problem = f"{own.__name__} is a BatchNorm layer, but does not call torch.nn.functional.batch_norm"
+            raise ValueError(f"{problem}; type strategy.batchnorm=local")
+        return result
+
+    return type(f"{normalising.__name__}Of{own.__name__}", (normalising, own), {"forward": forward})
+
+
+class _Normalising(TorchFunctionMode):
+    """Inside this block another function takes the place of ``torch.nn.functional.batch_norm``.
+
+    Args:
+        normalise: Gets the input of the normalisation; weights and statistics are the layer's.
+
+    Attributes:
+        was_used: Whether it was called.
+    """
+
+    def __init__(self, normalise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._normalise, self.was_used = normalise, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.batch_norm:
+            self.was_used = True
+            return self._normalise(args[0] if args else (kwargs or {})["input"])
+        return func(*args, **(kwargs or {}))
+
+
 def defer_running_statistics(model: nn.Module, communicator: Communicator) -> int:
     """Makes BatchNorm layers, in place, update running statistics only at :func:`update_running_statistics`.
 
@@ -150,7 +208,7 @@ def defer_running_statistics(model: nn.Module, communicator: Communicator) -> in
     layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
     for layer in layers:
         # Changing the class keeps the layer's identity: names, hooks and references to it stay valid.
-        layer.__class__ = DeferredBatchNorm
+        layer.__class__ = _class_of(layer, DeferredBatchNorm)
         assert isinstance(layer, DeferredBatchNorm)
         layer.communicator = communicator
         layer.sums = None
@@ -181,7 +239,7 @@ def synchronise_batchnorm(model: nn.Module, communicator: Communicator) -> int:
     for name, child in list(model.named_children()):
         if isinstance(child, BatchNorm) and not isinstance(child, SyncBatchNorm):
             # As above: the layer stays the same object.
-            child.__class__ = SyncBatchNorm
+            child.__class__ = _class_of(child, SyncBatchNorm)
         if isinstance(child, SyncBatchNorm):
             child.communicator = communicator
             count += 1

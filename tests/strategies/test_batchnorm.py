@@ -17,6 +17,19 @@ from distrain.strategies.batchnorm import SyncBatchNorm, replacement, synchronis
 from tests.harness import RankFailed, run_ranks
 from tests.runs import compose, small
 
+
+class WithActivation(nn.BatchNorm2d):
+    """Does more than normalise, in a ``forward`` of its own, as timm's layers do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        y = nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum or 0.0
+        )
+        return y.tanh()
+
+
 #: How many samples each rank gets in each of two training steps and in evaluation.
 SHARES: dict[int, list[tuple[int, ...]]] = {
     2: [(5, 3), (7, 0), (0, 4)],
@@ -27,6 +40,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2-D, cumulative average": (lambda: nn.BatchNorm2d(4, momentum=None), (4, 3, 5)),
     "2-D, not affine": (lambda: nn.BatchNorm2d(4, affine=False, momentum=0.5), (4, 2, 2)),
     "2-D, no running statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), (4, 2, 2)),
+    "2-D with an activation": (lambda: WithActivation(4), (4, 3, 5)),
     "1-D": (lambda: nn.BatchNorm1d(6, eps=1e-3), (6,)),
     "1-D sequences": (lambda: nn.BatchNorm1d(2), (2, 7)),
 }

@@ -120,8 +120,11 @@ class Stage:
         roots = [root for root in roots if root.requires_grad]
         if self.splits_backward:
             # The split backward pass detaches the output in place, which views (of a flatten, for example) don't allow,
-            # and an output that is the input itself has no graph.
-            roots = [root.clone() if torch_internals.is_view(root) or root.is_leaf else root for root in roots]
+            # nor tensors that another output is computed from; and an output that is the input itself has no graph.
+            several = len(roots) > 1
+            roots = [
+                root.clone() if several or torch_internals.is_view(root) or root.is_leaf else root for root in roots
+            ]
         self._saved[microbatch] = _SavedMicrobatch(leaves, roots, activation_bytes=sum(storage_bytes.values()))
         held_bytes = sum(saved.activation_bytes for saved in self._saved.values())
         self.peak_activation_bytes = max(self.peak_activation_bytes, held_bytes)

@@ -1,0 +1,53 @@
+"""Models of torchvision and timm in stages: each is trained as in one process, and its weights fit its own class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import distrain
+from tests.harness import run_ranks
+from tests.runs import relative_difference, small, train_on_rank
+from tests.strategies.pipeline import open_models
+from tests.strategies.pipeline.stages import BOUND, compare, model_options
+
+pytestmark = pytest.mark.soak
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+SIZE = ("data.height=32", "data.width=32")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", open_models.MODELS)
+def test_a_model_in_stages_equals_one_process(kind: str, ranks: int, tmp_path: Path) -> None:
+    has_batchnorm = open_models.MODELS[kind][1]
+    # BatchNorm normalises each microbatch by itself: with a single one it is equal too.
+    more = (*SIZE, "strategy.microbatches=1") if has_batchnorm else SIZE
+    largest = compare(tmp_path, open_models.__name__, [kind], ranks, ["1f1b", "interleaved_zero_bubble"], *more)
+    print(f"{kind}, {ranks} ranks: {largest[kind]:.1e}")
+
+
+@pytest.mark.parametrize("kind", ["tv_densenet", "timm_efficientnet", "timm_vit", "unet"])
+def test_a_run_in_stages_continues_under_ddp_and_its_export_fits_the_class(kind: str, tmp_path: Path) -> None:
+    def train(ranks: int, steps: int, *strategy: str) -> dict[str, Any]:
+        common = (*SIZE, *model_options(open_models.__name__, kind), "trainer.precision=fp64", "scheduler=constant")
+        options = ("optimizer.eps=1e-3", "trainer.epochs=100", f"trainer.max_steps={steps}", *strategy)
+        run: dict[str, Any] = run_ranks(train_on_rank, ranks, small(*common, *options))[0]
+        return run
+
+    pipeline = ("strategy=pipeline", "strategy.microbatches=1")
+    expected = train(1, 9, f"run_dir={tmp_path}/whole")
+    train(2, 3, *pipeline, f"run_dir={tmp_path}/moved")
+    train(2, 6, "strategy=ddp", f"run_dir={tmp_path}/moved")
+    found = train(3, 9, *pipeline, "strategy.stages=3", f"run_dir={tmp_path}/moved")
+    assert relative_difference(found["model"], expected["model"]) <= BOUND
+    file = distrain.export(tmp_path / "moved", tmp_path / "model.safetensors", allow=[open_models.__name__])
+    model = open_models.build(3, 4, kind)
+    exported = safetensors.torch.load_file(file)
+    model.load_state_dict(exported)
+    assert all(torch.equal(tensor, found["model"][name]) for name, tensor in exported.items())
