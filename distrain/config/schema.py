@@ -230,6 +230,9 @@ class GroupConfig:
     epochs: float | None = setting(
         "Train them in this many first epochs only; null: in all epochs.", above=0, default=None
     )
+    kwargs: dict[str, Any] = setting(
+        "Their own values of other options of the optimizer, such as {betas: [0.9, 0.99]}.", default_factory=dict
+    )
 
 
 @dataclass

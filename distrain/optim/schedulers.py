@@ -7,10 +7,12 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from distrain.config.registry import choice, register
 from distrain.config.schema import SchedulerConfig, setting
 from distrain.errors import ConfigError
+from distrain.optim import custom_schedule
 
 #: Maps the next step, counted from 0 over the whole run, to the factor that multiplies the base learning rate.
 Schedule = Callable[[int], float]
@@ -132,6 +134,31 @@ def triangle(config: TriangleConfig, span: ScheduleSpan) -> Schedule:
         return 1.0 + (config.final_factor - 1.0) * (position - top) / fall
 
     return schedule
+
+
+@dataclass
+class CustomScheduleConfig(SchedulerConfig):
+    """Keys of ``scheduler=custom``."""
+
+    _target_: str = setting(
+        "Dotted path of a function of the step that gives the factor of the learning rate, or of a torch LRScheduler."
+    )
+    kwargs: dict[str, Any] = setting("Keyword arguments for the target.")
+    interval: str = setting(
+        "How often a torch LRScheduler makes a step; a function is asked in every step.", choices=("step", "epoch")
+    )
+
+
+@register("scheduler", "custom", CustomScheduleConfig)
+def custom(config: CustomScheduleConfig, span: ScheduleSpan) -> Schedule:
+    """A user's function, or one of torch's classes as a function of the step.
+
+    The function gets those of ``step``, ``total_steps`` and ``steps_per_epoch`` that it has, counted after the warm-up,
+    and ``kwargs``. Steps after the end of the run have the factor of its last step.
+    """
+    total = max(1, span.end - span.first)
+    factor = custom_schedule.make(config._target_, config.kwargs, config.interval, total, span.steps_per_epoch)
+    return lambda step: factor(min(step - span.first, total - 1))
 
 
 def build(config: SchedulerConfig, steps_per_epoch: int, total_steps: int) -> Schedule:

@@ -21,6 +21,7 @@ from distrain.models.float64 import refuse_float64
 from distrain.models.freezing import FreezeSchedule, check_counts, train_only
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
+from distrain.optim.optimizers import trial as optimizer_trial
 from distrain.optim.optimizers.build import check_lookahead
 from distrain.optim.optimizers.groups import check_groups
 from distrain.runtime import launcher
@@ -207,6 +208,7 @@ def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> 
     freezing = FreezeSchedule(config.freeze, model)
     train_only(model, freezing.ever_trained, freezing.parameters)
     strategy.check_model(config, model)
+    optimizer_trial.check(config.optimizer, model, divided=strategy.divides_model)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

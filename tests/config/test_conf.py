@@ -23,6 +23,8 @@ FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"
 NEEDED = {
     "model=custom": ["model._target_=distrain.models.cnn.SimpleCNN"],
     "loss=custom": ["loss._target_=torch.nn.CrossEntropyLoss"],
+    "optimizer=custom": ["optimizer._target_=torch.optim.RAdam"],
+    "scheduler=custom": ["scheduler._target_=torch.optim.lr_scheduler.StepLR", "scheduler.kwargs={step_size: 2}"],
     "data=image_folder": ["data.root=images"],
     "data=numpy": ["data.root=arrays.npz"],
     "data=webdataset": ["data.root=shards"],

@@ -65,7 +65,8 @@ class ParameterGroups:
         group = config.groups[index - 1]
         decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
         last = self._freeze_after[index - 1]
-        return {"params": members, "lr_factor": group.lr_factor * factor, "last_update": last, **decay}
+        options = {"params": members, "lr_factor": group.lr_factor * factor, "last_update": last}
+        return {**group.kwargs, **options, **decay}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes an optimizer apply each group's own factor and freeze groups after their last epoch."""

@@ -100,6 +100,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     evaluation and checkpoints.
     """
 
+    divides_model = True
+
     compressor: MessageCompressor
 
     saves_in_background = False  # a process group fails with the first rank that is lost, and workers may be lost

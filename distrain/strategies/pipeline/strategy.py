@@ -56,6 +56,8 @@ class Pipeline(Strategy[PipelineConfig]):
     only gradients are sent between nodes, once per step.
     """
 
+    divides_model = True
+
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         ranks = self.options.ranks
