@@ -100,10 +100,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
     evaluation and checkpoints.
     """
 
-    divides_model = True
-
     compressor: MessageCompressor
-
+    divides_model = True
     saves_in_background = False  # a process group fails with the first rank that is lost, and workers may be lost
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
