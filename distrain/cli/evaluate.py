@@ -147,7 +147,9 @@ def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world:
         # The remaining keys have no effect, since no gradients and no BatchNorm statistics are exchanged.
         strategy = DDPConfig(name="ddp", batchnorm="local", first_bucket_mb=1, bucket_mb=1, last_bucket_mb=0)
     config = folder.config
-    changes = source_class(config.data).changes_for_evaluation(config.data, settings.data_root)
+    source = source_class(config.data)
+    changes = source.changes_for_evaluation(config.data, settings.data_root)
+    changes |= source.changes_for_classes(config.data, folder.spec)
     if settings.batch_size is not None:
         changes["eval_batch_size"] = settings.batch_size
     return dataclasses.replace(

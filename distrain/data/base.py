@@ -237,6 +237,21 @@ class DataSource(ABC):
         """
         return {} if root is None else {"root": root}
 
+    @classmethod
+    def changes_for_classes(cls, config: Any, spec: DataSpec) -> dict[str, Any]:
+        """Changes to a saved run's configuration with which other files are read by the classes of the run.
+
+        Where classes are found in the files, others may lack some, and would number the rest differently.
+
+        Args:
+            config: The saved run's data configuration.
+            spec: What the run was trained on.
+
+        Returns:
+            New values by key.
+        """
+        return {}
+
     @abstractmethod
     def describe(self) -> DataSpec:
         """Describes the data set; cheap, and called on every rank before any process group exists.

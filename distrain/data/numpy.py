@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
@@ -73,6 +74,11 @@ class NumpyData(DataSource):
     Images in .npy files that need more memory than ``memory_limit_mb`` stay in the files, which all ranks of a host
     share.
     """
+
+    @classmethod
+    @override
+    def changes_for_classes(cls, config: Any, spec: DataSpec) -> dict[str, Any]:
+        return {"classes": list(spec.classes), "target": spec.target}
 
     def __init__(self, config: NumpyConfig) -> None:
         self._config = config

@@ -77,6 +77,11 @@ class TableData(ImageFilesSource):
             changes["images"] = None
         return changes
 
+    @classmethod
+    @override
+    def changes_for_classes(cls, config: Any, spec: DataSpec) -> dict[str, Any]:
+        return {"classes": list(spec.classes), "target": spec.target}
+
     def __init__(self, config: TableConfig) -> None:
         self._config = config
         if config.root is None:

@@ -58,25 +58,25 @@ def read_labels(
     Raises:
         ConfigError: A cell doesn't fit the kind, or the names don't.
     """
-    chosen = kind or _kind_of(table, columns, separator)
+    chosen, guessed = kind or _kind_of(table, columns, separator), kind is None and separator is None
     if chosen in ("class", "mask") or (chosen == "labels" and separator is not None):
         if len(columns) > 1:
             problem = f"name {len(columns)} columns, and data.target={chosen} needs one"
             raise ConfigError("data.label_column", list(columns), problem)
         column = columns[0]
         if chosen == "mask":
-            return Labels(chosen, _mask_classes(classes), None, kind is None)
+            return Labels(chosen, _mask_classes(classes), None, guessed)
         if chosen == "class":
             names, targets = _classes(table, column, training, classes)
         else:
             assert separator is not None
             names, targets = _several(table, column, training, separator, classes)
-        return Labels(chosen, names, targets, kind is None)
+        return Labels(chosen, names, targets, guessed)
     if classes is not None and len(classes) != len(columns):
         problem = f"are {len(classes)} names, and data.label_column names {len(columns)} columns"
         raise ConfigError("data.classes", list(classes), problem)
     values = _flags(table, columns) if chosen == "labels" else _numbers(table, columns)
-    return Labels(chosen, tuple(classes or columns), torch.from_numpy(values), kind is None)
+    return Labels(chosen, tuple(classes or columns), torch.from_numpy(values), guessed)
 
 
 def _kind_of(table: Table, columns: Sequence[str], separator: str | None) -> str:

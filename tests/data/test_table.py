@@ -280,3 +280,20 @@ def test_an_evaluation_elsewhere_looks_for_the_images_beside_the_table(images: P
     }  # fmt: skip
     here = dataclasses.replace(config, images=str(images))
     assert "images" not in type(data).changes_for_evaluation(here, "/new/b.csv")
+
+
+@pytest.mark.parametrize("choice", ["table", "numpy"])
+def test_an_evaluation_numbers_the_classes_as_the_run_did(images: Path, choice: str) -> None:
+    """Also if the files that it reads lack some of them."""
+    names = [LABELS[number % 2] for number in range(COUNT)]
+    path = write(images / "a.csv", ["path", "label"], [(f"{number}.png", name) for number, name in enumerate(names)])
+    if choice == "numpy":
+        path = images / "a.npz"
+        np.savez(path, x=np.zeros((COUNT, 5, 4, 3), np.uint8), y=np.array(names))
+    data = source(choice, root=str(path))
+    spec = DataSpec(3, 5, 4, ("dog", "bird", "cat"))
+    config = data._config  # type: ignore[attr-defined]
+    changed = dataclasses.replace(config, **type(data).changes_for_classes(config, spec))
+    assert data.describe().classes == ("cat", "dog")
+    assert type(data)(changed).describe().classes == ("dog", "bird", "cat")  # type: ignore[call-arg]
+    assert type(data)(changed).load().train.targets.unique().tolist() == [0, 2]  # type: ignore[call-arg]
