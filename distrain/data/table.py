@@ -184,13 +184,17 @@ class TableData(ImageFilesSource):
             ConfigError: A cell is empty, or names no file below the folder of images.
         """
         table, root, found = self._table, self._images, {}
-        inside = _Inside(root)
+        inside, folder = _Inside(root), os.fspath(root)
         for row, cell in enumerate(table.columns[column]):
             if not cell:
                 raise table.wrong(row, column, "is empty; the path of a file is needed")
             path = self._relative(row, column, cell)
+            place = f"{folder}{os.sep}{path}"
             try:
-                status = (root / path).stat()
+                # One look at each file: there may be a million. Few are links, which are followed.
+                status = os.lstat(place)
+                is_link = stat.S_ISLNK(status.st_mode)
+                status = os.stat(place) if is_link else status  # noqa: PTH116
             except (FileNotFoundError, NotADirectoryError):
                 if self._config.on_error == "skip":
                     continue
@@ -201,7 +205,7 @@ class TableData(ImageFilesSource):
                 raise table.wrong(row, column, f"{cell[:200]} can't be read ({reason})") from error
             if not stat.S_ISREG(status.st_mode):
                 raise table.wrong(row, column, f"{cell} is no file")
-            if not inside.holds(path):
+            if not inside.holds(path, is_link=is_link):
                 raise table.wrong(row, column, f"{cell} is a symbolic link to outside of {root}")
             found[row] = ImageFile(path, status.st_size, status.st_mtime_ns)
         if not found:
@@ -252,13 +256,17 @@ class _Inside:
         self._root, self._resolved = root, root.resolve()
         self._folders: dict[str, bool] = {}
 
-    def holds(self, path: str) -> bool:
-        """Whether a file, given relative to the folder, is below it."""
+    def holds(self, path: str, *, is_link: bool) -> bool:
+        """Whether a file is below the folder.
+
+        Args:
+            path: The file, relative to the folder.
+            is_link: Whether it is a symbolic link itself.
+        """
         folder = os.path.dirname(path)  # noqa: PTH120 - a million times
         if folder not in self._folders:
             self._folders[folder] = (self._root / folder).resolve().is_relative_to(self._resolved)
-        whole = self._root / path
-        return self._folders[folder] and (not whole.is_symlink() or whole.resolve().is_relative_to(self._resolved))
+        return self._folders[folder] and (not is_link or (self._root / path).resolve().is_relative_to(self._resolved))
 
 
 def _part_of(cell: str) -> str | None:
