@@ -53,11 +53,11 @@ def summary_number(result: JobResult, path: str) -> float | None:
 
 
 def ranked(results: Iterable[JobResult], metric: str) -> list[JobResult]:
-    """Sorts results by a metric, best first: the lowest for losses, the highest for other metrics.
+    """Sorts results by a metric, best first: the lowest for losses and errors, the highest for other metrics.
 
     Results without the metric come last, in their order.
     """
-    sign = 1 if metric.rpartition(".")[2].endswith("loss") else -1
+    sign = 1 if metric.rpartition(".")[2].endswith(("loss", "mse", "mae")) else -1
 
     def key(result: JobResult) -> tuple[bool, float]:
         number = summary_number(result, metric)
