@@ -24,8 +24,8 @@ _FENCE = re.compile(r"(?P<indent> *)```(?P<language>\w*)")
 _INLINE = re.compile(r"`([^`]+)`")
 #: Inline code that begins with one of these is a command.
 _PROGRAMS = ("distrain", "torchrun", "python", "pip", "make", "sbatch", "docker", "kubectl", "tensorboard")
-#: First lines of blocks that are files, as in ``# my_package.py``.
-_FILE = re.compile(r"# (?P<path>[\w./-]+\.(py|yaml))$")
+#: First lines of blocks that are files, as in ``# my_package.py``; a line that Hydra wants to be the first may precede.
+_FILE = re.compile(r"(# @package .*\n)?# (?P<path>[\w./-]+\.(py|yaml))$", re.MULTILINE)
 #: Words of the shell's own grammar in front of a command.
 _KEYWORDS = {"do", "then", "!"}
 #: Shell commands that start nothing else, and what is written behind them is not looked at.
@@ -53,7 +53,7 @@ class Block:
     @property
     def file(self) -> str | None:
         """The path of the file that the block is, if its first line says so."""
-        first = _FILE.match(self.text.partition("\n")[0])
+        first = _FILE.match(self.text)
         return first["path"] if first else None
 
 
