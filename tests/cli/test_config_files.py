@@ -42,7 +42,7 @@ def test_choices_of_both_folders_are_composed(mine: Path) -> None:
 
 def test_keys_of_a_choice_with_an_error_in_it_are_not_known(mine: Path) -> None:
     files = ConfigFiles.of_command(CONF, "config", ["--config-dir=mine"])
-    assert files.choices("optimizer") == ["adam", "adamw", "broken", "muon", "quick", "sgd"]
+    assert files.choices("optimizer") == ["adam", "adamw", "broken", "custom", "muon", "quick", "sgd"]
     keys = files.keys_of_choices()
     assert keys["optimizer.momentum"] == "optimizer=muon or optimizer=sgd"
     assert "optimizer.betas" in keys
@@ -51,8 +51,8 @@ def test_keys_of_a_choice_with_an_error_in_it_are_not_known(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, net,"),
-        (["model=1"], "model=1: needs the name of a choice; choices: airbench_cnn, cifar_cnn, custom, net,"),
+        (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, dilated_cnn, net,"),
+        (["model=1"], "model=1: needs the name of a choice; choices: airbench_cnn, cifar_cnn, custom, dilated_cnn, net,"),
         (["experiment=quik"], "(did you mean quick?)"),
         (["optimizer=broken"], "mine/optimizer/broken.yaml"),
         (["model=net", "model.wdth=1"], "model.wdth: no such key; choices: name, _target_"),
@@ -94,5 +94,5 @@ def test_help_of_a_group_shows_ones_own_choices(mine: Path, capsys: pytest.Captu
     files = ConfigFiles.of_command(CONF, "config", arguments)
     assert hydra_entry.explain_keys(arguments, files, lambda: Config)
     printed = capsys.readouterr().out
-    assert printed.startswith("optimizer=adam; choices: adam, adamw, broken, muon, quick, sgd\n")
+    assert printed.startswith("optimizer=adam; choices: adam, adamw, broken, custom, muon, quick, sgd\n")
     assert "optimizer.lr=0.5" in printed

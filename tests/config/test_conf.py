@@ -22,6 +22,7 @@ FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"
 #: Keys without a default, which the user must set.
 NEEDED = {
     "model=custom": ["model._target_=distrain.models.cnn.SimpleCNN"],
+    "model=timm": ["model.arch=resnet18"],
     "loss=custom": ["loss._target_=torch.nn.CrossEntropyLoss"],
     "optimizer=custom": ["optimizer._target_=torch.optim.RAdam"],
     "scheduler=custom": ["scheduler._target_=torch.optim.lr_scheduler.StepLR", "scheduler.kwargs={step_size: 2}"],
