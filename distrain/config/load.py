@@ -108,7 +108,22 @@ def _load_choice(group: str, key: str, node: Any) -> Any:
     """The configuration of a choice of ``group``, found at ``key``, as an instance of the choice's schema."""
     if not isinstance(node, DictConfig):
         raise ConfigError(key, node, f"needs one of the choices of conf/{group}", selectable(choices(group)))
-    return _to_dataclass(key, choice(group, node.get("name"), key).schema, node)
+    registered = choice(group, node.get("name"), key)
+    if not registered.target.__module__.startswith("distrain."):
+        node = _without_unused_keys(registered.schema, node)
+    return _to_dataclass(key, registered.schema, node)
+
+
+def _without_unused_keys(schema: type[Any], node: DictConfig) -> DictConfig:
+    """The node without keys at null that the schema lacks.
+
+    A file of the user's takes from one of distrain's the keys that all choices of the group share; that one may have
+    keys of its own, and gets more with later releases.
+    """
+    known = {spec.name for spec in dataclasses.fields(schema)}
+    names = [str(name) for name in node]
+    kept = [name for name in names if name in known or OmegaConf.is_missing(node, name) or node.get(name) is not None]
+    return OmegaConf.masked_copy(node, kept)
 
 
 def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:

@@ -258,7 +258,7 @@ class OptimizerConfig:
     fused: bool = setting("Use torch's fused kernel if there is one for the device.")
     groups: list[GroupConfig] = setting("Other settings for some parameters, by name.", default_factory=list)
     layer_decay: float | None = setting(
-        "Factor from each layer's rate to that of the layer before it, so the first layers change least; the last layer "
+        "Factor from each layer's rate to that of the layer before it, so the first layers change least; the last one "
         "has the whole rate. null: all layers have.",
         above=0,
         at_most=1,

@@ -52,7 +52,7 @@ def test_keys_of_a_choice_with_an_error_in_it_are_not_known(mine: Path) -> None:
     ("arguments", "line"),
     [
         (["model=ne"], "model=ne: no such choice; choices: airbench_cnn, cifar_cnn, custom, dilated_cnn, net,"),
-        (["model=1"], "model=1: needs the name of a choice; choices: airbench_cnn, cifar_cnn, custom, dilated_cnn, net,"),
+        (["model=1"], "model=1: needs the name of a choice; choices: airbench_cnn, cifar_cnn, custom, dilated_cnn,"),
         (["experiment=quik"], "(did you mean quick?)"),
         (["optimizer=broken"], "mine/optimizer/broken.yaml"),
         (["model=net", "model.wdth=1"], "model.wdth: no such key; choices: name, _target_"),

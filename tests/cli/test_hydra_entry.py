@@ -74,7 +74,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "model=python_object": ("model=python_object: stands for an object in", "distrain.fit(model, data)"),
     "model.name=python_object": ("model.name=python_object: stands for an object in", "distrain.fit(model, data)"),
     "optimizer=lion": ("optimizer=lion: no such choice", "choices: adam, adamw, custom, muon, sgd"),
-    "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, custom, one_cycle, step, triangle"),
+    "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, custom, one_cycle, step,"),
     "loss=hinge": ("loss=hinge: no such choice", "cross_entropy"),
     "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
     "compression=zip": ("compression=zip: no such choice", "choices: auto, bf16, fp16, none, powersgd"),
