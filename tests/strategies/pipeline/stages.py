@@ -42,7 +42,10 @@ def model_options(module: str, kind: str = "''") -> tuple[str, ...]:
 
 
 def pipeline(ranks: int, schedule: str) -> tuple[str, ...]:
-    return ("strategy=pipeline", f"strategy.schedule={schedule}", f"strategy.stages={ranks * SCHEDULES[schedule]}")
+    # Sizes of buckets are given, so that no time goes into measuring them.
+    buckets = ("strategy.first_bucket_mb=1", "strategy.bucket_mb=1")
+    stages = ranks * SCHEDULES[schedule]
+    return ("strategy=pipeline", f"strategy.schedule={schedule}", f"strategy.stages={stages}", *buckets)
 
 
 def train_all(
