@@ -43,7 +43,7 @@ def optimizer() -> torch.optim.Optimizer:
 
 
 def test_every_registered_scheduler_is_tested_here() -> None:
-    assert set(choices("scheduler")) == {config.name for config in ALL}
+    assert set(choices("scheduler")) - {"custom"} == {config.name for config in ALL}  # test_custom_schedule.py has it
 
 
 def test_constant_has_factor_one() -> None:

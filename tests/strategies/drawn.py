@@ -352,6 +352,7 @@ def model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
     return network
 
 
-def loss_sum(outputs: Tensor, targets: Tensor) -> Tensor:
+def loss_sum(outputs: Tensor | dict[str, Tensor], targets: Tensor) -> Tensor:
     """What the runs minimise, summed over the samples."""
-    return F.cross_entropy(outputs, targets, reduction="sum")
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs
+    return F.cross_entropy(logits, targets, reduction="sum")

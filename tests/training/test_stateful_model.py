@@ -18,7 +18,6 @@ from distrain.cli.run_folder import RunFolder
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
-from distrain.runtime.world import World
 from tests.harness import run_ranks
 from tests.runs import check, small
 from tests.strategies.helpers import ALONE
@@ -223,14 +222,6 @@ def test_the_exported_file_holds_the_extra_state(trained: Path, tmp_path: Path) 
     assert extra["first._extra_state"]["calls"] == 8
 
 
-class OwnState(BlockSequence):
-    """A sequence that has state beside its blocks', which no stage of a pipeline would hold."""
-
-    def __init__(self, in_channels: int, num_classes: int) -> None:
-        super().__init__({"flat": nn.Flatten(), "head": nn.Linear(64 * in_channels, num_classes)})
-        self.register_buffer("scale", torch.ones(()))
-
-
 class Unsaveable(nn.Sequential):
     """Its extra state is the argument, which no checkpoint can hold."""
 
@@ -289,16 +280,11 @@ class NeverLoads(nn.Linear):
             (f"model._target_={__name__}.NeverLoads",),
             r"NeverLoads can't load the state that it saves \(.*_extra_state is not in",
         ),
-        (
-            (f"model._target_={__name__}.OwnState", *PIPELINE[:-1]),
-            "OwnState holds scale itself, and a pipeline needs all state to be in its blocks",
-        ),
     ],
     ids=lambda value: None if isinstance(value, str) else value[-1].rpartition("=")[2],
 )
 def test_what_can_not_be_saved_is_refused_before_it_is_trained(overrides: tuple[str, ...], problem: str) -> None:
-    world = World(rank=0, size=2, local_rank=0, local_size=2, host="here") if "pipeline" in str(overrides) else ALONE
     with pytest.raises(ConfigError, match=problem) as caught:
-        check(small("model=custom", *overrides), world)
+        check(small("model=custom", *overrides), ALONE)
     assert str(caught.value).startswith("model: ")
     assert "\n" not in str(caught.value)
