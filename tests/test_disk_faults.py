@@ -338,7 +338,8 @@ def remove(folder: Path) -> None:
 
 def make_anew(folder: Path) -> None:
     remove(folder)
-    folder.mkdir()
+    # The run's own threads may have made it meanwhile.
+    folder.mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["", "background"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -369,16 +370,17 @@ def test_a_job_that_is_suspended_as_a_whole_continues(
     assert not (tmp_path / "failure.json").exists()
 
 
-def cpu_share(configuration: Config) -> float:
-    """Fraction of a core that an idle rank spends on being watched."""
+def wakeups_per_second(configuration: Config) -> float:
+    """How often the threads of an idle rank wake up, all together."""
     with Runtime(configuration, World.from_environment()) as runtime:
         runtime.communicator().barrier()
-        began, used = time.monotonic(), time.process_time()
+        began, count = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
         time.sleep(1.5)
-        return (time.process_time() - used) / (time.monotonic() - began)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - count) / (time.monotonic() - began)
 
 
-def test_watching_takes_less_than_two_percent_of_a_core(tmp_path: Path) -> None:
-    shares = run_ranks(cpu_share, 2, small("strategy=ddp", f"run_dir={tmp_path}"))
-    # It took 0.5 % on two slow cores. A thread that polls takes far more than the limit.
-    assert max(shares) < 0.02
+def test_an_idle_rank_is_watched_without_polling(tmp_path: Path) -> None:
+    # Counted, because the time that a shared processor takes for the same work differs tenfold.
+    wakeups = run_ranks(wakeups_per_second, 2, small("strategy=ddp", f"run_dir={tmp_path}"))
+    # About 50 were seen. A thread that polls every 10 ms adds 100.
+    assert max(wakeups) < 130
