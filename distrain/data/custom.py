@@ -30,13 +30,12 @@ from distrain.data.batch import Targets
 from distrain.data.items import Items, ItemsConfig
 from distrain.data.reading import ItemReader, checked_target
 from distrain.data.sample_formats import class_numbers, image_of, kind_of_target, parts_of, target_of
+from distrain.data.target_kinds import MOST_CLASSES
 from distrain.data.workers import ItemWorkers
 from distrain.errors import ConfigError, config_error, described
 from distrain.runtime.device import RandomState, seed_everything
 
 log = logging.getLogger(__name__)
-#: More classes are a mistake: labels that are no class numbers.
-_MOST_CLASSES = 1 << 20
 
 
 @dataclass
@@ -145,7 +144,9 @@ class CustomData(DataSource):
         def items(part: str, arguments: Mapping[str, Any]) -> Items:
             reader = self._reader if part == "train" else self._make_reader(part, arguments)
             split = Items.of(dataclasses.replace(reader, target=spec.target, classes=spec.classes), spec, workers)
-            return dataclasses.replace(split, classes=self._known_classes(reader))
+            # Of the others nobody asks.
+            classes = self._known_classes(reader, spec.classes) if part == "train" else None
+            return dataclasses.replace(split, classes=classes)
 
         train = items("train", c.train)
         held_out = train if c.held_out is None else items("held_out", c.held_out)
@@ -216,14 +217,20 @@ class CustomData(DataSource):
             raise ConfigError("data.classes", None, f"{problem}; type their number, or a list of their names")
         return tuple(map(str, range(int(labels.max()) + 1)))
 
-    def _known_classes(self, reader: DatasetReader) -> Tensor | None:
-        """The class of each sample as the data set's attribute says, if it says it."""
+    def _known_classes(self, reader: DatasetReader, names: Sequence[str] = ()) -> Tensor | None:
+        """The class of each sample as the data set's attribute says, if it says it.
+
+        Args:
+            reader: Reads the data set.
+            names: Names of the classes, for targets that are such names.
+        """
         for name in ("targets", "labels"):
             labels = class_numbers(getattr(reader.dataset, name, None), len(reader))
-            if labels is not None and int(labels.max()) < _MOST_CLASSES:
+            if labels is not None and int(labels.max()) < MOST_CLASSES:
                 _, target = parts_of(reader.dataset[0], reader.keys)
                 # A data set may change the classes of its samples when it reads them.
-                if kind_of_target(target, (), ()) == "class" and int(target_of(target, "class", ())) == int(labels[0]):
+                is_class = kind_of_target(target, names, ()) == "class"
+                if is_class and int(target_of(target, "class", names)) == int(labels[0]):
                     return labels
         return None
 
@@ -264,8 +271,8 @@ def _class_names(classes: Any, dataset: Any) -> tuple[str, ...] | None:
         if not isinstance(classes, int | list | tuple) or isinstance(classes, bool):
             return None
     if isinstance(classes, int) and not isinstance(classes, bool):
-        if not 1 <= classes <= _MOST_CLASSES:
-            raise ConfigError("data.classes", classes, f"must be between 1 and {_MOST_CLASSES}")
+        if not 1 <= classes <= MOST_CLASSES:
+            raise ConfigError("data.classes", classes, f"must be between 1 and {MOST_CLASSES}")
         return tuple(map(str, range(classes)))
     if not isinstance(classes, list | tuple) or not classes:
         raise ConfigError("data.classes", classes, "must be the number of classes, or a list of their names")

@@ -135,6 +135,7 @@ def test_classes_are_known_from_the_attribute_targets_if_it_agrees_with_the_samp
     train_split = load(makes="Counted").train
     assert len(train_split.subset(torch.arange(4)).class_numbers()) == 4
     assert train_split.class_numbers().tolist() == [row % 3 for row in range(40)]
+    assert load(makes="Named").train.class_numbers().tolist() == [row % 2 for row in range(40)]
 
 
 def run_options(folder: Any, target: str, *more: str) -> tuple[str, ...]:

@@ -72,6 +72,16 @@ class Counted(Forms):
         self.targets = [(row + wrong) % 3 for row in range(count)]
 
 
+class Named(Forms):
+    """Its samples have names of classes, and its targets are their numbers."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, count: int = 40) -> None:
+        super().__init__("names", count)
+        self.targets = [row % 2 for row in range(count)]
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         yield red(0), 0
