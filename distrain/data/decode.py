@@ -100,8 +100,7 @@ def decode(path: str | os.PathLike[str], height: int, width: int, channels: int)
             more than ``LARGEST_PIXELS`` pixels, or more than ``LARGEST_FILE`` bytes.
     """
     try:
-        if Path(path).stat().st_size > LARGEST_FILE:
-            raise ValueError(f"has more than {LARGEST_FILE} bytes")
+        _check_bytes(Path(path).stat().st_size)
         return _decode(path, height, width, channels)
     except Exception as error:  # corrupt files make Pillow raise almost anything, even SyntaxError and struct.error
         raise DecodeError(path, str(error) or type(error).__name__) from error
@@ -114,8 +113,7 @@ def read_piece(pieces: ByteRanges, index: int) -> bytes:
         DecodeError: It can't be read, or has more than ``LARGEST_FILE`` bytes.
     """
     try:
-        if pieces.size[index] > LARGEST_FILE:
-            raise ValueError(f"has more than {LARGEST_FILE} bytes")
+        _check_bytes(pieces.size[index])
         return pieces.read(index)
     except (OSError, ValueError) as error:
         raise DecodeError(place(pieces, index), str(error)) from error
@@ -145,13 +143,29 @@ def decode_bytes(data: bytes, name: str, height: int, width: int, channels: int)
         raise DecodeError(name, str(error) or type(error).__name__) from error
 
 
+def _check_bytes(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise ValueError(f"has more than {LARGEST_FILE} bytes")
+
+
+def _open(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """Opens an image, and decodes nothing yet.
+
+    Raises:
+        ValueError: It has too many pixels.
+    """
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
+    opened = Image.open(source, formats=FORMATS)
+    if opened.width * opened.height > LARGEST_PIXELS:
+        opened.close()
+        raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+    return opened
+
+
 def _decode(
     source: str | os.PathLike[str] | IO[bytes], height: int, width: int, channels: int
 ) -> npt.NDArray[np.uint8]:
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
-    with Image.open(source, formats=FORMATS) as opened:
-        if opened.width * opened.height > LARGEST_PIXELS:
-            raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+    with _open(source) as opened:
         # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
         opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
         opened.load()
@@ -182,9 +196,8 @@ def decode_mask(
         DecodeError: As for :func:`decode`; or the file is a JPEG, coloured, of another size, or has values above 255.
     """
     try:
-        with Image.open(path, formats=FORMATS) as opened, Image.open(of, formats=FORMATS) as image:
-            if opened.width * opened.height > LARGEST_PIXELS:
-                raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+        _check_bytes(Path(path).stat().st_size)
+        with _open(path) as opened, _open(of) as image:
             if opened.format in ("JPEG", "MPO"):
                 raise ValueError("is a JPEG, whose pixels are not exactly those that were saved; masks are PNG files")
             # Looked at before loading, since Pillow turns a TIFF then.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from distrain.data.decode import DecodeError, decode
+from distrain.data.decode import DecodeError, decode, decode_mask
 from tests.data.helpers import ROOT, write_image
 
 
@@ -79,6 +79,17 @@ def test_a_png_with_much_text_is_read(tmp_path: Path, size: int, compressed: boo
     text.add_itxt("notes", "y" * size, zip=compressed)
     Image.fromarray(gradient(6, 9)).save(tmp_path / "a.png", pnginfo=text)
     assert np.array_equal(decode(tmp_path / "a.png", 6, 9, 3), gradient(6, 9).transpose(2, 0, 1))
+
+
+def test_a_mask_and_its_image_may_have_much_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pillow's own limits, which decoding another image before would have raised.
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 20)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("settings", "x" * (3 << 20), zip=True)
+    classes = gradient(6, 9)[..., 0]
+    for name, pixels in (("image.png", gradient(6, 9)), ("mask.png", classes)):
+        Image.fromarray(pixels).save(tmp_path / name, pnginfo=text)
+    assert np.array_equal(decode_mask(tmp_path / "mask.png", tmp_path / "image.png", 6, 9)[0], classes)
 
 
 def exif(orientation: int, other: bytes) -> bytes:
