@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import DataConfig, setting
-from distrain.data.array_files import ArrayFiles, ArrayHeader, open_arrays
+from distrain.data.array_files import ArrayFiles, ArrayHeader, ZipOfArrays, open_arrays
 from distrain.data.array_images import USUAL_CHANNELS, first_not_finite, float_statistics
 from distrain.data.array_names import assign_roles
 from distrain.data.array_targets import ArrayTargets, read_targets
@@ -220,15 +220,15 @@ class NumpyData(DataSource):
 
     def _read_images(self, name: str, header: ArrayHeader) -> Array:
         """An array in memory, or as a map if the images exceed the limit."""
-        array = self._files.read(name)
         if not self._exceeds_limit:
-            return np.array(array)
-        if not isinstance(array, np.memmap):
+            array = self._files.read(name)
+            return np.array(array) if isinstance(array, np.memmap) else array
+        if isinstance(self._files, ZipOfArrays):
             way = f"unzip {self._root.name} -d FOLDER, and name that folder of .npy files, which stay on disk"
         elif header.dtype == np.uint16 or not header.dtype.isnative:
             way = f"they would stay on disk if {name} were uint8 or float32 of this machine's byte order"
         else:
-            return array
+            return self._files.read(name)
         problem = f"the images need {self._image_bytes / 2**20:,.0f} MiB; {way}"
         raise ConfigError("data.memory_limit_mb", self._config.memory_limit_mb, problem)
 
