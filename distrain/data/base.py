@@ -16,7 +16,7 @@ from typing_extensions import override
 from distrain import rng
 from distrain.config.registry import check_target, choice
 from distrain.config.schema import DataConfig
-from distrain.data.batch import Targets, map_targets
+from distrain.data.batch import Targets, pick_targets
 from distrain.data.folds import parse_fold, split_fold
 from distrain.data.sampler import Blocks
 from distrain.errors import ConfigError, config_error
@@ -164,7 +164,7 @@ class Images(Split):
         """The samples at some positions, in that order; images in memory are copied, a memory map is shared."""
         if self.rows is None:
             return self.read(positions)
-        return Images(self.images, self._targets_at(positions), self.rows.index_select(0, positions))
+        return Images(self.images, pick_targets(self.targets, positions), self.rows.index_select(0, positions))
 
     @override
     def class_numbers(self) -> Tensor:
@@ -172,10 +172,7 @@ class Images(Split):
 
     @override
     def read(self, positions: Tensor) -> Images:
-        return Images(self.pick(positions), self._targets_at(positions))
-
-    def _targets_at(self, positions: Tensor) -> Targets:
-        return map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
+        return Images(self.pick(positions), pick_targets(self.targets, positions))
 
 
 @dataclass(frozen=True)

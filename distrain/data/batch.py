@@ -20,6 +20,11 @@ def map_targets(function: Callable[[Tensor], Tensor], targets: Targets) -> Targe
     return {name: function(tensor) for name, tensor in targets.items()}
 
 
+def pick_targets(targets: Targets, positions: Tensor) -> Targets:
+    """Targets of the samples at some positions, int64 [n], in that order."""
+    return map_targets(lambda tensor: tensor.index_select(0, positions), targets)
+
+
 def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
     """Targets of the samples from ``start`` up to but not including ``stop``, as views."""
     if isinstance(targets, Tensor):

@@ -76,11 +76,6 @@ def run(
     return dict(sorted(broken.items()))
 
 
-def available_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _collect_reports(lines: IO[bytes], images: int, report_broken: Callable[[int, str], None]) -> dict[int, str]:
     """Reads the workers' messages until all workers have ended; returns the reasons of broken images by index."""
     broken: dict[int, str] = {}

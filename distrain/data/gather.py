@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distrain.data.base import Images, Split
-from distrain.data.batch import Targets, map_targets, slice_targets
+from distrain.data.batch import Targets, map_targets, pick_targets, slice_targets
 from distrain.data.items import Items, draws_of_epoch
 from distrain.data.sampler import EpochOrder
 from distrain.runtime.device import is_mps
@@ -87,15 +87,15 @@ class InMemory:
         # epoch are large.
         positions = order.positions
         target_order = positions.to(self._target_device)
-        targets = None if self._masks else self._targets_at(target_order)
+        targets = None if self._masks else pick_targets(self._targets, target_order)
         rows = positions if self._rows is None else self._rows.index_select(0, positions)
         rows = rows.to(self._pixels.device)
         for low, high in ranges:
-            share = self._targets_at(target_order[low:high]) if self._masks else slice_targets(targets, low, high)
+            if self._masks:
+                share = pick_targets(self._targets, target_order[low:high])
+            else:
+                share = slice_targets(targets, low, high)
             yield self._gather(rows[low:high]), share
-
-    def _targets_at(self, positions: Tensor) -> Targets:
-        return map_targets(lambda tensor: tensor.index_select(0, positions), self._targets)
 
     def _gather(self, rows: Tensor) -> Tensor:
         """[n, C, H, W] on the device of ``self._pixels``; in pinned memory if a CUDA device must still copy them."""

@@ -96,8 +96,8 @@ def _in_one_line(place: HubPlace) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        text = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ConfigError("data.path", place.path, f"can't be opened ({type(error).__name__}: {text[:300]})") from error
+        problem = f"can't be opened ({type(error).__name__}: {_first_line(error, 300)})"
+        raise ConfigError("data.path", place.path, problem) from error
 
 
 def _open_folder(library: Any, folder: Path) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def _open_hub(library: Any, place: HubPlace) -> dict[str, Any]:
             raise ConfigError("data.path", place.path, problem) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+def _first_line(error: Exception, length: int = 200) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:length]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from distrain.data import cache_folder, decode, decode_processes
 from distrain.data.byte_ranges import ByteRanges, end_to_end
 from distrain.errors import ConfigError
 from distrain.files.untrusted import read_json
+from distrain.runtime.device import available_cores
 
 log = logging.getLogger(__name__)
 #: Raised when images are decoded to other pixels than before: 2 lays transparent ones over white, inverts a 16-bit TIFF
@@ -105,13 +107,17 @@ class CacheSpec:
         paths = [self.root / file.path for file in self.files]
         return ByteRanges(paths, np.arange(count), np.zeros(count), [file.size for file in self.files])
 
+    def encoded_sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each image as it is in its file, int64 [N]."""
+        return np.array([file.size for file in self.files], np.int64) if self.pieces is None else self.pieces.size
+
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of the cache but ``meta.json``."""
         sizes = {_MOMENTS: self.count * self.channels * _MOMENT_BYTES}
         if self.keeps == PIXELS:
             sizes[_IMAGES] = self.count * self.image_bytes
         elif self.keeps == ENCODED:
-            sizes[_ENCODED] = int(self.all_pieces().size.sum())
+            sizes[_ENCODED] = int(self.encoded_sizes().sum())
             sizes[_SIZES] = self.count * 8
         return sizes
 
@@ -143,18 +149,20 @@ class ImageCache:
 
     Attributes:
         images: uint8 [N, C, H, W], a read-only memory map of the file; ``None`` if the cache keeps no pixels.
-        encoded: Where the encoded images lie: in the cache, or in the source's files.
+        encoded: Where the encoded images lie, in the cache or in the source's files; ``None`` if it keeps pixels.
         moments: int64 [N, C, 2], sums and sums of squares of each image's pixels; ``None`` if they aren't known.
         broken: Indices of the images that could not be decoded.
     """
 
     images: Tensor | None
-    encoded: ByteRanges
+    encoded: ByteRanges | None
     moments: Tensor | None
     broken: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        kept = self.encoded if self.images is None else self.images
+        assert kept is not None
+        return len(kept)
 
 
 def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCache:
@@ -174,7 +182,7 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int | None) -> ImageCa
         spec.root,
         target,
         lambda: _open(spec, target),
-        lambda built: _build(spec, built, decode_processes.available_cores() if workers is None else max(workers, 1)),
+        lambda built: _build(spec, built, available_cores() if workers is None else max(workers, 1)),
     )
 
 
@@ -187,7 +195,7 @@ def _open(spec: CacheSpec, target: Path) -> ImageCache | None:
         broken = tuple(int(index) for index in meta["broken"])
         if not complete or any(not 0 <= index < count for index in broken):
             return None
-        images, encoded = None, spec.all_pieces()
+        images, encoded = None, None
         if spec.keeps == PIXELS:
             # Not torch.from_file: its private memory map can't be larger than the host's memory.
             pixels = np.memmap(target / _IMAGES, dtype=np.uint8, mode="r", shape=(count, *shape))
@@ -196,9 +204,11 @@ def _open(spec: CacheSpec, target: Path) -> ImageCache | None:
                 images = torch.from_numpy(pixels)
         elif spec.keeps == ENCODED:
             sizes = np.fromfile(target / _SIZES, dtype=np.int64)
-            if (sizes != encoded.size).any():
+            if (sizes != spec.encoded_sizes()).any():
                 return None
             encoded = end_to_end(target / _ENCODED, sizes)
+        else:
+            encoded = spec.all_pieces()
         moments = torch.from_numpy(np.fromfile(target / _MOMENTS, dtype=np.int64))
     except (OSError, ValueError, TypeError, KeyError):
         return None

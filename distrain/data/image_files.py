@@ -115,6 +115,7 @@ def load_splits(config: DecodedImagesConfig, spec: DataSpec, labelled: LabelledF
         log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(cache))
     everything: Split
     if cache.images is None:
+        assert cache.encoded is not None
         reader = EncodedReader(cache.encoded, spec, labelled.window)
         everything = Items.of(reader, spec, ItemWorkers(config.workers, config.prefetch), labelled.targets)
     else:

@@ -28,6 +28,11 @@ _SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume informat
 _NAMED = 4
 
 
+def part_named(name: str) -> str | None:
+    """The part that a folder, tar or cell of this name belongs to; ``None`` if the name says none."""
+    return next((part for part, names in PART_NAMES.items() if name.lower() in names), None)
+
+
 @dataclass
 class Listing:
     """All image files of a tree, and the class of each.

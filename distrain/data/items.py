@@ -15,7 +15,7 @@ from typing_extensions import override
 from distrain import rng
 from distrain.config.schema import DataConfig, setting
 from distrain.data.base import DataSpec, Images, Split
-from distrain.data.batch import Targets, map_targets
+from distrain.data.batch import Targets, pick_targets
 from distrain.data.reading import CheckedReader, ItemReader, Request, Samples
 from distrain.data.sampler import Blocks
 from distrain.data.workers import ItemWorkers
@@ -67,7 +67,6 @@ class Items(Split):
         spec: DataSpec,
         workers: ItemWorkers,
         targets: Targets | None = None,
-        dtype: torch.dtype | None = None,
     ) -> Items:
         """All samples of a reader.
 
@@ -76,9 +75,8 @@ class Items(Split):
             spec: Their shape, kind of target and classes.
             workers: Reads them in worker processes; the splits of one data set share it.
             targets: All targets, where they are known beforehand: from a table, for example.
-            dtype: Type of the images; by default uint8 or float32, as ``spec.dtype`` says.
         """
-        source = CheckedReader(reader, spec, dtype or (torch.uint8 if spec.dtype == "uint8" else torch.float32))
+        source = CheckedReader(reader, spec, torch.uint8 if spec.dtype == "uint8" else torch.float32)
         return cls(source, workers.add(source), workers, torch.arange(len(reader)), targets)
 
     @override
@@ -104,7 +102,7 @@ class Items(Split):
 
     @override
     def subset(self, positions: Tensor) -> Items:
-        targets = None if self.targets is None else self._known_targets(positions)
+        targets = None if self.targets is None else pick_targets(self.targets, positions)
         classes = None if self.classes is None else self.classes.index_select(0, positions)
         return Items(self.source, self.reader, self.workers, self.rows.index_select(0, positions), targets, classes)
 
@@ -123,14 +121,13 @@ class Items(Split):
 
     @override
     def read(self, positions: Tensor) -> Images:
-        parts = list(self._images(positions.split(_CHUNK) if len(positions) else [positions]))
+        parts = list(self._images(positions.split(_CHUNK)))
         if len(parts) == 1:
             return parts[0]
         images = torch.cat([part.images for part in parts])
-        if isinstance(parts[0].targets, Tensor):
-            return Images(images, torch.cat([part.targets for part in parts]))
-        names = parts[0].targets
-        return Images(images, {name: torch.cat([part.targets[name] for part in parts]) for name in names})
+        if self.targets is not None:
+            return Images(images, pick_targets(self.targets, positions))
+        return Images(images, torch.cat([part.targets for part in parts]))
 
     @override
     def chunks(self, size: int, limit: int | None = None) -> Iterator[Images]:
@@ -158,15 +155,12 @@ class Items(Split):
 
         for images, targets in self.workers.read(requests()):
             positions = kept.pop(0)
-            yield images, targets if self.targets is None else self._known_targets(positions)
+            yield images, targets if self.targets is None else pick_targets(self.targets, positions)
 
     def _images(self, parts: Iterable[Tensor]) -> Iterator[Images]:
         # As in the first epoch of a run with the seed 0.
         for images, targets in self.batches(((part, part) for part in parts), draws_of_epoch(0, 0)):
             yield Images(images, targets)
-
-    def _known_targets(self, positions: Tensor) -> Targets:
-        return map_targets(lambda tensor: tensor.index_select(0, positions), self.targets)
 
 
 def draws_of_epoch(seed: int, epoch: int) -> int:

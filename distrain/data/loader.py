@@ -166,7 +166,6 @@ class Loader:
         if self._augmentation is not None and draws is not None:
             images = self._augmentation.cutout_(images, draws)
         raw.batch.inputs = images.to(self._dtype)
-        raw.batch.targets = map_targets(lambda tensor: tensor.to(self._device), raw.batch.targets)
         return raw.batch
 
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distrain.data.array_images import USUAL_CHANNELS
+
 #: Usual names of the image and of the target in samples that are dictionaries.
 _IMAGE_KEYS = ("image", "img", "pixel_values", "x", "input", "inputs", "images")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "class", "y", "mask")
-#: Numbers of channels that images usually have.
-_USUAL_CHANNELS = (1, 3, 4)
 #: Modes of pictures whose values are pixels of one, three or four channels.
 _PIXEL_MODES = ("L", "RGB", "RGBA")
 
@@ -60,7 +60,7 @@ def image_of(value: Any) -> Tensor:
         image = torch.from_numpy(np.array(value.transpose(2, 0, 1)))
     elif isinstance(value, Tensor):
         image = value.detach().cpu()
-        if image.dim() == 3 and image.shape[0] not in _USUAL_CHANNELS and image.shape[2] in _USUAL_CHANNELS:
+        if image.dim() == 3 and image.shape[0] not in USUAL_CHANNELS and image.shape[2] in USUAL_CHANNELS:
             problem = f"the image is {list(image.shape)}, which looks like [H, W, C]"
             raise ValueError(f"{problem}; a tensor is [C, H, W]: return image.permute(2, 0, 1)")
     elif isinstance(value, np.ndarray):
@@ -86,9 +86,9 @@ def _channels_first(array: Any) -> Any:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.ndim != 3:
         return array
-    if array.shape[2] in _USUAL_CHANNELS and array.shape[2] < array.shape[0]:
+    if array.shape[2] in USUAL_CHANNELS and array.shape[2] < array.shape[0]:
         return array.transpose(2, 0, 1)
-    if array.shape[0] in _USUAL_CHANNELS:
+    if array.shape[0] in USUAL_CHANNELS:
         return array
     raise ValueError(
         f"the image is an array {list(array.shape)}, neither [H, W, C] nor [C, H, W] of 1, 3 or 4 channels"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from distrain.data.image_cache import ImageFile
-from distrain.data.image_tree import PART_NAMES
+from distrain.data.image_tree import PART_NAMES, part_named
 from distrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _by_name(root: Path) -> dict[str, list[str]]:
 def _part_of(name: str) -> str | None:
     path = PurePosixPath(name)
     first = path.parts[0] if len(path.parts) > 1 else re.split(r"[^a-zA-Z]", path.name)[0]
-    return next((part for part, names in PART_NAMES.items() if first.lower() in names), None)
+    return part_named(first)
 
 
 def _matching(root: Path, key: str, pattern: str) -> list[str]:

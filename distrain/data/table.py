@@ -31,7 +31,7 @@ from distrain.data.image_files import (
     classes_too_small,
     load_splits,
 )
-from distrain.data.image_tree import PART_NAMES
+from distrain.data.image_tree import PART_NAMES, part_named
 from distrain.data.table_files import Table, read_table
 from distrain.data.table_labels import Labels, describe, read_labels
 from distrain.data.target_kinds import is_black_and_white, whiten
@@ -153,7 +153,7 @@ class TableData(ImageFilesSource):
         if column is None or column not in table.columns:
             return {"train": [*range(len(table.rows))]}
         cells = table.columns[column]
-        meanings = {cell: _part_of(cell) for cell in set(cells)}
+        meanings = {cell: part_named(cell) for cell in set(cells)}
         for cell, part in meanings.items():
             if part is None:
                 names = ", ".join(name for names in PART_NAMES.values() for name in names)
@@ -267,10 +267,6 @@ class _Inside:
         if folder not in self._folders:
             self._folders[folder] = (self._root / folder).resolve().is_relative_to(self._resolved)
         return self._folders[folder] and (not is_link or (self._root / path).resolve().is_relative_to(self._resolved))
-
-
-def _part_of(cell: str) -> str | None:
-    return next((part for part, names in PART_NAMES.items() if cell.lower() in names), None)
 
 
 def _repeated(files: Sequence[ImageFile], parts: Mapping[str, Sequence[int]]) -> list[str]:

@@ -30,13 +30,11 @@ class Table:
 
     Attributes:
         path: The file.
-        header: Names of all its columns.
         rows: Number of each row, as a spreadsheet counts them: the header is row 1.
         columns: Text of the cells of each column that was asked for, without spaces around it.
     """
 
     path: Path
-    header: Sequence[str]
     rows: Sequence[int]
     columns: dict[str, list[str]]
 
@@ -145,7 +143,7 @@ def _take_columns(path: Path, header: Sequence[str], wanted: Sequence[str], read
             columns[name].extend(map(str.strip, map(itemgetter(place), chunk)))
     if not rows:
         raise ConfigError("data.root", path, "has no rows below the header")
-    return Table(path, header, rows, columns)
+    return Table(path, rows, columns)
 
 
 def _read_parquet(path: Path, needed: Sequence[str], keys: dict[str, str], optional: Sequence[str]) -> Table:
@@ -166,7 +164,7 @@ def _read_parquet(path: Path, needed: Sequence[str], keys: dict[str, str], optio
     count = len(columns[wanted[0]])
     if not count:
         raise ConfigError("data.root", path, "has no rows")
-    return Table(path, header, range(1, count + 1), columns)
+    return Table(path, range(1, count + 1), columns)
 
 
 def _to_text(value: Any) -> str:

@@ -185,9 +185,10 @@ def _flags(table: Table, columns: Sequence[str]) -> npt.NDArray[np.uint8]:
 def _numbers(table: Table, columns: Sequence[str]) -> npt.NDArray[np.float32]:
     """float32 [N, C] of columns that hold numbers."""
     values = np.zeros((len(table.rows), len(columns)), dtype=np.float32)
+    largest = float(np.finfo(np.float32).max)
     for place, column in enumerate(columns):
         for index, number in enumerate(map(_number, table.columns[column])):
-            if number is None or abs(number) > np.finfo(np.float32).max:
+            if number is None or abs(number) > largest:
                 shown = table.columns[column][index] or "empty"
                 hint = "; decimals are written with a point" if "," in shown else ""
                 raise table.wrong(index, column, f"is {shown}; a finite number is needed{hint}")

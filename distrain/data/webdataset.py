@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -64,8 +63,6 @@ class WebDatasetConfig(DecodedImagesConfig):
 @register("data", "webdataset", WebDatasetConfig)
 class WebDataset(ImageFilesSource):
     """Tars of samples such as ``0001.jpg`` and ``0001.cls``; images are decoded in worker processes when needed."""
-
-    compatible_keys: ClassVar[frozenset[str]] = ImageFilesSource.compatible_keys
 
     def __init__(self, config: WebDatasetConfig) -> None:
         self._config = config
@@ -124,7 +121,8 @@ class WebDataset(ImageFilesSource):
             names = tuple(map(str, range(count))) if given is None else tuple(given)
         else:
             names = tuple(map(str, values)) if given is None else tuple(given)
-            if unknown := [str(value) for value in values if value not in set(names)]:
+            known = set(names)
+            if unknown := [str(value) for value in values if value not in known]:
                 raise ConfigError("data.classes", given, f"lacks the label {unknown[0]}", names[:20])
             if given is None and len(values) == len(index.labels) > 2:
                 problem = f"each of the {len(values):,} labels is another text, {values[0]} for example"
@@ -145,7 +143,8 @@ class WebDataset(ImageFilesSource):
             ConfigError: An image can't be decoded and may not be skipped, or the cache can't be written.
         """
         spec, index = self.describe(), self._index
-        numbers = [value if isinstance(value, int) else spec.classes.index(value) for value in index.values]
+        places = {name: number for number, name in enumerate(spec.classes)}
+        numbers = [value if isinstance(value, int) else places[value] for value in index.values]
         targets = torch.tensor(numbers, dtype=torch.int64)[torch.from_numpy(index.labels)]
         shards = [shard for part in self._shards.values() for shard in part]
         labelled = LabelledFiles(self._root, shards, targets, self._parts, index.pieces, self._config.shuffle_shards)
