@@ -272,12 +272,15 @@ class Focal(Loss):
             if self.config.alpha is not None:
                 terms = terms * (self.config.alpha * targets + (1 - self.config.alpha) * (1 - targets))
             return (terms if weights is None else terms * weights).sum() / logits.shape[1]
+        if self.kind == "class":
+            terms = self._focused(F.cross_entropy(logits, labels, reduction="none"))
+            return (terms if weights is None else terms * weights[labels]).sum()
         numbers = labels.long()
         terms = self._focused(F.cross_entropy(logits, numbers, ignore_index=IGNORED, reduction="none"))
         if weights is not None:
             # The terms of unknown pixels are 0, whatever the weight.
             terms = terms * weights[numbers.clamp(max=len(weights) - 1)]
-        return terms.sum() if labels.dim() == 1 else sum_of_pixel_means(terms, labels)
+        return sum_of_pixel_means(terms, labels)
 
     def _focused(self, cross_entropy: Tensor) -> Tensor:
         """``(1 - p) ** gamma * -log(p)``, from ``-log(p)``."""

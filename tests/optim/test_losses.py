@@ -29,7 +29,7 @@ TARGETS = {"class": CLASSES, "labels": LABELS, "numbers": NUMBERS, "mask": MASKS
 WEIGHTS = torch.tensor([0.5, 3.0, 1.25], dtype=torch.float64)
 
 
-def make(name: str, kind: str, **keys: object) -> Loss:
+def config_of(name: str, **keys: object) -> LossConfig:
     defaults: dict[str, dict[str, object]] = {
         "cross_entropy": {"label_smoothing": 0.0},
         "huber": {"delta": 0.75},
@@ -38,7 +38,11 @@ def make(name: str, kind: str, **keys: object) -> Loss:
     }
     schema = choices("loss")[name].schema
     config: LossConfig = schema(name=name, **{**defaults.get(name, {}), **keys})
-    return build(config, DataSpec(1, 2, 3, ("a", "b", "c"), target=kind))
+    return config
+
+
+def make(name: str, kind: str, **keys: object) -> Loss:
+    return build(config_of(name, **keys), DataSpec(1, 2, 3, ("a", "b", "c"), target=kind))
 
 
 def per_pixel(term: Callable[[Tensor], Tensor]) -> Tensor:
@@ -166,6 +170,15 @@ def test_weighted_cross_entropy_is_torchs_with_the_samples_as_the_divisor() -> N
     loss = make("cross_entropy", "class", label_smoothing=0.2, class_weights=WEIGHTS.tolist())(LOGITS, CLASSES)
     torchs = F.cross_entropy(LOGITS, CLASSES, WEIGHTS, label_smoothing=0.2)
     torch.testing.assert_close(loss, torchs * WEIGHTS[CLASSES].sum())
+
+
+def test_a_class_with_the_number_of_unknown_pixels_has_a_loss() -> None:
+    spec = DataSpec(1, 2, 3, tuple(map(str, range(IGNORED + 2))))
+    logits, labels = torch.zeros(1, IGNORED + 2), torch.tensor([IGNORED])
+    for name, each in choices("loss").items():
+        if name != "custom" and "class" in each.target.kinds:  # type: ignore[attr-defined]
+            loss = build(config_of(name), spec)
+            assert loss(logits, labels) == loss(logits, labels - 1) > 0, name
 
 
 @pytest.mark.parametrize(
