@@ -229,7 +229,7 @@ _DATA = _fields(
         "samples": _fields({}, {"train": _whole(), "val": _whole(), "test": _whole()}),
         **dict.fromkeys(("channels", "height", "width"), _whole(1)),
         "classes": _list_of(_text),
-        **dict.fromkeys(("mean", "std"), _list_of(_number())),
+        **dict.fromkeys(("mean", "std", "class_weights"), _list_of(_number())),
     },
 )
 

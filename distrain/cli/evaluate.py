@@ -29,7 +29,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.ddp import DDPConfig
 from distrain.tasks.base import Evaluation, Task
-from distrain.training.assembly import build_loader, weigh_classes
+from distrain.training.assembly import build_loader
 from distrain.training.evaluation import evaluate
 from distrain.training.run_plan import RunPlan
 
@@ -150,6 +150,9 @@ def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world:
     source = source_class(config.data)
     changes = source.changes_for_evaluation(config.data, settings.data_root)
     changes |= source.changes_for_classes(config.data, folder.spec)
+    if folder.class_weights is not None:
+        # So they need not be found again, and other data don't change the loss.
+        changes["balance"] = "none"
     if settings.batch_size is not None:
         changes["eval_batch_size"] = settings.batch_size
     return dataclasses.replace(
@@ -166,7 +169,7 @@ def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world:
 
 
 def _load(config: Config, world: World, folder: RunFolder, allow: Sequence[str]) -> tuple[RunPlan, Splits]:
-    """Loads the run's data, to be normalised with the run's channel statistics.
+    """Loads the run's data, to be normalised and weighted as in the run.
 
     Raises:
         ConfigError: The data are not at the configured place, or their shape or classes are not those of the run.
@@ -181,7 +184,8 @@ def _load(config: Config, world: World, folder: RunFolder, allow: Sequence[str])
     if splits.spec != folder.spec:
         problem = f"holds {_describe(splits.spec)}; the run was trained on {_describe(folder.spec)}"
         raise ConfigError("data_root", config.data.root, problem)
-    return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std)
+    weights = folder.class_weights or splits.class_weights
+    return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std, class_weights=weights)
 
 
 def _data_prefixes(allow: Sequence[str]) -> list[str]:
@@ -196,7 +200,8 @@ def _describe(spec: DataSpec) -> str:
 
 def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Split, model: nn.Module) -> Evaluation:
     runtime.activity.phase = "evaluation"
-    weigh_classes(plan, splits)
+    if splits.class_weights is not None:
+        plan.task.set_class_weights(splits.class_weights)
     strategy = plan.strategy(plan.config, runtime)
     layout = plan.memory_format(model)
     convert(model, plan.dtype, plan.device)

@@ -73,6 +73,7 @@ class RunFolder:
         spec: Shape and classes of the training images.
         mean: Channel means with which images are normalised, for pixel values in [0, 1].
         std: Channel standard deviations with which images are normalised, for pixel values in [0, 1].
+        class_weights: Factor of the loss of each class; ``None`` if ``data.balance`` didn't set them.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class RunFolder:
     spec: DataSpec
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_weights: tuple[float, ...] | None
 
     @classmethod
     def open(cls, path: str, allow: Sequence[str] = ()) -> RunFolder:
@@ -97,8 +99,7 @@ class RunFolder:
         if not folder.is_dir():
             raise ConfigError("run", path, "is not a folder")
         config = _read_config(folder / "config.yaml", allow)
-        spec, mean, std = _read_data(folder / manifest.FILE)
-        return cls(folder, config, spec, mean, std)
+        return cls(folder, config, *_read_data(folder / manifest.FILE))
 
     def weights(self, which: str) -> Weights:
         """Reads the weights of a checkpoint after verifying it against its manifest.
@@ -232,7 +233,8 @@ def _refuse_all_but_data(key: str, value: object) -> None:
         raise ConfigError(key, value, f"is a {type(value).__name__}, and a run writes text, numbers and lists only")
 
 
-def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ...]]:
+def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ...], tuple[float, ...] | None]:
+    """The entries of a run's data after its configuration, as in :class:`RunFolder`."""
     content = _read(read_json, path, manifest.MAX_BYTES)
 
     def refuse(problem: str) -> ConfigError:
@@ -261,7 +263,17 @@ def _read_data(path: Path) -> tuple[DataSpec, tuple[float, ...], tuple[float, ..
     if target not in TARGETS:
         raise refuse(f"needs target, which is one of {', '.join(TARGETS)}")
     spec = DataSpec(content["channels"], content["height"], content["width"], tuple(classes), dtype, target)
-    return spec, tuple(map(float, content["mean"])), tuple(map(float, content["std"]))
+    weights = content.get("class_weights")
+    if weights is not None and not _are_weights(weights, len(classes)):
+        raise refuse(f"needs class_weights, a list of {len(classes)} numbers of at least 0")
+    mean, std = tuple(map(float, content["mean"])), tuple(map(float, content["std"]))
+    return spec, mean, std, None if weights is None else tuple(map(float, weights))
+
+
+def _are_weights(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list) and len(values) == count and all(_is_finite(value) and value >= 0 for value in values)
+    )
 
 
 def _is_finite(value: object) -> bool:

@@ -189,6 +189,7 @@ class Splits:
         resident: Whether all images are in memory; otherwise they are read from a memory map, or one at a time.
         notes: What users should know of the data before training, a line each.
         fingerprint: A hash that tells other samples from these, for data sets that have one; saved with the run.
+        class_weights: Factor of the loss of each class, if ``data.balance=loss``; saved with the run.
     """
 
     spec: DataSpec
@@ -200,6 +201,7 @@ class Splits:
     resident: bool
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
+    class_weights: tuple[float, ...] | None = None
 
     def close(self) -> None:
         """Ends what reads the samples: worker processes."""

@@ -18,7 +18,9 @@ _MOST_CLASSES = 5
 def data_manifest(splits: Splits) -> dict[str, Any]:
     """What somebody who has the run but not the data must know to use the model, and the number of samples."""
     samples = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)}
-    content = {} if splits.fingerprint is None else {"fingerprint": splits.fingerprint}
+    content: dict[str, Any] = {} if splits.fingerprint is None else {"fingerprint": splits.fingerprint}
+    if splits.class_weights is not None:
+        content["class_weights"] = list(splits.class_weights)
     return {**asdict(splits.spec), "mean": list(splits.mean), "std": list(splits.std), "samples": samples, **content}
 
 
@@ -36,7 +38,7 @@ def data_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             changes += [f"samples.{part}: {before[part]} → {now[part]}" for part in now if _differ(part, before, now)]
         elif key == "classes":
             changes += _class_changes(list(before), list(now))
-        elif key in ("mean", "std"):
+        elif key in ("mean", "std", "class_weights"):
             if list(before) != list(now):
                 changes.append(f"{key}: {_numbers(before, now)} → {_numbers(now, before)}")
         elif before != now and key != "fingerprint":

@@ -8,7 +8,6 @@ import logging
 import torch
 from torch import nn
 
-from distrain.data.balance import class_weights
 from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models.base import DataDependentInit
@@ -75,17 +74,12 @@ def build_loader(
     )
 
 
-def weigh_classes(plan: RunPlan, splits: Splits) -> None:
-    """Weights the loss of a class inversely to its share of the training samples, if ``data.balance`` says so."""
-    if plan.config.data.balance == "loss":
-        plan.task.set_class_weights(class_weights(splits.train.class_numbers(), len(plan.spec.classes)))
-
-
 def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     """The trainer with all that it needs; all ranks call it together."""
     config = plan.config
     strategy = plan.strategy(config, runtime)
-    weigh_classes(plan, splits)
+    if splits.class_weights is not None:
+        plan.task.set_class_weights(splits.class_weights)
     model = build_model(plan, splits)
     if config.freeze:
         strategy.freezing = FreezeSchedule(config.freeze, model)

@@ -15,6 +15,7 @@ from torch import nn
 
 from distrain.compression import base as compression
 from distrain.config.schema import Config
+from distrain.data.balance import class_weights
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
 from distrain.models.float64 import refuse_float64
@@ -153,13 +154,17 @@ class RunPlan:
         return trial
 
     def load(self) -> Splits:
-        """Loads the data.
+        """Loads the data, and finds the weights of their classes if ``data.balance=loss``.
 
         Raises:
             ConfigError: They can't be read.
         """
         try:
-            return self.source.load()
+            splits = self.source.load()
+            if self.config.data.balance == "loss":
+                weights = class_weights(splits.train.class_numbers(), len(self.spec.classes))
+                splits = dataclasses.replace(splits, class_weights=tuple(weights))
+            return splits
         except SampleError as error:
             raise config_error("data", str(error)) from error
 

@@ -71,6 +71,14 @@ def test_the_evaluation_is_that_of_the_training(run: distrain.Run, images: distr
     assert not list(images.run_dir.glob("evaluation*"))
 
 
+def test_other_samples_are_weighted_as_those_of_the_training(tmp_path: Path) -> None:
+    inputs, labels = samples()
+    train, test = (inputs[:30], labels[:30]), (inputs[30:], np.zeros_like(labels[30:]))
+    settings = {**SETTINGS, "epochs": 1, "run_dir": tmp_path / "run", "data.balance": "loss"}
+    weighted = distrain.fit(skip_net(), train, test=test, **settings)
+    assert distrain.evaluate(weighted, test)["loss"] == pytest.approx(weighted.summary["test_loss"])
+
+
 def test_predictions_are_those_of_the_model(run: distrain.Run) -> None:
     inputs, _ = samples()
     rows = distrain.predict(run, inputs, top=2, batch_size=7)

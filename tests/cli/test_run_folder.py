@@ -201,6 +201,8 @@ def test_a_file_with_other_content_is_refused(run: Path, name: str) -> None:
         ({"mean": [0.5, 0.5, float("nan")]}, "needs mean"),
         ({"std": [0.5, 0.5, "1"]}, "needs std"),
         ({"std": [0.5, 0.5, 0]}, "has a std that is not above 0"),
+        ({"class_weights": [1, 1, 1]}, "needs class_weights, a list of 4 numbers of at least 0"),
+        ({"class_weights": [1, 1, 1, -1]}, "needs class_weights"),
     ],
 )
 def test_invalid_data_is_refused(run: Path, changes: dict[str, Any], message: str) -> None:
