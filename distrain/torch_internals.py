@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -172,8 +173,45 @@ class SplitBackward:
                 torch.autograd.backward(group["outputs"], group["gradients"], inputs=parameters)
 
 
+class TorchSplitBackward(SplitBackward):
+    """Torch's functions of these names, which keep what both parts need; also for a parameter that is used twice.
+
+    Args:
+        functions: Torch's module with these functions.
+    """
+
+    def __init__(self, functions: Any) -> None:
+        self._functions = functions
+
+    @override
+    def stage_backward_input(
+        self,
+        stage_outputs_or_loss: list[Tensor],
+        output_grads: list[Tensor] | None,
+        input_values: list[Tensor],
+        weights: Iterable[nn.Parameter],
+    ) -> tuple[Sequence[Tensor | None], list[dict[str, Any]]]:
+        found: tuple[Sequence[Tensor | None], list[dict[str, Any]]] = self._functions.stage_backward_input(
+            stage_outputs_or_loss, output_grads, input_values, weights
+        )
+        return found
+
+    @override
+    def stage_backward_weight(self, weights: Iterable[nn.Parameter], param_groups: list[dict[str, Any]]) -> None:
+        # The way from one use of a parameter to an earlier one goes through what other groups need too. All of the
+        # earlier one's gradient is known, so what comes that way must not be added (old releases of torch do).
+        several = [group for group in param_groups if len(group["intermediates"]) > 1]
+        uses = [use for group in several for use in zip(group["intermediates"], group["grads"], strict=True)]
+        handles = [node.register_prehook(lambda _, known=gradients: known) for node, gradients in uses]
+        try:
+            self._functions.stage_backward_weight(weights, param_groups, retain_graph=bool(several))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def split_backward() -> SplitBackward:
-    """Returns torch's functions of these names, which keep what both parts need; fallback: :class:`SplitBackward`.
+    """Returns torch's functions of these names; fallback: :class:`SplitBackward`.
 
     Importing torch's takes a second, since it imports all of torch's pipelining with compiler and export.
     """
@@ -182,7 +220,7 @@ def split_backward() -> SplitBackward:
     except ImportError:
         return SplitBackward()
     known = hasattr(_backward, "stage_backward_input") and hasattr(_backward, "stage_backward_weight")
-    return cast(SplitBackward, _backward) if known else SplitBackward()
+    return TorchSplitBackward(_backward) if known else SplitBackward()
 
 
 # --- process groups --------------------------------------------------------------------------------------------------

@@ -113,9 +113,10 @@ def test_a_module_that_may_load_in_its_own_way_is_known() -> None:
 
 def test_gradients_of_inputs_and_parameters_come_in_two_parts(is_fallback: bool) -> None:
     split: Any = torch_internals.split_backward()
-    assert (split is pipelining._backward) is not is_fallback
+    assert isinstance(split, torch_internals.TorchSplitBackward) is not is_fallback
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    twice = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(3, 4), twice, nn.Linear(4, 4), nn.Tanh(), twice, nn.Linear(4, 2))
     value, gradient = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2)
     model(value).backward(gradient)
     expected = [value.grad, *(parameter.grad for parameter in model.parameters())]

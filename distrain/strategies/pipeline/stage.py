@@ -118,13 +118,6 @@ class Stage:
                 loss_sum = outputs[0].new_zeros(())
         roots = [self._precision.scale(loss_sum / global_count)] if self.is_last else outputs
         roots = [root for root in roots if root.requires_grad]
-        if self.splits_backward:
-            # The split backward pass detaches the output in place, which views (of a flatten, for example) don't allow,
-            # nor tensors that another output is computed from; and an output that is the input itself has no graph.
-            several = len(roots) > 1
-            roots = [
-                root.clone() if several or torch_internals.is_view(root) or root.is_leaf else root for root in roots
-            ]
         self._saved[microbatch] = _SavedMicrobatch(leaves, roots, activation_bytes=sum(storage_bytes.values()))
         held_bytes = sum(saved.activation_bytes for saved in self._saved.values())
         self.peak_activation_bytes = max(self.peak_activation_bytes, held_bytes)
@@ -176,8 +169,10 @@ class Stage:
         saved.output_gradients = output_gradients
         if not saved.inputs or not saved.roots:
             return [_gradient(tensor) for tensor in saved.inputs]
+        root, gradients = _one_root(saved.roots, output_gradients)
+        saved.roots = [root]
         input_gradients, saved.parameter_groups = self._split_backward.stage_backward_input(
-            saved.roots, output_gradients, saved.inputs, self._trained()
+            saved.roots, gradients, saved.inputs, self._trained()
         )
         pairs = zip(saved.inputs, input_gradients, strict=True)
         return [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in pairs]
@@ -206,6 +201,20 @@ class Stage:
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+
+
+def _one_root(roots: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+    """A tensor that all roots of a backward pass lead to, and its gradient; it is no view, and may be detached.
+
+    With several roots, torch's split backward pass misses the parameters that one of them depends on without depending
+    on the inputs.
+    """
+    if len(roots) > 1:
+        assert gradients is not None, "the loss is a single root"
+        return torch.cat([root.flatten() for root in roots]), [torch.cat([each.flatten() for each in gradients])]
+    (root,) = roots
+    is_own = not torch_internals.is_view(root) and not root.is_leaf
+    return root if is_own else root.clone(), None if gradients is None else list(gradients)
 
 
 def _gradient(tensor: Tensor) -> Tensor:
