@@ -37,6 +37,11 @@ def auxiliary_logits(output: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in others.items() if tensor.shape == logits.shape}
 
 
+def trained_outputs(output: Any, *, auxiliary: bool) -> Any:
+    """What the training loss depends on: the logits, or a dictionary of them and of those of auxiliary heads."""
+    return {"logits": logits_of(output), **auxiliary_logits(output)} if auxiliary else logits_of(output)
+
+
 def other_outputs(output: Any) -> list[str]:
     """Names of the tensors that a model returns besides the logits."""
     return [] if isinstance(output, Tensor) else list(_divide(output)[1])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
+from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs, trained_outputs
 
 LOGITS, AUXILIARY, FEATURES = torch.zeros(2, 4), torch.ones(2, 4), torch.zeros(2, 8)
 GoogLeNetOutputs = namedtuple("GoogLeNetOutputs", ["logits", "aux_logits2", "aux_logits1"])
@@ -34,6 +34,8 @@ def test_logits_are_told_from_other_outputs(case: str) -> None:
     assert logits_of(output) is LOGITS
     assert list(auxiliary_logits(output)) == auxiliary
     assert other_outputs(output) == others
+    assert trained_outputs(output, auxiliary=False) is LOGITS
+    assert list(trained_outputs(output, auxiliary=True)) == ["logits", *auxiliary]
 
 
 @pytest.mark.parametrize(

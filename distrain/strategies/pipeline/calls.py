@@ -112,7 +112,7 @@ class Trace:
 
     Attributes:
         root: The call of the model.
-        output: What it returned, with references in place of tensors.
+        output: What the training loss depends on, with references in place of tensors.
         values: Of each value, by number.
         closed: Why a module that has submodules was not recorded but called as a whole, by its name.
     """

@@ -46,7 +46,9 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
         raise config_error("model", f"{problem}; do it in a submodule")
 
 
-def as_sequence(model: nn.Module, example: Tensor, precision: Precision, options: PipelineConfig) -> nn.Sequential:
+def as_sequence(
+    model: nn.Module, example: Tensor, precision: Precision, options: PipelineConfig, *, auxiliary: bool
+) -> nn.Sequential:
     """The model itself if it is a sequence of blocks; else its forward pass, recorded and cut into blocks.
 
     Args:
@@ -54,13 +56,14 @@ def as_sequence(model: nn.Module, example: Tensor, precision: Precision, options
         example: Inputs ``[N, …]``.
         precision: Of forward passes.
         options: The strategy's keys.
+        auxiliary: Whether the loss depends on auxiliary heads.
 
     Raises:
         ConfigError: It can't be traced, or not be cut into so many stages.
     """
     if isinstance(model, nn.Sequential) and is_sequence(model):
         return model
-    traced = traced_model(model, example, precision, options.stages, options.boundaries)
+    traced = traced_model(model, example, precision, options.stages, options.boundaries, auxiliary=auxiliary)
     check_blocks(traced, options.stages, options.boundaries)
     return traced
 

@@ -115,7 +115,8 @@ class Pipeline(Strategy[PipelineConfig]):
     def check_passes(cls, config: Config, model: nn.Module, images: Tensor, precision: Precision) -> None:
         """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
         options = cls.options_of(config)
-        sequence = split.as_sequence(model, images, precision, options)
+        auxiliary = auxiliary_weight(config.model) > 0
+        sequence = split.as_sequence(model, images, precision, options, auxiliary=auxiliary)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
     # --- set-up ------------------------------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ class Pipeline(Strategy[PipelineConfig]):
         self.task = task
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
-        sequence = split.as_sequence(model, example, self.precision, self.options)
+        auxiliary = auxiliary_weight(self.config.model) > 0
+        sequence = split.as_sequence(model, example, self.precision, self.options, auxiliary=auxiliary)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
         traced = trace_blocks(sequence, example, self.precision)
         self._split = split.choose_split(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import ConfigError, config_error, described
+from distrain.models.outputs import trained_outputs
 from distrain.strategies.pipeline.calls import Trace, Untraceable, tensors_of
 from distrain.strategies.pipeline.cuts import Cut, CutFinder
 from distrain.strategies.pipeline.layout import Line
@@ -104,7 +105,13 @@ def _named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def traced_model(
-    model: nn.Module, example: Tensor, precision: Precision, stages: int, boundaries: Sequence[str]
+    model: nn.Module,
+    example: Tensor,
+    precision: Precision,
+    stages: int,
+    boundaries: Sequence[str],
+    *,
+    auxiliary: bool,
 ) -> TracedModel:
     """Records the model's forward pass in both modes, and cuts it into segments. The model stays as it was.
 
@@ -114,6 +121,7 @@ def traced_model(
         precision: Of forward passes.
         stages: Number of stages that the model is to be cut into.
         boundaries: Names of modules that stages are to begin with.
+        auxiliary: Whether the loss depends on auxiliary heads. If not, their outputs are handed to no stage.
 
     Raises:
         ConfigError: The model can't be traced, or not be cut so; the message says where and why.
@@ -121,7 +129,7 @@ def traced_model(
     kind = type(model).__name__
     with _surroundings(example, precision), trial_copy(model) as trial:
         try:
-            training, evaluation = _record_both(trial, example)
+            training, evaluation = _record_both(trial, example, auxiliary)
         except Untraceable as error:
             place = error.place and f" at {error.place}"
             way_out = "what a submodule does may be anything: a submodule that can't be traced is run as a whole"
@@ -138,7 +146,7 @@ def traced_model(
             problem = f"{kind} can be cut at {len(cuts)} places only{reasons and f'; not {reasons}'}"
             raise ConfigError("strategy.stages", stages, problem, [cut.name for cut in cuts])
         traced = TracedModel(trial, Line(trial, training), Line(trial, evaluation), cuts, modes)
-        if problem := _difference(trial, traced, example):
+        if problem := _difference(trial, traced, example, auxiliary):
             way_out = "write it as nn.Sequential(block, block, …)"
             raise config_error("model", f"{kind} can't be traced: {problem}; {way_out}")
     return TracedModel(model, Line(model, training), Line(model, evaluation), cuts, modes)
@@ -165,7 +173,7 @@ def _images(example: Tensor, count: int) -> Tensor:
     return images.to(example.device, example.dtype, memory_format=layout)
 
 
-def _record_both(trial: nn.Module, example: Tensor) -> tuple[Trace, Trace]:
+def _record_both(trial: nn.Module, example: Tensor, auxiliary: bool) -> tuple[Trace, Trace]:
     """Records in training and in evaluation mode; the same modules are opened in both."""
     images = (_images(example, _RECORDED[0]), _images(example, _RECORDED[1]))
     closed: dict[str, str] = {}
@@ -175,9 +183,9 @@ def _record_both(trial: nn.Module, example: Tensor) -> tuple[Trace, Trace]:
             _run(trial.train(mode), images[0])
     while True:
         before = dict(closed)
-        training = record(trial.train(), images, closed)
+        training = record(trial.train(), images, closed, auxiliary=auxiliary)
         with torch.no_grad():
-            evaluation = record(trial.eval(), images, closed)
+            evaluation = record(trial.eval(), images, closed, auxiliary=auxiliary)
         if closed == before:
             return training, evaluation
 
@@ -191,7 +199,7 @@ def _run(model: nn.Module, images: Tensor) -> Any:
         raise config_error("model", problem) from error
 
 
-def _difference(trial: nn.Module, traced: TracedModel, example: Tensor) -> str:
+def _difference(trial: nn.Module, traced: TracedModel, example: Tensor, auxiliary: bool) -> str:
     """How the segments' results differ from the model's; empty if they don't."""
     for mode, count in ((True, _COMPARED), (False, _COMPARED), (False, _ALONE)):
         images = _images(example, count)
@@ -205,21 +213,17 @@ def _difference(trial: nn.Module, traced: TracedModel, example: Tensor) -> str:
                     if model is trial:
                         break  # it can't run so few images, or such a number of them
                     return f"its parts fail on {count} images {described(error)}"
-                results.append([*_floats(output), *_gradients(trial, output)])
-        for own, other in zip(*results, strict=False) if len(results) == 2 else ():
-            if own.shape != other.shape or not (own.is_meta or _nearly_equal(own, other)):
-                where = "training" if mode else "evaluation"
-                return f"with {count} images its parts give other results in {where} than the model"
+                outputs = tensors_of(trained_outputs(output, auxiliary=auxiliary))
+                results.append([*(tensor.detach() for tensor in outputs), *_gradients(trial, outputs)])
+        if len(results) == 2 and not _are_nearly_equal(*results):
+            where = "training" if mode else "evaluation"
+            return f"with {count} images its parts give other results in {where} than the model"
     return ""
 
 
-def _floats(output: Any) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors_of(output)]
-
-
-def _gradients(model: nn.Module, output: Any) -> list[Tensor]:
-    """Gradients of the parameters, of a loss that depends on all of the output."""
-    roots = [tensor for tensor in tensors_of(output) if tensor.requires_grad and not tensor.is_meta]
+def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the parameters, of a loss that depends on all outputs."""
+    roots = [tensor for tensor in outputs if tensor.requires_grad and not tensor.is_meta]
     if not roots:
         return []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -229,7 +233,13 @@ def _gradients(model: nn.Module, output: Any) -> list[Tensor]:
     return [torch.zeros(0) if gradient is None else gradient for gradient in found]
 
 
+def _are_nearly_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(_nearly_equal, first, second))
+
+
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.is_meta:
+        return first.shape == second.shape
     if not first.is_floating_point():
         return torch.equal(first, second)
     scale = float(first.detach().abs().max()) if first.numel() else 0.0

@@ -18,7 +18,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from distrain import torch_internals
+from distrain.models.outputs import trained_outputs
 from distrain.strategies.pipeline.calls import (
     Call,
     Fixed,
@@ -69,13 +70,14 @@ _NOT_USERS = (torch.__path__[0], str(Path(__file__).parents[2]), "<")
 _MOST_ATTEMPTS = 200
 
 
-def record(model: nn.Module, images: tuple[Tensor, Tensor], closed: dict[str, str]) -> Trace:
+def record(model: nn.Module, images: tuple[Tensor, Tensor], closed: dict[str, str], *, auxiliary: bool) -> Trace:
     """Records forward passes over two numbers of samples, in the mode in which the model is.
 
     Args:
         model: The model; a copy, since the passes may change its buffers.
         images: Two inputs, with different numbers of samples.
         closed: Why modules must not be opened, by name; what is found out is added.
+        auxiliary: Whether outputs of auxiliary heads are needed besides the logits.
 
     Returns:
         What both have in common. Shapes are those of the first.
@@ -86,7 +88,7 @@ def record(model: nn.Module, images: tuple[Tensor, Tensor], closed: dict[str, st
     sizes = (len(images[0]), len(images[1]))
     for _ in range(_MOST_ATTEMPTS):
         try:
-            first, second = (_Recorder(model, closed).run(each) for each in images)
+            first, second = (_Recorder(model, closed).run(each, auxiliary) for each in images)
             trace = _common(first, second, sizes)
             trace.closed = closed
             return trace
@@ -128,13 +130,13 @@ class _Recorder(TorchFunctionMode):
         self._thread = threading.get_ident()
         self._ambient: tuple[Any, ...] = ()
 
-    def run(self, images: Tensor) -> Trace:
+    def run(self, images: Tensor, auxiliary: bool) -> Trace:
         """Runs the model."""
         self._new_value(images, needs_input=True)
         self._ambient = _surroundings(images)
         with self._observing(), self:
             result = self._model(images)
-        return Trace(self._root, self._encode(_without_classes(result)), self._infos)
+        return Trace(self._root, self._encode(trained_outputs(result, auxiliary=auxiliary)), self._infos)
 
     @contextlib.contextmanager
     def _observing(self) -> Iterator[None]:
@@ -338,14 +340,6 @@ class _Recorder(TorchFunctionMode):
             return leaf
 
         return map_leaves(value, encoded)
-
-
-def _without_classes(output: Any) -> Any:
-    """A model's output; that of a class of its own as a dictionary of the tensors in it."""
-    if isinstance(output, Tensor | tuple | list):
-        return output
-    named = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def _surroundings(tensor: Tensor) -> tuple[Any, ...]:

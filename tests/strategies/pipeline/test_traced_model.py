@@ -49,7 +49,7 @@ def refusal(kind: str, stages: int = 2, boundaries: Sequence[str] = ()) -> str:
     options = dataclasses.replace(options_of_pipeline(), stages=stages, boundaries=list(boundaries))
     try:
         split.check(model, stages, boundaries)
-        sequence = split.as_sequence(model, images, precision, options)
+        sequence = split.as_sequence(model, images, precision, options, auxiliary=False)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
     except ConfigError as error:
         return str(error)
@@ -70,7 +70,7 @@ def line_of(code: str) -> str:
         ("values", "a decision depends on a tensor's values", 'self.kind == "values"'),
         ("item", "item() reads a tensor's values", "x.mean().item()"),
         ("function", "Doubled is an autograd.Function", "x = Doubled.apply(x)"),
-        ("attribute", "its forward changes its own steps", "def forward(self, x: Tensor) -> Tensor:  # of Refused"),
+        ("attribute", "its forward changes its own steps", "def forward(self, x: Tensor) -> Any:  # of Refused"),
         ("draws", "its forward draws numbers by Python's or numpy's generator", "of Refused"),
         ("samples", "it depends on the number of samples: second with 2 and mul with 3", "x = x * 2"),
         ("root", "it depends on the number of samples: 1.41421", "len(x) ** 0.5"),
@@ -111,6 +111,7 @@ def test_a_model_that_cant_be_traced_is_refused_before_ranks_meet() -> None:
         ("resnet", 2, ["layer2", "fc"], "2 stages have 1 boundaries, not 2"),
         ("mode", 4, [], "can be cut at 2 places only; not before mul: mul is not called in evaluation"),
         ("mean", 2, ["second"], ""),
+        ("heads", 2, ["third"], ""),
     ],
 )
 def test_boundaries_name_submodules_of_a_traced_model(kind: str, stages: int, boundaries: list[str], said: str) -> None:

@@ -347,7 +347,7 @@ class Refused(nn.Module):
         self.first, self.second = conv(in_channels, 4), conv(4, 4)
         self.third, self.head = WithWholes(4, 4), nn.Linear(4, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # of Refused
+    def forward(self, x: Tensor) -> Any:  # of Refused
         x = self.first(x)
         if self.kind == "values" and x.sum() > 0:
             x = -x
@@ -370,6 +370,8 @@ class Refused(nn.Module):
             x = x - x.mean(0, keepdim=True) + 0 * self.first.weight.sum()
         x = self.second(x)
         y: Tensor = self.head(self.third(x))
+        if self.kind == "heads" and self.training:
+            return {"layers": (x, y), "auxiliary": x.mean((2, 3)), "logits": y}
         return y
 
 
