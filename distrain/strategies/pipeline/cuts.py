@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class CutFinder:
             # Calls may have another order in evaluation.
             if not ordered or cut.evaluation > ordered[-1].evaluation:
                 ordered.append(cut)
-        return _with_unique_names(ordered)
+        return ordered
 
     def _cut(self, position: int) -> Cut | str:
         """The cut before a call of training mode, or why there is none."""
@@ -119,9 +120,9 @@ class CutFinder:
         return kept
 
     def _at(self, name: str, found: dict[int, Cut]) -> Cut:
-        positions = self._training.positions_of(name)
+        position = self._training.position_of(name)
         names = [cut.name for _, cut in sorted(found.items())]
-        if not positions:
+        if position is None:
             inside = [
                 (module, reason)
                 for module, reason in self._training.trace.closed.items()
@@ -132,19 +133,9 @@ class CutFinder:
                 problem = f"lies inside {module}, which is run as a whole: {reason}"
                 raise ConfigError("strategy.boundaries", name, problem, names)
             raise ConfigError("strategy.boundaries", name, "is no block that a stage could begin with", names)
-        if not positions[0]:
+        if not position:
             raise ConfigError("strategy.boundaries", name, "is what the model begins with", names)
-        cut = self._cut(positions[0])
+        cut = self._cut(position)
         if isinstance(cut, str):
             raise ConfigError("strategy.boundaries", name, f"no stage can begin there: {cut}", names)
-        return Cut(name, cut.training, cut.evaluation, cut.bytes, cut.depth)
-
-
-def _with_unique_names(cuts: Sequence[Cut]) -> list[Cut]:
-    counts: dict[str, int] = {}
-    named = []
-    for cut in cuts:
-        counts[cut.name] = counts.get(cut.name, 0) + 1
-        name = cut.name if counts[cut.name] == 1 else f"{cut.name}#{counts[cut.name]}"
-        named.append(Cut(name, cut.training, cut.evaluation, cut.bytes, cut.depth))
-    return named
+        return dataclasses.replace(cut, name=name)

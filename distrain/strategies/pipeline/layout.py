@@ -55,6 +55,7 @@ class Line:
             self._lay_out(call)
         self._index = {id(call): index for index, call in enumerate(self.calls)}
         self.spans.sort(key=lambda span: (span.start, -span.stop))
+        self._index_names()
         counts: Counter[tuple[str, str]] = Counter()
         self.keys: list[Key] = []
         for call in self.calls:
@@ -77,6 +78,19 @@ class Line:
             self._lay_out(inner)
         span = self._span_of[id(call)] = Span(call, start, len(self.calls))
         self.spans.append(span)
+
+    def _index_names(self) -> None:
+        """Names each call after the outermost module that begins with it: ``layer``, and the second time ``layer#2``."""
+        begins = [(span.start, str(span.call.target)) for span in self.spans if span.start < span.stop]
+        begins += [(index, call.label) for index, call in enumerate(self.calls)]
+        counts: Counter[str] = Counter()
+        self._names: dict[int, str] = {}
+        self._positions: dict[str, int] = {}
+        for position, name in sorted(begins, key=lambda begin: begin[0]):
+            counts[name] += 1
+            numbered = name if counts[name] == 1 else f"{name}#{counts[name]}"
+            self._names.setdefault(position, numbered)
+            self._positions[numbered] = position
 
     def _index_values(self) -> None:
         infos, calls = self.trace.values, self.calls
@@ -177,16 +191,12 @@ class Line:
         return sum(span.start < position < span.stop for span in self.spans)
 
     def name_at(self, position: int) -> str:
-        """The outermost module whose call begins at ``position``, or else the call's own name."""
-        for span in self.spans:
-            if span.start == position < span.stop:
-                return str(span.call.target)
-        return self.calls[position].label
+        """The name of what begins at ``position``."""
+        return self._names[position]
 
-    def positions_of(self, name: str) -> list[int]:
-        """Where calls of a module, or of a function by its label, begin."""
-        inside = [span.start for span in self.spans if span.call.target == name and span.start < span.stop]
-        return sorted([*inside, *(index for index, call in enumerate(self.calls) if call.label == name)])
+    def position_of(self, name: str) -> int | None:
+        """Where what has this name begins; ``None`` if nothing has it."""
+        return self._positions.get(name)
 
     # --- parts -------------------------------------------------------------------------------------------------------
 

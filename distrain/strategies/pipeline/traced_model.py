@@ -50,8 +50,6 @@ class TracedModel(nn.Sequential):
             (len(training), len(evaluation)),
         ]
         self.block_names = [training.name_at(0), *(cut.name for cut in cuts)]
-        if self.block_names[0] in self.block_names[1:]:
-            self.block_names[0] += "#0"
         self._model = [model]  # in a list, so that it does not become a submodule
         super().__init__()
         for index in range(len(cuts) + 1):

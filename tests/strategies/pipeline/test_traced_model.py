@@ -106,6 +106,8 @@ def test_a_model_that_cant_be_traced_is_refused_before_ranks_meet() -> None:
         ("plain", 2, ["nothing"], "strategy.boundaries=nothing: is no block that a stage could begin with; choices: "),
         ("plain", 2, ["first"], "strategy.boundaries=first: is what the model begins with"),
         ("shared", 2, ["shared.1"], "strategy.boundaries=shared.1: no stage can begin there: shared"),
+        ("resnet", 2, ["layer1.0.act#2"], ""),
+        ("resnet", 2, ["layer1.0.act#3"], "is no block that a stage could begin with"),
         ("shared", 2, ["tied2"], "no stage can begin there: tied1 and tied2 use the same parameter"),
         ("resnet", 3, ["fc", "layer2"], "must be in the model's order"),
         ("resnet", 2, ["layer2", "fc"], "2 stages have 1 boundaries, not 2"),
