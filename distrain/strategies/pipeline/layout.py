@@ -80,7 +80,7 @@ class Line:
         self.spans.append(span)
 
     def _index_names(self) -> None:
-        """Names each call after the outermost module that begins with it: ``layer``, and the second time ``layer#2``."""
+        """Names each call after the outermost module that begins there: ``layer``, and the second time ``layer#2``."""
         begins = [(span.start, str(span.call.target)) for span in self.spans if span.start < span.stop]
         begins += [(index, call.label) for index, call in enumerate(self.calls)]
         counts: Counter[str] = Counter()

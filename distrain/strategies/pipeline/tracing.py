@@ -375,19 +375,14 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._before = self._now()
-        self._kept = dict(vars(module))
+        # Kept, so that no other object gets their ids.
+        self._kept = list(leaves_of(vars(module)))
 
     def _now(self) -> dict[str, Any]:
         now: dict[str, Any] = {}
         for name, value in vars(self._module).items():
-            if name == "_modules":
-                now |= {key: id(child) for key, child in value.items()}
-            elif name in ("_parameters", "_buffers"):
-                now |= {key: _identity(tensor) for key, tensor in value.items()}
-            elif isinstance(value, list | dict | set):
-                now[name] = [id(value), *(_identity(item) for item in value)]
-            else:
-                now[name] = _identity(value)
+            registered = name in ("_parameters", "_buffers", "_modules")
+            now |= {key: _identity(item) for key, item in (value.items() if registered else [(name, value)])}
         return now
 
     def changed(self) -> str:
@@ -397,9 +392,14 @@ class _Attributes:
 
 
 def _identity(value: Any) -> Any:
+    """What differs once a value, or what a container holds, is another one or is written into."""
     if isinstance(value, Tensor):
         return id(value), torch_internals.write_count(value)
-    return value if all(isinstance(leaf, bool | int | float | str) for leaf in leaves_of(value)) else id(value)
+    if isinstance(value, dict):
+        return {key: _identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_identity(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) else id(value)
 
 
 def _python_draws() -> int:
