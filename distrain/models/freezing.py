@@ -97,14 +97,14 @@ def train_only(model: nn.Module, trained: Collection[str], among: Collection[str
             parameter.requires_grad_(name in trained)
 
 
-def still_modules(model: nn.Module, frozen: Collection[str]) -> list[nn.Module]:
-    """The modules with parameters or buffers that keep still: all their own parameters are frozen.
+def still_modules(model: nn.Module, frozen: Collection[str]) -> list[str]:
+    """Names of the modules with parameters or buffers that keep still: all their own parameters are frozen.
 
     In evaluation mode they don't update running statistics (BatchNorm) and normalise by them. A module with buffers
     alone keeps still if the smallest part of the model around it that has parameters is frozen as a whole.
 
     Args:
-        model: The model, or a part of it with the same names. It is not among the result itself.
+        model: The unsplit model. It is not among the result itself.
         frozen: Names of the frozen parameters.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -122,6 +122,6 @@ def still_modules(model: nn.Module, frozen: Collection[str]) -> list[nn.Module]:
             enclosing = (list(parent.parameters()) for _, parent in reversed(around))
             parameters = next((found for found in enclosing if found), [])
         if path and is_frozen(parameters):
-            still.append(module)
+            still.append(path)
         around.append((path, module))
     return still

@@ -76,7 +76,8 @@ class Replicated(Strategy[OptionsT_co]):
         self.compressor.buckets_change()
         train_only(self.model, names, self.freezing.ever_trained)
         self._rebuild_buckets()
-        self._still = still_modules(self.model, self.freezing.parameters - names)
+        frozen = self.freezing.parameters - names
+        self._still = [self.model.get_submodule(name) for name in still_modules(self.model, frozen)]
         self._set_training_mode()
 
     def _rebuild_buckets(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.runtime.runtime import Runtime
@@ -53,6 +53,17 @@ EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "local_sgd": (3, (*GROUP_NORM, "optimizer.momentum=0"), ("strategy=local_sgd", "strategy.sync_every=1")),
     "parameter_server": (4, (*GROUP_NORM, *MOMENTUM), ("strategy=parameter_server", "strategy.servers=2")),
 }
+#: In a stage of its own, the normalisation without parameters is not part of anything that is frozen as a whole.
+EQUAL["normalisation between stages"] = (
+    2,
+    (
+        "model=custom",
+        "model._target_=tests.strategies.test_freezing.normalised",
+        "freeze=[{match: 0.*, epochs: 1}]",
+        "optimizer.momentum=0.9",
+    ),
+    ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=1", "strategy.schedule=gpipe"),
+)
 #: Ways that lose information.
 LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "powersgd": (3, LOSSY, ("strategy=ddp", "compression=powersgd", "compression.min_compression_rate=1")),
@@ -71,9 +82,15 @@ LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 #: Ways that are tried by make test-soak alone.
-LONG = ("local_sgd", "replicated stages")
+LONG = ("local_sgd", "replicated stages", "normalisation between stages")
 #: Where runs in parts stop: an epoch has five steps.
 STOPS = (5, 11)
+
+
+def normalised(in_channels: int, num_classes: int) -> nn.Module:
+    norm, features = nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3)
+    pooled = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), norm, features, *pooled, nn.Linear(4, num_classes))
 
 
 def train(runs: list[tuple[str, ...]]) -> None:

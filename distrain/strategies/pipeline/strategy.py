@@ -142,7 +142,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self.precision.autocast,
         )
         self._outputs = self._hand_overs(traced)
-        self._outputs_of_epochs = self._trace_epochs(model, sequence, example)
+        self._epochs = self._trace_epochs(model, sequence, example)
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
         self.stages: dict[int, Stage] = {}
         self.gradients: dict[int, Gradients] = {}
@@ -174,17 +174,20 @@ class Pipeline(Strategy[PipelineConfig]):
 
     def _trace_epochs(
         self, model: nn.Module, sequence: nn.Sequential, example: Tensor
-    ) -> dict[frozenset[str], list[HandOver]]:
-        """What stages hand over while some parameters are frozen, by the names of those that are trained.
+    ) -> dict[frozenset[str], tuple[list[HandOver], list[str]]]:
+        """What stages hand over while some parameters are frozen, and the names of the modules that keep still then.
 
-        No gradient is sent back to a stage before which nothing is trained.
+        No gradient is sent back to a stage before which nothing is trained. The keys are the names of the parameters
+        that are trained.
         """
         freezing, found = self.freezing, {}
         if freezing is None:
             return {}
         for epoch in freezing.epochs:
-            train_only(model, freezing.trained(epoch), freezing.ever_trained)
-            found[freezing.trained(epoch)] = self._hand_overs(trace_blocks(sequence, example, self.precision))
+            trained = freezing.trained(epoch)
+            train_only(model, trained, freezing.ever_trained)
+            outputs = self._hand_overs(trace_blocks(sequence, example, self.precision))
+            found[trained] = outputs, still_modules(model, freezing.parameters - trained)
         train_only(model, freezing.ever_trained, freezing.ever_trained)
         return found
 
@@ -192,14 +195,13 @@ class Pipeline(Strategy[PipelineConfig]):
     def set_trained(self, names: frozenset[str]) -> None:
         assert self.freezing is not None
         self.compressor.buckets_change()
-        self._outputs = self._outputs_of_epochs[names]
-        frozen = self.freezing.parameters - names
-        self._still = []
+        self._outputs, still = self._epochs[names]
+        named = [pair for module in self._modules for pair in module.named_modules()]
+        self._still = [module for name, module in named if name in still]
         for index, stage in self.stages.items():
             train_only(stage.module, names, self.freezing.ever_trained)
             stage.expect(self._outputs[index - 1] if index else None)
             self.gradients[index].rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(stage.module)))
-            self._still += still_modules(stage.module, frozen)
 
     def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
         options = self.options
