@@ -13,11 +13,12 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -28,6 +29,11 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 #: Seconds after which something that a test waits for counts as hanging; far more than a busy machine needs.
 HANG_SECONDS = 300
+
+
+def soaked(cases: Iterable[Any], always: Collection[Any]) -> list[Any]:
+    """Parameters of a test: the cases in ``always`` belong to every run, the others to ``make test-soak`` alone."""
+    return [pytest.param(case, marks=() if case in always else pytest.mark.soak) for case in cases]
 
 
 class RankFailed(AssertionError):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distrain.checkpoint import format as checkpoint_format
 from distrain.checkpoint import reader
-from tests.harness import HANG_SECONDS
+from tests.harness import HANG_SECONDS, soaked
 from tests.runs import LAUNCH
 
 PARTS = {
@@ -265,15 +265,18 @@ def serial(lab: Path) -> dict[str, Tensor]:
     return train(lab, "serial", "optimizer=sgd", "optimizer.lr=0.05")
 
 
+STRATEGIES = [
+    ("strategy=mine", "compression=mine"),
+    ("strategy=ddp",),
+    ("strategy=pipeline", "strategy.microbatches=2"),
+    ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0"),
+    ("strategy=parameter_server",),
+]
+
+
 @pytest.mark.parametrize(
     "strategy",
-    [
-        ("strategy=mine", "compression=mine"),
-        ("strategy=ddp",),
-        ("strategy=pipeline", "strategy.microbatches=2"),
-        ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0"),
-        ("strategy=parameter_server",),
-    ],
+    soaked(STRATEGIES, STRATEGIES[:3:2]),
     ids=lambda strategy: strategy[0].partition("=")[2],
 )
 def test_every_strategy_trains_a_task_with_named_targets_as_one_process_does(

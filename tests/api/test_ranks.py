@@ -24,7 +24,7 @@ from distrain.api.fit import prepare
 from distrain.api.result import Result
 from distrain.api.settings import merge
 from tests.api.models import SETTINGS, Skip, samples, skip_net
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import LAUNCH
 
 #: What a user writes: a model with skip connections, arrays, and no `if __name__ == "__main__"`.
@@ -134,7 +134,7 @@ def _fit_in_own_folder(folder: Path, stepwise: bool) -> tuple[dict[str, Tensor],
     return result
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("stepwise", soaked([False, True], [True]))
 def test_ranks_without_a_shared_folder_have_the_trained_model_too(tmp_path: Path, stepwise: bool) -> None:
     for rank in "01":
         (tmp_path / rank).mkdir()

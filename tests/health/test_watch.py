@@ -357,7 +357,12 @@ def pause_and_train(configuration: Config) -> str:
     ("ranks", "strategy", "options"),
     [
         (2, "ddp", ()),
-        (3, "parameter_server", ("strategy.mode=async", f"strategy.worker_timeout_seconds={LIMIT}")),
+        pytest.param(
+            3,
+            "parameter_server",
+            ("strategy.mode=async", f"strategy.worker_timeout_seconds={LIMIT}"),
+            marks=pytest.mark.soak,
+        ),
     ],
     ids=["ddp", "async server"],
 )

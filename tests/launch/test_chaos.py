@@ -19,6 +19,7 @@ if sys.platform != "linux":
 ALONE = 'launcher="env RANK=0 {python} {train} {keys}"'
 
 
+@pytest.mark.soak
 def test_training_with_a_damaged_checkpoint_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     arguments = ["nproc=1", "faults=1", "kinds=[flip_bit]", ALONE]
     arguments += [f"folder={tmp_path / 'runs'}", f"json={tmp_path / 'results'}"]

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.mistakes import MISTAKES
 from distrain.checkpoint import weight_files
-from tests.harness import HANG_SECONDS
+from tests.harness import HANG_SECONDS, soaked
 from tests.launch.test_signals import children, wait_until
 from tests.runs import LAUNCH, SMALL, relative_difference
 
@@ -96,11 +96,8 @@ TRIED = ("strategy=dpp", "data.batch_size=1")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a mistake on a machine without a GPU is none with two")
 @pytest.mark.parametrize(
     "mistake",
-    [
-        pytest.param(mistake, marks=() if mistake in TRIED else pytest.mark.soak)
-        for mistake in MISTAKES
-        if "--multirun" not in mistake  # ranks of torchrun may train several jobs, one after the other
-    ],
+    # Ranks of torchrun may train several jobs, one after the other.
+    soaked((mistake for mistake in MISTAKES if "--multirun" not in mistake), TRIED),
 )
 def test_torchruns_last_ten_lines_name_the_mistake(mistake: str, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

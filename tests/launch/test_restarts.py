@@ -153,6 +153,7 @@ def wait_for(folder: Path, condition: Callable[[], bool], what: str, seconds: fl
         time.sleep(0.1)
 
 
+@pytest.mark.soak
 def test_job_continues_without_a_lost_node_and_accepts_it_again(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
 

@@ -24,7 +24,7 @@ from distrain.runtime.consensus import AllReduceConsensus, Request, RunControl, 
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import compose, small, trainer_for
 from tests.strategies.helpers import ALONE
 from tests.training.test_trainer import DROPOUT, same
@@ -247,7 +247,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", soaked(STRATEGIES, ("ddp", "pipeline", "async")))
 def test_all_ranks_stop_after_the_same_step_whichever_gets_the_signal(name: str, tmp_path: Path) -> None:
     ranks, options = STRATEGIES[name]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import relative_difference, small, trainer_for
 
 #: First the last layer alone is trained, then a part before it too, from epoch 2 on all but one layer.
@@ -130,9 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("alone")
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.soak] * (way in LONG)) for way in (*EQUAL, *LOSING)]
-)
+@pytest.mark.parametrize("way", soaked((*EQUAL, *LOSING), [way for way in (*EQUAL, *LOSING) if way not in LONG]))
 def test_a_run_with_frozen_epochs_equals_one_process_and_is_resumed_exactly(
     way: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_replaced_buffers_are_the_mean_of_all_ranks_in_checkpoints(trained: Path
     torch.testing.assert_close(single, ddp)
 
 
+@pytest.mark.soak
 def test_every_strategy_goes_on_from_the_state_of_every_other(trained: Path, tmp_path: Path) -> None:
     sources = {name: checkpoint_path(checkpoints_folder(trained / f"{name}_whole"), 6) for name in STRATEGIES}
     for ranks in (1, 2, 3):

@@ -34,6 +34,7 @@ def outputs(executed: Any) -> str:
     )
 
 
+@pytest.mark.docs
 def test_the_tutorial_runs_and_its_three_trainings_give_one_model(tmp_path: Path, programs: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -23,7 +23,7 @@ from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
 from tests.garbage import cyclic_garbage
-from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end, soaked
 from tests.runs import relative_difference, small
 from tests.trained import train
 
@@ -223,17 +223,16 @@ def train_on_hosts(layout: str, config: Any) -> int:
     return left
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        ("strategy=ddp",),
-        ("strategy=ddp", "compression=topk"),
-        ("strategy=ddp", "compression=powersgd"),
-        ("strategy=local_sgd", "strategy.sync_every=3"),
-        ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2"),
-    ],
-    ids=" ".join,
-)
+STRATEGIES = [
+    ("strategy=ddp",),
+    ("strategy=ddp", "compression=topk"),
+    ("strategy=ddp", "compression=powersgd"),
+    ("strategy=local_sgd", "strategy.sync_every=3"),
+    ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2"),
+]
+
+
+@pytest.mark.parametrize("strategy", soaked(STRATEGIES, STRATEGIES[1::2]), ids=" ".join)
 def test_strategies_train_the_same_parameters_with_and_without_shared_memory(
     strategy: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.local_sgd.strategy import LocalSGD
 from distrain.strategies.replicated import Replicated
-from tests.harness import HANG_SECONDS, run_ranks
+from tests.harness import HANG_SECONDS, run_ranks, soaked
 from tests.runs import check, relative_difference, small, train_on_rank
 from tests.strategies.helpers import batch, drawn, parameters, set_up
 
@@ -487,7 +487,11 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 # --- the simulated training ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Cases that every run of the tests simulates: together they use every option.
+ALWAYS = ("average", "outer SGD", "clipped, accumulated", "moments", "late fragments", "groups, DiLoCo, late fragments")
+
+
+@pytest.mark.parametrize("name", soaked(CASES, ALWAYS))
 def test_each_rank_s_copy_equals_a_simulation_in_one_process(
     name: str, three: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:

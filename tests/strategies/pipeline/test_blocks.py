@@ -15,7 +15,7 @@ from distrain.runtime.world import World
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import flatten, named_blocks, trace_blocks
 from distrain.strategies.precision import Precision
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import check, relative_difference, small, train_on_rank
 
 #: Schedules with their stages per rank.
@@ -163,7 +163,11 @@ def train_all(folder: str, kind: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+#: Kinds that every run of the tests trains.
+ALWAYS = ("in place", "frozen middle", "new weight norm", "tuple", "mask", "one activation used twice", "views")
+
+
+@pytest.mark.parametrize("kind", soaked(KINDS, ALWAYS))
 def test_a_pipeline_of_ordinary_blocks_equals_one_process(kind: str, tmp_path: Path) -> None:
     expected = run_ranks(train_all, 1, str(tmp_path / "one"), kind)[0]["single"]
     for schedule, trained in run_ranks(train_all, 2, str(tmp_path / "two"), kind)[0].items():

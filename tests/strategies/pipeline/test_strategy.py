@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import check, relative_difference, small, train_on_rank
 
 CNN = ("model=cifar_cnn", "data.height=32", "data.width=32")
@@ -61,9 +62,16 @@ def compare_with_serial(
     return first
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_two_ranks_equal_one_process(schedule: str, sizes: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    "case",
+    soaked(
+        itertools.product(SCHEDULES, SIZES),
+        [*((schedule, "ragged") for schedule in SCHEDULES), ("1f1b", "divisible"), ("zbv_zero_bubble", "few")],
+    ),
+    ids=str,
+)
+def test_two_ranks_equal_one_process(case: tuple[str, str], folder: Path) -> None:
+    schedule, sizes = case
     pipeline = (f"strategy.schedule={schedule}", f"strategy.stages={2 * SCHEDULES[schedule]}")
     compare_with_serial(folder, 2, options(*CNN, *SIZES[sizes]), pipeline, 1e-12)
 

@@ -13,6 +13,7 @@ from distrain.tools.chaos.campaign import Campaign, UnusableTraining
 from distrain.tools.chaos.disturbed_run import Recovery, TrainingSpec
 from distrain.tools.chaos.launchers import CommandLauncher
 from distrain.tools.chaos.plan import FAULT_KINDS
+from tests.harness import soaked
 
 if sys.platform != "linux":
     pytest.skip("needs /proc", allow_module_level=True)
@@ -62,18 +63,20 @@ def test_every_kind_of_fault_on_one_host_is_survived(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("wrong", "kind", "problem"),
-    [
-        ("blame", "kill_rank", "failure.json names rank "),
-        ("silent", "stop_rank", "there is no failure.json"),
-        ("believes", "flip_bit", "which was damaged"),
-        ("forgets", "kill_all", "began with step 0, not with step_"),
-        ("stop", "terminate", "stopped at step 0, but the newest checkpoint is step_"),
-        ("rows", "kill_all", "metrics.jsonl has 1 rows too few, step "),
-    ],
-)
-def test_wrong_behaviour_is_reported(wrong: str, kind: str, problem: str, tmp_path: Path) -> None:
+#: What is planted, the fault that makes it show, and what the report says.
+WRONG = [
+    ("blame", "kill_rank", "failure.json names rank "),
+    ("silent", "stop_rank", "there is no failure.json"),
+    ("believes", "flip_bit", "which was damaged"),
+    ("forgets", "kill_all", "began with step 0, not with step_"),
+    ("stop", "terminate", "stopped at step 0, but the newest checkpoint is step_"),
+    ("rows", "kill_all", "metrics.jsonl has 1 rows too few, step "),
+]
+
+
+@pytest.mark.parametrize("case", soaked(WRONG, WRONG[:3]), ids=lambda case: case[0])
+def test_wrong_behaviour_is_reported(case: tuple[str, str, str], tmp_path: Path) -> None:
+    wrong, kind, problem = case
     (recovery,) = FakeCampaign(tmp_path, wrong).run([kind], 1)
     assert any(problem in line for line in recovery.problems), recovery.line()
     assert not recovery.recovered
