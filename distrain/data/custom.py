@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
+from distrain.config import user_code
 from distrain.config.registry import locate, register
 from distrain.config.schema import setting
 from distrain.data.base import (
@@ -240,19 +240,11 @@ def _build(path: str, arguments: Mapping[str, Any]) -> Any:
     target = locate("data._target_", path)
     if not callable(target):
         raise ConfigError("data._target_", path, "is neither a class of data sets nor a function that makes one")
-    try:
-        inspect.signature(target).bind(**arguments)
-    except TypeError as error:
-        names = ", ".join(inspect.signature(target).parameters)
-        raise ConfigError("data.kwargs", dict(arguments), f"{path} {error}; its arguments: {names}") from error
+    user_code.check_arguments("data.kwargs", arguments, path, target, arguments)
     before = RandomState.now()
     try:
         seed_everything(0)
-        dataset = target(**arguments)
-    except ConfigError:
-        raise
-    except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError("data._target_", path, f"fails to build {described(error)}") from error
+        dataset = user_code.build("data._target_", path, lambda: target(**arguments))
     finally:
         before.restore()
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from distrain.config import user_code
 from distrain.errors import ConfigError
 
 #: Names of arguments by what they mean; of several in one signature the first is taken.
@@ -182,9 +183,9 @@ def problem_with(target: Callable[..., Any], arguments: Mapping[str, Any]) -> st
 
 def _signature(target: Callable[..., Any]) -> inspect.Signature:
     try:
-        return inspect.signature(target, eval_str=True)
+        return user_code.signature(target, eval_str=True)
     except Exception:  # evaluating an annotation may raise anything; the names need none
-        return inspect.signature(target)
+        return user_code.signature(target)
 
 
 def _named(signature: inspect.Signature) -> dict[str, Parameter]:

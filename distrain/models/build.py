@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from distrain.config import user_code
 from distrain.config.registry import choice, locate, register
 from distrain.config.schema import ModelConfig
-from distrain.errors import ConfigError, described
+from distrain.errors import ConfigError
 from distrain.models.arguments import (
     DataShape,
     call,
@@ -137,9 +138,4 @@ def _call(
         if "missing" in problem:
             problem += "; +model.kwargs.NAME=… gives one a value, model.arguments='{NAME: classes}' says what it means"
         raise ConfigError("model.kwargs", dict(configured), f"{config._target_} {problem}")
-    try:
-        return call(target, arguments)
-    except ConfigError:
-        raise
-    except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError(*identity(config), f"fails to build {described(error)}") from error
+    return user_code.build(*identity(config), lambda: call(target, arguments))

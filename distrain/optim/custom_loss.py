@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distrain.config import registry
+from distrain.config import registry, user_code
 from distrain.config.registry import locate
 from distrain.data.base import IGNORED, DataSpec
 from distrain.errors import ConfigError, described
@@ -42,20 +41,12 @@ def make(path: str, kwargs: Mapping[str, Any]) -> LossFunction:
         raise ConfigError("loss.kwargs", dict(kwargs), problem)
     arguments = {name: _as_tensor(name, value) for name, value in kwargs.items()}
     is_class = isinstance(target, type)
-    try:
-        signature = inspect.signature(target)
-        if "reduction" in signature.parameters:
-            arguments = {"reduction": "none", **arguments}
-        signature.bind(*(() if is_class else (None, None)), **arguments)
-    except TypeError as error:
-        problem = f"{path} {error}; its arguments: {', '.join(signature.parameters)}"
-        raise ConfigError("loss.kwargs", dict(kwargs), problem) from error
+    if "reduction" in user_code.signature(target).parameters:
+        arguments = {"reduction": "none", **arguments}
+    user_code.check_arguments("loss.kwargs", kwargs, path, target, arguments, positional=0 if is_class else 2)
     if not is_class:
         return functools.partial(target, **arguments)
-    try:
-        loss = target(**arguments)
-    except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError(_KEY, path, f"fails to build {described(error)}") from error
+    loss = user_code.build(_KEY, path, lambda: target(**arguments))
     if not callable(loss):
         raise ConfigError(_KEY, path, "makes objects that can't be called with (outputs, targets)")
     if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from distrain.config import user_code
 from distrain.config.registry import locate
 from distrain.errors import ConfigError, described
 from distrain.optim.uncompiled import without_compiler_hooks
@@ -59,15 +60,11 @@ def make(
 
 def _arguments(path: str, target: Any, kwargs: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
     """The keyword arguments of a schedule besides the step or the optimizer, which it gets first."""
-    parameters = inspect.signature(target).parameters
+    parameters = user_code.signature(target).parameters
     first = next(iter(parameters), None)
     arguments = {name: value for name, value in known.items() if name in parameters and name != first}
     arguments.update(kwargs)
-    try:
-        inspect.signature(target).bind(None, **arguments)
-    except TypeError as error:
-        problem = f"{path} {error}; its arguments: {', '.join(parameters)}"
-        raise ConfigError("scheduler.kwargs", dict(kwargs), problem) from error
+    user_code.check_arguments("scheduler.kwargs", kwargs, path, target, arguments, positional=1)
     return arguments
 
 
@@ -81,10 +78,7 @@ def _make_scheduler(path: str, target: type[Any], kwargs: Mapping[str, Any], kno
         raise ConfigError(_KEY, path, f"{problem}; choose another schedule")
     optimizer = without_compiler_hooks(torch.optim.SGD)([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.5)
     arguments = _arguments(path, target, kwargs, known)
-    try:
-        scheduler: LRScheduler = target(optimizer, **arguments)
-    except Exception as error:  # a scheduler may raise anything
-        raise ConfigError(_KEY, path, f"fails to build {described(error)}") from error
+    scheduler: LRScheduler = user_code.build(_KEY, path, lambda: target(optimizer, **arguments))
     return scheduler
 
 

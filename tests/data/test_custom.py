@@ -92,6 +92,7 @@ def test_samples_of_many_forms_are_understood(
         ({"makes": "Stream"}, "has no samples by number"),
         ({"makes": "red", "kwargs": {"row": 1}, "classes": 2}, "a sample is a ndarray"),
         ({"makes": "NO_CALLABLE"}, "is neither a class of data sets nor a function"),
+        ({"makes": "builtins.max", "kwargs": {}}, r"fails to build \(TypeError: max expected at least 1 argument"),
         ({"makes": "Missing"}, "has no Missing"),
         ({"makes": "no_package.Missing"}, "there is no module no_package"),
     ],

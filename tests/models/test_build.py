@@ -158,6 +158,7 @@ def test_the_check_leaves_the_random_generator_unchanged(target: str) -> None:
         ("my_models.number", {}, "makes a int, not an nn.Module"),
         ("my_models.__name__", {}, "neither an nn.Module class nor a function"),
         ("pathlib.Path", {}, "neither an nn.Module class nor a function"),
+        ("torch.relu", {"arguments": {}}, "fails to build (TypeError: relu() missing 1 required positional argument"),
         ("my_models.takes_anything", {}, "takes **kwargs and doesn't say what they are; name the arguments that"),
         ("my_models.classes_by_another_name", {}, "if there is one, name it: model.arguments='{NAME: classes}'"),
         ("my_models.for_colours", {}, "no argument of it is known to be the number of channels; if there is one, name"),

@@ -156,6 +156,7 @@ def test_an_empty_batch_gives_zero_and_a_gradient(path: str) -> None:
         ("Trained", "class", {}, "has parameters, which nobody would train; make them part of the model"),
         ("Tempered", "class", {}, "Tempered missing a required argument: 'temperature'; its arguments: temperature"),
         ("of_each", "class", {"gamma": 2}, "got an unexpected keyword argument 'gamma'; its arguments: outputs"),
+        ("torch.relu", "class", {}, "fails for outputs [3, 3] and targets [3] (TypeError: relu() takes 1 positional"),
         ("HERE", "class", {}, "is neither a function of (outputs, targets) nor a class of such functions"),
         ("nothing", "class", {}, "has no nothing"),
         ("torch.nn.MSELoss", "numbers", {"reduction": "mean"}, "loss.kwargs={'reduction': 'mean'}: a mean over"),

@@ -97,6 +97,7 @@ def test_a_torch_scheduler_may_make_its_steps_by_epochs() -> None:
         ("OneCycleLR", {"max_lr": 1.0}, "changes the momentum too"),
         ("ReduceLROnPlateau", {}, "follows a metric"),
         ("torch.nn.Linear", {}, "is neither a function of the step nor a torch LRScheduler"),
+        ("builtins.max", {}, "fails at step 0 (TypeError: 'int' object is not iterable)"),
         ("HERE", {}, "is neither a function of the step nor a torch LRScheduler"),
     ],
 )

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from distrain.config import user_code
 from distrain.config.registry import locate, register
 from distrain.config.schema import OptimizerConfig, setting
-from distrain.errors import ConfigError, described
+from distrain.errors import ConfigError
 from distrain.optim.uncompiled import without_compiler_hooks
 
 _KEY = "optimizer._target_"
@@ -58,10 +59,7 @@ def custom(config: CustomOptimizerConfig, groups: list[dict[str, Any]], fused: b
     arguments = _arguments(config, target, fused)
     if isinstance(target, type) and target.__module__.startswith("torch.optim."):
         target = without_compiler_hooks(target)
-    try:
-        optimizer = target(groups, **arguments)
-    except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError(_KEY, path, f"fails to build {described(error)}") from error
+    optimizer = user_code.build(_KEY, path, lambda: target(groups, **arguments))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(_KEY, path, f"makes a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     if any("lr" not in group for group in optimizer.param_groups):
@@ -77,7 +75,7 @@ def _needs_closure(kind: type[torch.optim.Optimizer]) -> bool:
 def _arguments(config: CustomOptimizerConfig, target: Any, fused: bool | None) -> dict[str, Any]:
     """The target's arguments besides the parameters."""
     path, arguments = config._target_, {"lr": config.lr, **config.kwargs}
-    parameters = inspect.signature(target).parameters
+    parameters = user_code.signature(target).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if "weight_decay" in parameters or (takes_any and config.weight_decay):
         arguments["weight_decay"] = config.weight_decay
@@ -86,9 +84,5 @@ def _arguments(config: CustomOptimizerConfig, target: Any, fused: bool | None) -
     # Only one of these implementations can be chosen.
     if fused and "fused" in parameters and not {"foreach", "capturable", "differentiable"} & set(config.kwargs):
         arguments["fused"] = True
-    try:
-        inspect.signature(target).bind(None, **arguments)
-    except TypeError as error:
-        problem = f"{path} {error}; its arguments: {', '.join(parameters)}"
-        raise ConfigError("optimizer.kwargs", config.kwargs, problem) from error
+    user_code.check_arguments("optimizer.kwargs", config.kwargs, path, target, arguments, positional=1)
     return arguments

@@ -132,6 +132,7 @@ def test_an_update_that_mixes_parameters_is_refused_only_where_they_are_divided(
         ("torch.optim.Adafactor", {}, "keeps row_var, [3, 3, 3, 1] for a parameter [3, 3, 3, 3]"),
         ("torch.optim.Nope", {}, "module torch.optim has no Nope"),
         ("torch.nn.Linear", {}, "is neither a torch.optim.Optimizer nor a function that makes one"),
+        ("builtins.max", {}, "fails to build (TypeError: 'lr' is an invalid keyword argument for max())"),
         ("torch.optim.Rprop", {"weight_decay": 0.1}, "optimizer.weight_decay=0.1: torch.optim.Rprop takes none"),
         ("torch.optim.RAdam", {"betaz": 1}, "optimizer.kwargs={'betaz': 1}: torch.optim.RAdam got an unexpected"),
         ("torch.optim.RAdam", {"betas": [2, 3]}, "fails to build (ValueError: Invalid beta parameter"),
