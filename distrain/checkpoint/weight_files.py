@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         tensors = reader.load_model(_checkpoint_in(path))
     elif not path.exists():
-        raise DamagedCheckpoint("there is no such file or folder")
+        raise DamagedCheckpoint("there is no such file or folder; of the Hugging Face hub type hf://USER/NAME")
     elif path.is_file() and path.suffix == ".safetensors":
         tensors = reader.load_tensors(path)
     elif path.is_file() and path.suffix in _TORCH_SUFFIXES:

@@ -292,8 +292,9 @@ class InitConfig:
     """Where initial parameters come from. None of this has an effect on a run that is resumed."""
 
     weights: str | None = setting(
-        "Start from these weights: the folder of a run (its newest checkpoint) or of a checkpoint, or a file "
-        ".safetensors, .pt, .pth, .bin or .ckpt, whose tensors alone are read; null: random ones from the seed.",
+        "Start from these weights: the folder of a run (its newest checkpoint) or of a checkpoint; a file "
+        ".safetensors, .pt, .pth, .bin or .ckpt, whose tensors alone are read; or hf://USER/NAME on the Hugging Face "
+        "hub; null: random ones from the seed.",
         path=True,
         default=None,
     )

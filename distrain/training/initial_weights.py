@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint import safetensors_writer, weight_files
+from distrain.checkpoint import hub_weights, safetensors_writer, weight_files
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.communication.collectives import digest
 from distrain.config.schema import InitConfig
@@ -121,7 +121,8 @@ def _match(config: InitConfig, source: str, model: nn.Module) -> Match:
         ConfigError: As :func:`check`.
     """
     try:
-        saved = _without_wrappers(weight_files.read(Path(source)))
+        path = hub_weights.download(source) if source.startswith(hub_weights.PREFIX) else Path(source)
+        saved = _without_wrappers(weight_files.read(path))
     except (DamagedCheckpoint, OSError) as error:
         raise _refused(config, str(error)) from error
     renamed: dict[str, Tensor] = {}
