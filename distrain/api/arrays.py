@@ -14,34 +14,43 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from tqdm import tqdm
 
 from distrain.data.array_images import USUAL_CHANNELS, first_not_finite
-from distrain.data.base import DataSpec, Images
+from distrain.data.base import IGNORED, DataSpec, Images
 from distrain.data.python_object import DataObject
-from distrain.data.target_kinds import MOST_CLASSES
+from distrain.data.target_kinds import MOST_CLASSES, TargetError, is_black_and_white, to_targets, whiten
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import TERMINAL
 
 #: What may be given for samples, in words.
 _KINDS = "a pair (inputs, labels) of arrays or tensors, or a torch Dataset whose items are such pairs"
+#: What to type for targets that are no class numbers.
+_OTHER_TASKS = "(for several labels a sample task='multilabel', for numbers task='regression')"
 _CHUNK_BYTES = 1 << 24
 
 
 def data_object(
-    train: Any, val: Any = None, test: Any = None, *, classes: int | Sequence[str] | None = None, memory_limit_mb: int
+    train: Any,
+    val: Any = None,
+    test: Any = None,
+    *,
+    target: str = "class",
+    classes: int | Sequence[str] | None = None,
+    memory_limit_mb: int,
 ) -> DataObject:
     """Checks samples and puts them into the form in which they are trained on; arrays are not copied if possible.
 
     Args:
-        train: Training samples: a pair of inputs [N, C, H, W] and class numbers [N], or a map-style data set.
+        train: Training samples: a pair of inputs [N, C, H, W] and targets, or a map-style data set.
         val: Validation samples, or ``None``.
         test: Test samples, or ``None``.
-        classes: Names of the classes, or their number; by default as many as the largest label says.
+        target: Kind of the targets; see :attr:`distrain.data.base.DataSpec.target`.
+        classes: Names of the classes, labels or numbers, or how many there are; by default as many as targets have.
         memory_limit_mb: A data set that takes more memory than this, in MiB, is refused.
 
     Raises:
         ConfigError: The samples are of another kind; the line says what to pass.
     """
     given = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value is not None}
-    parts = {name: samples(name, value, memory_limit_mb) for name, value in given.items()}
+    parts = _whitened(target, {name: samples(name, value, target, memory_limit_mb) for name, value in given.items()})
     shape, dtype = parts["train"].images.shape[1:], parts["train"].images.dtype
     for name, part in parts.items():
         if part.images.shape[1:] != shape:
@@ -49,38 +58,58 @@ def data_object(
             raise config_error(name, problem)
         if part.images.is_floating_point() != dtype.is_floating_point:
             raise config_error(name, f"has inputs of {_short(part.images.dtype)}, and train of {_short(dtype)}")
-    spec = _spec(parts["train"], classes, max(int(part.targets.max()) for part in parts.values()))
+    spec = _spec(parts, target, classes)
     return DataObject(spec, parts["train"], parts.get("val"), parts.get("test"), _fingerprint(spec, parts))
 
 
-def one_part(data: Any, classes: Sequence[str], memory_limit_mb: int) -> DataObject:
+def one_part(data: Any, target: str, classes: Sequence[str], memory_limit_mb: int) -> DataObject:
     """Samples that are training, validation and test samples at once, to evaluate a model on.
 
     Args:
         data: The samples, as for :func:`data_object`.
-        classes: Names of the classes.
+        target: Kind of the targets.
+        classes: Names of the classes, labels or numbers.
         memory_limit_mb: As above.
 
     Raises:
         ConfigError: As above.
     """
-    part = samples("data", data, memory_limit_mb)
-    spec = _spec(part, classes, int(part.targets.max()))
+    part = _whitened(target, {"data": samples("data", data, target, memory_limit_mb)})["data"]
+    spec = _spec({"data": part}, target, classes)
     return DataObject(spec, part, part, part, _fingerprint(spec, {"data": part}))
 
 
-def _spec(part: Images, classes: int | Sequence[str] | None, largest: int) -> DataSpec:
-    dtype = "float" if part.images.is_floating_point() else "uint8"
-    channels, height, width = part.images.shape[1:]
-    return DataSpec(channels, height, width, _class_names(classes, largest), dtype)
+def _spec(parts: Mapping[str, Images], target: str, classes: int | Sequence[str] | None) -> DataSpec:
+    first = next(iter(parts.values()))
+    dtype = "float" if first.images.is_floating_point() else "uint8"
+    channels, height, width = first.images.shape[1:]
+    if target in ("labels", "numbers"):
+        names = _column_names(parts, target, classes)
+    else:
+        names = _class_names(classes, max(_largest(part.targets) for part in parts.values()))
+    return DataSpec(channels, height, width, names, dtype, target)
 
 
-def samples(name: str, value: Any, memory_limit_mb: int) -> Images:
+def _largest(targets: Tensor) -> int:
+    """The largest class number in targets; in masks, uint8, one number stands for unknown."""
+    known = targets[targets != IGNORED] if targets.dtype == torch.uint8 else targets
+    return int(known.max()) if known.numel() else 0
+
+
+def _whitened(target: str, parts: dict[str, Images]) -> dict[str, Images]:
+    """The parts with classes 0 and 1 where masks are black and white, as in files of masks."""
+    if target != "mask" or not is_black_and_white(part.targets for part in parts.values()):
+        return parts
+    return {name: Images(part.images, whiten(part.targets)) for name, part in parts.items()}
+
+
+def samples(name: str, value: Any, target: str, memory_limit_mb: int) -> Images:
     """One split; see :func:`data_object`.
 
     Args:
         name: Which one, for messages.
         value: The samples.
+        target: As above.
         memory_limit_mb: As above.
 
     Raises:
@@ -94,16 +123,20 @@ def samples(name: str, value: Any, memory_limit_mb: int) -> Images:
         keys = ", ".join(f"{name}[{key!r}]" for key in list(value)[:2])
         raise config_error(name, f"is a {type(value).__name__}; pass a pair (inputs, labels), such as {name}=({keys})")
     if isinstance(value, Dataset) or (hasattr(value, "__getitem__") and not isinstance(value, Sequence | np.ndarray)):
-        value = _read(name, value, memory_limit_mb)
+        value = _read(name, value, target, memory_limit_mb)
     if not isinstance(value, tuple | list) or len(value) != 2:
         kind = type(value).__name__ + (f" of {len(value)}" if isinstance(value, tuple | list) else "")
         raise config_error(name, f"is a {kind}; pass {_KINDS}{_hint(name, value)}")
-    images, labels = inputs(name, value[0]), _labels(name, value[1])
-    if len(images) != len(labels):
-        raise config_error(name, f"has {len(images)} inputs and {len(labels)} labels")
+    images = inputs(name, value[0])
+    targets = _labels(name, value[1]) if target == "class" else _targets(name, value[1], target)
+    if len(images) != len(targets):
+        raise config_error(name, f"has {len(images)} inputs and {len(targets)} labels")
     if not len(images):
         raise config_error(name, "has no samples")
-    return Images(images, labels)
+    if target == "mask" and targets.shape[1:] != images.shape[2:]:
+        problem = f"has masks {list(targets.shape[1:])} for images {list(images.shape[2:])}; they must have one size"
+        raise config_error(name, problem)
+    return Images(images, targets)
 
 
 def _hint(name: str, value: Any) -> str:
@@ -152,19 +185,31 @@ def _labels(name: str, value: Any) -> Tensor:
     """Class numbers as int64 [N]."""
     labels = _tensor(name, "labels", value)
     if labels.dim() == 2 and labels.shape[1] > 1:
-        hint = "for one row of a column per class pass y.argmax(1)"
+        hint = f"for one row of a column per class pass y.argmax(1) {_OTHER_TASKS}"
         raise config_error(name, f"has labels {list(labels.shape)}; class numbers [N] are needed: {hint}")
     if labels.dim() != 1:
         hint = ": pass y[:, 0]" if labels.dim() == 2 else ""
         raise config_error(name, f"has labels {list(labels.shape)}; class numbers [N] are needed{hint}")
     if labels.is_floating_point() or labels.is_complex():
         problem = f"has labels of {_short(labels.dtype)}; pass class numbers as whole numbers"
-        raise config_error(name, f"{problem}: y.astype(int) of an array, y.long() of a tensor")
+        raise config_error(name, f"{problem}: y.astype(int) of an array, y.long() of a tensor {_OTHER_TASKS}")
     labels = labels.long()
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
         low, high = int(labels.min()), int(labels.max())
         raise config_error(name, f"has labels from {low} to {high}; classes are numbered from 0")
     return labels
+
+
+def _targets(name: str, value: Any, target: str) -> Tensor:
+    """Targets that are no class numbers, in the form in which a task takes them."""
+    array = _tensor(name, "labels", value)
+    # NumPy has no bfloat16.
+    array = array.float() if array.dtype == torch.bfloat16 else array
+    try:
+        return to_targets(target, array.numpy())
+    except TargetError as error:
+        where = name if error.row is None else f"{name}[{error.row}]"
+        raise config_error(where, f"has a target that {error.problem}") from error
 
 
 def _tensor(name: str, part: str, value: Any) -> Tensor:
@@ -188,18 +233,18 @@ def _tensor(name: str, part: str, value: Any) -> Tensor:
         raise config_error(name, f"has {part} that are no numbers: a {kind} ({error})") from error
 
 
-def _read(name: str, dataset: Any, memory_limit_mb: int) -> tuple[Tensor, list[int]]:
-    """Reads a map-style data set once, item by item."""
+def _read(name: str, dataset: Any, target: str, memory_limit_mb: int) -> tuple[Tensor, Any]:
+    """Reads a map-style data set once, item by item: the images, and the targets as a list or a tensor."""
     kind = type(dataset).__name__
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise config_error(name, f"{kind} has no length and no items by number; pass {_KINDS}")
     count = len(dataset)
     if not count:
         raise config_error(name, f"{kind} has no samples")
-    labels: list[int] = []
+    labels: list[Any] = []
     images = torch.empty(0)
     for place in tqdm(range(count), desc=f"reading {name}", unit="sample", disable=None, leave=False, file=TERMINAL):
-        image, label = _item(name, dataset, place)
+        image, label = _item(name, dataset, place, target)
         if place == 0:
             size = count * image.nbytes / (1 << 20)
             if size > memory_limit_mb:
@@ -210,12 +255,15 @@ def _read(name: str, dataset: Any, memory_limit_mb: int) -> tuple[Tensor, list[i
             problem = f"{_short(image.dtype)} {list(image.shape)}, and the first {_short(images.dtype)}"
             raise config_error(f"{name}[{place}]", f"is {problem} {list(images.shape[1:])}; make them alike")
         images[place] = image
+        if target != "class" and label.shape != (labels or [label])[0].shape:
+            problem = f"{list(label.shape)}, and the first {list(labels[0].shape)}; make them alike"
+            raise config_error(f"{name}[{place}]", f"has a target {problem}")
         labels.append(label)
-    return images, labels
+    return images, labels if target == "class" else torch.stack(labels)
 
 
-def _item(name: str, dataset: Any, place: int) -> tuple[Tensor, int]:
-    """An image [C, H, W] and its class number."""
+def _item(name: str, dataset: Any, place: int, target: str) -> tuple[Tensor, Any]:
+    """An image [C, H, W] and its class number; of other kinds the target as a tensor."""
     where = f"{name}[{place}]"
     try:
         item = dataset[place]
@@ -232,11 +280,23 @@ def _item(name: str, dataset: Any, place: int) -> tuple[Tensor, int]:
         image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
     if image.dim() != 3:
         raise config_error(where, f"has an input {list(image.shape)}; images [C, H, W] are needed")
+    if target != "class":
+        return image, _tensor(where, "labels", item[1])
     label = np.asarray(item[1])
     if label.size != 1 or label.dtype.kind not in "iub":
         hint = ": return label.argmax()" if label.ndim == 1 and label.size > 1 else ": return int(label)"
-        raise config_error(where, f"has the label {item[1]!r}; a class number is needed{hint}")
+        raise config_error(where, f"has the label {item[1]!r}; a class number is needed{hint} {_OTHER_TASKS}")
     return image, int(label.reshape(()))
+
+
+def _column_names(parts: Mapping[str, Images], target: str, classes: int | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the columns of targets [N, C]: of labels or numbers."""
+    width = next(iter(parts.values())).targets.shape[1]
+    names = _class_names(width if classes is None else classes, 0)
+    for name, part in parts.items():
+        if part.targets.shape[1] != len(names):
+            raise config_error(name, f"has {part.targets.shape[1]} {target} a sample, and {len(names)} are named")
+    return names
 
 
 def _class_names(classes: int | Sequence[str] | None, largest: int) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from distrain.errors import ConfigError, config_error
 from distrain.models.python_object import ModelObject
 from distrain.runtime import program
 from distrain.runtime.world import World
+from distrain.tasks.base import target_of
 from distrain.tools.launching import slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 
@@ -59,10 +60,13 @@ def fit(
             as it accepts them, under the run's seed; or the name of one of distrain's models.
         train: Samples to train on: a pair of inputs [N, C, H, W] (uint8, or floating point) and class numbers [N], as
             arrays or tensors; or a map-style ``torch.utils.data.Dataset`` of such pairs, which is read into memory
-            once; or the name of one of distrain's data sets.
+            once; or the name of one of distrain's data sets. Instead of class numbers: with ``task="multilabel"``
+            labels [N, C] of 0 and 1, with ``task="regression"`` numbers [N] or [N, C], with ``task="segmentation"``
+            masks [N, H, W] of class numbers, 255 where the class is unknown.
         val: Samples for validation; by default ``data.val_fraction`` of ``train`` is held out.
         test: Samples for the test at the end; by default those of the validation.
-        classes: Names of the classes, or their number; by default the largest label says how many there are.
+        classes: Names of the classes, labels or numbers, or how many there are; by default as many as ``train``,
+            ``val`` and ``test`` have.
         nproc: Ranks to start on this machine, each a process; by default the training runs in this process.
         config_dir: A folder with further choices, as ``--config-dir`` of the command.
         keys: Values by dotted key, such as ``{"trainer.grad_clip_norm": 1.0}``.
@@ -125,7 +129,14 @@ def prepare(
         raise config_error("val" if isinstance(val, str) else "test", "must be samples, as train is, not a name")
     assert isinstance(config.data, PythonObjectDataConfig)
     classes = _class_names_of(train) if classes is None else classes
-    data = data_object(train, val, test, classes=classes, memory_limit_mb=config.data.memory_limit_mb)
+    data = data_object(
+        train,
+        val,
+        test,
+        target=target_of(config),
+        classes=classes,
+        memory_limit_mb=config.data.memory_limit_mb,
+    )
     config.data = dataclasses.replace(config.data, fingerprint=data.fingerprint)
     return Training(config, model_object, data)
 

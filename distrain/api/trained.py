@@ -222,7 +222,7 @@ def _model(run: str | os.PathLike[str] | Run, model: ModelObject | None) -> Mode
 def _with_samples(folder: RunFolder, data: Any) -> tuple[RunFolder, DataObject]:
     """The run with other samples as its data."""
     old = folder.config.data
-    samples = one_part(data, folder.spec.classes, old.memory_limit_mb)
+    samples = one_part(data, folder.spec.target, folder.spec.classes, old.memory_limit_mb)
     check_images(folder, samples.train.images)
     shared = {field.name: getattr(old, field.name) for field in dataclasses.fields(DataConfig)}
     changed = PythonObjectDataConfig(

@@ -179,6 +179,11 @@ class Task(ABC):
         return 1
 
 
+def target_of(config: Config) -> str:
+    """Kind of the targets that the configured task needs; ``class`` for a task of the user's that takes any kind."""
+    return cast("type[Task]", choice("task", config.task.name).target).target or "class"
+
+
 def build(config: Config, spec: DataSpec) -> Task:
     """The task that the configuration names.
 

@@ -109,6 +109,31 @@ def test_samples_may_be_arrays_tensors_or_a_data_set() -> None:
         assert equal(first, other)
 
 
+@pytest.mark.parametrize("task", ["multilabel", "regression", "segmentation"])
+def test_targets_may_be_labels_numbers_or_masks(task: str) -> None:
+    inputs, classes = samples()
+    targets = {
+        "multilabel": np.stack((classes > 1, classes % 2), 1),
+        "regression": torch.from_numpy(classes).bfloat16() / 2,
+        "segmentation": (inputs[:, 0] > 1) * 255,
+    }[task]
+    pairs = Items(lambda place, item: (item[0], targets[place]))
+    model = pixel_classes if task == "segmentation" else five_classes
+    run = fit(model, (inputs, targets), task=task, epochs=1)
+    assert equal(saved(run), saved(fit(model, pairs, task=task, epochs=1)))
+    evaluated = distrain.evaluate(run, (inputs, targets), split="train")
+    assert evaluated["count"] == 50
+    name = {"multilabel": "macro_f1", "regression": "mse", "segmentation": "mean_iou"}[task]
+    assert name in evaluated
+    width = {"multilabel": 2, "regression": 1, "segmentation": 2}[task]
+    assert len(RunFolder.open(str(run.run_dir)).spec.classes) == width
+    assert len(distrain.predict(run, inputs)) == 50
+
+
+def pixel_classes(num_classes: int) -> nn.Module:
+    return nn.Conv2d(1, num_classes, 1)
+
+
 def test_parts_of_the_samples_are_used_for_what_they_are_given() -> None:
     run = fit(val=samples(20, 1), test=samples(30, 2), classes=["a", "b", "c", "d", "e"], model=five_classes)
     log = (run.run_dir / "logs" / "rank_0.log").read_text()
@@ -275,6 +300,29 @@ NAN = np.where(X > 3, np.nan, X)
         ({"devices": 2}, r"devices: no such keyword; it is called nproc here"),
         ({"epochs": 0}, r"trainer.epochs=0: must be at least 1"),
         ({"train": (X, np.eye(4)[Y])}, r"train: has labels \[50, 4\]; .* pass y.argmax\(1\)"),
+        (
+            {"train": (X, np.eye(4)[Y] + 1), "task": "multilabel"},
+            r"train\[0\]: has a target that holds 2.0; a label is 0",
+        ),
+        ({"train": (X, NAN[:, 0]), "task": "regression"}, r"train: has a target that is float32 \[50, 6, 6\]; numbers"),
+        ({"train": (X, NAN[:, 0, 0]), "task": "regression"}, r"train\[\d+\]: has a target that holds nan; a finite"),
+        (
+            {"train": (X, X[:, 0]), "task": "segmentation"},
+            r"train: has a target that is float32 .*of whole numbers are",
+        ),
+        ({"train": (X, Y), "task": "segmentation"}, r"train: has a target that is int64 \[50\]; masks \[N, H, W\]"),
+        (
+            {"train": (X, np.uint8(X[:, 0, 1:] > 0)), "task": "segmentation"},
+            r"train: has masks \[5, 6\] for images \[6, 6\]; they must have one size",
+        ),
+        (
+            {"train": (X, X[:, 0, 0]), "val": (X, X[:, 0, 0, :2]), "task": "regression"},
+            r"val: has 2 numbers a sample, and 6 are named",
+        ),
+        (
+            {"train": Items(lambda place, item: (item[0], np.zeros(1 + place // 9))), "task": "regression"},
+            r"train\[9\]: has a target \[2\], and the first \[1\]; make them alike",
+        ),
         ({"train": (X, Y - 1)}, r"train: has labels from -1 to 2; classes are numbered from 0"),
         ({"train": DataLoader(Items())}, r"train: is a DataLoader; pass its data set, train=loader.dataset"),
         ({"train": iter([])}, r"train: is a list_iterator; pass a pair"),
