@@ -42,9 +42,9 @@ class FreezeSchedule:
                 raise unmatched(f"freeze[{index}].match", entry.match, problem, left)
         first = min(self._first_epoch.values(), default=0)
         if first:
-            when = "ever" if first == math.inf else f"in the first {first:g} epochs"
+            when = "" if first == math.inf else f" in the first {first:g} epochs"
             way_out = "an entry before the others with epochs: 0, such as {match: head, epochs: 0}, is never frozen"
-            raise config_error("freeze", f"leaves no parameter to train {when}; {way_out}")
+            raise config_error("freeze", f"leaves no parameter to train{when}; {way_out}")
 
     @property
     def parameters(self) -> Set[str]:

@@ -28,6 +28,9 @@ MetricState = dict[str, Tensor]
 #: The task for each kind of targets.
 _TASKS = {"class": "classification", "labels": "multilabel", "numbers": "regression", "mask": "segmentation"}
 
+#: Values of ``data.balance`` that need no class weights.
+UNWEIGHTED = ("none", "sampler")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -103,12 +106,12 @@ class Task(ABC):
         self.check_class_weights()
 
     def check_class_weights(self) -> None:
-        """Refuses weights of classes where the loss takes none, or where ``loss.class_weights`` gives them already.
+        """Refuses ``data.balance=loss`` where the loss takes no weights, or ``loss.class_weights`` gives them already.
 
         Raises:
-            ConfigError: One line that names the loss.
+            ConfigError: One line that says why.
         """
-        raise ConfigError("task.name", self.config.task.name, "its loss takes no class weights")
+        raise ConfigError("data.balance", "loss", f"task={self.config.task.name} weights no classes", UNWEIGHTED)
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, int]:
@@ -194,5 +197,8 @@ def build(config: Config, spec: DataSpec) -> Task:
     if task.target not in (None, spec.target):
         has, needs = describe_targets(spec.target), describe_targets(str(task.target))
         problem = f"needs {needs}, and data={config.data.name} has {has}; type task={_TASKS[spec.target]}"
+        if spec.target == "class" and hasattr(config.data, "target"):
+            # Whole numbers may be classes or numbers; nobody but the user knows.
+            problem += f", or data.target={task.target} if they are no classes"
         raise ConfigError("task.name", config.task.name, problem)
     return task(config, spec)

@@ -12,7 +12,7 @@ from distrain.data.base import DataSpec
 from distrain.data.evaluation_views import averaged_outputs
 from distrain.errors import ConfigError, config_error
 from distrain.optim import losses
-from distrain.tasks.base import Task
+from distrain.tasks.base import UNWEIGHTED, Task
 
 
 class Supervised(Task):
@@ -43,11 +43,9 @@ class Supervised(Task):
     @override
     def check_class_weights(self) -> None:
         if not self._loss.takes_class_weights:
-            problem = f"takes no class weights with task={self.config.task.name}"
-            raise ConfigError("loss.name", self.config.loss.name, problem)
-        given = getattr(self.config.loss, "class_weights", None)
-        if given is not None:
-            raise ConfigError("loss.class_weights", given, "are given, so the data can't choose them", ["null"])
+            raise ConfigError("data.balance", "loss", f"loss={self.config.loss.name} takes no class weights", UNWEIGHTED)
+        if getattr(self.config.loss, "class_weights", None) is not None:
+            raise ConfigError("data.balance", "loss", "chooses loss.class_weights, and they are given", UNWEIGHTED)
 
     @override
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
