@@ -151,7 +151,8 @@ def _match(config: InitConfig, source: str, model: nn.Module) -> Match:
     # Of parameters that share their memory, files often hold one alone.
     loaded = {_place_in_memory(own[name]) for name in tensors}
     new = {name: why for name, why in new.items() if _place_in_memory(own[name]) not in loaded}
-    if not tensors:
+    # A counter, such as BatchNorm's num_batches_tracked, fits any model.
+    if not any(tensor.is_floating_point() for tensor in tensors.values()):
         raise _refused(config, _why_nothing_fits(list(own), list(renamed), new))
     return Match(tensors, new, [name for name in renamed if name not in own])
 
@@ -161,7 +162,7 @@ def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size]:
 
 
 def _why_nothing_fits(own: Sequence[str], saved: Sequence[str], new: Mapping[str, str]) -> str:
-    same = [name for name in own if name in saved]
+    same = [name for name in own if name in saved and name in new]
     if same:
         return f"no tensor fits the model: {same[0]} is {new[same[0]]}"
     there, here = (_listed(names, most=3) for names in (saved, own))

@@ -173,6 +173,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         'type \'init.rename=[["^backbone\\.",""]]\'',
     ),
     "other shapes": ({"head.weight": torch.ones(5, 3)}, {}, "head.weight is [2, 3], the file has [5, 3]"),
+    "a counter alone": (
+        {"0.weight": torch.ones(9), "0.num_batches_tracked": torch.tensor(3)},
+        {"model": nn.Sequential(nn.BatchNorm2d(2))},
+        "no tensor fits the model: 0.weight is [2], the file has [9]",
+    ),
     "everything excluded": (SAVED, {"exclude": ["*"]}, "no tensor fits the model: first.weight is excluded"),
     "a pattern without a match": (SAVED, {"exclude": ["fc.*"]}, "init.exclude=fc.*: matches no name; the model has"),
     "no regular expression": (
