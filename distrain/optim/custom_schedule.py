@@ -18,8 +18,8 @@ from distrain.errors import ConfigError, described
 from distrain.optim.uncompiled import without_compiler_hooks
 
 _KEY = "scheduler._target_"
-#: Steps at the beginning that are tried before training.
-_TRIED = 100
+#: Steps at the beginning of a torch scheduler that are tried before training; they take less than 0.1 s.
+_TRIED = 5_000
 
 
 def make(
@@ -79,6 +79,8 @@ def _make_scheduler(path: str, target: type[Any], kwargs: Mapping[str, Any], kno
     optimizer = without_compiler_hooks(torch.optim.SGD)([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.5)
     arguments = _arguments(path, target, kwargs, known)
     scheduler: LRScheduler = user_code.build(_KEY, path, lambda: target(optimizer, **arguments))
+    if scheduler.optimizer is not optimizer:
+        raise ConfigError(_KEY, path, "schedules another optimizer than the one it is given")
     return scheduler
 
 

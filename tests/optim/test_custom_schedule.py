@@ -35,13 +35,20 @@ def failing(step: int) -> float:
     return 1 / step
 
 
-def make(path: str, interval: str = "step", warmup_epochs: float = 0.0, **kwargs: Any) -> Schedule:
+class Stranger(lr_scheduler.ConstantLR):
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(torch.optim.SGD([torch.zeros(1)], lr=0.5))
+
+
+def make(
+    path: str, interval: str = "step", warmup_epochs: float = 0.0, steps: int = STEPS, **kwargs: Any
+) -> Schedule:
     prefix = "torch.optim.lr_scheduler" if hasattr(lr_scheduler, path) else HERE
     full = path if "." in path else f"{prefix}.{path}"
     config = CustomScheduleConfig(
         name="custom", warmup_epochs=warmup_epochs, _target_=full, kwargs=kwargs, interval=interval
     )
-    return build(config, PER_EPOCH, STEPS)
+    return build(config, PER_EPOCH, steps)
 
 
 def test_a_function_gets_what_it_asks_for() -> None:
@@ -85,6 +92,11 @@ def test_a_torch_scheduler_may_make_its_steps_by_epochs() -> None:
     assert [schedule(step) for step in (0, 9, 10, 19)] == pytest.approx([1, 1, 0.1, 0.1])
 
 
+def test_a_schedule_that_ends_before_the_run_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"fails at step 201 \(ValueError: Tried to step 201 times"):
+        make("OneCycleLR", steps=300, total_steps=200, max_lr=1.0, cycle_momentum=False)
+
+
 @pytest.mark.parametrize(
     ("path", "kwargs", "message"),
     [
@@ -96,6 +108,7 @@ def test_a_torch_scheduler_may_make_its_steps_by_epochs() -> None:
         ("LambdaLR", {"lr_lambda": "x"}, "fails to build (TypeError: 'str' object is not callable)"),
         ("OneCycleLR", {"max_lr": 1.0}, "changes the momentum too"),
         ("ReduceLROnPlateau", {}, "follows a metric"),
+        ("Stranger", {}, "schedules another optimizer than the one it is given"),
         ("torch.nn.Linear", {}, "is neither a function of the step nor a torch LRScheduler"),
         ("builtins.max", {}, "fails at step 0 (TypeError: 'int' object is not iterable)"),
         ("HERE", {}, "is neither a function of the step nor a torch LRScheduler"),
