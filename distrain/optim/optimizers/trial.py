@@ -38,7 +38,7 @@ def check(config: OptimizerConfig, model: nn.Module, *, divided: bool) -> None:
 
     Raises:
         ConfigError: It can't be made or fails; keeps what can't be saved by parameter name; doesn't go on from its
-            saved state; or mixes parameters although they are divided.
+            saved state; changes parameters whose group is frozen; or mixes parameters although they are divided.
     """
     is_custom = isinstance(config, CustomOptimizerConfig)
     if not is_custom and not any(group.kwargs for group in config.groups):
@@ -50,6 +50,7 @@ def check(config: OptimizerConfig, model: nn.Module, *, divided: bool) -> None:
         if is_custom:
             trial.check_state()
             trial.check_resume()
+            trial.check_frozen_groups()
             if divided and trial.mixes_parameters():
                 trial.refuse("the update of a parameter depends on other parameters, and this strategy divides them")
     finally:
@@ -151,6 +152,22 @@ class _Trial:
             self._update(each, own, [_UPDATES])
         if any(not torch.equal(parameters[name], copies[name]) for name in parameters):
             self.refuse("doesn't go on exactly from its state of the parameters: it keeps more elsewhere")
+
+    def check_frozen_groups(self) -> None:
+        """Refuses ``epochs`` of a group, after which its rate is 0, if parameters change at a rate of 0 too."""
+        index = next((index for index, group in enumerate(self._config.groups) if group.epochs is not None), None)
+        if index is None:
+            return
+        optimizer, parameters = self._make(self._values)
+        self._update(optimizer, parameters, range(_UPDATES))
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        self._update(optimizer, parameters, [_UPDATES])
+        if any(not torch.equal(before[name], parameters[name]) for name in parameters):
+            key, value = f"optimizer.groups[{index}].epochs", self._config.groups[index].epochs
+            problem = "changes parameters at a learning rate of 0 too, so they would not be frozen; use freeze"
+            raise ConfigError(key, value, f"{getattr(self._config, '_target_', '')} {problem}", ["null"])
 
     def mixes_parameters(self) -> bool:
         """Whether the updates of a parameter depend on other parameters."""

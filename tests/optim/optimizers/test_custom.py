@@ -111,6 +111,13 @@ def test_arguments_reach_the_optimizer_and_its_groups() -> None:
     assert (list(first["betas"]), list(second["betas"])) == ([0.8, 0.9], [0.5, 0.6])
 
 
+def test_an_optimizer_that_does_not_follow_the_rate_can_not_freeze_a_group() -> None:
+    group = GroupConfig(match="3.*", epochs=1)
+    check(configured("torch.optim.RAdam", 0.1, (group,)))
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups\[0\]\.epochs=1: torch\.optim\.Rprop changes parameters"):
+        check(configured("torch.optim.Rprop", groups=(group,)))
+
+
 def test_a_function_may_make_the_optimizer() -> None:
     check(configured("decayed", 0.2))
     built = build_optimizer(configured("decayed", 0.2), model().named_parameters())
