@@ -341,7 +341,8 @@ class CustomLoss(Loss):
     """A user's loss, or one of torch's.
 
     One with an argument ``reduction`` is asked for a number for each sample. Without it, a single number is taken for
-    the sum or the mean of the samples' losses, whichever a trial proves; several numbers of a sample are averaged.
+    the sum or the mean of the samples' losses, whichever a trial proves; several numbers of a sample are averaged,
+    those of pixels over the pixels of known class.
     Class numbers and masks reach it as int64, labels and numbers as the outputs' type.
 
     Raises:
@@ -357,8 +358,19 @@ class CustomLoss(Loss):
         self._at = (torch.device("cpu"), torch.float32)
 
     def try_out(self, spec: DataSpec) -> None:
-        """Finds out what the loss gives, for some data."""
+        """Finds out what the loss gives, for some data.
+
+        Raises:
+            ConfigError: See :func:`distrain.optim.custom_loss.is_mean`; or the loss changes its buffers.
+        """
+        before = [buffer.clone() for buffer in self._buffers()]
         self._is_mean = custom_loss.is_mean("loss._target_", self.config._target_, self._call, spec)
+        if not all(map(torch.equal, before, self._buffers())):
+            problem = "changes its buffers, which no checkpoint holds and ranks don't share; put them into the model"
+            raise ConfigError("loss._target_", self.config._target_, problem)
+
+    def _buffers(self) -> list[Tensor]:
+        return list(self._function.buffers()) if isinstance(self._function, nn.Module) else []
 
     def _call(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self._function(outputs, custom_loss.for_torch(outputs, targets, self.kind))
@@ -372,7 +384,10 @@ class CustomLoss(Loss):
         if at != self._at and isinstance(self._function, nn.Module):
             self._function.to(*at)
         self._at = at
-        total = custom_loss.sum_of(self._call(logits, labels))
+        result = self._call(logits, labels)
+        if self.kind == "mask" and result.shape == labels.shape:
+            return sum_of_pixel_means(result, labels)
+        total = custom_loss.sum_of(result)
         return total * len(labels) if self._is_mean else total
 
 

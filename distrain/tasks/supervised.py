@@ -43,7 +43,9 @@ class Supervised(Task):
     @override
     def check_class_weights(self) -> None:
         if not self._loss.takes_class_weights:
-            raise ConfigError("data.balance", "loss", f"loss={self.config.loss.name} takes no class weights", UNWEIGHTED)
+            raise ConfigError(
+                "data.balance", "loss", f"loss={self.config.loss.name} takes no class weights", UNWEIGHTED
+            )
         if getattr(self.config.loss, "class_weights", None) is not None:
             raise ConfigError("data.balance", "loss", "chooses loss.class_weights, and they are given", UNWEIGHTED)
 

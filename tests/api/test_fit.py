@@ -112,7 +112,7 @@ def test_samples_may_be_arrays_tensors_or_a_data_set() -> None:
 @pytest.mark.parametrize("task", ["multilabel", "regression", "segmentation"])
 def test_targets_may_be_labels_numbers_or_masks(task: str) -> None:
     inputs, classes = samples()
-    targets = {
+    targets: Any = {
         "multilabel": np.stack((classes > 1, classes % 2), 1),
         "regression": torch.from_numpy(classes).bfloat16() / 2,
         "segmentation": (inputs[:, 0] > 1) * 255,

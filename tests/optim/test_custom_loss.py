@@ -46,6 +46,18 @@ class Trained(nn.Module):
         self.centres = nn.Parameter(torch.zeros(3))
 
 
+class Counting(nn.Module):
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(outputs, targets)
+
+
 def mixing(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - outputs.mean(0)).square().sum()
 
@@ -130,6 +142,10 @@ def test_a_mask_reaches_the_loss_as_class_numbers() -> None:
     loss = make("torch.nn.CrossEntropyLoss", "mask", ignore_index=IGNORED)
     outputs, masks = torch.randn(2, 3, 9, 2), torch.full((2, 9, 2), 1, dtype=torch.uint8)
     torch.testing.assert_close(loss(outputs, masks) / 2, F.cross_entropy(outputs, masks.long()))
+    masks[:, :4] = IGNORED
+    torch.testing.assert_close(
+        loss(outputs, masks) / 2, F.cross_entropy(outputs, masks.long(), ignore_index=IGNORED), msg="as torch's mean"
+    )
 
 
 @pytest.mark.parametrize("path", ["mean", "of_each", "torch.nn.MSELoss"])
@@ -154,6 +170,7 @@ def test_an_empty_batch_gives_zero_and_a_gradient(path: str) -> None:
         ("nan", "class", {}, "gives NaN or an infinite number"),
         ("zero", "class", {}, "gives 0 for random outputs, so nobody can tell"),
         ("Trained", "class", {}, "has parameters, which nobody would train; make them part of the model"),
+        ("Counting", "class", {}, "changes its buffers, which no checkpoint holds and ranks don't share"),
         ("Tempered", "class", {}, "Tempered missing a required argument: 'temperature'; its arguments: temperature"),
         ("of_each", "class", {"gamma": 2}, "got an unexpected keyword argument 'gamma'; its arguments: outputs"),
         ("torch.relu", "class", {}, "fails for outputs [3, 3] and targets [3] (TypeError: relu() takes 1 positional"),

@@ -40,9 +40,7 @@ class Stranger(lr_scheduler.ConstantLR):
         super().__init__(torch.optim.SGD([torch.zeros(1)], lr=0.5))
 
 
-def make(
-    path: str, interval: str = "step", warmup_epochs: float = 0.0, steps: int = STEPS, **kwargs: Any
-) -> Schedule:
+def make(path: str, interval: str = "step", warmup_epochs: float = 0.0, steps: int = STEPS, **kwargs: Any) -> Schedule:
     prefix = "torch.optim.lr_scheduler" if hasattr(lr_scheduler, path) else HERE
     full = path if "." in path else f"{prefix}.{path}"
     config = CustomScheduleConfig(
