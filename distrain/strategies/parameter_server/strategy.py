@@ -250,8 +250,8 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         self._barrier()
         super().set_trained(names)
         for client in self._clients.clients:
-            if self.replicas.rank == 0:
-                client.request_trained()
+            # Each worker does, since any of them may be lost just now; it is the same request.
+            client.request_trained()
             client.trained_changed()
         self._barrier()
 
