@@ -234,6 +234,8 @@ class Strategy(ABC, Generic[OptionsT_co]):
     def set_trained(self, names: frozenset[str]) -> None:
         """Trains these parameters from the next step on, and keeps the others, and their optimizer's state, still.
 
+        ``freeze`` is refused with a strategy that doesn't override it.
+
         Args:
             names: Among :attr:`freezing`'s ``ever_trained``. The same on all ranks, which call it together.
         """

@@ -210,6 +210,9 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
 
 def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
     check_groups(config.optimizer, model)
+    if config.freeze and strategy.set_trained is Strategy.set_trained:
+        problem = f"strategy={config.strategy.name} can't freeze parameters, since it doesn't override set_trained()"
+        raise config_error("freeze", problem)
     freezing = FreezeSchedule(config.freeze, model)
     train_only(model, freezing.ever_trained, freezing.parameters)
     strategy.check_model(config, model)

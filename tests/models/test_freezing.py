@@ -10,6 +10,8 @@ from distrain.config.schema import FreezeConfig
 from distrain.errors import ConfigError
 from distrain.models.freezing import FreezeSchedule, still_modules, train_only
 from distrain.runtime.world import World
+from distrain.strategies.base import Strategy
+from distrain.strategies.single import Single
 from tests.runs import check, small
 
 
@@ -55,6 +57,12 @@ def test_modules_keep_still_whose_own_parameters_are_frozen() -> None:
     # A normalisation without parameters is part of what is around it.
     assert still_modules(model, frozen - {"stem.0.weight"}) == ["stem.1", "body.1"]
     assert still_modules(model, set()) == []
+
+
+def test_a_strategy_of_the_users_that_can_not_freeze_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Single, "set_trained", Strategy.set_trained)
+    with pytest.raises(ConfigError, match=r"^freeze: strategy=single can't freeze parameters"):
+        check(small("freeze=[{match: block1.*}]"), World.from_environment())
 
 
 @pytest.mark.parametrize(
