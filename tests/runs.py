@@ -89,7 +89,7 @@ def check(configuration: Config, world: World) -> None:
 def trainer_for(configuration: Config, runtime: Runtime, splits: Splits | None = None) -> Trainer:
     """A trainer with its parts, by default on the configured data."""
     plan = RunPlan.resolve(configuration, runtime.world)
-    return build_trainer(plan, runtime, splits or plan.source.load())
+    return build_trainer(plan, runtime, splits or plan.load())
 
 
 def train_on_rank(configuration: Config) -> dict[str, Any]:
