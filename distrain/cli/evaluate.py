@@ -25,6 +25,7 @@ from distrain.files.terminal import show
 from distrain.models.tensors import convert
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.optim.optimizers.sgd import SGDConfig
+from distrain.reporting.figures import cell_text
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.ddp import DDPConfig
@@ -232,13 +233,9 @@ def _table(result: dict[str, Any], task: Task) -> Lines:
     counted = f"{result['correct']} of {result['count']}" if "correct" in result else f"{result['count']} samples"
     lines = [f"{result['split']} of {result['checkpoint']}: {metrics} ({counted}), loss {result['loss']:.4f}"]
     for entries in (value for value in result.values() if isinstance(value, list) and value):
-        rows = [list(entries[0]), *([_cell(value) for value in entry.values()] for entry in entries)]
+        rows = [list(entries[0]), *([cell_text(value) for value in entry.values()] for entry in entries)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for first, *cells in rows:
             padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([first.ljust(widths[0]), *padded]))
     return Lines.of(lines)
-
-
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

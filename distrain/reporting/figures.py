@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +26,8 @@ _FONTS = (
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "SimHei", "Arial Unicode MS",
 )  # fmt: skip
+#: Rows of a table.
+_MAX_ROWS = 50
 #: Images in a row of the grid.
 _COLUMNS = 8
 #: Side of each image's square cell, and height of the caption above it, in inches.
@@ -142,6 +144,35 @@ def predictions(images: Tensor, labels: Tensor, predicted: Tensor, classes: Sequ
     axes.set_xlim(0, columns * _CELL)
     axes.set_ylim(rows * (_CELL + _TITLE), 0)
     return figure
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws rows of names and numbers; of very many, the first ones, and says how many there are.
+
+    Args:
+        rows: At least one; the keys of the first one head the columns. The first column holds names. ``None`` is shown
+            as a dash.
+    """
+    shown = rows[:_MAX_ROWS]
+    columns = list(rows[0])
+    names = _labels([str(row[columns[0]]) for row in shown], _LONGEST_LABEL)
+    cells = [[name, *map(cell_text, list(row.values())[1:])] for name, row in zip(names, shown, strict=True)]
+    figure = _figure(1.4 * len(columns), 0.25 * (len(shown) + 3))
+    axes = figure.subplots()
+    axes.axis("off")
+    if len(rows) > len(shown):
+        axes.set_title(f"the first {len(shown)} of {len(rows)}", fontsize=8)
+    drawn = axes.table(cells, colLabels=columns, loc="center")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    for place in range(1, len(cells) + 1):
+        drawn[place, 0].get_text().set_fontfamily(_available_fonts())
+    return figure
+
+
+def cell_text(value: object) -> str:
+    """A value in a table of metrics; a dash where a metric is not defined."""
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def histogram(counts: Mapping[str, Mapping[int, int]], x_label: str, y_label: str) -> Figure:

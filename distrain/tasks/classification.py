@@ -12,14 +12,14 @@ from distrain.config.registry import register
 from distrain.config.schema import TaskConfig
 from distrain.data.base import Split
 from distrain.tasks.base import Evaluation, MetricState
-from distrain.tasks.supervised import Supervised
+from distrain.tasks.confusion import CountsConfusions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @register("task", "classification", TaskConfig)
-class Classification(Supervised):
+class Classification(CountsConfusions):
     """The model gives a logit for each class; targets are classes, int64 ``[n]``."""
 
     target = "class"
@@ -30,16 +30,8 @@ class Classification(Supervised):
         return (outputs.argmax(1) == targets).sum().unsqueeze(0)
 
     @override
-    def metric_state(self, device: torch.device) -> MetricState:
-        """``confusion``: int64 ``[classes, classes]``, true class by row, predicted class by column."""
-        size = self.output_size
-        return {"confusion": torch.zeros(size, size, dtype=torch.int64, device=device)}
-
-    @override
     def update_state(self, state: MetricState, outputs: Tensor, targets: Tensor) -> None:
-        confusion = state["confusion"]
-        cells = targets * self.output_size + outputs.argmax(1)
-        confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
+        self._count(state, targets, outputs.argmax(1))
 
     @override
     def results(self, state: MetricState, count: int) -> dict[str, float]:
@@ -67,11 +59,8 @@ class Classification(Supervised):
         assert evaluation.watched is not None
         count = len(evaluation.watched)
         shown = split.read(torch.arange(count))
-        classes = self.spec.classes
-        return {
-            "predictions": figures.predictions(shown.images, shown.targets, evaluation.watched.long(), classes),
-            "confusion_matrix": figures.confusion_matrix(evaluation.state["confusion"], classes),
-        }
+        predictions = figures.predictions(shown.images, shown.targets, evaluation.watched.long(), self.spec.classes)
+        return {"predictions": predictions, **super().figures(evaluation, split)}
 
     @override
     def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,14 +10,18 @@ from typing_extensions import override
 
 from distrain.config.registry import register
 from distrain.config.schema import Config, TaskConfig
-from distrain.data.base import IGNORED, DataSpec
+from distrain.data.base import IGNORED, DataSpec, Split
 from distrain.errors import ConfigError, config_error
-from distrain.tasks.base import MetricState
+from distrain.tasks.base import Evaluation, MetricState
+from distrain.tasks.confusion import CountsConfusions
 from distrain.tasks.supervised import Supervised
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @register("task", "segmentation", TaskConfig)
-class Segmentation(Supervised):
+class Segmentation(CountsConfusions):
     """The model gives a logit for each class at each pixel, ``[n, classes, H, W]``; targets are masks.
 
     Masks are uint8 ``[n, H, W]``; pixels of value :data:`~distrain.data.base.IGNORED` count nowhere. The loss of a
@@ -58,17 +62,9 @@ class Segmentation(Supervised):
         return (right / known).sum().unsqueeze(0)
 
     @override
-    def metric_state(self, device: torch.device) -> MetricState:
-        """``confusion``: pixels, int64 ``[classes, classes]``, true class by row, predicted class by column."""
-        size = self.output_size
-        return {"confusion": torch.zeros(size, size, dtype=torch.int64, device=device)}
-
-    @override
     def update_state(self, state: MetricState, outputs: Tensor, targets: Tensor) -> None:
-        confusion = state["confusion"]
         known = targets != IGNORED
-        cells = targets[known].long() * self.output_size + outputs.argmax(1)[known]
-        confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
+        self._count(state, targets[known].long(), outputs.argmax(1)[known])
 
     @override
     def results(self, state: MetricState, count: int) -> dict[str, float]:
@@ -91,6 +87,10 @@ class Segmentation(Supervised):
                 for name, ratio, known, hits in rows
             ]
         }
+
+    @override
+    def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:
+        return {**super().figures(evaluation, split), **Supervised.figures(self, evaluation, split)}
 
     @override
     def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from typing_extensions import override
 
 from distrain.config.schema import Config
-from distrain.data.base import DataSpec
+from distrain.data.base import DataSpec, Split
 from distrain.data.evaluation_views import averaged_outputs
 from distrain.errors import ConfigError, config_error
 from distrain.optim import losses
-from distrain.tasks.base import UNWEIGHTED, Task
+from distrain.tasks.base import UNWEIGHTED, Evaluation, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Supervised(Task):
@@ -52,6 +56,13 @@ class Supervised(Task):
     @override
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         return self._loss(outputs, targets), len(targets)
+
+    @override
+    def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:
+        """A table for each list of rows in :meth:`details`, such as one row for each label."""
+        from distrain.reporting import figures
+
+        return {name: figures.table(rows) for name, rows in self.details(evaluation.state).items()}
 
     @override
     def evaluate(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

@@ -125,6 +125,17 @@ def test_neither_pyplot_nor_a_display_is_needed() -> None:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
 
 
+def test_a_table_has_a_row_for_each_name_up_to_a_limit() -> None:
+    rows = [{"label": f"label {place} $", "f1": None if place else 0.25, "count": place} for place in range(60)]
+    (axes,) = figures.table(rows).axes
+    cells = {place: cell.get_text().get_text() for place, cell in axes.tables[0].get_celld().items()}
+    assert [cells[0, column] for column in range(3)] == ["label", "f1", "count"]
+    assert [cells[1, column] for column in range(3)] == [r"label 0 \$", "0.2500", "0"]
+    assert cells[50, 1] == "-"
+    assert max(cells)[0] == 50
+    assert axes.get_title() == "the first 50 of 60"
+
+
 def test_a_histogram_stacks_its_parts() -> None:
     figure = figures.histogram({"one": {0: 2, 3: 1}, "two": {0: 5}, "none": {}}, "late", "pushes")
     (axes,) = figure.axes
