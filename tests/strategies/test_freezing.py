@@ -62,12 +62,16 @@ EQUAL["normalisation between stages"] = (
         "freeze=[{match: 0.*, epochs: 1}]",
         "optimizer.momentum=0.9",
     ),
-    ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=1", "strategy.schedule=gpipe"),
+    ("strategy=pipeline", "strategy.stages=2", "strategy.boundaries=[3]", "strategy.microbatches=1"),
 )
 #: Ways that lose information.
 LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "powersgd": (3, LOSSY, ("strategy=ddp", "compression=powersgd", "compression.min_compression_rate=1")),
-    "replicated stages": (4, LOSSY, ("strategy=pipeline", "strategy.stages=2", "compression=qsgd")),
+    "replicated stages": (
+        4,
+        LOSSY,
+        ("strategy=pipeline", "strategy.stages=2", "strategy.boundaries=[second]", "compression=qsgd"),
+    ),
     "merges under way": (
         2,
         LOSSY,
