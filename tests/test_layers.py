@@ -13,6 +13,7 @@ LAYERS = (
     "api",
     "cli",
     "tools",
+    "verification",
     "training",
     "strategies",
     "gradients",

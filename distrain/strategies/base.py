@@ -241,6 +241,13 @@ class Strategy(ABC, Generic[OptionsT_co]):
         """
         raise NotImplementedError(f"strategy={self.config.strategy.name} trains the same parameters in all epochs")
 
+    def own_modules(self) -> list[nn.Module]:
+        """The modules that this rank runs in a step, with the unsplit model's names inside; none on a server.
+
+        Only ``verify`` needs them, to find out which layer differs.
+        """
+        return []
+
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:
         """Forward, backward, synchronisation, clipping and update for one global batch."""

@@ -91,6 +91,10 @@ class Replicated(Strategy[OptionsT_co]):
             module.training = False
 
     @override
+    def own_modules(self) -> list[nn.Module]:
+        return [self.model] if hasattr(self, "model") else []
+
+    @override
     def train_step(self, batch: Batch) -> StepResult:
         with self.stopwatch.step():
             self.compressor.begin_step()

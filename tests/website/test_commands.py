@@ -28,6 +28,7 @@ from distrain.cli import (
     predict,
     sweep,
     testnet,
+    verify,
 )
 from distrain.cli.config_files import ConfigFiles
 from distrain.cli.dispatch import COMMANDS
@@ -48,6 +49,7 @@ SETTINGS: dict[str, tuple[Path, type[Any]]] = {
     "doctor": (CONF, doctor.DoctorSettings),
     "hosts": (CONF, hosts.HostsSettings),
     "chaos": (CONF, chaos.ChaosSettings),
+    "verify": (CONF, verify.VerifySettings),
     "testnet": (testnet.CONF, testnet.NetworkSettings),
 }
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -147,7 +149,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
         parts = [shlex.split(part) for part in behind.split(" -- ")] if behind else []
         _check_settings(command, shlex.split(own))
         for part in parts:
-            if command in ("hosts", "chaos"):
+            if command in ("hosts", "chaos", "verify"):
                 _check_training(part)
             else:
                 check(part)
@@ -155,7 +157,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
 
 def _check_settings(command: str, arguments: list[str]) -> None:
     folder, schema = SETTINGS[command]
-    if command in ("evaluate", "doctor"):
+    if command in ("evaluate", "doctor", "verify"):
         launch_keys.check(launch_keys.pop(arguments), arguments, {})
     elif command == "testnet":
         arguments = [f"action={word}" if word in ("up", "on", "down") else word for word in arguments]

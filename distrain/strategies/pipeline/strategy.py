@@ -266,6 +266,10 @@ class Pipeline(Strategy[PipelineConfig]):
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @override
+    def own_modules(self) -> list[nn.Module]:
+        return self._modules
+
+    @override
     def train_step(self, batch: Batch) -> StepResult:
         with self.stopwatch.step():
             self.compressor.begin_step()

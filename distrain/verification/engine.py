@@ -1,0 +1,320 @@
+"""Does the short runs one after another, on these ranks, and compares them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoint import format as checkpoint_format
+from distrain.config.load import to_container
+from distrain.config.schema import Config
+from distrain.errors import ConfigError, config_error
+from distrain.models.trial import ModelTrial
+from distrain.reporting.origin import Origin
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
+from distrain.training import auto_format
+from distrain.training.assembly import build_model, build_trainer
+from distrain.training.run_plan import RunPlan
+from distrain.training.trainer import Trainer
+from distrain.verification import by_design, short_runs
+from distrain.verification.certificate import BY_DESIGN, DIFFERENT, EQUAL, Certificate, Parting, Phase
+from distrain.verification.comparison import (
+    EXACT,
+    FACTOR,
+    Limits,
+    Verdict,
+    bitwise_differences,
+    first_parting,
+    judge,
+    series,
+)
+from distrain.verification.recorder import RankRecord, Recorder
+from distrain.verification.reference import Reference
+from distrain.verification.short_runs import ShortRuns
+
+#: Runs of one process with the samples in another order.
+_REORDERED = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a verification.
+
+    Attributes:
+        steps: Updates of each run.
+        tolerance: Limit of relative differences; ``None``: measured.
+        float64: Whether to compare in float64 too.
+        folder: For the runs and the certificate; all hosts see it. ``None``: a new one below ``outputs/verify``.
+        keep: Keep the runs' folders.
+        command: What to type to do it again.
+    """
+
+    steps: int = 10
+    tolerance: float | None = None
+    float64: bool = True
+    folder: Path | None = None
+    keep: bool = False
+    command: str = ""
+
+
+def check(config: Config, world: World) -> ModelTrial:
+    """Refuses what can't be verified, before any process group forms.
+
+    Raises:
+        ConfigError: One line that names the key.
+    """
+    if world.size < 2:
+        problem = "the run of one process is what others are compared with; several ranks are needed: nproc=2"
+        raise config_error("nproc", problem)
+    for key, value, usual in (("run_dir", config.run_dir, None), ("resume", config.resume, "auto")):
+        if value != usual:
+            raise ConfigError(key, value, "is chosen by this command; folder=… is where it writes")
+    return RunPlan.resolve(config, world).check(warn=False)
+
+
+def verify(config: Config, world: World, options: Options) -> tuple[Certificate, Path]:
+    """Compares a training on these ranks with that of one process; all ranks call it together.
+
+    Args:
+        config: The training.
+        world: This rank's place.
+        options: What is asked.
+
+    Returns:
+        The certificate, the same on all ranks, and the folder that holds it.
+
+    Raises:
+        ConfigError: The configuration can't run.
+        Failed: A run failed; which rank, where and why was said.
+    """
+    trial = check(config, world)
+    plan = RunPlan.resolve(config, world)
+    with contextlib.closing(plan.load()) as splits:
+        folder = _agreed_folder(config, world, options.folder)
+        runs = short_runs.cut(plan, trial, splits, options.steps, folder / "runs")
+        try:
+            certificate = _Verification(config, world, options, runs, trial).certify()
+        finally:
+            if world.rank == 0 and not options.keep:
+                shutil.rmtree(runs.folder, ignore_errors=True)
+    if world.rank == 0:
+        certificate.write(folder)
+    return certificate, folder
+
+
+def _agreed_folder(config: Config, world: World, folder: Path | None) -> Path:
+    """The folder of the certificate; if none is given, rank 0 names one by its clock."""
+    if folder is None:
+        name = f"outputs/verify/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+        with Runtime(config, world, keep_logs=False) as runtime:
+            folder = Path(runtime.communicator().all_gather_json({"folder": name}, runtime.device)[0]["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+class _Verification:
+    """The runs of one verification, on one rank."""
+
+    def __init__(self, config: Config, world: World, options: Options, runs: ShortRuns, trial: ModelTrial) -> None:
+        self._config, self._world, self._options, self._runs, self._trial = config, world, options, runs, trial
+        self._alone = dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1)
+        self._remarks: dict[str, list[str]] = {}
+        self._asked: list[RankRecord] = []
+        self._serial: RankRecord | None = None
+
+    def certify(self) -> Certificate:
+        """Does all runs and compares them."""
+        origin = Origin(Path.cwd() if self._world.rank == 0 else None)
+        statement = by_design.statement(self._config)
+        phases: list[Phase] = []
+        parting: Parting | None = None
+        for precision in self._precisions():
+            phase, limits = self._phase(precision)
+            phases.append(phase)
+            if parting is None and not phase.equal and not statement:
+                parting = self._find_parting(phase, limits)
+        verdict = EQUAL
+        if statement:
+            exact = all(each.equal for phase in phases for each in phase.verdicts if each.quantity in EXACT)
+            verdict = BY_DESIGN if exact else DIFFERENT
+        elif not all(phase.equal for phase in phases):
+            verdict = DIFFERENT
+        container = to_container(self._config)
+        text = json.dumps(container, sort_keys=True, default=str)
+        return Certificate(
+            verdict,
+            statement,
+            self._measured() if statement else {},
+            phases,
+            parting,
+            self._runs.steps,
+            short_runs.described(self._config),
+            self._world.size,
+            self._runs.changed,
+            self._bytes_per_step(),
+            {
+                **origin.collect(),
+                **({"command": self._options.command} if self._options.command else {}),
+                "hosts": [rank.host for rank in self._asked],
+                "configuration_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "configuration": container,
+                "limits": _LIMITS_IN_WORDS if self._options.tolerance is None else "tolerance=… gives all limits",
+            },
+        )
+
+    # --- phases ------------------------------------------------------------------------------------------------------
+
+    def _precisions(self) -> list[str]:
+        """The number formats to compare in: float64 first, where the model can compute in it."""
+        own = self._own_precision()
+        if own == "fp64" or not self._options.float64 or by_design.statement(self._config):
+            return [own]
+        trainer = dataclasses.replace(self._config.trainer, precision="fp64")
+        wide = dataclasses.replace(self._config, trainer=trainer)
+        try:
+            RunPlan.resolve(wide, self._world).check(warn=False)
+        except ConfigError as error:
+            self._remarks[own] = [f"float64 was left out: {error}"]
+            return [own]
+        return ["fp64", own]
+
+    def _own_precision(self) -> str:
+        """The run's own precision; ``auto`` is measured here, once for all runs."""
+        if self._config.trainer.precision != "auto":
+            return self._config.trainer.precision
+        plan = RunPlan.resolve(self._runs.config, self._world)
+        with self._meeting() as runtime:
+            make = functools.partial(build_model, plan, self._runs.splits)
+            return auto_format.resolve_auto(plan.config, runtime, self._runs.splits, plan.task, make).trainer.precision
+
+    def _phase(self, precision: str) -> tuple[Phase, Limits]:
+        """Does the runs of one number format and compares them."""
+        runs, reference = self._runs, Reference(self._runs.folder / precision / "reference")
+        alone: list[RankRecord] = []
+        if self._world.rank == 0:
+            for reorders in range(_REORDERED + 1):
+                name = f"serial_{reorders}"
+                trainer_run = self._run(runs.serial(precision, name), self._alone)
+                alone.append(self._record(trainer_run, reference, writes=not reorders, reorders=reorders))
+        config = runs.saving(precision, "asked")
+        asked = self._record(self._run(config, self._world), reference)
+        resumed: RankRecord | None = None
+        if runs.save_at is not None:
+            folder = checkpoint_format.checkpoints_folder(Path(str(config.run_dir)))
+            checkpoint = checkpoint_format.checkpoint_path(folder, runs.save_at)
+            config = runs.resumed(precision, "resumed", checkpoint)
+            resumed = self._record(self._run(config, self._world), reference, first_step=runs.save_at)
+        with self._meeting() as runtime:
+            mine = {
+                "alone": [dataclasses.asdict(record) for record in alone],
+                "asked": dataclasses.asdict(asked),
+                "resumed": None if resumed is None else dataclasses.asdict(resumed),
+            }
+            everyone = runtime.communicator().all_gather_json(mine, runtime.device)
+        serial, *spread = [RankRecord.from_plain(plain) for plain in everyone[0]["alone"]]
+        asked_ranks = [RankRecord.from_plain(rank["asked"]) for rank in everyone]
+        self._asked, self._serial = asked_ranks, serial
+        evaluated = min((entry["count"] for entry in serial.evaluations), default=1)
+        smallest = min(record.count for record in serial.steps.values())
+        limits = Limits(
+            [series(serial, [each]) for each in spread], precision, self._options.tolerance, evaluated, smallest
+        )
+        remarks = self._remarks.get(precision, [])
+        verdicts = judge(series(serial, asked_ranks), limits)
+        blind = min((each.blind_from for each in verdicts if each.blind_from is not None), default=None)
+        if blind is not None:
+            remarks = [*remarks, f"from step {blind} on rounding alone moves the serial run so far that little is said"]
+        if resumed is None:
+            return Phase(precision, verdicts, remarks=remarks), limits
+        resumed_ranks = [RankRecord.from_plain(rank["resumed"]) for rank in everyone]
+        _, other = bitwise_differences(asked_ranks[0], resumed_ranks[0])
+        again = judge(series(serial, resumed_ranks), limits)
+        return Phase(precision, verdicts, runs.save_at, other is None, again, remarks), limits
+
+    @contextlib.contextmanager
+    def _run(self, config: Config, world: World) -> Iterator[Trainer]:
+        """A run that is set up; inside the block it can train."""
+        plan = RunPlan.resolve(config, world)
+        with _quiet(), Runtime(config, world) as runtime:
+            # The runtime sets the level anew.
+            logging.getLogger("distrain").setLevel(logging.WARNING)
+            yield build_trainer(plan, runtime, self._runs.splits)
+
+    @staticmethod
+    def _record(run: contextlib.AbstractContextManager[Trainer], reference: Reference, **options: Any) -> RankRecord:
+        """Trains, and returns what was recorded."""
+        with run as trainer:
+            recorder = Recorder(trainer, reference, **options)
+            trainer.fit()
+            return recorder.record
+
+    def _meeting(self) -> Runtime:
+        """All ranks meet without a run, to exchange what they know."""
+        return Runtime(self._runs.config, self._world, keep_logs=False)
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def _find_parting(self, phase: Phase, limits: Limits) -> Parting | None:
+        """Where the runs of a phase part."""
+        verdicts: list[Verdict] = phase.verdicts
+        found = first_parting(verdicts) or first_parting(phase.resumed)
+        if found is None:
+            return None
+        quantity, difference = found
+        limit = limits.limit(quantity, difference.step)
+        return Parting(phase.precision, difference.step, quantity, difference.where, difference.value, limit)
+
+    def _bytes_per_step(self) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for rank in self._asked:
+            for record in rank.steps.values():
+                for kind, size in record.bytes.items():
+                    totals[kind] = totals.get(kind, 0) + size / self._runs.steps
+        return totals
+
+    def _measured(self) -> dict[str, Any]:
+        """What can be said of a run that is not meant to be equal."""
+        assert self._serial is not None, "a phase has been done"
+        last = max(self._serial.steps)
+        records = [rank.steps[last] for rank in self._asked if last in rank.steps]
+        count = sum(record.count for record in records)
+        loss = sum(record.loss_sum for record in records) / max(count, 1)
+        serial = self._serial.steps[last]
+        sent = sum(self._bytes_per_step().values())
+        plain = sum(rank.uncompressed_bytes for rank in self._asked)
+        copies = max((record.copies for rank in self._asked for record in rank.steps.values()), default=0.0)
+        return {
+            f"loss of step {last}": f"{loss:.6g}, of one process {serial.loss_sum / max(serial.count, 1):.6g}",
+            "bytes a step, all ranks": f"{sent:,.0f}, {plain:,.0f} for uncompressed gradients",
+            "largest distance of a rank's copy from the model": f"{copies:.1e} of its norm",
+        }
+
+
+_LIMITS_IN_WORDS = (
+    f"{FACTOR} times the largest distance between the serial run and {_REORDERED} serial runs whose samples are in "
+    "another order within each forward pass (a measured spread of rounding, up to the same step); never below some "
+    "rounding errors of the format, and in the first step never above the root of its epsilon. Distances are norms of "
+    "a tensor's difference, relative to the norm of all tensors of its kind"
+)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the runs' own reports from the terminal; warnings and errors are shown."""
+    log = logging.getLogger("distrain")
+    level = log.level
+    try:
+        yield
+    finally:
+        log.setLevel(level)

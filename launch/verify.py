@@ -1,0 +1,14 @@
+"""Compares a training on several ranks with one process: ``python launch/verify.py nproc=2 -- strategy=ddp …``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# This checkout's package is found even where nothing is installed, or another folder called distrain lies on the path.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from distrain.cli.commands import verify
+
+if __name__ == "__main__":
+    verify.main()

@@ -1,0 +1,156 @@
+"""Differences, limits and verdicts, from records that are written by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from distrain.verification.comparison import (
+    EPSILON,
+    FACTOR,
+    Difference,
+    Limits,
+    Series,
+    bitwise_differences,
+    first_parting,
+    judge,
+    series,
+)
+from distrain.verification.recorder import RankRecord, StepRecord
+
+QUANTITIES = ("sample order", "loss", "gradients", "parameters")
+
+
+def record(rank: int = 0, **changes: object) -> RankRecord:
+    """A rank that had half of a batch of four samples, in two steps."""
+    shard = slice(2 * rank, 2 * rank + 2)
+    step = StepRecord(
+        (rank, 2),
+        [7, 3, 5, 1][shard],
+        ["a", "b", "c", "d"][shard],
+        ["x", "y", "x", "y"][shard],
+        1.0,
+        2,
+        [1.0],
+        {},
+        {"gradients": {"w": (0.0, 3.0), "b": (0.0, 4.0)}, "state": {"w": (0.0, 1.0), "running": (0.0, 1.0)}},
+        {"w": "0", "running": "1"},
+    )
+    return RankRecord(rank, "here", {1: dataclasses.replace(step, **changes), 2: step}, [], ["w", "b"])
+
+
+def whole() -> RankRecord:
+    """The same in one process."""
+    one, other = record(0).steps[1], record(1).steps[1]
+    step = dataclasses.replace(
+        one,
+        shard=(0, 1),
+        indices=one.indices + other.indices,
+        samples=one.samples + other.samples,
+        targets=one.targets + other.targets,
+        loss_sum=2.0,
+        count=4,
+        metric_sums=[2.0],
+    )
+    return RankRecord(0, "here", {1: step, 2: step}, [], ["w", "b"])
+
+
+def largest(changes: dict[str, object]) -> dict[str, Difference]:
+    """The difference of each quantity in the first step, where rank 1 recorded something else."""
+    found = series(whole(), [record(0), record(1, **changes)])
+    return {quantity: steps[1] for quantity, steps in found.items() if 1 in steps}
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantity", "value", "where"),
+    [
+        ({"indices": [5, 2]}, "sample order", 1.0, "sample 3 of the batch"),
+        ({"samples": ["c", "e"]}, "sample content", 1.0, "input of sample 1"),
+        ({"targets": ["z", "y"]}, "sample content", 1.0, "target of sample 5"),
+        ({"loss_sum": 1.5}, "loss", 0.25, ""),
+        ({"metric_sums": [2.0]}, "training metrics", 0.25, ""),
+        ({"distances": {"gradients": {"w": (0.5, 3.0)}}}, "gradients", 0.1, "w"),
+        ({"distances": {"state": {"w": (0.5, 1.0)}}}, "parameters", 0.5, "w"),
+        ({"distances": {"state": {"running": (0.5, 1.0)}}}, "buffers", 0.5, "running"),
+    ],
+)
+def test_what_a_rank_did_otherwise_is_found(
+    changes: dict[str, object], quantity: str, value: float, where: str
+) -> None:
+    found = largest(changes)
+    assert found[quantity] == Difference(pytest.approx(value), where, 1)
+    assert all(each.value == 0 for name, each in found.items() if name != quantity)
+
+
+def test_stages_of_a_pipeline_that_share_a_shard_count_once() -> None:
+    twice = record(1)
+    twice.steps[1].count, twice.steps[1].loss_sum, twice.steps[1].metric_sums = 0, 0.0, [0.0]
+    found = series(whole(), [record(0), record(1), twice])
+    assert all(steps[1].value == 0 for steps in found.values() if 1 in steps)
+
+
+def test_records_go_through_json_unchanged() -> None:
+    plain = json.loads(json.dumps(dataclasses.asdict(whole())))
+    again = RankRecord.from_plain(plain)
+    assert again.steps.keys() == {1, 2}
+    assert json.loads(json.dumps(dataclasses.asdict(again))) == plain
+
+
+def spread(value: float, step: int, quantity: str = "gradients") -> Series:
+    return {name: {step: Difference(value if name == quantity else 0.0, "w", step)} for name in QUANTITIES}
+
+
+def limits(*spreads: Series, precision: str = "fp64", tolerance: float | None = None) -> Limits:
+    return Limits(spreads, precision, tolerance, evaluated=100, batch=10)
+
+
+def test_limits_grow_with_the_measured_spread_and_never_shrink() -> None:
+    measured = limits(spread(1e-14, 2), spread(3e-14, 3))
+    assert measured.limit("gradients", 1) == 64 * EPSILON["fp64"]
+    assert measured.limit("gradients", 2) == FACTOR * 1e-14
+    assert measured.limit("gradients", 3) == measured.limit("gradients", 9) == FACTOR * 3e-14
+    assert measured.limit("sample order", 3) == 0
+
+
+def test_a_spread_in_the_first_step_that_is_no_rounding_gives_no_wide_limit() -> None:
+    measured = limits(spread(0.1, 1))
+    assert measured.limit("gradients", 1) == math.sqrt(EPSILON["fp64"])
+    order = measured.order_matters()
+    assert order is not None
+    assert order.value == 0.1
+    assert limits(spread(1e-15, 1)).order_matters() is None
+
+
+def test_ties_are_allowed_in_metrics_but_not_in_float64() -> None:
+    assert limits(precision="fp32").limit("evaluation metrics", 1) == 0.02
+    assert limits().limit("evaluation metrics", 1) < 1e-12
+
+
+def test_a_given_tolerance_takes_the_place_of_what_is_measured() -> None:
+    measured = limits(spread(1.0, 1), tolerance=1e-3)
+    assert measured.limit("gradients", 1) == 1e-3
+    assert measured.limit("sample order", 1) == 0
+
+
+def test_the_first_parting_is_the_earliest_and_then_the_first_in_the_step() -> None:
+    found: Series = {
+        "parameters": {1: Difference(1e-3, "w", 1), 2: Difference(1e-2, "w", 2)},
+        "gradients": {1: Difference(1e-3, "w", 1)},
+        "loss": {1: Difference(0.0, "", 1), 2: Difference(0.5, "", 2)},
+    }
+    verdicts = judge(found, limits())
+    assert [verdict.equal for verdict in verdicts] == [False, False, False]
+    assert first_parting(verdicts) == ("gradients", Difference(1e-3, "w", 1))
+    assert first_parting(judge({"loss": {1: Difference(0.0, "", 1)}}, limits())) is None
+
+
+def test_a_difference_that_is_not_a_number_is_no_equality() -> None:
+    assert not judge({"loss": {1: Difference(math.nan, "", 1)}}, limits())[0].equal
+
+
+def test_other_bits_are_found() -> None:
+    assert bitwise_differences(record(), record()) == (2, None)
+    assert bitwise_differences(record(), record(hashes={"w": "0", "running": "2"}))[1] == Difference(1.0, "running", 1)

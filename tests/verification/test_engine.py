@@ -1,0 +1,97 @@
+"""Certificates of small trainings on ranks of the harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.verification.helpers import verified
+
+NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
+BATCHNORM = (*NORM_NET, "+model.kwargs.norm=batch")
+#: Ways of training that equal one process: ranks, and settings.
+LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "three ranks, accumulation, clipping": (
+        3,
+        ("strategy=ddp", "trainer.micro_batch_size=2", "trainer.grad_clip_norm=0.1", "optimizer=sgd"),
+    ),
+    "augmentation": (2, ("strategy=ddp", "data.augment.flip=true", "data.augment.crop_padding=2")),
+    "synchronised batch norm": (2, ("strategy=ddp", *BATCHNORM)),
+    "pipeline": (2, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=3")),
+    "replicated pipeline": (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=3")),
+    "parameter server": (3, ("strategy=parameter_server",)),
+    "local SGD that merges after each step": (
+        2,
+        ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0", "optimizer=sgd"),
+    ),
+    "bf16": (2, ("strategy=ddp", "trainer.precision=bf16")),
+    "balanced classes": (2, ("strategy=ddp", "data.balance=sampler")),
+    "frozen at first": (2, ("strategy=ddp", "freeze=[{match: head, epochs: 0}, {match: '*', epochs: 1}]")),
+    "muon": (2, ("strategy=ddp", "optimizer=muon")),
+    "lookahead": (2, ("strategy=ddp", "optimizer.lookahead.every=3")),
+}
+#: Ways that don't, and what their statement begins with.
+OTHERS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "compression=topk": (2, ("strategy=ddp", "compression=topk")),
+    "compression=bf16": (2, ("strategy=pipeline", "strategy.stages=2", "compression=bf16")),
+    "strategy=local_sgd": (2, ("strategy=local_sgd",)),
+    "strategy=parameter_server, mode=async": (3, ("strategy=parameter_server", "strategy.mode=async")),
+}
+
+
+def verdicts(content: dict[str, Any], precision: str) -> dict[str, dict[str, Any]]:
+    """The rows of a phase by quantity."""
+    phase = next(phase for phase in content["phases"] if phase["precision"] == precision)
+    return {row["quantity"]: row for row in phase["verdicts"]}
+
+
+def test_ddp_is_certified_in_float64_and_in_its_own_precision(tmp_path: Path) -> None:
+    content, text = verified(tmp_path, 2, "strategy=ddp", steps=4)
+    assert content["verdict"] == "equal", text
+    assert text.startswith("EQUAL: ddp on 2 ranks")
+    assert [phase["precision"] for phase in content["phases"]] == ["fp64", "fp32"]
+    for phase in content["phases"]:
+        assert phase["resumed_from"] == 3
+        assert phase["resumed_bitwise"]
+    rows = verdicts(content, "fp64")
+    for quantity in ("sample order", "sample content", "loss", "gradients", "parameters", "evaluation loss"):
+        assert rows[quantity]["compared"] > 0
+    # Real differences, not a comparison of a run with itself.
+    assert 0 < rows["gradients"]["largest"]["value"] <= rows["gradients"]["limit"] < 1e-12
+    assert content["bytes_per_step"]["all_reduce"] > 0
+    assert (tmp_path / "certificate.json").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", LOSSLESS)
+def test_lossless_ways_are_certified(way: str, tmp_path: Path) -> None:
+    ranks, keys = LOSSLESS[way]
+    content, text = verified(tmp_path, ranks, *keys, steps=6)
+    assert content["verdict"] == "equal", text
+    assert all(phase["resumed_bitwise"] for phase in content["phases"]), text
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", OTHERS)
+def test_what_is_lossy_by_design_gets_a_statement_of_its_own(way: str, tmp_path: Path) -> None:
+    ranks, keys = OTHERS[way]
+    content, text = verified(tmp_path, ranks, *keys, steps=6)
+    assert content["verdict"] == "different by design", text
+    assert content["passed"]
+    assert content["statement"][0].startswith(way)
+    assert len(content["measured"]) == 3
+    assert content["parting"] is None
+    rows = verdicts(content, "fp32")
+    assert rows["parameters"]["largest"]["value"] > rows["parameters"]["limit"]
+    assert rows["sample order"]["largest"]["value"] == 0
+
+
+@pytest.mark.soak
+def test_another_computation_is_not_certified(tmp_path: Path) -> None:
+    content, text = verified(tmp_path, 2, "strategy=ddp", "strategy.batchnorm=local", *BATCHNORM, steps=4)
+    assert content["verdict"] == "different", text
+    assert (content["parting"]["precision"], content["parting"]["step"]) == ("fp64", 1)
+    assert content["parting"]["quantity"] == "loss"
