@@ -30,8 +30,11 @@ from distrain.training.trainer import Trainer
 from distrain.verification import by_design, short_runs
 from distrain.verification.certificate import BY_DESIGN, DIFFERENT, EQUAL, Certificate, Parting, Phase
 from distrain.verification.comparison import (
+    EPSILON,
     EXACT,
     FACTOR,
+    FACTOR_16_BIT,
+    HALF,
     Limits,
     Verdict,
     bitwise_differences,
@@ -204,9 +207,9 @@ class _Verification:
         alone: list[RankRecord] = []
         if self._world.rank == 0:
             for reorders in range(_REORDERED + 1):
-                name = f"serial_{reorders}"
-                trainer_run = self._run(runs.serial(precision, name), self._alone)
-                alone.append(self._record(trainer_run, reference, writes=not reorders, reorders=reorders))
+                run = self._run(runs.serial(precision, f"serial_{reorders}"), self._alone)
+                rounding = EPSILON[precision] if precision in HALF and reorders == _REORDERED else 0.0
+                alone.append(self._record(run, reference, writes=not reorders, reorders=reorders, rounding=rounding))
         config = runs.saving(precision, "asked")
         asked = self._record(self._run(config, self._world), reference)
         resumed: RankRecord | None = None
@@ -304,7 +307,8 @@ class _Verification:
 _LIMITS_IN_WORDS = (
     f"{FACTOR} times the largest distance between the serial run and {_REORDERED} serial runs whose samples are in "
     "another order within each forward pass (a measured spread of rounding, up to the same step); never below some "
-    "rounding errors of the format, and in the first step never above the root of its epsilon. Distances are norms of "
+    "rounding errors of the format, and in the first step never above the root of its epsilon. In bf16 and fp16 "
+    f"gradients of one of these runs are rounded once more, and the factor is {FACTOR_16_BIT}. Distances are norms of "
     "a tensor's difference, relative to the norm of all tensors of its kind"
 )
 

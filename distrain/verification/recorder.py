@@ -94,6 +94,7 @@ class Recorder(Callback):
         writes: This is the serial run, whose tensors are kept.
         reorders: In the serial run, the order of the samples of each forward pass: 0 as it is, 1 reversed, from 2 on
             at random. What is added up is the same, in another order.
+        rounding: In the serial run, each number of a gradient is changed at random by up to this share of it.
         first_step: Steps before the run's start.
 
     Attributes:
@@ -101,11 +102,18 @@ class Recorder(Callback):
     """
 
     def __init__(
-        self, trainer: Trainer, reference: Reference, *, writes: bool = False, reorders: int = 0, first_step: int = 0
+        self,
+        trainer: Trainer,
+        reference: Reference,
+        *,
+        writes: bool = False,
+        reorders: int = 0,
+        rounding: float = 0.0,
+        first_step: int = 0,
     ) -> None:
         strategy = trainer.strategy
         self._trainer, self._strategy, self._reference = trainer, strategy, reference
-        self._writes, self._reorders = writes, reorders
+        self._writes, self._reorders, self._rounding = writes, reorders, rounding
         world = trainer.runtime.world
         self.record = RankRecord(world.rank, world.host)
         self._updates, self._in_step = first_step, False
@@ -162,7 +170,16 @@ class Recorder(Callback):
             # Each rank's gradient is that of its own samples, or of its own time.
             return
         gradients = {name: parameter.grad for name, parameter in self._optimized() if parameter.grad is not None}
+        if self._rounding:
+            self._round(gradients)
         self._keep(self._updates, GRADIENTS, gradients)
+
+    def _round(self, gradients: Mapping[str, Tensor]) -> None:
+        """Changes gradients as the rounding of a 16-bit format does, where each rank rounds a sum of its own."""
+        generator = torch.Generator().manual_seed(self._updates)
+        for gradient in gradients.values():
+            drawn = torch.rand(gradient.shape, generator=generator).to(gradient.device, gradient.dtype)
+            gradient.mul_(1 + self._rounding * (2 * drawn - 1))
 
     def _optimized(self) -> Iterable[tuple[str, Tensor]]:
         for group in self._strategy.optimizer.param_groups:

@@ -27,6 +27,11 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0", "optimizer=sgd"),
     ),
     "bf16": (2, ("strategy=ddp", "trainer.precision=bf16")),
+    "fp16": (2, ("strategy=ddp", "trainer.precision=fp16")),
+    "interleaved pipeline": (
+        2,
+        ("strategy=pipeline", "strategy.stages=4", "strategy.schedule=interleaved_1f1b", "strategy.microbatches=4"),
+    ),
     "balanced classes": (2, ("strategy=ddp", "data.balance=sampler")),
     "frozen at first": (2, ("strategy=ddp", "freeze=[{match: head, epochs: 0}, {match: '*', epochs: 1}]")),
     "muon": (2, ("strategy=ddp", "optimizer=muon")),
