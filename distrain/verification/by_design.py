@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distrain.compression.base import LossyConfig
 from distrain.config.schema import Config
+from distrain.strategies.base import strategy_class
 
 #: What is true of every such run, and is checked.
 _CHECKED = "every sample once, in the order of one process, with the same content; exact counts in evaluation"
@@ -20,20 +21,22 @@ _COMPRESSORS = {
 }
 
 
-def statement(config: Config) -> list[str]:
+def statement(config: Config, world_size: int) -> list[str]:
     """Why a run is not meant to equal that of one process, and what holds instead; empty if it is meant to.
 
     Args:
         config: The run's configuration.
+        world_size: Number of ranks.
     """
-    found = [*_of_compression(config), *_of_strategy(config)]
+    found = [*_of_compression(config, world_size), *_of_strategy(config)]
     return [*found, f"checked: {_CHECKED}"] if found else []
 
 
-def _of_compression(config: Config) -> list[str]:
+def _of_compression(config: Config, world_size: int) -> list[str]:
     compression = config.compression
     loses = _COMPRESSORS.get(compression.name)
-    if loses is None:
+    # A pipeline without replicas exchanges no gradients.
+    if loses is None or strategy_class(config).data_parallel_size(config, world_size) == 1:
         return []
     text = f"compression={compression.name}: {loses}"
     if isinstance(compression, LossyConfig) and compression.error_feedback:

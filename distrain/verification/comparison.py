@@ -24,8 +24,8 @@ FACTOR_16_BIT = 8
 HALF = ("bf16", "fp16")
 #: Machine epsilon of what is computed with each precision.
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
-#: Rounding errors that are always allowed, relative to the norm of all tensors. In 16-bit formats a rounding error may tip
-#: a ReLU or a maximum over, which moves a gradient by some percent; there float64 tells whether formulas are equal.
+#: Rounding errors that are always allowed, relative to the norm of all tensors. In 16-bit formats a rounding error may
+#: tip a ReLU or a maximum over, which moves a gradient by some percent; float64 tells whether formulas are equal.
 _ALWAYS = {"fp64": 64.0, "fp32": 64.0, "bf16": 8.0, "fp16": 32.0}
 #: In the first step nothing has grown yet: what reordering changes by more than this is no rounding.
 _FIRST_STEP_CAP = {precision: math.sqrt(epsilon) for precision, epsilon in EPSILON.items()}

@@ -139,7 +139,7 @@ class _Verification:
     def certify(self) -> Certificate:
         """Does all runs and compares them."""
         origin = Origin(Path.cwd() if self._world.rank == 0 else None)
-        statement = by_design.statement(self._config)
+        statement = by_design.statement(self._config, self._world.size)
         phases: list[Phase] = []
         parting: Parting | None = None
         for precision in self._precisions():
@@ -181,7 +181,7 @@ class _Verification:
     def _precisions(self) -> list[str]:
         """The number formats to compare in: float64 first, where the model can compute in it."""
         own = self._own_precision()
-        if own == "fp64" or not self._options.float64 or by_design.statement(self._config):
+        if own == "fp64" or not self._options.float64 or by_design.statement(self._config, self._world.size):
             return [own]
         trainer = dataclasses.replace(self._config.trainer, precision="fp64")
         wide = dataclasses.replace(self._config, trainer=trainer)

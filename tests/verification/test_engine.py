@@ -32,6 +32,10 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
         2,
         ("strategy=pipeline", "strategy.stages=4", "strategy.schedule=interleaved_1f1b", "strategy.microbatches=4"),
     ),
+    "a pipeline without replicas, which compresses nothing": (
+        2,
+        ("strategy=pipeline", "strategy.stages=2", "compression=bf16"),
+    ),
     "balanced classes": (2, ("strategy=ddp", "data.balance=sampler")),
     "frozen at first": (2, ("strategy=ddp", "freeze=[{match: head, epochs: 0}, {match: '*', epochs: 1}]")),
     "muon": (2, ("strategy=ddp", "optimizer=muon")),
@@ -40,7 +44,7 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
 #: Ways that don't, and what their statement begins with.
 OTHERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "compression=topk": (2, ("strategy=ddp", "compression=topk")),
-    "compression=bf16": (2, ("strategy=pipeline", "strategy.stages=2", "compression=bf16")),
+    "compression=bf16": (4, ("strategy=pipeline", "strategy.stages=2", "compression=bf16")),
     "strategy=local_sgd": (2, ("strategy=local_sgd",)),
     "strategy=parameter_server, mode=async": (3, ("strategy=parameter_server", "strategy.mode=async")),
 }
