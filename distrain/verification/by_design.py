@@ -35,8 +35,9 @@ def statement(config: Config, world_size: int) -> list[str]:
 def _of_compression(config: Config, world_size: int) -> list[str]:
     compression = config.compression
     loses = _COMPRESSORS.get(compression.name)
+    replicas = strategy_class(config).data_parallel_size(config, world_size)
     # A pipeline without replicas exchanges no gradients.
-    if loses is None or strategy_class(config).data_parallel_size(config, world_size) == 1:
+    if loses is None or (config.strategy.name == "pipeline" and replicas == 1):
         return []
     text = f"compression={compression.name}: {loses}"
     if isinstance(compression, LossyConfig) and compression.error_feedback:

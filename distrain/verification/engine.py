@@ -8,9 +8,7 @@ import datetime
 import functools
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,8 @@ from distrain.reporting.origin import Origin
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training import auto_format
-from distrain.training.assembly import build_model, build_trainer
+from distrain.training.assembly import build_model
 from distrain.training.run_plan import RunPlan
-from distrain.training.trainer import Trainer
 from distrain.verification import by_design, short_runs
 from distrain.verification.certificate import BY_DESIGN, DIFFERENT, EQUAL, Certificate, Parting, Phase
 from distrain.verification.comparison import (
@@ -36,13 +33,14 @@ from distrain.verification.comparison import (
     FACTOR_16_BIT,
     HALF,
     Limits,
-    Verdict,
     bitwise_differences,
     first_parting,
     judge,
     series,
 )
-from distrain.verification.recorder import RankRecord, Recorder
+from distrain.verification.parting import Search
+from distrain.verification.rank_runs import RankRuns
+from distrain.verification.recorder import RankRecord
 from distrain.verification.reference import Reference
 from distrain.verification.short_runs import ShortRuns
 
@@ -131,7 +129,7 @@ class _Verification:
 
     def __init__(self, config: Config, world: World, options: Options, runs: ShortRuns, trial: ModelTrial) -> None:
         self._config, self._world, self._options, self._runs, self._trial = config, world, options, runs, trial
-        self._alone = dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1)
+        self._ranks = RankRuns(world, runs)
         self._remarks: dict[str, list[str]] = {}
         self._asked: list[RankRecord] = []
         self._serial: RankRecord | None = None
@@ -146,7 +144,8 @@ class _Verification:
             phase, limits = self._phase(precision)
             phases.append(phase)
             if parting is None and not phase.equal and not statement:
-                parting = self._find_parting(phase, limits)
+                wide = phases[0].equal if phases[0].precision == "fp64" and len(phases) > 1 else None
+                parting = self._find_parting(phase, limits, wide)
         verdict = EQUAL
         if statement:
             exact = all(each.equal for phase in phases for each in phase.verdicts if each.quantity in EXACT)
@@ -197,7 +196,7 @@ class _Verification:
         if self._config.trainer.precision != "auto":
             return self._config.trainer.precision
         plan = RunPlan.resolve(self._runs.config, self._world)
-        with self._meeting() as runtime:
+        with self._ranks.meeting() as runtime:
             make = functools.partial(build_model, plan, self._runs.splits)
             return auto_format.resolve_auto(plan.config, runtime, self._runs.splits, plan.task, make).trainer.precision
 
@@ -207,24 +206,24 @@ class _Verification:
         alone: list[RankRecord] = []
         if self._world.rank == 0:
             for reorders in range(_REORDERED + 1):
-                run = self._run(runs.serial(precision, f"serial_{reorders}"), self._alone)
+                config = runs.serial(precision, f"serial_{reorders}")
                 rounding = EPSILON[precision] if precision in HALF and reorders == _REORDERED else 0.0
-                alone.append(self._record(run, reference, writes=not reorders, reorders=reorders, rounding=rounding))
+                options = {"writes": not reorders, "reorders": reorders, "rounding": rounding}
+                alone.append(self._ranks.record(config, self._ranks.alone, reference, **options))
         config = runs.saving(precision, "asked")
-        asked = self._record(self._run(config, self._world), reference)
+        asked = self._ranks.record(config, self._world, reference)
         resumed: RankRecord | None = None
         if runs.save_at is not None:
             folder = checkpoint_format.checkpoints_folder(Path(str(config.run_dir)))
             checkpoint = checkpoint_format.checkpoint_path(folder, runs.save_at)
             config = runs.resumed(precision, "resumed", checkpoint)
-            resumed = self._record(self._run(config, self._world), reference, first_step=runs.save_at)
-        with self._meeting() as runtime:
-            mine = {
-                "alone": [dataclasses.asdict(record) for record in alone],
-                "asked": dataclasses.asdict(asked),
-                "resumed": None if resumed is None else dataclasses.asdict(resumed),
-            }
-            everyone = runtime.communicator().all_gather_json(mine, runtime.device)
+            resumed = self._ranks.record(config, self._world, reference, first_step=runs.save_at)
+        mine = {
+            "alone": [dataclasses.asdict(record) for record in alone],
+            "asked": dataclasses.asdict(asked),
+            "resumed": None if resumed is None else dataclasses.asdict(resumed),
+        }
+        everyone = self._ranks.exchange(mine)
         serial, *spread = [RankRecord.from_plain(plain) for plain in everyone[0]["alone"]]
         asked_ranks = [RankRecord.from_plain(rank["asked"]) for rank in everyone]
         self._asked, self._serial = asked_ranks, serial
@@ -245,38 +244,38 @@ class _Verification:
         again = judge(series(serial, resumed_ranks), limits)
         return Phase(precision, verdicts, runs.save_at, other is None, again, remarks), limits
 
-    @contextlib.contextmanager
-    def _run(self, config: Config, world: World) -> Iterator[Trainer]:
-        """A run that is set up; inside the block it can train."""
-        plan = RunPlan.resolve(config, world)
-        with _quiet(), Runtime(config, world) as runtime:
-            # The runtime sets the level anew.
-            logging.getLogger("distrain").setLevel(logging.WARNING)
-            yield build_trainer(plan, runtime, self._runs.splits)
-
-    @staticmethod
-    def _record(run: contextlib.AbstractContextManager[Trainer], reference: Reference, **options: Any) -> RankRecord:
-        """Trains, and returns what was recorded."""
-        with run as trainer:
-            recorder = Recorder(trainer, reference, **options)
-            trainer.fit()
-            return recorder.record
-
-    def _meeting(self) -> Runtime:
-        """All ranks meet without a run, to exchange what they know."""
-        return Runtime(self._runs.config, self._world, keep_logs=False)
-
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def _find_parting(self, phase: Phase, limits: Limits) -> Parting | None:
+    def _find_parting(self, phase: Phase, limits: Limits, float64_equal: bool | None) -> Parting | None:
         """Where the runs of a phase part."""
-        verdicts: list[Verdict] = phase.verdicts
-        found = first_parting(verdicts) or first_parting(phase.resumed)
+        found = first_parting(phase.verdicts)
+        reference = Reference(self._runs.folder / phase.precision / "reference")
+        if found is not None and self._serial is not None:
+            return Search(
+                self._ranks,
+                self._config,
+                phase.precision,
+                self._serial,
+                self._asked,
+                limits,
+                reference,
+                float64_equal,
+            ).find(*found)
+        found = first_parting(phase.resumed)
         if found is None:
             return None
         quantity, difference = found
-        limit = limits.limit(quantity, difference.step)
-        return Parting(phase.precision, difference.step, quantity, difference.where, difference.value, limit)
+        return Parting(
+            phase.precision,
+            difference.step,
+            quantity,
+            difference.where,
+            difference.value,
+            limits.limit(quantity, difference.step),
+            cause="resume",
+            why=f"only the run that was resumed at step {phase.resumed_from} differs; something that training needs is "
+            "not saved, or is not restored",
+        )
 
     def _bytes_per_step(self) -> dict[str, float]:
         totals: dict[str, float] = {}
@@ -311,14 +310,3 @@ _LIMITS_IN_WORDS = (
     f"gradients of one of these runs are rounded once more, and the factor is {FACTOR_16_BIT}. Distances are norms of "
     "a tensor's difference, relative to the norm of all tensors of its kind"
 )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the runs' own reports from the terminal; warnings and errors are shown."""
-    log = logging.getLogger("distrain")
-    level = log.level
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -1,0 +1,186 @@
+"""What each module gives in one step, as two numbers a sample, so that runs on many ranks can be laid side by side."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from distrain.data.batch import Batch
+from distrain.data.sampler import shard_bounds
+from distrain.runtime.device import RandomState
+from distrain.strategies.base import StepResult
+from distrain.training.trainer import Trainer
+from distrain.verification.recorder import replace_method
+
+
+@dataclass
+class Call:
+    """The outputs of one call of a module, over all pieces of a rank's share.
+
+    Attributes:
+        name: Of the module in the unsplit model.
+        kind: Its class.
+        rows: For each sample, in the order of the share: the norm of its output, and its product with a fixed random
+            vector. Where outputs differ, the product does, but for an unlikely accident.
+        draws: Whether the module drew random numbers.
+    """
+
+    name: str
+    kind: str
+    rows: list[list[float]] = field(default_factory=list)
+    draws: bool = False
+
+
+@dataclass
+class Trace:
+    """The calls of a rank in one step, in the order in which they end; inner modules end before those that hold them.
+
+    Attributes:
+        shard: The rank's share of the batch.
+        batch: Samples of the whole batch.
+        calls: By name of the module and number of the call in a forward pass.
+    """
+
+    shard: tuple[int, int] = (0, 0)
+    batch: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Trace:
+        """What :func:`dataclasses.asdict` gave, after a way through JSON."""
+        calls = {key: Call(**call) for key, call in plain["calls"].items()}
+        return cls(tuple(plain["shard"]), plain["batch"], calls)
+
+
+class Tracer:
+    """Hooks of all modules that a rank runs.
+
+    Args:
+        trainer: Before its first step.
+        step: The step to trace.
+    """
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        self.trace = Trace()
+        self._trainer, self._step, self._active = trainer, step, False
+        self._samples, self._counts = 0, dict[str, int]()
+        strategy = trainer.strategy
+        self._train_step = strategy.train_step
+        replace_method(strategy, "train_step", self._traced_step)
+        for root in strategy.own_modules():
+            root.register_forward_pre_hook(self._begin_piece, with_kwargs=True)
+            for name, module in root.named_modules():
+                self._hook(name, module)
+
+    def _traced_step(self, batch: Batch) -> StepResult:
+        self._active = self._trainer.progress.step + 1 == self._step
+        if self._active:
+            self.trace.shard, self.trace.batch = self._trainer.strategy.data_shard, batch.global_count
+        try:
+            return self._train_step(batch)
+        finally:
+            self._active = False
+
+    def _begin_piece(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._samples = samples_of((args, kwargs))
+        self._counts = {}
+
+    def _hook(self, name: str, module: nn.Module) -> None:
+        states: list[RandomState] = []
+
+        def before(module: nn.Module, args: Any) -> None:
+            if self._active:
+                states.append(RandomState.now())
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if not self._active:
+                return
+            drew = bool(states) and not RandomState.now().draws_equal(states.pop())
+            number = self._counts.get(name, 0)
+            self._counts[name] = number + 1
+            call = self.trace.calls.setdefault(f"{name}#{number}", Call(name, type(module).__name__))
+            call.draws = call.draws or drew
+            # A forward pass that is done again in the backward pass adds nothing.
+            call.rows += rows_of(output, self._samples)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dictionaries."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def samples_of(inputs: Any) -> int:
+    """How many samples a forward pass gets: the length of its first tensor."""
+    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 0)
+
+
+def rows_of(output: Any, samples: int) -> list[list[float]]:
+    """Norm and projection of each sample's output; empty where the outputs are not laid out by samples."""
+    parts = [
+        tensor.detach().reshape(samples, -1).cpu().double()
+        for tensor in tensors_in(output)
+        if samples and tensor.is_floating_point() and tensor.dim() and len(tensor) % samples == 0
+    ]
+    if not parts:
+        return []
+    rows = torch.cat(parts, dim=1)
+    return torch.stack((rows.norm(dim=1), rows @ _direction(rows.shape[1])), dim=1).tolist()
+
+
+@functools.lru_cache(maxsize=64)
+def _direction(size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """A module whose outputs differ.
+
+    Attributes:
+        key: Of its call in the trace.
+        name: Of the module.
+        kind: Its class.
+        value: Largest difference of a sample's output, relative to the largest output of the module.
+    """
+
+    key: str
+    name: str
+    kind: str
+    value: float
+
+
+def first_difference(serial: Trace, ranks: Sequence[Trace], limit: float) -> ModuleDifference | None:
+    """The first module, in the order in which they end, whose outputs for some sample differ from the serial run's."""
+    for key, value in differences(serial, ranks):
+        if not value <= limit:
+            call = serial.calls[key]
+            return ModuleDifference(key, call.name, call.kind, value)
+    return None
+
+
+def differences(serial: Trace, ranks: Sequence[Trace]) -> Iterator[tuple[str, float]]:
+    """The largest difference of each call that can be compared, in the serial run's order."""
+    for key, call in serial.calls.items():
+        if len(call.rows) < serial.batch:
+            continue
+        scale = max((row[0] for row in call.rows), default=0.0) or 1.0
+        worst = 0.0
+        for trace in ranks:
+            theirs = trace.calls.get(key)
+            low, high = shard_bounds(serial.batch, *trace.shard) if trace.shard[1] else (0, 0)
+            if theirs is None or len(theirs.rows) < high - low:
+                continue
+            for mine, expected in zip(theirs.rows, call.rows[low:high], strict=False):
+                gap = max(abs(a - b) for a, b in zip(mine, expected, strict=True)) / scale
+                worst = max(worst, gap if not math.isnan(gap) else math.inf)
+        yield key, worst
