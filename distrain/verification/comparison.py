@@ -35,6 +35,11 @@ BLIND = 0.05
 _TIES = 2
 
 EXACT = ("sample order", "sample content", "sample count", "evaluation count")
+#: The order in which a step, and what follows it, computes them.
+_ORDER_IN_A_STEP = (
+    *("sample order", "sample count", "sample content", "loss", "training metrics", "gradients", "parameters"),
+    *("buffers", "evaluation count", "evaluation loss", "evaluation metrics"),
+)
 NUMBERS = ("loss", "training metrics", "gradients", "parameters", "buffers", "evaluation loss", "evaluation metrics")
 
 
@@ -269,10 +274,8 @@ def judge(found: Series, limits: Limits) -> list[Verdict]:
 
 def first_parting(verdicts: Iterable[Verdict]) -> tuple[str, Difference] | None:
     """The quantity that differs first, in the order in which a step computes them."""
-    order = ("sample order", "sample count", "sample content", "loss", "training metrics", "gradients", "parameters")
-    order += ("buffers", "evaluation count", "evaluation loss", "evaluation metrics")
     parted = [(verdict.quantity, verdict.parted) for verdict in verdicts if verdict.parted is not None]
-    return min(parted, key=lambda pair: (pair[1].step, order.index(pair[0])), default=None)
+    return min(parted, key=lambda pair: (pair[1].step, _ORDER_IN_A_STEP.index(pair[0])), default=None)
 
 
 def bitwise_differences(run: RankRecord, again: RankRecord) -> tuple[int, Difference | None]:

@@ -208,7 +208,7 @@ class _Verification:
             for reorders in range(_REORDERED + 1):
                 config = runs.serial(precision, f"serial_{reorders}")
                 rounding = EPSILON[precision] if precision in HALF and reorders == _REORDERED else 0.0
-                options = {"writes": not reorders, "reorders": reorders, "rounding": rounding}
+                options: dict[str, Any] = {"writes": not reorders, "reorders": reorders, "rounding": rounding}
                 alone.append(self._ranks.record(config, self._ranks.alone, reference, **options))
         config = runs.saving(precision, "asked")
         asked = self._ranks.record(config, self._world, reference)

@@ -124,10 +124,10 @@ class Probe:
             return findings
         # Shares of different sizes: what divides by a size shows.
         cut = max(count // 3, 1)
-        parts = [
-            _Run(module, *_rows((args, kwargs), count, start, stop), random_state)
-            for start, stop in ((0, cut), (cut, count))
-        ]
+        parts = []
+        for start, stop in ((0, cut), (cut, count)):
+            own_args, own_kwargs = _rows((args, kwargs), count, start, stop)
+            parts.append(_Run(module, own_args, own_kwargs, random_state))
         joined = [torch.cat(pair) for pair in zip(*(part.outputs for part in parts), strict=True)]
         findings.mixes = not findings.draws and not _equal(whole.outputs, joined)
         if findings.mixes or findings.draws:

@@ -22,13 +22,20 @@ def net(suspect: str) -> tuple[str, ...]:
 
 
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch")
-SAMPLES = ("data=custom", f"data._target_={HERE}.Samples", "data.workers=0")
+SAMPLES = ("data=custom", f"data._target_={HERE}.Samples", "data.workers=0", "data.batch_size=10")
+#: Choices without keys, whose names are replaced by those of planted ones.
+ALONE, LOSS = "strategy=single", ("loss=mean_squared_error", "~loss.class_weights")
 #: Settings, the cause, the module, and the direction in which it is found.
 PLANTED: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "batch norm of each rank": ((DDP, "strategy.batchnorm=local", *NORM_NET), "BatchNorm", "first.1", "forward"),
     "dropout": ((DDP, *net("Plain"), "+model.kwargs.dropout=0.5"), "dropout", "suspect", "forward"),
-    "mean of means": ((DDP, *net("Plain"), f"loss.name={HERE}.MeanOfMeans"), "mean of means", "", ""),
-    "contrastive loss": ((DDP, *net("Plain"), f"loss.name={HERE}.Contrastive"), "loss that mixes samples", "", ""),
+    "mean of means": ((DDP, *net("Plain"), *LOSS, f"loss.name={HERE}.MeanOfMeans"), "mean of means", "", ""),
+    "contrastive loss": (
+        (DDP, *net("Plain"), *LOSS, f"loss.name={HERE}.Contrastive"),
+        "loss that mixes samples",
+        "",
+        "",
+    ),
     "module that mixes samples": ((DDP, *net("MixesSamples")), "module that mixes samples", "suspect", "forward"),
     "buffer that counts": ((DDP, *net("Counts")), "buffer that counts", "suspect", "forward"),
     "autograd function": ((DDP, *net("ScalesGradient")), "backward that depends on the batch", "suspect", "backward"),
@@ -36,7 +43,7 @@ PLANTED: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "randomness in the data": ((DDP, *SAMPLES, "data.kwargs={drawn: true}"), "randomness in the data set", "", ""),
     "order of a set": ((DDP, *SAMPLES, "data.kwargs={order: process}"), "order of a set", "", ""),
     "tied parameters": (
-        (DDP, f"strategy.name={HERE}.Unties", "model=custom", f"model._target_={HERE}.Tied"),
+        (ALONE, f"strategy.name={HERE}.Unties", "model=custom", f"model._target_={HERE}.Tied"),
         "tied parameters",
         "two",
         "backward",
@@ -67,7 +74,7 @@ def test_a_format_that_rounds_is_told_from_another_computation(tmp_path: Path) -
 
 @pytest.mark.soak
 def test_a_wrong_strategy_has_no_cause_of_the_table(tmp_path: Path) -> None:
-    keys = (DDP, f"strategy.name={HERE}.ForgetsARank", *net("Plain"), "optimizer=sgd")
+    keys = (ALONE, f"strategy.name={HERE}.ForgetsARank", *net("Plain"), "optimizer=sgd")
     content, text = verified(tmp_path, 2, *keys, steps=2)
     assert content["verdict"] == "different", text
     assert content["parting"]["cause"] == "", text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from distrain.verification.recorder import RankRecord, StepRecord
 QUANTITIES = ("sample order", "loss", "gradients", "parameters")
 
 
-def record(rank: int = 0, **changes: object) -> RankRecord:
+def record(rank: int = 0, **changes: Any) -> RankRecord:
     """A rank that had half of a batch of four samples, in two steps."""
     shard = slice(2 * rank, 2 * rank + 2)
     step = StepRecord(
@@ -81,7 +82,8 @@ def test_what_a_rank_did_otherwise_is_found(
     changes: dict[str, object], quantity: str, value: float, where: str
 ) -> None:
     found = largest(changes)
-    assert found[quantity] == Difference(pytest.approx(value), where, 1)
+    assert found[quantity].value == pytest.approx(value)
+    assert (found[quantity].where, found[quantity].step) == (where, 1)
     assert all(each.value == 0 for name, each in found.items() if name != quantity)
 
 
