@@ -62,7 +62,8 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        return gradient / context.count
+        count: int = context.count
+        return gradient / count
 
 
 class ScalesGradient(nn.Module):
