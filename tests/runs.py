@@ -81,6 +81,26 @@ class NormNet(BlockSequence):
         super().__init__({"first": block(in_channels, 8), "second": block(8, 16), "head": head})
 
 
+class PointwiseNet(nn.Module):
+    """A small network that is no sequence, with 1×1 convolutions, one of them with a stride, and linear layers."""
+
+    def __init__(self, in_channels: int, num_classes: int, norm: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8) if norm == "batch" else nn.GroupNorm(2, 8)
+        self.widen = nn.Conv2d(8, 16, 1, stride=2)
+        self.shortcut = nn.Conv2d(8, 16, 1, stride=2, bias=False)
+        self.hidden = nn.Linear(16, 12)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images ``[N, C, H, W]`` to logits ``[N, num_classes]``."""
+        features = self.norm(self.stem(images)).relu()
+        pooled = (self.widen(features).relu() + self.shortcut(features)).mean((2, 3))
+        logits: Tensor = self.head(self.hidden(pooled).relu())
+        return logits
+
+
 def check(configuration: Config, world: World) -> None:
     """Refuses what ``launch/train.py`` would refuse before it loads data."""
     RunPlan.resolve(configuration, world).check()

@@ -28,6 +28,7 @@ from distrain.data.base import TARGETS, DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
 from distrain.files.untrusted import UnreadableFile, read_json, read_yaml
+from distrain.models import lora
 from distrain.models.build import instantiate_model
 from distrain.optim import custom_loss
 from distrain.optim.losses import CustomLossConfig
@@ -116,6 +117,7 @@ class RunFolder:
                 path = self.find_checkpoint(which)
                 state = read_state(path)
                 tensors = checkpoint_reader.load_model(path)
+                tensors = lora.merged(self.config.lora, tensors)
                 return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"))
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):

@@ -18,7 +18,15 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from distrain.config.key_search import schema_docs, similar_keys
 from distrain.config.registry import GROUPS, choice, choices, selectable
-from distrain.config.schema import CheckpointConfig, Config, FreezeConfig, InitConfig, RuntimeConfig, TrainerConfig
+from distrain.config.schema import (
+    CheckpointConfig,
+    Config,
+    FreezeConfig,
+    InitConfig,
+    LoraConfig,
+    RuntimeConfig,
+    TrainerConfig,
+)
 from distrain.errors import ABSENT, ConfigError, config_error, config_error_from_line, show_value
 
 T = TypeVar("T")
@@ -96,8 +104,14 @@ _GROUP_DEFAULTS = {"task": OmegaConf.create({"name": "classification"})}
 _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 
 
-_SECTION_DEFAULTS = {"init": OmegaConf.create()}
-_SECTIONS = {"init": InitConfig, "trainer": TrainerConfig, "checkpoint": CheckpointConfig, "runtime": RuntimeConfig}
+_SECTION_DEFAULTS = {"init": OmegaConf.create(), "lora": OmegaConf.create()}
+_SECTIONS = {
+    "init": InitConfig,
+    "lora": LoraConfig,
+    "trainer": TrainerConfig,
+    "checkpoint": CheckpointConfig,
+    "runtime": RuntimeConfig,
+}
 
 
 #: What false and true mean where a key has the choices off and auto: in YAML, ``off`` is the truth value false.

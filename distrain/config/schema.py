@@ -324,6 +324,29 @@ class FreezeConfig:
 
 
 @dataclass
+class LoraConfig:
+    """LoRA: the weights of linear layers and 1×1 convolutions stay, and the product of two small matrices is added."""
+
+    rank: int | None = setting(
+        "Rows of each layer's matrix A and columns of its B, whose product B A is added to the weight; null: no LoRA, "
+        "the other keys of lora have no effect.",
+        at_least=1,
+        default=None,
+    )
+    alpha: float | None = setting("The product is multiplied by alpha / rank; null: by 1.", above=0, default=None)
+    match: list[str] | None = setting(
+        "Shell patterns of the names of linear layers and 1×1 convolutions that have it, such as *.qkv; head: the "
+        "model's last layer. null: all but the last one.",
+        default=None,
+    )
+    also_train: list[str] = setting(
+        "Shell patterns of the names of other parameters that are trained; head: those of the model's last layer. All "
+        "others are frozen.",
+        default_factory=lambda: ["head"],
+    )
+
+
+@dataclass
 class TrainerConfig:
     """The training loop."""
 
@@ -465,6 +488,7 @@ class Config:
         "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",), path=True
     )
     init: InitConfig = field(default_factory=InitConfig, metadata=_affects("start"))
+    lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: list[FreezeConfig] = setting(
         "Parameters that keep their initial values, for ever or in the first epochs.", default_factory=list
     )

@@ -18,13 +18,15 @@ class FreezeSchedule:
     Args:
         config: The key ``freeze``; for a parameter the first entry counts whose pattern matches its name.
         model: The unsplit model. Parameters that it does not want to be trained are ignored.
+        frozen: Names of parameters that are never trained, whatever the entries say.
 
     Raises:
         ConfigError: A pattern matches no parameter that is trained without it, or nothing is left to train in an epoch.
     """
 
-    def __init__(self, config: Sequence[FreezeConfig], model: nn.Module) -> None:
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    def __init__(self, config: Sequence[FreezeConfig], model: nn.Module, frozen: Collection[str] = ()) -> None:
+        wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        names = [name for name in wanted if name not in frozen]
         depths = layer_depths(model) if config else {}
         #: The first epoch in which each parameter is trained; infinite for never.
         self._first_epoch: dict[str, float] = dict.fromkeys(names, 0)
@@ -45,6 +47,7 @@ class FreezeSchedule:
             when = "" if first == math.inf else f" in the first {first:g} epochs"
             way_out = "an entry before the others with epochs: 0, such as {match: head, epochs: 0}, is never frozen"
             raise config_error("freeze", f"leaves no parameter to train{when}; {way_out}")
+        self._first_epoch |= {name: math.inf for name in wanted if name in frozen}
 
     @property
     def parameters(self) -> Set[str]:

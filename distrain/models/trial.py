@@ -49,7 +49,7 @@ class ModelTrial:
         allowed: Prefixes that the ``_target_`` of a ``custom`` model may have.
         dtype: Floating-point format of parameters and images.
         autocast: The context of forward passes.
-        extra_check: Another check of the model, called before images run.
+        extra_check: Another check of the model, called before images run; it may add to the model what training adds.
 
     Attributes:
         model: The model that was tried, for its structure: what training builds has other values.

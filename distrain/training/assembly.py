@@ -10,6 +10,7 @@ from torch import nn
 
 from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
+from distrain.models import lora
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
 from distrain.models.freezing import FreezeSchedule, train_only
@@ -41,6 +42,7 @@ def build_model(plan: RunPlan, splits: Splits) -> nn.Module:
     )
     if isinstance(model, DataDependentInit):
         model.initialise_from(splits.train, splits.mean, splits.std)
+    lora.add(plan.config.lora, model, plan.config.seed)
     convert(model, plan.dtype, plan.device)
     return model.to(memory_format=plan.memory_format(model))  # type: ignore[call-overload,no-any-return]
 
@@ -81,9 +83,12 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     if splits.class_weights is not None:
         plan.task.set_class_weights(splits.class_weights)
     model = build_model(plan, splits)
-    if config.freeze:
-        strategy.freezing = FreezeSchedule(config.freeze, model)
+    frozen = lora.frozen(config.lora, model)
+    if config.freeze or frozen:
+        strategy.freezing = FreezeSchedule(config.freeze, model, frozen)
         train_only(model, strategy.freezing.ever_trained, strategy.freezing.parameters)
+        if runtime.is_main and frozen:
+            log.info("%s", lora.describe(config.lora, model, strategy.freezing.ever_trained))
     if not resume.will_resume(config, runtime):
         initial_weights.load(config.init, runtime, model)
     layout = plan.memory_format(model)

@@ -17,6 +17,7 @@ from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.communication.collectives import digest
 from distrain.config.schema import InitConfig
 from distrain.errors import ConfigError, described
+from distrain.models import lora
 from distrain.runtime.runtime import Runtime
 from distrain.torch_internals import storage_id
 
@@ -131,6 +132,7 @@ def _match(config: InitConfig, source: str, model: nn.Module) -> Match:
         if new_name in renamed:
             raise ConfigError("init.rename", config.rename, f"gives two tensors the name {new_name!r}")
         renamed[new_name] = tensor
+    lora.refuse_unmerged(renamed, model, source)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for pattern in config.exclude:
         if not fnmatch.filter([*own, *renamed], pattern):

@@ -256,7 +256,7 @@ def _is_incompatible(
         return False
     if key.startswith("data."):
         return key.split(".")[1] not in compatible_data_keys
-    return key.startswith("model.") or key in ("optimizer.name", "optimizer._target_")
+    return key.startswith(("model.", "lora.")) or key in ("optimizer.name", "optimizer._target_")
 
 
 def _format_changes(changes: Changes) -> str:

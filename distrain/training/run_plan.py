@@ -18,6 +18,7 @@ from distrain.config.schema import Config
 from distrain.data.balance import class_weights
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
+from distrain.models import lora
 from distrain.models.float64 import refuse_float64
 from distrain.models.freezing import FreezeSchedule, check_counts, train_only
 from distrain.models.trial import ModelTrial
@@ -140,7 +141,7 @@ class RunPlan:
             output_shape=self.task.output_shape,
             dtype=self.dtype,
             autocast=precision.autocast,
-            extra_check=functools.partial(_check_model, config, self.strategy),
+            extra_check=functools.partial(_prepare_and_check, config, self.strategy),
         )
         trial.show(lambda model, images: self.strategy.check_passes(config, model, images, precision))
         if is_mps(self.device):
@@ -208,12 +209,14 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
     return True
 
 
-def _check_model(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
+def _prepare_and_check(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
+    lora.add(config.lora, model, config.seed)
     check_groups(config.optimizer, model)
-    if config.freeze and strategy.set_trained is Strategy.set_trained:
+    frozen = lora.frozen(config.lora, model)
+    if (config.freeze or frozen) and strategy.set_trained is Strategy.set_trained:
         problem = f"strategy={config.strategy.name} can't freeze parameters, since it doesn't override set_trained()"
-        raise config_error("freeze", problem)
-    freezing = FreezeSchedule(config.freeze, model)
+        raise config_error("freeze" if config.freeze else "lora", problem)
+    freezing = FreezeSchedule(config.freeze, model, frozen)
     train_only(model, freezing.ever_trained, freezing.parameters)
     strategy.check_model(config, model)
     optimizer_trial.check(config.optimizer, model, divided=strategy.divides_model)

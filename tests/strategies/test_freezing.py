@@ -34,6 +34,16 @@ NORM_NET = (
     FREEZE.format(never="first.1.*", later="second.*"),
 )
 BATCH_NORM, GROUP_NORM = (*NORM_NET, "+model.kwargs.norm=batch"), (*NORM_NET, "+model.kwargs.norm=group")
+#: LoRA in three layers and a normalisation that is trained too; at first the last layer alone is trained.
+LORA = (
+    "model=custom",
+    "model._target_=tests.runs.PointwiseNet",
+    "lora.rank=2",
+    "lora.alpha=3",
+    "lora.also_train=[head,norm.*]",
+    "freeze=[{match: head, epochs: 0}, {match: '*.lora_*', epochs: 1}, {match: '*', epochs: 2}]",
+)
+LORA_BATCH_NORM, LORA_GROUP_NORM = (*LORA, "+model.kwargs.norm=batch"), (*LORA, "+model.kwargs.norm=group")
 CNN = ("model=simple_cnn", FREEZE.format(never="block1.*", later="dense.*"))
 MOMENTUM = ("optimizer.momentum=0.9", "optimizer.layer_decay=0.5", "trainer.grad_clip_norm=1")
 LOSSY = ("optimizer=adamw", "compression.min_elements=30", *BATCH_NORM)
@@ -52,6 +62,23 @@ EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "local_sgd": (3, (*GROUP_NORM, "optimizer.momentum=0"), ("strategy=local_sgd", "strategy.sync_every=1")),
     "parameter_server": (4, (*GROUP_NORM, *MOMENTUM), ("strategy=parameter_server", "strategy.servers=2")),
+    "LoRA, ddp": (3, (*LORA_BATCH_NORM, *MOMENTUM), ("strategy=ddp", "strategy.first_bucket_mb=0.0005")),
+    "LoRA, pipeline": (
+        2,
+        (*LORA_GROUP_NORM, *MOMENTUM),
+        ("strategy=pipeline", "strategy.stages=2", "strategy.boundaries=[hidden]", "strategy.microbatches=2"),
+    ),
+    "LoRA, replicated stages": (
+        4,
+        (*LORA_GROUP_NORM, *MOMENTUM),
+        ("strategy=pipeline", "strategy.stages=2", "strategy.boundaries=[widen]"),
+    ),
+    "LoRA, local_sgd": (
+        2,
+        (*LORA_GROUP_NORM, "optimizer.momentum=0"),
+        ("strategy=local_sgd", "strategy.sync_every=1"),
+    ),
+    "LoRA, parameter_server": (3, (*LORA_GROUP_NORM, *MOMENTUM), ("strategy=parameter_server",)),
 }
 #: In a stage of its own, the normalisation without parameters is not part of anything that is frozen as a whole.
 EQUAL["normalisation between stages"] = (
@@ -86,7 +113,12 @@ LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 #: Ways that are tried by make test-soak alone.
-LONG = ("local_sgd", "replicated stages", "normalisation between stages")
+LONG = (
+    "local_sgd",
+    "replicated stages",
+    "normalisation between stages",
+    *(way for way in EQUAL if way.startswith("LoRA")),
+)
 #: Where runs in parts stop: an epoch has five steps.
 STOPS = (5, 11)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import distrain
 from distrain.checkpoint import weight_files
 from distrain.cli import app
 from distrain.config.schema import Config, InitConfig
@@ -103,6 +105,36 @@ def train(config: Config) -> dict[str, Tensor]:
     assert config.run_dir is not None
     # Copies, since the files are mapped into memory.
     return {name: tensor.clone() for name, tensor in weight_files.read(Path(config.run_dir)).items()}
+
+
+def test_lora_keeps_the_weights_it_starts_from_and_is_evaluated_and_exported_merged(
+    pretrained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "merged.safetensors"
+    config = start(pretrained, "lora.rank=3", "lora.alpha=6", "optimizer.lr=0.1", f"run_dir={run}")
+    app.train(config)
+    said = capfd.readouterr().err
+    assert "LoRA of rank 3, alpha / rank = 2, in dense.linear: " in said
+    assert "  new (not in the file): dense.linear.lora_a, dense.linear.lora_b" in said
+    given, trained = weight_files.read(pretrained), weight_files.read(run)
+    kept = [name for name in given if not name.startswith("output.")]
+    assert all(torch.equal(trained[name], given[name]) for name in kept)
+    assert bool(trained["dense.linear.lora_b"].any())
+    distrain.export(run, file)
+    exported = safetensors.torch.load_file(file)
+    assert exported.keys() == given.keys()
+    update = 2 * trained["dense.linear.lora_b"] @ trained["dense.linear.lora_a"]
+    assert torch.allclose(exported["dense.linear.weight"], given["dense.linear.weight"] + update, atol=1e-7)
+    found = distrain.evaluate(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["accuracy"] == summary["test_accuracy"]
+    assert found["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    with pytest.raises(ConfigError, match="are those of a run with LoRA"):
+        app.train(start(run, f"run_dir={tmp_path}/other"))
+    with pytest.raises(ConfigError, match=r"another configuration: lora.alpha: 6.0 → 3.0; "):
+        app.train(start(pretrained, "lora.rank=3", "lora.alpha=3", f"run_dir={run}"))
+    app.train(start(file, f"run_dir={tmp_path}/next"))
+    assert "initial weights from" in capfd.readouterr().err
 
 
 class Tied(nn.Module):
