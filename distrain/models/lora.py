@@ -49,9 +49,8 @@ def add(config: LoraConfig, model: nn.Module, seed: int) -> None:
     chosen = _chosen(config, model)
     most = max(min(cast(Tensor, layer.weight).shape[:2]) for layer in chosen.values())
     if config.rank > most:
-        raise ConfigError(
-            "lora.rank", config.rank, f"is above {most}, the largest rank that a chosen layer's weight has"
-        )
+        problem = f"is above {most}, the largest rank that a chosen layer's weight has"
+        raise ConfigError("lora.rank", config.rank, problem)
     for name, layer in chosen.items():
         weight = cast(Tensor, layer.weight)
         outputs, inputs = weight.shape[:2]
