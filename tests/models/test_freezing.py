@@ -63,6 +63,8 @@ def test_a_strategy_of_the_users_that_can_not_freeze_is_refused(monkeypatch: pyt
     monkeypatch.setattr(Single, "set_trained", Strategy.set_trained)
     with pytest.raises(ConfigError, match=r"^freeze: strategy=single can't freeze parameters"):
         check(small("freeze=[{match: block1.*}]"), World.from_environment())
+    with pytest.raises(ConfigError, match=r"^lora: strategy=single can't freeze parameters"):
+        check(small("lora.rank=2"), World.from_environment())
 
 
 @pytest.mark.parametrize(
