@@ -83,7 +83,8 @@ class Parting:
             name = self.module or "the model itself"
             first = "first module in forward order" if self.direction == "forward" else "place in the backward pass"
             found.append(f"{first}: {name} ({self.module_type})")
-        found.append(f"why: {self.cause}: {self.why}" if self.cause else "why: no cause of the table is recognised")
+        why = f"{self.cause}: {self.why}" if self.cause else "no cause of the table is recognised"
+        found.append(f"why: {why}" + (f"; {self.why}" if self.why and not self.cause else ""))
         return found
 
 

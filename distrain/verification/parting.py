@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distrain.config.schema import CompressionConfig, Config
+from distrain.errors import described
 from distrain.torch_internals import BatchNorm
 from distrain.training.trainer import Trainer
 from distrain.verification import causes
@@ -87,16 +88,20 @@ class Search:
         evidence.order_matters = "" if order is None else order.where or "the loss"
         if self.config.compression.name != "none":
             evidence.equal_without_compression = self._is_equal_without_compression()
+        failure = ""
         if self.ranks.world.rank == 0:
-            place = self._experiments(evidence, step, place, calls)
+            try:
+                place = self._experiments(evidence, step, place, calls)
+            except Exception as error:  # a user's module may raise anything where it is run alone
+                failure = f"the experiments failed {described(error)}"
         cause = causes.find(evidence)
         told = {
             "place": None if place is None else dataclasses.asdict(place),
-            "cause": None if cause is None else [cause.name, cause.advice],
+            "cause": ["", failure] if cause is None else [cause.name, cause.advice],
         }
         first = self.ranks.exchange(told)[0]
         name, kind, direction = ("", "", "") if first["place"] is None else first["place"].values()
-        found, why = first["cause"] or ("", "")
+        found, why = first["cause"]
         limit = self.limits.limit(quantity, step)
         return Parting(
             self.precision,

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from distrain.data.batch import Batch, Targets, slice_targets
 from distrain.runtime.device import RandomState
 from distrain.strategies.base import StepResult
+from distrain.strategies.precision import Precision
 from distrain.training.trainer import Trainer
 from distrain.verification.recorder import replace_method
 from distrain.verification.trace import samples_of, tensors_in
@@ -75,6 +76,7 @@ class Probe:
         self._inputs: dict[str, tuple[Any, Any, RandomState]] = {}
         self._loss: tuple[Tensor, Targets] | None = None
         self._losses = trainer.task.loss
+        self._precision = Precision(trainer.config.trainer.precision, trainer.runtime.device)
         self._train_step = trainer.strategy.train_step
         replace_method(trainer.strategy, "train_step", self._probed_step)
         replace_method(trainer.task, "loss", self._probed_loss)
@@ -113,6 +115,11 @@ class Probe:
         """Experiments on a module; ``None`` if the step didn't run it."""
         if name not in self._inputs or self._copy is None:
             return None
+        with self._precision.autocast():
+            return self._examine(name)
+
+    def _examine(self, name: str) -> ModuleFindings:
+        assert self._copy is not None, "the step was taken"
         module = self._copy.get_submodule(name) if name else self._copy
         args, kwargs, random_state = self._inputs[name]
         findings = ModuleFindings(name, type(module).__name__)
@@ -146,7 +153,10 @@ class Probe:
         """Experiments on the loss."""
         if self._loss is None or len(self._loss[0]) < 2:
             return LossFindings()
-        outputs, targets = self._loss
+        with self._precision.autocast():
+            return self._examine_loss(*self._loss)
+
+    def _examine_loss(self, outputs: Tensor, targets: Targets) -> LossFindings:
         whole, gradient = self._loss_of(outputs, targets)
         single = [
             self._loss_of(outputs[index : index + 1], slice_targets(targets, index, index + 1))

@@ -24,7 +24,7 @@ def net(suspect: str) -> tuple[str, ...]:
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch")
 SAMPLES = ("data=custom", f"data._target_={HERE}.Samples", "data.workers=0", "data.batch_size=10")
 #: Choices without keys, whose names are replaced by those of planted ones.
-ALONE, LOSS = "strategy=single", ("loss=mean_squared_error", "~loss.class_weights")
+ALONE, LOSS = "strategy=single", ("loss=mean_absolute_error",)
 #: Settings, the cause, the module, and the direction in which it is found.
 PLANTED: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "batch norm of each rank": ((DDP, "strategy.batchnorm=local", *NORM_NET), "BatchNorm", "first.1", "forward"),
@@ -45,7 +45,7 @@ PLANTED: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "tied parameters": (
         (ALONE, f"strategy.name={HERE}.Unties", "model=custom", f"model._target_={HERE}.Tied"),
         "tied parameters",
-        "two",
+        "one",
         "backward",
     ),
     "compressor": ((DDP, *net("Plain"), f"compression.name={HERE}.Coarse"), "compressor", "last", "backward"),
