@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from distrain.api.trained import evaluate, export, load_model, predict
     from distrain.api.trainer import Trainer
     from distrain.errors import ConfigError, Failed, Stopped
+    from distrain.verification.launched import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_model",
     "predict",
     "read_run",
+    "verify",
 ]
 
 #: Where each name is defined.
@@ -41,6 +43,7 @@ _HOMES = {
     "ConfigError": "distrain.errors",
     "Failed": "distrain.errors",
     "Stopped": "distrain.errors",
+    "verify": "distrain.verification.launched",
 }
 
 

@@ -64,14 +64,16 @@ def run(settings: VerifySettings, keys: Sequence[str]) -> Certificate:
         settings.keep,
         launcher.command([*sys.argv, "--", *keys], os.environ),
     )
-    certificate, folder = engine.verify(training_config(keys), world, options)
-    if world.rank == 0:
-        for line in certificate.lines():
-            show(line)
-        show(f"certificate: {folder / FILE}")
+    certificate = engine.verify(training_config(keys), world, options, _print)
     if not certificate.passed:
         raise Failed
     return certificate
+
+
+def _print(certificate: Certificate, path: Path) -> None:
+    for line in certificate.lines():
+        show(line)
+    show(f"certificate: {path}")
 
 
 def check(keys: Sequence[str], launch: LaunchSettings) -> None:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from distrain.checkpoint import format as checkpoint_format
 from distrain.config.load import to_container
 from distrain.config.schema import Config
-from distrain.errors import ConfigError, config_error
+from distrain.errors import ConfigError, Failed, Stopped, config_error
+from distrain.files.terminal import print_to_stderr
 from distrain.models.trial import ModelTrial
 from distrain.reporting.origin import Origin
 from distrain.runtime.runtime import Runtime
@@ -84,55 +86,79 @@ def check(config: Config, world: World) -> ModelTrial:
     return RunPlan.resolve(config, world).check(warn=False)
 
 
-def verify(config: Config, world: World, options: Options) -> tuple[Certificate, Path]:
+def verify(
+    config: Config, world: World, options: Options, show: Callable[[Certificate, Path], object] = lambda *_: None
+) -> Certificate:
     """Compares a training on these ranks with that of one process; all ranks call it together.
 
     Args:
         config: The training.
         world: This rank's place.
         options: What is asked.
+        show: Called on rank 0 with the certificate and its file, before any rank returns.
 
     Returns:
-        The certificate, the same on all ranks, and the folder that holds it.
+        The certificate, the same on all ranks.
 
     Raises:
         ConfigError: The configuration can't run.
-        Failed: A run failed; which rank, where and why was said.
+        Failed: A run failed, or was stopped; which rank, where and why was said.
     """
     trial = check(config, world)
     plan = RunPlan.resolve(config, world)
     with contextlib.closing(plan.load()) as splits:
         folder = _agreed_folder(config, world, options.folder)
         runs = short_runs.cut(plan, trial, splits, options.steps, folder / "runs")
+        verification = _Verification(config, world, options, runs)
         try:
-            certificate = _Verification(config, world, options, runs, trial).certify()
+            certificate = verification.certify()
+        except Stopped as stopped:
+            if world.rank == 0:
+                print_to_stderr(f"distrain: {stopped}; there is no certificate")
+            raise Failed from stopped
         finally:
             if world.rank == 0 and not options.keep:
                 shutil.rmtree(runs.folder, ignore_errors=True)
     if world.rank == 0:
-        certificate.write(folder)
-    return certificate, folder
+        show(certificate, certificate.write(folder))
+    # A launcher ends all ranks when one has ended because the certificate is a bad one.
+    verification.meet()
+    return certificate
 
 
 def _agreed_folder(config: Config, world: World, folder: Path | None) -> Path:
-    """The folder of the certificate; if none is given, rank 0 names one by its clock."""
-    if folder is None:
-        name = f"outputs/verify/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-        with Runtime(config, world, keep_logs=False) as runtime:
-            folder = Path(runtime.communicator().all_gather_json({"folder": name}, runtime.device)[0]["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
+    """The folder of the certificate, which rank 0 makes; if none is given, it names one by its clock.
+
+    Raises:
+        ConfigError: It holds the runs of another verification, or can't be made.
+    """
+    name = folder or Path(f"outputs/verify/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
+    if world.rank == 0:
+        if (name / "runs").exists():
+            raise ConfigError("folder", name, "holds the runs of another verification; remove it, or name another one")
+        try:
+            name.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("folder", name, f"can't be made ({error.strerror or error})") from error
+    with Runtime(config, world, keep_logs=False) as runtime:
+        told = runtime.communicator().all_gather_json({"folder": str(name.resolve())}, runtime.device)
+    return Path(told[0]["folder"])
 
 
 class _Verification:
     """The runs of one verification, on one rank."""
 
-    def __init__(self, config: Config, world: World, options: Options, runs: ShortRuns, trial: ModelTrial) -> None:
-        self._config, self._world, self._options, self._runs, self._trial = config, world, options, runs, trial
+    def __init__(self, config: Config, world: World, options: Options, runs: ShortRuns) -> None:
+        self._config, self._world, self._options, self._runs = config, world, options, runs
         self._ranks = RankRuns(world, runs)
         self._remarks: dict[str, list[str]] = {}
         self._asked: list[RankRecord] = []
         self._serial: RankRecord | None = None
+
+    def meet(self) -> None:
+        """Waits for all ranks."""
+        with self._ranks.meeting():
+            pass
 
     def certify(self) -> Certificate:
         """Does all runs and compares them."""

@@ -171,7 +171,7 @@ class Probe:
         with torch.enable_grad():
             loss, _ = self._losses(outputs, targets)
         (gradient,) = torch.autograd.grad(loss, [outputs])
-        return float(loss), gradient
+        return float(loss.detach()), gradient
 
 
 class _Run:

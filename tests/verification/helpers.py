@@ -18,7 +18,7 @@ def verified_on_rank(overrides: tuple[str, ...], folder: Path, options: dict[str
     other_data = any(key.startswith("data=") for key in overrides)
     shared = [key for key in SMALL if not (other_data and key.startswith("data"))]
     config = compose(*shared, *overrides)
-    certificate, _ = engine.verify(config, World.from_environment(), Options(folder=folder, **options))
+    certificate = engine.verify(config, World.from_environment(), Options(folder=folder, **options))
     return certificate.to_plain(), "\n".join(certificate.lines())
 
 

@@ -17,12 +17,12 @@ from distrain.communication.types import Pending
 from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
 from distrain.config.registry import register
-from distrain.config.schema import CompressionConfig, LossConfig, StrategyConfig
+from distrain.config.schema import CompressionConfig, StrategyConfig, TaskConfig
 from distrain.models.base import BlockSequence
-from distrain.optim.losses import Loss
 from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.replicated import Replicated
 from distrain.tasks.base import Task
+from distrain.tasks.classification import Classification
 
 
 class Plain(nn.Module):
@@ -157,26 +157,22 @@ class Coarse(Compressor):
         bucket.flat.copy_(coarse)
 
 
-@register("loss", "mean_of_means", LossConfig)
-class MeanOfMeans(Loss):
-    """The mean over what it gets, which is added up as if it were a sum."""
+@register("task", "mean_of_means", TaskConfig)
+class MeanOfMeans(Classification):
+    """Adds means up as if they were sums."""
 
-    kinds = ("class",)
-
-    def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return 10 * F.cross_entropy(logits, labels)
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        return 10 * F.cross_entropy(outputs, targets), len(outputs)
 
 
-@register("loss", "contrastive", LossConfig)
-class Contrastive(Loss):
+@register("task", "contrastive", TaskConfig)
+class Contrastive(Classification):
     """Compares each sample with all others that it gets."""
 
-    kinds = ("class",)
-
-    def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        similar = logits @ logits.T
-        same = (labels[:, None] == labels[None, :]).to(logits.dtype)
-        return -(similar.log_softmax(1) * same / same.sum(1, keepdim=True)).sum()
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        similar = outputs @ outputs.T
+        same = (targets[:, None] == targets[None, :]).to(outputs.dtype)
+        return -(similar.log_softmax(1) * same / same.sum(1, keepdim=True)).sum(), len(outputs)
 
 
 class Samples(Dataset[Any]):

@@ -23,15 +23,15 @@ def net(suspect: str) -> tuple[str, ...]:
 
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch")
 SAMPLES = ("data=custom", f"data._target_={HERE}.Samples", "data.workers=0", "data.batch_size=10")
-#: Choices without keys, whose names are replaced by those of planted ones.
-ALONE, LOSS = "strategy=single", ("loss=mean_absolute_error",)
+#: A choice without keys, whose name is replaced by that of a planted one.
+ALONE = "strategy=single"
 #: Settings, the cause, the module, and the direction in which it is found.
 PLANTED: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "batch norm of each rank": ((DDP, "strategy.batchnorm=local", *NORM_NET), "BatchNorm", "first.1", "forward"),
     "dropout": ((DDP, *net("Plain"), "+model.kwargs.dropout=0.5"), "dropout", "suspect", "forward"),
-    "mean of means": ((DDP, *net("Plain"), *LOSS, f"loss.name={HERE}.MeanOfMeans"), "mean of means", "", ""),
+    "mean of means": ((DDP, *net("Plain"), f"task.name={HERE}.MeanOfMeans"), "mean of means", "", ""),
     "contrastive loss": (
-        (DDP, *net("Plain"), *LOSS, f"loss.name={HERE}.Contrastive"),
+        (DDP, *net("Plain"), f"task.name={HERE}.Contrastive"),
         "loss that mixes samples",
         "",
         "",
