@@ -65,7 +65,7 @@ def verify(
         ConfigError: A setting is refused.
         Failed: A run failed; the message says what was printed.
     """
-    if isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 2:
+    if isinstance(nproc, bool) or nproc < 2:
         raise config_error("nproc", f"is {nproc!r}; ranks are compared with one process, so at least 2 are needed")
     with contextlib.ExitStack() as stack:
         if folder is None:
