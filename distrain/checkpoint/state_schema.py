@@ -212,7 +212,7 @@ _SCALARS = _fields(
 
 _LAYOUT = _fields(
     {"strategy": _text, "world_size": _whole(1, _MAX_RANKS), "mesh": _entries(_whole(1, _MAX_RANKS))},
-    {"travels": _text},
+    {"travels": _text, "boundaries": _list_of(_text)},
 )
 
 _CONFIG = _fields(

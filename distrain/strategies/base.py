@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, cast
 
 import torch
@@ -79,6 +80,8 @@ class Strategy(ABC, Generic[OptionsT_co]):
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: Made by :meth:`setup`; the trainer sets its learning rate.
         freezing: When each parameter is trained; set before :meth:`setup` if some are not always trained.
+        saved_layout: The :attr:`layout` of the run that will be resumed, as its checkpoint says, which may come from
+            anywhere; set before :meth:`setup`. Empty if none will.
         compressor: Compresses what is reduced among replicas.
         compressed_quantity: Quantity being compressed; residuals share its unit.
         divides_model: Whether an optimizer of a rank has some of the model's parameters alone.
@@ -93,6 +96,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer
     freezing: FreezeSchedule | None = None
+    saved_layout: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
@@ -120,6 +124,10 @@ class Strategy(ABC, Generic[OptionsT_co]):
             "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
             "travels": self.compressed_quantity,
         }
+
+    def is_arranged_as(self, layout: Mapping[str, Any]) -> bool:
+        """Whether this is the layout of a saved run."""
+        return layout == self.layout
 
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
@@ -341,7 +349,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         Args:
             saved: As for :meth:`load_state_dict`.
         """
-        same_layout = saved["layout"] == self.layout
+        same_layout = self.is_arranged_as(saved["layout"])
         own = saved["local"][self.runtime.world.rank] if same_layout and saved.get("local") else {}
         return module_state.with_own_state(saved["model"], saved["scalars"].get("module"), own)
 
@@ -365,7 +373,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         restored = resharding.restore(
             self.compressor,
             saved["compressor"],
-            same_layout=saved["layout"] == self.layout,
+            same_layout=self.is_arranged_as(saved["layout"]),
             rank=self.runtime.world.rank,
             names=names,
             replicas=replicas,

@@ -146,7 +146,7 @@ class DDP(Replicated[DDPConfig]):
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
-        if saved["layout"] == self.layout:
+        if self.is_arranged_as(saved["layout"]):
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
             self._rebuild_buckets()
         return super().load_state_dict(saved)

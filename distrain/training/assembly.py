@@ -109,6 +109,7 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     )
     if runtime.is_main and config.optimizer.layer_decay is not None:
         log.info("learning rates by layer:\n%s", describe_rates(config.optimizer, model))
+    strategy.saved_layout = resume.saved_layout(config, runtime)
     # Counted before a strategy splits the model.
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     strategy.setup(model, plan.task, make_optimizer, first.inputs)

@@ -278,16 +278,43 @@ def saved_trainer_config(config: Config, runtime: Runtime) -> dict[str, Any]:
     Returns:
         The section as plain data, the same on all ranks; empty if no checkpoint is resumed.
     """
-    section: object = None
+
+    def trainer_section(path: Path) -> dict[str, Any] | None:
+        saved = _read_saved_config(path)[0]
+        section = {} if saved is None else saved.get("trainer")
+        return None if saved is None else section if isinstance(section, dict) else {}
+
+    return _newest(config, runtime, trainer_section)
+
+
+def saved_layout(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """How the ranks of the run that ``resume`` continues were arranged; all ranks call it together.
+
+    Returns:
+        ``Strategy.layout`` of the newest checkpoint that says it, the same on all ranks; empty if there is none.
+    """
+
+    def layout(path: Path) -> dict[str, Any] | None:
+        try:
+            return dict(read_state(path)["layout"])
+        except DamagedCheckpoint:  # an older one is resumed
+            return None
+
+    return _newest(config, runtime, layout)
+
+
+def _newest(config: Config, runtime: Runtime, read: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+    """What rank 0 reads from the newest checkpoint that contains it, on all ranks; empty if none does."""
+    found = None
     if runtime.is_main and config.resume != "never":
         paths = [Path(config.resume)]
         if config.resume == "auto":
             paths = checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(runtime.run_dir))[::-1]
-        configs = (_read_saved_config(path)[0] for path in paths)
-        section = next((saved for saved in configs if saved is not None), {}).get("trainer")
-    section = section if isinstance(section, dict) else {}
-    trainer: dict[str, Any] = runtime.communicator().all_gather_json({"trainer": section}, runtime.device)[0]["trainer"]
-    return trainer
+        found = next((content for content in map(read, paths) if content is not None), None)
+    content: dict[str, Any] = runtime.communicator().all_gather_json({"newest": found or {}}, runtime.device)[0][
+        "newest"
+    ]
+    return content
 
 
 def will_resume(config: Config, runtime: Runtime) -> bool:
@@ -395,7 +422,7 @@ def _restore(
         for key, change in changed.items()
         if not affected_by(config, key) & {"start", "identity", "execution"} and NO_VALUE not in change
     }
-    same_layout = state["layout"] == strategy.layout
+    same_layout = strategy.is_arranged_as(state["layout"])
     parts += _trainer_parts(
         config, progress, changed, _samples_of(state.get("data") or {}), samples, same_layout=same_layout
     )

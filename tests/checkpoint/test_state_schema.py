@@ -51,7 +51,13 @@ def full_state() -> dict[str, Any]:
             "buckets": {"latency": 6e-5, "a_byte": 8e-11, "busy": 1.0},
             "module": {"extra_state": {"net._extra_state": '{"calls": 3}'}, "versions": {"net.norm": 2}},
         },
-        "layout": {"strategy": "local_sgd", "world_size": 2, "mesh": {"data": 2}, "travels": "differences"},
+        "layout": {
+            "strategy": "local_sgd",
+            "world_size": 2,
+            "mesh": {"data": 2},
+            "travels": "differences",
+            "boundaries": ["layer2", "head"],
+        },
         "config": {"seed": 3, "trainer": {"epochs": 3}},
     }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from torch import Tensor, nn
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.strategies.pipeline import split
+from distrain.strategies.pipeline.block_costs import BlockCost
 from tests.harness import run_ranks, soaked
 from tests.runs import relative_difference, small, trainer_for
 
@@ -97,8 +103,10 @@ LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "replicated stages": (
         4,
         LOSSY,
-        ("strategy=pipeline", "strategy.stages=2", "strategy.boundaries=[second]", "compression=qsgd"),
+        ("strategy=pipeline", "strategy.stages=2", "compression=qsgd"),
     ),
+    # Where stages are cut decides in which order the squares of a norm are added up.
+    "clipped stages": (2, (*GROUP_NORM, *MOMENTUM), ("strategy=pipeline", "strategy.stages=2")),
     "merges under way": (
         2,
         LOSSY,
@@ -129,16 +137,30 @@ def normalised(in_channels: int, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), norm, features, *pooled, nn.Linear(4, num_classes))
 
 
+@contextlib.contextmanager
+def slow_block(index: int) -> Iterator[None]:
+    """A pipeline finds that this block takes most of the time."""
+    measure = split.measure_blocks
+
+    def planted(*arguments: Any) -> list[BlockCost]:
+        costs = [dataclasses.replace(cost, forward_ms=1.0, backward_ms=1.0) for cost in measure(*arguments)]
+        costs[index] = dataclasses.replace(costs[index], forward_ms=1000.0)
+        return costs
+
+    with mock.patch.object(split, "measure_blocks", planted):
+        yield
+
+
 def train(runs: list[tuple[str, ...]]) -> None:
-    """Trains on this rank, one run after the other."""
-    for overrides in runs:
+    """Trains on this rank, one run after the other; from the third on, the last block is slow instead of the first."""
+    for index, overrides in enumerate(runs):
         configuration = small(*COMMON, *overrides)
-        with Runtime(configuration, World.from_environment()) as runtime:
+        with Runtime(configuration, World.from_environment()) as runtime, slow_block(-1 if index > 1 else 0):
             trainer_for(configuration, runtime).fit()
 
 
 def train_whole_and_in_parts(ranks: int, folder: Path, *overrides: str) -> None:
-    """Trains without stops into ``whole``, and with stops into ``parts``."""
+    """Trains without stops into ``whole``, and with stops into ``parts``; see :func:`train`."""
     stops = [*((f"trainer.max_steps={step}",) for step in STOPS), ()]
     parts = [(*overrides, f"run_dir={folder}/parts", *stop) for stop in stops]
     run_ranks(train, ranks, [(*overrides, f"run_dir={folder}/whole"), *parts])

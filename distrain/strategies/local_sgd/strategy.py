@@ -426,7 +426,7 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             fragment.wait()
         progress = saved["scalars"].get("local_sgd")
         # During a warm-up copies are taken as equal; those of a run that was past its warm-up are not.
-        same_layout = saved["layout"] == self.layout and progress["warmup_steps"] == self.options.warmup_steps
+        same_layout = self.is_arranged_as(saved["layout"]) and progress["warmup_steps"] == self.options.warmup_steps
         local = saved["local"][self.replicas.rank] if same_layout else {}
         if same_layout:
             own_optimizer = _with_prefix("optimizer", local)

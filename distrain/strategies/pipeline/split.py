@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from distrain.strategies.precision import Precision
 
 if TYPE_CHECKING:
     from distrain.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
@@ -137,6 +140,11 @@ class Split:
     starts: list[int]
     rows: list[dict[str, Any]]
 
+    @property
+    def boundaries(self) -> list[str]:
+        """First block of each stage but the first, as ``strategy.boundaries`` has them."""
+        return [row["blocks"][0] for row in self.rows[1:]]
+
     def table(self) -> Lines:
         """The rows as text, one line per stage."""
         lines = ["stage  rank  parameters  forward ms  backward ms  activation MB  sends MB/sample  tensors  blocks"]
@@ -160,8 +168,12 @@ def choose_split(
     runtime: Runtime,
     pipeline_group: Communicator,
     autocast: Callable[[], AbstractContextManager[Any]],
+    saved: Sequence[str] | None = None,
 ) -> Split:
-    """Splits a model as configured, or by measured times; all ranks call it together.
+    """Splits a model as configured, as a resumed run was, or by measured times; all ranks call it together.
+
+    A resumed run keeps its split. Times differ from start to start, and another split may add up the norm of the
+    gradient in another order, so that the run would not go on bit for bit.
 
     Args:
         model: The whole model.
@@ -172,12 +184,14 @@ def choose_split(
         runtime: Of the run.
         pipeline_group: The ranks of one pipeline.
         autocast: Context of forward passes.
+        saved: The boundaries that a checkpoint says the resumed run has; the same on all ranks.
 
     Raises:
         ConfigError: A stage would begin after a block whose output can't be sent.
     """
     names = [name for name, _ in named_blocks(model)]
     cuts = possible_cuts(model, traced, options)
+    kept = None if options.boundaries or saved is None else starts_of(saved, names, cuts, options.stages)
     costs: list[BlockCost] = []
     if runtime.is_main:
         # As large as the schedule's microbatches, and at least two samples, which BatchNorm needs.
@@ -190,12 +204,36 @@ def choose_split(
     latency_ms, ms_per_byte = of_rank_0["link"]
     if options.boundaries:
         starts = [0, *(names.index(name) for name in options.boundaries)]
+    elif kept is not None:
+        starts = kept
+        log.info("split of the checkpoint: stages begin with %s", ", ".join(names[start] for start in starts))
     else:
+        if saved is not None:
+            log.info("the split of the checkpoint is not one into %d stages of this model: chosen anew", options.stages)
         compute_ms = [cost.forward_ms + cost.backward_ms for cost in costs]
         # An activation is sent, and its gradient comes back.
         transfer_ms = [2 * (latency_ms * cost.output_tensors + ms_per_byte * cost.output_bytes) for cost in costs]
         starts = linear_partition(compute_ms, transfer_ms, options.stages, cuts)
     return Split(starts, _rows(costs, [block.output for block in traced], starts, rank_of_stage))
+
+
+def starts_of(boundaries: Sequence[str], names: Sequence[str], cuts: Sequence[int], stages: int) -> list[int] | None:
+    """Index of each stage's first block, by boundaries that may be wrong.
+
+    Args:
+        boundaries: First block of each stage but the first.
+        names: Of the blocks.
+        cuts: Indices of the blocks that a stage may begin with.
+        stages: Number of stages.
+
+    Returns:
+        ``None`` if the boundaries don't split these blocks into so many stages.
+    """
+    index_of = {names[cut]: cut for cut in cuts}
+    starts = [index_of.get(name, 0) for name in boundaries]
+    if len(starts) != stages - 1 or starts != sorted({*starts} - {0}):
+        return None
+    return [0, *starts]
 
 
 def _rows(

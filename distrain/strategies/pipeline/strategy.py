@@ -79,6 +79,16 @@ class Pipeline(Strategy[PipelineConfig]):
         self._recorder = timeline.SpanRecorder(runtime.device)
         self._figures: dict[str, Figure] = {}
 
+    @property
+    @override
+    def layout(self) -> dict[str, Any]:
+        return {**super().layout, "boundaries": self._split.boundaries}
+
+    @override
+    def is_arranged_as(self, layout: Mapping[str, Any]) -> bool:
+        # Old checkpoints don't say where the model was split.
+        return super().is_arranged_as({"boundaries": self._split.boundaries, **layout})
+
     @override
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
@@ -140,6 +150,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self.runtime,
             self.pipeline_group,
             self.precision.autocast,
+            self.saved_layout.get("boundaries"),
         )
         self._outputs = self._hand_overs(traced)
         self._epochs = self._trace_epochs(model, sequence, example)
@@ -420,7 +431,7 @@ class Pipeline(Strategy[PipelineConfig]):
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
-        if saved["layout"] == self.layout:
+        if self.is_arranged_as(saved["layout"]):
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
             for gradients in self.gradients.values():
                 gradients.rebuild_buckets(*self._bucket_sizing.sizes(gradients.bytes))

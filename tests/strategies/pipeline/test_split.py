@@ -14,6 +14,27 @@ def linear(count: int) -> BlockSequence:
     return BlockSequence({f"block{n}": nn.Linear(4, 4) for n in range(count)})
 
 
+@pytest.mark.parametrize(
+    ("boundaries", "stages", "expected"),
+    [
+        (["b", "d"], 3, [0, 1, 3]),
+        (["d"], 2, [0, 3]),
+        (["b", "d"], 2, None),
+        (["b"], 3, None),
+        ([], 2, None),
+        (["d", "b"], 3, None),
+        (["b", "b"], 3, None),
+        (["a", "b"], 3, None),
+        (["c"], 2, None),
+        (["x" * 1000], 2, None),
+    ],
+)
+def test_a_saved_split_is_kept_only_if_it_is_one_of_this_model(
+    boundaries: list[str], stages: int, expected: list[int] | None
+) -> None:
+    assert split.starts_of(boundaries, ["a", "b", "c", "d"], [1, 3], stages) == expected
+
+
 def test_blocks_that_share_a_parameter_stay_in_one_stage() -> None:
     model = linear(4)
     model[2].weight = model[0].weight
