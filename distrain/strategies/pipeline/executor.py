@@ -137,7 +137,8 @@ class ScheduleExecutor:
         for position, action in enumerate(actions):
             transfers.start_receives(actions[position : position + _RECEIVES_AHEAD])
             stage = self._stages[action.stage]
-            stage.module.eval()
+            if stage.module.training:
+                stage.module.eval()
             received = [microbatches[action.microbatch]] if stage.is_first else transfers.receive(action)
             with self._precision.autocast():
                 sent = stage.run(received)

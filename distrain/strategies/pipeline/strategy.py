@@ -165,6 +165,7 @@ class Pipeline(Strategy[PipelineConfig]):
         named = [pair for module in self._modules for pair in module.named_parameters()]
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self.optimizer = make_optimizer(named)
+        self._set_training_mode()
         self._snapshot = BufferSnapshot(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
         self._executor = ScheduleExecutor(
             self.options,
@@ -213,6 +214,13 @@ class Pipeline(Strategy[PipelineConfig]):
             train_only(stage.module, names, self.freezing.ever_trained)
             stage.expect(self._outputs[index - 1] if index else None)
             self.gradients[index].rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(stage.module)))
+        self._set_training_mode()
+
+    def _set_training_mode(self) -> None:
+        for stage_module in self._modules:
+            stage_module.train()
+        for module in self._still:
+            module.training = False
 
     def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
         options = self.options
@@ -286,11 +294,11 @@ class Pipeline(Strategy[PipelineConfig]):
             self.compressor.begin_step()
             if self._snapshot is not None:
                 self._snapshot.take()
-            for index, stage in self.stages.items():
-                stage.module.train()
-                self.gradients[index].zero()
-            for module in self._still:
-                module.training = False
+            # Visits all layers, so it is done after an evaluation only.
+            if not all(module.training for module in self._modules):
+                self._set_training_mode()
+            for gradients in self.gradients.values():
+                gradients.zero()
             pieces = self._microbatches(batch)
             count = len(pieces)
             self._recorder.begin_step()
