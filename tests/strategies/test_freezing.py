@@ -18,7 +18,7 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.pipeline import split
-from distrain.strategies.pipeline.block_costs import BlockCost
+from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
 from tests.harness import run_ranks, soaked
 from tests.runs import relative_difference, small, trainer_for
 
@@ -140,10 +140,9 @@ def normalised(in_channels: int, num_classes: int) -> nn.Module:
 @contextlib.contextmanager
 def slow_block(index: int) -> Iterator[None]:
     """A pipeline finds that this block takes most of the time."""
-    measure = split.measure_blocks
 
     def planted(*arguments: Any) -> list[BlockCost]:
-        costs = [dataclasses.replace(cost, forward_ms=1.0, backward_ms=1.0) for cost in measure(*arguments)]
+        costs = [dataclasses.replace(cost, forward_ms=1.0, backward_ms=1.0) for cost in measure_blocks(*arguments)]
         costs[index] = dataclasses.replace(costs[index], forward_ms=1000.0)
         return costs
 
