@@ -97,6 +97,17 @@ EQUAL["normalisation between stages"] = (
     ),
     ("strategy=pipeline", "strategy.stages=2", "strategy.boundaries=[3]", "strategy.microbatches=1"),
 )
+#: The module decides by its mode, so no stage begins in it.
+EQUAL["frozen mode"] = (
+    2,
+    (
+        "model=custom",
+        "model._target_=tests.strategies.pipeline.traced_models.LooksAtMode",
+        "freeze=[{match: body.scale, epochs: 1}]",
+        "optimizer.momentum=0.9",
+    ),
+    ("strategy=pipeline", "strategy.stages=2"),
+)
 #: Ways that lose information.
 LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "powersgd": (3, LOSSY, ("strategy=ddp", "compression=powersgd", "compression.min_compression_rate=1")),
@@ -125,6 +136,7 @@ LONG = (
     "local_sgd",
     "replicated stages",
     "normalisation between stages",
+    "frozen mode",
     *(way for way in EQUAL if way.startswith("LoRA")),
 )
 #: Where runs in parts stop: an epoch has five steps.

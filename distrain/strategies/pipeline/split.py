@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,13 @@ def check(model: nn.Module, stages: int, boundaries: Sequence[str]) -> None:
 
 
 def as_sequence(
-    model: nn.Module, example: Tensor, precision: Precision, options: PipelineConfig, *, auxiliary: bool
+    model: nn.Module,
+    example: Tensor,
+    precision: Precision,
+    options: PipelineConfig,
+    still: Set[str] = frozenset(),
+    *,
+    auxiliary: bool,
 ) -> nn.Sequential:
     """The model itself if it is a sequence of blocks; else its forward pass, recorded and cut into blocks.
 
@@ -59,6 +65,7 @@ def as_sequence(
         example: Inputs ``[N, …]``.
         precision: Of forward passes.
         options: The strategy's keys.
+        still: Names of the modules that are in evaluation mode in some epochs, since their parameters are frozen.
         auxiliary: Whether the loss depends on auxiliary heads.
 
     Raises:
@@ -66,7 +73,7 @@ def as_sequence(
     """
     if isinstance(model, nn.Sequential) and is_sequence(model):
         return model
-    traced = traced_model(model, example, precision, options.stages, options.boundaries, auxiliary=auxiliary)
+    traced = traced_model(model, example, precision, options.stages, options.boundaries, still, auxiliary=auxiliary)
     check_blocks(traced, options.stages, options.boundaries)
     return traced
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ def traced_model(
     precision: Precision,
     stages: int,
     boundaries: Sequence[str],
+    still: Set[str] = frozenset(),
     *,
     auxiliary: bool,
 ) -> TracedModel:
@@ -119,6 +120,7 @@ def traced_model(
         precision: Of forward passes.
         stages: Number of stages that the model is to be cut into.
         boundaries: Names of modules that stages are to begin with.
+        still: Names of modules that are in evaluation mode in some steps while the model is in training mode.
         auxiliary: Whether the loss depends on auxiliary heads. If not, their outputs are handed to no stage.
 
     Raises:
@@ -127,7 +129,7 @@ def traced_model(
     kind = type(model).__name__
     with _surroundings(example, precision), trial_copy(model) as trial:
         try:
-            training, evaluation = _record_both(trial, example, auxiliary)
+            training, evaluation = _record_both(trial, example, auxiliary, still)
         except Untraceable as error:
             place = error.place and f" at {error.place}"
             way_out = "what a submodule does may be anything: a submodule that can't be traced is run as a whole"
@@ -171,7 +173,7 @@ def _images(example: Tensor, count: int) -> Tensor:
     return images.to(example.device, example.dtype, memory_format=layout)
 
 
-def _record_both(trial: nn.Module, example: Tensor, auxiliary: bool) -> tuple[Trace, Trace]:
+def _record_both(trial: nn.Module, example: Tensor, auxiliary: bool, still: Set[str]) -> tuple[Trace, Trace]:
     """Records in training and in evaluation mode; the same modules are opened in both."""
     images = (_images(example, _RECORDED[0]), _images(example, _RECORDED[1]))
     closed: dict[str, str] = {}
@@ -181,9 +183,9 @@ def _record_both(trial: nn.Module, example: Tensor, auxiliary: bool) -> tuple[Tr
             _run(trial.train(mode), images[0])
     while True:
         before = dict(closed)
-        training = record(trial.train(), images, closed, auxiliary=auxiliary)
+        training = record(trial.train(), images, closed, still, auxiliary=auxiliary)
         with torch.no_grad():
-            evaluation = record(trial.eval(), images, closed, auxiliary=auxiliary)
+            evaluation = record(trial.eval(), images, closed, still, auxiliary=auxiliary)
         if closed == before:
             return training, evaluation
 

@@ -18,7 +18,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from distrain.strategies.pipeline.calls import (
     map_leaves,
     tensors_of,
 )
+from distrain.strategies.pipeline.watched_modes import watched_modes
 
 #: Layers of torch with submodules that users think of as models.
 _OPENED: tuple[type[nn.Module], ...] = (
@@ -70,13 +71,16 @@ _NOT_USERS = (torch.__path__[0], str(Path(__file__).parents[2]), "<")
 _MOST_ATTEMPTS = 200
 
 
-def record(model: nn.Module, images: tuple[Tensor, Tensor], closed: dict[str, str], *, auxiliary: bool) -> Trace:
+def record(
+    model: nn.Module, images: tuple[Tensor, Tensor], closed: dict[str, str], still: Set[str], *, auxiliary: bool
+) -> Trace:
     """Records forward passes over two numbers of samples, in the mode in which the model is.
 
     Args:
         model: The model; a copy, since the passes may change its buffers.
         images: Two inputs, with different numbers of samples.
         closed: Why modules must not be opened, by name; what is found out is added.
+        still: Names of modules whose mode may differ from the model's; they are not opened if their mode is looked at.
         auxiliary: Whether outputs of auxiliary heads are needed besides the logits.
 
     Returns:
@@ -88,7 +92,7 @@ def record(model: nn.Module, images: tuple[Tensor, Tensor], closed: dict[str, st
     sizes = (len(images[0]), len(images[1]))
     for _ in range(_MOST_ATTEMPTS):
         try:
-            first, second = (_Recorder(model, closed).run(each, auxiliary) for each in images)
+            first, second = (_Recorder(model, closed, still).run(each, auxiliary) for each in images)
             trace = _common(first, second, sizes)
             trace.closed = closed
             return trace
@@ -111,9 +115,9 @@ def close(model: nn.Module, closed: dict[str, str], name: str, reason: str) -> N
 class _Recorder(TorchFunctionMode):
     """Records one forward pass."""
 
-    def __init__(self, model: nn.Module, closed: dict[str, str]) -> None:
+    def __init__(self, model: nn.Module, closed: dict[str, str], still: Set[str]) -> None:
         super().__init__()
-        self._model, self._closed = model, closed
+        self._model, self._closed, self._still = model, closed, still
         self._names = {id(module): name for name, module in model.named_modules()}
         self._states: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -134,7 +138,8 @@ class _Recorder(TorchFunctionMode):
         """Runs the model."""
         self._new_value(images, needs_input=True)
         self._ambient = _surroundings(images)
-        with self._observing(), self:
+        modes = watched_modes(self._refuse_mode) if self._still else contextlib.nullcontext()
+        with self._observing(), modes, self:
             result = self._model(images)
         return Trace(self._root, self._encode(trained_outputs(result, auxiliary=auxiliary)), self._infos)
 
@@ -159,6 +164,10 @@ class _Recorder(TorchFunctionMode):
         finally:
             nn.Module.__call__ = call  # type: ignore[method-assign]
             function.apply = apply  # type: ignore[method-assign]
+
+    def _refuse_mode(self, module: nn.Module) -> None:
+        if self._is_recording() and self._names.get(id(module)) in self._still:
+            raise Untraceable("it looks at the mode (training) of a module that is frozen", _users_line())
 
     def _is_recording(self) -> bool:
         """Whether code of an opened module runs, in the thread that records."""

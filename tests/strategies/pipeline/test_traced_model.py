@@ -13,7 +13,7 @@ import torch
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.strategies.pipeline import split
-from distrain.strategies.pipeline.blocks import trace_blocks
+from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.precision import Precision
 from tests.runs import check, small
@@ -56,6 +56,18 @@ def refusal(kind: str, stages: int = 2, boundaries: Sequence[str] = ()) -> str:
     finally:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     return ""
+
+
+@pytest.mark.parametrize("still", [frozenset({"body"}), frozenset()], ids=["still", "trained"])
+def test_no_stage_begins_in_a_frozen_module_that_looks_at_its_mode(still: frozenset[str]) -> None:
+    model, images, precision = traced_models.LooksAtMode(3, 4), torch.randn(2, 3, 8, 8), Precision("fp32", CPU)
+    sequence = split.as_sequence(model, images, precision, options_of_pipeline(), still, auxiliary=False)
+    assert ("body.second" in [name for name, _ in named_blocks(sequence)]) == (not still)
+    sequence.train()
+    trained = model(images)
+    model.body.training = not still
+    assert torch.equal(model(images), trained) == (not still)
+    assert torch.equal(sequence(images), model(images))
 
 
 def line_of(code: str) -> str:
