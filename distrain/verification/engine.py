@@ -304,12 +304,12 @@ class _Verification:
         )
 
     def _bytes_per_step(self) -> dict[str, float]:
-        totals: dict[str, float] = {}
+        totals: dict[str, int] = {}
         for rank in self._asked:
             for record in rank.steps.values():
                 for kind, size in record.bytes.items():
-                    totals[kind] = totals.get(kind, 0) + size / self._runs.steps
-        return totals
+                    totals[kind] = totals.get(kind, 0) + size
+        return {kind: total / self._runs.steps for kind, total in totals.items()}
 
     def _measured(self) -> dict[str, Any]:
         """What can be said of a run that is not meant to be equal."""

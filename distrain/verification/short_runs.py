@@ -95,7 +95,8 @@ def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Pa
         ConfigError: There are too few samples.
     """
     config = plan.config
-    epoch_steps = max(steps // 2, 1)
+    # A whole batch, and the smaller last one.
+    epoch_steps = max(steps // 2, 2)
     save_at = steps // 2 + 1 if steps > 2 else None
     trainer = dataclasses.replace(
         config.trainer,

@@ -38,6 +38,22 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "balanced classes": (2, ("strategy=ddp", "data.balance=sampler")),
     "frozen at first": (2, ("strategy=ddp", "freeze=[{match: head, epochs: 0}, {match: '*', epochs: 1}]")),
+    "group norm, momentum, cosine": (
+        2,
+        ("strategy=ddp", *NORM_NET, "+model.kwargs.norm=group", "optimizer=sgd", "scheduler=cosine"),
+    ),
+    "tied parameters": (2, ("strategy=ddp", "model=custom", "model._target_=tests.verification.planted.Tied")),
+    "a data set of one's own": (
+        2,
+        ("strategy=ddp", "data=custom", "data._target_=tests.verification.planted.Samples", "data.batch_size=10"),
+    ),
+    "two servers, clipping": (4, ("strategy=parameter_server", "strategy.servers=2", "trainer.grad_clip_norm=0.1")),
+    "one worker": (2, ("strategy=parameter_server",)),
+    "batches smaller than the ranks' pieces": (3, ("strategy=ddp", "data.batch_size=4", "trainer.micro_batch_size=1")),
+    "flipped views, smoothed labels": (
+        2,
+        ("strategy=ddp", "trainer.test_views=flip", "loss.label_smoothing=0.1", "optimizer=adamw"),
+    ),
     "muon": (2, ("strategy=ddp", "optimizer=muon")),
     "lookahead": (2, ("strategy=ddp", "optimizer.lookahead.every=3")),
 }
