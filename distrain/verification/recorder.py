@@ -216,7 +216,8 @@ class Recorder(Callback):
                 "split": split,
                 "loss": evaluation.loss,
                 "count": evaluation.count,
-                "metrics": {name: float(value) for name, value in evaluation.metrics.items()},
+                # Means; what else there is are counts, such as that of correct answers, which say the same.
+                "metrics": {name: float(evaluation.metrics[name]) for name in self._trainer.task.validated},
             }
         )
         return evaluation

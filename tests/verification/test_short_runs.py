@@ -21,8 +21,8 @@ def cut(steps: int, *overrides: str) -> ShortRuns:
     return short_runs.cut(plan, plan.check(), plan.load(), steps, Path("nowhere"))
 
 
-@pytest.mark.parametrize("steps", [2, 3, 6, 10])
-@pytest.mark.parametrize("samples", [14, 53, 400])
+@pytest.mark.parametrize("steps", [2, 3, 10])
+@pytest.mark.parametrize("samples", [14, 400])
 def test_an_epoch_ends_with_a_smaller_batch_that_ranks_share_unevenly(steps: int, samples: int) -> None:
     runs = cut(steps, f"data.train_size={samples}")
     batch_size = runs.config.data.batch_size

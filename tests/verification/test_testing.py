@@ -36,6 +36,7 @@ def test_the_certificate_stays_in_a_folder_with_any_name(tmp_path: Path) -> None
     assert command.endswith("-- strategy=ddp compression=topk data=digits data.batch_size=16 runtime.threads=1")
 
 
+@pytest.mark.soak
 def test_refusals_are_those_of_the_command() -> None:
     with pytest.raises(distrain.ConfigError, match=r"^strategy=dpp: no such choice; .*did you mean ddp"):
         distrain.verify("strategy=dpp")
