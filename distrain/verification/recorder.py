@@ -116,7 +116,7 @@ class Recorder(Callback):
         self._writes, self._reorders, self._rounding = writes, reorders, rounding
         world = trainer.runtime.world
         self.record = RankRecord(world.rank, world.host)
-        self._updates, self._in_step = first_step, False
+        self._first_step, self._in_step = first_step, False
         roots = strategy.own_modules()
         self.record.parameters = [name for root in roots for name, _ in root.named_parameters(remove_duplicate=False)]
         self.record.tied = [group for root in roots for group in tied_names(root)]
@@ -137,7 +137,7 @@ class Recorder(Callback):
         record, before = self._step(number), self._strategy.ledger.sent.copy()
         record.shard, record.indices = self._strategy.data_shard, batch.indices.tolist()
         record.samples, record.targets = row_hashes(batch.inputs), _target_hashes(batch.targets)
-        self._in_step, self._updates = True, number - 1
+        self._in_step = True
         result = self._train_step(self._reordered(batch, number))
         self._in_step = False
         record.loss_sum, record.count = float(result.loss_sum), result.count
@@ -165,18 +165,25 @@ class Recorder(Callback):
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The gradients that the optimizer sees, whichever rank it runs on."""
-        self._updates += 1
         if self._strategy.skips_locally:
             # Each rank's gradient is that of its own samples, or of its own time.
             return
+        if self._in_step:
+            step = self._trainer.progress.step + 1
+        elif self._trainer.config.compression.name == "none":
+            # A server. It may have made updates before this object was there, so it can't count them; a push names its
+            # step, counted from the start of this process.
+            step = self._first_step + self._strategy.compressor.step
+        else:
+            return
         gradients = {name: parameter.grad for name, parameter in self._optimized() if parameter.grad is not None}
         if self._rounding:
-            self._round(gradients)
-        self._keep(self._updates, GRADIENTS, gradients)
+            self._round(step, gradients)
+        self._keep(step, GRADIENTS, gradients)
 
-    def _round(self, gradients: Mapping[str, Tensor]) -> None:
+    def _round(self, step: int, gradients: Mapping[str, Tensor]) -> None:
         """Changes gradients as the rounding of a 16-bit format does, where each rank rounds a sum of its own."""
-        generator = torch.Generator().manual_seed(self._updates)
+        generator = torch.Generator().manual_seed(step)
         for gradient in gradients.values():
             drawn = torch.rand(gradient.shape, generator=generator).to(gradient.device, gradient.dtype)
             gradient.mul_(1 + self._rounding * (2 * drawn - 1))

@@ -45,7 +45,13 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tied parameters": (2, ("strategy=ddp", "model=custom", "model._target_=tests.verification.planted.Tied")),
     "a data set of one's own": (
         2,
-        ("strategy=ddp", "data=custom", "data._target_=tests.verification.planted.Samples", "data.batch_size=10"),
+        (
+            "strategy=ddp",
+            "data=custom",
+            "data._target_=tests.verification.planted.Samples",
+            "data.workers=0",
+            "data.batch_size=10",
+        ),
     ),
     "two servers, clipping": (4, ("strategy=parameter_server", "strategy.servers=2", "trainer.grad_clip_norm=0.1")),
     "one worker": (2, ("strategy=parameter_server",)),
