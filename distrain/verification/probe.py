@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from distrain.data.batch import Batch, Targets, slice_targets
 from distrain.runtime.device import RandomState
 from distrain.strategies.base import StepResult
+from distrain.strategies.pipeline.calls import map_leaves, tensors_of
 from distrain.strategies.precision import Precision
 from distrain.training.trainer import Trainer
 from distrain.verification.recorder import replace_method
-from distrain.verification.trace import samples_of, tensors_in
+from distrain.verification.trace import samples_of
 
 #: Differences above this, relative to the largest number, are no rounding: those of float64, and of shorter formats.
 _NO_ROUNDING = {torch.float64: 1e-9}
@@ -104,7 +104,7 @@ class Probe:
         # A function of its own, not a method: a copy of the model would copy the object of a method.
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._active and name not in self._inputs:
-                kept = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, args)
+                kept = map_leaves(args, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
                 self._inputs[name] = kept, kwargs, RandomState.now()
 
         return keep
@@ -179,14 +179,14 @@ class _Run:
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, random_state: RandomState) -> None:
         self._module = copy.deepcopy(module)
-        self._args = pytree.tree_map(_fresh, args)
+        self._args = map_leaves(args, _fresh)
         before = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         now = RandomState.now()
         random_state.restore()
         try:
             with torch.enable_grad():
                 self._results = [
-                    each for each in tensors_in(self._module(*self._args, **kwargs)) if each.is_floating_point()
+                    each for each in tensors_of(self._module(*self._args, **kwargs)) if each.is_floating_point()
                 ]
             self.drew = not RandomState.now().draws_equal(random_state)
         finally:
@@ -202,7 +202,7 @@ class _Run:
             for result, cotangent in zip(self._results, cotangents, strict=True)
             if result.requires_grad
         ]
-        inputs = [leaf for leaf in tensors_in(self._args) if leaf.requires_grad]
+        inputs = [leaf for leaf in tensors_of(self._args) if leaf.requires_grad]
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         if not pairs or not (inputs or parameters):
             return [], []
@@ -224,7 +224,7 @@ def _rows(tree: Any, count: int, start: int, stop: int) -> Any:
     def rows(leaf: Any) -> Any:
         return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count else leaf
 
-    return pytree.tree_map(rows, tree)
+    return map_leaves(tree, rows)
 
 
 def _cotangent(output: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.runtime.device import RandomState
 from distrain.strategies.base import StepResult
+from distrain.strategies.pipeline.calls import tensors_of
 from distrain.training.trainer import Trainer
 from distrain.verification.recorder import replace_method
 
@@ -114,21 +114,16 @@ class Tracer:
         module.register_forward_hook(after)
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def samples_of(inputs: Any) -> int:
     """How many samples a forward pass gets: the length of its first tensor."""
-    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 0)
+    return next((len(tensor) for tensor in tensors_of(inputs) if tensor.dim()), 0)
 
 
 def rows_of(output: Any, samples: int) -> list[list[float]]:
     """Norm and projection of each sample's output; empty where the outputs are not laid out by samples."""
     parts = [
         tensor.detach().reshape(samples, -1).cpu().double()
-        for tensor in tensors_in(output)
+        for tensor in tensors_of(output)
         if samples and tensor.is_floating_point() and tensor.dim() and len(tensor) % samples == 0
     ]
     if not parts:
