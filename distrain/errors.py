@@ -43,7 +43,7 @@ class ConfigError(ValueError):
             message += f"; choices: {', '.join(map(show_value, shown))}"
             wrong = key.rpartition(".")[2] if value is ABSENT else str(value)
             by_lower_case = {str(choice).lower(): str(choice) for choice in shown}
-            close = difflib.get_close_matches(wrong.lower(), by_lower_case, n=1)
+            close = difflib.get_close_matches(wrong.lower(), by_lower_case, n=1, cutoff=0.7 if meant else 0.6)
             meant = [by_lower_case[name] for name in close] or meant
         message += f" (did you mean {' or '.join(meant)}?)" if meant else ""
         super().__init__(" ".join(message.split()))
