@@ -9,7 +9,22 @@ from torch import nn
 
 from distrain.config.schema import Config, FreezeConfig
 from distrain.errors import ConfigError, config_error
+from distrain.models import lora
 from distrain.models.layers import layer_depths, matches, unmatched
+
+
+def freeze_schedule(config: Config, model: nn.Module) -> FreezeSchedule | None:
+    """When each parameter is trained, by ``freeze`` and ``lora``; ``None`` if all always are.
+
+    Args:
+        config: Of the run.
+        model: The unsplit model, with the matrices of LoRA.
+
+    Raises:
+        ConfigError: See :class:`FreezeSchedule`; or a pattern of ``lora.also_train`` names no parameter.
+    """
+    frozen = lora.frozen(config.lora, model)
+    return FreezeSchedule(config.freeze, model, frozen) if config.freeze or frozen else None
 
 
 class FreezeSchedule:

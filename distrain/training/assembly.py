@@ -13,7 +13,7 @@ from distrain.data.loader import Loader, prefetch_depth
 from distrain.models import lora
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
-from distrain.models.freezing import FreezeSchedule, train_only
+from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
 from distrain.models.tensors import convert
 from distrain.optim import schedulers
@@ -83,12 +83,11 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     if splits.class_weights is not None:
         plan.task.set_class_weights(splits.class_weights)
     model = build_model(plan, splits)
-    frozen = lora.frozen(config.lora, model)
-    if config.freeze or frozen:
-        strategy.freezing = FreezeSchedule(config.freeze, model, frozen)
-        train_only(model, strategy.freezing.ever_trained, strategy.freezing.parameters)
-        if runtime.is_main and frozen:
-            log.info("%s", lora.describe(config.lora, model, strategy.freezing.ever_trained))
+    strategy.freezing = freezing = freeze_schedule(config, model)
+    if freezing is not None:
+        train_only(model, freezing.ever_trained, freezing.parameters)
+        if runtime.is_main and config.lora.rank is not None:
+            log.info("%s", lora.describe(config.lora, model, freezing.ever_trained))
     if not resume.will_resume(config, runtime):
         initial_weights.load(config.init, runtime, model)
     layout = plan.memory_format(model)

@@ -20,7 +20,7 @@ from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
 from distrain.models import lora
 from distrain.models.float64 import refuse_float64
-from distrain.models.freezing import FreezeSchedule, check_counts, train_only
+from distrain.models.freezing import check_counts, freeze_schedule, train_only
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
 from distrain.optim.optimizers import trial as optimizer_trial
@@ -212,12 +212,12 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
 def _prepare_and_check(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
     lora.add(config.lora, model, config.seed)
     check_groups(config.optimizer, model)
-    frozen = lora.frozen(config.lora, model)
-    if (config.freeze or frozen) and strategy.set_trained is Strategy.set_trained:
+    freezing = freeze_schedule(config, model)
+    if freezing is not None and strategy.set_trained is Strategy.set_trained:
         problem = f"strategy={config.strategy.name} can't freeze parameters, since it doesn't override set_trained()"
         raise config_error("freeze" if config.freeze else "lora", problem)
-    freezing = FreezeSchedule(config.freeze, model, frozen)
-    train_only(model, freezing.ever_trained, freezing.parameters)
+    if freezing is not None:
+        train_only(model, freezing.ever_trained, freezing.parameters)
     strategy.check_model(config, model)
     optimizer_trial.check(config.optimizer, model, divided=strategy.divides_model)
 

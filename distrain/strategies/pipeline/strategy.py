@@ -24,7 +24,7 @@ from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
-from distrain.models.freezing import FreezeSchedule, still_modules, train_only
+from distrain.models.freezing import FreezeSchedule, freeze_schedule, still_modules, train_only
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
@@ -126,7 +126,7 @@ class Pipeline(Strategy[PipelineConfig]):
         """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
         options = cls.options_of(config)
         auxiliary = auxiliary_weight(config.model) > 0
-        still = _ever_still(FreezeSchedule(config.freeze, model), model) if config.freeze else frozenset()
+        still = _ever_still(freeze_schedule(config, model), model)
         sequence = split.as_sequence(model, images, precision, options, still, auxiliary=auxiliary)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
@@ -139,7 +139,7 @@ class Pipeline(Strategy[PipelineConfig]):
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
         auxiliary = auxiliary_weight(self.config.model) > 0
-        still = frozenset() if self.freezing is None else _ever_still(self.freezing, model)
+        still = _ever_still(self.freezing, model)
         sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
         traced = trace_blocks(sequence, example, self.precision)
@@ -472,7 +472,9 @@ class Pipeline(Strategy[PipelineConfig]):
                 raise ValueError(rank["problem"])
 
 
-def _ever_still(freezing: FreezeSchedule, model: nn.Module) -> frozenset[str]:
+def _ever_still(freezing: FreezeSchedule | None, model: nn.Module) -> frozenset[str]:
     """Names of the modules that keep still in some epoch."""
+    if freezing is None:
+        return frozenset()
     frozen = [freezing.parameters - freezing.trained(epoch) for epoch in freezing.epochs]
     return frozenset(name for names in frozen for name in still_modules(model, names))
