@@ -86,6 +86,11 @@ def described(error: BaseException) -> str:
     return " ".join(f"({type(error).__name__}: {error}){where}".split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty if it has none."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 class SampleError(RuntimeError):
     """A sample can't be read; the message is one line that names it and says why."""
 

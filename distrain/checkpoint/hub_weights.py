@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint.format import DamagedCheckpoint
+from distrain.errors import first_line
 
 #: What an address begins with, as in the library's own addresses of files.
 PREFIX = "hf://"
@@ -15,6 +16,8 @@ _ADDRESS = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(
 _USUAL_FILES = ("model.safetensors", "pytorch_model.bin")
 #: Seconds to wait for the hub's first answer.
 _PATIENCE_SECONDS = 20
+#: Most characters of the library's error that a message shows.
+_LONGEST_REASON = 200
 
 
 def download(address: str) -> Path:
@@ -63,5 +66,5 @@ def _download(hub: Any, name: str, file: str, revision: str | None) -> Path | No
     except hub.errors.RepositoryNotFoundError as error:
         raise DamagedCheckpoint("is not on the hub, or only for its members (log in: hf auth login)") from error
     except Exception as error:  # of whatever library makes the connection
-        line = next(iter(str(error).strip().splitlines()), "no message")
-        raise DamagedCheckpoint(f"can't be downloaded ({type(error).__name__}: {line[:200]})") from error
+        line = (first_line(error) or "no message")[:_LONGEST_REASON]
+        raise DamagedCheckpoint(f"can't be downloaded ({type(error).__name__}: {line})") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distrain.checkpoint import reader
 from distrain.checkpoint.format import DamagedCheckpoint, checkpoints_folder
+from distrain.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -103,5 +104,5 @@ def _has_tensors(value: Any) -> bool:
 def _reason(error: Exception) -> str:
     # What torch refuses stands behind an explanation of its own options.
     refused = re.search(r"GLOBAL \S+|Unsupported \w+ \S+", str(error))
-    reason = refused[0] if refused else next(iter(str(error).strip().splitlines()), "no message")
+    reason = refused[0] if refused else first_line(error) or "no message"
     return f"{type(error).__name__}: {reason[:_LONGEST_REASON]}"

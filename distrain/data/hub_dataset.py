@@ -21,7 +21,7 @@ import numpy as np
 from distrain.data import cache_folder
 from distrain.data.byte_ranges import ByteRanges, end_to_end
 from distrain.data.decode import LARGEST_FILE, SUFFIXES
-from distrain.errors import ConfigError, config_error
+from distrain.errors import ConfigError, config_error, first_line
 from distrain.files.untrusted import open_regular, read_json
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _open_hub(library: Any, place: HubPlace) -> dict[str, Any]:
 
 
 def _first_line(error: Exception, length: int = 200) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:length]
+    return (first_line(error) or type(error).__name__)[:length]
 
 
 @contextlib.contextmanager

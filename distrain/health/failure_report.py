@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from distrain.errors import first_line
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
@@ -210,8 +211,3 @@ def is_broken_connection(error: BaseException) -> bool:
         return True
     # Only errors of collectives are plain RuntimeErrors; a subclass is something else, such as a lack of memory.
     return type(error) is RuntimeError and _BROKEN_CONNECTION.search(first_line(error)) is not None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [""])[0]

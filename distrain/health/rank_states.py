@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from distrain.errors import first_line
 from distrain.health.activity import RankActivity
-from distrain.health.failure_report import first_line
 from distrain.health.judge import Heartbeat
 from distrain.health.members import Member, details_key, read_heartbeats
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from distrain.errors import PeerLost, Terminated
+from distrain.errors import PeerLost, Terminated, first_line
 from distrain.files.escaping import Lines
 from distrain.files.terminal import TERMINAL, print_to_stderr
 from distrain.health.activity import RankActivity
@@ -30,7 +30,6 @@ from distrain.health.failure_report import (
     Failure,
     FailureReporter,
     FirstFailure,
-    first_line,
     is_broken_connection,
 )
 from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, judge, why_stuck

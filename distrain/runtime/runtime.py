@@ -28,13 +28,14 @@ from distrain.errors import (
     Stopped,
     TakenOver,
     Terminated,
+    first_line,
     termination_behind,
 )
 from distrain.files.escaping import format_error
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.health.activity import RankActivity
 from distrain.health.crash_dump import CrashDump
-from distrain.health.failure_report import Failure, FailureReporter, first_line
+from distrain.health.failure_report import Failure, FailureReporter
 from distrain.health.judge import Limits
 from distrain.health.members import WatchIdentity, register
 from distrain.health.watch import Watch

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distrain.communication.types import RankName
-from distrain.errors import PeerLost
+from distrain.errors import PeerLost, first_line
 from distrain.strategies.parameter_server.protocol import Connection, FrameKind, ProtocolError
 
 #: Heartbeats that are sent within the timeout.
@@ -178,5 +178,4 @@ def failure_reason(error: BaseException) -> tuple[str, RankName | None]:
     """
     if isinstance(error, PeerLost):
         return error.reason, RankName(error.rank, error.host)
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}".removesuffix(": "), None
+    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": "), None

@@ -12,6 +12,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from distrain.communication.collectives import Communicator
 from distrain.compression.autotune.link_model import measure_link
+from distrain.errors import first_line
 from distrain.runtime import runtime
 from distrain.runtime.world import World
 
@@ -54,7 +55,7 @@ def time_all_reduce(backend: str, world: World, store: Store, timeout: float) ->
         try:
             result.append(_measure(backend, world, store, timeout))
         except Exception as error:  # whatever torch raises is part of the report
-            result.append(AllReduceTiming(backend, str(error).strip().splitlines()[0]))
+            result.append(AllReduceTiming(backend, first_line(error)))
 
     runtime.joined_group = True
     worker = threading.Thread(target=work, daemon=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from distrain.errors import first_line
 from distrain.runtime.bind_address import within_time
 from distrain.runtime.world import World
 from distrain.tools.doctor import interfaces
@@ -96,10 +97,11 @@ class DoctorRendezvous:
                 timeout,
             )
         except (RuntimeError, TimeoutError) as error:
-            line = str(error).strip().splitlines()[0]
             problem = f"can't serve port {port}" if serves else f"port {port} of {address} answers, but is no store"
             raise RendezvousFailed(
-                "closed port", f"{problem}: {line}", "choose another port; ss -ltnp shows which process has this one"
+                "closed port",
+                f"{problem}: {first_line(error)}",
+                "choose another port; ss -ltnp shows which process has this one",
             ) from error
         self.store = PrefixStore("distrain/doctor", store)
 

@@ -37,7 +37,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousS
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from typing_extensions import override
 
-from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, first_line
 from distrain.files.terminal import print_to_stderr
 from distrain.health.last_line import LAUNCHER
 from distrain.health.process import Process
@@ -151,8 +151,7 @@ class _Launch:
         return Outcome(128 + self._request, f"distrain: ended by {self._request.name} {when}")
 
     def _describe(self, error: Exception) -> str:
-        lines = str(error).strip().splitlines() or [""]
-        text = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+        text = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
         if self._settings.nodes[1] == 1:
             return f"the ranks can't be started ({text})"
         if isinstance(error, RendezvousError | RuntimeError | TimeoutError):
