@@ -136,7 +136,10 @@ def resume(run: Path, wrong: str) -> tuple[int, int]:
 
 def cut(path: Path, step: int) -> None:
     rows = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{row}\n" for row in rows if step_of(row) <= step))
+    # Replaced at once: a fault may kill this process while it resumes, and no row may be lost then.
+    shorter = path.with_suffix(".shorter")
+    shorter.write_text("".join(f"{row}\n" for row in rows if step_of(row) <= step))
+    shorter.replace(path)
 
 
 def step_of(row: str) -> float:
