@@ -20,15 +20,13 @@ pytestmark = pytest.mark.soak
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-SIZE = ("data.height=32", "data.width=32")
-
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("kind", open_models.MODELS)
 def test_a_model_in_stages_equals_one_process(kind: str, ranks: int, tmp_path: Path) -> None:
     has_batchnorm = open_models.MODELS[kind][1]
     # BatchNorm normalises each microbatch by itself: with a single one it is equal too.
-    more = (*SIZE, "strategy.microbatches=1") if has_batchnorm else SIZE
+    more = (*open_models.options(kind), *(("strategy.microbatches=1",) if has_batchnorm else ()))
     largest = compare(tmp_path, open_models.__name__, [kind], ranks, ["1f1b", "interleaved_zero_bubble"], *more)
     print(f"{kind}, {ranks} ranks: {largest[kind]:.1e}")
 
@@ -36,9 +34,20 @@ def test_a_model_in_stages_equals_one_process(kind: str, ranks: int, tmp_path: P
 @pytest.mark.parametrize("kind", ["tv_densenet", "timm_efficientnet", "timm_vit", "unet"])
 def test_a_run_in_stages_continues_under_ddp_and_its_export_fits_the_class(kind: str, tmp_path: Path) -> None:
     def train(run: Any, ranks: int, steps: int, *strategy: str) -> Any:
-        common = (*SIZE, *model_options(open_models.__name__, kind), "trainer.precision=fp64", "scheduler=constant")
-        options = ("optimizer.eps=1e-3", "trainer.epochs=100", f"trainer.max_steps={steps}", *strategy)
-        return run_ranks(run, ranks, small(*common, *options))[0]
+        common = (
+            *open_models.options(kind),
+            *model_options(open_models.__name__, kind),
+            "trainer.precision=fp64",
+            "scheduler=constant",
+        )
+        adam = (
+            "optimizer.eps=1e-3",
+            "trainer.precision=fp64",
+            "trainer.epochs=100",
+            f"trainer.max_steps={steps}",
+            *strategy,
+        )
+        return run_ranks(run, ranks, small(*common, *adam))[0]
 
     pipeline = ("strategy=pipeline", "strategy.microbatches=1", f"run_dir={tmp_path}/moved")
     expected = train(train_on_rank, 1, 9, f"run_dir={tmp_path}/whole")["model"]
