@@ -35,7 +35,7 @@ from distrain.training.callbacks import Callback
 from distrain.training.report import Report
 from distrain.training.trainer import Trainer
 from tests.faulty_disk import Call, FaultyDisk
-from tests.harness import run_ranks, run_ranks_to_the_end
+from tests.harness import run_ranks, run_ranks_to_the_end, soaked
 from tests.runs import small
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EROFS, errno.EDQUOT)
@@ -172,7 +172,10 @@ def kinds_of_a_new_run(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 @pytest.mark.timeout(4000 if ALL_FAULTS else 600)
-@pytest.mark.parametrize("resumes", [False, True], ids=["fresh", "resumed"])
+#: A run that is resumed makes nearly all calls of a new one.
+@pytest.mark.parametrize(
+    "resumes", [False, True] if ALL_FAULTS else soaked([False, True], [True]), ids=["fresh", "resumed"]
+)
 def test_each_call_on_the_run_folder_may_fail_once(
     resumes: bool, tmp_path: Path, finished: Path, stopped: Path, kinds_of_a_new_run: set[str]
 ) -> None:
@@ -282,8 +285,9 @@ def _fail_on_one_rank(folder: Path, faulty_rank: int, number: int, code: int) ->
     return code, said, len(disk.failed)
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, 40), (0, 160), (1, 12), (1, 30)])
-def test_a_fault_on_one_of_two_ranks(rank: int, number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", soaked([(0, 40), (0, 160), (1, 12), (1, 30)], [(0, 40), (1, 12)]), ids=str)
+def test_a_fault_on_one_of_two_ranks(case: tuple[int, int], tmp_path: Path) -> None:
+    rank, number = case
     outcomes = run_ranks_to_the_end(_fail_on_one_rank, 2, tmp_path / "run", rank, number, errno.EIO)
     # While the other rank waits in torch for one that failed, only its watch can end it.
     by_watch = [other for other in range(2) if other != rank and str(outcomes[other]) == "died with exit code 1"]

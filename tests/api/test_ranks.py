@@ -81,6 +81,7 @@ torch.save(model.state_dict(), "of_rank_" + os.environ["RANK"])
 """
 
 
+@pytest.mark.soak
 def test_a_script_under_torchrun_trains_on_every_rank_what_one_process_trains(tmp_path: Path) -> None:
     distrain.fit(one := skip_net(), samples(), **SETTINGS)
     (tmp_path / "script.py").write_text(UNDER_TORCHRUN)

@@ -110,7 +110,7 @@ def _by_name(gradients: Gradients) -> Tensor:
     return torch.cat([tensors[name].flatten().clone() for name, _ in Ragged().named_parameters()])
 
 
-@pytest.mark.parametrize("case", soaked([(2, 60), (3, 50), (3, 200), (4, 20)], [(3, 50), (4, 20)]), ids=str)
+@pytest.mark.parametrize("case", soaked([(2, 60), (3, 50), (3, 200), (4, 20)], [(3, 50)]), ids=str)
 def test_all_ranks_get_equal_sums_and_residuals_hold_the_rest(case: tuple[int, int]) -> None:
     ranks, steps = case
     everyone = run_ranks(_exchange_on_rank, ranks, ALL, steps)

@@ -20,7 +20,7 @@ from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import compose, small
 
 ALONE = Communicator()
@@ -416,7 +416,7 @@ def on_each_rank(folder: Path) -> dict[str, Observations]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=soaked([2, 3, 4], [3]))
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Observations]]:
     return run_ranks(on_each_rank, request.param, tmp_path_factory.mktemp("run"))
 

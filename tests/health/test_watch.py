@@ -26,7 +26,7 @@ from distrain.health.judge import UNREPORTED_EXIT
 from distrain.health.thread_stack import ThreadStack
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.harness import HANG_SECONDS, run_ranks, run_ranks_to_the_end
+from tests.harness import HANG_SECONDS, run_ranks, run_ranks_to_the_end, soaked
 from tests.runs import small, train_on_rank, trainer_for
 
 HOST = World.from_environment().host
@@ -228,10 +228,13 @@ def train_with_store_on_rank_0(configuration: Config, fault: str, port: int) -> 
     return train_with_fault(configuration, fault, 0, 3)
 
 
-@pytest.mark.parametrize(
-    ("fault", "error"), [("SIGKILL", UNREPORTED_EXIT), ("SIGSTOP", "can't be reached: no answer for 2 s")]
-)
-def test_a_failed_rank_that_served_the_store_is_named(fault: str, error: str, tmp_path: Path) -> None:
+#: What happens to the rank that serves the store, and what is said of it.
+STORE_FAULTS = {"SIGKILL": UNREPORTED_EXIT, "SIGSTOP": "can't be reached: no answer for 2 s"}
+
+
+@pytest.mark.parametrize("fault", soaked(STORE_FAULTS, ["SIGSTOP"]))
+def test_a_failed_rank_that_served_the_store_is_named(fault: str, tmp_path: Path) -> None:
+    error = STORE_FAULTS[fault]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configuration = configured(tmp_path, "ddp")

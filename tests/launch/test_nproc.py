@@ -77,6 +77,7 @@ def test_the_end_of_the_ranks_is_the_end_of_the_command(what: str, code: int, li
         assert json.loads((tmp_path / "run" / "stopped.json").read_text())["exit_code"] == 75
 
 
+@pytest.mark.soak
 def test_a_run_that_is_restarted_ends_well_and_its_configuration_knows_no_ranks(tmp_path: Path) -> None:
     model = ("model=custom", "model._target_=tests.launch.test_restarts.CrashingModel")
     checkpoints = ("checkpoint.every_steps=5", "checkpoint.background=false")
@@ -90,7 +91,7 @@ def test_a_run_that_is_restarted_ends_well_and_its_configuration_knows_no_ranks(
 
 
 #: Tried in the suite; the others take minutes together.
-TRIED = ("strategy=dpp", "data.batch_size=1")
+TRIED = ("data.batch_size=1",)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a mistake on a machine without a GPU is none with two")

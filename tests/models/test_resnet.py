@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from distrain.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet34, ResNet50, ResNetConfig
 from distrain.models.trial import ModelTrial
+from tests.harness import soaked
 
 
 def make(kind: Any = ResNet18, *, stem: str = "cifar", norm: str = "batch", num_classes: int = 10) -> ResNet:
@@ -95,22 +97,37 @@ def test_logits_do_not_depend_on_other_samples_without_batchnorm(norm: str) -> N
     torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_the_model_check_accepts_8x8_digits(name: str, stem: str, norm: str) -> None:
+@pytest.mark.parametrize(
+    "case",
+    soaked(
+        itertools.product(["resnet18", "resnet34", "resnet50"], ["cifar", "imagenet"], ["batch", "group", "none"]),
+        [("resnet18", "cifar", "batch"), ("resnet18", "imagenet", "none"), ("resnet50", "imagenet", "group")],
+    ),
+    ids=str,
+)
+def test_the_model_check_accepts_8x8_digits(case: tuple[str, str, str]) -> None:
+    name, stem, norm = case
     target = f"distrain.models.resnet.ResNet{name.removeprefix('resnet')}"
     config = ResNetConfig(name=name, _target_=target, stem=stem, norm=norm)
     ModelTrial(config, in_channels=1, num_classes=10, image_size=(8, 8))
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+#: What a step is tried with: norm, block, number format, layout.
+STEPS = list(
+    itertools.product(
+        ["batch", "group", "none"],
+        [BasicBlock, Bottleneck],
+        [torch.float32, torch.float64],
+        [torch.contiguous_format, torch.channels_last],
+    )
+)
+
+
+@pytest.mark.parametrize("case", soaked(STEPS, STEPS[::5]), ids=str)
 def test_a_training_step_lowers_the_loss(
-    block: type[BasicBlock | Bottleneck], norm: str, dtype: torch.dtype, layout: torch.memory_format
+    case: tuple[str, type[BasicBlock | Bottleneck], torch.dtype, torch.memory_format],
 ) -> None:
+    norm, block, dtype, layout = case
     torch.manual_seed(0)
     model = ResNet(block, (1, 1), in_channels=3, num_classes=10, stem="cifar", norm=norm)
     model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]

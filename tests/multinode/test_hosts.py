@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from distrain.tools.testnet.network import VirtualNetwork
-from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end, soaked
 from tests.hosts import needs_network, on_host, run_on_hosts
 from tests.runs import relative_difference, small, train_on_rank
 
@@ -49,18 +49,19 @@ def train(net: VirtualNetwork, folder: Any, *overrides: str) -> dict[str, Any]:
     return outcome
 
 
-@pytest.mark.parametrize(
-    ("hosts", "keys"),
-    [
-        (2, ("strategy=ddp",)),
-        (4, ("strategy=ddp",)),
-        # Two replicas of two stages.
-        (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
-    ],
-)
+#: Numbers of hosts and keys; the last ones make two replicas of two stages.
+CASES = [
+    (2, ("strategy=ddp",)),
+    (4, ("strategy=ddp",)),
+    (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
+]
+
+
+@pytest.mark.parametrize("case", soaked(CASES, CASES[::2]), ids=str)
 def test_hosts_train_the_parameters_of_one_process(
-    hosts: int, keys: tuple[str, ...], reference: dict[str, Tensor], request: Any, tmp_path: Any
+    case: tuple[int, tuple[str, ...]], reference: dict[str, Tensor], request: Any, tmp_path: Any
 ) -> None:
+    hosts, keys = case
     net = request.getfixturevalue({2: "two_hosts", 4: "four_hosts"}[hosts])
     outcome = train(net, tmp_path, *keys)
     assert relative_difference(outcome["model"], reference) < 1e-12

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import compose, relative_difference, small, train_on_rank
 
 #: Everything at once, small: the sizes don't divide, and groups freeze and lookahead merges within the run.
@@ -60,11 +60,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "strategy"),
-    [("sgd", "ddp"), ("muon", "ddp"), ("muon", "pipeline"), ("muon", "parameter_server")],
-)
-def test_the_recipe_is_the_serial_run_under_any_strategy(optimizer: str, strategy: str, folder: Path) -> None:
+#: Optimizers with the strategies under which they train.
+TRAINED = [("sgd", "ddp"), ("muon", "ddp"), ("muon", "pipeline"), ("muon", "parameter_server")]
+
+
+@pytest.mark.parametrize("case", soaked(TRAINED, TRAINED[::2]), ids="-".join)
+def test_the_recipe_is_the_serial_run_under_any_strategy(case: tuple[str, str], folder: Path) -> None:
+    optimizer, strategy = case
     expected = serial(optimizer, folder)
     first, second = trained(folder / f"{optimizer}_{strategy}", 2, *MODELS[optimizer], f"strategy={strategy}")
     assert first["summary"]["test_correct"] == expected["summary"]["test_correct"]
@@ -73,7 +75,7 @@ def test_the_recipe_is_the_serial_run_under_any_strategy(optimizer: str, strateg
     assert relative_difference({**second["model"], **first["model"]}, expected["model"]) <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "parameter_server"])
+@pytest.mark.parametrize("strategy", soaked(["ddp", "parameter_server"], ["ddp"]))
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(strategy: str, tmp_path: Path) -> None:
     # The checkpoint lies between two merges, and before the step at which a group's training ends.
     optimizer = "sgd" if strategy == "ddp" else "muon"

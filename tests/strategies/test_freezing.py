@@ -137,6 +137,7 @@ LONG = (
     "replicated stages",
     "normalisation between stages",
     "frozen mode",
+    "clipped stages",
     *(way for way in EQUAL if way.startswith("LoRA")),
 )
 #: Where runs in parts stop: an epoch has five steps.

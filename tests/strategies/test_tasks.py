@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import run_ranks, soaked
 from tests.runs import relative_difference, small, train_on_rank
 
 TASKS = {
@@ -53,11 +53,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+#: Cases that every run of the tests trains: each task, and each strategy.
+ALWAYS = [
+    ("multilabel", "ddp"),
+    ("segmentation", "pipeline"),
+    ("segmentation", "local_sgd"),
+    ("regression", "parameter_server"),
+]
+
+
 @pytest.mark.parametrize(
-    ("task", "strategy"),
-    [*itertools.product(TASKS, ("ddp", "pipeline")), ("segmentation", "local_sgd"), ("regression", "parameter_server")],
+    "case", soaked(dict.fromkeys([*itertools.product(TASKS, ("ddp", "pipeline")), *ALWAYS]), ALWAYS), ids="-".join
 )
-def test_a_strategy_trains_a_task_as_one_process_does(task: str, strategy: str, folder: Path) -> None:
+def test_a_strategy_trains_a_task_as_one_process_does(case: tuple[str, str], folder: Path) -> None:
+    task, strategy = case
     expected = serial(task, folder)
     check(train(folder / f"{task}_{strategy}", task, 3, *STRATEGIES[strategy]), expected)
 

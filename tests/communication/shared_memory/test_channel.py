@@ -22,7 +22,7 @@ from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
 from tests.communication.shared_memory.ranks import form_group, shares_memory
 from tests.garbage import cyclic_garbage
-from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end, soaked
 
 OPEN = Path("/proc/self/fd")
 #: No element, less than a word, an odd number, and several parts of which the last is shorter.
@@ -142,7 +142,7 @@ def on_each_rank() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=soaked([2, 3, 4], [2, 3]))
 def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(on_each_rank, request.param)
 
@@ -333,7 +333,7 @@ def garbage_of_collectives() -> dict[str, int]:
     return garbage
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", soaked([2, 3], [3]))
 def test_collectives_leave_nothing_to_the_garbage_collector(ranks: int) -> None:
     # A tensor in a reference cycle would live on, and be freed in whichever thread the collector happens to run.
     assert run_ranks(garbage_of_collectives, ranks) == [{}] * ranks

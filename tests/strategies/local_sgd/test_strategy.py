@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -451,10 +451,12 @@ def overflowed(runtime: Runtime) -> dict[str, Any]:
     return {"scale": again.precision.state_dict(), "parameters": parameters(again.model)}
 
 
-def on_three_ranks(folder: Path) -> dict[str, Any]:
+def on_three_ranks(folder: Path, names: Collection[str]) -> dict[str, Any]:
     with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
         return {
-            "recorded": {name: record_run(runtime, case) for name, case in CASES.items() if case.group is None},
+            "recorded": {
+                name: record_run(runtime, case) for name, case in CASES.items() if name in names and case.group is None
+            },
             "distance to ddp": distance_to_ddp(runtime),
             "evaluated": with_and_without_evaluation(runtime),
             "compressed": merged_by_each_compressor(runtime),
@@ -466,22 +468,31 @@ def on_three_ranks(folder: Path) -> dict[str, Any]:
         }
 
 
-def on_four_ranks(folder: Path) -> dict[str, Any]:
+def on_four_ranks(folder: Path, names: Collection[str]) -> dict[str, Any]:
     with Runtime(small("strategy=local_sgd", f"run_dir={folder}"), World.from_environment()) as runtime:
         return {
-            "recorded": {name: record_run(runtime, case) for name, case in CASES.items() if case.group is not None},
+            "recorded": {
+                name: record_run(runtime, case) for name, case in CASES.items() if name in names and case.group
+            },
             "diverged": error_after_divergence(runtime, "strategy.group_size=2", "strategy.global_every=2"),
         }
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(on_three_ranks, 3, tmp_path_factory.mktemp("run"), timeout=HANG_SECONDS)
+def cases(request: pytest.FixtureRequest) -> list[str]:
+    """The cases that are simulated in this run of the tests."""
+    here = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
+    return [item.callspec.params["name"] for item in here if "name" in item.callspec.params]
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(on_four_ranks, 4, tmp_path_factory.mktemp("run"), timeout=HANG_SECONDS)
+def three(tmp_path_factory: pytest.TempPathFactory, cases: list[str]) -> list[dict[str, Any]]:
+    return run_ranks(on_three_ranks, 3, tmp_path_factory.mktemp("run"), cases, timeout=HANG_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory, cases: list[str]) -> list[dict[str, Any]]:
+    return run_ranks(on_four_ranks, 4, tmp_path_factory.mktemp("run"), cases, timeout=HANG_SECONDS)
 
 
 # --- the simulated training ------------------------------------------------------------------------------------------

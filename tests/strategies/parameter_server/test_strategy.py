@@ -19,7 +19,7 @@ from distrain.config.schema import Config
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
+from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end, soaked
 from tests.runs import NormNet, check, relative_difference, small, train_on_rank
 from tests.runtime.test_runtime import Ending, train_to_the_end
 
@@ -59,8 +59,9 @@ def train_serially(folder: Path) -> list[dict[str, Any]]:
     return train_on(1, [small(*COMMON, *options, f"run_dir={folder}/serial") for options in OPTIMIZERS.values()])
 
 
-@pytest.mark.parametrize(("workers", "servers"), [(1, 2), (3, 1), (2, 2)])
-def test_sync_mode_trains_as_one_process_does(workers: int, servers: int, folder: Path) -> None:
+@pytest.mark.parametrize("ranks", soaked([(1, 2), (3, 1), (2, 2)], [(3, 1), (2, 2)]), ids=str)
+def test_sync_mode_trains_as_one_process_does(ranks: tuple[int, int], folder: Path) -> None:
+    workers, servers = ranks
     # Buckets of a few tensors each, and accumulated gradients.
     common = (SERVER, f"strategy.servers={servers}", "strategy.bucket_mb=0.002", "trainer.micro_batch_size=3")
     configurations = [

@@ -164,7 +164,7 @@ def train_all(folder: str, kind: str) -> dict[str, Any]:
 
 
 #: Kinds that every run of the tests trains.
-ALWAYS = ("in place", "frozen middle", "new weight norm", "tuple", "mask", "one activation used twice", "views")
+ALWAYS = ("in place", "frozen middle", "new weight norm", "tuple", "one activation used twice")
 
 
 @pytest.mark.parametrize("kind", soaked(KINDS, ALWAYS))
