@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from distrain.cli.arguments import refuse_python_objects
 from distrain.config.folder import CONF
 from distrain.config.load import load_config
 from distrain.config.schema import Config, setting
-from distrain.errors import Failed, config_error
-from distrain.files.terminal import show
-from distrain.runtime import launcher
+from distrain.errors import Failed, config_error, first_line
+from distrain.files.terminal import print_to_stderr, show
+from distrain.runtime import launcher, program
 from distrain.runtime.world import World
 from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
@@ -63,6 +64,7 @@ def run(settings: VerifySettings, keys: Sequence[str]) -> Certificate:
         Path(settings.folder) if settings.folder else None,
         settings.keep,
         launcher.command([*sys.argv, "--", *keys], os.environ),
+        _example(keys, world.size),
     )
     certificate = engine.verify(training_config(keys), world, options, _print)
     if not certificate.passed:
@@ -71,9 +73,22 @@ def run(settings: VerifySettings, keys: Sequence[str]) -> Certificate:
 
 
 def _print(certificate: Certificate, path: Path) -> None:
-    for line in certificate.lines():
-        show(line)
-    show(f"certificate: {path}")
+    """Prints a certificate, and to standard error why the command ends with an exit code that is not 0.
+
+    Raises:
+        Failed: Nobody can read the certificate on standard output.
+    """
+    try:
+        for line in certificate.lines():
+            show(line)
+        show(f"certificate: {path}")
+    except (OSError, ValueError) as error:  # ValueError: the stream was closed
+        verdict = certificate.verdict.upper()
+        print_to_stderr(f"distrain: {verdict}, says {path}; it can't be printed ({first_line(error)})")
+        raise Failed from error
+    if not certificate.passed:
+        # At once, and not by the launcher: that speaks for the rank that has ended first, which may be another one.
+        print_to_stderr(f"distrain: the training is not that of one process; {path} says where it parts")
 
 
 def check(keys: Sequence[str], launch: LaunchSettings) -> None:
@@ -83,8 +98,26 @@ def check(keys: Sequence[str], launch: LaunchSettings) -> None:
         ConfigError: As :func:`run`.
     """
     if launch.max_restarts or launch.nodes[0] != launch.nodes[1]:
-        raise config_error("verify", "compares ranks that stay; leave max_restarts and nnodes=MIN:MAX out")
-    engine.check(training_config(keys), launch.first_world())
+        problem = "compares ranks that stay; leave max_restarts and nnodes=MIN:MAX out, as in"
+        raise config_error("verify", f"{problem}: {_example(keys, launch.ranks_per_host())}")
+    world = launch.first_world()
+    engine.check(training_config(keys), world, _example(keys, world.local_size))
+
+
+def _example(keys: Sequence[str], ranks: int) -> str:
+    """The user's command as it would not be refused, for a message.
+
+    Args:
+        keys: Settings of the training.
+        ranks: Ranks on this machine.
+    """
+    strategies = [key for key in keys if key.partition("=")[0] == "strategy"] or ["strategy=ddp"]
+    left_out = ("strategy", "run_dir", "resume", *launch_keys.docs())
+    others = [key for key in keys if key.partition("=")[0] not in left_out]
+    if strategies == [f"strategy={engine.SINGLE}"]:
+        strategies = ["strategy=ddp"]
+    own = [f"nproc={max(ranks, 2)}", *sys.argv[1:]]
+    return shlex.join([*program.on_one_rank(sys.argv[0]), *own, "--", *strategies, *others])
 
 
 def training_config(keys: Sequence[str]) -> Config:
@@ -94,9 +127,10 @@ def training_config(keys: Sequence[str]) -> Config:
         ConfigError: A key is wrong.
     """
     for key in keys:
-        name = key.partition("=")[0]
+        name, _, value = key.partition("=")
         if name in launch_keys.docs():
-            raise config_error(name, f"is a key of verify itself; write it before --, as in: verify {key} -- …")
+            ranks = int(value) if name == "nproc" and value.isdecimal() else 2
+            raise config_error(name, f"is a key of verify itself; write it before --, as in: {_example(keys, ranks)}")
     try:
         refuse_python_objects(keys)
         composed = hydra_entry.compose(CONF, "config", keys)

@@ -19,6 +19,7 @@ class Evidence:
         precision: Of the runs that part.
         quantity: What differs first.
         where: The tensor, metric or sample.
+        only_in: Who alone has it; empty if both runs do.
         module: What experiments say of the module where the runs part, if one is known.
         module_is_batchnorm: It is a BatchNorm layer, or holds the differing buffer of one.
         loss: What experiments say of the loss.
@@ -45,6 +46,7 @@ class Evidence:
     content_same_again: bool = True
     order_matters: str = ""
     equal_without_compression: bool | None = None
+    only_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ CAUSES: tuple[Cause, ...] = (
     ),
     Cause(
         "order of a set",
-        lambda e: e.quantity in ("sample content", "sample order"),
+        lambda e: e.quantity in ("sample content", "sample order") and not e.only_in,
         "processes disagree about a sample, though each reads it the same twice; something goes through a set or a "
         "folder in an order of its own: sort it (Python's order of strings in a set differs between processes)",
     ),
@@ -127,7 +129,7 @@ CAUSES: tuple[Cause, ...] = (
     ),
     Cause(
         "buffer that counts",
-        lambda e: e.quantity == "buffers" or (e.module is not None and bool(e.module.buffers)),
+        lambda e: (e.quantity == "buffers" and not e.only_in) or (e.module is not None and bool(e.module.buffers)),
         "a forward pass changes a buffer, by its own samples or by being called, and ranks have other samples and "
         "other numbers of calls; change it outside of forward, or compute it from what is the same on all ranks",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.writing import to_json
-from distrain.verification.comparison import Verdict
+from distrain.verification.comparison import THE_RANKS, Verdict
 
 #: The file's name, and the version of its format.
 FILE, FORMAT = "certificate.json", 1
@@ -58,6 +58,7 @@ class Parting:
         direction: ``forward``, ``backward``, or empty.
         cause: Name of the cause; empty where none is recognised.
         why: The cause in words, with what to do.
+        only_in: Who alone has it, ``one process`` or ``the ranks``; empty if both do.
     """
 
     precision: str
@@ -71,14 +72,15 @@ class Parting:
     direction: str = ""
     cause: str = ""
     why: str = ""
+    only_in: str = ""
 
     def lines(self) -> list[str]:
         """The parting in words."""
         place = f" ({self.where})" if self.where else ""
-        found = [
-            f"parts at step {self.step} in {self.precision}: {self.quantity}{place} differs by {self.value:.1e}, "
-            f"{self.limit:.1e} is allowed"
-        ]
+        by = f"differs by {self.value:.1e}, {self.limit:.1e} is allowed"
+        if self.only_in:
+            by = f"only {self.only_in} {'have' if self.only_in == THE_RANKS else 'has'} it"
+        found = [f"parts at step {self.step} in {self.precision}: {self.quantity}{place}: {by}"]
         if self.module_type:
             name = self.module or "the model itself"
             first = "first module in forward order" if self.direction == "forward" else "place in the backward pass"
@@ -182,6 +184,9 @@ def _cells(verdict: Verdict, by_design: bool) -> tuple[str, str, str]:
     found = verdict.largest
     if found is None:
         return "not compared", "", ""
+    if found.only_in:
+        limit = "exact" if verdict.limit == 0 else "" if by_design else f"{verdict.limit:.1e}"
+        return f"only in {found.only_in}", limit, _place(found.where, found.step) + ("" if by_design else "  <-")
     if verdict.limit == 0:
         shown = "none" if found.value == 0 else "differs"
         return shown, "exact", _place(found.where, found.step) if found.value else ""

@@ -3,9 +3,14 @@
 Floating-point sums depend on their order, and ranks add in another order than one process does. How much that changes
 is measured: the serial run is done again with the samples of each forward pass in another order, which changes no
 formula, and its distance from the first serial run is the *spread*. A parallel run may be :data:`FACTOR` times as far
-away. Where the spread is 0 by chance, the limit is a few rounding errors. In 16-bit formats each rank rounds sums of
-its own, which no order shows; there one of the serial runs has its gradients rounded once more, and the factor is
-:data:`FACTOR_16_BIT`.
+away. Where the spread is 0 by chance, the limit is a few rounding errors.
+
+In 16-bit formats another order alone may change nothing: sums are formed in 32 bits, and rounded once. But ranks round
+their own sums. So there the spread also is what rounding itself does to the serial run: its distance from the same run
+in float32. A parallel run, which rounds as often, is about as far from that run, and may be :data:`FACTOR_16_BIT` times
+the spread from the serial one. ``docs/verify.md`` has the measurements.
+
+What only one of the runs has (a step, a tensor, an evaluation) is a difference without measure, and above every limit.
 """
 
 from __future__ import annotations
@@ -19,16 +24,15 @@ from distrain.verification.recorder import GRADIENTS, STATE, RankRecord, StepRec
 
 #: Times the measured spread that is allowed: the kernels for a share of a batch add in other ways than those for all.
 FACTOR = 64
-#: The same in 16-bit formats, where the spread is that of whole roundings.
-FACTOR_16_BIT = 8
+#: The same in 16-bit formats: 1 for the rounding of each of the two runs, twice, since a spread of three runs may be
+#: small by chance.
+FACTOR_16_BIT = 4
 HALF = ("bf16", "fp16")
 #: Machine epsilon of what is computed with each precision.
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
-#: Rounding errors that are always allowed, relative to the norm of all tensors. In 16-bit formats a rounding error may
-#: tip a ReLU or a maximum over, which moves a gradient by some percent; float64 tells whether formulas are equal.
-_ALWAYS = {"fp64": 64.0, "fp32": 64.0, "bf16": 8.0, "fp16": 32.0}
-#: In the first step nothing has grown yet: what reordering changes by more than this is no rounding.
-_FIRST_STEP_CAP = {precision: math.sqrt(epsilon) for precision, epsilon in EPSILON.items()}
+#: Rounding errors that are always allowed, relative to the norm of all tensors: those of long sums in the wide formats,
+#: where each addition rounds, and the one of the result in the 16-bit formats.
+_ALWAYS = {"fp64": 64.0, "fp32": 64.0, "bf16": 1.0, "fp16": 1.0}
 #: Limits above this say nothing any more.
 BLIND = 0.05
 #: A sample whose decision is a tie may be counted either way.
@@ -40,6 +44,8 @@ _ORDER_IN_A_STEP = (
     *("sample order", "sample count", "sample content", "loss", "training metrics", "gradients", "parameters"),
     *("buffers", "evaluation count", "evaluation loss", "evaluation metrics"),
 )
+#: Who alone has something that both runs should have.
+ONE_PROCESS, THE_RANKS = "one process", "the ranks"
 NUMBERS = ("loss", "training metrics", "gradients", "parameters", "buffers", "evaluation loss", "evaluation metrics")
 
 
@@ -49,48 +55,60 @@ class Difference:
 
     Attributes:
         value: Relative to the norm of all tensors of the kind, or to the number itself; 1 where unequal things can't be
-            subtracted.
+            subtracted, infinite where only one run has it.
         where: Tensor, metric or sample with the largest difference.
         step: Where it was found.
+        only_in: Who alone has it: :data:`ONE_PROCESS`, :data:`THE_RANKS`, or empty if both do.
     """
 
     value: float
     where: str
     step: int
+    only_in: str = ""
 
 
 #: By quantity, then by step.
 Series = dict[str, dict[int, Difference]]
 
 
-def series(reference: RankRecord, ranks: Sequence[RankRecord]) -> Series:
+def series(reference: RankRecord, ranks: Sequence[RankRecord], *, after: int = 0) -> Series:
     """The differences of a run from the serial run.
 
     Args:
         reference: The serial run.
         ranks: The compared run, of all its ranks.
+        after: The step from which the compared run was resumed.
     """
     found: Series = {name: {} for name in (*EXACT, *NUMBERS)}
-    parameters = set(reference.parameters)
-    for step, expected in reference.steps.items():
+    expected_steps = {step for step in reference.steps if step > after}
+    trained = {step for rank in ranks for step, record in rank.steps.items() if record.shard[1]}
+    for step in sorted(expected_steps ^ trained):
+        only_in = ONE_PROCESS if step in expected_steps else THE_RANKS
+        found["sample order"][step] = Difference(math.inf, "the whole step", step, only_in)
+    for step in sorted(expected_steps & trained):
+        expected = reference.steps[step]
         records = [rank.steps[step] for rank in ranks if step in rank.steps]
         training = [record for record in records if record.shard[1]]
-        if not training:
-            continue
         _compare_samples(found, step, expected, training)
         _compare_sums(found, step, expected, training)
-        for kind, names in ((GRADIENTS, None), (STATE, parameters)):
-            distances = _largest(record.distances.get(kind, {}) for record in records)
-            scales = expected.distances.get(kind, {})
-            if names is None:
-                _compare_tensors(found["gradients"], step, distances, scales)
-            else:
-                mine = {name: each for name, each in distances.items() if name in names}
-                rest = {name: each for name, each in distances.items() if name not in names}
-                _compare_tensors(found["parameters"], step, mine, {n: s for n, s in scales.items() if n in names})
-                _compare_tensors(found["buffers"], step, rest, {n: s for n, s in scales.items() if n not in names})
-    _compare_evaluations(found, reference, ranks[0])
+        _compare_states(found, step, reference, records)
+        hidden = any(rank.hides_gradients for rank in ranks)
+        gradients = _largest(record.distances.get(GRADIENTS, {}) for record in records)
+        if gradients or not hidden:
+            scales = expected.distances.get(GRADIENTS, {})
+            _compare_tensors(found["gradients"], step, gradients, scales, reference.tied)
+    _compare_evaluations(found, reference, ranks[0], after)
     return found
+
+
+def _compare_states(found: Series, step: int, reference: RankRecord, records: Sequence[StepRecord]) -> None:
+    """Compares the model's parameters and buffers after a step."""
+    distances = _largest(record.distances.get(STATE, {}) for record in records)
+    scales, parameters = reference.steps[step].distances.get(STATE, {}), set(reference.parameters)
+    for quantity, are_parameters in (("parameters", True), ("buffers", False)):
+        mine = {name: far for name, far in distances.items() if (name in parameters) is are_parameters}
+        theirs = {name: near for name, near in scales.items() if (name in parameters) is are_parameters}
+        _compare_tensors(found[quantity], step, mine, theirs, reference.tied)
 
 
 def _compare_samples(found: Series, step: int, expected: StepRecord, records: Iterable[StepRecord]) -> None:
@@ -134,36 +152,62 @@ def _largest(parts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _compare_tensors(
-    found: dict[int, Difference], step: int, distances: Mapping[str, float], scales: Mapping[str, Any]
+    found: dict[int, Difference],
+    step: int,
+    distances: Mapping[str, float],
+    scales: Mapping[str, Any],
+    tied: Sequence[Sequence[str]],
 ) -> None:
-    if not distances:
+    """Finds the largest difference of tensors in a step, or one that only one of the runs has.
+
+    Args:
+        found: Gets the difference.
+        step: The step.
+        distances: Of the tensors that the ranks have.
+        scales: What the serial run has of its tensors.
+        tied: Names that are one parameter in the serial run; either run may show it under any of them.
+    """
+    if not distances and not scales:
         return
+    for names, others, only_in in ((scales, distances, ONE_PROCESS), (distances, scales, THE_RANKS)):
+        known = set(others).union(*(group for group in tied if any(name in others for name in group)))
+        missing = next((name for name in names if name not in known), None)
+        if missing is not None:
+            found[step] = Difference(math.inf, missing, step, only_in)
+            return
     scale = math.sqrt(sum(near * near for _, near in scales.values())) or 1.0
-    name = max(distances, key=lambda each: distances[each])
-    found[step] = Difference(distances[name] / scale, name, step)
+    shared = [name for name in distances if name in scales]
+    name = max(shared, key=lambda each: distances[each], default="")
+    found[step] = Difference(distances[name] / scale if name else 0.0, name, step)
 
 
-def _compare_evaluations(found: Series, reference: RankRecord, rank: RankRecord) -> None:
+def _compare_evaluations(found: Series, reference: RankRecord, rank: RankRecord, after: int) -> None:
     expected = {(entry["step"], entry["split"]): entry for entry in reference.evaluations}
-    for entry in rank.evaluations:
-        theirs = expected.get((entry["step"], entry["split"]))
-        if theirs is None:
-            continue
-        step, split = entry["step"], entry["split"]
-        loss = Difference(_relative(entry["loss"], theirs["loss"]), split, step)
-        metrics = max(
-            (
-                Difference(_relative(value, theirs["metrics"][name], at_least=1.0), f"{split} {name}", step)
-                for name, value in entry["metrics"].items()
-            ),
-            key=lambda each: each.value,
-            default=Difference(0.0, split, step),
-        )
-        counts = Difference(float(abs(entry["count"] - theirs["count"])), split, step)
-        for name, difference in (("loss", loss), ("metrics", metrics), ("count", counts)):
+    theirs = {(entry["step"], entry["split"]): entry for entry in rank.evaluations}
+    for step, split in sorted(expected.keys() ^ theirs.keys()):
+        # A resumed run may begin before or after the evaluation that follows the step.
+        if step > after:
+            only_in = ONE_PROCESS if (step, split) in expected else THE_RANKS
+            found["evaluation count"][step] = Difference(math.inf, f"{split} as a whole", step, only_in)
+    for step, split in sorted(expected.keys() & theirs.keys()):
+        mine, serial = theirs[step, split], expected[step, split]
+        for name, difference in (
+            ("loss", Difference(_relative(mine["loss"], serial["loss"]), split, step)),
+            ("metrics", _metrics_difference(mine["metrics"], serial["metrics"], split, step)),
+            ("count", Difference(float(abs(mine["count"] - serial["count"])), split, step)),
+        ):
             before = found[f"evaluation {name}"].get(step)
             if before is None or difference.value > before.value:
                 found[f"evaluation {name}"][step] = difference
+
+
+def _metrics_difference(mine: Mapping[str, float], serial: Mapping[str, float], split: str, step: int) -> Difference:
+    for name in (*serial, *mine):
+        if not (name in mine and name in serial):
+            return Difference(math.inf, f"{split} {name}", step, ONE_PROCESS if name in serial else THE_RANKS)
+    differences = {name: _relative(value, serial[name], at_least=1.0) for name, value in mine.items()}
+    name = max(differences, key=lambda each: differences[each], default="")
+    return Difference(differences.get(name, 0.0), f"{split} {name}".rstrip(), step)
 
 
 def _relative(mine: float, theirs: float, at_least: float = 1e-12) -> float:
@@ -177,7 +221,8 @@ class Limits:
     """The limit of each quantity at each step.
 
     Args:
-        spreads: The differences of each reordered serial run.
+        reordered: The differences of each reordered serial run.
+        rounded: How far the serial run is from itself in float32; ``None`` except in 16-bit formats.
         precision: Of these runs.
         tolerance: Takes the place of what is measured, if given.
         evaluated: Samples of the smallest evaluation.
@@ -185,37 +230,58 @@ class Limits:
     """
 
     def __init__(
-        self, spreads: Sequence[Series], precision: str, tolerance: float | None, evaluated: int, batch: int
+        self,
+        reordered: Sequence[Series],
+        rounded: Series | None,
+        precision: str,
+        tolerance: float | None,
+        evaluated: int,
+        batch: int,
     ) -> None:
-        self._spreads, self._precision, self._tolerance = spreads, precision, tolerance
+        self._reordered, self._precision, self._tolerance = reordered, precision, tolerance
+        self._rounded, self._spreads = rounded, [*reordered]
+        if rounded is not None:
+            # If no formula depends on the order, these are more samples of how far rounding moves the run.
+            self._spreads = [rounded] if self.order_matters() else [rounded, *reordered]
         self._ties = {"evaluation metrics": _TIES / max(evaluated, 1), "training metrics": _TIES / max(batch, 1)}
 
     def spread(self, quantity: str, step: int) -> float:
-        """The largest difference of the reordered serial runs up to a step."""
-        values = (each.get(quantity, {}) for each in self._spreads)
-        return max((found.value for steps in values for at, found in steps.items() if at <= step), default=0.0)
+        """The largest difference that rounding makes in the serial run, up to a step."""
+        return _largest_up_to(step, quantity, self._spreads)
 
     def limit(self, quantity: str, step: int) -> float:
         """The largest difference at a step that counts as equal."""
         if quantity in EXACT:
             return 0.0
-        if self._tolerance is not None:
-            return self._tolerance
-        limit = (FACTOR_16_BIT if self._precision in HALF else FACTOR) * self.spread(quantity, step)
+        return self._measured_limit(quantity, step) if self._tolerance is None else self._tolerance
+
+    def _measured_limit(self, quantity: str, step: int) -> float:
+        limit = (FACTOR if self._rounded is None else FACTOR_16_BIT) * self.spread(quantity, step)
         if step == 1:
-            limit = min(limit, _FIRST_STEP_CAP[self._precision])
+            limit = min(limit, self._cap(quantity))
         if self._precision != "fp64":
             limit = max(limit, self._ties.get(quantity, 0.0))
         return max(limit, _ALWAYS[self._precision] * EPSILON[self._precision])
 
+    def _cap(self, quantity: str) -> float:
+        """What no reordering changes in the first step by rounding."""
+        if self._rounded is None:
+            return math.sqrt(EPSILON[self._precision])
+        return FACTOR_16_BIT * max(EPSILON[self._precision], _largest_up_to(1, quantity, [self._rounded]))
+
     def order_matters(self) -> Difference | None:
         """What the order of the samples in a batch changes in the first step by more than rounding, if anything."""
         for quantity in ("loss", "gradients"):
-            for each in self._spreads:
+            for each in self._reordered:
                 found = each.get(quantity, {}).get(1)
-                if found is not None and found.value > _FIRST_STEP_CAP[self._precision]:
+                if found is not None and found.value > self._cap(quantity):
                     return found
         return None
+
+
+def _largest_up_to(step: int, quantity: str, runs: Iterable[Series]) -> float:
+    values = (each.get(quantity, {}) for each in runs)
+    return max((found.value for steps in values for at, found in steps.items() if at <= step), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -278,12 +344,17 @@ def first_parting(verdicts: Iterable[Verdict]) -> tuple[str, Difference] | None:
     return min(parted, key=lambda pair: (pair[1].step, _ORDER_IN_A_STEP.index(pair[0])), default=None)
 
 
-def bitwise_differences(run: RankRecord, again: RankRecord) -> tuple[int, Difference | None]:
-    """Steps that two runs share, and the first tensor whose bits differ after one of them."""
-    shared = sorted(step for step, record in again.steps.items() if record.hashes and step in run.steps)
-    for step in shared:
-        theirs = run.steps[step].hashes
-        for name, found in again.steps[step].hashes.items():
-            if found != theirs.get(name):
-                return len(shared), Difference(1.0, name, step)
-    return len(shared), None
+def bitwise_difference(run: RankRecord, again: RankRecord, *, after: int = 0) -> Difference | None:
+    """The first tensor whose bits differ after a step, or a step or tensor that only one of two runs has.
+
+    Args:
+        run: One of them; it is called :data:`ONE_PROCESS` where it alone has something.
+        again: The other one.
+        after: The step from which ``again`` was resumed.
+    """
+    for step in sorted({step for step in (*run.steps, *again.steps) if step > after}):
+        theirs, mine = (each.steps[step].hashes if step in each.steps else {} for each in (run, again))
+        for name in dict.fromkeys((*theirs, *mine)):
+            if mine.get(name) != theirs.get(name):
+                return Difference(1.0, name, step)
+    return None

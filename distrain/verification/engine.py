@@ -8,6 +8,7 @@ import datetime
 import functools
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,25 +30,29 @@ from distrain.training.run_plan import RunPlan
 from distrain.verification import by_design, short_runs
 from distrain.verification.certificate import BY_DESIGN, DIFFERENT, EQUAL, Certificate, Parting, Phase
 from distrain.verification.comparison import (
-    EPSILON,
     EXACT,
     FACTOR,
     FACTOR_16_BIT,
     HALF,
     Limits,
-    bitwise_differences,
+    bitwise_difference,
     first_parting,
     judge,
     series,
 )
 from distrain.verification.parting import Search
 from distrain.verification.rank_runs import RankRuns
-from distrain.verification.recorder import RankRecord
+from distrain.verification.recorder import GRADIENTS, RankRecord
 from distrain.verification.reference import Reference
 from distrain.verification.short_runs import ShortRuns
 
 #: Runs of one process with the samples in another order.
 _REORDERED = 2
+
+#: The strategy of one process.
+SINGLE = "single"
+#: A command that is not refused.
+EXAMPLE = "distrain verify nproc=2 -- strategy=ddp"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Options:
         folder: For the runs and the certificate; all hosts see it. ``None``: a new one below ``outputs/verify``.
         keep: Keep the runs' folders.
         command: What to type to do it again.
+        example: What to type instead of a command that is refused.
     """
 
     steps: int = 10
@@ -69,21 +75,37 @@ class Options:
     folder: Path | None = None
     keep: bool = False
     command: str = ""
+    example: str = EXAMPLE
 
 
-def check(config: Config, world: World) -> ModelTrial:
+def check(config: Config, world: World, example: str = EXAMPLE) -> tuple[RunPlan, ModelTrial]:
     """Refuses what can't be verified, before any process group forms.
+
+    Args:
+        config: The training.
+        world: This rank's place.
+        example: A whole command that is not refused, for messages.
+
+    Returns:
+        The run as this rank will do it, and what a trial found out about its model.
 
     Raises:
         ConfigError: One line that names the key.
     """
     if world.size < 2:
-        problem = "the run of one process is what others are compared with; several ranks are needed: nproc=2"
-        raise config_error("nproc", problem)
+        problem = "a run of one process is what others are compared with; start several ranks, as in"
+        raise config_error("nproc", f"{problem}: {example}")
+    if config.strategy.name == SINGLE:
+        problem = "is what others are compared with; name the strategy that you want to verify, as in"
+        raise ConfigError("strategy", SINGLE, f"{problem}: {example}")
     for key, value, usual in (("run_dir", config.run_dir, None), ("resume", config.resume, "auto")):
         if value != usual:
-            raise ConfigError(key, value, "is chosen by this command; folder=… is where it writes")
-    return RunPlan.resolve(config, world).check(warn=False)
+            problem = (
+                "is chosen by this command for each of its runs; leave it out (folder=… is where it writes), as in"
+            )
+            raise ConfigError(key, value, f"{problem}: {example}")
+    plan = RunPlan.resolve(config, world)
+    return plan, plan.check(warn=False)
 
 
 def verify(
@@ -104,12 +126,11 @@ def verify(
         ConfigError: The configuration can't run.
         Failed: A run failed, or was stopped; which rank, where and why was said.
     """
-    trial = check(config, world)
-    plan = RunPlan.resolve(config, world)
+    plan, trial = check(config, world, options.example)
     with contextlib.closing(plan.load()) as splits:
         folder = _agreed_folder(config, world, options.folder)
         runs = short_runs.cut(plan, trial, splits, options.steps, folder / "runs")
-        verification = _Verification(config, world, options, runs)
+        verification = _Verification(plan, options, runs)
         try:
             certificate = verification.certify()
         except Stopped as stopped:
@@ -135,7 +156,9 @@ def _agreed_folder(config: Config, world: World, folder: Path | None) -> Path:
     name = folder or Path(f"outputs/verify/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
     if world.rank == 0:
         if (name / "runs").exists():
-            raise ConfigError("folder", name, "holds the runs of another verification; remove it, or name another one")
+            remove = shlex.join(["rm", "-r", str(name / "runs")])
+            problem = "holds the runs of another verification; name another folder, or remove them if it has ended"
+            raise ConfigError("folder", name, f"{problem}: {remove}")
         try:
             name.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -148,9 +171,9 @@ def _agreed_folder(config: Config, world: World, folder: Path | None) -> Path:
 class _Verification:
     """The runs of one verification, on one rank."""
 
-    def __init__(self, config: Config, world: World, options: Options, runs: ShortRuns) -> None:
-        self._config, self._world, self._options, self._runs = config, world, options, runs
-        self._ranks = RankRuns(world, runs)
+    def __init__(self, plan: RunPlan, options: Options, runs: ShortRuns) -> None:
+        self._config, self._world, self._options, self._runs = plan.config, plan.world, options, runs
+        self._ranks = RankRuns(plan, runs)
         self._remarks: dict[str, list[str]] = {}
         self._asked: list[RankRecord] = []
         self._serial: RankRecord | None = None
@@ -211,7 +234,7 @@ class _Verification:
         trainer = dataclasses.replace(self._config.trainer, precision="fp64")
         wide = dataclasses.replace(self._config, trainer=trainer)
         try:
-            RunPlan.resolve(wide, self._world).check(warn=False)
+            self._ranks.plan_of(wide, self._world).check(warn=False)
         except ConfigError as error:
             self._remarks[own] = [f"float64 was left out: {error}"]
             return [own]
@@ -221,7 +244,7 @@ class _Verification:
         """The run's own precision; ``auto`` is measured here, once for all runs."""
         if self._config.trainer.precision != "auto":
             return self._config.trainer.precision
-        plan = RunPlan.resolve(self._runs.config, self._world)
+        plan = self._ranks.plan_of(self._runs.config, self._world)
         with self._ranks.meeting() as runtime:
             make = functools.partial(build_model, plan, self._runs.splits)
             return auto_format.resolve_auto(plan.config, runtime, self._runs.splits, plan.task, make).trainer.precision
@@ -233,9 +256,13 @@ class _Verification:
         if self._world.rank == 0:
             for reorders in range(_REORDERED + 1):
                 config = runs.serial(precision, f"serial_{reorders}")
-                rounding = EPSILON[precision] if precision in HALF and reorders == _REORDERED else 0.0
-                options: dict[str, Any] = {"writes": not reorders, "reorders": reorders, "rounding": rounding}
+                options: dict[str, Any] = {"writes": not reorders, "reorders": reorders}
                 alone.append(self._ranks.record(config, self._ranks.alone, reference, **options))
+            if precision in HALF:
+                # Last: see below. Where fp16 skips an update because its gradient overflows, so does this run.
+                skipped = [step for step, record in alone[0].steps.items() if GRADIENTS not in record.distances]
+                config = runs.serial("fp32", f"unrounded_{precision}")
+                alone.append(self._ranks.record(config, self._ranks.alone, reference, skipped=skipped))
         config = runs.saving(precision, "asked")
         asked = self._ranks.record(config, self._world, reference)
         resumed: RankRecord | None = None
@@ -250,14 +277,14 @@ class _Verification:
             "resumed": None if resumed is None else dataclasses.asdict(resumed),
         }
         everyone = self._ranks.exchange(mine)
-        serial, *spread = [RankRecord.from_plain(plain) for plain in everyone[0]["alone"]]
+        serial, *others = [RankRecord.from_plain(plain) for plain in everyone[0]["alone"]]
         asked_ranks = [RankRecord.from_plain(rank["asked"]) for rank in everyone]
         self._asked, self._serial = asked_ranks, serial
         evaluated = min((entry["count"] for entry in serial.evaluations), default=1)
         smallest = min(record.count for record in serial.steps.values())
-        limits = Limits(
-            [series(serial, [each]) for each in spread], precision, self._options.tolerance, evaluated, smallest
-        )
+        spreads = [series(serial, [each]) for each in others]
+        rounded = spreads.pop() if precision in HALF else None
+        limits = Limits(spreads, rounded, precision, self._options.tolerance, evaluated, smallest)
         remarks = self._remarks.get(precision, [])
         verdicts = judge(series(serial, asked_ranks), limits)
         blind = min((each.blind_from for each in verdicts if each.blind_from is not None), default=None)
@@ -266,9 +293,9 @@ class _Verification:
         if resumed is None:
             return Phase(precision, verdicts, remarks=remarks), limits
         resumed_ranks = [RankRecord.from_plain(rank["resumed"]) for rank in everyone]
-        _, other = bitwise_differences(asked_ranks[0], resumed_ranks[0])
-        again = judge(series(serial, resumed_ranks), limits)
-        return Phase(precision, verdicts, runs.save_at, other is None, again, remarks), limits
+        bitwise = bitwise_difference(asked_ranks[0], resumed_ranks[0], after=runs.save_at or 0) is None
+        again = judge(series(serial, resumed_ranks, after=runs.save_at or 0), limits)
+        return Phase(precision, verdicts, runs.save_at, bitwise, again, remarks), limits
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -299,6 +326,7 @@ class _Verification:
             difference.value,
             limits.limit(quantity, difference.step),
             cause="resume",
+            only_in=difference.only_in,
             why=f"only the run that was resumed at step {phase.resumed_from} differs; something that training needs is "
             "not saved, or is not restored",
         )
@@ -332,7 +360,8 @@ class _Verification:
 _LIMITS_IN_WORDS = (
     f"{FACTOR} times the largest distance between the serial run and {_REORDERED} serial runs whose samples are in "
     "another order within each forward pass (a measured spread of rounding, up to the same step); never below some "
-    "rounding errors of the format, and in the first step never above the root of its epsilon. In bf16 and fp16 "
-    f"gradients of one of these runs are rounded once more, and the factor is {FACTOR_16_BIT}. Distances are norms of "
+    "rounding errors of the format, and in the first step never above the root of its epsilon. In bf16 and fp16: "
+    f"{FACTOR_16_BIT} times the largest distance between the serial run and those, or the same run in float32 (what "
+    "rounding to the format does to it), up to the same step; never below the format's epsilon. Distances are norms of "
     "a tensor's difference, relative to the norm of all tensors of its kind"
 )

@@ -66,7 +66,8 @@ def verify(
         Failed: A run failed; the message says what was printed.
     """
     if isinstance(nproc, bool) or nproc < 2:
-        raise config_error("nproc", f"is {nproc!r}; ranks are compared with one process, so at least 2 are needed")
+        problem = f"is {nproc!r}; ranks are compared with one process, so at least 2 are needed, as in"
+        raise config_error("nproc", f"{problem}: distrain.verify({', '.join(map(repr, keys))}, nproc=2)")
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="distrain_verify_"))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distrain.config.schema import CompressionConfig, Config
-from distrain.errors import described
+from distrain.errors import Failed, Stopped, described, termination_behind
 from distrain.torch_internals import BatchNorm
 from distrain.training.trainer import Trainer
 from distrain.verification import causes
@@ -21,7 +21,7 @@ from distrain.verification.comparison import (
     EPSILON,
     Difference,
     Limits,
-    bitwise_differences,
+    bitwise_difference,
     first_parting,
     judge,
     series,
@@ -83,7 +83,7 @@ class Search:
         step = difference.step
         place, calls = self._place(quantity, difference)
         evidence = Evidence(self.config, self.precision, quantity, difference.where, self.serial, self.asked)
-        evidence.float64_equal = self.float64_equal
+        evidence.float64_equal, evidence.only_in = self.float64_equal, difference.only_in
         order = self.limits.order_matters()
         evidence.order_matters = "" if order is None else order.where or "the loss"
         if self.config.compression.name != "none":
@@ -92,6 +92,12 @@ class Search:
         if self.ranks.world.rank == 0:
             try:
                 place = self._experiments(evidence, step, place, calls)
+            except Stopped:
+                raise
+            except Failed as error:
+                if termination_behind(error) is not None:
+                    raise
+                failure = f"the experiments failed {described(error.__cause__ or error)}"
             except Exception as error:  # a user's module may raise anything where it is run alone
                 failure = f"the experiments failed {described(error)}"
         cause = causes.find(evidence)
@@ -115,6 +121,7 @@ class Search:
             direction,
             found,
             why,
+            difference.only_in,
         )
 
     # --- the place ---------------------------------------------------------------------------------------------------
@@ -137,7 +144,9 @@ class Search:
         found = first_difference(serial, traces, _MODULE_LIMIT * math.sqrt(EPSILON[self.precision]))
         if found is not None:
             return _Place(found.name, found.kind, FORWARD), calls
-        tensor = self._first_in_backward_order(step) if quantity == "gradients" else difference.where
+        tensor = difference.where
+        if quantity == "gradients" and not difference.only_in:
+            tensor = self._first_in_backward_order(step)
         owner = tensor.rpartition(".")[0]
         if quantity in ("gradients", "parameters", "buffers") and owner in kinds:
             return _Place(owner, kinds[owner], BACKWARD if quantity == "gradients" else ""), calls
@@ -193,8 +202,8 @@ class Search:
         """Completes the evidence, in one process; returns the place as experiments correct it."""
         evidence.content_same_again = self._reads_the_same_twice()
         again = self.ranks.record(self._as_serial(self._uncompiled(), "repeated"), self.ranks.alone, self.reference)
-        _, other = bitwise_differences(self.serial, again)
-        evidence.same_again = other is None or self.config.trainer.compile is not False
+        same = bitwise_difference(self.serial, again) is None
+        evidence.same_again = same or self.config.trainer.compile is not False
         if evidence.quantity.startswith("sample"):
             return place
         names = list(dict.fromkeys(calls))

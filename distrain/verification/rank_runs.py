@@ -11,6 +11,8 @@ from typing import Any
 from distrain.config.schema import Config
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.strategies.base import strategy_class
+from distrain.tasks import base as tasks
 from distrain.training.assembly import build_trainer
 from distrain.training.run_plan import RunPlan
 from distrain.training.trainer import Trainer
@@ -23,23 +25,34 @@ class RankRuns:
     """Does short runs, as one rank.
 
     Args:
-        world: This rank's place.
+        plan: The user's run, as this rank will do it.
         runs: What all runs have in common.
 
     Attributes:
-        world: As given.
+        world: This rank's place.
         alone: The place of a process that trains alone, which rank 0 does.
         short: What all runs have in common.
     """
 
-    def __init__(self, world: World, runs: ShortRuns) -> None:
-        self.world, self.short = world, runs
-        self.alone = dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1)
+    def __init__(self, plan: RunPlan, runs: ShortRuns) -> None:
+        self.world, self.short, self._plan = plan.world, runs, plan
+        self.alone = dataclasses.replace(plan.world, rank=0, size=1, local_rank=0, local_size=1)
+
+    def plan_of(self, config: Config, world: World) -> RunPlan:
+        """The plan of another run on the same data, which needn't be looked for again.
+
+        Args:
+            config: The run; it differs from the user's in its strategy and in how it trains.
+            world: Of this rank in it.
+        """
+        # A run changes its task: weights of classes, and methods that are recorded.
+        task = tasks.build(config, self._plan.spec)
+        return dataclasses.replace(self._plan, config=config, world=world, strategy=strategy_class(config), task=task)
 
     @contextlib.contextmanager
     def set_up(self, config: Config, world: World) -> Iterator[Trainer]:
         """A run that is set up; inside the block it can train, once."""
-        plan = RunPlan.resolve(config, world)
+        plan = self.plan_of(config, world)
         with _quiet(), Runtime(config, world) as runtime:
             # The runtime has set the level.
             logging.getLogger("distrain").setLevel(logging.WARNING)

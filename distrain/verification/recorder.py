@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,8 @@ class RankRecord:
         evaluations: What all ranks agreed on: ``step``, ``split``, ``loss``, ``count`` and the metrics by name.
         parameters: Names of the model's parameters, as far as this rank runs them.
         tied: Names that stand for one parameter, for each such parameter.
-        summary_bytes: Bytes that it would send in a step without compression.
+        uncompressed_bytes: Bytes that it would send in a step without compression.
+        hides_gradients: It has updated parameters by gradients that are not those of one process, by design.
     """
 
     rank: int
@@ -77,6 +78,7 @@ class RankRecord:
     parameters: list[str] = field(default_factory=list)
     tied: list[list[str]] = field(default_factory=list)
     uncompressed_bytes: int = 0
+    hides_gradients: bool = False
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RankRecord:
@@ -94,7 +96,7 @@ class Recorder(Callback):
         writes: This is the serial run, whose tensors are kept.
         reorders: In the serial run, the order of the samples of each forward pass: 0 as it is, 1 reversed, from 2 on
             at random. What is added up is the same, in another order.
-        rounding: In the serial run, each number of a gradient is changed at random by up to this share of it.
+        skipped: In the serial run in float32, the steps whose update fp16 has skipped.
         first_step: Steps before the run's start.
 
     Attributes:
@@ -108,12 +110,12 @@ class Recorder(Callback):
         *,
         writes: bool = False,
         reorders: int = 0,
-        rounding: float = 0.0,
+        skipped: Collection[int] = (),
         first_step: int = 0,
     ) -> None:
         strategy = trainer.strategy
         self._trainer, self._strategy, self._reference = trainer, strategy, reference
-        self._writes, self._reorders, self._rounding = writes, reorders, rounding
+        self._writes, self._reorders, self._skipped = writes, reorders, skipped
         world = trainer.runtime.world
         self.record = RankRecord(world.rank, world.host)
         self._first_step, self._in_step = first_step, False
@@ -127,6 +129,9 @@ class Recorder(Callback):
         # Around the methods, not in them: training itself knows nothing of this.
         replace_method(strategy, "train_step", self._recorded_step)
         replace_method(trainer, "evaluate", self._recorded_evaluation)
+        if skipped:
+            self._update = strategy.optimizer.step
+            replace_method(strategy.optimizer, "step", self._update_unless_skipped)
         trainer.callbacks.append(self)
 
     def _step(self, number: int) -> StepRecord:
@@ -167,6 +172,7 @@ class Recorder(Callback):
         """The gradients that the optimizer sees, whichever rank it runs on."""
         if self._strategy.skips_locally:
             # Each rank's gradient is that of its own samples, or of its own time.
+            self.record.hides_gradients = True
             return
         if self._in_step:
             step = self._trainer.progress.step + 1
@@ -175,18 +181,15 @@ class Recorder(Callback):
             # step, counted from the start of this process.
             step = self._first_step + self._strategy.compressor.step
         else:
+            self.record.hides_gradients = True
             return
         gradients = {name: parameter.grad for name, parameter in self._optimized() if parameter.grad is not None}
-        if self._rounding:
-            self._round(step, gradients)
         self._keep(step, GRADIENTS, gradients)
 
-    def _round(self, step: int, gradients: Mapping[str, Tensor]) -> None:
-        """Changes gradients as the rounding of a 16-bit format does, where each rank rounds a sum of its own."""
-        generator = torch.Generator().manual_seed(step)
-        for gradient in gradients.values():
-            drawn = torch.rand(gradient.shape, generator=generator).to(gradient.device, gradient.dtype)
-            gradient.mul_(1 + self._rounding * (2 * drawn - 1))
+    def _update_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
+        if self._trainer.progress.step + 1 in self._skipped:
+            return None
+        return self._update(*args, **kwargs)
 
     def _optimized(self) -> Iterable[tuple[str, Tensor]]:
         for group in self._strategy.optimizer.param_groups:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distrain.errors import config_error
 
+_SUFFIX = ".safetensors"
 #: The norm of a difference, and that of the reference.
 Distance = tuple[float, float]
 
@@ -35,24 +36,29 @@ class Reference:
         save_file(copies, self._path(step, kind))
 
     def load(self, step: int, kind: str) -> dict[str, Tensor]:
-        """The tensors of a step.
+        """The tensors of a step; empty if the serial run had none of this kind in it.
 
         Raises:
-            ConfigError: This host doesn't see them.
+            ConfigError: This host doesn't see what the serial run has written.
         """
         path = self._path(step, kind)
         if not path.exists():
+            if next(self._folder.glob(f"*{_SUFFIX}"), None) is not None:
+                return {}
             problem = f"this host can't read {path}, which rank 0 has written; name a folder that all hosts share"
             raise config_error("folder", problem)
         return load_file(path)
 
     def distances(self, step: int, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Distance]:
-        """How far each tensor is from that of the serial run."""
+        """How far each tensor is from that of the serial run; infinitely, if that run has none of this name."""
         expected = self.load(step, kind)
-        return {name: distance(tensors[name], expected[name]) for name in tensors if name in expected}
+        return {
+            name: distance(tensor, expected[name]) if name in expected else (math.inf, 0.0)
+            for name, tensor in tensors.items()
+        }
 
     def _path(self, step: int, kind: str) -> Path:
-        return self._folder / f"{kind}_{step:08d}.safetensors"
+        return self._folder / f"{kind}_{step:08d}{_SUFFIX}"
 
 
 def norm(tensor: Tensor) -> float:

@@ -72,6 +72,33 @@ def test_a_format_that_rounds_is_told_from_another_computation(tmp_path: Path) -
     assert content["parting"]["cause"] == "rounding of the format", text
 
 
+#: Settings, what parts first, and the cause.
+GROSS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "batch norm of each rank": ((DDP, "strategy.batchnorm=local", *NORM_NET), "gradients", "BatchNorm"),
+    "gradients scaled by the number of ranks": (
+        (ALONE, f"strategy.name={HERE}.ForgetsARank", *net("Plain")),
+        "gradients",
+        "",
+    ),
+    "mean of means": ((DDP, *net("Plain"), f"task.name={HERE}.MeanOfMeans"), "loss", "mean of means"),
+    "place in the batch": ((DDP, *net("Place")), "loss", "module that mixes samples"),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("planted", GROSS)
+def test_a_gross_error_is_found_in_16_bits_alone(planted: str, precision: str, tmp_path: Path) -> None:
+    keys, quantity, cause = GROSS[planted]
+    options = (f"trainer.precision={precision}", "optimizer=sgd")
+    content, text = verified(tmp_path, 2, *keys, *options, steps=4, float64=False)
+    assert content["verdict"] == "different", text
+    assert [phase["precision"] for phase in content["phases"]] == [precision]
+    parting = content["parting"]
+    assert (parting["quantity"], parting["cause"]) == (quantity, cause), text
+    assert parting["step"] <= 2, text
+
+
 @pytest.mark.soak
 def test_a_wrong_strategy_has_no_cause_of_the_table(tmp_path: Path) -> None:
     keys = (ALONE, f"strategy.name={HERE}.ForgetsARank", *net("Plain"), "optimizer=sgd")

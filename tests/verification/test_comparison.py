@@ -12,10 +12,13 @@ import pytest
 from distrain.verification.comparison import (
     EPSILON,
     FACTOR,
+    FACTOR_16_BIT,
+    ONE_PROCESS,
+    THE_RANKS,
     Difference,
     Limits,
     Series,
-    bitwise_differences,
+    bitwise_difference,
     first_parting,
     judge,
     series,
@@ -76,6 +79,7 @@ def largest(changes: dict[str, object]) -> dict[str, Difference]:
         ({"distances": {"gradients": {"w": (0.5, 3.0)}}}, "gradients", 0.1, "w"),
         ({"distances": {"state": {"w": (0.5, 1.0)}}}, "parameters", 0.5, "w"),
         ({"distances": {"state": {"running": (0.5, 1.0)}}}, "buffers", 0.5, "running"),
+        ({"distances": {"gradients": {"new": (math.inf, 0.0)}}}, "gradients", math.inf, "new"),
     ],
 )
 def test_what_a_rank_did_otherwise_is_found(
@@ -94,6 +98,105 @@ def test_stages_of_a_pipeline_that_share_a_shard_count_once() -> None:
     assert all(steps[1].value == 0 for steps in found.values() if 1 in steps)
 
 
+def without(kind: str, name: str | None = None) -> list[RankRecord]:
+    """Both ranks without a tensor in their second step, or without all of a kind."""
+    ranks = [record(0), record(1)]
+    for rank in ranks:
+        step = rank.steps[2]
+        kept = {} if name is None else {each: far for each, far in step.distances[kind].items() if each != name}
+        rank.steps[2] = dataclasses.replace(step, distances={**step.distances, kind: kept})
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "quantity", "where"),
+    [
+        (without("gradients", "b"), "gradients", "b"),
+        (without("gradients"), "gradients", "w"),
+        (without("state", "w"), "parameters", "w"),
+        (without("state", "running"), "buffers", "running"),
+    ],
+)
+def test_a_tensor_that_only_one_process_has_is_a_difference(ranks: list[RankRecord], quantity: str, where: str) -> None:
+    found = series(whole(), ranks)
+    assert found[quantity][1].value == 0
+    assert found[quantity][2] == Difference(math.inf, where, 2, ONE_PROCESS)
+    assert first_parting(judge(found, limits(tolerance=0.9))) == (quantity, found[quantity][2])
+
+
+def test_gradients_that_a_strategy_hides_by_design_are_not_compared() -> None:
+    ranks = [dataclasses.replace(rank, hides_gradients=True) for rank in without("gradients")]
+    assert series(whole(), ranks)["gradients"].keys() == {1}
+
+
+def test_a_parameter_that_is_tied_may_go_by_any_of_its_names() -> None:
+    serial = dataclasses.replace(whole(), tied=[["w", "other"]])
+    for step in (1, 2):
+        ranks = [record(0), record(1)]
+        for rank in ranks:
+            gradients = {"b": (0.0, 4.0), "other": (math.inf, 0.0)}
+            rank.steps[step] = dataclasses.replace(
+                rank.steps[step], distances={**rank.steps[step].distances, "gradients": gradients}
+            )
+        assert series(serial, ranks)["gradients"][step] == Difference(0.0, "b", step)
+
+
+@pytest.mark.parametrize("only_in", [ONE_PROCESS, THE_RANKS])
+def test_a_step_that_only_one_run_has_is_a_difference(only_in: str) -> None:
+    serial, ranks = whole(), [record(0), record(1)]
+    for shorter in ranks if only_in == ONE_PROCESS else [serial]:
+        del shorter.steps[2]
+    found = series(serial, ranks)
+    assert found["sample order"][2] == Difference(math.inf, "the whole step", 2, only_in)
+    quantity, difference = first_parting(judge(found, limits())) or ("", None)
+    assert (quantity, difference) == ("sample order", found["sample order"][2])
+
+
+def test_a_resumed_run_lacks_only_the_steps_before() -> None:
+    ranks = [record(0), record(1)]
+    for rank in ranks:
+        del rank.steps[1]
+    assert first_parting(judge(series(whole(), ranks, after=1), limits())) is None
+    assert first_parting(judge(series(whole(), ranks), limits())) is not None
+
+
+def evaluations(*steps: int, **metrics: float) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "split": "val", "loss": 1.0, "count": 4, "metrics": metrics or {"accuracy": 0.5}}
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("of_serial", "of_ranks", "step", "only_in"),
+    [
+        (evaluations(1, 2), evaluations(1), 2, ONE_PROCESS),
+        (evaluations(2), evaluations(1, 2), 1, THE_RANKS),
+    ],
+)
+def test_an_evaluation_that_only_one_run_has_is_a_difference(
+    of_serial: list[dict[str, Any]], of_ranks: list[dict[str, Any]], step: int, only_in: str
+) -> None:
+    serial, first = whole(), record(0)
+    serial.evaluations, first.evaluations = of_serial, of_ranks
+    found = series(serial, [first, record(1)])["evaluation count"]
+    assert found[step] == Difference(math.inf, "val as a whole", step, only_in)
+    assert found[2 if step == 1 else 1].value == 0
+
+
+def test_an_evaluation_before_the_resume_may_be_missing() -> None:
+    serial, first = whole(), record(0)
+    serial.evaluations, first.evaluations = evaluations(1, 2), evaluations(2)
+    assert series(serial, [first, record(1)], after=1)["evaluation count"].keys() == {2}
+
+
+def test_a_metric_that_only_one_run_has_is_a_difference() -> None:
+    serial, first = whole(), record(0)
+    serial.evaluations, first.evaluations = evaluations(1, accuracy=0.5, f1=0.4), evaluations(1, accuracy=0.5)
+    found = series(serial, [first, record(1)])["evaluation metrics"]
+    assert found[1] == Difference(math.inf, "val f1", 1, ONE_PROCESS)
+
+
 def test_records_go_through_json_unchanged() -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(whole())))
     again = RankRecord.from_plain(plain)
@@ -105,8 +208,10 @@ def spread(value: float, step: int, quantity: str = "gradients") -> Series:
     return {name: {step: Difference(value if name == quantity else 0.0, "w", step)} for name in QUANTITIES}
 
 
-def limits(*spreads: Series, precision: str = "fp64", tolerance: float | None = None) -> Limits:
-    return Limits(spreads, precision, tolerance, evaluated=100, batch=10)
+def limits(
+    *spreads: Series, rounded: Series | None = None, precision: str = "fp64", tolerance: float | None = None
+) -> Limits:
+    return Limits(spreads, rounded, precision, tolerance, evaluated=100, batch=10)
 
 
 def test_limits_grow_with_the_measured_spread_and_never_shrink() -> None:
@@ -124,6 +229,21 @@ def test_a_spread_in_the_first_step_that_is_no_rounding_gives_no_wide_limit() ->
     assert order is not None
     assert order.value == 0.1
     assert limits(spread(1e-15, 1)).order_matters() is None
+
+
+def test_in_16_bits_an_order_that_matters_widens_no_limit() -> None:
+    measured = limits(spread(0.5, 1), rounded=spread(0.01, 2), precision="bf16")
+    assert measured.order_matters() == Difference(0.5, "w", 1)
+    assert measured.limit("gradients", 1) == EPSILON["bf16"]
+    assert measured.limit("gradients", 2) == FACTOR_16_BIT * 0.01
+    assert measured.limit("parameters", 9) == EPSILON["bf16"]
+
+
+def test_in_16_bits_an_order_that_does_not_matter_tells_how_rounding_grows() -> None:
+    measured = limits(spread(0.03, 2), rounded=spread(0.01, 1), precision="bf16")
+    assert measured.order_matters() is None
+    assert measured.limit("gradients", 1) == FACTOR_16_BIT * 0.01
+    assert measured.limit("gradients", 2) == FACTOR_16_BIT * 0.03
 
 
 def test_ties_are_allowed_in_metrics_but_not_in_float64() -> None:
@@ -154,5 +274,15 @@ def test_a_difference_that_is_not_a_number_is_no_equality() -> None:
 
 
 def test_other_bits_are_found() -> None:
-    assert bitwise_differences(record(), record()) == (2, None)
-    assert bitwise_differences(record(), record(hashes={"w": "0", "running": "2"}))[1] == Difference(1.0, "running", 1)
+    assert bitwise_difference(record(), record()) is None
+    assert bitwise_difference(record(), record(hashes={"w": "0", "running": "2"})) == Difference(1.0, "running", 1)
+
+
+def test_a_tensor_or_a_step_that_one_run_lacks_has_other_bits() -> None:
+    assert bitwise_difference(record(), record(hashes={"w": "0"})) == Difference(1.0, "running", 1)
+    assert bitwise_difference(record(hashes={"w": "0"}), record()) == Difference(1.0, "running", 1)
+    shorter, resumed = record(), record()
+    del shorter.steps[2], resumed.steps[1]
+    assert bitwise_difference(record(), shorter) == Difference(1.0, "w", 2)
+    assert bitwise_difference(record(), resumed, after=1) is None
+    assert bitwise_difference(record(), resumed) == Difference(1.0, "w", 1)

@@ -94,7 +94,8 @@ class _Launch:
         self._folder = folder
         self._agent: _Agent | None = None
         self._ended = threading.Event()
-        self._outcome = Outcome(EXIT_FAILED)
+        # Unless something better is known.
+        self._outcome = Outcome(EXIT_FAILED, "distrain: the agent that watches the ranks ended, and doesn't know why")
         self._request: signal.Signals | None = None
         self._requested_at = 0.0
 
