@@ -66,13 +66,13 @@ def run(settings: VerifySettings, keys: Sequence[str]) -> Certificate:
         launcher.command([*sys.argv, "--", *keys], os.environ),
         _example(keys, world.size),
     )
-    certificate = engine.verify(training_config(keys), world, options, _print)
+    certificate = engine.verify(training_config(keys), world, options, print_certificate)
     if not certificate.passed:
         raise Failed
     return certificate
 
 
-def _print(certificate: Certificate, path: Path) -> None:
+def print_certificate(certificate: Certificate, path: Path) -> None:
     """Prints a certificate, and to standard error why the command ends with an exit code that is not 0.
 
     Raises:

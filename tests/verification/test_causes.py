@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import distrain
 from distrain.verification.causes import CAUSES, Evidence, find
 from distrain.verification.probe import LossFindings, ModuleFindings
 from distrain.verification.recorder import RankRecord
@@ -41,7 +42,6 @@ PLANTED: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "autograd function": ((DDP, *net("ScalesGradient")), "backward that depends on the batch", "suspect", "backward"),
     "kernel with races": ((DDP, *net("NeverTwice")), "not repeatable", "suspect", "forward"),
     "randomness in the data": ((DDP, *SAMPLES, "data.kwargs={drawn: true}"), "randomness in the data set", "", ""),
-    "order of a set": ((DDP, *SAMPLES, "data.kwargs={order: process}"), "order of a set", "", ""),
     "tied parameters": (
         (ALONE, f"strategy.name={HERE}.Unties", "model=custom", f"model._target_={HERE}.Tied"),
         "tied parameters",
@@ -72,16 +72,32 @@ def test_a_format_that_rounds_is_told_from_another_computation(tmp_path: Path) -
     assert content["parting"]["cause"] == "rounding of the format", text
 
 
+@pytest.mark.soak
+def test_the_order_of_a_set_is_found_between_processes_that_hash_in_their_own_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The ranks of the harness are forked from one process, and hash alike.
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    options = ("trainer.progress=off", "runtime.threads=1", "optimizer=sgd")
+    found = distrain.verify(DDP, *SAMPLES, "data.kwargs={order: set}", *options, nproc=2, steps=2, timeout=600)
+    assert found.verdict == "different", found.text
+    parting = found.certificate["parting"]
+    assert (parting["cause"], parting["quantity"]) == ("order of a set", "sample content"), found.text
+    assert parting["step"] == 1
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    again = distrain.verify(DDP, *SAMPLES, "data.kwargs={order: set}", *options, nproc=2, steps=2, timeout=600)
+    assert again.verdict == "equal", again.text
+
+
 #: Settings, what parts first, and the cause.
 GROSS: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "batch norm of each rank": ((DDP, "strategy.batchnorm=local", *NORM_NET), "gradients", "BatchNorm"),
+    "batch norm of each rank": ((DDP, "strategy.batchnorm=local", *NORM_NET), "loss", "BatchNorm"),
     "gradients scaled by the number of ranks": (
         (ALONE, f"strategy.name={HERE}.ForgetsARank", *net("Plain")),
         "gradients",
         "",
     ),
     "mean of means": ((DDP, *net("Plain"), f"task.name={HERE}.MeanOfMeans"), "loss", "mean of means"),
-    "place in the batch": ((DDP, *net("Place")), "loss", "module that mixes samples"),
 }
 
 

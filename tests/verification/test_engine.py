@@ -10,6 +10,7 @@ import pytest
 from tests.verification.helpers import verified
 
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
+TANH_NET = ("model=custom", "model._target_=tests.verification.planted.Net", "+model.kwargs.suspect=Plain")
 BATCHNORM = (*NORM_NET, "+model.kwargs.norm=batch")
 #: Ways of training that equal one process: ranks, and settings.
 LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -28,6 +29,14 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "bf16": (2, ("strategy=ddp", "trainer.precision=bf16")),
     "fp16": (2, ("strategy=ddp", "trainer.precision=fp16")),
+    "bf16, residual network": (2, ("strategy=ddp", "trainer.precision=bf16", "model=resnet18")),
+    "fp16, residual network": (2, ("strategy=ddp", "trainer.precision=fp16", "model=resnet18")),
+    "bf16, group norm": (3, ("strategy=ddp", "trainer.precision=bf16", *NORM_NET, "+model.kwargs.norm=group")),
+    "fp16, synchronised batch norm": (2, ("strategy=ddp", "trainer.precision=fp16", *BATCHNORM)),
+    "bf16 without ReLU, pipeline": (
+        2,
+        ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2", "trainer.precision=bf16", *TANH_NET),
+    ),
     "interleaved pipeline": (
         2,
         ("strategy=pipeline", "strategy.stages=4", "strategy.schedule=interleaved_1f1b", "strategy.microbatches=4"),
