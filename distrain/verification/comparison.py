@@ -24,9 +24,12 @@ from distrain.verification.recorder import GRADIENTS, STATE, RankRecord, StepRec
 
 #: Times the measured spread that is allowed: the kernels for a share of a batch add in other ways than those for all.
 FACTOR = 64
-#: The same in 16-bit formats: 1 for the rounding of each of the two runs, twice, since a spread of three runs may be
-#: small by chance.
+#: The same in 16-bit formats: 1 for the rounding of each of the two runs, twice.
 FACTOR_16_BIT = 4
+#: The same for a single number, which may be near those of all three runs by chance; for normally distributed numbers
+#: that gives a false alarm in 2 of 10,000 comparisons (4 would in 1 of 100).
+FACTOR_16_BIT_NUMBER = 16
+SINGLE_NUMBERS = ("loss", "evaluation loss", "training metrics", "evaluation metrics")
 HALF = ("bf16", "fp16")
 #: Machine epsilon of what is computed with each precision.
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
@@ -95,10 +98,25 @@ def series(reference: RankRecord, ranks: Sequence[RankRecord], *, after: int = 0
         hidden = any(rank.hides_gradients for rank in ranks)
         gradients = _largest(record.distances.get(GRADIENTS, {}) for record in records)
         if gradients or not hidden:
-            scales = expected.distances.get(GRADIENTS, {})
+            unseen = _recorded_later(ranks, step) - gradients.keys()
+            scales = {
+                name: scale for name, scale in expected.distances.get(GRADIENTS, {}).items() if name not in unseen
+            }
             _compare_tensors(found["gradients"], step, gradients, scales, reference.tied)
     _compare_evaluations(found, reference, ranks[0], after)
     return found
+
+
+def _recorded_later(ranks: Sequence[RankRecord], step: int) -> set[str]:
+    """Names of gradients by which servers have made updates after a step; earlier ones may have been unseen."""
+    return {
+        name
+        for rank in ranks
+        if rank.serves
+        for at, record in rank.steps.items()
+        if at > step
+        for name in record.distances.get(GRADIENTS, {})
+    }
 
 
 def _compare_states(found: Series, step: int, reference: RankRecord, records: Sequence[StepRecord]) -> None:
@@ -256,18 +274,24 @@ class Limits:
         return self._measured_limit(quantity, step) if self._tolerance is None else self._tolerance
 
     def _measured_limit(self, quantity: str, step: int) -> float:
-        limit = (FACTOR if self._rounded is None else FACTOR_16_BIT) * self.spread(quantity, step)
+        limit = self._factor(quantity) * self.spread(quantity, step)
         if step == 1:
             limit = min(limit, self._cap(quantity))
         if self._precision != "fp64":
             limit = max(limit, self._ties.get(quantity, 0.0))
         return max(limit, _ALWAYS[self._precision] * EPSILON[self._precision])
 
+    def _factor(self, quantity: str) -> int:
+        if self._rounded is None:
+            return FACTOR
+        return FACTOR_16_BIT_NUMBER if quantity in SINGLE_NUMBERS else FACTOR_16_BIT
+
     def _cap(self, quantity: str) -> float:
         """What no reordering changes in the first step by rounding."""
         if self._rounded is None:
             return math.sqrt(EPSILON[self._precision])
-        return FACTOR_16_BIT * max(EPSILON[self._precision], _largest_up_to(1, quantity, [self._rounded]))
+        spread = _largest_up_to(1, quantity, [self._rounded])
+        return self._factor(quantity) * max(EPSILON[self._precision], spread)
 
     def order_matters(self) -> Difference | None:
         """What the order of the samples in a batch changes in the first step by more than rounding, if anything."""

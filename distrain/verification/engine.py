@@ -33,6 +33,7 @@ from distrain.verification.comparison import (
     EXACT,
     FACTOR,
     FACTOR_16_BIT,
+    FACTOR_16_BIT_NUMBER,
     HALF,
     Limits,
     bitwise_difference,
@@ -253,16 +254,22 @@ class _Verification:
         """Does the runs of one number format and compares them."""
         runs, reference = self._runs, Reference(self._runs.folder / precision / "reference")
         alone: list[RankRecord] = []
+        self._ranks.skipped = []
         if self._world.rank == 0:
             for reorders in range(_REORDERED + 1):
                 config = runs.serial(precision, f"serial_{reorders}")
                 options: dict[str, Any] = {"writes": not reorders, "reorders": reorders}
                 alone.append(self._ranks.record(config, self._ranks.alone, reference, **options))
+                if precision == "fp16" and not reorders:
+                    steps = alone[0].steps.items()
+                    self._ranks.skipped = [step for step, record in steps if GRADIENTS not in record.distances]
             if precision in HALF:
-                # Last: see below. Where fp16 skips an update because its gradient overflows, so does this run.
-                skipped = [step for step, record in alone[0].steps.items() if GRADIENTS not in record.distances]
+                # Last: see below.
                 config = runs.serial("fp32", f"unrounded_{precision}")
-                alone.append(self._ranks.record(config, self._ranks.alone, reference, skipped=skipped))
+                alone.append(self._ranks.record(config, self._ranks.alone, reference))
+        if precision == "fp16":
+            # The sum of a whole batch overflows at a loss scale at which the sums of its shares do not.
+            self._ranks.skipped = self._ranks.exchange({"skipped": self._ranks.skipped})[0]["skipped"]
         config = runs.saving(precision, "asked")
         asked = self._ranks.record(config, self._world, reference)
         resumed: RankRecord | None = None
@@ -285,7 +292,10 @@ class _Verification:
         spreads = [series(serial, [each]) for each in others]
         rounded = spreads.pop() if precision in HALF else None
         limits = Limits(spreads, rounded, precision, self._options.tolerance, evaluated, smallest)
-        remarks = self._remarks.get(precision, [])
+        remarks = [*self._remarks.get(precision, [])]
+        if self._ranks.skipped:
+            skipped = ", ".join(map(str, self._ranks.skipped))
+            remarks.append(f"updates left out in all runs, since the gradient of one process overflows: step {skipped}")
         verdicts = judge(series(serial, asked_ranks), limits)
         blind = min((each.blind_from for each in verdicts if each.blind_from is not None), default=None)
         if blind is not None:
@@ -361,7 +371,8 @@ _LIMITS_IN_WORDS = (
     f"{FACTOR} times the largest distance between the serial run and {_REORDERED} serial runs whose samples are in "
     "another order within each forward pass (a measured spread of rounding, up to the same step); never below some "
     "rounding errors of the format, and in the first step never above the root of its epsilon. In bf16 and fp16: "
-    f"{FACTOR_16_BIT} times the largest distance between the serial run and those, or the same run in float32 (what "
-    "rounding to the format does to it), up to the same step; never below the format's epsilon. Distances are norms of "
-    "a tensor's difference, relative to the norm of all tensors of its kind"
+    f"{FACTOR_16_BIT} times, and for a loss or metric {FACTOR_16_BIT_NUMBER} times, the largest distance between the "
+    "serial run and those, or the same run in float32 (what rounding to the format does to it), up to the same step; "
+    "never below the format's epsilon. Distances are norms of a tensor's difference, relative to the norm of all "
+    "tensors of its kind"
 )

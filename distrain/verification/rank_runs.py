@@ -32,10 +32,12 @@ class RankRuns:
         world: This rank's place.
         alone: The place of a process that trains alone, which rank 0 does.
         short: What all runs have in common.
+        skipped: Steps whose update all runs leave out; see :class:`~distrain.verification.recorder.Recorder`.
     """
 
     def __init__(self, plan: RunPlan, runs: ShortRuns) -> None:
         self.world, self.short, self._plan = plan.world, runs, plan
+        self.skipped: list[int] = []
         self.alone = dataclasses.replace(plan.world, rank=0, size=1, local_rank=0, local_size=1)
 
     def plan_of(self, config: Config, world: World) -> RunPlan:
@@ -76,7 +78,7 @@ class RankRuns:
             **options: As for :class:`Recorder`.
         """
         with self.set_up(config, world) as trainer:
-            recorder = Recorder(trainer, reference, **options)
+            recorder = Recorder(trainer, reference, skipped=self.skipped, **options)
             prepare(trainer)
             trainer.fit()
             return recorder.record

@@ -69,6 +69,7 @@ class RankRecord:
         tied: Names that stand for one parameter, for each such parameter.
         uncompressed_bytes: Bytes that it would send in a step without compression.
         hides_gradients: It has updated parameters by gradients that are not those of one process, by design.
+        serves: It updates parameters for other ranks, and may have done so before it was recorded.
     """
 
     rank: int
@@ -79,6 +80,7 @@ class RankRecord:
     tied: list[list[str]] = field(default_factory=list)
     uncompressed_bytes: int = 0
     hides_gradients: bool = False
+    serves: bool = False
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RankRecord:
@@ -96,7 +98,7 @@ class Recorder(Callback):
         writes: This is the serial run, whose tensors are kept.
         reorders: In the serial run, the order of the samples of each forward pass: 0 as it is, 1 reversed, from 2 on
             at random. What is added up is the same, in another order.
-        skipped: In the serial run in float32, the steps whose update fp16 has skipped.
+        skipped: Steps whose update is left out, as the serial run has skipped it because its fp16 gradient overflowed.
         first_step: Steps before the run's start.
 
     Attributes:
@@ -180,6 +182,7 @@ class Recorder(Callback):
             # A server. It may have made updates before this object was there, so it can't count them; a push names its
             # step, counted from the start of this process.
             step = self._first_step + self._strategy.compressor.step
+            self.record.serves = True
         else:
             self.record.hides_gradients = True
             return
@@ -187,7 +190,8 @@ class Recorder(Callback):
         self._keep(step, GRADIENTS, gradients)
 
     def _update_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
-        if self._trainer.progress.step + 1 in self._skipped:
+        # A server updates outside of its steps.
+        if self._in_step and self._trainer.progress.step + 1 in self._skipped:
             return None
         return self._update(*args, **kwargs)
 

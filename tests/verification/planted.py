@@ -72,6 +72,23 @@ class ScalesGradient(nn.Module):
         return _Scaled.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
 
+class _Loud(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return 100 * gradient
+
+
+class LoudGradient(nn.Module):
+    """Has gradients that overflow in fp16 until the loss scale has become small; nothing else is wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Loud.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class NeverTwice(nn.Module):
     """Its result depends on numbers that no seed governs, as that of a kernel with races does."""
 
@@ -87,7 +104,7 @@ class Place(nn.Module):
 
 
 SUSPECTS: dict[str, type[nn.Module]] = {
-    each.__name__: each for each in (Plain, MixesSamples, Counts, ScalesGradient, NeverTwice, Place)
+    each.__name__: each for each in (Plain, MixesSamples, Counts, ScalesGradient, LoudGradient, NeverTwice, Place)
 }
 
 

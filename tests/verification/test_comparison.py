@@ -13,6 +13,7 @@ from distrain.verification.comparison import (
     EPSILON,
     FACTOR,
     FACTOR_16_BIT,
+    FACTOR_16_BIT_NUMBER,
     ONE_PROCESS,
     THE_RANKS,
     Difference,
@@ -127,6 +128,15 @@ def test_a_tensor_that_only_one_process_has_is_a_difference(ranks: list[RankReco
 def test_gradients_that_a_strategy_hides_by_design_are_not_compared() -> None:
     ranks = [dataclasses.replace(rank, hides_gradients=True) for rank in without("gradients")]
     assert series(whole(), ranks)["gradients"].keys() == {1}
+
+
+def test_a_server_may_have_made_its_first_updates_before_it_was_recorded() -> None:
+    ranks = [dataclasses.replace(rank, serves=True) for rank in (record(0), record(1))]
+    for rank in ranks:
+        rank.steps[1] = dataclasses.replace(rank.steps[1], distances={"state": rank.steps[1].distances["state"]})
+    assert series(whole(), ranks)["gradients"] == {2: Difference(0.0, "w", 2)}
+    late = [dataclasses.replace(rank, serves=True) for rank in without("gradients")]
+    assert series(whole(), late)["gradients"][2] == Difference(math.inf, "w", 2, ONE_PROCESS)
 
 
 def test_a_parameter_that_is_tied_may_go_by_any_of_its_names() -> None:
@@ -244,6 +254,11 @@ def test_in_16_bits_an_order_that_does_not_matter_tells_how_rounding_grows() -> 
     assert measured.order_matters() is None
     assert measured.limit("gradients", 1) == FACTOR_16_BIT * 0.01
     assert measured.limit("gradients", 2) == FACTOR_16_BIT * 0.03
+
+
+def test_in_16_bits_a_single_number_gets_more_room_than_a_tensor() -> None:
+    measured = limits(rounded=spread(0.001, 1, "loss"), precision="bf16")
+    assert measured.limit("loss", 1) == FACTOR_16_BIT_NUMBER * 0.001
 
 
 def test_ties_are_allowed_in_metrics_but_not_in_float64() -> None:

@@ -30,7 +30,6 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
     "bf16": (2, ("strategy=ddp", "trainer.precision=bf16")),
     "fp16": (2, ("strategy=ddp", "trainer.precision=fp16")),
     "bf16, residual network": (2, ("strategy=ddp", "trainer.precision=bf16", "model=resnet18")),
-    "fp16, residual network": (2, ("strategy=ddp", "trainer.precision=fp16", "model=resnet18")),
     "bf16, group norm": (3, ("strategy=ddp", "trainer.precision=bf16", *NORM_NET, "+model.kwargs.norm=group")),
     "fp16, synchronised batch norm": (2, ("strategy=ddp", "trainer.precision=fp16", *BATCHNORM)),
     "bf16 without ReLU, pipeline": (
@@ -112,6 +111,17 @@ def test_lossless_ways_are_certified(way: str, tmp_path: Path) -> None:
     content, text = verified(tmp_path, ranks, *keys, steps=6)
     assert content["verdict"] == "equal", text
     assert all(phase["resumed_bitwise"] for phase in content["phases"]), text
+
+
+@pytest.mark.soak
+def test_updates_that_fp16_skips_are_skipped_in_all_runs(tmp_path: Path) -> None:
+    keys = ("model=custom", "model._target_=tests.verification.planted.Net", "+model.kwargs.suspect=LoudGradient")
+    options = ("trainer.precision=fp16", "optimizer=sgd", "optimizer.lr=1e-4")
+    content, text = verified(tmp_path, 2, "strategy=ddp", *keys, *options, steps=6, float64=False)
+    assert content["verdict"] == "equal", text
+    assert "fp16: updates left out in all runs, since the gradient of one process overflows: step 1, 2" in text
+    rows = verdicts(content, "fp16")
+    assert 0 < rows["gradients"]["compared"] < rows["parameters"]["compared"] == 6
 
 
 @pytest.mark.soak
