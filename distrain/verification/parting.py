@@ -162,7 +162,8 @@ class Search:
             record = rank.steps.get(step)
             for name, (distance, _) in (record.distances.get(GRADIENTS, {}) if record is not None else {}).items():
                 far[name] = max(far.get(name, 0.0), distance / scale)
-        order = [name for name in reversed(self.serial.parameters) if name in far]
+        # A tied parameter may have further names on the ranks.
+        order = [name for name in reversed(self.serial.parameters) if name in far and name in scales]
         return next((name for name in order if not far[name] <= limit), "")
 
     def _trace(self, config: Config, step: int, *, alone: bool) -> Trace:
