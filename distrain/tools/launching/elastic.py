@@ -94,8 +94,7 @@ class _Launch:
         self._folder = folder
         self._agent: _Agent | None = None
         self._ended = threading.Event()
-        # Unless something better is known.
-        self._outcome = Outcome(EXIT_FAILED, "distrain: the agent that watches the ranks ended, and doesn't know why")
+        self._outcome = Outcome(EXIT_FAILED)
         self._request: signal.Signals | None = None
         self._requested_at = 0.0
 
@@ -112,7 +111,7 @@ class _Launch:
     def _run_agent(self) -> None:
         try:
             self._outcome = self._result()
-        except Exception as error:  # the agent raises many types where hosts can't meet
+        except BaseException as error:  # many types where hosts can't meet; SystemExit would end a thread in silence
             self._outcome = Outcome(EXIT_FAILED, f"distrain: {self._describe(error)}")
         finally:
             self._ended.set()
@@ -151,7 +150,7 @@ class _Launch:
         assert self._request is not None
         return Outcome(128 + self._request, f"distrain: ended by {self._request.name} {when}")
 
-    def _describe(self, error: Exception) -> str:
+    def _describe(self, error: BaseException) -> str:
         text = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
         if self._settings.nodes[1] == 1:
             return f"the ranks can't be started ({text})"
