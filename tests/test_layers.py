@@ -13,6 +13,7 @@ LAYERS = (
     "api",
     "cli",
     "tools",
+    "planning",
     "verification",
     "training",
     "strategies",

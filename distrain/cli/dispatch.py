@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "predict the classes of images by a run's model",
     "export": "write a run's model as a file that is readable without distrain",
     "verify": "certify that a training on several ranks is that of one process, or say where it parts",
+    "plan": "predict what a step takes under each strategy, on these ranks or on a described cluster",
     "sweep": "train with each combination of values; one table of the results",
     "compare": "show runs side by side, as a table and as a page with curves",
     "doctor": "examine this machine, or all machines of a job and their network",

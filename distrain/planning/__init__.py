@@ -1,0 +1,1 @@
+"""Predicts what a step of a training costs under each strategy, on measured or described machines."""

@@ -1,0 +1,416 @@
+"""Measures on these ranks what a training costs: steps, blocks, compressors and links."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Reduction
+from distrain.compression import base as compression
+from distrain.compression.autotune.compressor_cost import CompressorCost, measure_cost
+from distrain.compression.autotune.link_model import LinkModel, measure_link
+from distrain.compression.autotune.step_trace import synchronised_time
+from distrain.config.schema import CompressionConfig
+from distrain.data.base import Splits
+from distrain.data.batch import Batch
+from distrain.errors import ConfigError, config_error
+from distrain.gradients.buckets import make_bucket
+from distrain.gradients.trainable_parameters import trainable_parameters
+from distrain.models.foreign import auxiliary_weight
+from distrain.models.freezing import freeze_schedule, train_only
+from distrain.models.layers import layer_depths
+from distrain.optim.optimizers.build import build_optimizer
+from distrain.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve
+from distrain.planning.workload import BlockProfile, Workload
+from distrain.runtime.runtime import Runtime, boot_id
+from distrain.runtime.world import World
+from distrain.strategies.base import Strategy
+from distrain.strategies.batchnorm import synchronise_batchnorm
+from distrain.strategies.pipeline import split
+from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
+from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
+from distrain.strategies.pipeline.options import PipelineConfig
+from distrain.strategies.single import Single
+from distrain.torch_internals import BatchNorm
+from distrain.training.assembly import build_loader, build_model
+from distrain.training.run_plan import RunPlan
+
+#: Seconds of steps of one size, and the fewest and most steps.
+_STEP_SECONDS, _FEWEST, _MOST = 1.5, 3, 30
+#: Of a pass over all blocks so many are timed, at most in so many seconds.
+_BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
+#: Bytes of the largest message that is timed.
+_MOST_BYTES = 32 * 2**20
+#: Link between ranks of a host where each host has one rank, so that there is nothing to measure.
+_SHARED_MEMORY = Link.of(50e-6, 5e9)
+#: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
+_PARTS = (8, 4, 2)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of measuring.
+
+    Attributes:
+        workload: The training, with the times of one rank that computes alone on its machine.
+        cluster: These ranks.
+        remarks: What could not be measured, and why.
+    """
+
+    workload: Workload
+    cluster: Cluster
+    remarks: list[str]
+
+
+@dataclass
+class _StepTimes:
+    """Seconds of steps with one number of samples.
+
+    Attributes:
+        loading: Waiting for the next batch.
+        passes: Forward and backward passes.
+        spread: Standard deviation of the passes, relative to their mean.
+    """
+
+    loading: float
+    passes: float
+    spread: float = 0.0
+
+
+def measure(plan: RunPlan, world: World, splits: Splits, compressors: Mapping[str, CompressionConfig]) -> Measured:
+    """Measures; all ranks call it together.
+
+    Args:
+        plan: The training as one process does it.
+        world: This rank's place among those that measure.
+        splits: The samples.
+        compressors: Configurations of the compressors to time.
+
+    Returns:
+        The same on all ranks.
+    """
+    with Runtime(plan.config, world, keep_logs=False) as runtime:
+        return _Measurement(plan, world, splits, runtime).measure(compressors)
+
+
+class _Measurement:
+    """What one rank does."""
+
+    def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime) -> None:
+        self._plan, self._world, self._splits, self._runtime = plan, world, splits, runtime
+        self._everyone = runtime.communicator()
+        self._device = runtime.device
+        self._remarks: list[str] = []
+
+    def measure(self, compressors: Mapping[str, CompressionConfig]) -> Measured:
+        config, ranks = self._plan.config, self._world.size
+        share = max(-(-config.data.batch_size // ranks), 1)
+        piece = min(share, config.trainer.micro_batch_size or share)
+        sizes = sorted({max(piece // 4, min(piece, 2)), piece})
+        strategy = self._strategy()
+        self._sequence_of_model = self._sequence(strategy)
+        update = self._agree(self._update_seconds(strategy))
+        alone = self._alone(strategy, piece, update)
+        steps = {size: self._steps(strategy, size, update) for size in sizes}
+        costs = {size: self._blocks(strategy, size) for size in sizes}
+        gradients, flops, batchnorms, begins = self._structure(strategy, sizes[0])
+        factor = self._synchronised_factor(strategy.model, piece, update, steps[piece].passes)
+        times = {name: self._compressor(strategy, own) for name, own in compressors.items()} if ranks > 1 else {}
+        cluster = self._cluster(alone.passes, steps[piece], strategy)
+        crowd = cluster.slowdown_of(cluster.ranks_per_machine)
+        blocks = self._profiles(costs, steps, gradients, flops, batchnorms, begins, crowd)
+        workload = Workload(
+            blocks,
+            config.data.batch_size,
+            {size: steps[size].loading / crowd for size in sizes},
+            update / crowd,
+            float(_optimizer_bytes(strategy.optimizer)),
+            config.trainer.micro_batch_size,
+            factor,
+            {name: _divided(cost, crowd) for name, cost in times.items()},
+            max(ranks, 2),
+        )
+        return self._same_for_all(Measured(workload, cluster, self._remarks))
+
+    # --- the training ------------------------------------------------------------------------------------------------
+
+    def _strategy(self, *, synchronised: bool = False) -> Single:
+        """One process's training, in this rank."""
+        plan = self._plan
+        strategy = Single(plan.config, self._runtime)
+        model = build_model(plan, self._splits)
+        if synchronised:
+            synchronise_batchnorm(model, Communicator())
+        freezing = freeze_schedule(plan.config, model)
+        if freezing is not None:
+            train_only(model, freezing.ever_trained, freezing.ever_trained)
+        self._layout = plan.memory_format(model)
+        make_optimizer = functools.partial(
+            build_optimizer, plan.config.optimizer, steps_per_epoch=100, total_steps=1000, depths=layer_depths(model)
+        )
+        strategy.setup(model, plan.task, make_optimizer, self._batch(strategy, 2).inputs)
+        return strategy
+
+    def _batches(self, strategy: Strategy, size: int) -> Iterator[Batch]:
+        """Batches of a number of samples, without end."""
+        data = dataclasses.replace(self._plan.config.data, batch_size=size)
+        plan = self._plan.with_config(dataclasses.replace(self._plan.config, data=data))
+        loader = build_loader(plan, strategy, self._splits, self._splits.train, self._layout, training=True)
+        return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+
+    def _batch(self, strategy: Strategy, size: int) -> Batch:
+        return next(self._batches(strategy, size))
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _steps(self, strategy: Single, size: int, update: float, *, together: bool = True) -> _StepTimes:
+        """Times steps on batches of a number of samples."""
+        batches = self._batches(strategy, size)
+        first = self._step(strategy, batches)
+        longest = self._agree(sum(first)) if together else sum(first)
+        count = min(max(int(_STEP_SECONDS / longest), _FEWEST), _MOST)
+        times = [self._step(strategy, batches) for _ in range(count + 1)][1:]
+        loading = statistics.median(one for one, _ in times)
+        passes = [max(whole - update, 0.0) for _, whole in times]
+        middle = statistics.median(passes)
+        spread = statistics.median(abs(one - middle) for one in passes) * 1.4826 / max(middle, 1e-9)
+        if together:
+            means = (self._agree(value, "sum") / self._world.size for value in (loading, middle, spread))
+            loading, middle, spread = means
+        return _StepTimes(loading, middle, spread)
+
+    def _step(self, strategy: Single, batches: Iterator[Batch]) -> tuple[float, float]:
+        """Seconds of waiting for the batch, and of the rest."""
+        begin = synchronised_time(self._device)
+        batch = next(batches)
+        middle = synchronised_time(self._device)
+        strategy.train_step(batch)
+        return middle - begin, synchronised_time(self._device) - middle
+
+    def _alone(self, strategy: Single, size: int, update: float) -> _StepTimes:
+        """The same while all other ranks wait."""
+        times = _StepTimes(0.0, 0.0)
+        if self._world.rank == 0:
+            times = self._steps(strategy, size, update, together=False)
+        return dataclasses.replace(times, passes=self._agree(times.passes))
+
+    def _update_seconds(self, strategy: Single) -> float:
+        """Seconds of the optimizer."""
+        strategy.train_step(self._batch(strategy, 2))
+        times = []
+        for _ in range(4):
+            begin = synchronised_time(self._device)
+            strategy.optimizer.step()
+            times.append(synchronised_time(self._device) - begin)
+        return statistics.median(times[1:])
+
+    def _synchronised_factor(self, model: nn.Module, size: int, update: float, plain: float) -> float:
+        """How much longer passes take with BatchNorm layers that can communicate."""
+        if self._world.size == 1 or not plain:
+            return 1.0
+        if not any(isinstance(layer, BatchNorm) for layer in model.modules()):
+            return 1.0
+        return max(self._steps(self._strategy(synchronised=True), size, update).passes / plain, 1.0)
+
+    # --- blocks ------------------------------------------------------------------------------------------------------
+
+    def _sequence(self, strategy: Single) -> nn.Sequential:
+        """The model as a sequence of blocks; a single one if it can't be cut."""
+        example = self._batch(strategy, 2).inputs
+        auxiliary = auxiliary_weight(self._plan.config.model) > 0
+        for parts in _PARTS:
+            try:
+                return split.as_sequence(
+                    strategy.model, example, strategy.precision, _options(parts), auxiliary=auxiliary
+                )
+            except ConfigError as error:
+                reason = str(error)
+        self._remarks.append(f"no pipelines: {reason}")
+        return nn.Sequential(strategy.model)
+
+    def _blocks(self, strategy: Single, size: int) -> list[BlockCost]:
+        """Times each block on a number of samples."""
+        inputs = self._batch(strategy, size).inputs
+        begin = time.perf_counter()
+        once = measure_blocks(self._sequence_of_model, inputs, strategy.precision.autocast, 1)
+        longest = self._agree((time.perf_counter() - begin) / 2)
+        repeats = min(int(_BLOCK_SECONDS / longest), _BLOCK_REPEATS)
+        if repeats < 2:
+            return once
+        return measure_blocks(self._sequence_of_model, inputs, strategy.precision.autocast, repeats)
+
+    def _structure(self, strategy: Single, size: int) -> tuple[list[tuple[int, ...]], list[float], list[int], set[int]]:
+        """Gradients, operations a sample and BatchNorm layers of each block, and the blocks that may begin a stage."""
+        inputs = self._batch(strategy, size).inputs
+        seen: set[int] = set()
+        gradients, flops, batchnorms = [], [], []
+        value: Any = inputs
+        sequence = self._sequence_of_model
+        for _, block in named_blocks(sequence):
+            own = [one for one in block.parameters() if one.requires_grad and id(one) not in seen]
+            seen |= {id(parameter) for parameter in own}
+            gradients.append(tuple(parameter.numel() * parameter.element_size() for parameter in own))
+            batchnorms.append(sum(isinstance(layer, BatchNorm) for layer in block.modules()))
+            with torch.no_grad(), strategy.precision.autocast(), FlopCounterMode(display=False) as counter:
+                value = block(value)
+            flops.append(counter.get_total_flops() / len(inputs))
+        begins: set[int] = set()
+        with contextlib.suppress(ConfigError):
+            traced = trace_blocks(sequence, inputs[:2], strategy.precision)
+            begins = set(split.possible_cuts(sequence, traced, _options(2)))
+        return gradients, flops, batchnorms, begins
+
+    def _profiles(
+        self,
+        costs: Mapping[int, Sequence[BlockCost]],
+        steps: Mapping[int, _StepTimes],
+        gradients: Sequence[tuple[int, ...]],
+        flops: Sequence[float],
+        batchnorms: Sequence[int],
+        begins: set[int],
+        crowd: float,
+    ) -> tuple[BlockProfile, ...]:
+        """Blocks whose times add up to those of whole passes."""
+        scale = {}
+        for size, blocks in costs.items():
+            whole = sum(cost.forward_ms + cost.backward_ms for cost in blocks) / 1000
+            # What a block takes alone differs from its part of a whole pass, whose caches others have filled.
+            agreed = self._agree(whole, "sum") / self._world.size
+            scale[size] = steps[size].passes / max(agreed, 1e-9) / crowd
+        largest = max(costs)
+        profiles = []
+        for index, cost in enumerate(costs[largest]):
+            profiles.append(
+                BlockProfile(
+                    cost.name,
+                    gradients[index],
+                    {size: costs[size][index].forward_ms / 1000 * scale[size] for size in costs},
+                    {size: costs[size][index].backward_ms / 1000 * scale[size] for size in costs},
+                    cost.activation_bytes / largest,
+                    cost.output_bytes / largest,
+                    cost.output_tensors,
+                    flops[index],
+                    batchnorms[index],
+                    index in begins,
+                )
+            )
+        return tuple(profiles)
+
+    # --- compressors -------------------------------------------------------------------------------------------------
+
+    def _compressor(self, strategy: Single, config: CompressionConfig) -> CompressorCost:
+        """A compressor's work on the model's gradients in one bucket."""
+        compressor = compression.build(config, self._plan.config.seed)
+        bucket = make_bucket(list(trainable_parameters(strategy.model).items()), compressor)
+        torch.manual_seed(0)
+        bucket.flat.normal_(std=1e-3)
+        for _ in range(compressor.warmup_steps):
+            compressor.begin_step()
+        return measure_cost(compressor, [bucket], self._everyone)
+
+    # --- machines ----------------------------------------------------------------------------------------------------
+
+    def _cluster(self, alone: float, together: _StepTimes, strategy: Single) -> Cluster:
+        mine = {"host": self._world.host, "machine": boot_id() or self._world.host}
+        rows = self._everyone.all_gather_json(mine, self._device)
+        hosts = list(dict.fromkeys(row["host"] for row in rows))
+        machines = len({row["machine"] for row in rows})
+        counts = {host: sum(row["host"] == host for row in rows) for host in hosts}
+        if len(set(counts.values())) > 1:
+            problem = f"hosts have different numbers of ranks: {counts}; a plan needs the same number on each"
+            raise config_error("plan", problem)
+        per_host = counts[hosts[0]]
+        most = min(max(sum(p.numel() * p.element_size() for p in strategy.model.parameters()), 2**20), _MOST_BYTES)
+        within, between = self._links(len(hosts), per_host, most)
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        on_machine = self._world.size // machines
+        curve = slowdown_curve(alone, together.passes, on_machine, processors) if on_machine > 1 else (1.0,)
+        messages = None
+        if self._world.size > 1:
+            milliseconds = measure_point_to_point(self._everyone, self._device)
+            latency, per_byte = (self._agree(value / 1000) for value in milliseconds)
+            messages = Link.of(latency, 1 / max(per_byte, 1e-12))
+            if len(hosts) > 1 and per_host == 1:
+                messages = None
+        return Cluster(
+            len(hosts), per_host, within, between, None, curve, len(hosts) // machines, (), together.spread, messages
+        )
+
+    def _links(self, hosts: int, per_host: int, most: int) -> tuple[Link, Link]:
+        """Links within a host and between hosts."""
+        if self._world.size == 1:
+            return _SHARED_MEMORY, _SHARED_MEMORY
+        if hosts == 1 or per_host == 1:
+            link = _link_of(measure_link(self._everyone, self._device, most, kinds=("all_reduce",)), self._world.size)
+            return (link, link) if hosts == 1 else (_SHARED_MEMORY, link)
+        mesh = self._runtime.mesh({"host": hosts, "local": per_host})
+        assert mesh is not None, "several ranks"
+        within = measure_link(Communicator(mesh.get_group("local")), self._device, most, kinds=("all_reduce",))
+        self._everyone.barrier()
+        between = within
+        if self._world.local_rank == 0:
+            between = measure_link(Communicator(mesh.get_group("host")), self._device, most, kinds=("all_reduce",))
+        self._everyone.barrier()
+        return _link_of(within, per_host), _link_of(between, hosts)
+
+    # --- agreement ---------------------------------------------------------------------------------------------------
+
+    def _agree(self, value: float, reduction: Reduction = "max") -> float:
+        """The largest value of all ranks, or their sum."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
+        return float(self._everyone.all_reduce(tensor, reduction)) if self._world.size > 1 else value
+
+    def _same_for_all(self, measured: Measured) -> Measured:
+        """Rank 0's result."""
+        if self._world.size == 1:
+            return measured
+        box: list[Measured | None] = [measured]
+        torch.distributed.broadcast_object_list(box, src=0)
+        assert box[0] is not None
+        return box[0]
+
+
+def _link_of(model: LinkModel, ranks: int) -> Link:
+    points = [
+        LinkPoint(sample.sent, sample.seconds, sample.processor_seconds) for sample in model.samples("all_reduce")
+    ]
+    return Link.of_ring(points, ranks)
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _divided(cost: CompressorCost, crowd: float) -> CompressorCost:
+    buckets = [dataclasses.replace(bucket, work=[work / crowd for work in bucket.work]) for bucket in cost.buckets]
+    return CompressorCost(buckets)
+
+
+def _options(stages: int) -> PipelineConfig:
+    """Keys of a pipeline of so many stages."""
+    return PipelineConfig(
+        name="pipeline",
+        stages=stages,
+        schedule="1f1b",
+        microbatches=4,
+        virtual_stages=None,
+        boundaries=[],
+        batchnorm="deferred",
+        first_bucket_mb=None,
+        bucket_mb=None,
+    )

@@ -1,0 +1,152 @@
+"""How long collectives and messages take among ranks of several hosts.
+
+Ring and tree: Thakur, Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH".
+Hierarchical: as :mod:`distrain.communication.shared_memory.hierarchical` does it; ranks of a host combine their
+tensors first, and one rank of each host takes part in the ring.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from distrain.planning.cluster import Cluster, Link
+
+#: ``hierarchical``: gloo and shared memory. ``flat``: all ranks in one ring or tree, as NCCL does it.
+Collectives = Literal["hierarchical", "flat"]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Of a transfer.
+
+    Attributes:
+        seconds: From the moment when all ranks have started it to its end.
+        processor_seconds: Part of it in which a rank's processor is busy, so that computation is delayed.
+        sent: Bytes that each rank sends.
+    """
+
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    sent: float = 0.0
+
+    def __add__(self, other: Duration) -> Duration:
+        return Duration(
+            self.seconds + other.seconds,
+            self.processor_seconds + other.processor_seconds,
+            self.sent + other.sent,
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate.
+
+    Attributes:
+        hosts: Hosts that have some of them.
+        per_host: Ranks on each of these hosts.
+        sharing: Groups that use the same hosts' network at the same time, as the stages of a pipeline's replicas do.
+    """
+
+    hosts: int
+    per_host: int
+    sharing: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.hosts * self.per_host
+
+
+class Network:
+    """Durations of transfers on a cluster.
+
+    Args:
+        cluster: Has the links.
+        collectives: How they are done.
+    """
+
+    def __init__(self, cluster: Cluster, collectives: Collectives = "hierarchical") -> None:
+        self._cluster = cluster
+        self._collectives = collectives
+
+    def group(self, ranks: int, stride: int = 1) -> Group:
+        """The group of every ``stride``-th rank, so many of them.
+
+        Args:
+            ranks: Size of the group.
+            stride: Distance of two neighbours, such as the ranks of a pipeline whose replicas communicate.
+        """
+        per_host = max(self._cluster.ranks_per_host // stride, 1)
+        per_host = math.gcd(min(per_host, ranks), ranks)
+        sharing = min(stride, self._cluster.ranks_per_host) if ranks > per_host else 1
+        return Group(ranks // per_host, per_host, sharing)
+
+    def all_reduce(self, size: float, group: Group) -> Duration:
+        """An all-reduce of ``size`` bytes."""
+        if group.size < 2:
+            return Duration()
+        if self._collectives == "flat":
+            slow = self._between(group) if group.hosts > 1 else self._cluster.within
+            return min(
+                _ring(slow, size, group.size), _tree(slow, size, group.size), key=lambda duration: duration.seconds
+            )
+        # On one host ranks read each other's tensors; what a rank sends is counted as in a ring.
+        inside = _ring(self._cluster.within, size, group.per_host)
+        if group.hosts == 1:
+            return inside
+        return inside + _ring(self._between(group), size, group.hosts)
+
+    def all_gather(self, size: float, group: Group) -> Duration:
+        """An all-gather of ``size`` bytes of each rank, in a ring."""
+        if group.size < 2:
+            return Duration()
+        link = self._between(group) if group.hosts > 1 else self._cluster.within
+        sent = (group.size - 1) * size
+        return Duration(_in_rounds(link, sent, group.size - 1), link.processor_seconds(sent), sent)
+
+    def message(self, size: float, source: int, target: int, sharing: int = 1) -> Duration:
+        """A message from one rank to another one.
+
+        Args:
+            size: In bytes.
+            source: Rank that sends.
+            target: Rank that receives.
+            sharing: Messages that pass between the same hosts at the same time.
+        """
+        same = self._cluster.host_of(source) == self._cluster.host_of(target)
+        inside = self._cluster.messages or self._cluster.within
+        link = inside if same else self._cluster.between
+        shared = 1 if same else sharing
+        return Duration(link.seconds(shared * size), link.processor_seconds(size), size)
+
+    def _between(self, group: Group) -> Link:
+        """The link between hosts, as one of several groups that use it sees it."""
+        if group.sharing == 1:
+            return self._cluster.between
+        latency = self._cluster.between.latency
+        points = tuple(
+            type(point)(point.sent, latency + group.sharing * (point.seconds - latency), point.processor_seconds)
+            for point in self._cluster.between.points
+        )
+        return Link(points)
+
+
+def _ring(link: Link, size: float, ranks: int) -> Duration:
+    """A ring all-reduce: 2 (n - 1) rounds, in each of which a rank sends an n-th of the tensor."""
+    if ranks < 2:
+        return Duration()
+    sent = 2 * (ranks - 1) / ranks * size
+    return Duration(_in_rounds(link, sent, 2 * (ranks - 1)), link.processor_seconds(sent), sent)
+
+
+def _tree(link: Link, size: float, ranks: int) -> Duration:
+    """A double binary tree (Sanders, Speck and Träff 2009): logarithmic latency, each rank sends the tensor twice."""
+    sent = 2.0 * size
+    return Duration(_in_rounds(link, sent, 2 * math.ceil(math.log2(ranks))), link.processor_seconds(sent), sent)
+
+
+def _in_rounds(link: Link, sent: float, rounds: int) -> float:
+    """Seconds in which a rank sends so many bytes in several messages, one after the other."""
+    return link.seconds(sent) + (rounds - 1) * link.latency

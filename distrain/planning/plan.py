@@ -1,0 +1,113 @@
+"""A plan: the ranked predictions as a table and as ``plan.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distrain.files.writing import to_json
+from distrain.planning.cluster import Cluster
+from distrain.planning.prediction import Prediction
+from distrain.planning.workload import Workload
+
+FILE = "plan.json"
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions of all configurations, the fastest first.
+
+    Attributes:
+        workload: The training.
+        cluster: The machines.
+        predictions: In ascending order of a step's time.
+        remarks: What could not be measured, and why.
+    """
+
+    workload: Workload
+    cluster: Cluster
+    predictions: Sequence[Prediction]
+    remarks: Sequence[str]
+
+    def fits(self, prediction: Prediction) -> bool:
+        """Whether each rank has enough memory, as far as that is known."""
+        memory = self.cluster.memory_bytes
+        return memory is None or prediction.memory.total <= memory
+
+    def best(self, *, same_as_single: bool) -> Prediction | None:
+        """The fastest one that fits; if asked, only of those that train what one process trains."""
+        fitting = (prediction for prediction in self.predictions if self.fits(prediction))
+        return next((one for one in fitting if one.same_as_single or not same_as_single), None)
+
+    def lines(self, rows: int = 12) -> list[str]:
+        """The plan for the terminal.
+
+        Args:
+            rows: Number of configurations to show.
+        """
+        ranks, hosts = self.cluster.ranks, self.cluster.hosts
+        where = f"{ranks} {'rank' if ranks == 1 else 'ranks'}" + (f" on {hosts} hosts" if hosts > 1 else "")
+        lines = [f"predicted steps of {self.workload.batch_size} samples on {where}, the fastest first:"]
+        lines.append("      ms  images/s      sent    memory  one process  most time  configuration")
+        best = [self.best(same_as_single=True), self.best(same_as_single=False)]
+        shown = list(self.predictions[:rows])
+        shown += [one for one in best if one is not None and one not in shown]
+        lines += [self._line(prediction) for prediction in shown]
+        if len(self.predictions) > len(shown):
+            lines.append(f"({len(self.predictions) - len(shown)} more are in {FILE})")
+        lines += self.remarks
+        exact, fastest = best
+        if fastest is None:
+            smallest = min(self.predictions, key=lambda prediction: prediction.memory.total)
+            memory = self.cluster.memory_bytes or 0.0
+            missing = smallest.memory.total - memory
+            lines.append(
+                f"nothing fits into {_size(memory)} a rank; {_typed(smallest)} lacks {_size(missing)}, the least"
+            )
+            return lines
+        if exact is not None:
+            lines.append(f"fastest that trains what one process trains: {_typed(exact)}")
+        if exact is not fastest and (exact is None or fastest.seconds < 0.98 * exact.seconds):
+            gain = "" if exact is None else f", {exact.seconds / fastest.seconds:.2f} times as fast"
+            lines.append(f"fastest{gain}, but it trains something else: {_typed(fastest)}")
+        return lines
+
+    def _line(self, prediction: Prediction) -> str:
+        same = "yes" if prediction.same_as_single else "no"
+        memory = _size(prediction.memory.total) + ("" if self.fits(prediction) else "!")
+        return (
+            f"{1000 * prediction.seconds:8.1f}  {self.workload.batch_size / prediction.seconds:8,.0f}  "
+            f"{_size(prediction.bytes_sent):>8}  {memory:>8}  {same:>11}  {prediction.bound:>9}  {_typed(prediction)}"
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """What ``plan.json`` holds."""
+        return {
+            "batch_size": self.workload.batch_size,
+            "cluster": dataclasses.asdict(self.cluster),
+            "predictions": [
+                {**prediction.to_plain(self.workload.batch_size), "fits": self.fits(prediction)}
+                for prediction in self.predictions
+            ],
+            "remarks": list(self.remarks),
+            "workload": self.workload.to_plain(),
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Writes ``plan.json`` and returns its path."""
+        path = folder / FILE
+        path.write_text(to_json(self.to_plain()))
+        return path
+
+
+def _typed(prediction: Prediction) -> str:
+    return " ".join(f"{key}={value}" for key, value in prediction.keys.items())
+
+
+def _size(number: float) -> str:
+    factor, unit = next(((factor, unit) for factor, unit in _UNITS if number >= factor), (1.0, "B"))
+    return f"{number / factor:.3g} {unit}"

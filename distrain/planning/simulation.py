@@ -1,0 +1,265 @@
+"""Runs the programs of some ranks against the clock of a model: processors are shared, links carry transfers in turn.
+
+A rank does its operations one after the other. A rank that computes shares its machine's processors with all that
+compute there at the same moment. A transfer begins when all its ranks have started it and the one before it on the
+same channel has ended. A backward pass that runs meanwhile is delayed by the time that the rank's own processor spends
+on the transfer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from distrain.planning.network import Duration
+from distrain.strategies.pipeline.timeline import Span
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A rank computes.
+
+    Attributes:
+        kind: As in :class:`~distrain.strategies.pipeline.timeline.Span`; ``update`` for what is no pass.
+        seconds: If the rank computes alone on its machine, at a relative speed of 1.
+        stage: Index of the stage.
+        microbatch: Index of the microbatch.
+    """
+
+    kind: str
+    seconds: float
+    stage: int = 0
+    microbatch: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A rank starts its part of a transfer, and goes on.
+
+    Attributes:
+        transfer: Its name; all ranks that take part use the same.
+        duration: How long it takes.
+        ranks: Number of ranks that must have started it.
+        channel: Transfers on the same channel don't overlap.
+    """
+
+    transfer: str
+    duration: Duration
+    ranks: int
+    channel: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A rank waits for the end of a transfer.
+
+    Attributes:
+        transfer: Its name.
+        stage: Index of the stage that needs it.
+        microbatch: Index of the microbatch that needs it.
+    """
+
+    transfer: str
+    stage: int = 0
+    microbatch: int = 0
+
+
+Operation = Compute | Start | Wait
+Program = Sequence[Operation]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The result of a simulation.
+
+    Attributes:
+        seconds: From the start to the end of the last rank's program.
+        lanes: For each rank its passes and waits, as a measured timeline has them.
+        waited: For each rank the seconds in which it waited.
+        computed: For each rank the seconds in which it computed.
+        sent: For each rank the bytes that it sent.
+    """
+
+    seconds: float
+    lanes: list[list[Span]]
+    waited: list[float]
+    computed: list[float]
+    sent: list[float]
+
+
+@dataclass
+class _Transfer:
+    duration: Duration
+    needed: int
+    channel: str
+    members: list[_Rank] = field(default_factory=list)
+    begins: float = math.inf
+    ends: float = math.inf
+
+
+@dataclass
+class _Rank:
+    index: int
+    machine: int
+    speed: float
+    program: Program
+    position: int = 0
+    since: float = 0.0
+    #: Seconds of computation that are left of the current operation, alone at this rank's speed.
+    remaining: float = 0.0
+    #: Processor time of transfers under way that no computation has met yet, and when they end.
+    burden: float = 0.0
+    burden_ends: float = 0.0
+    lane: list[Span] = field(default_factory=list)
+    waited: float = 0.0
+    computed: float = 0.0
+    sent: float = 0.0
+
+    @property
+    def operation(self) -> Operation | None:
+        return self.program[self.position] if self.position < len(self.program) else None
+
+
+def simulate(
+    programs: Sequence[Program],
+    machines: Sequence[int],
+    slowdown: Callable[[int], float],
+    speeds: Sequence[float] | None = None,
+    others: int = 1,
+) -> Simulated:
+    """Simulates some ranks.
+
+    Args:
+        programs: What each rank does.
+        machines: The machine of each rank.
+        slowdown: Factor by which computation takes longer while so many ranks of a machine compute.
+        speeds: Relative speed of each rank; ``None``: all are as fast.
+        others: Ranks of which each simulated one stands for; they do the same at the same time on the same machine.
+
+    Raises:
+        ValueError: The programs wait for each other for ever.
+    """
+    return _Simulation(programs, machines, slowdown, speeds or [1.0] * len(programs), others).run()
+
+
+class _Simulation:
+    """One run of the simulation."""
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        machines: Sequence[int],
+        slowdown: Callable[[int], float],
+        speeds: Sequence[float],
+        others: int,
+    ) -> None:
+        self._ranks = [
+            _Rank(index, machine, speed, program)
+            for index, (program, machine, speed) in enumerate(zip(programs, machines, speeds, strict=True))
+        ]
+        self._slowdown, self._others = slowdown, others
+        self._now = 0.0
+        self._transfers: dict[str, _Transfer] = {}
+        self._channel_free: dict[str, float] = defaultdict(float)
+        self._under_way: list[_Transfer] = []
+
+    def run(self) -> Simulated:
+        for rank in self._ranks:
+            self._begin(rank)
+        while any(rank.operation is not None for rank in self._ranks):
+            self._advance()
+        return Simulated(
+            self._now,
+            [rank.lane for rank in self._ranks],
+            [rank.waited for rank in self._ranks],
+            [rank.computed for rank in self._ranks],
+            [rank.sent for rank in self._ranks],
+        )
+
+    def _advance(self) -> None:
+        """Goes to the next moment at which something ends."""
+        computing = [rank for rank in self._ranks if isinstance(rank.operation, Compute)]
+        active: dict[int, int] = defaultdict(int)
+        for rank in computing:
+            active[rank.machine] += self._others
+        rates = {rank.index: 1 / self._slowdown(active[rank.machine]) for rank in computing}
+        ends = [self._now + rank.remaining / rates[rank.index] for rank in computing]
+        ends += [transfer.ends for transfer in self._under_way]
+        ends += [transfer.begins for transfer in self._under_way if transfer.begins > self._now]
+        if not ends:
+            raise ValueError("the programs wait for each other")
+        then = max(min(ends), self._now)
+        for rank in computing:
+            rank.remaining -= (then - self._now) * rates[rank.index]
+        before, self._now = self._now, then
+        for transfer in list(self._under_way):
+            # It begins later than it was started if the channel was busy.
+            if before < transfer.begins <= then:
+                self._burden(transfer)
+            if transfer.ends <= then:
+                self._under_way.remove(transfer)
+        for rank in computing:
+            if rank.remaining <= 1e-12:
+                self._end(rank)
+        for rank in self._ranks:
+            if isinstance(rank.operation, Wait) and self._has_ended(rank.operation.transfer):
+                self._end(rank)
+
+    def _has_ended(self, name: str) -> bool:
+        return name in self._transfers and self._transfers[name].ends <= self._now
+
+    def _begin(self, rank: _Rank) -> None:
+        """Begins a rank's operation, and does those that take no time."""
+        while (operation := rank.operation) is not None:
+            rank.since = self._now
+            if isinstance(operation, Start):
+                self._start(rank, operation)
+            elif isinstance(operation, Wait):
+                if not self._has_ended(operation.transfer):
+                    return
+            else:
+                rank.remaining = operation.seconds / rank.speed
+                if rank.burden and rank.burden_ends > self._now:
+                    rank.remaining += rank.burden
+                rank.burden = 0.0
+                if rank.remaining > 0:
+                    return
+            rank.position += 1
+
+    def _start(self, rank: _Rank, start: Start) -> None:
+        transfer = self._transfers.setdefault(start.transfer, _Transfer(start.duration, start.ranks, start.channel))
+        transfer.members.append(rank)
+        rank.sent += start.duration.sent
+        if len(transfer.members) < transfer.needed:
+            return
+        transfer.begins = max(self._now, self._channel_free[transfer.channel])
+        transfer.ends = transfer.begins + transfer.duration.seconds
+        self._channel_free[transfer.channel] = transfer.ends
+        self._under_way.append(transfer)
+        if transfer.begins <= self._now:
+            self._burden(transfer)
+
+    def _burden(self, transfer: _Transfer) -> None:
+        """Delays what the ranks of a transfer compute meanwhile."""
+        for rank in transfer.members:
+            if isinstance(rank.operation, Compute):
+                rank.remaining += transfer.duration.processor_seconds
+            else:
+                rank.burden += transfer.duration.processor_seconds
+                rank.burden_ends = max(rank.burden_ends, transfer.ends)
+
+    def _end(self, rank: _Rank) -> None:
+        """Ends a rank's operation and begins the next one."""
+        operation = rank.operation
+        taken = self._now - rank.since
+        if isinstance(operation, Compute):
+            rank.computed += taken
+            if operation.kind != "update":
+                rank.lane.append(Span(operation.kind, operation.stage, operation.microbatch, rank.since, self._now))
+        elif isinstance(operation, Wait):
+            rank.waited += taken
+            rank.lane.append(Span("wait", operation.stage, operation.microbatch, rank.since, self._now))
+        rank.position += 1
+        self._begin(rank)

@@ -1,0 +1,91 @@
+"""A step of ``ddp``, and of one process: forward, backward with the exchange of gradients, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distrain.planning.network import Duration
+from distrain.planning.prediction import Prediction
+from distrain.planning.simulation import Compute, Operation, Start, Wait
+from distrain.planning.steps.common import (
+    Setting,
+    backward_with_exchange,
+    bucket_sizes,
+    forward_pass,
+    parts_of,
+    waits,
+)
+
+#: Bytes of a small collective of a BatchNorm layer.
+_BATCHNORM_BYTES = 1024
+#: Small collectives of each synchronised BatchNorm layer in a forward and in a backward pass.
+_BATCHNORM_FORWARD, _BATCHNORM_BACKWARD = 2, 1
+#: Compressors that keep a residual of the size of the gradients on each rank, and those that lose nothing.
+_WITHOUT_RESIDUAL = ("none", "fp16", "bf16")
+
+
+def predict(
+    setting: Setting,
+    keys: dict[str, str],
+    *,
+    compressor: str = "none",
+    sizes: Sequence[float | None] = (None, None, None),
+    synchronised: bool = True,
+) -> Prediction:
+    """Predicts a step of data parallelism.
+
+    Args:
+        setting: Where.
+        keys: Keys and values of the command line that mean this.
+        compressor: Name of the compressor.
+        sizes: In MiB of the first bucket, the others and the last; ``None``: chosen as a run does.
+        synchronised: BatchNorm layers take their statistics over all ranks.
+    """
+    workload, cluster = setting.workload, setting.cluster
+    ranks = cluster.ranks
+    group = setting.network.group(ranks)
+    share = -(-workload.batch_size // ranks)
+    pieces = workload.pieces(share)
+    together = synchronised and ranks > 1 and workload.batchnorms > 0
+    factor = workload.synchronised_factor if together else 1.0
+    chosen = bucket_sizes(setting.network, group, workload.gradient_bytes, sizes)
+    representatives = setting.representatives()
+    members = len(representatives)
+
+    program: list[Operation] = [Compute("update", workload.outside_seconds(share))]
+    for number, samples in enumerate(pieces):
+        program += forward_pass(setting, samples, factor)
+        if together:
+            program += _batchnorm(setting, f"statistics {number}", _BATCHNORM_FORWARD, members)
+        if number < len(pieces) - 1:
+            program.append(Compute("backward", factor * workload.backward_seconds(samples)))
+        elif ranks == 1:
+            program.append(Compute("backward", workload.backward_seconds(samples)))
+        else:
+            operations, transfers = backward_with_exchange(setting, samples, group, chosen, members, compressor, factor)
+            program += [*operations, *waits(transfers)]
+        if together:
+            program += _batchnorm(setting, f"gradients of statistics {number}", _BATCHNORM_BACKWARD, members)
+    program.append(Compute("update", workload.update_seconds))
+    simulated = setting.simulate([program] * members, representatives)
+    crowd = cluster.slowdown_of(min(cluster.ranks_per_machine, ranks))
+    update = crowd * (workload.outside_seconds(share) + workload.update_seconds)
+    stragglers = setting.stragglers(max(simulated.computed), ranks)
+    residual = 0.0 if compressor in _WITHOUT_RESIDUAL else float(workload.gradient_bytes)
+    return Prediction(
+        keys,
+        parts_of(simulated, update, stragglers),
+        max(simulated.sent),
+        setting.memory(workload.activation_bytes(max(pieces)), residual),
+        same_as_single=compressor == "none" and (together or not workload.batchnorms or ranks == 1),
+        simulated=simulated,
+    )
+
+
+def _batchnorm(setting: Setting, name: str, collectives: int, members: int) -> list[Operation]:
+    """The small collectives of all BatchNorm layers in a pass, as one, which ranks wait for."""
+    group = setting.network.group(setting.cluster.ranks)
+    count = collectives * setting.workload.batchnorms
+    one = setting.network.all_reduce(_BATCHNORM_BYTES, group)
+    duration = Duration(count * one.seconds, count * one.processor_seconds, count * one.sent)
+    return [Start(name, duration, members, "replicas"), Wait(name)]

@@ -1,0 +1,183 @@
+"""What a training costs on one rank: measured times and sizes of its blocks, by number of samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrain.compression.autotune.compressor_cost import CompressorCost
+from distrain.gradients.bucket_sizes import MIB, BucketSizes
+from distrain.gradients.buckets import split_into_buckets
+from distrain.planning.cluster import Accelerator
+
+
+@dataclass(frozen=True)
+class BlockProfile:
+    """One block of the model.
+
+    Attributes:
+        name: Its name in the model.
+        gradients: Bytes of the gradient of each trained parameter, in the model's order.
+        forward: Seconds of a forward pass by number of samples.
+        backward: Seconds of a backward pass by number of samples.
+        activation_bytes: What autograd saves for each sample.
+        output_bytes: Size of the output of each sample.
+        output_tensors: Tensors of the output.
+        flops: Floating-point operations of a forward pass of one sample; 0: not counted.
+        batchnorms: BatchNorm layers, which under several ranks may communicate.
+        begins_stage: Whether a pipeline's stage may begin with it.
+    """
+
+    name: str
+    gradients: tuple[int, ...]
+    forward: Mapping[int, float]
+    backward: Mapping[int, float]
+    activation_bytes: float = 0.0
+    output_bytes: float = 0.0
+    output_tensors: int = 1
+    flops: float = 0.0
+    batchnorms: int = 0
+    begins_stage: bool = True
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all its gradients."""
+        return sum(self.gradients)
+
+    def on(self, accelerator: Accelerator, sizes: Sequence[int]) -> BlockProfile:
+        """The same block on a device that isn't here: a backward pass takes twice the operations of a forward pass."""
+        kernels = 1 + 2 * self.output_tensors
+        moved = self.activation_bytes + self.output_bytes
+        forward = {
+            size: accelerator.seconds(size * self.flops, size * moved + self.gradient_bytes, kernels) for size in sizes
+        }
+        backward = {
+            size: accelerator.seconds(2 * size * self.flops, 2 * (size * moved + self.gradient_bytes), 2 * kernels)
+            for size in sizes
+        }
+        return dataclasses.replace(self, forward=forward, backward=backward)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training.
+
+    Attributes:
+        blocks: The model's blocks in order.
+        batch_size: Samples of a global batch.
+        outside: Seconds of a step outside of the model and its update, by number of samples: data, loss, logs.
+        update_seconds: Seconds of the optimizer for all parameters.
+        optimizer_bytes: Bytes of the optimizer's state for all parameters.
+        micro_batch_size: Largest number of samples of a pass; ``None``: no limit.
+        synchronised_factor: Factor by which passes take longer with BatchNorm layers that can communicate.
+        compressors: Costs of each compressor for the gradients in one bucket, on ``compressor_ranks`` ranks.
+        compressor_ranks: Number of ranks for which messages of ``compressors`` are given.
+        accelerator: The times are an estimate for this device; ``None``: they were measured.
+    """
+
+    blocks: tuple[BlockProfile, ...]
+    batch_size: int
+    outside: Mapping[int, float]
+    update_seconds: float
+    optimizer_bytes: float
+    micro_batch_size: int | None = None
+    synchronised_factor: float = 1.0
+    compressors: Mapping[str, CompressorCost] = dataclasses.field(default_factory=dict)
+    compressor_ranks: int = 2
+    accelerator: Accelerator | None = None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients."""
+        return sum(block.gradient_bytes for block in self.blocks)
+
+    @property
+    def batchnorms(self) -> int:
+        """BatchNorm layers of the model."""
+        return sum(block.batchnorms for block in self.blocks)
+
+    def outside_seconds(self, samples: float) -> float:
+        """Seconds of a step outside of the model and its update."""
+        return at(self.outside, samples)
+
+    def forward_seconds(self, samples: float) -> float:
+        """Seconds of a forward pass of the whole model."""
+        return sum(at(block.forward, samples) for block in self.blocks)
+
+    def backward_seconds(self, samples: float) -> float:
+        """Seconds of a backward pass of the whole model."""
+        return sum(at(block.backward, samples) for block in self.blocks)
+
+    def activation_bytes(self, samples: float) -> float:
+        """Bytes that the whole model's forward pass leaves for the backward pass."""
+        return samples * sum(block.activation_bytes for block in self.blocks)
+
+    def pieces(self, samples: int) -> list[int]:
+        """Samples of each pass of a rank that works on so many."""
+        if self.micro_batch_size is None or samples <= self.micro_batch_size:
+            return [samples]
+        count = -(-samples // self.micro_batch_size)
+        return [samples // count + (index < samples % count) for index in range(count)]
+
+    def on(self, accelerator: Accelerator) -> Workload:
+        """The same training on a device that isn't here."""
+        sizes = sorted({1, self.batch_size})
+        blocks = tuple(block.on(accelerator, sizes) for block in self.blocks)
+        # Parameter, gradient and state are read, parameter and state are written.
+        moved = 3 * self.gradient_bytes + 2 * self.optimizer_bytes
+        return dataclasses.replace(
+            self,
+            blocks=blocks,
+            outside={1: 0.0, self.batch_size: 0.0},
+            update_seconds=accelerator.seconds(0.0, moved),
+            synchronised_factor=1.0,
+            compressors={},
+            accelerator=accelerator,
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """The profile as plain data, for ``plan.json``."""
+        plain = dataclasses.asdict(self)
+        plain["compressors"] = {name: cost.to_plain() for name, cost in self.compressors.items()}
+        return plain
+
+
+@functools.lru_cache(maxsize=256)
+def bucket_layout(gradients: tuple[int, ...], sizes: BucketSizes) -> tuple[tuple[int, ...], ...]:
+    """Indices of the gradients in each bucket, in the order in which buckets are complete.
+
+    Args:
+        gradients: Bytes of each gradient, in the model's order.
+        sizes: Limits of the buckets.
+    """
+    named = [
+        (str(index), nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False))
+        for index, size in enumerate(gradients)
+    ]
+    parts = split_into_buckets(named[::-1], sizes.first * MIB, sizes.other * MIB, sizes.last * MIB)
+    return tuple(tuple(int(name) for name, _ in part) for part in parts)
+
+
+def at(times: Mapping[int, float], samples: float) -> float:
+    """Time for some number of samples, from measured numbers.
+
+    Between two numbers, and beyond the last one, time is linear. Below the first one the same line goes on, but no
+    pass is shorter than its share of the first one's time.
+    """
+    if samples <= 0 or not times:
+        return 0.0
+    known = sorted(times)
+    if len(known) == 1:
+        return times[known[0]] * samples / known[0]
+    after = next((index for index, size in enumerate(known) if size >= samples), len(known) - 1)
+    low, high = known[max(after - 1, 0)], known[max(after, 1)]
+    slope = (times[high] - times[low]) / (high - low)
+    value = times[low] + slope * (samples - low)
+    smallest = times[known[0]] * min(samples / known[0], 1.0)
+    return max(value, smallest)
