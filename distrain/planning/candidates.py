@@ -16,7 +16,7 @@ MICROBATCHES = (2, 4, 8, 16)
 #: Sizes in MiB of ddp's buckets, besides those that a run chooses by itself: all gradients in one, and torch's default.
 BUCKETS_MB = (1024.0, 25.0)
 #: Most ranks of one pipeline.
-_MOST_PIPELINE_RANKS = 16
+_MOST_PIPELINE_RANKS = 8
 
 
 def predictions(setting: Setting, strategies: Sequence[str], compressors: Sequence[str]) -> Iterator[Prediction]:

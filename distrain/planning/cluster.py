@@ -101,7 +101,8 @@ class Cluster:
         between: Link between hosts, which all ranks of a host share.
         memory_bytes: Memory that each rank may use; ``None``: unknown.
         slowdown: ``slowdown[k - 1]`` is the factor by which a rank's computation takes longer while k ranks of a
-            machine compute, against one alone; beyond the last entry it grows in proportion to k.
+            machine compute, against one alone; beyond the last entry it grows in proportion to k. Empty: each rank has
+            a device of its own.
         hosts_per_machine: Hosts that share one machine's processors, as those of a test network do.
         relative_speeds: Speed of each host's computation against the measured one; empty: all are as fast.
         spread: Standard deviation of the time that a rank computes in a step, relative to its mean.
@@ -115,7 +116,7 @@ class Cluster:
     within: Link
     between: Link
     memory_bytes: float | None = None
-    slowdown: tuple[float, ...] = (1.0,)
+    slowdown: tuple[float, ...] = ()
     hosts_per_machine: int = 1
     relative_speeds: tuple[float, ...] = ()
     spread: float = 0.0
@@ -147,14 +148,15 @@ class Cluster:
     def slowdown_of(self, computing: int) -> float:
         """Factor by which computation takes longer while so many ranks of a machine compute."""
         known = len(self.slowdown)
+        if not known:
+            return 1.0
         return self.slowdown[computing - 1] if computing <= known else self.slowdown[-1] * computing / known
 
     def with_hosts(self, hosts: int) -> Cluster:
         """The same with another number of hosts, each on a machine of its own."""
-        speeds = tuple(self.relative_speeds[index % len(self.relative_speeds)] for index in range(hosts))
-        return dataclasses.replace(
-            self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds if self.relative_speeds else ()
-        )
+        known = self.relative_speeds
+        speeds = tuple(known[index % len(known)] for index in range(hosts)) if known else ()
+        return dataclasses.replace(self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds)
 
 
 def slowdown_curve(alone: float, together: float, ranks: int, processors: int) -> tuple[float, ...]:

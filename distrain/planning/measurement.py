@@ -337,7 +337,7 @@ class _Measurement:
         within, between = self._links(len(hosts), per_host, most)
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         on_machine = self._world.size // machines
-        curve = slowdown_curve(alone, together.passes, on_machine, processors) if on_machine > 1 else (1.0,)
+        curve = slowdown_curve(alone, together.passes, on_machine, processors) if on_machine > 1 else ()
         messages = None
         if self._world.size > 1:
             milliseconds = measure_point_to_point(self._everyone, self._device)

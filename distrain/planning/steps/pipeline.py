@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from distrain.gradients.linear_partition import linear_partition
@@ -37,6 +38,12 @@ def predict(
     return _Step(setting, ranks, SCHEDULES[schedule], microbatches, stages_per_rank).predict(keys)
 
 
+@functools.cache
+def _order(schedule: Schedule, ranks: int, stages_per_rank: int, microbatches: int) -> list[list[Action]]:
+    """Each rank's actions, found once for all clusters."""
+    return actions_of_ranks(schedule, ranks, stages_per_rank, microbatches)
+
+
 class _Step:
     """A step of one pipeline, whose replicas do the same at the same time."""
 
@@ -61,7 +68,7 @@ class _Step:
 
     def predict(self, keys: dict[str, str]) -> Prediction:
         workload, cluster = self._setting.workload, self._setting.cluster
-        order = actions_of_ranks(self._schedule, self._ranks, self._per_rank, self._microbatches)
+        order = _order(self._schedule, self._ranks, self._per_rank, self._microbatches)
         programs = [self._program(rank, actions) for rank, actions in enumerate(order)]
         on_machine = min(cluster.ranks_per_machine, cluster.ranks)
         simulated = simulate(

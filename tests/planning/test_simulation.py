@@ -1,0 +1,101 @@
+"""The simulated clock: shared processors, transfers in turn, and the schedules of pipelines."""
+
+from __future__ import annotations
+
+import pytest
+
+from distrain.planning.network import Duration, Network
+from distrain.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
+from distrain.planning.steps import pipeline
+from distrain.planning.steps.common import Setting
+from distrain.strategies.pipeline import schedule as schedules
+from distrain.strategies.pipeline.timeline import chrome_trace, measured_bubble
+from tests.planning.workloads import cluster, workload
+
+
+def alone(computing: int) -> float:
+    return 1.0
+
+
+def turns(computing: int) -> float:
+    return float(computing)
+
+
+def run(*programs: list[Operation], machines: list[int] | None = None, shared: bool = False) -> Simulated:
+    return simulate(programs, machines or list(range(len(programs))), turns if shared else alone)
+
+
+def test_ranks_of_one_machine_share_its_processor() -> None:
+    # Both compute until 4; then the second one has the processor for itself.
+    simulated = run([Compute("forward", 2)], [Compute("forward", 5)], machines=[0, 0], shared=True)
+    assert simulated.seconds == pytest.approx(7)
+    assert [lane[0].end for lane in simulated.lanes] == pytest.approx([4, 7])
+
+
+def test_a_rank_that_waits_leaves_the_processor_to_others() -> None:
+    transfer = Duration(3, 0, 10)
+    simulated = run(
+        [Compute("forward", 1), Start("a", transfer, 1, "link"), Wait("a"), Compute("backward", 1)],
+        [Compute("forward", 4)],
+        machines=[0, 0],
+        shared=True,
+    )
+    # 0 to 2: both; 2 to 5: the second alone, which is done; 5 to 6: the first one.
+    assert simulated.seconds == pytest.approx(6)
+    assert simulated.waited == pytest.approx([3, 0])
+    assert simulated.sent == [10, 0]
+
+
+def test_transfers_of_a_channel_come_one_after_the_other() -> None:
+    one = Duration(2)
+    same = run([Start("a", one, 1, "x"), Start("b", one, 1, "x"), Wait("a"), Wait("b")])
+    other = run([Start("a", one, 1, "x"), Start("b", one, 1, "y"), Wait("a"), Wait("b")])
+    assert (same.seconds, other.seconds) == (4, 2)
+
+
+def test_a_collective_begins_when_the_last_rank_has_started_it() -> None:
+    one = Duration(2)
+    simulated = run([Start("a", one, 2, "x"), Wait("a")], [Compute("forward", 5), Start("a", one, 2, "x"), Wait("a")])
+    assert simulated.seconds == 7
+    assert simulated.waited == [7, 2]
+
+
+def test_computation_is_delayed_by_the_processors_part_of_a_transfer() -> None:
+    busy = Duration(4, 1)
+    hidden = run([Start("a", busy, 1, "x"), Compute("backward", 10), Wait("a")])
+    assert hidden.seconds == 11
+    waiting = run([Start("a", busy, 1, "x"), Wait("a"), Compute("update", 10)])
+    assert waiting.seconds == 14
+
+
+def test_programs_that_wait_for_each_other_are_an_error() -> None:
+    with pytest.raises(ValueError, match="wait for each other"):
+        run([Wait("b")], [Wait("a")])
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_a_pipeline_takes_as_long_as_its_schedule(name: str) -> None:
+    schedule = schedules.SCHEDULES[name]
+    per_rank, ranks, microbatches = schedule.stages_per_rank or 2, 2, 4
+    training = workload(batch_size=4, blocks=4)
+    machines = cluster(ranks, bytes_per_second=1e15)
+    predicted = pipeline.predict(
+        Setting(training, machines, Network(machines)),
+        {},
+        ranks=ranks,
+        schedule=name,
+        microbatches=microbatches,
+        stages_per_rank=per_rank,
+    )
+    order = schedules.actions_of_ranks(schedule, ranks, per_rank, microbatches)
+    blocks = 4 // (ranks * per_rank)
+    stages = ranks * per_rank
+    timelines = schedules.simulate(order, [1e-3 * blocks] * stages, [2e-3 * blocks] * stages)
+    ends = [timed.end for timeline in timelines for timed in timeline]
+    assert predicted.seconds == pytest.approx(max(ends), rel=1e-6)
+    assert predicted.bubble == pytest.approx(schedules.bubble_fraction(timelines), abs=1e-6)
+    assert predicted.simulated is not None
+    # The same figures as of a measured step.
+    assert measured_bubble(predicted.simulated.lanes) == pytest.approx(predicted.bubble, abs=1e-6)
+    passes = sum(event["cat"] != "wait" for event in chrome_trace(predicted.simulated.lanes))
+    assert passes == sum(map(len, order))

@@ -1,0 +1,179 @@
+"""Predicted steps against calculations by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+
+from distrain.compression.autotune.compressor_cost import BucketCost, CompressorCost
+from distrain.planning import candidates, engine
+from distrain.planning.network import Network
+from distrain.planning.prediction import Prediction
+from distrain.planning.steps import ddp, local_sgd, parameter_server, pipeline
+from distrain.planning.steps.common import Setting
+from distrain.planning.workload import at
+from tests.planning.workloads import ACCELERATOR, MB, cluster, workload
+
+
+def setting(batch_size: int = 64, hosts: int = 4, batchnorms: int = 0, **links: float) -> Setting:
+    machines = cluster(hosts, **links)
+    return Setting(workload(batch_size, batchnorms=batchnorms), machines, Network(machines))
+
+
+def test_times_between_and_beyond_measured_numbers_of_samples() -> None:
+    times = {4: 10.0, 8: 14.0}
+    assert [at(times, samples) for samples in (4, 6, 8, 12)] == [10, 12, 14, 18]
+    # The line would go to 6; a pass has a part that doesn't depend on the samples.
+    assert at(times, 1) == 7
+    assert at(times, 0) == 0
+    assert at({4: 1.0, 8: 10.0}, 2) == 0.5
+
+
+def test_ddp_waits_for_what_the_backward_pass_does_not_hide() -> None:
+    # 16 samples a rank: 64 ms forward, 32 ms backward a block. A bucket of 10 MB takes 2 * 3/4 * 10 / 100 = 150 ms, so
+    # the link is the bottleneck from the first bucket on: 64 + 32 + 4 * 150.
+    predicted = ddp.predict(setting(), {}, sizes=(5, 5, 0))
+    assert predicted.seconds == pytest.approx(0.064 + 0.032 + 0.6)
+    assert predicted.bytes_sent == pytest.approx(4 * 15 * MB)
+    assert predicted.same_as_single
+    assert predicted.bound == "waiting"
+    one_bucket = ddp.predict(setting(), {}, sizes=(1000, 1000, 0))
+    assert one_bucket.seconds == pytest.approx(0.064 + 0.128 + 0.6)
+
+
+def test_a_fast_link_hides_all_but_the_last_bucket() -> None:
+    predicted = ddp.predict(setting(bytes_per_second=1000.0 * MB), {}, sizes=(5, 5, 0))
+    assert predicted.seconds == pytest.approx(0.064 + 0.128 + 0.015)
+
+
+def test_synchronised_batchnorm_pays_three_latencies_a_layer() -> None:
+    slow = setting(batchnorms=2, latency=1e-3)
+    together = ddp.predict(slow, {}, sizes=(1000, 1000, 0))
+    apart = ddp.predict(slow, {}, sizes=(1000, 1000, 0), synchronised=False)
+    # 8 layers, and 6 messages of a ring of 4.
+    assert together.seconds - apart.seconds == pytest.approx(8 * 3 * 6e-3, rel=0.01)
+    assert together.same_as_single
+    assert not apart.same_as_single
+
+
+def test_accumulation_sends_only_in_the_last_pass() -> None:
+    whole = setting()
+    pieces = dataclasses.replace(whole, workload=dataclasses.replace(whole.workload, micro_batch_size=4))
+    predicted = ddp.predict(pieces, {}, sizes=(5, 5, 0))
+    # Three pieces of 48 ms; then 16 ms forward, 8 ms to the first bucket, and the link.
+    assert predicted.seconds == pytest.approx(3 * 0.048 + 0.016 + 0.008 + 0.6)
+    assert predicted.memory.activations == 4 * 4 * MB
+
+
+def test_a_compressor_sends_less_and_works() -> None:
+    # Measured on 2 ranks: an all-gather of 1 MB of each rank, and 100 ms of work.
+    cost = CompressorCost([BucketCost([0.06, 0.04], [[("all_gather", MB)]])])
+    plain = setting()
+    training = dataclasses.replace(plain.workload, compressors={"topk": cost}, compressor_ranks=2)
+    predicted = ddp.predict(dataclasses.replace(plain, workload=training), {}, compressor="topk", sizes=(1000, 1000, 0))
+    assert predicted.bytes_sent == pytest.approx(3 * MB)
+    assert predicted.seconds == pytest.approx(0.064 + 0.128 + 0.1 + 0.03)
+    assert not predicted.same_as_single
+
+
+def test_local_sgd_pays_for_a_merge_every_few_steps() -> None:
+    predicted = local_sgd.predict(setting(), {}, sync_every=10)
+    assert predicted.seconds == pytest.approx(0.192 + 0.6 / 10)
+    assert predicted.bytes_sent == pytest.approx(6 * MB)
+    hidden = local_sgd.predict(setting(), {}, sync_every=10, overlap_steps=4)
+    assert hidden.seconds == pytest.approx(0.192)
+
+
+def test_a_servers_link_carries_what_all_workers_send() -> None:
+    predicted = parameter_server.predict(setting(batch_size=48), {}, servers=1)
+    # 3 workers of 16 samples; 40 MB from each to the server, 3 * 100 ms a block, from the first complete one on; then
+    # 120 MB back.
+    assert predicted.seconds == pytest.approx(0.064 + 0.032 + 1.2 + 1.2)
+
+
+def test_a_slow_host_sets_the_pace_of_ddp() -> None:
+    even = setting(bytes_per_second=1e15)
+    machines = dataclasses.replace(even.cluster, relative_speeds=(1.0, 1.0, 0.5, 1.0))
+    predicted = ddp.predict(Setting(even.workload, machines, Network(machines)), {})
+    assert predicted.seconds == pytest.approx(2 * 0.192)
+
+
+def test_chance_costs_more_the_more_ranks_wait_for_each_other() -> None:
+    calm = setting(bytes_per_second=1e15)
+    machines = dataclasses.replace(calm.cluster, spread=0.1)
+    shaken = Setting(calm.workload, machines, Network(machines))
+    assert ddp.predict(shaken, {}).parts["stragglers"] == pytest.approx(0.1 * 0.192 * 1.03, rel=0.03)
+    # Deviations of 16 steps add up to four of one.
+    assert local_sgd.predict(shaken, {}, sync_every=16).parts["stragglers"] == pytest.approx(
+        0.1 * 0.192 * 1.03 / 4, rel=0.03
+    )
+
+
+def test_memory_of_a_pipeline_is_what_its_schedule_holds() -> None:
+    slow = setting(batch_size=32)
+
+    def memory(name: str) -> float:
+        return pipeline.predict(slow, {}, ranks=4, schedule=name, microbatches=8).memory.activations
+
+    # 4 samples a microbatch and 1 MB of each in a stage: all 8 microbatches, or as many as there are stages.
+    assert memory("gpipe") == 8 * 4 * MB
+    assert memory("1f1b") == 4 * 4 * MB
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
+    machines = cluster(ranks)
+    training = workload(blocks=8)
+    found = list(candidates.predictions(Setting(training, machines, Network(machines)), engine.STRATEGIES, ()))
+    strategies = {prediction.keys["strategy"] for prediction in found}
+    assert strategies == {"ddp", "pipeline", "local_sgd", "parameter_server"}
+    for prediction in found:
+        assert prediction.seconds > 0
+        assert prediction.memory.total > 0
+    keys = [tuple(prediction.keys.items()) for prediction in found]
+    assert len(keys) == len(set(keys))
+
+
+def test_what_does_not_fit_is_not_the_best() -> None:
+    machines = dataclasses.replace(cluster(4), memory_bytes=100.0 * MB)
+    plan = engine.predict(workload(), machines, engine.Options())
+    best = plan.best(same_as_single=True)
+    assert best is not None
+    assert best.keys["strategy"] == "pipeline"
+    assert best.memory.total <= 100 * MB
+    nothing = dataclasses.replace(plan, cluster=dataclasses.replace(machines, memory_bytes=1.0 * MB))
+    assert "nothing fits into 1 MB a rank" in "\n".join(nothing.lines())
+
+
+def test_a_thousand_hosts_are_planned_as_fast_as_two() -> None:
+    def seconds(hosts: int) -> tuple[float, list[Prediction]]:
+        begin = time.process_time()
+        training = workload(batch_size=8 * hosts, blocks=8)
+        found = engine.predict(training, cluster(hosts, 8), engine.Options()).predictions
+        return time.process_time() - begin, list(found)
+
+    seconds(1024)  # finds the schedules
+    few, _ = seconds(2)
+    many, found = seconds(1024)
+    # The same ranks are simulated; a larger cluster only has more sizes of pipelines.
+    assert many < 5 * few + 0.1
+    assert found[0].seconds > 0
+
+
+def test_64_hosts_of_8_devices_by_hand() -> None:
+    machines = dataclasses.replace(
+        cluster(64, 8, latency=10e-6, bytes_per_second=50_000.0 * MB), accelerator=ACCELERATOR
+    )
+    training = workload(batch_size=512 * 32).on(ACCELERATOR)
+    predicted = ddp.predict(Setting(training, machines, Network(machines, "flat")), {}, sizes=(5, 5, 0))
+    # 32 samples a device. Forward of a block: 32 GFLOP at 100 TFLOP/s, 0.32 ms, which is longer than moving 45.2 MB at
+    # 2 TB/s. Backward: twice as long.
+    forward, backward = 4 * 0.32e-3, 4 * 0.64e-3
+    # A bucket of 10 MB: a ring over 512 devices sends 20 MB in 1022 messages, 0.4 + 10.22 ms; a tree sends 20 MB in 18
+    # messages: 0.4 + 0.18 ms, less than the backward pass of a block. So all but the last bucket is hidden.
+    bucket = 20e6 / 50e9 + 18 * 10e-6
+    # Parameter and gradient three times, the state twice, at 2 TB/s.
+    update = (3 * 40e6 + 2 * 80e6) / 2e12
+    assert predicted.seconds == pytest.approx(forward + backward + bucket + update, rel=0.01)
