@@ -13,7 +13,6 @@ LAYERS = (
     "api",
     "cli",
     "tools",
-    "planning",
     "verification",
     "training",
     "strategies",

@@ -12,11 +12,11 @@ from distrain.cli.verify import training_config
 from distrain.config.schema import CompressionConfig, setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import show
-from distrain.planning import engine
-from distrain.planning.plan import FILE, Plan
 from distrain.runtime.world import World
 from distrain.tools.launching import slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
+from distrain.tools.planning import engine
+from distrain.tools.planning.plan import FILE, Plan
 
 
 @dataclass

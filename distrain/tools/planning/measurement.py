@@ -33,8 +33,6 @@ from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
 from distrain.optim.optimizers.build import build_optimizer
-from distrain.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve
-from distrain.planning.workload import BlockProfile, Workload
 from distrain.runtime.runtime import Runtime, boot_id
 from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
@@ -44,6 +42,8 @@ from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, 
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.single import Single
+from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve
+from distrain.tools.planning.workload import BlockProfile, Workload
 from distrain.torch_internals import BatchNorm
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan

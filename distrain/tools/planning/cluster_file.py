@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distrain.config.load import load_settings
 from distrain.config.schema import setting
 from distrain.errors import ConfigError, first_line
-from distrain.planning.cluster import Accelerator, Cluster, Link
+from distrain.tools.planning.cluster import Accelerator, Cluster, Link
 
 
 @dataclass

@@ -8,9 +8,9 @@ import statistics
 
 import pytest
 
-from distrain.planning.cluster import Link, LinkPoint, expected_maximum, slowdown_curve
-from distrain.planning.network import Network
-from tests.planning.workloads import MB, cluster
+from distrain.tools.planning.cluster import Link, LinkPoint, expected_maximum, slowdown_curve
+from distrain.tools.planning.network import Network
+from tests.tools.planning.workloads import MB, cluster
 
 
 def test_a_link_is_linear_between_and_beyond_its_points() -> None:

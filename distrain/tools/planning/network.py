@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from distrain.planning.cluster import Cluster, Link
+from distrain.tools.planning.cluster import Cluster, Link
 
 #: ``hierarchical``: gloo and shared memory. ``flat``: all ranks in one ring or tree, as NCCL does it.
 Collectives = Literal["hierarchical", "flat"]

@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from distrain.planning.network import Duration
 from distrain.strategies.pipeline.timeline import Span
+from distrain.tools.planning.network import Duration
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,19 @@ import time
 import pytest
 
 from distrain.compression.autotune.compressor_cost import BucketCost, CompressorCost
-from distrain.planning import candidates, engine
-from distrain.planning.network import Network
-from distrain.planning.prediction import Prediction
-from distrain.planning.steps import ddp, local_sgd, parameter_server, pipeline
-from distrain.planning.steps.common import Setting
-from distrain.planning.workload import at
-from tests.planning.workloads import ACCELERATOR, MB, cluster, workload
+from distrain.tools.planning import candidates, engine
+from distrain.tools.planning.network import Network
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
+from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.workload import at
+from tests.tools.planning.workloads import ACCELERATOR, MB, cluster, workload
 
 
-def setting(batch_size: int = 64, hosts: int = 4, batchnorms: int = 0, **links: float) -> Setting:
-    machines = cluster(hosts, **links)
+def setting(
+    batch_size: int = 64, batchnorms: int = 0, latency: float = 0.0, bytes_per_second: float = 100.0 * MB
+) -> Setting:
+    machines = cluster(4, latency=latency, bytes_per_second=bytes_per_second)
     return Setting(workload(batch_size, batchnorms=batchnorms), machines, Network(machines))
 
 

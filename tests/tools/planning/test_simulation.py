@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from distrain.planning.network import Duration, Network
-from distrain.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
-from distrain.planning.steps import pipeline
-from distrain.planning.steps.common import Setting
 from distrain.strategies.pipeline import schedule as schedules
 from distrain.strategies.pipeline.timeline import chrome_trace, measured_bubble
-from tests.planning.workloads import cluster, workload
+from distrain.tools.planning.network import Duration, Network
+from distrain.tools.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
+from distrain.tools.planning.steps import pipeline
+from distrain.tools.planning.steps.common import Setting
+from tests.tools.planning.workloads import cluster, workload
 
 
 def alone(computing: int) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distrain.planning.prediction import Prediction
-from distrain.planning.simulation import Compute, Operation
-from distrain.planning.steps.common import Setting, forward_pass, parts_of
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.simulation import Compute, Operation
+from distrain.tools.planning.steps.common import Setting, forward_pass, parts_of
 
 
 def predict(

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Sequence
 
 from distrain.gradients.linear_partition import linear_partition
-from distrain.planning.prediction import Memory, Prediction
-from distrain.planning.simulation import Compute, Operation, Start, Wait, simulate
-from distrain.planning.steps.common import Setting, parts_of
-from distrain.planning.workload import BlockProfile, at
 from distrain.strategies.pipeline.schedule import SCHEDULES, Action, Schedule, actions_of_ranks, rank_of_stages
+from distrain.tools.planning.prediction import Memory, Prediction
+from distrain.tools.planning.simulation import Compute, Operation, Start, Wait, simulate
+from distrain.tools.planning.steps.common import Setting, parts_of
+from distrain.tools.planning.workload import BlockProfile, at
 
 
 def predict(

@@ -11,14 +11,14 @@ from pathlib import Path
 from distrain.config.schema import CompressionConfig, Config
 from distrain.errors import config_error
 from distrain.models.trial import ModelTrial
-from distrain.planning import candidates, cluster_file
-from distrain.planning.cluster import Cluster
-from distrain.planning.measurement import measure
-from distrain.planning.network import Network
-from distrain.planning.plan import Plan
-from distrain.planning.steps.common import Setting
-from distrain.planning.workload import Workload
 from distrain.runtime.world import World
+from distrain.tools.planning import candidates, cluster_file
+from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.measurement import measure
+from distrain.tools.planning.network import Network
+from distrain.tools.planning.plan import Plan
+from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.workload import Workload
 from distrain.training.run_plan import RunPlan
 from distrain.verification.short_runs import as_single
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distrain.planning.cluster import Accelerator, Cluster, Link
-from distrain.planning.workload import BlockProfile, Workload
+from distrain.tools.planning.cluster import Accelerator, Cluster, Link
+from distrain.tools.planning.workload import BlockProfile, Workload
 
 MB = 10**6
 

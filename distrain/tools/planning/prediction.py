@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from distrain.planning.simulation import Simulated
+from distrain.tools.planning.simulation import Simulated
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distrain.planning import candidates
-from distrain.planning.cluster import Cluster
-from distrain.planning.engine import STRATEGIES, setting_of
-from distrain.planning.prediction import Prediction
-from distrain.planning.workload import Workload
+from distrain.tools.planning import candidates
+from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.engine import STRATEGIES, setting_of
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.workload import Workload
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

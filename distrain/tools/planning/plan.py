@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.writing import to_json
-from distrain.planning.cluster import Cluster
-from distrain.planning.prediction import Prediction
-from distrain.planning.workload import Workload
+from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.workload import Workload
 
 FILE = "plan.json"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from distrain.gradients.bucket_sizes import BucketSizes
-from distrain.planning.network import Duration
-from distrain.planning.prediction import Prediction
-from distrain.planning.simulation import Compute, Operation, Start, Wait
-from distrain.planning.steps.common import Setting, backward_pieces, forward_pass, parts_of
-from distrain.planning.workload import bucket_layout
+from distrain.tools.planning.network import Duration
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
+from distrain.tools.planning.steps.common import Setting, backward_pieces, forward_pass, parts_of
+from distrain.tools.planning.workload import bucket_layout
 
 #: MiB of a message, as ``strategy.bucket_mb`` has them by default.
 BUCKET_MB = 4.0

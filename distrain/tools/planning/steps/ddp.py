@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distrain.planning.network import Duration
-from distrain.planning.prediction import Prediction
-from distrain.planning.simulation import Compute, Operation, Start, Wait
-from distrain.planning.steps.common import (
+from distrain.tools.planning.network import Duration
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
+from distrain.tools.planning.steps.common import (
     Setting,
     backward_with_exchange,
     bucket_sizes,

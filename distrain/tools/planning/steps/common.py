@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from distrain.compression.autotune.compressor_cost import CompressorCost
 from distrain.gradients.bucket_sizes import ONE_BUCKET, AllReduceCost, BucketSizes, choose_sizes
-from distrain.planning.cluster import Cluster, expected_maximum
-from distrain.planning.network import Duration, Group, Network
-from distrain.planning.prediction import Memory
-from distrain.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
-from distrain.planning.workload import Workload, at, bucket_layout
+from distrain.tools.planning.cluster import Cluster, expected_maximum
+from distrain.tools.planning.network import Duration, Group, Network
+from distrain.tools.planning.prediction import Memory
+from distrain.tools.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
+from distrain.tools.planning.workload import Workload, at, bucket_layout
 
 
 @dataclass(frozen=True)

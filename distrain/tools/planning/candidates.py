@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from distrain.planning.prediction import Prediction
-from distrain.planning.steps import ddp, local_sgd, parameter_server, pipeline
-from distrain.planning.steps.common import Setting
 from distrain.strategies.pipeline.schedule import SCHEDULES
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
+from distrain.tools.planning.steps.common import Setting
 
 #: Steps between merges of ``local_sgd``.
 SYNC_EVERY = (4, 16, 64)

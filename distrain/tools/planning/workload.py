@@ -14,7 +14,7 @@ from torch import nn
 from distrain.compression.autotune.compressor_cost import CompressorCost
 from distrain.gradients.bucket_sizes import MIB, BucketSizes
 from distrain.gradients.buckets import split_into_buckets
-from distrain.planning.cluster import Accelerator
+from distrain.tools.planning.cluster import Accelerator
 
 
 @dataclass(frozen=True)
