@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.cli.verify import training_config
-from distrain.config.schema import CompressionConfig, setting
-from distrain.errors import ConfigError, config_error
+from distrain.config.schema import CompressionConfig, Config, setting
+from distrain.errors import config_error
 from distrain.files.terminal import show
 from distrain.runtime.world import World
 from distrain.tools.launching import slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
-from distrain.tools.planning import engine
+from distrain.tools.planning import engine, figure
+from distrain.tools.planning.cluster import Link
 from distrain.tools.planning.plan import FILE, Plan
 
 
@@ -28,7 +32,12 @@ class PlanSettings:
     )
     strategies: list[str] = setting("Strategies to look at.", choices=engine.STRATEGIES)
     rows: int = setting("Configurations to show.", at_least=1)
-    folder: str | None = setting(f"Folder for {FILE}; null: outputs/plan/<date>_<time>.", path=True)
+    check: int = setting("Run so many of the fastest, and ddp, for a few steps, and show what they take.", at_least=0)
+    most_hosts: int = setting("Hosts up to which plan.png shows step times.", at_least=1)
+    gbit_per_s: float | None = setting(
+        "Bandwidth between hosts for plan.png where only one host is measured, in Gbit/s; null: no picture.", above=0
+    )
+    folder: str | None = setting(f"Folder for {FILE} and plan.png; null: outputs/plan/<date>_<time>.", path=True)
 
     def options(self) -> engine.Options:
         """What is asked of a plan."""
@@ -48,28 +57,54 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     """
     slurm.set_torchrun_variables(os.environ)
     world = World.from_environment()
+    name = settings.folder or f"outputs/plan/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
     config = training_config(keys)
+    folder = engine.agreed_folder(config, world, Path(name))
     made = engine.make_plan(config, world, settings.options(), _compressors(keys, world, settings))
     if world.rank == 0:
-        name = settings.folder or f"outputs/plan/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-        folder = Path(name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = made.write(folder)
-        except OSError as error:
-            raise ConfigError("folder", name, f"can't be written ({error.strerror or error})") from error
         for line in made.lines(settings.rows):
             show(line)
-        show(f"plan: {path}")
+    if settings.check:
+        runs = folder / "trials"
+        made = engine.try_out(made, settings.check, functools.partial(_with, keys), world, runs)
+        if world.rank == 0:
+            shutil.rmtree(runs, ignore_errors=True)
+            for line in made.trial_lines():
+                show(line)
+    if world.rank == 0:
+        drawn = _draw(made, settings, folder)
+        show(f"plan: {made.write(folder)}{drawn}")
     return made
+
+
+def _draw(made: Plan, settings: PlanSettings, folder: Path) -> str:
+    """Draws the step's time by number of hosts, if the link between hosts is known; returns what to say of it."""
+    cluster = made.cluster
+    if cluster.hosts == 1:
+        if settings.gbit_per_s is None:
+            return ""
+        cluster = dataclasses.replace(cluster, between=Link.of(100e-6, settings.gbit_per_s * 1e9 / 8))
+    curves = figure.curves(made.workload, cluster, settings.most_hosts)
+    path = folder / "plan.png"
+    figure.draw(curves, made.workload.batch_size).savefig(path)
+    return f"; picture: {path}"
+
+
+def _with(keys: Sequence[str], chosen: Mapping[str, str]) -> Config:
+    """The training with the keys of a configuration in place of its own strategy and compressor."""
+    return training_config([*_others(keys), *(f"{key}={value}" for key, value in chosen.items())])
+
+
+def _others(keys: Sequence[str]) -> list[str]:
+    """The keys of a training that choose neither strategy nor compressor."""
+    return [key for key in keys if not key.lstrip("+").startswith(("strategy", "compression"))]
 
 
 def _compressors(keys: Sequence[str], world: World, settings: PlanSettings) -> Mapping[str, CompressionConfig]:
     """Configurations of the compressors to time; none if there is nobody to send to."""
     if world.size == 1 or "ddp" not in settings.strategies:
         return {}
-    others = [key for key in keys if not key.lstrip("+").startswith("compression")]
-    return {name: training_config([*others, f"compression={name}"]).compression for name in engine.COMPRESSORS}
+    return {name: _with(keys, {"compression": name}).compression for name in engine.COMPRESSORS}
 
 
 def check(settings: PlanSettings, keys: Sequence[str], launch: LaunchSettings) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.config.schema import CompressionConfig, Config
-from distrain.errors import config_error
+from distrain.errors import ConfigError, config_error
 from distrain.models.trial import ModelTrial
+from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tools.planning import candidates, cluster_file
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.network import Network
-from distrain.tools.planning.plan import Plan
+from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
 from distrain.training.run_plan import RunPlan
 from distrain.verification.short_runs import as_single
@@ -35,12 +37,10 @@ class Options:
     Attributes:
         cluster: Description of a cluster that isn't here; ``None``: these ranks.
         strategies: Names of the strategies to look at.
-        most_hosts: The figure shows step times up to so many hosts.
     """
 
     cluster: Path | None = None
     strategies: Sequence[str] = STRATEGIES
-    most_hosts: int = 1024
 
 
 def check(config: Config, world: World, options: Options) -> tuple[RunPlan, ModelTrial]:
@@ -61,6 +61,22 @@ def check(config: Config, world: World, options: Options) -> tuple[RunPlan, Mode
     alone = dataclasses.replace(world, rank=0, size=1)
     plan = RunPlan.resolve(as_single(config), alone)
     return plan, plan.check(warn=False)
+
+
+def agreed_folder(config: Config, world: World, folder: Path) -> Path:
+    """The folder that rank 0 names, which it makes; all ranks call it together.
+
+    Raises:
+        ConfigError: It can't be made.
+    """
+    if world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("folder", folder, f"can't be made ({error.strerror or error})") from error
+    with Runtime(config, world, keep_logs=False) as runtime:
+        told = runtime.communicator().all_gather_json({"folder": str(folder.resolve())}, runtime.device)
+    return Path(told[0]["folder"])
 
 
 def make_plan(config: Config, world: World, options: Options, compressors: Mapping[str, CompressionConfig]) -> Plan:
@@ -90,6 +106,43 @@ def make_plan(config: Config, world: World, options: Options, compressors: Mappi
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
     return predict(workload, cluster, options, measured.remarks)
+
+
+def try_out(
+    plan: Plan, count: int, config_of: Callable[[Mapping[str, str]], Config], world: World, folder: Path
+) -> Plan:
+    """Runs the fastest configurations, and plain ``ddp``, for a few steps; all ranks call it together.
+
+    Args:
+        plan: The plan.
+        count: Number of configurations besides ``ddp``.
+        config_of: The training with the keys of a configuration.
+        world: This rank's place.
+        folder: For the runs; all hosts see it.
+
+    Returns:
+        The plan with its trials; configurations that can't run are among its remarks.
+
+    Raises:
+        Failed: A rank failed.
+    """
+    trials: list[Trial] = []
+    remarks = list(plan.remarks)
+    chosen = plan.chosen_for_trial(count)
+    if not chosen:
+        return plan
+    run = RunPlan.resolve(config_of(chosen[0].keys), world)
+    with contextlib.closing(run.load()) as splits:
+        for number, prediction in enumerate(chosen):
+            period = int(prediction.keys.get("strategy.sync_every", 1))
+            place = folder / f"trial_{number}"
+            try:
+                seconds = step_seconds(config_of(prediction.keys), world, splits, place, prediction.seconds, period)
+            except ConfigError as error:
+                remarks.append(f"not tried: {error}")
+                continue
+            trials.append(Trial(prediction, seconds))
+    return dataclasses.replace(plan, trials=trials, remarks=remarks)
 
 
 def predict(workload: Workload, cluster: Cluster, options: Options, remarks: Sequence[str] = ()) -> Plan:

@@ -18,6 +18,24 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A prediction beside what a short run took.
+
+    Attributes:
+        prediction: What was predicted.
+        seconds: Of a measured step.
+    """
+
+    prediction: Prediction
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """By how much the prediction is too long (above 0) or too short, relative to the measured step."""
+        return self.prediction.seconds / self.seconds - 1
+
+
+@dataclass(frozen=True)
 class Plan:
     """Predictions of all configurations, the fastest first.
 
@@ -26,12 +44,14 @@ class Plan:
         cluster: The machines.
         predictions: In ascending order of a step's time.
         remarks: What could not be measured, and why.
+        trials: Configurations that were run for a few steps.
     """
 
     workload: Workload
     cluster: Cluster
     predictions: Sequence[Prediction]
     remarks: Sequence[str]
+    trials: Sequence[Trial] = ()
 
     def fits(self, prediction: Prediction) -> bool:
         """Whether each rank has enough memory, as far as that is known."""
@@ -76,6 +96,26 @@ class Plan:
             lines.append(f"fastest{gain}, but it trains something else: {_typed(fastest)}")
         return lines
 
+    def chosen_for_trial(self, count: int) -> list[Prediction]:
+        """The fastest configurations that fit, and plain ``ddp``.
+
+        Args:
+            count: Number of configurations besides ``ddp``.
+        """
+        fastest = [prediction for prediction in self.predictions if self.fits(prediction)][:count]
+        usual = [one for one in self.predictions if one.keys == {"strategy": "ddp"} and one not in fastest]
+        return [*fastest, *usual]
+
+    def trial_lines(self) -> list[str]:
+        """Predicted beside measured steps, for the terminal."""
+        lines = ["predicted ms  measured ms   error  configuration"]
+        lines += [
+            f"{1000 * trial.prediction.seconds:12.1f}  {1000 * trial.seconds:11.1f}  {trial.error:+6.1%}  "
+            f"{_typed(trial.prediction)}"
+            for trial in self.trials
+        ]
+        return [*lines, *(remark for remark in self.remarks if remark.startswith("not tried"))]
+
     def _line(self, prediction: Prediction) -> str:
         same = "yes" if prediction.same_as_single else "no"
         memory = _size(prediction.memory.total) + ("" if self.fits(prediction) else "!")
@@ -94,6 +134,14 @@ class Plan:
                 for prediction in self.predictions
             ],
             "remarks": list(self.remarks),
+            "trials": [
+                {
+                    "keys": trial.prediction.keys,
+                    "predicted_ms": round(1000 * trial.prediction.seconds, 4),
+                    "measured_ms": round(1000 * trial.seconds, 4),
+                }
+                for trial in self.trials
+            ],
             "workload": self.workload.to_plain(),
         }
 

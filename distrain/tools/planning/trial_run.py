@@ -1,0 +1,114 @@
+"""Times the steps of a configuration in a short run on these ranks, to compare a prediction with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from typing_extensions import override
+
+from distrain.config.registry import choice
+from distrain.config.schema import Config
+from distrain.data.base import Split, Splits
+from distrain.runtime.device import synchronize
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
+from distrain.training.assembly import build_trainer
+from distrain.training.callbacks import Callback, RunView
+from distrain.training.run_plan import RunPlan
+
+#: Seconds of timed steps, and the fewest and most periods that are timed.
+_SECONDS, _FEWEST, _MOST = 3.0, 5, 60
+#: Steps or periods before the first timed one, in which memory is allocated and connections are opened.
+_WARM_UP = 3
+#: More steps than any short run has.
+_NEVER = 1_000_000_000
+
+
+class _StepClock(Callback):
+    """Notes when steps end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    @override
+    def on_step_end(self, run: RunView) -> None:
+        synchronize(self._device)
+        self.times.append(time.perf_counter())
+
+
+def step_seconds(config: Config, world: World, splits: Splits, folder: Path, expected: float, period: int = 1) -> float:
+    """Trains a few steps; all ranks call it together.
+
+    Args:
+        config: The training.
+        world: This rank's place.
+        splits: The samples.
+        folder: For the run; all hosts see it.
+        expected: Seconds that a step is expected to take, which says how many are timed.
+        period: Steps after which the same repeats, as the merges of ``local_sgd``.
+
+    Returns:
+        Seconds of a step, the same on all ranks: of the median period, on the mean rank.
+
+    Raises:
+        ConfigError: The configuration can't run on these ranks.
+        Failed: A rank failed.
+    """
+    periods = min(max(int(_SECONDS / (expected * period)), _FEWEST), _MOST)
+    steps = (periods + _WARM_UP) * period
+    plan = RunPlan.resolve(_short(config, folder, steps), world)
+    plan.check(warn=False)
+    few = 2 * config.data.batch_size
+    small = dataclasses.replace(splits, val=_first(splits.val, few), test=_first(splits.test, few))
+    with _quiet(), Runtime(plan.config, world) as runtime:
+        logging.getLogger("distrain").setLevel(logging.WARNING)
+        trainer = build_trainer(plan, runtime, small)
+        clock = _StepClock(runtime.device)
+        trainer.callbacks.append(clock)
+        trainer.fit()
+        ends = clock.times[_WARM_UP * period - 1 :: period]
+        own = statistics.median(late - early for early, late in itertools.pairwise(ends)) / period
+        total = torch.tensor([own], dtype=torch.float64, device=runtime.device)
+        everyone = runtime.communicator()
+        return float(everyone.all_reduce(total)) / world.size if world.size > 1 else own
+
+
+def _short(config: Config, folder: Path, steps: int) -> Config:
+    trainer = dataclasses.replace(
+        config.trainer,
+        epochs=steps,
+        max_steps=steps,
+        max_minutes=None,
+        log_every_steps=_NEVER,
+        progress="off",
+        profile_steps=0,
+    )
+    checkpoint = dataclasses.replace(config.checkpoint, every_epochs=_NEVER, every_steps=None, every_minutes=None)
+    logger = choice("logger", "none").schema(name="none")
+    return dataclasses.replace(
+        config, trainer=trainer, checkpoint=checkpoint, logger=logger, resume="never", run_dir=str(folder)
+    )
+
+
+def _first(split: Split, count: int) -> Split:
+    return split if len(split) <= count else split.subset(torch.arange(count))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    log = logging.getLogger("distrain")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
