@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.cli.verify import training_config
+from distrain.cli.training_keys import compose_training
 from distrain.config.schema import CompressionConfig, Config, setting
 from distrain.errors import config_error
 from distrain.files.terminal import show
 from distrain.runtime.world import World
-from distrain.tools.launching import slurm
+from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.tools.planning import engine, figure
 from distrain.tools.planning.cluster import Link
@@ -58,7 +58,7 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     slurm.set_torchrun_variables(os.environ)
     world = World.from_environment()
     name = settings.folder or f"outputs/plan/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-    config = training_config(keys)
+    config = _training(keys)
     folder = engine.agreed_folder(config, world, Path(name))
     made = engine.make_plan(config, world, settings.options(), _compressors(keys, world, settings))
     if world.rank == 0:
@@ -92,7 +92,7 @@ def _draw(made: Plan, settings: PlanSettings, folder: Path) -> str:
 
 def _with(keys: Sequence[str], chosen: Mapping[str, str]) -> Config:
     """The training with the keys of a configuration in place of its own strategy and compressor."""
-    return training_config([*_others(keys), *(f"{key}={value}" for key, value in chosen.items())])
+    return _training([*_others(keys), *(f"{key}={value}" for key, value in chosen.items())])
 
 
 def _others(keys: Sequence[str]) -> list[str]:
@@ -107,6 +107,20 @@ def _compressors(keys: Sequence[str], world: World, settings: PlanSettings) -> M
     return {name: _with(keys, {"compression": name}).compression for name in engine.COMPRESSORS}
 
 
+def _training(keys: Sequence[str]) -> Config:
+    """The training to plan.
+
+    Raises:
+        ConfigError: A key is wrong, or says which ranks are started.
+    """
+    for key in keys:
+        name = key.partition("=")[0]
+        if name in launch_keys.docs():
+            problem = "is a key of plan itself; write it before --, as in: distrain plan nproc=2 -- model=resnet18"
+            raise config_error(name, problem)
+    return compose_training(keys)
+
+
 def check(settings: PlanSettings, keys: Sequence[str], launch: LaunchSettings) -> None:
     """Refuses what ranks would refuse, before they are started.
 
@@ -115,4 +129,4 @@ def check(settings: PlanSettings, keys: Sequence[str], launch: LaunchSettings) -
     """
     if launch.max_restarts or launch.nodes[0] != launch.nodes[1]:
         raise config_error("plan", "measures ranks that stay; leave max_restarts and nnodes=MIN:MAX out")
-    engine.check(training_config(keys), launch.first_world(), settings.options())
+    engine.check(_training(keys), launch.first_world(), settings.options())

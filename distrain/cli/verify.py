@@ -9,13 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from distrain.cli import hydra_entry
-from distrain.cli.arguments import refuse_python_objects
-from distrain.config.folder import CONF
-from distrain.config.load import load_config
+from distrain.cli.training_keys import compose_training
 from distrain.config.schema import Config, setting
 from distrain.errors import Failed, config_error, first_line
 from distrain.files.terminal import print_to_stderr, show
@@ -131,9 +125,4 @@ def training_config(keys: Sequence[str]) -> Config:
         if name in launch_keys.docs():
             ranks = int(value) if name == "nproc" and value.isdecimal() else 2
             raise config_error(name, f"is a key of verify itself; write it before --, as in: {_example(keys, ranks)}")
-    try:
-        refuse_python_objects(keys)
-        composed = hydra_entry.compose(CONF, "config", keys)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise hydra_entry.to_config_error(error, CONF, "config", keys) from error
-    return load_config(composed)
+    return compose_training(keys)

@@ -55,7 +55,7 @@ class RankRuns:
     def set_up(self, config: Config, world: World) -> Iterator[Trainer]:
         """A run that is set up; inside the block it can train, once."""
         plan = self.plan_of(config, world)
-        with _quiet(), Runtime(config, world) as runtime:
+        with quiet(), Runtime(config, world) as runtime:
             # The runtime has set the level.
             logging.getLogger("distrain").setLevel(logging.WARNING)
             yield build_trainer(plan, runtime, self.short.splits)
@@ -94,7 +94,7 @@ class RankRuns:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the runs' own reports from the terminal; warnings and errors are shown."""
     log = logging.getLogger("distrain")
     level = log.level

@@ -20,7 +20,7 @@ from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
 
 #: Steps between saves of a run that shall not save: more than any short run has.
-_NEVER = 1_000_000_000
+NEVER = 1_000_000_000
 #: Seconds that ranks wait for the runs of one process, which rank 0 does alone.
 _PATIENCE = 6 * 3600.0
 
@@ -103,12 +103,12 @@ def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Pa
         epochs=steps,
         max_steps=steps,
         max_minutes=None,
-        log_every_steps=_NEVER,
+        log_every_steps=NEVER,
         progress="off",
         profile_steps=0,
     )
     checkpoint = dataclasses.replace(
-        config.checkpoint, every_epochs=_NEVER, every_steps=None, every_minutes=None, keep=steps
+        config.checkpoint, every_epochs=NEVER, every_steps=None, every_minutes=None, keep=steps
     )
     runtime = dataclasses.replace(
         config.runtime, setup_timeout_seconds=max(config.runtime.setup_timeout_seconds, _PATIENCE)
@@ -118,9 +118,11 @@ def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Pa
         config, trainer=trainer, checkpoint=checkpoint, runtime=runtime, logger=logger, resume="never"
     )
     evaluated = 2 * config.data.batch_size + 3
-    small = dataclasses.replace(splits, val=_first(splits.val, evaluated), test=_first(splits.test, evaluated))
+    small = dataclasses.replace(
+        splits, val=first_samples(splits.val, evaluated), test=first_samples(splits.test, evaluated)
+    )
     for count in _sizes(len(splits.train), config.data.batch_size, epoch_steps, plan.world.size):
-        chosen = dataclasses.replace(small, train=_first(splits.train, count))
+        chosen = dataclasses.replace(small, train=first_samples(splits.train, count))
         if _fits(short, plan.world.size, chosen, trial):
             last = count % config.data.batch_size or config.data.batch_size
             actual = -(-count // config.data.batch_size)
@@ -134,7 +136,8 @@ def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Pa
     raise config_error("data", f"has too few samples to train on ({len(splits.train)})")
 
 
-def _first(split: Split, count: int) -> Split:
+def first_samples(split: Split, count: int) -> Split:
+    """The first samples of a split, at most so many."""
     return split if len(split) <= count else split.subset(torch.arange(count))
 
 

@@ -25,6 +25,7 @@ from distrain.cli import (
     hosts,
     hydra_entry,
     key_help,
+    plan,
     predict,
     sweep,
     testnet,
@@ -50,6 +51,7 @@ SETTINGS: dict[str, tuple[Path, type[Any]]] = {
     "hosts": (CONF, hosts.HostsSettings),
     "chaos": (CONF, chaos.ChaosSettings),
     "verify": (CONF, verify.VerifySettings),
+    "plan": (CONF, plan.PlanSettings),
     "testnet": (testnet.CONF, testnet.NetworkSettings),
 }
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -149,7 +151,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
         parts = [shlex.split(part) for part in behind.split(" -- ")] if behind else []
         _check_settings(command, shlex.split(own))
         for part in parts:
-            if command in ("hosts", "chaos", "verify"):
+            if command in ("hosts", "chaos", "verify", "plan"):
                 _check_training(part)
             else:
                 check(part)
@@ -157,7 +159,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
 
 def _check_settings(command: str, arguments: list[str]) -> None:
     folder, schema = SETTINGS[command]
-    if command in ("evaluate", "doctor", "verify"):
+    if command in ("evaluate", "doctor", "verify", "plan"):
         launch_keys.check(launch_keys.pop(arguments), arguments, {})
     elif command == "testnet":
         arguments = [f"action={word}" if word in ("up", "on", "down") else word for word in arguments]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -67,7 +68,7 @@ def read(path: Path) -> Cluster:
         composed = OmegaConf.create(path.read_text())
     except OSError as error:
         raise ConfigError("cluster", path, f"can't be read ({error.strerror or error})") from error
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError("cluster", path, f"is not YAML: {first_line(error)}") from error
     if not isinstance(composed, DictConfig):
         raise ConfigError("cluster", path, "has no keys; hosts: 2 is one")

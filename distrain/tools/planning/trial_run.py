@@ -7,8 +7,6 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,20 +14,20 @@ from typing_extensions import override
 
 from distrain.config.registry import choice
 from distrain.config.schema import Config
-from distrain.data.base import Split, Splits
+from distrain.data.base import Splits
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.assembly import build_trainer
 from distrain.training.callbacks import Callback, RunView
 from distrain.training.run_plan import RunPlan
+from distrain.verification.rank_runs import quiet
+from distrain.verification.short_runs import NEVER, first_samples
 
 #: Seconds of timed steps, and the fewest and most periods that are timed.
 _SECONDS, _FEWEST, _MOST = 3.0, 5, 60
 #: Steps or periods before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
-#: More steps than any short run has.
-_NEVER = 1_000_000_000
 
 
 class _StepClock(Callback):
@@ -68,18 +66,21 @@ def step_seconds(config: Config, world: World, splits: Splits, folder: Path, exp
     plan = RunPlan.resolve(_short(config, folder, steps), world)
     plan.check(warn=False)
     few = 2 * config.data.batch_size
-    small = dataclasses.replace(splits, val=_first(splits.val, few), test=_first(splits.test, few))
-    with _quiet(), Runtime(plan.config, world) as runtime:
+    small = dataclasses.replace(splits, val=first_samples(splits.val, few), test=first_samples(splits.test, few))
+    with quiet(), Runtime(plan.config, world) as runtime:
         logging.getLogger("distrain").setLevel(logging.WARNING)
         trainer = build_trainer(plan, runtime, small)
         clock = _StepClock(runtime.device)
         trainer.callbacks.append(clock)
         trainer.fit()
-        ends = clock.times[_WARM_UP * period - 1 :: period]
-        own = statistics.median(late - early for early, late in itertools.pairwise(ends)) / period
-        total = torch.tensor([own], dtype=torch.float64, device=runtime.device)
-        everyone = runtime.communicator()
-        return float(everyone.all_reduce(total)) / world.size if world.size > 1 else own
+        spans = [late - early for early, late in itertools.pairwise(clock.times[_WARM_UP * period - 1 :: period])]
+        # A server takes no steps.
+        own = [statistics.median(spans) / period, 1.0] if spans else [0.0, 0.0]
+        totals = torch.tensor(own, dtype=torch.float64, device=runtime.device)
+        if world.size > 1:
+            runtime.communicator().all_reduce(totals)
+        seconds, ranks = totals.tolist()
+        return float(seconds / ranks)
 
 
 def _short(config: Config, folder: Path, steps: int) -> Config:
@@ -88,27 +89,12 @@ def _short(config: Config, folder: Path, steps: int) -> Config:
         epochs=steps,
         max_steps=steps,
         max_minutes=None,
-        log_every_steps=_NEVER,
+        log_every_steps=NEVER,
         progress="off",
         profile_steps=0,
     )
-    checkpoint = dataclasses.replace(config.checkpoint, every_epochs=_NEVER, every_steps=None, every_minutes=None)
+    checkpoint = dataclasses.replace(config.checkpoint, every_epochs=NEVER, every_steps=None, every_minutes=None)
     logger = choice("logger", "none").schema(name="none")
     return dataclasses.replace(
         config, trainer=trainer, checkpoint=checkpoint, logger=logger, resume="never", run_dir=str(folder)
     )
-
-
-def _first(split: Split, count: int) -> Split:
-    return split if len(split) <= count else split.subset(torch.arange(count))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger("distrain")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
