@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.cli.training_keys import compose_training
-from distrain.config.schema import CompressionConfig, Config, setting
-from distrain.errors import config_error
+from distrain.config.schema import Config, setting
+from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import show
 from distrain.runtime.world import World
 from distrain.tools.launching import launch_keys, slurm
@@ -39,6 +39,17 @@ class PlanSettings:
     )
     folder: str | None = setting(f"Folder for {FILE} and plan.png; null: outputs/plan/<date>_<time>.", path=True)
 
+    def __post_init__(self) -> None:
+        """Refuses values that make no plan together.
+
+        Raises:
+            ConfigError: One line that names the key.
+        """
+        if not self.strategies:
+            raise ConfigError("strategies", [], "names none", engine.STRATEGIES)
+        if self.check and self.cluster is not None:
+            raise ConfigError("check", self.check, "runs what is planned, and the ranks of cluster=… aren't here", [0])
+
     def options(self) -> engine.Options:
         """What is asked of a plan."""
         return engine.Options(Path(self.cluster) if self.cluster else None, tuple(self.strategies))
@@ -58,15 +69,16 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     slurm.set_torchrun_variables(os.environ)
     world = World.from_environment()
     name = settings.folder or f"outputs/plan/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-    config = _training(keys)
+    config, options, config_of = _training(keys), settings.options(), functools.partial(_with, keys)
+    checked = engine.check(config, world, options)
     folder = engine.agreed_folder(config, world, Path(name))
-    made = engine.make_plan(config, world, settings.options(), _compressors(keys, world, settings))
+    made = engine.make_plan(checked, world, options, config_of)
     if world.rank == 0:
         for line in made.lines(settings.rows):
             show(line)
     if settings.check:
         runs = folder / "trials"
-        made = engine.try_out(made, settings.check, functools.partial(_with, keys), world, runs)
+        made = engine.try_out(made, settings.check, config_of, world, runs)
         if world.rank == 0:
             shutil.rmtree(runs, ignore_errors=True)
             for line in made.trial_lines():
@@ -84,7 +96,7 @@ def _draw(made: Plan, settings: PlanSettings, folder: Path) -> str:
         if settings.gbit_per_s is None:
             return ""
         cluster = dataclasses.replace(cluster, between=Link.of(100e-6, settings.gbit_per_s * 1e9 / 8))
-    curves = figure.curves(made.workload, cluster, settings.most_hosts)
+    curves = figure.curves(made.workload, cluster, settings.most_hosts, settings.strategies)
     path = folder / "plan.png"
     figure.draw(curves, made.workload.batch_size).savefig(path)
     return f"; picture: {path}"
@@ -98,13 +110,6 @@ def _with(keys: Sequence[str], chosen: Mapping[str, str]) -> Config:
 def _others(keys: Sequence[str]) -> list[str]:
     """The keys of a training that choose neither strategy nor compressor."""
     return [key for key in keys if not key.lstrip("+").startswith(("strategy", "compression"))]
-
-
-def _compressors(keys: Sequence[str], world: World, settings: PlanSettings) -> Mapping[str, CompressionConfig]:
-    """Configurations of the compressors to time; none if there is nobody to send to."""
-    if world.size == 1 or "ddp" not in settings.strategies:
-        return {}
-    return {name: _with(keys, {"compression": name}).compression for name in engine.COMPRESSORS}
 
 
 def _training(keys: Sequence[str]) -> Config:

@@ -55,7 +55,9 @@ class Link:
         rounds = 2 * (ranks - 1)
         latency = points[0].seconds / rounds
         others = latency * (rounds - 1)
-        return cls(tuple(dataclasses.replace(point, seconds=point.seconds - others) for point in points))
+        # No message takes less than an empty one, whatever was measured.
+        seconds = [max(point.seconds - others, latency) for point in points]
+        return cls(tuple(dataclasses.replace(point, seconds=one) for point, one in zip(points, seconds, strict=True)))
 
     @property
     def latency(self) -> float:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distrain.compression.base import compressor_class
 from distrain.config.schema import CompressionConfig, Config
 from distrain.errors import ConfigError, config_error
 from distrain.models.trial import ModelTrial
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.measurement import measure
@@ -43,6 +45,10 @@ class Options:
     strategies: Sequence[str] = STRATEGIES
 
 
+#: The training with the keys of a configuration in place of its own strategy and compressor.
+ConfigOf = Callable[[Mapping[str, str]], Config]
+
+
 def check(config: Config, world: World, options: Options) -> tuple[RunPlan, ModelTrial]:
     """Refuses what can't be planned, before any process group forms.
 
@@ -52,8 +58,6 @@ def check(config: Config, world: World, options: Options) -> tuple[RunPlan, Mode
     Raises:
         ConfigError: One line that names the key.
     """
-    if unknown := [name for name in options.strategies if name not in STRATEGIES]:
-        raise config_error("strategies", f"{unknown[0]} is none that a plan knows: {', '.join(STRATEGIES)}")
     if options.cluster is not None:
         cluster_file.read(options.cluster)
         if world.size > 1:
@@ -79,14 +83,14 @@ def agreed_folder(config: Config, world: World, folder: Path) -> Path:
     return Path(told[0]["folder"])
 
 
-def make_plan(config: Config, world: World, options: Options, compressors: Mapping[str, CompressionConfig]) -> Plan:
+def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Options, config_of: ConfigOf) -> Plan:
     """Makes a plan; all ranks call it together.
 
     Args:
-        config: The training.
+        checked: The training, as :func:`check` returns it.
         world: This rank's place.
         options: What is asked.
-        compressors: Configurations of the compressors to time.
+        config_of: The training with the keys of a configuration.
 
     Returns:
         The same on all ranks.
@@ -95,22 +99,68 @@ def make_plan(config: Config, world: World, options: Options, compressors: Mappi
         ConfigError: The training can't run, or the cluster's file is wrong.
         Failed: A rank failed.
     """
-    run, trial = check(config, world, options)
+    run, trial = checked
+    described = None if options.cluster is None else cluster_file.read(options.cluster)
+    compressors, remarks = _compressors(world, options, config_of)
     with contextlib.closing(run.load()) as splits:
         run.check_sizes(splits, trial)
-        del trial
-        measured = measure(run, world, splits, compressors)
+        measured = measure(run, world, splits, compressors, _most_samples(run.config.data.batch_size, described))
     workload, cluster = measured.workload, measured.cluster
-    if options.cluster is not None:
-        cluster = cluster_file.read(options.cluster)
+    if described is not None:
+        cluster = described
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
-    return predict(workload, cluster, options, measured.remarks)
+    plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
+    return _without_refused(plan, config_of)
 
 
-def try_out(
-    plan: Plan, count: int, config_of: Callable[[Mapping[str, str]], Config], world: World, folder: Path
-) -> Plan:
+def _most_samples(batch_size: int, described: Cluster | None) -> int | None:
+    """Most samples of a step that is measured for a cluster that isn't here; ``None`` for these ranks."""
+    if described is None:
+        return None
+    # With an accelerator the times come from the number of operations.
+    return -(-batch_size // described.ranks) if described.accelerator is None else 1
+
+
+def _compressors(world: World, options: Options, config_of: ConfigOf) -> tuple[dict[str, CompressionConfig], list[str]]:
+    """Configurations of the compressors to time, and why others can't be used; none if there is nobody to send to."""
+    found: dict[str, CompressionConfig] = {}
+    remarks = []
+    if world.size > 1 and "ddp" in options.strategies:
+        for name in COMPRESSORS:
+            try:
+                config = config_of({"strategy": "ddp", "compression": name})
+                compressor_class(config).check(config)
+            except ConfigError as error:
+                remarks.append(f"no compression={name}: {error}")
+            else:
+                found[name] = config.compression
+    return found, remarks
+
+
+def _without_refused(plan: Plan, config_of: ConfigOf) -> Plan:
+    """The plan without strategies that refuse the training's other keys.
+
+    Raises:
+        ConfigError: All of them do.
+    """
+    refused: dict[str, str] = {}
+    for name in dict.fromkeys(prediction.keys["strategy"] for prediction in plan.predictions):
+        keys = next(prediction.keys for prediction in plan.predictions if prediction.keys["strategy"] == name)
+        try:
+            config = config_of(keys)
+            strategy_class(config).check(config, plan.cluster.ranks)
+        except ConfigError as error:
+            refused[name] = str(error)
+            last = error
+    left = [prediction for prediction in plan.predictions if prediction.keys["strategy"] not in refused]
+    if not left:
+        raise last
+    remarks = [*plan.remarks, *(f"no {name}: {problem}" for name, problem in refused.items())]
+    return dataclasses.replace(plan, predictions=left, remarks=remarks)
+
+
+def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: Path) -> Plan:
     """Runs the fastest configurations, and plain ``ddp``, for a few steps; all ranks call it together.
 
     Args:
@@ -158,8 +208,9 @@ def predict(workload: Workload, cluster: Cluster, options: Options, remarks: Seq
     found = candidates.predictions(setting, options.strategies, list(workload.compressors))
     ranked = sorted(found, key=lambda prediction: prediction.seconds)
     if not ranked:
-        problem = f"no strategy can divide a batch of {workload.batch_size} among {cluster.ranks} ranks"
-        raise config_error("data.batch_size", problem)
+        ranks = "1 rank" if cluster.ranks == 1 else f"{cluster.ranks} ranks"
+        problem = f"can't divide this model and a batch of {workload.batch_size} samples among {ranks}"
+        raise ConfigError("strategies", ", ".join(options.strategies), problem, STRATEGIES)
     return Plan(workload, cluster, ranked, list(remarks))
 
 

@@ -16,10 +16,11 @@ from distrain.tools.planning.workload import Workload
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARKERS = {"compute": "o", "update": "s", "waiting": "^", "stragglers": "D", "bubble": "v"}
+_MARKERS = {"compute": "o", "compression": "P", "update": "s", "waiting": "^", "stragglers": "D", "bubble": "v"}
 _WORDS = {
     "compute": "computing",
-    "update": "data, logs and optimizer",
+    "compression": "compressing",
+    "update": "data and optimizer",
     "waiting": "waiting for other ranks or the network",
     "stragglers": "waiting for the slowest rank",
     "bubble": "idle ranks of the pipeline",
@@ -41,21 +42,24 @@ class Curve:
     predictions: Sequence[Prediction]
 
 
-def curves(workload: Workload, cluster: Cluster, most_hosts: int) -> list[Curve]:
+def curves(
+    workload: Workload, cluster: Cluster, most_hosts: int, strategies: Sequence[str] = STRATEGIES
+) -> list[Curve]:
     """The fastest configuration of each strategy on 1, 2, 4 … hosts, for the same global batch.
 
     Args:
         workload: The training.
         cluster: Machines of which there may be more.
         most_hosts: The largest number of hosts.
+        strategies: Names of the strategies to draw.
     """
     numbers = [1]
     while numbers[-1] * 2 <= most_hosts:
         numbers.append(numbers[-1] * 2)
-    found: dict[str, dict[int, Prediction]] = {name: {} for name in STRATEGIES}
+    found: dict[str, dict[int, Prediction]] = {name: {} for name in strategies}
     for hosts in numbers:
         setting = setting_of(workload, cluster.with_hosts(hosts))
-        for prediction in candidates.predictions(setting, STRATEGIES, list(workload.compressors)):
+        for prediction in candidates.predictions(setting, strategies, list(workload.compressors)):
             of_strategy = found[prediction.keys["strategy"]]
             if hosts not in of_strategy or prediction.seconds < of_strategy[hosts].seconds:
                 # The picture needs no timelines.

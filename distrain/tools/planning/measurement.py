@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from distrain.communication.collectives import Communicator
+from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Reduction
 from distrain.compression import base as compression
 from distrain.compression.autotune.compressor_cost import CompressorCost, measure_cost
@@ -36,15 +33,15 @@ from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime, boot_id
 from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
-from distrain.strategies.batchnorm import synchronise_batchnorm
+from distrain.strategies.batchnorm import defer_running_statistics, synchronise_batchnorm
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
-from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
-from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.single import Single
 from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve
+from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
 from distrain.tools.planning.workload import BlockProfile, Workload
 from distrain.torch_internals import BatchNorm
+from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
 
@@ -56,6 +53,10 @@ _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 _MOST_BYTES = 32 * 2**20
 #: Link between ranks of a host where each host has one rank, so that there is nothing to measure.
 _SHARED_MEMORY = Link.of(50e-6, 5e9)
+#: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
+_FEWEST_SAMPLES = 4
+#: Times that the gradients are copied.
+_COPIES = 5
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
 _PARTS = (8, 4, 2)
 
@@ -90,7 +91,13 @@ class _StepTimes:
     spread: float = 0.0
 
 
-def measure(plan: RunPlan, world: World, splits: Splits, compressors: Mapping[str, CompressionConfig]) -> Measured:
+def measure(
+    plan: RunPlan,
+    world: World,
+    splits: Splits,
+    compressors: Mapping[str, CompressionConfig],
+    most_samples: int | None = None,
+) -> Measured:
     """Measures; all ranks call it together.
 
     Args:
@@ -98,70 +105,99 @@ def measure(plan: RunPlan, world: World, splits: Splits, compressors: Mapping[st
         world: This rank's place among those that measure.
         splits: The samples.
         compressors: Configurations of the compressors to time.
+        most_samples: Most samples of a measured step; ``None``: a rank's share of a batch.
 
     Returns:
         The same on all ranks.
     """
     with Runtime(plan.config, world, keep_logs=False) as runtime:
-        return _Measurement(plan, world, splits, runtime).measure(compressors)
+        make_model = functools.partial(build_model, plan, splits)
+        # As a run chooses them where its configuration says auto.
+        plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
+        return _Measurement(plan, world, splits, runtime).measure(compressors, most_samples)
 
 
 class _Measurement:
     """What one rank does."""
 
     def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime) -> None:
-        self._plan, self._world, self._splits, self._runtime = plan, world, splits, runtime
+        # Steps are measured in one piece.
+        trainer = dataclasses.replace(plan.config.trainer, micro_batch_size=None)
+        self._plan = plan.with_config(dataclasses.replace(plan.config, trainer=trainer))
+        self._micro_batch_size = plan.config.trainer.micro_batch_size
+        self._world, self._splits, self._runtime = world, splits, runtime
         self._everyone = runtime.communicator()
         self._device = runtime.device
         self._remarks: list[str] = []
 
-    def measure(self, compressors: Mapping[str, CompressionConfig]) -> Measured:
-        config, ranks = self._plan.config, self._world.size
-        share = max(-(-config.data.batch_size // ranks), 1)
-        piece = min(share, config.trainer.micro_batch_size or share)
-        sizes = sorted({max(piece // 4, min(piece, 2)), piece})
+    def measure(self, compressors: Mapping[str, CompressionConfig], most_samples: int | None) -> Measured:
+        ranks, batch_size = self._world.size, min(self._plan.config.data.batch_size, len(self._splits.train))
+        sizes = self._sizes(batch_size, most_samples)
+        largest = sizes[-1]
         strategy = self._strategy()
         self._sequence_of_model = self._sequence(strategy)
         update = self._agree(self._update_seconds(strategy))
-        alone = self._alone(strategy, piece, update)
+        alone = self._alone(strategy, largest)
         steps = {size: self._steps(strategy, size, update) for size in sizes}
         costs = {size: self._blocks(strategy, size) for size in sizes}
-        gradients, flops, batchnorms, begins = self._structure(strategy, sizes[0])
-        factor = self._synchronised_factor(strategy.model, piece, update, steps[piece].passes)
+        found, begins = self._structure(strategy, sizes[0])
+        factors = [
+            self._batchnorm_factor(strategy.model, change, largest, update, steps[largest].passes)
+            for change in (synchronise_batchnorm, defer_running_statistics)
+        ]
         times = {name: self._compressor(strategy, own) for name, own in compressors.items()} if ranks > 1 else {}
-        cluster = self._cluster(alone.passes, steps[piece], strategy)
+        copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
+        cluster = self._cluster(alone, steps[largest], strategy)
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
-        blocks = self._profiles(costs, steps, gradients, flops, batchnorms, begins, crowd)
         workload = Workload(
-            blocks,
-            config.data.batch_size,
+            self._profiles(costs, steps, found, begins, crowd),
+            batch_size,
             {size: steps[size].loading / crowd for size in sizes},
             update / crowd,
             float(_optimizer_bytes(strategy.optimizer)),
-            config.trainer.micro_batch_size,
-            factor,
+            self._micro_batch_size,
+            factors[0],
             {name: _divided(cost, crowd) for name, cost in times.items()},
             max(ranks, 2),
+            copy_seconds=copying / crowd,
+            digest_seconds=hashing / crowd,
+            deferred_factor=factors[1],
+            keeping_residuals=frozenset(name for name, one in compressors.items() if _keeps_residuals(one)),
         )
         return self._same_for_all(Measured(workload, cluster, self._remarks))
 
+    def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
+        """The two numbers of samples to measure, in ascending order; one if there are no more samples."""
+        share = -(-batch_size // self._world.size) if most_samples is None else most_samples
+        piece = min(share, self._micro_batch_size or share)
+        largest = min(max(piece, _FEWEST_SAMPLES), len(self._splits.train))
+        return sorted({max(largest // 4, min(largest, 2)), largest})
+
     # --- the training ------------------------------------------------------------------------------------------------
 
-    def _strategy(self, *, synchronised: bool = False) -> Single:
-        """One process's training, in this rank."""
+    def _strategy(self, change: Callable[[nn.Module, Communicator], int] | None = None) -> Single:
+        """One process's training, in this rank.
+
+        Args:
+            change: Changes the BatchNorm layers.
+        """
         plan = self._plan
         strategy = Single(plan.config, self._runtime)
+        if self._splits.class_weights is not None:
+            plan.task.set_class_weights(self._splits.class_weights)
         model = build_model(plan, self._splits)
-        if synchronised:
-            synchronise_batchnorm(model, Communicator())
-        freezing = freeze_schedule(plan.config, model)
+        if change is not None:
+            change(model, Communicator())
+        strategy.freezing = freezing = freeze_schedule(plan.config, model)
         if freezing is not None:
-            train_only(model, freezing.ever_trained, freezing.ever_trained)
+            train_only(model, freezing.ever_trained, freezing.parameters)
         self._layout = plan.memory_format(model)
         make_optimizer = functools.partial(
             build_optimizer, plan.config.optimizer, steps_per_epoch=100, total_steps=1000, depths=layer_depths(model)
         )
         strategy.setup(model, plan.task, make_optimizer, self._batch(strategy, 2).inputs)
+        if freezing is not None:
+            strategy.set_trained(freezing.ever_trained)
         return strategy
 
     def _batches(self, strategy: Strategy, size: int) -> Iterator[Batch]:
@@ -169,7 +205,10 @@ class _Measurement:
         data = dataclasses.replace(self._plan.config.data, batch_size=size)
         plan = self._plan.with_config(dataclasses.replace(self._plan.config, data=data))
         loader = build_loader(plan, strategy, self._splits, self._splits.train, self._layout, training=True)
-        return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+        batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+        # The last batch of an epoch may be smaller.
+        whole = min(size, len(self._splits.train))
+        return (batch for batch in batches if len(batch) == whole)
 
     def _batch(self, strategy: Strategy, size: int) -> Batch:
         return next(self._batches(strategy, size))
@@ -200,12 +239,12 @@ class _Measurement:
         strategy.train_step(batch)
         return middle - begin, synchronised_time(self._device) - middle
 
-    def _alone(self, strategy: Single, size: int, update: float) -> _StepTimes:
-        """The same while all other ranks wait."""
-        times = _StepTimes(0.0, 0.0)
+    def _alone(self, strategy: Single, size: int) -> float:
+        """Seconds of the passes while all other ranks wait."""
+        passes = 0.0
         if self._world.rank == 0:
-            times = self._steps(strategy, size, update, together=False)
-        return dataclasses.replace(times, passes=self._agree(times.passes))
+            passes = self._steps(strategy, size, self._update_seconds(strategy), together=False).passes
+        return self._agree(passes)
 
     def _update_seconds(self, strategy: Single) -> float:
         """Seconds of the optimizer."""
@@ -217,13 +256,29 @@ class _Measurement:
             times.append(synchronised_time(self._device) - begin)
         return statistics.median(times[1:])
 
-    def _synchronised_factor(self, model: nn.Module, size: int, update: float, plain: float) -> float:
-        """How much longer passes take with BatchNorm layers that can communicate."""
+    def _batchnorm_factor(
+        self, model: nn.Module, change: Callable[[nn.Module, Communicator], int], size: int, update: float, plain: float
+    ) -> float:
+        """How much longer passes take with changed BatchNorm layers."""
         if self._world.size == 1 or not plain:
             return 1.0
         if not any(isinstance(layer, BatchNorm) for layer in model.modules()):
             return 1.0
-        return max(self._steps(self._strategy(synchronised=True), size, update).passes / plain, 1.0)
+        return max(self._steps(self._strategy(change), size, update).passes / plain, 1.0)
+
+    def _copy_seconds(self, model: nn.Module) -> tuple[float, float]:
+        """Seconds of copying, and of hashing, as many bytes as all gradients have."""
+        parameters = list(trainable_parameters(model).values())
+        source, target = (torch.cat([one.detach().flatten() for one in parameters]) for _ in range(2))
+        times = []
+        for _ in range(_COPIES):
+            begin = synchronised_time(self._device)
+            target.copy_(source)
+            middle = synchronised_time(self._device)
+            digest([source])
+            times.append((middle - begin, synchronised_time(self._device) - middle))
+        copying, hashing = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        return copying, hashing
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 
@@ -234,7 +289,7 @@ class _Measurement:
         for parts in _PARTS:
             try:
                 return split.as_sequence(
-                    strategy.model, example, strategy.precision, _options(parts), auxiliary=auxiliary
+                    strategy.model, example, strategy.precision, pipeline_options(parts), auxiliary=auxiliary
                 )
             except ConfigError as error:
                 reason = str(error)
@@ -252,34 +307,18 @@ class _Measurement:
             return once
         return measure_blocks(self._sequence_of_model, inputs, strategy.precision.autocast, repeats)
 
-    def _structure(self, strategy: Single, size: int) -> tuple[list[tuple[int, ...]], list[float], list[int], set[int]]:
-        """Gradients, operations a sample and BatchNorm layers of each block, and the blocks that may begin a stage."""
-        inputs = self._batch(strategy, size).inputs
-        seen: set[int] = set()
-        gradients, flops, batchnorms = [], [], []
-        value: Any = inputs
-        sequence = self._sequence_of_model
-        for _, block in named_blocks(sequence):
-            own = [one for one in block.parameters() if one.requires_grad and id(one) not in seen]
-            seen |= {id(parameter) for parameter in own}
-            gradients.append(tuple(parameter.numel() * parameter.element_size() for parameter in own))
-            batchnorms.append(sum(isinstance(layer, BatchNorm) for layer in block.modules()))
-            with torch.no_grad(), strategy.precision.autocast(), FlopCounterMode(display=False) as counter:
-                value = block(value)
-            flops.append(counter.get_total_flops() / len(inputs))
-        begins: set[int] = set()
-        with contextlib.suppress(ConfigError):
-            traced = trace_blocks(sequence, inputs[:2], strategy.precision)
-            begins = set(split.possible_cuts(sequence, traced, _options(2)))
-        return gradients, flops, batchnorms, begins
+    def _structure(self, strategy: Single, size: int) -> tuple[list[BlockStructure], set[int]]:
+        """What each block consists of, and the blocks that may begin a stage."""
+        begins, problem = possible_starts(self._sequence_of_model, self._batch(strategy, 2).inputs, strategy.precision)
+        if problem and not self._remarks:
+            self._remarks.append(f"no pipelines: {problem}")
+        return structures(self._sequence_of_model, self._batch(strategy, size).inputs, strategy.precision), begins
 
     def _profiles(
         self,
         costs: Mapping[int, Sequence[BlockCost]],
         steps: Mapping[int, _StepTimes],
-        gradients: Sequence[tuple[int, ...]],
-        flops: Sequence[float],
-        batchnorms: Sequence[int],
+        found: Sequence[BlockStructure],
         begins: set[int],
         crowd: float,
     ) -> tuple[BlockProfile, ...]:
@@ -296,15 +335,16 @@ class _Measurement:
             profiles.append(
                 BlockProfile(
                     cost.name,
-                    gradients[index],
+                    found[index].gradients,
                     {size: costs[size][index].forward_ms / 1000 * scale[size] for size in costs},
                     {size: costs[size][index].backward_ms / 1000 * scale[size] for size in costs},
-                    cost.activation_bytes / largest,
+                    found[index].saved_bytes,
                     cost.output_bytes / largest,
                     cost.output_tensors,
-                    flops[index],
-                    batchnorms[index],
+                    found[index].flops,
+                    found[index].batchnorms,
                     index in begins,
+                    found[index].state_bytes,
                 )
             )
         return tuple(profiles)
@@ -396,21 +436,10 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _keeps_residuals(config: CompressionConfig) -> bool:
+    return compression.build(config).residuals is not None
+
+
 def _divided(cost: CompressorCost, crowd: float) -> CompressorCost:
     buckets = [dataclasses.replace(bucket, work=[work / crowd for work in bucket.work]) for bucket in cost.buckets]
     return CompressorCost(buckets)
-
-
-def _options(stages: int) -> PipelineConfig:
-    """Keys of a pipeline of so many stages."""
-    return PipelineConfig(
-        name="pipeline",
-        stages=stages,
-        schedule="1f1b",
-        microbatches=4,
-        virtual_stages=None,
-        boundaries=[],
-        batchnorm="deferred",
-        first_bucket_mb=None,
-        bucket_mb=None,
-    )

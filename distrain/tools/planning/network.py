@@ -31,6 +31,10 @@ class Duration:
     processor_seconds: float = 0.0
     sent: float = 0.0
 
+    def times(self, count: int) -> Duration:
+        """So many of them, one after the other."""
+        return Duration(count * self.seconds, count * self.processor_seconds, count * self.sent)
+
     def __add__(self, other: Duration) -> Duration:
         return Duration(
             self.seconds + other.seconds,
@@ -106,20 +110,19 @@ class Network:
         sent = (group.size - 1) * size
         return Duration(_in_rounds(link, sent, group.size - 1), link.processor_seconds(sent), sent)
 
-    def message(self, size: float, source: int, target: int, sharing: int = 1) -> Duration:
-        """A message from one rank to another one.
+    def message(self, size: float, source: int, target: int, tensors: int = 1) -> Duration:
+        """Messages from one rank to another one.
 
         Args:
-            size: In bytes.
+            size: Of all together, in bytes.
             source: Rank that sends.
             target: Rank that receives.
-            sharing: Messages that pass between the same hosts at the same time.
+            tensors: Number of messages, one after the other.
         """
         same = self._cluster.host_of(source) == self._cluster.host_of(target)
         inside = self._cluster.messages or self._cluster.within
         link = inside if same else self._cluster.between
-        shared = 1 if same else sharing
-        return Duration(link.seconds(shared * size), link.processor_seconds(size), size)
+        return Duration(_in_rounds(link, size, tensors), link.processor_seconds(size), size)
 
     def _between(self, group: Group) -> Link:
         """The link between hosts, as one of several groups that use it sees it."""

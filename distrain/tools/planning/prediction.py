@@ -44,8 +44,8 @@ class Prediction:
     Attributes:
         keys: Keys and values of the command line.
         seconds: Of a step; the sum of the parts.
-        parts: Seconds of a step by what they are spent on, on the slowest rank: ``compute``, ``update``, ``waiting``
-            for other ranks, ``stragglers``.
+        parts: Seconds of a step by what they are spent on, on the slowest rank: ``compute`` (passes),
+            ``compression``, ``update`` (data and optimizer), ``waiting`` for other ranks, ``stragglers``.
         bytes_sent: That a rank sends a step.
         memory: Of the rank that needs most.
         same_as_single: Whether it trains what one process trains, up to rounding.

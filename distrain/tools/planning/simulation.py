@@ -22,7 +22,8 @@ class Compute:
     """A rank computes.
 
     Attributes:
-        kind: As in :class:`~distrain.strategies.pipeline.timeline.Span`; ``update`` for what is no pass.
+        kind: As in :class:`~distrain.strategies.pipeline.timeline.Span`; ``compression`` for a compressor's own work,
+            ``update`` for all else that is no pass.
         seconds: If the rank computes alone on its machine, at a relative speed of 1.
         stage: Index of the stage.
         microbatch: Index of the microbatch.
@@ -66,6 +67,9 @@ class Wait:
     microbatch: int = 0
 
 
+#: Kinds of computation that are not shown in a timeline of passes.
+_NO_PASSES = ("compression", "update")
+
 Operation = Compute | Start | Wait
 Program = Sequence[Operation]
 
@@ -78,14 +82,14 @@ class Simulated:
         seconds: From the start to the end of the last rank's program.
         lanes: For each rank its passes and waits, as a measured timeline has them.
         waited: For each rank the seconds in which it waited.
-        computed: For each rank the seconds in which it computed.
+        computed: For each rank the seconds in which it computed, by kind.
         sent: For each rank the bytes that it sent.
     """
 
     seconds: float
     lanes: list[list[Span]]
     waited: list[float]
-    computed: list[float]
+    computed: list[dict[str, float]]
     sent: list[float]
 
 
@@ -104,6 +108,7 @@ class _Rank:
     index: int
     machine: int
     speed: float
+    alike: int
     program: Program
     position: int = 0
     since: float = 0.0
@@ -114,7 +119,7 @@ class _Rank:
     burden_ends: float = 0.0
     lane: list[Span] = field(default_factory=list)
     waited: float = 0.0
-    computed: float = 0.0
+    computed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: float = 0.0
 
     @property
@@ -127,7 +132,7 @@ def simulate(
     machines: Sequence[int],
     slowdown: Callable[[int], float],
     speeds: Sequence[float] | None = None,
-    others: int = 1,
+    alike: Sequence[int] | None = None,
 ) -> Simulated:
     """Simulates some ranks.
 
@@ -136,12 +141,14 @@ def simulate(
         machines: The machine of each rank.
         slowdown: Factor by which computation takes longer while so many ranks of a machine compute.
         speeds: Relative speed of each rank; ``None``: all are as fast.
-        others: Ranks of which each simulated one stands for; they do the same at the same time on the same machine.
+        alike: Number of ranks that each simulated one stands for, which do the same at the same time on the same
+            machine; ``None``: itself alone.
 
     Raises:
         ValueError: The programs wait for each other for ever.
     """
-    return _Simulation(programs, machines, slowdown, speeds or [1.0] * len(programs), others).run()
+    ones = [1] * len(programs)
+    return _Simulation(programs, machines, slowdown, speeds or [1.0] * len(programs), alike or ones).run()
 
 
 class _Simulation:
@@ -153,13 +160,12 @@ class _Simulation:
         machines: Sequence[int],
         slowdown: Callable[[int], float],
         speeds: Sequence[float],
-        others: int,
+        alike: Sequence[int],
     ) -> None:
         self._ranks = [
-            _Rank(index, machine, speed, program)
-            for index, (program, machine, speed) in enumerate(zip(programs, machines, speeds, strict=True))
+            _Rank(index, *of_rank) for index, of_rank in enumerate(zip(machines, speeds, alike, programs, strict=True))
         ]
-        self._slowdown, self._others = slowdown, others
+        self._slowdown = slowdown
         self._now = 0.0
         self._transfers: dict[str, _Transfer] = {}
         self._channel_free: dict[str, float] = defaultdict(float)
@@ -174,7 +180,7 @@ class _Simulation:
             self._now,
             [rank.lane for rank in self._ranks],
             [rank.waited for rank in self._ranks],
-            [rank.computed for rank in self._ranks],
+            [dict(rank.computed) for rank in self._ranks],
             [rank.sent for rank in self._ranks],
         )
 
@@ -183,7 +189,7 @@ class _Simulation:
         computing = [rank for rank in self._ranks if isinstance(rank.operation, Compute)]
         active: dict[int, int] = defaultdict(int)
         for rank in computing:
-            active[rank.machine] += self._others
+            active[rank.machine] += rank.alike
         rates = {rank.index: 1 / self._slowdown(active[rank.machine]) for rank in computing}
         ends = [self._now + rank.remaining / rates[rank.index] for rank in computing]
         ends += [transfer.ends for transfer in self._under_way]
@@ -201,7 +207,7 @@ class _Simulation:
             if transfer.ends <= then:
                 self._under_way.remove(transfer)
         for rank in computing:
-            if rank.remaining <= 1e-12:
+            if rank.remaining <= 1e-12 * max(self._now, 1.0):
                 self._end(rank)
         for rank in self._ranks:
             if isinstance(rank.operation, Wait) and self._has_ended(rank.operation.transfer):
@@ -255,8 +261,8 @@ class _Simulation:
         operation = rank.operation
         taken = self._now - rank.since
         if isinstance(operation, Compute):
-            rank.computed += taken
-            if operation.kind != "update":
+            rank.computed[operation.kind] += taken
+            if operation.kind not in _NO_PASSES:
                 rank.lane.append(Span(operation.kind, operation.stage, operation.microbatch, rank.since, self._now))
         elif isinstance(operation, Wait):
             rank.waited += taken

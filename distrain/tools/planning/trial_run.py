@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import statistics
@@ -18,15 +19,16 @@ from distrain.data.base import Splits
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.training.assembly import build_trainer
+from distrain.training import auto_format
+from distrain.training.assembly import build_model, build_trainer
 from distrain.training.callbacks import Callback, RunView
 from distrain.training.run_plan import RunPlan
 from distrain.verification.rank_runs import quiet
 from distrain.verification.short_runs import NEVER, first_samples
 
-#: Seconds of timed steps, and the fewest and most periods that are timed.
+#: Seconds of timed steps, and the fewest steps and most periods that are timed.
 _SECONDS, _FEWEST, _MOST = 3.0, 5, 60
-#: Steps or periods before the first timed one, in which memory is allocated and connections are opened.
+#: Steps before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
 
 
@@ -61,19 +63,22 @@ def step_seconds(config: Config, world: World, splits: Splits, folder: Path, exp
         ConfigError: The configuration can't run on these ranks.
         Failed: A rank failed.
     """
-    periods = min(max(int(_SECONDS / (expected * period)), _FEWEST), _MOST)
-    steps = (periods + _WARM_UP) * period
+    warm_up, periods = steps_of_trial(expected, period)
+    steps = warm_up + periods * period
     plan = RunPlan.resolve(_short(config, folder, steps), world)
     plan.check(warn=False)
+    # An evaluation between two steps would be timed with them.
     few = 2 * config.data.batch_size
-    small = dataclasses.replace(splits, val=first_samples(splits.val, few), test=first_samples(splits.test, few))
+    small = dataclasses.replace(splits, val=first_samples(splits.val, 0), test=first_samples(splits.test, few))
     with quiet(), Runtime(plan.config, world) as runtime:
         logging.getLogger("distrain").setLevel(logging.WARNING)
+        make_model = functools.partial(build_model, plan, small)
+        plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, small, plan.task, make_model))
         trainer = build_trainer(plan, runtime, small)
         clock = _StepClock(runtime.device)
         trainer.callbacks.append(clock)
         trainer.fit()
-        spans = [late - early for early, late in itertools.pairwise(clock.times[_WARM_UP * period - 1 :: period])]
+        spans = [late - early for early, late in itertools.pairwise(clock.times[warm_up - 1 :: period])]
         # A server takes no steps.
         own = [statistics.median(spans) / period, 1.0] if spans else [0.0, 0.0]
         totals = torch.tensor(own, dtype=torch.float64, device=runtime.device)
@@ -81,6 +86,20 @@ def step_seconds(config: Config, world: World, splits: Splits, folder: Path, exp
             runtime.communicator().all_reduce(totals)
         seconds, ranks = totals.tolist()
         return float(seconds / ranks)
+
+
+def steps_of_trial(expected: float, period: int) -> tuple[int, int]:
+    """How long a trial is, in whole periods and with few steps of several seconds.
+
+    Args:
+        expected: Seconds that a step is expected to take.
+        period: Steps after which the same repeats.
+
+    Returns:
+        Steps before the first timed one, and timed periods.
+    """
+    periods = min(max(int(_SECONDS / (expected * period)), -(-_FEWEST // period)), _MOST)
+    return -(-_WARM_UP // period) * period, periods
 
 
 def _short(config: Config, folder: Path, steps: int) -> Config:

@@ -32,6 +32,7 @@ class BlockProfile:
         flops: Floating-point operations of a forward pass of one sample; 0: not counted.
         batchnorms: BatchNorm layers, which under several ranks may communicate.
         begins_stage: Whether a pipeline's stage may begin with it.
+        state_bytes: Bytes of its parameters and buffers; ``None``: as many as its gradients have.
     """
 
     name: str
@@ -44,6 +45,12 @@ class BlockProfile:
     flops: float = 0.0
     batchnorms: int = 0
     begins_stage: bool = True
+    state_bytes: int | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its parameters and buffers."""
+        return self.gradient_bytes if self.state_bytes is None else self.state_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -71,7 +78,7 @@ class Workload:
     Attributes:
         blocks: The model's blocks in order.
         batch_size: Samples of a global batch.
-        outside: Seconds of a step outside of the model and its update, by number of samples: data, loss, logs.
+        outside: Seconds in which a step waits for its samples, by their number.
         update_seconds: Seconds of the optimizer for all parameters.
         optimizer_bytes: Bytes of the optimizer's state for all parameters.
         micro_batch_size: Largest number of samples of a pass; ``None``: no limit.
@@ -79,6 +86,11 @@ class Workload:
         compressors: Costs of each compressor for the gradients in one bucket, on ``compressor_ranks`` ranks.
         compressor_ranks: Number of ranks for which messages of ``compressors`` are given.
         accelerator: The times are an estimate for this device; ``None``: they were measured.
+        copy_seconds: Seconds of copying as many bytes as all gradients have.
+        digest_seconds: Seconds of hashing as many.
+        deferred_factor: Factor by which passes take longer with BatchNorm layers whose running statistics are updated
+            once a step.
+        keeping_residuals: Compressors that keep a residual of the size of the gradients.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -91,6 +103,15 @@ class Workload:
     compressors: Mapping[str, CompressorCost] = dataclasses.field(default_factory=dict)
     compressor_ranks: int = 2
     accelerator: Accelerator | None = None
+    copy_seconds: float = 0.0
+    digest_seconds: float = 0.0
+    deferred_factor: float = 1.0
+    keeping_residuals: frozenset[str] = frozenset()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(block.held_bytes for block in self.blocks)
 
     @property
     def gradient_bytes(self) -> int:
@@ -103,7 +124,7 @@ class Workload:
         return sum(block.batchnorms for block in self.blocks)
 
     def outside_seconds(self, samples: float) -> float:
-        """Seconds of a step outside of the model and its update."""
+        """Seconds in which a step waits for its samples."""
         return at(self.outside, samples)
 
     def forward_seconds(self, samples: float) -> float:
@@ -137,13 +158,18 @@ class Workload:
             outside={1: 0.0, self.batch_size: 0.0},
             update_seconds=accelerator.seconds(0.0, moved),
             synchronised_factor=1.0,
+            deferred_factor=1.0,
             compressors={},
             accelerator=accelerator,
+            copy_seconds=accelerator.seconds(0.0, 2 * self.gradient_bytes),
+            # Done by the host's processor, of which nothing is known.
+            digest_seconds=0.0,
         )
 
     def to_plain(self) -> dict[str, Any]:
         """The profile as plain data, for ``plan.json``."""
         plain = dataclasses.asdict(self)
+        plain["keeping_residuals"] = sorted(self.keeping_residuals)
         plain["compressors"] = {name: cost.to_plain() for name, cost in self.compressors.items()}
         return plain
 

@@ -32,6 +32,15 @@ def test_ranks_of_one_machine_share_its_processor() -> None:
     assert [lane[0].end for lane in simulated.lanes] == pytest.approx([4, 7])
 
 
+def test_a_rank_stands_for_others_that_compute_at_the_same_time() -> None:
+    programs = [[Compute("forward", 2)], [Compute("update", 2)]]
+    # Three compute on one machine until 6; all end then.
+    simulated = simulate(programs, [0, 0], turns, alike=[2, 1])
+    assert simulated.seconds == pytest.approx(6)
+    assert simulated.computed == [{"forward": pytest.approx(6)}, {"update": pytest.approx(6)}]
+    assert [len(lane) for lane in simulated.lanes] == [1, 0]
+
+
 def test_a_rank_that_waits_leaves_the_processor_to_others() -> None:
     transfer = Duration(3, 0, 10)
     simulated = run(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import pytest
 
 from distrain.compression.autotune.compressor_cost import BucketCost, CompressorCost
+from distrain.errors import ConfigError
 from distrain.tools.planning import candidates, engine
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
-from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.steps.common import Setting, backward_pieces
 from distrain.tools.planning.workload import at
 from tests.tools.planning.workloads import ACCELERATOR, MB, cluster, workload
 
@@ -76,7 +78,9 @@ def test_a_compressor_sends_less_and_works() -> None:
     training = dataclasses.replace(plain.workload, compressors={"topk": cost}, compressor_ranks=2)
     predicted = ddp.predict(dataclasses.replace(plain, workload=training), {}, compressor="topk", sizes=(1000, 1000, 0))
     assert predicted.bytes_sent == pytest.approx(3 * MB)
-    assert predicted.seconds == pytest.approx(0.064 + 0.128 + 0.1 + 0.03)
+    # Four messages are decompressed instead of two.
+    assert predicted.seconds == pytest.approx(0.064 + 0.128 + 0.06 + 2 * 0.04 + 0.03)
+    assert predicted.parts["compression"] == pytest.approx(0.06 + 2 * 0.04)
     assert not predicted.same_as_single
 
 
@@ -88,11 +92,69 @@ def test_local_sgd_pays_for_a_merge_every_few_steps() -> None:
     assert hidden.seconds == pytest.approx(0.192)
 
 
+def test_a_merge_copies_and_hashes_the_parameters() -> None:
+    plain = setting()
+    training = dataclasses.replace(plain.workload, copy_seconds=0.01, digest_seconds=0.02)
+    predicted = local_sgd.predict(dataclasses.replace(plain, workload=training), {}, sync_every=10)
+    assert predicted.seconds == pytest.approx(0.192 + 0.06 + (13 * 0.01 + 0.02) / 10)
+    # Anchor and difference, and a copy of the 25 MiB that are merged at once.
+    assert predicted.memory.other == 80 * MB + 25 * 2**20
+
+
 def test_a_servers_link_carries_what_all_workers_send() -> None:
     predicted = parameter_server.predict(setting(batch_size=48), {}, servers=1)
     # 3 workers of 16 samples; 40 MB from each to the server, 3 * 100 ms a block, from the first complete one on; then
     # 120 MB back.
     assert predicted.seconds == pytest.approx(0.064 + 0.032 + 1.2 + 1.2)
+
+
+def test_a_server_adds_up_copies_and_updates_while_its_workers_wait() -> None:
+    plain = setting(batch_size=48, bytes_per_second=1e15)
+    training = dataclasses.replace(plain.workload, copy_seconds=0.01, update_seconds=0.05)
+    predicted = parameter_server.predict(dataclasses.replace(plain, workload=training), {}, servers=1)
+    # A worker copies its gradients into messages and the answer into the model. The server: zeros, three messages of
+    # 1.5 copies each, the update, three answers.
+    assert predicted.seconds == pytest.approx(0.192 + 2 * 0.01 + (0.5 + 4.5 + 3) * 0.01 + 0.05)
+    assert predicted.parts["update"] == pytest.approx(0.02)
+
+
+def test_a_server_leaves_the_processors_to_its_workers() -> None:
+    training = workload(batch_size=16)
+    machines = dataclasses.replace(cluster(1, 3, bytes_per_second=1e15), slowdown=(1.0, 1.5, 2.0))
+    predicted = parameter_server.predict(Setting(training, machines, Network(machines)), {}, servers=1)
+    # Two workers of 8 samples compute; the third rank waits.
+    assert predicted.seconds == pytest.approx(1.5 * 8 * 0.012, rel=1e-3)
+
+
+def test_memory_of_workers_and_servers() -> None:
+    # A worker: parameters, gradients, activations of 16 samples, the answer. A server of 6 workers: parameters,
+    # gradients, state, six messages and six answers.
+    small = parameter_server.predict(setting(batch_size=48), {}, servers=1).memory
+    assert small.total == 40 * MB + 40 * MB + 80 * MB + 3 * 2 * 40 * MB
+    large = parameter_server.predict(setting(batch_size=480), {}, servers=1).memory
+    assert large.total == 3 * 40 * MB + 160 * 4 * MB
+
+
+def test_frozen_parameters_are_held_but_not_sent() -> None:
+    plain = setting()
+    first, *others = plain.workload.blocks
+    frozen = dataclasses.replace(first, gradients=(), state_bytes=10 * MB)
+    training = dataclasses.replace(plain.workload, blocks=(frozen, *others))
+    predicted = ddp.predict(dataclasses.replace(plain, workload=training), {}, sizes=(5, 5, 0))
+    assert predicted.bytes_sent == pytest.approx(3 * 15 * MB)
+    assert (predicted.memory.parameters, predicted.memory.gradients) == (40 * MB, 30 * MB)
+
+
+@pytest.mark.parametrize("without", [0, 1, 3])
+def test_a_block_without_gradients_delays_those_before(without: int) -> None:
+    blocks = list(workload().blocks)
+    blocks[without] = dataclasses.replace(blocks[without], gradients=())
+    training = dataclasses.replace(workload(), blocks=tuple(blocks))
+    pieces = backward_pieces(training, 10)
+    # 20 ms a block, in the model's order; what comes before the first gradient belongs to it too.
+    assert pieces == pytest.approx([0.04 if index == max(without - 1, 0) else 0.02 for index in range(3)])
+    nothing = dataclasses.replace(training, blocks=(blocks[without],))
+    assert backward_pieces(nothing, 10) == []
 
 
 def test_a_slow_host_sets_the_pace_of_ddp() -> None:
@@ -124,6 +186,47 @@ def test_memory_of_a_pipeline_is_what_its_schedule_holds() -> None:
     assert memory("1f1b") == 4 * 4 * MB
 
 
+def predicted_pipeline(plain: Setting, microbatches: int = 4, **changed: Any) -> Prediction:
+    training = dataclasses.replace(plain.workload, **changed)
+    asked: dict[str, Any] = {"ranks": 2, "schedule": "gpipe", "microbatches": microbatches}
+    return pipeline.predict(dataclasses.replace(plain, workload=training), {}, **asked)
+
+
+def test_each_rank_of_a_pipeline_loads_the_whole_share() -> None:
+    fast = setting(batch_size=32, bytes_per_second=1e15)
+    loading = predicted_pipeline(fast, outside={1: 0.001, 16: 0.016})
+    # 4 ranks are two pipelines; the last stage loads while the first one does.
+    assert loading.seconds == pytest.approx(predicted_pipeline(fast).seconds + 0.016)
+    assert loading.parts["update"] == pytest.approx(0.016)
+
+
+def test_microbatches_are_no_larger_than_a_pass_may_be() -> None:
+    fast = setting(batch_size=32, bytes_per_second=1e15)
+    assert predicted_pipeline(fast, micro_batch_size=2).seconds == pytest.approx(
+        predicted_pipeline(fast, microbatches=8).seconds
+    )
+
+
+def test_replicas_of_a_stage_add_up_the_statistics_of_its_batchnorm_layers() -> None:
+    slow = setting(batch_size=32, batchnorms=1, latency=1e-3, bytes_per_second=1e15)
+    fewer = dataclasses.replace(slow, workload=workload(32, batchnorms=0))
+    # Two layers a stage; an all-reduce of two replicas is two messages.
+    difference = predicted_pipeline(slow).seconds - predicted_pipeline(fewer).seconds
+    assert difference == pytest.approx(2 * 2e-3)
+    assert predicted_pipeline(slow, deferred_factor=1.5).parts["compute"] == pytest.approx(
+        1.5 * predicted_pipeline(slow).parts["compute"]
+    )
+
+
+def test_a_stage_sends_its_tensors_one_after_the_other() -> None:
+    slow = setting(batch_size=2, latency=1e-3, bytes_per_second=1e15)
+    several = tuple(dataclasses.replace(block, output_tensors=3) for block in slow.workload.blocks)
+    # There and back.
+    assert predicted_pipeline(slow, blocks=several, microbatches=1).seconds == pytest.approx(
+        predicted_pipeline(slow, microbatches=1).seconds + 2 * 2e-3
+    )
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
     machines = cluster(ranks)
@@ -136,6 +239,12 @@ def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
         assert prediction.memory.total > 0
     keys = [tuple(prediction.keys.items()) for prediction in found]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_strategies_that_cannot_run_here_are_named(strategy: str) -> None:
+    with pytest.raises(ConfigError, match=f"strategies={strategy}: can't divide .* a batch of 2 samples among 4 ranks"):
+        engine.predict(workload(batch_size=2), cluster(4), engine.Options(strategies=(strategy,)))
 
 
 def test_what_does_not_fit_is_not_the_best() -> None:

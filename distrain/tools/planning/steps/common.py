@@ -7,12 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distrain.compression.autotune.compressor_cost import CompressorCost
-from distrain.gradients.bucket_sizes import ONE_BUCKET, AllReduceCost, BucketSizes, choose_sizes
+from distrain.gradients.bucket_sizes import MIB, ONE_BUCKET, AllReduceCost, BucketSizes, choose_sizes
 from distrain.tools.planning.cluster import Cluster, expected_maximum
 from distrain.tools.planning.network import Duration, Group, Network
 from distrain.tools.planning.prediction import Memory
 from distrain.tools.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
 from distrain.tools.planning.workload import Workload, at, bucket_layout
+
+#: Bytes of a small collective of a BatchNorm layer.
+BATCHNORM_BYTES = 1024
+#: Bytes of the two all-reduces from which a run concludes the cost of all others.
+_SMALL_BYTES, _LARGE_BYTES = 1024, 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,10 @@ class Setting:
 
     def memory(self, activations: float, other: float = 0.0) -> Memory:
         """Memory of a rank that has the whole model."""
-        gradients = float(self.workload.gradient_bytes)
-        return Memory(gradients, gradients, self.workload.optimizer_bytes, activations, other)
+        workload = self.workload
+        return Memory(
+            float(workload.held_bytes), float(workload.gradient_bytes), workload.optimizer_bytes, activations, other
+        )
 
     def representatives(self) -> list[int]:
         """One rank of each speed, each of which stands for all like it."""
@@ -56,7 +63,7 @@ class Setting:
             list(range(len(programs))),
             self.cluster.slowdown_of,
             [self.cluster.speed_of(rank) for rank in ranks],
-            others=min(self.cluster.ranks_per_machine, self.cluster.ranks),
+            alike=[min(self.cluster.ranks_per_machine, self.cluster.ranks)] * len(programs),
         )
 
 
@@ -69,15 +76,17 @@ def forward_pass(setting: Setting, samples: int, factor: float = 1.0) -> Iterato
 def backward_pieces(workload: Workload, samples: int) -> list[float]:
     """Seconds of a backward pass before the gradient of each parameter is complete, in the model's order.
 
-    A block's time is spread evenly over its gradients; that of blocks without any belongs to the next ones before.
+    A block's time is spread evenly over its gradients; that of blocks without any belongs to the blocks before.
     """
     times: list[float] = []
     carried = 0.0
     for block in reversed(workload.blocks):
         seconds = carried + at(block.backward, samples)
-        count = len(block.gradients)
-        carried = 0.0 if count else seconds
-        times += [seconds / count] * count
+        if not block.gradients:
+            carried = seconds
+            continue
+        carried = 0.0
+        times += [seconds / len(block.gradients)] * len(block.gradients)
     if times:
         times[-1] += carried
     return times[::-1]
@@ -96,10 +105,10 @@ def bucket_sizes(
     """
     if group.size < 2 or not gradient_bytes:
         return ONE_BUCKET
-    small, large = network.all_reduce(1024, group), network.all_reduce(gradient_bytes, group)
+    small, large = network.all_reduce(_SMALL_BYTES, group), network.all_reduce(_LARGE_BYTES, group)
     seconds = max(large.seconds - small.seconds, 1e-12)
     share = min(max((large.processor_seconds - small.processor_seconds) / seconds, 0.0), 1.0)
-    chosen = choose_sizes(AllReduceCost(small.seconds, seconds / gradient_bytes, share), gradient_bytes)
+    chosen = choose_sizes(AllReduceCost(small.seconds, seconds / _LARGE_BYTES, share), gradient_bytes)
     return BucketSizes(*(own if mb is None else mb for mb, own in zip(given, chosen, strict=True)))
 
 
@@ -137,15 +146,33 @@ def backward_with_exchange(
         operations.append(Compute("backward", factor * sum(pieces[index] for index in bucket)))
         size = sum(gradients[index] for index in bucket)
         cost = workload.compressors.get(compressor)
-        durations = [setting.network.all_reduce(size, group)]
-        if cost is not None:
-            operations.append(Compute("update", cost.seconds * size / total))
+        if cost is None:
+            durations = [setting.network.all_reduce(size, group)]
+        else:
+            work = compression_seconds(cost, workload.compressor_ranks, group.size)
+            operations.append(Compute("compression", work * size / total))
             durations = list(_scaled(cost, size / total, workload.compressor_ranks, setting.network, group))
         for phase, duration in enumerate(durations):
             name = f"bucket {number}.{phase}"
             operations.append(Start(name, duration, members, "replicas"))
             transfers.append(name)
     return operations, transfers
+
+
+def compression_seconds(cost: CompressorCost, measured_ranks: int, ranks: int) -> float:
+    """A compressor's own work among some ranks, each of which decompresses what an all-gather brings from all others.
+
+    Args:
+        cost: As measured.
+        measured_ranks: Number of ranks for which it was measured.
+        ranks: Number of ranks.
+    """
+    seconds = 0.0
+    for bucket in cost.buckets:
+        for before, work in zip([[], *bucket.collectives], bucket.work, strict=True):
+            gathered = any(kind == "all_gather" for kind, _ in before)
+            seconds += work * (ranks / measured_ranks if gathered else 1.0)
+    return seconds
 
 
 def _scaled(cost: CompressorCost, share: float, ranks: int, network: Network, group: Group) -> Iterator[Duration]:
@@ -164,19 +191,31 @@ def waits(transfers: Sequence[str]) -> list[Wait]:
     return [Wait(transfer) for transfer in transfers]
 
 
-def parts_of(simulated: Simulated, update: float, stragglers: float) -> dict[str, float]:
+def parts_of(simulated: Simulated, stragglers: float) -> dict[str, float]:
     """Seconds of a step by what they are spent on, on the rank that waits least.
 
     Args:
         simulated: The step.
-        update: Seconds of it that are no passes: optimizer, data, logs.
         stragglers: Seconds to be added.
     """
     slowest = min(range(len(simulated.waited)), key=lambda rank: simulated.waited[rank])
-    compute = simulated.computed[slowest]
+    return parts_of_rank(simulated, slowest, stragglers)
+
+
+def parts_of_rank(simulated: Simulated, rank: int, stragglers: float) -> dict[str, float]:
+    """As :func:`parts_of`, on one rank.
+
+    Args:
+        simulated: The step.
+        rank: Index of the rank among those that were simulated.
+        stragglers: Seconds to be added.
+    """
+    kinds = simulated.computed[rank]
+    total = sum(kinds.values())
+    other = {kind: kinds.get(kind, 0.0) for kind in ("compression", "update")}
     return {
-        "compute": max(compute - update, 0.0),
-        "update": min(update, compute),
-        "waiting": simulated.seconds - compute,
+        "compute": total - sum(other.values()),
+        **other,
+        "waiting": simulated.seconds - total,
         "stragglers": stragglers,
     }

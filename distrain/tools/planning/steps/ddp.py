@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distrain.tools.planning.network import Duration
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
 from distrain.tools.planning.steps.common import (
+    BATCHNORM_BYTES,
     Setting,
     backward_with_exchange,
     bucket_sizes,
@@ -16,12 +16,8 @@ from distrain.tools.planning.steps.common import (
     waits,
 )
 
-#: Bytes of a small collective of a BatchNorm layer.
-_BATCHNORM_BYTES = 1024
 #: Small collectives of each synchronised BatchNorm layer in a forward and in a backward pass.
 _BATCHNORM_FORWARD, _BATCHNORM_BACKWARD = 2, 1
-#: Compressors that keep a residual of the size of the gradients on each rank, and those that lose nothing.
-_WITHOUT_RESIDUAL = ("none", "fp16", "bf16")
 
 
 def predict(
@@ -41,8 +37,7 @@ def predict(
         sizes: In MiB of the first bucket, the others and the last; ``None``: chosen as a run does.
         synchronised: BatchNorm layers take their statistics over all ranks.
     """
-    workload, cluster = setting.workload, setting.cluster
-    ranks = cluster.ranks
+    workload, ranks = setting.workload, setting.cluster.ranks
     group = setting.network.group(ranks)
     share = -(-workload.batch_size // ranks)
     pieces = workload.pieces(share)
@@ -68,13 +63,11 @@ def predict(
             program += _batchnorm(setting, f"gradients of statistics {number}", _BATCHNORM_BACKWARD, members)
     program.append(Compute("update", workload.update_seconds))
     simulated = setting.simulate([program] * members, representatives)
-    crowd = cluster.slowdown_of(min(cluster.ranks_per_machine, ranks))
-    update = crowd * (workload.outside_seconds(share) + workload.update_seconds)
-    stragglers = setting.stragglers(max(simulated.computed), ranks)
-    residual = 0.0 if compressor in _WITHOUT_RESIDUAL else float(workload.gradient_bytes)
+    stragglers = setting.stragglers(max(sum(kinds.values()) for kinds in simulated.computed), ranks)
+    residual = float(workload.gradient_bytes) if compressor in workload.keeping_residuals else 0.0
     return Prediction(
         keys,
-        parts_of(simulated, update, stragglers),
+        parts_of(simulated, stragglers),
         max(simulated.sent),
         setting.memory(workload.activation_bytes(max(pieces)), residual),
         same_as_single=compressor == "none" and (together or not workload.batchnorms or ranks == 1),
@@ -85,7 +78,6 @@ def predict(
 def _batchnorm(setting: Setting, name: str, collectives: int, members: int) -> list[Operation]:
     """The small collectives of all BatchNorm layers in a pass, as one, which ranks wait for."""
     group = setting.network.group(setting.cluster.ranks)
-    count = collectives * setting.workload.batchnorms
-    one = setting.network.all_reduce(_BATCHNORM_BYTES, group)
-    duration = Duration(count * one.seconds, count * one.processor_seconds, count * one.sent)
+    one = setting.network.all_reduce(BATCHNORM_BYTES, group)
+    duration = one.times(collectives * setting.workload.batchnorms)
     return [Start(name, duration, members, "replicas"), Wait(name)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from distrain.gradients.bucket_sizes import BucketSizes
 from distrain.tools.planning.network import Duration
-from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
-from distrain.tools.planning.steps.common import Setting, backward_pieces, forward_pass, parts_of
+from distrain.tools.planning.prediction import Memory, Prediction
+from distrain.tools.planning.simulation import Compute, Operation, Start, Wait, simulate
+from distrain.tools.planning.steps.common import Setting, backward_pieces, forward_pass, parts_of_rank
 from distrain.tools.planning.workload import bucket_layout
 
 #: MiB of a message, as ``strategy.bucket_mb`` has them by default.
@@ -45,24 +45,39 @@ def predict(setting: Setting, keys: dict[str, str], *, servers: int, bucket_mb: 
         return Duration(one.seconds, one.processor_seconds / workers, size)
 
     layout = bucket_layout(gradients, BucketSizes(bucket_mb, bucket_mb))
+    # Each bucket is copied into a message.
     for number, bucket in enumerate(layout):
         worker.append(Compute("backward", sum(backward[index] for index in bucket)))
-        worker.append(Start(f"push {number}", message(sum(gradients[index] for index in bucket)), 1, "push"))
+        size = sum(gradients[index] for index in bucket)
+        worker.append(Compute("update", workload.copy_seconds * size / max(workload.gradient_bytes, 1)))
+        worker.append(Start(f"push {number}", message(size), 1, "push"))
         server.append(Wait(f"push {number}"))
-    server.append(Compute("update", workload.update_seconds / servers))
+    # Zeros, to which each worker's message is added; at the end a copy for each worker's answer.
+    copies = 0.5 + 1.5 * workers + workers
+    server.append(Compute("update", (workload.update_seconds + copies * workload.copy_seconds) / servers))
     server.append(Start("pull", message(workload.gradient_bytes), 1, "pull"))
-    worker.append(Wait("pull"))
-    simulated = setting.simulate([worker, server], [worker_rank, server_rank])
-    crowd = cluster.slowdown_of(min(cluster.ranks_per_machine, cluster.ranks))
-    parts = parts_of(simulated, 0.0, setting.stragglers(simulated.computed[0], workers))
-    outside = crowd * workload.outside_seconds(share)
-    parts["compute"] = max(simulated.computed[0] - outside, 0.0)
-    parts["update"] = outside
-    parts["waiting"] = simulated.seconds - simulated.computed[0]
+    # The answer is copied into the model.
+    worker += [Wait("pull"), Compute("update", workload.copy_seconds)]
+    on_machine = min(cluster.ranks_per_machine, cluster.ranks)
+    apart = cluster.ranks > on_machine
+    simulated = simulate(
+        [worker, server],
+        [0, int(apart)],
+        cluster.slowdown_of,
+        [min(cluster.speed_of(rank) for rank in setting.representatives()), cluster.speed_of(server_rank)],
+        alike=[min(on_machine, workers) if apart else workers, min(on_machine, servers)],
+    )
+    stragglers = setting.stragglers(sum(simulated.computed[0].values()), workers)
+    whole = float(workload.gradient_bytes)
+    # A worker has a buffer for the answer; a server has a message and an answer of each worker.
+    on_worker = Memory(workload.held_bytes, whole, 0.0, workload.activation_bytes(max(pieces)), whole)
+    on_server = Memory(
+        workload.held_bytes, whole / servers, workload.optimizer_bytes / servers, 0.0, 2 * workers * whole / servers
+    )
     return Prediction(
         keys,
-        parts,
+        parts_of_rank(simulated, 0, stragglers),
         max(simulated.sent[0], simulated.sent[1] * workers / servers),
-        setting.memory(workload.activation_bytes(max(pieces))),
+        max(on_worker, on_server, key=lambda memory: memory.total),
         same_as_single=not workload.batchnorms or workers == 1,
     )

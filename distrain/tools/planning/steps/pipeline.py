@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from distrain.gradients.linear_partition import linear_partition
 from distrain.strategies.pipeline.schedule import SCHEDULES, Action, Schedule, actions_of_ranks, rank_of_stages
+from distrain.strategies.pipeline.timeline import measured_bubble
+from distrain.tools.planning.network import Duration, Group
 from distrain.tools.planning.prediction import Memory, Prediction
 from distrain.tools.planning.simulation import Compute, Operation, Start, Wait, simulate
-from distrain.tools.planning.steps.common import Setting, parts_of
+from distrain.tools.planning.steps.common import BATCHNORM_BYTES, Setting, parts_of
 from distrain.tools.planning.workload import BlockProfile, at
 
 
@@ -52,6 +54,9 @@ class _Step:
         self._setting, self._ranks, self._schedule, self._per_rank = setting, ranks, schedule, per_rank
         self._replicas = cluster.ranks // ranks
         self._share = -(-workload.batch_size // self._replicas)
+        # As many as a run makes of them.
+        if workload.micro_batch_size is not None:
+            microbatches = max(microbatches, -(-self._share // workload.micro_batch_size))
         self._microbatches = min(microbatches, self._share)
         self._samples = -(-self._share // self._microbatches)
         self._rank_of_stage = rank_of_stages(schedule, ranks, per_rank)
@@ -60,8 +65,11 @@ class _Step:
     def _split(self) -> list[Sequence[BlockProfile]]:
         """The blocks of each stage, cut as a run cuts them."""
         blocks, network, samples = self._setting.workload.blocks, self._setting.network, self._samples
+        # A run times its blocks before it defers running statistics.
         compute = [at(block.forward, samples) + at(block.backward, samples) for block in blocks]
-        transfer = [2 * network.message(samples * block.output_bytes, 0, 1).seconds for block in blocks]
+        transfer = [
+            2 * network.message(samples * block.output_bytes, 0, 1, block.output_tensors).seconds for block in blocks
+        ]
         cuts = [index for index, block in enumerate(blocks) if index and block.begins_stage]
         starts = linear_partition(compute, transfer, len(self._rank_of_stage), cuts)
         return [blocks[start:stop] for start, stop in zip(starts, [*starts[1:], len(blocks)], strict=True)]
@@ -76,12 +84,10 @@ class _Step:
             [rank // max(min(on_machine, self._ranks), 1) for rank in range(self._ranks)],
             cluster.slowdown_of,
             [cluster.speed_of(rank) for rank in range(self._ranks)],
-            others=max(on_machine // self._ranks, 1),
+            alike=[max(on_machine // self._ranks, 1)] * self._ranks,
         )
-        slowest = max(range(self._ranks), key=lambda rank: simulated.computed[rank])
-        parts = parts_of(simulated, self._update(slowest), 0.0)
-        parts["stragglers"] = self._setting.stragglers(simulated.computed[slowest], cluster.ranks)
-        busy = sum(simulated.computed)
+        computed = max(sum(kinds.values()) for kinds in simulated.computed)
+        parts = parts_of(simulated, self._setting.stragglers(computed, cluster.ranks))
         # Statistics of BatchNorm layers are those of a microbatch.
         same = not workload.batchnorms or self._microbatches == 1 == self._replicas
         return Prediction(
@@ -90,7 +96,7 @@ class _Step:
             max(simulated.sent),
             max((self._memory(rank, order[rank]) for rank in range(self._ranks)), key=lambda memory: memory.total),
             same_as_single=same,
-            bubble=1 - busy / (self._ranks * simulated.seconds),
+            bubble=measured_bubble(simulated.lanes),
             simulated=simulated,
         )
 
@@ -99,16 +105,13 @@ class _Step:
     def _program(self, rank: int, actions: Sequence[Action]) -> list[Operation]:
         workload = self._setting.workload
         own = [stage for stage, owner in enumerate(self._rank_of_stage) if owner == rank]
-        has_data = 0 in own or len(self._stages) - 1 in own
-        outside = workload.outside_seconds(self._share) if has_data else workload.outside_seconds(1)
-        program: list[Operation] = [Compute("update", outside)]
-        last = {action.stage: number for number, action in enumerate(actions) if action.kind in ("backward", "weight")}
-        for number, action in enumerate(actions):
+        # Each rank loads the whole share, though only the first and the last stage need it.
+        program: list[Operation] = [Compute("update", workload.outside_seconds(self._share))]
+        for action in actions:
             program += self._pass(rank, action)
-            if self._replicas > 1 and last.get(action.stage) == number:
-                program.append(self._exchange(action.stage))
         if self._replicas > 1:
-            program += [Wait(f"gradients {stage}", stage) for stage in own]
+            for stage in own:
+                program += [*self._exchange(stage), *self._statistics(stage)]
         program.append(Compute("update", self._update(rank)))
         return program
 
@@ -123,21 +126,35 @@ class _Step:
         if kind != "weight" and 0 <= before < count and self._rank_of_stage[before] != rank:
             operations.append(Wait(f"{direction} {before} {microbatch}", stage, microbatch))
         times = [at(block.forward if forward else block.backward, self._samples) for block in blocks]
-        operations.append(Compute(kind, sum(times) * (0.5 if kind in ("input", "weight") else 1.0), stage, microbatch))
+        seconds = self._setting.workload.deferred_factor * sum(times)
+        operations.append(Compute(kind, seconds * (0.5 if kind in ("input", "weight") else 1.0), stage, microbatch))
         if kind != "weight" and 0 <= after < count and self._rank_of_stage[after] != rank:
             target = self._rank_of_stage[after]
             output = self._stages[stage if forward else after][-1]
-            duration = self._setting.network.message(self._samples * output.output_bytes, rank, target)
+            size = self._samples * output.output_bytes
+            duration = self._setting.network.message(size, rank, target, output.output_tensors)
             name = f"{direction} {stage} {microbatch}"
             operations.append(Start(name, duration, 1, f"{direction} {rank} {target}"))
         return operations
 
-    def _exchange(self, stage: int) -> Start:
-        """The sum of a stage's gradients over the replicas."""
-        network = self._setting.network
-        group = network.group(self._replicas, self._ranks)
-        duration = network.all_reduce(sum(block.gradient_bytes for block in self._stages[stage]), group)
-        return Start(f"gradients {stage}", duration, 1, f"replicas {self._rank_of_stage[stage]}")
+    def _exchange(self, stage: int) -> list[Operation]:
+        """The sum of a stage's gradients over the replicas, after all passes."""
+        size = sum(block.gradient_bytes for block in self._stages[stage])
+        return self._among_replicas(f"gradients {stage}", stage, self._setting.network.all_reduce(size, self._group))
+
+    def _statistics(self, stage: int) -> list[Operation]:
+        """The sums over the replicas of what BatchNorm layers have counted, one after the other."""
+        count = sum(block.batchnorms for block in self._stages[stage])
+        one = self._setting.network.all_reduce(BATCHNORM_BYTES, self._group)
+        return self._among_replicas(f"statistics {stage}", stage, one.times(count)) if count else []
+
+    def _among_replicas(self, name: str, stage: int, duration: Duration) -> list[Operation]:
+        return [Start(name, duration, 1, f"replicas {self._rank_of_stage[stage]}"), Wait(name, stage)]
+
+    @property
+    def _group(self) -> Group:
+        """The replicas of a rank."""
+        return self._setting.network.group(self._replicas, self._ranks)
 
     def _update(self, rank: int) -> float:
         workload = self._setting.workload
@@ -154,13 +171,15 @@ class _Step:
         """Follows the passes and counts what each stage holds for its backward passes."""
         workload = self._setting.workload
         per_stage = [self._samples * sum(block.activation_bytes for block in blocks) for blocks in self._stages]
-        held = peak = 0.0
+        saved = peak = 0.0
         for action in actions:
             if action.kind == "forward":
-                held += per_stage[action.stage]
+                saved += per_stage[action.stage]
             elif action.kind in ("backward", "weight"):
-                held -= per_stage[action.stage]
-            peak = max(peak, held)
+                saved -= per_stage[action.stage]
+            peak = max(peak, saved)
         gradients = float(self._bytes_of(rank))
         state = workload.optimizer_bytes * gradients / max(workload.gradient_bytes, 1)
-        return Memory(gradients, gradients, state, peak)
+        own = [stage for stage, owner in enumerate(self._rank_of_stage) if owner == rank]
+        held = float(sum(block.held_bytes for stage in own for block in self._stages[stage]))
+        return Memory(held, gradients, state, peak)
