@@ -31,6 +31,8 @@ def settings(**keys: Any) -> PlanSettings:
         ({}, ("optimizer.l=1",), {}, r"optimizer\.l: no such key"),
         ({}, (), {"nproc": 2, "max_restarts": 1}, "measures ranks that stay"),
         ({"cluster": "none.yaml"}, (), {}, r"cluster=none\.yaml: can't be read"),
+        ({"cluster": "none.yaml", "check": 1}, (), {}, "check=1: runs what is planned, and the ranks of cluster="),
+        ({"strategies": []}, (), {}, r"strategies=\[\]: names none"),
     ],
 )
 def test_mistakes_are_refused_before_ranks_start(

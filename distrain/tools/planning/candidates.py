@@ -54,9 +54,13 @@ def _ddp(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:
     for name in compressors:
         if name in setting.workload.compressors:
             yield ddp.predict(setting, {**keys, "compression": name}, compressor=name)
+    layouts = {ddp.layout(setting, (None, None, None))}
     for size in BUCKETS_MB:
         sizes = {f"strategy.{key}": f"{size:g}" for key in ("first_bucket_mb", "bucket_mb")}
-        yield ddp.predict(setting, {**keys, **sizes}, sizes=(size, size, None))
+        layout = ddp.layout(setting, (size, size, None))
+        if layout not in layouts:
+            layouts.add(layout)
+            yield ddp.predict(setting, {**keys, **sizes}, sizes=(size, size, None))
 
 
 def _local_sgd(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:

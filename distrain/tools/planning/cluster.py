@@ -111,6 +111,7 @@ class Cluster:
         messages: Link of messages from one rank to another one of the same host, which don't go through shared memory;
             ``None``: as ``within``.
         accelerator: The ranks' devices, where times were not measured.
+        sockets: Link of the connections between a worker and a parameter server; ``None``: as other messages.
     """
 
     hosts: int
@@ -124,6 +125,7 @@ class Cluster:
     spread: float = 0.0
     messages: Link | None = None
     accelerator: Accelerator | None = None
+    sockets: Link | None = None
 
     @property
     def ranks(self) -> int:

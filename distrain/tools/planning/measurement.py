@@ -38,6 +38,7 @@ from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
 from distrain.strategies.single import Single
 from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve
+from distrain.tools.planning.socket_link import measure_sockets
 from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
 from distrain.tools.planning.workload import BlockProfile, Workload
 from distrain.torch_internals import BatchNorm
@@ -378,15 +379,24 @@ class _Measurement:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         on_machine = self._world.size // machines
         curve = slowdown_curve(alone, together.passes, on_machine, processors) if on_machine > 1 else ()
-        messages = None
+        messages = sockets = None
         if self._world.size > 1:
+            # Between the first two ranks.
             milliseconds = measure_point_to_point(self._everyone, self._device)
             latency, per_byte = (self._agree(value / 1000) for value in milliseconds)
-            messages = Link.of(latency, 1 / max(per_byte, 1e-12))
-            if len(hosts) > 1 and per_host == 1:
-                messages = None
+            messages = Link.of(latency, 1 / max(per_byte, 1e-12)) if per_host > 1 else None
+            seconds = self._plan.config.runtime.setup_timeout_seconds
+            sockets = measure_sockets(self._everyone, self._world, self._device, seconds)
         return Cluster(
-            len(hosts), per_host, within, between, None, curve, len(hosts) // machines, (), together.spread, messages
+            len(hosts),
+            per_host,
+            within,
+            between,
+            slowdown=curve,
+            hosts_per_machine=len(hosts) // machines,
+            spread=together.spread,
+            messages=messages,
+            sockets=sockets,
         )
 
     def _links(self, hosts: int, per_host: int, most: int) -> tuple[Link, Link]:

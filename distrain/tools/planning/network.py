@@ -124,6 +124,19 @@ class Network:
         link = inside if same else self._cluster.between
         return Duration(_in_rounds(link, size, tensors), link.processor_seconds(size), size)
 
+    def to_server(self, size: float, worker: int, server: int) -> Duration:
+        """A message between a worker and a parameter server.
+
+        Args:
+            size: In bytes.
+            worker: The worker's rank.
+            server: The server's rank.
+        """
+        link = self._cluster.sockets
+        if link is None:
+            return self.message(size, worker, server)
+        return Duration(link.seconds(size), link.processor_seconds(size), size)
+
     def _between(self, group: Group) -> Link:
         """The link between hosts, as one of several groups that use it sees it."""
         if group.sharing == 1:

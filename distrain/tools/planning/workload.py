@@ -119,6 +119,11 @@ class Workload:
         return sum(block.gradient_bytes for block in self.blocks)
 
     @property
+    def gradient_sizes(self) -> tuple[int, ...]:
+        """Bytes of the gradient of each trained parameter, in the model's order."""
+        return tuple(size for block in self.blocks for size in block.gradients)
+
+    @property
     def batchnorms(self) -> int:
         """BatchNorm layers of the model."""
         return sum(block.batchnorms for block in self.blocks)

@@ -11,6 +11,7 @@ import pytest
 from distrain.compression.autotune.compressor_cost import BucketCost, CompressorCost
 from distrain.errors import ConfigError
 from distrain.tools.planning import candidates, engine
+from distrain.tools.planning.cluster import Link
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
@@ -108,6 +109,14 @@ def test_a_servers_link_carries_what_all_workers_send() -> None:
     assert predicted.seconds == pytest.approx(0.064 + 0.032 + 1.2 + 1.2)
 
 
+def test_messages_to_servers_take_their_own_link() -> None:
+    plain = setting(batch_size=48)
+    machines = dataclasses.replace(plain.cluster, sockets=Link.of(0.0, 1000.0 * MB))
+    predicted = parameter_server.predict(Setting(plain.workload, machines, Network(machines)), {}, servers=1)
+    # 3 * 10 MB of a block take 30 ms, less than a backward pass of a block.
+    assert predicted.seconds == pytest.approx(0.192 + 0.03 + 0.12)
+
+
 def test_a_server_adds_up_copies_and_updates_while_its_workers_wait() -> None:
     plain = setting(batch_size=48, bytes_per_second=1e15)
     training = dataclasses.replace(plain.workload, copy_seconds=0.01, update_seconds=0.05)
@@ -160,8 +169,18 @@ def test_a_block_without_gradients_delays_those_before(without: int) -> None:
 def test_a_slow_host_sets_the_pace_of_ddp() -> None:
     even = setting(bytes_per_second=1e15)
     machines = dataclasses.replace(even.cluster, relative_speeds=(1.0, 1.0, 0.5, 1.0))
-    predicted = ddp.predict(Setting(even.workload, machines, Network(machines)), {})
-    assert predicted.seconds == pytest.approx(2 * 0.192)
+    uneven = Setting(even.workload, machines, Network(machines))
+    assert ddp.predict(uneven, {}).seconds == pytest.approx(2 * 0.192)
+
+
+def test_replicas_wait_for_the_slowest_pipeline() -> None:
+    even = setting(batch_size=32, bytes_per_second=1e15)
+    # Hosts 2 and 3 are a replica; the stage on host 2 takes twice as long, which the one on host 3 must wait for.
+    machines = dataclasses.replace(even.cluster, relative_speeds=(1.0, 1.0, 0.5, 1.0))
+    uneven = Setting(even.workload, machines, Network(machines))
+    # Four microbatches of four samples through two stages of two blocks: a stage's passes take 8 and 16 ms, or twice.
+    assert predicted_pipeline(even).seconds == pytest.approx(5 * 0.024)
+    assert predicted_pipeline(uneven).seconds == pytest.approx(5 * 0.048 - 0.024)
 
 
 def test_chance_costs_more_the_more_ranks_wait_for_each_other() -> None:
@@ -239,6 +258,23 @@ def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
         assert prediction.memory.total > 0
     keys = [tuple(prediction.keys.items()) for prediction in found]
     assert len(keys) == len(set(keys))
+
+
+def test_sizes_of_buckets_that_make_no_difference_are_listed_once() -> None:
+    def listed(parameters: int) -> list[tuple[str, ...]]:
+        blocks = tuple(dataclasses.replace(block, gradients=(parameters * MB,)) for block in workload().blocks)
+        training = dataclasses.replace(workload(), blocks=blocks)
+        # A slow link, so that a run chooses several buckets.
+        machines = cluster(4, bytes_per_second=1.0 * MB)
+        found = candidates.predictions(Setting(training, machines, Network(machines)), ["ddp"], ())
+        return [tuple(prediction.keys.values()) for prediction in found]
+
+    # All 16 MB fit into 25 MiB.
+    assert listed(4) == [("ddp",), ("ddp", "1024", "1024")]
+    # Each of 30 MB is a bucket by itself, as in the run's own choice.
+    assert listed(30) == [("ddp",), ("ddp", "1024", "1024")]
+    # Two of 12 MB fit into 25 MiB, and the run's buckets have a quarter of the model.
+    assert listed(12) == [("ddp",), ("ddp", "1024", "1024"), ("ddp", "25", "25")]
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])

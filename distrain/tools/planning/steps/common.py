@@ -136,7 +136,7 @@ def backward_with_exchange(
         The operations, and the transfers to wait for.
     """
     workload = setting.workload
-    gradients = tuple(size for block in workload.blocks for size in block.gradients)
+    gradients = workload.gradient_sizes
     pieces = backward_pieces(workload, samples)
     layout = bucket_layout(gradients, sizes)
     operations: list[Operation] = []

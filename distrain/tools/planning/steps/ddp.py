@@ -15,6 +15,7 @@ from distrain.tools.planning.steps.common import (
     parts_of,
     waits,
 )
+from distrain.tools.planning.workload import bucket_layout
 
 #: Small collectives of each synchronised BatchNorm layer in a forward and in a backward pass.
 _BATCHNORM_FORWARD, _BATCHNORM_BACKWARD = 2, 1
@@ -73,6 +74,19 @@ def predict(
         same_as_single=compressor == "none" and (together or not workload.batchnorms or ranks == 1),
         simulated=simulated,
     )
+
+
+def layout(setting: Setting, sizes: Sequence[float | None]) -> tuple[tuple[int, ...], ...]:
+    """Indices of the gradients in each bucket.
+
+    Args:
+        setting: Where.
+        sizes: As for :func:`predict`.
+    """
+    workload = setting.workload
+    group = setting.network.group(setting.cluster.ranks)
+    chosen = bucket_sizes(setting.network, group, workload.gradient_bytes, sizes)
+    return bucket_layout(workload.gradient_sizes, chosen)
 
 
 def _batchnorm(setting: Setting, name: str, collectives: int, members: int) -> list[Operation]:

@@ -29,7 +29,7 @@ def predict(setting: Setting, keys: dict[str, str], *, servers: int, bucket_mb: 
     share = -(-workload.batch_size // workers)
     pieces = workload.pieces(share)
     server_rank, worker_rank = cluster.ranks - 1, 0
-    gradients = tuple(size for block in workload.blocks for size in block.gradients)
+    gradients = workload.gradient_sizes
     backward = backward_pieces(workload, pieces[-1])
 
     worker: list[Operation] = [Compute("update", workload.outside_seconds(share))]
@@ -41,7 +41,7 @@ def predict(setting: Setting, keys: dict[str, str], *, servers: int, bucket_mb: 
 
     def message(size: float) -> Duration:
         """All workers exchange with one server, over its link."""
-        one = network.message(workers * size / servers, worker_rank, server_rank)
+        one = network.to_server(workers * size / servers, worker_rank, server_rank)
         return Duration(one.seconds, one.processor_seconds / workers, size)
 
     layout = bucket_layout(gradients, BucketSizes(bucket_mb, bucket_mb))

@@ -83,7 +83,7 @@ class _Step:
             programs,
             [rank // max(min(on_machine, self._ranks), 1) for rank in range(self._ranks)],
             cluster.slowdown_of,
-            [cluster.speed_of(rank) for rank in range(self._ranks)],
+            self._slowest_speeds(),
             alike=[max(on_machine // self._ranks, 1)] * self._ranks,
         )
         computed = max(sum(kinds.values()) for kinds in simulated.computed)
@@ -99,6 +99,16 @@ class _Step:
             bubble=measured_bubble(simulated.lanes),
             simulated=simulated,
         )
+
+    def _slowest_speeds(self) -> Sequence[float]:
+        """Speeds of the ranks of the slowest replica, for which all others wait."""
+        if not self._setting.cluster.relative_speeds:
+            return [1.0] * self._ranks
+        replicas = {
+            tuple(self._setting.cluster.speed_of(first + rank) for rank in range(self._ranks))
+            for first in range(0, self._setting.cluster.ranks, self._ranks)
+        }
+        return min(replicas, key=lambda speeds: (min(speeds), sum(speeds)))
 
     # --- programs ----------------------------------------------------------------------------------------------------
 

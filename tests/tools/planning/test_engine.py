@@ -1,0 +1,77 @@
+"""Plans of small trainings that one process measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from distrain.config.schema import Config
+from distrain.errors import ConfigError
+from distrain.runtime.world import World
+from distrain.tools.planning import engine
+from distrain.tools.planning.engine import Options
+from distrain.tools.planning.plan import Plan
+from tests.runs import small
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
+LINK = "{latency_us: 10, gbit_per_s: 10}"
+
+
+def described(folder: Path, hosts: int, more: str = "") -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(f"hosts: {hosts}\nranks_per_host: 1\nwithin: {LINK}\nbetween: {LINK}\n{more}")
+    return path
+
+
+def planned(options: Options, *keys: str) -> Plan:
+    def config_of(chosen: Mapping[str, str]) -> Config:
+        return small(*keys, *(f"{key}={value}" for key, value in chosen.items()))
+
+    return engine.make_plan(engine.check(small(*keys), ALONE, options), ALONE, options, config_of)
+
+
+def test_only_what_is_trained_is_sent() -> None:
+    everything = planned(Options()).workload
+    adapters = planned(Options(), "lora.rank=2").workload
+    assert 0 < adapters.gradient_bytes < everything.gradient_bytes
+    # The adapters come on top of what is frozen.
+    assert adapters.held_bytes > everything.held_bytes == everything.gradient_bytes
+    # Adam has two numbers for each that is trained, and counts its steps.
+    assert adapters.optimizer_bytes == pytest.approx(2 * adapters.gradient_bytes, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "key", "sizes"), [(40, "null", [2, 10]), (8, "null", [2, 4]), (40, "5", [2, 5])]
+)
+def test_a_step_of_a_described_cluster_is_measured_on_one_share(
+    tmp_path: Path, batch_size: int, key: str, sizes: list[int]
+) -> None:
+    options = Options(described(tmp_path, 4), ("ddp",))
+    made = planned(options, f"data.batch_size={batch_size}", f"trainer.micro_batch_size={key}")
+    assert sorted(made.workload.outside) == sizes
+    assert (made.workload.batch_size, made.cluster.ranks) == (batch_size, 4)
+
+
+def test_a_batch_is_no_larger_than_the_data() -> None:
+    # Of 53 samples, 5 validate.
+    assert planned(Options(strategies=("single",)), "data.batch_size=1000").workload.batch_size == 48
+
+
+def test_strategies_that_refuse_the_training_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    options = Options(described(tmp_path, 2), ("ddp", "local_sgd"))
+    made = planned(options, "optimizer.lookahead.every=5")
+    assert {prediction.keys["strategy"] for prediction in made.predictions} == {"ddp"}
+    assert any(remark.startswith("no local_sgd: optimizer.lookahead.every=5: ") for remark in made.remarks)
+    with pytest.raises(ConfigError, match=r"optimizer\.lookahead\.every=5"):
+        planned(dataclasses.replace(options, strategies=("local_sgd",)), "optimizer.lookahead.every=5")
+
+
+def test_a_described_device_has_times_by_its_operations(tmp_path: Path) -> None:
+    device = "device: {tflops: 1.0e-6, gbyte_per_s: 1.0e+6, launch_us: 0}"
+    made = planned(Options(described(tmp_path, 2, device), ("ddp",)))
+    # 5 samples at 10^6 operations a second.
+    flops = sum(block.flops for block in made.workload.blocks)
+    assert made.workload.forward_seconds(5) == pytest.approx(5 * flops / 1e6)
