@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distrain.compression.base import compressor_class
 from distrain.config.schema import CompressionConfig, Config
+from distrain.data.base import Splits
 from distrain.errors import ConfigError, config_error
 from distrain.models.trial import ModelTrial
 from distrain.runtime.runtime import Runtime
@@ -23,6 +24,7 @@ from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.steps.common import Setting
 from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
+from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
 from distrain.verification.short_runs import as_single
 
@@ -104,6 +106,8 @@ def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Option
     compressors, remarks = _compressors(world, options, config_of)
     with contextlib.closing(run.load()) as splits:
         run.check_sizes(splits, trial)
+        sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
+        del trial, checked
         measured = measure(run, world, splits, compressors, _most_samples(run.config.data.batch_size, described))
     workload, cluster = measured.workload, measured.cluster
     if described is not None:
@@ -111,7 +115,7 @@ def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Option
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
     plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
-    return _without_refused(plan, config_of)
+    return _without_refused(plan, config_of, sizes)
 
 
 def _most_samples(batch_size: int, described: Cluster | None) -> int | None:
@@ -138,26 +142,59 @@ def _compressors(world: World, options: Options, config_of: ConfigOf) -> tuple[d
     return found, remarks
 
 
-def _without_refused(plan: Plan, config_of: ConfigOf) -> Plan:
-    """The plan without strategies that refuse the training's other keys.
+@dataclass(frozen=True)
+class _SizeCheck:
+    """What is needed to find out whether some pass has a single sample, which the model can't run."""
+
+    splits: Splits
+    trial: ModelTrial
+
+    def __call__(self, config: Config, ranks: int) -> None:
+        """Refuses a configuration that leaves a sample alone.
+
+        Raises:
+            ConfigError: The message says which size to type.
+        """
+        batch_sizes.check(config, ranks, strategy_class(config), self.splits, self.trial)
+
+
+def _without_refused(plan: Plan, config_of: ConfigOf, sizes: _SizeCheck | None) -> Plan:
+    """The plan without what the training's other keys, or a model that needs several samples, don't allow.
 
     Raises:
-        ConfigError: All of them do.
+        ConfigError: Nothing is left.
     """
-    refused: dict[str, str] = {}
-    for name in dict.fromkeys(prediction.keys["strategy"] for prediction in plan.predictions):
-        keys = next(prediction.keys for prediction in plan.predictions if prediction.keys["strategy"] == name)
-        try:
-            config = config_of(keys)
-            strategy_class(config).check(config, plan.cluster.ranks)
-        except ConfigError as error:
-            refused[name] = str(error)
-            last = error
-    left = [prediction for prediction in plan.predictions if prediction.keys["strategy"] not in refused]
+    ranks = plan.cluster.ranks
+    problems: dict[str, ConfigError | None] = {}
+    left = []
+    for prediction in plan.predictions:
+        name = prediction.keys["strategy"]
+        # To compose a configuration takes a while, and strategies refuse the training whatever their own keys are.
+        if name not in problems or sizes is not None:
+            problem = _problem(config_of, prediction.keys, ranks, sizes)
+            problems[name] = problems.get(name) or problem
+        else:
+            problem = problems[name]
+        if problem is None:
+            left.append(prediction)
+    refused = {name: problem for name, problem in problems.items() if problem is not None}
     if not left:
-        raise last
-    remarks = [*plan.remarks, *(f"no {name}: {problem}" for name, problem in refused.items())]
-    return dataclasses.replace(plan, predictions=left, remarks=remarks)
+        raise next(iter(refused.values()))
+    possible = {prediction.keys["strategy"] for prediction in left}
+    remarks = [f"{'not all of' if name in possible else 'no'} {name}: {problem}" for name, problem in refused.items()]
+    return dataclasses.replace(plan, predictions=left, remarks=[*plan.remarks, *remarks])
+
+
+def _problem(config_of: ConfigOf, keys: Mapping[str, str], ranks: int, sizes: _SizeCheck | None) -> ConfigError | None:
+    """Why a configuration can't run on so many ranks; ``None`` if it can, as far as is known."""
+    try:
+        config = config_of(keys)
+        strategy_class(config).check(config, ranks)
+        if sizes is not None:
+            sizes(config, ranks)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: Path) -> Plan:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
@@ -67,6 +68,22 @@ def test_strategies_that_refuse_the_training_are_left_out_with_the_reason(tmp_pa
     assert any(remark.startswith("no local_sgd: optimizer.lookahead.every=5: ") for remark in made.remarks)
     with pytest.raises(ConfigError, match=r"optimizer\.lookahead\.every=5"):
         planned(dataclasses.replace(options, strategies=("local_sgd",)), "optimizer.lookahead.every=5")
+
+
+class VectorNormNet(nn.Sequential):
+    """Normalises vectors, so that it can't train on a single sample."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64 * in_channels, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+
+
+def test_what_leaves_a_sample_alone_is_left_out_if_the_model_needs_several(tmp_path: Path) -> None:
+    model = ("model=custom", f"model._target_={__name__}.VectorNormNet", "data.batch_size=4")
+    made = planned(Options(described(tmp_path, 4), ("ddp", "local_sgd")), *model)
+    # ddp takes the statistics of all four.
+    assert [prediction.keys for prediction in made.predictions if "strategy.batchnorm" in prediction.keys] == []
+    assert {prediction.keys["strategy"] for prediction in made.predictions} == {"ddp"}
+    assert sorted(remark.partition(": ")[0] for remark in made.remarks) == ["no local_sgd", "not all of ddp"]
 
 
 def test_a_described_device_has_times_by_its_operations(tmp_path: Path) -> None:
