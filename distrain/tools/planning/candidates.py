@@ -83,7 +83,9 @@ def _pipeline(setting: Setting, compressors: Sequence[str]) -> Iterator[Predicti
             per_rank = schedule.stages_per_rank or 2
             if own * per_rank > places:
                 continue
-            for microbatches in MICROBATCHES:
+            least = 1 if workload.micro_batch_size is None else -(-share // workload.micro_batch_size)
+            # A run makes more of them where they would be larger than a pass may be.
+            for microbatches in sorted({max(number, least) for number in MICROBATCHES}):
                 if microbatches > share:
                     continue
                 keys = {

@@ -107,7 +107,6 @@ def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Option
     with contextlib.closing(run.load()) as splits:
         run.check_sizes(splits, trial)
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
-        del trial, checked
         measured = measure(run, world, splits, compressors, _most_samples(run.config.data.batch_size, described))
     workload, cluster = measured.workload, measured.cluster
     if described is not None:

@@ -56,6 +56,8 @@ _MOST_BYTES = 32 * 2**20
 _SHARED_MEMORY = Link.of(50e-6, 5e9)
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
+#: Seconds of passes above which BatchNorm layers of other kinds are timed on fewer samples.
+_LONG_PASSES = 1.0
 #: Times that the gradients are copied.
 _COPIES = 5
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
@@ -142,8 +144,9 @@ class _Measurement:
         steps = {size: self._steps(strategy, size, update) for size in sizes}
         costs = {size: self._blocks(strategy, size) for size in sizes}
         found, begins = self._structure(strategy, sizes[0])
+        short = largest if steps[largest].passes <= _LONG_PASSES else sizes[0]
         factors = [
-            self._batchnorm_factor(strategy.model, change, largest, update, steps[largest].passes)
+            self._batchnorm_factor(strategy.model, change, short, update, steps[short].passes)
             for change in (synchronise_batchnorm, defer_running_statistics)
         ]
         times = {name: self._compressor(strategy, own) for name, own in compressors.items()} if ranks > 1 else {}
@@ -346,6 +349,7 @@ class _Measurement:
                     found[index].batchnorms,
                     index in begins,
                     found[index].state_bytes,
+                    found[index].kernels,
                 )
             )
         return tuple(profiles)

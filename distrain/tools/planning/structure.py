@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from distrain.errors import ConfigError
@@ -28,6 +29,7 @@ class BlockStructure:
         saved_bytes: What autograd saves for a backward pass of one sample. What several blocks save counts for the
             first one.
         batchnorms: BatchNorm layers.
+        kernels: Operations of a forward pass that compute something, each of which is a kernel on a GPU.
     """
 
     gradients: tuple[int, ...]
@@ -35,6 +37,19 @@ class BlockStructure:
     flops: float
     saved_bytes: float
     batchnorms: int
+    kernels: int
+
+
+class _KernelCounter(TorchDispatchMode):
+    """Counts operations that make no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) -> list[BlockStructure]:
@@ -65,7 +80,7 @@ def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) ->
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-        with hooks, precision.autocast(), FlopCounterMode(display=False) as counter:
+        with hooks, precision.autocast(), _KernelCounter() as kernels, FlopCounterMode(display=False) as counter:
             value = block(value)
         trained = [tensor for tensor in own.values() if tensor.requires_grad]
         found.append(
@@ -75,6 +90,7 @@ def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) ->
                 counter.get_total_flops() / len(inputs),
                 saved / len(inputs),
                 sum(isinstance(layer, BatchNorm) for layer in block.modules()),
+                kernels.count,
             )
         )
     return found

@@ -33,6 +33,7 @@ class BlockProfile:
         batchnorms: BatchNorm layers, which under several ranks may communicate.
         begins_stage: Whether a pipeline's stage may begin with it.
         state_bytes: Bytes of its parameters and buffers; ``None``: as many as its gradients have.
+        kernels: Kernels of a forward pass.
     """
 
     name: str
@@ -46,6 +47,7 @@ class BlockProfile:
     batchnorms: int = 0
     begins_stage: bool = True
     state_bytes: int | None = None
+    kernels: int = 1
 
     @property
     def held_bytes(self) -> int:
@@ -59,13 +61,14 @@ class BlockProfile:
 
     def on(self, accelerator: Accelerator, sizes: Sequence[int]) -> BlockProfile:
         """The same block on a device that isn't here: a backward pass takes twice the operations of a forward pass."""
-        kernels = 1 + 2 * self.output_tensors
-        moved = self.activation_bytes + self.output_bytes
+        # What is saved is written by one kernel and read by another one.
+        moved = 2 * self.activation_bytes + self.output_bytes
         forward = {
-            size: accelerator.seconds(size * self.flops, size * moved + self.gradient_bytes, kernels) for size in sizes
+            size: accelerator.seconds(size * self.flops, size * moved + self.gradient_bytes, self.kernels)
+            for size in sizes
         }
         backward = {
-            size: accelerator.seconds(2 * size * self.flops, 2 * (size * moved + self.gradient_bytes), 2 * kernels)
+            size: accelerator.seconds(2 * size * self.flops, 2 * (size * moved + self.gradient_bytes), 2 * self.kernels)
             for size in sizes
         }
         return dataclasses.replace(self, forward=forward, backward=backward)

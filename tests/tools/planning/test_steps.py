@@ -260,6 +260,14 @@ def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
     assert len(keys) == len(set(keys))
 
 
+def test_microbatches_that_a_run_would_make_smaller_are_listed_once() -> None:
+    training = dataclasses.replace(workload(batch_size=64), micro_batch_size=8)
+    machines = cluster(2)
+    found = candidates.predictions(Setting(training, machines, Network(machines)), ["pipeline"], ())
+    keys = [prediction.keys for prediction in found if prediction.keys["strategy.schedule"] == "1f1b"]
+    assert [own["strategy.microbatches"] for own in keys] == ["8", "16"]
+
+
 def test_sizes_of_buckets_that_make_no_difference_are_listed_once() -> None:
     def listed(parameters: int) -> list[tuple[str, ...]]:
         blocks = tuple(dataclasses.replace(block, gradients=(parameters * MB,)) for block in workload().blocks)
@@ -315,7 +323,7 @@ def test_64_hosts_of_8_devices_by_hand() -> None:
     )
     training = workload(batch_size=512 * 32).on(ACCELERATOR)
     predicted = ddp.predict(Setting(training, machines, Network(machines, "flat")), {}, sizes=(5, 5, 0))
-    # 32 samples a device. Forward of a block: 32 GFLOP at 100 TFLOP/s, 0.32 ms, which is longer than moving 45.2 MB at
+    # 32 samples a device. Forward of a block: 32 GFLOP at 100 TFLOP/s, 0.32 ms, which is longer than moving 77.2 MB at
     # 2 TB/s. Backward: twice as long.
     forward, backward = 4 * 0.32e-3, 4 * 0.64e-3
     # A bucket of 10 MB: a ring over 512 devices sends 20 MB in 1022 messages, 0.4 + 10.22 ms; a tree sends 20 MB in 18

@@ -18,6 +18,9 @@ def test_sizes_and_operations_by_hand() -> None:
     assert first.gradients == (4 * 200, 4 * 20)
     assert (last.gradients, last.state_bytes) == ((), 4 * 100)
     assert (first.flops, relu.flops, last.flops) == (2 * 200, 0, 2 * 100)
+    # A view makes no kernel.
+    assert structures(nn.Sequential(nn.Flatten(), nn.ReLU()), torch.randn(4, 2, 5), FP32)[0].kernels == 0
+    assert (first.kernels, relu.kernels, last.kernels) == (1, 1, 1)
     # The first layer keeps its input, ReLU its result. The last one needs only its weight, which is no activation.
     assert (first.saved_bytes, relu.saved_bytes, last.saved_bytes) == (4 * 10, 4 * 20, 0)
 
