@@ -160,7 +160,9 @@ class Cluster:
         """The same with another number of hosts, each on a machine of its own."""
         known = self.relative_speeds
         speeds = tuple(known[index % len(known)] for index in range(hosts)) if known else ()
-        return dataclasses.replace(self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds)
+        # Sockets that were measured within a host say nothing of those between hosts.
+        sockets = self.sockets if (self.hosts > 1) == (hosts > 1) else None
+        return dataclasses.replace(self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds, sockets=sockets)
 
 
 def slowdown_curve(alone: float, together: float, ranks: int, processors: int) -> tuple[float, ...]:

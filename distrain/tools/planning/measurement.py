@@ -8,6 +8,7 @@ import itertools
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -112,18 +113,31 @@ def measure(
 
     Returns:
         The same on all ranks.
+
+    Raises:
+        ConfigError: Hosts have different numbers of ranks.
     """
     with Runtime(plan.config, world, keep_logs=False) as runtime:
-        make_model = functools.partial(build_model, plan, splits)
-        # As a run chooses them where its configuration says auto.
-        plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
-        return _Measurement(plan, world, splits, runtime).measure(compressors, most_samples)
+        hosts = _ranks_of_hosts(runtime, world)
+        if len(set(hosts.values())) == 1:
+            # As a run chooses them where its configuration says auto.
+            make_model = functools.partial(build_model, plan, splits)
+            plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
+            return _Measurement(plan, world, splits, runtime, len(hosts)).measure(compressors, most_samples)
+    # Not inside, where an error means that this rank alone has failed.
+    raise config_error("plan", f"hosts have different numbers of ranks: {hosts}; a plan needs the same number on each")
+
+
+def _ranks_of_hosts(runtime: Runtime, world: World) -> dict[str, int]:
+    """Number of ranks on each host; all ranks call it together."""
+    rows = runtime.communicator().all_gather_json({"host": world.host}, runtime.device)
+    return dict(Counter(str(row["host"]) for row in rows))
 
 
 class _Measurement:
     """What one rank does."""
 
-    def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime) -> None:
+    def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime, hosts: int) -> None:
         # Steps are measured in one piece.
         trainer = dataclasses.replace(plan.config.trainer, micro_batch_size=None)
         self._plan = plan.with_config(dataclasses.replace(plan.config, trainer=trainer))
@@ -131,6 +145,7 @@ class _Measurement:
         self._world, self._splits, self._runtime = world, splits, runtime
         self._everyone = runtime.communicator()
         self._device = runtime.device
+        self._hosts = hosts
         self._remarks: list[str] = []
 
     def measure(self, compressors: Mapping[str, CompressionConfig], most_samples: int | None) -> Measured:
@@ -369,17 +384,11 @@ class _Measurement:
     # --- machines ----------------------------------------------------------------------------------------------------
 
     def _cluster(self, alone: float, together: _StepTimes, strategy: Single) -> Cluster:
-        mine = {"host": self._world.host, "machine": boot_id() or self._world.host}
-        rows = self._everyone.all_gather_json(mine, self._device)
-        hosts = list(dict.fromkeys(row["host"] for row in rows))
+        hosts, per_host = self._hosts, self._world.size // self._hosts
+        rows = self._everyone.all_gather_json({"machine": boot_id() or self._world.host}, self._device)
         machines = len({row["machine"] for row in rows})
-        counts = {host: sum(row["host"] == host for row in rows) for host in hosts}
-        if len(set(counts.values())) > 1:
-            problem = f"hosts have different numbers of ranks: {counts}; a plan needs the same number on each"
-            raise config_error("plan", problem)
-        per_host = counts[hosts[0]]
         most = min(max(sum(p.numel() * p.element_size() for p in strategy.model.parameters()), 2**20), _MOST_BYTES)
-        within, between = self._links(len(hosts), per_host, most)
+        within, between = self._links(hosts, per_host, most)
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         on_machine = self._world.size // machines
         curve = slowdown_curve(alone, together.passes, on_machine, processors) if on_machine > 1 else ()
@@ -392,12 +401,12 @@ class _Measurement:
             seconds = self._plan.config.runtime.setup_timeout_seconds
             sockets = measure_sockets(self._everyone, self._world, self._device, seconds)
         return Cluster(
-            len(hosts),
+            hosts,
             per_host,
             within,
             between,
             slowdown=curve,
-            hosts_per_machine=len(hosts) // machines,
+            hosts_per_machine=hosts // machines,
             spread=together.spread,
             messages=messages,
             sockets=sockets,

@@ -43,9 +43,7 @@ class BlockStructure:
 class _KernelCounter(TorchDispatchMode):
     """Counts operations that make no view."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.count += not func.is_view

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import statistics
 
 import pytest
 
-from distrain.tools.planning.cluster import Link, LinkPoint, expected_maximum, slowdown_curve
-from distrain.tools.planning.network import Network
+from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, expected_maximum, slowdown_curve
+from distrain.tools.planning.network import Group, Network
 from tests.tools.planning.workloads import MB, cluster
 
 
@@ -23,7 +24,7 @@ def test_a_link_is_linear_between_and_beyond_its_points() -> None:
 def test_a_ring_among_the_ranks_that_were_measured_takes_the_measured_time(ranks: int) -> None:
     times = {0.0: 1.0e-3, 5.0 * MB: 60e-3}
     link = Link.of_ring([LinkPoint(sent, seconds) for sent, seconds in times.items()], ranks)
-    network = Network(cluster(ranks).__class__(ranks, 1, link, link))
+    network = Network(Cluster(ranks, 1, link, link))
     for sent, seconds in times.items():
         size = sent * ranks / (2 * (ranks - 1))
         assert network.all_reduce(size, network.group(ranks)).seconds == pytest.approx(seconds)
@@ -61,8 +62,16 @@ def test_replicas_of_pipelines_share_the_network_of_their_hosts() -> None:
     # Pipelines of 4 ranks: one on each host. Each of the 4 groups of replicas has a rank on each host.
     group = network.group(4, stride=4)
     assert (group.hosts, group.per_host, group.sharing) == (4, 1, 4)
-    alone = network.all_reduce(10 * MB, network.group(4, stride=4).__class__(4, 1))
+    alone = network.all_reduce(10 * MB, Group(4, 1))
     assert network.all_reduce(10 * MB, group).seconds == pytest.approx(4 * alone.seconds)
+
+
+def test_sockets_within_a_host_say_nothing_of_those_between_hosts() -> None:
+    fast = Link.of(0.0, 1e15)
+    here = dataclasses.replace(cluster(1, 2, bytes_per_second=10 * MB), sockets=fast)
+    assert here.with_hosts(1).sockets == fast
+    assert Network(here.with_hosts(4)).to_server(10 * MB, 0, 7).seconds == pytest.approx(1)
+    assert Network(here).to_server(10 * MB, 0, 1).seconds < 1e-6
 
 
 def test_ranks_take_turns_on_too_few_processors() -> None:
