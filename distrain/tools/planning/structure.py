@@ -78,7 +78,8 @@ def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) ->
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-        with hooks, precision.autocast(), _KernelCounter() as kernels, FlopCounterMode(display=False) as counter:
+        kernels = _KernelCounter()  # type: ignore[no-untyped-call]
+        with hooks, precision.autocast(), kernels, FlopCounterMode(display=False) as counter:
             value = block(value)
         trained = [tensor for tensor in own.values() if tensor.requires_grad]
         found.append(
