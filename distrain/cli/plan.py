@@ -72,17 +72,19 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     config, options, config_of = _training(keys), settings.options(), functools.partial(_with, keys)
     checked = engine.check(config, world, options)
     folder = engine.agreed_folder(config, world, Path(name))
-    made = engine.make_plan(checked, world, options, config_of)
+    runs = folder / "trials"
+    made = engine.make_plan(checked, world, options, config_of, runs)
     if world.rank == 0:
         for line in made.lines(settings.rows):
             show(line)
     if settings.check:
-        runs = folder / "trials"
         made = engine.try_out(made, settings.check, config_of, world, runs)
         if world.rank == 0:
-            shutil.rmtree(runs, ignore_errors=True)
             for line in made.trial_lines():
                 show(line)
+    # Each host may have its own.
+    if world.local_rank == 0:
+        shutil.rmtree(runs, ignore_errors=True)
     if world.rank == 0:
         drawn = _draw(made, settings, folder)
         show(f"plan: {made.write(folder)}{drawn}")

@@ -18,7 +18,7 @@ from distrain.runtime.world import World
 from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.measurement import measure
+from distrain.tools.planning.measurement import Measured, measure
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.steps.common import Setting
@@ -47,6 +47,8 @@ class Options:
     strategies: Sequence[str] = STRATEGIES
 
 
+#: Seconds of a step above which the loop around it doesn't matter.
+_LONG_STEP = 0.1
 #: The training with the keys of a configuration in place of its own strategy and compressor.
 ConfigOf = Callable[[Mapping[str, str]], Config]
 
@@ -85,7 +87,9 @@ def agreed_folder(config: Config, world: World, folder: Path) -> Path:
     return Path(told[0]["folder"])
 
 
-def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Options, config_of: ConfigOf) -> Plan:
+def make_plan(
+    checked: tuple[RunPlan, ModelTrial], world: World, options: Options, config_of: ConfigOf, folder: Path
+) -> Plan:
     """Makes a plan; all ranks call it together.
 
     Args:
@@ -93,6 +97,7 @@ def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Option
         world: This rank's place.
         options: What is asked.
         config_of: The training with the keys of a configuration.
+        folder: For short runs.
 
     Returns:
         The same on all ranks.
@@ -108,13 +113,43 @@ def make_plan(checked: tuple[RunPlan, ModelTrial], world: World, options: Option
         run.check_sizes(splits, trial)
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
         measured = measure(run, world, splits, compressors, _most_samples(run.config.data.batch_size, described))
-    workload, cluster = measured.workload, measured.cluster
+        workload = _with_loop(measured, run, world, splits, folder)
+    cluster = measured.cluster
     if described is not None:
         cluster = described
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
     plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
     return _without_refused(plan, config_of, sizes)
+
+
+def _with_loop(measured: Measured, run: RunPlan, world: World, splits: Splits, folder: Path) -> Workload:
+    """The training with the time that the loop around a step takes, where it matters; all ranks call it together.
+
+    Each rank trains some steps by itself, all at the same time, since the other parts were timed so.
+
+    Args:
+        measured: The other parts of a step.
+        run: The training as one process does it.
+        world: This rank's place.
+        splits: The samples.
+        folder: For the runs.
+    """
+    workload, cluster = measured.workload, measured.cluster
+    samples = max(workload.outside)
+    crowd = cluster.slowdown_of(cluster.ranks_per_machine)
+    parts = workload.forward_seconds(samples) + workload.backward_seconds(samples)
+    known = crowd * (parts + workload.outside_seconds(samples) + workload.update_seconds)
+    if known > _LONG_STEP:
+        return workload
+    data = dataclasses.replace(run.config.data, batch_size=samples)
+    trainer = dataclasses.replace(run.config.trainer, micro_batch_size=None)
+    alone = run.with_config(dataclasses.replace(run.config, data=data, trainer=trainer))
+    own = step_seconds(alone, splits, folder / f"loop_{world.rank}", known)
+    with Runtime(run.config, world, keep_logs=False) as runtime:
+        everyone = runtime.communicator().all_gather_json({"seconds": own}, runtime.device)
+    loop = max(sum(rank["seconds"] for rank in everyone) / world.size - known, 0.0) / crowd
+    return dataclasses.replace(workload, outside={size: one + loop for size, one in workload.outside.items()})
 
 
 def _most_samples(batch_size: int, described: Cluster | None) -> int | None:
@@ -223,10 +258,12 @@ def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: P
             period = int(prediction.keys.get("strategy.sync_every", 1))
             place = folder / f"trial_{number}"
             try:
-                seconds = step_seconds(config_of(prediction.keys), world, splits, place, prediction.seconds, period)
+                tried = RunPlan.resolve(config_of(prediction.keys), world)
+                tried.check(warn=False)
             except ConfigError as error:
                 remarks.append(f"not tried: {error}")
                 continue
+            seconds = step_seconds(tried, splits, place, prediction.seconds, period)
             trials.append(Trial(prediction, seconds))
     return dataclasses.replace(plan, trials=trials, remarks=remarks)
 

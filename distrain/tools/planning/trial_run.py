@@ -18,7 +18,6 @@ from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
-from distrain.runtime.world import World
 from distrain.training import auto_format
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.callbacks import Callback, RunView
@@ -45,12 +44,11 @@ class _StepClock(Callback):
         self.times.append(time.perf_counter())
 
 
-def step_seconds(config: Config, world: World, splits: Splits, folder: Path, expected: float, period: int = 1) -> float:
-    """Trains a few steps; all ranks call it together.
+def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, period: int = 1) -> float:
+    """Trains a few steps; all ranks of the training call it together.
 
     Args:
-        config: The training.
-        world: This rank's place.
+        plan: The training.
         splits: The samples.
         folder: For the run; all hosts see it.
         expected: Seconds that a step is expected to take, which says how many are timed.
@@ -60,15 +58,14 @@ def step_seconds(config: Config, world: World, splits: Splits, folder: Path, exp
         Seconds of a step, the same on all ranks: of the median period, on the mean rank.
 
     Raises:
-        ConfigError: The configuration can't run on these ranks.
         Failed: A rank failed.
     """
     warm_up, periods = steps_of_trial(expected, period)
     steps = warm_up + periods * period
-    plan = RunPlan.resolve(_short(config, folder, steps), world)
-    plan.check(warn=False)
+    plan = plan.with_config(_short(plan.config, folder, steps))
+    world = plan.world
     # An evaluation between two steps would be timed with them.
-    few = 2 * config.data.batch_size
+    few = 2 * plan.config.data.batch_size
     small = dataclasses.replace(splits, val=first_samples(splits.val, 0), test=first_samples(splits.test, few))
     with quiet(), Runtime(plan.config, world) as runtime:
         logging.getLogger("distrain").setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def planned(options: Options, *keys: str) -> Plan:
     def config_of(chosen: Mapping[str, str]) -> Config:
         return small(*keys, *(f"{key}={value}" for key, value in chosen.items()))
 
-    return engine.make_plan(engine.check(small(*keys), ALONE, options), ALONE, options, config_of)
+    with tempfile.TemporaryDirectory() as folder:
+        checked = engine.check(small(*keys), ALONE, options)
+        return engine.make_plan(checked, ALONE, options, config_of, Path(folder))
 
 
 def test_only_what_is_trained_is_sent() -> None:
