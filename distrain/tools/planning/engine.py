@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distrain.compression.base import compressor_class
 from distrain.config.schema import CompressionConfig, Config
@@ -82,9 +83,19 @@ def agreed_folder(config: Config, world: World, folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError("folder", folder, f"can't be made ({error.strerror or error})") from error
+    return Path(_of_rank_0(config, world, {"folder": str(folder.resolve())})["folder"])
+
+
+def _of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 has to tell; all ranks call it together.
+
+    Args:
+        config: A configuration that is the same on all ranks.
+        world: This rank's place.
+        mine: What this rank would tell; anything that JSON can hold.
+    """
     with Runtime(config, world, keep_logs=False) as runtime:
-        told = runtime.communicator().all_gather_json({"folder": str(folder.resolve())}, runtime.device)
-    return Path(told[0]["folder"])
+        return runtime.communicator().all_gather_json(mine, runtime.device)[0]
 
 
 def make_plan(
@@ -100,7 +111,7 @@ def make_plan(
         folder: For short runs.
 
     Returns:
-        The same on all ranks.
+        Rank 0 has the plan to show; on other ranks the times of blocks differ a little.
 
     Raises:
         ConfigError: The training can't run, or the cluster's file is wrong.
@@ -139,15 +150,17 @@ def _with_loop(measured: Measured, run: RunPlan, world: World, splits: Splits, f
     samples = max(workload.outside)
     crowd = cluster.slowdown_of(cluster.ranks_per_machine)
     parts = workload.forward_seconds(samples) + workload.backward_seconds(samples)
-    known = crowd * (parts + workload.outside_seconds(samples) + workload.update_seconds)
+    own = crowd * (parts + workload.outside_seconds(samples) + workload.update_seconds)
+    # Ranks have measured their blocks by themselves, and all must decide alike.
+    known = _of_rank_0(run.config, world, {"seconds": own})["seconds"]
     if known > _LONG_STEP:
         return workload
     data = dataclasses.replace(run.config.data, batch_size=samples)
     trainer = dataclasses.replace(run.config.trainer, micro_batch_size=None)
     alone = run.with_config(dataclasses.replace(run.config, data=data, trainer=trainer))
-    own = step_seconds(alone, splits, folder / f"loop_{world.rank}", known)
+    trained = step_seconds(alone, splits, folder / f"loop_{world.rank}", known)
     with Runtime(run.config, world, keep_logs=False) as runtime:
-        everyone = runtime.communicator().all_gather_json({"seconds": own}, runtime.device)
+        everyone = runtime.communicator().all_gather_json({"seconds": trained}, runtime.device)
     loop = max(sum(rank["seconds"] for rank in everyone) / world.size - known, 0.0) / crowd
     return dataclasses.replace(workload, outside={size: one + loop for size, one in workload.outside.items()})
 
@@ -249,22 +262,25 @@ def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: P
     """
     trials: list[Trial] = []
     remarks = list(plan.remarks)
-    chosen = plan.chosen_for_trial(count)
-    if not chosen:
-        return plan
-    run = RunPlan.resolve(config_of(chosen[0].keys), world)
+    best = {"all": [{"keys": one.keys, "seconds": one.seconds} for one in plan.chosen_for_trial(count)]}
+    # Ranks have measured their blocks by themselves, and all must try the same.
+    chosen = _of_rank_0(config_of({}), world, best)["all"]
+    predictions = {tuple(prediction.keys.items()): prediction for prediction in plan.predictions}
+    run = RunPlan.resolve(config_of(chosen[0]["keys"]), world)
     with contextlib.closing(run.load()) as splits:
-        for number, prediction in enumerate(chosen):
-            period = int(prediction.keys.get("strategy.sync_every", 1))
-            place = folder / f"trial_{number}"
+        for number, one in enumerate(chosen):
+            keys: dict[str, str] = one["keys"]
+            place, period = folder / f"trial_{number}", int(keys.get("strategy.sync_every", 1))
             try:
-                tried = RunPlan.resolve(config_of(prediction.keys), world)
+                tried = RunPlan.resolve(config_of(keys), world)
                 tried.check(warn=False)
             except ConfigError as error:
                 remarks.append(f"not tried: {error}")
                 continue
-            seconds = step_seconds(tried, splits, place, prediction.seconds, period)
-            trials.append(Trial(prediction, seconds))
+            seconds = step_seconds(tried, splits, place, one["seconds"], period)
+            # Another rank may have left it out.
+            if prediction := predictions.get(tuple(keys.items())):
+                trials.append(Trial(prediction, seconds))
     return dataclasses.replace(plan, trials=trials, remarks=remarks)
 
 

@@ -112,7 +112,7 @@ def measure(
         most_samples: Most samples of a measured step; ``None``: a rank's share of a batch.
 
     Returns:
-        The same on all ranks.
+        What this rank measured; what ranks measure together is the same on all of them.
 
     Raises:
         ConfigError: Hosts have different numbers of ranks.
@@ -183,7 +183,7 @@ class _Measurement:
             deferred_factor=factors[1],
             keeping_residuals=frozenset(name for name, one in compressors.items() if _keeps_residuals(one)),
         )
-        return self._same_for_all(Measured(workload, cluster, self._remarks))
+        return Measured(workload, cluster, self._remarks)
 
     def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
         """The two numbers of samples to measure, in ascending order; one if there are no more samples."""
@@ -435,15 +435,6 @@ class _Measurement:
         """The largest value of all ranks, or their sum."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
         return float(self._everyone.all_reduce(tensor, reduction)) if self._world.size > 1 else value
-
-    def _same_for_all(self, measured: Measured) -> Measured:
-        """Rank 0's result."""
-        if self._world.size == 1:
-            return measured
-        box: list[Measured | None] = [measured]
-        torch.distributed.broadcast_object_list(box, src=0)
-        assert box[0] is not None
-        return box[0]
 
 
 def _link_of(model: LinkModel, ranks: int) -> Link:
