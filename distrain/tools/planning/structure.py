@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from distrain.errors import ConfigError
 from distrain.strategies.pipeline import split
@@ -40,14 +41,17 @@ class BlockStructure:
     kernels: int
 
 
-class _KernelCounter(TorchDispatchMode):
-    """Counts operations that make no view."""
+class _KernelCounter(TorchFunctionMode):
+    """Counts functions whose result is a tensor in new memory: about as many kernels run on a device."""
 
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        self.count += isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given
+        return result
 
 
 def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) -> list[BlockStructure]:
@@ -78,7 +82,7 @@ def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) ->
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-        kernels = _KernelCounter()  # type: ignore[no-untyped-call]
+        kernels = _KernelCounter()
         with hooks, precision.autocast(), kernels, FlopCounterMode(display=False) as counter:
             value = block(value)
         trained = [tensor for tensor in own.values() if tensor.requires_grad]
