@@ -12,12 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from distrain.cli import hydra_entry, output
-from distrain.cli.arguments import refuse_python_objects
-from distrain.config.load import load_config
+from distrain.cli.training_keys import compose_training
 from distrain.config.schema import Config, setting
 from distrain.errors import ConfigError, Failed, config_error
 from distrain.files.terminal import show
@@ -119,12 +115,7 @@ def _training_spec(keys: Sequence[str], nproc: int, conf: Path) -> TrainingSpec:
     Raises:
         ConfigError: A key is invalid.
     """
-    try:
-        refuse_python_objects(keys)
-        composed = hydra_entry.compose(conf, "config", keys)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise hydra_entry.to_config_error(error, conf, "config", keys) from error
-    checked = load_config(composed)
+    checked = compose_training(keys, conf)
     for key, value in (("run_dir", checked.run_dir), ("resume", checked.resume)):
         if value not in (None, "auto"):
             raise ConfigError(key, value, "is chosen by this command")

@@ -20,7 +20,7 @@ from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
 
 #: Steps between saves of a run that shall not save: more than any short run has.
-NEVER = 1_000_000_000
+_NEVER = 1_000_000_000
 #: Seconds that ranks wait for the runs of one process, which rank 0 does alone.
 _PATIENCE = 6 * 3600.0
 
@@ -81,6 +81,22 @@ def as_single(config: Config) -> Config:
     return dataclasses.replace(config, **parts)
 
 
+def shortened(config: Config, steps: int) -> Config:
+    """The training of so many steps from the beginning, which neither logs nor saves before its end."""
+    trainer = dataclasses.replace(
+        config.trainer,
+        epochs=steps,
+        max_steps=steps,
+        max_minutes=None,
+        log_every_steps=_NEVER,
+        progress="off",
+        profile_steps=0,
+    )
+    checkpoint = dataclasses.replace(config.checkpoint, every_epochs=_NEVER, every_steps=None, every_minutes=None)
+    logger = choice("logger", "none").schema(name="none")
+    return dataclasses.replace(config, trainer=trainer, checkpoint=checkpoint, logger=logger, resume="never")
+
+
 def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Path) -> ShortRuns:
     """Cuts a run to a few steps in which an epoch ends with a smaller batch.
 
@@ -98,25 +114,12 @@ def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Pa
     # A whole batch, and the smaller last one.
     epoch_steps = max(steps // 2, 2)
     save_at = steps // 2 + 1 if steps > 2 else None
-    trainer = dataclasses.replace(
-        config.trainer,
-        epochs=steps,
-        max_steps=steps,
-        max_minutes=None,
-        log_every_steps=NEVER,
-        progress="off",
-        profile_steps=0,
-    )
-    checkpoint = dataclasses.replace(
-        config.checkpoint, every_epochs=NEVER, every_steps=None, every_minutes=None, keep=steps
-    )
+    short = shortened(config, steps)
+    checkpoint = dataclasses.replace(short.checkpoint, keep=steps)
     runtime = dataclasses.replace(
         config.runtime, setup_timeout_seconds=max(config.runtime.setup_timeout_seconds, _PATIENCE)
     )
-    logger = choice("logger", "none").schema(name="none")
-    short = dataclasses.replace(
-        config, trainer=trainer, checkpoint=checkpoint, runtime=runtime, logger=logger, resume="never"
-    )
+    short = dataclasses.replace(short, checkpoint=checkpoint, runtime=runtime)
     evaluated = 2 * config.data.batch_size + 3
     small = dataclasses.replace(
         splits, val=first_samples(splits.val, evaluated), test=first_samples(splits.test, evaluated)

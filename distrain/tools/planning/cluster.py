@@ -141,10 +141,6 @@ class Cluster:
         """The host of a rank; ranks of a host are consecutive."""
         return rank // self.ranks_per_host
 
-    def machine_of(self, rank: int) -> int:
-        """The machine of a rank."""
-        return rank // self.ranks_per_machine
-
     def speed_of(self, rank: int) -> float:
         """Relative speed of a rank's computation."""
         return self.relative_speeds[self.host_of(rank)] if self.relative_speeds else 1.0

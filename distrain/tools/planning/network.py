@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from distrain.tools.planning.cluster import Cluster, Link
+from distrain.tools.planning.cluster import Cluster, Link, LinkPoint
 
 #: ``hierarchical``: gloo and shared memory. ``flat``: all ranks in one ring or tree, as NCCL does it.
 Collectives = Literal["hierarchical", "flat"]
@@ -143,7 +143,7 @@ class Network:
             return self._cluster.between
         latency = self._cluster.between.latency
         points = tuple(
-            type(point)(point.sent, latency + group.sharing * (point.seconds - latency), point.processor_seconds)
+            LinkPoint(point.sent, latency + group.sharing * (point.seconds - latency), point.processor_seconds)
             for point in self._cluster.between.points
         )
         return Link(points)

@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
-from distrain.config.registry import choice
-from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
@@ -23,7 +21,7 @@ from distrain.training.assembly import build_model, build_trainer
 from distrain.training.callbacks import Callback, RunView
 from distrain.training.run_plan import RunPlan
 from distrain.verification.rank_runs import quiet
-from distrain.verification.short_runs import NEVER, first_samples
+from distrain.verification.short_runs import first_samples, shortened
 
 #: Seconds of timed steps, and the fewest steps and most periods that are timed.
 _SECONDS, _FEWEST, _MOST = 3.0, 5, 60
@@ -62,7 +60,7 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
     """
     warm_up, periods = steps_of_trial(expected, period)
     steps = warm_up + periods * period
-    plan = plan.with_config(_short(plan.config, folder, steps))
+    plan = plan.with_config(dataclasses.replace(shortened(plan.config, steps), run_dir=str(folder)))
     world = plan.world
     # An evaluation between two steps would be timed with them.
     few = 2 * plan.config.data.batch_size
@@ -97,20 +95,3 @@ def steps_of_trial(expected: float, period: int) -> tuple[int, int]:
     """
     periods = min(max(int(_SECONDS / (expected * period)), -(-_FEWEST // period)), _MOST)
     return -(-_WARM_UP // period) * period, periods
-
-
-def _short(config: Config, folder: Path, steps: int) -> Config:
-    trainer = dataclasses.replace(
-        config.trainer,
-        epochs=steps,
-        max_steps=steps,
-        max_minutes=None,
-        log_every_steps=NEVER,
-        progress="off",
-        profile_steps=0,
-    )
-    checkpoint = dataclasses.replace(config.checkpoint, every_epochs=NEVER, every_steps=None, every_minutes=None)
-    logger = choice("logger", "none").schema(name="none")
-    return dataclasses.replace(
-        config, trainer=trainer, checkpoint=checkpoint, logger=logger, resume="never", run_dir=str(folder)
-    )
