@@ -72,7 +72,7 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     config, options, config_of = _training(keys), settings.options(), functools.partial(_with, keys)
     checked = engine.check(config, world, options)
     folder = engine.agreed_folder(config, world, Path(name))
-    runs = folder / "trials"
+    runs = folder / engine.TRIALS
     made = engine.make_plan(checked, world, options, config_of, runs)
     if world.rank == 0:
         for line in made.lines(settings.rows):

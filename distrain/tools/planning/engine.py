@@ -48,6 +48,8 @@ class Options:
     strategies: Sequence[str] = STRATEGIES
 
 
+#: Folder of the short runs, which is removed after them.
+TRIALS = "trials"
 #: Seconds of a step above which the loop around it doesn't matter.
 _LONG_STEP = 0.1
 #: The training with the keys of a configuration in place of its own strategy and compressor.
@@ -76,9 +78,11 @@ def agreed_folder(config: Config, world: World, folder: Path) -> Path:
     """The folder that rank 0 names, which it makes; all ranks call it together.
 
     Raises:
-        ConfigError: It can't be made.
+        ConfigError: It can't be made, or what it holds would be removed with the short runs.
     """
     if world.rank == 0:
+        if (folder / TRIALS).exists():
+            raise ConfigError("folder", folder, f"holds {TRIALS}, where short runs would be; name another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
