@@ -86,13 +86,18 @@ def main() -> None:
         print(f"# {setting}", flush=True)
         subprocess.run(setting.command(folder, options), check=True, stdout=subprocess.DEVNULL)
         plans[setting] = json.loads((folder / "plan.json").read_text())
-        show(plans[setting]["trials"])
+        show(plans[setting])
     summarise(plans)
 
 
-def show(trials: list[dict[str, Any]]) -> None:
+def predictions(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configurations that were run, without those by which the plan was calibrated."""
+    return [trial for trial in plan["trials"] if trial["keys"] not in plan["calibrated_on"]]
+
+
+def show(plan: dict[str, Any]) -> None:
     """Prints a row for each configuration of a setting."""
-    for trial in sorted(trials, key=lambda trial: trial["measured_ms"]):
+    for trial in sorted(predictions(plan), key=lambda trial: trial["measured_ms"]):
         keys = " ".join(f"{key}={value}" for key, value in trial["keys"].items())
         print(
             f"{trial['predicted_ms']:9.1f} ms  {trial['measured_ms']:9.1f} ms  {error(trial):+7.1%}  {keys}", flush=True
@@ -106,7 +111,7 @@ def error(trial: dict[str, Any]) -> float:
 
 def summarise(plans: dict[Setting, dict[str, Any]]) -> None:
     """Prints the errors of all configurations, and how often the fastest one was predicted."""
-    trials = [trial for plan in plans.values() for trial in plan["trials"]]
+    trials = [trial for plan in plans.values() for trial in predictions(plan)]
     errors = sorted(abs(error(trial)) for trial in trials)
     within = sum(one <= NINE_OF_TEN for one in errors) / len(errors)
     first, lost = 0, []

@@ -94,6 +94,7 @@ def measure_link(
     kinds: Sequence[str] = ("all_reduce", "all_gather"),
     long_enough: float = _LONG_ENOUGH,
     max_seconds: float = _MAX_SECONDS,
+    repeats: int = _REPEATS,
 ) -> LinkModel:
     """Times collectives of increasing size; all ranks of the group call it together.
 
@@ -104,6 +105,7 @@ def measure_link(
         kinds: The kinds of collectives to time: ``all_reduce``, ``all_gather``.
         long_enough: Seconds; after a message that takes so long no larger one is timed.
         max_seconds: Seconds after which a message is not repeated any more.
+        repeats: Number of times that each message is timed, of which the median is taken.
 
     Returns:
         The same model on all ranks: each time is the slowest rank's.
@@ -114,14 +116,16 @@ def measure_link(
         largest = max(max_bytes if kind == "all_reduce" else max_bytes // communicator.size, _SECOND)
         size = _SMALLEST
         while True:
-            measured.append(_measure(communicator, device, kind, size, max_seconds))
+            measured.append(_measure(communicator, device, kind, size, repeats, max_seconds))
             if measured[-1].seconds >= long_enough or size >= largest:
                 break
             size = min(max(_GROWTH * size, _SECOND), largest)
     return LinkModel(samples)
 
 
-def _measure(communicator: Communicator, device: torch.device, kind: str, size: int, max_seconds: float) -> LinkSample:
+def _measure(
+    communicator: Communicator, device: torch.device, kind: str, size: int, repeats: int, max_seconds: float
+) -> LinkSample:
     message = torch.zeros(size // 4, device=device)
 
     def start() -> Pending:
@@ -134,13 +138,13 @@ def _measure(communicator: Communicator, device: torch.device, kind: str, size: 
     sent = communicator.ledger.total()
     start().wait()
     sent = communicator.ledger.total() - sent
-    repeats: list[list[float]] = []
-    while len(repeats) < _REPEATS and sum(seconds for seconds, _ in repeats) < max_seconds:
+    times: list[list[float]] = []
+    while len(times) < repeats and sum(seconds for seconds, _ in times) < max_seconds:
         begin, processor_begin = synchronised_time(device), time.process_time()
         start().wait()
         own = [synchronised_time(device) - begin, time.process_time() - processor_begin]
         # All ranks continue with the same times, or they would stop after different numbers of repeats.
         longest = communicator.all_reduce(torch.tensor(own, dtype=torch.float64, device=device), "max")
-        repeats.append(longest.tolist())
-    seconds, processor_seconds = (statistics.median(column) for column in zip(*repeats, strict=True))
+        times.append(longest.tolist())
+    seconds, processor_seconds = (statistics.median(column) for column in zip(*times, strict=True))
     return LinkSample(sent, seconds, min(processor_seconds, seconds) if device.type == "cpu" else 0.0)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distrain.gradients.bucket_sizes import AllReduceCost
+
 
 @dataclass(frozen=True)
 class LinkPoint:
@@ -53,10 +55,11 @@ class Link:
             ranks: How many took part.
         """
         rounds = 2 * (ranks - 1)
-        latency = points[0].seconds / rounds
+        latency = min(point.seconds for point in points) / rounds
         others = latency * (rounds - 1)
-        # No message takes less than an empty one, whatever was measured.
-        seconds = [max(point.seconds - others, latency) for point in points]
+        # No message takes less than an empty one, or more than a larger one, whatever was measured.
+        least = [min(point.seconds for point in points[index:]) for index in range(len(points))]
+        seconds = [max(one - others, latency) for one in least]
         return cls(tuple(dataclasses.replace(point, seconds=one) for point, one in zip(points, seconds, strict=True)))
 
     @property
@@ -71,6 +74,21 @@ class Link:
     def processor_seconds(self, sent: float) -> float:
         """Time that a rank's own processor spends on such a transfer."""
         return _interpolated([(point.sent, point.processor_seconds) for point in self.points], sent)
+
+
+@dataclass(frozen=True)
+class TokenBucket:
+    """Tokens for bytes that a host may send at once, besides those that its link's rate allows.
+
+    Attributes:
+        bytes_per_second: Rate at which tokens arrive.
+        burst_bytes: Most tokens that are kept.
+        fast: The link while there are tokens.
+    """
+
+    bytes_per_second: float
+    burst_bytes: float
+    fast: Link
 
 
 @dataclass(frozen=True)
@@ -112,6 +130,9 @@ class Cluster:
             ``None``: as ``within``.
         accelerator: The ranks' devices, where times were not measured.
         sockets: Link of the connections between a worker and a parameter server; ``None``: as other messages.
+        all_reduce_cost: Cost of an all-reduce of all these ranks, from which a run chooses the sizes of its buckets;
+            ``None``: as follows from the links.
+        token_bucket: Of each host's link to the others; ``None``: ``between`` is always as fast.
     """
 
     hosts: int
@@ -126,6 +147,8 @@ class Cluster:
     messages: Link | None = None
     accelerator: Accelerator | None = None
     sockets: Link | None = None
+    token_bucket: TokenBucket | None = None
+    all_reduce_cost: AllReduceCost | None = None
 
     @property
     def ranks(self) -> int:
@@ -158,7 +181,10 @@ class Cluster:
         speeds = tuple(known[index % len(known)] for index in range(hosts)) if known else ()
         # Sockets that were measured within a host say nothing of those between hosts.
         sockets = self.sockets if (self.hosts > 1) == (hosts > 1) else None
-        return dataclasses.replace(self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds, sockets=sockets)
+        cost = self.all_reduce_cost if self.hosts == hosts else None
+        return dataclasses.replace(
+            self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds, sockets=sockets, all_reduce_cost=cost
+        )
 
 
 def slowdown_curve(alone: float, together: float, ranks: int, processors: int) -> tuple[float, ...]:

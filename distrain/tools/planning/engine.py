@@ -18,12 +18,12 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
+from distrain.tools.planning.calibration import ShortRuns, calibrated
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.measurement import Measured, measure
+from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.steps.common import Setting
-from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
 from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
@@ -50,8 +50,6 @@ class Options:
 
 #: Folder of the short runs, which is removed after them.
 TRIALS = "trials"
-#: Seconds of a step above which the loop around it doesn't matter.
-_LONG_STEP = 0.1
 #: The training with the keys of a configuration in place of its own strategy and compressor.
 ConfigOf = Callable[[Mapping[str, str]], Config]
 
@@ -128,45 +126,18 @@ def make_plan(
         run.check_sizes(splits, trial)
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
         measured = measure(run, world, splits, compressors, _most_samples(run.config.data.batch_size, described))
-        workload = _with_loop(measured, run, world, splits, folder)
+        workload, done = measured.workload, list[dict[str, str]]()
+        if described is None or described.accelerator is None:
+            runs = ShortRuns(world, splits, config_of, folder)
+            workload, done = calibrated(workload, measured.cluster, options.strategies, runs)
     cluster = measured.cluster
     if described is not None:
         cluster = described
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
     plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
+    plan = dataclasses.replace(plan, calibrated_on=done)
     return _without_refused(plan, config_of, sizes)
-
-
-def _with_loop(measured: Measured, run: RunPlan, world: World, splits: Splits, folder: Path) -> Workload:
-    """The training with the time that the loop around a step takes, where it matters; all ranks call it together.
-
-    Each rank trains some steps by itself, all at the same time, since the other parts were timed so.
-
-    Args:
-        measured: The other parts of a step.
-        run: The training as one process does it.
-        world: This rank's place.
-        splits: The samples.
-        folder: For the runs.
-    """
-    workload, cluster = measured.workload, measured.cluster
-    samples = max(workload.outside)
-    crowd = cluster.slowdown_of(cluster.ranks_per_machine)
-    parts = workload.forward_seconds(samples) + workload.backward_seconds(samples)
-    own = crowd * (parts + workload.outside_seconds(samples) + workload.update_seconds)
-    # Ranks have measured their blocks by themselves, and all must decide alike.
-    known = _of_rank_0(run.config, world, {"seconds": own})["seconds"]
-    if known > _LONG_STEP:
-        return workload
-    data = dataclasses.replace(run.config.data, batch_size=samples)
-    trainer = dataclasses.replace(run.config.trainer, micro_batch_size=None)
-    alone = run.with_config(dataclasses.replace(run.config, data=data, trainer=trainer))
-    trained = step_seconds(alone, splits, folder / f"loop_{world.rank}", known)
-    with Runtime(run.config, world, keep_logs=False) as runtime:
-        everyone = runtime.communicator().all_gather_json({"seconds": trained}, runtime.device)
-    loop = max(sum(rank["seconds"] for rank in everyone) / world.size - known, 0.0) / crowd
-    return dataclasses.replace(workload, outside={size: one + loop for size, one in workload.outside.items()})
 
 
 def _most_samples(batch_size: int, described: Cluster | None) -> int | None:
@@ -272,16 +243,14 @@ def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: P
     predictions = {tuple(prediction.keys.items()): prediction for prediction in plan.predictions}
     run = RunPlan.resolve(config_of(chosen[0]["keys"]), world)
     with contextlib.closing(run.load()) as splits:
+        runs = ShortRuns(world, splits, config_of, folder)
         for number, one in enumerate(chosen):
             keys: dict[str, str] = one["keys"]
-            place, period = folder / f"trial_{number}", int(keys.get("strategy.sync_every", 1))
             try:
-                tried = RunPlan.resolve(config_of(keys), world)
-                tried.check(warn=False)
+                seconds = runs.seconds(keys, one["seconds"], f"trial_{number}")
             except ConfigError as error:
                 remarks.append(f"not tried: {error}")
                 continue
-            seconds = step_seconds(tried, splits, place, one["seconds"], period)
             # Another rank may have left it out.
             if prediction := predictions.get(tuple(keys.items())):
                 trials.append(Trial(prediction, seconds))

@@ -25,7 +25,8 @@ from distrain.config.schema import CompressionConfig
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error
-from distrain.gradients.buckets import make_bucket
+from distrain.gradients.bucket_sizes import MIB, AllReduceCost, BucketSizing, choose_sizes, gradient_bytes_of
+from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
@@ -38,19 +39,23 @@ from distrain.strategies.batchnorm import defer_running_statistics, synchronise_
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
 from distrain.strategies.single import Single
-from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve
+from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, expected_maximum, slowdown_curve
+from distrain.tools.planning.robust_mean import median_of_means
 from distrain.tools.planning.socket_link import measure_sockets
 from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
+from distrain.tools.planning.token_bucket import measure_token_bucket
 from distrain.tools.planning.workload import BlockProfile, Workload
 from distrain.torch_internals import BatchNorm
 from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
 
-#: Seconds of steps of one size, and the fewest and most steps.
-_STEP_SECONDS, _FEWEST, _MOST = 1.5, 3, 30
+#: Seconds of steps of one size, and the fewest steps.
+_STEP_SECONDS, _FEWEST = 1.5, 3
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
+#: A message is sent so many times, or fewer in so many seconds.
+_LINK_REPEATS, _LINK_SECONDS = 21, 0.3
 #: Bytes of the largest message that is timed.
 _MOST_BYTES = 32 * 2**20
 #: Link between ranks of a host where each host has one rank, so that there is nothing to measure.
@@ -87,12 +92,10 @@ class _StepTimes:
     Attributes:
         loading: Waiting for the next batch.
         passes: Forward and backward passes.
-        spread: Standard deviation of the passes, relative to their mean.
     """
 
     loading: float
     passes: float
-    spread: float = 0.0
 
 
 def measure(
@@ -164,22 +167,29 @@ class _Measurement:
             self._batchnorm_factor(strategy.model, change, short, update, steps[short].passes)
             for change in (synchronise_batchnorm, defer_running_statistics)
         ]
-        times = {name: self._compressor(strategy, own) for name, own in compressors.items()} if ranks > 1 else {}
         copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
-        cluster = self._cluster(alone, steps[largest], strategy)
+        one = steps[largest]
+        spread = self._spread(strategy, largest, one.loading + one.passes + update) if ranks > 1 else 0.0
+        cluster = self._cluster(alone, one, spread, strategy)
+        parts = self._bucket_parts(strategy.model, cluster.all_reduce_cost)
+        times = {name: self._compressor(parts, own) for name, own in compressors.items()} if ranks > 1 else {}
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
+        # What takes less time than a rank's turn on a processor was timed while no more ranks computed than there are
+        # processors.
+        briefly = cluster.slowdown_of(min(cluster.ranks_per_machine, _processors()))
         workload = Workload(
             self._profiles(costs, steps, found, begins, crowd),
             batch_size,
             {size: steps[size].loading / crowd for size in sizes},
-            update / crowd,
+            update / briefly,
             float(_optimizer_bytes(strategy.optimizer)),
             self._micro_batch_size,
             factors[0],
-            {name: _divided(cost, crowd) for name, cost in times.items()},
+            {name: _divided(cost, briefly) for name, cost in times.items()},
             max(ranks, 2),
-            copy_seconds=copying / crowd,
-            digest_seconds=hashing / crowd,
+            compressed_bytes=tuple(4 * _numel(part) for part in parts),
+            copy_seconds=copying / briefly,
+            digest_seconds=hashing / briefly,
             deferred_factor=factors[1],
             keeping_residuals=frozenset(name for name, one in compressors.items() if _keeps_residuals(one)),
         )
@@ -235,20 +245,57 @@ class _Measurement:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def _steps(self, strategy: Single, size: int, update: float, *, together: bool = True) -> _StepTimes:
-        """Times steps on batches of a number of samples."""
+        """Times steps on batches of a number of samples.
+
+        Args:
+            strategy: Takes the steps.
+            size: Number of samples.
+            update: Seconds of the optimizer.
+            together: All ranks do so at the same time, and begin and end together.
+        """
         batches = self._batches(strategy, size)
         first = self._step(strategy, batches)
         longest = self._agree(sum(first)) if together else sum(first)
-        count = min(max(int(_STEP_SECONDS / longest), _FEWEST), _MOST)
-        times = [self._step(strategy, batches) for _ in range(count + 1)][1:]
-        loading = statistics.median(one for one, _ in times)
-        passes = [max(whole - update, 0.0) for _, whole in times]
-        middle = statistics.median(passes)
-        spread = statistics.median(abs(one - middle) for one in passes) * 1.4826 / max(middle, 1e-9)
+        seconds = max(_STEP_SECONDS, _FEWEST * longest)
+        times: list[tuple[float, float]] = []
+        begin = time.perf_counter()
+        # For a time and not for a number of steps: where ranks outnumber processors some are faster for a while, and
+        # what the others take after those have ended says nothing.
+        while len(times) < _FEWEST or time.perf_counter() - begin < seconds:
+            times.append(self._step(strategy, batches))
+        loading = median_of_means([loaded for loaded, _ in times])
+        passes = max(median_of_means([taken for _, taken in times]) - update, 0.0)
         if together:
-            means = (self._agree(value, "sum") / self._world.size for value in (loading, middle, spread))
-            loading, middle, spread = means
-        return _StepTimes(loading, middle, spread)
+            # The slowest rank's, for which the others wait sooner or later.
+            loading, passes = (self._agree(value) for value in (loading, passes))
+        return _StepTimes(loading, passes)
+
+    def _spread(self, strategy: Single, size: int, free: float) -> float:
+        """By how much ranks that wait for each other after each step are slower, as a standard deviation.
+
+        Args:
+            strategy: Takes the steps.
+            size: Number of samples of a step.
+            free: Seconds of a step of ranks that don't wait.
+
+        Returns:
+            The standard deviation of a rank's step, relative to its mean, with which the slowest of these ranks would
+            be as late as it is.
+        """
+        batches = self._batches(strategy, size)
+        count = max(_FEWEST, int(_STEP_SECONDS / free))
+        steps, barriers = [], []
+        for _ in range(count):
+            begin = synchronised_time(self._device)
+            self._step(strategy, batches)
+            self._everyone.barrier()
+            middle = synchronised_time(self._device)
+            self._everyone.barrier()
+            steps.append(middle - begin)
+            barriers.append(synchronised_time(self._device) - middle)
+        lateness = median_of_means(steps) - statistics.median(barriers) - free
+        mean = self._agree(lateness, "sum") / self._world.size
+        return max(mean, 0.0) / free / expected_maximum(self._world.size)
 
     def _step(self, strategy: Single, batches: Iterator[Batch]) -> tuple[float, float]:
         """Seconds of waiting for the batch, and of the rest."""
@@ -371,29 +418,45 @@ class _Measurement:
 
     # --- compressors -------------------------------------------------------------------------------------------------
 
-    def _compressor(self, strategy: Single, config: CompressionConfig) -> CompressorCost:
-        """A compressor's work on the model's gradients in one bucket."""
+    def _compressor(
+        self, parts: Sequence[Sequence[tuple[str, nn.Parameter]]], config: CompressionConfig
+    ) -> CompressorCost:
+        """A compressor's work on buckets of some parameters each."""
         compressor = compression.build(config, self._plan.config.seed)
-        bucket = make_bucket(list(trainable_parameters(strategy.model).items()), compressor)
+        buckets = [make_bucket(list(part), compressor) for part in parts]
         torch.manual_seed(0)
-        bucket.flat.normal_(std=1e-3)
+        for bucket in buckets:
+            bucket.flat.normal_(std=1e-3)
         for _ in range(compressor.warmup_steps):
             compressor.begin_step()
-        return measure_cost(compressor, [bucket], self._everyone)
+        return measure_cost(compressor, buckets, self._everyone)
+
+    def _bucket_parts(self, model: nn.Module, cost: AllReduceCost | None) -> list[list[tuple[str, nn.Parameter]]]:
+        """The parameters of buckets on which compressors are timed: all of them, and two of those that a run has."""
+        parameters = list(trainable_parameters(model).items())
+        if cost is None:
+            return [parameters]
+        sizes = [size * MIB for size in choose_sizes(cost, gradient_bytes_of(model))]
+        parts = sorted(split_into_buckets(parameters[::-1], *sizes), key=_numel)
+        return [parameters] if len(parts) == 1 else [parameters, parts[-1], parts[0]]
 
     # --- machines ----------------------------------------------------------------------------------------------------
 
-    def _cluster(self, alone: float, together: _StepTimes, strategy: Single) -> Cluster:
+    def _cluster(self, alone: float, together: _StepTimes, spread: float, strategy: Single) -> Cluster:
         hosts, per_host = self._hosts, self._world.size // self._hosts
         rows = self._everyone.all_gather_json({"machine": boot_id() or self._world.host}, self._device)
         machines = len({row["machine"] for row in rows})
         most = min(max(sum(p.numel() * p.element_size() for p in strategy.model.parameters()), 2**20), _MOST_BYTES)
         within, between = self._links(hosts, per_host, most)
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         on_machine = self._world.size // machines
-        curve = slowdown_curve(alone, together.passes, on_machine, processors) if on_machine > 1 else ()
-        messages = sockets = None
+        curve = slowdown_curve(alone, together.passes, on_machine, _processors()) if on_machine > 1 else ()
+        messages = sockets = bucket = cost = None
         if self._world.size > 1:
+            # As a run measures it to choose the sizes of its buckets.
+            size = gradient_bytes_of(strategy.model)
+            cost = BucketSizing((None,) * 3, self._everyone, self._everyone, self._device, size).cost
+            if hosts > 1 and per_host == 1:
+                bucket = measure_token_bucket(self._everyone, self._device, between)
             # Between the first two ranks.
             milliseconds = measure_point_to_point(self._everyone, self._device)
             latency, per_byte = (self._agree(value / 1000) for value in milliseconds)
@@ -407,9 +470,11 @@ class _Measurement:
             between,
             slowdown=curve,
             hosts_per_machine=hosts // machines,
-            spread=together.spread,
+            spread=spread,
             messages=messages,
             sockets=sockets,
+            token_bucket=bucket,
+            all_reduce_cost=cost,
         )
 
     def _links(self, hosts: int, per_host: int, most: int) -> tuple[Link, Link]:
@@ -417,15 +482,15 @@ class _Measurement:
         if self._world.size == 1:
             return _SHARED_MEMORY, _SHARED_MEMORY
         if hosts == 1 or per_host == 1:
-            link = _link_of(measure_link(self._everyone, self._device, most, kinds=("all_reduce",)), self._world.size)
+            link = _link_of(_measured_link(self._everyone, self._device, most), self._world.size)
             return (link, link) if hosts == 1 else (_SHARED_MEMORY, link)
         mesh = self._runtime.mesh({"host": hosts, "local": per_host})
         assert mesh is not None, "several ranks"
-        within = measure_link(Communicator(mesh.get_group("local")), self._device, most, kinds=("all_reduce",))
+        within = _measured_link(Communicator(mesh.get_group("local")), self._device, most)
         self._everyone.barrier()
         between = within
         if self._world.local_rank == 0:
-            between = measure_link(Communicator(mesh.get_group("host")), self._device, most, kinds=("all_reduce",))
+            between = _measured_link(Communicator(mesh.get_group("host")), self._device, most)
         self._everyone.barrier()
         return _link_of(within, per_host), _link_of(between, hosts)
 
@@ -435,6 +500,16 @@ class _Measurement:
         """The largest value of all ranks, or their sum."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
         return float(self._everyone.all_reduce(tensor, reduction)) if self._world.size > 1 else value
+
+
+def _processors() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _measured_link(group: Communicator, device: torch.device, most: int) -> LinkModel:
+    """Times of all-reduces up to so many bytes; all ranks of the group call it together."""
+    return measure_link(group, device, most, kinds=("all_reduce",), max_seconds=_LINK_SECONDS, repeats=_LINK_REPEATS)
 
 
 def _link_of(model: LinkModel, ranks: int) -> Link:
@@ -448,6 +523,10 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _numel(parameters: Sequence[tuple[str, nn.Parameter]]) -> int:
+    return sum(parameter.numel() for _, parameter in parameters)
 
 
 def _keeps_residuals(config: CompressionConfig) -> bool:

@@ -7,6 +7,7 @@ tensors first, and one rank of each host takes part in the ring.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -25,22 +26,37 @@ class Duration:
         seconds: From the moment when all ranks have started it to its end.
         processor_seconds: Part of it in which a rank's processor is busy, so that computation is delayed.
         sent: Bytes that each rank sends.
+        fast_seconds: As ``seconds``, if the token buckets of the hosts' links hold enough for it; ``None``: there are
+            none.
+        between: Bytes of ``sent`` that a rank sends to another host.
     """
 
     seconds: float = 0.0
     processor_seconds: float = 0.0
     sent: float = 0.0
+    fast_seconds: float | None = None
+    between: float = 0.0
 
     def times(self, count: int) -> Duration:
         """So many of them, one after the other."""
-        return Duration(count * self.seconds, count * self.processor_seconds, count * self.sent)
+        fast = None if self.fast_seconds is None else count * self.fast_seconds
+        return Duration(
+            count * self.seconds, count * self.processor_seconds, count * self.sent, fast, count * self.between
+        )
 
     def __add__(self, other: Duration) -> Duration:
+        buckets = self.fast_seconds is not None or other.fast_seconds is not None
         return Duration(
             self.seconds + other.seconds,
             self.processor_seconds + other.processor_seconds,
             self.sent + other.sent,
+            self._fast + other._fast if buckets else None,
+            self.between + other.between,
         )
+
+    @property
+    def _fast(self) -> float:
+        return self.seconds if self.fast_seconds is None else self.fast_seconds
 
 
 @dataclass(frozen=True)
@@ -93,22 +109,25 @@ class Network:
             return Duration()
         if self._collectives == "flat":
             slow = self._between(group) if group.hosts > 1 else self._cluster.within
-            return min(
+            fastest = min(
                 _ring(slow, size, group.size), _tree(slow, size, group.size), key=lambda duration: duration.seconds
             )
+            return self._with_tokens(fastest, fastest.seconds) if group.hosts > 1 else fastest
         # On one host ranks read each other's tensors; what a rank sends is counted as in a ring.
         inside = _ring(self._cluster.within, size, group.per_host)
         if group.hosts == 1:
             return inside
-        return inside + _ring(self._between(group), size, group.hosts)
+        fast = _ring(self._fast, size, group.hosts).seconds
+        return inside + self._with_tokens(_ring(self._between(group), size, group.hosts), fast)
 
     def all_gather(self, size: float, group: Group) -> Duration:
         """An all-gather of ``size`` bytes of each rank, in a ring."""
         if group.size < 2:
             return Duration()
         link = self._between(group) if group.hosts > 1 else self._cluster.within
-        sent = (group.size - 1) * size
-        return Duration(_in_rounds(link, sent, group.size - 1), link.processor_seconds(sent), sent)
+        sent, rounds = (group.size - 1) * size, group.size - 1
+        found = Duration(_in_rounds(link, sent, rounds), link.processor_seconds(sent), sent)
+        return self._with_tokens(found, _in_rounds(self._fast, sent, rounds)) if group.hosts > 1 else found
 
     def message(self, size: float, source: int, target: int, tensors: int = 1) -> Duration:
         """Messages from one rank to another one.
@@ -122,7 +141,8 @@ class Network:
         same = self._cluster.host_of(source) == self._cluster.host_of(target)
         inside = self._cluster.messages or self._cluster.within
         link = inside if same else self._cluster.between
-        return Duration(_in_rounds(link, size, tensors), link.processor_seconds(size), size)
+        found = Duration(_in_rounds(link, size, tensors), link.processor_seconds(size), size)
+        return found if same else self._with_tokens(found, _in_rounds(self._fast, size, tensors))
 
     def to_server(self, size: float, worker: int, server: int) -> Duration:
         """A message between a worker and a parameter server.
@@ -135,7 +155,21 @@ class Network:
         link = self._cluster.sockets
         if link is None:
             return self.message(size, worker, server)
-        return Duration(link.seconds(size), link.processor_seconds(size), size)
+        found = Duration(link.seconds(size), link.processor_seconds(size), size)
+        same = self._cluster.host_of(worker) == self._cluster.host_of(server)
+        return found if same else self._with_tokens(found, min(self._fast.seconds(size), found.seconds))
+
+    @property
+    def _fast(self) -> Link:
+        """The link between hosts while their token buckets hold enough."""
+        bucket = self._cluster.token_bucket
+        return self._cluster.between if bucket is None else bucket.fast
+
+    def _with_tokens(self, duration: Duration, fast: float) -> Duration:
+        """A transfer between hosts, and its time if the token buckets hold enough."""
+        if self._cluster.token_bucket is None:
+            return duration
+        return dataclasses.replace(duration, fast_seconds=fast, between=duration.sent)
 
     def _between(self, group: Group) -> Link:
         """The link between hosts, as one of several groups that use it sees it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Plan:
         predictions: In ascending order of a step's time.
         remarks: What could not be measured, and why.
         trials: Configurations that were run for a few steps.
+        calibrated_on: Keys of configurations that were run to make the plan, so that it is no prediction of them.
     """
 
     workload: Workload
@@ -52,6 +53,7 @@ class Plan:
     predictions: Sequence[Prediction]
     remarks: Sequence[str]
     trials: Sequence[Trial] = ()
+    calibrated_on: Sequence[Mapping[str, str]] = ()
 
     def fits(self, prediction: Prediction) -> bool:
         """Whether each rank has enough memory, as far as that is known."""
@@ -128,6 +130,7 @@ class Plan:
         """What ``plan.json`` holds."""
         return {
             "batch_size": self.workload.batch_size,
+            "calibrated_on": list(self.calibrated_on),
             "cluster": dataclasses.asdict(self.cluster),
             "predictions": [
                 {**prediction.to_plain(self.workload.batch_size), "fits": self.fits(prediction)}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from distrain.strategies.pipeline.timeline import Span
+from distrain.tools.planning.cluster import TokenBucket
 from distrain.tools.planning.network import Duration
 
 
@@ -23,7 +24,7 @@ class Compute:
 
     Attributes:
         kind: As in :class:`~distrain.strategies.pipeline.timeline.Span`; ``compression`` for a compressor's own work,
-            ``update`` for all else that is no pass.
+            ``overhead`` for what is done around a pass, ``update`` for all else that is no pass.
         seconds: If the rank computes alone on its machine, at a relative speed of 1.
         stage: Index of the stage.
         microbatch: Index of the microbatch.
@@ -67,8 +68,10 @@ class Wait:
     microbatch: int = 0
 
 
+#: Most steps until the token buckets of the links are as full before a step as after it.
+_MOST_STEPS = 10
 #: Kinds of computation that are not shown in a timeline of passes.
-_NO_PASSES = ("compression", "update")
+_NO_PASSES = ("compression", "overhead", "update")
 
 Operation = Compute | Start | Wait
 Program = Sequence[Operation]
@@ -121,6 +124,9 @@ class _Rank:
     waited: float = 0.0
     computed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: float = 0.0
+    #: Tokens of its link, and when there were so many.
+    tokens: float = 0.0
+    counted: float = 0.0
 
     @property
     def operation(self) -> Operation | None:
@@ -133,8 +139,11 @@ def simulate(
     slowdown: Callable[[int], float],
     speeds: Sequence[float] | None = None,
     alike: Sequence[int] | None = None,
+    bucket: TokenBucket | None = None,
 ) -> Simulated:
     """Simulates some ranks.
+
+    With token buckets, the step is simulated until it leaves as many tokens as it has found.
 
     Args:
         programs: What each rank does.
@@ -143,12 +152,23 @@ def simulate(
         speeds: Relative speed of each rank; ``None``: all are as fast.
         alike: Number of ranks that each simulated one stands for, which do the same at the same time on the same
             machine; ``None``: itself alone.
+        bucket: Of each rank's host; ``None``: the links have none.
 
     Raises:
         ValueError: The programs wait for each other for ever.
     """
     ones = [1] * len(programs)
-    return _Simulation(programs, machines, slowdown, speeds or [1.0] * len(programs), alike or ones).run()
+    arguments = (programs, machines, slowdown, speeds or [1.0] * len(programs), alike or ones)
+    if bucket is None:
+        return _Simulation(*arguments).run()
+    tokens = [bucket.burst_bytes] * len(programs)
+    for _ in range(_MOST_STEPS):
+        simulation = _Simulation(*arguments, bucket, tokens)
+        simulated, before = simulation.run(), tokens
+        tokens = simulation.tokens()
+        if all(abs(now - then) < 0.01 * bucket.burst_bytes for now, then in zip(tokens, before, strict=True)):
+            break
+    return simulated
 
 
 class _Simulation:
@@ -161,10 +181,15 @@ class _Simulation:
         slowdown: Callable[[int], float],
         speeds: Sequence[float],
         alike: Sequence[int],
+        bucket: TokenBucket | None = None,
+        tokens: Sequence[float] = (),
     ) -> None:
         self._ranks = [
             _Rank(index, *of_rank) for index, of_rank in enumerate(zip(machines, speeds, alike, programs, strict=True))
         ]
+        for rank, held in zip(self._ranks, tokens, strict=False):
+            rank.tokens = held
+        self._bucket = bucket
         self._slowdown = slowdown
         self._now = 0.0
         self._transfers: dict[str, _Transfer] = {}
@@ -183,6 +208,12 @@ class _Simulation:
             [dict(rank.computed) for rank in self._ranks],
             [rank.sent for rank in self._ranks],
         )
+
+    def tokens(self) -> list[float]:
+        """Tokens that each rank's link has at the end."""
+        for rank in self._ranks:
+            self._count_tokens(rank, self._now)
+        return [rank.tokens for rank in self._ranks]
 
     def _advance(self) -> None:
         """Goes to the next moment at which something ends."""
@@ -241,11 +272,34 @@ class _Simulation:
         if len(transfer.members) < transfer.needed:
             return
         transfer.begins = max(self._now, self._channel_free[transfer.channel])
-        transfer.ends = transfer.begins + transfer.duration.seconds
+        transfer.ends = transfer.begins + self._seconds(transfer)
         self._channel_free[transfer.channel] = transfer.ends
         self._under_way.append(transfer)
         if transfer.begins <= self._now:
             self._burden(transfer)
+
+    def _seconds(self, transfer: _Transfer) -> float:
+        """How long a transfer takes with the tokens that are there when it begins."""
+        duration = transfer.duration
+        if self._bucket is None or duration.fast_seconds is None:
+            return duration.seconds
+        rate = self._bucket.bytes_per_second
+        for rank in transfer.members:
+            self._count_tokens(rank, transfer.begins)
+        least = min(rank.tokens for rank in transfer.members)
+        seconds = max(duration.fast_seconds, (duration.between - least) / rate)
+        for rank in transfer.members:
+            # Tokens that arrive meanwhile are used too.
+            rank.tokens = min(rank.tokens + rate * seconds - duration.between, self._bucket.burst_bytes)
+            rank.counted = transfer.begins + seconds
+        return seconds
+
+    def _count_tokens(self, rank: _Rank, now: float) -> None:
+        """Adds the tokens that have arrived at a rank's link."""
+        if self._bucket is not None and now > rank.counted:
+            arrived = self._bucket.bytes_per_second * (now - rank.counted)
+            rank.tokens = min(rank.tokens + arrived, self._bucket.burst_bytes)
+            rank.counted = now
 
     def _burden(self, transfer: _Transfer) -> None:
         """Delays what the ranks of a transfer compute meanwhile."""

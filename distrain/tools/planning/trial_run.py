@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import itertools
 import logging
-import statistics
 import time
 from pathlib import Path
 
 import torch
 from typing_extensions import override
 
+from distrain.compression import base as compression
 from distrain.data.base import Splits
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
+from distrain.tools.planning.robust_mean import median_of_means
 from distrain.training import auto_format
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.callbacks import Callback, RunView
@@ -24,7 +25,7 @@ from distrain.verification.rank_runs import quiet
 from distrain.verification.short_runs import first_samples, shortened
 
 #: Seconds of timed steps, and the fewest steps and most periods that are timed.
-_SECONDS, _FEWEST, _MOST = 3.0, 5, 60
+_SECONDS, _FEWEST, _MOST = 3.0, 5, 400
 #: Steps before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
 
@@ -53,12 +54,14 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         period: Steps after which the same repeats, as the merges of ``local_sgd``.
 
     Returns:
-        Seconds of a step, the same on all ranks: of the median period, on the mean rank.
+        Seconds of a step, the same on all ranks: the mean of all ranks and periods, less disturbances.
 
     Raises:
         Failed: A rank failed.
     """
-    warm_up, periods = steps_of_trial(expected, period)
+    compressed = plan.config.compression.name != "none"
+    first = compression.build(plan.config.compression, plan.config.seed).warmup_steps if compressed else 0
+    warm_up, periods = steps_of_trial(expected, period, first)
     steps = warm_up + periods * period
     plan = plan.with_config(dataclasses.replace(shortened(plan.config, steps), run_dir=str(folder)))
     world = plan.world
@@ -75,7 +78,7 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         trainer.fit()
         spans = [late - early for early, late in itertools.pairwise(clock.times[warm_up - 1 :: period])]
         # A server takes no steps.
-        own = [statistics.median(spans) / period, 1.0] if spans else [0.0, 0.0]
+        own = [median_of_means(spans) / period, 1.0] if spans else [0.0, 0.0]
         totals = torch.tensor(own, dtype=torch.float64, device=runtime.device)
         if world.size > 1:
             runtime.communicator().all_reduce(totals)
@@ -83,15 +86,16 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         return float(seconds / ranks)
 
 
-def steps_of_trial(expected: float, period: int) -> tuple[int, int]:
+def steps_of_trial(expected: float, period: int, different: int = 0) -> tuple[int, int]:
     """How long a trial is, in whole periods and with few steps of several seconds.
 
     Args:
         expected: Seconds that a step is expected to take.
         period: Steps after which the same repeats.
+        different: Steps at the start that are not like later ones, as those of a compressor that warms up.
 
     Returns:
         Steps before the first timed one, and timed periods.
     """
     periods = min(max(int(_SECONDS / (expected * period)), -(-_FEWEST // period)), _MOST)
-    return -(-_WARM_UP // period) * period, periods
+    return -(-(_WARM_UP + different) // period) * period, periods

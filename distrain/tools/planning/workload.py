@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain.compression.autotune.compressor_cost import CompressorCost
+from distrain.compression.autotune.compressor_cost import BucketCost, CompressorCost
 from distrain.gradients.bucket_sizes import MIB, BucketSizes
 from distrain.gradients.buckets import split_into_buckets
 from distrain.tools.planning.cluster import Accelerator
@@ -59,6 +59,12 @@ class BlockProfile:
         """Bytes of all its gradients."""
         return sum(self.gradients)
 
+    def times(self, factor: float) -> BlockProfile:
+        """The same block with longer or shorter passes."""
+        forward = {size: factor * seconds for size, seconds in self.forward.items()}
+        backward = {size: factor * seconds for size, seconds in self.backward.items()}
+        return dataclasses.replace(self, forward=forward, backward=backward)
+
     def on(self, accelerator: Accelerator, sizes: Sequence[int]) -> BlockProfile:
         """The same block on a device that isn't here: a backward pass takes twice the operations of a forward pass."""
         # What is saved is written by one kernel and read by another one.
@@ -86,7 +92,8 @@ class Workload:
         optimizer_bytes: Bytes of the optimizer's state for all parameters.
         micro_batch_size: Largest number of samples of a pass; ``None``: no limit.
         synchronised_factor: Factor by which passes take longer with BatchNorm layers that can communicate.
-        compressors: Costs of each compressor for the gradients in one bucket, on ``compressor_ranks`` ranks.
+        compressors: Costs of each compressor on ``compressor_ranks`` ranks: first for all gradients in one bucket, then
+            for smaller buckets.
         compressor_ranks: Number of ranks for which messages of ``compressors`` are given.
         accelerator: The times are an estimate for this device; ``None``: they were measured.
         copy_seconds: Seconds of copying as many bytes as all gradients have.
@@ -94,6 +101,10 @@ class Workload:
         deferred_factor: Factor by which passes take longer with BatchNorm layers whose running statistics are updated
             once a step.
         keeping_residuals: Compressors that keep a residual of the size of the gradients.
+        compressed_bytes: Bytes of the buckets of ``compressors``.
+        server_seconds: Seconds that a worker or a parameter server spends around each message, besides waiting.
+        action_seconds: Seconds that a rank of a pipeline spends around each pass, besides waiting: on messages and
+            bookkeeping.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -110,6 +121,9 @@ class Workload:
     digest_seconds: float = 0.0
     deferred_factor: float = 1.0
     keeping_residuals: frozenset[str] = frozenset()
+    compressed_bytes: tuple[int, ...] = ()
+    server_seconds: float = 0.0
+    action_seconds: float = 0.0
 
     @property
     def held_bytes(self) -> int:
@@ -154,6 +168,43 @@ class Workload:
         count = -(-samples // self.micro_batch_size)
         return [samples // count + (index < samples % count) for index in range(count)]
 
+    def compressor_cost(self, name: str, size: float) -> BucketCost:
+        """Cost of a compressor for a bucket, between those of the measured buckets.
+
+        Args:
+            name: Of the compressor.
+            size: Bytes of the bucket.
+        """
+        buckets = self.compressors[name].buckets
+        sizes = self.compressed_bytes or (self.gradient_bytes,)
+        known = sorted(zip(sizes, buckets, strict=True), key=lambda pair: pair[0])
+        smallest, bucket = known[0]
+        if size <= smallest or len(known) == 1:
+            # Of a bucket alone nothing is known of what doesn't depend on its size.
+            work = size / smallest if len(known) == 1 else 1.0
+            return _weighted(bucket, work, size / smallest)
+        after = next((index for index, (bytes_, _) in enumerate(known) if bytes_ >= size), len(known) - 1)
+        (low, smaller), (high, larger) = known[after - 1], known[after]
+        share = (size - low) / (high - low)
+        return _added(_weighted(smaller, 1 - share, 1 - share), _weighted(larger, share, share))
+
+    def with_step(self, samples: int, seconds: float) -> Workload:
+        """The same training with another time of a step.
+
+        What it is longer than its parts is spent around them, at every number of samples. If it is shorter, the passes
+        are.
+
+        Args:
+            samples: Of the step.
+            seconds: That it takes.
+        """
+        passes = self.forward_seconds(samples) + self.backward_seconds(samples)
+        more = seconds - passes - self.outside_seconds(samples) - self.update_seconds
+        if more >= 0:
+            return dataclasses.replace(self, outside={size: one + more for size, one in self.outside.items()})
+        factor = max(1 + more / passes, 0.0)
+        return dataclasses.replace(self, blocks=tuple(block.times(factor) for block in self.blocks))
+
     def on(self, accelerator: Accelerator) -> Workload:
         """The same training on a device that isn't here."""
         sizes = sorted({1, self.batch_size})
@@ -180,6 +231,21 @@ class Workload:
         plain["keeping_residuals"] = sorted(self.keeping_residuals)
         plain["compressors"] = {name: cost.to_plain() for name, cost in self.compressors.items()}
         return plain
+
+
+def _weighted(bucket: BucketCost, work: float, sent: float) -> BucketCost:
+    """A cost with its work and its messages times a factor each."""
+    collectives = [[(kind, round(sent * bytes_)) for kind, bytes_ in started] for started in bucket.collectives]
+    return BucketCost([work * seconds for seconds in bucket.work], collectives)
+
+
+def _added(one: BucketCost, other: BucketCost) -> BucketCost:
+    """The sum of two costs of the same compressor."""
+    collectives = [
+        [(kind, bytes_ + more) for (kind, bytes_), (_, more) in zip(started, others, strict=True)]
+        for started, others in zip(one.collectives, other.collectives, strict=True)
+    ]
+    return BucketCost([a + b for a, b in zip(one.work, other.work, strict=True)], collectives)
 
 
 @functools.lru_cache(maxsize=256)

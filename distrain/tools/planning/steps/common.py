@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distrain.compression.autotune.compressor_cost import CompressorCost
+from distrain.compression.autotune.compressor_cost import BucketCost
 from distrain.gradients.bucket_sizes import MIB, ONE_BUCKET, AllReduceCost, BucketSizes, choose_sizes
 from distrain.tools.planning.cluster import Cluster, expected_maximum
 from distrain.tools.planning.network import Duration, Group, Network
@@ -34,13 +34,14 @@ class Setting:
     cluster: Cluster
     network: Network
 
-    def stragglers(self, computed: float, ranks: int, steps: int = 1) -> float:
+    def stragglers(self, computed: float, ranks: int, steps: float = 1) -> float:
         """Seconds a step that ranks wait for the slowest one, beyond what a simulation without chance shows.
 
         Args:
             computed: Seconds that a rank computes in a step.
             ranks: How many wait for each other.
-            steps: Steps after each of which they do. The deviations of several steps add up by their squares.
+            steps: Steps after each of which they do. The deviations of several steps add up by their squares. Below 1
+                where they wait several times in a step, in each part of which the deviation is smaller by as much.
         """
         return self.cluster.spread * computed * expected_maximum(ranks) / math.sqrt(steps)
 
@@ -64,6 +65,7 @@ class Setting:
             self.cluster.slowdown_of,
             [self.cluster.speed_of(rank) for rank in ranks],
             alike=[min(self.cluster.ranks_per_machine, self.cluster.ranks)] * len(programs),
+            bucket=self.cluster.token_bucket,
         )
 
 
@@ -92,23 +94,24 @@ def backward_pieces(workload: Workload, samples: int) -> list[float]:
     return times[::-1]
 
 
-def bucket_sizes(
-    network: Network, group: Group, gradient_bytes: int, given: Sequence[float | None] = (None, None, None)
-) -> BucketSizes:
+def bucket_sizes(setting: Setting, group: Group, given: Sequence[float | None] = (None, None, None)) -> BucketSizes:
     """The sizes of buckets that a run would choose by measuring an all-reduce.
 
     Args:
-        network: Has the links.
+        setting: Where.
         group: The ranks that reduce gradients.
-        gradient_bytes: Of all gradients.
         given: Sizes in MiB that are configured; ``None``: chosen.
     """
+    gradient_bytes = setting.workload.gradient_bytes
     if group.size < 2 or not gradient_bytes:
         return ONE_BUCKET
-    small, large = network.all_reduce(_SMALL_BYTES, group), network.all_reduce(_LARGE_BYTES, group)
-    seconds = max(large.seconds - small.seconds, 1e-12)
-    share = min(max((large.processor_seconds - small.processor_seconds) / seconds, 0.0), 1.0)
-    chosen = choose_sizes(AllReduceCost(small.seconds, seconds / _LARGE_BYTES, share), gradient_bytes)
+    cost = setting.cluster.all_reduce_cost
+    if cost is None or group.size != setting.cluster.ranks:
+        small, large = (setting.network.all_reduce(size, group) for size in (_SMALL_BYTES, _LARGE_BYTES))
+        seconds = max(large.seconds - small.seconds, 1e-12)
+        share = min(max((large.processor_seconds - small.processor_seconds) / seconds, 0.0), 1.0)
+        cost = AllReduceCost(small.seconds, seconds / _LARGE_BYTES, share)
+    chosen = choose_sizes(cost, gradient_bytes)
     return BucketSizes(*(own if mb is None else mb for mb, own in zip(given, chosen, strict=True)))
 
 
@@ -120,8 +123,8 @@ def backward_with_exchange(
     members: int,
     compressor: str,
     factor: float = 1.0,
-) -> tuple[list[Operation], list[str]]:
-    """The last backward pass of a step, in which each complete bucket is sent.
+) -> list[Operation]:
+    """The last backward pass of a step, in which each complete bucket is sent, to the end of all exchanges.
 
     Args:
         setting: Where.
@@ -131,64 +134,100 @@ def backward_with_exchange(
         members: Simulated ranks that take part in each transfer.
         compressor: Name of the compressor.
         factor: By which passes take longer.
-
-    Returns:
-        The operations, and the transfers to wait for.
     """
     workload = setting.workload
     gradients = workload.gradient_sizes
     pieces = backward_pieces(workload, samples)
-    layout = bucket_layout(gradients, sizes)
     operations: list[Operation] = []
-    transfers: list[str] = []
-    total = max(workload.gradient_bytes, 1)
-    for number, bucket in enumerate(layout):
+    under_way: list[_Exchange] = []
+    for number, bucket in enumerate(bucket_layout(gradients, sizes)):
         operations.append(Compute("backward", factor * sum(pieces[index] for index in bucket)))
-        size = sum(gradients[index] for index in bucket)
-        cost = workload.compressors.get(compressor)
-        if cost is None:
-            durations = [setting.network.all_reduce(size, group)]
-        else:
-            work = compression_seconds(cost, workload.compressor_ranks, group.size)
-            operations.append(Compute("compression", work * size / total))
-            durations = list(_scaled(cost, size / total, workload.compressor_ranks, setting.network, group))
-        for phase, duration in enumerate(durations):
-            name = f"bucket {number}.{phase}"
-            operations.append(Start(name, duration, members, "replicas"))
-            transfers.append(name)
-    return operations, transfers
+        # As distrain.gradients.exchange does it: before a bucket is started, all others begin their next collective.
+        for exchange in under_way:
+            operations += exchange.advance(members)
+        exchange = _exchange(setting, group, number, sum(gradients[index] for index in bucket), compressor)
+        under_way.append(exchange)
+        operations += exchange.advance(members)
+    while any(exchange.phases_left for exchange in under_way):
+        for exchange in under_way:
+            operations += exchange.advance(members)
+    for exchange in under_way:
+        operations += exchange.end()
+    return operations
 
 
-def compression_seconds(cost: CompressorCost, measured_ranks: int, ranks: int) -> float:
+class _Exchange:
+    """A bucket's collectives, one after the other, with a compressor's work before, between and after them.
+
+    Args:
+        number: Of the bucket.
+        work: Seconds of work, one more than phases.
+        phases: The collectives that are started together, one after the other.
+    """
+
+    def __init__(self, number: int, work: Sequence[float], phases: Sequence[Sequence[Duration]]) -> None:
+        self._number, self._work, self._phases = number, work, phases
+        self._begun = 0
+
+    @property
+    def phases_left(self) -> int:
+        """Number of phases that have not begun."""
+        return len(self._phases) - self._begun
+
+    def advance(self, members: int) -> Iterator[Operation]:
+        """Ends the phase under way, and begins the next one; nothing after the last one has begun."""
+        if self.phases_left:
+            yield from self.end()
+            for index, duration in enumerate(self._phases[self._begun]):
+                yield Start(f"bucket {self._number}.{self._begun}.{index}", duration, members, "replicas")
+            self._begun += 1
+
+    def end(self) -> Iterator[Operation]:
+        """Waits for the phase under way, if there is one, and does the work after it."""
+        if self._begun:
+            for index in range(len(self._phases[self._begun - 1])):
+                yield Wait(f"bucket {self._number}.{self._begun - 1}.{index}")
+        if self._work[self._begun]:
+            yield Compute("compression", self._work[self._begun])
+
+
+def _exchange(setting: Setting, group: Group, number: int, size: int, compressor: str) -> _Exchange:
+    """The exchange of a bucket of so many bytes."""
+    workload = setting.workload
+    if compressor not in workload.compressors:
+        return _Exchange(number, [0.0, 0.0], [[setting.network.all_reduce(size, group)]])
+    bucket = workload.compressor_cost(compressor, size)
+    work = work_seconds(bucket, workload.compressor_ranks, group.size)
+    phases = [
+        [_scaled(*one, workload.compressor_ranks, setting.network, group) for one in started]
+        for started in bucket.collectives
+    ]
+    return _Exchange(number, work, phases)
+
+
+def work_seconds(bucket: BucketCost, measured_ranks: int, ranks: int) -> list[float]:
     """A compressor's own work among some ranks, each of which decompresses what an all-gather brings from all others.
 
     Args:
-        cost: As measured.
+        bucket: As measured.
         measured_ranks: Number of ranks for which it was measured.
         ranks: Number of ranks.
+
+    Returns:
+        Seconds before, between and after the collectives.
     """
-    seconds = 0.0
-    for bucket in cost.buckets:
-        for before, work in zip([[], *bucket.collectives], bucket.work, strict=True):
-            gathered = any(kind == "all_gather" for kind, _ in before)
-            seconds += work * (ranks / measured_ranks if gathered else 1.0)
-    return seconds
+    factors = [
+        ranks / measured_ranks if any(kind == "all_gather" for kind, _ in before) else 1.0
+        for before in [[], *bucket.collectives]
+    ]
+    return [factor * work for factor, work in zip(factors, bucket.work, strict=True)]
 
 
-def _scaled(cost: CompressorCost, share: float, ranks: int, network: Network, group: Group) -> Iterator[Duration]:
-    """The collectives of a compressor for a part of the gradients, on other ranks than it was measured for."""
-    for bucket in cost.buckets:
-        for started in bucket.collectives:
-            for kind, sent in started:
-                if kind == "all_gather":
-                    yield network.all_gather(share * sent / (ranks - 1), group)
-                else:
-                    yield network.all_reduce(share * sent * ranks / (2 * (ranks - 1)), group)
-
-
-def waits(transfers: Sequence[str]) -> list[Wait]:
-    """Waits for all transfers, in order."""
-    return [Wait(transfer) for transfer in transfers]
+def _scaled(kind: str, sent: int, ranks: int, network: Network, group: Group) -> Duration:
+    """A compressor's collective on other ranks than it was measured for."""
+    if kind == "all_gather":
+        return network.all_gather(sent / (ranks - 1), group)
+    return network.all_reduce(sent * ranks / (2 * (ranks - 1)), group)
 
 
 def parts_of(simulated: Simulated, stragglers: float) -> dict[str, float]:

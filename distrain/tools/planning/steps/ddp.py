@@ -13,7 +13,6 @@ from distrain.tools.planning.steps.common import (
     bucket_sizes,
     forward_pass,
     parts_of,
-    waits,
 )
 from distrain.tools.planning.workload import bucket_layout
 
@@ -44,7 +43,7 @@ def predict(
     pieces = workload.pieces(share)
     together = synchronised and ranks > 1 and workload.batchnorms > 0
     factor = workload.synchronised_factor if together else 1.0
-    chosen = bucket_sizes(setting.network, group, workload.gradient_bytes, sizes)
+    chosen = bucket_sizes(setting, group, sizes)
     representatives = setting.representatives()
     members = len(representatives)
 
@@ -58,13 +57,14 @@ def predict(
         elif ranks == 1:
             program.append(Compute("backward", workload.backward_seconds(samples)))
         else:
-            operations, transfers = backward_with_exchange(setting, samples, group, chosen, members, compressor, factor)
-            program += [*operations, *waits(transfers)]
+            program += backward_with_exchange(setting, samples, group, chosen, members, compressor, factor)
         if together:
             program += _batchnorm(setting, f"gradients of statistics {number}", _BATCHNORM_BACKWARD, members)
     program.append(Compute("update", workload.update_seconds))
     simulated = setting.simulate([program] * members, representatives)
-    stragglers = setting.stragglers(max(sum(kinds.values()) for kinds in simulated.computed), ranks)
+    # Each layer whose statistics are shared waits for the slowest rank.
+    times = 1 + len(pieces) * (_BATCHNORM_FORWARD + _BATCHNORM_BACKWARD) * workload.batchnorms if together else 1
+    stragglers = setting.stragglers(max(sum(kinds.values()) for kinds in simulated.computed), ranks, 1 / times)
     residual = float(workload.gradient_bytes) if compressor in workload.keeping_residuals else 0.0
     return Prediction(
         keys,
@@ -85,7 +85,7 @@ def layout(setting: Setting, sizes: Sequence[float | None]) -> tuple[tuple[int, 
     """
     workload = setting.workload
     group = setting.network.group(setting.cluster.ranks)
-    chosen = bucket_sizes(setting.network, group, workload.gradient_bytes, sizes)
+    chosen = bucket_sizes(setting, group, sizes)
     return bucket_layout(workload.gradient_sizes, chosen)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from distrain.gradients.bucket_sizes import MIB
 from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.simulation import Compute, Operation
+from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
 from distrain.tools.planning.steps.common import Setting, forward_pass, parts_of
 
 #: What the arithmetic of a merge reads and writes, in copies of the parameters. The difference from the anchor:
@@ -30,27 +32,25 @@ def predict(
         sync_every: Steps from merge to merge.
         overlap_steps: Steps taken while a merge is under way.
     """
-    workload, cluster = setting.workload, setting.cluster
-    ranks = cluster.ranks
+    workload, ranks = setting.workload, setting.cluster.ranks
     share = -(-workload.batch_size // ranks)
     pieces = workload.pieces(share)
-    program: list[Operation] = [Compute("update", workload.outside_seconds(share))]
+    each: list[Compute] = [Compute("update", workload.outside_seconds(share))]
     for samples in pieces:
-        program += forward_pass(setting, samples)
-        program.append(Compute("backward", workload.backward_seconds(samples)))
-    program.append(Compute("update", workload.update_seconds))
-    representatives = setting.representatives()
-    simulated = setting.simulate([program] * len(representatives), representatives)
+        each += [*forward_pass(setting, samples), Compute("backward", workload.backward_seconds(samples))]
+    each.append(Compute("update", workload.update_seconds))
     merge = setting.network.all_reduce(workload.gradient_bytes, setting.network.group(ranks))
-    hidden = overlap_steps * simulated.seconds
-    exposed = max(merge.seconds - hidden, 0.0) if overlap_steps else merge.seconds
+    representatives = setting.representatives()
+    # All steps from merge to merge: those during which one is under way, and the others.
+    program: list[Operation] = [Start("merge", merge, len(representatives), "replicas")]
+    program += _repeated(each, overlap_steps)
+    program += [Wait("merge"), Compute("update", _COPIES * workload.copy_seconds + workload.digest_seconds)]
+    program += _repeated(each, sync_every - overlap_steps)
+    simulated = setting.simulate([program] * len(representatives), representatives)
     computed = max(sum(kinds.values()) for kinds in simulated.computed)
-    parts = parts_of(simulated, setting.stragglers(computed, ranks, sync_every))
-    parts["waiting"] += exposed / sync_every
-    crowd = cluster.slowdown_of(min(cluster.ranks_per_machine, ranks))
-    slowest = min(cluster.speed_of(rank) for rank in representatives)
-    work = _COPIES * workload.copy_seconds + workload.digest_seconds
-    parts["update"] += crowd * work / slowest / sync_every
+    stragglers = setting.stragglers(computed / sync_every, ranks, sync_every)
+    parts = {part: seconds / sync_every for part, seconds in parts_of(simulated, 0.0).items()}
+    parts["stragglers"] = stragglers
     return Prediction(
         keys,
         parts,
@@ -58,6 +58,11 @@ def predict(
         setting.memory(workload.activation_bytes(max(pieces)), _other_bytes(workload.gradient_bytes)),
         same_as_single=False,
     )
+
+
+def _repeated(step: list[Compute], count: int) -> list[Compute]:
+    """So many steps, with equal parts as one."""
+    return [dataclasses.replace(part, seconds=count * part.seconds) for part in step] if count else []
 
 
 def _other_bytes(size: int) -> float:

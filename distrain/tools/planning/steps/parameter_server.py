@@ -44,18 +44,19 @@ def predict(setting: Setting, keys: dict[str, str], *, servers: int, bucket_mb: 
         one = network.to_server(workers * size / servers, worker_rank, server_rank)
         return Duration(one.seconds, one.processor_seconds / workers, size)
 
+    around = Compute("overhead", workload.server_seconds)
     layout = bucket_layout(gradients, BucketSizes(bucket_mb, bucket_mb))
     # Each bucket is copied into a message.
     for number, bucket in enumerate(layout):
         worker.append(Compute("backward", sum(backward[index] for index in bucket)))
         size = sum(gradients[index] for index in bucket)
         worker.append(Compute("update", workload.copy_seconds * size / max(workload.gradient_bytes, 1)))
-        worker.append(Start(f"push {number}", message(size), 1, "push"))
-        server.append(Wait(f"push {number}"))
+        worker += [around, Start(f"push {number}", message(size), 1, "push")]
+        server += [Wait(f"push {number}"), around]
     # Zeros, to which each worker's message is added; at the end a copy for each worker's answer.
     copies = 0.5 + 1.5 * workers + workers
     server.append(Compute("update", (workload.update_seconds + copies * workload.copy_seconds) / servers))
-    server.append(Start("pull", message(workload.gradient_bytes), 1, "pull"))
+    server += [around, Start("pull", message(workload.gradient_bytes), 1, "pull")]
     # The answer is copied into the model.
     worker += [Wait("pull"), Compute("update", workload.copy_seconds)]
     on_machine = min(cluster.ranks_per_machine, cluster.ranks)
@@ -66,6 +67,7 @@ def predict(setting: Setting, keys: dict[str, str], *, servers: int, bucket_mb: 
         cluster.slowdown_of,
         [min(cluster.speed_of(rank) for rank in setting.representatives()), cluster.speed_of(server_rank)],
         alike=[min(on_machine, workers) if apart else workers, min(on_machine, servers)],
+        bucket=cluster.token_bucket,
     )
     stragglers = setting.stragglers(sum(simulated.computed[0].values()), workers)
     whole = float(workload.gradient_bytes)

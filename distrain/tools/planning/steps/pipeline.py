@@ -85,9 +85,11 @@ class _Step:
             cluster.slowdown_of,
             self._slowest_speeds(),
             alike=[max(on_machine // self._ranks, 1)] * self._ranks,
+            bucket=cluster.token_bucket,
         )
         computed = max(sum(kinds.values()) for kinds in simulated.computed)
-        parts = parts_of(simulated, self._setting.stragglers(computed, cluster.ranks))
+        # What ranks of one pipeline wait for each other is part of the simulation.
+        parts = parts_of(simulated, self._setting.stragglers(computed, self._replicas))
         # Statistics of BatchNorm layers are those of a microbatch.
         same = not workload.batchnorms or self._microbatches == 1 == self._replicas
         return Prediction(
@@ -135,6 +137,7 @@ class _Step:
         direction = "activation" if forward else "gradient"
         if kind != "weight" and 0 <= before < count and self._rank_of_stage[before] != rank:
             operations.append(Wait(f"{direction} {before} {microbatch}", stage, microbatch))
+        operations.append(Compute("overhead", self._setting.workload.action_seconds))
         times = [at(block.forward if forward else block.backward, self._samples) for block in blocks]
         seconds = self._setting.workload.deferred_factor * sum(times)
         operations.append(Compute(kind, seconds * (0.5 if kind in ("input", "weight") else 1.0), stage, microbatch))

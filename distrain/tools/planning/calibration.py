@@ -1,0 +1,164 @@
+"""Corrects what was measured piece by piece by short runs, where steps are so short that what is around them matters.
+
+One configuration of a strategy is run, and what the model of cost does not know is set so that it predicts the measured
+step. All other configurations remain predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrain.config.schema import Config
+from distrain.data.base import Splits
+from distrain.errors import ConfigError
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
+from distrain.tools.planning import candidates
+from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.network import Network
+from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.trial_run import step_seconds
+from distrain.tools.planning.workload import Workload
+from distrain.training.run_plan import RunPlan
+
+#: Seconds of a step above which what is around it doesn't matter.
+_LONG_STEP = 0.3
+#: The result is so many halvings more precise than the measured step.
+_BISECTIONS = 14
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """Something that the model of cost doesn't know of a strategy.
+
+    Attributes:
+        strategy: Its name.
+        usual: Which of the strategy's configurations is run: the one with the smallest result.
+        set: The training with a value in seconds for what is not known.
+    """
+
+    strategy: str
+    usual: Callable[[Mapping[str, str]], float]
+    set: Callable[[Workload, float], Workload]
+
+
+def _of_step(workload: Workload, seconds: float) -> Workload:
+    return workload.with_step(max(workload.outside), seconds)
+
+
+def _of_action(workload: Workload, seconds: float) -> Workload:
+    return dataclasses.replace(workload, action_seconds=seconds)
+
+
+def _of_server(workload: Workload, seconds: float) -> Workload:
+    return dataclasses.replace(workload, server_seconds=seconds)
+
+
+def _usual_pipeline(keys: Mapping[str, str]) -> float:
+    other = 0 if keys["strategy.schedule"] == "1f1b" else 100
+    return other + abs(int(keys["strategy.microbatches"]) - 4)
+
+
+#: In this order, since what surrounds a step is part of every other strategy.
+_UNKNOWNS = (
+    _Unknown("single", lambda keys: 0.0, _of_step),
+    _Unknown("local_sgd", lambda keys: abs(int(keys["strategy.sync_every"]) - 16), _of_step),
+    _Unknown("pipeline", _usual_pipeline, _of_action),
+    _Unknown("parameter_server", lambda keys: int(keys["strategy.servers"]), _of_server),
+)
+
+
+@dataclass(frozen=True)
+class ShortRuns:
+    """Runs configurations for a few steps.
+
+    Attributes:
+        world: This rank's place.
+        splits: The samples.
+        config_of: The training with the keys of a configuration.
+        folder: For the runs; all hosts see it.
+    """
+
+    world: World
+    splits: Splits
+    config_of: Callable[[Mapping[str, str]], Config]
+    folder: Path
+
+    def seconds(self, keys: Mapping[str, str], expected: float, name: str) -> float:
+        """Seconds of a step; all ranks call it together.
+
+        Args:
+            keys: Of the configuration.
+            expected: Seconds that a step is expected to take, the same on all ranks.
+            name: Of the run's folder.
+
+        Raises:
+            ConfigError: The training can't run with these keys.
+            Failed: A rank failed.
+        """
+        run = RunPlan.resolve(self.config_of(keys), self.world)
+        run.check(warn=False)
+        period = int(keys.get("strategy.sync_every", 1))
+        return step_seconds(run, self.splits, self.folder / name, expected, period)
+
+    def agreed(self, keys: Mapping[str, str], expected: float) -> tuple[dict[str, str], float]:
+        """Rank 0's keys and expectation, since ranks have measured their blocks by themselves."""
+        with Runtime(self.config_of({}), self.world, keep_logs=False) as runtime:
+            mine = {"keys": dict(keys), "seconds": expected}
+            first = runtime.communicator().all_gather_json(mine, runtime.device)[0]
+        return dict(first["keys"]), float(first["seconds"])
+
+
+def calibrated(
+    workload: Workload, cluster: Cluster, strategies: Sequence[str], runs: ShortRuns
+) -> tuple[Workload, list[dict[str, str]]]:
+    """The training with what short runs show; all ranks call it together.
+
+    Args:
+        workload: As measured.
+        cluster: These ranks.
+        strategies: Names of the strategies to look at.
+        runs: To run configurations.
+
+    Returns:
+        The training, and the keys of the configurations that were run.
+    """
+    done = []
+    for unknown in _UNKNOWNS:
+        # Even if no plan is made for it: one that seldom communicates shows what surrounds a step.
+        wanted = unknown.strategy in strategies or unknown.set is _of_step
+        possible = list(_predictions(workload, cluster, unknown.strategy)) if wanted else []
+        possible = [one for one in possible if one.seconds < _LONG_STEP]
+        chosen = min(possible, key=lambda one: unknown.usual(one.keys), default=None)
+        keys, expected = runs.agreed(chosen.keys if chosen else {}, chosen.seconds if chosen else 0.0)
+        if not keys:
+            continue
+        try:
+            measured = runs.seconds(keys, expected, f"with_{unknown.strategy}")
+        except ConfigError:
+            # The plan says why there is no such configuration.
+            continue
+        workload = _with_measured(workload, cluster, unknown, keys, measured)
+        done.append(keys)
+    return workload, done
+
+
+def _with_measured(
+    workload: Workload, cluster: Cluster, unknown: _Unknown, keys: Mapping[str, str], measured: float
+) -> Workload:
+    """The training for which a configuration takes as long as measured, by bisection."""
+    low, high = 0.0, measured
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        changed = unknown.set(workload, middle)
+        predicted = next(one for one in _predictions(changed, cluster, unknown.strategy) if one.keys == keys)
+        low, high = (middle, high) if predicted.seconds < measured else (low, middle)
+    return unknown.set(workload, low)
+
+
+def _predictions(workload: Workload, cluster: Cluster, strategy: str) -> list[Prediction]:
+    return list(candidates.predictions(Setting(workload, cluster, Network(cluster)), [strategy], ()))
