@@ -15,7 +15,8 @@ from distrain.cli.plan import PlanSettings, check
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.tools.launching.launch_keys import LaunchSettings
-from distrain.tools.planning.engine import STRATEGIES, agreed_folder
+from distrain.tools.planning.engine import agreed_folder
+from distrain.tools.planning.plan_keys import STRATEGIES
 from tests.harness import HANG_SECONDS
 from tests.runs import SMALL, small
 

@@ -23,8 +23,10 @@ from distrain.training.run_plan import RunPlan
 from distrain.verification.rank_runs import quiet
 from distrain.verification.short_runs import first_samples, shortened
 
-#: Seconds of timed steps, and the fewest steps and most periods that are timed.
-_SECONDS, _FEWEST, _MOST = 3.0, 5, 60
+#: Seconds of timed steps.
+TIMED_SECONDS = 3.0
+#: The fewest steps and most periods that are timed.
+_FEWEST, _MOST = 5, 60
 #: Steps before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
 
@@ -42,7 +44,14 @@ class _StepClock(Callback):
         self.times.append(time.perf_counter())
 
 
-def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, period: int = 1) -> float:
+def step_seconds(
+    plan: RunPlan,
+    splits: Splits,
+    folder: Path,
+    expected: float,
+    period: int = 1,
+    timed_seconds: float = TIMED_SECONDS,
+) -> float:
     """Trains a few steps; all ranks of the training call it together.
 
     Args:
@@ -51,6 +60,7 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         folder: For the run; all hosts see it.
         expected: Seconds that a step is expected to take, which says how many are timed.
         period: Steps after which the same repeats, as the merges of ``local_sgd``.
+        timed_seconds: Seconds of steps that are timed.
 
     Returns:
         Seconds of a step, the same on all ranks: of the median period, on the mean rank.
@@ -58,7 +68,7 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
     Raises:
         Failed: A rank failed.
     """
-    warm_up, periods = steps_of_trial(expected, period)
+    warm_up, periods = steps_of_trial(expected, period, timed_seconds)
     steps = warm_up + periods * period
     plan = plan.with_config(dataclasses.replace(shortened(plan.config, steps), run_dir=str(folder)))
     world = plan.world
@@ -83,15 +93,16 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         return float(seconds / ranks)
 
 
-def steps_of_trial(expected: float, period: int) -> tuple[int, int]:
+def steps_of_trial(expected: float, period: int, timed_seconds: float = TIMED_SECONDS) -> tuple[int, int]:
     """How long a trial is, in whole periods and with few steps of several seconds.
 
     Args:
         expected: Seconds that a step is expected to take.
         period: Steps after which the same repeats.
+        timed_seconds: Seconds of steps that are timed.
 
     Returns:
         Steps before the first timed one, and timed periods.
     """
-    periods = min(max(int(_SECONDS / (expected * period)), -(-_FEWEST // period)), _MOST)
+    periods = min(max(int(timed_seconds / (expected * period)), -(-_FEWEST // period)), _MOST)
     return -(-_WARM_UP // period) * period, periods

@@ -13,6 +13,7 @@ from distrain.errors import ConfigError
 from distrain.tools.planning import candidates, engine
 from distrain.tools.planning.cluster import Link
 from distrain.tools.planning.network import Network
+from distrain.tools.planning.plan_keys import STRATEGIES
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
 from distrain.tools.planning.steps.common import Setting, backward_pieces
@@ -250,7 +251,7 @@ def test_a_stage_sends_its_tensors_one_after_the_other() -> None:
 def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
     machines = cluster(ranks)
     training = workload(blocks=8)
-    found = list(candidates.predictions(Setting(training, machines, Network(machines)), engine.STRATEGIES, ()))
+    found = list(candidates.predictions(Setting(training, machines, Network(machines)), STRATEGIES, ()))
     strategies = {prediction.keys["strategy"] for prediction in found}
     assert strategies == {"ddp", "pipeline", "local_sgd", "parameter_server"}
     for prediction in found:
