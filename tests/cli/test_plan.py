@@ -77,6 +77,7 @@ def test_two_ranks_are_planned_and_one_configuration_is_tried(tmp_path: Path) ->
     assert "fastest that trains what one process trains: strategy=" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
     assert plan["cluster"]["hosts"] == 1
     assert plan["cluster"]["ranks_per_host"] == 2
     times = [prediction["step_ms"] for prediction in plan["predictions"]]

@@ -22,6 +22,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.auto import AutoConfig
 from distrain.tools.planning import engine, plan_file
+from distrain.tools.planning.expected import shown_ms
 from distrain.tools.planning.plan import Plan, typed
 from distrain.tools.planning.plan_file import FILE
 from distrain.tools.planning.plan_keys import with_keys
@@ -102,7 +103,7 @@ def resolve(config: Config, world: World) -> Choice:
         # Each host may have its own.
         if world.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    keys, why = decide(made, options_of(config).min_gain)
+    keys, why = decide(made, options_of(config))
     # Ranks have measured their blocks by themselves, and all must train the same.
     agreed = engine.of_rank_0(as_single(config), world, {"keys": keys, "why": why})
     content = {**made.to_plain(), "chosen": {"keys": keys, "why": why, "for": met.holds_for}}
@@ -153,16 +154,11 @@ def _meet(config: Config, world: World) -> _Met:
         everyone = runtime.communicator()
         rows = everyone.all_gather_json({"host": world.host, "device": _device(runtime.device)}, runtime.device)
         hosts = sorted(Counter(row["host"] for row in rows).values())
-        holds_for = {
-            "ranks_of_hosts": hosts,
-            "devices": sorted({row["device"] for row in rows}),
-            "strategy": dataclasses.asdict(config.strategy),
-            **plan_file.planned_part(config),
-        }
+        holds_for = what_it_holds_for(config, hosts, sorted({row["device"] for row in rows}))
         if runtime.is_main:
-            earlier = _earlier_choice(config, runtime.run_dir, holds_for)
+            earlier = earlier_choice(config, runtime.run_dir, holds_for)
             if not earlier and len(set(hosts)) == 1:
-                log.info("strategy=auto: measuring what a step takes, to choose the strategy")
+                log.info("strategy=auto: measuring for some seconds, to choose a strategy")
         mine = {"keys": earlier["chosen"]["keys"] if earlier else {}}
         kept = everyone.all_gather_json(mine, runtime.device)[0]["keys"]
         met = _Met(str(runtime.run_dir), kept, holds_for, to_json(earlier) if earlier else None)
@@ -173,6 +169,18 @@ def _meet(config: Config, world: World) -> _Met:
     return met
 
 
+def what_it_holds_for(config: Config, hosts: Sequence[int], devices: Sequence[str]) -> dict[str, Any]:
+    """What must stay as it is so that a choice of these ranks stays right.
+
+    Args:
+        config: The run, with ``strategy=auto``.
+        hosts: Number of ranks on each host.
+        devices: What the ranks compute with.
+    """
+    own = dataclasses.asdict(config.strategy)
+    return {"ranks_of_hosts": list(hosts), "devices": list(devices), "strategy": own, **plan_file.planned_part(config)}
+
+
 def _device(device: torch.device) -> str:
     """What a rank computes with, as far as another host of the same kind has it too."""
     if device.type == "cuda":
@@ -181,8 +189,14 @@ def _device(device: torch.device) -> str:
     return f"{device.type} of {processors} processors"
 
 
-def _earlier_choice(config: Config, run_dir: Path, holds_for: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``plan.json`` of the run that goes on, if its choice holds; else empty. Rank 0 calls it."""
+def earlier_choice(config: Config, run_dir: Path, holds_for: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``plan.json`` of the run that goes on, if its choice holds; else empty.
+
+    Args:
+        config: The run, with ``strategy=auto``.
+        run_dir: Its folder.
+        holds_for: What a choice holds for here.
+    """
     if config.resume == "never":
         return {}
     folders = [run_dir]
@@ -247,38 +261,35 @@ def _candidates(made: Plan, min_gain: float) -> tuple[Prediction | None, list[Pr
     return usual, [one for one in exact if one.seconds <= (1 - min_gain) * usual.seconds and one is not usual]
 
 
-def decide(made: Plan, min_gain: float) -> tuple[dict[str, str], str]:
+def decide(made: Plan, asked: AutoConfig) -> tuple[dict[str, str], str]:
     """The keys of the configuration to train with, and why.
 
     Args:
         made: The plan, with its trials.
-        min_gain: The share by which its step must be shorter than that of plain ddp.
+        asked: The keys of ``strategy=auto``.
     """
-    usual, better = _candidates(made, min_gain)
-    among = _among(made)
+    usual, better = _candidates(made, asked.min_gain)
+    among = f"chosen among {_among(made)}"
     if usual is None:
         if not better:
-            return USUAL, f"since nothing else here trains what one process trains, {among}"
-        return better[0].keys, f"the fastest {among}: {_ms(better[0].seconds)} a step predicted; ddp can't be used here"
+            return USUAL, "since nothing that was planned trains what one process trains"
+        return better[0].keys, f"{_ms(better[0].seconds)} a step predicted; {among}, ddp is not among them"
     if not better:
-        why = f"{_ms(usual.seconds)} a step predicted; nothing shortens that by {min_gain:.0%} {among}"
-        return USUAL, why
+        return USUAL, f"{_ms(usual.seconds)} a step predicted; of {_among(made)} none is faster by {asked.min_gain:.0%}"
+    first = better[0]
+    if not asked.trials:
+        return first.keys, f"{_ms(first.seconds)} a step predicted, ddp {_ms(usual.seconds)}; {among}"
     measured = _measured(made)
-    if not made.trials:
-        first = better[0]
-        return first.keys, f"{_ms(first.seconds)} a step predicted, ddp {_ms(usual.seconds)}; the fastest {among}"
     tried = [one for one in better if typed(one.keys) in measured]
-    plain = measured.get(typed(USUAL))
-    if not tried or plain is None:
-        return USUAL, f"since what was predicted to be faster can't run, {among}"
+    if not tried or typed(USUAL) not in measured:
+        return USUAL, f"since {typed(first.keys)}, which was predicted to be faster, can't run; {among}"
+    plain = measured[typed(USUAL)]
     best = min(tried, key=lambda one: measured[typed(one.keys)])
     seconds = measured[typed(best.keys)]
-    if seconds <= (1 - min_gain) * plain:
-        return best.keys, f"{_ms(seconds)} a step measured, ddp {_ms(plain)}; chosen {among}"
-    return USUAL, (
-        f"{_ms(plain)} a step measured; {typed(best.keys)} was predicted to take {_ms(best.seconds)} instead of "
-        f"{_ms(usual.seconds)}, and took {_ms(seconds)}; chosen {among}"
-    )
+    if seconds <= (1 - asked.min_gain) * plain:
+        return best.keys, f"{_ms(seconds)} a step measured, ddp {_ms(plain)}; {among}"
+    hoped = f"{typed(best.keys)} was predicted to take {_ms(best.seconds)} instead of {_ms(usual.seconds)}"
+    return USUAL, f"{_ms(plain)} a step measured; {hoped}, but took {_ms(seconds)}; {among}"
 
 
 def _measured(made: Plan) -> dict[str, float]:
@@ -293,9 +304,8 @@ def _measured(made: Plan) -> dict[str, float]:
 def _among(made: Plan) -> str:
     exact = [one for one in made.predictions if one.same_as_single and made.fits(one)]
     count = "1 configuration" if len(exact) == 1 else f"{len(exact)} configurations"
-    names: Sequence[str] = list(dict.fromkeys(one.keys["strategy"] for one in exact))
-    return f"among {count} of {', '.join(names)}" if exact else f"among {len(made.predictions)} configurations"
+    return f"{count} of {', '.join(dict.fromkeys(one.keys['strategy'] for one in exact))}"
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
+    return shown_ms(1000 * seconds)

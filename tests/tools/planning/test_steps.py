@@ -94,6 +94,18 @@ def test_local_sgd_pays_for_a_merge_every_few_steps() -> None:
     assert hidden.seconds == pytest.approx(0.192)
 
 
+def test_late_merges_are_candidates_where_they_hide_a_wait() -> None:
+    def overlaps(plain: Setting) -> list[tuple[str, str]]:
+        found = candidates.predictions(plain, ["local_sgd"], ())
+        keys = [prediction.keys for prediction in found]
+        return [(one["strategy.sync_every"], one.get("strategy.overlap_steps", "0")) for one in keys]
+
+    assert overlaps(setting(bytes_per_second=1e15)) == [(every, "0") for every in ("4", "16", "64")]
+    # A merge takes 600 ms, a step 192. Of 64 steps, one hides too little of it.
+    all_pairs = [(every, steps) for every in ("4", "16", "64") for steps in ("0", "1", "4")]
+    assert overlaps(setting()) == [pair for pair in all_pairs if pair != ("64", "1")]
+
+
 def test_a_merge_copies_and_hashes_the_parameters() -> None:
     plain = setting()
     training = dataclasses.replace(plain.workload, copy_seconds=0.01, digest_seconds=0.02)
