@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from distrain.config.schema import Config
-from distrain.errors import ConfigError, first_line
+from distrain.errors import ConfigError, Stopped, first_line
 from distrain.files.writing import to_json
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -53,20 +53,19 @@ class Choice:
     plan: str | None = None
 
 
-def check(config: Config, world: World) -> None:
+def check(config: Config, world: World) -> engine.Checked:
     """Refuses what can't be trained whatever will be chosen, before any process group forms.
 
     Args:
         config: The run, with ``strategy=auto``.
         world: This rank's place.
 
+    Returns:
+        The training as one process does it, and its trial.
+
     Raises:
         ConfigError: One line that names the key.
     """
-    _check(config, world)
-
-
-def _check(config: Config, world: World) -> engine.Checked:
     if config.compression.name != "none":
         problem = "changes what is trained, and strategy=auto keeps what one process trains; leave it out, or name a"
         raise ConfigError("compression", config.compression.name, f"{problem} strategy")
@@ -86,8 +85,9 @@ def resolve(config: Config, world: World) -> Choice:
     Raises:
         ConfigError: As :func:`check`; or no strategy can train this.
         Failed: A rank failed.
+        Stopped: The run was asked to stop before it began.
     """
-    checked = _check(config, world)
+    checked = check(config, world)
     if world.size == 1:
         line = "strategy=auto: strategy=single, since there is one rank"
         return Choice(with_keys(config, {"strategy": "single"}), line)
@@ -99,6 +99,9 @@ def resolve(config: Config, world: World) -> Choice:
     folder = Path(met.run_dir, _TRIALS)
     try:
         made = _planned(checked, config, world, folder)
+    except Stopped as stopped:
+        # That is the step of a short run; of this one nothing is trained yet.
+        raise Stopped(stopped.reason, 0) from stopped
     finally:
         # Each host may have its own.
         if world.local_rank == 0:
