@@ -26,7 +26,7 @@ from distrain.tools.planning.plan_file import planned_part
 from distrain.tools.planning.plan_keys import COMPRESSORS, STRATEGIES
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps.common import Setting
-from distrain.tools.planning.trial_run import TIMED_SECONDS, step_seconds
+from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
 from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
@@ -255,7 +255,7 @@ def try_out(
     config_of: ConfigOf,
     world: World,
     folder: Path,
-    timed_seconds: float = TIMED_SECONDS,
+    timed_seconds: float | None = None,
 ) -> Plan:
     """Runs configurations for a few steps; all ranks call it together.
 
@@ -265,7 +265,7 @@ def try_out(
         config_of: The training with the keys of a configuration.
         world: This rank's place.
         folder: For the runs; all hosts see it.
-        timed_seconds: Seconds of steps in each run.
+        timed_seconds: Seconds of steps that are timed in each run; ``None``: some.
 
     Returns:
         The plan with its trials; configurations that can't run are among its remarks.

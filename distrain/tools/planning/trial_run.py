@@ -23,10 +23,8 @@ from distrain.training.run_plan import RunPlan
 from distrain.verification.rank_runs import quiet
 from distrain.verification.short_runs import first_samples, shortened
 
-#: Seconds of timed steps.
-TIMED_SECONDS = 3.0
-#: The fewest steps and most periods that are timed.
-_FEWEST, _MOST = 5, 60
+#: Seconds of timed steps, and the fewest steps and most periods that are timed.
+_SECONDS, _FEWEST, _MOST = 3.0, 5, 60
 #: Steps before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
 
@@ -50,7 +48,7 @@ def step_seconds(
     folder: Path,
     expected: float,
     period: int = 1,
-    timed_seconds: float = TIMED_SECONDS,
+    timed_seconds: float | None = None,
 ) -> float:
     """Trains a few steps; all ranks of the training call it together.
 
@@ -60,7 +58,7 @@ def step_seconds(
         folder: For the run; all hosts see it.
         expected: Seconds that a step is expected to take, which says how many are timed.
         period: Steps after which the same repeats, as the merges of ``local_sgd``.
-        timed_seconds: Seconds of steps that are timed.
+        timed_seconds: Seconds of steps that are timed; ``None``: some.
 
     Returns:
         Seconds of a step, the same on all ranks: of the median period, on the mean rank.
@@ -93,16 +91,16 @@ def step_seconds(
         return float(seconds / ranks)
 
 
-def steps_of_trial(expected: float, period: int, timed_seconds: float = TIMED_SECONDS) -> tuple[int, int]:
+def steps_of_trial(expected: float, period: int, timed_seconds: float | None = None) -> tuple[int, int]:
     """How long a trial is, in whole periods and with few steps of several seconds.
 
     Args:
         expected: Seconds that a step is expected to take.
         period: Steps after which the same repeats.
-        timed_seconds: Seconds of steps that are timed.
+        timed_seconds: As for :func:`step_seconds`.
 
     Returns:
         Steps before the first timed one, and timed periods.
     """
-    periods = min(max(int(timed_seconds / (expected * period)), -(-_FEWEST // period)), _MOST)
+    periods = min(max(int((timed_seconds or _SECONDS) / (expected * period)), -(-_FEWEST // period)), _MOST)
     return -(-_WARM_UP // period) * period, periods
