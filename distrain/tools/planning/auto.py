@@ -19,6 +19,7 @@ from distrain.config.schema import Config
 from distrain.errors import ConfigError, Stopped, first_line
 from distrain.files.writing import to_json
 from distrain.runtime.runtime import Runtime
+from distrain.runtime.signals import RememberedRequests
 from distrain.runtime.world import World
 from distrain.strategies.auto import AutoConfig
 from distrain.tools.planning import engine, plan_file
@@ -97,18 +98,25 @@ def resolve(config: Config, world: World) -> Choice:
         line = f"strategy=auto: {typed(met.kept)}, as chosen when this run began ({FILE})"
         return Choice(with_keys(config, met.kept), line, met.plan)
     folder = Path(met.run_dir, _TRIALS)
-    try:
-        made = _planned(checked, config, world, folder)
-    except Stopped as stopped:
-        # That is the step of a short run; of this one nothing is trained yet.
-        raise Stopped(stopped.reason, 0) from stopped
-    finally:
-        # Each host may have its own.
-        if world.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+    with RememberedRequests() as requests:
+        try:
+            made = _planned(checked, config, world, folder)
+        except Stopped as stopped:
+            # That is the step of a short run; of this one nothing is trained yet.
+            raise Stopped(stopped.reason, 0) from stopped
+        finally:
+            # Each host may have its own.
+            if world.local_rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
     keys, why = decide(made, options_of(config))
     # Ranks have measured their blocks by themselves, and all must train the same.
-    agreed = engine.of_rank_0(as_single(config), world, {"keys": keys, "why": why})
+    with Runtime(as_single(config), world, keep_logs=False) as runtime:
+        mine = {"keys": keys, "why": why, "stop": requests.first}
+        everyone = runtime.communicator().all_gather_json(mine, runtime.device)
+    asked = next((rank["stop"] for rank in everyone if rank["stop"]), None)
+    if asked is not None:
+        raise Stopped(asked, 0)
+    agreed = everyone[0]
     content = {**made.to_plain(), "chosen": {"keys": keys, "why": why, "for": met.holds_for}}
     line = f"strategy=auto: {typed(agreed['keys'])}, {agreed['why']} ({FILE})"
     return Choice(with_keys(config, agreed["keys"]), line, to_json(content) if world.rank == 0 else None)
