@@ -14,9 +14,11 @@ from distrain.api.settings import merge
 from distrain.api.surroundings import release_process_groups, restored_surroundings
 from distrain.checkpoint.progress import Progress
 from distrain.cli import app
+from distrain.config.registry import choice
 from distrain.errors import ConfigError, Stopped, config_error
 from distrain.models.python_object import ModelObject
 from distrain.runtime import program
+from distrain.strategies.auto import AutoConfig
 from distrain.strategies.base import Strategy, strategy_class
 from distrain.tools.launching import slurm
 from distrain.training import trainer as training
@@ -71,10 +73,14 @@ class Trainer:
             raise ConfigError("nproc", settings["nproc"], problem)
         slurm.set_torchrun_variables(os.environ)
         self._training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
-        strategy = strategy_class(self._training.config)
-        if strategy.run is not Strategy.run:
-            problem = "has ranks that take no steps of their own; train with distrain.fit"
-            raise ConfigError("strategy", self._training.config.strategy.name, problem)
+        problem = "has ranks that take no steps of their own; train with distrain.fit"
+        options = self._training.config.strategy
+        if isinstance(options, AutoConfig):
+            options.strategies = [name for name in options.strategies if _takes_steps(choice("strategy", name).target)]
+            if not options.strategies:
+                raise ConfigError("strategy.strategies", "parameter_server", problem)
+        if not _takes_steps(strategy_class(self._training.config)):
+            raise ConfigError("strategy", options.name, problem)
         self._stack = contextlib.ExitStack()
         self._inner: training.Trainer | None = None
         self._steps: Steps | None = None
@@ -118,7 +124,7 @@ class Trainer:
             end = self._stop(self._steps)
         # Also when no step was taken: the generator would not do it then.
         trainer.checkpointing.close()
-        result = self._training.result(trainer.runtime) if error is None and self._began else None
+        result = self._training.result(trainer) if error is None and self._began else None
         self._stack.__exit__(None if end is None else type(end), end, None if end is None else end.__traceback__)
         # Nothing here must keep the process group, which has ended.
         self._progress, self._inner, self._steps = trainer.progress, None, None
@@ -189,3 +195,8 @@ class Trainer:
         if self._inner is None:
             raise config_error("distrain.Trainer", "is used inside the block of `with distrain.Trainer(…) as trainer:`")
         return self._inner
+
+
+def _takes_steps(strategy: Any) -> bool:
+    """Whether all ranks of a strategy take the training's steps."""
+    return strategy.run is Strategy.run

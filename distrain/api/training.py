@@ -18,9 +18,9 @@ from distrain.config.schema import Config
 from distrain.data.python_object import DataObject, offered_data
 from distrain.errors import ConfigError
 from distrain.models.python_object import ModelObject, offered_model
-from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.base import Strategy, strategy_class
+from distrain.strategies.base import Strategy
+from distrain.training.trainer import Trainer
 
 
 @dataclass
@@ -47,12 +47,14 @@ class Training:
         """Trains, as this rank."""
         with self.objects(), app.prepared(self.config) as trainer:
             app.log_end(trainer, trainer.fit())
-            return self.result(trainer.runtime)
+            return self.result(trainer)
 
-    def result(self, runtime: Runtime) -> Result:
+    @staticmethod
+    def result(trainer: Trainer) -> Result:
         """Where this rank finds what was trained; all ranks call it together at the end, inside the runtime."""
+        runtime = trainer.runtime
         # Ranks of a parameter server end one by one, and don't meet again.
-        ends_together = strategy_class(self.config).run is Strategy.run
+        ends_together = type(trainer.strategy).run is Strategy.run
         return shared_result(runtime) if ends_together else Result(runtime.run_dir)
 
     def check(self, world: World) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distrain.config.load import to_container
 from distrain.config.schema import Config
@@ -16,13 +16,20 @@ from distrain.files.writing import to_json, to_yaml
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tasks.base import Task
+from distrain.tools.planning import expected, plan_file
 from distrain.training import auto_format, resume
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.model_notices import model_notices
 from distrain.training.run_plan import RunPlan
 from distrain.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from distrain.tools.planning.auto import Choice
+
 log = logging.getLogger(__name__)
+
+#: The strategy that stands for the one which a plan chooses.
+AUTO = "auto"
 
 
 def train(config: Config, world: World | None = None) -> dict[str, Any]:
@@ -49,6 +56,8 @@ def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
     """Says in one line what the run came to."""
     if trainer.runtime.is_main:
         log.info("%s", closing_line(summary, trainer.task))
+        if line := expected.slower_than_planned(summary):
+            log.warning("%s", line)
 
 
 @contextlib.contextmanager
@@ -63,7 +72,11 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
         ConfigError: As :func:`train`.
         Failed: What is done in the block failed; which rank, where and why was said.
     """
-    plan = RunPlan.resolve(config, world or World.from_environment())
+    world = world or World.from_environment()
+    choice = _strategy_choice(config, world)
+    config = config if choice is None else choice.config
+    expected.check(config)
+    plan = RunPlan.resolve(config, world)
     trial = plan.check()
     with contextlib.closing(plan.load()) as splits:
         plan.check_sizes(splits, trial)
@@ -79,14 +92,31 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
             if runtime.is_main and runtime.owner is not None:
                 runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
                 runtime.owner.write_kept(manifest.FILE, to_json(data))
+                if choice is not None and choice.plan is not None:
+                    runtime.owner.write_kept(plan_file.FILE, choice.plan)
                 for note in splits.notes:
                     log.info("%s", note)
                 log.info("run folder: %s", runtime.run_dir)
+                if choice is not None:
+                    log.info("%s", choice.line)
                 if changed_data:
                     log.warning("%s", changed_data)
                 for notice in notices:
                     log.warning("%s", notice)
-            yield build_trainer(plan, runtime, splits)
+            trainer = build_trainer(plan, runtime, splits)
+            if runtime.is_main:
+                trainer.report.predicted = expected.of_run(config, plan.world.size, runtime.run_dir)
+            yield trainer
+
+
+def _strategy_choice(config: Config, world: World) -> Choice | None:
+    """What ``strategy=auto`` means for this run; ``None`` if a strategy is named. All ranks call it together."""
+    if config.strategy.name != AUTO:
+        return None
+    # Imports what else only the command plan needs.
+    from distrain.tools.planning import auto
+
+    return auto.resolve(config, world)
 
 
 def check(config: Config, world: World) -> None:
@@ -99,7 +129,14 @@ def check(config: Config, world: World) -> None:
     Raises:
         ConfigError: The configuration can't run.
     """
-    RunPlan.resolve(config, world).check(warn=False)
+    expected.check(config)
+    if config.strategy.name == AUTO:
+        # Imports what else only the command plan needs.
+        from distrain.tools.planning import auto
+
+        auto.check(config, world)
+    else:
+        RunPlan.resolve(config, world).check(warn=False)
 
 
 def closing_line(summary: dict[str, Any], task: Task) -> str:

@@ -20,7 +20,9 @@ from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.tools.planning import engine, figure
 from distrain.tools.planning.cluster import Link
-from distrain.tools.planning.plan import FILE, Plan
+from distrain.tools.planning.plan import Plan
+from distrain.tools.planning.plan_file import FILE
+from distrain.tools.planning.plan_keys import STRATEGIES
 
 
 @dataclass
@@ -30,7 +32,7 @@ class PlanSettings:
     cluster: str | None = setting(
         "YAML file that describes a cluster; null: the ranks that are started are measured.", path=True
     )
-    strategies: list[str] = setting("Strategies to look at.", choices=engine.STRATEGIES)
+    strategies: list[str] = setting("Strategies to look at.", choices=STRATEGIES)
     rows: int = setting("Configurations to show.", at_least=1)
     check: int = setting("Run so many of the fastest, and ddp, for a few steps, and show what they take.", at_least=0)
     most_hosts: int = setting("Hosts up to which plan.png shows step times.", at_least=1)
@@ -46,7 +48,7 @@ class PlanSettings:
             ConfigError: One line that names the key.
         """
         if not self.strategies:
-            raise ConfigError("strategies", [], "names none", engine.STRATEGIES)
+            raise ConfigError("strategies", [], "names none", STRATEGIES)
         if self.check and self.cluster is not None:
             raise ConfigError("check", self.check, "runs what is planned, and the ranks of cluster=… aren't here", [0])
 
@@ -78,7 +80,7 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
         for line in made.lines(settings.rows):
             show(line)
     if settings.check:
-        made = engine.try_out(made, settings.check, config_of, world, runs)
+        made = engine.try_out(made, made.chosen_for_trial(settings.check), config_of, world, runs)
         if world.rank == 0:
             for line in made.trial_lines():
                 show(line)
@@ -92,16 +94,22 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
 
 
 def _draw(made: Plan, settings: PlanSettings, folder: Path) -> str:
-    """Draws the step's time by number of hosts, if the link between hosts is known; returns what to say of it."""
+    """Draws what can be drawn, and returns what to say of it."""
+    said = ""
+    step = figure.draw_step(made.predictions)
+    if step is not None:
+        path = folder / "timeline.png"
+        step.savefig(path)
+        said = f"; a step of the fastest pipeline: {path}"
     cluster = made.cluster
     if cluster.hosts == 1:
         if settings.gbit_per_s is None:
-            return ""
+            return said
         cluster = dataclasses.replace(cluster, between=Link.of(100e-6, settings.gbit_per_s * 1e9 / 8))
     curves = figure.curves(made.workload, cluster, settings.most_hosts, settings.strategies)
     path = folder / "plan.png"
     figure.draw(curves, made.workload.batch_size).savefig(path)
-    return f"; picture: {path}"
+    return f"{said}; step times by number of hosts: {path}"
 
 
 def _with(keys: Sequence[str], chosen: Mapping[str, str]) -> Config:

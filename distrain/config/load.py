@@ -88,6 +88,21 @@ def load_settings(schema: type[T], composed: DictConfig) -> T:
     return settings
 
 
+def load_group(group: str, content: Mapping[str, Any]) -> Any:
+    """Checks one choice of a group against its schema.
+
+    Args:
+        group: The group, such as ``strategy``.
+        content: The choice's ``name`` and keys, as in its YAML file.
+
+    Raises:
+        ConfigError: As :func:`load_config`.
+    """
+    loaded = _load_choice(group, group, OmegaConf.create(dict(content)))
+    _check_limits(group, loaded)
+    return loaded
+
+
 @dataclass
 class _Top:
     """The keys of :class:`Config` that are in no section or group."""
@@ -96,6 +111,7 @@ class _Top:
     resume: str = dataclasses.field(default="auto", metadata={"path": True})
     run_dir: str | None = dataclasses.field(default=None, metadata={"path": True})
     freeze: list[FreezeConfig] = dataclasses.field(default_factory=list)
+    plan: str | None = dataclasses.field(default=None, metadata={"path": True})
     experiment: str | None = None
 
 

@@ -492,6 +492,9 @@ class Config:
     freeze: list[FreezeConfig] = setting(
         "Parameters that keep their initial values, for ever or in the first epochs.", default_factory=list
     )
+    plan: str | None = setting(
+        "Folder of a plan to compare with; null: run_dir.", default=None, affects=("identity",), path=True
+    )
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)
     )

@@ -24,7 +24,8 @@ _PROBE_BYTES = 1 << 16
 #: What runs write into their folder. Links to elsewhere under other names do no harm.
 _WRITTEN = (
     *("config.yaml", "data.json", "metrics.jsonl", "summary.json", "stopped.json"),
-    *("failure.json", "previous_failure.json", "checkpoints", "logs", "pipeline", "tensorboard"),
+    *("failure.json", "previous_failure.json", "plan.json", ".trials"),
+    *("checkpoints", "logs", "pipeline", "tensorboard"),
 )
 
 

@@ -47,6 +47,37 @@ class Stoppable(Protocol):
     stop_requested: str | None
 
 
+class RememberedRequests:
+    """Remembers requests to stop inside a block of several short runs.
+
+    Such a run acts on a request only while it trains. One that comes between two of them, or while one ends, would be
+    lost.
+
+    Attributes:
+        first: Name of the first signal that asked to stop; ``None`` if none has.
+    """
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> RememberedRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        self.first = self.first or signal.Signals(number).name
+
+
 class SignalHandler:
     """Handles the signals that users, terminals, launchers and batch systems send to end a run, and a launcher's end.
 
@@ -124,6 +155,9 @@ class SignalHandler:
                 _thread.interrupt_main(_SAVING)  # os.kill would end the process on Windows
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        outer = self._previous.get(signal.Signals(number))
+        if isinstance(outer, RememberedRequests):
+            outer(number, frame)
         # When one rank fails, the launcher ends the others, which are already reporting that failure.
         if self.ignored or any(caller.f_code in self._shutdown for caller in _callers(frame)):
             return

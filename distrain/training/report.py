@@ -45,6 +45,7 @@ class Report:
     Attributes:
         clock: Times the loop over batches; from :meth:`begin` on.
         parameters: Number of values in the unsplit model's parameters: ``count`` and ``trainable``.
+        predicted: What a plan predicts of this run, for the summary; empty if there is no plan.
     """
 
     clock: StepClock
@@ -69,6 +70,7 @@ class Report:
         self._last_log = (0, 0)
         self._start_time = time.perf_counter()
         self.parameters: dict[str, int] = {}
+        self.predicted: dict[str, Any] = {}
         self._origin = Origin(Path.cwd() if runtime.is_main else None)
 
     def begin(self, first_step: int, total_steps: int) -> None:
@@ -227,6 +229,7 @@ class Report:
             "test_count": test.count,
             "images_per_second": self.clock.overall.samples_per_second,
             "step_ms": self.clock.step_ms(),
+            **({"predicted": self.predicted} if self.predicted else {}),
             "time_share": {name: share / group.size for name, share in zip(shares, summed, strict=True)},
             "bytes_sent_per_step": round(sent_by_all / steps),
             "bytes_uncompressed_per_step": uncompressed,

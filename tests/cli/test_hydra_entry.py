@@ -67,7 +67,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     # choices
     "strategy=dpp": ("strategy=dpp: no such choice", "did you mean ddp?"),
     "strategy=DDP": ("strategy=DDP: no such choice", "did you mean ddp?"),
-    "strategy=pipe": ("strategy=pipe: no such choice", "choices: ddp,", "single"),
+    "strategy=pipe": ("strategy=pipe: no such choice", "choices: auto, ddp,", "single"),
     "model=simple_cn": ("model=simple_cn: no such choice", "did you mean simple_cnn?"),
     "data=mnist": ("data=mnist: no such choice", "choices: cifar10, "),
     "data=python_object": ("data=python_object: stands for an object in a Python program", "distrain.fit(model, data)"),
@@ -119,7 +119,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "runtime.timeout_seconds=-1": ("runtime.timeout_seconds=-1.0: must be greater than 0",),
     # combinations
     "data.batch_size=1": ("data.batch_size=1: ", "smaller than the 2 ranks"),
-    "strategy=single": ("strategy=single: runs on 1 rank, but 2 were started", "choices: ddp"),
+    "strategy=single": ("strategy=single: runs on 1 rank, but 2 were started", "choices: auto, ddp"),
     "optimizer=sgd optimizer.nesterov=true": ("optimizer.nesterov=true: needs optimizer.momentum above 0",),
     "optimizer.betas=[0.9]": ("optimizer.betas=[0.9]: must be two numbers",),
     "runtime.device=cuda": ("runtime.device=cuda: torch sees no GPU here", "choices: auto, cpu"),
@@ -447,7 +447,7 @@ def test_multirun_stops_at_the_first_refused_value(
     [
         (
             "strategy=",
-            {f"strategy={name}" for name in ("ddp", "local_sgd", "parameter_server", "pipeline", "single")},
+            {f"strategy={name}" for name in ("auto", "ddp", "local_sgd", "parameter_server", "pipeline", "single")},
         ),
         ("strategy=d", {"strategy=ddp"}),
         ("opti", {"optimizer.", "optimizer="}),

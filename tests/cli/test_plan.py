@@ -15,7 +15,8 @@ from distrain.cli.plan import PlanSettings, check
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.tools.launching.launch_keys import LaunchSettings
-from distrain.tools.planning.engine import STRATEGIES, agreed_folder
+from distrain.tools.planning.engine import agreed_folder
+from distrain.tools.planning.plan_keys import STRATEGIES
 from tests.harness import HANG_SECONDS
 from tests.runs import SMALL, small
 
@@ -76,6 +77,7 @@ def test_two_ranks_are_planned_and_one_configuration_is_tried(tmp_path: Path) ->
     assert "fastest that trains what one process trains: strategy=" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
     assert plan["cluster"]["hosts"] == 1
     assert plan["cluster"]["ranks_per_host"] == 2
     times = [prediction["step_ms"] for prediction in plan["predictions"]]

@@ -39,7 +39,7 @@ def test_two_hosts_train_one_model(tmp_path: Path) -> None:
 def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     for arguments, message in {
         ("hosts=[a]", "prt=1"): "distrain: prt: no such key; choices: hosts, addresses,",
-        ("hosts=[a]", "--", "strategy=dpp"): "distrain: strategy=dpp: no such choice; choices: ddp",
+        ("hosts=[a]", "--", "strategy=dpp"): "distrain: strategy=dpp: no such choice; choices: auto, ddp",
     }.items():
         ended = start(tmp_path, *arguments)
         assert ended.returncode == 2

@@ -14,7 +14,7 @@ import pytest
 
 from distrain.errors import LAUNCHER_ENDED, Terminated, termination_behind
 from distrain.runtime import signals
-from distrain.runtime.signals import SignalHandler
+from distrain.runtime.signals import RememberedRequests, SignalHandler
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
@@ -210,3 +210,19 @@ def test_previous_handlers_are_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) != before[0]
     handler.restore()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_a_request_that_no_short_run_acts_on_is_remembered() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with RememberedRequests() as between:
+        send("SIGHUP")
+        send("SIGTERM")
+    assert between.first == "SIGHUP"
+    with RememberedRequests() as at_its_end:
+        handler = SignalHandler(Target())
+        handler.install()
+        handler.ignored = True
+        send("SIGTERM")
+        handler.restore()
+    assert at_its_end.first == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before

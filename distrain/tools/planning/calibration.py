@@ -81,12 +81,14 @@ class ShortRuns:
         splits: The samples.
         config_of: The training with the keys of a configuration.
         folder: For the runs; all hosts see it.
+        timed_seconds: Seconds of steps that are timed in each; ``None``: some.
     """
 
     world: World
     splits: Splits
     config_of: Callable[[Mapping[str, str]], Config]
     folder: Path
+    timed_seconds: float | None = None
 
     def seconds(self, keys: Mapping[str, str], expected: float, name: str) -> float:
         """Seconds of a step; all ranks call it together.
@@ -103,7 +105,7 @@ class ShortRuns:
         run = RunPlan.resolve(self.config_of(keys), self.world)
         run.check(warn=False)
         period = int(keys.get("strategy.sync_every", 1))
-        return step_seconds(run, self.splits, self.folder / name, expected, period)
+        return step_seconds(run, self.splits, self.folder / name, expected, period, self.timed_seconds)
 
     def agreed(self, keys: Mapping[str, str], expected: float) -> tuple[dict[str, str], float]:
         """Rank 0's keys and expectation, since ranks have measured their blocks by themselves."""

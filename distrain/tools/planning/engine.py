@@ -23,16 +23,14 @@ from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.plan import Plan, Trial
+from distrain.tools.planning.plan_file import planned_part
+from distrain.tools.planning.plan_keys import COMPRESSORS, STRATEGIES
+from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps.common import Setting
 from distrain.tools.planning.workload import Workload
 from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
 from distrain.verification.short_runs import as_single
-
-#: Strategies that a plan looks at.
-STRATEGIES = ("single", "ddp", "pipeline", "local_sgd", "parameter_server")
-#: Compressors that a plan times; the others send about as much as one of them.
-COMPRESSORS = ("bf16", "qsgd", "powersgd", "topk", "signsgd")
 
 
 @dataclass(frozen=True)
@@ -42,19 +40,23 @@ class Options:
     Attributes:
         cluster: Description of a cluster that isn't here; ``None``: these ranks.
         strategies: Names of the strategies to look at.
+        compressors: Names of the compressors to time.
     """
 
     cluster: Path | None = None
     strategies: Sequence[str] = STRATEGIES
+    compressors: Sequence[str] = COMPRESSORS
 
 
 #: Folder of the short runs, which is removed after them.
 TRIALS = "trials"
 #: The training with the keys of a configuration in place of its own strategy and compressor.
 ConfigOf = Callable[[Mapping[str, str]], Config]
+#: The training as one process does it, and its trial.
+Checked = tuple[RunPlan, ModelTrial]
 
 
-def check(config: Config, world: World, options: Options) -> tuple[RunPlan, ModelTrial]:
+def check(config: Config, world: World, options: Options) -> Checked:
     """Refuses what can't be planned, before any process group forms.
 
     Returns:
@@ -85,10 +87,10 @@ def agreed_folder(config: Config, world: World, folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError("folder", folder, f"can't be made ({error.strerror or error})") from error
-    return Path(_of_rank_0(config, world, {"folder": str(folder.resolve())})["folder"])
+    return Path(of_rank_0(config, world, {"folder": str(folder.resolve())})["folder"])
 
 
-def _of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
+def of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
     """What rank 0 has to tell; all ranks call it together.
 
     Args:
@@ -100,9 +102,7 @@ def _of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[st
         return runtime.communicator().all_gather_json(mine, runtime.device)[0]
 
 
-def make_plan(
-    checked: tuple[RunPlan, ModelTrial], world: World, options: Options, config_of: ConfigOf, folder: Path
-) -> Plan:
+def make_plan(checked: Checked, world: World, options: Options, config_of: ConfigOf, folder: Path) -> Plan:
     """Makes a plan; all ranks call it together.
 
     Args:
@@ -136,7 +136,7 @@ def make_plan(
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
     plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
-    plan = dataclasses.replace(plan, calibrated_on=done)
+    plan = dataclasses.replace(plan, calibrated_on=done, training=planned_part(run.config))
     return _without_refused(plan, config_of, sizes)
 
 
@@ -153,7 +153,7 @@ def _compressors(world: World, options: Options, config_of: ConfigOf) -> tuple[d
     found: dict[str, CompressionConfig] = {}
     remarks = []
     if world.size > 1 and "ddp" in options.strategies:
-        for name in COMPRESSORS:
+        for name in options.compressors:
             try:
                 config = config_of({"strategy": "ddp", "compression": name})
                 compressor_class(config).check(config)
@@ -219,15 +219,23 @@ def _problem(config_of: ConfigOf, keys: Mapping[str, str], ranks: int, sizes: _S
     return None
 
 
-def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: Path) -> Plan:
-    """Runs the fastest configurations, and plain ``ddp``, for a few steps; all ranks call it together.
+def try_out(
+    plan: Plan,
+    asked: Sequence[Prediction],
+    config_of: ConfigOf,
+    world: World,
+    folder: Path,
+    timed_seconds: float | None = None,
+) -> Plan:
+    """Runs configurations for a few steps; all ranks call it together.
 
     Args:
         plan: The plan.
-        count: Number of configurations besides ``ddp``.
+        asked: Its predictions to try, in this order; those of rank 0 count.
         config_of: The training with the keys of a configuration.
         world: This rank's place.
         folder: For the runs; all hosts see it.
+        timed_seconds: Seconds of steps that are timed in each run; ``None``: some.
 
     Returns:
         The plan with its trials; configurations that can't run are among its remarks.
@@ -237,13 +245,15 @@ def try_out(plan: Plan, count: int, config_of: ConfigOf, world: World, folder: P
     """
     trials: list[Trial] = []
     remarks = list(plan.remarks)
-    best = {"all": [{"keys": one.keys, "seconds": one.seconds} for one in plan.chosen_for_trial(count)]}
+    mine = {"all": [{"keys": one.keys, "seconds": one.seconds} for one in asked]}
     # Ranks have measured their blocks by themselves, and all must try the same.
-    chosen = _of_rank_0(config_of({}), world, best)["all"]
+    chosen = of_rank_0(config_of({}), world, mine)["all"]
+    if not chosen:
+        return plan
     predictions = {tuple(prediction.keys.items()): prediction for prediction in plan.predictions}
     run = RunPlan.resolve(config_of(chosen[0]["keys"]), world)
     with contextlib.closing(run.load()) as splits:
-        runs = ShortRuns(world, splits, config_of, folder)
+        runs = ShortRuns(world, splits, config_of, folder, timed_seconds)
         for number, one in enumerate(chosen):
             keys: dict[str, str] = one["keys"]
             try:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distrain.strategies.pipeline.timeline import draw_timeline
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.engine import STRATEGIES, setting_of
+from distrain.tools.planning.engine import setting_of
+from distrain.tools.planning.plan_keys import STRATEGIES
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.workload import Workload
 
@@ -65,6 +67,25 @@ def curves(
                 # The picture needs no timelines.
                 of_strategy[hosts] = dataclasses.replace(prediction, simulated=None)
     return [Curve(name, list(points), list(points.values())) for name, points in found.items() if points]
+
+
+def draw_step(predictions: Sequence[Prediction]) -> Figure | None:
+    """Draws the simulated step of the fastest pipeline, as a run draws its measured one; ``None`` if there is none.
+
+    Args:
+        predictions: In ascending order of a step's time.
+    """
+    for prediction in predictions:
+        if prediction.bubble is not None and prediction.simulated is not None:
+            keys = {key.removeprefix("strategy."): value for key, value in prediction.keys.items()}
+            lanes = prediction.simulated.lanes
+            title = (
+                f"{keys['schedule']}, {keys['stages']} stages on {len(lanes)} ranks, {keys['microbatches']} "
+                f"microbatches: a step of {1000 * prediction.seconds:.3g} ms and a bubble of {prediction.bubble:.0%}, "
+                "both predicted"
+            )
+            return draw_timeline(lanes, title)
+    return None
 
 
 def draw(drawn: Sequence[Curve], batch_size: int) -> Figure:

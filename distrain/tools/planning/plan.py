@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distrain.files.writing import to_json
 from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.plan_file import FILE
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.workload import Workload
 
-FILE = "plan.json"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -46,6 +46,7 @@ class Plan:
         remarks: What could not be measured, and why.
         trials: Configurations that were run for a few steps.
         calibrated_on: Keys of configurations that were run to make the plan, so that it is no prediction of them.
+        training: The part of the training's configuration that the predictions depend on.
     """
 
     workload: Workload
@@ -54,6 +55,7 @@ class Plan:
     remarks: Sequence[str]
     trials: Sequence[Trial] = ()
     calibrated_on: Sequence[Mapping[str, str]] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def fits(self, prediction: Prediction) -> bool:
         """Whether each rank has enough memory, as far as that is known."""
@@ -88,14 +90,14 @@ class Plan:
             memory = self.cluster.memory_bytes or 0.0
             missing = smallest.memory.total - memory
             lines.append(
-                f"nothing fits into {_size(memory)} a rank; {_typed(smallest)} lacks {_size(missing)}, the least"
+                f"nothing fits into {_size(memory)} a rank; {typed(smallest.keys)} lacks {_size(missing)}, the least"
             )
             return lines
         if exact is not None:
-            lines.append(f"fastest that trains what one process trains: {_typed(exact)}")
+            lines.append(f"fastest that trains what one process trains: {typed(exact.keys)}")
         if exact is not fastest and (exact is None or fastest.seconds < 0.98 * exact.seconds):
             gain = "" if exact is None else f", {exact.seconds / fastest.seconds:.2f} times as fast"
-            lines.append(f"fastest{gain}, but it trains something else: {_typed(fastest)}")
+            lines.append(f"fastest{gain}, but it trains something else: {typed(fastest.keys)}")
         return lines
 
     def chosen_for_trial(self, count: int) -> list[Prediction]:
@@ -113,7 +115,7 @@ class Plan:
         lines = ["predicted ms  measured ms   error  configuration"]
         lines += [
             f"{1000 * trial.prediction.seconds:12.1f}  {1000 * trial.seconds:11.1f}  {trial.error:+6.1%}  "
-            f"{_typed(trial.prediction)}"
+            f"{typed(trial.prediction.keys)}"
             for trial in self.trials
         ]
         return [*lines, *(remark for remark in self.remarks if remark.startswith("not tried"))]
@@ -123,7 +125,8 @@ class Plan:
         memory = _size(prediction.memory.total) + ("" if self.fits(prediction) else "!")
         return (
             f"{1000 * prediction.seconds:8.1f}  {self.workload.batch_size / prediction.seconds:8,.0f}  "
-            f"{_size(prediction.bytes_sent):>8}  {memory:>8}  {same:>11}  {prediction.bound:>9}  {_typed(prediction)}"
+            f"{_size(prediction.bytes_sent):>8}  {memory:>8}  {same:>11}  {prediction.bound:>9}  "
+            f"{typed(prediction.keys)}"
         )
 
     def to_plain(self) -> dict[str, Any]:
@@ -145,6 +148,7 @@ class Plan:
                 }
                 for trial in self.trials
             ],
+            "training": dict(self.training),
             "workload": self.workload.to_plain(),
         }
 
@@ -155,8 +159,9 @@ class Plan:
         return path
 
 
-def _typed(prediction: Prediction) -> str:
-    return " ".join(f"{key}={value}" for key, value in prediction.keys.items())
+def typed(keys: Mapping[str, str]) -> str:
+    """A configuration's keys as on the command line."""
+    return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
 def _size(number: float) -> str:

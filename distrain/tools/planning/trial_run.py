@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
-from distrain.compression import base as compression
 from distrain.data.base import Splits
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
@@ -43,7 +42,14 @@ class _StepClock(Callback):
         self.times.append(time.perf_counter())
 
 
-def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, period: int = 1) -> float:
+def step_seconds(
+    plan: RunPlan,
+    splits: Splits,
+    folder: Path,
+    expected: float,
+    period: int = 1,
+    timed_seconds: float | None = None,
+) -> float:
     """Trains a few steps; all ranks of the training call it together.
 
     Args:
@@ -52,6 +58,7 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         folder: For the run; all hosts see it.
         expected: Seconds that a step is expected to take, which says how many are timed.
         period: Steps after which the same repeats, as the merges of ``local_sgd``.
+        timed_seconds: Seconds of steps that are timed; ``None``: some.
 
     Returns:
         Seconds of a step, the same on all ranks: the mean of all ranks and periods, less disturbances.
@@ -59,9 +66,7 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
     Raises:
         Failed: A rank failed.
     """
-    compressed = plan.config.compression.name != "none"
-    first = compression.build(plan.config.compression, plan.config.seed).warmup_steps if compressed else 0
-    warm_up, periods = steps_of_trial(expected, period, first)
+    warm_up, periods = steps_of_trial(expected, period, timed_seconds)
     steps = warm_up + periods * period
     plan = plan.with_config(dataclasses.replace(shortened(plan.config, steps), run_dir=str(folder)))
     world = plan.world
@@ -86,16 +91,16 @@ def step_seconds(plan: RunPlan, splits: Splits, folder: Path, expected: float, p
         return float(seconds / ranks)
 
 
-def steps_of_trial(expected: float, period: int, different: int = 0) -> tuple[int, int]:
+def steps_of_trial(expected: float, period: int, timed_seconds: float | None = None) -> tuple[int, int]:
     """How long a trial is, in whole periods and with few steps of several seconds.
 
     Args:
         expected: Seconds that a step is expected to take.
         period: Steps after which the same repeats.
-        different: Steps at the start that are not like later ones, as those of a compressor that warms up.
+        timed_seconds: As for :func:`step_seconds`.
 
     Returns:
         Steps before the first timed one, and timed periods.
     """
-    periods = min(max(int(_SECONDS / (expected * period)), -(-_FEWEST // period)), _MOST)
-    return -(-(_WARM_UP + different) // period) * period, periods
+    periods = min(max(int((timed_seconds or _SECONDS) / (expected * period)), -(-_FEWEST // period)), _MOST)
+    return -(-_WARM_UP // period) * period, periods

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from distrain.tools.planning import figure
-from distrain.tools.planning.engine import STRATEGIES
+from distrain.tools.planning.plan_keys import STRATEGIES
 from distrain.tools.planning.prediction import Prediction
 from tests.tools.planning.workloads import cluster, workload
 

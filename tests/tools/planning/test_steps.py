@@ -13,6 +13,7 @@ from distrain.errors import ConfigError
 from distrain.tools.planning import candidates, engine
 from distrain.tools.planning.cluster import Link
 from distrain.tools.planning.network import Network
+from distrain.tools.planning.plan_keys import STRATEGIES
 from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
 from distrain.tools.planning.steps.common import Setting, backward_pieces
@@ -91,6 +92,18 @@ def test_local_sgd_pays_for_a_merge_every_few_steps() -> None:
     assert predicted.bytes_sent == pytest.approx(6 * MB)
     hidden = local_sgd.predict(setting(), {}, sync_every=10, overlap_steps=4)
     assert hidden.seconds == pytest.approx(0.192)
+
+
+def test_late_merges_are_candidates_where_they_hide_a_wait() -> None:
+    def overlaps(plain: Setting) -> list[tuple[str, str]]:
+        found = candidates.predictions(plain, ["local_sgd"], ())
+        keys = [prediction.keys for prediction in found]
+        return [(one["strategy.sync_every"], one.get("strategy.overlap_steps", "0")) for one in keys]
+
+    assert overlaps(setting(bytes_per_second=1e15)) == [(every, "0") for every in ("4", "16", "64")]
+    # A merge takes 600 ms, a step 192. Of 64 steps, one hides too little of it.
+    all_pairs = [(every, steps) for every in ("4", "16", "64") for steps in ("0", "1", "4")]
+    assert overlaps(setting()) == [pair for pair in all_pairs if pair != ("64", "1")]
 
 
 def test_a_merge_copies_and_hashes_the_parameters() -> None:
@@ -250,7 +263,7 @@ def test_a_stage_sends_its_tensors_one_after_the_other() -> None:
 def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
     machines = cluster(ranks)
     training = workload(blocks=8)
-    found = list(candidates.predictions(Setting(training, machines, Network(machines)), engine.STRATEGIES, ()))
+    found = list(candidates.predictions(Setting(training, machines, Network(machines)), STRATEGIES, ()))
     strategies = {prediction.keys["strategy"] for prediction in found}
     assert strategies == {"ddp", "pipeline", "local_sgd", "parameter_server"}
     for prediction in found:

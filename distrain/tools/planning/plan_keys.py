@@ -1,0 +1,61 @@
+"""From the keys of a configuration in a plan to what a training is configured with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from distrain.config.folder import CONF
+from distrain.config.load import load_group
+from distrain.config.schema import Config
+from distrain.errors import ConfigError
+
+#: Strategies that a plan looks at.
+STRATEGIES = ("single", "ddp", "pipeline", "local_sgd", "parameter_server")
+#: Compressors that a plan times; the others send about as much as one of them.
+COMPRESSORS = ("bf16", "qsgd", "powersgd", "topk", "signsgd")
+#: What a configuration that names no choice of a group has, and what it may name.
+_GROUPS = {"strategy": ("single", STRATEGIES), "compression": ("none", ("none", *COMPRESSORS))}
+
+
+def with_keys(config: Config, keys: Mapping[str, str]) -> Config:
+    """A training with the strategy and compressor of a configuration in a plan.
+
+    Args:
+        config: The training.
+        keys: As on the command line; keys that are not named have the values of the YAML files below ``conf``.
+
+    Raises:
+        ConfigError: A key or value is wrong.
+    """
+    return dataclasses.replace(config, **{group: choice_of(group, keys) for group in _GROUPS})
+
+
+def choice_of(group: str, keys: Mapping[str, str]) -> Any:
+    """What the keys of a configuration choose of a group, as its dataclass.
+
+    Args:
+        group: ``strategy`` or ``compression``.
+        keys: As for :func:`with_keys`.
+
+    Raises:
+        ConfigError: As :func:`with_keys`.
+    """
+    default, names = _GROUPS[group]
+    name = keys.get(group, default)
+    if name not in names:
+        raise ConfigError(group, name, "is not planned", names)
+    own = {key.removeprefix(f"{group}."): value for key, value in keys.items() if key.startswith(f"{group}.")}
+    return load_group(group, {**_defaults(group, name), **{key: yaml.safe_load(value) for key, value in own.items()}})
+
+
+@functools.cache
+def _defaults(group: str, name: str) -> Mapping[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    # Hydra's list of other files is no key.
+    content.pop("defaults", None)
+    return content
