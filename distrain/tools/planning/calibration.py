@@ -153,12 +153,18 @@ def _with_measured(
     workload: Workload, cluster: Cluster, unknown: _Unknown, keys: Mapping[str, str], measured: float
 ) -> Workload:
     """The training for which a configuration takes as long as measured, by bisection."""
+
+    def too_short(value: float) -> bool:
+        changed = unknown.set(workload, value)
+        found = _predictions(changed, cluster, unknown.strategy)
+        return next(one.seconds for one in found if one.keys == keys) < measured
+
     low, high = 0.0, measured
+    while too_short(high):
+        high *= 2
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        changed = unknown.set(workload, middle)
-        predicted = next(one for one in _predictions(changed, cluster, unknown.strategy) if one.keys == keys)
-        low, high = (middle, high) if predicted.seconds < measured else (low, middle)
+        low, high = (middle, high) if too_short(middle) else (low, middle)
     return unknown.set(workload, low)
 
 

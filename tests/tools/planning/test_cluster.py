@@ -30,10 +30,9 @@ def test_a_ring_among_the_ranks_that_were_measured_takes_the_measured_time(ranks
         assert network.all_reduce(size, network.group(ranks)).seconds == pytest.approx(seconds)
 
 
-def test_no_message_of_a_ring_is_faster_than_an_empty_one() -> None:
-    # The first time was disturbed.
-    link = Link.of_ring([LinkPoint(0, 0.1), LinkPoint(100, 0.04)], 2)
-    assert link.seconds(100) == pytest.approx(0.05)
+def test_a_disturbed_small_message_does_not_slow_larger_ones() -> None:
+    link = Link.of_ring([LinkPoint(0, 0.1), LinkPoint(100, 0.04), LinkPoint(200, 0.06)], 2)
+    assert [link.seconds(size) for size in (0, 100, 200)] == pytest.approx([0.02, 0.02, 0.04])
 
 
 def test_a_ring_sends_each_part_twice_around() -> None:

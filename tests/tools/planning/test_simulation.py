@@ -6,6 +6,7 @@ import pytest
 
 from distrain.strategies.pipeline import schedule as schedules
 from distrain.strategies.pipeline.timeline import chrome_trace, measured_bubble
+from distrain.tools.planning.cluster import Link, TokenBucket
 from distrain.tools.planning.network import Duration, Network
 from distrain.tools.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
 from distrain.tools.planning.steps import pipeline
@@ -75,6 +76,27 @@ def test_computation_is_delayed_by_the_processors_part_of_a_transfer() -> None:
     assert hidden.seconds == 11
     waiting = run([Start("a", busy, 1, "x"), Wait("a"), Compute("update", 10)])
     assert waiting.seconds == 14
+
+
+def test_a_token_bucket_lets_pass_at_once_what_arrived_while_ranks_computed() -> None:
+    # 10 bytes a second, at most 40 kept. Without pauses the message would take 3 s.
+    bucket = TokenBucket(10, 40, Link.of(0.5, 1e15))
+    sends = Duration(3.5, 0, 30, fast_seconds=0.5, between=30)
+
+    def step(computes: float) -> float:
+        program: list[Operation] = [Compute("forward", computes), Start("a", sends, 1, "x"), Wait("a")]
+        return simulate([program], [0], alone, bucket=bucket).seconds
+
+    # Tokens for all 30 bytes arrive in 3 s; in shorter steps they are what the step waits for.
+    assert step(5) == pytest.approx(5.5)
+    assert step(1) == pytest.approx(3, rel=0.05)
+
+
+def test_a_message_larger_than_the_token_bucket_waits_for_the_rest() -> None:
+    bucket = TokenBucket(10, 40, Link.of(0.5, 1e15))
+    sends = Duration(10.5, 0, 100, fast_seconds=0.5, between=100)
+    simulated = simulate([[Compute("forward", 100), Start("a", sends, 1, "x"), Wait("a")]], [0], alone, bucket=bucket)
+    assert simulated.seconds == pytest.approx(100 + 6)
 
 
 def test_programs_that_wait_for_each_other_are_an_error() -> None:

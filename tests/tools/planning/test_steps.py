@@ -86,6 +86,46 @@ def test_a_compressor_sends_less_and_works() -> None:
     assert not predicted.same_as_single
 
 
+def test_a_smaller_bucket_costs_a_compressor_less_but_not_in_proportion() -> None:
+    whole = BucketCost([0.06, 0.04], [[("all_gather", 8 * MB)]])
+    small = BucketCost([0.02, 0.01], [[("all_gather", 2 * MB)]])
+    plain = setting().workload
+    size = plain.gradient_bytes
+    training = dataclasses.replace(
+        plain, compressors={"topk": CompressorCost([whole, small])}, compressed_bytes=(size, size // 4)
+    )
+    half = training.compressor_cost("topk", 5 / 8 * size)
+    assert half.work == pytest.approx([0.04, 0.025])
+    assert half.collectives == [[("all_gather", 5 * MB)]]
+    tiny = training.compressor_cost("topk", size / 8)
+    assert tiny.work == small.work
+    assert tiny.collectives == [[("all_gather", MB)]]
+
+
+def test_a_compressor_of_two_phases_begins_the_second_one_before_the_next_bucket() -> None:
+    cost = CompressorCost([BucketCost([0.0, 0.4, 0.0], [[("all_reduce", 8 * MB)], [("all_reduce", 8 * MB)]])])
+    plain = setting()
+    training = dataclasses.replace(plain.workload, compressors={"powersgd": cost}, compressor_ranks=2)
+    where = dataclasses.replace(plain, workload=training)
+    predicted = ddp.predict(where, {}, compressor="powersgd", sizes=(5, 5, 0))
+    # 32 ms backward a bucket, 30 ms a collective, 100 ms between a bucket's two. After the second bucket's backward pass
+    # (64 ms) comes the first bucket's work (to 164); its second collective ends at 194, and the second bucket's first one
+    # at 224. Its work ends at 324, the next two collectives at 384; then 484, 544, and for the last bucket 644 and 674.
+    assert predicted.seconds == pytest.approx(0.064 + 0.674)
+
+
+def test_what_a_step_takes_beyond_its_parts_is_around_them() -> None:
+    training = workload(64)
+    samples = 16
+    parts = training.forward_seconds(samples) + training.backward_seconds(samples)
+    longer = training.with_step(samples, parts + 0.5)
+    assert longer.outside_seconds(samples) == pytest.approx(0.5)
+    assert longer.forward_seconds(samples) == training.forward_seconds(samples)
+    shorter = training.with_step(samples, parts / 2)
+    assert shorter.outside_seconds(samples) == 0
+    assert shorter.forward_seconds(samples) == pytest.approx(training.forward_seconds(samples) / 2)
+
+
 def test_local_sgd_pays_for_a_merge_every_few_steps() -> None:
     predicted = local_sgd.predict(setting(), {}, sync_every=10)
     assert predicted.seconds == pytest.approx(0.192 + 0.6 / 10)

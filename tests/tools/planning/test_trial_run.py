@@ -10,7 +10,7 @@ from distrain.tools.planning.trial_run import steps_of_trial
 @pytest.mark.parametrize(
     ("expected", "period", "warm_up", "periods"),
     [
-        (0.001, 1, 3, 60),
+        (0.001, 1, 3, 400),
         (0.1, 1, 3, 30),
         (10.0, 1, 3, 5),
         (0.1, 4, 4, 7),

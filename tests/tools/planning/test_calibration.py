@@ -1,0 +1,92 @@
+"""Short runs set what the model of cost doesn't know of a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from distrain.errors import ConfigError
+from distrain.tools.planning import candidates
+from distrain.tools.planning.calibration import ShortRuns, calibrated
+from distrain.tools.planning.network import Network
+from distrain.tools.planning.robust_mean import median_of_means
+from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.workload import Workload
+from tests.tools.planning.workloads import cluster, workload
+
+MACHINES = cluster(2, bytes_per_second=1e15)
+
+
+@dataclass
+class PlantedRuns:
+    """Takes steps as a training would that has more to do than ``workload`` says."""
+
+    true: Workload
+    refused: str = ""
+    names: list[str] = field(default_factory=list)
+
+    def agreed(self, keys: Mapping[str, str], expected: float) -> tuple[dict[str, str], float]:
+        return dict(keys), expected
+
+    def seconds(self, keys: Mapping[str, str], expected: float, name: str) -> float:
+        self.names.append(name)
+        if keys["strategy"] == self.refused:
+            raise ConfigError("strategy", self.refused, "can't run")
+        return seconds_of(self.true, keys)
+
+
+def seconds_of(training: Workload, keys: Mapping[str, str]) -> float:
+    setting = Setting(training, MACHINES, Network(MACHINES))
+    found = candidates.predictions(setting, [keys["strategy"]], ())
+    return next(one.seconds for one in found if one.keys == keys)
+
+
+def planted(refused: str = "") -> tuple[Workload, PlantedRuns, list[dict[str, str]]]:
+    """The training after short runs of one that takes longer, these runs, and the configurations that were run."""
+    training = workload(batch_size=8, blocks=4)
+    longer = training.with_step(4, 0.05)
+    true = Workload(**{**longer.__dict__, "action_seconds": 0.003, "server_seconds": 0.002})
+    runs = PlantedRuns(true, refused)
+    strategies = ["ddp", "pipeline", "local_sgd", "parameter_server"]
+    found, done = calibrated(training, MACHINES, strategies, cast(ShortRuns, runs))
+    return found, runs, done
+
+
+def test_what_surrounds_steps_and_passes_and_messages_is_found() -> None:
+    found, runs, done = planted()
+    assert [keys["strategy"] for keys in done] == ["local_sgd", "pipeline", "parameter_server"]
+    assert found.action_seconds == pytest.approx(0.003, rel=0.01)
+    assert found.server_seconds == pytest.approx(0.002, rel=0.01)
+    others = [
+        {"strategy": "ddp"},
+        {"strategy": "local_sgd", "strategy.sync_every": "64"},
+        {
+            "strategy": "pipeline",
+            "strategy.stages": "2",
+            "strategy.schedule": "gpipe",
+            "strategy.microbatches": "2",
+        },
+    ]
+    for keys in others:
+        assert seconds_of(found, keys) == pytest.approx(seconds_of(runs.true, keys), rel=0.01)
+
+
+def test_a_strategy_that_cannot_run_is_left_as_it_is() -> None:
+    found, runs, done = planted(refused="pipeline")
+    assert [keys["strategy"] for keys in done] == ["local_sgd", "parameter_server"]
+    assert runs.names == ["with_local_sgd", "with_pipeline", "with_parameter_server"]
+    assert found.action_seconds == 0
+
+
+def test_long_steps_are_not_run() -> None:
+    runs = PlantedRuns(workload(batch_size=800))
+    found, done = calibrated(runs.true, MACHINES, ["ddp"], cast(ShortRuns, runs))
+    assert (found, done, runs.names) == (runs.true, [], [])
+
+
+def test_one_disturbance_does_not_change_the_mean_but_turns_on_a_processor_do() -> None:
+    assert median_of_means([1.0] * 9 + [100.0]) == 1
+    assert median_of_means([1.0, 3.0] * 10) == 2
