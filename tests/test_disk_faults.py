@@ -331,7 +331,7 @@ def plan_action(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def empty(folder: Path) -> None:
     for path in folder.iterdir():
-        remove(path) if path.is_dir() else path.unlink()
+        remove(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
