@@ -33,7 +33,7 @@ HOST = World.from_environment().host
 #: Limit for the time of a step and for the time without a heartbeat, in seconds.
 LIMIT = 3.0
 #: Time for all ranks to end after that, in seconds.
-GRACE = 30.0
+GRACE = 15.0
 
 
 def hang() -> None:
