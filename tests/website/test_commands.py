@@ -214,7 +214,7 @@ def other_choices_stay() -> Iterator[None]:
     """What a page's own package registers is no choice for the tests that follow."""
     yield
     for choices in registry._CHOICES.values():
-        for name in [name for name, choice in choices.items() if choice.schema.__module__ == "my_package"]:
+        for name in [name for name, choice in choices.items() if choice.target.__module__ == "my_package"]:
             del choices[name]
 
 
