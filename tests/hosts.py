@@ -10,14 +10,16 @@ import pytest
 
 from distrain.tools.testnet import enter, network
 from distrain.tools.testnet.network import VirtualNetwork
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 
 #: Why this machine can't make a test network; None if it can.
 UNAVAILABLE_REASON = network.unavailable_reason()
 needs_network = pytest.mark.skipif(UNAVAILABLE_REASON is not None, reason=UNAVAILABLE_REASON or "")
 
 
-def run_on_hosts(net: VirtualNetwork, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_on_hosts(
+    net: VirtualNetwork, function: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS
+) -> list[Any]:
     """Like :func:`tests.harness.run_ranks`, with one rank per host."""
     holders = [net.namespace_pid(host) for host in range(net.hosts)]
     return run_ranks(on_host, net.hosts, holders, function, args, timeout=timeout)

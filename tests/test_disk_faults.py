@@ -11,6 +11,7 @@ import copy
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -226,21 +227,28 @@ class FullFromUntil:
         return self._code if self._began and not self._ended and call.operation in WRITES else 0
 
 
-@pytest.mark.parametrize("code", ERRORS, ids=lambda code: errno.errorcode[code])
+#: From which call on a disk fails, until which, and the exit code.
+SPANS = {
+    "always": ("", "never", EXIT_REFUSED),
+    "from the first step": ("write metrics.jsonl", "never", EXIT_FAILED),
+    "to the end": ("replace checkpoints/.step_00000001", "never", EXIT_FAILED),
+    "for a while": ("write metrics.jsonl", "step_00000003", 0),
+    "for a moment": (".step_00000001", "step_00000002", 0),
+}
+SPANS_AND_ERRORS = list(itertools.product(SPANS, ERRORS))
+
+
+# In every run of the tests each span with two errors, and each error in two spans.
 @pytest.mark.parametrize(
-    ("first", "last", "expected"),
-    [
-        ("", "never", EXIT_REFUSED),
-        ("write metrics.jsonl", "never", EXIT_FAILED),
-        ("replace checkpoints/.step_00000001", "never", EXIT_FAILED),
-        ("write metrics.jsonl", "step_00000003", 0),
-        (".step_00000001", "step_00000002", 0),
-    ],
-    ids=["always", "from the first step", "to the end", "for a while", "for a moment"],
+    "case",
+    soaked(SPANS_AND_ERRORS, [*SPANS_AND_ERRORS[::6], *SPANS_AND_ERRORS[2:15:6], *SPANS_AND_ERRORS[15::6]]),
+    ids=lambda case: f"{case[0]}-{errno.errorcode[case[1]]}",
 )
 def test_a_disk_that_stays_full_ends_a_run_in_one_line_and_one_that_recovers_does_not(
-    first: str, last: str, expected: int, code: int, tmp_path: Path, finished: Path
+    case: tuple[str, int], tmp_path: Path, finished: Path
 ) -> None:
+    span, code = case
+    first, last, expected = SPANS[span]
     folder = tmp_path / "run"
     with FaultyDisk(folder, FullFromUntil(first, last, code)) as faulty:
         ended, said = start(folder)
@@ -331,7 +339,7 @@ def plan_action(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def empty(folder: Path) -> None:
     for path in folder.iterdir():
-        remove(path) if path.is_dir() else path.unlink()
+        remove(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:

@@ -29,6 +29,8 @@ class Inventory(Callback):
 
     def on_step_end(self, trainer: Any) -> None:
         if trainer.progress.step in (WARM, LAST):
+            # Its files are open until the save is complete, which may take long.
+            trainer.checkpointing.saver.wait()
             gc.unfreeze()
             gc.collect()
             self.found.append((len(list(DESCRIPTORS.iterdir())), len(gc.get_objects())))

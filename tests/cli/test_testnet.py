@@ -121,9 +121,10 @@ def test_rate_that_tc_refuses_is_reported() -> None:
 
 @needs_network
 def test_on_runs_the_command_on_one_host() -> None:
-    with VirtualNetwork(2, name="standing"):
-        done = typed("on", "name=standing", "host=1", "--", "sh", "-c", "hostname; echo $PET_RDZV_ENDPOINT; exit 4")
+    name = f"standing-{os.getpid()}"
+    with VirtualNetwork(2, name=name):
+        done = typed("on", f"name={name}", "host=1", "--", "sh", "-c", "hostname; echo $PET_RDZV_ENDPOINT; exit 4")
         assert done.stdout.splitlines() == ["host1", f"{network.address(0)}:29500"]
         assert done.returncode == 4
-        with pytest.raises(ConfigError, match=r"^host=2: standing has hosts 0 to 1"):
-            testnet.run(settings(action="on", name="standing", host=2), ["true"])
+        with pytest.raises(ConfigError, match=rf"^host=2: {name} has hosts 0 to 1"):
+            testnet.run(settings(action="on", name=name, host=2), ["true"])

@@ -33,6 +33,10 @@ def test_at_most_depth_items_are_prepared_in_advance() -> None:
 
     stream = prefetched(items(), 3)
     assert next(stream) == 0
+    deadline = time.monotonic() + HANG_SECONDS
+    while len(prepared) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # Time in which it must not prepare another one.
     time.sleep(0.1)
     assert prepared == [0, 1, 2, 3]
     stream.close()

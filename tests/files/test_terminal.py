@@ -13,6 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from distrain.files.terminal import TERMINAL, print_to_stderr
+from tests.harness import soaked
 from tests.runs import LAUNCH
 
 
@@ -71,7 +72,11 @@ def test_no_file_takes_the_place_of_a_closed_stream(closed: str, tmp_path: Path)
     assert (tmp_path / "file").read_text() == "the data"
 
 
-@pytest.mark.parametrize("to", [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
+#: Where a training's output goes. Streams of the second kind are also tried within this process above.
+OUTPUTS = (">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true")
+
+
+@pytest.mark.parametrize("to", soaked(OUTPUTS, OUTPUTS[::2]))
 def test_a_training_whose_output_nobody_takes_writes_its_log(to: str, tmp_path: Path) -> None:
     options = "data=synthetic data.height=8 data.width=8 data.train_size=40 data.test_size=8 data.batch_size=8"
     line = f'{{ "$0" "$1" {options} trainer.epochs=1 run_dir=run logger=none; echo $? > code; }} {to}'

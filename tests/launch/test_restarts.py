@@ -146,8 +146,8 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     agents.leave()
 
 
-def wait_for(folder: Path, condition: Callable[[], bool], what: str, seconds: float = HANG_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(folder: Path, condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}\n" + (folder / "output").read_text()
         time.sleep(0.1)

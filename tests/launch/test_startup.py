@@ -96,7 +96,7 @@ def test_another_folder_called_distrain_hides_nothing(installed: bool, tmp_path:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *libraries])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr

@@ -19,10 +19,10 @@ from distrain.runtime import bind_address
 from distrain.runtime.bind_address import is_single_host, open_store, restrict_gloo_to_loopback
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from tests.harness import run_ranks
+from tests.harness import HANG_SECONDS, run_ranks
 from tests.runs import small
 
-SECONDS = datetime.timedelta(seconds=10)
+SECONDS = datetime.timedelta(seconds=HANG_SECONDS)
 ONE_HOST = World(0, 2, 0, 2, "here")
 TWO_HOSTS = World(0, 2, 0, 1, "here")
 _LISTENING = "0A"

@@ -10,6 +10,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from distrain.runtime import rendezvous
+from tests.harness import HANG_SECONDS
 
 
 @pytest.fixture
@@ -17,14 +18,14 @@ def server() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def gather(server: TCPStore, rank: int, size: int, timeout: float = 5) -> Any:
+def gather(server: TCPStore, rank: int, size: int, timeout: float = HANG_SECONDS) -> Any:
     # Each rank has a connection of its own, as in separate processes.
     store = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
     prefix = rendezvous.gather_ranks(store, rank, size, timeout, lambda own: own.set(f"name/{rank}", f"rank {rank}"))
     return PrefixStore(prefix, store)
 
 
-def gather_all(server: TCPStore, size: int, timeout: float = 5, first: tuple[int, ...] = ()) -> list[Any]:
+def gather_all(server: TCPStore, size: int, timeout: float = HANG_SECONDS, first: tuple[int, ...] = ()) -> list[Any]:
     """Gathers all ranks; those in ``first`` start a little before the others."""
     with ThreadPoolExecutor(size) as pool:
         pending: dict[int, Future[Any]] = {}
@@ -63,9 +64,9 @@ def test_a_rank_that_died_while_waiting_is_not_mistaken_for_its_successor(server
 
 def test_missing_ranks_are_named_on_those_that_joined(server: TCPStore) -> None:
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(gather, server, rank, 4, 0.5) for rank in (0, 2)]
+        futures = [pool.submit(gather, server, rank, 4, 2) for rank in (0, 2)]
         for future in futures:
-            with pytest.raises(RuntimeError, match=r"^ranks \[1, 3\] did not join within .*seconds=0\.5$"):
+            with pytest.raises(RuntimeError, match=r"^ranks \[1, 3\] did not join within .*seconds=2$"):
                 future.result()
     with pytest.raises(RuntimeError, match=r"^ranks \[0\] did not join"):
         gather(server, 1, 2, timeout=0.1)

@@ -155,12 +155,12 @@ def join_only_as_rank_0(configuration: Config) -> Ending | None:
 
 
 def test_ranks_that_never_join_are_named(tmp_path: Path) -> None:
-    configuration = small("strategy=ddp", "runtime.setup_timeout_seconds=1", f"run_dir={tmp_path}/run")
+    configuration = small("strategy=ddp", "runtime.setup_timeout_seconds=2", f"run_dir={tmp_path}/run")
     ending = run_ranks(join_only_as_rank_0, 3, configuration)[0]
     assert ending.outcome == "Failed"
     assert ending.last_line == (
         f"distrain: rank 0 on {HOST} failed at step 0: "
-        "RuntimeError: ranks [1, 2] did not join within runtime.setup_timeout_seconds=1"
+        "RuntimeError: ranks [1, 2] did not join within runtime.setup_timeout_seconds=2"
     )
     # Not only when the job's other time limits run out.
     assert ending.seconds < 60
@@ -277,10 +277,10 @@ def test_ctrl_c_before_training_prints_one_line_and_no_traceback(tmp_path: Path)
 
 
 def test_a_stopped_rank_ends_the_run_in_time(tmp_path: Path) -> None:
-    configuration = fragile(tmp_path, "SIGSTOP", "runtime.timeout_seconds=2")
+    configuration = fragile(tmp_path, "SIGSTOP", "runtime.timeout_seconds=3")
     endings = run_ranks_to_the_end(train_to_the_end, 2, configuration)
     assert str(endings[1]) == "died with exit code -9"
-    line = f"rank 1 on {HOST} failed at step 3: no heartbeat for 2 s"
+    line = f"rank 1 on {HOST} failed at step 3: no heartbeat for 3 s"
     assert endings[0].last_line.startswith(f"distrain: rank 0 stopped because {line}")
     assert (report(tmp_path)["rank"], report(tmp_path)["step"]) == (1, 3)
 

@@ -17,6 +17,7 @@ from distrain.strategies.parameter_server.collectives import CollectiveServer
 from distrain.strategies.parameter_server.connect import CHANNELS, Address, Listener, connect_to_server
 from distrain.strategies.parameter_server.optimizer_wire import receive_optimizer_state
 from distrain.strategies.parameter_server.protocol import Frame, FrameKind, ProtocolError
+from tests.harness import HANG_SECONDS
 from tests.security.helpers import (
     one_line_error,
 )
@@ -55,13 +56,13 @@ def test_client_without_the_token_is_refused(sent: bytes) -> None:
                 # Disconnected before everything was sent.
                 answers.append(b"")
         for connection in connect_to_server(
-            RankName(1, "there"), "127.0.0.1", listener.port, listener.token, 0, 10
+            RankName(1, "there"), "127.0.0.1", listener.port, listener.token, 0, HANG_SECONDS
         ).values():
             connection.close()
 
     visitor = threading.Thread(target=come)
     visitor.start()
-    connections = listener.accept_workers([RankName(0, "here")], 10)
+    connections = listener.accept_workers([RankName(0, "here")], HANG_SECONDS)
     visitor.join()
     assert answers == [b""]
     assert sorted(channel for _, channel in connections) == sorted(CHANNELS)

@@ -186,6 +186,7 @@ def test_a_save_waits_until_the_one_before_is_complete(tmp_path: Path, gate: Gat
     saver.poll()
     second = threading.Thread(target=saver.save, args=(whole_state(), progress(2)))
     second.start()
+    assert gate.reached.wait(HANG_SECONDS)
     time.sleep(0.1)
     assert (gate.entered, second.is_alive()) == (1, True)
     assert checkpoint_format.list_checkpoints(tmp_path) == []
@@ -208,6 +209,7 @@ def test_the_cost_of_saving_is_reported(tmp_path: Path, gate: Gate, monkeypatch:
     saver = make_saver(tmp_path)
     assert saver.report() == {"saves": 0, "failed": 0, "stall_ms": {"max": 0, "mean": 0}, "write_seconds": 0}
     saver.save(whole_state(), progress(1), start=time.perf_counter() - 0.5)
+    assert gate.reached.wait(HANG_SECONDS)
     time.sleep(0.2)
     gate.opened.set()
     saver.save(whole_state(), progress(2))
@@ -264,8 +266,8 @@ def test_a_failed_run_waits_for_a_save_up_to_a_time_limit(
     saver.save(whole_state(), progress(1))
     start = time.monotonic()
     saver.close()
-    assert 0.2 <= time.monotonic() - start < 60
-    monkeypatch.setattr(saving, "_CLOSE_TIMEOUT_SECONDS", 60)
+    assert 0.2 <= time.monotonic() - start < HANG_SECONDS
+    monkeypatch.setattr(saving, "_CLOSE_TIMEOUT_SECONDS", HANG_SECONDS)
     threading.Timer(0.2, gate.opened.set).start()
     saver.close()
     assert [path.name for path in checkpoint_format.list_checkpoints(tmp_path)] == ["step_00000001"]

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from distrain.cli import (
 )
 from distrain.cli.config_files import ConfigFiles
 from distrain.cli.dispatch import COMMANDS
+from distrain.config import registry
 from distrain.config.load import load_config, load_settings
 from distrain.config.schema import Config
 from distrain.tools.launching import launch_keys
@@ -208,6 +209,16 @@ def _first_value(override: str) -> str:
     return f"{override.partition('=')[0]}={value}"
 
 
+@pytest.fixture
+def other_choices_stay() -> Iterator[None]:
+    """What a page's own package registers is no choice for the tests that follow."""
+    yield
+    for choices in registry._CHOICES.values():
+        for name in [name for name, choice in choices.items() if choice.target.__module__ == "my_package"]:
+            del choices[name]
+
+
+@pytest.mark.usefixtures("other_choices_stay")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_of_a_page_can_be_typed(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, inline = documented.read(path)

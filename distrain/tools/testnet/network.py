@@ -8,12 +8,14 @@ kills every process in the namespaces and removes the interfaces.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,8 @@ _MAX_HOSTS = 154
 #: Argument by which holder processes are recognised among all processes of the machine.
 _MARK = "distrain-testnet"
 _SWITCH = "switch"
+#: How long killed holders may take to end.
+_END_SECONDS = 30.0
 #: Script of process 1 of a host. It waits for the end of its input; ignoring SIGCHLD prevents zombies.
 _HOLDER_SCRIPT = """\
 hostname "$2" && mount --bind "$3" /etc/hosts && ip link set lo up || exit 1
@@ -354,7 +358,7 @@ def running_networks() -> dict[str, dict[str, int]]:
 
 
 def shut_down(name: str | None = None) -> list[str]:
-    """Removes test networks of this machine and kills every process in them.
+    """Removes test networks of this machine and kills every process in them; returns when their holders have ended.
 
     Args:
         name: Name of the network; by default all.
@@ -363,9 +367,17 @@ def shut_down(name: str | None = None) -> list[str]:
         Names of the removed networks.
     """
     networks = {candidate: hosts for candidate, hosts in running_networks().items() if name in (None, candidate)}
-    for hosts in networks.values():
-        for holder in hosts.values():
+    holders = {holder for hosts in networks.values() for holder in hosts.values()}
+    for holder in holders:
+        # The network may be ending by itself.
+        with contextlib.suppress(ProcessLookupError):
             os.kill(holder, signal.SIGKILL)
+    deadline = time.monotonic() + _END_SECONDS
+    # A killed process is there a moment longer, and its network would be taken for a running one.
+    while time.monotonic() < deadline and holders & {
+        holder for hosts in running_networks().values() for holder in hosts.values()
+    }:
+        time.sleep(0.01)
     return sorted(networks)
 
 

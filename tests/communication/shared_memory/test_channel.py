@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -20,7 +19,7 @@ from distrain.communication.shared_memory.control_block import ENTRIES
 from distrain.communication.types import DTYPES, Reduction
 from distrain.errors import PeerLost
 from distrain.health.failure_report import is_broken_connection
-from tests.communication.shared_memory.ranks import form_group, shares_memory
+from tests.communication.shared_memory.ranks import form_group, shares_memory, store_of_test
 from tests.garbage import cyclic_garbage
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end, soaked
 
@@ -272,21 +271,24 @@ def test_killed_rank_is_named_and_leaves_no_memory(victim: int, started: bool) -
 
 
 def one_never_comes() -> str:
-    everyone = form_group(limit=1)
+    everyone = form_group(limit=3)
     assert shares_memory(everyone)
+    store = store_of_test()
     if everyone.rank == 1:
-        time.sleep(3)
+        store.wait(["given up"])
         return "late"
     try:
         everyone.all_reduce(torch.ones(3))
     except dist.DistError as error:
         return str(error) if is_broken_connection(error) else f"not seen as such: {error}"
+    finally:
+        store.set("given up", "")
     return "nothing noticed"
 
 
 def test_missing_rank_is_named_at_the_timeout_of_the_group() -> None:
     message, _ = run_ranks(one_never_comes, 2)
-    assert message.endswith("did not join a collective of ranks that share memory within 1 s")
+    assert message.endswith("did not join a collective of ranks that share memory within 3 s")
     assert message.startswith("rank 1 on ")
 
 
@@ -298,18 +300,20 @@ def asked_to_end() -> str:
         raise InterruptedError("as Ctrl-C")
 
     signal.signal(signal.SIGALRM, end)
+    store = store_of_test()
     if everyone.rank == 0:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
         try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
             everyone.barrier()
         except InterruptedError as error:
+            store.set("ended", "")
             return str(error)
-    time.sleep(1)
-    return "slept"
+    store.wait(["ended"])
+    return "never in the barrier"
 
 
 def test_signal_is_handled_while_a_rank_waits() -> None:
-    assert run_ranks(asked_to_end, 2) == ["as Ctrl-C", "slept"]
+    assert run_ranks(asked_to_end, 2) == ["as Ctrl-C", "never in the barrier"]
 
 
 def garbage_of_collectives() -> dict[str, int]:

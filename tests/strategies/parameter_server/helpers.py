@@ -51,8 +51,8 @@ def server_policy(**changes: Any) -> ServerPolicy:
         "in_flight": 0,
         "max_gradient_norm": None,
         "on_nonfinite": "stop",
-        "timeout_seconds": 20.0,
-        "heartbeat_timeout_seconds": 20.0,
+        "timeout_seconds": HANG_SECONDS,
+        "heartbeat_timeout_seconds": HANG_SECONDS,
         "max_collective_bytes": 1 << 20,
     }
     return ServerPolicy(**{**values, **changes})
@@ -147,13 +147,13 @@ def running_server(
 
     def connect_workers() -> None:
         worker_connections.extend(
-            connect_to_server(server_name, "127.0.0.1", listener.port, listener.token, worker.rank, 10)
+            connect_to_server(server_name, "127.0.0.1", listener.port, listener.token, worker.rank, HANG_SECONDS)
             for worker in names
         )
 
     connecting = threading.Thread(target=connect_workers)
     connecting.start()
-    server_connections = listener.accept_workers(names, 10)
+    server_connections = listener.accept_workers(names, HANG_SECONDS)
     connecting.join()
     lost: list[WorkerRecord] = []
     server = Server(server_name, shard, policy, names, server_connections, lost.append)

@@ -38,7 +38,7 @@ class Workers:
     def run_on_all(self, task: Callable[[WorkerCommunicator, int], Any]) -> list[Any]:
         """Runs a function with every worker's communicator at the same time and returns the results by rank."""
         futures = [self.pool.submit(task, communicator, rank) for rank, communicator in enumerate(self.communicators)]
-        return [future.result(10) for future in futures]
+        return [future.result(HANG_SECONDS) for future in futures]
 
     def wait_until_a_collective_is_pending(self) -> None:
         """Waits until a worker waits in a collective for others."""
@@ -59,7 +59,7 @@ def workers(count: int) -> Iterator[Workers]:
     server = CollectiveServer(list(range(count)), changed, 1 << 20)
 
     def wait(done: Callable[[], bool], _: Callable[[], set[int]]) -> None:
-        assert changed.wait_for(done, 10)
+        assert changed.wait_for(done, HANG_SECONDS)
 
     def send_request_of(rank: int) -> Any:
         def send_request(
@@ -124,8 +124,8 @@ def test_a_message_reaches_the_worker_it_is_sent_to() -> None:
     with workers(2) as group:
         buffer = torch.zeros(3)
         received = group.start(0, lambda worker: worker.start_receive(buffer, 1, tag=7).wait())
-        group.start(1, lambda worker: worker.start_send(torch.arange(3.0), 0, tag=7).wait()).result(10)
-        received.result(10)
+        group.start(1, lambda worker: worker.start_send(torch.arange(3.0), 0, tag=7).wait()).result(HANG_SECONDS)
+        received.result(HANG_SECONDS)
     assert buffer.tolist() == [0.0, 1.0, 2.0]
 
 
@@ -135,7 +135,7 @@ def test_a_dead_worker_is_not_waited_for() -> None:
         third = group.start(2, lambda worker: float(worker.all_reduce(torch.tensor(4.0))))
         assert not first.done()
         group.lose(1)
-        assert [first.result(10), third.result(10)] == [5.0, 5.0]
+        assert [first.result(HANG_SECONDS), third.result(HANG_SECONDS)] == [5.0, 5.0]
         assert [
             (worker.rank, worker.size, worker.members) for worker in (group.communicators[0], group.communicators[2])
         ] == [
@@ -146,7 +146,7 @@ def test_a_dead_worker_is_not_waited_for() -> None:
         gathered = [
             group.start(rank, lambda worker: worker.all_gather_json({"rank": worker.rank}, CPU)) for rank in (0, 2)
         ]
-        assert [each.result(10) for each in gathered] == [[{"rank": 0}, {"rank": 1}]] * 2
+        assert [each.result(HANG_SECONDS) for each in gathered] == [[{"rank": 0}, {"rank": 1}]] * 2
 
 
 def test_contributions_of_a_dead_worker_are_counted() -> None:
@@ -154,11 +154,11 @@ def test_contributions_of_a_dead_worker_are_counted() -> None:
         dying = group.start(1, lambda worker: worker.all_reduce(torch.tensor(2.0)))
         group.wait_until_a_collective_is_pending()
         group.lose(1)
-        assert group.start(0, lambda worker: float(worker.all_reduce(torch.tensor(1.0)))).result(10) == 3.0
+        assert group.start(0, lambda worker: float(worker.all_reduce(torch.tensor(1.0)))).result(HANG_SECONDS) == 3.0
         with pytest.raises(ConnectionError, match="worker rank 1 is gone"):
-            dying.result(10)
+            dying.result(HANG_SECONDS)
         with pytest.raises(ConnectionError, match="worker rank 1 is gone"):
-            group.start(1, lambda worker: worker.barrier()).result(10)
+            group.start(1, lambda worker: worker.barrier()).result(HANG_SECONDS)
 
 
 def test_waiting_for_a_message_of_a_dead_worker_is_an_error() -> None:
@@ -166,7 +166,7 @@ def test_waiting_for_a_message_of_a_dead_worker_is_an_error() -> None:
         waiting = group.start(0, lambda worker: worker.start_receive(torch.zeros(1), 1, tag=0))
         group.lose(1)
         with pytest.raises(ProtocolError, match="rank 1 is gone and has sent nothing"):
-            waiting.result(10)
+            waiting.result(HANG_SECONDS)
 
 
 def test_accumulate_returns_what_all_added_since_the_last_call() -> None:
@@ -174,23 +174,27 @@ def test_accumulate_returns_what_all_added_since_the_last_call() -> None:
         return lambda worker: float(worker.accumulate("loss", torch.tensor([amount]), wait=wait))
 
     with workers(2) as group:
-        assert group.start(0, accumulate(1)).result(10) == 1
-        assert group.start(0, accumulate(2)).result(10) == 2
-        assert group.start(1, accumulate(4)).result(10) == 7
+        assert group.start(0, accumulate(1)).result(HANG_SECONDS) == 1
+        assert group.start(0, accumulate(2)).result(HANG_SECONDS) == 2
+        assert group.start(1, accumulate(4)).result(HANG_SECONDS) == 7
         waiting = group.start(0, accumulate(8, wait=True))
         # Worker 1 has not read 8 and 16, worker 0 has not read 4, 8 and 16.
-        assert group.start(1, accumulate(16, wait=True)).result(10) == 24
-        assert waiting.result(10) == 28
-        assert group.start(1, accumulate(32)).result(10) == 32
+        assert group.start(1, accumulate(16, wait=True)).result(HANG_SECONDS) == 24
+        assert waiting.result(HANG_SECONDS) == 28
+        assert group.start(1, accumulate(32)).result(HANG_SECONDS) == 32
 
 
 def test_nan_spoils_only_one_result_of_accumulate() -> None:
     with workers(1) as group:
         assert torch.isnan(
-            group.start(0, lambda worker: worker.accumulate("x", torch.tensor([float("nan")]), wait=False)).result(10)
+            group.start(0, lambda worker: worker.accumulate("x", torch.tensor([float("nan")]), wait=False)).result(
+                HANG_SECONDS
+            )
         )
         assert (
-            group.start(0, lambda worker: float(worker.accumulate("x", torch.tensor([1.0]), wait=False))).result(10)
+            group.start(0, lambda worker: float(worker.accumulate("x", torch.tensor([1.0]), wait=False))).result(
+                HANG_SECONDS
+            )
             == 1.0
         )
 
@@ -208,9 +212,9 @@ def test_collectives_that_do_not_match_are_refused(other: Callable[[WorkerCommun
         first = group.start(0, lambda worker: worker.all_reduce(torch.zeros(2)))
         group.wait_until_a_collective_is_pending()
         with pytest.raises(ProtocolError, match=problem):
-            group.start(1, other).result(10)
+            group.start(1, other).result(HANG_SECONDS)
         group.lose(1)
-        first.result(10)
+        first.result(HANG_SECONDS)
 
 
 def test_an_invalid_collective_is_refused() -> None:

@@ -36,7 +36,7 @@ class Recorder:
 
 def test_heartbeats_keep_two_living_peers_connected_beyond_the_timeout() -> None:
     with connected_pair() as (near, far):
-        first, second = Recorder(near, 0.5), Recorder(far, 0.5)
+        first, second = Recorder(near, 1), Recorder(far, 1)
         threading.Event().wait(1.5)
         assert first.farewells == second.farewells == []
         first.monitor.leave()

@@ -99,7 +99,7 @@ def test_a_dead_worker_does_not_block_others() -> None:
 def test_an_incomplete_push_changes_nothing() -> None:
     with running_server(2, server_policy()) as run:
         run.clients[1]._send(FrameKind.PUSH, PUSH_HEADER, None)
-        run.clients[1]._thread.submit(lambda: None).result(10)
+        run.clients[1]._thread.submit(lambda: None).result(HANG_SECONDS)
         run.clients[1].abandon(RuntimeError("killed"))
         run.push(0, 0.25)
         assert (common_value(run.model), run.server.version) == (0.75, 1)

@@ -23,7 +23,7 @@ def host_commands(tmp_path: Path, *programs: str) -> list[HostCommand]:
     commands = []
     for name, text in zip("abc", programs, strict=False):
         command = program(tmp_path / f"{name}.py", text)
-        line = shlex.join([sys.executable, "-m", "distrain.tools.launching.agent", "5", *command])
+        line = shlex.join([sys.executable, "-m", "distrain.tools.launching.agent", "60", *command])
         commands.append(HostCommand(name, (*ssh, name, line)))
     return commands
 
@@ -34,7 +34,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_output_line_names_its_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_on_hosts(host_commands(tmp_path, "print('one')", "print('two')"), 5) == 0
+    assert run_on_hosts(host_commands(tmp_path, "print('one')", "print('two')"), 60) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == ["[a] one", "[b] two"]
 
 
@@ -52,7 +52,7 @@ time.sleep(600)
 def test_failed_host_ends_the_others_with_time_to_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     up = tmp_path / "up"
     waits = f"import os, sys, time\nwhile not os.path.exists({str(up)!r}): time.sleep(0.02)\nsys.exit(3)"
-    assert run_on_hosts(host_commands(tmp_path, waits, SAVES.replace("FILE", repr(str(up)))), 5) == 3
+    assert run_on_hosts(host_commands(tmp_path, waits, SAVES.replace("FILE", repr(str(up)))), 60) == 3
     printed = capsys.readouterr().out.splitlines()
     assert "hosts: a failed with exit code 3; ending the others" in printed
     assert "[b] saved" in printed
@@ -67,7 +67,7 @@ def test_termination_signal_ends_all_hosts(tmp_path: Path, capsys: pytest.Captur
 
     threading.Thread(target=interrupt).start()
     assert (
-        run_on_hosts(host_commands(tmp_path, *(SAVES.replace("FILE", repr(str(up))) for up in ups)), 5)
+        run_on_hosts(host_commands(tmp_path, *(SAVES.replace("FILE", repr(str(up))) for up in ups)), 60)
         == 128 + signal.SIGINT
     )
     printed = capsys.readouterr().out.splitlines()
@@ -88,7 +88,7 @@ def test_training_ends_when_the_launcher_is_killed(tmp_path: Path) -> None:
     remote = host_commands(tmp_path, text)[0]
     launcher = (
         "from distrain.tools.launching.hosts import HostCommand, run_on_hosts; "
-        f"run_on_hosts([HostCommand('a', {remote.command!r})], 5)"
+        f"run_on_hosts([HostCommand('a', {remote.command!r})], 60)"
     )
     process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.DEVNULL)
     wait_until(up.exists)

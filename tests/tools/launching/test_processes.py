@@ -31,7 +31,7 @@ def test_exit_code_is_that_of_a_shell(text: str, code: int) -> None:
 def test_wait_returns_after_its_time_limit() -> None:
     started = child("import time; time.sleep(600)")
     assert started.wait(0.05) is None
-    assert started.terminate(5) == 128 + signal.SIGTERM
+    assert started.terminate(HANG_SECONDS) == 128 + signal.SIGTERM
 
 
 def test_child_reads_end_of_file_after_stdin_is_closed() -> None:
@@ -46,7 +46,7 @@ def test_child_that_ends_on_sigterm_is_not_killed() -> None:
     started = child(f"{program_text}; time.sleep(600)")
     assert started.output is not None
     assert started.output.readline() == b"up\n"
-    assert started.terminate(30) == 75
+    assert started.terminate(HANG_SECONDS) == 75
 
 
 @needs_proc
@@ -63,9 +63,9 @@ def test_descendant_in_another_session_is_killed(tmp_path: Path) -> None:
 @needs_proc
 def test_other_children_are_left_running() -> None:
     first, second = (child("import time; time.sleep(600)") for _ in range(2))
-    first.terminate(5)
+    first.terminate(HANG_SECONDS)
     assert second.wait(0.1) is None
-    second.terminate(5)
+    second.terminate(HANG_SECONDS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
