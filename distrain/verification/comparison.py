@@ -98,25 +98,10 @@ def series(reference: RankRecord, ranks: Sequence[RankRecord], *, after: int = 0
         hidden = any(rank.hides_gradients for rank in ranks)
         gradients = _largest(record.distances.get(GRADIENTS, {}) for record in records)
         if gradients or not hidden:
-            unseen = _recorded_later(ranks, step) - gradients.keys()
-            scales = {
-                name: scale for name, scale in expected.distances.get(GRADIENTS, {}).items() if name not in unseen
-            }
+            scales = expected.distances.get(GRADIENTS, {})
             _compare_tensors(found["gradients"], step, gradients, scales, reference.tied)
     _compare_evaluations(found, reference, ranks[0], after)
     return found
-
-
-def _recorded_later(ranks: Sequence[RankRecord], step: int) -> set[str]:
-    """Names of gradients by which servers have made updates after a step; earlier ones may have been unseen."""
-    return {
-        name
-        for rank in ranks
-        if rank.serves
-        for at, record in rank.steps.items()
-        if at > step
-        for name in record.distances.get(GRADIENTS, {})
-    }
 
 
 def _compare_states(found: Series, step: int, reference: RankRecord, records: Sequence[StepRecord]) -> None:

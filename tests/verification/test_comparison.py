@@ -130,15 +130,6 @@ def test_gradients_that_a_strategy_hides_by_design_are_not_compared() -> None:
     assert series(whole(), ranks)["gradients"].keys() == {1}
 
 
-def test_a_server_may_have_made_its_first_updates_before_it_was_recorded() -> None:
-    ranks = [dataclasses.replace(rank, serves=True) for rank in (record(0), record(1))]
-    for rank in ranks:
-        rank.steps[1] = dataclasses.replace(rank.steps[1], distances={"state": rank.steps[1].distances["state"]})
-    assert series(whole(), ranks)["gradients"] == {2: Difference(0.0, "w", 2)}
-    late = [dataclasses.replace(rank, serves=True) for rank in without("gradients")]
-    assert series(whole(), late)["gradients"][2] == Difference(math.inf, "w", 2, ONE_PROCESS)
-
-
 def test_a_parameter_that_is_tied_may_go_by_any_of_its_names() -> None:
     serial = dataclasses.replace(whole(), tied=[["w", "other"]])
     for step in (1, 2):
