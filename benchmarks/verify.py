@@ -9,8 +9,8 @@ and what is allowed. The exit code is 1 if a certificate says something else tha
 The models that are not distrain's are those of torchvision and timm where these are installed, and networks of
 ``benchmarks/networks.py`` otherwise. A certificate that is in the folder already is not made again.
 
-    python benchmarks/verify.py [--sound] [--models simple_cnn resnet18] [--ranks 2 3 4] [--minutes 14]
-        [--folder certificates]
+    python benchmarks/verify.py [--sound] [--models simple_cnn resnet18] [--ways ddp "ddp topk"]
+        [--ranks 2 3 4] [--minutes 14] [--folder certificates]
 """
 
 from __future__ import annotations
@@ -158,14 +158,15 @@ def ways(ranks: int, batchnorm: bool) -> Iterator[tuple[str, tuple[str, ...], st
     yield "local_sgd 2", ("strategy=local_sgd", "strategy.sync_every=2"), BY_DESIGN
 
 
-def grid(models: list[str], ranks: list[int]) -> list[Case]:
-    """All ways with all models."""
+def grid(models: list[str], chosen: list[str], ranks: list[int]) -> list[Case]:
+    """All ways with all models, or those that were chosen."""
     return [
         Case(f"{model} {way} {count}", count, (*COMMON, *network.keys, *keys), expected)
         for model, network in networks().items()
         if not models or model in models
         for count in ranks
         for way, keys, expected in ways(count, network.batchnorm)
+        if not chosen or way in chosen
     ]
 
 
@@ -329,6 +330,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sound", action="store_true", help="20 sound configurations instead of the grid")
     parser.add_argument("--models", nargs="+", default=[], help="only these models")
+    parser.add_argument("--ways", nargs="+", default=[], help="only these ways to train, such as 'ddp topk'")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further configurations after this time")
     parser.add_argument("--folder", type=Path, default=Path("certificates"))
@@ -339,7 +341,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     root: Path = arguments.folder.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    cases = sound() if arguments.sound else grid(arguments.models, arguments.ranks)
+    cases = sound() if arguments.sound else grid(arguments.models, arguments.ways, arguments.ranks)
     failed = verify(cases, root, deadline)
     rows = [row(case, root / case.name) for case in cases if made(root / case.name)]
     rows += [(case.name, "failed", "", "", f"{line} <-") for case, line in failed.items()]
