@@ -20,6 +20,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ if __name__ == "__main__":
 
 from distrain.cli.hydra_entry import skip_destructors_after_communication
 from distrain.cli.training_keys import compose_training
-from distrain.errors import ConfigError, Failed
+from distrain.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError, Failed, Stopped
 from distrain.runtime.world import World
 from distrain.tools.launching import elastic
 from distrain.tools.launching.launch_keys import LaunchSettings
@@ -50,6 +51,8 @@ STEPS = 3
 TOGETHER = 8
 CAUSE = "BatchNorm"
 REFUSED = "refused.txt"
+#: Exit codes of ranks that were asked to end, by Ctrl-C for example.
+_ON_REQUEST = (EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def size(pixels: int) -> tuple[str, str]:
@@ -246,8 +249,8 @@ def verify_on_rank(batch: Path) -> int:
             # Before ranks meet, so that all go on.
             Path(folder).mkdir(parents=True, exist_ok=True)
             Path(folder, REFUSED).write_text(str(error))
-        except Failed:
-            return 1
+        except Failed as failed:
+            return EXIT_STOPPED if isinstance(failed.__cause__, Stopped) else EXIT_FAILED
     skip_destructors_after_communication()
     return 0
 
@@ -275,10 +278,12 @@ def verify(cases: list[Case], root: Path, deadline: float) -> dict[Case, str]:
         batch.write_text(json.dumps([(str(root / case.name), dataclasses.asdict(case)) for case in together]))
         launch = LaunchSettings(nproc=together[0].ranks)
         outcome = elastic.run_ranks(launch, sys.executable, [__file__, "--on-rank", str(batch)])
+        if outcome.code in _ON_REQUEST:
+            break
         for case in together:
             if made(root / case.name):
                 waiting.remove(case)
-            elif outcome.code:
+            else:
                 failed[case] = outcome.line
                 waiting.remove(case)
                 break
