@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from distrain.api.fit import prepare
 from distrain.api.ranks import run_on_ranks
 from distrain.api.settings import merge
 from distrain.api.surroundings import release_process_groups, restored_surroundings
 from distrain.api.training import Training
+from distrain.cli.verify import VerifySettings
+from distrain.config.load import load_settings
 from distrain.errors import config_error
 from distrain.files.writing import to_json
 from distrain.runtime import launcher, program
@@ -92,6 +96,8 @@ def verify(
     if timeout is not None:
         raise config_error("timeout", "goes with keys of the command line only; leave it out")
     launched.check_ranks(nproc, _EXAMPLE)
+    limited = {"steps": steps, "tolerance": tolerance, "float64": float64, "folder": None, "keep": False}
+    load_settings(VerifySettings, DictConfig(limited))
     model, train = what
     with tempfile.TemporaryDirectory(prefix="distrain_verify_") as temporary:
         place = Path(folder or temporary).resolve()

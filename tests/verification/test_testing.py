@@ -56,6 +56,7 @@ def test_objects_are_verified_as_they_are_trained(tmp_path: Path, monkeypatch: p
     [
         (("simple_cnn", "digits"), {"strategy": "single"}, "strategy=single: is what others are compared with"),
         (("simple_cnn", "digits"), {"strategy": "ddp", "nproc": 1}, "nproc: is 1; ranks are compared"),
+        (("simple_cnn", "digits"), {"strategy": "ddp", "steps": 1}, "steps=1: must be at least 2"),
         (("simple_cnn", "digits"), {"strategy": "dpp"}, "strategy=dpp: no such choice"),
         (("simple_cnn", "digits"), {"timeout": 9}, "timeout: goes with keys of the command line only"),
         (("strategy=ddp",), {"batch_size": 8}, "batch_size: goes with a model and samples, as in distrain.verify"),
