@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from distrain.api.run import Run, read_run
     from distrain.api.trained import evaluate, export, load_model, predict
     from distrain.api.trainer import Trainer
+    from distrain.api.verify import verify
     from distrain.errors import ConfigError, Failed, Stopped
-    from distrain.verification.launched import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +43,7 @@ _HOMES = {
     "ConfigError": "distrain.errors",
     "Failed": "distrain.errors",
     "Stopped": "distrain.errors",
-    "verify": "distrain.verification.launched",
+    "verify": "distrain.api.verify",
 }
 
 

@@ -87,7 +87,11 @@ def fit(
         slurm.set_torchrun_variables(os.environ)
         training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
         ranks = _ranks_to_start(nproc)
-        result = training.run() if ranks is None else Result(run_on_ranks(training, ranks))
+        if ranks is None:
+            result = training.run()
+        else:
+            training.check(ranks.first_world())
+            result = Result(Path(run_on_ranks(training, ranks)["run_dir"]))
         release_process_groups()
         return training.finish(result)
 

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from distrain.data.python_object import DataObject
 from distrain.errors import config_error
 
 _PICKLE, _PATHS, _RESULT = "training.pickle", "paths.json", "result.json"
+_VERIFICATION = "verification.json"
 _PARTS = ("train", "val", "test")
 
 
@@ -92,6 +94,17 @@ def read(folder: Path) -> Training:
     }
     data = DataObject(spec, parts["train"], parts.get("val"), parts.get("test"), fingerprint)
     return Training(config, model, data)
+
+
+def write_verification(folder: Path, options: Mapping[str, Any]) -> None:
+    """Tells the ranks to verify the training instead of doing it."""
+    (folder / _VERIFICATION).write_text(json.dumps(options))
+
+
+def read_verification(folder: Path) -> dict[str, Any] | None:
+    """How the ranks verify the training; ``None``: they train."""
+    path = folder / _VERIFICATION
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""A rank that ``distrain.fit(…, nproc=…)`` has started: a program whose argument is the folder of the handover."""
+"""A rank that ``distrain.fit`` or ``distrain.verify`` has started: a program with the folder of the handover."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,19 +21,27 @@ from distrain.runtime.world import World
 
 
 def main(folder: Path) -> None:
-    """Trains, writes what the parent wants to know, and ends the process with the exit code of the command ``train``.
+    """Trains or verifies, writes what the parent wants to know, and ends the process with a command's exit code.
 
     Args:
         folder: What the parent has written; see :mod:`distrain.api.handover`.
     """
     escape_everything()
     handover.import_as_parent(folder)
-    sys.argv[:] = ["distrain.fit"]
+    verification = handover.read_verification(folder)
+    name = "distrain.fit" if verification is None else "distrain.verify"
+    sys.argv[:] = [name]
     tells_parent = World.from_environment().rank == 0
-    with ended_as_command(), program.called_as("distrain.fit"):
+    with ended_as_command(), program.called_as(name):
         training = handover.read(folder)
         try:
-            result = {"run_dir": str(training.run().run_dir.resolve())}
+            if verification is None:
+                result = {"run_dir": str(training.run().run_dir.resolve())}
+            else:
+                # Which a training doesn't need.
+                from distrain.api.verify import options_of, verify_on_rank
+
+                result = dataclasses.asdict(verify_on_rank(training, options_of(verification)))
         except Stopped as stopped:
             if tells_parent:
                 handover.write_result(folder, {"reason": stopped.reason, "step": stopped.step})

@@ -35,6 +35,10 @@ _LIBUV_TAKES_SOCKETS = (2, 13)
 
 Connected = TypeVar("Connected")
 
+#: The stores that this process serves to its end, by address and port. A process may run several times, as ``verify``
+#: does; a store for each run could only begin when all ranks have left the one before, and no rank can know that.
+_served: dict[tuple[str, int], TCPStore] = {}
+
 #: Names of the loopback interface: on Linux; on macOS and the BSDs.
 _LOOPBACK_NAMES = ("lo", "lo0")
 
@@ -56,19 +60,20 @@ def restrict_gloo_to_loopback(world: World) -> None:
 
 
 def open_store(address: str, port: int, world: World, *, serves: bool, timeout: datetime.timedelta) -> TCPStore:
-    """Opens the store at which the ranks meet.
+    """Opens the store at which the ranks meet; a process that serves it does so to its end.
 
     Args:
         address: Name or IP address of the host that serves it.
         port: Its port.
         world: This rank's place.
-        serves: Whether this process serves it.
+        serves: Whether this process serves it, from now on if it doesn't yet.
         timeout: Time limit for connecting, and for every later request.
 
     Raises:
         RuntimeError: It cannot be reached, or the port is taken; torch.distributed.DistError of newer releases.
         TimeoutError: Something listens there, but does not answer as a store does.
     """
+    serves = serves and (address, port) not in _served
     listener = _listen(address, port, world) if serves else None
 
     def connect() -> TCPStore:
@@ -76,7 +81,10 @@ def open_store(address: str, port: int, world: World, *, serves: bool, timeout: 
             return serve_store(listener, address, port, world.size, timeout)
         return TCPStore(address, port, world.size, is_master=serves, timeout=timeout, wait_for_workers=False)
 
-    return within_time(connect, timeout.total_seconds())
+    store = within_time(connect, timeout.total_seconds())
+    if serves:
+        _served[address, port] = store
+    return store
 
 
 def serve_store(

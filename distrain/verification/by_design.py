@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from distrain.compression.auto import AutoConfig
 from distrain.compression.base import LossyConfig
-from distrain.config.schema import Config
+from distrain.compression.sparse import SparseConfig
+from distrain.config.schema import CompressionConfig, Config
 from distrain.strategies.base import strategy_class
 
 #: What is true of every such run, and is checked.
@@ -32,12 +34,27 @@ def statement(config: Config, world_size: int) -> list[str]:
     return [*found, f"checked: {_CHECKED}"] if found else []
 
 
+def loss_of(compression: CompressionConfig) -> str:
+    """What becomes of gradients in a compressor, in words; empty if it sends them as they are.
+
+    Args:
+        compression: The compressor's keys.
+    """
+    if isinstance(compression, AutoConfig) and compression.most_lossy == "none":
+        return ""
+    if isinstance(compression, SparseConfig):
+        everything = compression.density == 1 and not compression.momentum_correction
+        if everything and getattr(compression, "values", "full") == "full":
+            return ""
+    return _COMPRESSORS.get(compression.name, "")
+
+
 def _of_compression(config: Config, world_size: int) -> list[str]:
     compression = config.compression
-    loses = _COMPRESSORS.get(compression.name)
+    loses = loss_of(compression)
     replicas = strategy_class(config).data_parallel_size(config, world_size)
     # A pipeline without replicas exchanges no gradients.
-    if loses is None or (config.strategy.name == "pipeline" and replicas == 1):
+    if not loses or (config.strategy.name == "pipeline" and replicas == 1):
         return []
     text = f"compression={compression.name}: {loses}"
     if isinstance(compression, LossyConfig) and compression.error_feedback:

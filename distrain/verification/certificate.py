@@ -22,6 +22,7 @@ class Phase:
     Attributes:
         precision: Value of ``trainer.precision``.
         verdicts: One for each quantity.
+        products: The format to which factors of matrix products and convolutions may have been rounded.
         resumed_from: The step of the checkpoint from which the second half was done again; ``None``: it was not.
         resumed_bitwise: Whether it gave the same bits as the run that was not interrupted.
         resumed: The verdicts on it.
@@ -30,6 +31,7 @@ class Phase:
 
     precision: str
     verdicts: list[Verdict]
+    products: str
     resumed_from: int | None = None
     resumed_bitwise: bool = False
     resumed: list[Verdict] = field(default_factory=list)

@@ -31,11 +31,12 @@ FACTOR_16_BIT = 4
 FACTOR_16_BIT_NUMBER = 16
 SINGLE_NUMBERS = ("loss", "evaluation loss", "training metrics", "evaluation metrics")
 HALF = ("bf16", "fp16")
-#: Machine epsilon of what is computed with each precision.
-EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+#: Machine epsilon of what is computed with each precision, twice its unit roundoff. TF32 is float32 whose products
+#: round their factors to 11 significant bits.
+EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
 #: Rounding errors that are always allowed, relative to the norm of all tensors: those of long sums in the wide formats,
-#: where each addition rounds, and the one of the result in the 16-bit formats.
-_ALWAYS = {"fp64": 64.0, "fp32": 64.0, "bf16": 1.0, "fp16": 1.0}
+#: where each addition rounds, and the one of the result, or of a factor, in the short formats.
+_ALWAYS = {"fp64": 64.0, "fp32": 64.0, "tf32": 1.0, "bf16": 1.0, "fp16": 1.0}
 #: Limits above this say nothing any more.
 BLIND = 0.05
 #: A sample whose decision is a tie may be counted either way.
@@ -98,25 +99,10 @@ def series(reference: RankRecord, ranks: Sequence[RankRecord], *, after: int = 0
         hidden = any(rank.hides_gradients for rank in ranks)
         gradients = _largest(record.distances.get(GRADIENTS, {}) for record in records)
         if gradients or not hidden:
-            unseen = _recorded_later(ranks, step) - gradients.keys()
-            scales = {
-                name: scale for name, scale in expected.distances.get(GRADIENTS, {}).items() if name not in unseen
-            }
+            scales = expected.distances.get(GRADIENTS, {})
             _compare_tensors(found["gradients"], step, gradients, scales, reference.tied)
     _compare_evaluations(found, reference, ranks[0], after)
     return found
-
-
-def _recorded_later(ranks: Sequence[RankRecord], step: int) -> set[str]:
-    """Names of gradients by which servers have made updates after a step; earlier ones may have been unseen."""
-    return {
-        name
-        for rank in ranks
-        if rank.serves
-        for at, record in rank.steps.items()
-        if at > step
-        for name in record.distances.get(GRADIENTS, {})
-    }
 
 
 def _compare_states(found: Series, step: int, reference: RankRecord, records: Sequence[StepRecord]) -> None:
@@ -241,10 +227,13 @@ class Limits:
     Args:
         reordered: The differences of each reordered serial run.
         rounded: How far the serial run is from itself in float32; ``None`` except in 16-bit formats.
-        precision: Of these runs.
+        precision: Of these runs; for float32 with shorter factors, the format of those.
         tolerance: Takes the place of what is measured, if given.
         evaluated: Samples of the smallest evaluation.
         batch: Samples of the smallest batch.
+        order_is_free: Runs in float64 have shown that the order of the samples changes nothing but rounding. What it
+            changes in this format is rounding then, however much it is: an activation near zero, or a variance, may
+            make it large in the first step already.
     """
 
     def __init__(
@@ -255,8 +244,10 @@ class Limits:
         tolerance: float | None,
         evaluated: int,
         batch: int,
+        order_is_free: bool = False,
     ) -> None:
         self._reordered, self._precision, self._tolerance = reordered, precision, tolerance
+        self._order_is_free = order_is_free
         self._rounded, self._spreads = rounded, [*reordered]
         if rounded is not None:
             # If no formula depends on the order, these are more samples of how far rounding moves the run.
@@ -275,7 +266,7 @@ class Limits:
 
     def _measured_limit(self, quantity: str, step: int) -> float:
         limit = self._factor(quantity) * self.spread(quantity, step)
-        if step == 1:
+        if step == 1 and not self._order_is_free:
             limit = min(limit, self._cap(quantity))
         if self._precision != "fp64":
             limit = max(limit, self._ties.get(quantity, 0.0))
@@ -295,6 +286,8 @@ class Limits:
 
     def order_matters(self) -> Difference | None:
         """What the order of the samples in a batch changes in the first step by more than rounding, if anything."""
+        if self._order_is_free:
+            return None
         for quantity in ("loss", "gradients"):
             for each in self._reordered:
                 found = each.get(quantity, {}).get(1)

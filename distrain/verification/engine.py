@@ -22,6 +22,7 @@ from distrain.errors import ConfigError, Failed, Stopped, config_error
 from distrain.files.terminal import print_to_stderr
 from distrain.models.trial import ModelTrial
 from distrain.reporting.origin import Origin
+from distrain.runtime.device import choose_device
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training import auto_format
@@ -42,6 +43,7 @@ from distrain.verification.comparison import (
     series,
 )
 from distrain.verification.parting import Search
+from distrain.verification.products import format_of_products
 from distrain.verification.rank_runs import RankRuns
 from distrain.verification.recorder import GRADIENTS, RankRecord
 from distrain.verification.reference import Reference
@@ -178,6 +180,7 @@ class _Verification:
         self._remarks: dict[str, list[str]] = {}
         self._asked: list[RankRecord] = []
         self._serial: RankRecord | None = None
+        self._order_is_free = False
 
     def meet(self) -> None:
         """Waits for all ranks."""
@@ -193,6 +196,8 @@ class _Verification:
         for precision in self._precisions():
             phase, limits = self._phase(precision)
             phases.append(phase)
+            if precision == "fp64":
+                self._order_is_free = limits.order_matters() is None
             if parting is None and not phase.equal and not statement:
                 wide = phases[0].equal if phases[0].precision == "fp64" and len(phases) > 1 else None
                 parting = self._find_parting(phase, limits, wide)
@@ -291,8 +296,13 @@ class _Verification:
         smallest = min(record.count for record in serial.steps.values())
         spreads = [series(serial, [each]) for each in others]
         rounded = spreads.pop() if precision in HALF else None
-        limits = Limits(spreads, rounded, precision, self._options.tolerance, evaluated, smallest)
+        tolerance, free = self._options.tolerance, self._order_is_free
+        # Asked after the runs, which may have set it.
+        products = format_of_products(precision, choose_device(self._config, self._world).type)
+        limits = Limits(spreads, rounded, products, tolerance, evaluated, smallest, free)
         remarks = [*self._remarks.get(precision, [])]
+        if products != precision:
+            remarks.append(f"products may round their factors to {products}, which gives the limits")
         if self._ranks.skipped:
             skipped = ", ".join(map(str, self._ranks.skipped))
             remarks.append(f"updates left out in all runs, since the gradient of one process overflows: step {skipped}")
@@ -301,11 +311,11 @@ class _Verification:
         if blind is not None:
             remarks = [*remarks, f"from step {blind} on rounding alone moves the serial run so far that little is said"]
         if resumed is None:
-            return Phase(precision, verdicts, remarks=remarks), limits
+            return Phase(precision, verdicts, products, remarks=remarks), limits
         resumed_ranks = [RankRecord.from_plain(rank["resumed"]) for rank in everyone]
         bitwise = bitwise_difference(asked_ranks[0], resumed_ranks[0], after=runs.save_at or 0) is None
         again = judge(series(serial, resumed_ranks, after=runs.save_at or 0), limits)
-        return Phase(precision, verdicts, runs.save_at, bitwise, again, remarks), limits
+        return Phase(precision, verdicts, products, runs.save_at, bitwise, again, remarks), limits
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -370,9 +380,11 @@ class _Verification:
 _LIMITS_IN_WORDS = (
     f"{FACTOR} times the largest distance between the serial run and {_REORDERED} serial runs whose samples are in "
     "another order within each forward pass (a measured spread of rounding, up to the same step); never below some "
-    "rounding errors of the format, and in the first step never above the root of its epsilon. In bf16 and fp16: "
+    "rounding errors of the format, and in the first step never above the root of its epsilon, unless float64 has "
+    "shown that the order changes nothing but rounding. In bf16 and fp16: "
     f"{FACTOR_16_BIT} times, and for a loss or metric {FACTOR_16_BIT_NUMBER} times, the largest distance between the "
     "serial run and those, or the same run in float32 (what rounding to the format does to it), up to the same step; "
-    "never below the format's epsilon. Distances are norms of a tensor's difference, relative to the norm of all "
+    "never below the format's epsilon. Where torch may round factors of float32 products to TF32 or bf16 (`products`), "
+    "never below the epsilon of that format. Distances are norms of a tensor's difference, relative to the norm of all "
     "tensors of its kind"
 )

@@ -1,4 +1,4 @@
-"""``distrain.verify``: starts the command ``verify`` from a Python program, and reads its certificate."""
+"""Starts the command ``verify`` from a Python program, and reads its certificate."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def verify(
         ConfigError: A setting is refused.
         Failed: A run failed; the message says what was printed.
     """
-    if isinstance(nproc, bool) or nproc < 2:
-        problem = f"is {nproc!r}; ranks are compared with one process, so at least 2 are needed, as in"
-        raise config_error("nproc", f"{problem}: distrain.verify({', '.join(map(repr, keys))}, nproc=2)")
+    check_ranks(nproc, f"distrain.verify({', '.join(map(repr, keys))}, nproc=2)")
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="distrain_verify_"))
@@ -85,6 +83,18 @@ def verify(
             raise Failed(f"no certificate was written (exit code {ended.returncode}):\n{text}")
         content = json.loads(path.read_text())
     return Verification(content["passed"], content["verdict"], content, text)
+
+
+def check_ranks(nproc: int, example: str) -> None:
+    """Refuses a number of ranks that is none, or too small.
+
+    Args:
+        nproc: The number.
+        example: What to type instead.
+    """
+    if isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 2:
+        problem = f"is {nproc!r}; ranks are compared with one process, so at least 2 are needed, as in"
+        raise config_error("nproc", f"{problem}: {example}")
 
 
 def _run(arguments: list[str], timeout: float | None) -> subprocess.CompletedProcess[str]:

@@ -80,6 +80,8 @@ class RankRuns:
         with self.set_up(config, world) as trainer:
             recorder = Recorder(trainer, reference, skipped=self.skipped, **options)
             prepare(trainer)
+            # A server updates as soon as a worker trains, and must be recorded by then.
+            trainer.runtime.communicator().barrier()
             trainer.fit()
             return recorder.record
 

@@ -17,6 +17,7 @@ from distrain.strategies.base import StepResult, accumulated_pieces
 from distrain.tasks.base import Evaluation
 from distrain.training.callbacks import Callback, RunView
 from distrain.training.trainer import Trainer
+from distrain.verification import by_design
 from distrain.verification.reference import Distance, Reference, distance, norm, row_hashes, tensor_hash
 
 #: Identifies the reordering of a batch among the uses of random numbers.
@@ -69,7 +70,6 @@ class RankRecord:
         tied: Names that stand for one parameter, for each such parameter.
         uncompressed_bytes: Bytes that it would send in a step without compression.
         hides_gradients: It has updated parameters by gradients that are not those of one process, by design.
-        serves: It updates parameters for other ranks, and may have done so before it was recorded.
     """
 
     rank: int
@@ -80,7 +80,6 @@ class RankRecord:
     tied: list[list[str]] = field(default_factory=list)
     uncompressed_bytes: int = 0
     hides_gradients: bool = False
-    serves: bool = False
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RankRecord:
@@ -178,11 +177,11 @@ class Recorder(Callback):
             return
         if self._in_step:
             step = self._trainer.progress.step + 1
-        elif self._trainer.config.compression.name == "none":
-            # A server. It may have made updates before this object was there, so it can't count them; a push names its
-            # step, counted from the start of this process.
-            step = self._first_step + self._strategy.compressor.step
-            self.record.serves = True
+        elif not by_design.loss_of(self._trainer.config.compression):
+            # A server. A push names its step: counted from the start of the run if the compressor saves that number,
+            # otherwise from the start of this process.
+            compressor = self._strategy.compressor
+            step = compressor.step + (0 if "step" in compressor.state_dict() else self._first_step)
         else:
             self.record.hides_gradients = True
             return

@@ -23,6 +23,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end
 from tests.runs import small, train_on_rank
+from tests.runtime.test_bind_address import free_port
 
 HOST = World.from_environment().host
 
@@ -166,7 +167,10 @@ def test_ranks_that_never_join_are_named(tmp_path: Path) -> None:
     assert ending.seconds < 60
 
 
-def train_twice(folder: Path) -> list[str]:
+def train_twice(folder: Path, port: int | None) -> list[str]:
+    if port is not None:
+        # As where no launcher serves a store: variables set by hand, SLURM's tasks, mpirun.
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     return [
         train_on_rank(small("strategy=ddp", "trainer.max_steps=1", f"run_dir={folder}/{i}"))["run_dir"] for i in "ab"
     ]
@@ -179,8 +183,10 @@ def test_the_limit_of_a_collective_outlasts_a_suspension_of_days() -> None:
     assert 1000 * seconds < 2**31
 
 
-def test_one_launch_may_train_several_times(tmp_path: Path) -> None:
-    assert run_ranks(train_twice, 2, tmp_path) == [[f"{tmp_path}/a", f"{tmp_path}/b"]] * 2
+@pytest.mark.parametrize("rank_0_serves", [False, True])
+def test_one_launch_may_train_several_times(rank_0_serves: bool, tmp_path: Path) -> None:
+    port = free_port() if rank_0_serves else None
+    assert run_ranks(train_twice, 2, tmp_path, port) == [[f"{tmp_path}/a", f"{tmp_path}/b"]] * 2
 
 
 def draw_in_runtime(configuration: Config) -> tuple[float, int]:

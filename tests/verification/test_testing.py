@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import distrain
 from distrain.verification.testing import assert_equals_single
+from tests.api.models import SETTINGS, samples, skip_net
 
 SHORT = ("data=digits", "data.batch_size=16", "runtime.threads=1")
 
@@ -34,6 +37,38 @@ def test_the_certificate_stays_in_a_folder_with_any_name(tmp_path: Path) -> None
     command = found.certificate["origin"]["command"]
     assert "nproc=2" in command
     assert command.endswith("-- strategy=ddp compression=topk data=digits data.batch_size=16 runtime.threads=1")
+
+
+def test_objects_are_verified_as_they_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, before = skip_net(), skip_net().state_dict()
+    found = distrain.verify(model, samples(), strategy="ddp", nproc=2, steps=2, float64=False, **SETTINGS)
+    assert found.verdict == "equal", found.text
+    assert found.text.startswith("EQUAL: ddp on 2 ranks, 2 steps of")
+    assert found.certificate["origin"]["command"] == "distrain.verify(…, nproc=2)"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    # Nothing is left behind.
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "line"),
+    [
+        (("simple_cnn", "digits"), {"strategy": "single"}, "strategy=single: is what others are compared with"),
+        (("simple_cnn", "digits"), {"strategy": "ddp", "nproc": 1}, "nproc: is 1; ranks are compared"),
+        (("simple_cnn", "digits"), {"strategy": "ddp", "steps": 1}, "steps=1: must be at least 2"),
+        (("simple_cnn", "digits"), {"strategy": "dpp"}, "strategy=dpp: no such choice"),
+        (("simple_cnn", "digits"), {"timeout": 9}, "timeout: goes with keys of the command line only"),
+        (("strategy=ddp",), {"batch_size": 8}, "batch_size: goes with a model and samples, as in distrain.verify"),
+        (("strategy=ddp",), {"classes": 8}, "classes: goes with a model and samples, as in distrain.verify"),
+        ((skip_net,), {}, "distrain.verify: takes a model and the samples to train on, or keys"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_ranks_start(
+    what: tuple[Any, ...], changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(distrain.ConfigError, match=f"^{line}"):
+        distrain.verify(*what, **changes)
 
 
 @pytest.mark.soak

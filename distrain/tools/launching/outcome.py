@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -76,9 +77,10 @@ def _outcome(chosen: dict[int, ProcessFailure], failures: dict[int, ProcessFailu
     code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     line = told_line(failure.message)
     if line is None:
-        # It could not say why, but other ranks may have noticed.
-        others = [told_line(other.message) for other in failures.values()]
-        line = next(filter(None, others), None) or _describe_end(rank, failure)
+        # It could not say why, but other ranks may have noticed. One that did not notice speaks of its own end.
+        others = [told_line(other.message) or "" for other in failures.values()]
+        named = re.compile(rf"\brank ({'|'.join(map(str, chosen))})\b")
+        line = next(filter(named.search, others), None) or _describe_end(rank, failure)
     return Outcome(code, line)
 
 
