@@ -33,6 +33,7 @@ from distrain.models.build import instantiate_model
 from distrain.optim import custom_loss
 from distrain.optim.losses import CustomLossConfig
 from distrain.tasks import base as tasks
+from distrain.tasks import chosen_metrics
 
 T = TypeVar("T")
 
@@ -200,6 +201,8 @@ def _read_config(path: Path, allow: Sequence[str]) -> Config:
         config = load_config(content)
         if isinstance(config.loss, CustomLossConfig):
             custom_loss.check_allowed(config.loss._target_, [*TRUSTED_PREFIXES, *allow])
+        for metric in config.metrics:
+            chosen_metrics.check_allowed(metric, [*TRUSTED_PREFIXES, *allow])
         return config
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error

@@ -347,6 +347,21 @@ class LoraConfig:
 
 
 @dataclass
+class MetricConfig:
+    """A metric of the evaluations, besides those that the task has itself."""
+
+    name: str = setting("Name of the metric, known to distrain; with _target_, any name.")
+    _target_: str | None = setting("Dotted path of a class of torchmetrics.Metric.", default=None)
+    kwargs: dict[str, Any] = setting("Keyword arguments for the class.", default_factory=dict)
+    input: str | None = setting(
+        "What the class is given besides the targets: the predicted classes, their probabilities, or the model's "
+        "outputs; null: probabilities where the task has them, else outputs.",
+        choices=(None, "decisions", "probabilities", "outputs"),
+        default=None,
+    )
+
+
+@dataclass
 class TrainerConfig:
     """The training loop."""
 
@@ -405,6 +420,25 @@ class TrainerConfig:
     )
     profile_steps: int = setting(
         "Write a profiler trace of this many steps to the run's tensorboard folder; 0: none.", at_least=0
+    )
+    monitor: str | None = setting(
+        "What the best checkpoint and trainer.patience go by: val/ and a metric of the validation, or val/loss. null: "
+        "the task's own, such as val/accuracy.",
+        default=None,
+    )
+    mode: str | None = setting(
+        "Whether more (max) or less (min) of trainer.monitor is better; null: as the metric says.",
+        choices=(None, "max", "min"),
+        default=None,
+    )
+    patience: int | None = setting(
+        "End the run, with its evaluation, checkpoint and summary, after so many epochs in a row in which "
+        "trainer.monitor did not get better; null: never.",
+        at_least=1,
+        default=None,
+    )
+    min_delta: float = setting(
+        "A smaller change of trainer.monitor is no improvement for trainer.patience.", at_least=0, default=0.0
     )
 
 
@@ -491,6 +525,12 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: list[FreezeConfig] = setting(
         "Parameters that keep their initial values, for ever or in the first epochs.", default_factory=list
+    )
+    metrics: list[MetricConfig] = setting(
+        "Further metrics of evaluations: names such as f1_macro or auroc, or {_target_: a class of torchmetrics.Metric, "
+        "kwargs: {…}}.",
+        default_factory=list,
+        affects=("execution",),
     )
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)

@@ -369,7 +369,7 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
     elif config.resume != "never":
         path = Path(config.resume)
     while path is not None:
-        loaded = _read(runtime, strategy.training_group, task, path)
+        loaded = read(runtime, strategy.training_group, task, path)
         if not isinstance(loaded, str):
             return _restore(config, runtime, strategy, path, samples, *loaded)
         if config.resume != "auto":
@@ -380,8 +380,8 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
     return None
 
 
-def _read(runtime: Runtime, group: Communicator, task: Task, path: Path) -> tuple[dict[str, Any], Progress] | str:
-    """A checkpoint's state and position; or why a rank can't read it, the same on all ranks."""
+def read(runtime: Runtime, group: Communicator, task: Task, path: Path) -> tuple[dict[str, Any], Progress] | str:
+    """A checkpoint's state and position; or why a rank can't read it, the same on all ranks, which call it together."""
     problem = ""
     try:
         state, position = checkpoint_reader.load(path)
