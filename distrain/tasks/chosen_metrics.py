@@ -51,9 +51,10 @@ class ChosenValues:
 
 
 class _Exact(TorchFunctionMode):
-    """Computes what torchmetrics computes from integers in float64: it asks for float32, which has 7 digits."""
+    """Computes in float64 what torchmetrics computes from integers: it would be float32, which has 7 digits."""
 
     _DIVISIONS = frozenset((Tensor.div, torch.div, torch.true_divide))
+    _ARITHMETIC = frozenset((Tensor.mul, torch.mul, Tensor.add, torch.add, Tensor.sub, torch.sub, *_DIVISIONS))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,13 +63,11 @@ class _Exact(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.float:
             return args[0].double()
-        if func in self._DIVISIONS and not kwargs and not any(map(_is_inexact, args)):
-            return func(args[0].double(), *args[1:])
+        # Of whole numbers only division, and a number of Python's with a fraction, make float32.
+        if func in self._ARITHMETIC and not kwargs and (func in self._DIVISIONS or float in map(type, args)):
+            if not any(isinstance(operand, Tensor) and operand.is_floating_point() for operand in args):
+                args = tuple(operand.double() if isinstance(operand, Tensor) else operand for operand in args)
         return func(*args, **kwargs)
-
-
-def _is_inexact(operand: Any) -> bool:
-    return not isinstance(operand, Tensor) or operand.is_floating_point() or operand.is_complex()
 
 
 class Accumulator:

@@ -61,12 +61,10 @@ def known_metrics(spec: DataSpec, target: str | None) -> dict[str, KnownMetric]:
         arguments = {"num_classes": size, "average": "macro", "validate_args": False}
         return {"dice": KnownMetric("classification.MulticlassF1Score", DECISIONS, arguments, "dice")}
     if target == "numbers":
-        several = {} if size == 1 else {"num_outputs": size}
         return {
             "rmse": KnownMetric("regression.MeanSquaredError", OUTPUTS, {"squared": False}),
             "mape": KnownMetric("regression.MeanAbsolutePercentageError", OUTPUTS),
             "explained_variance": KnownMetric("regression.ExplainedVariance", OUTPUTS),
-            "spearman": KnownMetric("regression.SpearmanCorrCoef", OUTPUTS, several),
         }
     return {}
 
