@@ -20,9 +20,10 @@ from distrain.checkpoint import module_state
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.state_schema import read_state
+from distrain.config.effects import ARGUMENTS
 from distrain.config.load import load_config
 from distrain.config.registry import check_allowed
-from distrain.config.schema import ARGUMENTS, Config
+from distrain.config.schema import Config
 from distrain.data import manifest
 from distrain.data.base import TARGETS, DataSpec
 from distrain.data.decode import LARGEST_PIXELS

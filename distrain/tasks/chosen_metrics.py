@@ -1,7 +1,7 @@
 """The metrics that ``metrics`` adds to a task's own: computed by torchmetrics, exactly over any number of ranks.
 
-Each rank updates metrics of its own with the samples that it evaluates, and asks no other rank meanwhile. At the end all
-ranks' states are gathered, and one rank reduces them as each metric says (sums are added, lists of samples joined),
+Each rank updates metrics of its own with the samples that it evaluates, and asks no other rank meanwhile. At the end
+all ranks' states are gathered, and one rank reduces them as each metric says (sums are added, lists of samples joined),
 computes the metrics and tells the others. So all ranks go on with the same numbers, to the last bit, on any hardware.
 """
 
@@ -63,10 +63,11 @@ class _Exact(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.float:
             return args[0].double()
-        # Of whole numbers only division, and a number of Python's with a fraction, make float32.
-        if func in self._ARITHMETIC and not kwargs and (func in self._DIVISIONS or float in map(type, args)):
-            if not any(isinstance(operand, Tensor) and operand.is_floating_point() for operand in args):
-                args = tuple(operand.double() if isinstance(operand, Tensor) else operand for operand in args)
+        if func in self._ARITHMETIC and not kwargs:
+            # Of whole numbers only division, and a number of Python's with a fraction, make float32.
+            makes_fractions = func in self._DIVISIONS or float in map(type, args)
+            if makes_fractions and not any(isinstance(each, Tensor) and each.is_floating_point() for each in args):
+                args = tuple(each.double() if isinstance(each, Tensor) else each for each in args)
         return func(*args, **kwargs)
 
 
@@ -104,7 +105,9 @@ class Accumulator:
         """
         if not self._metrics:
             return ChosenValues()
-        mine = {f"{number}/{name}": state for number, metric in enumerate(self._metrics) for name, state in metric.state()}
+        mine = {
+            f"{number}/{name}": state for number, metric in enumerate(self._metrics) for name, state in metric.state()
+        }
         gathered = communicator.all_gather_tensors(mine, device)
         content: dict[str, Any] = {}
         if communicator.rank == 0:
@@ -192,7 +195,9 @@ class _Metric:
             warnings.simplefilter("ignore")
             value = metric.compute()
         if not isinstance(value, Tensor) or value.dim() > 1 or value.is_complex():
-            kind = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            kind = (
+                f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
             raise TypeError(f"gives {kind}; a number, or one for each class, is needed")
         return value.double()
 
@@ -326,7 +331,9 @@ def _try(config: MetricConfig, task: Task) -> None:
     whole = _of_ranks(config, task, [(outputs, targets)])
     ranks = list(zip(outputs.split(_TRIED), targets.split(_TRIED), strict=True))
     divided = _of_ranks(config, task, ranks)
-    if not math.isclose(whole, divided, rel_tol=1e-9, abs_tol=1e-12) and not (math.isnan(whole) and math.isnan(divided)):
+    if not math.isclose(whole, divided, rel_tol=1e-9, abs_tol=1e-12) and not (
+        math.isnan(whole) and math.isnan(divided)
+    ):
         problem = (
             f"is {whole:.6g} for {sum(_TRIED)} random samples and {divided:.6g} if three ranks share them: its states "
             "don't add up; add_state(dist_reduce_fx=…) of sums or of lists of samples, not of means, does"

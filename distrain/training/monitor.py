@@ -1,4 +1,4 @@
-"""What the best checkpoint is chosen by, and early stopping: ``trainer.monitor``, ``mode``, ``patience``, ``min_delta``.
+"""The best checkpoint and early stopping: ``trainer.monitor``, ``mode``, ``patience`` and ``min_delta``.
 
 The monitored value is the same on all ranks (see :mod:`distrain.training.evaluation`), and so is what follows from it:
 all ranks keep the same best value and stop after the same step, without a message of their own. The counts are part of

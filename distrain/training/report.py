@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from distrain.checkpoint.progress import Progress
+from distrain.config.effects import affected_by
 from distrain.config.load import to_container
-from distrain.config.schema import Config, affected_by
+from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import losing_on_disk_errors, to_json

@@ -19,8 +19,9 @@ from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import RestoredPart, table, worst
 from distrain.checkpoint.state_schema import check_data, read_state
 from distrain.communication.collectives import Communicator
+from distrain.config.effects import ARGUMENTS, affected_by, default_of
 from distrain.config.load import changes, to_container
-from distrain.config.schema import ARGUMENTS, Config, affected_by, default_of
+from distrain.config.schema import Config
 from distrain.data import manifest
 from distrain.data.base import DataSpec, source_class
 from distrain.data.manifest import data_changes

@@ -151,7 +151,10 @@ def test_a_metric_says_whether_more_of_it_is_better(options: tuple[str, ...], ex
         (("trainer.monitor=val/aurok", "metrics=[auroc]"), r"=val/aurok: no such number .*did you mean val/auroc\?"),
         (("trainer.monitor=accuracy",), r"trainer\.monitor=accuracy: .*choices: val/loss, val/accuracy"),
         (
-            ("trainer.monitor=val/distances", "metrics=[{_target_: tests.tasks.own_metrics.Distances, name: distances}]"),
+            (
+                "trainer.monitor=val/distances",
+                "metrics=[{_target_: tests.tasks.own_metrics.Distances, name: distances}]",
+            ),
             r"trainer\.mode=null: its class doesn't say whether more of val/distances is better; choices: max, min",
         ),
     ],
