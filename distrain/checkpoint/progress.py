@@ -25,18 +25,19 @@ class Progress:
         epoch_sums: Sums over this epoch's samples so far: loss, the task's metrics, count; empty before any sample.
         train_loss: Mean loss of the last complete epoch.
         val_score: The task's own score on the validation split after that epoch.
-        val_metrics: All metrics of that validation, and its ``loss``; a number that is not finite is saved as null.
-        monitor: How the validation's best model is chosen, such as ``max val/accuracy``; see
-            :class:`distrain.training.monitor.Monitor`.
         best_score: The best monitored number of the epochs that were saved.
         best_step: The step at which it was reached.
         best_epoch: The epoch at whose end it was reached, counted from 1.
-        patience_score: The best monitored number of all epochs, which ``trainer.patience`` goes by.
-        epochs_without_improvement: Epochs since then.
-        stopped_of_epochs: ``trainer.epochs`` of the run that stopped early at this position.
         skipped_updates: Updates skipped because a gradient was not finite. Where each rank decides alone, the sum of
             all ranks' skips.
         rewinds: How often the run went back to a checkpoint because gradients were not finite.
+        val_metrics: All metrics of the validation of ``val_score``, and its ``loss``; what is not finite is saved as
+            null.
+        monitor: How the validation's best model is chosen, such as ``max val/accuracy``; see
+            :class:`distrain.training.monitor.Monitor`.
+        patience_score: The best monitored number of all epochs, which ``trainer.patience`` goes by.
+        epochs_without_improvement: Epochs since then.
+        stopped_of_epochs: ``trainer.epochs`` of the run that stopped early at this position.
     """
 
     step: int = 0
@@ -46,16 +47,16 @@ class Progress:
     epoch_sums: list[float] = field(default_factory=list)
     train_loss: float | None = None
     val_score: float | None = None
-    val_metrics: dict[str, float | None] = field(default_factory=dict)
-    monitor: str | None = None
     best_score: float | None = None
     best_step: int | None = None
     best_epoch: int | None = None
+    skipped_updates: int = 0
+    rewinds: int = 0
+    val_metrics: dict[str, float | None] = field(default_factory=dict)
+    monitor: str | None = None
     patience_score: float | None = None
     epochs_without_improvement: int = 0
     stopped_of_epochs: int | None = None
-    skipped_updates: int = 0
-    rewinds: int = 0
 
     def advance(self, samples: int) -> None:
         """One more update, on a global batch of so many samples."""

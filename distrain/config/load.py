@@ -65,7 +65,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
                 values[key] = _to_dataclass(key, _SECTIONS[key], node.get(key, _SECTION_DEFAULTS.get(key)))
                 _check_limits(key, values[key])
             elif key == "metrics":
-                values[key] = _named_metrics(OmegaConf.to_object(OmegaConf.create({key: node.get(key)}))[key])
+                values[key] = _named_metrics(cast(dict[str, Any], OmegaConf.to_container(node)).get(key))
             elif key in node:
                 values[key] = node[key]
             elif spec.default is None:
@@ -106,7 +106,7 @@ class _Top:
 def _named_metrics(metrics: Any) -> list[dict[str, Any]]:
     """The entries of ``metrics`` as mappings, each with a name: that of the class for one that ``_target_`` names."""
     entries = [] if metrics is None else metrics if isinstance(metrics, list) else [metrics]
-    named = []
+    named: list[dict[str, Any]] = []
     for entry in entries:
         if isinstance(entry, str):
             entry = {"name": entry}

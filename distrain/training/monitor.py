@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from distrain.checkpoint.progress import Progress
+from distrain.checkpoint.state_schema import shorten
 from distrain.config.schema import TrainerConfig
 from distrain.errors import ConfigError
 from distrain.tasks import chosen_metrics
@@ -126,7 +127,8 @@ class Monitor:
         # Releases without monitors chose the best by the task's own score.
         is_same = saved == str(self) or (saved is None and self.name == self.score and self.config.mode is None)
         if not is_same and progress.best_score is not None:
-            log.info("the best checkpoint so far was chosen by %s: it is chosen anew, by %s", saved or self.score, self)
+            before = shorten(saved or self.score)
+            log.info("the best checkpoint so far was chosen by %s: it is chosen anew, by '%s'", before, self)
             progress.best_score = progress.best_step = progress.best_epoch = None
         if not is_same:
             progress.patience_score, progress.epochs_without_improvement = None, 0

@@ -80,7 +80,7 @@ def test_all_ranks_stop_after_the_same_step_and_the_best_is_tested_too(name: str
         assert summary[f"{prefix}per_class"]["auroc"] == pytest.approx(by_class, rel=1e-4)
 
 
-def results(run: dict[str, Any]) -> dict[str, Any]:
+def results(run: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What must not depend on an interruption."""
     chosen = ("best_", "test_", "val_", "stopped", "epochs", "steps", "monitor")
     return {key: value for key, value in run["summary"].items() if key.startswith(chosen)} | run["progress"]
@@ -113,7 +113,7 @@ def test_a_resumed_run_counts_on_and_goes_on_after_an_early_stop_if_asked(
     changed = train(small(*options, folder, "trainer.epochs=10", "trainer.patience=null", "trainer.mode=min"))
     assert (changed["progress"]["epoch"], changed["summary"]["stopped_early"]) == (10, False)
     assert changed["progress"]["best_step"] > 35
-    assert "was chosen by max val/loss: it is chosen anew, by min val/loss" in capsys.readouterr().err
+    assert "was chosen by 'max val/loss': it is chosen anew, by 'min val/loss'" in capsys.readouterr().err
 
 
 def monitor(*options: str) -> Monitor:
