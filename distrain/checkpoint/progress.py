@@ -24,13 +24,20 @@ class Progress:
         samples: Samples consumed since the start.
         epoch_sums: Sums over this epoch's samples so far: loss, the task's metrics, count; empty before any sample.
         train_loss: Mean loss of the last complete epoch.
-        val_score: The task's first metric on the validation split after that epoch.
-        best_score: The best ``val_score`` so far.
+        val_score: The task's own score on the validation split after that epoch.
+        best_score: The best monitored number of the epochs that were saved.
         best_step: The step at which it was reached.
         best_epoch: The epoch at whose end it was reached, counted from 1.
         skipped_updates: Updates skipped because a gradient was not finite. Where each rank decides alone, the sum of
             all ranks' skips.
         rewinds: How often the run went back to a checkpoint because gradients were not finite.
+        val_metrics: All metrics of the validation of ``val_score``, and its ``loss``; what is not finite is saved as
+            null.
+        monitor: How the validation's best model is chosen, such as ``max val/accuracy``; see
+            :class:`distrain.training.monitor.Monitor`.
+        patience_score: The best monitored number of all epochs, which ``trainer.patience`` goes by.
+        epochs_without_improvement: Epochs since then.
+        stopped_of_epochs: ``trainer.epochs`` of the run that stopped early at this position.
     """
 
     step: int = 0
@@ -45,6 +52,11 @@ class Progress:
     best_epoch: int | None = None
     skipped_updates: int = 0
     rewinds: int = 0
+    val_metrics: dict[str, float | None] = field(default_factory=dict)
+    monitor: str | None = None
+    patience_score: float | None = None
+    epochs_without_improvement: int = 0
+    stopped_of_epochs: int | None = None
 
     def advance(self, samples: int) -> None:
         """One more update, on a global batch of so many samples."""
@@ -86,4 +98,8 @@ def _fits(kind: str, value: object) -> bool:
         return isinstance(value, int) and value >= 0
     if kind.startswith("float"):
         return isinstance(value, int | float)
+    if kind.startswith("str"):
+        return isinstance(value, str)
+    if kind.startswith("dict"):
+        return isinstance(value, dict) and all(_fits("float | None", item) for item in value.values())
     return isinstance(value, list) and all(_fits("float", item) for item in value)

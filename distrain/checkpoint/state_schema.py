@@ -184,7 +184,12 @@ _PROGRESS = _fields(
     },
     {
         "val_score": _or_null(_number()),
+        "val_metrics": _entries(_or_null(_number())),
+        "monitor": _or_null(_text),
         "best_epoch": _or_null(_whole()),
+        "patience_score": _or_null(_number()),
+        "epochs_without_improvement": _whole(),
+        "stopped_of_epochs": _or_null(_whole()),
         "best_score": _or_null(_number()),
         "skipped_updates": _whole(),
         "rewinds": _whole(),

@@ -16,10 +16,10 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from distrain.config.effects import ARGUMENTS
 from distrain.config.key_search import schema_fields
 from distrain.config.quoting import in_quotes
 from distrain.config.registry import PYTHON_OBJECT
-from distrain.config.schema import ARGUMENTS
 from distrain.errors import ConfigError, config_error
 
 #: ``key=value``, also with the + or ++ that adds a key.

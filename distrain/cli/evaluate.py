@@ -29,7 +29,8 @@ from distrain.reporting.figures import cell_text
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.ddp import DDPConfig
-from distrain.tasks.base import Evaluation, Task
+from distrain.tasks import chosen_metrics
+from distrain.tasks.base import Evaluation, Task, class_rows
 from distrain.training.assembly import build_loader
 from distrain.training.evaluation import evaluate
 from distrain.training.run_plan import RunPlan
@@ -107,6 +108,7 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
     if not len(images):
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
         raise ConfigError("split", settings.split, "the run has no such images", others)
+    chosen_metrics.check(plan.task)
     with contextlib.closing(splits), Runtime(config, world, keep_logs=False) as runtime:
         evaluation = _evaluate(plan, runtime, splits, images, model)
         # Ranks that were started with different settings would evaluate shares of different splits.
@@ -223,8 +225,22 @@ def _result(split: str, weights: Weights, task: Task, evaluation: Evaluation) ->
         **evaluation.metrics,
         "loss": evaluation.loss,
         "count": evaluation.count,
-        **task.details(evaluation.state),
+        **_details(task, evaluation),
     }
+
+
+def _details(task: Task, evaluation: Evaluation) -> dict[str, Any]:
+    """The task's lists of rows; the chosen metrics of each class become columns of the list that has a row for each."""
+    details = task.details(evaluation.state)
+    if not evaluation.per_class:
+        return details
+    size = len(task.spec.classes)
+    for rows in details.values():
+        if isinstance(rows, list) and len(rows) == size:
+            for row, chosen in zip(rows, class_rows(task.spec.classes, evaluation), strict=True):
+                row |= {name: value for name, value in chosen.items() if name not in row}
+            return details
+    return {**details, "per_class": class_rows(task.spec.classes, evaluation)}
 
 
 def _table(result: dict[str, Any], task: Task) -> Lines:

@@ -20,9 +20,10 @@ from distrain.checkpoint import module_state
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.checkpoint.state_schema import read_state
+from distrain.config.effects import ARGUMENTS
 from distrain.config.load import load_config
 from distrain.config.registry import check_allowed
-from distrain.config.schema import ARGUMENTS, Config
+from distrain.config.schema import Config
 from distrain.data import manifest
 from distrain.data.base import TARGETS, DataSpec
 from distrain.data.decode import LARGEST_PIXELS
@@ -33,6 +34,7 @@ from distrain.models.build import instantiate_model
 from distrain.optim import custom_loss
 from distrain.optim.losses import CustomLossConfig
 from distrain.tasks import base as tasks
+from distrain.tasks import chosen_metrics
 
 T = TypeVar("T")
 
@@ -200,6 +202,8 @@ def _read_config(path: Path, allow: Sequence[str]) -> Config:
         config = load_config(content)
         if isinstance(config.loss, CustomLossConfig):
             custom_loss.check_allowed(config.loss._target_, [*TRUSTED_PREFIXES, *allow])
+        for metric in config.metrics:
+            chosen_metrics.check_allowed(metric, [*TRUSTED_PREFIXES, *allow])
         return config
     except ConfigError as error:
         raise ConfigError("run", path.parent, f"{path.name} says {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -239,6 +240,45 @@ class Communicator:
                         tensor.copy_(tensors[name])
                     merged[name] = self.broadcast(tensor, rank)
         return merged
+
+    def all_gather_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+        """Every rank's named tensors, in order of rank; names, shapes and dtypes may differ from rank to rank.
+
+        Args:
+            tensors: This rank's tensors.
+            device: Device of the exchange and of the result.
+
+        Raises:
+            ValueError: A rank offers a tensor of an unknown dtype.
+        """
+        if self.size == 1:
+            return [dict(tensors)]
+        layout = {
+            name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()
+        }
+        layouts = self.all_gather_json(layout, device)
+        for rank, entries in enumerate(layouts):
+            for name, (_, dtype) in entries.items():
+                if dtype not in DTYPES:
+                    raise ValueError(f"rank {rank} offers {name} with dtype {dtype!r}, which is unknown")
+        sizes = [[math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in each.values()] for each in layouts]
+        padded = torch.zeros(max(1, *map(sum, sizes)), dtype=torch.uint8, device=device)
+        start = 0
+        for tensor in tensors.values():
+            data = tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8)
+            padded[start : start + len(data)] = data
+            start += len(data)
+        found = []
+        for row, entries, lengths in zip(self.all_gather(padded), layouts, sizes, strict=True):
+            parts = row[: sum(lengths)].split(lengths)
+            # A copy each: a tensor of eight bytes can't begin at any byte.
+            found.append(
+                {
+                    name: part.clone().view(DTYPES[dtype]).view(shape)
+                    for (name, (shape, dtype)), part in zip(entries.items(), parts, strict=True)
+                }
+            )
+        return found
 
     def barrier(self) -> None:
         """Waits until all ranks of the group have called this."""

@@ -24,6 +24,7 @@ from distrain.config.schema import (
     FreezeConfig,
     InitConfig,
     LoraConfig,
+    MetricConfig,
     RuntimeConfig,
     TrainerConfig,
 )
@@ -63,6 +64,8 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
                 # The config.yaml of older releases has no section `init`.
                 values[key] = _to_dataclass(key, _SECTIONS[key], node.get(key, _SECTION_DEFAULTS.get(key)))
                 _check_limits(key, values[key])
+            elif key == "metrics":
+                values[key] = _named_metrics(cast(dict[str, Any], OmegaConf.to_container(node)).get(key))
             elif key in node:
                 values[key] = node[key]
             elif spec.default is None:
@@ -112,7 +115,28 @@ class _Top:
     run_dir: str | None = dataclasses.field(default=None, metadata={"path": True})
     freeze: list[FreezeConfig] = dataclasses.field(default_factory=list)
     plan: str | None = dataclasses.field(default=None, metadata={"path": True})
+    metrics: list[MetricConfig] = dataclasses.field(default_factory=list)
     experiment: str | None = None
+
+
+def _named_metrics(metrics: Any) -> list[dict[str, Any]]:
+    """The entries of ``metrics`` as mappings, each with a name: that of the class for one that ``_target_`` names."""
+    entries = [] if metrics is None else metrics if isinstance(metrics, list) else [metrics]
+    named: list[dict[str, Any]] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            entry = {"name": entry}
+        if not isinstance(entry, dict):
+            raise ConfigError("metrics", entry, "each is a name, or a mapping with _target_ and kwargs")
+        path = entry.get("_target_")
+        default = str(path).rpartition(".")[2] if path is not None else None
+        name = entry.get("name", default)
+        if not isinstance(name, str):
+            raise ConfigError("metrics", entry, "needs a name, or a _target_")
+        if any(name == other["name"] for other in named):
+            raise ConfigError("metrics", name, "is named twice; another name=… tells two of one class apart")
+        named.append({**entry, "name": name})
+    return named
 
 
 #: Choices of groups that are missing in the config.yaml of older releases.

@@ -74,47 +74,6 @@ def _affects(effect: Effect) -> dict[str, frozenset[Effect]]:
     return {"affects": frozenset((effect,))}
 
 
-#: Keys of mappings whose keys are no choices of distrain: arguments of what ``_target_`` names.
-ARGUMENTS = (
-    *(f"{group}.kwargs" for group in ("model", "data", "loss", "optimizer", "scheduler")),
-    "model.arguments",
-    *(f"data.{part}" for part in ("train", "val", "test", "held_out")),
-)
-
-
-def affected_by(config: Config, key: str) -> frozenset[Effect]:
-    """What a key affects: the effects of its field and of the fields above it.
-
-    Args:
-        config: A run's configuration; its choices determine the keys.
-        key: A dotted key, such as ``optimizer.lr``.
-    """
-    effects: frozenset[Effect] = frozenset()
-    node: Any = config
-    for name in key.split("."):
-        fields = {spec.name: spec for spec in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-        if name not in fields:
-            break
-        effects |= fields[name].metadata.get("affects", frozenset())
-        node = getattr(node, name)
-    return effects
-
-
-def default_of(config: Config, key: str) -> Any:
-    """The value that a key has where a configuration doesn't name it; ``dataclasses.MISSING`` if it must.
-
-    Args:
-        config: A run's configuration; its choices determine the keys.
-        key: A dotted key, such as ``data.fold``.
-    """
-    section, _, name = key.rpartition(".")
-    node: Any = config
-    for part in section.split("."):
-        node = getattr(node, part, None)
-    fields = {spec.name: spec for spec in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-    return fields[name].default if name in fields else dataclasses.MISSING
-
-
 @dataclass
 class StrategyConfig:
     """How the work is divided among ranks. The keys of each strategy are defined in ``distrain/strategies``."""
@@ -347,6 +306,21 @@ class LoraConfig:
 
 
 @dataclass
+class MetricConfig:
+    """A metric of the evaluations, besides those that the task has itself."""
+
+    name: str = setting("Name of the metric, known to distrain; with _target_, any name.")
+    _target_: str | None = setting("Dotted path of a class of torchmetrics.Metric.", default=None)
+    kwargs: dict[str, Any] = setting("Keyword arguments for the class.", default_factory=dict)
+    input: str | None = setting(
+        "What the class is given besides the targets: the predicted classes, their probabilities, or the model's "
+        "outputs; null: probabilities where the task has them, else outputs.",
+        choices=(None, "decisions", "probabilities", "outputs"),
+        default=None,
+    )
+
+
+@dataclass
 class TrainerConfig:
     """The training loop."""
 
@@ -405,6 +379,25 @@ class TrainerConfig:
     )
     profile_steps: int = setting(
         "Write a profiler trace of this many steps to the run's tensorboard folder; 0: none.", at_least=0
+    )
+    monitor: str | None = setting(
+        "What the best checkpoint and trainer.patience go by: val/ and a metric of the validation, or val/loss. null: "
+        "the task's own, such as val/accuracy.",
+        default=None,
+    )
+    mode: str | None = setting(
+        "Whether more (max) or less (min) of trainer.monitor is better; null: as the metric says.",
+        choices=(None, "max", "min"),
+        default=None,
+    )
+    patience: int | None = setting(
+        "End the run, with its evaluation, checkpoint and summary, after so many epochs in a row in which "
+        "trainer.monitor did not get better; null: never.",
+        at_least=1,
+        default=None,
+    )
+    min_delta: float = setting(
+        "A smaller change of trainer.monitor is no improvement for trainer.patience.", at_least=0, default=0.0
     )
 
 
@@ -494,6 +487,12 @@ class Config:
     )
     plan: str | None = setting(
         "Folder of a plan to compare with; null: run_dir.", default=None, affects=("identity",), path=True
+    )
+    metrics: list[MetricConfig] = setting(
+        "Further metrics of evaluations: names such as f1_macro or auroc, or {_target_: a class of "
+        "torchmetrics.Metric, kwargs: {…}}.",
+        default_factory=list,
+        affects=("execution",),
     )
     experiment: str | None = setting(
         "Name of the experiment file that set values.", default=None, affects=("identity",)

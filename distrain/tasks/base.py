@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -42,6 +42,7 @@ class Evaluation:
         metrics: The task's metrics by name; see :meth:`Task.results`.
         state: What they were computed from, summed over all ranks, on the CPU.
         watched: :meth:`Task.decide` of each watched sample, on the CPU; ``None`` where the task decides nothing.
+        per_class: Metrics that ``metrics`` chooses for each class, by name; ``None`` where one is not defined.
     """
 
     loss: float
@@ -49,6 +50,16 @@ class Evaluation:
     metrics: Mapping[str, float]
     state: MetricState
     watched: Tensor | None
+    per_class: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+
+def class_rows(classes: Sequence[str], evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The chosen metrics of each class as a table: a row for each class, a column for each metric."""
+    columns = evaluation.per_class
+    return [
+        {"class": name, **{metric: column[row] for metric, column in columns.items()}}
+        for row, name in enumerate(classes)
+    ]
 
 
 class Task(ABC):
@@ -64,11 +75,13 @@ class Task(ABC):
     Attributes:
         target: Kind of the targets; see :attr:`distrain.data.base.DataSpec.target`. ``None``: any kind.
         metrics: Names of the means that are logged, for training and evaluation.
+        further_results: Names of further metrics that :meth:`results` may give; they are logged if ``metrics`` asks.
         higher_is_better: Whether a larger :attr:`score` is better.
     """
 
     target: ClassVar[str | None] = None
     metrics: ClassVar[tuple[str, ...]]
+    further_results: ClassVar[tuple[str, ...]] = ()
     higher_is_better: ClassVar[bool] = True
 
     def __init__(self, config: Config, spec: DataSpec) -> None:
@@ -87,13 +100,18 @@ class Task(ABC):
 
     @property
     def score(self) -> str:
-        """Name of the metric by which, on the validation samples, the best checkpoint is chosen."""
+        """Name of the metric by which the best checkpoint is chosen, unless ``trainer.monitor`` names another."""
         return self.metrics[0]
 
     @property
-    def validated(self) -> tuple[str, ...]:
-        """Names of the metrics that are logged of an evaluation: :attr:`metrics` and :attr:`score`."""
+    def validated_by_task(self) -> tuple[str, ...]:
+        """Names of the metrics that are logged of every evaluation: :attr:`metrics` and :attr:`score`."""
         return tuple(dict.fromkeys((*self.metrics, self.score)))
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """Names of the metrics that are logged of an evaluation: the task's own, and those that ``metrics`` chooses."""
+        return tuple(dict.fromkeys((*self.validated_by_task, *(metric.name for metric in self.config.metrics))))
 
     def set_class_weights(self, weights: Sequence[float]) -> None:
         """Multiplies the loss of each class by its weight from now on; the divisor stays the number of samples.
@@ -146,6 +164,17 @@ class Task(ABC):
             state: Summed over all batches and ranks.
             count: Samples of the split.
         """
+
+    def compared(self, form: str, outputs: Tensor, targets: Targets) -> tuple[Any, Any]:
+        """What a metric that ``metrics`` chooses is given of a batch: by default the outputs and the targets.
+
+        Args:
+            form: One of :data:`distrain.tasks.known_metrics.FORMS`: the predicted classes, their probabilities, or the
+                outputs themselves.
+            outputs: The model's, ``[n, …]``.
+            targets: Those of the same samples.
+        """
+        return outputs, targets
 
     def details(self, state: MetricState) -> dict[str, Any]:
         """More for the result file of ``evaluate``, as plain data; e.g. figures of each class."""

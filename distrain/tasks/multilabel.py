@@ -35,6 +35,7 @@ class Multilabel(Supervised):
 
     target = "labels"
     metrics = ("label_accuracy", "exact_match")
+    further_results = ("micro_f1",)
 
     def __init__(self, config: Config, spec: DataSpec) -> None:
         super().__init__(config, spec)
@@ -49,6 +50,10 @@ class Multilabel(Supervised):
     def _decided(self, outputs: Tensor) -> Tensor:
         """Which labels are predicted: bool ``[n, labels]``."""
         return self._loss.probabilities(at_least_32_bits(outputs)) >= self._threshold
+
+    @override
+    def _decisions(self, outputs: Tensor) -> Tensor:
+        return self._decided(outputs).long()
 
     @override
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:

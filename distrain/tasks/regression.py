@@ -26,6 +26,7 @@ class Regression(Supervised):
 
     target = "numbers"
     metrics = ("mse", "mae")
+    further_results = ("r2",)
     higher_is_better = False
 
     @override
@@ -52,6 +53,13 @@ class Regression(Supervised):
         r2 = [row["r2"] for row in rows]
         means = {name: sum(row[name] for row in rows) / len(rows) for name in self.metrics}
         return {**means, **({"r2": sum(r2) / len(r2)} if None not in r2 else {})}
+
+    @override
+    def compared(self, form: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers in any form, float64 ``[n, numbers]``; ``[n]`` where there is one number."""
+        if outputs.shape[1] == 1:
+            outputs, targets = outputs.squeeze(1), targets.squeeze(1)
+        return outputs.double(), targets.double()
 
     @override
     def details(self, state: MetricState) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from distrain.data.base import IGNORED, DataSpec, Split
 from distrain.errors import ConfigError, config_error
 from distrain.tasks.base import Evaluation, MetricState
 from distrain.tasks.confusion import CountsConfusions
+from distrain.tasks.known_metrics import DECISIONS
 from distrain.tasks.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ class Segmentation(CountsConfusions):
     def update_state(self, state: MetricState, outputs: Tensor, targets: Tensor) -> None:
         known = targets != IGNORED
         self._count(state, targets[known].long(), outputs.argmax(1)[known])
+
+    @override
+    def compared(self, form: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The known pixels of all samples: decisions and targets ``[pixels]``, probabilities ``[pixels, classes]``."""
+        known = targets != IGNORED
+        values, true = super().compared(form, outputs, targets)
+        return (values if form == DECISIONS else values.movedim(1, -1))[known], true[known]
 
     @override
     def results(self, state: MetricState, count: int) -> dict[str, float]:

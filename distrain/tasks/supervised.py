@@ -14,6 +14,7 @@ from distrain.data.evaluation_views import averaged_outputs
 from distrain.errors import ConfigError, config_error
 from distrain.optim import losses
 from distrain.tasks.base import UNWEIGHTED, Evaluation, Task
+from distrain.tasks.known_metrics import DECISIONS, PROBABILITIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +57,17 @@ class Supervised(Task):
     @override
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         return self._loss(outputs, targets), len(targets)
+
+    @override
+    def compared(self, form: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Class numbers or indicators are int64, decisions too; probabilities are float64."""
+        if form == PROBABILITIES:
+            return self._loss.probabilities(outputs.double()), targets.long()
+        return (self._decisions(outputs) if form == DECISIONS else outputs), targets.long()
+
+    def _decisions(self, outputs: Tensor) -> Tensor:
+        """The predicted classes, int64, as targets."""
+        return outputs.argmax(1)
 
     @override
     def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:

@@ -14,14 +14,17 @@ from distrain.checkpoint.writer import SaveFailed
 from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data.base import Splits
+from distrain.data.loader import Loader
 from distrain.data.manifest import data_manifest
 from distrain.errors import EXIT_STOPPED, Stopped
 from distrain.health.activity import in_phase
 from distrain.runtime.consensus import Request, RunControl, write_stop_file
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
-from distrain.tasks.base import Task
+from distrain.tasks.base import Evaluation, Task
 from distrain.training import resume, saver
+from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
+from distrain.training.monitor import Monitor
 from distrain.training.nonfinite import RewindPoints, refuse_nan
 from distrain.training.report import Report
 
@@ -38,7 +41,8 @@ class Checkpointing:
         config: The run's configuration.
         runtime: This rank's surroundings.
         strategy: Holds the state.
-        task: Says which of two scores is better.
+        task: What the model is trained to do.
+        monitor: Says which of two scores is better.
         splits: The data.
         report: Completes the progress that is saved.
 
@@ -53,12 +57,13 @@ class Checkpointing:
         runtime: Runtime,
         strategy: Strategy,
         task: Task,
+        monitor: Monitor,
         splits: Splits,
         report: Report,
     ) -> None:
         self.runtime = runtime
         self.saver = saver.build(config, runtime, strategy)
-        self._config, self._strategy, self._task = config, strategy, task
+        self._config, self._strategy, self._task, self._monitor = config, strategy, task, monitor
         self._samples, self._data = len(splits.train), data_manifest(splits)
         self._report = report
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
@@ -74,6 +79,7 @@ class Checkpointing:
         if resumed is None:
             return Progress()
         progress = resumed.progress
+        self._monitor.resume(progress)
         self._rewind_points.add(resumed.path, progress.step)
         self._saved_step = self.runtime.step = progress.step
         self._saved_epoch = progress.epoch
@@ -95,7 +101,7 @@ class Checkpointing:
         """Makes the checkpoint that is saved next the best one, if this validation score is the best."""
         self.wait(progress)
         best = progress.best_score
-        if best is None or (score > best if self._task.higher_is_better else score < best):
+        if self._monitor.is_better(score, best):
             self._previous_best = best, progress.best_step, progress.best_epoch
             progress.best_score, progress.best_step, progress.best_epoch = score, progress.step, progress.epoch
 
@@ -194,6 +200,57 @@ class Checkpointing:
         self._strategy.load_state_dict(checkpoint_reader.load(path)[0])
         progress.rewinds += 1
         log.warning("went back to %s; the data go on after step %d", path, progress.step)
+
+    @in_phase("evaluation")
+    def evaluate_best(
+        self, progress: Progress, last: Evaluation, loader: Loader, control: RunControl
+    ) -> Evaluation | None:
+        """Evaluates the best checkpoint of a run that has ended and is saved.
+
+        The model of the last step is loaded again after it, but what the strategy has counted for reports may be lost.
+
+        Args:
+            progress: At the end of the run.
+            last: The evaluation of the last step.
+            loader: The test samples.
+            control: Says when to stop.
+
+        Returns:
+            The evaluation; ``None`` if no checkpoint is the best, or it can't be read, which the log says.
+
+        Raises:
+            EvaluationStopped: All ranks stop.
+            RuntimeError: The last step can't be read back.
+        """
+        if progress.best_step is None or progress.best_step == progress.step:
+            return last if progress.best_step is not None else None
+        problem = self._put_back(progress.best_step)
+        if problem is not None:
+            log.warning("the best checkpoint was not tested: %s", problem)
+            return None
+        try:
+            found = evaluate_in_training(self._strategy, self._task, loader, (), control.why_stop_evaluation)
+        except EvaluationStopped:
+            self._put_last_back(progress)
+            raise
+        self._put_last_back(progress)
+        return found
+
+    def _put_last_back(self, progress: Progress) -> None:
+        problem = self._put_back(progress.step)
+        if problem is not None:
+            raise RuntimeError(f"the last step was saved, and can't be read: {problem}")
+
+    def _put_back(self, step: int) -> str | None:
+        """Gives the strategy the state of this run's checkpoint of a step; returns why that is not possible."""
+        path = checkpoint_format.checkpoint_path(self._folder, step)
+        loaded = resume.read(self.runtime, self._strategy.training_group, self._task, path)
+        if isinstance(loaded, str):
+            return loaded
+        state, position = loaded
+        self._strategy.begin_epoch(position.epoch)
+        self._strategy.load_state_dict(state)
+        return None
 
     def check_folder(self) -> None:
         """Checks at the end of the run that its folder is still there; rank 0 does that for all.

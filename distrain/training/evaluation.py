@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from distrain.data.batch import map_targets
 from distrain.data.loader import Loader
 from distrain.runtime.device import float64_device
 from distrain.strategies.base import Strategy
+from distrain.tasks import chosen_metrics
 from distrain.tasks.base import Evaluation, Task
 
 
@@ -57,7 +59,7 @@ def evaluate(
     """
     # Where the metrics are computed too, so that they are the same on every device.
     device = float64_device(strategy.runtime.device)
-    state = task.metric_state(device)
+    state, chosen = task.metric_state(device), chosen_metrics.Accumulator(task, device)
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
     positions = torch.tensor(list(watch), dtype=torch.int64)
     # The last element is a flag: whether the task makes decisions.
@@ -72,7 +74,9 @@ def evaluate(
         if result.outputs is None or not result.count:
             continue
         outputs = result.outputs.to(device)
-        task.update_state(state, outputs, map_targets(lambda tensor: tensor.to(device), batch.targets))
+        targets = map_targets(lambda tensor: tensor.to(device), batch.targets)
+        task.update_state(state, outputs, targets)
+        chosen.update(outputs, targets)
         decisions = task.decide(outputs)
         if decisions is not None:
             index, row = (positions[:, None] == batch.indices[None, :]).nonzero(as_tuple=True)
@@ -85,4 +89,7 @@ def evaluate(
     communicator.all_reduce(watched)
     state = {name: metric_sum.cpu() for name, metric_sum in state.items()}
     decisions = watched[:-1].cpu() if watched[-1] else None
-    return Evaluation(loss / count, int(count), task.results(state, int(count)), state, decisions)
+    values = chosen.finish(communicator, device)
+    # A metric that is not defined for the split is NaN.
+    metrics = {**dict.fromkeys(task.validated, math.nan), **task.results(state, int(count)), **values.values}
+    return Evaluation(loss / count, int(count), metrics, state, decisions, values.per_class)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from distrain.checkpoint.progress import Progress
+from distrain.config.effects import affected_by
 from distrain.config.load import to_container
-from distrain.config.schema import Config, affected_by
+from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import losing_on_disk_errors, to_json
@@ -24,7 +25,8 @@ from distrain.reporting.origin import Origin, as_iso
 from distrain.runtime.device import float64_device
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult, Strategy
-from distrain.tasks.base import Evaluation, Task
+from distrain.tasks.base import Evaluation, Task, class_rows
+from distrain.training.monitor import Monitor
 from distrain.training.nonfinite import NonFiniteGuard
 
 #: Most steps at a run's start that are left out of its speed.
@@ -39,6 +41,7 @@ class Report:
         runtime: This rank's surroundings.
         strategy: Says what was sent and where the time went.
         task: Names the metrics.
+        monitor: Names the one by which the best model is chosen.
         guard: Looks at each sum of losses.
         logger: Takes the metrics; the base class on ranks that don't write.
 
@@ -56,11 +59,13 @@ class Report:
         runtime: Runtime,
         strategy: Strategy,
         task: Task,
+        monitor: Monitor,
         guard: NonFiniteGuard,
         logger: Logger,
     ) -> None:
         self.logger = logger
         self._config, self._runtime, self._strategy, self._task, self._guard = config, runtime, strategy, task, guard
+        self._monitor = monitor
         self._training_group = strategy.training_group
         self._window = MetricSums(runtime.device, len(task.metrics))
         self._skipped = 0
@@ -220,13 +225,17 @@ class Report:
             "skipped_updates": progress.skipped_updates,
             "rewinds": progress.rewinds,
             "train_loss": progress.train_loss if progress.epoch else (loss if count else None),
+            **{f"val_{name}": progress.val_metrics.get(name) for name in self._task.validated},
             f"val_{self._task.score}": progress.val_score,
-            f"best_val_{self._task.score}": progress.best_score,
+            "monitor": f"val/{self._monitor.name}",
+            f"best_val_{self._monitor.name}": progress.best_score,
             "best_step": progress.best_step,
             "best_epoch": progress.best_epoch,
+            "stopped_early": self._monitor.gives_up(progress),
             **{f"test_{name}": value for name, value in test.metrics.items()},
             "test_loss": test.loss,
             "test_count": test.count,
+            **self._per_class("test", test),
             "images_per_second": self.clock.overall.samples_per_second,
             "step_ms": self.clock.step_ms(),
             **({"predicted": self.predicted} if self.predicted else {}),
@@ -246,6 +255,19 @@ class Report:
             **self._origin.collect(),
         }
 
+    def best_test(self, test: Evaluation | None) -> dict[str, Any]:
+        """What ``summary.json`` holds of the best checkpoint's test; nothing where it was not tested."""
+        if test is None:
+            return {}
+        metrics = {f"best_test_{name}": value for name, value in test.metrics.items()}
+        return {**metrics, "best_test_loss": test.loss, **self._per_class("best_test", test)}
+
+    def _per_class(self, prefix: str, evaluation: Evaluation) -> dict[str, Any]:
+        """Numbers of each class, by its name."""
+        classes = self._task.spec.classes
+        found = {name: dict(zip(classes, row, strict=True)) for name, row in evaluation.per_class.items()}
+        return {f"{prefix}_per_class": found} if found else {}
+
     def write(self, summary: dict[str, Any], step: int, test: Evaluation, splits: Splits) -> None:
         """Writes ``summary.json``, and logs figures and hyper-parameters; on the rank that writes.
 
@@ -254,7 +276,12 @@ class Report:
         with losing_on_disk_errors("summary.json"):
             ContainedFolder(self._runtime.run_dir).replace_text("summary.json", to_json(summary))
         with losing_on_disk_errors("Figures"):
+            from distrain.reporting import figures
+
             if self.logger.accepts_figures:
+                if test.per_class:
+                    table = figures.table(class_rows(self._task.spec.classes, test))
+                    self.logger.figure(step, "test/per_class", table)
                 for name, figure in self._task.figures(test, splits.test).items():
                     self.logger.figure(step, f"test/{name}", figure)
             for name, figure in self._strategy.figures().items():

@@ -19,8 +19,9 @@ from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import RestoredPart, table, worst
 from distrain.checkpoint.state_schema import check_data, read_state
 from distrain.communication.collectives import Communicator
+from distrain.config.effects import ARGUMENTS, affected_by, default_of
 from distrain.config.load import changes, to_container
-from distrain.config.schema import ARGUMENTS, Config, affected_by, default_of
+from distrain.config.schema import Config
 from distrain.data import manifest
 from distrain.data.base import DataSpec, source_class
 from distrain.data.manifest import data_changes
@@ -369,7 +370,7 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
     elif config.resume != "never":
         path = Path(config.resume)
     while path is not None:
-        loaded = _read(runtime, strategy.training_group, task, path)
+        loaded = read(runtime, strategy.training_group, task, path)
         if not isinstance(loaded, str):
             return _restore(config, runtime, strategy, path, samples, *loaded)
         if config.resume != "auto":
@@ -380,8 +381,8 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
     return None
 
 
-def _read(runtime: Runtime, group: Communicator, task: Task, path: Path) -> tuple[dict[str, Any], Progress] | str:
-    """A checkpoint's state and position; or why a rank can't read it, the same on all ranks."""
+def read(runtime: Runtime, group: Communicator, task: Task, path: Path) -> tuple[dict[str, Any], Progress] | str:
+    """A checkpoint's state and position; or why a rank can't read it, the same on all ranks, which call it together."""
     problem = ""
     try:
         state, position = checkpoint_reader.load(path)

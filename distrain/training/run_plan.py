@@ -35,6 +35,7 @@ from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
 from distrain.training import auto_format, batch_sizes, initial_weights, normalisation, resume
+from distrain.training.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,15 @@ class RunPlan:
             source = data_source(data)
         return cls(config, world, device, strategy, source, spec, tasks.build(config, spec))
 
+    @functools.cached_property
+    def monitor(self) -> Monitor:
+        """What the best checkpoint is chosen by.
+
+        Raises:
+            ConfigError: See :meth:`distrain.training.monitor.Monitor.of`.
+        """
+        return Monitor.of(self.task)
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the model's parameters and inputs."""
@@ -123,6 +133,8 @@ class RunPlan:
         check_counts(config)
         if config.data.balance == "loss":
             self.task.check_class_weights()
+        # Found now, so that it is refused now.
+        _ = self.monitor
         resume.check(config)
         alone = world.size == 1 and warn
         if alone and config.compression.name != "none":
@@ -182,6 +194,7 @@ class RunPlan:
         for purpose, split in (("train", splits.train), ("test", splits.test)):
             if not len(split):
                 raise config_error("data", f"there is no image to {purpose} on")
+        self.monitor.check_data(len(splits.val))
         steps_per_epoch = -(-len(splits.train) // self.config.data.batch_size)
         schedulers.build(self.config.scheduler, steps_per_epoch, total_steps(self.config, steps_per_epoch))
         batch_sizes.check(self.config, self.world.size, self.strategy, splits, trial)

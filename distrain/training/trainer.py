@@ -51,6 +51,7 @@ class Trainer:
         progress: How far the run has come.
         total_steps: Updates of the whole run.
         report: Sums what steps did and logs it.
+        monitor: Says which model is the best, and when to stop early.
         checkpointing: Saves and restores the run.
     """
 
@@ -65,9 +66,8 @@ class Trainer:
         logger: Logger,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config, self.task = plan.config, plan.task
-        self.runtime = runtime
-        self.strategy = strategy
+        self.config, self.task, self.monitor = plan.config, plan.task, plan.monitor
+        self.runtime, self.strategy = runtime, strategy
         self.splits = splits
         self.loaders = loaders
         self.schedule = schedule
@@ -75,8 +75,8 @@ class Trainer:
         self.progress = Progress()
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
-        self.report = Report(plan.config, runtime, strategy, plan.task, self._guard, logger)
-        self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, splits, self.report)
+        self.report = Report(plan.config, runtime, strategy, plan.task, plan.monitor, self._guard, logger)
+        self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, plan.monitor, splits, self.report)
         self._generators = generators(runtime.device)
         runtime.activity.find_samples = loaders["train"].sampler.share
         # Published now, so that other ranks can name this rank's samples even if it dies in its first step.
@@ -183,17 +183,18 @@ class Trainer:
         saves = self.checkpointing.is_due_after_epoch(self.progress.epoch)
         if evaluation is not None:
             values |= self.report.validation(evaluation)
-            self.progress.val_score = evaluation.metrics[self.task.score]
+            self.monitor.note(evaluation, self.progress)
             # Only what is saved can be kept as the best.
             if saves:
-                self.checkpointing.note_score(self.progress, self.progress.val_score)
+                self.checkpointing.note_score(self.progress, self.monitor.value(evaluation))
         self.report.logger.scalars(self.progress.step, values, kind="epoch")
         if saves:
             self.save()
         self._notify("on_epoch_end", values)
 
     def _done(self) -> bool:
-        return self._at_limit() or self.progress.epoch >= self.config.trainer.epochs
+        ended = self.progress.epoch >= self.config.trainer.epochs or self.monitor.gives_up(self.progress)
+        return ended or self._at_limit()
 
     def _at_limit(self) -> bool:
         limit = self.config.trainer.max_steps
@@ -231,10 +232,13 @@ class Trainer:
         self.save()
         try:
             test = self.evaluate("test", range(min(_WATCHED, len(self.splits.test))))
+            self.checkpointing.save_with_retries(self.progress, self._control)
+            summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
+            if finished_summary is None:
+                best = self.checkpointing.evaluate_best(self.progress, test, self.loaders["test"], self._control)
+                summary |= self.report.best_test(best)
         except EvaluationStopped as stopped:
             self.checkpointing.stop_run(str(stopped), self.progress, self._control)
-        self.checkpointing.save_with_retries(self.progress, self._control)
-        summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
         if finished_summary is None and self.runtime.is_main:
             self.report.write(summary, self.progress.step, test, self.splits)
         self.checkpointing.check_folder()

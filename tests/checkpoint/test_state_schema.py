@@ -40,6 +40,7 @@ HOSTILE: dict[str, Any] = {
 def full_state() -> dict[str, Any]:
     """All that a run may write, of every strategy."""
     progress = Progress(7, 1, 20, 67, [1.5, 3.0, 20.0], 1.25, 0.5, 0.5, 5)
+    progress.val_metrics, progress.monitor = {"loss": 0.5}, "max val/accuracy"
     return {
         "progress": vars(progress),
         "scalars": {
@@ -109,9 +110,10 @@ def test_each_field_holds_what_a_run_writes_or_is_refused_by_name(tmp_path: Path
         else:
             assert all(abs(number) <= 1e308 for number in numbers_in(accepted)), name
     assert {"10^400", "-10^400", "NaN", "infinity", "-infinity", "deep", "huge inside"} <= refused
-    if place[0] in ("progress", "layout") and place[-1] not in ("strategy", "travels"):
+    if place[0] in ("progress", "layout") and place[-1] not in ("strategy", "travels", "monitor"):
         assert {"text", "true"} <= refused
-        assert {"negative", "2^63"} <= refused or place[-1] in ("train_loss", "val_score", "best_score")
+        numbers = ("train_loss", "val_score", "best_score", "patience_score", "loss")
+        assert {"negative", "2^63"} <= refused or place[-1] in numbers
 
 
 def test_the_state_itself_is_accepted(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from distrain.config import schema
+from distrain.config.effects import affected_by
 from distrain.config.load import difference, fingerprint, load_config, to_container
 from distrain.config.registry import choices, locate, register
-from distrain.config.schema import affected_by, setting
+from distrain.config.schema import setting
 from distrain.errors import ConfigError, config_error
 from tests.runs import compose
 

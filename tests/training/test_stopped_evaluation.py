@@ -67,6 +67,8 @@ def summary(folder: Path) -> dict[str, Any]:
         "best_epoch",
         "test_accuracy",
         "test_loss",
+        "best_test_accuracy",
+        "best_test_loss",
         "train_loss",
     )
     return {key: content[key] for key in (*scores, "epochs", "steps", "samples")}
@@ -92,8 +94,9 @@ def test_the_resumed_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> 
     ranks, options = STRATEGIES[name]
     last_worker = ranks - 2 if "strategy=parameter_server" in options else ranks - 1
     whole = run_ranks(train, ranks, str(tmp_path / "whole"), [None], *options)
-    # In the first validation, in the second, which follows the repeated first, and then in the test.
-    stops = [(last_worker, 2), (0, VALIDATION + 3), (last_worker, VALIDATION + 4), None]
+    # In the first validation, in the second, which follows the repeated first, in the test, and in that of the best
+    # checkpoint.
+    stops = [(last_worker, 2), (0, VALIDATION + 3), (last_worker, VALIDATION + 4), (0, TEST + 3), None]
     parts = run_ranks(train, ranks, str(tmp_path / "parts"), stops, *options)
     assert epoch_rows(tmp_path / "parts") == epoch_rows(tmp_path / "whole")
     assert summary(tmp_path / "parts") == summary(tmp_path / "whole")
@@ -101,7 +104,7 @@ def test_the_resumed_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> 
     saved = [read_state(tmp_path / name / "checkpoints" / "step_00000010")["progress"] for name in ("parts", "whole")]
     assert saved[0] == saved[1]
     for rank in range(last_worker + 1):
-        assert [part["evaluated"] for part in parts[rank]] == [2, VALIDATION + 3, VALIDATION + 4, TEST]
-        assert [part["step"] for part in parts[rank]] == [5, 10, 10, 10]
+        assert [part["evaluated"] for part in parts[rank]] == [2, VALIDATION + 3, VALIDATION + 4, TEST + 3, 2 * TEST]
+        assert [part["step"] for part in parts[rank]] == [5, 10, 10, 10, 10]
         for name, tensor in whole[rank][0]["model"].items():
             assert torch.equal(parts[rank][-1]["model"][name], tensor), name
