@@ -186,6 +186,10 @@ class Workload:
         after = next((index for index, (bytes_, _) in enumerate(known) if bytes_ >= size), len(known) - 1)
         (low, smaller), (high, larger) = known[after - 1], known[after]
         share = (size - low) / (high - low)
+        if _kinds(smaller) != _kinds(larger):
+            # A bucket of tensors that are not compressed has other collectives.
+            known_size, nearer = (low, smaller) if share < 0.5 else (high, larger)
+            return _weighted(nearer, size / known_size, size / known_size)
         return _added(_weighted(smaller, 1 - share, 1 - share), _weighted(larger, share, share))
 
     def with_step(self, samples: int, seconds: float) -> Workload:
@@ -237,6 +241,11 @@ def _weighted(bucket: BucketCost, work: float, sent: float) -> BucketCost:
     """A cost with its work and its messages times a factor each."""
     collectives = [[(kind, round(sent * bytes_)) for kind, bytes_ in started] for started in bucket.collectives]
     return BucketCost([work * seconds for seconds in bucket.work], collectives)
+
+
+def _kinds(bucket: BucketCost) -> list[list[str]]:
+    """The collectives of each phase."""
+    return [[kind for kind, _ in started] for started in bucket.collectives]
 
 
 def _added(one: BucketCost, other: BucketCost) -> BucketCost:

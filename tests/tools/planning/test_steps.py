@@ -97,6 +97,11 @@ def test_a_smaller_bucket_costs_a_compressor_less_but_not_in_proportion() -> Non
     half = training.compressor_cost("topk", 5 / 8 * size)
     assert half.work == pytest.approx([0.04, 0.025])
     assert half.collectives == [[("all_gather", 5 * MB)]]
+    # Of tensors that are too small to be compressed.
+    plain_sum = BucketCost([0.0, 0.001], [[("all_reduce", 2 * MB)]])
+    mixed = dataclasses.replace(training, compressors={"topk": CompressorCost([whole, plain_sum])})
+    assert mixed.compressor_cost("topk", 0.3 * size).collectives == [[("all_reduce", round(2.4 * MB))]]
+    assert mixed.compressor_cost("topk", 0.9 * size).work == pytest.approx([0.054, 0.036])
     tiny = training.compressor_cost("topk", size / 8)
     assert tiny.work == small.work
     assert tiny.collectives == [[("all_gather", MB)]]
@@ -108,9 +113,9 @@ def test_a_compressor_of_two_phases_begins_the_second_one_before_the_next_bucket
     training = dataclasses.replace(plain.workload, compressors={"powersgd": cost}, compressor_ranks=2)
     where = dataclasses.replace(plain, workload=training)
     predicted = ddp.predict(where, {}, compressor="powersgd", sizes=(5, 5, 0))
-    # 32 ms backward a bucket, 30 ms a collective, 100 ms between a bucket's two. After the second bucket's backward pass
-    # (64 ms) comes the first bucket's work (to 164); its second collective ends at 194, and the second bucket's first one
-    # at 224. Its work ends at 324, the next two collectives at 384; then 484, 544, and for the last bucket 644 and 674.
+    # 32 ms backward a bucket, 30 ms a collective, 100 ms between a bucket's two. At 64 ms the second bucket is ready;
+    # then comes the first one's work, to 164. Its second collective ends at 194, the second bucket's first one at 224.
+    # That one's work ends at 324, the next two collectives at 384; then 484, 544, and for the last bucket 644 and 674.
     assert predicted.seconds == pytest.approx(0.064 + 0.674)
 
 
