@@ -39,7 +39,7 @@ class PlanSettings:
     gbit_per_s: float | None = setting(
         "Bandwidth between hosts for plan.png where only one host is measured, in Gbit/s; null: no picture.", above=0
     )
-    folder: str | None = setting(f"Folder for {FILE} and plan.png; null: outputs/plan/<date>_<time>.", path=True)
+    folder: str | None = setting(f"Folder for {FILE} and pictures; null: outputs/plan/<date>_<time>.", path=True)
 
     def __post_init__(self) -> None:
         """Refuses values that make no plan together.

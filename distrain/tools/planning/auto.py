@@ -286,7 +286,8 @@ def decide(made: Plan, asked: AutoConfig) -> tuple[dict[str, str], str]:
             return USUAL, "since nothing that was planned trains what one process trains"
         return better[0].keys, f"{_ms(better[0].seconds)} a step predicted; {among}, ddp is not among them"
     if not better:
-        return USUAL, f"{_ms(usual.seconds)} a step predicted; of {_among(made)} none is faster by {asked.min_gain:.0%}"
+        enough = f" by {asked.min_gain:.0%}" if asked.min_gain else ""
+        return USUAL, f"{_ms(usual.seconds)} a step predicted; of {_among(made)} none is faster{enough}"
     first = better[0]
     if not asked.trials:
         return first.keys, f"{_ms(first.seconds)} a step predicted, ddp {_ms(usual.seconds)}; {among}"

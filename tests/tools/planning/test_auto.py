@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 
 from distrain.cli import app
 from distrain.config.schema import Config
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, Stopped
 from distrain.files.untrusted import read_json
 from distrain.runtime.world import World
 from distrain.strategies.auto import AutoConfig
@@ -147,7 +149,7 @@ def test_a_choice_is_kept_as_long_as_it_holds(tmp_path: Path, caplog: pytest.Log
 
 
 def runs_with_a_planted_measurement(folder: Path) -> list[dict[str, Any]]:
-    """Trains with a plan in which a pipeline is faster, and goes on where no plan can be made."""
+    """Trains with a plan in which a pipeline is faster, goes on where no plan can be made, and stops while it plans."""
 
     def config(steps: int) -> Config:
         return small("strategy=auto", f"run_dir={folder}", f"trainer.max_steps={steps}")
@@ -162,7 +164,17 @@ def runs_with_a_planted_measurement(folder: Path) -> list[dict[str, Any]]:
         patch.setattr(engine, "step_seconds", lambda run, *_: 0.1 if run.config.strategy.name == "pipeline" else 0.2)
         first = app.train(config(3))
         patch.setattr(engine, "make_plan", no_plan)
-        return [first, app.train(config(5))]
+        second = app.train(config(5))
+
+        def asked_to_stop(*_: Any) -> Plan:
+            if World.from_environment().rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plan(predicted(DDP, 0.2))
+
+        patch.setattr(engine, "make_plan", asked_to_stop)
+        with pytest.raises(Stopped, match="stopped by SIGTERM at step 0"):
+            app.train(small("strategy=auto", f"run_dir={folder}_3"))
+        return [first, second]
 
 
 def test_a_run_trains_with_the_winner_says_so_and_keeps_it(tmp_path: Path) -> None:
@@ -181,13 +193,9 @@ def test_a_run_trains_with_the_winner_says_so_and_keeps_it(tmp_path: Path) -> No
 
 
 def measured_run(folder: Path) -> list[dict[str, Any]]:
-    chosen = small(
-        "strategy=auto",
-        "strategy.min_gain=0.95",
-        "strategy.strategies=[ddp]",
-        "trainer.max_steps=5",
-        f"run_dir={folder / 'auto'}",
-    )
+    # So much faster is nothing, so plain ddp is chosen.
+    asked = ("strategy=auto", "strategy.strategies=[ddp]", "strategy.min_gain=0.95")
+    chosen = small(*asked, "trainer.max_steps=5", f"run_dir={folder / 'auto'}")
     named = small("strategy=ddp", "trainer.max_steps=5", f"run_dir={folder / 'ddp'}")
     return [app.train(chosen), app.train(named)]
 
