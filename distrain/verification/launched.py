@@ -85,7 +85,7 @@ def verify(
     return Verification(content["passed"], content["verdict"], content, text)
 
 
-def check_ranks(nproc: int, example: str) -> None:
+def check_ranks(nproc: object, example: str) -> None:
     """Refuses a number of ranks that is none, or too small.
 
     Args:
