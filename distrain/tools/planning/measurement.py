@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 import statistics
 import time
 from collections import Counter
@@ -19,31 +18,29 @@ from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Reduction
 from distrain.compression import base as compression
 from distrain.compression.autotune.compressor_cost import CompressorCost, measure_cost
-from distrain.compression.autotune.link_model import LinkModel, measure_link
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.config.schema import CompressionConfig
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error
-from distrain.gradients.bucket_sizes import MIB, AllReduceCost, BucketSizing, choose_sizes, gradient_bytes_of
+from distrain.gradients.bucket_sizes import MIB, AllReduceCost, choose_sizes, gradient_bytes_of
 from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
 from distrain.optim.optimizers.build import build_optimizer
-from distrain.runtime.runtime import Runtime, boot_id
+from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
 from distrain.strategies.batchnorm import defer_running_statistics, synchronise_batchnorm
 from distrain.strategies.pipeline import split
-from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
+from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
 from distrain.strategies.single import Single
-from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, expected_maximum, slowdown_curve
+from distrain.tools.planning.cluster import Cluster, expected_maximum
+from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
 from distrain.tools.planning.robust_mean import median_of_means
-from distrain.tools.planning.socket_link import measure_sockets
 from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
-from distrain.tools.planning.token_bucket import measure_token_bucket
 from distrain.tools.planning.workload import BlockProfile, Workload
 from distrain.torch_internals import BatchNorm
 from distrain.training import auto_format
@@ -54,12 +51,6 @@ from distrain.training.run_plan import RunPlan
 _STEP_SECONDS, _FEWEST = 1.5, 3
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
-#: A message is sent so many times, or fewer in so many seconds.
-_LINK_REPEATS, _LINK_SECONDS = 21, 0.3
-#: Bytes of the largest message that is timed.
-_MOST_BYTES = 32 * 2**20
-#: Link between ranks of a host where each host has one rank, so that there is nothing to measure.
-_SHARED_MEMORY = Link.of(50e-6, 5e9)
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
 #: Seconds of passes above which BatchNorm layers of other kinds are timed on fewer samples.
@@ -170,13 +161,14 @@ class _Measurement:
         copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
         one = steps[largest]
         spread = self._spread(strategy, largest, one.loading + one.passes + update) if ranks > 1 else 0.0
-        cluster = self._cluster(alone, one, spread, strategy)
+        rank = Rank(self._runtime, self._world, self._hosts)
+        cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
         parts = self._bucket_parts(strategy.model, cluster.all_reduce_cost)
         times = {name: self._compressor(parts, own) for name, own in compressors.items()} if ranks > 1 else {}
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
         # What takes less time than a rank's turn on a processor was timed while no more ranks computed than there are
         # processors.
-        briefly = cluster.slowdown_of(min(cluster.ranks_per_machine, _processors()))
+        briefly = cluster.slowdown_of(min(cluster.ranks_per_machine, processors()))
         workload = Workload(
             self._profiles(costs, steps, found, begins, crowd),
             batch_size,
@@ -440,83 +432,12 @@ class _Measurement:
         parts = sorted(split_into_buckets(parameters[::-1], *sizes), key=_numel)
         return [parameters] if len(parts) == 1 else [parameters, parts[-1], parts[0]]
 
-    # --- machines ----------------------------------------------------------------------------------------------------
-
-    def _cluster(self, alone: float, together: _StepTimes, spread: float, strategy: Single) -> Cluster:
-        hosts, per_host = self._hosts, self._world.size // self._hosts
-        rows = self._everyone.all_gather_json({"machine": boot_id() or self._world.host}, self._device)
-        machines = len({row["machine"] for row in rows})
-        most = min(max(sum(p.numel() * p.element_size() for p in strategy.model.parameters()), 2**20), _MOST_BYTES)
-        within, between = self._links(hosts, per_host, most)
-        on_machine = self._world.size // machines
-        curve = slowdown_curve(alone, together.passes, on_machine, _processors()) if on_machine > 1 else ()
-        messages = sockets = bucket = cost = None
-        if self._world.size > 1:
-            # As a run measures it to choose the sizes of its buckets.
-            size = gradient_bytes_of(strategy.model)
-            cost = BucketSizing((None,) * 3, self._everyone, self._everyone, self._device, size).cost
-            if hosts > 1 and per_host == 1:
-                bucket = measure_token_bucket(self._everyone, self._device, between)
-            # Between the first two ranks.
-            milliseconds = measure_point_to_point(self._everyone, self._device)
-            latency, per_byte = (self._agree(value / 1000) for value in milliseconds)
-            messages = Link.of(latency, 1 / max(per_byte, 1e-12)) if per_host > 1 else None
-            seconds = self._plan.config.runtime.setup_timeout_seconds
-            sockets = measure_sockets(self._everyone, self._world, self._device, seconds)
-        return Cluster(
-            hosts,
-            per_host,
-            within,
-            between,
-            slowdown=curve,
-            hosts_per_machine=hosts // machines,
-            spread=spread,
-            messages=messages,
-            sockets=sockets,
-            token_bucket=bucket,
-            all_reduce_cost=cost,
-        )
-
-    def _links(self, hosts: int, per_host: int, most: int) -> tuple[Link, Link]:
-        """Links within a host and between hosts."""
-        if self._world.size == 1:
-            return _SHARED_MEMORY, _SHARED_MEMORY
-        if hosts == 1 or per_host == 1:
-            link = _link_of(_measured_link(self._everyone, self._device, most), self._world.size)
-            return (link, link) if hosts == 1 else (_SHARED_MEMORY, link)
-        mesh = self._runtime.mesh({"host": hosts, "local": per_host})
-        assert mesh is not None, "several ranks"
-        within = _measured_link(Communicator(mesh.get_group("local")), self._device, most)
-        self._everyone.barrier()
-        between = within
-        if self._world.local_rank == 0:
-            between = _measured_link(Communicator(mesh.get_group("host")), self._device, most)
-        self._everyone.barrier()
-        return _link_of(within, per_host), _link_of(between, hosts)
-
     # --- agreement ---------------------------------------------------------------------------------------------------
 
     def _agree(self, value: float, reduction: Reduction = "max") -> float:
         """The largest value of all ranks, or their sum."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
         return float(self._everyone.all_reduce(tensor, reduction)) if self._world.size > 1 else value
-
-
-def _processors() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _measured_link(group: Communicator, device: torch.device, most: int) -> LinkModel:
-    """Times of all-reduces up to so many bytes; all ranks of the group call it together."""
-    return measure_link(group, device, most, kinds=("all_reduce",), max_seconds=_LINK_SECONDS, repeats=_LINK_REPEATS)
-
-
-def _link_of(model: LinkModel, ranks: int) -> Link:
-    points = [
-        LinkPoint(sample.sent, sample.seconds, sample.processor_seconds) for sample in model.samples("all_reduce")
-    ]
-    return Link.of_ring(points, ranks)
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -19,7 +19,7 @@ from distrain.errors import ConfigError, Stopped
 from distrain.files.untrusted import read_json
 from distrain.runtime.world import World
 from distrain.strategies.auto import AutoConfig
-from distrain.tools.planning import auto, engine
+from distrain.tools.planning import auto, calibration, engine
 from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.plan_file import planned_part
 from distrain.tools.planning.prediction import Memory, Prediction
@@ -161,7 +161,9 @@ def runs_with_a_planted_measurement(folder: Path) -> tuple[dict[str, Any], auto.
         made = plan(predicted(DDP, 0.2), predicted(PIPELINE, 0.15))
         made = dataclasses.replace(made, training=planned_part(config(3)))
         patch.setattr(engine, "make_plan", lambda *_: made)
-        patch.setattr(engine, "step_seconds", lambda run, *_: 0.1 if run.config.strategy.name == "pipeline" else 0.2)
+        patch.setattr(
+            calibration, "step_seconds", lambda run, *_: 0.1 if run.config.strategy.name == "pipeline" else 0.2
+        )
         first = app.train(config(3))
         patch.setattr(engine, "make_plan", no_plan)
         second = auto.resolve(config(5), World.from_environment())
