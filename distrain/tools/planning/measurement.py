@@ -49,12 +49,12 @@ from distrain.training.run_plan import RunPlan
 
 #: Seconds of steps of one size, and the fewest steps.
 _STEP_SECONDS, _FEWEST = 1.5, 3
+#: Seconds of a step, above which it is measured on fewer samples.
+_LONGEST_STEP = 1.0
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
-#: Seconds of passes above which BatchNorm layers of other kinds are timed on fewer samples.
-_LONG_PASSES = 1.0
 #: Times that the gradients are copied.
 _COPIES = 5
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
@@ -144,18 +144,17 @@ class _Measurement:
 
     def measure(self, compressors: Mapping[str, CompressionConfig], most_samples: int | None) -> Measured:
         ranks, batch_size = self._world.size, min(self._plan.config.data.batch_size, len(self._splits.train))
-        sizes = self._sizes(batch_size, most_samples)
-        largest = sizes[-1]
         strategy = self._strategy()
+        sizes = self._sizes(strategy, batch_size, most_samples)
+        largest = sizes[-1]
         self._sequence_of_model = self._sequence(strategy)
         update = self._agree(self._update_seconds(strategy))
         alone = self._alone(strategy, largest)
         steps = {size: self._steps(strategy, size, update) for size in sizes}
         costs = {size: self._blocks(strategy, size) for size in sizes}
         found, begins = self._structure(strategy, sizes[0])
-        short = largest if steps[largest].passes <= _LONG_PASSES else sizes[0]
         factors = [
-            self._batchnorm_factor(strategy.model, change, short, update, steps[short].passes)
+            self._batchnorm_factor(strategy.model, change, largest, update, steps[largest].passes)
             for change in (synchronise_batchnorm, defer_running_statistics)
         ]
         copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
@@ -187,11 +186,16 @@ class _Measurement:
         )
         return Measured(workload, cluster, self._remarks)
 
-    def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
+    def _sizes(self, strategy: Single, batch_size: int, most_samples: int | None) -> list[int]:
         """The two numbers of samples to measure, in ascending order; one if there are no more samples."""
         share = -(-batch_size // self._world.size) if most_samples is None else most_samples
         piece = min(share, self._micro_batch_size or share)
         largest = min(max(piece, _FEWEST_SAMPLES), len(self._splits.train))
+        batches = self._batches(strategy, min(2, largest))
+        self._step(strategy, batches)
+        one = self._agree(sum(self._step(strategy, batches))) / min(2, largest)
+        # Where a sample takes long, what a pass takes beside its samples is little.
+        largest = min(largest, max(int(_LONGEST_STEP / one), 2))
         return sorted({max(largest // 4, min(largest, 2)), largest})
 
     # --- the training ------------------------------------------------------------------------------------------------

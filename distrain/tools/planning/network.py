@@ -29,6 +29,8 @@ class Duration:
         fast_seconds: As ``seconds``, if the token buckets of the hosts' links hold enough for it; ``None``: there are
             none.
         between: Bytes of ``sent`` that a rank sends to another host.
+        idle_seconds: Part of ``seconds`` in which the link waits for messages to arrive, so that another transfer may
+            use it.
     """
 
     seconds: float = 0.0
@@ -36,12 +38,19 @@ class Duration:
     sent: float = 0.0
     fast_seconds: float | None = None
     between: float = 0.0
+    idle_seconds: float = 0.0
 
     def times(self, count: int) -> Duration:
         """So many of them, one after the other."""
         fast = None if self.fast_seconds is None else count * self.fast_seconds
+        # One after the other, so that what others may use is that of one.
         return Duration(
-            count * self.seconds, count * self.processor_seconds, count * self.sent, fast, count * self.between
+            count * self.seconds,
+            count * self.processor_seconds,
+            count * self.sent,
+            fast,
+            count * self.between,
+            self.idle_seconds,
         )
 
     def __add__(self, other: Duration) -> Duration:
@@ -52,6 +61,7 @@ class Duration:
             self.sent + other.sent,
             self._fast + other._fast if buckets else None,
             self.between + other.between,
+            self.idle_seconds + other.idle_seconds,
         )
 
     @property
@@ -118,7 +128,9 @@ class Network:
         if group.hosts == 1:
             return inside
         fast = _ring(self._fast, size, group.hosts).seconds
-        return inside + self._with_tokens(_ring(self._between(group), size, group.hosts), fast)
+        outside = self._with_tokens(_ring(self._between(group), size, group.hosts), fast)
+        # Gloo has two threads, and what one waits for does not keep the other from sending.
+        return inside + dataclasses.replace(outside, idle_seconds=2 * (group.hosts - 1) * self._cluster.between.latency)
 
     def all_gather(self, size: float, group: Group) -> Duration:
         """An all-gather of ``size`` bytes of each rank, in a ring."""
@@ -127,7 +139,10 @@ class Network:
         link = self._between(group) if group.hosts > 1 else self._cluster.within
         sent, rounds = (group.size - 1) * size, group.size - 1
         found = Duration(_in_rounds(link, sent, rounds), link.processor_seconds(sent), sent)
-        return self._with_tokens(found, _in_rounds(self._fast, sent, rounds)) if group.hosts > 1 else found
+        if group.hosts == 1:
+            return found
+        idle = 0.0 if self._collectives == "flat" else rounds * link.latency
+        return dataclasses.replace(self._with_tokens(found, _in_rounds(self._fast, sent, rounds)), idle_seconds=idle)
 
     def message(self, size: float, source: int, target: int, tensors: int = 1) -> Duration:
         """Messages from one rank to another one.

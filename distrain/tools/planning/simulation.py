@@ -2,8 +2,8 @@
 
 A rank does its operations one after the other. A rank that computes shares its machine's processors with all that
 compute there at the same moment. A transfer begins when all its ranks have started it and the one before it on the
-same channel has ended. A backward pass that runs meanwhile is delayed by the time that the rank's own processor spends
-on the transfer.
+same channel has ended; if it leaves its link idle for a part of its time, two may be under way. A backward pass that
+runs meanwhile is delayed by the time that the rank's own processor spends on the transfer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Start:
         transfer: Its name; all ranks that take part use the same.
         duration: How long it takes.
         ranks: Number of ranks that must have started it.
-        channel: Transfers on the same channel don't overlap.
+        channel: Transfers on the same channel don't overlap, but for the time in which they leave the link idle.
     """
 
     transfer: str
@@ -193,7 +193,8 @@ class _Simulation:
         self._slowdown = slowdown
         self._now = 0.0
         self._transfers: dict[str, _Transfer] = {}
-        self._channel_free: dict[str, float] = defaultdict(float)
+        #: When the last two transfers of a channel end.
+        self._channel_ends: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
         self._under_way: list[_Transfer] = []
 
     def run(self) -> Simulated:
@@ -271,9 +272,12 @@ class _Simulation:
         rank.sent += start.duration.sent
         if len(transfer.members) < transfer.needed:
             return
-        transfer.begins = max(self._now, self._channel_free[transfer.channel])
-        transfer.ends = transfer.begins + self._seconds(transfer)
-        self._channel_free[transfer.channel] = transfer.ends
+        before_last, last = self._channel_ends[transfer.channel]
+        idle = transfer.duration.idle_seconds
+        transfer.begins = max(self._now, before_last if idle else last)
+        seconds = self._seconds(transfer)
+        transfer.ends = max(transfer.begins + seconds, last + max(seconds - idle, 0.0))
+        self._channel_ends[transfer.channel] = (last, transfer.ends)
         self._under_way.append(transfer)
         if transfer.begins <= self._now:
             self._burden(transfer)

@@ -63,6 +63,16 @@ def test_transfers_of_a_channel_come_one_after_the_other() -> None:
     assert (same.seconds, other.seconds) == (4, 2)
 
 
+def test_two_transfers_share_a_channel_while_one_leaves_its_link_idle() -> None:
+    # 4 s of latency and 1 s of bytes each: the second one's bytes follow those of the first one, the third one waits for
+    # the end of the first one.
+    one = Duration(5, idle_seconds=4)
+    names = ("a", "b", "c")
+    waits = [Wait(name) for name in names]
+    assert run([*(Start(name, one, 1, "x") for name in names[:2]), *waits[:2]]).seconds == pytest.approx(6)
+    assert run([*(Start(name, one, 1, "x") for name in names), *waits]).seconds == pytest.approx(10)
+
+
 def test_a_collective_begins_when_the_last_rank_has_started_it() -> None:
     one = Duration(2)
     simulated = run([Start("a", one, 2, "x"), Wait("a")], [Compute("forward", 5), Start("a", one, 2, "x"), Wait("a")])
