@@ -58,9 +58,12 @@ class Link:
         latency = min(point.seconds for point in points) / rounds
         others = latency * (rounds - 1)
         # No message takes less than an empty one, or more than a larger one, whatever was measured.
-        least = [min(point.seconds for point in points[index:]) for index in range(len(points))]
-        seconds = [max(one - others, latency) for one in least]
-        return cls(tuple(dataclasses.replace(point, seconds=one) for point, one in zip(points, seconds, strict=True)))
+        found = []
+        for index, point in enumerate(points):
+            larger = points[index:]
+            seconds = max(min(one.seconds for one in larger) - others, latency)
+            found.append(LinkPoint(point.sent, seconds, min(one.processor_seconds for one in larger)))
+        return cls(tuple(found))
 
     @property
     def latency(self) -> float:

@@ -60,9 +60,11 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
     rows = everyone.all_gather_json({"machine": boot_id() or world.host}, device)
     machines = len({row["machine"] for row in rows})
     most = min(max(sum(p.numel() * p.element_size() for p in model.parameters()), 2**20), _MOST_BYTES)
-    within, between = _links(rank, most)
     on_machine = world.size // machines
     curve = slowdown_curve(alone, together, on_machine, processors()) if on_machine > 1 else ()
+    # As much longer takes a processor that others use too, so much more of its time was measured.
+    busy = curve[min(on_machine, processors()) - 1] if curve else 1.0
+    within, between = _links(rank, most, busy)
     messages = sockets = bucket = cost = None
     if world.size > 1:
         # As a run measures it to choose the sizes of its buckets.
@@ -99,13 +101,19 @@ def _message_link(everyone: Communicator, device: torch.device) -> Link:
     return Link.of(latency, 1 / max(per_byte, 1e-12))
 
 
-def _links(rank: Rank, most: int) -> tuple[Link, Link]:
-    """Links within a host and between hosts."""
+def _links(rank: Rank, most: int, busy: float) -> tuple[Link, Link]:
+    """Links within a host and between hosts.
+
+    Args:
+        rank: This rank.
+        most: Bytes of the largest message.
+        busy: Factor by which computation takes longer while all processors compute.
+    """
     everyone, device, size = rank.runtime.communicator(), rank.runtime.device, rank.world.size
     if size == 1:
         return _SHARED_MEMORY, _SHARED_MEMORY
     if rank.hosts == 1 or rank.per_host == 1:
-        link = _link_of(_measured_link(everyone, device, most), size)
+        link = _link_of(_measured_link(everyone, device, most), size, busy)
         return (link, link) if rank.hosts == 1 else (_SHARED_MEMORY, link)
     mesh = rank.runtime.mesh({"host": rank.hosts, "local": rank.per_host})
     assert mesh is not None, "several ranks"
@@ -115,7 +123,7 @@ def _links(rank: Rank, most: int) -> tuple[Link, Link]:
     if rank.world.local_rank == 0:
         between = _measured_link(Communicator(mesh.get_group("host")), device, most)
     everyone.barrier()
-    return _link_of(within, rank.per_host), _link_of(between, rank.hosts)
+    return _link_of(within, rank.per_host, busy), _link_of(between, rank.hosts, busy)
 
 
 def _measured_link(group: Communicator, device: torch.device, most: int) -> LinkModel:
@@ -123,8 +131,9 @@ def _measured_link(group: Communicator, device: torch.device, most: int) -> Link
     return measure_link(group, device, most, kinds=("all_reduce",), max_seconds=_LINK_SECONDS, repeats=_LINK_REPEATS)
 
 
-def _link_of(model: LinkModel, ranks: int) -> Link:
+def _link_of(model: LinkModel, ranks: int, busy: float) -> Link:
     points = [
-        LinkPoint(sample.sent, sample.seconds, sample.processor_seconds) for sample in model.samples("all_reduce")
+        LinkPoint(sample.sent, sample.seconds, sample.processor_seconds / busy)
+        for sample in model.samples("all_reduce")
     ]
     return Link.of_ring(points, ranks)

@@ -275,28 +275,36 @@ class _Simulation:
         before_last, last = self._channel_ends[transfer.channel]
         idle = transfer.duration.idle_seconds
         transfer.begins = max(self._now, before_last if idle else last)
-        seconds = self._seconds(transfer)
-        transfer.ends = max(transfer.begins + seconds, last + max(seconds - idle, 0.0))
+        seconds = self._seconds(transfer.duration)
+        by_bytes = last + max(seconds - idle, 0.0)
+        transfer.ends = self._end_with_tokens(transfer, max(transfer.begins + seconds, by_bytes))
         self._channel_ends[transfer.channel] = (last, transfer.ends)
         self._under_way.append(transfer)
         if transfer.begins <= self._now:
             self._burden(transfer)
 
-    def _seconds(self, transfer: _Transfer) -> float:
-        """How long a transfer takes with the tokens that are there when it begins."""
+    def _seconds(self, duration: Duration) -> float:
+        """How long a transfer takes that finds enough tokens, if its link needs any."""
+        fast = duration.fast_seconds
+        return duration.seconds if self._bucket is None or fast is None else fast
+
+    def _end_with_tokens(self, transfer: _Transfer, ends: float) -> float:
+        """When a transfer ends that would end at ``ends`` if there were enough tokens."""
         duration = transfer.duration
         if self._bucket is None or duration.fast_seconds is None:
-            return duration.seconds
+            return ends
         rate = self._bucket.bytes_per_second
         for rank in transfer.members:
             self._count_tokens(rank, transfer.begins)
-        least = min(rank.tokens for rank in transfer.members)
-        seconds = max(duration.fast_seconds, (duration.between - least) / rate)
+        # Tokens were counted at the end of a transfer that may still be under way.
+        enough = max(rank.counted + (duration.between - rank.tokens) / rate for rank in transfer.members)
+        ends = max(ends, enough)
         for rank in transfer.members:
             # Tokens that arrive meanwhile are used too.
-            rank.tokens = min(rank.tokens + rate * seconds - duration.between, self._bucket.burst_bytes)
-            rank.counted = transfer.begins + seconds
-        return seconds
+            arrived = rate * max(ends - rank.counted, 0.0)
+            rank.tokens = min(rank.tokens + arrived - duration.between, self._bucket.burst_bytes)
+            rank.counted = max(ends, rank.counted)
+        return ends
 
     def _count_tokens(self, rank: _Rank, now: float) -> None:
         """Adds the tokens that have arrived at a rank's link."""

@@ -18,7 +18,7 @@ from distrain.tools.planning.cluster import Link, TokenBucket
 _SMALL, _LARGE = 64 * 1024, 2**20
 #: Seconds in which a bucket fills, and repeats of each message.
 _REST, _REPEATS = 0.1, 3
-#: Part of the time without pauses below which a message after a pause shows that there is a bucket.
+#: Part of the time at the link's rate below which a message after a pause shows that there is a bucket.
 _FASTER = 0.6
 
 
@@ -35,13 +35,14 @@ def measure_token_bucket(group: Communicator, device: torch.device, link: Link) 
     """
     rounds = 2 * (group.size - 1)
     small, large = (ring_all_reduce_bytes(size, group.size) for size in (_SMALL, _LARGE))
-    rest = (rounds - 1) * link.latency
-    rested = _seconds_after_rest(group, device, _SMALL) - rest
-    if rested > _FASTER * link.seconds(small):
-        return None
     last, before = link.points[-1], link.points[-2]
     rate = (last.sent - before.sent) / max(last.seconds - before.seconds, 1e-9)
-    burst = large - rate * (_seconds_after_rest(group, device, _LARGE) - rest - link.latency)
+    others = (rounds - 1) * link.latency
+    rested = _seconds_after_rest(group, device, _SMALL) - others
+    # All ranks must go on alike; their links are the same.
+    if rested > _FASTER * small / rate:
+        return None
+    burst = large - rate * (_seconds_after_rest(group, device, _LARGE) - others - link.latency)
     if burst < small:
         return None
     per_byte = max(rested - link.latency, 0.0) / small

@@ -31,8 +31,9 @@ def test_a_ring_among_the_ranks_that_were_measured_takes_the_measured_time(ranks
 
 
 def test_a_disturbed_small_message_does_not_slow_larger_ones() -> None:
-    link = Link.of_ring([LinkPoint(0, 0.1), LinkPoint(100, 0.04), LinkPoint(200, 0.06)], 2)
+    link = Link.of_ring([LinkPoint(0, 0.1, 0.03), LinkPoint(100, 0.04, 0.01), LinkPoint(200, 0.06, 0.02)], 2)
     assert [link.seconds(size) for size in (0, 100, 200)] == pytest.approx([0.02, 0.02, 0.04])
+    assert [link.processor_seconds(size) for size in (0, 100, 200)] == pytest.approx([0.01, 0.01, 0.02])
 
 
 def test_a_ring_sends_each_part_twice_around() -> None:

@@ -64,8 +64,8 @@ def test_transfers_of_a_channel_come_one_after_the_other() -> None:
 
 
 def test_two_transfers_share_a_channel_while_one_leaves_its_link_idle() -> None:
-    # 4 s of latency and 1 s of bytes each: the second one's bytes follow those of the first one, the third one waits for
-    # the end of the first one.
+    # 4 s of latency and 1 s of bytes each: the second one's bytes follow those of the first one, the third one waits
+    # for the end of the first one.
     one = Duration(5, idle_seconds=4)
     names = ("a", "b", "c")
     waits = [Wait(name) for name in names]
@@ -107,6 +107,14 @@ def test_a_message_larger_than_the_token_bucket_waits_for_the_rest() -> None:
     sends = Duration(10.5, 0, 100, fast_seconds=0.5, between=100)
     simulated = simulate([[Compute("forward", 100), Start("a", sends, 1, "x"), Wait("a")]], [0], alone, bucket=bucket)
     assert simulated.seconds == pytest.approx(100 + 6)
+
+
+def test_two_transfers_at_once_use_the_same_tokens() -> None:
+    bucket = TokenBucket(10, 40, Link.of(0.5, 1e15))
+    one = Duration(6.5, 0, 60, fast_seconds=0.5, between=60, idle_seconds=0.4)
+    program: list[Operation] = [Start("a", one, 1, "x"), Start("b", one, 1, "x"), Wait("a"), Wait("b")]
+    # 120 bytes a step, and 10 tokens a second.
+    assert simulate([program], [0], alone, bucket=bucket).seconds == pytest.approx(12, rel=0.01)
 
 
 def test_programs_that_wait_for_each_other_are_an_error() -> None:
