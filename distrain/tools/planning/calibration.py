@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distrain.config.schema import Config
 from distrain.data.base import Splits
@@ -18,9 +19,8 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.network import Network
 from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
 from distrain.training.run_plan import RunPlan
@@ -109,10 +109,21 @@ class ShortRuns:
 
     def agreed(self, keys: Mapping[str, str], expected: float) -> tuple[dict[str, str], float]:
         """Rank 0's keys and expectation, since ranks have measured their blocks by themselves."""
-        with Runtime(self.config_of({}), self.world, keep_logs=False) as runtime:
-            mine = {"keys": dict(keys), "seconds": expected}
-            first = runtime.communicator().all_gather_json(mine, runtime.device)[0]
-        return dict(first["keys"]), float(first["seconds"])
+        mine = {"keys": dict(keys), "seconds": expected}
+        first = of_rank_0(self.config_of({}), self.world, mine)
+        return first["keys"], first["seconds"]
+
+
+def of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 has to tell; all ranks call it together.
+
+    Args:
+        config: A configuration that is the same on all ranks.
+        world: This rank's place.
+        mine: What this rank would tell; anything that JSON can hold.
+    """
+    with Runtime(config, world, keep_logs=False) as runtime:
+        return runtime.communicator().all_gather_json(mine, runtime.device)[0]
 
 
 def calibrated(
@@ -169,4 +180,4 @@ def _with_measured(
 
 
 def _predictions(workload: Workload, cluster: Cluster, strategy: str) -> list[Prediction]:
-    return list(candidates.predictions(Setting(workload, cluster, Network(cluster)), [strategy], ()))
+    return list(candidates.predictions(setting_of(workload, cluster), [strategy], ()))

@@ -7,26 +7,23 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distrain.compression.base import compressor_class
 from distrain.config.schema import CompressionConfig, Config
 from distrain.data.base import Splits
 from distrain.errors import ConfigError, config_error
 from distrain.models.trial import ModelTrial
-from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
-from distrain.tools.planning.calibration import ShortRuns, calibrated
+from distrain.tools.planning.calibration import ShortRuns, calibrated, of_rank_0
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.measurement import measure
-from distrain.tools.planning.network import Network
 from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.plan_file import planned_part
 from distrain.tools.planning.plan_keys import COMPRESSORS, STRATEGIES
 from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.workload import Workload
 from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan
@@ -88,18 +85,6 @@ def agreed_folder(config: Config, world: World, folder: Path) -> Path:
         except OSError as error:
             raise ConfigError("folder", folder, f"can't be made ({error.strerror or error})") from error
     return Path(of_rank_0(config, world, {"folder": str(folder.resolve())})["folder"])
-
-
-def of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
-    """What rank 0 has to tell; all ranks call it together.
-
-    Args:
-        config: A configuration that is the same on all ranks.
-        world: This rank's place.
-        mine: What this rank would tell; anything that JSON can hold.
-    """
-    with Runtime(config, world, keep_logs=False) as runtime:
-        return runtime.communicator().all_gather_json(mine, runtime.device)[0]
 
 
 def make_plan(checked: Checked, world: World, options: Options, config_of: ConfigOf, folder: Path) -> Plan:
@@ -284,9 +269,3 @@ def predict(workload: Workload, cluster: Cluster, options: Options, remarks: Seq
         problem = f"can't divide this model and a batch of {workload.batch_size} samples among {ranks}"
         raise ConfigError("strategies", ", ".join(options.strategies), problem, STRATEGIES)
     return Plan(workload, cluster, ranked, list(remarks))
-
-
-def setting_of(workload: Workload, cluster: Cluster) -> Setting:
-    """A training on a cluster, whose collectives are those of its devices."""
-    flat = workload.accelerator is not None
-    return Setting(workload, cluster, Network(cluster, "flat" if flat else "hierarchical"))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from distrain.strategies.pipeline.timeline import draw_timeline
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.engine import setting_of
 from distrain.tools.planning.plan_keys import STRATEGIES
 from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.workload import Workload
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pytest
 
 from distrain.errors import ConfigError
 from distrain.tools.planning import candidates, expected
-from distrain.tools.planning.engine import setting_of
 from distrain.tools.planning.plan import Plan
 from distrain.tools.planning.plan_file import planned_part
+from distrain.tools.planning.steps.common import setting_of
 from tests.runs import small
 from tests.tools.planning.workloads import cluster, workload
 

@@ -69,6 +69,12 @@ class Setting:
         )
 
 
+def setting_of(workload: Workload, cluster: Cluster) -> Setting:
+    """A training on a cluster, whose collectives are those of its devices."""
+    flat = workload.accelerator is not None
+    return Setting(workload, cluster, Network(cluster, "flat" if flat else "hierarchical"))
+
+
 def forward_pass(setting: Setting, samples: int, factor: float = 1.0) -> Iterator[Compute]:
     """Forward passes of all blocks."""
     for block in setting.workload.blocks:
