@@ -18,7 +18,8 @@ from distrain.cli import export as exporting
 from distrain.cli import predict as prediction
 from distrain.cli.run_folder import RunFolder
 from distrain.cli.settings import require_one_process
-from distrain.config.schema import DEVICES, DataConfig
+from distrain.config.groups import DataConfig
+from distrain.config.schema import DEVICES
 from distrain.data.python_object import DataObject, PythonObjectDataConfig, offered_data
 from distrain.errors import ConfigError, config_error
 from distrain.models.python_object import ModelObject, offered_model

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from distrain.cli import hydra_entry, output
 from distrain.cli.training_keys import compose_training
-from distrain.config.schema import Config, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, Failed, config_error
 from distrain.files.terminal import show
 from distrain.runtime.world import World

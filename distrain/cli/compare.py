@@ -12,7 +12,7 @@ from pathlib import Path
 
 import distrain
 from distrain.cli import output
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import print_to_stderr, show
 from distrain.tools.comparison.differences import name_runs

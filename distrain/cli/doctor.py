@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distrain.cli import output
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, Failed, config_error
 from distrain.files.escaping import Lines
 from distrain.files.terminal import print_to_stderr, show

@@ -17,7 +17,9 @@ from torch import nn
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings
-from distrain.config.schema import DEVICE_DOC, DEVICES, CompressionConfig, Config, StrategyConfig, setting
+from distrain.config.groups import CompressionConfig, StrategyConfig
+from distrain.config.schema import DEVICE_DOC, DEVICES, Config
+from distrain.config.setting import setting
 from distrain.data.base import DataSpec, Split, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.escaping import Lines

@@ -17,7 +17,7 @@ from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.files.terminal import show
 from distrain.runtime.world import World

@@ -13,7 +13,7 @@ from pathlib import Path
 from distrain.cli import hydra_entry
 from distrain.cli.arguments import refuse_python_objects
 from distrain.config.load import load_config
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.tools.launching.hosts import HostCommand, run_on_hosts
 

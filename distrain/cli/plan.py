@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.cli.training_keys import compose_training
-from distrain.config.schema import Config, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import show
 from distrain.runtime.world import World

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder
 from distrain.cli.settings import RunSettings, require_one_process
-from distrain.config.schema import DEVICE_DOC, DEVICES, setting
+from distrain.config.schema import DEVICE_DOC, DEVICES
+from distrain.config.setting import setting
 from distrain.data.base import Images
 from distrain.data.decode import SUFFIXES, DecodeError, decode
 from distrain.data.loader import Loader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 

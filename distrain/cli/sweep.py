@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distrain.cli import hydra_entry
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.contained_folder import ContainedFolder, UnsafePath
 from distrain.files.terminal import print_to_stderr, show

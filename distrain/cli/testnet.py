@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from distrain.cli.typed_help import as_started
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
 from distrain.files.terminal import print_to_stderr, show

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.cli.training_keys import compose_training
-from distrain.config.schema import Config, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import Failed, config_error, first_line
 from distrain.files.terminal import print_to_stderr, show
 from distrain.runtime import launcher, program

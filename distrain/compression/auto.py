@@ -21,8 +21,10 @@ from distrain.compression.autotune.decision import CompressorDecision, world_siz
 from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
 from distrain.compression.error_feedback import Residuals
+from distrain.config.groups import CompressionConfig
 from distrain.config.registry import register
-from distrain.config.schema import CompressionConfig, Config, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 
 log = logging.getLogger(__name__)

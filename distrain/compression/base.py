@@ -25,8 +25,10 @@ from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.packing import pack, unpack
 from distrain.compression.error_feedback import Residuals
 from distrain.compression.observer import ExchangeObserver
+from distrain.config.groups import CompressionConfig
 from distrain.config.registry import choice
-from distrain.config.schema import CompressionConfig, Config, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 
 

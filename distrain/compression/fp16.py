@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from distrain.compression.casts import Cast
+from distrain.config.groups import CompressionConfig
 from distrain.config.registry import register
-from distrain.config.schema import CompressionConfig
 
 
 @register("compression", "fp16", CompressionConfig)

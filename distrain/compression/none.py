@@ -12,8 +12,8 @@ from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
 from distrain.compression.base import MessageCompressor
 from distrain.compression.bucket import Bucket
+from distrain.config.groups import CompressionConfig
 from distrain.config.registry import register
-from distrain.config.schema import CompressionConfig
 
 
 @register("compression", "none", CompressionConfig)

@@ -21,7 +21,7 @@ from distrain.communication.types import Pending
 from distrain.compression.base import LossyConfig, MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from distrain.communication.types import Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.quantised import Quantised, QuantisedConfig
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 
 
 @dataclass

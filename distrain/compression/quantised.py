@@ -14,7 +14,7 @@ from typing_extensions import override
 from distrain.compression.base import LossyConfig, MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.bits import pack_bits, packed_size, unpack_bits
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 
 # About how many elements are rounded and packed at a time: few enough that intermediate results stay in a CPU's cache,
 # and enough that the overhead of starting an operation does not matter. It must be the same on all ranks.

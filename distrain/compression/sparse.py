@@ -14,7 +14,8 @@ from distrain import rng
 from distrain.compression.base import LossyConfig, MessageCompressor
 from distrain.compression.bucket import Bucket
 from distrain.compression.error_feedback import Residuals
-from distrain.config.schema import Config, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 
 #: Share of the elements that the first step of a warm-up sends (Lin et al. 2018, §3.3).

@@ -13,7 +13,7 @@ from distrain.compression.bucket import Bucket
 from distrain.compression.encoding.positions import PositionCode
 from distrain.compression.sparse import SparseCompressor, SparseConfig, positions_in_bucket, stratified_sample
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from distrain.config.schema import Config, Effect
+from distrain.config.schema import Config
+from distrain.config.setting import Effect
 
 #: Keys of mappings whose keys are no choices of distrain: arguments of what ``_target_`` names.
 ARGUMENTS = (

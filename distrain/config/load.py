@@ -277,7 +277,7 @@ def describe_type(hint: Any) -> str:
     return words.get(hint, "a mapping of keys to values")
 
 
-#: For each limit of :func:`~distrain.config.schema.setting`, its comparison and its words in messages.
+#: For each limit of :func:`~distrain.config.setting.setting`, its comparison and its words in messages.
 LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "above": (operator.gt, "greater than"),
     "at_least": (operator.ge, "at least"),

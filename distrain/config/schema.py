@@ -7,243 +7,52 @@ All other code uses the dataclasses, never a ``DictConfig``.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from distrain.config.groups import (
+    AugmentConfig,
+    CompressionConfig,
+    DataConfig,
+    GroupConfig,
+    LoggerConfig,
+    LookaheadConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    StrategyConfig,
+    TaskConfig,
+)
+from distrain.config.setting import Effect, section_affects, setting
 
-#: What a key affects, as far as resuming and reporting a run need to know it.
-#:
-#: - ``sample_order``: which samples an epoch has, and their order; must not change in the middle of an epoch.
-#: - ``schedule``: the learning rate at a step.
-#: - ``start``: only the initial parameters, so a resumed run takes no notice of it.
-#: - ``execution``: only how the run is executed and recorded, not what is trained; the key is no hyper-parameter.
-#: - ``identity``: only which run this is and what it resumes; no hyper-parameter, and a change needs no message.
-Effect = Literal["sample_order", "schedule", "start", "execution", "identity"]
-
-
-def setting(
-    doc: str,
-    *,
-    choices: Iterable[Any] = (),
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-    choices_of: str | None = None,
-    affects: Iterable[Effect] = (),
-    path: bool = False,
-    default: Any = dataclasses.MISSING,
-    default_factory: Any = dataclasses.MISSING,
-) -> Any:
-    """Returns a dataclass field with a meaning and limits. The limits of a list apply to each of its elements.
-
-    Args:
-        doc: What the key means, with its unit; shown to users.
-        choices: The allowed values; empty if they can't be listed.
-        above: Exclusive lower limit.
-        at_least: Inclusive lower limit.
-        below: Exclusive upper limit.
-        at_most: Inclusive upper limit.
-        choices_of: A group. The field is a mapping from names to choices of this group, each checked by its own schema.
-        affects: See :data:`Effect`.
-        path: The value is a path, or a list of paths; a ``~`` at its beginning becomes the user's home folder.
-        default: Value if the YAML file has none; normally the YAML files contain all values.
-        default_factory: Makes the default, for mutable values.
-    """
-    metadata = {
-        "doc": doc,
-        "choices": tuple(choices),
-        "above": above,
-        "at_least": at_least,
-        "below": below,
-        "at_most": at_most,
-        "choices_of": choices_of,
-        "affects": frozenset(affects),
-        "path": path,
-    }
-    if default_factory is not dataclasses.MISSING:
-        return field(metadata=metadata, default_factory=default_factory)
-    return field(metadata=metadata, default="???" if default is dataclasses.MISSING else default)
-
-
-def _affects(effect: Effect) -> dict[str, frozenset[Effect]]:
-    """Metadata of a field of :class:`Config` for a section or group: all its keys have this effect."""
-    return {"affects": frozenset((effect,))}
-
-
-@dataclass
-class StrategyConfig:
-    """How the work is divided among ranks. The keys of each strategy are defined in ``distrain/strategies``."""
-
-    name: str = setting("Name of the strategy.")
-
-
-@dataclass
-class CompressionConfig:
-    """How gradients are compressed. The keys of each compressor are defined in ``distrain/compression``."""
-
-    name: str = setting("Name of the compressor.")
-
-
-@dataclass
-class ModelConfig:
-    """The model to train. The keys of each model are defined in ``distrain/models``."""
-
-    name: str = setting("Name of the model; custom: any importable class, named by _target_.")
-    _target_: str = setting("Dotted path of the nn.Module class to build.")
-
-
-@dataclass
-class AugmentConfig:
-    """Augmentation of training images; the random draws depend only on (seed, epoch, sample index)."""
-
-    flip: bool | str = setting(
-        "Mirror horizontally with probability 1/2; alternating: random first, then mirrored every other epoch.",
-        choices=(False, True, "alternating"),
-    )
-    crop_padding: int = setting(
-        "Pad each side by this many pixels, then crop to the original size at a random place; 0: none.", at_least=0
-    )
-    crop_border: str = setting(
-        "Padding: zeros (black) or reflect (the image mirrored at its edge).",
-        choices=("zeros", "reflect"),
-        default="zeros",
-    )
-    cutout: int = setting("Side in pixels of a square at a random place that is set to the mean; 0: none.", at_least=0)
-
-
-@dataclass
-class DataConfig:
-    """The data set. The keys of each data set are defined in ``distrain/data``."""
-
-    name: str = setting("Name of the data set.")
-    root: str | None = setting("Folder that contains the data; null if the data set needs none.", path=True)
-    batch_size: int = setting(
-        "Global batch size: samples per training step over all ranks.", at_least=1, affects=("schedule",)
-    )
-    eval_batch_size: int = setting("Samples per evaluation step over all ranks.", at_least=1)
-    val_fraction: float = setting("Share of the training samples held out for validation.", at_least=0, below=1)
-    split_seed: int = setting(
-        "Selects the held-out samples; independent of the run's seed, so that runs are comparable.", at_least=0
-    )
-    limit: int | None = setting(
-        "Use only this many training samples; null: all.", at_least=1, affects=("sample_order", "schedule")
-    )
-    mean: list[float] | None = setting(
-        "Channel means in [0, 1], used to normalise; null: measured on the training images."
-    )
-    std: list[float] | None = setting(
-        "Channel standard deviations in [0, 1]; null: measured on the training images.", above=0
-    )
-    augment: AugmentConfig = setting("Augmentation of training images.", default_factory=AugmentConfig)
-    memory_limit_mb: int = setting(
-        "Data that needs more memory than this, in MiB, is read from disk during training.", at_least=0
-    )
-    prefetch: int | None = setting(
-        "Batches prepared in the background; null: 0 if on CPU with the data in memory, else 2.", at_least=0
-    )
-    balance: str = setting(
-        "Classes of unequal size count equally. sampler: an epoch has equally many samples of each class; loss: the "
-        "loss of a sample is weighted inversely to the size of its class.",
-        choices=("none", "sampler", "loss"),
-        default="none",
-        affects=("sample_order",),
-    )
-    fold: str | None = setting(
-        "Cross-validation, K/N: the validation samples are part K (from 1) of N equal parts of the training samples; "
-        "takes the place of val_fraction. null: none.",
-        default=None,
-        affects=("schedule",),
-    )
-
-
-@dataclass
-class TaskConfig:
-    """What the model is trained to do. The keys of each task are defined in ``distrain/tasks``."""
-
-    name: str = setting("Name of the task.")
-
-
-@dataclass
-class LossConfig:
-    """The loss to minimise: the mean over samples, computed as a global sum divided by a global count."""
-
-    name: str = setting("Name of the loss.")
-
-
-@dataclass
-class GroupConfig:
-    """Parameters with other optimizer settings than the rest."""
-
-    match: str = setting(
-        "Shell pattern of the parameters' names, such as *.bias; head: those of the model's last layer. A parameter "
-        "belongs to the first group that matches."
-    )
-    lr_factor: float = setting("Their learning rate is multiplied by this.", above=0, default=1.0)
-    weight_decay: float | None = setting(
-        "Their weight decay; null: the same as for other parameters.", at_least=0, default=None
-    )
-    epochs: float | None = setting(
-        "Train them in this many first epochs only; null: in all epochs.", above=0, default=None
-    )
-    kwargs: dict[str, Any] = setting(
-        "Their own values of other options of the optimizer, such as {betas: [0.9, 0.99]}.", default_factory=dict
-    )
-
-
-@dataclass
-class LookaheadConfig:
-    """Lookahead: regularly merges the parameters into a slow copy and sets them to that copy."""
-
-    every: int | None = setting(
-        "Updates between merges of the parameters into a slow copy; null: no lookahead.", at_least=1
-    )
-    keep: float = setting(
-        "Weight of the slow copy in a merge; 1 - keep is the weight of the parameters.", at_least=0, below=1
-    )
-    power: float = setting("keep is multiplied by (completed share of the run) ** power; 0: constant.", at_least=0)
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimizer. The keys of each optimizer are defined in ``distrain/optim/optimizers``."""
-
-    name: str = setting("Name of the optimizer.")
-    lr: float = setting("Base learning rate; the schedule multiplies it by a factor.", above=0, affects=("schedule",))
-    weight_decay: float = setting("Weight decay; the optimizer determines how it is applied.", at_least=0)
-    fused: bool = setting("Use torch's fused kernel if there is one for the device.")
-    groups: list[GroupConfig] = setting("Other settings for some parameters, by name.", default_factory=list)
-    layer_decay: float | None = setting(
-        "Factor from each layer's rate to that of the layer before it, so the first layers change least; the last one "
-        "has the whole rate. null: all layers have.",
-        above=0,
-        at_most=1,
-        default=None,
-    )
-    lookahead: LookaheadConfig = setting(
-        "Lookahead (Zhang et al. 2019, arXiv 1907.08610).",
-        default_factory=lambda: LookaheadConfig(every=None, keep=0.5, power=0.0),
-    )
-
-
-@dataclass
-class SchedulerConfig:
-    """The learning rate's schedule: a function of the step only, so it has no state to save."""
-
-    name: str = setting("Name of the schedule.")
-    warmup_epochs: float = setting(
-        "First epochs in which the learning rate rises linearly from 0; fractions are allowed.", at_least=0
-    )
-
-
-@dataclass
-class LoggerConfig:
-    """Where metrics are logged, in addition to the terminal, ``metrics.jsonl`` and ``summary.json``."""
-
-    name: str = setting("Name of the logger.")
+#: What choices that users add import from here; distrain itself imports each name from where it is defined.
+__all__ = [
+    "DEVICES",
+    "DEVICE_DOC",
+    "AugmentConfig",
+    "CheckpointConfig",
+    "CompressionConfig",
+    "Config",
+    "DataConfig",
+    "Effect",
+    "FreezeConfig",
+    "GroupConfig",
+    "InitConfig",
+    "LoggerConfig",
+    "LookaheadConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MetricConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RuntimeConfig",
+    "SchedulerConfig",
+    "StrategyConfig",
+    "TaskConfig",
+    "TrainerConfig",
+    "setting",
+]
 
 
 @dataclass
@@ -461,11 +270,11 @@ class Config:
     task: TaskConfig
     loss: LossConfig
     optimizer: OptimizerConfig
-    scheduler: SchedulerConfig = field(metadata=_affects("schedule"))
-    logger: LoggerConfig = field(metadata=_affects("execution"))
+    scheduler: SchedulerConfig = field(metadata=section_affects("schedule"))
+    logger: LoggerConfig = field(metadata=section_affects("execution"))
     trainer: TrainerConfig
-    checkpoint: CheckpointConfig = field(metadata=_affects("execution"))
-    runtime: RuntimeConfig = field(metadata=_affects("execution"))
+    checkpoint: CheckpointConfig = field(metadata=section_affects("execution"))
+    runtime: RuntimeConfig = field(metadata=section_affects("execution"))
     seed: int = setting(
         "Determines initial parameters, the order of samples, augmentation and dropout.",
         at_least=0,
@@ -480,7 +289,7 @@ class Config:
     run_dir: str | None = setting(
         "Folder of this run; null: outputs/<date>/<time>, chosen by rank 0.", affects=("identity",), path=True
     )
-    init: InitConfig = field(default_factory=InitConfig, metadata=_affects("start"))
+    init: InitConfig = field(default_factory=InitConfig, metadata=section_affects("start"))
     lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: list[FreezeConfig] = setting(
         "Parameters that keep their initial values, for ever or in the first epochs.", default_factory=list

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain import rng
-from distrain.config.schema import AugmentConfig
+from distrain.config.groups import AugmentConfig
 from distrain.data.base import IGNORED
 
 #: Identifies augmentation among the uses of random numbers.

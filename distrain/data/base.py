@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain import rng
+from distrain.config.groups import DataConfig
 from distrain.config.registry import check_target, choice
-from distrain.config.schema import DataConfig
 from distrain.data.batch import Targets, pick_targets
 from distrain.data.folds import parse_fold, split_fold
 from distrain.data.sampler import Blocks

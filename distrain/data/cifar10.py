@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
+from distrain.config.groups import DataConfig
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig, setting
+from distrain.config.setting import setting
 from distrain.data import chosen_classes
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, refusing_unreadable
 from distrain.data.build_folder import locked_build_folder, publish

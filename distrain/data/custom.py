@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from distrain.config import user_code
 from distrain.config.registry import locate, register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.data.base import (
     TARGETS,
     DataSource,

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distrain.config.groups import DataConfig
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig, setting
+from distrain.config.setting import setting
 from distrain.data import chosen_classes
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys, hold_out_test
 from distrain.errors import config_error

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.data.base import DataSpec, Splits, check_shared_keys
 from distrain.data.hub_dataset import HubPlace, copied_images, open_splits
 from distrain.data.image_cache import ImageFile

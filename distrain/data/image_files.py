@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distrain.config.schema import DataConfig, setting
+from distrain.config.groups import DataConfig
+from distrain.config.setting import setting
 from distrain.data.base import DataSource, DataSpec, Images, Split, Splits, assemble, hold_out_test
 from distrain.data.batch import Targets
 from distrain.data.build_folder import is_build_folder

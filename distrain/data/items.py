@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain import rng
-from distrain.config.schema import DataConfig, setting
+from distrain.config.groups import DataConfig
+from distrain.config.setting import setting
 from distrain.data.base import DataSpec, Images, Split
 from distrain.data.batch import Targets, pick_targets
 from distrain.data.reading import CheckedReader, ItemReader, Request, Samples

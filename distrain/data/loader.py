@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrain.config.schema import AugmentConfig, DataConfig
+from distrain.config.groups import AugmentConfig, DataConfig
 from distrain.data.augment import Augmentation
 from distrain.data.base import Split, Splits
 from distrain.data.batch import Batch, map_targets

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from distrain.config.groups import DataConfig
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig, setting
+from distrain.config.setting import setting
 from distrain.data.array_files import ArrayFiles, ArrayHeader, ZipOfArrays, open_arrays
 from distrain.data.array_images import USUAL_CHANNELS, first_not_finite, float_statistics
 from distrain.data.array_names import assign_roles

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from distrain.config.groups import DataConfig
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig, setting
+from distrain.config.setting import setting
 from distrain.data.base import DataSource, DataSpec, Images, Splits, assemble, check_shared_keys
 from distrain.errors import ConfigError, config_error
 

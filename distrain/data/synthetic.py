@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distrain.config.groups import DataConfig
 from distrain.config.registry import register
-from distrain.config.schema import DataConfig, setting
+from distrain.config.setting import setting
 from distrain.data.base import (
     IGNORED,
     TARGETS,

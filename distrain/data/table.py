@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.data.base import IGNORED, TARGETS, DataSpec, Splits, check_shared_keys, refusing_unreadable
 from distrain.data.image_cache import CacheSpec, ImageFile, open_or_build
 from distrain.data.image_files import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.data import shard_index
 from distrain.data.base import DataSpec, Splits, check_shared_keys, refusing_unreadable
 from distrain.data.image_cache import ImageFile

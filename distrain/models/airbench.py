@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distrain.config.groups import ModelConfig
 from distrain.config.registry import register
-from distrain.config.schema import ModelConfig, setting
+from distrain.config.setting import setting
 from distrain.data.base import Split
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from distrain.config import user_code
+from distrain.config.groups import ModelConfig
 from distrain.config.registry import choice, locate, register
-from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models.arguments import (
     DataShape,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distrain.config.groups import ModelConfig
 from distrain.config.registry import register
-from distrain.config.schema import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models.base import BlockSequence
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distrain.config.groups import ModelConfig
 from distrain.config.registry import register
-from distrain.config.schema import ModelConfig, setting
+from distrain.config.setting import setting
 from distrain.models.base import BlockSequence
 
 

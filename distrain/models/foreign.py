@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distrain.config.schema import ModelConfig, setting
+from distrain.config.groups import ModelConfig
+from distrain.config.setting import setting
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from distrain.config.registry import register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.models.arguments import keywords
 from distrain.models.foreign import ChannelStatistics, ForeignModelConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint.module_state import check_saveable
-from distrain.config.schema import ModelConfig
+from distrain.config.groups import ModelConfig
 from distrain.errors import ConfigError, described
 from distrain.models import tensors
 from distrain.models.base import DataDependentInit

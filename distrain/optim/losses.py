@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from distrain.config.groups import LossConfig
 from distrain.config.registry import choice, choices, register
-from distrain.config.schema import LossConfig, setting
+from distrain.config.setting import setting
 from distrain.data.base import IGNORED, TARGETS, DataSpec
 from distrain.errors import ConfigError
 from distrain.optim import custom_loss

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from distrain.config.groups import SchedulerConfig
 from distrain.config.registry import choice, register
-from distrain.config.schema import SchedulerConfig, setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.optim import custom_schedule
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from distrain.config.groups import LoggerConfig
 from distrain.config.registry import choice, register
-from distrain.config.schema import Config, LoggerConfig, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.files.appending import AppendedFile
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from distrain.config.groups import StrategyConfig
 from distrain.config.registry import choices, register
-from distrain.config.schema import Config, StrategyConfig, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.strategies.base import Strategy
 

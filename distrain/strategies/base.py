@@ -20,8 +20,9 @@ from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, Ledger, digest
 from distrain.compression import base as compression
 from distrain.compression import resharding
+from distrain.config.groups import StrategyConfig
 from distrain.config.registry import choice
-from distrain.config.schema import Config, StrategyConfig
+from distrain.config.schema import Config
 from distrain.data.sampler import part_sizes
 from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch

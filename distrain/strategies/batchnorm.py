@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from distrain.communication.collectives import Communicator
-from distrain.config.schema import ModelConfig
+from distrain.config.groups import ModelConfig
 from distrain.torch_internals import BatchNorm
 
 

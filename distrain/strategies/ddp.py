@@ -13,8 +13,10 @@ from typing_extensions import override
 
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
+from distrain.config.groups import StrategyConfig
 from distrain.config.registry import register
-from distrain.config.schema import Config, StrategyConfig, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.strategies import batchnorm

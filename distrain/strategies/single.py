@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing_extensions import override
 
+from distrain.config.groups import StrategyConfig
 from distrain.config.registry import choices, register
-from distrain.config.schema import Config, StrategyConfig
+from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.strategies.replicated import Replicated
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from distrain.config.groups import TaskConfig
 from distrain.config.registry import register
-from distrain.config.schema import TaskConfig
 from distrain.data.base import Split
 from distrain.tasks.base import Evaluation, MetricState
 from distrain.tasks.confusion import CountsConfusions

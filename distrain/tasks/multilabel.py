@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from distrain.config.groups import TaskConfig
 from distrain.config.registry import register
-from distrain.config.schema import Config, TaskConfig, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.data.base import DataSpec
 from distrain.optim.losses import at_least_32_bits
 from distrain.tasks.base import MetricState

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from distrain.config.groups import TaskConfig
 from distrain.config.registry import register
-from distrain.config.schema import TaskConfig
 from distrain.optim.losses import at_least_32_bits
 from distrain.tasks.base import MetricState
 from distrain.tasks.supervised import Supervised

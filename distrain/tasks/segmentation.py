@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from distrain.config.groups import TaskConfig
 from distrain.config.registry import register
-from distrain.config.schema import Config, TaskConfig
+from distrain.config.schema import Config
 from distrain.data.base import IGNORED, DataSpec, Split
 from distrain.errors import ConfigError, config_error
 from distrain.tasks.base import Evaluation, MetricState

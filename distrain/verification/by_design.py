@@ -5,7 +5,8 @@ from __future__ import annotations
 from distrain.compression.auto import AutoConfig
 from distrain.compression.base import LossyConfig
 from distrain.compression.sparse import SparseConfig
-from distrain.config.schema import CompressionConfig, Config
+from distrain.config.groups import CompressionConfig
+from distrain.config.schema import Config
 from distrain.strategies.base import strategy_class
 
 #: What is true of every such run, and is checked.

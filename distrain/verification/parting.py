@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distrain.config.schema import CompressionConfig, Config
+from distrain.config.groups import CompressionConfig
+from distrain.config.schema import Config
 from distrain.errors import Failed, Stopped, described, termination_behind
 from distrain.torch_internals import BatchNorm
 from distrain.training.trainer import Trainer

@@ -14,7 +14,7 @@ from distrain.communication.collectives import Communicator
 from distrain.communication.types import DONE, Pending
 from distrain.compression.base import Compressor, LossyConfig, MessageCompressor, build
 from distrain.compression.bucket import Bucket
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from tests.runs import compose

@@ -21,8 +21,8 @@ from distrain.compression.autotune.candidate_set import CandidateSet
 from distrain.compression.base import Compressor, LossyConfig
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
+from distrain.config.groups import CompressionConfig
 from distrain.config.registry import _CHOICES, Choice, choices
-from distrain.config.schema import CompressionConfig
 from distrain.errors import ConfigError
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch

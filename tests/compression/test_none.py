@@ -7,7 +7,7 @@ import torch
 from distrain.communication.collectives import Communicator
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 
 
 def make_compressor() -> NoCompression:

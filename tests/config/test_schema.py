@@ -15,7 +15,7 @@ from distrain.config import schema
 from distrain.config.effects import affected_by
 from distrain.config.load import difference, fingerprint, load_config, to_container
 from distrain.config.registry import choices, locate, register
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from tests.runs import compose
 

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from distrain.config.groups import AugmentConfig, DataConfig
 from distrain.config.registry import choices
-from distrain.config.schema import AugmentConfig, DataConfig
 from distrain.data import decode
 from distrain.data.base import DataSource, Images, Split
 

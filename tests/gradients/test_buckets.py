@@ -12,7 +12,7 @@ from distrain.communication.collectives import Communicator, ring_all_reduce_byt
 from distrain.communication.types import DONE, Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, split_into_buckets
 from distrain.reporting.metrics import Stopwatch

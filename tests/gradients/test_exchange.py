@@ -12,7 +12,7 @@ from distrain.communication.types import DONE, Pending
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
 from distrain.compression.observer import ExchangeObserver
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.config.schema import ModelConfig
+from distrain.config.groups import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models import trial
 from distrain.models.build import CustomConfig, instantiate_model

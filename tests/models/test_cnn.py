@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrain.config.schema import ModelConfig
+from distrain.config.groups import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models.cnn import CifarCNN, SimpleCNN
 from distrain.models.trial import ModelTrial

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distrain.config.schema import ModelConfig
+from distrain.config.groups import ModelConfig
 from distrain.errors import ConfigError
 from distrain.models import trial
 from distrain.models.trial import ModelTrial

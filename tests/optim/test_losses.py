@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distrain.config.groups import LossConfig
 from distrain.config.registry import choices
-from distrain.config.schema import LossConfig
 from distrain.data.base import IGNORED, DataSpec
 from distrain.errors import ConfigError
 from distrain.optim.losses import Loss, build

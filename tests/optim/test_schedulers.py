@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
+from distrain.config.groups import SchedulerConfig
 from distrain.config.registry import choices
-from distrain.config.schema import SchedulerConfig
 from distrain.errors import ConfigError
 from distrain.optim.schedulers import CosineConfig, OneCycleConfig, StepConfig, TriangleConfig, build
 

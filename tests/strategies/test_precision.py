@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.precision import Precision

@@ -15,8 +15,8 @@ from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
 from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
+from distrain.config.groups import CompressionConfig, StrategyConfig, TaskConfig
 from distrain.config.registry import register
-from distrain.config.schema import CompressionConfig, StrategyConfig, TaskConfig
 from distrain.models.base import BlockSequence
 from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.replicated import Replicated

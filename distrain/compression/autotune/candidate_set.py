@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distrain.compression.base import Compressor, build
 from distrain.compression.bucket import Bucket
 from distrain.compression.error_feedback import Residuals
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 
 
 class CandidateSet:

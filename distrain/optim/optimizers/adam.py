@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from distrain.config.groups import OptimizerConfig
 from distrain.config.registry import register
-from distrain.config.schema import OptimizerConfig, setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.optim.uncompiled import without_compiler_hooks
 

@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from distrain.config.groups import OptimizerConfig
 from distrain.config.registry import choice
-from distrain.config.schema import Config, OptimizerConfig
+from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.optim.optimizers.groups import ParameterGroups, Parameters
 from distrain.optim.optimizers.lookahead import Lookahead

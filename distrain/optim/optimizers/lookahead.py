@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distrain import torch_internals
-from distrain.config.schema import LookaheadConfig
+from distrain.config.groups import LookaheadConfig
 from distrain.optim.optimizers import updates
 
 _KEY = "slow"

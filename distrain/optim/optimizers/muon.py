@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrain.config.groups import OptimizerConfig
 from distrain.config.registry import register
-from distrain.config.schema import OptimizerConfig, setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.optim.optimizers.groups import parameter_group
 from distrain.optim.uncompiled import without_compiler_hooks

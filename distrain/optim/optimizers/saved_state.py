@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
-from distrain.config.schema import OptimizerConfig
+from distrain.config.groups import OptimizerConfig
 from distrain.errors import described
 from distrain.optim.optimizers.build import build_optimizer
 

@@ -12,7 +12,7 @@ from distrain.communication.collectives import Communicator
 from distrain.compression.base import Compressor
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.exchange import BucketExchanger

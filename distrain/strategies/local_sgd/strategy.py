@@ -14,8 +14,9 @@ from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.compression.none import NoCompression
+from distrain.config.groups import CompressionConfig
 from distrain.config.registry import register
-from distrain.config.schema import CompressionConfig, Config
+from distrain.config.schema import Config
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError, config_error
 from distrain.gradients.buckets import Gradients

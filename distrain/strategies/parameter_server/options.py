@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distrain.compression.base import MessageCompressor, compressor_class
+from distrain.config.groups import StrategyConfig
 from distrain.config.registry import choice, choices
-from distrain.config.schema import Config, StrategyConfig, setting
+from distrain.config.schema import Config
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 
 _DEFAULT_STALENESS = 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distrain.config.schema import StrategyConfig, setting
+from distrain.config.groups import StrategyConfig
+from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.strategies.pipeline.schedule import SCHEDULES
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distrain.config.load import load_settings
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.health.last_line import LAUNCHER
 from distrain.runtime.world import World

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distrain.config.load import load_settings
-from distrain.config.schema import setting
+from distrain.config.setting import setting
 from distrain.errors import ConfigError, first_line
 from distrain.tools.planning.cluster import Accelerator, Cluster, Link
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.compression.base import compressor_class
-from distrain.config.schema import CompressionConfig, Config
+from distrain.config.groups import CompressionConfig
+from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.errors import ConfigError, config_error
 from distrain.models.trial import ModelTrial

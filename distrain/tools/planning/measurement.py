@@ -19,7 +19,7 @@ from distrain.communication.types import Reduction
 from distrain.compression import base as compression
 from distrain.compression.autotune.compressor_cost import CompressorCost, measure_cost
 from distrain.compression.autotune.step_trace import synchronised_time
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error

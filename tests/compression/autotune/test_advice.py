@@ -17,7 +17,7 @@ from distrain.compression.autotune.link_model import LinkModel, LinkSample
 from distrain.compression.base import Compressor
 from distrain.compression.none import NoCompression
 from distrain.compression.observer import ExchangeObserver
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.runtime import Runtime

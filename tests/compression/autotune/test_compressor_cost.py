@@ -12,7 +12,7 @@ from distrain.compression.autotune.compressor_cost import (
     uncompressed_cost,
 )
 from distrain.compression.bucket import Bucket
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from tests.compression.autotune.sleeping import SlowCompressor
 
 

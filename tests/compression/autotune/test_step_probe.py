@@ -10,7 +10,7 @@ from distrain.compression.autotune.step_probe import HELD, ORDINARY, Phase, Step
 from distrain.compression.autotune.step_trace import StepTrace
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 

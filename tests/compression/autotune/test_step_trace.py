@@ -10,7 +10,7 @@ from distrain.compression.autotune import step_trace
 from distrain.compression.autotune.step_trace import SegmentTrace, StepRecorder, StepTrace, median_with_error
 from distrain.compression.bucket import Bucket
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.exchange import BucketExchanger
 from distrain.reporting.metrics import Stopwatch
 

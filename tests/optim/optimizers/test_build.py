@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.config.schema import OptimizerConfig
+from distrain.config.groups import OptimizerConfig
 from distrain.errors import ConfigError
 from distrain.optim.optimizers.adam import AdamConfig
 from distrain.optim.optimizers.build import build_optimizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.config.schema import GroupConfig, OptimizerConfig
+from distrain.config.groups import GroupConfig, OptimizerConfig
 from distrain.errors import ConfigError
 from distrain.optim.optimizers import trial
 from distrain.optim.optimizers.adam import AdamConfig

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
 from distrain.config import registry
+from distrain.config.groups import OptimizerConfig
 from distrain.config.registry import Choice, choices
-from distrain.config.schema import OptimizerConfig
 from distrain.optim.optimizers import saved_state
 from distrain.optim.optimizers.build import build_optimizer
 from tests.runs import small

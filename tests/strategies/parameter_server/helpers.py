@@ -15,7 +15,7 @@ from torch import nn
 from distrain.communication.collectives import Communicator, Ledger
 from distrain.communication.types import RankName
 from distrain.compression.none import NoCompression
-from distrain.config.schema import CompressionConfig
+from distrain.config.groups import CompressionConfig
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.parameter_server.client import ServerClient
