@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain.config.schema import GroupConfig, OptimizerConfig
+from distrain.config.groups import GroupConfig, OptimizerConfig
 from distrain.files.escaping import Lines
 from distrain.models.layers import layer_depths, matches, unmatched
 from distrain.optim.optimizers import updates
