@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.side_by_side import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 - hooks of pytest
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
