@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
-#: More files than this side by side would make waiting ranks wait for a core.
-_MOST_WORKERS = 4
-#: Files that take longest, below ``tests/``, longest first. They begin first, so that no process ends with one of them
-#: while the others have nothing left to do. Their order is the only thing that is wrong if this list is out of date.
+#: With more files side by side than this, what waits for an answer in time might wait for a core.
+_MOST_PROCESSES = 4
+#: Files that take longest. They begin first, so that no process is still busy with one of them when the others have
+#: nothing left to do. Where this list is out of date, the suite takes a little longer.
 _LONGEST = (
+    "health/test_watch.py",
     "strategies/pipeline/test_strategy.py",
-    "api/test_ranks.py",
+    "tools/planning/test_engine.py",
     "strategies/parameter_server/test_strategy.py",
     "test_disk_faults.py",
+    "api/test_ranks.py",
+    "compression/test_contract.py",
 )
 
 
@@ -30,14 +33,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     options = config.option
     if not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None or options.tx:
         return
-    # Chosen files, markers (a SLURM cluster on this machine) and what needs the terminal are run as they always were.
+    # Not for a few files, which start sooner in this process; nor for markers, since a machine can run only one SLURM
+    # cluster; nor for what needs the terminal.
     is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     has_own_marker = any(argument.startswith("-m") for argument in config.invocation_params.args)
     if not is_whole_suite or has_own_marker or options.usepdb or options.collectonly or options.capture == "no":
         return
-    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
-    if workers > 1:
-        options.numprocesses, options.dist, options.loadscopereorder = workers, "loadfile", False
+    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
+    if processes > 1:
+        options.numprocesses, options.dist, options.loadscopereorder = processes, "loadfile", False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
