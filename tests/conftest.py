@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.side_by_side import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 - hooks of pytest
+from tests.side_by_side import (  # noqa: F401 - hooks of pytest
+    pytest_cmdline_main,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+)
 
 
 @pytest.hookimpl(tryfirst=True)

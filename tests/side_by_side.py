@@ -8,6 +8,7 @@ train.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     if processes > 1:
         options.numprocesses, options.dist, options.loadscopereorder = processes, "loadfile", False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escapes what no UTF-8 text can hold in a test's output: xdist can't send it, and would end the whole run."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
