@@ -124,8 +124,11 @@ def delayed(train_step: Callable[..., Any], begun: Path, lead: int) -> Callable[
         step += 1
         if rank == 0:
             begun.write_bytes(step.to_bytes(8, "big"))
-        while rank == 1 and not (begun.exists() and int.from_bytes(begun.read_bytes(), "big") >= enough):
-            time.sleep(0.001)
+        if rank == 1:
+            while not (begun.exists() and int.from_bytes(begun.read_bytes(), "big") >= enough):
+                time.sleep(0.001)
+            # Time for worker 0 to get further than it may.
+            time.sleep(0.02)
         return train_step(strategy, batch)
 
     return wait_and_train
