@@ -15,7 +15,7 @@ import torch
 from tests.side_by_side import (  # noqa: F401 - hooks of pytest
     pytest_cmdline_main,
     pytest_collection_modifyitems,
-    pytest_runtest_makereport,
+    pytest_report_to_serializable,
 )
 
 

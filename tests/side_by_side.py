@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,13 @@ _MOST_PROCESSES = 4
 #: nothing left to do. Where this list is out of date, the suite takes a little longer.
 _LONGEST = (
     "health/test_watch.py",
+    "training/test_resume.py",
     "strategies/pipeline/test_strategy.py",
-    "tools/planning/test_engine.py",
     "strategies/parameter_server/test_strategy.py",
     "test_disk_faults.py",
     "api/test_ranks.py",
     "compression/test_contract.py",
+    "strategies/test_parity.py",
 )
 
 
@@ -46,11 +48,18 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
     """Escapes what no UTF-8 text can hold in a test's output: xdist can't send it, and would end the whole run."""
-    report = yield
-    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
-    return report
+    return sendable((yield))
+
+
+def sendable(value: Any) -> Any:
+    """The same lists, dictionaries and texts without lone surrogates."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {sendable(key): sendable(content) for key, content in value.items()}
+    return type(value)(map(sendable, value)) if isinstance(value, list | tuple) else value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

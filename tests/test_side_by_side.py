@@ -76,3 +76,14 @@ def test_files_that_take_longest_come_first_and_the_others_keep_their_order() ->
     # Two tests of one file stay in order.
     assert items[0] is numbered[len(longest)][1]
     assert (items[-2], items[-1]) == (first[1], last[1])
+
+
+def test_a_report_is_sent_whatever_the_test_has_written() -> None:
+    report = {"sections": [("stdout", "a\udcff.jpg")], "longrepr": {"\ud800": ["\udcff", 1, None]}, "user": "é"}
+    sent = side_by_side.sendable(report)
+    assert sent == {
+        "sections": [("stdout", "a\\udcff.jpg")],
+        "longrepr": {"\\ud800": ["\\udcff", 1, None]},
+        "user": "é",
+    }
+    str(sent).encode()
