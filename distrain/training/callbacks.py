@@ -95,6 +95,28 @@ class EpochLog(Callback):
         log.info("%s", _epoch_line(run, values), extra=self._extra)
 
 
+class StatusValues(Callback):
+    """Adds to ``status.json`` how far the training is, and what was logged last."""
+
+    @override
+    def on_fit_start(self, run: RunView) -> None:
+        if run.runtime.status is not None:
+            trainer = run.config.trainer
+            run.runtime.status.begin_training(
+                run.progress.step, run.total_steps, trainer.epochs, compiles=bool(trainer.compile)
+            )
+
+    @override
+    def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
+        if run.runtime.status is not None:
+            run.runtime.status.note_step(values)
+
+    @override
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
+        if run.runtime.status is not None:
+            run.runtime.status.note_epoch(values)
+
+
 class ProgressBar(Callback):
     """A live line with epoch, loss, metrics, images per second, remaining time and share of time in communication.
 
@@ -262,7 +284,7 @@ def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: 
     if not is_main:
         return []
     mode = trainer_config.progress
-    callbacks: list[Callback] = [EpochLog(on_terminal=mode != "off")]
+    callbacks: list[Callback] = [StatusValues(), EpochLog(on_terminal=mode != "off")]
     if mode == "bar" or (mode == "auto" and TERMINAL.isatty()):
         callbacks.append(ProgressBar())
     elif mode != "off":

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from distrain.files.untrusted import finite_number
+
 #: Rows that a curve keeps before it joins neighbours; an even number.
 _MOST_BUCKETS = 1024
 _MOST_CURVES = 48
@@ -277,14 +279,3 @@ def _add_to_curves(metrics: Metrics, step: int, row: dict[str, Any]) -> None:
             # Rows of steps and of epochs may hold the same name.
             continue
         curve.add(step, finite_number(value))
-
-
-def finite_number(value: object) -> float | None:
-    """A finite number as float; ``None`` for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.files.untrusted import UnreadableFile
-from distrain.tools.comparison.curves import Metrics, finite_number, read_metrics
+from distrain.files.untrusted import UnreadableFile, finite_number
+from distrain.tools.comparison.curves import Metrics, read_metrics
 from distrain.tools.comparison.run_files import RunFiles
 from distrain.tools.launching.jobs import DONE
 
