@@ -22,7 +22,7 @@ from distrain.runtime.run_owner import RunOwner
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two writings. A slow disk makes them longer, so that writing takes at most this share of the time.
+#: Seconds between two writings. With thousands of ranks they are longer: writing takes at most this share of a core.
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL, _LARGEST_SHARE = 1.0, 10.0, 0.002
 #: Rounds over which a rank's speed is measured.
 _SPEED_ROUNDS = 10
@@ -53,10 +53,9 @@ class StatusFile:
         self._host, self._activity, self._limits = host, activity, limits
         self._writer = PlacedProcess.current()
         now = time.monotonic()
-        # A heartbeat of this rank itself, which is newer than the one in the store.
-        self._own = ObservedRank(Heartbeat(), now, now)
-        alone = [(Member(host, self._writer.process, is_local=True), self._own)]
-        self._observe = observe if observe is not None else lambda: alone
+        #: What is known of the only rank, which publishes no heartbeats.
+        self._only = (Member(host, self._writer.process, is_local=True), ObservedRank(Heartbeat(), now, now))
+        self._observe = self._observe_only if observe is None else observe
         self._speeds: dict[int, deque[tuple[float, int]]] = {}
         self._number = 0
         self._started = time.time()
@@ -96,9 +95,10 @@ class StatusFile:
         while True:
             # Asked first: what is written after that is the last.
             closes = self._closing.is_set()
-            began = time.monotonic()
+            # Of this thread alone, since waiting for a disk or for the interpreter's lock costs the training nothing.
+            used = time.thread_time()
             try:
-                self._write(began, running=not closes)
+                self._write(time.monotonic(), running=not closes)
             except Exception as error:
                 # Nobody may look at the file at all, so the terminal is spared.
                 message = f"{type(error).__name__}: {first_line(error)}"
@@ -107,7 +107,7 @@ class StatusFile:
                 self._latest_error = message
             if closes:
                 return
-            seconds = (time.monotonic() - began) / _LARGEST_SHARE
+            seconds = (time.thread_time() - used) / _LARGEST_SHARE
             self._closing.wait(min(max(seconds, _SHORTEST_INTERVAL), _LONGEST_INTERVAL))
 
     def _write(self, now: float, *, running: bool) -> None:
@@ -125,13 +125,7 @@ class StatusFile:
         """
         activity = self._activity
         self._number += 1
-        heartbeat = Heartbeat(number=self._number, progress=activity.progress, step=activity.step, phase=activity.phase)
-        self._own.update(heartbeat, now)
-        observed = list(self._observe())
-        ranks = [
-            self._rank(rank, member, self._own if rank == 0 else seen, now)
-            for rank, (member, seen) in enumerate(observed)
-        ]
+        ranks = [self._rank(rank, *observed, now) for rank, observed in enumerate(self._observe())]
         step_limit, setup_limit = self._limits
         training = dict(self._training)
         return RunStatus(
@@ -152,6 +146,13 @@ class StatusFile:
             epoch_values=_without_nonfinite(self._epoch_values),
             **training,
         )
+
+    def _observe_only(self) -> Sequence[tuple[Member, ObservedRank]]:
+        activity = self._activity
+        self._only[1].update(
+            Heartbeat(self._number, activity.progress, activity.step, activity.phase), time.monotonic()
+        )
+        return [self._only]
 
     def _rank(self, rank: int, member: Member, observed: ObservedRank, now: float) -> RankStatus:
         heartbeat = observed.heartbeat

@@ -217,7 +217,7 @@ def read_metrics(file: IO[bytes]) -> Metrics:
     metrics = Metrics()
     last_steps: dict[str, int] = {}
     for line in _lines(file, metrics):
-        row = _parse(line)
+        row = parse_row(line)
         if row is None:
             metrics.invalid_lines += 1
             continue
@@ -251,7 +251,7 @@ def _lines(file: IO[bytes], metrics: Metrics) -> Iterator[bytes]:
             return
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """A row; ``None`` if the line is not a complete, valid one."""
     if not line.endswith(b"\n"):
         return None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distrain.tools.comparison.text_table import display_width, to_text
+from distrain.files.live_text import display_width
+from distrain.tools.comparison.text_table import to_text
 from tests.tools.comparison.runs import CONFIG, read, write_run
 
 
