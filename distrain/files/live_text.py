@@ -10,6 +10,8 @@ from typing import TextIO
 
 #: Colours by the meaning of what is coloured, as parameters of the escape sequence.
 GOOD, DOUBTFUL, BAD = "32", "33", "31"
+#: Moves to the beginning of the line and clears it.
+CLEAR_LINE = "\r\x1b[K"
 #: Left and right of the drawn part of a bar.
 _FULL, _EMPTY = "█", "░"
 
@@ -39,9 +41,16 @@ def bar(share: float, width: int) -> str:
     return _FULL * full + _EMPTY * (width - full)
 
 
+def clock(seconds: float) -> str:
+    """A duration in hours, minutes and seconds, as ``0:09`` or ``1:02:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def is_live(stream: TextIO) -> bool:
-    """Whether text can be drawn in place on a stream."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether text can be drawn in place on a stream; false for one that is closed."""
+    return not stream.closed and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def coloured(text: str, colour: str, stream: TextIO) -> str:

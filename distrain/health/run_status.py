@@ -95,14 +95,17 @@ class RunStatus:
     @property
     def phase(self) -> str:
         """What most ranks are doing, as it is shown to users."""
-        phases = [shown_phase(rank.phase, rank.step, self) for rank in self.ranks if not rank.has_left]
+        phases = [self.phase_of(rank) for rank in self.ranks if not rank.has_left]
         return max(phases, key=phases.count) if phases else ""
+
+    def phase_of(self, rank: RankStatus) -> str:
+        """What a rank is doing, as it is shown to users."""
+        return shown_phase(rank.phase, compiles=self.compiles and rank.step == self.first_step)
 
     @property
     def seconds_left(self) -> float | None:
-        """Time until the last step, if the rest takes as long as this start's steps took; ``None`` if unknown."""
-        done = self.step - self.first_step
-        return self.training_seconds / done * max(self.total_steps - self.step, 0) if done > 0 else None
+        """Time until the last step; ``None`` if it is unknown."""
+        return seconds_left(self.training_seconds, self.step - self.first_step, self.total_steps - self.step)
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file."""
@@ -161,17 +164,19 @@ _SHOWN_PHASES = {
 }
 
 
-def shown_phase(phase: str, step: int, run: RunStatus) -> str:
+def shown_phase(phase: str, *, compiles: bool) -> str:
     """What a rank is doing, for users.
 
     Args:
         phase: As in :class:`RankStatus`.
-        step: Likewise.
-        run: Says whether the first step compiles.
+        compiles: If it trains, this step compiles the model.
     """
-    if phase == "training" and run.compiles and step == run.first_step:
-        return "compiling"
-    return _SHOWN_PHASES.get(phase, phase)
+    return "compiling" if compiles and phase == "training" else _SHOWN_PHASES.get(phase, phase)
+
+
+def seconds_left(seconds: float, done: int, left: int) -> float | None:
+    """Time that the steps left will take if each takes as long as those done took; ``None`` before the first."""
+    return seconds / done * max(left, 0) if done > 0 else None
 
 
 class _Fields:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from distrain.files.escaping import escaped
-from distrain.files.live_text import BAD, DOUBTFUL, GOOD, bar, coloured, cut, display_width
-from distrain.health.run_status import RankStatus, RunStatus, shown_phase
+from distrain.files.live_text import BAD, DOUBTFUL, GOOD, bar, clock, coloured, cut, display_width
+from distrain.health.run_status import RankStatus, RunStatus
 from distrain.reporting.end_table import end_table
 from distrain.tools.watching.job import (
     ENDED,
@@ -137,7 +137,7 @@ def _ranks(job: Job, status: RunStatus, room: int) -> list[str]:
     rows = [["rank", "host", "phase", "step", "steps/s", *(("last moved", "last heard") if goes_on else ())]]
     for rank in ranks:
         moved, heard = (seconds + job.age_seconds for seconds in (rank.idle_seconds, rank.silent_seconds))
-        phase = "left" if rank.has_left else shown_phase(rank.phase, rank.step, status)
+        phase = "left" if rank.has_left else status.phase_of(rank)
         rows.append(
             [
                 str(rank.rank),
@@ -165,10 +165,3 @@ def _padded(cell: str, width: int, column: int) -> str:
 
 def _ago(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else clock(seconds)
-
-
-def clock(seconds: float) -> str:
-    """A duration in hours, minutes and seconds, as ``0:09`` or ``1:02:03``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
