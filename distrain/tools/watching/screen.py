@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
@@ -29,6 +30,8 @@ _COLOURS = {
 }
 _LONGEST_BAR = 30
 _LONGEST_HOST = 20
+#: The reason of a failure may be long.
+_MOST_STATE_LINES = 3
 #: Fewest rows of ranks that are shown in a low terminal.
 _FEWEST_RANKS = 3
 _GAP = "  "
@@ -51,12 +54,12 @@ def to_lines(job: Job, width: int, height: int, stream: TextIO) -> list[str]:
     problems = [escaped(problem) for problem in job.problems]
     # Where the ranks of a run were that ended as it should says nothing.
     if job.status is not None and job.state not in (ENDED, STOPPED):
-        room = max(height - len(lines) - len(problems) - 5, _FEWEST_RANKS)
+        room = max(height - len(lines) - len(problems) - 4 - _MOST_STATE_LINES, _FEWEST_RANKS)
         lines += ["", *_ranks(job, job.status, room)]
     lines += problems
-    state = _state_line(job)
-    shown = cut(state, width).replace(job.state, coloured(job.state, _COLOURS[job.state], stream), 1)
-    return [cut(lines[0], width), shown, *(cut(line, width) for line in lines[1:])]
+    first, *more = textwrap.wrap(_state_line(job), width, max_lines=_MOST_STATE_LINES, placeholder=" …")
+    state = [first.replace(job.state, coloured(job.state, _COLOURS[job.state], stream), 1), *more]
+    return [cut(lines[0], width), *state, *(cut(line, width) for line in lines[1:])]
 
 
 def to_line(job: Job) -> str:

@@ -22,10 +22,6 @@ def test_no_line_of_the_table_is_wider_than_the_terminal(tmp_path: Path, width: 
     assert ("too narrow for" in lines[-1]) == (width <= 120)
 
 
-def test_letters_of_east_asia_take_two_columns_and_accents_none() -> None:
-    assert [display_width(text) for text in ("ab", "数据", "e\u0301", "…–")] == [2, 4, 1, 2]
-
-
 def test_most_important_columns_stay_longest(tmp_path: Path) -> None:
     lines = to_text(read(write_run(tmp_path / "a")), 40).split("\n")
     assert lines[0].split() == ["run", "best", "val", "accuracy", "test", "accuracy"]
