@@ -121,7 +121,7 @@ def test_an_error_is_logged_once_and_ends_nothing(
     (owner.run_dir / "status.json").symlink_to("elsewhere")
     again = StatusFile(owner, "host0", activity, None, (600.0, 300.0))
     deadline = time.monotonic() + HANG_SECONDS
-    while again._number < 3:  # noqa: SLF001
+    while again._number < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     again.close()

@@ -78,7 +78,7 @@ def test_what_matters_less_is_left_out_of_a_narrow_terminal() -> None:
     line, run, _ = training(Terminal())
     line.on_log(run, {**STEP, "speed/bytes_sent_per_step": 44_000.0, "speed/compression_ratio": 28.44})
     run.progress.step = 5
-    line._began -= 50  # noqa: SLF001 - as if it had taken 50 s
+    line._began -= 50
     wide = line.text(200)
     for part in ("25%", "5/20", "2:30 left", "loss 0.3457", "accuracy 0.876", "12,346 images/s", "communication 12%"):
         assert part in wide, part
@@ -96,7 +96,7 @@ def test_the_line_of_a_resumed_run_counts_the_time_left_from_its_step() -> None:
     line, run, _ = training(Terminal(), step=15, epoch=1)
     assert "left" not in line.text(100)
     run.progress.step = 16
-    line._began -= 10  # noqa: SLF001 - as if it had taken 10 s
+    line._began -= 10
     shown = line.text(100)
     assert shown.startswith("epoch 2/2")
     assert "80%" in shown
