@@ -12,7 +12,8 @@ from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data import manifest
 from distrain.data.manifest import data_manifest
-from distrain.files.terminal import FILE_ONLY
+from distrain.files.live_text import is_live
+from distrain.files.terminal import FILE_ONLY, TERMINAL
 from distrain.files.writing import to_json, to_yaml
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -55,11 +56,11 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
 
 
 def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
-    """Says what the run came to: in one line, and in a terminal with a live line as a table instead."""
+    """Says what the run came to: as a table in place of a live line in a terminal, else in one line."""
     if trainer.runtime.is_main:
-        bar = next((each for each in trainer.callbacks if isinstance(each, ProgressBar)), None)
-        log.info("%s", closing_line(summary, trainer.task), extra=None if bar is None else FILE_ONLY)
-        if bar is not None:
+        bars = [each for each in trainer.callbacks if isinstance(each, ProgressBar) and is_live(TERMINAL)]
+        log.info("%s", closing_line(summary, trainer.task), extra=FILE_ONLY if bars else None)
+        for bar in bars:
             bar.end(summary, trainer.runtime.run_dir)
         if line := expected.slower_than_planned(summary):
             log.warning("%s", line)

@@ -49,8 +49,11 @@ def clock(seconds: float) -> str:
 
 
 def is_live(stream: TextIO) -> bool:
-    """Whether text can be drawn in place on a stream; false for one that is closed."""
-    return not stream.closed and stream.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether text can be drawn in place on a stream."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):  # what a program has put in place of a stream; a stream that is closed
+        return False
 
 
 def coloured(text: str, colour: str, stream: TextIO) -> str:

@@ -131,7 +131,7 @@ def _fitted(doing: str, run: RunView, values: Mapping[str, float], first_step: i
     step, total, epochs = run.progress.step, run.total_steps, run.config.trainer.epochs
     share = min(step / max(total, 1), 1.0)
     left = seconds_left(seconds, step - first_step, total - step)
-    #: In the order of the line, each with its rank in importance.
+    # In the order of the line, each with its rank in importance.
     parts = [
         (0, f"epoch {min(run.progress.epoch + 1, epochs)}/{epochs}"),
         (1, f"{doing:10}"),

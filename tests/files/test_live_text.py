@@ -46,6 +46,6 @@ def test_only_terminals_that_can_draw_are_live(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     closed = Terminal()
     closed.close()
-    assert [is_live(stream) for stream in (Terminal(), io.StringIO(), closed)] == [True, False, False]
+    assert [is_live(stream) for stream in (Terminal(), io.StringIO(), closed, object())] == [True] + 3 * [False]  # type: ignore[arg-type]
     monkeypatch.setenv("TERM", "dumb")
     assert not is_live(Terminal())

@@ -193,8 +193,8 @@ class JobReader:
         with contextlib.suppress(UnreadableFile):
             claim = self._files.json(str(CLAIM), _MAX_CLAIM_BYTES) or {}
             pid = claim.get("pid")
-            is_number = isinstance(pid, int) and not isinstance(pid, bool) and pid > 0
-            return is_number and claim.get("host") == socket.gethostname() and may_exist(pid)
+            if isinstance(pid, int) and not isinstance(pid, bool) and pid > 0:
+                return claim.get("host") == socket.gethostname() and may_exist(pid)
         return False
 
 
