@@ -8,10 +8,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from distrain.cli import watch as watching
 from distrain.cli.commands import watch
 from tests.tools.comparison.runs import SUMMARY
 from tests.tools.watching.jobs import ELSEWHERE, NOW, status, write_job
@@ -36,12 +36,12 @@ def test_a_run_is_watched_until_it_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_job(folder / "run", status())
-    later = [
-        lambda: None,
-        lambda: write_job(run, status(values={"train/loss": 0.25})),
-        lambda: write_job(run, status(running=False), summary=SUMMARY),
+    later: list[dict[str, Any]] = [
+        {"content": status()},
+        {"content": status(values={"train/loss": 0.25})},
+        {"content": status(running=False), "summary": SUMMARY},
     ]
-    monkeypatch.setattr(watching.time, "sleep", lambda _: later.pop(0)())
+    monkeypatch.setattr(time, "sleep", lambda _: write_job(run, **later.pop(0)))
     assert code_of("run") == 0
     assert later == []
     # A line for each change, none where nothing changed.
@@ -60,7 +60,7 @@ def test_in_a_terminal_the_screen_is_drawn_in_place(folder: Path, monkeypatch: p
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(watching.time, "sleep", lambda _: write_job(run, None, failure={"error": "no room"}))
+    monkeypatch.setattr(time, "sleep", lambda _: write_job(run, None, failure={"error": "no room"}))
     assert code_of("run") == 1
     before, _, after = terminal.getvalue().partition("\x1b[11A\r\x1b[J")
     assert before.count("\n") == 11
@@ -80,10 +80,10 @@ def test_in_a_terminal_the_screen_is_drawn_in_place(folder: Path, monkeypatch: p
 def test_once_prints_once_for_people_and_for_scripts(
     folder: Path, changes: dict[str, bool], reports: dict[str, object], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_job(folder / "run=1", status(**changes), **reports)
-    assert code_of("once=true", "run=1") == code
-    assert capsys.readouterr().out.startswith("run=1: ddp, 3 ranks\n")
-    assert code_of("run='run=1'", "once=true", "json=true") == code
+    write_job(folder / "000_a=1", status(**changes), **reports)
+    assert code_of("once=true", "000_a=1") == code
+    assert capsys.readouterr().out.startswith("000_a=1: ddp, 3 ranks\n")
+    assert code_of("run='000_a=1'", "once=true", "json=true") == code
     (line,) = capsys.readouterr().out.splitlines()
     content = json.loads(line)
     assert content["exit_code"] == (None if code == 0 and not reports else code)
@@ -95,7 +95,7 @@ def test_a_run_whose_host_has_another_time_is_looked_at_twice(
 ) -> None:
     late = status(writer=ELSEWHERE, time=NOW - 1e6)
     run = write_job(folder / "run", late)
-    monkeypatch.setattr(watching.time, "sleep", lambda _: write_job(run, dataclasses.replace(late, number=8)))
+    monkeypatch.setattr(time, "sleep", lambda _: write_job(run, dataclasses.replace(late, number=8)))
     assert code_of("run", "once=true", "json=true") == 0
     assert json.loads(capsys.readouterr().out)["state"] == "running"
 

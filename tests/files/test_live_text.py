@@ -44,7 +44,7 @@ def test_lines_replace_those_before_and_a_narrower_terminal_is_cleared(monkeypat
 
 def test_only_terminals_that_can_draw_are_live(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    closed = Terminal()
+    closed = io.StringIO()
     closed.close()
     assert [is_live(stream) for stream in (Terminal(), io.StringIO(), closed, object())] == [True] + 3 * [False]  # type: ignore[arg-type]
     monkeypatch.setenv("TERM", "dumb")
