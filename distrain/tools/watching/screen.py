@@ -57,9 +57,9 @@ def to_lines(job: Job, width: int, height: int, stream: TextIO) -> list[str]:
         room = max(height - len(lines) - len(problems) - 4 - _MOST_STATE_LINES, _FEWEST_RANKS)
         lines += ["", *_ranks(job, job.status, room)]
     lines += problems
-    first, *more = textwrap.wrap(_state_line(job), width, max_lines=_MOST_STATE_LINES, placeholder=" …")
-    state = [first.replace(job.state, coloured(job.state, _COLOURS[job.state], stream), 1), *more]
-    return [cut(lines[0], width), *state, *(cut(line, width) for line in lines[1:])]
+    state = textwrap.wrap(_state_line(job), max(width, 10), max_lines=_MOST_STATE_LINES, placeholder=" …")
+    title, first, *rest = [cut(line, width) for line in (lines[0], *state, *lines[1:])]
+    return [title, first.replace(job.state, coloured(job.state, _COLOURS[job.state], stream), 1), *rest]
 
 
 def to_line(job: Job) -> str:
