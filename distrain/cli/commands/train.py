@@ -40,7 +40,9 @@ def _task(composed: DictConfig) -> None:
 
 
 def _check(composed: DictConfig, launch: LaunchSettings) -> None:
-    _say_that_it_starts(composed)
+    # With several hosts, rank 0 and its live line may be on another one.
+    if launch.nodes == (1, 1):
+        _say_that_it_starts(composed)
     with hydra_entry.gc_disabled():
         config = load_config(composed)
         # Imported here because it imports torch, which most errors need not wait for.
