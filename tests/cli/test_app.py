@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import distrain
-from distrain.cli import app
+from distrain.cli import app, hydra_entry
+from distrain.cli.commands import train as train_command
 from distrain.config.schema import Config
 from distrain.models.cnn import SimpleCNN
 from tests.harness import run_ranks
-from tests.runs import small
+from tests.runs import CONF, small
 from tests.training.test_callbacks import Terminal
 
 
@@ -68,6 +69,18 @@ def test_in_a_terminal_a_live_line_says_what_happens_and_a_table_ends_it(
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert "epoch 1/1: loss " in log
     assert "test_accuracy " in log
+
+
+@pytest.mark.parametrize(("progress", "said"), [("auto", "\r\x1b[Kstarting"), ("lines", ""), ("off", "")])
+def test_a_terminal_is_told_at_once_that_the_training_starts(
+    progress: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(app, "train", lambda _: None)
+    train_command._task(hydra_entry.compose(CONF, "config", [f"trainer.progress={progress}"]))
+    assert terminal.getvalue() == said
 
 
 def test_summary_says_where_the_run_comes_from(two_starts: Path) -> None:
