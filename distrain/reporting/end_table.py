@@ -55,7 +55,7 @@ def _rows(summary: Mapping[str, Any], run_dir: str) -> list[tuple[str, str]]:
         ("test", last),
         ("test of the best", best if best != last else ""),
         ("validation", validation),
-        ("best model", _best(summary, number)),
+        ("best validation", _best(summary, number)),
         ("training loss", number.text("train_loss", "{:.4f}")),
         ("steps", _steps(number)),
         (
@@ -77,8 +77,8 @@ def _best(summary: Mapping[str, Any], number: _Numbers) -> str:
     value = number.text(f"best_val_{monitor}", "{:.4f}")
     if not value:
         return ""
-    when = number.text("best_epoch", " after epoch {:,.0f}") or number.text("best_step", " at step {:,.0f}")
-    return f"validation {escaped(monitor)} {value}{when}" + (", stopped early" if summary.get("stopped_early") else "")
+    when = number.text("best_epoch", ", after epoch {:,.0f}") or number.text("best_step", ", at step {:,.0f}")
+    return f"{escaped(monitor)} {value}{when}" + (", stopped early" if summary.get("stopped_early") else "")
 
 
 def _steps(number: _Numbers) -> str:

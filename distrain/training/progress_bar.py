@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from typing_extensions import override
 
-from distrain.files.escaping import Lines
+from distrain.files.escaping import Lines, escaped
 from distrain.files.live_text import CLEAR_LINE, bar, clock, cut, display_width, is_live, terminal_size
 from distrain.files.terminal import TERMINAL, print_to_stderr
 from distrain.health.activity import RankActivity
@@ -81,13 +81,16 @@ class ProgressBar(Callback):
 
     @override
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
-        # Shorter than the line in the log, which is wider than most terminals.
-        parts = [f"epoch {run.progress.epoch}/{run.config.trainer.epochs}", f"loss {values['epoch/train_loss']:.4f}"]
-        parts += [listed_metrics(run.task.metrics, values, "epoch/train_", 4)]
+        # Shorter than the line in the log, which is wider than most terminals; what was trained on is left out first.
+        parts = [
+            (0, f"epoch {run.progress.epoch}/{run.config.trainer.epochs}"),
+            (1, f"loss {values['epoch/train_loss']:.4f}"),
+            (4, listed_metrics(run.task.metrics, values, "epoch/train_", 4)),
+        ]
         if "epoch/val_loss" in values:
-            parts += [f"validation: loss {values['epoch/val_loss']:.4f}"]
-            parts += [listed_metrics(run.task.validated, values, "epoch/val_", 4)]
-        tqdm.write(_GAP.join(_kept(list(enumerate(parts)), terminal_size()[0] - 1)), file=self._stream)
+            metrics = ", ".join(f"val {escaped(name)} {values[f'epoch/val_{name}']:.4f}" for name in run.task.validated)
+            parts += [(2, f"val loss {values['epoch/val_loss']:.4f}"), (3, metrics)]
+        tqdm.write(_GAP.join(_kept(parts, terminal_size()[0] - 1)), file=self._stream)
 
     def end(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """Replaces the line by a table of what the run came to."""

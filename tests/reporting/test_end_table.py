@@ -27,7 +27,7 @@ def test_the_table_says_what_the_run_came_to() -> None:
         "  test              accuracy 0.8500, loss 0.5000",
         "  test of the best  accuracy 0.8400, loss 0.5500",
         "  validation        accuracy 0.8000",
-        "  best model        validation accuracy 0.9000 after epoch 1, stopped early",
+        "  best validation   accuracy 0.9000, after epoch 1, stopped early",
         "  training loss     0.2000",
         "  steps             40, 30 of them since it was resumed, 2 epochs, 1.5 s",
         "  speed             1,000 images/s, 9.5 ms a step, 15 ms the slowest 5 %",

@@ -116,7 +116,7 @@ def test_a_thread_redraws_the_line_and_epochs_stand_above_it() -> None:
     line.on_epoch_end(run, EPOCH)
     line.close()
     line.close()
-    assert "epoch 1/2  loss 0.4568  accuracy 0.8123  validation: loss 0.5679  accuracy 0.7901\n" in terminal.getvalue()
+    assert "epoch 1/2  loss 0.4568  accuracy 0.8123  val loss 0.5679  val accuracy 0.7901\n" in terminal.getvalue()
     assert "epoch 1/2  loss 0.4568  accuracy 0.8123\n" in terminal.getvalue()
     assert terminal.last() == ""
 
