@@ -14,6 +14,8 @@ from distrain.files.untrusted import finite_number
 _INDENT = "  "
 #: Narrower terminals wrap.
 _NARROWEST = 30
+#: Title of the last row.
+_FOLDER = "files"
 #: Numbers of ``summary.json`` that begin with ``test_`` and are no metric.
 _COUNTS = frozenset({"test_count", "test_correct"})
 
@@ -24,14 +26,15 @@ def end_table(summary: Mapping[str, Any], run_dir: Path | str, width: int) -> li
     Args:
         summary: Content of ``summary.json``; may come from a stranger.
         run_dir: The run's folder.
-        width: Columns of the terminal; no line is longer, if it has 30 or more.
+        width: Columns of the terminal; no line is longer, if it has 30 or more, but the last one, which names the
+            folder: a path that is broken can't be copied.
     """
     rows = [(title, text) for title, text in _rows(summary, str(run_dir)) if text]
     titles = max(len(title) for title, _ in rows) + len(_INDENT)
     lines = []
     for title, text in rows:
         room = max(width, _NARROWEST) - titles - len(_INDENT)
-        for place, line in enumerate(_wrapped(text, room)):
+        for place, line in enumerate([text] if title == _FOLDER else _wrapped(text, room)):
             lines.append(f"{_INDENT}{'' if place else title:{titles}}{line}")
     return lines
 
@@ -68,7 +71,7 @@ def _rows(summary: Mapping[str, Any], run_dir: str) -> list[tuple[str, str]]:
         ),
         ("time", _shares(summary.get("time_share"))),
         ("memory", number.text("peak_memory_mb", "{:,.0f} MB")),
-        ("files", escaped(run_dir)),
+        (_FOLDER, escaped(run_dir)),
     ]
 
 

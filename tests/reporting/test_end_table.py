@@ -47,9 +47,12 @@ def test_the_table_says_what_the_run_came_to() -> None:
         {"test_loss": None, "step_ms": None, "time_share": [], "steps": "many", "train_loss": math.nan},
     ],
 )
-def test_no_line_is_wider_than_the_terminal(width: int, more: dict[str, object]) -> None:
-    lines = end_table({**WHOLE, **more}, "/a/very/long/path" * 10, width)
+def test_no_line_but_the_folders_is_wider_than_the_terminal(width: int, more: dict[str, object]) -> None:
+    path = "/a/very/long/path" * 10
+    *lines, last = end_table({**WHOLE, **more}, path, width)
     assert all(display_width(line) <= width and line.isprintable() for line in lines)
+    # It can be copied.
+    assert last.endswith(f"  {path}")
 
 
 def test_a_summary_without_any_figure_leaves_the_folder() -> None:
