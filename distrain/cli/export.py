@@ -20,7 +20,7 @@ from distrain.cli.evaluate import load_test_images
 from distrain.cli.run_folder import TRUSTED_PREFIXES, RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.setting import setting
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.terminal import show
 from distrain.files.writing import to_json
 from distrain.models.tensors import convert
@@ -34,6 +34,7 @@ from distrain.tools.exporting.program import INSIDE, OUTSIDE, PREPROCESS, Progra
 from distrain.tools.exporting.program_files import Runner
 
 FORMATS = ("safetensors", "torch_export", "onnx", "folder")
+PREPROCESS_CHOICES = ("auto", *PREPROCESS)
 #: Formats that hold what the model computes, and not only its weights.
 _PROGRAMS = ("torch_export", "onnx")
 #: Random images that a program is compared on with ``check=0``.
@@ -53,7 +54,7 @@ class ExportSettings(RunSettings):
     preprocess: str = setting(
         "Where images are normalised, and outputs become probabilities. inside: in the program of format=onnx or "
         "torch_export. outside: by who uses it; OUTPUT.json says how. auto: inside if it is a program.",
-        choices=("auto", *PREPROCESS),
+        choices=PREPROCESS_CHOICES,
     )
     opset: int = setting(
         "format=onnx: version of ONNX's operators; runtimes read their own and older ones.", at_least=18
@@ -193,7 +194,10 @@ def _export_program(folder: RunFolder, settings: ExportSettings, weights: Weight
     program.eval().requires_grad_(False)
     description = {**_description(folder, weights), **program.describe()}
     if settings.check:
-        images = load_test_images(folder, settings.data_root, settings.check, settings.allow)
+        try:
+            images = load_test_images(folder, settings.data_root, settings.check, settings.allow)
+        except ConfigError as error:
+            raise config_error_from_line(f"{error}; check=0 compares on random images instead") from error
     else:
         images = random_images(folder.spec, _RANDOM_IMAGES)
     lines: list[str] = []

@@ -70,6 +70,8 @@ class ModelFolder:
         folder.mkdir()
         save_file(dict(tensors), folder / WEIGHTS, dict(metadata))
         (folder / CONFIG).write_text(json.dumps(self._config(arguments), indent=2) + "\n", encoding="utf-8")
+        # The library makes a file that only its owner can read.
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
         text = card.text(self.run, self.config, self.spec, self.step, arguments, self._described(), licence)
         (folder / CARD).write_text(text, encoding="utf-8")
 
