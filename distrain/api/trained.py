@@ -185,6 +185,9 @@ def export(
         ConfigError: The run or the output can't be used, or a program would not give what the run's model gives.
     """
     require_one_process("export", World.from_environment())
+    for name, value, smallest in (("opset", opset, exporting.OLDEST_OPSET), ("check", check, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ConfigError(name, value, f"must be at least {smallest}")
     settings = exporting.ExportSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),

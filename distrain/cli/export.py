@@ -34,6 +34,8 @@ from distrain.tools.exporting.program import INSIDE, OUTSIDE, PREPROCESS, Progra
 from distrain.tools.exporting.program_files import Runner
 
 FORMATS = ("safetensors", "torch_export", "onnx", "folder")
+#: The oldest version of ONNX's operators that torch.onnx writes.
+OLDEST_OPSET = 18
 PREPROCESS_CHOICES = ("auto", *PREPROCESS)
 #: Formats that hold what the model computes, and not only its weights.
 _PROGRAMS = ("torch_export", "onnx")
@@ -57,7 +59,7 @@ class ExportSettings(RunSettings):
         choices=PREPROCESS_CHOICES,
     )
     opset: int = setting(
-        "format=onnx: version of ONNX's operators; runtimes read their own and older ones.", at_least=18
+        "format=onnx: version of ONNX's operators; runtimes read their own and older ones.", at_least=OLDEST_OPSET
     )
     check: int = setting(
         "format=onnx and torch_export: test images of the run's data for which the written file must give what the "

@@ -16,6 +16,7 @@ from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.files.untrusted import UnreadableFile, read_json
 from distrain.files.writing import to_yaml
+from distrain.models.python_object import PythonObjectModelConfig
 from distrain.models.timm import TimmConfig
 from distrain.verification import certificate
 
@@ -90,6 +91,12 @@ def _usage(config: Config, described: Mapping[str, Any], arguments: Mapping[str,
             "# A folder: local-dir:FOLDER; on the Hub: hf-hub:USER/NAME\n"
             'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+        )
+    elif isinstance(config.model, PythonObjectModelConfig):
+        code = (
+            "from safetensors.torch import load_file\n\n"
+            f"# model: as it was made for the training, by {_plain(config.model._target_)}\n"
+            'model.load_state_dict(load_file("model.safetensors"))'
         )
     else:
         module, _, target = config.model._target_.rpartition(".")

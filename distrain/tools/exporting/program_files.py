@@ -152,7 +152,7 @@ def _tidy(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch says to its developers while it records and translates."""
-    logger = logging.getLogger("torch.onnx")
+    logger = logging.getLogger("torch")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
