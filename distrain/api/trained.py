@@ -186,7 +186,7 @@ def export(
     """
     require_one_process("export", World.from_environment())
     for name, value, smallest in (("opset", opset, exporting.OLDEST_OPSET), ("check", check, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        if value < smallest:
             raise ConfigError(name, value, f"must be at least {smallest}")
     settings = exporting.ExportSettings(
         run=os.fspath(_path(run)),

@@ -269,7 +269,7 @@ def on_each_rank(overrides: list[str], parts: int | None = None) -> None:
             os._exit(0)
         return predict_part(self, *arguments)
 
-    predict.Predictor.predict = dies  # type: ignore[method-assign]
+    predict.Predictor.predict = dies  # type: ignore[method-assign, assignment]
     predict.run(load_settings(PredictSettings, hydra_entry.compose(CONF, "predict", overrides)))
 
 

@@ -34,6 +34,9 @@ class Program(nn.Module):
         preprocess: One of :data:`PREPROCESS`.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self, model: nn.Module, task: Task, spec: DataSpec, mean: Sequence[float], std: Sequence[float], preprocess: str
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,19 +68,22 @@ def test_a_program_gives_the_results_of_its_task(target: str, views: str) -> Non
 
 @pytest.mark.parametrize("target", soaked(TASKS, []))
 @pytest.mark.parametrize("preprocess", ["inside", "outside"])
-def test_both_formats_give_the_same_for_every_task(target: str, preprocess: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_both_formats_give_the_same_for_every_task(target: str, preprocess: str, tmp_path: Path) -> None:
     program, own = made(target, preprocess, "trainer.test_views=flip")
     images = random_images(own._task.spec, 70)
-    for run in (
-        program_files.write_torch_export(program, program.describe(), tmp_path / "m"),
-        program_files.write_onnx(program, program.describe(), 18, tmp_path / "m.onnx"),
+
+    def given(stored: Tensor) -> Tensor:
+        return own.normalised(stored) if preprocess == "outside" else stored
+
+    def expected(stored: Tensor) -> dict[str, Tensor]:
+        return program.results(own.outputs(stored))
+
+    archive = program_files.write_torch_export(program, program.describe(), tmp_path / "m")
+    onnx = program_files.write_onnx(program, program.describe(), 18, tmp_path / "m.onnx")
+    for found in (
+        agreement.compare("torch_export", images, expected, lambda stored: archive(given(stored))),
+        agreement.compare("onnx", images, expected, lambda stored: onnx(given(stored))),
     ):
-        found = agreement.compare(
-            "onnx",
-            images,
-            lambda stored: program.results(own.outputs(stored)),
-            lambda stored, run=run: run(own.normalised(stored) if preprocess == "outside" else stored),
-        )
         assert found.images == 70
         assert found.largest < 1e-5
 
