@@ -157,7 +157,7 @@ def export(
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
     data_root: str | os.PathLike[str] | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     allow: Sequence[str] = (),
 ) -> Path:
     """Writes the run's model so that it can be used without distrain, as the command ``export``.
@@ -175,7 +175,7 @@ def export(
         model: As for :func:`evaluate`; ``safetensors`` needs none.
         checkpoint: As for :func:`evaluate`.
         data_root: As for :func:`evaluate`.
-        licence: Name of the licence for the model card.
+        license: Name of the licence for the model card, such as apache-2.0.
         allow: As for :func:`evaluate`.
 
     Returns:
@@ -197,7 +197,7 @@ def export(
         opset=opset,
         check=check,
         data_root=None if data_root is None else os.fspath(data_root),
-        license=licence,
+        license=license,
         push=None,
         private=True,
         allow=list(allow),
