@@ -148,7 +148,7 @@ def test_programs_give_the_same_classes_in_a_process_without_distrain(
     change_config(run, trainer={"precision": "bf16"})
     export.run(configured(run, "format=onnx", f"output={onnx}"))
     said = capfd.readouterr().out
-    assert "compared with the run's model on 31 test images: 31 of 31 decisions equal, largest difference" in said
+    assert "compared with the run's model on 31 test images: the same class in 31 of 31, largest difference" in said
     assert re.search(r"computes in fp32, and the run in bf16: both decide the same for \d\d of 31\n", said)
     # A checkpoint's class names and normalisation, for a program that leaves both to its caller.
     export.run(configured(run, "format=torch_export", "preprocess=outside", "check=0", f"output={archive}"))

@@ -25,13 +25,16 @@ class Agreement:
         images: How many were compared.
         largest: Largest difference of an output, as a share of :attr:`scale`.
         scale: Largest output of the run's model, or 1 if that is larger.
-        decisions: How many whole numbers were compared, such as the class of each image or pixel; 0: there are none.
+        decided: Name of the output that holds whole numbers, such as the class of each image or pixel; empty: there is
+            none.
+        decisions: How many of them were compared.
         equal: How many of them are equal.
     """
 
     images: int = 0
     largest: float = 0.0
     scale: float = 1.0
+    decided: str = ""
     decisions: int = 0
     equal: int = 0
 
@@ -52,6 +55,7 @@ class Agreement:
                 # NaN, which no comparison calls larger, is a difference.
                 self.largest = max(self.largest, float(difference.nan_to_num(torch.inf)))
             else:
+                self.decided = name
                 self.decisions += reference.numel()
                 self.equal += int((other == reference).sum())
 
@@ -64,8 +68,8 @@ class Agreement:
         return self.largest <= TOLERANCE * self.scale and self.equal >= self.decisions * (1 - TOLERANCE)
 
     def __str__(self) -> str:
-        same = f"{self.equal:,} of {self.decisions:,} decisions equal, " if self.decisions else ""
-        return f"{same}largest difference {self.largest:.1e}"
+        same = f"the same {self.decided} in {self.equal:,} of {self.decisions:,}, " if self.decided else ""
+        return f"{same}largest difference of an output {self.largest:.1e}"
 
 
 def compare(name: str, images: Tensor, reference: Callable[[Tensor], dict[str, Tensor]], program: Runner) -> Agreement:
@@ -87,7 +91,7 @@ def compare(name: str, images: Tensor, reference: Callable[[Tensor], dict[str, T
             try:
                 found.add(expected, program(batch))
             except Exception as error:  # of the library that runs the program
-                problem = f"the exported program fails for {len(batch)} images ({first_line(error)})"
+                problem = f"the exported program fails for a batch of {len(batch)} ({first_line(error)})"
                 raise ConfigError("format", name, f"{problem}; no file is left") from error
             found.images += len(batch)
     if not found.holds:

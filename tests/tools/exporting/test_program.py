@@ -118,5 +118,5 @@ def test_what_differs_is_found() -> None:
     for wrong in (results(0.01), results(math.nan), results(chosen=0)):
         with pytest.raises(ConfigError, match=r"differs from the run's model on 4 images .*; no file is left"):
             agreement.compare("onnx", images, lambda _: results(), lambda _, wrong=wrong: wrong)  # type: ignore[misc]
-    with pytest.raises(ConfigError, match=r"fails for 1 images .class is missing"):
+    with pytest.raises(ConfigError, match=r"fails for a batch of 1 .class is missing"):
         agreement.compare("onnx", images, lambda _: results(), lambda _: {"probabilities": torch.full((4, 2), 0.5)})
