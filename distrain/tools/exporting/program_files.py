@@ -107,6 +107,12 @@ def write_onnx(program: Program, description: Mapping[str, Any], opset: int, pat
     except Exception as error:  # of torch, onnxscript or onnx
         problem = f"torch.onnx can't translate this model ({type(error).__name__}: {first_line(error)})"
         raise ConfigError("format", "onnx", problem, ["torch_export", "safetensors"]) from error
+    written = translated.model.opset_imports[""]
+    if written != opset:
+        # The translator says so in its log alone.
+        raise ConfigError(
+            "opset", opset, f"these releases of torch and onnx can't write it for this model; {written} works"
+        )
     _tidy(translated.model)
     translated.model.metadata_props.update(as_text(description))
     with _quiet():
@@ -151,13 +157,15 @@ def _tidy(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says to its developers while it records and translates."""
-    logger = logging.getLogger("torch")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what the libraries say to their developers while they record and translate."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -79,6 +79,8 @@ def test_both_formats_give_the_same_for_every_task(target: str, preprocess: str,
         return program.results(own.outputs(stored))
 
     archive = program_files.write_torch_export(program, program.describe(), tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"opset=99: these releases of torch and onnx can't write it"):
+        program_files.write_onnx(program, program.describe(), 99, tmp_path / "m.onnx")
     onnx = program_files.write_onnx(program, program.describe(), 18, tmp_path / "m.onnx")
     for found in (
         agreement.compare("torch_export", images, expected, lambda stored: archive(given(stored))),
