@@ -52,7 +52,7 @@ class ExportSettings(RunSettings):
         "folder: weights, configuration and a model card, for timm, huggingface_hub and the Hub.",
         choices=FORMATS,
     )
-    output: str = setting("File to write; format=folder: a folder that is new.", path=True)
+    output: str = setting("File to write. format=folder: a folder that is new.", path=True)
     preprocess: str = setting(
         "Where images are normalised, and outputs become probabilities. inside: in the program of format=onnx or "
         "torch_export. outside: by who uses it; OUTPUT.json says how. auto: inside if it is a program.",

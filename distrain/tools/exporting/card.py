@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 import distrain
 from distrain.config.load import to_container
@@ -22,9 +21,8 @@ from distrain.verification import certificate
 
 #: What the Hub calls the tasks that it has a page for.
 _PIPELINES = {"classification": "image-classification", "segmentation": "image-segmentation"}
-#: Sections of the configuration that say what was trained, and keys of them that name places on a machine.
+#: Sections of the configuration that say what was trained.
 _SHOWN = ("model", "data", "task", "loss", "optimizer", "scheduler", "strategy", "compression", "trainer", "seed")
-_PLACES = ("root", "cache_dir")
 _MAX_SUMMARY_BYTES = 1 << 26
 #: Classes that the card names.
 _SHOWN_CLASSES = 100
@@ -54,17 +52,17 @@ def text(
     metrics = _test_metrics(summary, step)
     name = run.resolve().name
     parts = [
-        f"---\n{to_yaml(_front_matter(name, config, metrics, licence))}---\n",
+        f"---\n{to_yaml(_front_matter(name, config, metrics, licence))}---",
         f"# {_plain(name)}",
-        f"`{_model_name(config)}` for {config.task.name} of images, trained by distrain {distrain.__version__}; the "
+        f"`{_model_name(config)}` for {config.task.name} of images, exported by distrain {distrain.__version__}; the "
         f"weights after {step:,} updates.",
         _usage(config, described, arguments),
-        _data(config, spec, described),
+        _data(config, spec),
         _metrics(metrics),
         _certificate(_read(run / certificate.FILE)),
         _configuration(config),
     ]
-    return "\n\n".join(part for part in parts if part).replace("---\n\n\n", "---\n\n") + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(name: str, config: Config, metrics: Mapping[str, float], licence: str | None) -> dict[str, Any]:
@@ -117,7 +115,7 @@ def _usage(config: Config, described: Mapping[str, Any], arguments: Mapping[str,
     )
 
 
-def _data(config: Config, spec: DataSpec, described: Mapping[str, Any]) -> str:
+def _data(config: Config, spec: DataSpec) -> str:
     names = [f"`{_plain(name)}`" for name in spec.classes[:_SHOWN_CLASSES]]
     more = f" and {len(spec.classes) - _SHOWN_CLASSES} more" if len(spec.classes) > _SHOWN_CLASSES else ""
     shape = f"{spec.channels}x{spec.height}x{spec.width}"
@@ -155,13 +153,14 @@ def _certificate(content: Mapping[str, Any]) -> str:
 
 
 def _configuration(config: Config) -> str:
+    """What was trained, without keys that name places on a machine."""
     content = {name: value for name, value in to_container(config).items() if name in _SHOWN}
-    for section in content.values():
+    for name, section in content.items():
         if isinstance(section, dict):
-            for key in _PLACES:
-                section.pop(key, None)
-    dumped = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).replace("```", "'''")
-    return f"## Configuration\n\n```yaml\n{dumped}```"
+            for spec in dataclasses.fields(getattr(config, name)):
+                if spec.metadata.get("path"):
+                    section.pop(spec.name, None)
+    return f"## Configuration\n\n```yaml\n{to_yaml(content).replace('```', '~~~')}```"
 
 
 def _model_name(config: Config) -> str:

@@ -77,8 +77,8 @@ class Parts:
                     f"{self.folder} held parts of another prediction ({', '.join(sorted(changed))}); it begins anew"
                 )
                 self._remove_files("part_*")
-            elif earlier is not None and (done := self.done()):
-                message = f"going on: {done:,} of {len(self._paths):,} images were predicted before"
+            elif earlier is not None:
+                message = f"going on: {self.done():,} of {len(self._paths):,} images were predicted before"
             self._remove_files("claim_*")
             self._write(self.folder / _JOB, json.dumps(job))
             self._started = True
@@ -165,15 +165,23 @@ class Parts:
         self._lock = descriptor
 
     def _earlier_job(self) -> dict[str, Any] | None:
-        """The job whose parts are there; ``None`` if the folder is new."""
-        others = [path.name for path in self.folder.iterdir() if path.name != _LOCK]
-        if not others:
+        """The job whose parts are there; empty if that is not known, and ``None`` if there are no parts.
+
+        Raises:
+            ConfigError: The folder holds files of somebody else.
+        """
+        names = [path.name for path in self.folder.iterdir()]
+        foreign = [name for name in names if name != _JOB and not name.startswith((".", "part_", "claim_"))]
+        if foreign:
+            problem = f"is where parts of the prediction would be kept, and holds other files ({foreign[0]})"
+            raise ConfigError("output", self.folder, problem)
+        if not any(name.startswith("part_") for name in names):
             return None
         try:
             return read_json(self.folder / _JOB, _MAX_JOB_BYTES)
-        except (OSError, UnreadableFile) as error:
-            problem = f"is where parts of the prediction would be kept, and holds other files ({others[0]})"
-            raise ConfigError("output", self.folder, problem) from error
+        except (FileNotFoundError, UnreadableFile):
+            # A kill while the folder was removed leaves this.
+            return {}
 
     def _remove_files(self, pattern: str) -> None:
         for path in self.folder.glob(pattern):

@@ -65,6 +65,11 @@ def test_parts_of_another_prediction_are_discarded_in_one_line(images: list[str]
     message = f"{after.folder} held parts of another prediction ({change}); it begins anew"
     assert after.start() == message
     assert after.done() == 0
+    # What a kill leaves while the folder is removed.
+    after.finish(0, [])
+    (after.folder / "job.json").unlink()
+    after.close()
+    assert "it begins anew" in str(parts_of(images).start())
 
 
 def test_a_folder_is_neither_shared_by_two_commands_nor_taken_from_somebody(images: list[str]) -> None:
