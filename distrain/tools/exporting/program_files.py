@@ -22,9 +22,9 @@ Runner = Callable[[Tensor], dict[str, Tensor]]
 DESCRIPTION = "distrain.json"
 #: Name of the dimension that may have any size, in an ONNX file.
 _BATCH = "batch"
-#: A file of protocol buffers, which an ONNX file is, holds less than 2 GiB.
-_LARGEST_ONNX = (1 << 31) - (1 << 24)
-#: Images that a program is traced with; a size that no other dimension is likely to have.
+#: Largest weights, in bytes, that torch.onnx writes into one file.
+_LARGEST_ONNX = 1536 << 20
+#: Images that a program is traced with; torch would take a batch of one for a constant.
 _TRACED_IMAGES = 3
 
 
@@ -90,7 +90,7 @@ def write_onnx(program: Program, description: Mapping[str, Any], opset: int, pat
     size = sum(tensor.nbytes for tensor in program.state_dict().values())
     if size > _LARGEST_ONNX:
         raise ConfigError(
-            "format", "onnx", f"a file holds 2 GiB, and the model has {size / 2**30:.1f}", ["torch_export"]
+            "format", "onnx", f"one file holds 1.5 GiB, and the model has {size / 2**30:.1f}", ["torch_export"]
         )
     exported = trace(program, "onnx")
     outputs = list(description["outputs"])
