@@ -108,6 +108,11 @@ class Multilabel(Supervised):
         return {"labels": rows}
 
     @override
+    def named_results(self, outputs: Tensor) -> dict[str, Tensor]:
+        """``probabilities`` ``[n, labels]``; ``labels``, which of them are predicted, bool ``[n, labels]``."""
+        return {"probabilities": self._loss.probabilities(outputs), "labels": self._decided(outputs)}
+
+    @override
     def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:
         """``labels``: names of the labels that are predicted. ``probabilities``: of every label, by name."""
         names, probabilities = self.spec.classes, self._loss.probabilities(outputs)

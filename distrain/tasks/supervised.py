@@ -29,6 +29,8 @@ class Supervised(Task):
         ConfigError: The data name no classes, or the loss doesn't fit them.
     """
 
+    output_name = "logits"
+
     def __init__(self, config: Config, spec: DataSpec) -> None:
         super().__init__(config, spec)
         if not spec.classes:

@@ -160,7 +160,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
 
 def _check_settings(command: str, arguments: list[str]) -> None:
     folder, schema = SETTINGS[command]
-    if command in ("evaluate", "doctor", "verify", "plan"):
+    if command in ("evaluate", "predict", "doctor", "verify", "plan"):
         launch_keys.check(launch_keys.pop(arguments), arguments, {})
     elif command == "testnet":
         arguments = [f"action={word}" if word in ("up", "on", "down") else word for word in arguments]
