@@ -53,8 +53,8 @@ class Store(Service):
         assert png.startswith(b"\x89PNG")
         self.pictures.append((step, name))
 
-    def final(self, metrics: Scalars) -> None:
-        self.send([Row(0, 0.0, metrics)])
+    def final(self, step: int, metrics: Scalars) -> None:
+        self.send([Row(step, 0.0, metrics)])
 
     def end(self, *, finished: bool) -> None:
         self.ended.append(finished)
@@ -109,7 +109,7 @@ def test_a_resumed_run_goes_on_in_the_same_record(tmp_path: Path) -> None:
         return StoreLogger(tmp_path, stores[-1])
 
     one_run(tmp_path, make)
-    assert record == {"train/loss": LOSSES, "epoch/val_loss": VALIDATED, "final/test_accuracy": [(0, 0.5)]}
+    assert record == {"train/loss": LOSSES, "epoch/val_loss": VALIDATED, "final/test_accuracy": [(60, 0.5)]}
     assert [store.opened for store in stores] == [[True], [False]]
     assert [store.ended for store in stores] == [[False], [True]]
     assert stores[1].pictures == [(60, "test/confusion_matrix")]
@@ -168,7 +168,7 @@ def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path, monkeypatch: pyt
         name: [(metric.step, metric.value) for metric in store.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
     }
-    assert history == {"train/loss": LOSSES, "epoch/val_loss": VALIDATED, "final/test_accuracy": [(0, 0.5)]}
+    assert history == {"train/loss": LOSSES, "epoch/val_loss": VALIDATED, "final/test_accuracy": [(60, 0.5)]}
     assert (run.info.run_name, run.info.status) == ("runs/a", "FINISHED")
     assert run.data.params == {"optimizer.lr": "0.1", "seed": "3"}
     assert run.data.tags["resumed.optimizer.lr"] == "0.2"

@@ -258,7 +258,7 @@ def test_a_notification_reaches_an_address_and_a_command(tmp_path: Path, caplog:
             self.send_response(500 if received[-1]["status"] == "failed" else 204)
             self.end_headers()
 
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from distrain.files.appending import AppendedFile
 from distrain.files.contained_folder import ContainedFolder
-from distrain.files.untrusted import open_regular
+from distrain.files.untrusted import UnreadableFile, open_regular
 from distrain.files.writing import flush_and_sync
 from distrain.reporting.loggers.base import Logger, Scalars, is_kept
 
@@ -92,7 +92,11 @@ class MetricsFile(Logger):
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete, valid rows of a ``metrics.jsonl``, in order; none if there is no such file."""
+    """The complete, valid rows of a ``metrics.jsonl``, in order; none if there is no such file.
+
+    Raises:
+        OSError: It can't be read.
+    """
     try:
         with open_regular(path) as file:
             for line in file:
@@ -100,6 +104,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
     except FileNotFoundError:
         return
+    except UnreadableFile as error:
+        raise OSError(str(error)) from error
 
 
 def _step_and_kind(line: bytes) -> tuple[int, str] | None:

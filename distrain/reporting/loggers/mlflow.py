@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -159,8 +160,8 @@ class MlflowService(Service):
         self._client.log_image(self._run_id, Image.open(io.BytesIO(png)), f"{name}/step_{step:08d}.png")
 
     @override
-    def final(self, metrics: Scalars) -> None:
-        self.send([Row(0, 0, metrics)])
+    def final(self, step: int, metrics: Scalars) -> None:
+        self.send([Row(step, time.time(), metrics)])
 
     @override
     def end(self, *, finished: bool) -> None:

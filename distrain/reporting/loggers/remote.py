@@ -108,8 +108,8 @@ class Service(ABC):
         """Stores a histogram, where the service has such."""
 
     @abstractmethod
-    def final(self, metrics: Scalars) -> None:
-        """Stores the final metrics of a run that is at its end."""
+    def final(self, step: int, metrics: Scalars) -> None:
+        """Stores the final metrics of a run that is at its end, at the last step."""
 
     @abstractmethod
     def end(self, *, finished: bool) -> None:
@@ -234,7 +234,7 @@ class RemoteLogger(Logger, ABC):
     @override
     def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         self._finished = True
-        self._sender.put(lambda: self._service.final(metrics))
+        self._sender.put(lambda: self._service.final(max(self._sent.values(), default=0), metrics))
 
     @override
     def close(self) -> None:

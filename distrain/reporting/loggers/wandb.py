@@ -80,7 +80,10 @@ class WandbService(Service):
 
         config, run_dir = self._config, self._run_dir.resolve()
         self._known = {} if new else self.note.read()
-        if not isinstance(self._known.get("run_id"), str):
+        run_id, sent = self._known.get("run_id"), self._known.get("sent")
+        if isinstance(run_id, str) and isinstance(sent, dict):
+            self._known["sent"] = {name: step for name, step in sent.items() if type(step) is int}
+        else:
             self._known = {"run_id": uuid.uuid4().hex[:12], "sent": {}}
         self._run = wandb.init(
             project=config.project,
@@ -99,9 +102,7 @@ class WandbService(Service):
         self.note.write(self._known)
         where = run_dir / "wandb" if config.mode == "offline" else self._run.url
         log.info("W&B: run %s of project %s: %s", self._run.id, config.project, where)
-        sent = self._known.get("sent")
-        found = sent if isinstance(sent, dict) else {}
-        return {name: step for name, step in found.items() if type(step) is int}
+        return dict(self._known["sent"])
 
     @override
     def send(self, rows: Sequence[Row]) -> None:
@@ -110,8 +111,11 @@ class WandbService(Service):
         self.note.write(self._known)
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({**values, "step": step})
-        self._known["sent"] = {**self._known["sent"], **dict.fromkeys(values, step)}
+        # A call that failed after it had logged, on a full disk, is made again.
+        missing = {name: value for name, value in values.items() if self._known["sent"].get(name, -1) < step}
+        if missing:
+            self._run.log({**missing, "step": step})
+            self._known["sent"] = {**self._known["sent"], **dict.fromkeys(missing, step)}
 
     @override
     def parameters(self, values: Mapping[str, Any]) -> None:
@@ -133,7 +137,7 @@ class WandbService(Service):
         self.note.write(self._known)
 
     @override
-    def final(self, metrics: Scalars) -> None:
+    def final(self, step: int, metrics: Scalars) -> None:
         self._run.summary.update(dict(metrics))
 
     @override
