@@ -309,7 +309,8 @@ def test_on_fit_end_is_also_called_after_a_failure(tmp_path: Path, capsys: pytes
     with pytest.raises(Failed):
         Run(tmp_path, callback=notes)
     assert notes.ended_at == 3
-    assert "failed at step 3: RuntimeError: out of luck" in capsys.readouterr().err
+    problem = "CallbackFailed: callback Notes failed in on_step_end (RuntimeError: out of luck) at "
+    assert f"failed at step 3: {problem}" in capsys.readouterr().err
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
