@@ -311,7 +311,8 @@ def test_a_program_gives_objects_names_and_mappings(tmp_path: Path) -> None:
     counts = Count(), Count()
     images, labels = torch.rand(24, 1, 8, 8), torch.arange(24) % 3
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    callbacks = [counts[0], "gradient_histograms", counts[1], {"name": "filters", "kwargs": {"every_epochs": 2}}]
+    filters = {"name": "filters", "kwargs": {"every_epochs": 2}}
+    callbacks: list[Any] = [counts[0], "gradient_histograms", counts[1], filters]
     settings: dict[str, Any] = {"run_dir": tmp_path, "epochs": 2, "batch_size": 8, "logger": ["csv", "none"]}
     run = distrain.fit(model, (images, labels), callbacks=callbacks, keys={"trainer.progress": "off"}, **settings)
     assert [count.steps for count in counts] == [6, 6]
