@@ -168,6 +168,8 @@ def test_callbacks_that_cannot_be_used_are_refused_before_ranks_meet(chosen: str
         check(small(f"callbacks=[{chosen}]"), World.from_environment())
 
 
+# How ranks stop when one fails is tested for any error in tests/health.
+@pytest.mark.soak
 def test_a_failing_callback_of_one_rank_stops_all(tmp_path: Path) -> None:
     tmp_path.joinpath("mine.py").write_text(
         "import distrain\n\n\nclass Mine(distrain.Callback):\n"
