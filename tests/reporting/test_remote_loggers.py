@@ -86,7 +86,7 @@ def one_run(run_dir: Path, make: Callable[[], RemoteLogger]) -> None:
     both.rewind(0, mid_epoch=False)
     both.begin({"optimizer.lr": 0.1, "seed": 3})
     log(both, range(10, 60, 10))
-    both.fail()
+    both.close()
     both = Loggers([MetricsFile(run_dir / MetricsFile.NAME), make()])
     both.rewind(30, mid_epoch=False)
     both.begin({"optimizer.lr": 0.2, "seed": 3})
