@@ -50,6 +50,9 @@ class CallbackList:
         """Adds a callback, which is called after the others."""
         self._callbacks.append((type(callback).__name__, callback))
 
+    def __iter__(self) -> Iterator[Callback]:
+        return (callback for _, callback in self._callbacks)
+
     def notify(self, event: str, run: RunView, *args: Any) -> None:
         """Calls a method of each callback.
 
