@@ -181,3 +181,10 @@ class LoggerConfig:
     """Where metrics are logged, in addition to the terminal, ``metrics.jsonl`` and ``summary.json``."""
 
     name: str = setting("Name of the logger.")
+
+    def check(self) -> None:
+        """Refuses what rank 0 can't use, such as a logger whose package is not installed.
+
+        Raises:
+            ConfigError: One line that names the key and the way out.
+        """

@@ -19,11 +19,13 @@ from distrain.models.tensors import convert
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.optim.optimizers.groups import describe_rates
-from distrain.reporting import loggers
+from distrain.reporting.loggers import base as loggers
+from distrain.reporting.loggers import several
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
-from distrain.training import callbacks, initial_weights, resume
+from distrain.training import callbacks, chosen_callbacks, initial_weights, resume
+from distrain.training.callback_list import CallbackList
 from distrain.training.run_plan import RunPlan, total_steps
 from distrain.training.trainer import Trainer
 
@@ -119,8 +121,11 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         splits,
         loaders,
         schedulers.build(config.scheduler, steps_per_epoch, steps),
-        loggers.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger(),
-        callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
+        several.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger(),
+        CallbackList(
+            callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
+            chosen_callbacks.build(config, is_main=runtime.is_main),
+        ),
     )
     trainer.report.parameters = {
         "count": sum(size for size, _ in sizes),

@@ -34,7 +34,14 @@ from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
-from distrain.training import auto_format, batch_sizes, initial_weights, normalisation, resume
+from distrain.training import (
+    auto_format,
+    batch_sizes,
+    chosen_callbacks,
+    initial_weights,
+    normalisation,
+    resume,
+)
 from distrain.training.monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -131,6 +138,10 @@ class RunPlan:
         compression.compressor_class(config).check(config)
         check_lookahead(config)
         check_counts(config)
+        if world.rank == 0:
+            # The rank that writes; the others' hosts need not have a logger's package.
+            config.logger.check()
+        chosen_callbacks.check(config)
         if config.data.balance == "loss":
             self.task.check_class_weights()
         # Found now, so that it is refused now.
