@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrain.config.groups import (
-    AugmentConfig,
     CompressionConfig,
     DataConfig,
     GroupConfig,
@@ -30,7 +29,6 @@ from distrain.config.setting import Effect, section_affects, setting
 __all__ = [
     "DEVICES",
     "DEVICE_DOC",
-    "AugmentConfig",
     "CheckpointConfig",
     "CompressionConfig",
     "Config",

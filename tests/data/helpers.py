@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from distrain.config.groups import AugmentConfig, DataConfig
+from distrain.config.augment import AugmentConfig
+from distrain.config.groups import DataConfig
 from distrain.config.registry import choices
 from distrain.data import decode
 from distrain.data.base import DataSource, Images, Split
