@@ -30,7 +30,9 @@ class RandomResizedCropConfig:
 class ColorJitterConfig:
     """Random changes of colour, in a random order."""
 
-    brightness: float = setting("Brightness is multiplied by 1 - this to 1 + this; 0: unchanged.", at_least=0, default=0.0)
+    brightness: float = setting(
+        "Brightness is multiplied by 1 - this to 1 + this; 0: unchanged.", at_least=0, default=0.0
+    )
     contrast: float = setting("The same for contrast.", at_least=0, default=0.0)
     saturation: float = setting("The same for saturation.", at_least=0, default=0.0)
     hue: float = setting("Hue turns by at most this share of a whole turn.", at_least=0, at_most=0.5, default=0.0)
@@ -60,7 +62,9 @@ class AutoAugmentConfig:
 class RandomErasingConfig:
     """A random box of an image is hidden (Zhong et al. 2020, arXiv 1708.04896)."""
 
-    probability: float = setting("Share of the images in which a box is hidden; 0: none.", at_least=0, at_most=1, default=0.0)
+    probability: float = setting(
+        "Share of the images in which a box is hidden; 0: none.", at_least=0, at_most=1, default=0.0
+    )
     scale: list[float] = setting(
         "Smallest and largest area of the box, as shares of the image.",
         above=0,
@@ -91,7 +95,9 @@ class MixingConfig:
         at_least=0,
         default=0.0,
     )
-    probability: float = setting("Share of what is drawn for (see mode) that is mixed.", at_least=0, at_most=1, default=1.0)
+    probability: float = setting(
+        "Share of what is drawn for (see mode) that is mixed.", at_least=0, at_most=1, default=1.0
+    )
     switch_probability: float = setting(
         "With both: probability of cutmix instead of mixup.", at_least=0, at_most=1, default=0.5
     )
@@ -142,7 +148,7 @@ class AugmentConfig:
     )
     mixing: MixingConfig = setting("Mixup and CutMix.", default_factory=MixingConfig)
     repeats: int = setting(
-        "How often an image is seen in an epoch, each time augmented anew; an epoch then shows 1/repeats of all images.",
+        "How often an image is seen in an epoch, each time augmented anew; an epoch shows 1/repeats of the images.",
         at_least=1,
         default=1,
         affects=("sample_order",),

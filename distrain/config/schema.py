@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrain.config.augment import AugmentConfig
 from distrain.config.groups import (
     CompressionConfig,
     DataConfig,
@@ -29,6 +30,7 @@ from distrain.config.setting import Effect, section_affects, setting
 __all__ = [
     "DEVICES",
     "DEVICE_DOC",
+    "AugmentConfig",
     "CheckpointConfig",
     "CompressionConfig",
     "Config",

@@ -41,8 +41,8 @@ class DecodedImagesConfig(DataConfig):
     width: int = setting("Width of each image after resizing, in pixels.", at_least=1)
     channels: int = setting("3: RGB, 1: greyscale.", choices=(1, 3))
     cache_scale: float = setting(
-        "Images are kept this many times as high and wide as height and width; augment.random_resized_crop cuts its parts "
-        "out of them, and evaluation resizes them.",
+        "Images are kept this many times as high and wide as height and width; augment.random_resized_crop cuts its "
+        "parts out of them, and evaluation resizes them.",
         at_least=1,
         at_most=16,
         default=1.0,

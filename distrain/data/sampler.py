@@ -54,8 +54,8 @@ class Sampler:
         blocks: Visit the samples block by block, see :func:`block_order`; ``None``: mix all of them.
         classes: Class of each sample, int64 [count], if classes are to be equally frequent in a shuffled order;
             blocks are not heeded then.
-        repeats: How often a sample follows itself (Hoffer et al. 2020, arXiv 1901.09335). An epoch keeps its length, and
-            so has only one of so many samples, the first in the order.
+        repeats: How often a sample is seen in a row (Hoffer et al. 2020, arXiv 1901.09335). An epoch keeps its length,
+            and so has only the first samples of its order.
     """
 
     count: int

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @register("task", "classification", TaskConfig)
 class Classification(CountsConfusions):
-    """The model gives a logit for each class; targets are classes, int64 ``[n]``, or shares of classes, ``[n, classes]``."""
+    """The model gives a logit for each class; targets are classes, int64 ``[n]``.
+
+    Those of mixed images are the shares of the classes, float32 ``[n, classes]``.
+    """
 
     target = "class"
     metrics = ("accuracy",)

@@ -59,7 +59,9 @@ class Supervised(Task):
     def check_mixing(self) -> None:
         mixing, kind = self.config.data.augment.mixing, self.spec.target
         if kind == "mask" and mixing.mixup_alpha:
-            problem = "a pixel has one class, and can't have a share of two; data.augment.mixing.cutmix_alpha cuts masks"
+            problem = (
+                "a pixel has one class, and can't have a share of two; data.augment.mixing.cutmix_alpha cuts masks"
+            )
             raise ConfigError("data.augment.mixing.mixup_alpha", mixing.mixup_alpha, problem)
         if kind == "numbers" and mixing.cutmix_alpha:
             problem = "numbers don't follow from the area of a box; data.augment.mixing.mixup_alpha mixes them"

@@ -42,10 +42,11 @@ def with_partners(start: int, size: int, low: int, high: int, distance: int) -> 
     """The smallest range of places that begins at a pair and contains a range's samples and all their partners.
 
     Args:
-        start: As above, like ``size`` and ``distance``.
-        size: Samples of the batch.
+        start: Place of the batch's first sample in the order of the epoch.
+        size: Samples of the batch, over all ranks.
         low: First place of the range.
         high: The place after its last.
+        distance: Places between partners.
     """
     block = 2 * distance
     first = start + (low - start) // block * block
@@ -78,7 +79,7 @@ def drawn(config: MixingConfig, draws: Draws, height: int, width: int) -> Tensor
         middle, reach = index_below(size, place), (half * size).long()
         sides += [(middle - reach).clamp_min(0), (middle + reach).clamp_max(size)]
     top, bottom, left, right = sides
-    share = torch.where(cut, 1 - (bottom - top) * (right - left) / (height * width), share)
+    share = torch.where(cut, 1 - ((bottom - top) * (right - left)).double() / (height * width), share)
     mixed = uniform[3] < config.probability
     box = [torch.where(cut & mixed, side, -1) for side in sides]
     return torch.stack([torch.where(mixed, share, 1.0), *box])

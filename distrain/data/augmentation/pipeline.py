@@ -162,7 +162,9 @@ class Augmentation:
         drawn[1:] = torch.where(others == places, -1, drawn[1:])
         return {"pairs": drawn, "partners": others - places}
 
-    def change_pixels(self, images: Tensor, shifts: Tensor, plan: Plan, masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def change_pixels(
+        self, images: Tensor, shifts: Tensor, plan: Plan, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """What is done before normalisation.
 
         Args:

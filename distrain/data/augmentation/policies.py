@@ -50,7 +50,9 @@ def color_jitter(config: ColorJitterConfig, draws: Draws) -> Layers:
     changes = [between(-min(strength, 1.0), strength, uniform[row]) for row, strength in enumerate(strengths)]
     changes.append(between(-config.hue, config.hue, uniform[3]))
     kinds = (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.COLOR, Operation.HUE)
-    used = [kind if strength else Operation.IDENTITY for kind, strength in zip(kinds, (*strengths, config.hue))]
+    used = [
+        kind if strength else Operation.IDENTITY for kind, strength in zip(kinds, (*strengths, config.hue), strict=True)
+    ]
     order = uniform[4:8].argsort(dim=0)
     operations = torch.where(uniform[8] < config.probability, torch.tensor(used)[order], Operation.IDENTITY)
     return operations, torch.stack(changes).gather(0, order)

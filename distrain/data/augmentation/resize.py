@@ -120,7 +120,7 @@ def _weighted(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     pixels = images.to(torch.float32 if exact else images.dtype)
     rows, columns = rows.to(pixels.dtype), columns.to(pixels.dtype)
     flat = pixels.reshape(count, channels * height, width)
-    narrow = _product(flat, columns.transpose(1, 2)).view(count, channels, height, -1)
+    narrow = _product(flat, columns.transpose(1, 2)).view(count, channels, height, columns.shape[1])
     if exact:
         narrow = narrow.add_(0.5).floor_().clamp_(0, 255)
     result = _product(narrow, rows.unsqueeze(1), swapped=True)

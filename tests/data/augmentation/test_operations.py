@@ -55,7 +55,7 @@ PILLOWS: dict[Operation, Callable[[Image.Image, float], Image.Image]] = {
     Operation.CONTRAST: lambda image, m: ImageEnhance.Contrast(image).enhance(1 + m),
     Operation.SHARPNESS: lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + m),
     Operation.POSTERIZE: lambda image, m: ImageOps.posterize(image, int(m)),
-    Operation.SOLARIZE: lambda image, m: ImageOps.solarize(image, m),
+    Operation.SOLARIZE: ImageOps.solarize,
     Operation.AUTOCONTRAST: lambda image, _: ImageOps.autocontrast(image),
     Operation.EQUALIZE: lambda image, _: ImageOps.equalize(image),
     Operation.INVERT: lambda image, _: ImageOps.invert(image),
@@ -103,10 +103,10 @@ def test_hue_turns_in_the_hsv_model() -> None:
     images, turns = pictures(), torch.linspace(-0.5, 0.5, COUNT, dtype=torch.float64)
     changed = operations.apply(images, torch.full((COUNT,), Operation.HUE), turns)
     for image, result, turn in zip(images, changed, turns.tolist(), strict=True):
-        for place in ((0, 0), (7, 11), (18, 25)):
-            hue, saturation, value = colorsys.rgb_to_hsv(*(image[:, *place] / 255).tolist())
+        for row, column in ((0, 0), (7, 11), (18, 25)):
+            hue, saturation, value = colorsys.rgb_to_hsv(*(image[:, row, column] / 255).tolist())
             expected = torch.tensor(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)) * 255
-            assert (result[:, *place] - expected).abs().max() <= 0.51
+            assert (result[:, row, column] - expected).abs().max() <= 0.51
     assert operations.apply(images, torch.full((COUNT,), Operation.HUE), torch.zeros(COUNT)).equal(images)
 
 
