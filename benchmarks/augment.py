@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -397,6 +397,25 @@ def cost(count: int, batch_size: int, rounds: int) -> int:
     return int(lowest < 3)
 
 
+def scene(side: int) -> Image.Image:
+    """A drawn house with a tree and the sun, so that what happens to it can be seen."""
+    large = 4 * side
+    drawn = Image.new("RGB", (large, large), (135, 190, 235))
+    pen = ImageDraw.Draw(drawn)
+    for name, shape, colour in (
+        ("ellipse", (0.68, 0.06, 0.9, 0.28), (250, 205, 70)),
+        ("rectangle", (0, 0.7, 1, 1), (95, 150, 70)),
+        ("rectangle", (0.12, 0.45, 0.55, 0.82), (190, 110, 85)),
+        ("polygon", (0.06, 0.46, 0.335, 0.18, 0.61, 0.46), (110, 60, 60)),
+        ("rectangle", (0.2, 0.54, 0.32, 0.66), (240, 235, 200)),
+        ("rectangle", (0.38, 0.58, 0.49, 0.82), (80, 55, 45)),
+        ("rectangle", (0.76, 0.55, 0.81, 0.8), (100, 70, 45)),
+        ("ellipse", (0.64, 0.32, 0.93, 0.62), (45, 110, 60)),
+    ):
+        getattr(pen, name)([large * place for place in shape], fill=colour)
+    return drawn.resize((side, side), Image.Resampling.LANCZOS)
+
+
 def picture(path: Path, image: Path | None) -> int:
     """Draws augmented images of distrain and of torchvision in rows, side by side."""
     import matplotlib as mpl
@@ -407,7 +426,7 @@ def picture(path: Path, image: Path | None) -> int:
     from torchvision.transforms import autoaugment
 
     side, columns = 96, 6
-    source = tensor(Image.open(image).convert("RGB").resize((side, side))) if image else photographs(1, side, side)[0]
+    source = tensor(Image.open(image).convert("RGB").resize((side, side)) if image else scene(side))
     whole = {"flip": False, "crop_padding": 0, "cutout": 0}
     rows: dict[str, tuple[AugmentConfig, Callable[[Image.Image], Any]]] = {
         "random-resized crop": (
@@ -466,7 +485,7 @@ def main() -> int:
     costs.add_argument("--rounds", type=int, default=5)
     pictures = commands.add_parser("picture")
     pictures.add_argument("path", type=Path)
-    pictures.add_argument("--image", type=Path, help="picture to augment; by default a random pattern")
+    pictures.add_argument("--image", type=Path, help="picture to augment; by default a drawn one")
     options = parser.parse_args()
     if options.command == "compare":
         return compare()

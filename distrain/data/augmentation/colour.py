@@ -14,7 +14,7 @@ def grey(images: Tensor) -> Tensor:
     pixels = images.int()
     if pixels.shape[1] == 1:
         return pixels
-    red, green, blue = pixels.split(1, dim=1)
+    red, green, blue = pixels[:, :1], pixels[:, 1:2], pixels[:, 2:]
     return (red * _RED + green * _GREEN + blue * _BLUE + _HALF) >> _GREY_BITS
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from distrain import rng
 from distrain.config.augment import RandomErasingConfig
 from distrain.data.augmentation.draws import Draws, between, first_true, index_below
+from distrain.runtime.device import is_mps
 
 #: Identify these draws among those of a sample.
 _ERASE, _NOISE = 4, 5
@@ -80,10 +81,12 @@ class Erasing:
         """What takes the place of the pixels: a scalar, or numbers of the shape of ``images``."""
         if self._quantiles is None:
             return images.new_zeros(())
-        self._quantiles = self._quantiles.to(images.device)
+        # Integers of 64 bits wrap around in the hash, of which Apple's GPUs promise nothing.
+        device = torch.device("cpu") if is_mps(images.device) else images.device
+        self._quantiles = self._quantiles.to(device)
         size = images[0].numel()
         # A hash of 64 bits serves four numbers.
-        words = rng.bits(bits, torch.arange(-(-size // 4), device=images.device))
+        words = rng.bits(bits.to(device), torch.arange(-(-size // 4), device=device))
         levels = torch.stack([(words >> shift) & (_LEVELS - 1) for shift in (0, 16, 32, 48)], dim=2)
         noise = self._quantiles[levels.flatten(1)[:, :size]]
-        return noise.view_as(images).to(images.dtype)
+        return noise.view_as(images).to(images)

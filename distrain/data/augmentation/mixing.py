@@ -110,14 +110,14 @@ def mix(images: Tensor, others: Tensor, drawn_pairs: Tensor) -> Tensor:
 
     Args:
         images: Floating point [n, C, H, W].
-        others: Those of the partners, in the same order.
+        others: Those of the partners, in the same order; changed in place.
         drawn_pairs: Result of :func:`drawn` for each, on the CPU.
 
     Returns:
         The mixed images.
     """
     shares = _shares(drawn_pairs, *images.shape[2:]).to(images.device, images.dtype)
-    return images * shares + others * (1 - shares)
+    return (images * shares).add_(others.mul_(1 - shares))
 
 
 def _shares(drawn_pairs: Tensor, height: int, width: int) -> Tensor:

@@ -122,9 +122,10 @@ def _weighted(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     flat = pixels.reshape(count, channels * height, width)
     narrow = _product(flat, columns.transpose(1, 2)).view(count, channels, height, columns.shape[1])
     if exact:
-        narrow = narrow.add_(0.5).floor_().clamp_(0, 255)
+        narrow = narrow.add_(0.5).clamp_(0, 255).floor_()
     result = _product(narrow, rows.unsqueeze(1), swapped=True)
-    return result.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8) if exact else result
+    # The conversion cuts fractions off.
+    return result.add_(0.5).clamp_(0, 255).to(torch.uint8) if exact else result
 
 
 def _product(pixels: Tensor, weights: Tensor, *, swapped: bool = False) -> Tensor:
@@ -137,21 +138,19 @@ def _product(pixels: Tensor, weights: Tensor, *, swapped: bool = False) -> Tenso
     return first + second
 
 
-def _smooth(kernel: Callable[[Tensor], Tensor], support: float) -> Callable[[Tensor, Tensor, int, int], Tensor]:
-    """Weights by a kernel that is wider where the result is smaller than the box.
-
-    Args:
-        kernel: The kernel, as a function of the absolute distance in pixels.
-        support: The distance from which on it is 0.
-    """
+def _smooth(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, int, int], Tensor]:
+    """Weights by a kernel, a function of the distance in pixels, that is wider where the result is smaller."""
 
     def weights(start: Tensor, length: Tensor, size: int, result: int) -> Tensor:
-        lines, centres, scale = _geometry(start, length, size, result)
-        stretched = scale.clamp_min(1).view(-1, 1, 1)
-        distance = ((lines + 0.5 - centres) / stretched).abs()
-        inside = _inside(lines, start, length) & (distance < support)
-        filtered = torch.where(inside, (kernel(distance) * _FILTER_STEPS).round(), 0.0)
-        return (filtered * (_WEIGHT_STEPS / filtered.sum(2, keepdim=True))).round() / _WEIGHT_STEPS
+        scale = (length / result).view(-1, 1, 1)
+        first = start.view(-1, 1, 1)
+        centres = first + (torch.arange(result, device=start.device) + 0.5).view(1, -1, 1) * scale
+        lines = torch.arange(size, device=start.device, dtype=torch.float32)
+        inside = (lines >= first) & (lines < first + length.view(-1, 1, 1))
+        # In place, since these are as many numbers as the pixels of the images.
+        distance = (lines + 0.5 - centres).div_(scale.clamp_min(1)).abs_()
+        filtered = kernel(distance).mul_(_FILTER_STEPS).round_().mul_(inside.float())
+        return filtered.mul_(_WEIGHT_STEPS / filtered.sum(2, keepdim=True)).round_().mul_(1 / _WEIGHT_STEPS)
 
     return weights
 
@@ -164,30 +163,21 @@ def _nearest(start: Tensor, length: Tensor, size: int, result: int) -> Tensor:
     return (torch.arange(size, device=start.device) == chosen.unsqueeze(2)).float()
 
 
-def _geometry(start: Tensor, length: Tensor, size: int, result: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The lines of an image [size], the centres in it of the result's lines [n, result, 1], and the scale [n]."""
-    scale = length / result
-    steps = torch.arange(result, device=start.device) + 0.5
-    centres = start.view(-1, 1, 1) + steps.view(1, -1, 1) * scale.view(-1, 1, 1)
-    return torch.arange(size, device=start.device, dtype=torch.float32), centres, scale
-
-
-def _inside(lines: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    first = start.view(-1, 1, 1)
-    return (lines >= first) & (lines < first + length.view(-1, 1, 1))
+def _bilinear(distance: Tensor) -> Tensor:
+    """A triangle; the distances are changed in place."""
+    return distance.neg_().add_(1).clamp_min_(0)
 
 
 def _bicubic(distance: Tensor) -> Tensor:
     """Keys's kernel (1981) with a = -0.5."""
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return torch.where(distance < 1, near, far)
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
 #: Weights [n, result, size] from (start [n], length [n], size, result), for each interpolation.
 _FILTERS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
     "nearest": _nearest,
-    "bilinear": _smooth(lambda distance: 1 - distance, 1.0),
-    "bicubic": _smooth(_bicubic, 2.0),
+    "bilinear": _smooth(_bilinear),
+    "bicubic": _smooth(_bicubic),
 }
-INTERPOLATIONS = tuple(_FILTERS)

@@ -55,7 +55,7 @@ PILLOWS: dict[Operation, Callable[[Image.Image, float], Image.Image]] = {
     Operation.CONTRAST: lambda image, m: ImageEnhance.Contrast(image).enhance(1 + m),
     Operation.SHARPNESS: lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + m),
     Operation.POSTERIZE: lambda image, m: ImageOps.posterize(image, int(m)),
-    Operation.SOLARIZE: ImageOps.solarize,
+    Operation.SOLARIZE: lambda image, m: ImageOps.solarize(image, math.ceil(m)),
     Operation.AUTOCONTRAST: lambda image, _: ImageOps.autocontrast(image),
     Operation.EQUALIZE: lambda image, _: ImageOps.equalize(image),
     Operation.INVERT: lambda image, _: ImageOps.invert(image),
