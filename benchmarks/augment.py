@@ -1,6 +1,6 @@
 """Augmentation: distrain's batches against torchvision's transforms: distributions, pixels and cost.
 
-Needs torchvision (``pip install torchvision``) and, for the picture, Matplotlib::
+Needs torchvision (``pip install torchvision``)::
 
     python benchmarks/augment.py compare              # draws and pixels
     python benchmarks/augment.py picture docs/augmentation.png
@@ -418,10 +418,6 @@ def scene(side: int) -> Image.Image:
 
 def picture(path: Path, image: Path | None) -> int:
     """Draws augmented images of distrain and of torchvision in rows, side by side."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
     from torchvision import transforms
     from torchvision.transforms import autoaugment
 
@@ -455,7 +451,11 @@ def picture(path: Path, image: Path | None) -> int:
         ),
     }
     torch.manual_seed(0)
-    figure, axes = plt.subplots(len(rows), 2 * columns + 1, figsize=(13, 1.05 * len(rows) + 0.3))
+    step, title = side + 6, 22
+    sheet = Image.new("RGB", (2 * columns * step + 30, len(rows) * (step + title) + title), "white")
+    pen = ImageDraw.Draw(sheet)
+    for text, left in (("distrain", 0), ("torchvision", columns * step + 30)):
+        pen.text((left + columns * step // 2, 4), text, fill="black", anchor="ma", font_size=14)
     for line, (name, (config, reference)) in enumerate(rows.items()):
         augmentation = Augmentation(config, DataSpec(3, side, side), (side, side), 1.0, seed=1)
         counters = torch.arange(columns)
@@ -463,14 +463,11 @@ def picture(path: Path, image: Path | None) -> int:
         images = source.unsqueeze(0).repeat(columns, 1, 1, 1)
         ours, _ = augmentation.change_pixels(images, augmentation.shifts.draws(0, counters), plan, None)
         theirs = [tensor(reference(pil(source))) for _ in range(columns)]
-        for place, shown in enumerate([*ours, torch.full_like(source, 255), *theirs]):
-            axes[line, place].imshow(shown.permute(1, 2, 0).numpy())
-            axes[line, place].axis("off")
-        axes[line, 0].set_title(name, fontsize=8, loc="left", pad=2)
-    figure.text(0.25, 0.98, "distrain", ha="center", va="top")
-    figure.text(0.75, 0.98, "torchvision", ha="center", va="top")
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.91, wspace=0.05, hspace=0.25)
-    figure.savefig(path, dpi=90)
+        top = line * (step + title) + 2 * title
+        pen.text((0, top - title + 5), name, fill="black", font_size=13)
+        for place, shown in enumerate([*ours, *theirs]):
+            sheet.paste(pil(shown), (place * step + (30 if place >= columns else 0), top))
+    sheet.save(path, optimize=True)
     return 0
 
 
