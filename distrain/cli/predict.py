@@ -26,6 +26,7 @@ from distrain.config.schema import DEVICE_DOC, DEVICES
 from distrain.config.setting import setting
 from distrain.data.base import Images
 from distrain.data.decode import DecodeError, decode
+from distrain.data.image_files import DecodedImagesConfig, stored_spec
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.files.terminal import show
@@ -379,7 +380,9 @@ class Predictor:
             yield from self._predict(names, images.pick(places))
 
     def _decode(self, path: str) -> npt.NDArray[np.uint8] | DecodeError:
-        spec = self._folder.spec
+        spec, data = self._folder.spec, self._folder.config.data
+        if isinstance(data, DecodedImagesConfig):
+            spec = stored_spec(data, spec)
         try:
             return decode(path, spec.height, spec.width, spec.channels)
         except DecodeError as error:
@@ -416,6 +419,8 @@ class Predictor:
             device=self._device,
             dtype=self._precision.dtype,
             memory_format=self._layout,
+            spec=self._folder.spec,
+            shown=self._folder.config.data.eval_crop,
         )
         with self._precision.autocast():
             parts = [self._task.evaluate(self._logits, batch.inputs) for batch in loader.epoch(0)]

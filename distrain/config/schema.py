@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrain.config.augment import AugmentConfig
 from distrain.config.groups import (
-    AugmentConfig,
     CompressionConfig,
     DataConfig,
     GroupConfig,

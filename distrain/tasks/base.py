@@ -14,7 +14,7 @@ from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.data.batch import Targets
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, config_error
 from distrain.optim.losses import describe_targets
 
 if TYPE_CHECKING:
@@ -132,6 +132,14 @@ class Task(ABC):
             ConfigError: One line that says why.
         """
         raise ConfigError("data.balance", "loss", f"task={self.config.task.name} weights no classes", UNWEIGHTED)
+
+    def check_mixing(self) -> None:
+        """Refuses ``data.augment.mixing`` where the task or its loss doesn't take the targets of mixed images.
+
+        Raises:
+            ConfigError: One line that says why.
+        """
+        raise config_error("data.augment.mixing", f"task={self.config.task.name} takes no targets of mixed images")
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, int]:

@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import nn
 
+from distrain.data.augmentation import transforms
 from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models import lora
@@ -60,6 +61,9 @@ def build_loader(
 ) -> Loader:
     """This rank's shard of one split."""
     data = plan.config.data
+    if training and data.augment.image_transform._target_ is not None:
+        workers = getattr(data, "workers", None)
+        images = transforms.transformed(data.augment.image_transform, images, splits.spec, workers)
     return Loader(
         images,
         batch_size=data.batch_size if training else data.eval_batch_size,
@@ -74,7 +78,8 @@ def build_loader(
         classes=images.class_numbers() if training and data.balance == "sampler" else None,
         augment=data.augment if training else None,
         prefetch=prefetch_depth(data, splits, plan.device),
-        masks=splits.spec.target == "mask",
+        spec=splits.spec,
+        shown=data.eval_crop,
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from distrain.compression import base as compression
 from distrain.config.schema import Config
+from distrain.data.augmentation.check import check_augmentation
 from distrain.data.balance import class_weights
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
@@ -144,6 +145,9 @@ class RunPlan:
         chosen_callbacks.check(config)
         if config.data.balance == "loss":
             self.task.check_class_weights()
+        check_augmentation(config.data.augment, self.spec)
+        if config.data.augment.mixing.active:
+            self.task.check_mixing()
         # Found now, so that it is refused now.
         _ = self.monitor
         resume.check(config)
