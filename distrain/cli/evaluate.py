@@ -20,6 +20,7 @@ from distrain.cli.settings import RunSettings
 from distrain.config.groups import CompressionConfig, StrategyConfig
 from distrain.config.schema import DEVICE_DOC, DEVICES, Config
 from distrain.config.setting import setting
+from distrain.data.augmentation.resize import resize_centre
 from distrain.data.base import DataSpec, Split, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.escaping import Lines
@@ -194,7 +195,7 @@ def load_data(config: Config, world: World, folder: RunFolder, allow: Sequence[s
 
 
 def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow: Sequence[str]) -> Tensor:
-    """Images of the run's test split, spread evenly over it, as they are stored: ``[n, C, H, W]``.
+    """Images of the run's test split, spread evenly over it, of the stored type and the model's size ``[n, C, H, W]``.
 
     Args:
         folder: The run.
@@ -219,7 +220,8 @@ def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow
     _, splits = load_data(config_for_evaluation(folder, settings, world), world, folder, allow)
     with contextlib.closing(splits):
         size = len(splits.test)
-        return splits.test.pick(torch.arange(min(count, size)) * size // min(count, size))
+        images = splits.test.pick(torch.arange(min(count, size)) * size // min(count, size))
+    return resize_centre(images, folder.config.data.eval_crop, folder.spec.height, folder.spec.width)
 
 
 def _data_prefixes(allow: Sequence[str]) -> list[str]:
