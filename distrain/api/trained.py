@@ -13,10 +13,11 @@ from torch import nn
 from distrain.api.arrays import one_part
 from distrain.api.run import Run, check_images
 from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.checkpoint.format import AVERAGES
 from distrain.cli import evaluate as evaluation
 from distrain.cli import export as exporting
 from distrain.cli import predict as prediction
-from distrain.cli.run_folder import RunFolder
+from distrain.cli.run_folder import LAST, RunFolder
 from distrain.cli.settings import require_one_process
 from distrain.config.groups import DataConfig
 from distrain.config.schema import DEVICES
@@ -27,6 +28,7 @@ from distrain.runtime.world import World
 from distrain.tasks import base as tasks
 
 _SPLITS = ("train", "val", "test")
+_WEIGHTS = (LAST, *AVERAGES)
 
 
 def evaluate(
@@ -36,6 +38,7 @@ def evaluate(
     split: str = "test",
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     batch_size: int | None = None,
     device: str = "auto",
     data_root: str | os.PathLike[str] | None = None,
@@ -51,6 +54,7 @@ def evaluate(
         model: The run's model, if that was an object: a module, or a class or function that makes one. Its own
             parameters are neither used nor changed.
         checkpoint: ``newest``, ``best`` by validation score, or the folder of a checkpoint.
+        weights: ``last``, or an average of the model that the run keeps: ``ema`` or ``swa``.
         batch_size: Samples per step over all ranks; by default the run's ``data.eval_batch_size``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         data_root: Folder that contains the run's data set on this machine.
@@ -66,6 +70,7 @@ def evaluate(
     settings = evaluation.EvaluateSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
+        weights=_choice("weights", weights, _WEIGHTS),
         split=_choice("split", split, _SPLITS),
         data_root=None if data_root is None else os.fspath(data_root),
         batch_size=_count("batch_size", batch_size),
@@ -90,6 +95,7 @@ def predict(
     on_error: str = "stop",
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     batch_size: int = 64,
     device: str = "auto",
     allow: Sequence[str] = (),
@@ -104,6 +110,7 @@ def predict(
         on_error: If a file can't be decoded: ``stop``, or ``skip`` it with a warning.
         model: As for :func:`evaluate`.
         checkpoint: As for :func:`evaluate`.
+        weights: As for :func:`evaluate`.
         batch_size: Images per forward pass.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         allow: As for :func:`evaluate`.
@@ -124,6 +131,7 @@ def predict(
     settings = prediction.PredictSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
+        weights=_choice("weights", weights, _WEIGHTS),
         input=[os.fspath(item) for item in _listed(images)] if is_files else None,
         output=None,
         masks=None,
@@ -150,6 +158,7 @@ def export(
     *,
     format: str = "safetensors",
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     allow: Sequence[str] = (),
 ) -> Path:
     """Writes the run's model to a file that can be read without distrain, as the command ``export``.
@@ -159,6 +168,7 @@ def export(
         output: The file to write.
         format: ``safetensors``.
         checkpoint: As for :func:`evaluate`.
+        weights: As for :func:`evaluate`.
         allow: As for :func:`evaluate`.
 
     Returns:
@@ -171,6 +181,7 @@ def export(
     settings = exporting.ExportSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
+        weights=_choice("weights", weights, _WEIGHTS),
         format=_choice("format", format, ("safetensors",)),
         output=os.fspath(output),
         allow=list(allow),
@@ -183,6 +194,7 @@ def load_model(
     model: ModelObject | None = None,
     *,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     allow: Sequence[str] = (),
 ) -> nn.Module:
     """Builds the run's model with the weights of a checkpoint.
@@ -191,6 +203,7 @@ def load_model(
         run: As for :func:`evaluate`.
         model: As for :func:`evaluate`.
         checkpoint: As for :func:`evaluate`.
+        weights: As for :func:`evaluate`.
         allow: As for :func:`evaluate`.
 
     Returns:
@@ -202,7 +215,8 @@ def load_model(
     """
     folder = _folder(run, allow)
     with restored_surroundings(), offered_model(_model(run, model)):
-        return folder.model(folder.weights(os.fspath(checkpoint)), allow)
+        kind = _choice("weights", weights, _WEIGHTS)
+        return folder.model(folder.weights(os.fspath(checkpoint), kind), allow)
 
 
 def _path(run: str | os.PathLike[str] | Run) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 import distrain
 from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
-from distrain.cli.run_folder import RunFolder, Weights
+from distrain.cli.run_folder import LAST, RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.setting import setting
 from distrain.errors import ConfigError
@@ -42,7 +42,8 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     """
     require_one_process("export", world or World.from_environment())
     target, weights = export_run(RunFolder.open(settings.run, settings.allow), settings)
-    show(f"{weights.path.name} as {settings.format}: {target}")
+    of = "" if settings.weights == LAST else f" ({settings.weights})"
+    show(f"{weights.path.name}{of} as {settings.format}: {target}")
     return target
 
 
@@ -61,6 +62,7 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> tuple[Path, Weigh
     ``input_shape``      JSON: channels, height, width of an image
     ``mean``, ``std``    JSON: one value per channel; the input is ``(pixel / 255 - mean) / std``
     ``step``             number of updates
+    ``weights``          ``last``, or the average of the model: ``ema`` or ``swa``
     ``extra_state``      JSON: what modules returned from ``get_extra_state()``, by name; only if there is any
     ``distrain_version`` release that wrote the file
     ==================== ===============================================================================
@@ -73,12 +75,12 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> tuple[Path, Weigh
     """
     target = Path(settings.output)
     output.check_writable(target)
-    weights = folder.weights(settings.checkpoint)
+    weights = folder.weights(settings.checkpoint, settings.weights)
     tensors = {name: _plain(name, tensor) for name, tensor in weights.tensors.items()}
 
     def make(path: Path) -> None:
         try:
-            save_file(tensors, path, _metadata(folder, weights))
+            save_file(tensors, path, {**_metadata(folder, weights), "weights": settings.weights})
         except safetensors.SafetensorError as error:
             raise ConfigError("output", target, f"can't be written ({error})") from error
 

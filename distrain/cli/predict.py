@@ -256,7 +256,7 @@ class Predictor:
         self._folder, self._task, self._settings = folder, task, settings
         self._device = choose_device(config, world)
         self._precision = Precision(config.trainer.precision, self._device)
-        model = folder.model(folder.weights(settings.checkpoint), settings.allow)
+        model = folder.model(folder.weights(settings.checkpoint, settings.weights), settings.allow)
         self._layout = auto_format.memory_format(config, self._device, model)
         convert(model, self._precision.dtype, self._device)
         self._model: nn.Module = model.to(memory_format=self._layout)  # type: ignore[call-overload]

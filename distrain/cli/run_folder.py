@@ -41,6 +41,8 @@ T = TypeVar("T")
 #: Dotted prefixes that a run's configuration may name unless the user allows more.
 TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
+#: The weights of a checkpoint's step, not an average.
+LAST = "last"
 #: Largest accepted files, in bytes.
 _MAX_CONFIG_BYTES = 1 << 17
 #: Largest number of values in an image, over all channels.
@@ -104,21 +106,25 @@ class RunFolder:
         config = _read_config(folder / "config.yaml", allow)
         return cls(folder, config, *_read_data(folder / manifest.FILE))
 
-    def weights(self, which: str) -> Weights:
+    def weights(self, which: str, kind: str = LAST) -> Weights:
         """Reads the weights of a checkpoint after verifying it against its manifest.
 
         Args:
             which: ``newest`` (damaged ones are skipped), ``best`` by validation score, or the folder of a checkpoint.
+            kind: ``last``, or the average that is taken instead: ``ema`` or ``swa``.
 
         Raises:
-            ConfigError: There is no such checkpoint, or it is damaged.
+            ConfigError: There is no such checkpoint, it is damaged, or it has no such average.
         """
         for _ in range(_ATTEMPTS):
             path = None
             try:
                 path = self.find_checkpoint(which)
                 state = read_state(path)
-                tensors = checkpoint_reader.load_model(path)
+                kept = state["scalars"].get("averages", {})
+                if kind != LAST and kind not in kept:
+                    raise ConfigError("weights", kind, f"{path} holds no such average", [LAST, *kept])
+                tensors = checkpoint_reader.load_model(path, None if kind == LAST else kind)
                 tensors = lora.merged(self.config.lora, tensors)
                 return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"))
             except (DamagedCheckpoint, OSError) as error:
