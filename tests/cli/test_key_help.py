@@ -22,7 +22,7 @@ def helped(capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> 
         ("train", "lr", ("optimizer.lr=0.003\n",)),
         ("train", "optimizer.lr optimizer.lr=0.5", ("optimizer.lr=0.5\n",)),
         ("train", "optimizer=sgd optimizer.momentum", ("optimizer.momentum=", "less than 1")),
-        ("train", "optimizer", ("optimizer=adam; choices: adam, adamw, custom, muon,", "optimizer.betas=[0.9, 0.999]")),
+        ("train", "optimizer", ("optimizer=adam; choices: adam, adamw, custom, ", "optimizer.betas=[0.9, 0.999]")),
         ("train", "trainer", ("trainer.epochs=30", "a whole number", "Passes over the")),
         ("train", "trainer.progress", ("one of: auto, bar, lines, off",)),
         ("train", "run_dir seed", ("a path, or null", "seed=0")),
