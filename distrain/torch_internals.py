@@ -26,6 +26,27 @@ else:
     BatchNorm = nn.BatchNorm1d.__mro__[1]
     Dropout = nn.Dropout.__mro__[1]
 
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class DispatchMode(TorchDispatchMode):
+        """Base class of what sees every operation inside a block."""
+
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
+except ImportError:
+
+    class DispatchMode:  # type: ignore[no-redef]
+        """Base class of what sees every operation inside a block; fallback: it sees none."""
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+
 #: torch's own default for gloo's collectives, in seconds.
 _DEFAULT_TIMEOUT_SECONDS = 1800.0
 

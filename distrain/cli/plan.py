@@ -68,6 +68,7 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     Raises:
         ConfigError: A setting is wrong, or the training can't run.
         Failed: A rank failed.
+        Stopped: A rank was asked to stop during a short run.
     """
     slurm.set_torchrun_variables(os.environ)
     world = World.from_environment()
@@ -76,7 +77,23 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
     checked = engine.check(config, world, options)
     folder = engine.agreed_folder(config, world, Path(name))
     runs = folder / engine.TRIALS
-    made = engine.make_plan(checked, world, options, config_of, runs)
+    try:
+        made = _made(settings, checked, world, config_of, runs)
+    finally:
+        # Each host may have its own.
+        if world.local_rank == 0:
+            shutil.rmtree(runs, ignore_errors=True)
+    if world.rank == 0:
+        drawn = _draw(made, settings, folder)
+        show(f"plan: {made.write(folder)}{drawn}")
+    return made
+
+
+def _made(
+    settings: PlanSettings, checked: engine.Checked, world: World, config_of: engine.ConfigOf, runs: Path
+) -> Plan:
+    """The plan with the short runs that are asked for; rank 0 prints it."""
+    made = engine.make_plan(checked, world, settings.options(), config_of, runs)
     if world.rank == 0:
         for line in made.lines(settings.rows):
             show(line)
@@ -85,12 +102,6 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
         if world.rank == 0:
             for line in made.trial_lines():
                 show(line)
-    # Each host may have its own.
-    if world.local_rank == 0:
-        shutil.rmtree(runs, ignore_errors=True)
-    if world.rank == 0:
-        drawn = _draw(made, settings, folder)
-        show(f"plan: {made.write(folder)}{drawn}")
     return made
 
 

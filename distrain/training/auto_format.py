@@ -45,8 +45,9 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 #: A layout that is not the default, or a lower precision, is chosen only if it takes less than this share of the time.
 #: On a busy machine timings vary by as much as 5 %, and two starts of the same run should choose the same formats.
 _MAX_TIME_RATIO = 0.95
-#: Images in the first steps, which load kernels and estimate the time per image.
-_FIRST_IMAGES = 4
+#: Images in the first steps, which load kernels and estimate the time per image. BatchNorm needs two; where two take
+#: longer than a step of the trial may, there are no more.
+_FEWEST_IMAGES, _FIRST_IMAGES = 2, 4
 #: Longest step of a trial in seconds; if a model takes longer, the trial uses fewer images.
 _MAX_STEP_SECONDS = 0.5
 #: A trial ends when its steps have taken this many seconds, or after this many rounds; where the rounds contradict each
@@ -215,7 +216,7 @@ def _choose_by_trial(
 
     # This collective also makes all ranks start the trial at the same time.
     (per_image,) = max_over_ranks([trial.seconds_per_image(candidates) if trial is not None else 0.0])
-    size = min(len(images), max(_FIRST_IMAGES, int(_MAX_STEP_SECONDS / per_image)))
+    size = min(len(images), max(_FEWEST_IMAGES, int(_MAX_STEP_SECONDS / per_image)))
     rounds = trial.rounds(candidates, size, default_layouts) if trial is not None else [[0.0] * len(candidates)]
     shortest = dict(zip(candidates, max_over_ranks(_shortest(rounds)), strict=True))
     typical = dict(zip(candidates, max_over_ranks(_typical(rounds)), strict=True))
@@ -363,6 +364,11 @@ class Trial:
 
     def seconds_per_image(self, candidates: Sequence[Formats]) -> float:
         """A rough estimate in the fastest of the formats; infinite if all fail."""
+        count = min(_FEWEST_IMAGES, len(self._batch))
+        seconds = [self._step(formats, count) for formats in candidates]
+        if min(seconds) > _MAX_STEP_SECONDS:
+            # That kernels are loaded matters little, and more rounds would take long.
+            return min(seconds) / count
         count = min(_FIRST_IMAGES, len(self._batch))
         # The first round is not counted, since it loads kernels.
         for _ in range(2):

@@ -49,6 +49,8 @@ def measure_blocks(
     inputs: Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
     repeats: int = 5,
+    *,
+    warm_up: bool = True,
 ) -> list[BlockCost]:
     """Times each block's forward and backward pass on a microbatch.
 
@@ -58,7 +60,8 @@ def measure_blocks(
         model: The whole model on its device.
         inputs: The model's inputs, ``[N, …]``.
         autocast: Context of the forward passes.
-        repeats: Number of timed runs, whose median is taken; one more run comes before them to warm up.
+        repeats: Number of timed runs, whose median is taken.
+        warm_up: One more run comes before them.
     """
     costs = []
     value: Any = inputs
@@ -72,7 +75,7 @@ def measure_blocks(
             return tensor
 
         with trial_copy(block) as trial:
-            for repeat in range(repeats + 1):
+            for repeat in range(not warm_up, repeats + 1):
                 given = _copied(value)
                 start = _synchronised_time(inputs.device)
                 saved_bytes = 0

@@ -73,7 +73,7 @@ def check(config: Config, world: World) -> engine.Checked:
     if world.size == 1:
         plan = RunPlan.resolve(with_keys(config, {"strategy": "single"}), world)
         return plan, plan.check(warn=False)
-    return engine.check(config, world, _options(config))
+    return engine.check(config, world, options_for(config, world.size))
 
 
 def resolve(config: Config, world: World) -> Choice:
@@ -127,8 +127,18 @@ def options_of(config: Config) -> AutoConfig:
     return cast(AutoConfig, config.strategy)
 
 
-def _options(config: Config) -> engine.Options:
-    return engine.Options(strategies=tuple(options_of(config).strategies), compressors=())
+def options_for(config: Config, ranks: int) -> engine.Options:
+    """What is asked of the plan.
+
+    Args:
+        config: The run, with ``strategy=auto``.
+        ranks: Number of ranks.
+    """
+    strategies = tuple(options_of(config).strategies)
+    if ranks == 2:
+        # One rank would serve and one would train alone. Whoever starts two ranks expects both of them to train.
+        strategies = tuple(name for name in strategies if name != "parameter_server") or strategies
+    return engine.Options(strategies=strategies, compressors=())
 
 
 # --- what an earlier start has chosen --------------------------------------------------------------------------------
@@ -244,7 +254,7 @@ def _planned(checked: engine.Checked, config: Config, world: World, folder: Path
     def config_of(keys: Mapping[str, str]) -> Config:
         return with_keys(config, keys)
 
-    made = engine.make_plan(checked, world, _options(config), config_of, folder)
+    made = engine.make_plan(checked, world, options_for(config, world.size), config_of, folder)
     return engine.try_out(made, to_try(made, asked), config_of, world, folder, asked.trial_seconds)
 
 

@@ -19,7 +19,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.plan_keys import period_of
 from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
@@ -104,14 +104,11 @@ class ShortRuns:
         """
         run = RunPlan.resolve(self.config_of(keys), self.world)
         run.check(warn=False)
-        period = int(keys.get("strategy.sync_every", 1))
-        return step_seconds(run, self.splits, self.folder / name, expected, period, self.timed_seconds)
+        return step_seconds(run, self.splits, self.folder / name, expected, period_of(keys), self.timed_seconds)
 
-    def agreed(self, keys: Mapping[str, str], expected: float) -> tuple[dict[str, str], float]:
-        """Rank 0's keys and expectation, since ranks have measured their blocks by themselves."""
-        mine = {"keys": dict(keys), "seconds": expected}
-        first = of_rank_0(self.config_of({}), self.world, mine)
-        return first["keys"], first["seconds"]
+    def agreed(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        """What rank 0 gives; all ranks call it together."""
+        return of_rank_0(self.config_of({}), self.world, mine)
 
 
 def of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,9 +123,22 @@ def of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str
         return runtime.communicator().all_gather_json(mine, runtime.device)[0]
 
 
-def calibrated(
-    workload: Workload, cluster: Cluster, strategies: Sequence[str], runs: ShortRuns
-) -> tuple[Workload, list[dict[str, str]]]:
+@dataclass(frozen=True)
+class Calibrated:
+    """What short runs have shown.
+
+    Attributes:
+        workload: The training.
+        done: Keys of the configurations that were run.
+        skipped: Strategies of which none was run, since their steps are long.
+    """
+
+    workload: Workload
+    done: list[dict[str, str]]
+    skipped: list[str]
+
+
+def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], runs: ShortRuns) -> Calibrated:
     """The training with what short runs show; all ranks call it together.
 
     Args:
@@ -136,39 +146,49 @@ def calibrated(
         cluster: These ranks.
         strategies: Names of the strategies to look at.
         runs: To run configurations.
-
-    Returns:
-        The training, and the keys of the configurations that were run.
     """
-    done = []
+    # Rank 0 decides for all, since ranks have measured their blocks by themselves.
+    chosen = {unknown.strategy: _chosen(unknown, workload, cluster, strategies) for unknown in _UNKNOWNS}
+    chosen = runs.agreed(chosen)
+    done: list[dict[str, str]] = []
     for unknown in _UNKNOWNS:
-        # Even if no plan is made for it: one that seldom communicates shows what surrounds a step.
-        wanted = unknown.strategy in strategies or unknown.set is _of_step
-        possible = list(_predictions(workload, cluster, unknown.strategy)) if wanted else []
-        possible = [one for one in possible if one.seconds < _LONG_STEP]
-        chosen = min(possible, key=lambda one: unknown.usual(one.keys), default=None)
-        keys, expected = runs.agreed(chosen.keys if chosen else {}, chosen.seconds if chosen else 0.0)
-        if not keys:
+        one = chosen[unknown.strategy]
+        if not one["seconds"]:
             continue
         try:
-            measured = runs.seconds(keys, expected, f"with_{unknown.strategy}")
+            measured = runs.seconds(one["keys"], one["seconds"], f"with_{unknown.strategy}")
         except ConfigError:
             # The plan says why there is no such configuration.
             continue
-        workload = _with_measured(workload, cluster, unknown, keys, measured)
-        done.append(keys)
-    return workload, done
+        workload = _with_measured(workload, cluster, unknown, one["keys"], measured)
+        done.append(one["keys"])
+    skipped = [name for name, one in chosen.items() if one["too_long"]]
+    return Calibrated(workload, done, skipped)
+
+
+def _chosen(unknown: _Unknown, workload: Workload, cluster: Cluster, strategies: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a strategy to run, and the seconds of its step, as far as there is one with short steps."""
+    # Even if no plan is made for it: one that seldom communicates shows what surrounds a step.
+    if unknown.strategy not in strategies and unknown.set is not _of_step:
+        return {"keys": {}, "seconds": 0.0, "too_long": False}
+    setting = setting_of(workload, cluster)
+    possible = sorted(candidates.of_strategy(unknown.strategy, setting), key=lambda one: unknown.usual(one.keys))
+    for candidate in possible:
+        seconds = candidate.predict(setting).seconds
+        if seconds < _LONG_STEP:
+            return {"keys": candidate.keys, "seconds": seconds, "too_long": False}
+    return {"keys": {}, "seconds": 0.0, "too_long": bool(possible)}
 
 
 def _with_measured(
     workload: Workload, cluster: Cluster, unknown: _Unknown, keys: Mapping[str, str], measured: float
 ) -> Workload:
     """The training for which a configuration takes as long as measured, by bisection."""
+    found = candidates.of_strategy(unknown.strategy, setting_of(workload, cluster))
+    candidate = next(one for one in found if one.keys == keys)
 
     def too_short(value: float) -> bool:
-        changed = unknown.set(workload, value)
-        found = _predictions(changed, cluster, unknown.strategy)
-        return next(one.seconds for one in found if one.keys == keys) < measured
+        return candidate.predict(setting_of(unknown.set(workload, value), cluster)).seconds < measured
 
     low, high = 0.0, measured
     while too_short(high):
@@ -177,7 +197,3 @@ def _with_measured(
         middle = (low + high) / 2
         low, high = (middle, high) if too_short(middle) else (low, middle)
     return unknown.set(workload, low)
-
-
-def _predictions(workload: Workload, cluster: Cluster, strategy: str) -> list[Prediction]:
-    return list(candidates.predictions(setting_of(workload, cluster), [strategy], ()))

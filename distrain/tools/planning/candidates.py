@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from distrain.strategies.pipeline.schedule import SCHEDULES
 from distrain.tools.planning.prediction import Prediction
@@ -23,6 +26,21 @@ BUCKETS_MB = (1024.0, 25.0)
 _MOST_PIPELINE_RANKS = 8
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration.
+
+    Attributes:
+        keys: Keys and values of the command line.
+        predict: Predicts a step of it.
+        better_than: A configuration than which this one must clearly be faster to be worth its cost; ``None``: none.
+    """
+
+    keys: dict[str, str]
+    predict: Callable[[Setting], Prediction]
+    better_than: Candidate | None = None
+
+
 def predictions(setting: Setting, strategies: Sequence[str], compressors: Sequence[str]) -> Iterator[Prediction]:
     """Predicts all configurations that the training and the number of ranks allow.
 
@@ -31,60 +49,74 @@ def predictions(setting: Setting, strategies: Sequence[str], compressors: Sequen
         strategies: Names of the strategies to look at.
         compressors: Names of the compressors to look at.
     """
-    of_strategy: dict[str, Callable[[Setting, Sequence[str]], Iterator[Prediction]]] = {
+    for name in strategies:
+        for candidate in of_strategy(name, setting, compressors):
+            prediction = candidate.predict(setting)
+            other = candidate.better_than
+            if other is None or prediction.seconds < _WORTH_HIDING * other.predict(setting).seconds:
+                yield prediction
+
+
+def of_strategy(name: str, setting: Setting, compressors: Sequence[str] = ()) -> Iterator[Candidate]:
+    """The configurations of a strategy, without predicting them.
+
+    Args:
+        name: Of the strategy.
+        setting: Where.
+        compressors: Names of the compressors to look at.
+    """
+    found: dict[str, Callable[[Setting, Sequence[str]], Iterator[Candidate]]] = {
         "single": _single,
         "ddp": _ddp,
         "pipeline": _pipeline,
         "local_sgd": _local_sgd,
         "parameter_server": _parameter_server,
     }
-    for name in strategies:
-        yield from of_strategy[name](setting, compressors)
+    return found[name](setting, compressors)
 
 
-def _single(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:
+def _single(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     if setting.cluster.ranks == 1:
-        yield ddp.predict(setting, {"strategy": "single"})
+        yield _candidate(ddp.predict, {"strategy": "single"})
 
 
-def _ddp(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:
+def _ddp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     ranks = setting.cluster.ranks
     if ranks == 1 or setting.workload.batch_size < ranks:
         return
     keys = {"strategy": "ddp"}
-    yield ddp.predict(setting, keys)
+    yield _candidate(ddp.predict, keys)
     if setting.workload.batchnorms:
-        yield ddp.predict(setting, {**keys, "strategy.batchnorm": "local"}, synchronised=False)
+        yield _candidate(ddp.predict, {**keys, "strategy.batchnorm": "local"}, synchronised=False)
     for name in compressors:
         if name in setting.workload.compressors:
-            yield ddp.predict(setting, {**keys, "compression": name}, compressor=name)
+            yield _candidate(ddp.predict, {**keys, "compression": name}, compressor=name)
     layouts = {ddp.layout(setting, (None, None, None))}
     for size in BUCKETS_MB:
         sizes = {f"strategy.{key}": f"{size:g}" for key in ("first_bucket_mb", "bucket_mb")}
         layout = ddp.layout(setting, (size, size, None))
         if layout not in layouts:
             layouts.add(layout)
-            yield ddp.predict(setting, {**keys, **sizes}, sizes=(size, size, None))
+            yield _candidate(ddp.predict, {**keys, **sizes}, sizes=(size, size, None))
 
 
-def _local_sgd(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:
+def _local_sgd(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     ranks = setting.cluster.ranks
     if ranks == 1 or setting.workload.batch_size < ranks:
         return
     for steps in SYNC_EVERY:
         keys = {"strategy": "local_sgd", "strategy.sync_every": str(steps)}
-        waiting = local_sgd.predict(setting, keys, sync_every=steps)
+        waiting = _candidate(local_sgd.predict, keys, sync_every=steps)
         yield waiting
         for overlap in OVERLAP_STEPS:
             # A merge ends before the next one begins.
             if overlap <= steps:
                 hidden = {**keys, "strategy.overlap_steps": str(overlap)}
-                prediction = local_sgd.predict(setting, hidden, sync_every=steps, overlap_steps=overlap)
-                if prediction.seconds < _WORTH_HIDING * waiting.seconds:
-                    yield prediction
+                late = _candidate(local_sgd.predict, hidden, sync_every=steps, overlap_steps=overlap)
+                yield dataclasses.replace(late, better_than=waiting)
 
 
-def _pipeline(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:
+def _pipeline(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     ranks, workload = setting.cluster.ranks, setting.workload
     places = 1 + sum(block.begins_stage for block in workload.blocks[1:])
     for own in range(2, min(ranks, _MOST_PIPELINE_RANKS) + 1):
@@ -106,8 +138,8 @@ def _pipeline(setting: Setting, compressors: Sequence[str]) -> Iterator[Predicti
                     "strategy.schedule": schedule.name,
                     "strategy.microbatches": str(microbatches),
                 }
-                yield pipeline.predict(
-                    setting,
+                yield _candidate(
+                    pipeline.predict,
                     keys,
                     ranks=own,
                     schedule=schedule.name,
@@ -116,9 +148,14 @@ def _pipeline(setting: Setting, compressors: Sequence[str]) -> Iterator[Predicti
                 )
 
 
-def _parameter_server(setting: Setting, compressors: Sequence[str]) -> Iterator[Prediction]:
+def _parameter_server(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     ranks = setting.cluster.ranks
     for servers in sorted({1, ranks // 4}):
         if 0 < servers < ranks and setting.workload.batch_size >= ranks - servers:
             keys = {"strategy": "parameter_server", "strategy.servers": str(servers)}
-            yield parameter_server.predict(setting, keys, servers=servers)
+            yield _candidate(parameter_server.predict, keys, servers=servers)
+
+
+def _candidate(predict: Callable[..., Prediction], keys: dict[str, str], **options: Any) -> Candidate:
+    """A configuration with the arguments that its strategy's ``predict`` takes."""
+    return Candidate(keys, lambda setting: predict(setting, keys, **options))

@@ -173,10 +173,7 @@ class Cluster:
 
     def slowdown_of(self, computing: int) -> float:
         """Factor by which computation takes longer while so many ranks of a machine compute."""
-        known = len(self.slowdown)
-        if not known:
-            return 1.0
-        return self.slowdown[computing - 1] if computing <= known else self.slowdown[-1] * computing / known
+        return slowdown_at(self.slowdown, computing)
 
     def with_hosts(self, hosts: int) -> Cluster:
         """The same with another number of hosts, each on a machine of its own."""
@@ -188,6 +185,14 @@ class Cluster:
         return dataclasses.replace(
             self, hosts=hosts, hosts_per_machine=1, relative_speeds=speeds, sockets=sockets, all_reduce_cost=cost
         )
+
+
+def slowdown_at(slowdown: Sequence[float], computing: int) -> float:
+    """As :meth:`Cluster.slowdown_of`, with the factors of a cluster."""
+    known = len(slowdown)
+    if not known:
+        return 1.0
+    return slowdown[computing - 1] if computing <= known else slowdown[-1] * computing / known
 
 
 def slowdown_curve(alone: float, together: float, ranks: int, processors: int) -> tuple[float, ...]:

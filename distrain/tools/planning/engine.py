@@ -17,9 +17,10 @@ from distrain.models.trial import ModelTrial
 from distrain.runtime.world import World
 from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
-from distrain.tools.planning.calibration import ShortRuns, calibrated, of_rank_0
+from distrain.tools.planning.calibration import Calibrated, ShortRuns, calibrated, of_rank_0
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.measurement import measure
+from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.plan_file import planned_part
 from distrain.tools.planning.plan_keys import COMPRESSORS, STRATEGIES
@@ -108,22 +109,34 @@ def make_plan(checked: Checked, world: World, options: Options, config_of: Confi
     run, trial = checked
     described = None if options.cluster is None else cluster_file.read(options.cluster)
     compressors, remarks = _compressors(world, options, config_of)
-    with contextlib.closing(run.load()) as splits:
+    clock = PhaseClock()
+    with clock.phase("data"):
+        splits = run.load()
+    with contextlib.closing(splits):
         run.check_sizes(splits, trial)
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
-        measured = measure(run, world, splits, compressors, _most_samples(run.config.data.batch_size, described))
-        workload, done = measured.workload, list[dict[str, str]]()
+        most = _most_samples(run.config.data.batch_size, described)
+        measured = measure(run, world, splits, compressors, clock, most)
+        short_runs = Calibrated(measured.workload, [], [])
         if described is None or described.accelerator is None:
             runs = ShortRuns(world, splits, config_of, folder)
-            workload, done = calibrated(workload, measured.cluster, options.strategies, runs)
-    cluster = measured.cluster
+            with clock.phase("short runs"):
+                short_runs = calibrated(measured.workload, measured.cluster, options.strategies, runs)
+    workload, cluster = short_runs.workload, measured.cluster
     if described is not None:
         cluster = described
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
-    plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
-    plan = dataclasses.replace(plan, calibrated_on=done, training=planned_part(run.config))
-    return _without_refused(plan, config_of, sizes)
+    with clock.phase("predictions"):
+        plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
+        plan = _without_refused(plan, config_of, sizes)
+    return dataclasses.replace(
+        plan,
+        calibrated_on=short_runs.done,
+        not_calibrated=short_runs.skipped,
+        training=planned_part(run.config),
+        planning_seconds=clock.seconds,
+    )
 
 
 def _most_samples(batch_size: int, described: Cluster | None) -> int | None:

@@ -15,7 +15,7 @@ from distrain.files.untrusted import UnreadableFile
 from distrain.strategies.base import strategy_class
 from distrain.tools.planning import plan_file
 from distrain.tools.planning.plan_file import FILE
-from distrain.tools.planning.plan_keys import choice_of
+from distrain.tools.planning.plan_keys import choice_of, period_of
 
 log = logging.getLogger(__name__)
 
@@ -105,21 +105,21 @@ def _summary(content: Mapping[str, Any], prediction: Mapping[str, Any], config: 
         "bytes_sent_per_step_per_rank": int(prediction["bytes_sent_per_rank"]),
         "memory_mb": round(prediction["memory_bytes"]["total"] / 2**20, 1),
         "trial_ms": min(trials) if trials else None,
-        "period": int(prediction["keys"].get("strategy.sync_every", 1)),
+        "period": period_of(prediction["keys"]),
     }
 
 
 def _outside_ms(content: Mapping[str, Any], config: Config, ranks: int) -> float:
     """Milliseconds of a step outside the strategy: loading data, and the loop around steps."""
     # Imports what else only the command plan needs.
+    from distrain.tools.planning.cluster import slowdown_at
     from distrain.tools.planning.workload import at
 
     cluster, workload = content["cluster"], content["workload"]
     share = -(-workload["batch_size"] // strategy_class(config).data_parallel_size(config, ranks))
     seconds = at({int(size): float(value) for size, value in workload["outside"].items()}, share)
-    slowdown = cluster["slowdown"]
     computing = min(cluster["ranks_per_host"] * cluster["hosts_per_machine"], ranks)
-    return 1000 * seconds * (float(slowdown[min(computing, len(slowdown)) - 1]) if slowdown else 1.0)
+    return 1000 * seconds * float(slowdown_at(cluster["slowdown"], computing))
 
 
 def slower_than_planned(summary: Mapping[str, Any]) -> str:

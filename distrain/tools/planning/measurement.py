@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,24 +38,27 @@ from distrain.strategies.batchnorm import defer_running_statistics, synchronise_
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
 from distrain.strategies.single import Single
-from distrain.tools.planning.cluster import Cluster, expected_maximum
+from distrain.tools.planning.batchnorm_cost import Change, extra_seconds
+from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
-from distrain.tools.planning.robust_mean import median_of_means
+from distrain.tools.planning.phases import PhaseClock
+from distrain.tools.planning.step_timer import StepTimer, StepTimes
 from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
-from distrain.tools.planning.workload import BlockProfile, Workload
-from distrain.torch_internals import BatchNorm
+from distrain.tools.planning.workload import BlockMemory, BlockProfile, Workload
 from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
 
-#: Seconds of steps of one size, and the fewest steps.
-_STEP_SECONDS, _FEWEST = 1.5, 3
 #: Seconds of a step, above which it is measured on fewer samples.
 _LONGEST_STEP = 1.0
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
+#: Most bytes of gradients on which compressors are timed.
+_MOST_COMPRESSED = 24 * MIB
+#: What ``ddp`` and pipelines make of BatchNorm layers.
+_BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
 #: Times that the gradients are copied.
 _COPIES = 5
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
@@ -76,24 +80,12 @@ class Measured:
     remarks: list[str]
 
 
-@dataclass
-class _StepTimes:
-    """Seconds of steps with one number of samples.
-
-    Attributes:
-        loading: Waiting for the next batch.
-        passes: Forward and backward passes.
-    """
-
-    loading: float
-    passes: float
-
-
 def measure(
     plan: RunPlan,
     world: World,
     splits: Splits,
     compressors: Mapping[str, CompressionConfig],
+    clock: PhaseClock,
     most_samples: int | None = None,
 ) -> Measured:
     """Measures; all ranks call it together.
@@ -103,6 +95,7 @@ def measure(
         world: This rank's place among those that measure.
         splits: The samples.
         compressors: Configurations of the compressors to time.
+        clock: Times the phases.
         most_samples: Most samples of a measured step; ``None``: a rank's share of a batch.
 
     Returns:
@@ -116,8 +109,10 @@ def measure(
         if len(set(hosts.values())) == 1:
             # As a run chooses them where its configuration says auto.
             make_model = functools.partial(build_model, plan, splits)
-            plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
-            return _Measurement(plan, world, splits, runtime, len(hosts)).measure(compressors, most_samples)
+            with clock.phase("formats"):
+                plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
+            measurement = _Measurement(plan, world, splits, runtime, len(hosts))
+            return measurement.measure(compressors, most_samples, clock)
     # Not inside, where an error means that this rank alone has failed.
     raise config_error("plan", f"hosts have different numbers of ranks: {hosts}; a plan needs the same number on each")
 
@@ -142,34 +137,42 @@ class _Measurement:
         self._hosts = hosts
         self._remarks: list[str] = []
 
-    def measure(self, compressors: Mapping[str, CompressionConfig], most_samples: int | None) -> Measured:
+    def measure(
+        self, compressors: Mapping[str, CompressionConfig], most_samples: int | None, clock: PhaseClock
+    ) -> Measured:
         ranks, batch_size = self._world.size, min(self._plan.config.data.batch_size, len(self._splits.train))
-        strategy = self._strategy()
-        sizes = self._sizes(strategy, batch_size, most_samples)
-        largest = sizes[-1]
-        self._sequence_of_model = self._sequence(strategy)
-        update = self._agree(self._update_seconds(strategy))
-        alone = self._alone(strategy, largest)
-        steps = {size: self._steps(strategy, size, update) for size in sizes}
-        costs = {size: self._blocks(strategy, size) for size in sizes}
-        found, begins = self._structure(strategy, sizes[0])
-        factors = [
-            self._batchnorm_factor(strategy.model, change, largest, update, steps[largest].passes)
-            for change in (synchronise_batchnorm, defer_running_statistics)
-        ]
-        copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
+        with clock.phase("model"):
+            strategy = self._strategy()
+            self._timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+            sizes = self._sizes(batch_size, most_samples)
+            largest = sizes[-1]
+            self._sequence_of_model = self._sequence(strategy)
+        with clock.phase("steps"):
+            update = self._agree(self._timer.update_seconds())
+            alone = self._alone(largest, update)
+            steps = {size: self._timer.steps(size, update) for size in sizes}
+        with clock.phase("blocks"):
+            costs = {size: self._blocks(strategy, size, is_long=steps[size].is_long) for size in sizes}
+            begins = self._possible_starts(strategy)
+            found = {size: self._structures(strategy, size) for size in self._sizes_of_structures(sizes)}
+            changed = self._changed(strategy, min(found), found[min(found)])
         one = steps[largest]
-        spread = self._spread(strategy, largest, one.loading + one.passes + update) if ranks > 1 else 0.0
-        rank = Rank(self._runtime, self._world, self._hosts)
-        cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
-        parts = self._bucket_parts(strategy.model, cluster.all_reduce_cost)
-        times = {name: self._compressor(parts, own) for name, own in compressors.items()} if ranks > 1 else {}
+        with clock.phase("batchnorm"):
+            factors = self._batchnorm_factors(strategy, largest, one.passes)
+        with clock.phase("links"):
+            copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
+            spread = self._timer.spread(largest, one.loading + one.passes + update) if ranks > 1 else 0.0
+            rank = Rank(self._runtime, self._world, self._hosts)
+            cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
+        with clock.phase("compressors"):
+            parts = self._bucket_parts(strategy.model, cluster.all_reduce_cost)
+            times = {name: self._compressor(parts, own) for name, own in compressors.items()} if ranks > 1 else {}
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
         # What takes less time than a rank's turn on a processor was timed while no more ranks computed than there are
         # processors.
         briefly = cluster.slowdown_of(min(cluster.ranks_per_machine, processors()))
         workload = Workload(
-            self._profiles(costs, steps, found, begins, crowd),
+            self._profiles(costs, steps, found, changed, begins, crowd),
             batch_size,
             {size: steps[size].loading / crowd for size in sizes},
             update / briefly,
@@ -182,37 +185,40 @@ class _Measurement:
             copy_seconds=copying / briefly,
             digest_seconds=hashing / briefly,
             deferred_factor=factors[1],
+            input_bytes=self._batch(strategy, largest).inputs.nbytes / largest,
+            update_bytes=float(self._timer.update_bytes()),
+            deterministic=self._plan.config.trainer.deterministic,
             keeping_residuals=frozenset(name for name, one in compressors.items() if _keeps_residuals(one)),
         )
         return Measured(workload, cluster, self._remarks)
 
-    def _sizes(self, strategy: Single, batch_size: int, most_samples: int | None) -> list[int]:
+    def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
         """The two numbers of samples to measure, in ascending order; one if there are no more samples."""
         share = -(-batch_size // self._world.size) if most_samples is None else most_samples
         piece = min(share, self._micro_batch_size or share)
         largest = min(max(piece, _FEWEST_SAMPLES), len(self._splits.train))
-        batches = self._batches(strategy, min(2, largest))
-        self._step(strategy, batches)
-        one = self._agree(sum(self._step(strategy, batches))) / min(2, largest)
+        one = self._timer.first_steps(min(2, largest)) / min(2, largest)
         # Where a sample takes long, what a pass takes beside its samples is little.
-        largest = min(largest, max(int(_LONGEST_STEP / one), 2))
+        possible = max(int(_LONGEST_STEP / one), 2)
+        if possible < min(largest, _FEWEST_SAMPLES):
+            return [2]
+        largest = min(largest, possible)
         return sorted({max(largest // 4, min(largest, 2)), largest})
+
+    def _alone(self, size: int, update: float) -> float:
+        """Seconds of the passes while all other ranks wait."""
+        passes = self._timer.steps(size, update, together=False).passes if self._world.rank == 0 else 0.0
+        return self._agree(passes)
 
     # --- the training ------------------------------------------------------------------------------------------------
 
-    def _strategy(self, change: Callable[[nn.Module, Communicator], int] | None = None) -> Single:
-        """One process's training, in this rank.
-
-        Args:
-            change: Changes the BatchNorm layers.
-        """
+    def _strategy(self) -> Single:
+        """One process's training, in this rank."""
         plan = self._plan
         strategy = Single(plan.config, self._runtime)
         if self._splits.class_weights is not None:
             plan.task.set_class_weights(self._splits.class_weights)
         model = build_model(plan, self._splits)
-        if change is not None:
-            change(model, Communicator())
         strategy.freezing = freezing = freeze_schedule(plan.config, model)
         if freezing is not None:
             train_only(model, freezing.ever_trained, freezing.parameters)
@@ -238,95 +244,20 @@ class _Measurement:
     def _batch(self, strategy: Strategy, size: int) -> Batch:
         return next(self._batches(strategy, size))
 
-    # --- steps -------------------------------------------------------------------------------------------------------
+    # --- parts of a step ----------------------------------------------------------------------------------------------
 
-    def _steps(self, strategy: Single, size: int, update: float, *, together: bool = True) -> _StepTimes:
-        """Times steps on batches of a number of samples.
+    def _batchnorm_factors(self, strategy: Single, size: int, passes: float) -> list[float]:
+        """How much longer passes take with BatchNorm layers as they are under ``ddp``, and in pipelines."""
+        if self._world.size == 1 or not passes:
+            return [1.0] * len(_BATCHNORMS)
+        inputs = self._batch(strategy, size).inputs
 
-        Args:
-            strategy: Takes the steps.
-            size: Number of samples.
-            update: Seconds of the optimizer.
-            together: All ranks do so at the same time, and begin and end together.
-        """
-        batches = self._batches(strategy, size)
-        first = self._step(strategy, batches)
-        longest = self._agree(sum(first)) if together else sum(first)
-        seconds = max(_STEP_SECONDS, _FEWEST * longest)
-        times: list[tuple[float, float]] = []
-        begin = time.perf_counter()
-        # For a time and not for a number of steps: where ranks outnumber processors some are faster for a while, and
-        # what the others take after those have ended says nothing.
-        while len(times) < _FEWEST or time.perf_counter() - begin < seconds:
-            times.append(self._step(strategy, batches))
-        loading = median_of_means([loaded for loaded, _ in times])
-        passes = max(median_of_means([taken for _, taken in times]) - update, 0.0)
-        if together:
-            # The slowest rank's, for which the others wait sooner or later.
-            loading, passes = (self._agree(value) for value in (loading, passes))
-        return _StepTimes(loading, passes)
+        def run() -> None:
+            with strategy.precision.autocast():
+                strategy.model(inputs)
 
-    def _spread(self, strategy: Single, size: int, free: float) -> float:
-        """By how much ranks that wait for each other after each step are slower, as a standard deviation.
-
-        Args:
-            strategy: Takes the steps.
-            size: Number of samples of a step.
-            free: Seconds of a step of ranks that don't wait.
-
-        Returns:
-            The standard deviation of a rank's step, relative to its mean, with which the slowest of these ranks would
-            be as late as it is.
-        """
-        batches = self._batches(strategy, size)
-        count = max(_FEWEST, int(_STEP_SECONDS / free))
-        steps, barriers = [], []
-        for _ in range(count):
-            begin = synchronised_time(self._device)
-            self._step(strategy, batches)
-            self._everyone.barrier()
-            middle = synchronised_time(self._device)
-            self._everyone.barrier()
-            steps.append(middle - begin)
-            barriers.append(synchronised_time(self._device) - middle)
-        lateness = median_of_means(steps) - statistics.median(barriers) - free
-        mean = self._agree(lateness, "sum") / self._world.size
-        return max(mean, 0.0) / free / expected_maximum(self._world.size)
-
-    def _step(self, strategy: Single, batches: Iterator[Batch]) -> tuple[float, float]:
-        """Seconds of waiting for the batch, and of the rest."""
-        begin = synchronised_time(self._device)
-        batch = next(batches)
-        middle = synchronised_time(self._device)
-        strategy.train_step(batch)
-        return middle - begin, synchronised_time(self._device) - middle
-
-    def _alone(self, strategy: Single, size: int) -> float:
-        """Seconds of the passes while all other ranks wait."""
-        passes = 0.0
-        if self._world.rank == 0:
-            passes = self._steps(strategy, size, self._update_seconds(strategy), together=False).passes
-        return self._agree(passes)
-
-    def _update_seconds(self, strategy: Single) -> float:
-        """Seconds of the optimizer."""
-        strategy.train_step(self._batch(strategy, 2))
-        times = []
-        for _ in range(4):
-            begin = synchronised_time(self._device)
-            strategy.optimizer.step()
-            times.append(synchronised_time(self._device) - begin)
-        return statistics.median(times[1:])
-
-    def _batchnorm_factor(
-        self, model: nn.Module, change: Callable[[nn.Module, Communicator], int], size: int, update: float, plain: float
-    ) -> float:
-        """How much longer passes take with changed BatchNorm layers."""
-        if self._world.size == 1 or not plain:
-            return 1.0
-        if not any(isinstance(layer, BatchNorm) for layer in model.modules()):
-            return 1.0
-        return max(self._steps(self._strategy(change), size, update).passes / plain, 1.0)
+        extra = extra_seconds(strategy.model, run, list(_BATCHNORMS.values()))
+        return [1 + self._agree(seconds) / passes for seconds in extra]
 
     def _copy_seconds(self, model: nn.Module) -> tuple[float, float]:
         """Seconds of copying, and of hashing, as many bytes as all gradients have."""
@@ -358,29 +289,53 @@ class _Measurement:
         self._remarks.append(f"no pipelines: {reason}")
         return nn.Sequential(strategy.model)
 
-    def _blocks(self, strategy: Single, size: int) -> list[BlockCost]:
+    def _blocks(self, strategy: Single, size: int, *, is_long: bool) -> list[BlockCost]:
         """Times each block on a number of samples."""
         inputs = self._batch(strategy, size).inputs
+        autocast = strategy.precision.autocast
+        if is_long:
+            return measure_blocks(self._sequence_of_model, inputs, autocast, 1, warm_up=False)
         begin = time.perf_counter()
-        once = measure_blocks(self._sequence_of_model, inputs, strategy.precision.autocast, 1)
+        once = measure_blocks(self._sequence_of_model, inputs, autocast, 1)
         longest = self._agree((time.perf_counter() - begin) / 2)
         repeats = min(int(_BLOCK_SECONDS / longest), _BLOCK_REPEATS)
-        if repeats < 2:
-            return once
-        return measure_blocks(self._sequence_of_model, inputs, strategy.precision.autocast, repeats)
+        return measure_blocks(self._sequence_of_model, inputs, autocast, repeats) if repeats >= 2 else once
 
-    def _structure(self, strategy: Single, size: int) -> tuple[list[BlockStructure], set[int]]:
-        """What each block consists of, and the blocks that may begin a stage."""
+    def _possible_starts(self, strategy: Single) -> set[int]:
+        """The blocks that may begin a stage."""
         begins, problem = possible_starts(self._sequence_of_model, self._batch(strategy, 2).inputs, strategy.precision)
         if problem and not self._remarks:
             self._remarks.append(f"no pipelines: {problem}")
-        return structures(self._sequence_of_model, self._batch(strategy, size).inputs, strategy.precision), begins
+        return begins
+
+    def _structures(self, strategy: Single, size: int, change: Change | None = None) -> list[BlockStructure]:
+        """What each block consists of, found on a number of samples.
+
+        Args:
+            strategy: The training.
+            size: Number of samples.
+            change: Changes BatchNorm layers.
+        """
+        inputs = self._batch(strategy, size).inputs
+        own = None if change is None else (lambda model: change(model, Communicator()))
+        return structures(self._sequence_of_model, inputs, strategy.precision, own)
+
+    def _sizes_of_structures(self, sizes: Sequence[int]) -> list[int]:
+        """Two numbers of samples, since what passes hold doesn't grow with the samples alone."""
+        return list(sizes) if len(sizes) > 1 else sorted({sizes[0], min(2 * sizes[0], len(self._splits.train))})
+
+    def _changed(self, strategy: Single, size: int, plain: Sequence[BlockStructure]) -> dict[str, list[BlockStructure]]:
+        """The blocks with other kinds of BatchNorm layers."""
+        if self._world.size == 1 or not any(block.batchnorms for block in plain):
+            return {}
+        return {kind: self._structures(strategy, size, change) for kind, change in _BATCHNORMS.items()}
 
     def _profiles(
         self,
         costs: Mapping[int, Sequence[BlockCost]],
-        steps: Mapping[int, _StepTimes],
-        found: Sequence[BlockStructure],
+        steps: Mapping[int, StepTimes],
+        found: Mapping[int, Sequence[BlockStructure]],
+        changed: Mapping[str, Sequence[BlockStructure]],
         begins: set[int],
         crowd: float,
     ) -> tuple[BlockProfile, ...]:
@@ -394,20 +349,23 @@ class _Measurement:
         largest = max(costs)
         profiles = []
         for index, cost in enumerate(costs[largest]):
+            structure = found[max(found)][index]
             profiles.append(
                 BlockProfile(
                     cost.name,
-                    found[index].gradients,
+                    structure.gradients,
                     {size: costs[size][index].forward_ms / 1000 * scale[size] for size in costs},
                     {size: costs[size][index].backward_ms / 1000 * scale[size] for size in costs},
-                    found[index].saved_bytes,
+                    structure.saved_bytes,
                     cost.output_bytes / largest,
                     cost.output_tensors,
-                    found[index].flops,
-                    found[index].batchnorms,
+                    structure.flops,
+                    structure.batchnorms,
                     index in begins,
-                    found[index].state_bytes,
-                    found[index].kernels,
+                    structure.state_bytes,
+                    structure.kernels,
+                    structure.saves_output,
+                    _memory_of(index, found, changed),
                 )
             )
         return tuple(profiles)
@@ -428,26 +386,73 @@ class _Measurement:
         return measure_cost(compressor, buckets, self._everyone)
 
     def _bucket_parts(self, model: nn.Module, cost: AllReduceCost | None) -> list[list[tuple[str, nn.Parameter]]]:
-        """The parameters of buckets on which compressors are timed: all of them, and two of those that a run has."""
+        """The parameters of buckets on which compressors are timed.
+
+        All of them, and two of the buckets that a run has; of a large model instead some of its parameters, and a
+        bucket that is much smaller.
+        """
         parameters = list(trainable_parameters(model).items())
-        if cost is None:
-            return [parameters]
-        sizes = [size * MIB for size in choose_sizes(cost, gradient_bytes_of(model))]
-        parts = sorted(split_into_buckets(parameters[::-1], *sizes), key=_numel)
+        sizes = [size * MIB for size in choose_sizes(cost, gradient_bytes_of(model))] if cost is not None else []
+        parts = sorted(split_into_buckets(parameters[::-1], *sizes), key=_numel) if sizes else [parameters]
+        sample = sample_of(parameters)
+        if len(sample) < len(parameters):
+            return [sample, parts[0]] if 2 * _numel(parts[0]) <= _numel(sample) else [sample]
         return [parameters] if len(parts) == 1 else [parameters, parts[-1], parts[0]]
 
     # --- agreement ---------------------------------------------------------------------------------------------------
 
     def _agree(self, value: float, reduction: Reduction = "max") -> float:
         """The largest value of all ranks, or their sum."""
-        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
-        return float(self._everyone.all_reduce(tensor, reduction)) if self._world.size > 1 else value
+        return self._timer.agree(value, reduction)
+
+
+def _memory_of(
+    index: int, plain: Mapping[int, Sequence[BlockStructure]], changed: Mapping[str, Sequence[BlockStructure]]
+) -> dict[str, BlockMemory]:
+    """What a block holds in its passes, by the kind of its BatchNorm layers.
+
+    Args:
+        index: Of the block.
+        plain: The blocks as they were found with some numbers of samples.
+        changed: The blocks with other kinds of BatchNorm layers, with the smallest of these numbers.
+    """
+    extra = {size: float(found[index].extra_bytes) for size, found in plain.items()}
+    memory = {"plain": BlockMemory(plain[max(plain)][index].saved_bytes, extra)}
+    small = min(plain)
+    for kind, blocks in changed.items():
+        # What such layers need besides grows with the samples.
+        more = (blocks[index].extra_bytes - extra[small]) / small
+        own = {size: held + size * more for size, held in extra.items()}
+        memory[kind] = BlockMemory(blocks[index].saved_bytes, own)
+    return memory
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def sample_of(parameters: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Some of a large model's parameters, with as many of each kind of layer as chance has it; all of a smaller one's.
+
+    Args:
+        parameters: All of them, by name.
+
+    Returns:
+        In the same order; at least one, and else no more than compressors are timed on.
+    """
+    left = _MOST_COMPRESSED // 4
+    if _numel(parameters) <= left:
+        return list(parameters)
+    chosen: set[str] = set()
+    # The same on all ranks and in all plans.
+    for name, parameter in random.Random(0).sample(parameters, len(parameters)):
+        if parameter.numel() <= left:
+            chosen.add(name)
+            left -= parameter.numel()
+    smallest = min(parameters, key=lambda pair: pair[1].numel())
+    return [pair for pair in parameters if pair[0] in chosen] or [smallest]
 
 
 def _numel(parameters: Sequence[tuple[str, nn.Parameter]]) -> int:

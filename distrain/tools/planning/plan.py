@@ -46,7 +46,9 @@ class Plan:
         remarks: What could not be measured, and why.
         trials: Configurations that were run for a few steps.
         calibrated_on: Keys of configurations that were run to make the plan, so that it is no prediction of them.
+        not_calibrated: Strategies of which no configuration was run to make the plan, since their steps are long.
         training: The part of the training's configuration that the predictions depend on.
+        planning_seconds: How long each phase of making the plan took.
     """
 
     workload: Workload
@@ -55,7 +57,9 @@ class Plan:
     remarks: Sequence[str]
     trials: Sequence[Trial] = ()
     calibrated_on: Sequence[Mapping[str, str]] = ()
+    not_calibrated: Sequence[str] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    planning_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def fits(self, prediction: Prediction) -> bool:
         """Whether each rank has enough memory, as far as that is known."""
@@ -134,6 +138,8 @@ class Plan:
         return {
             "batch_size": self.workload.batch_size,
             "calibrated_on": list(self.calibrated_on),
+            "not_calibrated": list(self.not_calibrated),
+            "planning_seconds": {name: round(seconds, 2) for name, seconds in self.planning_seconds.items()},
             "cluster": dataclasses.asdict(self.cluster),
             "predictions": [
                 {**prediction.to_plain(self.workload.batch_size), "fits": self.fits(prediction)}

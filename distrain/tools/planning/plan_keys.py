@@ -53,6 +53,15 @@ def choice_of(group: str, keys: Mapping[str, str]) -> Any:
     return load_group(group, {**_defaults(group, name), **{key: yaml.safe_load(value) for key, value in own.items()}})
 
 
+def period_of(keys: Mapping[str, str]) -> int:
+    """Steps after which the same repeats, such as a merge of ``local_sgd``.
+
+    Args:
+        keys: Of a configuration.
+    """
+    return int(keys.get("strategy.sync_every", 1))
+
+
 @functools.cache
 def _defaults(group: str, name: str) -> Mapping[str, Any]:
     content: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())

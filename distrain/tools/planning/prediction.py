@@ -16,7 +16,7 @@ class Memory:
         parameters: The parameters.
         gradients: Their gradients.
         optimizer: The optimizer's state.
-        activations: What forward passes leave for backward passes.
+        activations: Most that passes need: what forward passes leave for backward passes, and what is on its way.
         other: Copies of parameters, residuals of compressors, messages.
     """
 

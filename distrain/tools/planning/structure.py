@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,9 @@ from distrain.errors import ConfigError
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
+from distrain.strategies.pipeline.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
+from distrain.tools.planning.live_memory import LiveMemory, tensors_in
 from distrain.torch_internals import BatchNorm
 
 
@@ -31,6 +36,9 @@ class BlockStructure:
             first one.
         batchnorms: BatchNorm layers.
         kernels: Operations of a forward pass that compute something, each of which is a kernel on a GPU.
+        extra_bytes: Most bytes that are held during the block's passes, of all samples, beyond what it and the blocks
+            before it have saved: outputs and gradients on their way.
+        saves_output: Whether its output is among what it saves, and not among what the next block does.
     """
 
     gradients: tuple[int, ...]
@@ -39,6 +47,8 @@ class BlockStructure:
     saved_bytes: float
     batchnorms: int
     kernels: int
+    extra_bytes: int = 0
+    saves_output: bool = False
 
 
 class _KernelCounter(TorchFunctionMode):
@@ -54,49 +64,109 @@ class _KernelCounter(TorchFunctionMode):
         return result
 
 
-def structures(sequence: nn.Sequential, inputs: Tensor, precision: Precision) -> list[BlockStructure]:
-    """Runs a forward pass, which changes running statistics, and looks at each block.
+def structures(
+    sequence: nn.Sequential, inputs: Tensor, precision: Precision, change: Callable[[nn.Module], object] | None = None
+) -> list[BlockStructure]:
+    """Runs a forward and a backward pass of a copy of the model, and looks at each block.
 
     Args:
         sequence: The model as a sequence of blocks.
         inputs: The model's inputs, ``[N, …]``; blocks may write into them.
         precision: Of the forward pass.
+        change: Changes the copy before.
     """
-    # Tensors by identity and memory by address: blocks may share both. The graph keeps what is saved alive, so no
-    # address is used twice.
-    seen: set[int] = set()
-    storages = {tensor.untyped_storage().data_ptr() for tensor in (*sequence.parameters(), *sequence.buffers())}
-    found = []
-    value: Any = inputs
-    for _, block in named_blocks(sequence):
-        own = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in seen}
-        seen |= own.keys()
-        saved = 0
+    with trial_copy(sequence) as trial:
+        if change is not None:
+            change(trial)
+        for parameter in trial.parameters():
+            # As in a training, where gradients have their memory all the time.
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        return _Passes(cast(nn.Sequential, trial), inputs, precision).structures()
 
-        def record(tensor: Tensor) -> Tensor:
-            nonlocal saved
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in storages:
-                storages.add(storage.data_ptr())
-                saved += storage.nbytes()
-            return tensor
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-        kernels = _KernelCounter()
-        with hooks, precision.autocast(), kernels, FlopCounterMode(display=False) as counter:
-            value = block(value)
-        trained = [tensor for tensor in own.values() if tensor.requires_grad]
-        found.append(
-            BlockStructure(
-                tuple(_bytes(tensor) for tensor in trained),
-                sum(_bytes(tensor) for tensor in own.values()),
-                counter.get_total_flops() / len(inputs),
-                saved / len(inputs),
-                sum(isinstance(layer, BatchNorm) for layer in block.modules()),
-                kernels.count,
+class _Passes:
+    """A forward and a backward pass, in which each block is looked at."""
+
+    def __init__(self, sequence: nn.Sequential, inputs: Tensor, precision: Precision) -> None:
+        self._blocks = [block for _, block in named_blocks(sequence)]
+        self._inputs, self._precision = inputs, precision
+        #: Memory of parameters and buffers, and what autograd has saved so far. The graph keeps that alive, so no
+        #: address is used twice.
+        self._storages = {
+            tensor.untyped_storage().data_ptr() for tensor in (*sequence.parameters(), *sequence.buffers())
+        }
+        self._live = LiveMemory()
+        #: By block: what autograd saves, and the most memory that was held during its passes.
+        self._saved = [0] * len(self._blocks)
+        self._peaks = [0] * len(self._blocks)
+        #: Blocks from this one on are in their backward passes.
+        self._block = len(self._blocks)
+
+    def structures(self) -> list[BlockStructure]:
+        # By identity, since blocks may share parameters.
+        seen: set[int] = set()
+        found = []
+        value: Any = self._inputs
+        for index, block in enumerate(self._blocks):
+            own = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in seen}
+            seen |= own.keys()
+            kernels = _KernelCounter()
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                functools.partial(self._save, index), lambda tensor: tensor
             )
-        )
-    return found
+            with hooks, self._precision.autocast(), kernels, self._live, FlopCounterMode(display=False) as counter:
+                value = block(value)
+            self._peaks[index] = self._live.restart_peak()
+            for tensor in tensors_in(value):
+                if tensor.requires_grad:
+                    # Called when the gradient of this block's output is complete.
+                    tensor.register_hook(functools.partial(self._begin_backward, index))
+            trained = [tensor for tensor in own.values() if tensor.requires_grad]
+            found.append(
+                BlockStructure(
+                    tuple(_bytes(tensor) for tensor in trained),
+                    sum(_bytes(tensor) for tensor in own.values()),
+                    counter.get_total_flops() / len(self._inputs),
+                    self._saved[index] / len(self._inputs),
+                    sum(isinstance(layer, BatchNorm) for layer in block.modules()),
+                    kernels.count,
+                    saves_output=all(one.untyped_storage().data_ptr() in self._storages for one in tensors_in(value)),
+                )
+            )
+        self._backward(value)
+        return [dataclasses.replace(one, extra_bytes=self._extra(index)) for index, one in enumerate(found)]
+
+    def _save(self, index: int, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._storages:
+            self._storages.add(storage.data_ptr())
+            self._saved[index] += storage.nbytes()
+        return tensor
+
+    def _backward(self, value: Any) -> None:
+        roots = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
+        if roots:
+            with self._live:
+                # Gradients of ones, which take no memory.
+                torch.stack([root.sum() for root in roots]).sum().backward()
+            self._end_backward()
+
+    def _begin_backward(self, index: int, gradient: Tensor) -> None:
+        if index < self._block:
+            self._end_backward()
+            self._block = index
+
+    def _end_backward(self) -> None:
+        peak = self._live.restart_peak()
+        if self._block < len(self._blocks):
+            self._peaks[self._block] = max(self._peaks[self._block], peak)
+
+    def _extra(self, index: int) -> int:
+        """Bytes that are held during a block's passes, beyond what it and those before it save."""
+        # The inputs were there before; they count for the block that saves them.
+        given = self._inputs.untyped_storage()
+        held = self._peaks[index] + (given.nbytes() if given.data_ptr() in self._storages else 0)
+        return max(held - sum(self._saved[: index + 1]), 0)
 
 
 def possible_starts(sequence: nn.Sequential, inputs: Tensor, precision: Precision) -> tuple[set[int], str]:

@@ -13,6 +13,7 @@ import torch
 from typing_extensions import override
 
 from distrain.data.base import Splits
+from distrain.errors import Stopped
 from distrain.runtime.device import synchronize
 from distrain.runtime.runtime import Runtime
 from distrain.tools.planning.robust_mean import median_of_means
@@ -65,6 +66,7 @@ def step_seconds(
 
     Raises:
         Failed: A rank failed.
+        Stopped: A rank was asked to stop.
     """
     warm_up, periods = steps_of_trial(expected, period, timed_seconds)
     steps = warm_up + periods * period
@@ -84,10 +86,14 @@ def step_seconds(
         spans = [late - early for early, late in itertools.pairwise(clock.times[warm_up - 1 :: period])]
         # A server takes no steps.
         own = [median_of_means(spans) / period, 1.0] if spans else [0.0, 0.0]
+        # A request to stop that came after the last step, at which the trainer would have followed it.
+        own.append(float(runtime.stop_requested is not None))
         totals = torch.tensor(own, dtype=torch.float64, device=runtime.device)
         if world.size > 1:
             runtime.communicator().all_reduce(totals)
-        seconds, ranks = totals.tolist()
+        seconds, ranks, stopped = totals.tolist()
+        if stopped:
+            raise Stopped(runtime.stop_requested or "another rank", 0)
         return float(seconds / ranks)
 
 

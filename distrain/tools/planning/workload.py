@@ -18,6 +18,20 @@ from distrain.tools.planning.cluster import Accelerator
 
 
 @dataclass(frozen=True)
+class BlockMemory:
+    """What a block holds in its passes.
+
+    Attributes:
+        saved: What autograd saves for each sample.
+        extra: Most bytes that are held during its passes, beyond what it and the blocks before it save, by number of
+            samples.
+    """
+
+    saved: float
+    extra: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class BlockProfile:
     """One block of the model.
 
@@ -34,6 +48,9 @@ class BlockProfile:
         begins_stage: Whether a pipeline's stage may begin with it.
         state_bytes: Bytes of its parameters and buffers; ``None``: as many as its gradients have.
         kernels: Kernels of a forward pass.
+        saves_output: Whether its output is among what it saves, and not among what the next block does.
+        memory: What it holds in its passes, by the kind of its BatchNorm layers: ``plain``, ``synchronised`` or
+            ``deferred``. Without an entry: what autograd saves.
     """
 
     name: str
@@ -48,6 +65,8 @@ class BlockProfile:
     begins_stage: bool = True
     state_bytes: int | None = None
     kernels: int = 1
+    saves_output: bool = False
+    memory: Mapping[str, BlockMemory] = dataclasses.field(default_factory=dict)
 
     @property
     def held_bytes(self) -> int:
@@ -58,6 +77,10 @@ class BlockProfile:
     def gradient_bytes(self) -> int:
         """Bytes of all its gradients."""
         return sum(self.gradients)
+
+    def memory_of(self, batchnorm: str) -> BlockMemory:
+        """What it holds in its passes, with a kind of BatchNorm layers."""
+        return self.memory.get(batchnorm) or self.memory.get("plain") or BlockMemory(self.activation_bytes)
 
     def times(self, factor: float) -> BlockProfile:
         """The same block with longer or shorter passes."""
@@ -105,6 +128,9 @@ class Workload:
         server_seconds: Seconds that a worker or a parameter server spends around each message, besides waiting.
         action_seconds: Seconds that a rank of a pipeline spends around each pass, besides waiting: on messages and
             bookkeeping.
+        input_bytes: Size of the model's input of a sample.
+        update_bytes: Most bytes that the optimizer needs while it works.
+        deterministic: Bucket sizes that are not configured are the same everywhere, instead of chosen by measurement.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -124,6 +150,9 @@ class Workload:
     compressed_bytes: tuple[int, ...] = ()
     server_seconds: float = 0.0
     action_seconds: float = 0.0
+    input_bytes: float = 0.0
+    update_bytes: float = 0.0
+    deterministic: bool = False
 
     @property
     def held_bytes(self) -> int:
@@ -157,9 +186,9 @@ class Workload:
         """Seconds of a backward pass of the whole model."""
         return sum(at(block.backward, samples) for block in self.blocks)
 
-    def activation_bytes(self, samples: float) -> float:
-        """Bytes that the whole model's forward pass leaves for the backward pass."""
-        return samples * sum(block.activation_bytes for block in self.blocks)
+    def activation_bytes(self, samples: float, batchnorm: str = "plain") -> float:
+        """Most bytes that are held during passes of the whole model: what is saved, and what is on its way."""
+        return peak_bytes(self.blocks, samples, batchnorm)
 
     def pieces(self, samples: int) -> list[int]:
         """Samples of each pass of a rank that works on so many."""
@@ -169,7 +198,7 @@ class Workload:
         return [samples // count + (index < samples % count) for index in range(count)]
 
     def compressor_cost(self, name: str, size: float) -> BucketCost:
-        """Cost of a compressor for a bucket, between those of the measured buckets.
+        """Cost of a compressor for a bucket: between those of the measured buckets, or in proportion to the largest.
 
         Args:
             name: Of the compressor.
@@ -183,7 +212,10 @@ class Workload:
             # Of a bucket alone nothing is known of what doesn't depend on its size.
             work = size / smallest if len(known) == 1 else 1.0
             return _weighted(bucket, work, size / smallest)
-        after = next((index for index, (bytes_, _) in enumerate(known) if bytes_ >= size), len(known) - 1)
+        largest, bucket = known[-1]
+        if size >= largest:
+            return _weighted(bucket, size / largest, size / largest)
+        after = next(index for index, (bytes_, _) in enumerate(known) if bytes_ >= size)
         (low, smaller), (high, larger) = known[after - 1], known[after]
         share = (size - low) / (high - low)
         if _kinds(smaller) != _kinds(larger):
@@ -235,6 +267,22 @@ class Workload:
         plain["keeping_residuals"] = sorted(self.keeping_residuals)
         plain["compressors"] = {name: cost.to_plain() for name, cost in self.compressors.items()}
         return plain
+
+
+def peak_bytes(blocks: Sequence[BlockProfile], samples: float, batchnorm: str = "plain") -> float:
+    """Most bytes that are held during a forward and a backward pass of some consecutive blocks.
+
+    Args:
+        blocks: The blocks.
+        samples: Of the passes.
+        batchnorm: Kind of the BatchNorm layers.
+    """
+    peak = saved = 0.0
+    for block in blocks:
+        memory = block.memory_of(batchnorm)
+        saved += samples * memory.saved
+        peak = max(peak, saved + at(memory.extra, samples))
+    return peak
 
 
 def _weighted(bucket: BucketCost, work: float, sent: float) -> BucketCost:

@@ -112,6 +112,14 @@ def test_what_no_strategy_can_train_is_refused_before_ranks_meet(keys: tuple[str
         app.check(small("strategy=auto", *keys), World(0, ranks, 0, ranks, "here"))
 
 
+def test_two_ranks_both_train() -> None:
+    config = small("strategy=auto")
+    assert auto.options_for(config, 3).strategies == ("ddp", "pipeline", "parameter_server")
+    assert auto.options_for(config, 2).strategies == ("ddp", "pipeline")
+    served = small("strategy=auto", "strategy.strategies=[parameter_server]")
+    assert auto.options_for(served, 2).strategies == ("parameter_server",)
+
+
 def test_commands_that_choose_nothing_refuse_it() -> None:
     config = small("strategy=auto")
     with pytest.raises(ConfigError, match=r"strategy=auto: is chosen at the start of a training; here, name the str"):

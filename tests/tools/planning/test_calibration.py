@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -28,8 +28,8 @@ class PlantedRuns:
     refused: str = ""
     names: list[str] = field(default_factory=list)
 
-    def agreed(self, keys: Mapping[str, str], expected: float) -> tuple[dict[str, str], float]:
-        return dict(keys), expected
+    def agreed(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(mine)
 
     def seconds(self, keys: Mapping[str, str], expected: float, name: str) -> float:
         self.names.append(name)
@@ -51,8 +51,9 @@ def planted(refused: str = "") -> tuple[Workload, PlantedRuns, list[dict[str, st
     true = Workload(**{**longer.__dict__, "action_seconds": 0.003, "server_seconds": 0.002})
     runs = PlantedRuns(true, refused)
     strategies = ["ddp", "pipeline", "local_sgd", "parameter_server"]
-    found, done = calibrated(training, MACHINES, strategies, cast(ShortRuns, runs))
-    return found, runs, done
+    found = calibrated(training, MACHINES, strategies, cast(ShortRuns, runs))
+    assert not found.skipped
+    return found.workload, runs, found.done
 
 
 def test_what_surrounds_steps_and_passes_and_messages_is_found() -> None:
@@ -83,8 +84,9 @@ def test_a_strategy_that_cannot_run_is_left_as_it_is() -> None:
 
 def test_long_steps_are_not_run() -> None:
     runs = PlantedRuns(workload(batch_size=800))
-    found, done = calibrated(runs.true, MACHINES, ["ddp"], cast(ShortRuns, runs))
-    assert (found, done, runs.names) == (runs.true, [], [])
+    found = calibrated(runs.true, MACHINES, ["ddp"], cast(ShortRuns, runs))
+    assert (found.workload, found.done, runs.names) == (runs.true, [], [])
+    assert found.skipped == ["local_sgd"]
 
 
 def test_one_disturbance_does_not_change_the_mean_but_turns_on_a_processor_do() -> None:

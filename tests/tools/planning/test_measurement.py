@@ -1,16 +1,33 @@
-"""What is measured on several ranks, and where it is refused."""
+"""What is measured, how often, and where it is refused."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import time
+from typing import cast
 
+import pytest
+import torch
+from torch import nn
+
+from distrain.communication.collectives import Communicator
+from distrain.data.batch import Batch
 from distrain.errors import ConfigError
+from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.world import World
-from distrain.tools.planning.measurement import measure
+from distrain.strategies.single import Single
+from distrain.tools.planning import step_timer
+from distrain.tools.planning.batchnorm_cost import extra_seconds
+from distrain.tools.planning.measurement import measure, sample_of
+from distrain.tools.planning.phases import PhaseClock
+from distrain.tools.planning.step_timer import StepTimer
 from distrain.training.run_plan import RunPlan
 from tests.harness import run_ranks
 from tests.runs import small
+
+CPU = torch.device("cpu")
 
 
 def refusal() -> str:
@@ -19,7 +36,7 @@ def refusal() -> str:
     plan = RunPlan.resolve(small("data.batch_size=30"), dataclasses.replace(world, rank=0, size=1))
     with contextlib.closing(plan.load()) as splits:
         try:
-            measure(plan, uneven, splits, {})
+            measure(plan, uneven, splits, {}, PhaseClock())
         except ConfigError as error:
             return str(error)
     return ""
@@ -28,3 +45,57 @@ def refusal() -> str:
 def test_hosts_with_different_numbers_of_ranks_are_refused_on_all_of_them() -> None:
     line = "plan: hosts have different numbers of ranks: {'a': 1, 'b': 2}; a plan needs the same number on each"
     assert run_ranks(refusal, 3) == [line] * 3
+
+
+class SlowSteps:
+    """Takes steps, and updates, of some seconds by a clock of its own."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now, self.taken = seconds, 0.0, 0
+
+    def train_step(self, batch: object) -> None:
+        self.now += self.seconds
+        self.taken += 1
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(0.01, 151), (0.4, 5), (1.0, 2), (20.0, 2)])
+def test_long_steps_are_few(seconds: float, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowSteps(seconds)
+    monkeypatch.setattr(step_timer, "synchronised_time", lambda device: slow.now)
+    monkeypatch.setattr("time.perf_counter", lambda: slow.now)
+    timer = StepTimer(cast(Single, slow), lambda size: itertools.repeat(cast(Batch, None)), Communicator(), CPU)
+    times = timer.steps(4, update=0.0)
+    assert times.passes == pytest.approx(seconds)
+    assert times.is_long == (seconds >= 0.5)
+    assert slow.taken == pytest.approx(taken, abs=1)
+
+
+def test_compressors_are_timed_on_a_sample_of_a_large_model() -> None:
+    layers = [nn.Linear(1000, 1000, device="meta") for _ in range(40)]
+    parameters = list(nn.Sequential(*layers).named_parameters())
+    assert sample_of(parameters[:8]) == parameters[:8]
+    sample = sample_of(parameters)
+    assert sample == sample_of(parameters)
+    assert 20 * MIB < sum(4 * parameter.numel() for _, parameter in sample) <= 24 * MIB
+    assert [name for name, _ in parameters if name in dict(sample)] == [name for name, _ in sample]
+    huge = [("whole", nn.Parameter(torch.empty(100, MIB, device="meta"))), ("bias", layers[0].bias)]
+    assert sample_of(huge) == huge[1:]
+    assert sample_of(huge[:1]) == huge[:1]
+
+
+def test_other_batchnorm_layers_take_longer_by_what_their_passes_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    model.append(nn.BatchNorm2d(8).eval())
+    images = torch.randn(4, 3, 16, 16)
+    changed = []
+
+    def slower(layer: nn.Module, communicator: Communicator) -> int:
+        changed.append(layer[0].running_mean.numel())  # type: ignore[index]
+        layer.register_forward_hook(lambda *_: time.sleep(0.01))
+        return 1
+
+    (extra,) = extra_seconds(model, lambda: model(images), [slower])
+    # Both layers have the same input shape, so one of them is timed. The last one doesn't train.
+    assert changed == [8]
+    assert 2 * 0.01 <= extra < 2 * 0.05
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)

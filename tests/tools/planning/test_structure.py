@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from distrain.strategies.precision import Precision
+from distrain.tools.planning.live_memory import LiveMemory
 from distrain.tools.planning.structure import possible_starts, structures
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -45,3 +48,50 @@ def test_why_a_model_can_not_be_cut() -> None:
     assert begins == set()
     assert "can be cut at 0 places" in problem
     assert possible_starts(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.randn(2, 6), FP32) == ({1}, "")
+
+
+def test_memory_on_its_way_counts_beside_what_is_saved() -> None:
+    model = nn.Sequential(nn.Linear(10, 1000, bias=False), nn.ReLU(), nn.Sigmoid(), nn.Linear(1000, 1, bias=False))
+    before = [parameter.clone() for parameter in model.parameters()]
+    found = structures(model, torch.randn(100, 10), FP32)
+    assert [block.saved_bytes for block in found] == [40, 4000, 4000, 0]
+    # In the backward passes: gradients of the output and the weight; of output and input, twice; of input and weight.
+    assert [block.extra_bytes for block in found] == pytest.approx([440000, 800000, 800000, 404000], rel=0.02)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(parameter, old)
+
+
+def test_memory_that_autograd_keeps_is_followed_until_it_is_freed() -> None:
+    weight = torch.ones(100, requires_grad=True)
+    with LiveMemory() as live:
+        total = (weight * 2).exp().sum()
+        # The result of exp, which has no name in Python, is kept for the backward pass.
+        assert live.held == 4 * 100 + 4
+        assert live.restart_peak() == 4 * (100 + 100)
+        total.backward()
+        del total
+    assert live.held == 4 * 100
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_peak_is_that_of_torchs_allocator(layout: torch.memory_format) -> None:
+    layers = [nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 256, 3), nn.BatchNorm2d(256), nn.ReLU()]
+    model = nn.Sequential(*layers).to(memory_format=layout)  # type: ignore[call-overload]
+    images = torch.randn(2, 3, 16, 16).to(memory_format=layout)
+
+    def step() -> None:
+        model(images).sum().backward()
+
+    step()
+    with LiveMemory() as live:
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert live.peak == pytest.approx(peak, rel=0.1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distrain.compression.autotune.compressor_cost import BucketCost
-from distrain.gradients.bucket_sizes import MIB, ONE_BUCKET, AllReduceCost, BucketSizes, choose_sizes
+from distrain.gradients.bucket_sizes import DEFAULT_SIZES, MIB, ONE_BUCKET, AllReduceCost, BucketSizes, choose_sizes
 from distrain.tools.planning.cluster import Cluster, expected_maximum
 from distrain.tools.planning.network import Duration, Group, Network
 from distrain.tools.planning.prediction import Memory
@@ -49,7 +49,11 @@ class Setting:
         """Memory of a rank that has the whole model."""
         workload = self.workload
         return Memory(
-            float(workload.held_bytes), float(workload.gradient_bytes), workload.optimizer_bytes, activations, other
+            float(workload.held_bytes),
+            float(workload.gradient_bytes),
+            workload.optimizer_bytes,
+            max(activations, workload.update_bytes),
+            other,
         )
 
     def representatives(self) -> list[int]:
@@ -111,6 +115,8 @@ def bucket_sizes(setting: Setting, group: Group, given: Sequence[float | None] =
     gradient_bytes = setting.workload.gradient_bytes
     if group.size < 2 or not gradient_bytes:
         return ONE_BUCKET
+    if setting.workload.deterministic:
+        return BucketSizes(*(own if mb is None else mb for mb, own in zip(given, DEFAULT_SIZES, strict=True)))
     cost = setting.cluster.all_reduce_cost
     if cost is None or group.size != setting.cluster.ranks:
         small, large = (setting.network.all_reduce(size, group) for size in (_SMALL_BYTES, _LARGE_BYTES))

@@ -70,7 +70,7 @@ def predict(
         keys,
         parts_of(simulated, stragglers),
         max(simulated.sent),
-        setting.memory(workload.activation_bytes(max(pieces)), residual),
+        setting.memory(workload.activation_bytes(max(pieces), "synchronised" if together else "plain"), residual),
         same_as_single=compressor == "none" and (together or not workload.batchnorms or ranks == 1),
         simulated=simulated,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from distrain.gradients.bucket_sizes import MIB
-from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.prediction import Memory, Prediction
 from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
 from distrain.tools.planning.steps.common import Setting, forward_pass, parts_of
 
@@ -55,7 +55,7 @@ def predict(
         keys,
         parts,
         merge.sent / sync_every,
-        setting.memory(workload.activation_bytes(max(pieces)), _other_bytes(workload.gradient_bytes)),
+        _memory(setting, max(pieces), overlap_steps),
         same_as_single=False,
     )
 
@@ -65,6 +65,10 @@ def _repeated(step: list[Compute], count: int) -> list[Compute]:
     return [dataclasses.replace(part, seconds=count * part.seconds) for part in step] if count else []
 
 
-def _other_bytes(size: int) -> float:
-    """Memory of a merge: anchor and difference all the time, and a copy of the part that is being merged."""
-    return 2.0 * size + min(size, _PART_BYTES)
+def _memory(setting: Setting, samples: int, overlap_steps: int) -> Memory:
+    """Anchor and difference all the time, and a copy of the part that is being merged, after or during passes."""
+    size, activations = setting.workload.gradient_bytes, setting.workload.activation_bytes(samples)
+    part = min(size, _PART_BYTES)
+    if overlap_steps:
+        return setting.memory(activations, 2.0 * size + part)
+    return setting.memory(max(activations, part), 2.0 * size)

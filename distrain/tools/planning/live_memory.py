@@ -1,0 +1,81 @@
+"""Counts the memory of the tensors that are made and not yet freed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrain.torch_internals import DispatchMode, storage_id
+
+
+class LiveMemory(DispatchMode):
+    """Follows the memory of tensors that are made inside this block, also by autograd, until it is freed.
+
+    On CPUs this agrees with what torch's allocator reports. What an operation needs only while it runs is not seen: it
+    is much for convolutions alone, and counted for them.
+
+    Attributes:
+        held: Bytes that are held now.
+        peak: Most bytes that were held since the last :meth:`restart_peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        #: Memory that is counted, or was there before.
+        self._known: set[int] = set()
+
+    def restart_peak(self) -> int:
+        """Returns the peak, and begins a new one."""
+        peak, self.peak = self.peak, self.held
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch instead of each operation."""
+        kwargs = kwargs or {}
+        self._known.update(storage_id(tensor) for tensor in tensors_in((args, kwargs)))
+        result = func(*args, **kwargs)
+        for tensor in tensors_in(result):
+            key = storage_id(tensor)
+            if key not in self._known:
+                self._known.add(key)
+                storage = tensor.untyped_storage()
+                size = storage.nbytes()
+                self.held += size
+                self.peak = max(self.peak, self.held)
+                # Autograd may keep it for longer than any tensor of Python does.
+                weakref.finalize(storage, self._free, key, size)
+        if func is torch.ops.aten.convolution_backward.default:
+            output_gradient, inputs, weight = args[:3]
+            self.peak = max(self.peak, self.held + _reordered_bytes(output_gradient, inputs, weight, result[1]))
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self.held -= size
+        self._known.discard(key)
+
+
+def _reordered_bytes(output_gradient: Tensor, inputs: Tensor, weight: Tensor, weight_gradient: Tensor | None) -> int:
+    """Bytes of the copies in layouts of its own that oneDNN, on CPUs, makes in a convolution's backward pass."""
+    if weight_gradient is None or weight.device.type != "cpu" or weight.shape[2:].numel() == 1:
+        return 0
+    if weight.dim() == 4 and not weight.is_contiguous():
+        # In channels-last only the gradient of the weight is copied, twice.
+        return 2 * weight_gradient.nbytes
+    return weight_gradient.nbytes + inputs.nbytes + output_gradient.nbytes
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)

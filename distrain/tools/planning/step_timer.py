@@ -1,0 +1,151 @@
+"""Times the training steps of one process, on several ranks at once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from distrain.communication.collectives import Communicator
+from distrain.communication.types import Reduction
+from distrain.compression.autotune.step_trace import synchronised_time
+from distrain.data.batch import Batch
+from distrain.strategies.single import Single
+from distrain.tools.planning.cluster import expected_maximum
+from distrain.tools.planning.live_memory import LiveMemory
+from distrain.tools.planning.robust_mean import median_of_means
+
+#: Seconds of steps of one size, and the fewest steps.
+_STEP_SECONDS, _FEWEST = 1.5, 3
+#: Seconds of a step from which on fewer are timed, the first one among them: that it also allocates memory, and what
+#: else disturbs a step, is little of it.
+_LONG_STEP, _FEWEST_LONG = 0.5, 2
+#: Times that the optimizer is timed, after one that is not counted.
+_UPDATES = 3
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of steps with one number of samples.
+
+    Attributes:
+        loading: Waiting for the next batch.
+        passes: Forward and backward passes.
+    """
+
+    loading: float
+    passes: float
+
+    @property
+    def is_long(self) -> bool:
+        """Whether such a step is not to be repeated often."""
+        return self.passes >= _LONG_STEP
+
+
+class StepTimer:
+    """Times steps of one training.
+
+    Args:
+        strategy: Takes the steps.
+        batches: Makes batches of a number of samples, without end.
+        everyone: All ranks.
+        device: Of this rank.
+    """
+
+    def __init__(
+        self,
+        strategy: Single,
+        batches: Callable[[int], Iterator[Batch]],
+        everyone: Communicator,
+        device: torch.device,
+    ) -> None:
+        self._strategy, self._batches, self._everyone, self._device = strategy, batches, everyone, device
+
+    def first_steps(self, size: int) -> float:
+        """Seconds of the second of two steps, the first of which loads kernels; all ranks call it together."""
+        batches = self._batches(size)
+        self._step(batches)
+        return self.agree(sum(self._step(batches)))
+
+    def update_seconds(self) -> float:
+        """Seconds of the optimizer, after some step has made gradients."""
+        times = []
+        for _ in range(1 + _UPDATES):
+            begin = synchronised_time(self._device)
+            self._strategy.optimizer.step()
+            times.append(synchronised_time(self._device) - begin)
+        return statistics.median(times[1:])
+
+    def update_bytes(self) -> int:
+        """Most bytes that the optimizer needs while it works."""
+        live = LiveMemory()
+        with live:
+            self._strategy.optimizer.step()
+        return live.peak
+
+    def steps(self, size: int, update: float, *, together: bool = True) -> StepTimes:
+        """Times steps on batches of a number of samples.
+
+        Args:
+            size: Number of samples.
+            update: Seconds of the optimizer.
+            together: All ranks do so at the same time, and begin and end together.
+        """
+        batches = self._batches(size)
+        first = self._step(batches)
+        longest = self.agree(sum(first)) if together else sum(first)
+        is_long = longest >= _LONG_STEP
+        fewest, seconds = (_FEWEST_LONG, 0.0) if is_long else (_FEWEST, max(_STEP_SECONDS, _FEWEST * longest))
+        times = [first] if is_long else []
+        begin = time.perf_counter()
+        # For a time and not for a number of steps: where ranks outnumber processors some are faster for a while, and
+        # what the others take after those have ended says nothing.
+        while len(times) < fewest or time.perf_counter() - begin < seconds:
+            times.append(self._step(batches))
+        loading = median_of_means([loaded for loaded, _ in times])
+        passes = max(median_of_means([taken for _, taken in times]) - update, 0.0)
+        if together:
+            # The slowest rank's, for which the others wait sooner or later.
+            loading, passes = (self.agree(value) for value in (loading, passes))
+        return StepTimes(loading, passes)
+
+    def spread(self, size: int, free: float) -> float:
+        """By how much ranks that wait for each other after each step are slower, as a standard deviation.
+
+        Args:
+            size: Number of samples of a step.
+            free: Seconds of a step of ranks that don't wait.
+
+        Returns:
+            The standard deviation of a rank's step, relative to its mean, with which the slowest of these ranks would
+            be as late as it is.
+        """
+        batches = self._batches(size)
+        steps, barriers = [], []
+        for _ in range(_FEWEST_LONG if free >= _LONG_STEP else max(_FEWEST, int(_STEP_SECONDS / free))):
+            begin = synchronised_time(self._device)
+            self._step(batches)
+            self._everyone.barrier()
+            middle = synchronised_time(self._device)
+            self._everyone.barrier()
+            steps.append(middle - begin)
+            barriers.append(synchronised_time(self._device) - middle)
+        lateness = median_of_means(steps) - statistics.median(barriers) - free
+        mean = self.agree(lateness, "sum") / self._everyone.size
+        return max(mean, 0.0) / free / expected_maximum(self._everyone.size)
+
+    def agree(self, value: float, reduction: Reduction = "max") -> float:
+        """The largest value of all ranks, or their sum; all ranks call it together."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
+        return float(self._everyone.all_reduce(tensor, reduction)) if self._everyone.size > 1 else value
+
+    def _step(self, batches: Iterator[Batch]) -> tuple[float, float]:
+        """Seconds of waiting for the batch, and of the rest."""
+        begin = synchronised_time(self._device)
+        batch = next(batches)
+        middle = synchronised_time(self._device)
+        self._strategy.train_step(batch)
+        return middle - begin, synchronised_time(self._device) - middle
