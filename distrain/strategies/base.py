@@ -86,12 +86,14 @@ class Strategy(ABC, Generic[OptionsT_co]):
         compressor: Compresses what is reduced among replicas.
         compressed_quantity: Quantity being compressed; residuals share its unit.
         divides_model: Whether an optimizer of a rank has some of the model's parameters alone.
+        slices_parameters: Whether an optimizer of a rank has slices of parameters instead of parameters.
         saves_in_background: Whether checkpoints may be written while training goes on, over a process group of their
             own.
     """
 
     compressed_quantity: ClassVar[str] = "gradients"
     divides_model: ClassVar[bool] = False
+    slices_parameters: ClassVar[bool] = False
     saves_in_background: ClassVar[bool] = True
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
