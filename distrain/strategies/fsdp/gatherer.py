@@ -111,10 +111,10 @@ class Gatherer:
     def end_forward(self) -> None:
         """The forward pass is over; a rank that did not use all blocks gathers the rest, as the others did."""
         grad, last = torch.is_grad_enabled(), len(self._blocks) - 1
-        while self._next <= last:
-            self._use(self._next, self._next)
-            self._leave(self._next, self._next)
-        self._drop_unused()
+        for index, block in enumerate(self._blocks):
+            if index >= self._next or (block.is_started and not block.is_attached):
+                self._use(index, index)
+                self._leave(index, index)
         for index in range(len(self._blocks)):
             # Modules of a block may have been left out, so that it is still attached.
             if not grad or (self._reshards and index != last):
@@ -163,9 +163,10 @@ class Gatherer:
             index = self._backward[0]
             self._need(index)
             self._detach(index)
-        self._drop_unused()
-        if self._reshards:
-            self._detach_all()
+        for index, block in enumerate(self._blocks):
+            # Some were gathered and not used.
+            if self._reshards or not block.is_attached:
+                self._detach(index)
 
     def end_step(self) -> None:
         """The last backward pass of a step is over: detaches all blocks."""
@@ -249,8 +250,3 @@ class Gatherer:
         for index in range(len(self._blocks)):
             self._detach(index)
 
-    def _drop_unused(self) -> None:
-        """Lets go of blocks that were gathered and not used."""
-        for index, block in enumerate(self._blocks):
-            if block.is_started and not block.is_attached:
-                self._detach(index)
