@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,8 +69,9 @@ class Ledger:
     """Bytes that this rank has sent, by kind of collective.
 
     The count follows the algorithms that are used among hosts of one rank each: a ring for all-reduce and all-gather, a
-    binomial tree for broadcast, and in a reduce-scatter each rank's part sent to it directly. Headers are not counted. Bytes are counted whether or not two ranks share
-    a host's memory, so that the figures of different placements of ranks can be compared.
+    binomial tree for broadcast, and in a reduce-scatter each rank's part sent to it directly. Headers are not counted.
+    Bytes are counted whether or not two ranks share a host's memory, so that the figures of different placements of
+    ranks can be compared.
 
     Attributes:
         sent: Bytes by kind of collective.

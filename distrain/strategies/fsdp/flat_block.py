@@ -17,15 +17,15 @@ class Slice(NamedTuple):
     """The part of one parameter that this rank keeps.
 
     Attributes:
-        index: The parameter's index in its block.
+        parameter: The parameter's index in its block.
         start: Its first element, counted in the parameter's memory order.
-        count: Number of elements, at least 1.
+        size: Number of elements, at least 1.
         offset: Where it begins in this rank's part of the block.
     """
 
-    index: int
+    parameter: int
     start: int
-    count: int
+    size: int
     offset: int
 
 

@@ -249,4 +249,3 @@ class Gatherer:
     def _detach_all(self) -> None:
         for index in range(len(self._blocks)):
             self._detach(index)
-

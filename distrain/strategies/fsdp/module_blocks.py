@@ -1,31 +1,29 @@
 """Which modules use which parameters, and the blocks of modules whose parameters are gathered together.
 
 A module's parameters are not always used by the module: a parent reads ``self.embedding.weight``, an attention layer
-uses its projection's weight without calling it, a layer is called twice. So one forward pass is observed. A parameter
-belongs to the smallest call of a module that contains all uses of it, and is gathered during that call.
+uses its projection's weight without calling it, a layer is called twice. So the model is observed while it runs. A
+parameter belongs to the smallest call of a module that contains all uses of it, and is gathered during that call.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from distrain import torch_internals
 from distrain.errors import described
 from distrain.runtime.device import RandomState
-
-#: What is asked of a tensor without using its values.
-_FACTS = tuple(getattr(torch.Tensor, name) for name in ("dtype", "device", "requires_grad", "is_cuda", "layout"))
 
 
 @dataclass
 class Call:
-    """A call of a module in the observed forward pass.
+    """A call of a module in the observed passes.
 
     Attributes:
         module: The module's name.
@@ -106,12 +104,12 @@ def choose_blocks(root: Call, bytes_of: Mapping[str, int], limit: float) -> list
 
 
 def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
-    """Runs a forward pass of a copy of the model, and notes which call of a module uses which parameter.
+    """Runs a copy of the model, in training and in evaluation mode, and notes which call uses which parameter.
 
-    A parameter that is not used, because the pass depends on the data or the mode, belongs to the call of the model.
+    A parameter that is not used, because a pass depends on the data, belongs to the call of the model.
 
     Args:
-        model: In training mode. Its buffers and the generators of random numbers stay as they are.
+        model: Its buffers and the generators of random numbers stay as they are.
         inputs: What the model is called with.
 
     Returns:
@@ -121,10 +119,12 @@ def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
     random_state = RandomState.now()
     try:
         # The copy has buffers of its own and the model's own parameters.
-        observed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).train()
+        observed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         observer = _Observer(observed)
-        with torch.no_grad(), observer:
-            observed(inputs)
+        with torch.no_grad(), torch_internals.observe_operations(observer.note):
+            for training in (True, False):
+                observer.begin_pass()
+                observed.train(training)(inputs.clone())
         return observer.root_call(names), ""
     except Exception as error:  # a user's model may raise anything
         return Call("", parameters=names), described(error)
@@ -132,12 +132,14 @@ def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
         random_state.restore()
 
 
-class _Observer(TorchFunctionMode):
+class _Observer:
     """Notes uses of parameters while a model runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # An operation may get a view of a parameter, and several parameters may be views of one tensor.
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters():
+            self._names.setdefault(torch_internals.storage_id(parameter), []).append(name)
         #: The calls that a parameter's uses have in common, from the model's on.
         self._common: dict[str, list[Call]] = {}
         self._root = Call("")
@@ -146,37 +148,37 @@ class _Observer(TorchFunctionMode):
             module.register_forward_pre_hook(self._begin(name), prepend=True)
             module.register_forward_hook(self._end)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        asked = getattr(func, "__self__", None)
-        if not any(asked is fact for fact in _FACTS):
-            for tensor in _tensors((args, kwargs or {})):
-                if (name := self._names.get(id(tensor))) is not None:
-                    self._note(name)
-        return func(*args, **(kwargs or {}))
+    def begin_pass(self) -> None:
+        """Another pass begins, whose calls are those of the pass before where the names of the modules agree."""
+        self._stack.clear()
+        self._seen: Counter[tuple[int, str]] = Counter()
 
     def _begin(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
-            call = Call(name) if self._stack else self._root
-            if self._stack:
-                self._stack[-1].calls.append(call)
-            self._stack.append(call)
+            self._stack.append(self._call(self._stack[-1], name) if self._stack else self._root)
 
         return hook
+
+    def _call(self, parent: Call, name: str) -> Call:
+        key = (id(parent), name)
+        known = [call for call in parent.calls if call.module == name]
+        self._seen[key] += 1
+        if self._seen[key] > len(known):
+            parent.calls.append(Call(name))
+            return parent.calls[-1]
+        return known[self._seen[key] - 1]
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._stack.pop()
 
-    def _note(self, name: str) -> None:
-        known = self._common.get(name)
-        if known is None:
-            self._common[name] = list(self._stack)
-            return
-        shared = 0
-        while shared < min(len(known), len(self._stack)) and known[shared] is self._stack[shared]:
-            shared += 1
-        del known[shared:]
+    def note(self, tensor: Tensor) -> None:
+        """The call under way uses a tensor."""
+        for name in self._names.get(torch_internals.storage_id(tensor), ()):
+            known = self._common.setdefault(name, list(self._stack))
+            shared = 0
+            while shared < min(len(known), len(self._stack)) and known[shared] is self._stack[shared]:
+                shared += 1
+            del known[shared:]
 
     def root_call(self, names: Sequence[str]) -> Call:
         """The call of the model, with all parameters assigned to their calls."""
@@ -184,14 +186,3 @@ class _Observer(TorchFunctionMode):
             calls = self._common.get(name) or [self._root]
             calls[-1].parameters.append(name)
         return self._root
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

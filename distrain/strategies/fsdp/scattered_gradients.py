@@ -154,4 +154,3 @@ class ScatteredGradients:
         if self._replicas.size > 1:
             assert block.gradient is not None
             self._sums.append(self._replicas.start_all_reduce(block.gradient))
-

@@ -69,9 +69,9 @@ def optimizer_state(
         for state_name, dtype in sorted({(key.rpartition("/")[2], merged["dtypes"][key]) for key in keys}):
             part = torch.zeros(block.part_size, dtype=DTYPES[dtype], device=device)
             for each in block.slices:
-                tensor = tensors.get(f"{block.names[each.index]}/{state_name}")
+                tensor = tensors.get(f"{block.names[each.parameter]}/{state_name}")
                 if tensor is not None:
-                    part[each.offset : each.offset + each.count] = tensor
+                    part[each.offset : each.offset + each.size] = tensor
             for name, whole in zip(block.names, block.gathered(part), strict=True):
                 key = f"{name}/{state_name}"
                 if owner[name] == group.rank and key in merged["dtypes"]:
@@ -98,8 +98,8 @@ def load_optimizer(
     Raises:
         ValueError: A tensor's shape differs from its parameter's.
     """
-    places = {block.names[each.index]: (block, each) for block in blocks for each in block.slices}
-    shapes = {name: block.shapes[each.index] for name, (block, each) in places.items()}
+    places = {block.names[each.parameter]: (block, each) for block in blocks for each in block.slices}
+    shapes = {name: block.shapes[each.parameter] for name, (block, each) in places.items()}
     wholes = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     named_state.check_shapes(wholes, {key: tensor.shape for key, tensor in tensors.items()})
     sliced: dict[str, Tensor] = {}
@@ -111,6 +111,6 @@ def load_optimizer(
             sliced[key] = tensor
             continue
         block, each = places[name]
-        sliced[key] = block.in_memory_order(each.index, tensor)[each.start : each.start + each.count]
-    names = {parameter: name for name, parameter in slices.items()}
+        sliced[key] = block.in_memory_order(each.parameter, tensor)[each.start : each.start + each.size]
+    names: dict[Tensor, str] = {parameter: name for name, parameter in slices.items()}
     named_state.load_optimizer(optimizer, names, sliced, scalars)

@@ -161,9 +161,9 @@ class FSDP(DDP):
         for block in self._blocks:
             assert block.part is not None
             for each in block.slices:
-                data = block.part[each.offset : each.offset + each.count]
-                needs_grad = block.parameters[each.index].requires_grad
-                found[block.names[each.index]] = nn.Parameter(data, requires_grad=needs_grad)
+                data = block.part[each.offset : each.offset + each.size]
+                needs_grad = block.parameters[each.parameter].requires_grad
+                found[block.names[each.parameter]] = nn.Parameter(data, requires_grad=needs_grad)
         order = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
         return {name: found[name] for name in sorted(found, key=order.__getitem__)}
 
@@ -182,13 +182,13 @@ class FSDP(DDP):
         reduced = {name: tensor for bucket in gradients.buckets for name, tensor in bucket.tensors.items()}
         for block in self._blocks:
             for each in block.slices:
-                name, start, stop = block.names[each.index], each.offset, each.offset + each.count
+                name, start, stop = block.names[each.parameter], each.offset, each.offset + each.size
                 gradient = None
                 if block.gradient is not None:
                     gradient = block.gradient[start:stop]
                 elif name in reduced:
                     whole = reduced[name]
-                    gradient = whole.as_strided((each.count,), (1,), whole.storage_offset() + each.start)
+                    gradient = whole.as_strided((each.size,), (1,), whole.storage_offset() + each.start)
                 self._slices[name].grad = gradient
 
     @override
@@ -208,12 +208,12 @@ class FSDP(DDP):
     def _log_setup(self) -> None:
         largest = max((block.bytes for block in self._blocks), default=0)
         log.info(
-            "shard=%s: %d blocks of parameters, the largest of %.2g MiB, each shared by %d ranks; %d replicas of them",
+            "shard=%s: blocks of parameters: %d, the largest of %.2g MiB; each is divided among %d of %d ranks",
             self._shard,
             len(self._blocks),
             largest / MIB,
             self.shard_group.size,
-            self._shard_replicas.size,
+            self.runtime.world.size,
         )
 
     # --- the step ----------------------------------------------------------------------------------------------------
