@@ -107,7 +107,11 @@ class FSDP(DDP):
         limit = max(_LEAST_BLOCK_MB * MIB, _BLOCK_PART * sum(bytes_of.values()))
         if self._sharding.block_mb is not None:
             limit = self._sharding.block_mb * MIB
-        return module_blocks.choose_blocks(root, bytes_of, limit)
+        chosen = module_blocks.choose_blocks(root, bytes_of, limit)
+        # The model may have run in another way on another rank.
+        plain = {"blocks": [[block.modules, block.parameters] for block in chosen]}
+        agreed = self.replicas.all_gather_json(plain, self.runtime.device)[0]["blocks"]
+        return [ModuleBlock(tuple(modules), tuple(parameters)) for modules, parameters in agreed]
 
     @override
     def _make_gradients(self) -> ReducedGradients:
