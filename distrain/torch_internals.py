@@ -75,10 +75,10 @@ def storage_id(tensor: Tensor) -> int:
 def observe_operations(note: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
     """Inside this context ``note`` is called with each tensor that an operation gets.
 
-    Below autograd: also for operations within other operations, of which some look at no other kind of hook.
+    Operations are observed below autograd, so that none behaves differently for it.
 
     Raises:
-        NotImplementedError: This torch can't observe them.
+        NotImplementedError: This torch can't observe them; its users then do without.
     """
     try:
         from torch.utils._python_dispatch import TorchDispatchMode

@@ -190,7 +190,9 @@ class Gatherer:
             self._detach(index)
 
     def _pack(self, tensor: Tensor) -> Tensor | _SavedParameter:
-        index = self._attached_storages.get(tensor.untyped_storage().data_ptr())
+        # Sparse tensors have no storage.
+        strided = tensor.layout == torch.strided
+        index = self._attached_storages.get(tensor.untyped_storage().data_ptr()) if strided else None
         # Another type (the real parts of complex parameters, say) is kept as it is, and keeps its memory alive.
         if index is None or tensor.dtype != self._blocks[index].parameters[0].dtype:
             return tensor.detach()
