@@ -34,7 +34,8 @@ WAYS: dict[str, tuple[str, ...]] = {
         *("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch"),
         *("trainer.precision=fp64", "data.batch_size=23"),
     ),
-    "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", "trainer.precision=fp32"),
+    "float32": ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group"),
+    "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32"),
     "ResNet-18": ("model=resnet18", "trainer.precision=fp64", "trainer.max_steps=3", "optimizer.lr=0.001"),
 }
 #: What each number of ranks trains.
@@ -42,7 +43,7 @@ CASES: dict[int, list[tuple[str, tuple[str, ...]]]] = {
     2: [
         ("transformer", ("strategy.shard=full",)),
         ("accumulated", ("strategy.shard=full", "strategy.reshard_after_forward=false")),
-        ("CIFAR-10 CNN", ("strategy.shard=full",)),
+        ("float32", ("strategy.shard=full",)),
     ],
     3: [
         *(("accumulated", (f"strategy.shard={shard}",)) for shard in SHARDS),
@@ -99,7 +100,7 @@ def test_fsdp_is_the_serial_run(
     for (way, more), *runs in zip(cases, *runs_of_ranks, strict=True):
         expected = serial[way]
         for run in runs:
-            bound = 1e-5 if "trainer.precision=fp32" in WAYS[way] else 1e-11
+            bound = 1e-11 if "trainer.precision=fp64" in WAYS[way] else 1e-5
             assert relative_difference(run["model"], expected["model"]) <= bound, (way, more)
             for count in ("test_correct", "test_count", "samples", "steps"):
                 assert run["summary"][count] == expected["summary"][count], (way, more)
