@@ -212,7 +212,7 @@ class FSDP(DDP):
     def _log_setup(self) -> None:
         largest = max((block.bytes for block in self._blocks), default=0)
         log.info(
-            "shard=%s: blocks of parameters: %d, the largest of %.2g MiB; each is divided among %d of %d ranks",
+            "shard=%s: parameters in blocks (%d) of up to %.2g MiB, each divided among %d of %d ranks",
             self._shard,
             len(self._blocks),
             largest / MIB,
