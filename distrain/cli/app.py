@@ -12,6 +12,8 @@ from distrain.config.load import to_container
 from distrain.config.schema import Config
 from distrain.data import manifest
 from distrain.data.manifest import data_manifest
+from distrain.files.live_text import is_live
+from distrain.files.terminal import FILE_ONLY, TERMINAL
 from distrain.files.writing import to_json, to_yaml
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -20,6 +22,7 @@ from distrain.tools.planning import expected, plan_file
 from distrain.training import auto_format, resume
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.model_notices import model_notices
+from distrain.training.progress_bar import ProgressBar, shows_bar
 from distrain.training.run_plan import RunPlan
 from distrain.training.trainer import Trainer
 
@@ -53,9 +56,12 @@ def train(config: Config, world: World | None = None) -> dict[str, Any]:
 
 
 def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
-    """Says in one line what the run came to."""
+    """Says what the run came to: as a table in place of a live line in a terminal, else in one line."""
     if trainer.runtime.is_main:
-        log.info("%s", closing_line(summary, trainer.task))
+        bars = [each for each in trainer.callbacks if isinstance(each, ProgressBar) and is_live(TERMINAL)]
+        log.info("%s", closing_line(summary, trainer.task), extra=FILE_ONLY if bars else None)
+        for bar in bars:
+            bar.end(summary, trainer.runtime.run_dir)
         if line := expected.slower_than_planned(summary):
             log.warning("%s", line)
 
@@ -73,11 +79,21 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
         Failed: What is done in the block failed; which rank, where and why was said.
     """
     world = world or World.from_environment()
+    bar = ProgressBar(shown=world.rank == 0 and shows_bar(config.trainer.progress))
+    with contextlib.closing(bar), _prepared(config, world, bar) as trainer:
+        yield trainer
+
+
+@contextlib.contextmanager
+def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Trainer]:
+    """As :func:`prepared`, with a live line that says what happens."""
+    bar.say("choosing a strategy" if config.strategy.name == AUTO else "checking")
     choice = _strategy_choice(config, world)
     config = config if choice is None else choice.config
     expected.check(config)
     plan = RunPlan.resolve(config, world)
     trial = plan.check()
+    bar.say("loading data")
     with contextlib.closing(plan.load()) as splits:
         plan.check_sizes(splits, trial)
         data = data_manifest(splits)
@@ -85,8 +101,12 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
         notices = model_notices(config, plan.world.size, plan.strategy, plan.dtype, trial)
         # The model of the trial needs memory.
         del trial
-        with Runtime(config, plan.world) as runtime:
+        if plan.world.size > 1:
+            bar.say("waiting for all ranks")
+        # Closed inside, so that what the runtime says of a failure stands on a line of its own.
+        with Runtime(config, plan.world) as runtime, contextlib.closing(bar):
             runtime.activity.phase = "set-up"
+            bar.follow(runtime.activity)
             make_model = functools.partial(build_model, plan, splits)
             plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
             if runtime.is_main and runtime.owner is not None:
@@ -104,6 +124,8 @@ def prepared(config: Config, world: World | None = None) -> Iterator[Trainer]:
                 for notice in notices:
                     log.warning("%s", notice)
             trainer = build_trainer(plan, runtime, splits)
+            if bar.shown:
+                trainer.callbacks.append(bar)
             if runtime.is_main:
                 trainer.report.predicted = expected.of_run(config, plan.world.size, runtime.run_dir)
             yield trainer

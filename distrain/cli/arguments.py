@@ -10,6 +10,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -30,6 +31,9 @@ _OPEN = re.compile(rf"({'|'.join(map(re.escape, ARGUMENTS))})[.=]")
 _HOME = re.compile(r"~[\w.-]*(/[^'\"\[\]{},()]*)?", re.DOTALL)
 #: What Hydra reads as a number or a truth value, although it is written like a name.
 _NO_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?|nan|[+-]?inf|true|false", re.IGNORECASE)
+
+#: Hydra's options whose value is the next argument.
+_OPTIONS_WITH_VALUE = frozenset({"--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd"})
 
 
 def quoted(key: str, value: str) -> str:
@@ -54,6 +58,27 @@ def quote_home_folders(arguments: Iterable[str]) -> list[str]:
 def open_mappings(arguments: Iterable[str]) -> list[str]:
     """Lets ``data.kwargs.size=3`` add a key where any may be added, for which Hydra wants ``+data.kwargs.size=3``."""
     return [f"++{argument}" if _OPEN.match(argument) else argument for argument in arguments]
+
+
+def settings_and_folders(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divides a command line into settings and options, which Hydra takes, and folders, which it doesn't.
+
+    ``key=value`` may be a folder too, as those of a sweep's jobs.
+    """
+    settings: list[str] = []
+    folders: list[str] = []
+    # Words beside --help are keys to be explained.
+    explains = bool({"-h", "--help"} & set(arguments))
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        key, equals, _ = argument.partition("=")
+        if argument.startswith("-") or before in _OPTIONS_WITH_VALUE:
+            is_folder = False
+        elif equals:
+            is_folder = not key.isidentifier() and Path(argument).expanduser().is_dir()
+        else:
+            is_folder = not explains
+        (folders if is_folder else settings).append(argument)
+    return settings, folders
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

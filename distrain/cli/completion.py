@@ -58,6 +58,8 @@ _OPTIONS = ("--help", "--config-dir", "--cfg", "--multirun")
 _START_RANKS = ("train", "evaluate", "verify", "plan", "doctor")
 #: Commands whose settings behind ``--`` are those of a training.
 _OF_TRAININGS = ("hosts", "chaos", "verify", "plan")
+#: Commands that take folders of runs without a key.
+_TAKE_FOLDERS = ("compare", "watch")
 #: Hydra offers the places of a list as if they were keys.
 _LIST_ELEMENT = re.compile(r"=\d+[=.]$")
 
@@ -112,7 +114,7 @@ def _print_settings(name: str, before: Sequence[str], word: str) -> None:
             from distrain.tools.launching.launch_keys import LaunchSettings
 
             found += [f"{field.name}=" for field in dataclasses.fields(LaunchSettings)]
-        elif name == "compare":
+        elif name in _TAKE_FOLDERS:
             # Runs are named without a key.
             before = [typed for typed in before if "=" in typed]
             found += [] if equals else [path for path in _paths(word) if path.endswith("/")]

@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "certify that a training on several ranks is that of one process, or say where it parts",
     "plan": "predict what a step takes under each strategy, on these ranks or on a described cluster",
     "sweep": "train with each combination of values; one table of the results",
+    "watch": "show a run that goes on: its ranks, how far each is, speed, last loss",
     "compare": "show runs side by side, as a table and as a page with curves",
     "doctor": "examine this machine, or all machines of a job and their network",
     "hosts": "train on several machines over ssh",

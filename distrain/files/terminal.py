@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO, cast
 
 from distrain.files.escaping import EscapingFormatter, Lines, escaped, format_error
+from distrain.files.live_text import CLEAR_LINE, is_live
 
 #: For ``extra=`` of a log call: the line goes to the rank's file and not to the terminal.
 FILE_ONLY = {"file_only": True}
@@ -54,7 +55,8 @@ TERMINAL = cast(TextIO, _Terminal())
 
 def print_to_stderr(text: str) -> None:
     """Prints for the user at once; on one line, except for :class:`~distrain.files.escaping.Lines`."""
-    TERMINAL.write(f"{_shown(text)}\n")
+    # Another process of the run may have drawn a live line, at whose end the text would begin.
+    TERMINAL.write(f"{CLEAR_LINE if is_live(_stream()) else ''}{_shown(text)}\n")
     TERMINAL.flush()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -160,6 +161,17 @@ def parse_yaml(name: str, text: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise UnreadableFile(f"{name} is not a mapping of keys to values")
     return content
+
+
+def finite_number(value: object) -> float | None:
+    """A finite number as float; ``None`` for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _refuse_yaml_bombs(name: str, text: str) -> None:

@@ -22,6 +22,7 @@ class RankActivity:
         epoch: Epochs finished.
         offset: Index of the current batch's first sample, in the order of the epoch.
         count: Samples of the current batch over all data shards; the last batch of an epoch may hold fewer.
+        batches: Of the evaluation under way, or the last one: how many this rank has done, and how many there are.
         shard: ``(index, count)``: this rank's share of the batch; ``(0, 0)`` before the first batch.
         independent_steps: The ranks do not run in lockstep, so another rank's step says nothing about this one's.
         expendable: The other ranks continue if this rank fails.
@@ -32,7 +33,7 @@ class RankActivity:
     def __init__(self) -> None:
         self.phase = ""
         self.progress = self.step = self.epoch = self.offset = self.count = 0
-        self.shard = (0, 0)
+        self.batches = self.shard = (0, 0)
         self.independent_steps = self.expendable = False
         self.find_samples: Callable[[int, int, int, tuple[int, int]], list[int]] | None = None
 

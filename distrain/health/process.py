@@ -5,11 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_BOOT_ID = _PROC / "sys" / "kernel" / "random" / "boot_id"
+
+
+def boot_id() -> str:
+    """Names this host's monotonic clock: the same for all processes of the host, another one after it is restarted."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,36 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class PlacedProcess:
+    """A process as one that may be on another host knows it.
+
+    Attributes:
+        process: The process on its host.
+        boot: Its host; see :func:`boot_id`.
+        namespace: The name space of its process ID: containers of one host don't see each other's processes.
+    """
+
+    process: Process
+    boot: str
+    namespace: str
+
+    @classmethod
+    def current(cls) -> PlacedProcess:
+        """The calling process."""
+        try:
+            namespace = str((_PROC / "self" / "ns" / "pid").readlink())
+        except OSError:
+            namespace = ""
+        return cls(Process.current(), boot_id(), namespace)
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether the calling process can tell if it is alive."""
+        here = PlacedProcess.current()
+        return (self.boot, self.namespace) == (here.boot, here.namespace)
 
 
 def may_exist(pid: int) -> bool:

@@ -33,7 +33,7 @@ from distrain.health.failure_report import (
     is_broken_connection,
 )
 from distrain.health.judge import UNREPORTED_EXIT, Heartbeat, Limits, ObservedRank, judge, why_stuck
-from distrain.health.members import WatchIdentity, details_key, heartbeat_key, read_heartbeats, read_members
+from distrain.health.members import Member, WatchIdentity, details_key, heartbeat_key, read_heartbeats, read_members
 from distrain.health.rank_states import RankDetails, RankStates
 from distrain.health.thread_stack import ThreadStack
 
@@ -79,10 +79,8 @@ class Watch:
         on_launcher_end: Callable[[], None],
         before_exit: Callable[[], None],
     ) -> None:
-        self._identity = identity
-        self._rank = identity.rank
-        self._store = store
-        self._limits = limits
+        self._identity, self._rank = identity, identity.rank
+        self._store, self._limits = store, limits
         self._activity = activity
         self._reporter = reporter
         self._on_launcher_end = on_launcher_end
@@ -92,9 +90,8 @@ class Watch:
         # If this thread did not run for longer than this, the whole job may have been suspended: start the clocks anew.
         self._longest_gap = max(_INTERVAL_SECONDS, min(limits.silence, limits.step) / 2)
         self._main_thread = threading.get_ident()
-        now = time.monotonic()
+        now = self._last_check = time.monotonic()
         self._observed = {rank: ObservedRank(Heartbeat(), now, now) for rank in range(identity.world_size)}
-        self._last_check = now
         self._suspect: int | None = None
         self._stack_of_error: ThreadStack | None = None
         # Rounds in a row that have failed by an unexpected error, and the latest such error.
@@ -121,6 +118,10 @@ class Watch:
             self._changed.wait_for(
                 lambda: self._published >= number or self._store_has_ended or self._done.is_set(), _MAIN_THREAD_SECONDS
             )
+
+    def ranks(self) -> list[tuple[Member, ObservedRank]]:
+        """Every rank, and what this one knows of it now; for any thread, which must not change it."""
+        return [(member, self._observed[rank]) for rank, member in enumerate(self._members)]
 
     def close(self) -> None:
         """Publishes that this rank leaves, kills local processes that would not end by themselves, ends the watch."""

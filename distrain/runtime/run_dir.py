@@ -23,7 +23,7 @@ _MAX_ATTEMPTS = 1000
 _PROBE_BYTES = 1 << 16
 #: What runs write into their folder. Links to elsewhere under other names do no harm.
 _WRITTEN = (
-    *("config.yaml", "data.json", "metrics.jsonl", "summary.json", "stopped.json"),
+    *("config.yaml", "data.json", "metrics.jsonl", "summary.json", "stopped.json", "status.json"),
     *("failure.json", "previous_failure.json", "plan.json", ".trials"),
     *("checkpoints", "logs", "pipeline", "tensorboard"),
 )

@@ -22,7 +22,8 @@ from distrain.files.contained_folder import ContainedFolder
 
 log = logging.getLogger(__name__)
 
-_CLAIM = PurePosixPath("checkpoints", ".claim")
+#: The file that names the owner, below a run's folder.
+CLAIM = PurePosixPath("checkpoints", ".claim")
 _MAX_CLAIM_BYTES = 1 << 16
 
 
@@ -122,7 +123,7 @@ class RunOwner:
         if any(self.run_dir.joinpath(name).exists() for name in ("config.yaml", "metrics.jsonl")):
             return True
         try:
-            return not all(name.startswith(".") for name in self._folder.names(_CLAIM.parent.name))
+            return not all(name.startswith(".") for name in self._folder.names(CLAIM.parent.name))
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # a link to elsewhere, or a folder that can't be read: certainly not made by this start
@@ -171,8 +172,8 @@ class RunOwner:
         missing = [name for name in self._kept if not self.run_dir.joinpath(name).is_file()]
         if self.state() is FolderState.REMOVED:
             log.warning("THE RUN FOLDER WAS REMOVED: %s. It is written anew", self.run_dir)
-            self._folder.make_folder(_CLAIM.parent.name)
-            self._folder.replace_text(str(_CLAIM), self._claim)
+            self._folder.make_folder(CLAIM.parent.name)
+            self._folder.replace_text(str(CLAIM), self._claim)
         self._identity = _identity(self.run_dir)
         for name in missing:
             self._folder.replace_text(name, self._kept[name])
@@ -188,17 +189,17 @@ class RunOwner:
             return
         self._was_claimed = False
         try:
-            self._folder.unlink(str(_CLAIM), missing_ok=True)
+            self._folder.unlink(str(CLAIM), missing_ok=True)
             # Of a start that saved nothing.
-            self._folder.remove_folder(_CLAIM.parent.name)
+            self._folder.remove_folder(CLAIM.parent.name)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 log.warning("%s stays: %s", self._file, error.strerror)
 
     def _write_claim(self) -> None:
         try:
-            self._folder.make_folder(_CLAIM.parent.name)
-            self._folder.replace_text(str(_CLAIM), self._claim)
+            self._folder.make_folder(CLAIM.parent.name)
+            self._folder.replace_text(str(CLAIM), self._claim)
             self._was_claimed = True
         except OSError as error:
             log.warning(
@@ -210,11 +211,11 @@ class RunOwner:
 
 def claim_path(run_dir: Path) -> Path:
     """The file that names the owner of a run's folder."""
-    return run_dir / _CLAIM
+    return run_dir / CLAIM
 
 
 def _read_claim(folder: ContainedFolder) -> str:
-    with folder.open_file(str(_CLAIM), "rb") as file:
+    with folder.open_file(str(CLAIM), "rb") as file:
         return file.read(_MAX_CLAIM_BYTES).decode()
 
 

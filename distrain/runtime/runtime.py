@@ -6,7 +6,6 @@ import datetime
 import itertools
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from distrain.health.crash_dump import CrashDump
 from distrain.health.failure_report import Failure, FailureReporter
 from distrain.health.judge import Limits
 from distrain.health.members import WatchIdentity, register
+from distrain.health.process import boot_id
 from distrain.health.watch import Watch
 from distrain.runtime import bind_address, launcher, rendezvous, resuming
 from distrain.runtime.config_comparison import require_same_configuration
@@ -47,6 +47,7 @@ from distrain.runtime.rank_logging import RankLogging
 from distrain.runtime.run_dir import agree_on_run_dir
 from distrain.runtime.run_owner import RunOwner
 from distrain.runtime.signals import SignalHandler
+from distrain.runtime.status_file import StatusFile
 from distrain.runtime.torch_version import warn_if_untested
 from distrain.runtime.world import World
 
@@ -62,18 +63,8 @@ _LONGEST_SUSPENSION = 7 * 24 * 3600.0
 #: Whether this process was ever part of a process group; torch's threads then make its end delicate.
 joined_group = False
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
 #: Numbers the runs of this process; the same in every attempt of a restarted job.
 _RUN_NUMBERS = itertools.count()
-
-
-def boot_id() -> str:
-    """Names this host's monotonic clock: the same for all processes of the host, another one after it is restarted."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 class Runtime:
@@ -96,6 +87,7 @@ class Runtime:
         backend: Backend of the process group: ``gloo`` or ``nccl``.
         run_dir: The folder that all ranks share; made by rank 0.
         owner: This start as the owner of that folder; ``None`` during set-up and without ``keep_logs``.
+        status: Writes ``status.json`` of that folder; on rank 0, where there is an ``owner``.
         activity: What this rank is doing; updated by the code that does it.
         stoppable: Set by code that checks ``stop_requested`` at regular intervals.
         stop_requested: Name of the signal that asked this rank to save and stop; see :mod:`distrain.runtime.signals`.
@@ -116,6 +108,7 @@ class Runtime:
         self.stop_requested: str | None = None
         self.run_dir = Path()
         self.owner: RunOwner | None = None
+        self.status: StatusFile | None = None
         self.backend = choose_backend(config, self.device)
         self._store: Store | None = None
         self._logging = RankLogging()
@@ -164,6 +157,8 @@ class Runtime:
             self._set_determinism()
             if self._keep_logs:
                 self.owner = self._take_run_dir()
+                if self.is_main:
+                    self.status = self._start_status(self.owner)
         except ConfigError:
             self._close()
             raise
@@ -197,10 +192,12 @@ class Runtime:
 
     def _close(self) -> None:
         """Releases everything. An error in that is logged; it must neither hide how the run ended nor stop the rest."""
-        crash_dump, watch = self._crash_dump, self._watch
+        crash_dump, watch, status = self._crash_dump, self._watch, self.status
         steps: list[Callable[[], None]] = [channel_registry.close_all, self._signals.restore]
         if watch is not None:
             steps.insert(0, watch.close)
+        if status is not None:
+            steps.insert(0, status.close)
         if crash_dump is not None:
             steps.append(lambda: crash_dump.close(keep_file=self._reporter.is_taken()))
         for step in steps:
@@ -288,6 +285,17 @@ class Runtime:
             self._store.set("run_owner", owner.to_json())
             return owner
         return RunOwner.from_json(self._store.get("run_owner"))
+
+    def _start_status(self, owner: RunOwner) -> StatusFile:
+        """Starts to tell in the run's folder where each rank is."""
+        limits = self.config.runtime
+        return StatusFile(
+            owner,
+            self.world.host,
+            self.activity,
+            None if self._watch is None else self._watch.ranks,
+            (limits.timeout_seconds, limits.setup_timeout_seconds),
+        )
 
     def _flush_logs(self) -> None:
         """Called before the watch ends this process."""

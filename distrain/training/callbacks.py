@@ -1,4 +1,4 @@
-"""Callbacks, which the trainer calls at fixed points: the base class, progress in log and terminal, the profiler."""
+"""Callbacks, which the trainer calls at fixed points: the base class, progress as lines, status, the profiler."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from tqdm import tqdm
 from typing_extensions import override
 
 from distrain.checkpoint.progress import Progress
 from distrain.config.schema import Config, TrainerConfig
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.escaping import escaped
+from distrain.files.live_text import is_live
 from distrain.files.terminal import FILE_ONLY, TERMINAL
 from distrain.files.writing import losing_on_disk_errors
 from distrain.runtime.runtime import Runtime
@@ -95,51 +95,26 @@ class EpochLog(Callback):
         log.info("%s", _epoch_line(run, values), extra=self._extra)
 
 
-class ProgressBar(Callback):
-    """A live line with epoch, loss, metrics, images per second, remaining time and share of time in communication.
-
-    Args:
-        stream: Where to write; by default standard error.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
-        self._bar: Any = None
+class StatusValues(Callback):
+    """Adds to ``status.json`` how far the training is, and what was logged last."""
 
     @override
     def on_fit_start(self, run: RunView) -> None:
-        self._bar = tqdm(
-            desc=_title(run),
-            total=run.total_steps,
-            initial=run.progress.step,
-            unit="step",
-            file=self._stream or TERMINAL,
-            dynamic_ncols=True,
-            mininterval=0.2,
-            smoothing=0.05,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
-        )
-
-    @override
-    def on_step_end(self, run: RunView) -> None:
-        self._bar.update()
+        if run.runtime.status is not None:
+            trainer = run.config.trainer
+            run.runtime.status.begin_training(
+                run.progress.step, run.total_steps, trainer.epochs, compiles=bool(trainer.compile)
+            )
 
     @override
     def on_log(self, run: RunView, values: Mapping[str, float]) -> None:
-        self._bar.set_description_str(_title(run), refresh=False)
-        self._bar.set_postfix_str(
-            f"loss {values['train/loss']:.4f}, {_metrics(run.task.metrics, values, 'train/', 3)}, "
-            f"{values['speed/images_per_second']:,.0f} img/s, comm {values['time/communication']:.0%}{_sent(values)}",
-            refresh=False,
-        )
+        if run.runtime.status is not None:
+            run.runtime.status.note_step(values)
 
     @override
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
-        self._bar.set_description_str(_title(run), refresh=False)
-
-    @override
-    def on_fit_end(self, run: RunView) -> None:
-        self._bar.close()
+        if run.runtime.status is not None:
+            run.runtime.status.note_epoch(values)
 
 
 class PlainProgress(Callback):
@@ -165,10 +140,11 @@ class PlainProgress(Callback):
         if now - self._last < self._every:
             return
         self._last = now
+        metrics = listed_metrics(run.task.metrics, values, "train/", 3)
         print(
-            f"step {run.progress.step}/{run.total_steps}: loss {values['train/loss']:.4f}, "
-            f"{_metrics(run.task.metrics, values, 'train/', 3)}, {values['speed/images_per_second']:,.0f} images/s, "
-            f"communication {values['time/communication']:.0%}{_sent(values)}",
+            f"step {run.progress.step}/{run.total_steps}: loss {values['train/loss']:.4f}, {metrics}, "
+            f"{values['speed/images_per_second']:,.0f} images/s, "
+            f"communication {values['time/communication']:.0%}{sent_bytes(values)}",
             file=self._stream or TERMINAL,
             flush=True,
         )
@@ -178,7 +154,7 @@ class PlainProgress(Callback):
         self._last = run.report.seconds()
 
 
-def _sent(values: Mapping[str, float]) -> str:
+def sent_bytes(values: Mapping[str, float]) -> str:
     """Text on the bytes that a rank sends per step, and the ratio of uncompressed to compressed bytes."""
     size = values["speed/bytes_sent_per_step"]
     if not size:
@@ -190,20 +166,18 @@ def _sent(values: Mapping[str, float]) -> str:
     )
 
 
-def _title(run: RunView) -> str:
-    epochs = run.config.trainer.epochs
-    return f"epoch {min(run.progress.epoch + 1, epochs)}/{epochs}"
-
-
-def _metrics(names: Iterable[str], values: Mapping[str, float], prefix: str, digits: int) -> str:
+def listed_metrics(names: Iterable[str], values: Mapping[str, float], prefix: str, digits: int) -> str:
+    """Metrics with their names, in one line."""
     return ", ".join(f"{escaped(name)} {values[prefix + name]:.{digits}f}" for name in names)
 
 
 def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
     parts = [f"epoch {run.progress.epoch}/{run.config.trainer.epochs}:"]
-    parts.append(f"loss {values['epoch/train_loss']:.4f}, {_metrics(run.task.metrics, values, 'epoch/train_', 4)}")
+    parts.append(
+        f"loss {values['epoch/train_loss']:.4f}, {listed_metrics(run.task.metrics, values, 'epoch/train_', 4)}"
+    )
     if "epoch/val_loss" in values:
-        metrics = _metrics(run.task.validated, values, "epoch/val_", 4)
+        metrics = listed_metrics(run.task.validated, values, "epoch/val_", 4)
         parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
     # A first epoch that is all warm-up has no speed yet.
     if speed := values["epoch/images_per_second"]:
@@ -258,14 +232,13 @@ class Profiler(Callback):
 
 
 def default_callbacks(trainer_config: TrainerConfig, run_dir: Path, *, is_main: bool) -> list[Callback]:
-    """The configured callbacks of this rank; only rank 0 has any."""
+    """The configured callbacks of this rank; only rank 0 has any. A live line is added by who shows it."""
     if not is_main:
         return []
     mode = trainer_config.progress
-    callbacks: list[Callback] = [EpochLog(on_terminal=mode != "off")]
-    if mode == "bar" or (mode == "auto" and TERMINAL.isatty()):
-        callbacks.append(ProgressBar())
-    elif mode != "off":
+    lines = mode == "lines" or (mode == "auto" and not is_live(TERMINAL))
+    callbacks: list[Callback] = [StatusValues(), EpochLog(on_terminal=lines)]
+    if lines:
         callbacks.append(PlainProgress())
     if trainer_config.profile_steps:
         callbacks.append(Profiler(trainer_config.profile_steps, run_dir / "tensorboard"))

@@ -64,9 +64,12 @@ def evaluate(
     positions = torch.tensor(list(watch), dtype=torch.int64)
     # The last element is a flag: whether the task makes decisions.
     watched = torch.zeros(len(positions) + 1, dtype=torch.float64, device=device)
-    for batch in loader.epoch(0):
+    activity, batches = strategy.runtime.activity, len(loader)
+    activity.batches = (0, batches)
+    for done, batch in enumerate(loader.epoch(0), 1):
         result = strategy.eval_step(batch)
-        strategy.runtime.activity.progress += 1
+        activity.batches = (done, batches)
+        activity.progress += 1
         loss_and_count[0] += result.loss_sum.to(device)
         loss_and_count[1] += result.count
         if reason := why_stop():

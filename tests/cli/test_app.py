@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 import distrain
-from distrain.cli import app
+from distrain.cli import app, hydra_entry
+from distrain.cli.commands import train as train_command
 from distrain.config.schema import Config
 from distrain.models.cnn import SimpleCNN
 from tests.harness import run_ranks
-from tests.runs import small
+from tests.runs import CONF, small
+from tests.training.test_callbacks import Terminal
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -47,6 +50,37 @@ def test_closing_line_counts_steps_and_time_of_this_start(two_starts: Path) -> N
     closing = [line for line in log.splitlines() if "images/s | compute" in line]
     assert " | 5 steps in " in closing[0]
     assert " | 5 of 10 steps in " in closing[1]
+
+
+def test_in_a_terminal_a_live_line_says_what_happens_and_a_table_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    train(small(f"run_dir={tmp_path}", "trainer.epochs=1", "trainer.progress=auto"))
+    assert "\rchecking 0:00" in terminal.getvalue()
+    above, _, table = terminal.getvalue().rpartition("\x1b[K")
+    assert "epoch 1/1  loss " in above
+    assert "  test  " in table
+    assert str(tmp_path) in table.splitlines()[-1]
+    assert "test_accuracy" not in terminal.getvalue()
+    # The log has what a file or a pipe would get.
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert "epoch 1/1: loss " in log
+    assert "test_accuracy " in log
+
+
+@pytest.mark.parametrize(("progress", "said"), [("auto", "\r\x1b[Kstarting"), ("lines", ""), ("off", "")])
+def test_a_terminal_is_told_at_once_that_the_training_starts(
+    progress: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(app, "train", lambda _: None)
+    train_command._task(hydra_entry.compose(CONF, "config", [f"trainer.progress={progress}"]))
+    assert terminal.getvalue() == said
 
 
 def test_summary_says_where_the_run_comes_from(two_starts: Path) -> None:

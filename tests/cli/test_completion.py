@@ -43,6 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("distrain evaluate ru", ["run="]),
         ("distrain compare m", ["mine/", "metric="]),
         ("distrain compare mine/model ou", ["output="]),
+        ("distrain watch m", ["mine/"]),
+        ("distrain watch mine/model on", ["once="]),
         ("distrain evaluate run=m", ["run=mine/"]),
         ("distrain evaluate run=mine/", ["run=mine/model/"]),
         ("distrain evaluate mo", []),

@@ -46,6 +46,18 @@ def test_lines_are_printed_to_what_standard_error_is_then(capsys: pytest.Capture
     assert capsys.readouterr().err == "a line\n"
 
 
+def test_a_line_in_a_terminal_takes_the_place_of_a_live_line_that_another_process_drew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = io.StringIO("epoch 1/2  training")
+    terminal.seek(0, io.SEEK_END)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    print_to_stderr("a line")
+    assert terminal.getvalue() == "epoch 1/2  training\r\x1b[Ka line\n"
+
+
 SCRIPT = """
 import os, sys
 from distrain.files.terminal import open_standard_streams, print_to_stderr

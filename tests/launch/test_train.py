@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distrain.config.load import load_config, to_container
 from distrain.errors import EXIT_STOPPED
+from distrain.health.run_status import RunStatus
 from tests.harness import HANG_SECONDS, run_ranks
 from tests.runs import LAUNCH, compose, train_on_rank
 
@@ -145,6 +146,7 @@ def test_run_folder_has_the_documented_files(strategy: str, runs: Path) -> None:
         "config.yaml",
         "data.json",
         "metrics.jsonl",
+        "status.json",
         "summary.json",
         "tensorboard",
         "checkpoints",
@@ -154,6 +156,15 @@ def test_run_folder_has_the_documented_files(strategy: str, runs: Path) -> None:
     assert len(list(folder.joinpath("tensorboard").rglob("*tfevents*"))) == 1
     assert folder.joinpath("checkpoints", "step_00000010").is_dir()
     assert set(json.loads(folder.joinpath("data.json").read_text())) >= {"channels", "height", "width", "classes"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_status_says_where_each_rank_was_last(strategy: str, runs: Path) -> None:
+    status = RunStatus.from_json(json.loads((runs / strategy / "whole" / "status.json").read_text()))
+    assert not status.running
+    assert (status.step, status.total_steps) == (10, 10)
+    assert [rank.rank for rank in status.ranks] == list(range(STRATEGIES[strategy]))
+    assert "train/loss" in status.values
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from distrain.files.untrusted import finite_number
+
 #: Rows that a curve keeps before it joins neighbours; an even number.
 _MOST_BUCKETS = 1024
 _MOST_CURVES = 48
@@ -215,7 +217,7 @@ def read_metrics(file: IO[bytes]) -> Metrics:
     metrics = Metrics()
     last_steps: dict[str, int] = {}
     for line in _lines(file, metrics):
-        row = _parse(line)
+        row = parse_row(line)
         if row is None:
             metrics.invalid_lines += 1
             continue
@@ -249,7 +251,7 @@ def _lines(file: IO[bytes], metrics: Metrics) -> Iterator[bytes]:
             return
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """A row; ``None`` if the line is not a complete, valid one."""
     if not line.endswith(b"\n"):
         return None
@@ -277,14 +279,3 @@ def _add_to_curves(metrics: Metrics, step: int, row: dict[str, Any]) -> None:
             # Rows of steps and of epochs may hold the same name.
             continue
         curve.add(step, finite_number(value))
-
-
-def finite_number(value: object) -> float | None:
-    """A finite number as float; ``None`` for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None

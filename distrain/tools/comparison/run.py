@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.files.untrusted import UnreadableFile
-from distrain.tools.comparison.curves import Metrics, finite_number, read_metrics
+from distrain.files.untrusted import UnreadableFile, finite_number
+from distrain.tools.comparison.curves import Metrics, read_metrics
 from distrain.tools.comparison.run_files import RunFiles
 from distrain.tools.launching.jobs import DONE
 
@@ -158,7 +158,7 @@ def _problems_of_metrics(metrics: Metrics) -> list[str]:
 def _state(files: RunFiles, run: Run) -> tuple[str, str]:
     failure = _read_json(files, "failure.json", run.problems)
     if failure is not None:
-        return FAILED, _describe_failure(failure)
+        return FAILED, describe_failure(failure)
     stopped = _read_json(files, "stopped.json", run.problems)
     if stopped is not None:
         reason, step = show_value(stopped.get("reason", "request")), show_value(stopped.get("step", "?"))
@@ -173,7 +173,8 @@ def _state(files: RunFiles, run: Run) -> tuple[str, str]:
     return EMPTY, outcome or "nothing is logged yet"
 
 
-def _describe_failure(failure: dict[str, Any]) -> str:
+def describe_failure(failure: dict[str, Any]) -> str:
+    """What ``failure.json`` says, in one line."""
     parts = []
     for name in ("rank", "host", "step"):
         if failure.get(name) is not None:

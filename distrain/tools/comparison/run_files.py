@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ _MAX_CONFIG_BYTES = 1 << 17
 _MAX_JSON_BYTES = 1 << 24
 _MAX_TABLE_BYTES = 1 << 24
 #: A folder that holds one of these files is a run's, or a job's of a sweep.
-_OF_A_RUN = frozenset({"summary.json", "metrics.jsonl", "failure.json", "overrides.txt"})
+_OF_A_RUN = frozenset({"summary.json", "metrics.jsonl", "failure.json", "status.json", "overrides.txt"})
 #: One of these, besides ``config.yaml``, tells a run from any other folder of a program that uses Hydra.
 _BESIDE_CONFIG = frozenset({"data.json", "logs", "checkpoints"})
 #: The folder itself, as the path of a run in it.
@@ -61,13 +62,30 @@ class RunFiles:
         except OSError as error:
             raise UnreadableFile(f"{name}: {error.strerror or error}") from error
 
-    def json(self, name: str) -> dict[str, Any] | None:
+    def version(self, name: str) -> tuple[int, int] | None:
+        """Time of the last change and size of a file, to see whether it has changed; ``None`` without one.
+
+        Raises:
+            UnreadableFile: As for :func:`open`.
+        """
+        file = self.open(name)
+        if file is None:
+            return None
+        with file:
+            found = os.fstat(file.fileno())
+        return found.st_mtime_ns, found.st_size
+
+    def json(self, name: str, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any] | None:
         """Reads a JSON object; ``None`` if there is no such file.
+
+        Args:
+            name: The file.
+            max_bytes: Largest size that is read.
 
         Raises:
             UnreadableFile: It can't be read, or is no JSON object.
         """
-        text = self._text(name, _MAX_JSON_BYTES)
+        text = self._text(name, max_bytes)
         return None if text is None else parse_json(name, text)
 
     def yaml(self, name: str) -> dict[Any, Any] | None:
@@ -110,11 +128,12 @@ class FoundRuns:
     notices: list[str] = field(default_factory=list)
 
 
-def find_runs(paths: Sequence[str]) -> FoundRuns:
+def find_runs(paths: Sequence[str], key: str = "DIR") -> FoundRuns:
     """Finds runs.
 
     Args:
         paths: Run folders, or folders that hold runs at some depth, such as a sweep's.
+        key: What the command calls them, for error messages.
 
     Raises:
         ConfigError: A path is no folder, or holds no run, or there are too many.
@@ -124,22 +143,20 @@ def find_runs(paths: Sequence[str]) -> FoundRuns:
     for path in paths:
         if not Path(path).is_dir():
             problem = "is not a folder" if Path(path).exists() else "there is no such folder"
-            raise ConfigError("DIR", path, problem)
+            raise ConfigError(key, path, problem)
         before = len(found.notices)
         here = list(_search(ContainedFolder(Path(path)), found.notices))
         if not here:
             why = f" ({'; '.join(found.notices[before:])})" if len(found.notices) > before else ""
             problem = f"is not a run's folder and holds none{why}; name a folder that distrain train or sweep wrote"
-            raise ConfigError("DIR", path, problem)
+            raise ConfigError(key, path, problem)
         for run in here:
             # The same run may be named twice, or once by itself and once by its sweep.
             if run.path.resolve() not in seen:
                 seen.add(run.path.resolve())
                 found.runs.append(run)
         if len(found.runs) > MOST_RUNS:
-            raise ConfigError(
-                "DIR", path, f"these are more than {MOST_RUNS} runs; name fewer, or a folder deeper inside"
-            )
+            raise ConfigError(key, path, f"these are more than {MOST_RUNS} runs; name fewer, or a folder deeper inside")
     return found
 
 

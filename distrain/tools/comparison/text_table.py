@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distrain.files.escaping import Lines
+from distrain.files.live_text import display_width
 from distrain.tools.comparison.final_figures import (
     best_validation,
     bytes_sent,
@@ -43,13 +43,6 @@ class _Column:
     @property
     def width(self) -> int:
         return max(map(display_width, (self.title, *self.cells)))
-
-
-def display_width(text: str) -> int:
-    """Columns of a terminal that a text takes: letters of East Asia take two, accents none."""
-    return sum(
-        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text
-    )
 
 
 def to_text(runs: Sequence[Run], width: int) -> Lines:

@@ -11,7 +11,8 @@ from torch import nn
 from distrain.communication.collectives import Communicator
 from distrain.compression.autotune.link_model import LinkModel, measure_link
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
-from distrain.runtime.runtime import Runtime, boot_id
+from distrain.health.process import boot_id
+from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.pipeline.block_costs import measure_point_to_point
 from distrain.tools.planning.cluster import Cluster, Link, LinkPoint, slowdown_curve

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distrain.tools.comparison.text_table import display_width, to_text
+from distrain.files.live_text import display_width
+from distrain.tools.comparison.text_table import to_text
 from tests.tools.comparison.runs import CONFIG, read, write_run
 
 
@@ -19,10 +20,6 @@ def test_no_line_of_the_table_is_wider_than_the_terminal(tmp_path: Path, width: 
     if width > 20:
         assert len({display_width(line) for line in lines[:5]}) == 1
     assert ("too narrow for" in lines[-1]) == (width <= 120)
-
-
-def test_letters_of_east_asia_take_two_columns_and_accents_none() -> None:
-    assert [display_width(text) for text in ("ab", "数据", "e\u0301", "…–")] == [2, 4, 1, 2]
 
 
 def test_most_important_columns_stay_longest(tmp_path: Path) -> None:
