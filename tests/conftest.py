@@ -12,6 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.side_by_side import (  # noqa: F401 - hooks of pytest
+    pytest_cmdline_main,
+    pytest_collection_modifyitems,
+    pytest_report_to_serializable,
+)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:

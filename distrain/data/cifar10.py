@@ -135,7 +135,12 @@ class Cifar10(DataSource):
     @staticmethod
     def _classes(path: Path) -> tuple[str, ...]:
         with path.open("rb") as file:
-            text = file.read(_MAX_TEXT).decode("utf-8", errors="replace")
+            content = file.read(_MAX_TEXT)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            # Other bytes may have ten lines too.
+            raise config_error("data.root", f"{path} isn't text in UTF-8") from error
         names = tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(names) != len(CLASSES):
             raise config_error("data.root", f"{path} names {len(names)} classes, not {len(CLASSES)}")

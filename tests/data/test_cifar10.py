@@ -104,6 +104,17 @@ def test_an_invalid_label_is_refused(root: Path) -> None:
         source("cifar10", root=str(root)).load()
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"cat\ndog\n", "names 2 classes, not 10"), (b"\x1f\x8b\n" * 10, "isn't text in UTF-8")],
+    ids=["too few", "no text"],
+)
+def test_a_file_without_ten_names_of_classes_is_refused(root: Path, content: bytes, problem: str) -> None:
+    (root / "cifar-10-batches-bin" / "batches.meta.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^data\.root: .*batches\.meta\.txt {problem}"):
+        source("cifar10", root=str(root)).load()
+
+
 def test_files_are_downloaded_only_if_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, tmp_path / "a.tar.gz", official() | {"cifar-10-batches-bin/readme.html": b"<html>"})
     root = tmp_path / "new" / "root"

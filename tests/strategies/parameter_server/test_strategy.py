@@ -7,18 +7,20 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from distrain.config.schema import Config
+from distrain.data.batch import Batch
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
+from distrain.strategies.parameter_server.strategy import ParameterServer
 from tests.harness import RankFailed, run_ranks, run_ranks_to_the_end, soaked
 from tests.runs import NormNet, check, relative_difference, small, train_on_rank
 from tests.runtime.test_runtime import Ending, train_to_the_end
@@ -96,40 +98,56 @@ def test_a_step_sends_the_bytes_of_one_push_and_one_pull(folder: Path) -> None:
 # --- async and ssp ---------------------------------------------------------------------------------------------------
 
 
-class Slow(NormNet):
-    """A model whose forward pass is slow on one rank."""
+#: 4 epochs of 48 images; the workers wait for each other at the end of each epoch.
+STEPS_OF_EPOCH = 5
 
-    def __init__(self, in_channels: int, num_classes: int, rank: int, seconds: float) -> None:
-        super().__init__(in_channels, num_classes, "group")
-        self._pause = seconds if int(os.environ.get("RANK", "0")) == rank else 0.0
 
-    def forward(self, images: Tensor) -> Tensor:
-        time.sleep(self._pause if self.training else 0.0)
-        return super().forward(images)
+def train_with_lead(runs: list[tuple[Config, int]]) -> list[dict[str, Any]]:
+    """Trains each configuration; before a step, worker 1 waits until worker 0 is as many steps further in its epoch."""
+    results = []
+    for configuration, lead in runs:
+        # An integer of eight bytes is written in one piece.
+        begun = Path(f"{configuration.run_dir}.begun")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ParameterServer, "train_step", delayed(ParameterServer.train_step, begun, lead))
+            results.append(train_on_rank(configuration))
+    return results
+
+
+def delayed(train_step: Callable[..., Any], begun: Path, lead: int) -> Callable[..., Any]:
+    """A training step that tells how many steps worker 0 has begun, and that worker 1 begins when they are enough."""
+    rank, step = int(os.environ["RANK"]), 0
+
+    def wait_and_train(strategy: ParameterServer, batch: Batch) -> Any:
+        nonlocal step
+        enough = min(step + lead, step // STEPS_OF_EPOCH * STEPS_OF_EPOCH + STEPS_OF_EPOCH - 1) + 1
+        step += 1
+        if rank == 0:
+            begun.write_bytes(step.to_bytes(8, "big"))
+        if rank == 1:
+            while not (begun.exists() and int.from_bytes(begun.read_bytes(), "big") >= enough):
+                time.sleep(0.001)
+            # Time for worker 0 to get further than it may.
+            time.sleep(0.02)
+        return train_step(strategy, batch)
+
+    return wait_and_train
 
 
 def test_the_staleness_bound_holds_and_without_it_a_fast_worker_runs_ahead(folder: Path) -> None:
-    slow = ("model=custom", "model._target_=tests.strategies.parameter_server.test_strategy.Slow", "trainer.epochs=4")
-    common = small(
-        *slow, "+model.kwargs={rank:1,seconds:0.02}", SERVER, "strategy.mode=async", f"run_dir={folder}/free"
-    )
+    ends = (*NORM_NET, SERVER, "trainer.epochs=4")
     bounds: list[int | None] = [0, 2, None]
     configurations = [
-        small(
-            *slow,
-            "+model.kwargs={rank:1,seconds:0.02}",
-            SERVER,
-            "strategy.mode=ssp",
-            f"strategy.staleness={bound}",
-            f"run_dir={folder}/{bound}",
-        )
+        small(*ends, "strategy.mode=ssp", f"strategy.staleness={bound}", f"run_dir={folder}/{bound}")
         for bound in bounds[:-1]
     ]
-    for bound, run in zip(bounds, train_on(3, [*configurations, common]), strict=True):
+    configurations.append(small(*ends, "strategy.mode=async", f"run_dir={folder}/free"))
+    # Of the two steps that the bound allows one may be in flight.
+    runs = list(zip(configurations, [0, 1, 3], strict=True))
+    for bound, run in zip(bounds, run_ranks(train_with_lead, 3, runs)[0], strict=True):
         summary = run["summary"]
         statistics = summary["parameter_server"]
-        # 4 epochs of 48 images; the workers wait for each other at the end of each epoch.
-        assert (summary["steps"], statistics["samples"], statistics["updates"]) == (20, 192, 40)
+        assert (summary["steps"], statistics["samples"], statistics["updates"]) == (4 * STEPS_OF_EPOCH, 192, 40)
         ahead = max(worker["steps_ahead_max"] for worker in statistics["workers"])
         assert ahead == bound if bound is not None else ahead >= 3
         histogram = statistics["staleness"]["histogram"]

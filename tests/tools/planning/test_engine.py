@@ -13,13 +13,20 @@ from torch import nn
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from distrain.tools.planning import engine
+from distrain.tools.planning import engine, measurement
 from distrain.tools.planning.engine import Options
 from distrain.tools.planning.plan import Plan
 from tests.runs import small
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
 LINK = "{latency_us: 10, gbit_per_s: 10}"
+
+
+@pytest.fixture(autouse=True)
+def measured_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test of this file asks for a measured time, and a good one takes seconds."""
+    monkeypatch.setattr(measurement, "_STEP_SECONDS", 0.0)
+    monkeypatch.setattr(measurement, "_BLOCK_SECONDS", 0.0)
 
 
 def described(folder: Path, hosts: int, more: str = "") -> Path:
