@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from distrain.api.trainer import Trainer
     from distrain.api.verify import verify
     from distrain.errors import ConfigError, Failed, Stopped
+    from distrain.training.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
     "ConfigError",
     "Failed",
     "Run",
@@ -40,6 +42,7 @@ _HOMES = {
     "Run": "distrain.api.run",
     "Trainer": "distrain.api.trainer",
     "read_run": "distrain.api.run",
+    "Callback": "distrain.training.callbacks",
     "ConfigError": "distrain.errors",
     "Failed": "distrain.errors",
     "Stopped": "distrain.errors",

@@ -40,15 +40,15 @@ def words(text: str, count: int) -> list[int]:
     return [int.from_bytes(digest[start : start + 8], "little") for start in range(0, len(digest), 8)]
 
 
-def bits(family: int, counters: Tensor) -> Tensor:
+def bits(family: int | Tensor, counters: Tensor) -> Tensor:
     """64 random bits for each counter.
 
     Args:
-        family: From :func:`key`.
+        family: From :func:`key`; or several, an int64 tensor whose shape can be combined with that of the counters.
         counters: int64, any shape, any device.
 
     Returns:
-        int64 of the same shape. All 64 bits are random, so half of the values are negative.
+        int64 of the same shape, or that of both combined. All 64 bits are random, so half of the values are negative.
     """
     state = (counters + 1) * _signed(_INCREMENT) + family
     state = (state ^ _shift(state, 30)) * _signed(_FIRST_MULTIPLIER)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distrain.cli import hydra_entry
@@ -57,6 +58,26 @@ SMALL = (
     "runtime.timeout_seconds=120",
     "runtime.setup_timeout_seconds=120",
 )
+
+
+#: Every augmentation at once, each strong enough to matter on images of 8x8 pixels.
+ALL_AUGMENTATIONS = (
+    "data.augment.flip=true",
+    "data.augment.crop_padding=1",
+    "data.augment.random_resized_crop.scale=[0.2,1]",
+    "data.augment.color_jitter={brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.1}",
+    "data.augment.auto_augment.policy=randaugment",
+    "data.augment.random_erasing={probability: 0.5, value: random}",
+    "data.augment.mixing={mixup_alpha: 0.8, cutmix_alpha: 1.0, mode: pair}",
+    "data.augment.repeats=2",
+    "data.augment.batch_transform._target_=tests.runs.dimmed",
+    "data.eval_crop=0.75",
+)
+
+
+def dimmed(images: Tensor, seeds: Tensor) -> Tensor:
+    """A user's augmentation of a batch: each image by a factor from its seed."""
+    return (images * ((seeds & 7).view(-1, 1, 1, 1) + 8) / 16).to(torch.uint8)
 
 
 def compose(*overrides: str) -> Config:

@@ -28,7 +28,7 @@ from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli import app, run_folder
 from distrain.config.schema import Config
 from distrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, ConfigError, Failed, Stopped
-from distrain.reporting.loggers import TensorBoardLogger
+from distrain.reporting.loggers.tensorboard import TensorBoardLogger
 from distrain.runtime.run_owner import RunOwner
 from distrain.tasks.base import Evaluation
 from distrain.training import callbacks, checkpointing

@@ -70,7 +70,8 @@ def test_commands_read_it(run: Path, tmp_path: Path) -> None:
     assert found["correct"] == sum(entry["correct"] for entry in found["classes"])
     Image.fromarray(np.full((8, 8), 100, dtype=np.uint8)).save(tmp_path / "image.png")
     output = f"output={tmp_path / 'out.json'}"
-    (prediction,) = predict.run(composed(predict.PredictSettings, "predict", f"input={tmp_path / 'image.png'}", output))
+    predict.run(composed(predict.PredictSettings, "predict", f"input={tmp_path / 'image.png'}", output))
+    (prediction,) = json.loads((tmp_path / "out.json").read_text())
     assert prediction["class"] in {"0", "1", "2", "3"}
     output = f"output={tmp_path / 'model.safetensors'}"
     exported = load_file(export.run(composed(export.ExportSettings, "export", output)))

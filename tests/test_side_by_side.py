@@ -16,7 +16,7 @@ ArgsSource = pytest.Config.ArgsSource
 
 def configuration(*arguments: str, source: ArgsSource = ArgsSource.TESTPATHS, plugin: bool = True, **given: Any) -> Any:
     """The part of pytest's configuration that counts."""
-    options = {"numprocesses": None, "tx": [], "dist": "no", "loadscopereorder": True}
+    options: dict[str, Any] = {"numprocesses": None, "tx": [], "dist": "no", "loadscopereorder": True}
     options |= {"usepdb": False, "collectonly": False, "capture": "fd"}
     return SimpleNamespace(
         option=SimpleNamespace(**{**options, **given}),

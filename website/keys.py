@@ -63,7 +63,7 @@ def _general(conf: Path) -> Iterator[str]:
     yield ""
     yield "## Ranks and hosts"
     yield ""
-    yield "By these `distrain train`, `evaluate` and `doctor` start their own ranks."
+    yield "By these `distrain train`, `evaluate`, `predict` and `doctor` start their own ranks."
     yield "They are no part of a run's configuration."
     yield ""
     yield from _table(keys_of(launch_keys.LaunchSettings, launch_keys.defaults()))

@@ -27,6 +27,7 @@ from distrain.runtime.world import World
 from distrain.tasks.base import target_of
 from distrain.tools.launching import slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
+from distrain.training.callbacks import Callback
 
 #: Wrappers that distrain replaces by its own, by class name, and what to pass instead.
 _WRAPPERS = {
@@ -45,6 +46,7 @@ def fit(
     test: Any = None,
     classes: int | Sequence[str] | None = None,
     nproc: int | str | None = None,
+    callbacks: Sequence[Callback | str | Mapping[str, Any]] = (),
     config_dir: str | os.PathLike[str] | None = None,
     keys: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -68,11 +70,14 @@ def fit(
         classes: Names of the classes, labels or numbers, or how many there are; by default as many as ``train``,
             ``val`` and ``test`` have.
         nproc: Ranks to start on this machine, each a process; by default the training runs in this process.
+        callbacks: What is called at fixed points: objects of subclasses of ``distrain.Callback``, names, and mappings
+            as in ``callbacks=[…]`` on the command line. With ``nproc`` each rank gets copies of the objects.
         config_dir: A folder with further choices, as ``--config-dir`` of the command.
         keys: Values by dotted key, such as ``{"trainer.grad_clip_norm": 1.0}``.
         **settings: Choices: ``strategy``, ``compression``, ``optimizer``, ``scheduler``, ``loss``, ``task``,
-            ``logger``, ``experiment``; values: ``epochs``, ``max_steps``, ``batch_size``, ``lr``, ``device``, ``seed``,
-            ``run_dir``, ``resume`` (also a run's folder); or dotted keys, ``**{"optimizer.lr": 0.1}``.
+            ``logger`` (a name, or a list of names), ``experiment``; values: ``epochs``, ``max_steps``, ``batch_size``,
+            ``lr``, ``device``, ``seed``, ``run_dir``, ``resume`` (also a run's folder); or dotted keys,
+            ``**{"optimizer.lr": 0.1}``.
 
     Returns:
         The run: its folder, configuration, metrics, summary and model.
@@ -85,7 +90,7 @@ def fit(
     """
     with restored_surroundings(), program.called_as("distrain.fit"):
         slurm.set_torchrun_variables(os.environ)
-        training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
+        training = prepare(model, train, val, test, classes, callbacks, config_dir, merge(settings, keys or {}))
         ranks = _ranks_to_start(nproc)
         if ranks is None:
             result = training.run()
@@ -102,6 +107,7 @@ def prepare(
     val: Any,
     test: Any,
     classes: int | Sequence[str] | None,
+    callbacks: Sequence[Callback | str | Mapping[str, Any]],
     config_dir: str | os.PathLike[str] | None,
     settings: dict[str, Any],
 ) -> Training:
@@ -120,6 +126,9 @@ def prepare(
     else:
         model_choice, model_object = "python_object", _checked_model(model)
         fixed["model._target_"] = _name_of(model)
+    entries, callback_objects = _callback_entries(callbacks)
+    if entries:
+        fixed["callbacks"] = entries
     data_choice = train if isinstance(train, str) else "python_object"
     config = build_config(
         _with_run_to_resume(settings), model=model_choice, data=data_choice, fixed=fixed, config_dir=config_dir
@@ -128,7 +137,7 @@ def prepare(
         for name, value in (("val", val), ("test", test), ("classes", classes)):
             if value is not None:
                 raise config_error(name, f"does not go with train={train!r}, which has its own; leave it out")
-        return Training(config, model_object, None)
+        return Training(config, model_object, None, callback_objects)
     if isinstance(val, str) or isinstance(test, str):
         raise config_error("val" if isinstance(val, str) else "test", "must be samples, as train is, not a name")
     assert isinstance(config.data, PythonObjectDataConfig)
@@ -142,7 +151,28 @@ def prepare(
         memory_limit_mb=config.data.memory_limit_mb,
     )
     config.data = dataclasses.replace(config.data, fingerprint=data.fingerprint)
-    return Training(config, model_object, data)
+    return Training(config, model_object, data, callback_objects)
+
+
+def _callback_entries(callbacks: Any) -> tuple[list[Any], dict[str, Callback]]:
+    """What the configuration says of callbacks, and those that are objects, by their names in it."""
+    if isinstance(callbacks, str | Callback) or not isinstance(callbacks, Sequence):
+        raise config_error("callbacks", f"must be a list of callbacks, not {type(callbacks).__name__}")
+    entries: list[Any] = []
+    objects: dict[str, Callback] = {}
+    for callback in callbacks:
+        if isinstance(callback, str | Mapping):
+            entries.append(callback)
+        elif isinstance(callback, Callback):
+            name = base = type(callback).__name__
+            while name in objects:
+                name = f"{base}_{len(objects) + 1}"
+            objects[name] = callback
+            entries.append({"name": name, "_target_": _name_of(type(callback))})
+        else:
+            problem = "is neither an object of a subclass of distrain.Callback, nor a name, nor a mapping"
+            raise ConfigError("callbacks", type(callback).__name__, problem)
+    return entries, objects
 
 
 def _checked_model(model: Any) -> ModelObject:

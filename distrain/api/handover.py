@@ -57,7 +57,14 @@ def write(training: Training, folder: Path) -> None:
     if isinstance(model, nn.Module) and any(not tensor.is_cpu for tensor in model.state_dict().values()):
         problem = "has tensors on a device that each rank would take into use; pass model.cpu(), or what makes it"
         raise config_error("model", problem)
-    content = training.config, model, data and (data.spec, data.fingerprint), shapes
+    for name, callback in training.callbacks.items():
+        try:
+            cloudpickle.dumps(callback)
+        except Exception as error:  # a user's object may raise anything
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            problem = f"{name} can't be sent to other processes ({reason}); open files and the like in on_fit_start"
+            raise config_error("callbacks", problem) from error
+    content = training.config, model, data and (data.spec, data.fingerprint), shapes, dict(training.callbacks)
     try:
         (folder / _PICKLE).write_bytes(cloudpickle.dumps(content))
     except OSError as error:
@@ -84,16 +91,16 @@ def read(folder: Path) -> Training:
         status = path.stat()
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022):
             raise PermissionError(f"{path} may have been written by another user")
-    config, model, description, shapes = cloudpickle.loads((folder / _PICKLE).read_bytes())
+    config, model, description, shapes, callbacks = cloudpickle.loads((folder / _PICKLE).read_bytes())
     if description is None:
-        return Training(config, model, None)
+        return Training(config, model, None, callbacks)
     spec, fingerprint = description
     parts = {
         name: Images(*(_read_tensor(folder / f"{name}_{place}", *kind) for place, kind in enumerate(kinds)))
         for name, kinds in shapes.items()
     }
     data = DataObject(spec, parts["train"], parts.get("val"), parts.get("test"), fingerprint)
-    return Training(config, model, data)
+    return Training(config, model, data, callbacks)
 
 
 def write_verification(folder: Path, options: Mapping[str, Any]) -> None:

@@ -105,6 +105,7 @@ class Run:
             device=torch.device("cpu"),
             dtype=torch.float32,
             memory_format=torch.contiguous_format,
+            shown=self._folder.config.data.eval_crop,
         )
         return torch.cat([batch.inputs for batch in loader.epoch(0)])
 

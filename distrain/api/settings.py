@@ -80,6 +80,8 @@ def build_config(
     choices = {key: value for key, value in settings.items() if key in _CHOICES and not isinstance(value, Mapping)}
     overrides = [f"model={model}", f"data={data}"]
     for group, value in choices.items():
+        if group == "logger" and isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+            value = f"[{','.join(value)}]"
         if value is not None and not isinstance(value, str):
             kind = value.__name__ if isinstance(value, type) else type(value).__name__
             example = f", such as {group}='{_EXAMPLES[group]}'" if group in _EXAMPLES else ""

@@ -101,7 +101,8 @@ def predict(
         images: An array or tensor [N, C, H, W] of the type that the run was trained on; or an image file, a folder, or
             a list of these.
         top: Number of classes per image, the most probable first.
-        on_error: If a file can't be decoded: ``stop``, or ``skip`` it with a warning.
+        on_error: If a file can't be decoded: ``stop``, ``skip`` it with a warning, or ``record`` the reason: its entry
+            then has ``path`` and ``error``.
         model: As for :func:`evaluate`.
         checkpoint: As for :func:`evaluate`.
         batch_size: Images per forward pass.
@@ -128,7 +129,7 @@ def predict(
         output=None,
         masks=None,
         top=_count("top", top) or 1,
-        on_error=_choice("on_error", on_error, ("stop", "skip")),
+        on_error=_choice("on_error", on_error, prediction.ON_ERROR),
         batch_size=_count("batch_size", batch_size) or 1,
         device=_choice("device", device, DEVICES),
         allow=list(allow),
@@ -149,33 +150,63 @@ def export(
     output: str | os.PathLike[str],
     *,
     format: str = "safetensors",
+    preprocess: str = "auto",
+    opset: int = 18,
+    check: int = 256,
+    data: Any = None,
+    model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
+    data_root: str | os.PathLike[str] | None = None,
+    license: str | None = None,
     allow: Sequence[str] = (),
 ) -> Path:
-    """Writes the run's model to a file that can be read without distrain, as the command ``export``.
+    """Writes the run's model so that it can be used without distrain, as the command ``export``.
 
     Args:
         run: As for :func:`evaluate`.
-        output: The file to write.
-        format: ``safetensors``.
+        output: The file to write; with ``format="folder"`` a folder that is new.
+        format: ``safetensors``: the weights. ``onnx``, ``torch_export``: a program that needs neither distrain nor the
+            model's code. ``folder``: weights, configuration and a model card.
+        preprocess: Where a program's images are normalised and its outputs become probabilities: ``inside`` or
+            ``outside`` of it; ``auto``: inside.
+        opset: Version of ONNX's operators.
+        check: Images on which a program must give what the run's model gives; 0: random images.
+        data: Samples for ``check``, as for :func:`distrain.fit`; by default the run's test split.
+        model: As for :func:`evaluate`; ``safetensors`` needs none.
         checkpoint: As for :func:`evaluate`.
+        data_root: As for :func:`evaluate`.
+        license: Name of the licence for the model card, such as apache-2.0.
         allow: As for :func:`evaluate`.
 
     Returns:
-        The file.
+        The file or folder.
 
     Raises:
-        ConfigError: The run or the file can't be used.
+        ConfigError: The run or the output can't be used, or a program would not give what the run's model gives.
     """
     require_one_process("export", World.from_environment())
+    for name, value, smallest in (("opset", opset, exporting.OLDEST_OPSET), ("check", check, 0)):
+        if value < smallest:
+            raise ConfigError(name, value, f"must be at least {smallest}")
     settings = exporting.ExportSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
-        format=_choice("format", format, ("safetensors",)),
+        format=_choice("format", format, exporting.FORMATS),
         output=os.fspath(output),
+        preprocess=_choice("preprocess", preprocess, exporting.PREPROCESS_CHOICES),
+        opset=opset,
+        check=check,
+        data_root=None if data_root is None else os.fspath(data_root),
+        license=license,
+        push=None,
+        private=True,
         allow=list(allow),
     )
-    return exporting.export_run(_folder(run, allow), settings)[0]
+    folder, samples = _folder(run, allow), None
+    if data is not None:
+        folder, samples = _with_samples(folder, data)
+    with restored_surroundings(), offered_model(_model(run, model)), offered_data(samples):
+        return exporting.export_run(folder, settings).path
 
 
 def load_model(

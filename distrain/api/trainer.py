@@ -22,6 +22,7 @@ from distrain.strategies.auto import AutoConfig
 from distrain.strategies.base import Strategy, strategy_class
 from distrain.tools.launching import slurm
 from distrain.training import trainer as training
+from distrain.training.callbacks import Callback
 from distrain.training.stepwise import Steps
 
 #: Why a run stops whose steps a program no longer takes.
@@ -48,6 +49,7 @@ class Trainer:
         val: Samples for validation.
         test: Samples for the test at the end.
         classes: Names of the classes, or their number.
+        callbacks: What is called at fixed points.
         config_dir: A folder with further choices.
         keys: Values by dotted key.
         **settings: Choices, and values by keyword.
@@ -64,6 +66,7 @@ class Trainer:
         val: Any = None,
         test: Any = None,
         classes: int | Sequence[str] | None = None,
+        callbacks: Sequence[Callback | str | Mapping[str, Any]] = (),
         config_dir: str | os.PathLike[str] | None = None,
         keys: Mapping[str, Any] | None = None,
         **settings: Any,
@@ -72,7 +75,7 @@ class Trainer:
             problem = "a program that takes the steps itself runs on every rank; start it under torchrun"
             raise ConfigError("nproc", settings["nproc"], problem)
         slurm.set_torchrun_variables(os.environ)
-        self._training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
+        self._training = prepare(model, train, val, test, classes, callbacks, config_dir, merge(settings, keys or {}))
         problem = "has ranks that take no steps of their own; train with distrain.fit"
         options = self._training.config.strategy
         if isinstance(options, AutoConfig):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from distrain.errors import ConfigError
 from distrain.models.python_object import ModelObject, offered_model
 from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
+from distrain.training.callbacks import Callback
+from distrain.training.chosen_callbacks import offered_callbacks
 from distrain.training.trainer import Trainer
 
 
@@ -31,16 +33,18 @@ class Training:
         config: The configuration.
         model: The model, if it is an object.
         data: The samples, if they are objects.
+        callbacks: Callbacks that are objects, by the names that they have in the configuration.
     """
 
     config: Config
     model: ModelObject | None
     data: DataObject | None
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def objects(self) -> Iterator[None]:
-        """Inside this block the configuration's model and data stand for the objects."""
-        with offered_model(self.model), offered_data(self.data):
+        """Inside this block the configuration's model, data and callbacks stand for the objects."""
+        with offered_model(self.model), offered_data(self.data), offered_callbacks(self.callbacks):
             yield
 
     def run(self) -> Result:

@@ -104,7 +104,7 @@ def verify(
         options = Options(steps, tolerance, float64, place, example=_EXAMPLE)
         with restored_surroundings(), program.called_as(_NAME):
             slurm.set_torchrun_variables(os.environ)
-            training = prepare(model, train, val, test, classes, config_dir, merge(settings, keys or {}))
+            training = prepare(model, train, val, test, classes, (), config_dir, merge(settings, keys or {}))
             if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
                 # Each rank has a temporary folder of its own; rank 0's is taken.
                 found = verify_on_rank(training, options)

@@ -64,7 +64,7 @@ def read(module: nn.Module) -> ModuleState:
             problem = safetensors_writer.why_unsupported(value)
             tensors[name] = value
         else:
-            problem = _why_not_plain(value)
+            problem = why_not_plain(value)
             if not problem:
                 extra[name] = json.dumps(value)
         if problem:
@@ -81,7 +81,7 @@ def _owner(module: nn.Module, name: str) -> str:
         return type(module).__name__
 
 
-def _why_not_plain(value: object, place: str = "") -> str:
+def why_not_plain(value: object, place: str = "") -> str:
     """Why JSON can't hold a value and give back an equal one; empty if it can."""
     # By the exact type: JSON would give back another type for a tuple or a numpy number.
     if value is None or type(value) in (bool, float, str):
@@ -92,12 +92,12 @@ def _why_not_plain(value: object, place: str = "") -> str:
     if place.count("[") > 64:
         return "data that are nested more than 64 deep"
     if type(value) is list:
-        return next(filter(None, (_why_not_plain(item, f"{place}[{i}]") for i, item in enumerate(value))), "")
+        return next(filter(None, (why_not_plain(item, f"{place}[{i}]") for i, item in enumerate(value))), "")
     if type(value) in (dict, OrderedDict):
         items = cast(dict[object, object], value).items()
         if wrong := [key for key, _ in items if type(key) is not str]:
             return f"a dictionary{place} with the key {wrong[0]!r}, which is no text"
-        return next(filter(None, (_why_not_plain(item, f"{place}[{key!r}]") for key, item in items)), "")
+        return next(filter(None, (why_not_plain(item, f"{place}[{key!r}]") for key, item in items)), "")
     return f"a {type(value).__name__}{place and ' at '}{place}"
 
 

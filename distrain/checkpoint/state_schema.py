@@ -206,6 +206,7 @@ _SCALARS = _fields(
         "precision": _empty_or(_fields({"scale": _number(1e-30, 1e30), "good_steps": _whole()})),
     },
     {
+        "callbacks": _entries(_entries(_plain)),
         "copies": _whole(1, _MAX_RANKS),
         "local_sgd": _fields({"step": _whole(), "warmup_steps": _whole()}),
         "buckets": _or_null(

@@ -27,6 +27,8 @@ from distrain.errors import ConfigError, config_error
 _SETTING = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w.@/:-]*)=(?P<value>.*)", re.DOTALL)
 #: A setting of a mapping to which keys may be added, or of a key in it.
 _OPEN = re.compile(rf"({'|'.join(map(re.escape, ARGUMENTS))})[.=]")
+#: A list of loggers.
+_LOGGERS = re.compile(r"logger=\[\s*(|[A-Za-z_]\w*(?:\s*,\s*[A-Za-z_]\w*)*)\s*\]")
 #: A value that begins with somebody's home folder and holds nothing that Hydra's grammar gives a meaning.
 _HOME = re.compile(r"~[\w.-]*(/[^'\"\[\]{},()]*)?", re.DOTALL)
 #: What Hydra reads as a number or a truth value, although it is written like a name.
@@ -58,6 +60,25 @@ def quote_home_folders(arguments: Iterable[str]) -> list[str]:
 def open_mappings(arguments: Iterable[str]) -> list[str]:
     """Lets ``data.kwargs.size=3`` add a key where any may be added, for which Hydra wants ``+data.kwargs.size=3``."""
     return [f"++{argument}" if _OPEN.match(argument) else argument for argument in arguments]
+
+
+def place_loggers(arguments: Iterable[str]) -> list[str]:
+    """Lets ``logger=[csv,tensorboard]`` choose several files of a group, each for a place of its own.
+
+    Hydra itself would merge the files, so that only the last name is left.
+    """
+    result = []
+    for argument in arguments:
+        chosen = _LOGGERS.fullmatch(argument)
+        names = [name.strip() for name in chosen[1].split(",")] if chosen else []
+        if len(names) > 1:
+            result.append("logger=several")
+            result += [f"+logger@logger.loggers.{name}={name}" for name in dict.fromkeys(names)]
+        elif chosen:
+            result.append(f"logger={names[0] or 'none'}")
+        else:
+            result.append(argument)
+    return result
 
 
 def settings_and_folders(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distrain.cli.arguments import open_mappings, parse, quote_home_folders
+from distrain.cli.arguments import open_mappings, parse, place_loggers, quote_home_folders
 from distrain.config.registry import GROUPS, selectable
 from distrain.errors import ConfigError
 
@@ -82,7 +82,7 @@ class ConfigFiles:
             search_path.prepend("command-line", f"file://{self.own}", SearchPathQuery(provider="schema"))
         try:
             Hydra.create_main_hydra2("distrain", search_path)
-            return hydra.compose(self.name, open_mappings(quote_home_folders(overrides)))
+            return hydra.compose(self.name, open_mappings(quote_home_folders(place_loggers(overrides))))
         finally:
             shared.hydra = before
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.cli import output
 from distrain.cli.run_folder import RunFolder, Weights
@@ -102,10 +102,10 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
         ConfigError: As :func:`run`.
         Failed: As :func:`run`.
     """
-    config = _config_for_evaluation(folder, settings, world)
+    config = config_for_evaluation(folder, settings, world)
     weights = folder.weights(settings.checkpoint)
     model = folder.model(weights, settings.allow)
-    plan, splits = _load(config, world, folder, settings.allow)
+    plan, splits = load_data(config, world, folder, settings.allow)
     images: Split = getattr(splits, settings.split)
     if not len(images):
         others = [name for name in ("train", "val", "test") if len(getattr(splits, name))]
@@ -134,7 +134,7 @@ def check(settings: EvaluateSettings, world: World) -> None:
     if target is not None:
         output.check_writable(target)
     folder.find_checkpoint(settings.checkpoint)
-    RunPlan.resolve(_config_for_evaluation(folder, settings, world), world, _data_prefixes(settings.allow))
+    RunPlan.resolve(config_for_evaluation(folder, settings, world), world, _data_prefixes(settings.allow))
 
 
 def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
@@ -145,7 +145,7 @@ def _output_path(settings: EvaluateSettings, folder: RunFolder) -> Path | None:
     return Path(settings.output)
 
 
-def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world: World) -> Config:
+def config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world: World) -> Config:
     """The run's configuration, changed for an evaluation on this machine and these ranks."""
     strategy: StrategyConfig = StrategyConfig(name="single")
     if world.size > 1:
@@ -173,7 +173,7 @@ def _config_for_evaluation(folder: RunFolder, settings: EvaluateSettings, world:
     )
 
 
-def _load(config: Config, world: World, folder: RunFolder, allow: Sequence[str]) -> tuple[RunPlan, Splits]:
+def load_data(config: Config, world: World, folder: RunFolder, allow: Sequence[str]) -> tuple[RunPlan, Splits]:
     """Loads the run's data, to be normalised and weighted as in the run.
 
     Raises:
@@ -191,6 +191,35 @@ def _load(config: Config, world: World, folder: RunFolder, allow: Sequence[str])
         raise ConfigError("data_root", config.data.root, problem)
     weights = folder.class_weights or splits.class_weights
     return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std, class_weights=weights)
+
+
+def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow: Sequence[str]) -> Tensor:
+    """Images of the run's test split, spread evenly over it, as they are stored: ``[n, C, H, W]``.
+
+    Args:
+        folder: The run.
+        data_root: As in :class:`EvaluateSettings`.
+        count: How many at most.
+        allow: As in :class:`EvaluateSettings`.
+
+    Raises:
+        ConfigError: The data can't be read, or are not those of the run.
+    """
+    settings = EvaluateSettings(
+        run=str(folder.path),
+        checkpoint="newest",
+        split="test",
+        data_root=data_root,
+        batch_size=None,
+        device="cpu",
+        output=None,
+        allow=list(allow),
+    )
+    world = World(0, 1, 0, 1, "")
+    _, splits = load_data(config_for_evaluation(folder, settings, world), world, folder, allow)
+    with contextlib.closing(splits):
+        size = len(splits.test)
+        return splits.test.pick(torch.arange(min(count, size)) * size // min(count, size))
 
 
 def _data_prefixes(allow: Sequence[str]) -> list[str]:

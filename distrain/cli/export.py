@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -15,42 +16,103 @@ from torch import Tensor
 import distrain
 from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
-from distrain.cli.run_folder import RunFolder, Weights
+from distrain.cli.evaluate import load_test_images
+from distrain.cli.run_folder import TRUSTED_PREFIXES, RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.setting import setting
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.terminal import show
+from distrain.files.writing import to_json
+from distrain.models.tensors import convert
 from distrain.runtime.world import World
+from distrain.tasks import base as tasks
+from distrain.tasks.base import Task
+from distrain.tools.exporting import agreement, model_folder, program_files
+from distrain.tools.exporting.model_folder import ModelFolder
+from distrain.tools.exporting.own_model import OwnModel
+from distrain.tools.exporting.program import INSIDE, OUTSIDE, PREPROCESS, Program, random_images
+from distrain.tools.exporting.program_files import Runner
+
+FORMATS = ("safetensors", "torch_export", "onnx", "folder")
+#: The oldest version of ONNX's operators that torch.onnx writes.
+OLDEST_OPSET = 18
+PREPROCESS_CHOICES = ("auto", *PREPROCESS)
+#: Formats that hold what the model computes, and not only its weights.
+_PROGRAMS = ("torch_export", "onnx")
+#: Random images that a program is compared on with ``check=0``.
+_RANDOM_IMAGES = 16
 
 
 @dataclass
 class ExportSettings(RunSettings):
     """Keys of ``distrain export``."""
 
-    format: str = setting("File format.", choices=("safetensors",))
-    output: str = setting("File to write.", path=True)
+    format: str = setting(
+        "safetensors: the weights. onnx, torch_export: a program that needs neither distrain nor the model's code. "
+        "folder: weights, configuration and a model card, for timm, huggingface_hub and the Hub.",
+        choices=FORMATS,
+    )
+    output: str = setting("File to write. format=folder: a folder that is new.", path=True)
+    preprocess: str = setting(
+        "Where images are normalised, and outputs become probabilities. inside: in the program of format=onnx or "
+        "torch_export. outside: by who uses it; OUTPUT.json says how. auto: inside if it is a program.",
+        choices=PREPROCESS_CHOICES,
+    )
+    opset: int = setting(
+        "format=onnx: version of ONNX's operators; runtimes read their own and older ones.", at_least=OLDEST_OPSET
+    )
+    check: int = setting(
+        "format=onnx and torch_export: test images of the run's data for which the written file must give what the "
+        "run's model gives; 0: random images instead, which need no data.",
+        at_least=0,
+    )
+    data_root: str | None = setting(
+        "Folder that contains the run's data on this machine, for check; null: the run's data.root.", path=True
+    )
+    license: str | None = setting("format=folder: licence of the weights for the model card, such as apache-2.0.")
+    push: str | None = setting(
+        "format=folder: USER/NAME on the Hugging Face Hub to upload the folder to; the token comes from HF_TOKEN."
+    )
+    private: bool = setting("A repository that push makes is private.")
     allow: list[str] = setting(
-        "Dotted prefixes, besides distrain's, from which the run's choices may be imported; their code runs."
+        "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
     )
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file or folder.
+        weights: The checkpoint it was made of.
+        lines: What a user should know of it, a line each.
+    """
+
+    path: Path
+    weights: Weights
+    lines: tuple[str, ...] = ()
+
+
 def run(settings: ExportSettings, world: World | None = None) -> Path:
-    """Writes the model of a run as :func:`export_run` does, says so, and returns the file's path.
+    """Writes the model of a run as :func:`export_run` does, says so, and returns the path.
 
     Raises:
-        ConfigError: The run or the output can't be used.
+        ConfigError: The run or the output can't be used, or the file would not give what the run's model gives.
     """
     require_one_process("export", world or World.from_environment())
-    target, weights = export_run(RunFolder.open(settings.run, settings.allow), settings)
-    show(f"{weights.path.name} as {settings.format}: {target}")
-    return target
+    exported = export_run(RunFolder.open(settings.run, settings.allow), settings)
+    show(f"{exported.weights.path.name} as {settings.format}: {exported.path}")
+    for line in exported.lines:
+        show(line)
+    return exported.path
 
 
-def export_run(folder: RunFolder, settings: ExportSettings) -> tuple[Path, Weights]:
-    """Writes the unsplit model's ``state_dict`` to a file; the model is not built.
+def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
+    """Writes the unsplit model in the chosen format; numbers of floating point become float32.
 
-    Parameters and buffers of floating point are converted to float32, and all tensors are contiguous. The metadata in
-    the file's header describe the model. All values are text; those marked JSON must be parsed:
+    ``safetensors`` holds the ``state_dict``, and the model is not built. The file describes itself in its header. All
+    values there are text; those marked JSON must be parsed:
 
     ==================== ===============================================================================
     ``format``           ``pt``, which other tools expect
@@ -65,25 +127,134 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> tuple[Path, Weigh
     ``distrain_version`` release that wrote the file
     ==================== ===============================================================================
 
-    Returns:
-        The file, and what was written.
+    ``onnx`` and ``torch_export`` hold a :class:`~distrain.tools.exporting.program.Program`, traced for batches of any
+    size, and the same description besides ``format`` and ``extra_state``, with ``preprocess``, ``inputs`` and
+    ``outputs``: in ONNX's ``metadata_props``, or in the archive's ``extra/distrain.json``. The file is read again as
+    its users will, and compared with the run's model on test images.
 
     Raises:
-        ConfigError: The run or the output can't be used.
+        ConfigError: As :func:`run`.
     """
     target = Path(settings.output)
-    output.check_writable(target)
+    _check(settings, target)
     weights = folder.weights(settings.checkpoint)
+    if settings.format in _PROGRAMS:
+        return _export_program(folder, settings, weights, target)
     tensors = {name: _plain(name, tensor) for name, tensor in weights.tensors.items()}
+    if settings.format == "folder":
+        allowed = [*TRUSTED_PREFIXES, *settings.allow]
+        described = ModelFolder(folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, allowed)
+        metadata = _safetensors_metadata(folder, weights)
+        output.write(target, lambda path: described.write(path, tensors, metadata, settings.license))
+        if settings.push is None:
+            return Exported(target, weights)
+        address = model_folder.push(target, settings.push, private=settings.private)
+        return Exported(target, weights, (f"uploaded: {address}",))
 
     def make(path: Path) -> None:
         try:
-            save_file(tensors, path, _metadata(folder, weights))
+            save_file(tensors, path, _safetensors_metadata(folder, weights))
         except safetensors.SafetensorError as error:
             raise ConfigError("output", target, f"can't be written ({error})") from error
 
     output.write(target, make)
-    return target, weights
+    if settings.preprocess == OUTSIDE:
+        _write_description(target, _description(folder, weights))
+    return Exported(target, weights)
+
+
+def _check(settings: ExportSettings, target: Path) -> None:
+    """Refuses keys that don't go together, and an output that can't be written."""
+    if settings.format == "folder":
+        output.check_new_folder(target)
+    else:
+        output.check_writable(target)
+        for key in ("license", "push"):
+            if getattr(settings, key) is not None:
+                raise ConfigError(key, getattr(settings, key), "is for format=folder")
+    if settings.preprocess == INSIDE and settings.format not in _PROGRAMS:
+        problem = f"format={settings.format} holds weights, and no program that could normalise images"
+        raise ConfigError("preprocess", INSIDE, problem, ["auto", OUTSIDE])
+    if settings.push is not None:
+        model_folder.check_push(settings.push)
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def _export_program(folder: RunFolder, settings: ExportSettings, weights: Weights, target: Path) -> Exported:
+    task = tasks.build(folder.config, folder.spec)
+    model = convert(folder.model(weights, settings.allow), torch.float32)
+    program = Program(
+        model,
+        task,
+        folder.spec,
+        folder.mean,
+        folder.std,
+        INSIDE if settings.preprocess == "auto" else settings.preprocess,
+    )
+    program.eval().requires_grad_(False)
+    description = {**_description(folder, weights), **program.describe()}
+    if settings.check:
+        try:
+            images = load_test_images(folder, settings.data_root, settings.check, settings.allow)
+        except ConfigError as error:
+            raise config_error_from_line(f"{error}; check=0 compares on random images instead") from error
+    else:
+        images = random_images(folder.spec, _RANDOM_IMAGES)
+    lines: list[str] = []
+
+    def make(path: Path) -> None:
+        if settings.format == "onnx":
+            runner = program_files.write_onnx(program, description, settings.opset, path)
+        else:
+            runner = program_files.write_torch_export(program, description, path)
+        lines.extend(_compared(settings, folder, program, task, images, runner))
+
+    output.write(target, make)
+    if program.preprocess == OUTSIDE:
+        _write_description(target, description)
+    return Exported(target, weights, tuple(lines))
+
+
+def _compared(
+    settings: ExportSettings, folder: RunFolder, program: Program, task: Task, images: Tensor, runner: Runner
+) -> list[str]:
+    """Compares a file with the run's model, and says in a line or two what that found.
+
+    Raises:
+        ConfigError: They differ.
+    """
+
+    def own_model(precision: str) -> OwnModel:
+        return OwnModel(program.model, task, folder.mean, folder.std, precision)
+
+    exact = own_model("fp32")
+
+    def with_meaning(results: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs = results.get(task.output_name)
+        return results if outputs is None else {**task.named_results(outputs), **results}
+
+    def run_file(stored: Tensor) -> dict[str, Tensor]:
+        given = exact.normalised(stored) if program.preprocess == OUTSIDE else stored.to(program.input_dtype)
+        return with_meaning(runner(given))
+
+    found = agreement.compare(
+        settings.format, images, lambda stored: with_meaning(program.results(exact.outputs(stored))), run_file
+    )
+    kind = "test" if settings.check else "random"
+    lines = [f"read again and compared with the run's model on {found.images:,} {kind} images: {found}"]
+    precision = folder.config.trainer.precision
+    if precision != "fp32":
+        own, decided = own_model(precision).decisions(images), exact.decisions(images)
+        line = f"the file computes in fp32, and the run in {precision}"
+        if own is not None and decided is not None:
+            line += f": both decide the same for {int((own == decided).sum()):,} of {own.numel():,}"
+        lines.append(line)
+    return lines
+
+
+# --- descriptions ----------------------------------------------------------------------------------------------------
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -92,20 +263,28 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
-def _metadata(folder: RunFolder, weights: Weights) -> dict[str, str]:
+def _description(folder: RunFolder, weights: Weights) -> dict[str, Any]:
     spec = folder.spec
-    extra_state = (weights.plain or {}).get("extra_state", {})
-    extra = {name: json.loads(text) for name, text in extra_state.items()}
     return {
-        **({"extra_state": json.dumps(extra)} if extra else {}),
-        "format": "pt",
         "model": folder.config.model.name,
-        "model_config": json.dumps(dataclasses.asdict(folder.config.model)),
+        "model_config": dataclasses.asdict(folder.config.model),
         "task": folder.config.task.name,
-        "classes": json.dumps(spec.classes),
-        "input_shape": json.dumps([spec.channels, spec.height, spec.width]),
-        "mean": json.dumps(folder.mean),
-        "std": json.dumps(folder.std),
-        "step": str(weights.step),
+        "classes": list(spec.classes),
+        "input_shape": [spec.channels, spec.height, spec.width],
+        "mean": list(folder.mean),
+        "std": list(folder.std),
+        "step": weights.step,
         "distrain_version": distrain.__version__,
     }
+
+
+def _safetensors_metadata(folder: RunFolder, weights: Weights) -> dict[str, str]:
+    extra_state = (weights.plain or {}).get("extra_state", {})
+    extra = {name: json.loads(text) for name, text in extra_state.items()}
+    described = program_files.as_text(_description(folder, weights))
+    return {**({"extra_state": json.dumps(extra)} if extra else {}), "format": "pt", **described}
+
+
+def _write_description(target: Path, description: dict[str, Any]) -> None:
+    """Writes ``OUTPUT.json`` beside a file."""
+    output.write_text(target.with_name(f"{target.name}.json"), to_json(description))

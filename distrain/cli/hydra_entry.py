@@ -34,6 +34,7 @@ from distrain.cli.arguments import (
     open_mappings,
     options_first,
     parse,
+    place_loggers,
     quote_home_folders,
     quoted,
     refuse_misread_paths,
@@ -135,7 +136,7 @@ def main(
         launch_arguments = [] if check is None else _pop_launch_arguments()
         sys.argv[1:] = options_first(sys.argv[1:])
         _check_options(sys.argv[1:])
-        sys.argv[1:] = open_mappings(quote_home_folders(sys.argv[1:]))
+        sys.argv[1:] = open_mappings(quote_home_folders(place_loggers(sys.argv[1:])))
         refuse_misread_paths(sys.argv[1:], schema)
         refuse_python_objects(sys.argv[1:])
         files = ConfigFiles.of_command(conf, config_name, sys.argv[1:])

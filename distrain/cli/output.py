@@ -28,14 +28,25 @@ def check_writable(path: Path) -> None:
         raise ConfigError(_KEY, path, "is not a plain file; - writes to the standard output")
 
 
+def check_new_folder(path: Path) -> None:
+    """Checks that a folder can be made at a path.
+
+    Raises:
+        ConfigError: Its parent is missing or read-only, or there is something at the path.
+    """
+    if path.exists() or path.is_symlink():
+        raise ConfigError(_KEY, path, "is there already; name a folder that is new")
+    check_writable(path)
+
+
 def write(path: Path, make: Callable[[Path], object]) -> None:
-    """Writes a temporary file and moves it to its place when it is complete.
+    """Writes a temporary file or folder and moves it to its place when it is complete.
 
     A symbolic link at the path is replaced, never followed: a run's folder may hold one that points elsewhere.
 
     Args:
-        path: Path of the file; an existing file is replaced.
-        make: Writes the file at the path that it is given.
+        path: Path of the file, and an existing file is replaced; or of a folder, which must not exist.
+        make: Writes the file or folder at the path that it is given.
 
     Raises:
         ConfigError: The file can't be written, for example because the disk is full.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import contextlib
+import hashlib
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +15,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from distrain.cli import output
+from distrain.cli.evaluate import EvaluateSettings, config_for_evaluation
 from distrain.cli.run_folder import RunFolder
-from distrain.cli.settings import RunSettings, require_one_process
+from distrain.cli.settings import RunSettings
 from distrain.config.schema import DEVICE_DOC, DEVICES
 from distrain.config.setting import setting
 from distrain.data.base import Images
-from distrain.data.decode import SUFFIXES, DecodeError, decode
+from distrain.data.decode import DecodeError, decode
+from distrain.data.image_files import DecodedImagesConfig, stored_spec
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
+from distrain.files.terminal import show
 from distrain.models.outputs import logits_of
 from distrain.models.tensors import convert
 from distrain.runtime.device import available_cores, choose_device
+from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
+from distrain.tools.predicting import result_files
+from distrain.tools.predicting.images import find_images
+from distrain.tools.predicting.mask_files import MaskFiles
+from distrain.tools.predicting.parts import Parts
+from distrain.tools.predicting.result_files import ERROR, Prediction
 from distrain.training import auto_format
 
 log = logging.getLogger(__name__)
 
 #: Numbers of channels that image files are decoded to.
 _FILE_CHANNELS = (1, 3)
-_OUTPUT_SUFFIXES = (".json", ".csv")
+ON_ERROR = ("record", "skip", "stop")
 
 
 @dataclass
@@ -51,13 +57,16 @@ class PredictSettings(RunSettings):
     """Keys of ``distrain predict``."""
 
     input: Any = setting("An image file, a folder (with its subfolders), or a list of these.", path=True)
-    output: str | None = setting("File for the result, .json or .csv; - or null: JSON on standard output.", path=True)
+    output: str | None = setting(
+        "File for the result, .json, .jsonl, .csv or .parquet; - or null: JSON on standard output.", path=True
+    )
     masks: str | None = setting(
         "Folder for a PNG file of class numbers for each image, by task=segmentation; null: none.", path=True
     )
     top: int = setting("Number of classes per image, the most probable first.", at_least=1)
     on_error: str = setting(
-        "If an image can't be decoded: stop the command, or skip the image.", choices=("stop", "skip")
+        "If an image can't be decoded: record the reason in the output as error, skip the image, or stop the command.",
+        choices=ON_ERROR,
     )
     batch_size: int = setting("Images per forward pass.", at_least=1)
     device: str = setting(DEVICE_DOC, choices=DEVICES)
@@ -66,33 +75,175 @@ class PredictSettings(RunSettings):
     )
 
 
-#: The prediction for a file: its ``path``, and the entries that the task makes from the model's output. ``mask``, of a
-#: task that makes one: the class of each pixel, uint8 [H, W]; from the command, the file that holds it.
-Prediction = dict[str, Any]
+@dataclass(frozen=True)
+class _Request:
+    """A checked command.
+
+    Attributes:
+        settings: The keys.
+        folder: The run.
+        task: What the model was trained to do.
+        target: The result file; ``None`` for standard output.
+        paths: All images.
+    """
+
+    settings: PredictSettings
+    folder: RunFolder
+    task: Task
+    target: Path | None
+    paths: list[str]
+
+    @classmethod
+    def of(cls, settings: PredictSettings, world: World) -> _Request:
+        """Refuses what can be refused without the weights."""
+        folder = RunFolder.open(settings.run, settings.allow)
+        task = tasks.build(folder.config, folder.spec)
+        check_top(task, settings.top)
+        target = None if settings.output in (None, "-") else Path(str(settings.output))
+        if target is not None:
+            result_files.check_suffix(str(target))
+            output.check_writable(target)
+        elif world.size > 1:
+            problem = f"{world.size} ranks need a file for the result"
+            raise ConfigError("output", settings.output, problem, result_files.SUFFIXES)
+        if settings.masks is not None:
+            _check_masks(task, settings.masks)
+        _check_images(folder)
+        return cls(settings, folder, task, target, find_images(settings.input))
 
 
-def run(settings: PredictSettings, world: World | None = None) -> list[Prediction]:
-    """Predicts for all images and writes the result.
+def run(settings: PredictSettings, world: World | None = None) -> None:
+    """Predicts for all images and writes the result; several ranks share the images.
 
-    Returns:
-        The predictions, in the order of the images.
+    A result file is written in parts, and a command that was killed goes on with those that are finished; see
+    :mod:`distrain.tools.predicting.parts`.
 
     Raises:
         ConfigError: The run, an image or the output can't be used.
+        Failed: A rank of several failed, and the failure has been reported.
     """
     world = world or World.from_environment()
-    require_one_process("predict", world)
-    folder = RunFolder.open(settings.run, settings.allow)
-    task = tasks.build(folder.config, folder.spec)
-    check_top(task, settings.top)
-    target = _output_path(settings.output)
-    if settings.masks is not None:
-        _check_masks(task, settings.masks)
-    masks = None if settings.masks is None else MaskFiles(Path(settings.masks))
-    predictions = predict_files(folder, task, settings, world, masks.write if masks else _drop_mask)
-    as_csv = target is not None and target.suffix.lower() == ".csv"
-    output.write_text(target, to_csv(predictions) if as_csv else to_json(predictions))
+    request = _Request.of(settings, world)
+    if request.target is None:
+        predictions = _predict_all(request, world)
+        output.write_text(None, result_files.to_json(predictions))
+    elif world.size == 1:
+        _predict_to_file(request, request.target, world, None)
+    else:
+        evaluation = EvaluateSettings(
+            run=settings.run,
+            checkpoint=settings.checkpoint,
+            split="test",
+            data_root=None,
+            batch_size=None,
+            device=settings.device,
+            output=None,
+            allow=settings.allow,
+        )
+        with Runtime(config_for_evaluation(request.folder, evaluation, world), world, keep_logs=False) as runtime:
+            runtime.activity.phase = "evaluation"
+            _predict_to_file(request, request.target, world, runtime)
+
+
+def check(settings: PredictSettings, world: World) -> None:
+    """Refuses what :func:`run` would refuse on these ranks, as far as that does not need the weights.
+
+    Raises:
+        ConfigError: The run, the checkpoint, the images or the output can't be used.
+    """
+    _Request.of(settings, world).folder.find_checkpoint(settings.checkpoint)
+
+
+def _predict_to_file(request: _Request, target: Path, world: World, runtime: Runtime | None) -> None:
+    """What each rank does: takes part after part until none is left; rank 0 then joins them."""
+    settings, paths = request.settings, request.paths
+
+    def barrier() -> None:
+        if runtime is not None:
+            runtime.communicator().barrier()
+
+    def advance() -> None:
+        if runtime is not None:
+            runtime.activity.progress += 1
+
+    predictor = Predictor(request.folder, request.task, settings, world)
+    parts = Parts(target, paths, settings.batch_size, predictor.identity())
+    with contextlib.closing(parts), contextlib.closing(predictor):
+        if world.rank == 0 and (message := parts.start()):
+            show(message)
+        barrier()
+        parts.check()
+        finish = _finisher(settings, paths)
+        with _bar(paths, parts.done(), shown=world.rank == 0) as bar:
+            for number, images in parts.unfinished():
+                parts.finish(number, [finish(row) for row in predictor.predict(images, advance)])
+                if not bar.disable:
+                    # Those of all ranks.
+                    bar.update(parts.done() - bar.n)
+        barrier()
+        if world.rank == 0:
+            _join(parts, target, request, advance)
+        barrier()
+
+
+def _join(parts: Parts, target: Path, request: _Request, advance: Callable[[], None]) -> None:
+    """Writes the result file from all parts."""
+
+    def rows() -> Iterator[Prediction]:
+        for row in parts.rows():
+            advance()
+            yield row
+
+    predicted, reason = _count(rows())
+    count = len(request.paths)
+    if not predicted:
+        parts.remove()
+        raise _nothing_decoded(request, reason)
+    output.write(target, lambda path: result_files.write(path, target.suffix.lower(), rows))
+    parts.remove()
+    line = f"{predicted:,} images predicted: {target}"
+    if predicted < count:
+        done = "left out" if request.settings.on_error == "skip" else "in the output with their error"
+        line += f"; {count - predicted:,} that can't be decoded are {done}"
+    show(line)
+
+
+def _predict_all(request: _Request, world: World) -> list[Prediction]:
+    finish = _finisher(request.settings, request.paths)
+    predictions = []
+    predictor = Predictor(request.folder, request.task, request.settings, world)
+    with contextlib.closing(predictor), _bar(request.paths) as bar:
+        for row in predictor.predict(request.paths):
+            predictions.append(finish(row))
+            bar.update()
+    predicted, reason = _count(predictions)
+    if not predicted:
+        raise _nothing_decoded(request, reason)
     return predictions
+
+
+def _count(rows: Iterable[Prediction]) -> tuple[int, str]:
+    """How many images have a prediction, and why the first one has none that has not."""
+    count, reason = 0, ""
+    for row in rows:
+        count += ERROR not in row
+        reason = reason or row.get(ERROR, "")
+    return count, reason
+
+
+def _nothing_decoded(request: _Request, reason: str) -> ConfigError:
+    problem = f"none of {len(request.paths)} images can be decoded"
+    return ConfigError("input", request.settings.input, f"{problem} ({reason})" if reason else problem)
+
+
+def _bar(paths: Sequence[str], done: int = 0, *, shown: bool = True) -> tqdm[Any]:
+    """A progress bar, on a terminal alone."""
+    return tqdm(desc="predicting", total=len(paths), initial=done, unit="image", disable=None if shown else True)
+
+
+def _finisher(settings: PredictSettings, paths: Sequence[str]) -> Callable[[Prediction], Prediction]:
+    """What to do with each prediction as soon as it is made: write its mask, or drop it."""
+    return _drop_mask if settings.masks is None else MaskFiles(Path(settings.masks), paths).write
 
 
 def _check_masks(task: Task, folder: str) -> None:
@@ -109,30 +260,13 @@ def _drop_mask(prediction: Prediction) -> Prediction:
     return {name: value for name, value in prediction.items() if name != "mask"}
 
 
-class MaskFiles:
-    """Writes masks as PNG files of class numbers, named after the images.
-
-    Args:
-        folder: Where to.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._used = folder, dict[str, int]()
-
-    def write(self, prediction: Prediction) -> Prediction:
-        """Writes a prediction's mask, and returns the prediction with the file's path instead of it.
-
-        Raises:
-            ConfigError: The file can't be written.
-        """
-        stem = Path(prediction["path"]).stem
-        self._used[stem] = count = self._used.get(stem, 0) + 1
-        path = self._folder / (f"{stem}.png" if count == 1 else f"{stem}_{count}.png")
-        try:
-            Image.fromarray(prediction["mask"]).save(path)
-        except OSError as error:
-            raise ConfigError("masks", path, f"can't be written ({error.strerror or error})") from error
-        return {**prediction, "mask": str(path)}
+def _check_images(folder: RunFolder) -> None:
+    """Refuses a run whose images files can't give."""
+    if folder.spec.channels not in _FILE_CHANNELS:
+        raise ConfigError("run", folder.path, f"its images have {folder.spec.channels} channels; files give 1 or 3")
+    if folder.spec.dtype != "uint8":
+        problem = "it was trained on floating-point arrays, and files give bytes; use distrain.predict(run, array)"
+        raise ConfigError("run", folder.path, problem)
 
 
 def check_top(task: Task, top: int) -> None:
@@ -147,92 +281,16 @@ def check_top(task: Task, top: int) -> None:
         raise ConfigError("top", top, problem)
 
 
-def predict_files(
-    folder: RunFolder,
-    task: Task,
-    settings: PredictSettings,
-    world: World,
-    finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
-) -> list[Prediction]:
-    """The predictions for all images that ``settings.input`` names, in their order.
-
-    Args:
-        folder: The run.
-        task: What the model was trained to do.
-        settings: The keys.
-        world: This process.
-        finish: What to do with each prediction as soon as it is made.
+def predict_files(folder: RunFolder, task: Task, settings: PredictSettings, world: World) -> list[Prediction]:
+    """The predictions for all images that ``settings.input`` names, in their order, with their masks as arrays.
 
     Raises:
         ConfigError: The run or an image can't be used.
     """
-    if folder.spec.channels not in _FILE_CHANNELS:
-        raise ConfigError("run", settings.run, f"its images have {folder.spec.channels} channels; files give 1 or 3")
-    if folder.spec.dtype != "uint8":
-        problem = "it was trained on floating-point arrays, and files give bytes; use distrain.predict(run, array)"
-        raise ConfigError("run", settings.run, problem)
+    _check_images(folder)
     paths = find_images(settings.input)
-    predictor = Predictor(folder, task, settings, world)
-    with warnings.catch_warnings():
-        # Pillow warns about files that it can read nevertheless.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        predictions = [finish(prediction) for prediction in predictor.predict(paths)]
-    if not predictions:
-        raise ConfigError("input", settings.input, f"none of {len(paths)} images can be decoded")
-    return predictions
-
-
-def _output_path(setting: str | None) -> Path | None:
-    """The result file; ``None`` for standard output."""
-    if setting is None or setting == "-":
-        return None
-    path = Path(setting)
-    if path.suffix.lower() not in _OUTPUT_SUFFIXES:
-        raise ConfigError("output", setting, "the ending must name the format", _OUTPUT_SUFFIXES)
-    output.check_writable(path)
-    return path
-
-
-def find_images(setting: object) -> list[str]:
-    """The image files that ``input`` names: given files, and all JPEG and PNG files below given folders, by name.
-
-    Hidden files and folders are left out, and links to folders are not followed.
-
-    Args:
-        setting: A path or a list of paths.
-
-    Raises:
-        ConfigError: A path does not exist, a folder has no images, or ``setting`` is something else.
-    """
-    paths = setting if isinstance(setting, list) else [setting]
-    if not paths or any(isinstance(path, dict | list) or path in (None, "") for path in paths):
-        raise ConfigError("input", setting, "must be an image file, a folder, or a list of them")
-    images: list[str] = []
-    for name in map(str, paths):
-        path = Path(name)
-        if path.is_dir():
-            below = list(_images_below(path))
-            if not below:
-                raise ConfigError("input", name, f"the folder has no {', '.join(SUFFIXES)} files")
-            images += below
-        elif path.exists():
-            images.append(os.fspath(path))
-        else:
-            raise ConfigError("input", name, "is neither a file nor a folder")
-    return images
-
-
-def _images_below(folder: Path) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise ConfigError("input", error.filename, f"can't be read ({error.strerror})") from error
-
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = os.path.join(parent, name)  # noqa: PTH118 - keeps names that are not UTF-8, and a leading ./
-            # Opening a pipe that has the name of an image would block.
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and Path(path).is_file():
-                yield path
+    with contextlib.closing(Predictor(folder, task, settings, world)) as predictor:
+        return list(predictor.predict(paths))
 
 
 class Predictor:
@@ -256,37 +314,60 @@ class Predictor:
         self._folder, self._task, self._settings = folder, task, settings
         self._device = choose_device(config, world)
         self._precision = Precision(config.trainer.precision, self._device)
-        model = folder.model(folder.weights(settings.checkpoint), settings.allow)
+        weights = folder.weights(settings.checkpoint)
+        self._checkpoint = weights.path
+        model = folder.model(weights, settings.allow)
         self._layout = auto_format.memory_format(config, self._device, model)
         convert(model, self._precision.dtype, self._device)
+        self._pool = ThreadPoolExecutor(max(1, available_cores() // world.local_size))
         self._model: nn.Module = model.to(memory_format=self._layout)  # type: ignore[call-overload]
 
-    def predict(self, paths: Sequence[str]) -> Iterator[Prediction]:
+    def identity(self) -> dict[str, Any]:
+        """What the rows depend on besides the images, as plain data."""
+        settings = self._settings
+        return {
+            "checkpoint": hashlib.sha256((self._checkpoint / "manifest.json").read_bytes()).hexdigest(),
+            "top": settings.top,
+            "on_error": settings.on_error,
+            "masks": settings.masks,
+            "device": self._device.type,
+        }
+
+    def close(self) -> None:
+        """Ends the threads that decode."""
+        self._pool.shutdown()
+
+    def predict(self, paths: Sequence[str], advance: Callable[[], None] = lambda: None) -> Iterator[Prediction]:
         """Decodes images and yields their predictions in the order of the paths.
+
+        Args:
+            paths: The files.
+            advance: Called after each batch.
 
         Raises:
             ConfigError: An image can't be decoded (with ``on_error=stop``), or the model's output for an image is not
                 finite; the message names the image.
         """
-        size, skipped = self._settings.batch_size, 0
-        bar = tqdm(desc="predicting", total=len(paths), unit="image", disable=None)
-        with bar, ThreadPoolExecutor(available_cores()) as pool:
-            for start in range(0, len(paths), size):
-                chunk = paths[start : start + size]
-                decoded_paths: list[str] = []
-                pixels: list[npt.NDArray[np.uint8]] = []
-                for path, decoded in zip(chunk, pool.map(self._decode, chunk), strict=True):
-                    if isinstance(decoded, DecodeError):
-                        self._report_undecodable(path, decoded)
-                        skipped += 1
-                    else:
-                        decoded_paths.append(path)
-                        pixels.append(decoded)
-                if decoded_paths:
-                    yield from self._predict(decoded_paths, torch.from_numpy(np.stack(pixels)))
-                bar.update(len(chunk))
-        if skipped:
-            log.warning("left out %d of %d images that can't be decoded", skipped, len(paths))
+        size = self._settings.batch_size
+        for start in range(0, len(paths), size):
+            chunk = paths[start : start + size]
+            with warnings.catch_warnings():
+                # Pillow warns about files that it can read nevertheless.
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                decoded = dict(enumerate(self._pool.map(self._decode, chunk)))
+            pixels = {place: image for place, image in decoded.items() if not isinstance(image, DecodeError)}
+            rows: Iterator[Prediction] = iter(())
+            if pixels:
+                stacked = torch.from_numpy(np.stack(list(pixels.values())))
+                rows = self._predict([chunk[place] for place in pixels], stacked)
+            for path, image in zip(chunk, decoded.values(), strict=True):
+                if not isinstance(image, DecodeError):
+                    yield next(rows)
+                elif self._settings.on_error == "record":
+                    yield {"path": path, ERROR: image.reason}
+                else:
+                    self._report_undecodable(path, image)
+            advance()
 
     def predict_arrays(self, images: Images) -> Iterator[Prediction]:
         """Yields the predictions for images in memory; the entry ``path`` is the number of the image.
@@ -299,7 +380,9 @@ class Predictor:
             yield from self._predict(names, images.pick(places))
 
     def _decode(self, path: str) -> npt.NDArray[np.uint8] | DecodeError:
-        spec = self._folder.spec
+        spec, data = self._folder.spec, self._folder.config.data
+        if isinstance(data, DecodedImagesConfig):
+            spec = stored_spec(data, spec)
         try:
             return decode(path, spec.height, spec.width, spec.channels)
         except DecodeError as error:
@@ -307,7 +390,7 @@ class Predictor:
 
     def _report_undecodable(self, path: str, error: DecodeError) -> None:
         if self._settings.on_error == "stop":
-            problem = f"can't be decoded ({error.reason}); on_error=skip leaves such files out"
+            problem = f"can't be decoded ({error.reason}); on_error=record names such files in the output"
             raise ConfigError("input", path, problem) from error
         log.warning("left out %s", error)
 
@@ -336,39 +419,9 @@ class Predictor:
             device=self._device,
             dtype=self._precision.dtype,
             memory_format=self._layout,
+            spec=self._folder.spec,
+            shown=self._folder.config.data.eval_crop,
         )
         with self._precision.autocast():
             parts = [self._task.evaluate(self._logits, batch.inputs) for batch in loader.epoch(0)]
         return torch.cat(parts).cpu().double()
-
-
-def to_json(predictions: Sequence[Prediction]) -> str:
-    """JSON: a list with an object per image."""
-    return json.dumps(predictions, indent=2) + "\n"
-
-
-def to_csv(predictions: Sequence[Prediction]) -> str:
-    """CSV with a header; columns of the second ranked answer end with ``_2``, of the third with ``_3``, and so on.
-
-    Several labels are joined by ``;``. A value by name, such as the probability of a label, has a column of its own.
-    """
-    rows = [_to_cells(prediction) for prediction in predictions]
-    columns = dict.fromkeys(column for row in rows for column in row)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _to_cells(prediction: Prediction) -> dict[str, Any]:
-    """The cells of a prediction, by column."""
-    cells: dict[str, Any] = {}
-    for name, value in prediction.items():
-        if isinstance(value, dict):
-            cells |= {f"{name}.{inner}": number for inner, number in value.items()}
-        elif name != "top":
-            cells[name] = ";".join(map(str, value)) if isinstance(value, list) else value
-    for rank, answer in enumerate(prediction.get("top", ())[1:], start=2):
-        cells |= {f"{name}_{rank}": value for name, value in answer.items()}
-    return cells

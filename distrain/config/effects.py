@@ -10,7 +10,7 @@ from distrain.config.setting import Effect
 
 #: Keys of mappings whose keys are no choices of distrain: arguments of what ``_target_`` names.
 ARGUMENTS = (
-    *(f"{group}.kwargs" for group in ("model", "data", "loss", "optimizer", "scheduler")),
+    *(f"{group}.kwargs" for group in ("model", "data", "loss", "optimizer", "scheduler", "logger")),
     "model.arguments",
     *(f"data.{part}" for part in ("train", "val", "test", "held_out")),
 )

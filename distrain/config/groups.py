@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from distrain.config.augment import AugmentConfig
 from distrain.config.setting import setting
 
 
@@ -34,25 +35,6 @@ class ModelConfig:
 
 
 @dataclass
-class AugmentConfig:
-    """Augmentation of training images; the random draws depend only on (seed, epoch, sample index)."""
-
-    flip: bool | str = setting(
-        "Mirror horizontally with probability 1/2; alternating: random first, then mirrored every other epoch.",
-        choices=(False, True, "alternating"),
-    )
-    crop_padding: int = setting(
-        "Pad each side by this many pixels, then crop to the original size at a random place; 0: none.", at_least=0
-    )
-    crop_border: str = setting(
-        "Padding: zeros (black) or reflect (the image mirrored at its edge).",
-        choices=("zeros", "reflect"),
-        default="zeros",
-    )
-    cutout: int = setting("Side in pixels of a square at a random place that is set to the mean; 0: none.", at_least=0)
-
-
-@dataclass
 class DataConfig:
     """The data set. The keys of each data set are defined in ``distrain/data``."""
 
@@ -76,6 +58,13 @@ class DataConfig:
         "Channel standard deviations in [0, 1]; null: measured on the training images.", above=0
     )
     augment: AugmentConfig = setting("Augmentation of training images.", default_factory=AugmentConfig)
+    eval_crop: float = setting(
+        "Share of each side of an image that evaluation sees, in its centre, such as 0.875. Training without "
+        "augment.random_resized_crop sees the same.",
+        above=0,
+        at_most=1,
+        default=1.0,
+    )
     memory_limit_mb: int = setting(
         "Data that needs more memory than this, in MiB, is read from disk during training.", at_least=0
     )
@@ -181,3 +170,10 @@ class LoggerConfig:
     """Where metrics are logged, in addition to the terminal, ``metrics.jsonl`` and ``summary.json``."""
 
     name: str = setting("Name of the logger.")
+
+    def check(self) -> None:
+        """Refuses what rank 0 can't use, such as a logger whose package is not installed.
+
+        Raises:
+            ConfigError: One line that names the key and the way out.
+        """

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from distrain.config.key_search import schema_docs, similar_keys
 from distrain.config.registry import GROUPS, choice, choices, selectable
 from distrain.config.schema import (
+    CallbackConfig,
     CheckpointConfig,
     Config,
     FreezeConfig,
@@ -64,8 +65,8 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> Config:
                 # The config.yaml of older releases has no section `init`.
                 values[key] = _to_dataclass(key, _SECTIONS[key], node.get(key, _SECTION_DEFAULTS.get(key)))
                 _check_limits(key, values[key])
-            elif key == "metrics":
-                values[key] = _named_metrics(cast(dict[str, Any], OmegaConf.to_container(node)).get(key))
+            elif key in ("metrics", "callbacks"):
+                values[key] = _named_entries(key, cast(dict[str, Any], OmegaConf.to_container(node)).get(key))
             elif key in node:
                 values[key] = node[key]
             elif spec.default is None:
@@ -116,25 +117,26 @@ class _Top:
     freeze: list[FreezeConfig] = dataclasses.field(default_factory=list)
     plan: str | None = dataclasses.field(default=None, metadata={"path": True})
     metrics: list[MetricConfig] = dataclasses.field(default_factory=list)
+    callbacks: list[CallbackConfig] = dataclasses.field(default_factory=list)
     experiment: str | None = None
 
 
-def _named_metrics(metrics: Any) -> list[dict[str, Any]]:
-    """The entries of ``metrics`` as mappings, each with a name: that of the class for one that ``_target_`` names."""
-    entries = [] if metrics is None else metrics if isinstance(metrics, list) else [metrics]
+def _named_entries(key: str, value: Any) -> list[dict[str, Any]]:
+    """The entries of ``metrics`` or ``callbacks`` as mappings, each with a name: by default that of its class."""
+    entries = [] if value is None else value if isinstance(value, list) else [value]
     named: list[dict[str, Any]] = []
     for entry in entries:
         if isinstance(entry, str):
             entry = {"name": entry}
         if not isinstance(entry, dict):
-            raise ConfigError("metrics", entry, "each is a name, or a mapping with _target_ and kwargs")
+            raise ConfigError(key, entry, "each is a name, or a mapping with name or _target_, and kwargs")
         path = entry.get("_target_")
         default = str(path).rpartition(".")[2] if path is not None else None
         name = entry.get("name", default)
         if not isinstance(name, str):
-            raise ConfigError("metrics", entry, "needs a name, or a _target_")
+            raise ConfigError(key, entry, "needs a name, or a _target_")
         if any(name == other["name"] for other in named):
-            raise ConfigError("metrics", name, "is named twice; another name=… tells two of one class apart")
+            raise ConfigError(key, name, "is named twice; another name=… tells two of one class apart")
         named.append({**entry, "name": name})
     return named
 

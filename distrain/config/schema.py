@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrain.config.augment import AugmentConfig
 from distrain.config.groups import (
-    AugmentConfig,
     CompressionConfig,
     DataConfig,
     GroupConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "DEVICES",
     "DEVICE_DOC",
     "AugmentConfig",
+    "CallbackConfig",
     "CheckpointConfig",
     "CompressionConfig",
     "Config",
@@ -127,6 +128,15 @@ class MetricConfig:
         choices=(None, "decisions", "probabilities", "outputs"),
         default=None,
     )
+
+
+@dataclass
+class CallbackConfig:
+    """A callback, which the trainer calls at fixed points."""
+
+    name: str = setting("Name of the callback, known to distrain; with _target_, any name.")
+    _target_: str | None = setting("Dotted path of a class of distrain.Callback.", default=None)
+    kwargs: dict[str, Any] = setting("Keyword arguments for the class.", default_factory=dict)
 
 
 @dataclass
@@ -300,6 +310,12 @@ class Config:
     metrics: list[MetricConfig] = setting(
         "Further metrics of evaluations: names such as f1_macro or auroc, or {_target_: a class of "
         "torchmetrics.Metric, kwargs: {…}}.",
+        default_factory=list,
+        affects=("execution",),
+    )
+    callbacks: list[CallbackConfig] = setting(
+        "What is called at fixed points of the training: names such as gradient_histograms, filters or notify, "
+        "{name: …, kwargs: {…}}, or {_target_: a class of distrain.Callback, kwargs: {…}}.",
         default_factory=list,
         affects=("execution",),
     )

@@ -218,7 +218,18 @@ class DataSource(ABC):
     """
 
     compatible_keys: ClassVar[frozenset[str]] = frozenset(
-        {"root", "batch_size", "eval_batch_size", "limit", "mean", "std", "augment", "memory_limit_mb", "prefetch"}
+        {
+            "root",
+            "batch_size",
+            "eval_batch_size",
+            "limit",
+            "mean",
+            "std",
+            "augment",
+            "eval_crop",
+            "memory_limit_mb",
+            "prefetch",
+        }
     )
 
     @classmethod
@@ -389,7 +400,7 @@ def assemble(
         kept_moments = moments if keeps_all or moments is None else moments.index_select(0, keep)
         if kept_moments is None:
             kept_moments = image_moments(kept if isinstance(kept, Images) else _spread(kept))
-        measured_mean, measured_std = channel_statistics(kept_moments, spec.height * spec.width)
+        measured_mean, measured_std = channel_statistics(kept_moments, kept.shape[1] * kept.shape[2])
         mean, std = mean or measured_mean, std or measured_std
     resident = all(isinstance(part, Images) and part.rows is None for part in (kept, val, test))
     return Splits(spec, kept, val, test, tuple(mean), tuple(std), resident)

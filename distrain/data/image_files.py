@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,13 @@ class DecodedImagesConfig(DataConfig):
     height: int = setting("Height of each image after resizing, in pixels.", at_least=1)
     width: int = setting("Width of each image after resizing, in pixels.", at_least=1)
     channels: int = setting("3: RGB, 1: greyscale.", choices=(1, 3))
+    cache_scale: float = setting(
+        "Images are kept this many times as high and wide as height and width; augment.random_resized_crop cuts its "
+        "parts out of them, and evaluation resizes them.",
+        at_least=1,
+        at_most=16,
+        default=1.0,
+    )
     test_fraction: float = setting(
         "Share of the images used for testing if none are set apart for it.", above=0, below=1
     )
@@ -66,6 +74,12 @@ class ImageFilesConfig(DecodedImagesConfig):
         choices=("pixels", "encoded"),
         default="pixels",
     )
+
+
+def stored_spec(config: DecodedImagesConfig, spec: DataSpec) -> DataSpec:
+    """What is known of images as they are kept, which may be larger than the model's input, ``spec``."""
+    height, width = (round(side * config.cache_scale) for side in (config.height, config.width))
+    return dataclasses.replace(spec, height=height, width=width)
 
 
 @dataclass(frozen=True)
@@ -111,14 +125,15 @@ def load_splits(config: DecodedImagesConfig, spec: DataSpec, labelled: LabelledF
         ConfigError: An image can't be decoded and may not be skipped, the cache can't be written, or no images are left
             for a part.
     """
-    cache = _open_cache(config, labelled)
+    stored = stored_spec(config, spec)
+    cache = _open_cache(config, stored, labelled)
     if cache.broken:
         log.warning("skipped %d of %d images that can't be decoded", len(cache.broken), len(cache))
     everything: Split
     if cache.images is None:
         assert cache.encoded is not None
-        reader = EncodedReader(cache.encoded, spec, labelled.window)
-        everything = Items.of(reader, spec, ItemWorkers(config.workers, config.prefetch), labelled.targets)
+        reader = EncodedReader(cache.encoded, stored, labelled.window)
+        everything = Items.of(reader, stored, ItemWorkers(config.workers, config.prefetch), labelled.targets)
     else:
         streamed = cache.images.nbytes > config.memory_limit_mb * 2**20
         everything = Images(cache.images, labelled.targets, torch.arange(len(cache)) if streamed else None)
@@ -132,7 +147,7 @@ def load_splits(config: DecodedImagesConfig, spec: DataSpec, labelled: LabelledF
     return assemble(config, spec, train, test_images, val=val, moments=moments)
 
 
-def _open_cache(config: DecodedImagesConfig, labelled: LabelledFiles) -> ImageCache:
+def _open_cache(config: DecodedImagesConfig, stored: DataSpec, labelled: LabelledFiles) -> ImageCache:
     keeps = config.cache_format if isinstance(config, ImageFilesConfig) else ENCODED
     skips = config.on_error == "skip"
     if labelled.pieces is not None and keeps == ENCODED:
@@ -144,8 +159,8 @@ def _open_cache(config: DecodedImagesConfig, labelled: LabelledFiles) -> ImageCa
         labelled.root,
         labelled.files,
         config.channels,
-        config.height,
-        config.width,
+        stored.height,
+        stored.width,
         skips,
         keeps,
         labelled.pieces,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distrain.config.groups import AugmentConfig, DataConfig
-from distrain.data.augment import Augmentation
-from distrain.data.base import Split, Splits
+from distrain.config.augment import AugmentConfig
+from distrain.config.groups import DataConfig
+from distrain.data.augmentation.pipeline import Augmentation, Plan, Span, batches_together
+from distrain.data.augmentation.resize import resize_centre
+from distrain.data.base import DataSpec, Split, Splits
 from distrain.data.batch import Batch, map_targets
 from distrain.data.gather import gathered
 from distrain.data.items import Items
@@ -28,13 +30,17 @@ class _RawBatch:
 
     Attributes:
         pixels: [n, C, H, W] of the stored type; in pinned memory if they must still be copied to the device.
-        draws: Random draws of the augmentation; ``None`` without augmentation.
         batch: The batch, with ``pixels`` as its inputs.
+        span: This shard's part of the global batch.
+        shifts: Random draws of flips and crops, on the device; ``None`` without augmentation.
+        plan: Those of other augmentations.
     """
 
     pixels: Tensor
-    draws: Tensor | None
     batch: Batch
+    span: Span
+    shifts: Tensor | None
+    plan: Plan
 
 
 class Loader:
@@ -54,8 +60,8 @@ class Loader:
         classes: Class of each sample, int64 [N], if classes are to be equally frequent; ``None``: each occurs once.
         augment: Augmentation; ``None`` for none.
         prefetch: Number of batches that a background thread prepares; 0: each is made when it is needed.
-
-        masks: The targets are a class for each pixel, and are moved by the augmentation like their images.
+        spec: Size of the inputs, kind of the targets and number of classes; ``None``: the images' size, and classes.
+        shown: Share of each side of an image that is shown, in its centre; see ``data.eval_crop``.
 
     Attributes:
         shard: As above; may be changed between epochs.
@@ -78,18 +84,22 @@ class Loader:
         classes: Tensor | None = None,
         augment: AugmentConfig | None = None,
         prefetch: int = 0,
-        masks: bool = False,
+        spec: DataSpec | None = None,
+        shown: float = 1.0,
     ) -> None:
-        _, height, width = images.shape
+        spec = DataSpec(*images.shape) if spec is None else spec
+        height, width = spec.height, spec.width
         self._batch_size, self.shard = batch_size, shard
         self._device, self._dtype, self._memory_format = device, dtype, memory_format
-        self.sampler = Sampler(len(images), seed, shuffle, images.blocks, classes)
+        repeats = 1 if augment is None else augment.repeats
+        self.sampler = Sampler(len(images), seed, shuffle, images.blocks, classes, repeats)
         # 16-bit inputs are normalised in float32, since rounding before normalising would lose precision.
         self._compute_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        augmentation = None if augment is None else Augmentation(augment, height, width, seed)
+        augmentation = None if augment is None else Augmentation(augment, spec, images.shape[1:], shown, seed)
         self._augmentation = augmentation if augmentation is not None and augmentation.active else None
-        self._masks, augmented = masks, self._augmentation is not None
-        self._samples = gathered(images, device, memory_format, seed, augmented=augmented, masks=masks)
+        self._size, self._shown = (height, width), shown
+        self._masks, augmented = spec.target == "mask", self._augmentation is not None
+        self._samples = gathered(images, device, memory_format, seed, augmented=augmented, masks=self._masks)
         # Worker processes prepare samples ahead; reading them in this process changes its random generators meanwhile.
         reads_here = isinstance(images, Items) and (device.type == "cpu" or not images.workers.count)
         self._prefetch = 0 if reads_here else prefetch
@@ -130,42 +140,67 @@ class Loader:
 
     def _raw_batches(self, epoch: int, consumed: int) -> Generator[_RawBatch, None, None]:
         count, size = self.sampler.count, self._batch_size
-        order = self.sampler.order(epoch)
+        order, augmentation = self.sampler.order(epoch), self._augmentation
         # Once per epoch for all samples, since slicing the results is almost free in each step.
-        draws = None if self._augmentation is None else self._draws(self._augmentation, epoch, order.counters)
-        ranges = []
+        shifts = None if augmentation is None else self._draws(augmentation, epoch, order.counters)
+        spans = []
         for start in range(consumed, count, size):
-            low, high = shard_bounds(min(size, count - start), *self.shard)
-            ranges.append((start + low, start + high))
-        samples = self._samples.batches(epoch, order, ranges)
-        for start, (low, high), (pixels, targets) in zip(range(consumed, count, size), ranges, samples, strict=True):
-            batch = Batch(pixels, targets, order.positions[low:high], min(size, count - start))
-            yield _RawBatch(pixels, None if draws is None else draws[:, low:high], batch)
+            length = min(size, count - start)
+            low, high = shard_bounds(length, *self.shard)
+            low, high = start + low, start + high
+            spans.append(
+                Span(start, length, low, high, low, high)
+                if augmentation is None
+                else augmentation.span(start, length, low, high)
+            )
+        samples = self._samples.batches(epoch, order, [(span.first, span.last) for span in spans])
+        plans = self._plans(epoch, order.counters, spans)
+        for span, plan, (pixels, targets) in zip(spans, plans, samples, strict=True):
+            batch = Batch(pixels, targets, order.positions[span.low : span.high], span.size)
+            drawn = None if shifts is None else shifts[:, span.first : span.last]
+            yield _RawBatch(pixels, batch, span, drawn, plan)
+
+    def _plans(self, epoch: int, counters: Tensor, spans: Sequence[Span]) -> Iterator[Plan]:
+        """What is drawn for each batch."""
+        if self._augmentation is None:
+            yield from [Plan()] * len(spans)
+            return
+        together = batches_together(-(-self._batch_size // self.shard[1]))
+        for start in range(0, len(spans), together):
+            yield from self._augmentation.plans(epoch, counters, spans[start : start + together])
 
     def _draws(self, augmentation: Augmentation, epoch: int, order: Tensor) -> Tensor:
-        """The augmentation's draws for an epoch, on the device."""
+        """The draws of flips, crops and cutouts for an epoch, on the device."""
         # Made of integers of 64 bits that wrap around, of which Apple's GPUs promise nothing.
         if is_mps(self._device):
-            return augmentation.draws(epoch, order).to(self._device)
-        return augmentation.draws(epoch, order.to(self._device))
+            return augmentation.shifts.draws(epoch, order).to(self._device)
+        return augmentation.shifts.draws(epoch, order.to(self._device))
 
     def _finish(self, raw: _RawBatch) -> Batch:
         """Moves, augments and normalises the images of a batch."""
-        pixels, draws = raw.pixels, raw.draws
+        pixels, shifts, augmentation = raw.pixels, raw.shifts, self._augmentation
         if not self._samples.on_device:
             pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")
             raw.batch.targets = map_targets(lambda tensor: tensor.to(self._device), raw.batch.targets)
-        if self._augmentation is not None and draws is not None:
-            pixels = self._augmentation.flip_and_crop(pixels, draws)
-            if self._masks:
-                raw.batch.targets = self._augmentation.move_masks(raw.batch.targets, draws)
+        masks = raw.batch.targets if self._masks else None
+        if augmentation is not None and shifts is not None:
+            pixels, masks = augmentation.change_pixels(pixels, shifts, raw.plan, masks)
+        else:
+            pixels = resize_centre(pixels, self._shown, *self._size)
+            if masks is not None:
+                masks = resize_centre(masks.unsqueeze(1), self._shown, *self._size, "nearest").squeeze(1)
+        if masks is not None:
+            raw.batch.targets = masks
         # The layout is converted while the pixels are bytes, which moves a quarter of the memory.
         images = pixels.contiguous(memory_format=self._memory_format).to(self._compute_dtype)
         # Not one fused operation, whose rounding would depend on the position of a pixel in the batch.
         images.sub_(self._shift).mul_(self._scale)
-        if self._augmentation is not None and draws is not None:
-            images = self._augmentation.cutout_(images, draws)
-        raw.batch.inputs = images.to(self._dtype)
+        if augmentation is not None and shifts is not None:
+            images = augmentation.change_normalised(images, shifts, raw.plan)
+        raw.batch.inputs = images
+        if augmentation is not None:
+            augmentation.mix(raw.batch, raw.span, raw.plan)
+        raw.batch.inputs = raw.batch.inputs.to(self._dtype)
         return raw.batch
 
 

@@ -54,6 +54,8 @@ class Sampler:
         blocks: Visit the samples block by block, see :func:`block_order`; ``None``: mix all of them.
         classes: Class of each sample, int64 [count], if classes are to be equally frequent in a shuffled order;
             blocks are not heeded then.
+        repeats: How often a sample is seen in a row (Hoffer et al. 2020, arXiv 1901.09335). An epoch keeps its length,
+            and so has only the first samples of its order.
     """
 
     count: int
@@ -61,15 +63,20 @@ class Sampler:
     shuffle: bool = True
     blocks: Blocks | None = None
     classes: Tensor | None = None
+    repeats: int = 1
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch, counted from 0."""
         positions = self._positions(epoch)
-        if not self.shuffle or self.classes is None:
+        if self.repeats == 1 and (not self.shuffle or self.classes is None):
             return EpochOrder(positions, positions)
         return EpochOrder(positions, positions + (repetitions(positions) << _REPETITION))
 
     def _positions(self, epoch: int) -> Tensor:
+        order = self._each_once(epoch)
+        return order if self.repeats == 1 else order.repeat_interleave(self.repeats)[: self.count]
+
+    def _each_once(self, epoch: int) -> Tensor:
         if not self.shuffle:
             return torch.arange(self.count)
         if self.classes is not None:

@@ -30,6 +30,7 @@ from distrain.data.image_files import (
     cache_folder,
     classes_too_small,
     load_splits,
+    stored_spec,
 )
 from distrain.data.image_tree import PART_NAMES, part_named
 from distrain.data.table_files import Table, read_table
@@ -228,7 +229,8 @@ class TableData(ImageFilesSource):
         """Masks as uint8 [N, H, W], and the indices of those that can't be decoded and may be skipped."""
         c, column = self._config, self._label_columns[0]
         skips = c.on_error == "skip"
-        recipe = CacheSpec(self._images, masks, 1, spec.height, spec.width, skips, masks_of=files)
+        stored = stored_spec(c, spec)
+        recipe = CacheSpec(self._images, masks, 1, stored.height, stored.width, skips, masks_of=files)
         cache = open_or_build(recipe, cache_folder(c, self._images), c.workers)
         if cache.broken:
             log.warning("skipped %d of %d masks that can't be decoded", len(cache.broken), len(masks))

@@ -64,17 +64,30 @@ def instantiate_model(
             can't be trained as they lie in memory; see :func:`distrain.models.tensors.lay_out_densely`.
     """
     target = _target(config, allowed)
-    configured, names = _configured_arguments(config), _named_arguments(config)
-    check_names(names, configured.keys())
-    shape = DataShape(in_channels, num_classes, image_size)
-    of_data = data_arguments(config._target_, target, shape, names, configured.keys())
-    model = _call(config, target, of_data, configured)
+    arguments = _arguments(config, target, DataShape(in_channels, num_classes, image_size))
+    model = _call(config, target, arguments)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         problem = f"makes a {kind}, not an nn.Module; name a class or a function that returns one module"
         raise ConfigError(*identity(config), problem)
     lay_out_densely(config._target_, model)
     return model
+
+
+def model_arguments(config: ModelConfig, shape: DataShape, allowed: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments by name with which :func:`instantiate_model` calls what ``model._target_`` names.
+
+    Raises:
+        ConfigError: As :func:`instantiate_model`; the model is not built.
+    """
+    return _arguments(config, _target(config, allowed), shape)
+
+
+def _arguments(config: ModelConfig, target: Callable[..., Any], shape: DataShape) -> dict[str, Any]:
+    """The arguments of the data set and of the configuration."""
+    configured, names = _configured_arguments(config), _named_arguments(config)
+    check_names(names, configured.keys())
+    return {**data_arguments(config._target_, target, shape, names, configured.keys()), **configured}
 
 
 def _configured_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -129,13 +142,9 @@ def _target(config: ModelConfig, allowed: Sequence[str] | None) -> Callable[...,
     return with_plain_arguments(target)
 
 
-def _call(
-    config: ModelConfig, target: Callable[..., Any], of_data: Mapping[str, Any], configured: Mapping[str, Any]
-) -> Any:
-    """Calls the target with the arguments of the data set and of the configuration."""
-    arguments = {**of_data, **configured}
+def _call(config: ModelConfig, target: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     if problem := problem_with(target, arguments):
         if "missing" in problem:
             problem += "; +model.kwargs.NAME=… gives one a value, model.arguments='{NAME: classes}' says what it means"
-        raise ConfigError("model.kwargs", dict(configured), f"{config._target_} {problem}")
+        raise ConfigError("model.kwargs", _configured_arguments(config), f"{config._target_} {problem}")
     return user_code.build(*identity(config), lambda: call(target, arguments))

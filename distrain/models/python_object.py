@@ -51,7 +51,7 @@ def maker_of_offered_model() -> Callable[..., nn.Module]:
     if model is None:
         problem = (
             "this run's model was an object in a Python program, and a run folder holds no code; pass the model again, "
-            "in Python: distrain.evaluate(run, model=…), and likewise predict and load_model"
+            "in Python: distrain.evaluate(run, model=…), and likewise predict, export and load_model"
         )
         raise ConfigError("model.name", "python_object", problem)
     return (lambda: _copy(model)) if isinstance(model, nn.Module) else model

@@ -64,6 +64,19 @@ def create(arch: str, num_classes: int, in_channels: int, image_size: tuple[int,
         ConfigError: timm can't be imported or has no such architecture, an argument would load weights, or the
             architecture takes images of another size.
     """
+    arguments = architecture_arguments(arch, num_classes, in_channels, image_size, **kwargs)
+    model: nn.Module = _timm().create_model(arch, pretrained=False, **arguments)
+    return model
+
+
+def architecture_arguments(
+    arch: str, num_classes: int, in_channels: int, image_size: tuple[int, int], **kwargs: Any
+) -> dict[str, Any]:
+    """The arguments of :func:`create`, as timm names them.
+
+    Raises:
+        ConfigError: As :func:`create`.
+    """
     weights = _pretrained_weights(arch)
     timm = _timm()
     for name in inspect.signature(timm.create_model).parameters.keys() & kwargs.keys():
@@ -75,8 +88,7 @@ def create(arch: str, num_classes: int, in_channels: int, image_size: tuple[int,
     elif weights.fixed_input_size and image_size != tuple(weights.input_size[1:]) and "img_size" not in kwargs:
         needed, given = ("x".join(map(str, size)) for size in (weights.input_size[1:], image_size))
         raise ConfigError("model.arch", arch, f"takes images of {needed} pixels alone, and the data set's have {given}")
-    model: nn.Module = timm.create_model(arch, pretrained=False, **arguments)
-    return model
+    return arguments
 
 
 def _pretrained_weights(arch: str) -> Any:

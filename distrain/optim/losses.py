@@ -29,11 +29,14 @@ class Loss(ABC):
     Attributes:
         kinds: Kinds of targets that the loss compares outputs with; see :attr:`distrain.data.base.DataSpec.target`.
         weighted_kinds: Those of them for which it can multiply the loss of each class by a weight.
+        mixed_kinds: Those of them for which it takes the targets of mixed images: instead of a class the share of each
+            class, float32 ``[N, C]``; labels and numbers between those of the two images.
         kind: The kind of the run's targets; :func:`build` sets it.
     """
 
     kinds: ClassVar[tuple[str, ...]] = TARGETS
     weighted_kinds: ClassVar[tuple[str, ...]] = ()
+    mixed_kinds: ClassVar[tuple[str, ...]] = ()
     kind: str = "class"
     _weights: Tensor | None = None
 
@@ -89,9 +92,14 @@ class Loss(ABC):
         return self._weights
 
     def _weights_of(self, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """Weights of the terms ``[N, C]`` of a loss over indicators: of the sample's class, or of each label."""
+        """Weights of the terms ``[N, C]`` of a loss over indicators: of the sample's class, or of each label.
+
+        Of a mixed sample the mean weight of its classes.
+        """
         weights = self._weights_like(logits)
-        return weights if weights is None or labels.dim() > 1 else weights[labels].unsqueeze(1)
+        if weights is None or self.kind == "labels":
+            return weights
+        return (weights[labels] if labels.dim() == 1 else labels.to(weights.dtype) @ weights).unsqueeze(1)
 
 
 @dataclass
@@ -120,13 +128,15 @@ class CrossEntropy(Loss):
 
     kinds = ("class", "mask")
     weighted_kinds = kinds
+    mixed_kinds = ("class",)
     config: CrossEntropyConfig
 
     @override
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing, weights = self.config.label_smoothing, self._weights_like(logits)
-        if labels.dim() == 1:
-            return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+        if self.kind == "class":
+            shares = labels.to(logits.dtype) if labels.is_floating_point() else labels
+            return F.cross_entropy(logits, shares, weights, reduction="sum", label_smoothing=smoothing)
         terms = F.cross_entropy(
             logits, labels.long(), weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
         )
@@ -153,6 +163,7 @@ class BinaryCrossEntropy(Loss):
 
     kinds = ("class", "labels")
     weighted_kinds = kinds
+    mixed_kinds = kinds
 
     def __init__(self, config: BinaryCrossEntropyConfig) -> None:
         super().__init__(config)
@@ -189,6 +200,7 @@ class MeanSquaredError(Loss):
 
     kinds = ("class", "numbers")
     weighted_kinds = ("class",)
+    mixed_kinds = kinds
 
     @override
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -209,6 +221,7 @@ class MeanAbsoluteError(Loss):
     """Absolute difference between outputs and targets, averaged over the numbers of a sample."""
 
     kinds = ("numbers",)
+    mixed_kinds = kinds
 
     @override
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -230,6 +243,7 @@ class Huber(Loss):
     """
 
     kinds = ("numbers",)
+    mixed_kinds = kinds
     config: HuberConfig
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -206,4 +207,30 @@ def _figure(width: float, height: float | None = None, layout: Literal["constrai
 
     figure = Figure(figsize=(width, height or width), layout=layout, dpi=110)
     FigureCanvasAgg(figure)
+    return figure
+
+
+def filters(weights: Tensor) -> Figure:
+    """Draws the filters of a convolution in a grid, each stretched to its whole range of values.
+
+    Args:
+        weights: ``[filters, channels, height, width]``; filters of three channels are drawn in colour, others as the
+            mean over their channels.
+    """
+    count, channels, height, width = weights.shape
+    pictures = weights if channels == 3 else weights.mean(1, keepdim=True)
+    low, high = (pictures.flatten(1).aminmax(dim=1)[side][:, None, None, None] for side in (0, 1))
+    pictures = ((pictures - low) / (high - low).clamp(min=1e-12)).permute(0, 2, 3, 1)
+    columns = math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    # One picture with a margin of a pixel around each filter, which an Axes per filter would take long to draw.
+    grid = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, pictures.shape[-1]))
+    for number, picture in enumerate(pictures.numpy()):
+        row, column = divmod(number, columns)
+        top, left = row * (height + 1) + 1, column * (width + 1) + 1
+        grid[top : top + height, left : left + width] = picture
+    figure = _figure(4.0, 4.0 * grid.shape[0] / grid.shape[1])
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", interpolation="nearest")
     return figure

@@ -14,7 +14,7 @@ from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.data.batch import Targets
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, config_error
 from distrain.optim.losses import describe_targets
 
 if TYPE_CHECKING:
@@ -77,9 +77,11 @@ class Task(ABC):
         metrics: Names of the means that are logged, for training and evaluation.
         further_results: Names of further metrics that :meth:`results` may give; they are logged if ``metrics`` asks.
         higher_is_better: Whether a larger :attr:`score` is better.
+        output_name: What the model's outputs are called in an exported file.
     """
 
     target: ClassVar[str | None] = None
+    output_name: ClassVar[str] = "outputs"
     metrics: ClassVar[tuple[str, ...]]
     further_results: ClassVar[tuple[str, ...]] = ()
     higher_is_better: ClassVar[bool] = True
@@ -130,6 +132,14 @@ class Task(ABC):
             ConfigError: One line that says why.
         """
         raise ConfigError("data.balance", "loss", f"task={self.config.task.name} weights no classes", UNWEIGHTED)
+
+    def check_mixing(self) -> None:
+        """Refuses ``data.augment.mixing`` where the task or its loss doesn't take the targets of mixed images.
+
+        Raises:
+            ConfigError: One line that says why.
+        """
+        raise config_error("data.augment.mixing", f"task={self.config.task.name} takes no targets of mixed images")
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, int]:
@@ -205,6 +215,14 @@ class Task(ABC):
     def masks(self, outputs: Tensor) -> Tensor | None:
         """Pictures of what the outputs mean, uint8 ``[n, H, W]``, one a sample; ``None`` if there are no such."""
         return None
+
+    def named_results(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What an exported model returns, by name: what the outputs mean, as tensors ``[n, …]``.
+
+        Args:
+            outputs: The model's, float32 ``[n, …]``. They are traced, so nothing may depend on their values or on n.
+        """
+        return {self.output_name: outputs}
 
     def largest_top(self) -> int:
         """The largest ``top`` that :meth:`predict` can give."""

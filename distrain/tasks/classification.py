@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
 @register("task", "classification", TaskConfig)
 class Classification(CountsConfusions):
-    """The model gives a logit for each class; targets are classes, int64 ``[n]``."""
+    """The model gives a logit for each class; targets are classes, int64 ``[n]``.
+
+    Those of mixed images are the shares of the classes, float32 ``[n, classes]``.
+    """
 
     target = "class"
     metrics = ("accuracy",)
 
     @override
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.argmax(1) == targets).sum().unsqueeze(0)
+        # A mixed image counts as of the class that it has the largest share of.
+        classes = targets.argmax(1) if targets.dim() > 1 else targets
+        return (outputs.argmax(1) == classes).sum().unsqueeze(0)
 
     @override
     def update_state(self, state: MetricState, outputs: Tensor, targets: Tensor) -> None:

@@ -32,6 +32,11 @@ class CountsConfusions(Supervised):
         confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
 
     @override
+    def named_results(self, outputs: Tensor) -> dict[str, Tensor]:
+        """``probabilities`` with the shape of the outputs; ``class``, the number of the predicted one, int64."""
+        return {"probabilities": self._loss.probabilities(outputs), "class": outputs.argmax(1)}
+
+    @override
     def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:
         from distrain.reporting import figures
 

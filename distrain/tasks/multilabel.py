@@ -59,7 +59,8 @@ class Multilabel(Supervised):
 
     @override
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        right = self._decided(outputs) == targets.bool()
+        # A label applies to a mixed image if it applies to at least half of it.
+        right = self._decided(outputs) == (targets >= 0.5)
         return torch.stack((right.sum() / right.shape[1], right.all(1).sum()))
 
     @override
@@ -106,6 +107,11 @@ class Multilabel(Supervised):
                 }
             )
         return {"labels": rows}
+
+    @override
+    def named_results(self, outputs: Tensor) -> dict[str, Tensor]:
+        """``probabilities`` ``[n, labels]``; ``labels``, which of them are predicted, bool ``[n, labels]``."""
+        return {"probabilities": self._loss.probabilities(outputs), "labels": self._decided(outputs)}
 
     @override
     def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:

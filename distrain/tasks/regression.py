@@ -28,6 +28,7 @@ class Regression(Supervised):
     metrics = ("mse", "mae")
     further_results = ("r2",)
     higher_is_better = False
+    output_name = "numbers"
 
     @override
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from typing_extensions import override
 
+from distrain.config.registry import choices
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec, Split
 from distrain.data.evaluation_views import averaged_outputs
@@ -28,6 +29,8 @@ class Supervised(Task):
     Raises:
         ConfigError: The data name no classes, or the loss doesn't fit them.
     """
+
+    output_name = "logits"
 
     def __init__(self, config: Config, spec: DataSpec) -> None:
         super().__init__(config, spec)
@@ -53,6 +56,24 @@ class Supervised(Task):
             )
         if getattr(self.config.loss, "class_weights", None) is not None:
             raise ConfigError("data.balance", "loss", "chooses loss.class_weights, and they are given", UNWEIGHTED)
+
+    @override
+    def check_mixing(self) -> None:
+        mixing, kind = self.config.data.augment.mixing, self.spec.target
+        if kind == "mask" and mixing.mixup_alpha:
+            problem = (
+                "a pixel has one class, and can't have a share of two; data.augment.mixing.cutmix_alpha cuts masks"
+            )
+            raise ConfigError("data.augment.mixing.mixup_alpha", mixing.mixup_alpha, problem)
+        if kind == "numbers" and mixing.cutmix_alpha:
+            problem = "numbers don't follow from the area of a box; data.augment.mixing.mixup_alpha mixes them"
+            raise ConfigError("data.augment.mixing.cutmix_alpha", mixing.cutmix_alpha, problem)
+        if kind != "mask" and kind not in self._loss.mixed_kinds:
+            problem = f"loss={self.config.loss.name} takes no targets of mixed images"
+            fitting = sorted(
+                name for name, each in choices("loss").items() if kind in getattr(each.target, "mixed_kinds", ())
+            )
+            raise config_error("data.augment.mixing", problem, [f"loss={name}" for name in fitting])
 
     @override
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:

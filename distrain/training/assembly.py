@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import nn
 
+from distrain.data.augmentation import transforms
 from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models import lora
@@ -19,11 +20,13 @@ from distrain.models.tensors import convert
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.optim.optimizers.groups import describe_rates
-from distrain.reporting import loggers
+from distrain.reporting.loggers import base as loggers
+from distrain.reporting.loggers import several
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
-from distrain.training import callbacks, initial_weights, resume
+from distrain.training import callbacks, chosen_callbacks, initial_weights, resume
+from distrain.training.callback_list import CallbackList
 from distrain.training.run_plan import RunPlan, total_steps
 from distrain.training.trainer import Trainer
 
@@ -58,6 +61,9 @@ def build_loader(
 ) -> Loader:
     """This rank's shard of one split."""
     data = plan.config.data
+    if training and data.augment.image_transform._target_ is not None:
+        workers = getattr(data, "workers", None)
+        images = transforms.transformed(data.augment.image_transform, images, splits.spec, workers)
     return Loader(
         images,
         batch_size=data.batch_size if training else data.eval_batch_size,
@@ -72,7 +78,8 @@ def build_loader(
         classes=images.class_numbers() if training and data.balance == "sampler" else None,
         augment=data.augment if training else None,
         prefetch=prefetch_depth(data, splits, plan.device),
-        masks=splits.spec.target == "mask",
+        spec=splits.spec,
+        shown=data.eval_crop,
     )
 
 
@@ -119,8 +126,11 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         splits,
         loaders,
         schedulers.build(config.scheduler, steps_per_epoch, steps),
-        loggers.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger(),
-        callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
+        several.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger(),
+        CallbackList(
+            callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
+            chosen_callbacks.build(config, is_main=runtime.is_main),
+        ),
     )
     trainer.report.parameters = {
         "count": sum(size for size, _ in sizes),

@@ -356,6 +356,7 @@ class Trial:
             device=device,
             dtype=Precision(config.trainer.precision, device).dtype,
             memory_format=torch.contiguous_format,
+            spec=splits.spec,
         )
         self._batch = next(loader.epoch(0))
         self._failed: set[Formats] = set()

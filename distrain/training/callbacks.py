@@ -7,8 +7,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 from typing_extensions import override
 
@@ -61,8 +62,31 @@ class RunView(Protocol):
         """Sums and times of the steps so far."""
 
 
+@dataclass
+class RunEnd:
+    """How a run ended.
+
+    Attributes:
+        status: ``finished``; ``stopped``: on request, with everything saved; or ``failed``.
+        reason: Why it was stopped, or what failed; empty if it finished.
+        summary: What ``summary.json`` holds; empty unless it finished.
+    """
+
+    status: str
+    reason: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
 class Callback:
-    """Base class whose methods do nothing. The trainer calls them on every rank that has the callback."""
+    """Base class whose methods do nothing. The trainer calls them on every rank that has the callback.
+
+    An error that a method raises fails the run, on all ranks; see :mod:`distrain.training.callback_list`.
+
+    Attributes:
+        only_on_main: Whether only rank 0 has it, as for what prints or draws; else every rank that trains has one.
+    """
+
+    only_on_main: ClassVar[bool] = False
 
     def on_fit_start(self, run: RunView) -> None:
         """Called before the first step."""
@@ -74,10 +98,23 @@ class Callback:
         """Called after metrics of the last steps were summed over the ranks; ``values`` are as in ``metrics.jsonl``."""
 
     def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
-        """Called after the evaluation at the end of an epoch; ``values`` are as in ``metrics.jsonl``."""
+        """Called after the evaluation at the end of an epoch, before it is saved; ``values`` as in the file."""
 
     def on_fit_end(self, run: RunView) -> None:
-        """Called after the last step, also if the run fails."""
+        """Called after the last step and before the test, also if the run fails."""
+
+    def on_end(self, run: RunView, end: RunEnd) -> None:
+        """Called when all is written, or the run has failed; what it raises is only logged."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint is to hold of the callback: plain data and tensors, by name. Called on rank 0."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what :meth:`state_dict` returned, when a run is resumed; called on every rank, before the first step.
+
+        It is not called if the checkpoint holds nothing of the callback.
+        """
 
 
 class EpochLog(Callback):

@@ -23,6 +23,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation, Task
 from distrain.training import resume, saver
+from distrain.training.callback_list import CallbackList
 from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
 from distrain.training.monitor import Monitor
 from distrain.training.nonfinite import RewindPoints, refuse_nan
@@ -45,6 +46,7 @@ class Checkpointing:
         monitor: Says which of two scores is better.
         splits: The data.
         report: Completes the progress that is saved.
+        callbacks: May have state of their own.
 
     Attributes:
         runtime: As above.
@@ -60,12 +62,13 @@ class Checkpointing:
         monitor: Monitor,
         splits: Splits,
         report: Report,
+        callbacks: CallbackList,
     ) -> None:
         self.runtime = runtime
         self.saver = saver.build(config, runtime, strategy)
         self._config, self._strategy, self._task, self._monitor = config, strategy, task, monitor
         self._samples, self._data = len(splits.train), data_manifest(splits)
-        self._report = report
+        self._report, self._callbacks = report, callbacks
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
         self._rewind_points = RewindPoints(strategy.training_group, runtime.device)
         #: Of the last checkpoint, saved or resumed: its step, and the epochs that had ended.
@@ -80,6 +83,7 @@ class Checkpointing:
             return Progress()
         progress = resumed.progress
         self._monitor.resume(progress)
+        self._callbacks.load_state(resumed.callbacks)
         self._rewind_points.add(resumed.path, progress.step)
         self._saved_step = self.runtime.step = progress.step
         self._saved_epoch = progress.epoch
@@ -133,6 +137,8 @@ class Checkpointing:
         state: dict[str, Any] = {**self._strategy.state_dict(), "layout": self._strategy.layout}
         state |= {"config": to_container(self._config), "data": self._data}
         refuse_nan(state["model"], progress.step)
+        if self.runtime.is_main:
+            self._callbacks.add_state(state)
         self.saver.save(state, asdict(progress), start)
         self._saved_step, self._saved_epoch = progress.step, progress.epoch
         control.note_save()
@@ -266,5 +272,6 @@ class Checkpointing:
                 raise RuntimeError(f"the run folder {owner.run_dir} was removed after the last step was saved")
 
     def close(self) -> None:
-        """Ends the saver, also after an error."""
+        """Ends the saver, and the log if an error has left it open."""
         self.saver.close()
+        self._report.logger.fail()

@@ -19,7 +19,7 @@ from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import losing_on_disk_errors, to_json
-from distrain.reporting.loggers import Logger
+from distrain.reporting.loggers.base import Logger
 from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
 from distrain.reporting.origin import Origin, as_iso
 from distrain.runtime.device import float64_device
@@ -83,6 +83,11 @@ class Report:
         self._first_step = first_step
         self._last_log = (first_step, 0)
         self.clock = StepClock(self._strategy.stopwatch, min(_WARMUP_STEPS, max(total_steps - first_step, 0) // 2))
+
+    def begin_log(self, progress: Progress) -> None:
+        """The log begins, or goes on from a checkpoint's position."""
+        self.logger.rewind(progress.step, mid_epoch=progress.epoch_samples > 0)
+        self.logger.begin(hyperparameters(self._config, sys.argv))
 
     def seconds(self) -> float:
         """Seconds since the report was made."""

@@ -32,6 +32,7 @@ from distrain.optim.optimizers.saved_state import check_saved_state
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
+from distrain.training import callback_list
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,13 @@ class Resumed:
         path: The checkpoint.
         progress: The trainer's position.
         parts: What became of each part of the saved state.
+        callbacks: The saved state of each callback, by its name.
     """
 
     path: Path
     progress: Progress
     parts: list[RestoredPart]
+    callbacks: Mapping[str, Mapping[str, Any]]
 
 
 # --- compatibility ---------------------------------------------------------------------------------------------------
@@ -437,7 +440,7 @@ def _restore(
         log.info("the checkpoint doesn't contain its configuration, so it was not compared with this run's")
     for key, (old, new) in changed.items():
         log.info("changed: %s: %s → %s", _shortened(key), _shortened(old), _shortened(new))
-    return Resumed(path, progress, parts)
+    return Resumed(path, progress, parts, callback_list.saved_state(state))
 
 
 def _trainer_parts(

@@ -15,6 +15,7 @@ from torch import nn
 
 from distrain.compression import base as compression
 from distrain.config.schema import Config
+from distrain.data.augmentation.check import check_augmentation
 from distrain.data.balance import class_weights
 from distrain.data.base import DataSource, DataSpec, Splits, data_source
 from distrain.errors import ConfigError, SampleError, config_error, config_error_from_line
@@ -34,7 +35,14 @@ from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
-from distrain.training import auto_format, batch_sizes, initial_weights, normalisation, resume
+from distrain.training import (
+    auto_format,
+    batch_sizes,
+    chosen_callbacks,
+    initial_weights,
+    normalisation,
+    resume,
+)
 from distrain.training.monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -131,8 +139,15 @@ class RunPlan:
         compression.compressor_class(config).check(config)
         check_lookahead(config)
         check_counts(config)
+        if world.rank == 0:
+            # The rank that writes; the others' hosts need not have a logger's package.
+            config.logger.check()
+        chosen_callbacks.check(config)
         if config.data.balance == "loss":
             self.task.check_class_weights()
+        check_augmentation(config.data.augment, self.spec)
+        if config.data.augment.mixing.active:
+            self.task.check_mixing()
         # Found now, so that it is refused now.
         _ = self.monitor
         resume.check(config)

@@ -12,7 +12,7 @@ from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.data.loader import Loader
 from distrain.health.activity import in_phase
-from distrain.reporting.loggers import Logger
+from distrain.reporting.loggers.base import Logger
 from distrain.runtime import consensus, gc_freeze
 from distrain.runtime.consensus import Request, RunControl
 from distrain.runtime.device import generators
@@ -20,7 +20,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation
 from distrain.training import resume
-from distrain.training.callbacks import Callback
+from distrain.training.callback_list import CallbackList
 from distrain.training.checkpointing import Checkpointing
 from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
 from distrain.training.nonfinite import NonFiniteGuard
@@ -64,19 +64,20 @@ class Trainer:
         loaders: dict[str, Loader],
         schedule: Callable[[int], float],
         logger: Logger,
-        callbacks: Sequence[Callback] = (),
+        callbacks: CallbackList,
     ) -> None:
         self.config, self.task, self.monitor = plan.config, plan.task, plan.monitor
         self.runtime, self.strategy = runtime, strategy
         self.splits = splits
         self.loaders = loaders
         self.schedule = schedule
-        self.callbacks = list(callbacks)
+        self.callbacks = callbacks
         self.progress = Progress()
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
         self.report = Report(plan.config, runtime, strategy, plan.task, plan.monitor, self._guard, logger)
-        self.checkpointing = Checkpointing(plan.config, runtime, strategy, plan.task, plan.monitor, splits, self.report)
+        parts = (strategy, plan.task, plan.monitor, splits, self.report, self.callbacks)
+        self.checkpointing = Checkpointing(plan.config, runtime, *parts)
         self._generators = generators(runtime.device)
         runtime.activity.find_samples = loaders["train"].sampler.share
         # Published now, so that other ranks can name this rank's samples even if it dies in its first step.
@@ -91,23 +92,22 @@ class Trainer:
 
     def steps(self) -> Steps:
         """Trains as :meth:`fit`, and yields the number of updates after each; a text sent to it says why to stop."""
-        try:
-            with gc_freeze.frozen_gc():
-                return (yield from self._fit())
-        finally:
-            self.checkpointing.close()
+        with self.callbacks.ending(self) as end, gc_freeze.frozen_gc():
+            try:
+                end.summary = yield from self._fit()
+            finally:
+                self.checkpointing.close()
+        return end.summary
 
     def _fit(self) -> Steps:
         self.runtime.stoppable = True
         self._control = RunControl(self.config, self.runtime, self.strategy.consensus(), self.strategy.training_group)
         finished_summary = self._resume()
-        self._notify("on_fit_start")
-        try:
-            stop_reason = yield from self._train()
-        except EvaluationStopped as stopped:
-            stop_reason = str(stopped)
-        finally:
-            self._notify("on_fit_end")
+        with self.callbacks.fitting(self):
+            try:
+                stop_reason = yield from self._train()
+            except EvaluationStopped as stopped:
+                stop_reason = str(stopped)
         self._control.close()
         if stop_reason:
             self.checkpointing.stop_run(stop_reason, self.progress, self._control)
@@ -123,7 +123,7 @@ class Trainer:
                 self.take_step(batch)
                 agreed = self._agree()
                 if self.progress.step % self.config.trainer.log_every_steps == 0:
-                    self._notify("on_log", self.report.log_steps(self.progress))
+                    self.callbacks.notify("on_log", self, self.report.log_steps(self.progress))
                 if Request.REWIND in agreed:
                     with self.report.clock.paused():
                         self.checkpointing.rewind(self.progress)
@@ -152,7 +152,7 @@ class Trainer:
         self.progress.advance(batch.global_count)
         self.runtime.activity.advance(self.progress.step, self.progress.epoch_samples)
         self.checkpointing.saver.poll()
-        self._notify("on_step_end")
+        self.callbacks.notify("on_step_end", self)
 
     def seed_step(self) -> None:
         """Makes a step's random numbers depend on (seed, step, shard) alone, so that no generator need be saved."""
@@ -188,9 +188,10 @@ class Trainer:
             if saves:
                 self.checkpointing.note_score(self.progress, self.monitor.value(evaluation))
         self.report.logger.scalars(self.progress.step, values, kind="epoch")
+        # Before it is saved, so that a callback's state in the checkpoint knows of this epoch.
+        self.callbacks.notify("on_epoch_end", self, values)
         if saves:
             self.save()
-        self._notify("on_epoch_end", values)
 
     def _done(self) -> bool:
         ended = self.progress.epoch >= self.config.trainer.epochs or self.monitor.gives_up(self.progress)
@@ -219,7 +220,7 @@ class Trainer:
         self.report.begin(self.progress.step, self.total_steps)
         summary = resume.finished_summary(self.runtime.run_dir, self.progress.step) if self._done() else None
         if summary is None:
-            self.report.logger.rewind(self.progress.step, mid_epoch=self.progress.epoch_samples > 0)
+            self.report.begin_log(self.progress)
         else:
             log.info("this run has ended: nothing is left to train, its summary stays as it is")
         if self.runtime.is_main:
@@ -244,7 +245,3 @@ class Trainer:
         self.checkpointing.check_folder()
         self.report.logger.close()
         return finished_summary or summary
-
-    def _notify(self, event: str, *args: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *args)

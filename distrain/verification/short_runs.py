@@ -94,7 +94,9 @@ def shortened(config: Config, steps: int) -> Config:
     )
     checkpoint = dataclasses.replace(config.checkpoint, every_epochs=_NEVER, every_steps=None, every_minutes=None)
     logger = choice("logger", "none").schema(name="none")
-    return dataclasses.replace(config, trainer=trainer, checkpoint=checkpoint, logger=logger, resume="never")
+    return dataclasses.replace(
+        config, trainer=trainer, checkpoint=checkpoint, logger=logger, callbacks=[], resume="never"
+    )
 
 
 def cut(plan: RunPlan, trial: ModelTrial, splits: Splits, steps: int, folder: Path) -> ShortRuns:

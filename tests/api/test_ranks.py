@@ -151,7 +151,7 @@ def test_ranks_without_a_shared_folder_have_the_trained_model_too(tmp_path: Path
 
 
 def test_a_rank_that_cannot_read_the_result_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = prepare(skip_net(), samples(), None, None, None, None, merge(SETTINGS))
+    training = prepare(skip_net(), samples(), None, None, None, (), None, merge(SETTINGS))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(distrain.ConfigError, match=r"the training succeeded, but rank 1 .* all hosts share"):

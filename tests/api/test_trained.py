@@ -103,6 +103,13 @@ def test_an_exported_model_is_the_trained_one(run: distrain.Run, tmp_path: Path)
     file = distrain.export(run.run_dir, tmp_path / "model.safetensors")
     tensors = load_file(file)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in run.model.state_dict().items())
+    folder = distrain.export(run, tmp_path / "folder", format="folder", license="mit")
+    assert "model.load_state_dict(load_file" in (folder / "README.md").read_text()
+    program = distrain.export(run, tmp_path / "model.pt2", format="torch_export", data=samples(), check=20)
+    inputs = torch.from_numpy(samples()[0])
+    found = torch.export.load(program).module()(inputs)
+    with torch.no_grad():
+        assert torch.allclose(found["probabilities"], run.model(inputs).softmax(1), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +137,8 @@ def test_an_exported_model_is_the_trained_one(run: distrain.Run, tmp_path: Path)
         (lambda run: distrain.predict(run, np.uint8(samples()[0])), r"images: are uint8 numbers; .* on float numbers"),
         (lambda run: distrain.predict(run, samples()[0], top=9), r"top=9: the run has 4 classes"),
         (lambda run: distrain.predict(run, samples()[0], device="tpu"), r"device=tpu: unknown choice"),
+        (lambda run: distrain.export(run, "m", format="onnx", check=-1), r"check=-1: must be at least 0"),
+        (lambda run: distrain.export(run, "m", format="onnx", opset=1), r"opset=1: must be at least 18"),
         (lambda run: distrain.export(run, "/nowhere/model"), r"output=/nowhere/model: there is no folder /nowhere"),
         (lambda run: distrain.export(run, "model", format="pickle"), r"format=pickle: unknown choice"),
         (lambda run: distrain.load_model(run, checkpoint="bset"), r"checkpoint=bset: is not a checkpoint's folder"),

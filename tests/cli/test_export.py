@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 import distrain
@@ -16,11 +25,16 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.cli import export, hydra_entry
 from distrain.cli.export import ExportSettings
+from distrain.cli.run_folder import RunFolder
 from distrain.config.load import load_settings
 from distrain.errors import ConfigError
+from distrain.models.cnn import SimpleCNN
 from distrain.runtime.world import World
+from distrain.tools.exporting import program_files
+from distrain.tools.exporting.program import Program
+from tests.harness import HANG_SECONDS
 from tests.runs import CONF
-from tests.trained import change_config
+from tests.trained import change_config, replace_section, save_test_images
 
 
 def configured(run: Path, *overrides: str) -> ExportSettings:
@@ -84,7 +98,12 @@ def test_the_model_is_not_built(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["output=m", "format=onnx"], "format=onnx: unknown choice; choices: safetensors"),
+        (["output=m", "format=pickle"], "format=pickle: unknown choice; choices: safetensors"),
+        (["output=m", "preprocess=inside"], "preprocess=inside: format=safetensors holds weights, and no program"),
+        (["output=m", "format=onnx", "opset=9"], "opset=9: must be at least 18"),
+        (["output=m", "format=onnx", "push=me/mine"], "push=me/mine: is for format=folder"),
+        (["output=.", "format=folder"], "output=.: is there already; name a folder that is new"),
+        (["output=m", "format=folder", "push=mine"], "push=mine: is not of the form USER/NAME"),
         (["output=nowhere/m"], "output=nowhere/m: there is no folder nowhere"),
         (["output=."], "output=.: is not a plain file"),
         ([], "output: "),
@@ -94,6 +113,148 @@ def test_invalid_settings_are_refused_in_one_line(run: Path, overrides: list[str
     with pytest.raises(ConfigError) as caught:
         export.run(configured(run, *overrides))
     assert str(caught.value).startswith(message)
+
+
+#: Counts the right answers of exported programs for the images of a folder, with onnxruntime, then with torch alone.
+SCORE = """
+import json, pathlib, sys
+import numpy, onnxruntime
+from PIL import Image
+session = onnxruntime.InferenceSession(sys.argv[1])
+(given,) = session.get_inputs()
+assert (given.name, given.type, given.shape) == ("images", "tensor(uint8)", ["batch", 3, 8, 8])
+about = session.get_modelmeta().custom_metadata_map
+names = json.loads(about["classes"])
+paths = sorted(pathlib.Path(sys.argv[3]).iterdir())
+images = numpy.stack([numpy.array(Image.open(path)).transpose(2, 0, 1) for path in paths])
+probabilities, chosen = session.run(["probabilities", "class"], {"images": images})
+assert abs(probabilities.sum(1) - 1).max() < 1e-5 and (probabilities.argmax(1) == chosen).all()
+import torch
+inside = {"distrain.json": ""}
+program = torch.export.load(sys.argv[2], extra_files=inside).module()
+results = program(torch.from_numpy(images))
+assert (results["class"].numpy() == chosen).all()
+assert abs(results["probabilities"].numpy() - probabilities).max() < 1e-5
+assert json.loads(inside["distrain.json"])["classes"] == names and "distrain" not in sys.modules
+print(json.dumps([names[index] for index in chosen]))
+"""
+
+
+def test_programs_give_the_same_classes_in_a_process_without_distrain(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    onnx, archive = tmp_path / "out" / "m.onnx", tmp_path / "out" / "m.pt2"
+    change_config(run, trainer={"precision": "bf16"})
+    export.run(configured(run, "format=onnx", f"output={onnx}"))
+    said = capfd.readouterr().out
+    assert "compared with the run's model on 31 test images: the same class in 31 of 31, largest difference" in said
+    assert re.search(r"computes in fp32, and the run in bf16: both decide the same for \d\d of 31\n", said)
+    # A checkpoint's class names and normalisation, for a program that leaves both to its caller.
+    export.run(configured(run, "format=torch_export", "preprocess=outside", "check=0", f"output={archive}"))
+    described = json.loads(archive.with_name("m.pt2.json").read_text())
+    assert described["inputs"]["images"]["values"] == "(pixel / 255 - mean) / std"
+    assert described["outputs"] == {"logits": {"dtype": "float32", "shape": ["batch", 4]}}
+    assert "16 random images" in capfd.readouterr().out
+    export.run(configured(run, "format=torch_export", f"output={archive}"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["m.onnx", "m.pt2", "m.pt2.json"]
+    for content in (onnx.read_bytes(), b"".join(zipfile.ZipFile(archive).read(name) for name in names(archive))):
+        assert str(Path(export.__file__).parent.parent).encode() not in content  # no paths of this machine
+    labels = save_test_images(RunFolder.open(str(run)).config, tmp_path / "images")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", SCORE, str(onnx), str(archive), str(tmp_path / "images")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=HANG_SECONDS)
+    right = sum(name == str(label) for name, label in zip(json.loads(done.stdout), labels, strict=True))
+    assert right == json.loads((run / "summary.json").read_text())["test_correct"]
+
+
+def names(archive: Path) -> list[str]:
+    return zipfile.ZipFile(archive).namelist()
+
+
+def test_a_program_that_differs_leaves_no_file(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(program: Program, *_: object) -> Any:
+        return lambda images: {name: tensor + 1 for name, tensor in program(images).items()}
+
+    monkeypatch.setattr(program_files, "write_torch_export", wrong)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match=r"format=torch_export: the exported program differs .* no file is left"):
+        export.run(configured(run, "format=torch_export", f"output={tmp_path}/out/m"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_data_that_are_not_here_are_named_with_the_ways_out(run: Path, tmp_path: Path) -> None:
+    replace_section(run, "data", "data=image_folder", f"data.root={tmp_path}/gone")
+    with pytest.raises(
+        ConfigError, match=r"data_root=FOLDER names the run's data .*; check=0 compares on random images"
+    ):
+        export.run(configured(run, "format=onnx", f"output={tmp_path}/m"))
+
+
+def test_what_onnx_needs_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r"format=onnx: needs onnx, .* pip install 'distrain\[onnx\]'"):
+        export.run(configured(run, "format=onnx", f"output={tmp_path}/m"))
+
+
+def test_a_folder_holds_what_loads_the_model_and_a_card(run: Path, tmp_path: Path) -> None:
+    (run / "certificate.json").write_text(json.dumps({"verdict": "equal", "ranks": 2, "steps": 20}))
+    folder = export.run(configured(run, "format=folder", f"output={tmp_path}/made", "license=mit"))
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "distrain.models.cnn.SimpleCNN"
+    assert config["distrain"]["classes"] == ["0", "1", "2", "3"]
+    # As huggingface_hub does: entries that the constructor knows are its arguments.
+    known = {name: config[name] for name in inspect.signature(SimpleCNN).parameters}
+    model = SimpleCNN(**known)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    card = (folder / "README.md").read_text()
+    front, _, text = card.removeprefix("---\n").partition("---\n")
+    described = yaml.safe_load(front)
+    assert (described["license"], described["pipeline_tag"]) == ("mit", "image-classification")
+    (entry,) = described["model-index"][0]["results"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert {metric["type"]: metric["value"] for metric in entry["metrics"]} == {
+        "accuracy": summary["test_accuracy"],
+        "loss": summary["test_loss"],
+    }
+    for word in ("from distrain.models.cnn import SimpleCNN", "20 steps", "2 ranks", "noise: 0.6"):
+        assert word in text
+    assert str(run) not in card
+
+
+def test_a_folder_is_uploaded_with_the_token_of_the_environment(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub: Any = ModuleType("huggingface_hub")
+    calls: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str) -> None:
+            calls.append(token)
+
+        def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+            calls.append((name, private))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            if calls[-1][0] == "me/full":
+                raise OSError("disk\nquota")
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    hub.HfApi = Api
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="push=me/mine: needs a token with write access in the variable HF_TOKEN"):
+        export.run(configured(run, "format=folder", f"output={tmp_path}/made", "push=me/mine"))
+    assert not (tmp_path / "made").exists()
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    export.run(configured(run, "format=folder", f"output={tmp_path}/made", "push=me/mine"))
+    assert calls == ["secret", ("me/mine", True), ("me/mine", ["README.md", "config.json", "model.safetensors"])]
+    assert "uploaded: https://huggingface.co/me/mine" in capfd.readouterr().out
+    with pytest.raises(ConfigError, match=r"push=me/full: can't be uploaded \(OSError: disk\); .*/full is complete"):
+        export.run(configured(run, "format=folder", f"output={tmp_path}/full", "push=me/full"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match="push=me/mine: needs the library huggingface_hub"):
+        export.run(configured(run, "format=folder", f"output={tmp_path}/again", "push=me/mine"))
 
 
 def test_more_than_one_process_is_refused(run: Path) -> None:

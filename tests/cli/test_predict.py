@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from distrain.cli import evaluate, hydra_entry, predict
-from distrain.cli.predict import Prediction, PredictSettings
+from distrain.cli.predict import PredictSettings
 from distrain.cli.run_folder import RunFolder
 from distrain.config.load import load_settings
 from distrain.data.base import Images, data_source
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
+from distrain.tools.predicting.result_files import Prediction
 from tests.data.helpers import images_of, write_image
+from tests.harness import RankFailed, run_ranks
 from tests.runs import CONF
 from tests.trained import change_config, save_test_images
 
@@ -31,7 +33,9 @@ def predicted(run: Path, images: object, **changes: Any) -> list[Prediction]:
     options = {"output": str(run.parent / "result.json"), **changes, "input": images}
     for key, value in options.items():
         composed[key] = value
-    return predict.run(load_settings(PredictSettings, composed))
+    predict.run(load_settings(PredictSettings, composed))
+    written = Path(options["output"] or "-")
+    return json.loads(written.read_text()) if written.suffix == ".json" else []
 
 
 def refused(run: Path, images: object, **changes: Any) -> str:
@@ -185,19 +189,24 @@ def test_names_that_are_not_utf8_are_written_unchanged(run: Path, tmp_path: Path
     assert b'"' + name + b'",' in (tmp_path / "r.csv").read_bytes()
 
 
-def test_an_undecodable_image_is_refused_or_skipped(
+def test_an_undecodable_image_is_recorded_skipped_or_refused(
     run: Path, images: tuple[Path, list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = images[0] / "0005.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    message = refused(run, str(images[0]), batch_size=4)
+    message = refused(run, str(images[0]), batch_size=4, on_error="stop")
     assert message.startswith(f"input={bad}: can't be decoded (")
-    assert message.endswith("on_error=skip leaves such files out")
+    assert message.endswith("on_error=record names such files in the output")
     assert not (run.parent / "result.json").exists()
     predictions = predicted(run, str(images[0]), batch_size=1, on_error="skip")
     assert len(predictions) == 30
     assert str(bad) not in [one["path"] for one in predictions]
     assert "none of 1 images can be decoded" in refused(run, [str(bad)], on_error="skip")
+    recorded = predicted(run, str(images[0]), batch_size=4)
+    assert [row["path"] for row in recorded if "error" in row] == [str(bad)]
+    assert "truncated" in recorded[5]["error"]
+    assert len(recorded) == 31
+    assert sorted(path.name for path in run.parent.iterdir()) == ["images", "result.json", "run"]
 
 
 @pytest.mark.parametrize(
@@ -209,9 +218,13 @@ def test_an_undecodable_image_is_refused_or_skipped(
         ("EMPTY", {}, "the folder has no .jpg, .jpeg, .png, .webp"),
         ("IMAGE", {"top": 5}, "top=5: the run has 4 classes"),
         ("IMAGE", {"top": 0}, "top=0: must be at least 1"),
-        ("IMAGE", {"output": "result.txt"}, "output=result.txt: the ending must name the format; choices: .json, .csv"),
+        (
+            "IMAGE",
+            {"output": "result.txt"},
+            "output=result.txt: the ending must name the format; choices: .json, .jsonl",
+        ),
         ("IMAGE", {"output": "nowhere/result.csv"}, "there is no folder nowhere"),
-        ("IMAGE", {"on_error": "ignore"}, "on_error=ignore: unknown choice; choices: stop, skip"),
+        ("IMAGE", {"on_error": "ignore"}, "on_error=ignore: unknown choice; choices: record, skip"),
         ("IMAGE", {"checkpoint": "oldest"}, "checkpoint=oldest: is not a checkpoint's folder"),
     ],
 )
@@ -244,7 +257,39 @@ def test_a_run_with_images_of_two_channels_is_refused(run: Path, images: tuple[P
     assert "its images have 2 channels; files give 1 or 3" in refused(run, str(images[0]))
 
 
-def test_more_than_one_process_is_refused(run: Path) -> None:
-    composed = hydra_entry.compose(CONF, "predict", [f"run={run}", "input=x"])
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2: predict runs on one process"):
+def on_each_rank(overrides: list[str], parts: int | None = None) -> None:
+    """Predicts; is killed, in effect, after a number of parts."""
+    # Sums of several threads may have another order.
+    torch.set_num_threads(1)
+    predict_part, calls = predict.Predictor.predict, []
+
+    def dies(self: predict.Predictor, *arguments: Any) -> Any:
+        calls.append(1)
+        if parts is not None and len(calls) > parts:
+            os._exit(0)
+        return predict_part(self, *arguments)
+
+    predict.Predictor.predict = dies  # type: ignore[method-assign, assignment]
+    predict.run(load_settings(PredictSettings, hydra_entry.compose(CONF, "predict", overrides)))
+
+
+def test_a_killed_prediction_goes_on_with_three_ranks_and_gives_the_same_file(
+    run: Path, images: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    (images[0] / "0007.png").write_text("no image")
+    options = [f"run={run}", f"input={images[0]}", "batch_size=3", "top=2", "device=cpu"]
+    run_ranks(on_each_rank, 1, [*options, f"output={tmp_path}/undisturbed.csv"])
+    killed = [*options, f"output={tmp_path}/killed.csv"]
+    with pytest.raises(RankFailed, match="died"):
+        run_ranks(on_each_rank, 1, killed, 4)
+    assert len(list((tmp_path / "killed.csv.parts").glob("part_*"))) == 4
+    assert not (tmp_path / "killed.csv").exists()
+    run_ranks(on_each_rank, 3, killed)
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "undisturbed.csv").read_bytes()
+    assert not (tmp_path / "killed.csv.parts").exists()
+
+
+def test_several_ranks_need_a_file(run: Path, images: tuple[Path, list[int]]) -> None:
+    composed = hydra_entry.compose(CONF, "predict", [f"run={run}", f"input={images[0]}"])
+    with pytest.raises(ConfigError, match=r"output=null: 2 ranks need a file for the result; choices: .json, .jsonl"):
         predict.run(load_settings(PredictSettings, composed), World(0, 2, 0, 2, "here"))

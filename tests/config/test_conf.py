@@ -31,6 +31,7 @@ NEEDED = {
     "data=webdataset": ["data.root=shards"],
     "data=table": ["data.root=images.csv"],
     "data=hf": ["data.path=user/name"],
+    "logger=custom": ["logger._target_=distrain.reporting.loggers.base.InMemoryLogger"],
     "data=custom": ["data._target_=my_package.Scans"],
 }
 

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from distrain.config.groups import AugmentConfig, DataConfig
+from distrain.config.augment import AugmentConfig
+from distrain.config.groups import DataConfig
 from distrain.config.registry import choices
 from distrain.data import decode
 from distrain.data.base import DataSource, Images, Split
@@ -39,9 +40,9 @@ def data_config(**changes: Any) -> DataConfig:
 
 
 def augment(
-    *, flip: bool | str = False, crop_padding: int = 0, crop_border: str = "zeros", cutout: int = 0
+    *, flip: bool | str = False, crop_padding: int = 0, crop_border: str = "zeros", cutout: int = 0, **more: Any
 ) -> AugmentConfig:
-    return AugmentConfig(flip=flip, crop_padding=crop_padding, crop_border=crop_border, cutout=cutout)
+    return AugmentConfig(flip=flip, crop_padding=crop_padding, crop_border=crop_border, cutout=cutout, **more)
 
 
 def random_images(count: int, channels: int = 3, height: int = 8, width: int = 6, seed: int = 0) -> Images:

@@ -178,7 +178,8 @@ def test_masks_are_moved_like_their_images_in_training_and_not_in_evaluation(pre
     # Each mask is the first channel of its image, so that it can be recognised.
     pixels = random_images(23).images.clamp(1, 200)
     split = Images(pixels, pixels[:, 0].clone())
-    options = {"masks": True, "mean": [0.0] * 3, "std": [1.0] * 3, "prefetch": prefetch}
+    spec = DataSpec(3, 8, 6, tuple("abcde"), target="mask")
+    options = {"spec": spec, "mean": [0.0] * 3, "std": [1.0] * 3, "prefetch": prefetch}
     moving = loader(split, **options, augment=augment(flip=True, crop_padding=2))
     for batch in moving.epoch(0, consumed=3):
         shown = (batch.inputs[:, 0] * 255).round().to(torch.uint8)

@@ -44,7 +44,7 @@ def test_exported_model_has_the_same_test_accuracy_in_plain_torch(run: Path, tmp
 
 def test_wrong_settings_are_one_line_and_exit_code_2(refusal: Refusal, run: Path) -> None:
     assert refusal("export", f"run={run}").startswith("output: ")
-    assert refusal("export", f"run={run}", "output=m", "format=onnx").startswith(
-        "format=onnx: unknown choice; choices:"
+    assert refusal("export", f"run={run}", "output=m", "format=pickle").startswith(
+        "format=pickle: unknown choice; choices:"
     )
     assert refusal("export", "run=nowhere", "output=m") == "run=nowhere: is not a folder"

@@ -30,9 +30,9 @@ def test_wrong_settings_are_one_line_and_exit_code_2(refusal: Refusal, run: Path
     assert refusal("predict", f"run={run}", "input=x.png") == "input=x.png: is neither a file nor a folder"
     assert refusal("predict", "run=nowhere", "input=x.png") == "run=nowhere: is not a folder"
     (tmp_path / "bad.png").write_text("no image")
-    assert refusal("predict", f"run={run}", f"input={tmp_path}/bad.png").startswith(
-        f"input={tmp_path}/bad.png: can't be"
-    )
+    bad = f"input={tmp_path}/bad.png"
+    assert refusal("predict", f"run={run}", bad, "on_error=stop").startswith(f"{bad}: can't be")
+    assert refusal("predict", f"run={run}", bad).startswith(f"{bad}: none of 1 images can be decoded (cannot identify")
 
 
 def test_modules_in_the_current_folder_are_not_imported(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import math
@@ -12,20 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
 
-from distrain.reporting import figures, loggers
-from distrain.reporting.loggers import (
-    InMemoryLogger,
-    Logger,
-    Loggers,
-    MetricsFile,
-    TensorBoardConfig,
-    TensorBoardLogger,
-)
+from distrain.cli.arguments import place_loggers
+from distrain.cli.hydra_entry import to_config_error
+from distrain.config.groups import LoggerConfig
+from distrain.config.schema import Config
+from distrain.errors import ConfigError
+from distrain.reporting import figures
+from distrain.reporting.loggers.base import InMemoryLogger, Logger, Scalars
+from distrain.reporting.loggers.csv import CsvLogger
+from distrain.reporting.loggers.metrics_file import MetricsFile
+from distrain.reporting.loggers.several import Loggers, build
+from distrain.reporting.loggers.tensorboard import TensorBoardConfig, TensorBoardLogger
 from distrain.tools.chaos.disk import SmallDisk
-from tests.runs import small
+from tests.runs import CONF, SMALL, small
 
 
 def refuse_constant(name: str) -> None:
@@ -68,6 +73,39 @@ def test_nan_and_infinities_become_null(tmp_path: Path) -> None:
     file.close()
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert [row[name] for name in ("loss", "norm", "rate", "fine")] == [None, None, None, 1e300]
+
+
+# --- metrics.csv -----------------------------------------------------------------------------------------------------
+
+
+def test_a_table_has_each_row_once_after_a_resume_and_a_column_for_each_number(tmp_path: Path) -> None:
+    file = CsvLogger(LoggerConfig("csv"), tmp_path)
+    file.rewind(0, mid_epoch=False)
+    file.scalars(1, {"loss": 0.5})
+    file.scalars(2, {"loss": 0.25, "norm": math.nan})
+    file.scalars(2, {"epoch/val_loss": 4.0}, kind="epoch")
+    file.scalars(3, {"loss": 0.125, "norm": 2.0})
+    file.close()
+    path = tmp_path / "metrics.csv"
+    # A row that was cut off when the machine went down.
+    path.write_bytes(path.read_bytes() + b"step,4,17")
+    resumed = CsvLogger(LoggerConfig("csv"), tmp_path)
+    resumed.rewind(2, mid_epoch=True)
+    resumed.scalars(2, {"epoch/val_loss": 4.5}, kind="epoch")
+    resumed.scalars(3, {"loss": 0.0625, "a, new one": 1})
+    resumed.close()
+    with path.open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    for row in rows:
+        assert float(row.pop("time")) > 1e9
+    assert [list(row.values()) for row in rows] == [
+        ["step", "1", "0.5", "", "", ""],
+        ["step", "2", "0.25", "nan", "", ""],
+        ["epoch", "2", "", "", "4.5", ""],
+        ["step", "3", "0.0625", "", "", "1"],
+    ]
+    assert list(rows[0]) == ["kind", "step", "loss", "norm", "epoch/val_loss", "a, new one"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
@@ -159,11 +197,11 @@ class FullDisk(Logger):
         super().__init__()
         self.free = False
 
-    def scalars(self, step: int, values: loggers.Scalars, *, kind: str = "step") -> None:
+    def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
         if not self.free:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def hyperparameters(self, parameters: Mapping[str, Any], metrics: loggers.Scalars) -> None:
+    def hyperparameters(self, parameters: Mapping[str, Any], metrics: Scalars) -> None:
         self.scalars(0, metrics)
 
     def close(self) -> None:
@@ -210,13 +248,80 @@ def test_figures_are_accepted_if_one_of_several_loggers_accepts_them(tmp_path: P
     file.close()
 
 
-@pytest.mark.parametrize(("name", "folder"), [("none", False), ("tensorboard", True)])
-def test_the_writing_rank_has_metrics_jsonl_and_the_configured_logger(name: str, folder: bool, tmp_path: Path) -> None:
-    logger = loggers.build(small(f"logger={name}"), tmp_path)
+class OwnLogger(InMemoryLogger):
+    """A logger of a user's."""
+
+    def __init__(self, run_dir: Path, size: int) -> None:
+        super().__init__()
+        run_dir.joinpath("own.txt").write_text(f"{size}")
+
+
+OWN = [f"logger._target_={__name__}.OwnLogger", "logger.kwargs.size=3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (["logger=none"], []),
+        (["logger=tensorboard", "logger.flush_seconds=5"], ["tensorboard"]),
+        (["logger=csv"], ["metrics.csv"]),
+        (["logger=[csv]"], ["metrics.csv"]),
+        (["logger=[]"], []),
+        (["logger=[tensorboard, csv]", "logger.loggers.tensorboard.flush_seconds=5"], ["metrics.csv", "tensorboard"]),
+        (["logger=custom", *OWN], ["own.txt"]),
+    ],
+)
+def test_the_writing_rank_has_metrics_jsonl_and_the_configured_loggers(
+    arguments: list[str], files: list[str], tmp_path: Path
+) -> None:
+    config = small(*arguments)
+    config.logger.check()
+    logger = build(config, tmp_path)
     logger.scalars(1, {"loss": 1.0})
     logger.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 1
-    assert (tmp_path / "tensorboard").exists() == logger.accepts_figures == folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["metrics.jsonl", *files])
+    assert logger.accepts_figures == bool({"tensorboard", "own.txt"} & {*files})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["logger=[tensorbord,csv]"], "logger=tensorbord: no such choice; .*did you mean tensorboard"),
+        (["logger=[csv,several]"], "logger.loggers.several.name=several: can't be one of several"),
+        (["logger=[csv,tensorboard]", "logger.loggers.csv.colour=red"], "logger.loggers.csv"),
+        (["logger=custom", "logger._target_=torch.nn.Linear"], "is not a class of .*Logger"),
+        (["logger=custom", *OWN, "logger.kwargs.colour=red"], "logger.kwargs=.*unexpected keyword argument 'colour'"),
+    ],
+)
+def test_loggers_that_cannot_be_used_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config_of(arguments).logger.check()
+
+
+def build_config_of(arguments: list[str]) -> Config:
+    try:
+        return small(*arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise to_config_error(error, CONF, "config", place_loggers([*SMALL, *arguments])) from error
+
+
+def test_what_is_left_open_by_a_failure_is_closed_once_and_hides_no_error(tmp_path: Path) -> None:
+    class Counting(InMemoryLogger):
+        failed = 0
+
+        def fail(self) -> None:
+            self.failed += 1
+
+    logger = Counting()
+    combined = Loggers([logger])
+    combined.fail()
+    combined.fail()
+    assert logger.failed == 1
+    combined = Loggers([logger])
+    combined.close()
+    combined.fail()
+    assert logger.failed == 1
 
 
 def test_invalid_lines_are_removed_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -66,7 +66,8 @@ def train(
     try:
         with Runtime(config, world) as runtime:
             trainer = trainer_for(config, runtime)
-            trainer.callbacks += [Slow(), *([SendSignal(after, number)] if world.rank == rank and after else [])]
+            for callback in (Slow(), *([SendSignal(after, number)] if world.rank == rank and after else [])):
+                trainer.callbacks.append(callback)
             strategy = trainer.strategy
             trainer.fit()
     except Stopped as stopped:

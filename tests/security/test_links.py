@@ -15,7 +15,7 @@ import pytest
 from distrain.cli import app
 from distrain.cli.run_folder import RunFolder
 from distrain.errors import ConfigError, Failed
-from distrain.reporting.loggers import TensorBoardLogger
+from distrain.reporting.loggers.tensorboard import TensorBoardLogger
 from distrain.tools.launching.jobs import NOT_RUN, Job, JobRunner
 from tests.test_disk_faults import config_for
 

@@ -90,11 +90,11 @@ def test_untrusted_run_does_not_choose_where_to_write(run: Path, tree: Path, tmp
     replace_section(run, "data", "data=image_folder", f"data.root={tree}", f"data.cache={tmp_path}/home/of/user")
     composed = load_settings(evaluate.EvaluateSettings, hydra_entry.compose(CONF, "evaluate", [f"run={run}"]))
     folder = RunFolder.open(str(run))
-    adapted = evaluate._config_for_evaluation(folder, composed, World.from_environment())
+    adapted = evaluate.config_for_evaluation(folder, composed, World.from_environment())
     assert adapted.data.cache is None  # type: ignore[attr-defined]
     # The folder is used if the user's own training has made a cache there.
     source("image_folder", root=str(tree), height=4, width=4, workers=1, cache=f"{tmp_path}/home/of/user").load()
-    adapted = evaluate._config_for_evaluation(folder, composed, World.from_environment())
+    adapted = evaluate.config_for_evaluation(folder, composed, World.from_environment())
     assert adapted.data.cache == f"{tmp_path}/home/of/user"  # type: ignore[attr-defined]
 
 

@@ -22,6 +22,7 @@ from distrain.cli.run_folder import RunFolder
 from distrain.config.load import load_settings
 from distrain.data import decode
 from distrain.data.decode import DecodeError
+from distrain.tools.predicting.images import find_images
 from tests.checkpoint.helpers import progress, rewrite, state
 from tests.runs import CONF
 from tests.security.helpers import (
@@ -129,7 +130,7 @@ def test_large_exif_is_ignored(tmp_path: Path) -> None:
 
 def test_pipe_among_images_does_not_block(tree: Path, run: Path) -> None:
     os.mkfifo(tree / "a" / "9.png")
-    assert predict.find_images(str(tree)) == [f"{tree}/{name}" for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png")]
+    assert find_images(str(tree)) == [f"{tree}/{name}" for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png")]
     load_tree(tree)
 
 
@@ -139,9 +140,10 @@ def test_run_folder_can_not_claim_huge_images(run: Path) -> None:
     assert "data.json has images of more than" in one_line_error(lambda: RunFolder.open(str(run)))
 
 
-def predict_one(run: Path, file: Path) -> Any:
-    composed = hydra_entry.compose(CONF, "predict", [f"run={run}", f"input={file}", f"output={run}/out.json"])
-    return predict.run(load_settings(predict.PredictSettings, composed))
+def predict_one(run: Path, file: Path) -> None:
+    overrides = [f"run={run}", f"input={file}", f"output={run}/out.json", "on_error=stop"]
+    composed = hydra_entry.compose(CONF, "predict", overrides)
+    predict.run(load_settings(predict.PredictSettings, composed))
 
 
 def seconds_to_refuse(checkpoint: Path, message: str) -> float:

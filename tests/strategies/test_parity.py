@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks, soaked
-from tests.runs import relative_difference, small, train_on_rank
+from tests.runs import ALL_AUGMENTATIONS, relative_difference, small, train_on_rank
 
 #: Named ways of training that must not depend on the number of ranks; the sizes don't divide by 2 or 3. Rates are low
 #: enough that a ReLU or a pooling that rounding tips over (which no order of summation can avoid) does not spread.
@@ -19,6 +19,7 @@ VARIANTS = {
     "momentum": ("optimizer.momentum=0.9", "optimizer.nesterov=true", "optimizer.weight_decay=0.01"),
     "adam": ("optimizer=adam", "optimizer.eps=1e-3"),
     "augmented": ("data.augment.flip=true", "data.augment.crop_padding=2", "data.augment.cutout=3"),
+    "all augmentations": ALL_AUGMENTATIONS,
     "accumulated": ("trainer.micro_batch_size=2", "data.augment.flip=true"),
     "clipped": ("trainer.grad_clip_norm=0.1", "trainer.micro_batch_size=3", "scheduler=cosine"),
     "fewer samples than ranks": ("data.batch_size=23",),

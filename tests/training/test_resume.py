@@ -28,7 +28,7 @@ from distrain.runtime.world import World
 from distrain.strategies.base import StepResult
 from distrain.training import resume
 from tests.harness import run_ranks
-from tests.runs import check, relative_difference, small, trainer_for
+from tests.runs import ALL_AUGMENTATIONS, check, relative_difference, small, trainer_for
 from tests.strategies.helpers import ALONE
 
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
@@ -102,7 +102,9 @@ def changed_keys(text: str) -> set[str]:
 
 
 def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_path: Path) -> None:
-    whole = [train(*CHAIN, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")]
+    # Without repeats each sample occurs once in an epoch.
+    augmented = (*CHAIN, *ALL_AUGMENTATIONS, "data.augment.repeats=1")
+    whole = [train(*augmented, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")]
     steps = []
     pipeline = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")
     for end, ranks, strategy in (
@@ -114,7 +116,7 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
     ):
         # What shows and logs a run is not told as a change of the training.
         shown = ("trainer.progress=lines", "runtime.timeout_seconds=111") if end == 40 else ()
-        options = (*CHAIN, *strategy, *shown, f"run_dir={tmp_path}/parts", f"trainer.max_steps={end}")
+        options = (*augmented, *strategy, *shown, f"run_dir={tmp_path}/parts", f"trainer.max_steps={end}")
         last = start(ranks, *options) if ranks > 1 else [train(*options)]
         steps += steps_of(last)
     for rank in last:

@@ -18,10 +18,11 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.config.schema import Config
 from distrain.data.base import data_source
 from distrain.errors import Failed
-from distrain.reporting.loggers import InMemoryLogger
+from distrain.reporting.loggers.base import InMemoryLogger
 from distrain.runtime.run_owner import RunOwner
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult
+from distrain.training.callback_list import CallbackList
 from distrain.training.callbacks import Callback
 from distrain.training.report import flatten
 from distrain.training.run_plan import total_steps
@@ -98,7 +99,7 @@ class Run:
         with Runtime(self.config, ALONE) as runtime:
             self.trainer = trainer_for(self.config, runtime)
             self.trainer.report.logger = self.logger
-            self.trainer.callbacks = [self.witness, *([callback] if callback else [])]
+            self.trainer.callbacks = CallbackList([self.witness, *([callback] if callback else [])])
             self.summary = self.trainer.fit()
         self.model = {name: tensor.clone() for name, tensor in self.trainer.strategy.model_state().items()}
 
@@ -308,7 +309,8 @@ def test_on_fit_end_is_also_called_after_a_failure(tmp_path: Path, capsys: pytes
     with pytest.raises(Failed):
         Run(tmp_path, callback=notes)
     assert notes.ended_at == 3
-    assert "failed at step 3: RuntimeError: out of luck" in capsys.readouterr().err
+    problem = "CallbackFailed: callback Notes failed in on_step_end (RuntimeError: out of luck) at "
+    assert f"failed at step 3: {problem}" in capsys.readouterr().err
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

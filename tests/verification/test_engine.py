@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.harness import soaked
+from tests.runs import ALL_AUGMENTATIONS
 from tests.verification.helpers import verified
 
 NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
@@ -20,7 +21,7 @@ LOSSLESS: dict[str, tuple[int, tuple[str, ...]]] = {
         3,
         ("strategy=ddp", "trainer.micro_batch_size=2", "trainer.grad_clip_norm=0.1", "optimizer=sgd"),
     ),
-    "augmentation": (2, ("strategy=ddp", "data.augment.flip=true", "data.augment.crop_padding=2")),
+    "augmentation": (2, ("strategy=ddp", *ALL_AUGMENTATIONS)),
     "synchronised batch norm": (2, ("strategy=ddp", *BATCHNORM)),
     "pipeline": (2, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=3")),
     "replicated pipeline": (4, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=3")),

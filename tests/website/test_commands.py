@@ -60,10 +60,10 @@ EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), r
 #: The mark of a command that shows what a mistake looks like.
 REFUSED = "it is refused"
 #: Endings of files; such a word is no key.
-FILES = (".json", ".jsonl", ".png", ".safetensors", ".yaml", ".py", ".log")
+FILES = (".csv", ".json", ".jsonl", ".png", ".safetensors", ".yaml", ".py", ".log")
 #: Programs that distrain has nothing to say about.
 FOREIGN = {
-    *("tensorboard", "mktemp", "twine", "py-spy", "git", "apt-get"),
+    *("tensorboard", "wandb", "mktemp", "twine", "py-spy", "git", "apt-get"),
     *("ss", "dmesg", "grep", "timedatectl", "ethtool", "scontrol"),
 }
 
@@ -160,7 +160,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
 
 def _check_settings(command: str, arguments: list[str]) -> None:
     folder, schema = SETTINGS[command]
-    if command in ("evaluate", "doctor", "verify", "plan"):
+    if command in ("evaluate", "predict", "doctor", "verify", "plan"):
         launch_keys.check(launch_keys.pop(arguments), arguments, {})
     elif command == "testnet":
         arguments = [f"action={word}" if word in ("up", "on", "down") else word for word in arguments]

@@ -1,4 +1,4 @@
-"""``distrain predict run=DIR input=PATH output=FILE``: predicts the classes of images."""
+"""``distrain predict run=DIR input=PATH output=FILE``: predicts for images, on one rank or under torchrun on many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from distrain.cli import hydra_entry
 from distrain.config.folder import CONF
 from distrain.config.load import load_settings
-from distrain.errors import ConfigError
 from distrain.tools.launching.launch_keys import LaunchSettings
 
 
@@ -39,5 +38,9 @@ def _task(composed: DictConfig) -> None:
     predict.run(load_settings(_schema(), composed))
 
 
-def _check(_: DictConfig, launch: LaunchSettings) -> None:
-    raise ConfigError("nproc", launch.nproc, "predict runs on one process; leave nproc out")
+def _check(composed: DictConfig, launch: LaunchSettings) -> None:
+    with hydra_entry.gc_disabled():
+        # Imported here because it imports torch, which --help and most errors need not wait for.
+        from distrain.cli import predict
+
+    predict.check(load_settings(_schema(), composed), launch.first_world())

@@ -14,7 +14,7 @@ import torch
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from tests.harness import run_ranks, soaked
-from tests.runs import check, relative_difference, small, train_on_rank
+from tests.runs import ALL_AUGMENTATIONS, check, relative_difference, small, train_on_rank
 
 CNN = ("model=cifar_cnn", "data.height=32", "data.width=32")
 GROUP_NORM = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
@@ -101,7 +101,7 @@ def test_a_replica_without_samples_takes_part(folder: Path) -> None:
     [
         ("trainer.grad_clip_norm=0.05",),
         ("trainer.micro_batch_size=2",),
-        ("data.augment.flip=true", "optimizer.nesterov=true", "scheduler=cosine"),
+        (*ALL_AUGMENTATIONS, "optimizer.nesterov=true", "scheduler=cosine"),
     ],
     ids=["clipped over the whole model", "accumulated", "augmented, with Nesterov"],
 )

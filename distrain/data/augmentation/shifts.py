@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, by a few tensor operations per batch instead of some per sample.
+"""Horizontal flip, padded crop and cutout of whole batches.
 
 A sample's random draws depend only on (seed, epoch, position in the split); see :mod:`distrain.rng`. So the result
 doesn't depend on the rank or the batch that the sample is part of.
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain import rng
-from distrain.config.groups import AugmentConfig
+from distrain.config.augment import AugmentConfig
 from distrain.data.base import IGNORED
 
-#: Identifies augmentation among the uses of random numbers.
+#: Identifies these draws among the uses of random numbers.
 _AUGMENT = 4
 
 
-class Augmentation:
+class Shifts:
     """Horizontal flip, padded crop and cutout for batches of one image size.
 
     With ``flip=alternating``, whether an image is mirrored is random in the first epoch and alternates from then on, so

@@ -1,0 +1,1 @@
+"""Predictions for many images: the images, the parts that are finished, and the files of the result."""

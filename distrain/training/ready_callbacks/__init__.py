@@ -1,0 +1,1 @@
+"""Callbacks that come with distrain, one file each; ``callbacks=[NAME, …]`` chooses them."""
