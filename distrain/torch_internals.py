@@ -91,7 +91,7 @@ def observe_operations(note: Callable[[Tensor], None]) -> AbstractContextManager
                 note(tensor)
             return func(*args, **(kwargs or {}))
 
-    mode: AbstractContextManager[Any] = Observing()
+    mode: AbstractContextManager[Any] = Observing()  # type: ignore[no-untyped-call]
     return mode
 
 
