@@ -75,29 +75,29 @@ class Comparison:
 
     def numbers(self, name: str, ours: Iterable[float], theirs: Iterable[float]) -> None:
         """Compares two samples of numbers."""
-        a, b = (np.sort(np.asarray(list(each), dtype=np.float64)) for each in (ours, theirs))
+        a, b = [np.sort(np.asarray(list(each), dtype=np.float64)) for each in (ours, theirs)]
         both = np.concatenate((a, b))
         gaps = np.searchsorted(a, both, "right") / len(a) - np.searchsorted(b, both, "right") / len(b)
         gap = float(np.abs(gaps).max())
         effective = math.sqrt(len(a) * len(b) / (len(a) + len(b)))
         probability = min(1.0, 2 * math.exp(-2 * (gap * effective) ** 2))
-        ranges = [f"{each[0]:.3f} … {each.mean():.3f} … {each[-1]:.3f}" for each in (a, b)]
-        self._print(name, *ranges, probability)
+        first, second = [f"{each[0]:.3f} … {each.mean():.3f} … {each[-1]:.3f}" for each in (a, b)]
+        self._print(name, first, second, probability)
 
     def counts(self, name: str, ours: Counter[Any], theirs: Counter[Any]) -> None:
         """Compares how often each of some values was drawn."""
         values = sorted(ours | theirs)
-        a, b = (np.array([counts[value] for value in values], dtype=np.float64) for counts in (ours, theirs))
+        a, b = [np.array([counts[value] for value in values], dtype=np.float64) for counts in (ours, theirs)]
         factor = math.sqrt(b.sum() / a.sum())
         chi = float(((a * factor - b / factor) ** 2 / (a + b)).sum())
         degrees = max(len(values) - 1, 1)
         # Wilson and Hilferty 1931.
         normal = ((chi / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
         probability = 0.5 * math.erfc(normal / math.sqrt(2))
-        ranges = [
+        first, second = [
             f"{len(+counts)} values, {min(counts.values())} to {max(counts.values())}" for counts in (ours, theirs)
         ]
-        self._print(name, *ranges, probability)
+        self._print(name, first, second, probability)
 
     def pixels(self, name: str, ours: Tensor, theirs: Tensor, *, most: int = 0, share: float = 0.0) -> None:
         """Compares pixels: the largest difference, and the share of pixels that differ."""
@@ -423,7 +423,7 @@ def picture(path: Path, image: Path | None) -> int:
 
     side, columns = 96, 6
     source = tensor(Image.open(image).convert("RGB").resize((side, side)) if image else scene(side))
-    whole = {"flip": False, "crop_padding": 0, "cutout": 0}
+    whole: dict[str, Any] = {"flip": False, "crop_padding": 0, "cutout": 0}
     rows: dict[str, tuple[AugmentConfig, Callable[[Image.Image], Any]]] = {
         "random-resized crop": (
             AugmentConfig(**whole, random_resized_crop=RandomResizedCropConfig([0.2, 1.0])),

@@ -52,6 +52,27 @@ def foreach_copy(tensors: list[Tensor], sources: list[Tensor]) -> None:
         tensor.copy_(source)
 
 
+def foreach(operation: str, tensors: Sequence[Tensor], *others: Any, **options: Any) -> list[Tensor]:
+    """An operation on each of several tensors; fallback: one kernel for each.
+
+    Args:
+        operation: Name of a method of a tensor, such as ``mul`` or ``mul_``.
+        tensors: The tensors.
+        *others: Further arguments of the operation: a list has one for each tensor, anything else is that of all.
+        **options: Keyword arguments, those of all.
+
+    Returns:
+        The results; for an operation in place the tensors.
+    """
+    kernel = getattr(torch, f"_foreach_{operation}", None)
+    if kernel is not None:
+        results = kernel(tensors, *others, **options)
+        return list(tensors if results is None else results)
+    columns = [other if isinstance(other, list) else [other] * len(tensors) for other in others]
+    rows = zip(*columns, strict=True) if columns else [()] * len(tensors)
+    return [getattr(tensor, operation)(*row, **options) for tensor, row in zip(tensors, rows, strict=True)]
+
+
 def write_count(tensor: Tensor) -> int:
     """A number that changes when the tensor is written to; fallback: a hash of its values."""
     if hasattr(tensor, "_version"):

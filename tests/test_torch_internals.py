@@ -34,7 +34,7 @@ class Hidden:
 @pytest.fixture(params=["torch's", "fallback"])
 def is_fallback(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param == "fallback":
-        for name in ("_foreach_lerp_", "_foreach_copy_"):
+        for name in ("_foreach_lerp_", "_foreach_copy_", "_foreach_mul", "_foreach_add_", "_foreach_norm"):
             monkeypatch.delattr(torch, name)
         monkeypatch.delattr(pipelining._backward, "stage_backward_input")
         monkeypatch.delattr(dist.distributed_c10d, "_get_process_group_store")
@@ -47,6 +47,15 @@ def test_several_tensors_are_interpolated_and_copied(is_fallback: bool) -> None:
     assert [float(tensor.mean()) for tensor in tensors] == [0.25, 0.75]
     torch_internals.foreach_copy(tensors, ends)
     assert all(torch.equal(*pair) for pair in zip(tensors, ends, strict=True))
+
+
+def test_operations_have_an_argument_for_each_tensor_or_for_all(is_fallback: bool) -> None:
+    tensors = [torch.ones(3), torch.full((2, 2), 2.0)]
+    scaled = torch_internals.foreach("mul", tensors, [3.0, 4.0])
+    assert [float(tensor.mean()) for tensor in scaled] == [3.0, 8.0]
+    assert torch_internals.foreach("add_", tensors, scaled, alpha=10)[0] is tensors[0]
+    assert [float(tensor.mean()) for tensor in tensors] == [31.0, 82.0]
+    assert [float(norm) for norm in torch_internals.foreach("norm", tensors)] == pytest.approx([31 * 3**0.5, 164.0])
 
 
 @pytest.mark.parametrize("hidden", [(), ("_version",)])

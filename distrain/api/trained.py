@@ -13,10 +13,11 @@ from torch import nn
 from distrain.api.arrays import one_part
 from distrain.api.run import Run, check_images
 from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.checkpoint.format import AVERAGES
 from distrain.cli import evaluate as evaluation
 from distrain.cli import export as exporting
 from distrain.cli import predict as prediction
-from distrain.cli.run_folder import RunFolder
+from distrain.cli.run_folder import LAST, RunFolder
 from distrain.cli.settings import require_one_process
 from distrain.config.groups import DataConfig
 from distrain.config.schema import DEVICES
@@ -27,6 +28,7 @@ from distrain.runtime.world import World
 from distrain.tasks import base as tasks
 
 _SPLITS = ("train", "val", "test")
+_WEIGHTS = (LAST, *AVERAGES)
 
 
 def evaluate(
@@ -36,6 +38,7 @@ def evaluate(
     split: str = "test",
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     batch_size: int | None = None,
     device: str = "auto",
     data_root: str | os.PathLike[str] | None = None,
@@ -51,6 +54,7 @@ def evaluate(
         model: The run's model, if that was an object: a module, or a class or function that makes one. Its own
             parameters are neither used nor changed.
         checkpoint: ``newest``, ``best`` by validation score, or the folder of a checkpoint.
+        weights: ``last``, or an average of the model that the run keeps: ``ema`` or ``swa``.
         batch_size: Samples per step over all ranks; by default the run's ``data.eval_batch_size``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         data_root: Folder that contains the run's data set on this machine.
@@ -66,6 +70,7 @@ def evaluate(
     settings = evaluation.EvaluateSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
+        weights=_choice("weights", weights, _WEIGHTS),
         split=_choice("split", split, _SPLITS),
         data_root=None if data_root is None else os.fspath(data_root),
         batch_size=_count("batch_size", batch_size),
@@ -90,6 +95,7 @@ def predict(
     on_error: str = "stop",
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     batch_size: int = 64,
     device: str = "auto",
     allow: Sequence[str] = (),
@@ -105,6 +111,7 @@ def predict(
             then has ``path`` and ``error``.
         model: As for :func:`evaluate`.
         checkpoint: As for :func:`evaluate`.
+        weights: As for :func:`evaluate`.
         batch_size: Images per forward pass.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         allow: As for :func:`evaluate`.
@@ -125,6 +132,7 @@ def predict(
     settings = prediction.PredictSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
+        weights=_choice("weights", weights, _WEIGHTS),
         input=[os.fspath(item) for item in _listed(images)] if is_files else None,
         output=None,
         masks=None,
@@ -156,6 +164,7 @@ def export(
     data: Any = None,
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     data_root: str | os.PathLike[str] | None = None,
     license: str | None = None,
     allow: Sequence[str] = (),
@@ -174,6 +183,7 @@ def export(
         data: Samples for ``check``, as for :func:`distrain.fit`; by default the run's test split.
         model: As for :func:`evaluate`; ``safetensors`` needs none.
         checkpoint: As for :func:`evaluate`.
+        weights: As for :func:`evaluate`.
         data_root: As for :func:`evaluate`.
         license: Name of the licence for the model card, such as apache-2.0.
         allow: As for :func:`evaluate`.
@@ -191,6 +201,7 @@ def export(
     settings = exporting.ExportSettings(
         run=os.fspath(_path(run)),
         checkpoint=os.fspath(checkpoint),
+        weights=_choice("weights", weights, _WEIGHTS),
         format=_choice("format", format, exporting.FORMATS),
         output=os.fspath(output),
         preprocess=_choice("preprocess", preprocess, exporting.PREPROCESS_CHOICES),
@@ -214,6 +225,7 @@ def load_model(
     model: ModelObject | None = None,
     *,
     checkpoint: str | os.PathLike[str] = "newest",
+    weights: str = "last",
     allow: Sequence[str] = (),
 ) -> nn.Module:
     """Builds the run's model with the weights of a checkpoint.
@@ -222,6 +234,7 @@ def load_model(
         run: As for :func:`evaluate`.
         model: As for :func:`evaluate`.
         checkpoint: As for :func:`evaluate`.
+        weights: As for :func:`evaluate`.
         allow: As for :func:`evaluate`.
 
     Returns:
@@ -233,7 +246,8 @@ def load_model(
     """
     folder = _folder(run, allow)
     with restored_surroundings(), offered_model(_model(run, model)):
-        return folder.model(folder.weights(os.fspath(checkpoint)), allow)
+        kind = _choice("weights", weights, _WEIGHTS)
+        return folder.model(folder.weights(os.fspath(checkpoint), kind), allow)
 
 
 def _path(run: str | os.PathLike[str] | Run) -> Path:

@@ -5,6 +5,7 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 ============================  ========================================================================================
 ``model.safetensors``         parameters and buffers
 ``optimizer.safetensors``     the optimizer's tensors as ``<parameter>/<state name>``
+``average.safetensors``       averages of the model as ``ema/<name>`` and ``swa/<name>``; only of a run that keeps some
 ``rank_XXXXX.safetensors``    the state of one rank only, such as its residuals, as ``<part>/<state name>/<parameter>``
 ``state.json``                position in the data, step, best metric, scalars, the layout of the ranks that saved, and
                               what is known of the data;
@@ -12,7 +13,7 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 ``manifest.json``             size and SHA-256 of each other file; written last
 ============================  ========================================================================================
 
-Where several ranks hold parts of the model, each rank writes its own files, ``model_XXXXX.safetensors`` and
+Where several ranks hold parts of the model, each rank writes its own files, such as ``model_XXXXX.safetensors`` and
 ``optimizer_XXXXX.safetensors`` with the rank's number. Each tensor is in exactly one of them; nothing is gathered.
 
 A checkpoint is either complete or absent. :mod:`~distrain.checkpoint.writer` writes it into a hidden temporary folder
@@ -29,7 +30,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 #: Parts of the unsplit state. Each tensor of them is saved by exactly one rank.
-PARTS = ("model", "optimizer")
+PARTS = ("model", "optimizer", "average")
+#: Those that a checkpoint may lack.
+OPTIONAL_PARTS = ("average",)
+#: Averages of the model that a checkpoint may hold.
+AVERAGES = ("ema", "swa")
 #: Parts that every rank has for itself.
 PER_RANK_PARTS = ("compressor", "local")
 #: Largest JSON file of a checkpoint that is read, in bytes.

@@ -38,6 +38,10 @@ class Progress:
         patience_score: The best monitored number of all epochs, which ``trainer.patience`` goes by.
         epochs_without_improvement: Epochs since then.
         stopped_of_epochs: ``trainer.epochs`` of the run that stopped early at this position.
+        lr_factor: What ``scheduler=plateau`` multiplies the learning rate by, from here on.
+        lr_score: The best monitored number, by which ``scheduler=plateau`` goes.
+        lr_bad_epochs: Epochs since then, or since it lowered the rate.
+        lr_cooldown: Epochs that it lets pass before it counts again.
     """
 
     step: int = 0
@@ -57,6 +61,10 @@ class Progress:
     patience_score: float | None = None
     epochs_without_improvement: int = 0
     stopped_of_epochs: int | None = None
+    lr_factor: float = 1.0
+    lr_score: float | None = None
+    lr_bad_epochs: int = 0
+    lr_cooldown: int = 0
 
     def advance(self, samples: int) -> None:
         """One more update, on a global batch of so many samples."""

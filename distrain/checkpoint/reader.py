@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distrain.checkpoint.format import (
     MAX_JSON_BYTES,
+    OPTIONAL_PARTS,
     PARTS,
     PER_RANK_PARTS,
     DamagedCheckpoint,
@@ -92,13 +93,22 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, content["progress"]
 
 
-def load_model(path: Path) -> dict[str, Tensor]:
+def load_model(path: Path, average: str | None = None) -> dict[str, Tensor]:
     """Reads the model's tensors only, after checking the whole checkpoint against its manifest.
+
+    Args:
+        path: The checkpoint's folder.
+        average: Take the values of this average, ``ema`` or ``swa``, where it has some.
 
     Raises:
         DamagedCheckpoint: A file is missing, cut short, or changed.
     """
-    return _load_part(path, "model", verify(path))
+    files = verify(path)
+    tensors = _load_part(path, "model", files)
+    if average is not None:
+        averaged = _load_part(path, "average", files)
+        tensors |= {name: averaged.get(f"{average}/{name}", tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -120,7 +130,7 @@ def shapes_of(path: Path, part: str) -> dict[str, torch.Size]:
 
     Args:
         path: The checkpoint's folder.
-        part: ``model`` or ``optimizer``.
+        part: ``model``, ``optimizer`` or ``average``.
 
     Raises:
         DamagedCheckpoint: A file can't be read, or is not a safetensors file.
@@ -178,7 +188,7 @@ def _compare_files(path: Path) -> set[str]:
         problem = f"lists {len(expected)} files, and no run writes more than {_MAX_FILES}"
         raise DamagedCheckpoint(f"{manifest_path} {problem}")
     required = [
-        *(name for part in PARTS for name in part_files(part, expected) or [f"{part}.safetensors"]),
+        *(name for part in PARTS for name in part_files(part, expected) or _required_file(part)),
         "state.json",
     ]
     for name in [*required, *(name for name in expected if name not in required)]:
@@ -197,6 +207,10 @@ def _compare_files(path: Path) -> set[str]:
         if _sha256(file) != digest:
             raise DamagedCheckpoint(f"{file} differs from its checksum")
     return set(expected)
+
+
+def _required_file(part: str) -> list[str]:
+    return [] if part in OPTIONAL_PARTS else [f"{part}.safetensors"]
 
 
 def is_valid(path: Path) -> bool:
@@ -234,7 +248,7 @@ def newest_valid(folder: Path, before: Path | None = None) -> Path | None:
 
 
 def _load_part(path: Path, part: str, files: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of ``model`` or ``optimizer``, from one file or from the files of several ranks."""
+    """The tensors of a part of the unsplit state, from one file or from the files of several ranks."""
     merged: dict[str, Tensor] = {}
     for name in part_files(part, files):
         tensors = _load_tensors(path / name)

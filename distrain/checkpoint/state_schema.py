@@ -190,6 +190,10 @@ _PROGRESS = _fields(
         "patience_score": _or_null(_number()),
         "epochs_without_improvement": _whole(),
         "stopped_of_epochs": _or_null(_whole()),
+        "lr_factor": _number(0, 1),
+        "lr_score": _or_null(_number()),
+        "lr_bad_epochs": _whole(),
+        "lr_cooldown": _whole(),
         "best_score": _or_null(_number()),
         "skipped_updates": _whole(),
         "rewinds": _whole(),
@@ -206,6 +210,7 @@ _SCALARS = _fields(
         "precision": _empty_or(_fields({"scale": _number(1e-30, 1e30), "good_steps": _whole()})),
     },
     {
+        "averages": _entries(_whole()),
         "callbacks": _entries(_entries(_plain)),
         "copies": _whole(1, _MAX_RANKS),
         "local_sgd": _fields({"step": _whole(), "warmup_steps": _whole()}),

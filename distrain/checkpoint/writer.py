@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint import safetensors_writer
-from distrain.checkpoint.format import PARTS, PER_RANK_PARTS, checkpoint_path, per_rank_file, temporary_path
+from distrain.checkpoint.format import (
+    OPTIONAL_PARTS,
+    PARTS,
+    PER_RANK_PARTS,
+    checkpoint_path,
+    per_rank_file,
+    temporary_path,
+)
 from distrain.checkpoint.safetensors_writer import FileDigest
 from distrain.communication.collectives import Communicator
 from distrain.files.contained_folder import ContainedFolder
@@ -48,8 +55,9 @@ def save(
     Args:
         folder: The run's ``checkpoints`` folder.
         state: A strategy's ``state_dict()``, its ``layout``, and as plain data the run's ``config`` and what is
-            known of its ``data``. ``model`` and ``optimizer`` hold this rank's tensors, ``compressor`` and ``local``
-            the state of this rank only; of ``scalars`` and ``layout`` those of rank 0 are saved.
+            known of its ``data``. ``model``, ``optimizer`` and ``average``, which may be missing, hold this rank's
+            tensors, ``compressor`` and ``local`` the state of this rank only; of ``scalars`` and ``layout`` those of
+            rank 0 are saved.
         progress: The trainer's position; ``step`` names the checkpoint.
         communicator: The ranks that save together; by default this rank alone.
         device: Device of the tensors that ``communicator`` exchanges.
@@ -87,7 +95,7 @@ def _save(
             contained, name = _contained(temporary)
             _remove_quietly(contained, name)
             contained.make_folder(name)
-    ranks = exchange.all_gather({"folder": temporary.name, "parts": [part for part in PARTS if state[part]]})
+    ranks = exchange.all_gather({"folder": temporary.name, "parts": [part for part in PARTS if state.get(part)]})
     # The name holds the process id, so all ranks use the one of rank 0.
     temporary = final.parent / ranks[0]["folder"]
     holders = {part: [index for index, other in enumerate(ranks) if part in other["parts"]] for part in PARTS}
@@ -160,7 +168,7 @@ def _files_of_rank(
     """
     files = {}
     for part in PARTS:
-        writers = holders[part] or [0]
+        writers = holders[part] or ([] if part in OPTIONAL_PARTS else [0])
         if rank in writers:
             name = f"{part}.safetensors" if len(writers) == 1 else f"{part}_{rank:05d}.safetensors"
             files[name] = dict(state[part])

@@ -19,7 +19,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tasks.base import Task
 from distrain.tools.planning import expected, plan_file
-from distrain.training import auto_format, resume
+from distrain.training import auto_format, averaging, resume
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.model_notices import model_notices
 from distrain.training.progress_bar import ProgressBar, shows_bar
@@ -168,8 +168,11 @@ def closing_line(summary: dict[str, Any], task: Task) -> str:
     # After a resume, steps and time are those of this start. Older releases did not say where they resumed.
     resumed_at = summary.get("resumed_at_step", 0)
     steps = f"{summary['steps'] - resumed_at} of {summary['steps']}" if resumed_at else str(summary["steps"])
+    averages = [f"test_{name}_{score}" for name in averaging.names(task.config.trainer)]
+    # Older summaries, of runs that were only continued, may lack them.
+    of_averages = "".join(f"{name} {summary[name]:.4f}, " for name in averages if name in summary)
     return (
-        f"test_{score} {summary[f'test_{score}']:.4f}, test_loss {summary['test_loss']:.4f} | "
+        f"test_{score} {summary[f'test_{score}']:.4f}, {of_averages}test_loss {summary['test_loss']:.4f} | "
         f"{steps} steps in {summary['wall_seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s | "
         f"{parts}"
     )

@@ -55,9 +55,9 @@ complete -c distrain -f -a '(__distrain_complete)'
 #: Options of every command that are worth a Tab.
 _OPTIONS = ("--help", "--config-dir", "--cfg", "--multirun")
 #: Commands that start their own ranks with ``nproc=N``.
-_START_RANKS = ("train", "evaluate", "predict", "verify", "plan", "doctor")
+_START_RANKS = ("train", "evaluate", "predict", "verify", "plan", "find", "doctor")
 #: Commands whose settings behind ``--`` are those of a training.
-_OF_TRAININGS = ("hosts", "chaos", "verify", "plan")
+_OF_TRAININGS = ("hosts", "chaos", "verify", "plan", "find")
 #: Commands that take folders of runs without a key.
 _TAKE_FOLDERS = ("compare", "watch")
 #: Hydra offers the places of a list as if they were keys.

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a run's model as a file that is readable without distrain",
     "verify": "certify that a training on several ranks is that of one process, or say where it parts",
     "plan": "predict what a step takes under each strategy, on these ranks or on a described cluster",
+    "find": "find a learning rate by a short training in which it rises",
     "sweep": "train with each combination of values; one table of the results",
     "watch": "show a run that goes on: its ranks, how far each is, speed, last loss",
     "compare": "show runs side by side, as a table and as a page with curves",

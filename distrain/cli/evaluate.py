@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from distrain.cli import output
-from distrain.cli.run_folder import RunFolder, Weights
+from distrain.cli.run_folder import LAST, RunFolder, Weights
 from distrain.cli.settings import RunSettings
 from distrain.config.groups import CompressionConfig, StrategyConfig
 from distrain.config.schema import DEVICE_DOC, DEVICES, Config
 from distrain.config.setting import setting
+from distrain.data.augmentation.resize import resize_centre
 from distrain.data.base import DataSpec, Split, Splits, source_class
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.escaping import Lines
@@ -103,7 +104,7 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
         Failed: As :func:`run`.
     """
     config = config_for_evaluation(folder, settings, world)
-    weights = folder.weights(settings.checkpoint)
+    weights = folder.weights(settings.checkpoint, settings.weights)
     model = folder.model(weights, settings.allow)
     plan, splits = load_data(config, world, folder, settings.allow)
     images: Split = getattr(splits, settings.split)
@@ -116,7 +117,7 @@ def evaluate_run(folder: RunFolder, settings: EvaluateSettings, world: World) ->
         # Ranks that were started with different settings would evaluate shares of different splits.
         if evaluation.count != len(images):
             raise RuntimeError(f"{evaluation.count} samples were evaluated, not the {len(images)} of the split")
-    return _result(settings.split, weights, plan.task, evaluation), plan.task
+    return _result(settings, weights, plan.task, evaluation), plan.task
 
 
 def check(settings: EvaluateSettings, world: World) -> None:
@@ -194,7 +195,7 @@ def load_data(config: Config, world: World, folder: RunFolder, allow: Sequence[s
 
 
 def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow: Sequence[str]) -> Tensor:
-    """Images of the run's test split, spread evenly over it, as they are stored: ``[n, C, H, W]``.
+    """Images of the run's test split, spread evenly over it, of the stored type and the model's size ``[n, C, H, W]``.
 
     Args:
         folder: The run.
@@ -219,7 +220,8 @@ def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow
     _, splits = load_data(config_for_evaluation(folder, settings, world), world, folder, allow)
     with contextlib.closing(splits):
         size = len(splits.test)
-        return splits.test.pick(torch.arange(min(count, size)) * size // min(count, size))
+        images = splits.test.pick(torch.arange(min(count, size)) * size // min(count, size))
+    return resize_centre(images, folder.config.data.eval_crop, folder.spec.height, folder.spec.width)
 
 
 def _data_prefixes(allow: Sequence[str]) -> list[str]:
@@ -248,10 +250,11 @@ def _evaluate(plan: RunPlan, runtime: Runtime, splits: Splits, images: Split, mo
         return evaluate(strategy, plan.task, loader, runtime.communicator())
 
 
-def _result(split: str, weights: Weights, task: Task, evaluation: Evaluation) -> dict[str, Any]:
+def _result(settings: EvaluateSettings, weights: Weights, task: Task, evaluation: Evaluation) -> dict[str, Any]:
     return {
-        "split": split,
+        "split": settings.split,
         "checkpoint": weights.path.name,
+        "weights": settings.weights,
         "step": weights.step,
         **evaluation.metrics,
         "loss": evaluation.loss,
@@ -278,7 +281,8 @@ def _table(result: dict[str, Any], task: Task) -> Lines:
     """The result for people: a line, and a table for each list of rows from the task, such as one row per class."""
     metrics = ", ".join(f"{name} {result[name]:.4f}" for name in task.validated)
     counted = f"{result['correct']} of {result['count']}" if "correct" in result else f"{result['count']} samples"
-    lines = [f"{result['split']} of {result['checkpoint']}: {metrics} ({counted}), loss {result['loss']:.4f}"]
+    of = result["checkpoint"] + ("" if result["weights"] == LAST else f" ({result['weights']})")
+    lines = [f"{result['split']} of {of}: {metrics} ({counted}), loss {result['loss']:.4f}"]
     for entries in (value for value in result.values() if isinstance(value, list) and value):
         rows = [list(entries[0]), *([cell_text(value) for value in entry.values()] for entry in entries)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

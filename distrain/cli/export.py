@@ -17,7 +17,7 @@ import distrain
 from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
 from distrain.cli.evaluate import load_test_images
-from distrain.cli.run_folder import TRUSTED_PREFIXES, RunFolder, Weights
+from distrain.cli.run_folder import LAST, TRUSTED_PREFIXES, RunFolder, Weights
 from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error_from_line
@@ -102,7 +102,8 @@ def run(settings: ExportSettings, world: World | None = None) -> Path:
     """
     require_one_process("export", world or World.from_environment())
     exported = export_run(RunFolder.open(settings.run, settings.allow), settings)
-    show(f"{exported.weights.path.name} as {settings.format}: {exported.path}")
+    of = "" if exported.weights.kind == LAST else f" ({exported.weights.kind})"
+    show(f"{exported.weights.path.name}{of} as {settings.format}: {exported.path}")
     for line in exported.lines:
         show(line)
     return exported.path
@@ -123,6 +124,7 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
     ``input_shape``      JSON: channels, height, width of an image
     ``mean``, ``std``    JSON: one value per channel; the input is ``(pixel / 255 - mean) / std``
     ``step``             number of updates
+    ``weights``          ``last``, or the average of the model: ``ema`` or ``swa``
     ``extra_state``      JSON: what modules returned from ``get_extra_state()``, by name; only if there is any
     ``distrain_version`` release that wrote the file
     ==================== ===============================================================================
@@ -137,13 +139,15 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
     """
     target = Path(settings.output)
     _check(settings, target)
-    weights = folder.weights(settings.checkpoint)
+    weights = folder.weights(settings.checkpoint, settings.weights)
     if settings.format in _PROGRAMS:
         return _export_program(folder, settings, weights, target)
     tensors = {name: _plain(name, tensor) for name, tensor in weights.tensors.items()}
     if settings.format == "folder":
         allowed = [*TRUSTED_PREFIXES, *settings.allow]
-        described = ModelFolder(folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, allowed)
+        described = ModelFolder(
+            folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, weights.kind, allowed
+        )
         metadata = _safetensors_metadata(folder, weights)
         output.write(target, lambda path: described.write(path, tensors, metadata, settings.license))
         if settings.push is None:
@@ -274,6 +278,7 @@ def _description(folder: RunFolder, weights: Weights) -> dict[str, Any]:
         "mean": list(folder.mean),
         "std": list(folder.std),
         "step": weights.step,
+        "weights": weights.kind,
         "distrain_version": distrain.__version__,
     }
 

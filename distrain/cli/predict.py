@@ -314,7 +314,7 @@ class Predictor:
         self._folder, self._task, self._settings = folder, task, settings
         self._device = choose_device(config, world)
         self._precision = Precision(config.trainer.precision, self._device)
-        weights = folder.weights(settings.checkpoint)
+        weights = folder.weights(settings.checkpoint, settings.weights)
         self._checkpoint = weights.path
         model = folder.model(weights, settings.allow)
         self._layout = auto_format.memory_format(config, self._device, model)
@@ -327,6 +327,7 @@ class Predictor:
         settings = self._settings
         return {
             "checkpoint": hashlib.sha256((self._checkpoint / "manifest.json").read_bytes()).hexdigest(),
+            "weights": settings.weights,
             "top": settings.top,
             "on_error": settings.on_error,
             "masks": settings.masks,

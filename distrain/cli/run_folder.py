@@ -41,6 +41,8 @@ T = TypeVar("T")
 #: Dotted prefixes that a run's configuration may name unless the user allows more.
 TRUSTED_PREFIXES = ("distrain.models",)
 _NEWEST, _BEST = "newest", "best"
+#: The weights of a checkpoint's step, not an average.
+LAST = "last"
 #: Largest accepted files, in bytes.
 _MAX_CONFIG_BYTES = 1 << 17
 #: Largest number of values in an image, over all channels.
@@ -58,12 +60,14 @@ class Weights:
         step: Number of updates when it was saved.
         tensors: Parameters and buffers by name in the unsplit model, on the CPU.
         plain: The rest of the model's state, for :func:`distrain.checkpoint.module_state.load`.
+        kind: ``last``, or the average of the model: ``ema`` or ``swa``.
     """
 
     path: Path
     step: int
     tensors: dict[str, Tensor]
     plain: dict[str, Any] | None
+    kind: str = LAST
 
 
 @dataclass(frozen=True)
@@ -104,23 +108,27 @@ class RunFolder:
         config = _read_config(folder / "config.yaml", allow)
         return cls(folder, config, *_read_data(folder / manifest.FILE))
 
-    def weights(self, which: str) -> Weights:
+    def weights(self, which: str, kind: str = LAST) -> Weights:
         """Reads the weights of a checkpoint after verifying it against its manifest.
 
         Args:
             which: ``newest`` (damaged ones are skipped), ``best`` by validation score, or the folder of a checkpoint.
+            kind: ``last``, or the average that is taken instead: ``ema`` or ``swa``.
 
         Raises:
-            ConfigError: There is no such checkpoint, or it is damaged.
+            ConfigError: There is no such checkpoint, it is damaged, or it has no such average.
         """
         for _ in range(_ATTEMPTS):
             path = None
             try:
                 path = self.find_checkpoint(which)
                 state = read_state(path)
-                tensors = checkpoint_reader.load_model(path)
+                kept = state["scalars"].get("averages", {})
+                if kind != LAST and kind not in kept:
+                    raise ConfigError("weights", kind, f"{path} holds no such average", [LAST, *kept])
+                tensors = checkpoint_reader.load_model(path, None if kind == LAST else kind)
                 tensors = lora.merged(self.config.lora, tensors)
-                return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"))
+                return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"), kind)
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):
                     raise ConfigError("checkpoint", which, str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distrain.checkpoint.format import AVERAGES
 from distrain.config.setting import setting
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
@@ -15,6 +16,11 @@ class RunSettings:
 
     run: str = setting("Folder of the run.", path=True)
     checkpoint: str = setting("newest, best (by validation score), or the folder of a checkpoint.", path=True)
+    weights: str = setting(
+        "last: those of the checkpoint's step; ema or swa: an average of the model, if the run keeps it.",
+        choices=("last", *AVERAGES),
+        default="last",
+    )
 
 
 def require_one_process(command: str, world: World) -> None:

@@ -149,15 +149,33 @@ class OptimizerConfig:
         at_most=1,
         default=None,
     )
+    no_decay: list[str] = setting(
+        "Parameters without weight decay, besides those of groups with their own. norm: those with at most one "
+        "dimension that are not biases, as the weights of norm layers; bias: those that are called bias, of norm "
+        "layers too.",
+        choices=("norm", "bias"),
+        default_factory=list,
+    )
+    sam_rho: float | None = setting(
+        "Sharpness-aware minimization: each step takes its gradient at parameters that are so far away, in the "
+        "direction in which the loss rises most. It needs two passes. null: no such step.",
+        above=0,
+        default=None,
+    )
     lookahead: LookaheadConfig = setting(
         "Lookahead (Zhang et al. 2019, arXiv 1907.08610).",
         default_factory=lambda: LookaheadConfig(every=None, keep=0.5, power=0.0),
     )
 
+    @property
+    def has_modes(self) -> bool:
+        """Whether parameters differ in evaluation and training; see :mod:`distrain.optim.optimizers.modes`."""
+        return False
+
 
 @dataclass
 class SchedulerConfig:
-    """The learning rate's schedule: a function of the step only, so it has no state to save."""
+    """The learning rate's schedule: a function of the step, so it has no state to save; plateau also reads scores."""
 
     name: str = setting("Name of the schedule.")
     warmup_epochs: float = setting(

@@ -37,6 +37,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Effect",
+    "EmaConfig",
     "FreezeConfig",
     "GroupConfig",
     "InitConfig",
@@ -50,6 +51,7 @@ __all__ = [
     "RuntimeConfig",
     "SchedulerConfig",
     "StrategyConfig",
+    "SwaConfig",
     "TaskConfig",
     "TrainerConfig",
     "setting",
@@ -140,6 +142,40 @@ class CallbackConfig:
 
 
 @dataclass
+class EmaConfig:
+    """An exponential moving average of parameters and buffers, which is evaluated and saved beside the model."""
+
+    decay: float | None = setting(
+        "Weight of the average against the model in an update of the average; null: no such average.",
+        at_least=0,
+        below=1,
+        default=None,
+    )
+    every: int = setting("Steps between updates of the average.", at_least=1, default=1)
+    warmup: bool = setting(
+        "Update k of the average, from 0, has the decay 1 - (1 + k) ** (-2/3) where that is less, so that the first "
+        "models are forgotten.",
+        default=True,
+    )
+
+
+@dataclass
+class SwaConfig:
+    """Stochastic weight averaging: the mean of models of the last epochs, evaluated and saved beside the model."""
+
+    from_epoch: int | None = setting(
+        "Epoch, from 1, whose model at its end is the first to be averaged; null: no such average.",
+        at_least=1,
+        default=None,
+    )
+    every: int | None = setting(
+        "Steps between the models that are averaged after it; null: those at the ends of epochs.",
+        at_least=1,
+        default=None,
+    )
+
+
+@dataclass
 class TrainerConfig:
     """The training loop."""
 
@@ -200,8 +236,9 @@ class TrainerConfig:
         "Write a profiler trace of this many steps to the run's tensorboard folder; 0: none.", at_least=0
     )
     monitor: str | None = setting(
-        "What the best checkpoint and trainer.patience go by: val/ and a metric of the validation, or val/loss. null: "
-        "the task's own, such as val/accuracy.",
+        "What the best checkpoint and trainer.patience go by: val/ and a metric of the validation, or val/loss; "
+        "val/ema_ and val/swa_ are those of averages. null: the task's own, such as val/accuracy, of the EMA if there "
+        "is one.",
         default=None,
     )
     mode: str | None = setting(
@@ -218,6 +255,8 @@ class TrainerConfig:
     min_delta: float = setting(
         "A smaller change of trainer.monitor is no improvement for trainer.patience.", at_least=0, default=0.0
     )
+    ema: EmaConfig = setting("An exponential moving average of the model.", default_factory=EmaConfig)
+    swa: SwaConfig = setting("Stochastic weight averaging.", default_factory=SwaConfig)
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no state for them."""
+"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no state for them.
+
+``plateau`` also depends on the run's validations: :mod:`distrain.training.plateau` multiplies its constant rate.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,83 @@ class CosineConfig(SchedulerConfig):
 def cosine(config: CosineConfig, span: ScheduleSpan) -> Schedule:
     """Cosine annealing without restarts (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
     return lambda step: _between(1.0, config.final_factor, span.progress(step))
+
+
+@dataclass
+class CosineRestartsConfig(SchedulerConfig):
+    """Keys of ``scheduler=cosine_restarts``: the learning rate falls along half a cosine again and again."""
+
+    cycle_epochs: float = setting("Epochs of the first cycle, after the warm-up.", above=0)
+    cycle_factor: float = setting("Factor from each cycle's length to that of the next one.", at_least=1)
+    peak_factor: float = setting("Factor from the learning rate at the start of each cycle to the next one's.", above=0)
+    final_factor: float = setting("Learning rate at the end of a cycle, as a share of the base rate.", at_least=0)
+
+
+@register("scheduler", "cosine_restarts", CosineRestartsConfig)
+def cosine_restarts(config: CosineRestartsConfig, span: ScheduleSpan) -> Schedule:
+    """Cosine annealing with warm restarts (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
+    first = max(1, round(config.cycle_epochs * span.steps_per_epoch))
+
+    def schedule(step: int) -> float:
+        position, length, peak = float(max(0, min(step, span.end) - span.first)), float(first), 1.0
+        while position >= length:
+            position, length, peak = position - length, length * config.cycle_factor, peak * config.peak_factor
+        return _between(peak, config.final_factor, position / length)
+
+    return schedule
+
+
+@dataclass
+class ExponentialConfig(SchedulerConfig):
+    """Keys of ``scheduler=exponential``: the learning rate is multiplied by ``gamma`` in every epoch."""
+
+    gamma: float = setting("Factor of the learning rate in an epoch after the warm-up.", above=0, at_most=1)
+    staircase: bool = setting("Multiply at the end of each epoch; else by the same factor in every step.")
+
+
+@register("scheduler", "exponential", ExponentialConfig)
+def exponential(config: ExponentialConfig, span: ScheduleSpan) -> Schedule:
+    """Exponential decay."""
+
+    def schedule(step: int) -> float:
+        epochs = max(0, min(step, span.end) - span.first) / span.steps_per_epoch
+        return float(config.gamma ** (math.floor(epochs) if config.staircase else epochs))
+
+    return schedule
+
+
+@dataclass
+class PolynomialConfig(SchedulerConfig):
+    """Keys of ``scheduler=polynomial``: the learning rate falls as a power of the share of steps that is left."""
+
+    power: float = setting("The power; 1: linear decay.", above=0)
+    final_factor: float = setting("Learning rate at the end of the run, as a share of the base rate.", at_least=0)
+
+
+@register("scheduler", "polynomial", PolynomialConfig)
+def polynomial(config: PolynomialConfig, span: ScheduleSpan) -> Schedule:
+    """Polynomial decay."""
+    low = config.final_factor
+    return lambda step: low + (1.0 - low) * (1.0 - span.progress(step)) ** config.power
+
+
+@dataclass
+class PlateauConfig(SchedulerConfig):
+    """Keys of ``scheduler=plateau``: the learning rate falls when ``trainer.monitor`` stops getting better."""
+
+    factor: float = setting("Factor of the learning rate when it falls.", above=0, below=1)
+    patience: int = setting(
+        "Epochs in a row without improvement that it lets pass; it falls after the next.", at_least=0
+    )
+    min_delta: float = setting("A smaller change of trainer.monitor is no improvement.", at_least=0)
+    cooldown: int = setting("Epochs after a fall that are not counted.", at_least=0)
+    final_factor: float = setting("Lowest learning rate, as a share of the base rate.", at_least=0)
+
+
+@register("scheduler", "plateau", PlateauConfig)
+def plateau(config: PlateauConfig, span: ScheduleSpan) -> Schedule:
+    """The base rate; :mod:`distrain.training.plateau` multiplies it by what the validations left of it."""
+    return lambda step: 1.0
 
 
 @dataclass

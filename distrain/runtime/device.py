@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from distrain import rng
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
@@ -220,3 +221,20 @@ def generators(device: torch.device) -> list[Seedable]:
     if device.type == "cuda":
         result.append(torch.cuda.default_generators[device.index])
     return result
+
+
+class StepGenerators:
+    """A device's generators, whose numbers in a step depend on (seed, step, shard) alone, so that none need be saved.
+
+    Args:
+        seed: The run's.
+        device: Where the model is.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._generators = seed, generators(device)
+
+    def begin_step(self, step: int, shard: int) -> None:
+        """Seeds them for a step of the rank that has this shard of each batch."""
+        for generator in self._generators:
+            generator.manual_seed(rng.step_seed(self._seed, step, shard))

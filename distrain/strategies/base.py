@@ -87,6 +87,8 @@ class Strategy(ABC, Generic[OptionsT_co]):
         compressed_quantity: Quantity being compressed; residuals share its unit.
         divides_model: Whether an optimizer of a rank has some of the model's parameters alone.
         slices_parameters: Whether an optimizer of a rank has slices of parameters instead of parameters.
+        steps_alike: Whether all ranks make every update of their parameters together, with the gradient of the whole
+            batch; ``optimizer.sam_rho`` and optimizers with modes need that.
         saves_in_background: Whether checkpoints may be written while training goes on, over a process group of their
             own.
     """
@@ -94,6 +96,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     compressed_quantity: ClassVar[str] = "gradients"
     divides_model: ClassVar[bool] = False
     slices_parameters: ClassVar[bool] = False
+    steps_alike: ClassVar[bool] = False
     saves_in_background: ClassVar[bool] = True
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
@@ -299,6 +302,16 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
         Raises:
             ValueError: Names or shapes differ from the model's.
+        """
+
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        """Makes an average of this rank's tensors that of all ranks, in place; all ranks call it together.
+
+        After it the model may hold the average, for an evaluation, until it gets its own values back.
+
+        Args:
+            average: By the unsplit model's names. Where ranks average other values of the same tensor, the mean of
+                their averages is that of all, since an average is linear.
         """
 
     def consensus(self) -> Consensus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,8 @@ class DDP(Replicated[DDPConfig]):
     Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704). Unlike torch's DistributedDataParallel the mean is over
     the global batch's samples, not over ranks, and a rank without samples contributes zeros.
     """
+
+    steps_alike = True
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
@@ -117,11 +119,23 @@ class DDP(Replicated[DDPConfig]):
     @torch.no_grad()
     def _prepare_model_state(self) -> None:
         """Averages the buffers that each rank updates by itself."""
-        if not self._buffers_are_averaged and self.replicas.size > 1:
-            for buffer in self._local_buffers.values():
-                # In float64, so that a buffer that is equal on all ranks (a constant) keeps its value.
-                buffer.copy_(self.replicas.all_reduce(buffer.double()).div_(self.replicas.size))
+        super()._prepare_model_state()
+        if not self._buffers_are_averaged:
+            self._average(self._local_buffers.values())
         self._buffers_are_averaged = True
+
+    @override
+    @torch.no_grad()
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        super().agree_on_average(average)
+        self._average(tensor for name, tensor in average.items() if name in self._local_buffers)
+
+    def _average(self, tensors: Iterable[Tensor]) -> None:
+        """Gives each tensor its mean over the ranks."""
+        if self.replicas.size > 1:
+            for tensor in tensors:
+                # In float64, so that a buffer that is equal on all ranks (a constant) keeps its value.
+                tensor.copy_(self.replicas.all_reduce(tensor.double()).div_(self.replicas.size))
 
     @override
     def _make_gradients(self) -> ReducedGradients:

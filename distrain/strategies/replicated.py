@@ -17,9 +17,11 @@ from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import still_modules, train_only
 from distrain.models.outputs import logits_of
+from distrain.optim.optimizers import modes
 from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
+from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.update import clip_and_step
 from distrain.tasks.base import Task
 from distrain.tasks.training_loss import training_loss
@@ -61,6 +63,8 @@ class Replicated(Strategy[OptionsT_co]):
         self._forward: nn.Module = model
         model.train()
         self._snapshot = BufferSnapshot([model]) if self.config.trainer.on_nonfinite != "stop" else None
+        rho = self.config.optimizer.sam_rho
+        self._sharpness = None if rho is None else Sharpness(rho, [model])
         if self.config.trainer.compile == "max":
             # Kernels chosen by timing and, on CUDA, graphs of them, for each size of batch anew: for a size that varies
             # there is neither. What comes between (exchange, optimizer) is outside of the graphs.
@@ -105,6 +109,10 @@ class Replicated(Strategy[OptionsT_co]):
             self.compressor.begin_step()
             result = self._accumulate(batch, batch.global_count, sends=True)
             self.gradients.finish()
+            if self._sharpness is not None:
+                with self._sharpness.moved(self.gradients.norm()):
+                    self._run_passes(batch, batch.global_count, sends=True)
+                    self.gradients.finish()
             result.skipped = self._update()
         return result
 
@@ -116,11 +124,16 @@ class Replicated(Strategy[OptionsT_co]):
             count: What the sum of the samples' losses is divided by.
             sends: Send each bucket of gradients as soon as it is complete.
         """
+        modes.for_training(self.optimizer)
         # Visits all layers, so it is done after an evaluation only.
         if not self._forward.training:
             self._set_training_mode()
         if self._snapshot is not None:
             self._snapshot.take()
+        return self._run_passes(batch, count, sends=sends)
+
+    def _run_passes(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
+        """As :meth:`_accumulate`, in a model that is ready for it."""
         self.gradients.zero()
         pieces = self._pieces(batch)
         losses, metric_sums, samples = [], [], 0
@@ -172,6 +185,7 @@ class Replicated(Strategy[OptionsT_co]):
     def eval_step(self, batch: Batch) -> StepResult:
         if not len(batch) and not self._evaluates_together:
             return self._no_samples()
+        modes.for_evaluation(self.optimizer)
         self._forward.eval()
         with self.precision.autocast():
             outputs = self.task.evaluate(lambda inputs: logits_of(self._forward(inputs)), batch.inputs)
@@ -180,7 +194,7 @@ class Replicated(Strategy[OptionsT_co]):
 
     @override
     def uncompressed_bytes_per_step(self) -> int:
-        return self.gradients.bytes_per_step
+        return self.gradients.bytes_per_step * (1 if self._sharpness is None else 2)
 
     @override
     def model_state(self) -> dict[str, Tensor]:
@@ -194,6 +208,11 @@ class Replicated(Strategy[OptionsT_co]):
 
     def _prepare_model_state(self) -> None:
         """Makes the model hold what is evaluated and saved; all ranks call it together."""
+        modes.for_evaluation(self.optimizer)
+
+    @override
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        self._prepare_model_state()
 
     def _saved(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
         """What :meth:`state_dict` returns: model and optimizer on the first replica, and what is each rank's own.

@@ -15,6 +15,8 @@ from distrain.strategies.replicated import Replicated
 class Single(Replicated[StrategyConfig]):
     """One replica on one rank."""
 
+    steps_alike = True
+
     @override
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:

@@ -23,6 +23,7 @@ from distrain.files.writing import losing_on_disk_errors
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
+from distrain.training import averaging
 from distrain.training.report import Report
 
 log = logging.getLogger(__name__)
@@ -214,7 +215,8 @@ def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
         f"loss {values['epoch/train_loss']:.4f}, {listed_metrics(run.task.metrics, values, 'epoch/train_', 4)}"
     )
     if "epoch/val_loss" in values:
-        metrics = listed_metrics(run.task.validated, values, "epoch/val_", 4)
+        of_averages = [f"{average}_{run.task.score}" for average in averaging.names(run.config.trainer)]
+        metrics = listed_metrics([*run.task.validated, *of_averages], values, "epoch/val_", 4)
         parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
     # A first epoch that is all warm-up has no speed yet.
     if speed := values["epoch/images_per_second"]:

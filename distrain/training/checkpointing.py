@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -12,7 +13,6 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.writer import SaveFailed
 from distrain.config.load import to_container
-from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.loader import Loader
 from distrain.data.manifest import data_manifest
@@ -21,13 +21,14 @@ from distrain.health.activity import in_phase
 from distrain.runtime.consensus import Request, RunControl, write_stop_file
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
-from distrain.tasks.base import Evaluation, Task
+from distrain.tasks.base import Evaluation
 from distrain.training import resume, saver
+from distrain.training.averaging import Averages
 from distrain.training.callback_list import CallbackList
 from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
-from distrain.training.monitor import Monitor
 from distrain.training.nonfinite import RewindPoints, refuse_nan
 from distrain.training.report import Report
+from distrain.training.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,10 @@ class Checkpointing:
     """Saves a run and restores it; all ranks call its methods together.
 
     Args:
-        config: The run's configuration.
+        plan: The resolved configuration; its monitor says which of two scores is better.
         runtime: This rank's surroundings.
         strategy: Holds the state.
-        task: What the model is trained to do.
-        monitor: Says which of two scores is better.
+        averages: Of the strategy's model; they are part of the state.
         splits: The data.
         report: Completes the progress that is saved.
         callbacks: May have state of their own.
@@ -55,18 +55,18 @@ class Checkpointing:
 
     def __init__(
         self,
-        config: Config,
+        plan: RunPlan,
         runtime: Runtime,
         strategy: Strategy,
-        task: Task,
-        monitor: Monitor,
+        averages: Averages,
         splits: Splits,
         report: Report,
         callbacks: CallbackList,
     ) -> None:
         self.runtime = runtime
-        self.saver = saver.build(config, runtime, strategy)
-        self._config, self._strategy, self._task, self._monitor = config, strategy, task, monitor
+        self.saver = saver.build(plan.config, runtime, strategy)
+        self._config, self._task, self._monitor = plan.config, plan.task, plan.monitor
+        self._strategy, self._averages = strategy, averages
         self._samples, self._data = len(splits.train), data_manifest(splits)
         self._report, self._callbacks = report, callbacks
         self._folder = checkpoint_format.checkpoints_folder(runtime.run_dir)
@@ -78,7 +78,7 @@ class Checkpointing:
 
     def resume(self) -> Progress:
         """Goes on from the checkpoint that ``resume`` names, if there is one."""
-        resumed = resume.resume(self._config, self.runtime, self._strategy, self._task, self._samples)
+        resumed = resume.resume(self._config, self.runtime, self._strategy, self._averages, self._task, self._samples)
         if resumed is None:
             return Progress()
         progress = resumed.progress
@@ -136,6 +136,7 @@ class Checkpointing:
         self._report.logger.flush()
         state: dict[str, Any] = {**self._strategy.state_dict(), "layout": self._strategy.layout}
         state |= {"config": to_container(self._config), "data": self._data}
+        self._averages.add_to(state)
         refuse_nan(state["model"], progress.step)
         if self.runtime.is_main:
             self._callbacks.add_state(state)
@@ -203,7 +204,7 @@ class Checkpointing:
         """
         self.wait(progress)
         path = self._rewind_points.pop_newest(progress.step)
-        self._strategy.load_state_dict(checkpoint_reader.load(path)[0])
+        self._load(checkpoint_reader.load(path)[0])
         progress.rewinds += 1
         log.warning("went back to %s; the data go on after step %d", path, progress.step)
 
@@ -235,7 +236,10 @@ class Checkpointing:
             log.warning("the best checkpoint was not tested: %s", problem)
             return None
         try:
-            found = evaluate_in_training(self._strategy, self._task, loader, (), control.why_stop_evaluation)
+            why_stop = control.why_stop_evaluation
+            found = self._averages.evaluate(
+                lambda: evaluate_in_training(self._strategy, self._task, loader, (), why_stop)
+            )
         except EvaluationStopped:
             self._put_last_back(progress)
             raise
@@ -255,8 +259,12 @@ class Checkpointing:
             return loaded
         state, position = loaded
         self._strategy.begin_epoch(position.epoch)
-        self._strategy.load_state_dict(state)
+        self._load(state)
         return None
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._strategy.load_state_dict(state)
+        self._averages.load(state)
 
     def check_folder(self) -> None:
         """Checks at the end of the run that its folder is still there; rank 0 does that for all.

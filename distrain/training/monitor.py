@@ -15,8 +15,10 @@ from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.state_schema import shorten
 from distrain.config.schema import TrainerConfig
 from distrain.errors import ConfigError
+from distrain.optim.schedulers import PlateauConfig
 from distrain.tasks import chosen_metrics
 from distrain.tasks.base import Evaluation, Task
+from distrain.training import averaging, plateau
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,14 @@ class Monitor:
         higher_is_better: Whether more is better.
         score: Name of the task's own score, by which models are compared unless ``trainer.monitor`` is set.
         config: The keys of the section ``trainer``.
+        plateau: Lowers the learning rate by this number; ``None``: nothing does.
     """
 
     name: str
     higher_is_better: bool
     score: str
     config: TrainerConfig
+    plateau: PlateauConfig | None
 
     @classmethod
     def of(cls, task: Task) -> Monitor:
@@ -49,10 +53,10 @@ class Monitor:
         Raises:
             ConfigError: A metric can't be used, there is no such number, or nobody says whether more of it is better.
         """
-        config = task.config.trainer
+        config, scheduler = task.config.trainer, task.config.scheduler
         directions = chosen_metrics.check(task)
-        names = [_LOSS, *task.validated]
-        name = task.score
+        names = [_LOSS, *averaging.validated(task)]
+        name = f"ema_{task.score}" if "ema" in averaging.names(config) else task.score
         if config.monitor is not None:
             name = config.monitor.removeprefix(_PREFIX)
             if not config.monitor.startswith(_PREFIX) or name not in names:
@@ -60,14 +64,15 @@ class Monitor:
                 raise ConfigError("trainer.monitor", config.monitor, problem, [f"{_PREFIX}{each}" for each in names])
         better = config.mode == "max"
         if config.mode is None:
-            known = directions.get(name, name not in _ERRORS)
-            if name == task.score:
+            plain = averaging.without_average(name) if name not in task.validated else name
+            known = directions.get(plain, plain not in _ERRORS)
+            if plain == task.score:
                 known = task.higher_is_better
             if known is None:
                 problem = f"its class doesn't say whether more of {_PREFIX}{name} is better"
                 raise ConfigError("trainer.mode", None, problem, _MODES)
             better = known
-        return cls(name, better, task.score, config)
+        return cls(name, better, task.score, config, scheduler if isinstance(scheduler, PlateauConfig) else None)
 
     def check_data(self, validation_samples: int) -> None:
         """Refuses to monitor a validation that never happens.
@@ -75,10 +80,14 @@ class Monitor:
         Raises:
             ConfigError: There are no validation samples.
         """
-        for key, value in (("monitor", self.config.monitor), ("patience", self.config.patience)):
+        for key, value in (
+            ("trainer.monitor", self.config.monitor),
+            ("trainer.patience", self.config.patience),
+            ("scheduler", self.plateau and self.plateau.name),
+        ):
             if value is not None and not validation_samples:
                 problem = "needs validation samples, and there are none; data.val_fraction=0.1 holds some out"
-                raise ConfigError(f"trainer.{key}", value, problem)
+                raise ConfigError(key, value, problem)
 
     def value(self, evaluation: Evaluation) -> float:
         """The monitored number of a validation."""
@@ -104,6 +113,8 @@ class Monitor:
             progress.patience_score, progress.epochs_without_improvement = value, 0
         else:
             progress.epochs_without_improvement += 1
+        if self.plateau is not None:
+            plateau.note(self.plateau, value, self.is_better, progress)
         progress.stopped_of_epochs = None
         if self.gives_up(progress):
             progress.stopped_of_epochs = self.config.epochs
@@ -132,6 +143,9 @@ class Monitor:
             progress.best_score = progress.best_step = progress.best_epoch = None
         if not is_same:
             progress.patience_score, progress.epochs_without_improvement = None, 0
+            progress.lr_score, progress.lr_bad_epochs = None, 0
+        if self.plateau is None:
+            progress.lr_factor = 1.0
         planned = progress.stopped_of_epochs
         if planned is not None and self.config.epochs > planned and self.gives_up(progress):
             log.info("the run had stopped early; with more epochs, trainer.patience counts from here on")

@@ -26,6 +26,7 @@ from distrain.runtime.device import float64_device
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult, Strategy
 from distrain.tasks.base import Evaluation, Task, class_rows
+from distrain.training import averaging
 from distrain.training.monitor import Monitor
 from distrain.training.nonfinite import NonFiniteGuard
 
@@ -186,7 +187,7 @@ class Report:
 
     def validation(self, evaluation: Evaluation) -> dict[str, float]:
         """What is to be logged of a validation."""
-        metrics = {f"epoch/val_{name}": evaluation.metrics[name] for name in self._task.validated}
+        metrics = {f"epoch/val_{name}": evaluation.metrics[name] for name in averaging.validated(self._task)}
         return {"epoch/val_loss": evaluation.loss, **metrics}
 
     def _means(self, sums: Sequence[float]) -> tuple[float, dict[str, float], float]:
@@ -230,7 +231,7 @@ class Report:
             "skipped_updates": progress.skipped_updates,
             "rewinds": progress.rewinds,
             "train_loss": progress.train_loss if progress.epoch else (loss if count else None),
-            **{f"val_{name}": progress.val_metrics.get(name) for name in self._task.validated},
+            **{f"val_{name}": progress.val_metrics.get(name) for name in averaging.validated(self._task)},
             f"val_{self._task.score}": progress.val_score,
             "monitor": f"val/{self._monitor.name}",
             f"best_val_{self._monitor.name}": progress.best_score,

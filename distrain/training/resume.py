@@ -33,6 +33,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Task
 from distrain.training import callback_list
+from distrain.training.averaging import Averages
 
 log = logging.getLogger(__name__)
 
@@ -351,13 +352,16 @@ def newest_checkpoint(runtime: Runtime, training_group: Communicator, before: Pa
     return None if name is None else folder / name
 
 
-def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, samples: int) -> Resumed | None:
+def resume(
+    config: Config, runtime: Runtime, strategy: Strategy, averages: Averages, task: Task, samples: int
+) -> Resumed | None:
     """Restores the checkpoint that ``resume`` chooses; all ranks call it together, and restore the same one.
 
     Args:
         config: This run's configuration.
         runtime: This rank's surroundings.
         strategy: Is set up; its state is restored.
+        averages: Of the strategy's model; they are restored too.
         task: What the model is trained to do.
         samples: Number of training samples in an epoch.
 
@@ -375,7 +379,7 @@ def resume(config: Config, runtime: Runtime, strategy: Strategy, task: Task, sam
     while path is not None:
         loaded = read(runtime, strategy.training_group, task, path)
         if not isinstance(loaded, str):
-            return _restore(config, runtime, strategy, path, samples, *loaded)
+            return _restore(config, runtime, strategy, averages, path, samples, *loaded)
         if config.resume != "auto":
             raise ConfigError("resume", path, loaded)
         if runtime.is_main:
@@ -403,6 +407,7 @@ def _restore(
     config: Config,
     runtime: Runtime,
     strategy: Strategy,
+    averages: Averages,
     path: Path,
     samples: int,
     state: dict[str, Any],
@@ -414,7 +419,7 @@ def _restore(
     refuse_incompatible(config, path, saved, bool(progress.epoch_samples))
     try:
         strategy.begin_epoch(progress.epoch)
-        restored = strategy.load_state_dict(state)
+        restored = strategy.load_state_dict(state) + averages.load(state)
     except ValueError as error:
         raise ConfigError("resume", path, str(error)) from error
     by_rank = group.all_gather_json({"parts": [astuple(part) for part in restored]}, runtime.device)

@@ -31,12 +31,14 @@ from distrain.runtime import launcher
 from distrain.runtime.device import MPS, choose_backend, choose_device, is_mps
 from distrain.runtime.world import World
 from distrain.strategies import base as strategies
+from distrain.strategies import sharpness
 from distrain.strategies.base import Strategy
 from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
 from distrain.training import (
     auto_format,
+    averaging,
     batch_sizes,
     chosen_callbacks,
     initial_weights,
@@ -138,6 +140,11 @@ class RunPlan:
             raise ConfigError("data.batch_size", config.data.batch_size, problem)
         compression.compressor_class(config).check(config)
         check_lookahead(config)
+        averaging.check(config)
+        sharpness.check(config, steps_alike=self.strategy.steps_alike)
+        if config.optimizer.has_modes and not self.strategy.steps_alike:
+            problem = f"strategy={config.strategy.name} can't switch the parameters of all ranks to their averages"
+            raise ConfigError("optimizer", config.optimizer.name, problem)
         check_counts(config)
         if world.rank == 0:
             # The rank that writes; the others' hosts need not have a logger's package.

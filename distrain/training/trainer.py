@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from distrain import rng
 from distrain.checkpoint.progress import Progress
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
@@ -15,11 +14,12 @@ from distrain.health.activity import in_phase
 from distrain.reporting.loggers.base import Logger
 from distrain.runtime import consensus, gc_freeze
 from distrain.runtime.consensus import Request, RunControl
-from distrain.runtime.device import generators
+from distrain.runtime.device import StepGenerators
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation
 from distrain.training import resume
+from distrain.training.averaging import Averages
 from distrain.training.callback_list import CallbackList
 from distrain.training.checkpointing import Checkpointing
 from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
@@ -52,6 +52,7 @@ class Trainer:
         total_steps: Updates of the whole run.
         report: Sums what steps did and logs it.
         monitor: Says which model is the best, and when to stop early.
+        averages: Of the model.
         checkpointing: Saves and restores the run.
     """
 
@@ -76,9 +77,9 @@ class Trainer:
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
         self.report = Report(plan.config, runtime, strategy, plan.task, plan.monitor, self._guard, logger)
-        parts = (strategy, plan.task, plan.monitor, splits, self.report, self.callbacks)
-        self.checkpointing = Checkpointing(plan.config, runtime, *parts)
-        self._generators = generators(runtime.device)
+        self.averages = Averages(plan.config.trainer, strategy, len(splits.train))
+        self.checkpointing = Checkpointing(plan, runtime, strategy, self.averages, splits, self.report, self.callbacks)
+        self._generators = StepGenerators(plan.config.seed, runtime.device)
         runtime.activity.find_samples = loaders["train"].sampler.share
         # Published now, so that other ranks can name this rank's samples even if it dies in its first step.
         runtime.activity.shard = strategy.data_shard
@@ -143,22 +144,18 @@ class Trainer:
 
     def take_step(self, batch: Batch) -> None:
         """One update from this rank's share of a global batch."""
-        self.seed_step()
-        self.strategy.set_learning_rate(self.config.optimizer.lr * self.schedule(self.progress.step))
+        self._generators.begin_step(self.progress.step, self.strategy.data_shard[0])
+        share = self.schedule(self.progress.step) * self.progress.lr_factor
+        self.strategy.set_learning_rate(self.config.optimizer.lr * share)
         sent_before = self.strategy.ledger.total()
         result = self.strategy.train_step(batch)
         counts = self._guard.check_step(result, batch, self.progress.step + 1)
         self.report.add_step(result, self.strategy.ledger.total() - sent_before, counts=counts)
         self.progress.advance(batch.global_count)
+        self.averages.after_step(self.progress)
         self.runtime.activity.advance(self.progress.step, self.progress.epoch_samples)
         self.checkpointing.saver.poll()
         self.callbacks.notify("on_step_end", self)
-
-    def seed_step(self) -> None:
-        """Makes a step's random numbers depend on (seed, step, shard) alone, so that no generator need be saved."""
-        seed = rng.step_seed(self.config.seed, self.progress.step, self.strategy.data_shard[0])
-        for generator in self._generators:
-            generator.manual_seed(seed)
 
     def _agree(self) -> Request:
         """What all ranks do after this step."""
@@ -205,9 +202,9 @@ class Trainer:
 
     @in_phase("evaluation")
     def evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
-        """Evaluates a split; all ranks call it together."""
-        why_stop = self._control.why_stop_evaluation
-        return evaluate_in_training(self.strategy, self.task, self.loaders[split], watch, why_stop)
+        """Evaluates a split, also by the averages of the model; all ranks call it together."""
+        why_stop, loader = self._control.why_stop_evaluation, self.loaders[split]
+        return self.averages.evaluate(lambda: evaluate_in_training(self.strategy, self.task, loader, watch, why_stop))
 
     def save(self) -> None:
         """Saves this step, if it is not saved yet; all ranks call it together."""

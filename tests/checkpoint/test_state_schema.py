@@ -112,7 +112,7 @@ def test_each_field_holds_what_a_run_writes_or_is_refused_by_name(tmp_path: Path
     assert {"10^400", "-10^400", "NaN", "infinity", "-infinity", "deep", "huge inside"} <= refused
     if place[0] in ("progress", "layout") and place[-1] not in ("strategy", "travels", "monitor"):
         assert {"text", "true"} <= refused
-        numbers = ("train_loss", "val_score", "best_score", "patience_score", "loss")
+        numbers = ("train_loss", "val_score", "best_score", "patience_score", "lr_score", "loss")
         assert {"negative", "2^63"} <= refused or place[-1] in numbers
 
 

@@ -169,7 +169,8 @@ def test_the_table_has_a_line_per_class_and_no_control_characters() -> None:
         {"class": "cat\x1b[2J", "accuracy": 0.5, "correct": 1, "count": 2},
         {"class": "dog", "accuracy": None, "correct": 0, "count": 0},
     ]
-    result = {"split": "test", "checkpoint": "step_00000001", "accuracy": 0.5, "correct": 1, "count": 2, "loss": 1.25}
+    result: dict[str, Any] = {"split": "test", "checkpoint": "step_00000001", "weights": "last"}
+    result |= {"accuracy": 0.5, "correct": 1, "count": 2, "loss": 1.25}
     assert evaluate._table({**result, "classes": classes}, task).splitlines() == [
         "test of step_00000001: accuracy 0.5000 (1 of 2), loss 1.2500",
         "class    accuracy  correct  count",

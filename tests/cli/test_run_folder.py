@@ -268,10 +268,10 @@ def test_another_checkpoint_is_read_if_a_run_in_progress_removes_one(
     first, last = checkpoint_format.list_checkpoints(run / "checkpoints")
     load_model = checkpoint_reader.load_model
 
-    def slow(path: Path) -> Any:
+    def slow(path: Path, average: str | None = None) -> Any:
         if path == last:
             shutil.rmtree(last)
-        return load_model(path)
+        return load_model(path, average)
 
     monkeypatch.setattr(checkpoint_reader, "load_model", slow)
     assert weights(run).path == first

@@ -8,12 +8,33 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+)
 
+from distrain.checkpoint.progress import Progress
 from distrain.config.groups import SchedulerConfig
 from distrain.config.registry import choices
 from distrain.errors import ConfigError
-from distrain.optim.schedulers import CosineConfig, OneCycleConfig, StepConfig, TriangleConfig, build
+from distrain.optim.schedulers import (
+    CosineConfig,
+    CosineRestartsConfig,
+    ExponentialConfig,
+    OneCycleConfig,
+    PlateauConfig,
+    PolynomialConfig,
+    StepConfig,
+    TriangleConfig,
+    build,
+)
+from distrain.training import plateau
 
 CONSTANT = SchedulerConfig(name="constant", warmup_epochs=0.0)
 STEP = StepConfig(name="step", warmup_epochs=0.0, milestones=[1.5, 3.0], gamma=0.1)
@@ -22,7 +43,15 @@ ONE_CYCLE = OneCycleConfig(
     name="one_cycle", warmup_epochs=0.0, warmup_fraction=0.3, initial_factor=0.04, final_factor=0.001
 )
 TRIANGLE = TriangleConfig(name="triangle", warmup_epochs=0.0, peak=0.23, initial_factor=0.2, final_factor=0.07)
-ALL = [CONSTANT, STEP, COSINE, ONE_CYCLE, TRIANGLE]
+RESTARTS = CosineRestartsConfig(
+    name="cosine_restarts", warmup_epochs=0.0, cycle_epochs=1, cycle_factor=2, peak_factor=1, final_factor=0.2
+)
+EXPONENTIAL = ExponentialConfig(name="exponential", warmup_epochs=0.0, gamma=0.5, staircase=True)
+POLYNOMIAL = PolynomialConfig(name="polynomial", warmup_epochs=0.0, power=2.0, final_factor=0.0)
+PLATEAU = PlateauConfig(
+    name="plateau", warmup_epochs=0.0, factor=0.5, patience=2, min_delta=0.1, cooldown=1, final_factor=0.1
+)
+ALL = [CONSTANT, STEP, COSINE, ONE_CYCLE, TRIANGLE, RESTARTS, EXPONENTIAL, POLYNOMIAL, PLATEAU]
 
 
 def with_warmup(config: SchedulerConfig, epochs: float) -> SchedulerConfig:
@@ -66,6 +95,39 @@ def test_cosine_agrees_with_torch() -> None:
     schedule = build(COSINE, 10, 40)
     expected = rates_of(CosineAnnealingLR(optimizer(), 40, eta_min=0.2), 40)
     assert [schedule(step) for step in range(40)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_restarts_agree_with_torch() -> None:
+    schedule = build(RESTARTS, 10, 70)
+    reference = CosineAnnealingWarmRestarts(optimizer(), 10, T_mult=2, eta_min=0.2)
+    assert [schedule(step) for step in range(70)] == pytest.approx(rates_of(reference, 70), rel=1e-12)
+    lower = CosineRestartsConfig(**{**vars(RESTARTS), "peak_factor": 0.5})
+    assert [build(lower, 10, 70)(step) for step in (0, 10, 30)] == [1.0, 0.5, 0.25]
+
+
+def test_exponential_and_polynomial_agree_with_torch() -> None:
+    smooth = ExponentialConfig(**{**vars(EXPONENTIAL), "staircase": False})
+    by_step = rates_of(ExponentialLR(optimizer(), 0.5 ** (1 / 10)), 40)
+    by_epoch = rates_of(ExponentialLR(optimizer(), 0.5), 4)
+    assert [build(smooth, 10, 40)(step) for step in range(40)] == pytest.approx(by_step, rel=1e-12)
+    assert [build(EXPONENTIAL, 10, 40)(step) for step in range(0, 40, 10)] == pytest.approx(by_epoch, rel=1e-12)
+    assert build(EXPONENTIAL, 10, 40)(9) == 1.0
+    expected = rates_of(PolynomialLR(optimizer(), 40, power=2.0), 40)
+    assert [build(POLYNOMIAL, 10, 40)(step) for step in range(40)] == pytest.approx(expected, rel=1e-9)
+
+
+def test_plateau_agrees_with_torch() -> None:
+    drawn = random.Random(0)
+    scores = [drawn.uniform(0, 1) for _ in range(60)]
+    reference = ReduceLROnPlateau(
+        optimizer(), "max", factor=0.5, patience=2, threshold=0.1, threshold_mode="abs", cooldown=1, min_lr=0.1
+    )
+    progress = Progress()
+    for score in scores:
+        plateau.note(PLATEAU, score, lambda value, best, delta: best is None or value - best > delta, progress)
+        reference.step(score)
+        assert progress.lr_factor == pytest.approx(reference.optimizer.param_groups[0]["lr"])
+    assert progress.lr_factor == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("steps", [40, 47, 200])

@@ -69,7 +69,7 @@ def test_no_value_of_any_field_leads_to_another_training(folder: Path) -> None:
                 for tensor in strategy.model_state().values():
                     tensor.zero_()
             strategy.optimizer.state.clear()
-            found = resume.resume(config, runtime, strategy, task, 48)
+            found = resume.resume(config, runtime, strategy, trainer.averages, task, 48)
             assert found is not None
             tensors = {name: tensor.clone() for name, tensor in strategy.model_state().items()}
             tensors |= {name: tensor.clone() for name, tensor in strategy.state_dict()["optimizer"].items()}

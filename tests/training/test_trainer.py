@@ -235,7 +235,7 @@ def test_dropout_depends_on_seed_and_step_alone(whole: Run, tmp_path: Path) -> N
             self.masks: list[Tensor] = []
 
         def on_step_end(self, trainer: Any) -> None:
-            trainer.seed_step()
+            trainer._generators.begin_step(trainer.progress.step, 0)
             self.masks.append(torch.rand(8))
 
     masks = Masks()

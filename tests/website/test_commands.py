@@ -22,6 +22,7 @@ from distrain.cli import (
     doctor,
     evaluate,
     export,
+    find,
     hosts,
     hydra_entry,
     key_help,
@@ -53,6 +54,7 @@ SETTINGS: dict[str, tuple[Path, type[Any]]] = {
     "chaos": (CONF, chaos.ChaosSettings),
     "verify": (CONF, verify.VerifySettings),
     "plan": (CONF, plan.PlanSettings),
+    "find": (CONF, find.FindSettings),
     "testnet": (testnet.CONF, testnet.NetworkSettings),
 }
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -152,7 +154,7 @@ def _check_distrain(arguments: Sequence[str]) -> None:
         parts = [shlex.split(part) for part in behind.split(" -- ")] if behind else []
         _check_settings(command, shlex.split(own))
         for part in parts:
-            if command in ("hosts", "chaos", "verify", "plan"):
+            if command in ("hosts", "chaos", "verify", "plan", "find"):
                 _check_training(part)
             else:
                 check(part)
@@ -160,7 +162,9 @@ def _check_distrain(arguments: Sequence[str]) -> None:
 
 def _check_settings(command: str, arguments: list[str]) -> None:
     folder, schema = SETTINGS[command]
-    if command in ("evaluate", "predict", "doctor", "verify", "plan"):
+    if command == "find":
+        arguments = [f"what={word}" if word == "lr" else word for word in arguments]
+    if command in ("evaluate", "predict", "doctor", "verify", "plan", "find"):
         launch_keys.check(launch_keys.pop(arguments), arguments, {})
     elif command == "testnet":
         arguments = [f"action={word}" if word in ("up", "on", "down") else word for word in arguments]

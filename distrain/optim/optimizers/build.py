@@ -49,7 +49,7 @@ def build_optimizer(
     Args:
         config: Its ``lr`` is the base rate; the scheduler multiplies it by a factor.
         params: Parameters, or pairs of name and parameter, on the device they are trained on. Names are needed if
-            ``config.groups`` is not empty or ``config.layer_decay`` is set.
+            ``config.groups`` or ``config.no_decay`` is not empty or ``config.layer_decay`` is set.
         steps_per_epoch: Updates per epoch. Only groups with ``epochs`` need it: they are frozen after those epochs.
         total_steps: Updates of the whole run. Only lookahead needs it: after the last update it sets the parameters to
             its slow copy.

@@ -14,6 +14,9 @@ from distrain.models.layers import layer_depths, matches, unmatched
 from distrain.optim.optimizers import updates
 
 Parameters = list[nn.Parameter] | list[tuple[str, nn.Parameter]]
+#: What parameters of an optimizer's group have in common: 0 or 1 + the index of the configured group, the factor of the
+#: rate by the layer, and whether ``no_decay`` leaves them their weight decay.
+_Key = tuple[int, float, bool]
 
 
 class ParameterGroups:
@@ -26,8 +29,8 @@ class ParameterGroups:
 
     Args:
         config: Of the optimizer. A parameter belongs to the first of its groups whose pattern matches its name; with
-            ``layer_decay`` each layer's part of a group is a group.
-        parameters: Pairs of name and parameter; without names if there are neither groups nor ``layer_decay``.
+            ``layer_decay`` each layer's part of a group is a group, and so is what ``no_decay`` names of it.
+        parameters: Pairs of name and parameter; without names if there are no groups, ``layer_decay`` or ``no_decay``.
         steps_per_epoch: Updates per epoch.
         depths: The layer of each parameter of the whole model; see :func:`distrain.models.layers.layer_depths`.
 
@@ -45,25 +48,27 @@ class ParameterGroups:
             None if group.epochs is None else round(group.epochs * steps_per_epoch) for group in config.groups
         ]
         self.groups: list[dict[str, Any]] = [{"params": parameters}]
-        if not config.groups and config.layer_decay is None:
+        if not config.groups and config.layer_decay is None and not config.no_decay:
             return
         # The first group is there even if it is empty: the learning rate is read from it.
-        members: dict[tuple[int, float], list[tuple[str, nn.Parameter]]] = {(0, 1.0): []}
+        members: dict[_Key, list[tuple[str, nn.Parameter]]] = {(0, 1.0, True): []}
         for item in parameters:
             if not isinstance(item, tuple):
                 raise TypeError("optimizer groups need named parameters")
-            key = (_group_index(config.groups, item[0], depths), depth_factor(config, item[0], depths))
-            members.setdefault(key, []).append(item)
+            name, parameter = item
+            index, factor = _group_index(config.groups, name, depths), depth_factor(config, name, depths)
+            members.setdefault((index, factor, _decays(config, name, parameter)), []).append(item)
         self.groups = [self._options(config, *key, members[key]) for key in sorted(members, key=_order)]
 
     def _options(
-        self, config: OptimizerConfig, index: int, factor: float, members: list[tuple[str, nn.Parameter]]
+        self, config: OptimizerConfig, index: int, factor: float, decays: bool, members: list[tuple[str, nn.Parameter]]
     ) -> dict[str, Any]:
         """The parameter group of some members of a configured group, 1 + its index, or of none of them, 0."""
-        if not index:
-            return {**parameter_group(members), "lr_factor": factor}
-        group = config.groups[index - 1]
-        decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        group = config.groups[index - 1] if index else None
+        decay = {} if decays else {"weight_decay": 0.0}
+        if group is None:
+            return {**parameter_group(members), "lr_factor": factor, **decay}
+        decay = decay if group.weight_decay is None else {"weight_decay": group.weight_decay}
         last = self._freeze_after[index - 1]
         options = {"params": members, "lr_factor": group.lr_factor * factor, "last_update": last}
         return {**group.kwargs, **options, **decay}
@@ -135,24 +140,32 @@ def describe_rates(config: OptimizerConfig, model: nn.Module) -> Lines:
         model: The unsplit model.
     """
     depths = layer_depths(model)
-    rows: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = {}
+    rows: dict[tuple[int, int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        rows.setdefault((depths[name], _group_index(config.groups, name, depths)), []).append((name, parameter))
+        key = (depths[name], _group_index(config.groups, name, depths), _decays(config, name, parameter))
+        rows.setdefault(key, []).append((name, parameter))
     lines = [f"{'layer':>5}  {'learning rate':>13}  {'weight decay':>12}  {'values':>11}  parameters"]
-    for (depth, index), members in sorted(rows.items()):
+    for (depth, index, decays), members in sorted(rows.items()):
         group = config.groups[index - 1] if index else None
         factor = depth_factor(config, members[0][0], depths) * (group.lr_factor if group else 1.0)
-        decay = config.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+        decay = config.weight_decay if decays else 0.0
+        decay = decay if group is None or group.weight_decay is None else group.weight_decay
         values = sum(parameter.numel() for _, parameter in members)
         names = members[0][0] if len(members) == 1 else f"{members[0][0]} … {members[-1][0]}"
         lines.append(f"{depth:5}  {factor:8.3g} × lr  {decay:12.3g}  {values:11,}  {names}")
     return Lines.of(lines)
 
 
-def _order(key: tuple[int, float]) -> tuple[int, float]:
-    """Sorts the group of all that is neither in a group nor of another layer to the front."""
-    index, factor = key
-    return index, -factor
+def _order(key: _Key) -> tuple[int, float, bool]:
+    """Sorts the group of all that is neither in a group, nor of another layer, nor without decay to the front."""
+    index, factor, decays = key
+    return index, -factor, not decays
+
+
+def _decays(config: OptimizerConfig, name: str, parameter: nn.Parameter) -> bool:
+    """Whether ``no_decay`` leaves a parameter its weight decay."""
+    is_bias = name.rpartition(".")[2] == "bias"
+    return ("bias" if is_bias else "norm") not in config.no_decay or (not is_bias and parameter.dim() > 1)
 
 
 def _group_index(config: Sequence[GroupConfig], name: str, depths: Mapping[str, int]) -> int:

@@ -58,6 +58,8 @@ class FSDP(DDP):
     """
 
     slices_parameters = True
+    # Neither SAM nor an optimizer with modes reaches the parameters of other ranks.
+    steps_alike = False
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)

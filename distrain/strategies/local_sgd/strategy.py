@@ -334,6 +334,14 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             self._set_aside = None
 
     @override
+    @torch.no_grad()
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        super().agree_on_average(average)
+        copies = {name: average[name] for name in self._copies if name in average}
+        for name, mean in weighted_mean(copies, 1 / self.replicas.size, self.replicas).items():
+            average[name].copy_(mean)
+
+    @override
     def eval_step(self, batch: Batch) -> StepResult:
         self._prepare_model_state()
         return super().eval_step(batch)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -384,3 +384,26 @@ class ServerClients:
         """Tells all servers why this worker fails; see :meth:`ServerClient.abandon`."""
         for client in self.clients:
             client.abandon(error, fatal=fatal)
+
+    def warn_of_lost_workers(self, known: Set[int]) -> set[int]:
+        """Names the workers that servers have lost in the log, each once.
+
+        Args:
+            known: Ranks of lost workers that were named before.
+
+        Returns:
+            The ranks that were not.
+        """
+        found: set[int] = set()
+        for client in self.clients:
+            for rank, record in client.lost_workers.items():
+                if rank not in known | found:
+                    found.add(rank)
+                    log.warning(
+                        "WORKER LOST: rank %d on %s is gone after %d steps (%s); the others go on without its samples",
+                        rank,
+                        record["host"],
+                        record["steps"],
+                        record["lost"],
+                    )
+        return found

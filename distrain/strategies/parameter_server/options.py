@@ -91,6 +91,10 @@ class ParameterServerConfig(StrategyConfig):
                 f"needs workers that keep step, not mode={self.mode}",
                 ["null"],
             )
+        for key, value in (("ema.decay", config.trainer.ema.decay), ("swa.from_epoch", config.trainer.swa.from_epoch)):
+            if value is not None and self.mode != "sync":
+                problem = f"with mode={self.mode} each worker sees other parameters; mode=sync averages"
+                raise ConfigError(f"trainer.{key}", value, problem, ["null"])
         if not _sends_messages(compressor_class(config)):
             others = [name for name in choices("compression") if _sends_messages(choice("compression", name).target)]
             reason = "needs collectives; gradients are sent to servers instead"

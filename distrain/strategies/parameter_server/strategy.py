@@ -295,17 +295,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         log.warning("worker %s is gone after %d steps: %s", worker.peer, worker.steps, worker.loss_reason)
 
     def _warn_of_lost_workers(self) -> None:
-        for client in self._clients.clients:
-            for rank, record in client.lost_workers.items():
-                if rank not in self.runtime.lost_ranks:
-                    self.runtime.lost_ranks.add(rank)
-                    log.warning(
-                        "WORKER LOST: rank %d on %s is gone after %d steps (%s); the others go on without its samples",
-                        rank,
-                        record["host"],
-                        record["steps"],
-                        record["lost"],
-                    )
+        self.runtime.lost_ranks |= self._clients.warn_of_lost_workers(self.runtime.lost_ranks)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -400,6 +390,12 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             self._warn_of_lost_workers()
         average_in_place(list(self._averaged_buffers.values()), self.replicas)
         self._up_to_date = True
+
+    @override
+    @torch.no_grad()
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        super().agree_on_average(average)
+        average_in_place([average[name] for name in self._averaged_buffers if name in average], self.replicas)
 
     def _barrier(self) -> None:
         """Waits until all living workers are here."""

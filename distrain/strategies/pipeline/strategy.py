@@ -25,6 +25,7 @@ from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import FreezeSchedule, freeze_schedule, still_modules, train_only
+from distrain.optim.optimizers import modes
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
@@ -36,6 +37,7 @@ from distrain.strategies.pipeline.schedule import SCHEDULES, rank_of_stages
 from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.transfers import StageTransfers
 from distrain.strategies.precision import Precision
+from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.update import clip_and_step
 from distrain.tasks.base import Task
 
@@ -57,6 +59,7 @@ class Pipeline(Strategy[PipelineConfig]):
     """
 
     divides_model = True
+    steps_alike = True
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
@@ -169,6 +172,8 @@ class Pipeline(Strategy[PipelineConfig]):
         self.optimizer = make_optimizer(named)
         self._set_training_mode()
         self._snapshot = BufferSnapshot(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
+        rho = self.config.optimizer.sam_rho
+        self._sharpness = None if rho is None else Sharpness(rho, self._modules)
         self._executor = ScheduleExecutor(
             self.options,
             self.pipeline_group.rank,
@@ -293,31 +298,39 @@ class Pipeline(Strategy[PipelineConfig]):
     @override
     def train_step(self, batch: Batch) -> StepResult:
         with self.stopwatch.step():
+            modes.for_training(self.optimizer)
             self.compressor.begin_step()
             if self._snapshot is not None:
                 self._snapshot.take()
             # Visits all layers, so it is done after an evaluation only.
             if not all(module.training for module in self._modules):
                 self._set_training_mode()
-            for gradients in self.gradients.values():
-                gradients.zero()
             pieces = self._microbatches(batch)
-            count = len(pieces)
             self._recorder.begin_step()
-            executor = self._executor
-            loss_sum, metric_sums = executor.train(pieces, batch.global_count) if count else executor.no_sums()
-            for index in self.stages:
-                if not count or len(self.stages) > 1:
-                    self.gradients[index].begin_last_backward()
-                self.gradients[index].finish()
-            batchnorm.update_running_statistics(self._modules)
+            loss_sum, metric_sums = self._run_passes(pieces, batch)
+            if self._sharpness is not None:
+                with self._sharpness.moved(self.norm()):
+                    self._run_passes(pieces, batch)
             skipped = self._update()
-        if count == self.options.microbatches:
+        if len(pieces) == self.options.microbatches:
             self._recorder.end_step()
         for stage in self.stages.values():
             # Measuring hooks every tensor that autograd saves, so it is done in the first step only.
             stage.measures_memory = False
         return StepResult(loss_sum, metric_sums, len(batch) if self._has_last_stage else 0, skipped=skipped)
+
+    def _run_passes(self, pieces: list[tuple[Tensor, Targets]], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Computes the batch's gradient and reduces it; returns the sums of losses and metrics."""
+        for gradients in self.gradients.values():
+            gradients.zero()
+        executor = self._executor
+        sums = executor.train(pieces, batch.global_count) if pieces else executor.no_sums()
+        for index in self.stages:
+            if not pieces or len(self.stages) > 1:
+                self.gradients[index].begin_last_backward()
+            self.gradients[index].finish()
+        batchnorm.update_running_statistics(self._modules)
+        return sums
 
     @property
     def _modules(self) -> list[nn.Module]:
@@ -367,6 +380,7 @@ class Pipeline(Strategy[PipelineConfig]):
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         """The rank with the last stage has the result; others return zeros."""
+        modes.for_evaluation(self.optimizer)
         count = len(self._microbatches(batch))
         if not count:
             return StepResult(*self._executor.no_sums(), 0)
@@ -401,13 +415,15 @@ class Pipeline(Strategy[PipelineConfig]):
 
     @override
     def uncompressed_bytes_per_step(self) -> int:
-        return sum(gradients.bytes_per_step for gradients in self.gradients.values())
+        passes = 1 if self._sharpness is None else 2
+        return passes * sum(gradients.bytes_per_step for gradients in self.gradients.values())
 
     # --- state -------------------------------------------------------------------------------------------------------
 
     @override
     def model_state(self) -> dict[str, Tensor]:
         """The unsplit model's parameters and buffers; all ranks call it together."""
+        modes.for_evaluation(self.optimizer)
         tensors = self.pipeline_group.merge_tensors(self._own_model_state(), self.runtime.device)
         return {name: tensors[name] for name in self._all_names}
 
@@ -417,6 +433,7 @@ class Pipeline(Strategy[PipelineConfig]):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The state of this rank's stages, which ranks of the first replica save."""
+        modes.for_evaluation(self.optimizer)
         device, saves = self.runtime.device, self.replicas.rank == 0
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         states = [module_state.read(module) for module in self._modules]

@@ -29,7 +29,7 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
         return [f"ended with {actual_path.name}, not with {expected_path.name}"]
     (expected, _), (actual, _) = checkpoint_reader.load(expected_path), checkpoint_reader.load(actual_path)
     problems = []
-    for part in ("model", "optimizer"):
+    for part in checkpoint_format.PARTS:
         names = [
             name
             for name in sorted({*expected[part], *actual[part]})

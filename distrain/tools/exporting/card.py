@@ -27,12 +27,16 @@ _MAX_SUMMARY_BYTES = 1 << 26
 #: Classes that the card names.
 _SHOWN_CLASSES = 100
 
+#: What a card says of an average of the model.
+_AVERAGES = {"ema": ", an exponential moving average of the model", "swa": ", the mean of models of the last epochs"}
+
 
 def text(
     run: Path,
     config: Config,
     spec: DataSpec,
     step: int,
+    kind: str,
     arguments: Mapping[str, Any],
     described: Mapping[str, Any],
     licence: str | None,
@@ -44,18 +48,19 @@ def text(
         config: The run's configuration.
         spec: Of the images.
         step: Number of updates of the exported checkpoint.
+        kind: ``last``, or the average of the model that is exported: ``ema`` or ``swa``.
         arguments: Those of the model.
         described: What ``config.json`` says below ``distrain``.
         licence: Name of the licence; ``None``: none is named.
     """
     summary = _read(run / "summary.json")
-    metrics = _test_metrics(summary, step)
+    metrics = _test_metrics(summary, step, kind)
     name = run.resolve().name
     parts = [
         f"---\n{to_yaml(_front_matter(name, config, metrics, licence))}---",
         f"# {_plain(name)}",
         f"`{_model_name(config)}` for {config.task.name} of images, exported by distrain {distrain.__version__}; the "
-        f"weights after {step:,} updates.",
+        f"weights after {step:,} updates{_AVERAGES.get(kind, '')}.",
         _usage(config, described, arguments),
         _data(config, spec),
         _metrics(metrics),
@@ -122,16 +127,24 @@ def _data(config: Config, spec: DataSpec) -> str:
     return f"## Data\n\n`data={config.data.name}`, {shape} images. Outputs in this order: {', '.join(names)}{more}."
 
 
-def _test_metrics(summary: Mapping[str, Any], step: int) -> dict[str, float]:
-    """Metrics of the test split, if the run has measured them for this checkpoint."""
+def _test_metrics(summary: Mapping[str, Any], step: int, kind: str) -> dict[str, float]:
+    """Metrics of the test split, if the run has measured them for these weights."""
     if step == summary.get("steps"):
         prefix = "test_"
     elif step == summary.get("best_step"):
         prefix = "best_test_"
     else:
         return {}
+    if kind in _AVERAGES:
+        prefix += f"{kind}_"
     found = {name.removeprefix(prefix): value for name, value in summary.items() if name.startswith(prefix)}
-    return {name: value for name, value in found.items() if _is_number(value) and name not in ("count", "correct")}
+    others = ("count", "correct")
+    averages = tuple(f"{average}_" for average in _AVERAGES)
+    return {
+        name: value
+        for name, value in found.items()
+        if _is_number(value) and name not in others and not name.startswith(averages)
+    }
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

@@ -39,6 +39,7 @@ class ModelFolder:
         mean: Channel means with which images are normalised.
         std: Channel standard deviations with which images are normalised.
         step: Number of updates of the checkpoint.
+        kind: ``last``, or the average of the model: ``ema`` or ``swa``.
         allowed: Dotted prefixes that the model's class may have.
     """
 
@@ -48,6 +49,7 @@ class ModelFolder:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int
+    kind: str
     allowed: Sequence[str]
 
     def write(
@@ -72,7 +74,7 @@ class ModelFolder:
         (folder / CONFIG).write_text(json.dumps(self._config(arguments), indent=2) + "\n", encoding="utf-8")
         # The library makes a file that only its owner can read.
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
-        text = card.text(self.run, self.config, self.spec, self.step, arguments, self._described(), licence)
+        text = card.text(self.run, self.config, self.spec, self.step, self.kind, arguments, self._described(), licence)
         (folder / CARD).write_text(text, encoding="utf-8")
 
     def _described(self) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class ModelFolder:
             "mean": list(self.mean),
             "std": list(self.std),
             "step": self.step,
+            "weights": self.kind,
             "version": distrain.__version__,
         }
 

@@ -56,7 +56,38 @@ def test_the_first_matching_group_applies_with_the_default_decay() -> None:
     torch.testing.assert_close(bias.detach(), after_sgd_step(0.2, decay=0.3))
 
 
-@pytest.mark.parametrize("choice", ["sgd", "adam", "adamw", "muon"])
+NAMES = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
+@pytest.mark.parametrize(
+    ("keys", "without"),
+    [
+        ("optimizer.no_decay=[norm]", {"norm.weight"}),
+        ("optimizer.no_decay=[bias]", {"norm.bias", "head.bias"}),
+        ("optimizer.no_decay=[norm,bias]", {"norm.weight", "norm.bias", "head.bias"}),
+        (
+            "optimizer.no_decay=[norm,bias] optimizer.groups=[{match:'head.*',lr_factor:2,weight_decay:0.3}]",
+            {"norm.weight", "norm.bias"},
+        ),
+        ("optimizer.no_decay=[bias] optimizer.groups=[{match:'head.*',lr_factor:2}]", {"norm.bias", "head.bias"}),
+        ("optimizer.no_decay=[bias] optimizer.layer_decay=0.5", {"norm.bias", "head.bias"}),
+    ],
+)
+def test_norms_and_biases_can_have_no_weight_decay(keys: str, without: set[str]) -> None:
+    model = nn.ModuleDict({"norm": nn.BatchNorm1d(3), "head": nn.Linear(3, 2)})
+    config = small("optimizer=sgd", "optimizer.weight_decay=0.3", *keys.split()).optimizer
+    optimizer = build_optimizer(config, model.named_parameters(), depths=layer_depths(model))
+    decays = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert decays == {name: 0.0 if name in without else 0.3 for name in NAMES}
+    assert str(describe_rates(config, model)).count(" 0  ") >= 1
+    # Who sets the rate needs to know nothing of groups, so there is a first one, even if it is empty.
+    assert optimizer.param_groups[0].get("lr_factor", 1.0) == 1.0
+
+
+CHOICES = ["sgd", "adam", "adamw", "muon", "lamb", "lars", "lion", "schedule_free_adamw"]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_all_groups_have_one_rate_between_steps(choice: str) -> None:
     optimizer, weight, bias = make_optimizer(f"optimizer={choice}", "optimizer.groups=[{match: '*', lr_factor: 5}]")
     for group in optimizer.param_groups:

@@ -1,0 +1,256 @@
+"""Running averages of the model: an exponential one, and stochastic weight averaging.
+
+Each rank averages the tensors that it holds, so updates need no communication, and a stage of a pipeline has the
+average of its own part. Buffers of floating point, such as BatchNorm's statistics, are averaged like parameters, as
+timm and ``torch.optim.swa_utils.AveragedModel(use_buffers=True)`` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.checkpoint import module_state
+from distrain.checkpoint.format import AVERAGES
+from distrain.checkpoint.progress import Progress
+from distrain.checkpoint.restore_report import RestoredPart
+from distrain.config.schema import Config, TrainerConfig
+from distrain.errors import ConfigError
+from distrain.strategies.base import Strategy
+from distrain.tasks.base import Evaluation, Task
+from distrain.torch_internals import foreach_copy, foreach_lerp
+
+
+def names(config: TrainerConfig) -> list[str]:
+    """The averages that a run keeps, of ``ema`` and ``swa``."""
+    kept = {"ema": config.ema.decay, "swa": config.swa.from_epoch}
+    return [name for name, value in kept.items() if value is not None]
+
+
+def validated(task: Task) -> list[str]:
+    """Names of the metrics of a run's validations: the task's own, and those and the loss of each average."""
+    own = list(task.validated)
+    return own + [f"{average}_{name}" for average in names(task.config.trainer) for name in ("loss", *own)]
+
+
+def without_average(name: str) -> str:
+    """A metric's name without the average that it is of."""
+    average, _, rest = name.partition("_")
+    return rest if average in AVERAGES and rest else name
+
+
+def check(config: Config) -> None:
+    """Refuses averages that would never begin, or of an optimizer that averages by itself.
+
+    Raises:
+        ConfigError: One line that names the key.
+    """
+    trainer, optimizer = config.trainer, config.optimizer
+    if trainer.swa.from_epoch is not None and trainer.swa.from_epoch > trainer.epochs:
+        problem = f"is after the last epoch, trainer.epochs={trainer.epochs}"
+        raise ConfigError("trainer.swa.from_epoch", trainer.swa.from_epoch, problem)
+    for key, value in (("ema.decay", trainer.ema.decay), ("swa.from_epoch", trainer.swa.from_epoch)):
+        if value is not None and optimizer.has_modes:
+            raise ConfigError(f"trainer.{key}", value, f"optimizer={optimizer.name} averages by itself", ["null"])
+
+
+class Average:
+    """One running average of a rank's tensors.
+
+    Args:
+        name: ``ema`` or ``swa``.
+        tensors: The model's by name; copied.
+        weight: The model's share in an update, from the number of updates before; the first one copies the model.
+        is_due: Whether a step, after which a run is at a position, is followed by an update; the last argument is
+            whether it ends an epoch.
+
+    Attributes:
+        name: As above.
+        tensors: The average by name.
+        updates: How many there were.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        weight: Callable[[int], float],
+        is_due: Callable[[Progress, bool], bool],
+    ) -> None:
+        self.name, self.updates = name, 0
+        self.tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        self.is_due = is_due
+        self._weight = weight
+
+    def update(self, model: list[Tensor]) -> None:
+        """Moves the average towards the model, whose tensors are in the same order."""
+        own = list(self.tensors.values())
+        if own and self.updates:
+            foreach_lerp(own, model, self._weight(self.updates))
+        elif own:
+            foreach_copy(own, model)
+        self.updates += 1
+
+
+class Averages:
+    """The averages that a run keeps; all ranks that train call its methods together.
+
+    Args:
+        config: The keys of the section ``trainer``.
+        strategy: Set up; holds the model.
+        samples: Training samples of an epoch.
+    """
+
+    def __init__(self, config: TrainerConfig, strategy: Strategy, samples: int) -> None:
+        self._strategy, self._samples = strategy, samples
+        kept = names(config)
+        self._model = _ModelTensors(strategy.own_modules() if kept else [])
+        makers = {"ema": _ema, "swa": _swa}
+        tensors = dict(zip(self._model.names, self._model.current(), strict=True))
+        self._averages = [makers[name](config, tensors) for name in kept]
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Updates the averages that are due after a step."""
+        ends_epoch = progress.epoch_samples >= self._samples
+        due = [average for average in self._averages if average.is_due(progress, ends_epoch)]
+        if due:
+            model = self._model.current()
+            for average in due:
+                average.update(model)
+
+    def evaluate(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
+        """Evaluates the model, and each average in its place; one that has not begun is the model.
+
+        Args:
+            evaluate: Evaluates the model that the strategy holds.
+
+        Returns:
+            The model's evaluation; the loss and the metrics of averages are among its metrics, such as
+            ``ema_accuracy``.
+        """
+        found = evaluate()
+        metrics = dict(found.metrics)
+        for average in self._averages:
+            other = found
+            if average.updates:
+                with self._in_place_of_model(average):
+                    other = evaluate()
+            numbers = {"loss": other.loss, **other.metrics}
+            metrics |= {f"{average.name}_{name}": value for name, value in numbers.items()}
+        return dataclasses.replace(found, metrics=metrics)
+
+    @contextlib.contextmanager
+    def _in_place_of_model(self, average: Average) -> Iterator[None]:
+        """The model holds the average in this block, and afterwards the same bits as before."""
+        self._strategy.agree_on_average(average.tensors)
+        model = self._model.current()
+        if not model:
+            yield
+            return
+        before = [tensor.clone() for tensor in model]
+        foreach_copy(model, list(average.tensors.values()))
+        try:
+            yield
+        finally:
+            foreach_copy(model, before)
+
+    def add_to(self, state: dict[str, Any]) -> None:
+        """Adds the averages to what a strategy saves: each rank those of the model's tensors that it saves."""
+        if not self._averages:
+            return
+        saved: dict[str, Tensor] = {}
+        for average in self._averages:
+            self._strategy.agree_on_average(average.tensors)
+            if average.updates:
+                saved |= {f"{average.name}/{key}": t for key, t in average.tensors.items() if key in state["model"]}
+        state["average"] = saved
+        state["scalars"]["averages"] = {each.name: each.updates for each in self._averages if each.updates}
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
+        """Restores what :meth:`add_to` added under this or another strategy.
+
+        Raises:
+            ValueError: A tensor is missing or has another shape.
+        """
+        updates: Mapping[str, int] = saved["scalars"].get("averages", {})
+        parts = []
+        for average in self._averages:
+            average.updates = updates.get(average.name, 0)
+            part = f"average {average.name}"
+            if not average.updates:
+                parts.append(RestoredPart(part, "absent", "none was saved; it begins with this run's model"))
+                continue
+            for key, tensor in average.tensors.items():
+                found = saved["average"].get(f"{average.name}/{key}")
+                if found is None or found.shape != tensor.shape:
+                    raise ValueError(f"the saved average {average.name} is not of this model: {key} differs")
+                tensor.copy_(found)
+            parts.append(RestoredPart(part, "exact", f"{average.updates} updates"))
+        kept = {average.name for average in self._averages}
+        parts += [
+            RestoredPart(f"average {name}", "reset", "this run keeps none") for name in updates if name not in kept
+        ]
+        return parts
+
+
+class _ModelTensors:
+    """The parameters and floating-point buffers that belong to the state of a rank's modules.
+
+    Args:
+        modules: With the unsplit model's names inside.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._parameters: dict[str, Tensor] = {}
+        # A forward pass may replace a buffer by a new tensor, so its owner is kept.
+        self._buffers: dict[str, tuple[nn.Module, str]] = {}
+        for module in modules:
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            for name, tensor in module_state.read(module).tensors.items():
+                owner, _, key = name.rpartition(".")
+                if name in parameters:
+                    self._parameters[name] = parameters[name].detach()
+                elif tensor.is_floating_point() and not module_state.is_extra_state(name):
+                    self._buffers[name] = module.get_submodule(owner), key
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names."""
+        return [*self._parameters, *self._buffers]
+
+    def current(self) -> list[Tensor]:
+        """The tensors in the order of their names, as the modules hold them now."""
+        buffers = [getattr(owner, key).detach() for owner, key in self._buffers.values()]
+        return [*self._parameters.values(), *buffers]
+
+
+def _ema(config: TrainerConfig, tensors: Mapping[str, Tensor]) -> Average:
+    """An exponential moving average; the warm-up is that of timm's ``ModelEmaV3`` (``use_warmup``)."""
+    keys = config.ema
+    decay = keys.decay or 0.0
+
+    def weight(updates: int) -> float:
+        return 1 - (min(decay, 1 - (1 + updates) ** (-2 / 3)) if keys.warmup else decay)
+
+    return Average("ema", tensors, weight, lambda progress, ends_epoch: progress.step % keys.every == 0)
+
+
+def _swa(config: TrainerConfig, tensors: Mapping[str, Tensor]) -> Average:
+    """Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407): the mean of all models that are taken."""
+    keys = config.swa
+    first = keys.from_epoch or 0
+
+    def is_due(progress: Progress, ends_epoch: bool) -> bool:
+        begins = ends_epoch and progress.epoch + 1 == first
+        if keys.every is None:
+            return ends_epoch and progress.epoch + 1 >= first
+        return begins or (progress.epoch >= first and progress.step % keys.every == 0)
+
+    return Average("swa", tensors, lambda updates: 1 / (updates + 1), is_due)
