@@ -7,7 +7,8 @@ module of distrain uses a private name of torch.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -111,6 +112,39 @@ def storage_id(tensor: Tensor) -> int:
     if hasattr(storage, "_cdata"):
         return cast(int, storage._cdata)
     return storage.data_ptr() or id(tensor)
+
+
+def observe_operations(note: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+    """Inside this context ``note`` is called with each tensor that an operation gets.
+
+    Operations are observed below autograd, so that none behaves differently for it.
+
+    Raises:
+        NotImplementedError: This torch can't observe them; its users then do without.
+    """
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError as error:
+        raise NotImplementedError(f"torch {torch.__version__} can't observe operations") from error
+
+    class Observing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for tensor in _tensors_in((args, kwargs)):
+                note(tensor)
+            return func(*args, **(kwargs or {}))
+
+    mode: AbstractContextManager[Any] = Observing()  # type: ignore[no-untyped-call]
+    return mode
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

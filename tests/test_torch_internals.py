@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,25 @@ def test_gradients_of_inputs_and_parameters_come_in_two_parts(is_fallback: bool)
         assert isinstance(ours, Tensor)
         assert isinstance(torchs, Tensor)
         torch.testing.assert_close(ours, torchs)
+
+
+def test_the_tensors_of_operations_are_observed_or_an_error_says_that_they_are_not(
+    is_fallback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, noted = nn.Linear(3, 2), set[int]()
+
+    def note(tensor: Tensor) -> None:
+        noted.add(torch_internals.storage_id(tensor))
+
+    if is_fallback:
+        monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
+        with pytest.raises(NotImplementedError, match="can't observe operations"):
+            torch_internals.observe_operations(note)
+        return
+    with torch_internals.observe_operations(note):
+        layer(torch.ones(4, 3))
+    # The operation gets a transposed view of the weight.
+    assert {torch_internals.storage_id(layer.weight), torch_internals.storage_id(layer.bias)} <= noted
 
 
 def test_a_group_without_private_names_has_torchs_usual_timeout_and_no_store(is_fallback: bool) -> None:

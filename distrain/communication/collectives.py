@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from distrain.communication.shared_memory.channel import SharedMemoryChannel
 from distrain.communication.shared_memory.connect import channel_registry
-from distrain.communication.types import DONE, DTYPES, REDUCE_OPS, Channel, Pending, Reduction
+from distrain.communication.shared_memory.reduce import REDUCTIONS, reduce_alone
+from distrain.communication.types import DONE, DTYPES, REDUCE_OPS, Channel, Pending, Pollable, Reduction
 
 #: The dtypes that a channel carries.
 _CHANNEL_DTYPES = frozenset(DTYPES.values())
@@ -39,12 +40,38 @@ class _BackendWork:
         return self._work.wait()
 
 
+class _ScatteredWork:
+    """A reduce-scatter started by the backend.
+
+    Args:
+        work: As returned by the backend.
+        tensors: What must live until the work is done.
+        last_step: Computes the result.
+    """
+
+    def __init__(self, work: dist.Work, tensors: object, last_step: Callable[[], None] | None = None) -> None:
+        self._work: dist.Work | None = work
+        self._tensors, self._last_step = tensors, last_step
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            if self._last_step is not None:
+                self._last_step()
+            # The caller may keep this object.
+            self._work = self._tensors = self._last_step = None
+
+    def ready(self) -> bool:
+        return self._work is None or bool(self._work.is_completed())
+
+
 class Ledger:
     """Bytes that this rank has sent, by kind of collective.
 
-    The count follows the algorithms that the backends use among hosts of one rank each: a ring for all-reduce and
-    all-gather, a binomial tree for broadcast. Headers are not counted. Bytes are counted whether or not two ranks share
-    a host's memory, so that the figures of different placements of ranks can be compared.
+    The count follows the algorithms that are used among hosts of one rank each: a ring for all-reduce and all-gather, a
+    binomial tree for broadcast, and in a reduce-scatter each rank's part sent to it directly. Headers are not counted.
+    Bytes are counted whether or not two ranks share a host's memory, so that the figures of different placements of
+    ranks can be compared.
 
     Attributes:
         sent: Bytes by kind of collective.
@@ -152,11 +179,28 @@ class Communicator:
         if self.size == 1:
             return [tensor], DONE
         gathered = self._gather_buffers(tensor)
+        return gathered, self._start_all_gather(gathered, tensor)
+
+    def start_all_gather_into(self, whole: Tensor, part: Tensor) -> Pending:
+        """Starts to gather every rank's ``part`` into ``whole``, ``[size * len(part)]``, in order of rank.
+
+        Args:
+            whole: Contiguous. This rank's part of it may be ``part`` itself.
+            part: Contiguous ``[n]``. It must not be changed meanwhile.
+        """
+        if self.size == 1:
+            if whole.data_ptr() != part.data_ptr():
+                whole.copy_(part)
+            return DONE
+        self._count_all_gather(part)
+        return self._start_all_gather(list(whole.chunk(self.size)), part)
+
+    def _start_all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
         channel = self._channel_for(tensor)
         if channel is not None:
-            return gathered, channel.start_all_gather(gathered, tensor)
+            return channel.start_all_gather(gathered, tensor)
         work: Pending = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
-        return gathered, _BackendWork(work)
+        return _BackendWork(work)
 
     def reduce_scatter(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
         """Reduces ``tensor``, ``[size * n, ...]``, over the group and returns this rank's part of the result.
@@ -171,20 +215,41 @@ class Communicator:
             raise ValueError(f"a tensor of shape {list(tensor.shape)} can't be cut in {self.size} equal parts")
         if self.size == 1:
             return tensor
-        count = len(tensor) // self.size
-        part = tensor.new_empty(count, *tensor.shape[1:])
-        if dist.get_backend(self.group) == "nccl":
-            self.ledger.sent["reduce_scatter"] += (self.size - 1) * part.numel() * part.element_size()
-            parts = list(tensor.contiguous().chunk(self.size))
-            dist.reduce_scatter(part, parts, op=REDUCE_OPS[reduction], group=self.group)
-        elif isinstance(channel := self._channel_for(tensor), SharedMemoryChannel):
-            self._count_all_reduce(tensor)
-            channel.reduce_scatter(part, tensor, reduction)
-        else:
-            # gloo, in releases that have reduce_scatter, also sends as much as an all-reduce.
-            whole = self.all_reduce(tensor.detach().clone(memory_format=torch.contiguous_format), reduction)
-            part.copy_(whole[self.rank * count : (self.rank + 1) * count])
+        part = tensor.new_empty(len(tensor) // self.size, *tensor.shape[1:])
+        self.start_reduce_scatter(part, tensor.contiguous(), reduction).wait()
         return part
+
+    def start_reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction = "sum") -> Pollable:
+        """Starts to reduce ``tensor``, a part of ``into``'s size per rank, and write this rank's part to ``into``.
+
+        Args:
+            into: Contiguous; must not be read or written until ``wait`` has returned.
+            tensor: Contiguous; must not be changed until ``wait`` has returned, which need not keep it alive.
+            reduction: How the ranks' tensors are combined, element by element and in order of rank.
+        """
+        if self.size == 1:
+            into.copy_(tensor.view_as(into))
+            return DONE
+        self.ledger.sent["reduce_scatter"] += (self.size - 1) * into.numel() * into.element_size()
+        channel = self._channel_for(tensor)
+        if channel is not None:
+            return channel.start_reduce_scatter(into, tensor, reduction)
+        if dist.get_backend(self.group) == "nccl":
+            parts = list(tensor.view(-1).chunk(self.size))
+            op = REDUCE_OPS[reduction]
+            work = dist.reduce_scatter(into.view(-1), parts, op=op, group=self.group, async_op=True)
+            return _ScatteredWork(work, tensor)
+        # gloo's own reduce_scatter, in releases that have one, sends as much as an all-reduce. As bytes, because gloo
+        # doesn't exchange every dtype.
+        received = torch.empty_like(tensor)
+        work = dist.all_to_all_single(
+            received.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8), group=self.group, async_op=True
+        )
+
+        def reduce() -> None:
+            reduce_alone(list(received.view(-1).chunk(self.size)), into.view(-1), REDUCTIONS[reduction])
+
+        return _ScatteredWork(work, tensor, reduce)
 
     def start_send(self, tensor: Tensor, to: int, tag: int) -> Pending:
         """Starts sending ``tensor`` (contiguous) to the group's rank ``to``; keep it alive until ``wait`` has returned.
@@ -291,8 +356,11 @@ class Communicator:
     def _count_all_reduce(self, tensor: Tensor) -> None:
         self.ledger.sent["all_reduce"] += ring_all_reduce_bytes(tensor.numel() * tensor.element_size(), self.size)
 
-    def _gather_buffers(self, tensor: Tensor) -> list[Tensor]:
+    def _count_all_gather(self, tensor: Tensor) -> None:
         self.ledger.sent["all_gather"] += (self.size - 1) * tensor.numel() * tensor.element_size()
+
+    def _gather_buffers(self, tensor: Tensor) -> list[Tensor]:
+        self._count_all_gather(tensor)
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
 
     def medium(self, tensor: Tensor) -> str:

@@ -46,13 +46,23 @@ class Pending(Protocol):
         """Blocks until done; on a GPU only the current stream waits."""
 
 
+class Pollable(Pending, Protocol):
+    """A started collective that can be asked whether waiting for it would block."""
+
+    def ready(self) -> bool:
+        """Whether ``wait`` returns without waiting for other ranks."""
+
+
 class _Done:
     def wait(self) -> None:
         return
 
+    def ready(self) -> bool:
+        return True
+
 
 #: A collective that is complete already.
-DONE: Pending = _Done()
+DONE: Pollable = _Done()
 
 
 class Channel(Protocol):
@@ -67,6 +77,9 @@ class Channel(Protocol):
 
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction) -> Pending:
         """Starts to reduce ``tensor`` in place."""
+
+    def start_reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> Pollable:
+        """Starts to reduce ``tensor``, a contiguous part of ``into``'s size per rank, and write this rank's part."""
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Copies the tensor of the group's rank ``source`` into ``tensor``."""

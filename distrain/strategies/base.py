@@ -86,6 +86,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         compressor: Compresses what is reduced among replicas.
         compressed_quantity: Quantity being compressed; residuals share its unit.
         divides_model: Whether an optimizer of a rank has some of the model's parameters alone.
+        slices_parameters: Whether an optimizer of a rank has slices of parameters instead of parameters.
         steps_alike: Whether all ranks make every update of their parameters together, with the gradient of the whole
             batch; ``optimizer.sam_rho`` and optimizers with modes need that.
         saves_in_background: Whether checkpoints may be written while training goes on, over a process group of their
@@ -94,6 +95,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     compressed_quantity: ClassVar[str] = "gradients"
     divides_model: ClassVar[bool] = False
+    slices_parameters: ClassVar[bool] = False
     steps_alike: ClassVar[bool] = False
     saves_in_background: ClassVar[bool] = True
     mesh: DeviceMesh | None = None

@@ -17,8 +17,8 @@ from distrain.config.groups import StrategyConfig
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.config.setting import setting
-from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
-from distrain.gradients.buckets import Gradients
+from distrain.gradients.bucket_sizes import BucketSizes, BucketSizing, gradient_bytes_of
+from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.named_buffers import NamedBuffers
@@ -138,16 +138,19 @@ class DDP(Replicated[DDPConfig]):
                 tensor.copy_(self.replicas.all_reduce(tensor.double()).div_(self.replicas.size))
 
     @override
-    def _make_gradients(self) -> Gradients:
+    def _make_gradients(self) -> ReducedGradients:
+        sizes = self._choose_bucket_sizes()
+        gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
+        self._bucket_sizing.log_choice([bucket.bytes for bucket in gradients.buckets])
+        return gradients
+
+    def _choose_bucket_sizes(self) -> BucketSizes:
         size = gradient_bytes_of(self.model)
         all_ranks, device = self.runtime.communicator(), self.runtime.device
         self._bucket_sizing = BucketSizing(
             self.options.sizes, self.replicas, all_ranks, device, size, deterministic=self.config.trainer.deterministic
         )
-        sizes = self._bucket_sizing.sizes(size)
-        gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
-        self._bucket_sizing.log_choice([bucket.bytes for bucket in gradients.buckets])
-        return gradients
+        return self._bucket_sizing.sizes(size)
 
     @override
     def _rebuild_buckets(self) -> None:

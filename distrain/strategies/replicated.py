@@ -56,9 +56,10 @@ class Replicated(Strategy[OptionsT_co]):
         self.model = model
         self.task = task
         self._still: list[nn.Module] = []
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.gradients = self._make_gradients()
-        self.optimizer = make_optimizer(model.named_parameters())
+        updated = self._updated_parameters()
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
+        self.optimizer = make_optimizer(updated)
         self._forward: nn.Module = model
         model.train()
         self._snapshot = BufferSnapshot([model]) if self.config.trainer.on_nonfinite != "stop" else None
@@ -73,6 +74,10 @@ class Replicated(Strategy[OptionsT_co]):
 
     def _make_gradients(self) -> ReducedGradients:
         return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)
+
+    def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What this rank's optimizer updates, by the model's names; called after :meth:`_make_gradients`."""
+        return list(self.model.named_parameters())
 
     @override
     def set_trained(self, names: frozenset[str]) -> None:

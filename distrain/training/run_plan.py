@@ -254,7 +254,7 @@ def _prepare_and_check(config: Config, strategy: type[Strategy], model: nn.Modul
     if freezing is not None:
         train_only(model, freezing.ever_trained, freezing.parameters)
     strategy.check_model(config, model)
-    optimizer_trial.check(config.optimizer, model, divided=strategy.divides_model)
+    optimizer_trial.check(config.optimizer, model, divided=strategy.divides_model, sliced=strategy.slices_parameters)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

@@ -171,8 +171,8 @@ class Recorder(Callback):
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The gradients that the optimizer sees, whichever rank it runs on."""
-        if self._strategy.skips_locally:
-            # Each rank's gradient is that of its own samples, or of its own time.
+        if self._strategy.skips_locally or self._strategy.slices_parameters:
+            # Each rank's gradient is that of its own samples, or of its own time, or of slices of parameters.
             self.record.hides_gradients = True
             return
         if self._in_step:
@@ -205,7 +205,9 @@ class Recorder(Callback):
         number = run.progress.step
         record = self._step(number)
         # Before the strategy's model: to show it, a strategy may put the mean of all copies into this rank's.
-        own = {name: parameter.detach().clone() for name, parameter in self._optimized()}
+        own = {}
+        if not self._strategy.slices_parameters:
+            own = {name: parameter.detach().clone() for name, parameter in self._optimized()}
         state = self._strategy.model_state()
         distances = [distance(own[name], state[name]) for name in own if name in state]
         record.copies = max((far / (near or 1.0) for far, near in distances), default=0.0)

@@ -447,7 +447,10 @@ def test_multirun_stops_at_the_first_refused_value(
     [
         (
             "strategy=",
-            {f"strategy={name}" for name in ("auto", "ddp", "local_sgd", "parameter_server", "pipeline", "single")},
+            {
+                f"strategy={name}"
+                for name in ("auto", "ddp", "fsdp", "local_sgd", "parameter_server", "pipeline", "single")
+            },
         ),
         ("strategy=d", {"strategy=ddp"}),
         ("opti", {"optimizer.", "optimizer="}),

@@ -162,6 +162,8 @@ def test_drawn_networks_train_as_plain_torch_or_are_refused_or_announced(
     assert kept > TOGETHER / 2
     for name, options, unequal in [
         ("ddp", ("strategy=ddp",), drawn.UNEQUAL_ON_RANKS),
+        # A block for every few weights.
+        ("fsdp", ("strategy=fsdp", "strategy.block_mb=0.0005"), drawn.UNEQUAL_ON_RANKS),
         ("pipeline", ("strategy=pipeline", "strategy.microbatches=2"), drawn.UNEQUAL_IN_PASSES),
     ]:
         equal = 0

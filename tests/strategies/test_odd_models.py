@@ -85,6 +85,7 @@ STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
     "ddp": (2, ("strategy=ddp",)),
     "ddp, accumulating": (2, ("strategy=ddp", "trainer.micro_batch_size=2")),
+    "fsdp": (2, ("strategy=fsdp", "strategy.block_mb=1e-4", "trainer.micro_batch_size=2")),
     "pipeline": (2, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
     "local_sgd": (2, ("strategy=local_sgd", "strategy.sync_every=2")),
     "parameter_server": (2, ("strategy=parameter_server", "strategy.servers=1")),

@@ -29,6 +29,7 @@ TASKS = {
 }
 STRATEGIES = {
     "ddp": ("strategy=ddp", "trainer.micro_batch_size=2"),
+    "fsdp": ("strategy=fsdp", "trainer.micro_batch_size=2", "strategy.block_mb=1e-3"),
     "pipeline": ("strategy=pipeline", "strategy.stages=3", "strategy.microbatches=3"),
     "local_sgd": ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0"),
     "parameter_server": ("strategy=parameter_server",),
@@ -59,12 +60,14 @@ ALWAYS = [
     ("segmentation", "pipeline"),
     ("segmentation", "local_sgd"),
     ("regression", "parameter_server"),
+    ("regression", "fsdp"),
 ]
 
 
-@pytest.mark.parametrize(
-    "case", soaked(dict.fromkeys([*itertools.product(TASKS, ("ddp", "pipeline")), *ALWAYS]), ALWAYS), ids="-".join
-)
+CASES = dict.fromkeys([*itertools.product(TASKS, ("ddp", "fsdp", "pipeline")), *ALWAYS])
+
+
+@pytest.mark.parametrize("case", soaked(CASES, ALWAYS), ids="-".join)
 def test_a_strategy_trains_a_task_as_one_process_does(case: tuple[str, str], folder: Path) -> None:
     task, strategy = case
     expected = serial(task, folder)

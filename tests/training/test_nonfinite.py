@@ -91,6 +91,7 @@ OPTIONS = (
 STRATEGIES = {
     "single": (1, ()),
     "ddp": (2, ("strategy=ddp",)),
+    "fsdp": (2, ("strategy=fsdp", "strategy.block_mb=1e-4")),
     "pipeline": (2, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=2")),
     "sync": (4, ("strategy=parameter_server", "strategy.mode=sync", "strategy.servers=2")),
 }
@@ -169,7 +170,9 @@ def skipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 FAULTS = {4: "loss", 6: "gradient"}
 
 
-@pytest.mark.parametrize(("strategy", "clip"), [("ddp", "null"), ("pipeline", "0.5"), ("sync", "null")])
+@pytest.mark.parametrize(
+    ("strategy", "clip"), [("ddp", "null"), ("fsdp", "0.5"), ("pipeline", "0.5"), ("sync", "null")]
+)
 def test_all_ranks_skip_an_update_that_is_not_finite_on_one(
     strategy: str, clip: str, skipped: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def tables(folder: Path) -> list[dict[str, tuple[str, str]]]:
 # --- anything to anything --------------------------------------------------------------------------------------------
 
 
-#: 127 images in batches of 10: 13 steps per epoch, the last of 7 images, so each tenth step is within an epoch.
+#: 127 images in batches of 10: 13 steps per epoch, the last of 7 images, so each stop is within an epoch.
 CHAIN = (
     *NORM_NET,
     "+model.kwargs.norm=batch",
@@ -108,9 +108,10 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
     steps = []
     pipeline = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")
     for end, ranks, strategy in (
-        (10, 4, ("strategy=ddp",)),
-        (20, 2, pipeline),
-        (30, 1, ()),
+        (7, 4, ("strategy=fsdp", "strategy.shard_size=2", "strategy.block_mb=1e-3")),
+        (14, 2, pipeline),
+        (21, 3, ("strategy=fsdp", "strategy.shard=gradients")),
+        (29, 1, ()),
         (40, 3, ("strategy=ddp",)),
     ):
         # What shows and logs a run is not told as a change of the training.
@@ -133,7 +134,7 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
         assert hows["model"] == hows["optimizer"] == hows["data position"] == "exact"
         assert hows["schedule"] == "changed"
         assert hows["random draws"] == "redistributed"
-    assert "changed: strategy.name: ddp → pipeline" in log_of(tmp_path / "parts")
+    assert "changed: strategy.name: fsdp → pipeline" in log_of(tmp_path / "parts")
     assert not {"trainer.progress", "runtime.timeout_seconds"} & changed_keys(log_of(tmp_path / "parts"))
 
 

@@ -102,6 +102,7 @@ PIPELINE = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatch
 STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
     "ddp": (2, ("strategy=ddp",)),
+    "fsdp": (2, ("strategy=fsdp", "strategy.block_mb=1e-4")),
     "pipeline": (2, PIPELINE),
     "local_sgd": (2, ("strategy=local_sgd", "strategy.sync_every=3")),
     "parameter_server": (3, ("strategy=parameter_server",)),

@@ -22,6 +22,7 @@ from distrain.communication.shared_memory.arena import Arena, MappedArena, Slot
 from distrain.communication.shared_memory.control_block import ABORTED, ENTRIES, FINISHED, ControlBlock, Entry
 from distrain.communication.shared_memory.peer import Peer
 from distrain.communication.shared_memory.reduce import (
+    REDUCTIONS,
     PublishedSegment,
     reduce_alone,
     reduce_together,
@@ -39,8 +40,7 @@ _READY_BYTES = 64
 _MAX_PARTS_AHEAD = 4
 
 _KINDS = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce_scatter", "reduce", "gather")
-_REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
-_REDUCTION_NAMES = tuple(_REDUCTIONS)
+_REDUCTION_NAMES = tuple(REDUCTIONS)
 #: Computes the result of a started collective, given this rank's entry.
 _Finish = Callable[[Entry], None]
 _DTYPES = tuple(DTYPES.values())
@@ -101,6 +101,10 @@ class Operation:
             RuntimeError: A peer has started another collective.
         """
         self._channel.finish(self._number)
+
+    def ready(self) -> bool:
+        """Whether all peers have started it, and so all earlier collectives too."""
+        return all(peer.has_started(self._number) for peer in self.awaited)
 
 
 class SharedMemoryChannel:
@@ -197,7 +201,7 @@ class SharedMemoryChannel:
         def finish(_: Entry) -> None:
             if count:
                 others = [peer.arena.views.at(peer.offset(number), dtype, count) for peer in self._all_peers]
-                reduce_alone([flat, *others], flat, _REDUCTIONS[reduction])
+                reduce_alone([flat, *others], flat, REDUCTIONS[reduction])
 
         return self._start(code, count * dtype.itemsize, None, self._all_peers, finish)
 
@@ -209,8 +213,11 @@ class SharedMemoryChannel:
         rows[0].copy_(flat)
         return self._start_copying("gather", rows, flat, None)
 
-    def reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> None:
-        """Reduces ``tensor``, which has a part of ``into``'s size per rank, and writes this rank's part to ``into``."""
+    def start_reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> Operation:
+        """Starts to reduce ``tensor``, a part of ``into``'s size per rank, and write this rank's part to ``into``.
+
+        Both are contiguous. ``tensor`` may be changed as soon as this returns.
+        """
         flat, part, number = flattened(tensor), flattened(into), self._started
         dtype, count = flat.dtype, part.numel()
         code = _code("reduce_scatter", dtype, _REDUCTION_NAMES.index(reduction))
@@ -220,10 +227,9 @@ class SharedMemoryChannel:
             if count:
                 messages = self._messages(number, own)
                 sources = [arena.views.at(offset + first, dtype, count) for arena, offset in messages]
-                reduce_alone(sources, part, _REDUCTIONS[reduction])
+                reduce_alone(sources, part, REDUCTIONS[reduction])
 
-        self._start(code, flat.numel() * dtype.itemsize, flat, self._all_peers, finish).wait()
-        copy_back(part, into)
+        return self._start(code, flat.numel() * dtype.itemsize, flat, self._all_peers, finish)
 
     def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
         """Copies each rank's tensor into ``gathered[rank]`` (contiguous)."""
@@ -248,7 +254,7 @@ class SharedMemoryChannel:
         size, ranks = count * dtype.itemsize, len(self._arenas)
         together = ranks > 2 and size > _REDUCE_TOGETHER_BYTES
         segment_bytes = _padded(segment_size(count, ranks) * dtype.itemsize) if together else 0
-        reduce = _REDUCTIONS[reduction]
+        reduce = REDUCTIONS[reduction]
 
         def finish(own: Entry) -> None:
             if count == 0:

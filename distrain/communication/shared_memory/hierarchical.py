@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.communication.shared_memory.channel import SharedMemoryChannel, copy_back, flattened
-from distrain.communication.types import DONE, REDUCE_OPS, Pending, Reduction
+from distrain.communication.types import DONE, REDUCE_OPS, Pending, Pollable, Reduction
 
 #: The dtypes that gloo can reduce.
 _REDUCIBLE = frozenset(
@@ -72,6 +72,10 @@ class _Job:
         self._error = error
         self._done.set()
 
+    def ready(self) -> bool:
+        """Whether the thread has finished it."""
+        return self._done.is_set()
+
     def wait(self) -> None:
         """Blocks until the tensor holds the result; raises the error that the thread met."""
         self._done.wait()
@@ -82,9 +86,9 @@ class _Job:
 class _WithLastStep:
     """A pending collective that is followed by work of the rank that waits for it."""
 
-    def __init__(self, pending: Pending, last_step: Callable[[], None]) -> None:
+    def __init__(self, pending: Pollable, last_step: Callable[[], object]) -> None:
         self._pending = pending
-        self._last_step: Callable[[], None] | None = last_step
+        self._last_step: Callable[[], object] | None = last_step
 
     def wait(self) -> None:
         """Blocks until the tensor holds the result."""
@@ -93,6 +97,10 @@ class _WithLastStep:
             self._last_step()
             # Both may hold large tensors, and the caller may keep this object.
             self._pending, self._last_step = DONE, None
+
+    def ready(self) -> bool:
+        """Whether ``wait`` returns without waiting for other ranks."""
+        return self._pending.ready()
 
 
 class HierarchicalChannel:
@@ -141,19 +149,32 @@ class HierarchicalChannel:
 
     def start_all_reduce(self, tensor: Tensor, reduction: Reduction) -> Pending:
         """Starts to reduce ``tensor`` in place; raises the same as :meth:`all_reduce`."""
-        if tensor.dtype not in _REDUCIBLE:
+        flat = flattened(tensor)
+        pending = self._start_all_reduce(flat, reduction)
+        return pending if tensor.is_contiguous() else _WithLastStep(pending, lambda: copy_back(flat, tensor))
+
+    def start_reduce_scatter(self, into: Tensor, tensor: Tensor, reduction: Reduction) -> Pollable:
+        """Starts to reduce ``tensor``, a part of ``into``'s size per rank, and write this rank's part to ``into``.
+
+        Both are contiguous. Between hosts it sends as much as an all-reduce of ``tensor`` by the hosts' leaders. That
+        is no more than a reduce-scatter among all ranks where hosts have two ranks or more.
+        """
+        whole, part = flattened(tensor).clone(), flattened(into)
+        first = self._rank * part.numel()
+        pending = self._start_all_reduce(whole, reduction)
+        return _WithLastStep(pending, lambda: part.copy_(whole[first : first + part.numel()]))
+
+    def _start_all_reduce(self, flat: Tensor, reduction: Reduction) -> Pollable:
+        if flat.dtype not in _REDUCIBLE:
             # All ranks raise this before any of them starts, so none waits for another.
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = str(flat.dtype).removeprefix("torch.")
             raise RuntimeError(f"gloo, which connects the hosts, can't reduce {dtype}")
-        flat, channels = flattened(tensor), self._host_channels
-        pending: Pending
+        channels = self._host_channels
         if self._leaders is None:
             assert channels is not None, "a rank alone on its host is the leader"
             channels.to_leader.start_reduce(flat, reduction)
-            pending = channels.from_leader.start_broadcast(flat, 0)
-        else:
-            pending = self._start(functools.partial(self._reduce, flat, reduction))
-        return pending if tensor.is_contiguous() else _WithLastStep(pending, lambda: copy_back(flat, tensor))
+            return channels.from_leader.start_broadcast(flat, 0)
+        return self._start(functools.partial(self._reduce, flat, reduction))
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Copies the tensor of the group's rank ``source`` into ``tensor``."""
@@ -179,7 +200,7 @@ class HierarchicalChannel:
         own = flat.view(torch.uint8)
         most_ranks = max(len(ranks) for ranks in self._layout)
         rows_of_hosts = own.new_empty(len(self._layout), most_ranks, own.numel())
-        pending: Pending
+        pending: Pollable
         if self._leaders is None:
             assert channels is not None, "a rank alone on its host is the leader"
             channels.to_leader.start_gather((), own)

@@ -79,6 +79,10 @@ class Peer:
         """Number of collectives that the peer has finished; it no longer reads their messages."""
         return self._words[FINISHED]
 
+    def has_started(self, number: int) -> bool:
+        """Whether the peer has started collective ``number``."""
+        return self._words[STARTED] > number
+
     def await_start(self, number: int) -> None:
         """Waits until the peer has started collective ``number``.
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 #: Bytes of a piece: what is reduced at a time stays in the processor's cache.
@@ -19,6 +20,8 @@ _PIECE_BYTES = 1 << 18
 
 #: Element-wise ``operation(first, second, out=into)``.
 Operation = Callable[..., Tensor]
+#: The operations by the names of the reductions.
+REDUCTIONS: dict[str, Operation] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 class _Piece(NamedTuple):

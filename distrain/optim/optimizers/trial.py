@@ -28,20 +28,23 @@ _SET_ELSEWHERE = {"lr": "lr_factor", "weight_decay": "weight_decay", "params": "
 _Parameters = dict[str, nn.Parameter]
 
 
-def check(config: OptimizerConfig, model: nn.Module, *, divided: bool) -> None:
+def check(config: OptimizerConfig, model: nn.Module, *, divided: bool, sliced: bool = False) -> None:
     """Refuses an optimizer that isn't distrain's where it would break a promise; tries also options of groups.
+
+    Whether an optimizer can update slices of parameters is tried of distrain's own too.
 
     Args:
         config: The configured optimizer.
         model: Whose parameters it is for; their values don't matter.
         divided: Whether each rank's optimizer has a part of the parameters alone.
+        sliced: Whether each rank's optimizer has slices of parameters, each as a vector.
 
     Raises:
         ConfigError: It can't be made or fails; keeps what can't be saved by parameter name; doesn't go on from its
             saved state; changes parameters whose group is frozen; or mixes parameters although they are divided.
     """
     is_custom = isinstance(config, CustomOptimizerConfig)
-    if not is_custom and not any(group.kwargs for group in config.groups):
+    if not is_custom and not sliced and not any(group.kwargs for group in config.groups):
         return
     random_state = RandomState.now()
     try:
@@ -53,6 +56,9 @@ def check(config: OptimizerConfig, model: nn.Module, *, divided: bool) -> None:
             trial.check_frozen_groups()
             if divided and trial.mixes_parameters():
                 trial.refuse("the update of a parameter depends on other parameters, and this strategy divides them")
+        if sliced and trial.mixes_elements():
+            problem = "updates a parameter as a whole, and this strategy divides it among ranks, element by element"
+            trial.refuse(f"{problem}; strategy=ddp keeps it whole")
     finally:
         random_state.restore()
 
@@ -178,6 +184,27 @@ class _Trial:
             self._update(alone, own, range(_UPDATES))
             if not torch.allclose(own[name], parameters[name], rtol=1e-4, atol=1e-7):
                 return True
+        return False
+
+    def mixes_elements(self) -> bool:
+        """Whether the update of an element depends on others of its parameter, or on the parameter's shape."""
+        optimizer, parameters = self._make(self._values)
+        self._update(optimizer, parameters, range(_UPDATES))
+        for name, value in self._values.items():
+            for elements in (slice(0, 1), slice(1, None)):
+                part = value.flatten()[elements]
+                if not part.numel():
+                    continue
+                alone, own = self._make({name: part})
+                for update in range(_UPDATES):
+                    own[name].grad = self._gradients[update][name].flatten()[elements].clone()
+                    seed_everything(update)
+                    try:
+                        alone.step()
+                    except Exception:  # a user's optimizer may need the shape
+                        return True
+                if not torch.allclose(own[name], parameters[name].flatten()[elements], rtol=1e-4, atol=1e-7):
+                    return True
         return False
 
 

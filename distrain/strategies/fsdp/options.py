@@ -1,0 +1,62 @@
+"""The keys of strategy=fsdp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distrain.config.schema import Config
+from distrain.config.setting import setting
+from distrain.errors import ConfigError
+from distrain.strategies.ddp import DDPConfig
+
+#: Values of ``strategy.shard``; each shards what the one before shards, and more.
+OPTIMIZER, GRADIENTS, FULL = SHARDS = ("optimizer", "gradients", "full")
+
+
+@dataclass
+class FSDPConfig(DDPConfig):
+    """Keys of ``strategy=fsdp``; the sizes of buckets are for ``shard=optimizer|gradients``."""
+
+    shard: str = setting(
+        "What each rank keeps only its part of: optimizer state (ZeRO 1), gradients too (ZeRO 2), or parameters too "
+        "(ZeRO 3).",
+        choices=SHARDS,
+    )
+    shard_size: int | None = setting(
+        "Consecutive ranks that share one copy of what is sharded; groups of ranks are replicas; null: all ranks.",
+        at_least=1,
+    )
+    reshard_after_forward: bool = setting(
+        "With shard=full: free gathered parameters after the forward pass and gather them again for the backward pass; "
+        "false: keep them until the end of the step."
+    )
+    block_mb: float | None = setting(
+        "With shard=full: most MiB of parameters that are gathered together, where modules allow that; null: a "
+        "sixteenth of the model, at least 1.",
+        above=0,
+    )
+
+    def ranks_of_group(self, world_size: int) -> int:
+        """Ranks of a shard group."""
+        return world_size if self.shard_size is None else self.shard_size
+
+    def check(self, config: Config, world_size: int) -> None:
+        """Refuses what the strategy can't run.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        if self.shard_size is not None and world_size % self.shard_size:
+            fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
+            raise ConfigError("strategy.shard_size", self.shard_size, f"must divide {world_size} ranks", fitting)
+        if self.shard != OPTIMIZER and config.compression.name != "none":
+            problem = f"compresses all-reduces, and strategy.shard={self.shard} has none; strategy.shard=optimizer has"
+            raise ConfigError("compression", config.compression.name, problem, ["none"])
+        averages = {"ema.decay": config.trainer.ema.decay, "swa.from_epoch": config.trainer.swa.from_epoch}
+        for key, value in averages.items():
+            if self.shard == FULL and value is not None:
+                problem = "averages whole parameters, which strategy.shard=full doesn't keep; the other shards do"
+                raise ConfigError(f"trainer.{key}", value, problem, ["null"])
+        if self.shard == FULL and config.trainer.compile:
+            problem = "is not possible under strategy.shard=full, whose parameters come and go"
+            raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])

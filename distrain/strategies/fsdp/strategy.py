@@ -1,0 +1,351 @@
+"""strategy=fsdp: data parallelism whose ranks share optimizer state, gradients and parameters instead of copying them.
+
+Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054); Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distrain import torch_internals
+from distrain.checkpoint import module_state, named_state
+from distrain.checkpoint.restore_report import RestoredPart
+from distrain.communication.collectives import Communicator
+from distrain.config.registry import register
+from distrain.config.schema import Config
+from distrain.gradients.bucket_sizes import MIB
+from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
+from distrain.models.outputs import logits_of
+from distrain.strategies.base import MakeOptimizer, StepResult, accumulated_pieces
+from distrain.strategies.ddp import DDP
+from distrain.strategies.fsdp import module_blocks, sliced_state
+from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.fsdp.gatherer import Gatherer
+from distrain.strategies.fsdp.module_blocks import ModuleBlock
+from distrain.strategies.fsdp.options import FULL, OPTIMIZER, FSDPConfig
+from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
+from distrain.tasks.base import Task
+
+if TYPE_CHECKING:
+    from distrain.data.batch import Batch
+    from distrain.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+#: Unless it is configured, a block has this part of the model's parameters, and at least so many MiB.
+_BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
+#: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
+_OBSERVED_SAMPLES = 2
+
+
+@register("strategy", "fsdp", FSDPConfig)
+class FSDP(DDP):
+    """Trains as :class:`~distrain.strategies.ddp.DDP` does, and keeps on each rank its part of what others copy.
+
+    Parameters are laid out in flat blocks that are cut into equal parts, one for each rank of a shard group. The
+    optimizer updates this rank's slices of parameters, so its update of an element must not depend on others.
+
+    With ``shard=optimizer`` gradients are summed as in ddp; with ``gradients`` each rank gets the sum for its part
+    alone. In both, the updated parts are gathered after the update. With ``full`` blocks are gathered when the forward
+    and the backward pass use them.
+    """
+
+    slices_parameters = True
+    # Neither SAM nor an optimizer with modes reaches the parameters of other ranks.
+    steps_alike = False
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        self._shard = self._sharding.shard
+        ranks, size = self._sharding.ranks_of_group(runtime.world.size), runtime.world.size
+        # The mesh of ddp, which super() has made, has one dimension; its group is that of all ranks.
+        self.mesh = runtime.mesh({"data": size // ranks, "shard": ranks})
+        group = self.mesh.get_group("shard") if self.mesh else None
+        self.shard_group = Communicator(group, self.ledger)
+        # Gradients travel while parameters are gathered, in an order that may differ between ranks.
+        again = runtime.duplicate_group(self.mesh, "shard") if self.mesh else None
+        self._gradient_group = Communicator(again, self.ledger)
+        self._shard_replicas = Communicator(self.mesh.get_group("data") if self.mesh else None, self.ledger)
+        self._gatherer: Gatherer | None = None
+
+    @property
+    def _sharding(self) -> FSDPConfig:
+        return cast(FSDPConfig, self.options)
+
+    @property
+    @override
+    def layout(self) -> dict[str, Any]:
+        return {**super().layout, "shard": self._shard}
+
+    @override
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        cast(FSDPConfig, cls.options_of(config)).check(config, world_size)
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        # Before ddp exchanges layers that communicate.
+        self._module_blocks = self._choose_module_blocks(model, example) if self._shard == FULL else []
+        super().setup(model, task, make_optimizer, example)
+        # A sample for passes of an evaluation in which this rank has none.
+        self._stand_in = example.new_zeros(1, *example.shape[1:])
+
+    def _choose_module_blocks(self, model: nn.Module, example: Tensor) -> list[ModuleBlock]:
+        with self.precision.autocast():
+            inputs = example.new_zeros(_OBSERVED_SAMPLES, *example.shape[1:])
+            root, problem = module_blocks.observe(model, inputs)
+        if problem:
+            log.warning("the whole model is gathered at once, since a pass of it could not be observed: %s", problem)
+        bytes_of = {name: each.numel() * each.element_size() for name, each in model.named_parameters()}
+        limit = max(_LEAST_BLOCK_MB * MIB, _BLOCK_PART * sum(bytes_of.values()))
+        if self._sharding.block_mb is not None:
+            limit = self._sharding.block_mb * MIB
+        chosen = module_blocks.choose_blocks(root, bytes_of, limit)
+        # The model may have run in another way on another rank.
+        plain = {"blocks": [[block.modules, block.parameters] for block in chosen]}
+        agreed = self.replicas.all_gather_json(plain, self.runtime.device)[0]["blocks"]
+        return [ModuleBlock(tuple(modules), tuple(parameters)) for modules, parameters in agreed]
+
+    @override
+    def _make_gradients(self) -> ReducedGradients:
+        named = dict(self.model.named_parameters())
+        if self._shard == FULL:
+            parts = [[(name, named[name]) for name in block.parameters] for block in self._module_blocks]
+        else:
+            sizes = self._choose_bucket_sizes()
+            parts = split_into_buckets(list(named.items())[::-1], *(size * MIB for size in sizes))
+        blocks_of_parts = [
+            [FlatBlock(each, self.shard_group) for each in self._split_by_kind(part)] for part in parts if part
+        ]
+        self._blocks = [block for blocks in blocks_of_parts for block in blocks]
+        for block in self._blocks:
+            if self._shard == FULL:
+                block.keep_part()
+            else:
+                block.keep_whole()
+        self._slices = self._make_slices()
+        gradients: ReducedGradients
+        if self._shard == OPTIMIZER:
+            gradients = Gradients(named.items(), self.replicas, self.compressor, self.stopwatch, *sizes)
+        elif self._shard == FULL:
+            self._gatherer = self._make_gatherer(blocks_of_parts)
+            gradients = ScatteredGradients(
+                self._blocks[::-1],
+                self._gradient_group,
+                self._shard_replicas,
+                self.stopwatch,
+                self._gatherer.pass_over,
+            )
+        else:
+            gradients = ScatteredGradients(self._blocks, self._gradient_group, self._shard_replicas, self.stopwatch)
+        self._assign_gradients(gradients)
+        self._log_setup()
+        return gradients
+
+    def _split_by_kind(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+        """Parameters of one type and device that are trained in the same epochs."""
+        kinds: dict[Any, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in named:
+            freezing = self.freezing
+            epochs = [] if freezing is None else [name in freezing.trained(epoch) for epoch in freezing.epochs]
+            kind = (parameter.dtype, parameter.device, parameter.requires_grad, tuple(epochs))
+            kinds.setdefault(kind, []).append((name, parameter))
+        return list(kinds.values())
+
+    def _make_slices(self) -> dict[str, nn.Parameter]:
+        """This rank's slices as parameters of their own, which share the memory of the blocks' parts."""
+        found = {}
+        for block in self._blocks:
+            assert block.part is not None
+            for each in block.slices:
+                data = block.part[each.offset : each.offset + each.size]
+                needs_grad = block.parameters[each.parameter].requires_grad
+                found[block.names[each.parameter]] = nn.Parameter(data, requires_grad=needs_grad)
+        order = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
+        return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+
+    def _make_gatherer(self, blocks_of_parts: Sequence[Sequence[FlatBlock]]) -> Gatherer:
+        uses, first = [], 0
+        with_parameters = [block for block in self._module_blocks if block.parameters]
+        for module_block, blocks in zip(with_parameters, blocks_of_parts, strict=True):
+            modules = [self.model.get_submodule(name) for name in module_block.modules]
+            uses.append((modules, first, first + len(blocks) - 1))
+            first += len(blocks)
+        reshards = self._sharding.reshard_after_forward
+        return Gatherer(self.model, self._blocks, uses, self.stopwatch, reshard_after_forward=reshards)
+
+    def _assign_gradients(self, gradients: ReducedGradients) -> None:
+        """Makes each slice's gradient a view of what the ranks have reduced."""
+        reduced = {name: tensor for bucket in gradients.buckets for name, tensor in bucket.tensors.items()}
+        for block in self._blocks:
+            for each in block.slices:
+                name, start, stop = block.names[each.parameter], each.offset, each.offset + each.size
+                gradient = None
+                if block.gradient is not None:
+                    gradient = block.gradient[start:stop]
+                elif name in reduced:
+                    whole = reduced[name]
+                    gradient = whole.as_strided((each.size,), (1,), whole.storage_offset() + each.start)
+                self._slices[name].grad = gradient
+
+    @override
+    def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._slices.items())
+
+    @override
+    def _rebuild_buckets(self) -> None:
+        if isinstance(self.gradients, ScatteredGradients):
+            self.gradients.rebuild()
+            if self._gatherer is not None:
+                self._gatherer.rebuild()
+        else:
+            super()._rebuild_buckets()
+        self._assign_gradients(self.gradients)
+
+    def _log_setup(self) -> None:
+        largest = max((block.bytes for block in self._blocks), default=0)
+        log.info(
+            "shard=%s: parameters in blocks (%d) of up to %.2g MiB, each divided among %d of %d ranks",
+            self._shard,
+            len(self._blocks),
+            largest / MIB,
+            self.shard_group.size,
+            self.runtime.world.size,
+        )
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    @override
+    def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
+        if self._gatherer is not None:
+            # First, so that the last pieces, after which gradients are sent, coincide.
+            pieces = accumulated_pieces(self.config, batch.global_count, self.data_shard[1])
+            for _ in range(pieces - len(self._pieces(batch))):
+                self._gatherer.pass_without_samples()
+        return super()._accumulate(batch, count, sends=sends)
+
+    @override
+    def _update(self) -> bool:
+        if self._gatherer is not None:
+            self._gatherer.end_step()
+        skipped = super()._update()
+        if self._gatherer is None and not skipped:
+            with self.stopwatch.communication():
+                for pending in [block.refresh() for block in self._blocks if block.is_trained]:
+                    pending.wait()
+        return skipped
+
+    @override
+    def eval_step(self, batch: Batch) -> StepResult:
+        if len(batch) or self._gatherer is None or self._evaluates_together:
+            return super().eval_step(batch)
+        self._prepare_model_state()
+        self._forward.eval()
+        # The others gather blocks, so this rank runs a sample that is not counted.
+        with torch.no_grad(), self.precision.autocast():
+            self.task.evaluate(lambda inputs: logits_of(self._forward(inputs)), self._stand_in)
+        return self._no_samples()
+
+    @override
+    def uncompressed_bytes_per_step(self) -> int:
+        gathered = sum(block.bytes for block in self._blocks if block.is_trained)
+        if self._gatherer is not None:
+            gathered = sum(self._gatherer.bytes_per_pass)
+        ranks = self.shard_group.size
+        return self.gradients.bytes_per_step + gathered // ranks * (ranks - 1)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _whole_model(self, *, writes: bool = False) -> Iterator[None]:
+        """Inside this block the model has all its parameters on every rank; all ranks enter it together.
+
+        Args:
+            writes: The parameters are written to, to the same values on all ranks.
+        """
+        if self._gatherer is not None:
+            for block in self._blocks:
+                block.attach()
+        try:
+            yield
+            if writes and self._gatherer is not None:
+                for block in self._blocks:
+                    block.take_part_again()
+        finally:
+            if self._gatherer is not None:
+                for block in self._blocks:
+                    block.detach()
+
+    @override
+    def model_state(self) -> dict[str, Tensor]:
+        with self._whole_model():
+            state = super().model_state()
+            return {name: tensor.clone() for name, tensor in state.items()} if self._gatherer else state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._prepare_model_state()
+        # A module that saves its state in its own way needs all its parameters for that.
+        is_plain = all(torch_internals.has_plain_state(module) for module in self.model.modules())
+        with nullcontext() if is_plain else self._whole_model():
+            state = self._saved({}, {})
+            state["model"] = self._saved_model() if self._saves else {}
+        if self._saves:
+            state["optimizer"], state["scalars"]["optimizer"] = sliced_state.optimizer_state(
+                self.optimizer, self._blocks, self._slices, self.shard_group, self.runtime.device
+            )
+        if self._shard == OPTIMIZER:
+            state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
+        return state
+
+    @property
+    def _saves(self) -> bool:
+        """Whether this rank's shard group saves."""
+        return self._shard_replicas.rank == 0
+
+    def _saved_model(self) -> dict[str, Tensor]:
+        """The model's tensors that this rank saves: its parameters, and on the first rank all that is no parameter."""
+        owner = sliced_state.owners(self._blocks, self.shard_group.size)
+        tensors = module_state.read(self.model).tensors
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        owned: dict[int, Tensor] = {}
+        for block in self._blocks:
+            was_attached = block.is_attached
+            block.attach()
+            for name, parameter in zip(block.names, block.parameters, strict=True):
+                if owner[name] == self.shard_group.rank:
+                    owned[id(parameter)] = parameter.detach() if self._gatherer is None else parameter.detach().clone()
+            if not was_attached:
+                block.detach()
+        # Tied parameters have several names, and a state of a module's own may have others.
+        saved = {name: owned[id(parameters[name])] for name in tensors if id(parameters.get(name)) in owned}
+        if self.shard_group.rank == 0:
+            saved |= {name: tensor for name, tensor in tensors.items() if name not in parameters}
+        return saved
+
+    @override
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
+        if self._shard == OPTIMIZER and self.is_arranged_as(saved["layout"]):
+            self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
+            self._rebuild_buckets()
+        named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
+        with self._whole_model(writes=True):
+            module_state.load(self.model, *self.module_state_of(saved))
+        sliced_state.load_optimizer(
+            self.optimizer, self._blocks, self._slices, saved["optimizer"], saved["scalars"]["optimizer"]
+        )
+        names = [name for name, _ in self.model.named_parameters()]
+        return [
+            *named_state.restored_parts(saved, self.precision.dtype),
+            self.precision.load_state_dict(saved["scalars"]["precision"]),
+            *self.restore_compressor(saved, names, self.replicas.size),
+        ]
