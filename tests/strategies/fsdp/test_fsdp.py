@@ -256,8 +256,8 @@ def test_each_rank_saves_its_part_and_continues_bit_for_bit(tmp_path: Path) -> N
         (
             ("trainer.ema.decay=0.9",),
             2,
-            "trainer.ema.decay=0.9: averages whole parameters, which strategy.shard=full doesn't keep; the other shards "
-            "do; choices: null",
+            "trainer.ema.decay=0.9: averages whole parameters, which strategy.shard=full doesn't keep; the other "
+            "shards do; choices: null",
         ),
         (
             ("optimizer=muon",),
