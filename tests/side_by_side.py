@@ -34,6 +34,9 @@ _LONGEST = (
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Chooses the number of processes where the whole suite is run and no number is given (``-n 0``: one process)."""
     options = config.option
+    # xdist calls this in each of its processes too, which must not start processes of their own.
+    if hasattr(config, "workerinput"):
+        return
     if not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None or options.tx:
         return
     # Not for a few files, which start sooner in this process; nor for markers, since a machine can run only one SLURM

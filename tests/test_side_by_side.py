@@ -64,6 +64,14 @@ def test_what_is_asked_for_otherwise_stays(config: Any, expected: int | None, mo
     assert config.option.dist == "no"
 
 
+def test_a_process_of_xdist_starts_none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    config = configuration()
+    config.workerinput = {"workerid": "gw0"}
+    assert processes(config) is None
+    assert config.option.dist == "no"
+
+
 def test_files_that_take_longest_come_first_and_the_others_keep_their_order() -> None:
     tests = Path(side_by_side.__file__).parent
     longest = [tests / name for name in side_by_side._LONGEST]
