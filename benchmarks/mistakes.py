@@ -16,7 +16,7 @@ MISTAKES: dict[str, str] = {
     "npoc=2": "npoc: no such key",
     # names
     "strategy=dpp": "strategy=dpp: no such choice",
-    "optimizer=lion": "optimizer=lion: no such choice",
+    "optimizer=adagrad": "optimizer=adagrad: no such choice",
     "optimizer.lrr=0.1": "optimizer.lrr: no such key",
     "lr=0.1": "lr: no such key",
     "trainr.epochs=2": "trainr: no such key",

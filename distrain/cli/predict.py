@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import warnings
@@ -420,7 +421,8 @@ class Predictor:
             device=self._device,
             dtype=self._precision.dtype,
             memory_format=self._layout,
-            spec=self._folder.spec,
+            # There are no targets, and so no masks that would be resized too.
+            spec=dataclasses.replace(self._folder.spec, target="class"),
             shown=self._folder.config.data.eval_crop,
         )
         with self._precision.autocast():

@@ -76,7 +76,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "optimizer=adagrad": ("optimizer=adagrad: no such choice", "choices: adam, adamw, custom, lamb, lars, lion, muon"),
     "scheduler=warm": ("scheduler=warm: no such choice", "choices: constant, cosine, cosine_restarts, custom,"),
     "loss=hinge": ("loss=hinge: no such choice", "cross_entropy"),
-    "logger=wandb": ("logger=wandb: no such choice", "choices: none, tensorboard"),
+    "logger=neptune": ("logger=neptune: no such choice", "choices: csv, custom, mlflow, none"),
     "compression=zip": ("compression=zip: no such choice", "choices: auto, bf16, fp16, none, powersgd"),
     "experiment=unheard_of": ("experiment", "no such"),
     "--config-name=other": ("config=other: no such choice", "choices: chaos, compare, config"),
