@@ -429,7 +429,7 @@ def _memory_of(
 
 
 def _with_more(held: Mapping[int, float], more: float) -> dict[int, float]:
-    """Bytes by number of samples, with more at the smallest one and in proportion at the others."""
+    """Bytes by number of samples, with more at the smallest one, and in proportion to the samples at the others."""
     smallest = min(held)
     return {size: value + more * size / smallest for size, value in held.items()}
 
