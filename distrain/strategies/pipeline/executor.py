@@ -18,7 +18,7 @@ from distrain.strategies.precision import Precision
 from distrain.tasks.base import Task
 
 #: Receives are started for this many actions ahead, so that messages arrive while the rank computes.
-_RECEIVES_AHEAD = 3
+RECEIVES_AHEAD = 3
 
 
 class ScheduleExecutor:
@@ -82,7 +82,7 @@ class ScheduleExecutor:
             for index in self._stages
         }
         for position, action in enumerate(actions):
-            transfers.start_receives(actions[position : position + _RECEIVES_AHEAD])
+            transfers.start_receives(actions[position : position + RECEIVES_AHEAD])
             stage, m = self._stages[action.stage], action.microbatch
             if action.kind == "forward":
                 inputs, targets = microbatches[m]
@@ -135,7 +135,7 @@ class ScheduleExecutor:
         actions = [Action("forward", stage, m) for m in range(len(microbatches)) for stage in self._stages]
         outputs = []
         for position, action in enumerate(actions):
-            transfers.start_receives(actions[position : position + _RECEIVES_AHEAD])
+            transfers.start_receives(actions[position : position + RECEIVES_AHEAD])
             stage = self._stages[action.stage]
             if stage.module.training:
                 stage.module.eval()

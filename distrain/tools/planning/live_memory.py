@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,18 +21,28 @@ class LiveMemory(DispatchMode):
     Attributes:
         held: Bytes that are held now.
         peak: Most bytes that were held since the last :meth:`restart_peak`.
+        kept_peak: The same, as if the memory of :meth:`keep` were not freed meanwhile.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.held = self.peak = self.kept_peak = 0
+        #: Memory that counts as held after it is freed, and the bytes of it that were freed.
+        self._keep: set[int] = set()
+        self._kept = 0
         #: Memory that is counted, or was there before.
         self._known: set[int] = set()
 
     def restart_peak(self) -> int:
         """Returns the peak, and begins a new one."""
         peak, self.peak = self.peak, self.held
+        self.kept_peak, self._kept = self.held, 0
+        self._keep.clear()
         return peak
+
+    def keep(self, storages: Iterable[int]) -> None:
+        """Counts memory, by :func:`storage_id`, in ``kept_peak`` until the next :meth:`restart_peak`."""
+        self._keep.update(storages)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch instead of each operation."""
@@ -46,16 +56,23 @@ class LiveMemory(DispatchMode):
                 storage = tensor.untyped_storage()
                 size = storage.nbytes()
                 self.held += size
-                self.peak = max(self.peak, self.held)
+                self._raise_peaks(self.held)
                 # Autograd may keep it for longer than any tensor of Python does.
                 weakref.finalize(storage, self._free, key, size)
         if func is torch.ops.aten.convolution_backward.default:
             output_gradient, inputs, weight = args[:3]
-            self.peak = max(self.peak, self.held + _reordered_bytes(output_gradient, inputs, weight, result[1]))
+            self._raise_peaks(self.held + _reordered_bytes(output_gradient, inputs, weight, result[1]))
         return result
+
+    def _raise_peaks(self, needed: int) -> None:
+        self.peak = max(self.peak, needed)
+        self.kept_peak = max(self.kept_peak, needed + self._kept)
 
     def _free(self, key: int, size: int) -> None:
         self.held -= size
+        if key in self._keep:
+            self._keep.discard(key)
+            self._kept += size
         self._known.discard(key)
 
 

@@ -365,6 +365,7 @@ class _Measurement:
                     structure.state_bytes,
                     structure.kernels,
                     structure.saves_output,
+                    structure.saves_input,
                     _memory_of(index, found, changed),
                 )
             )
@@ -417,14 +418,20 @@ def _memory_of(
         changed: The blocks with other kinds of BatchNorm layers, with the smallest of these numbers.
     """
     extra = {size: float(found[index].extra_bytes) for size, found in plain.items()}
-    memory = {"plain": BlockMemory(plain[max(plain)][index].saved_bytes, extra)}
+    at_end = {size: float(found[index].extra_bytes_at_end) for size, found in plain.items()}
+    memory = {"plain": BlockMemory(plain[max(plain)][index].saved_bytes, extra, at_end)}
     small = min(plain)
     for kind, blocks in changed.items():
-        # What such layers need besides grows with the samples.
-        more = (blocks[index].extra_bytes - extra[small]) / small
-        own = {size: held + size * more for size, held in extra.items()}
-        memory[kind] = BlockMemory(blocks[index].saved_bytes, own)
+        own = _with_more(extra, blocks[index].extra_bytes - extra[small])
+        own_at_end = _with_more(at_end, blocks[index].extra_bytes_at_end - at_end[small])
+        memory[kind] = BlockMemory(blocks[index].saved_bytes, own, own_at_end)
     return memory
+
+
+def _with_more(held: Mapping[int, float], more: float) -> dict[int, float]:
+    """Bytes by number of samples, with more at the smallest one, and in proportion to the samples at the others."""
+    smallest = min(held)
+    return {size: value + more * size / smallest for size, value in held.items()}
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

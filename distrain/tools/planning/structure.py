@@ -21,7 +21,7 @@ from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
 from distrain.tools.planning.live_memory import LiveMemory, tensors_in
-from distrain.torch_internals import BatchNorm
+from distrain.torch_internals import BatchNorm, storage_id
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class BlockStructure:
         extra_bytes: Most bytes that are held during the block's passes, of all samples, beyond what it and the blocks
             before it have saved: outputs and gradients on their way.
         saves_output: Whether its output is among what it saves, and not among what the next block does.
+        saves_input: Whether its input is among what it saves, and not among what blocks before do.
+        extra_bytes_at_end: As ``extra_bytes``, if its output and its gradient are held during its whole backward pass.
     """
 
     gradients: tuple[int, ...]
@@ -49,6 +51,8 @@ class BlockStructure:
     kernels: int
     extra_bytes: int = 0
     saves_output: bool = False
+    saves_input: bool = False
+    extra_bytes_at_end: int = 0
 
 
 class _KernelCounter(TorchFunctionMode):
@@ -99,6 +103,10 @@ class _Passes:
         #: By block: what autograd saves, and the most memory that was held during its passes.
         self._saved = [0] * len(self._blocks)
         self._peaks = [0] * len(self._blocks)
+        #: The same, as if the block's output and its gradient were held during its whole backward pass.
+        self._peaks_at_end = [0] * len(self._blocks)
+        #: Memory of the outputs that are among what their blocks save, which autograd holds until then.
+        self._outputs: list[set[int]] = [set() for _ in self._blocks]
         #: Blocks from this one on are in their backward passes.
         self._block = len(self._blocks)
 
@@ -111,12 +119,16 @@ class _Passes:
             own = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in seen}
             seen |= own.keys()
             kernels = _KernelCounter()
+            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(value)} - self._storages
             hooks = torch.autograd.graph.saved_tensors_hooks(
                 functools.partial(self._save, index), lambda tensor: tensor
             )
             with hooks, self._precision.autocast(), kernels, self._live, FlopCounterMode(display=False) as counter:
                 value = block(value)
-            self._peaks[index] = self._live.restart_peak()
+            self._peaks[index] = self._peaks_at_end[index] = self._live.restart_peak()
+            saves_output = all(one.untyped_storage().data_ptr() in self._storages for one in tensors_in(value))
+            if saves_output:
+                self._outputs[index] = {storage_id(tensor) for tensor in tensors_in(value)}
             for tensor in tensors_in(value):
                 if tensor.requires_grad:
                     # Called when the gradient of this block's output is complete.
@@ -130,11 +142,19 @@ class _Passes:
                     self._saved[index] / len(self._inputs),
                     sum(isinstance(layer, BatchNorm) for layer in block.modules()),
                     kernels.count,
-                    saves_output=all(one.untyped_storage().data_ptr() in self._storages for one in tensors_in(value)),
+                    saves_output=saves_output,
+                    saves_input=bool(given) and given <= self._storages,
                 )
             )
         self._backward(value)
-        return [dataclasses.replace(one, extra_bytes=self._extra(index)) for index, one in enumerate(found)]
+        return [
+            dataclasses.replace(
+                one,
+                extra_bytes=self._extra(index, self._peaks[index]),
+                extra_bytes_at_end=self._extra(index, self._peaks_at_end[index]),
+            )
+            for index, one in enumerate(found)
+        ]
 
     def _save(self, index: int, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -155,17 +175,22 @@ class _Passes:
         if index < self._block:
             self._end_backward()
             self._block = index
+            self._live.keep(self._outputs[index])
+        if index == self._block:
+            self._live.keep([storage_id(gradient)])
 
     def _end_backward(self) -> None:
+        kept_peak = self._live.kept_peak
         peak = self._live.restart_peak()
         if self._block < len(self._blocks):
             self._peaks[self._block] = max(self._peaks[self._block], peak)
+            self._peaks_at_end[self._block] = max(self._peaks_at_end[self._block], kept_peak)
 
-    def _extra(self, index: int) -> int:
+    def _extra(self, index: int, peak: int) -> int:
         """Bytes that are held during a block's passes, beyond what it and those before it save."""
         # The inputs were there before; they count for the block that saves them.
         given = self._inputs.untyped_storage()
-        held = self._peaks[index] + (given.nbytes() if given.data_ptr() in self._storages else 0)
+        held = peak + (given.nbytes() if given.data_ptr() in self._storages else 0)
         return max(held - sum(self._saved[: index + 1]), 0)
 
 

@@ -25,10 +25,13 @@ class BlockMemory:
         saved: What autograd saves for each sample.
         extra: Most bytes that are held during its passes, beyond what it and the blocks before it save, by number of
             samples.
+        extra_at_end: As ``extra``, of a block whose output and its gradient are held during its whole backward pass, as
+            by the last block of a pipeline's stage; empty: not known.
     """
 
     saved: float
     extra: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    extra_at_end: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class BlockProfile:
         state_bytes: Bytes of its parameters and buffers; ``None``: as many as its gradients have.
         kernels: Kernels of a forward pass.
         saves_output: Whether its output is among what it saves, and not among what the next block does.
+        saves_input: Whether its input is among what it saves, and not among what blocks before do.
         memory: What it holds in its passes, by the kind of its BatchNorm layers: ``plain``, ``synchronised`` or
             ``deferred``. Without an entry: what autograd saves.
     """
@@ -66,6 +70,7 @@ class BlockProfile:
     state_bytes: int | None = None
     kernels: int = 1
     saves_output: bool = False
+    saves_input: bool = False
     memory: Mapping[str, BlockMemory] = dataclasses.field(default_factory=dict)
 
     @property

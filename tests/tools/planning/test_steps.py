@@ -15,7 +15,7 @@ from distrain.tools.planning import candidates, engine
 from distrain.tools.planning.cluster import Link
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.plan_keys import STRATEGIES
-from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.prediction import Memory, Prediction
 from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
 from distrain.tools.planning.steps.common import Setting, backward_pieces, bucket_sizes
 from distrain.tools.planning.workload import BlockMemory, at
@@ -267,10 +267,31 @@ def test_memory_of_a_pipeline_is_what_its_schedule_holds() -> None:
     def memory(name: str) -> float:
         return pipeline.predict(slow, {}, ranks=4, schedule=name, microbatches=8).memory.activations
 
-    # 4 samples a microbatch and 1 MB of each in a stage: all 8 microbatches, or as many as there are stages. What a
-    # stage sends, 0.1 MB a sample, is held too where its blocks have not counted it.
-    assert memory("gpipe") == pytest.approx(8 * 4 * 1.1 * MB)
-    assert memory("1f1b") == pytest.approx(4 * 4 * 1.1 * MB)
+    # 4 samples a microbatch and 1 MB of each in a stage: all 8 microbatches, or as many as there are stages. Messages
+    # have 0.1 MB a sample. The second stage holds those of all microbatches, received and sent, and two gradients that
+    # are received ahead; under 1f1b the first stage holds all that it has sent.
+    assert memory("gpipe") == pytest.approx((8 * 4 * 1.2 + 2 * 0.4) * MB)
+    assert memory("1f1b") == pytest.approx((4 * 4 * 1.0 + 8 * 0.4 + 2 * 0.4) * MB)
+
+
+def test_a_pipeline_holds_images_and_what_is_sent_once() -> None:
+    def memory(**sizes: Any) -> Memory:
+        plain = setting(batch_size=32)
+        first, *others = plain.workload.blocks
+        # Enough for the first rank to hold most.
+        blocks = (dataclasses.replace(first, **{"activation_bytes": 2.0 * MB, **sizes}), *others)
+        training = dataclasses.replace(plain.workload, blocks=blocks, input_bytes=0.25 * MB)
+        asked: dict[str, Any] = {"ranks": 4, "schedule": "1f1b", "microbatches": 8}
+        return pipeline.predict(dataclasses.replace(plain, workload=training), {}, **asked).memory
+
+    # The images of the whole share are held all the time, so those of 4 microbatches that the stage saves are among
+    # them, as the outputs that it saves of the same microbatches are among what it sends.
+    assert memory().other == 32 * 0.25 * MB
+    assert memory().activations - memory(saves_input=True).activations == pytest.approx(4 * 4 * 0.25 * MB)
+    assert memory().activations - memory(saves_output=True).activations == pytest.approx(4 * 4 * 0.1 * MB)
+    # What the pass of one microbatch needs besides.
+    passing = {"deferred": BlockMemory(2.0 * MB, {4: 0.0}, {4: 3.0 * MB})}
+    assert memory(memory=passing).activations - memory().activations == pytest.approx(3 * MB)
 
 
 def predicted_pipeline(plain: Setting, microbatches: int = 4, **changed: Any) -> Prediction:

@@ -62,6 +62,15 @@ def test_memory_on_its_way_counts_beside_what_is_saved() -> None:
         assert torch.equal(parameter, old)
 
 
+def test_memory_of_a_block_whose_output_and_its_gradient_are_held() -> None:
+    block = nn.Sequential(nn.Linear(10, 2000, bias=False), nn.GLU(), nn.ReLU())
+    first, last = structures(nn.Sequential(block, nn.Linear(1000, 1)), torch.randn(100, 10), FP32)
+    # The largest gradient is that of GLU's input. It comes after ReLU's backward pass, which frees both.
+    assert first.extra_bytes == pytest.approx(800000, rel=0.02)
+    assert first.extra_bytes_at_end == pytest.approx(800000 + 2 * 400000, rel=0.02)
+    assert (first.saves_input, first.saves_output, last.saves_input) == (True, True, False)
+
+
 def test_memory_that_autograd_keeps_is_followed_until_it_is_freed() -> None:
     weight = torch.ones(100, requires_grad=True)
     with LiveMemory() as live:

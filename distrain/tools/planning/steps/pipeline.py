@@ -12,7 +12,8 @@ from distrain.tools.planning.network import Duration, Group
 from distrain.tools.planning.prediction import Memory, Prediction
 from distrain.tools.planning.simulation import Compute, Operation, Start, Wait, simulate
 from distrain.tools.planning.steps.common import BATCHNORM_BYTES, Setting, parts_of
-from distrain.tools.planning.workload import BlockProfile, at, peak_bytes
+from distrain.tools.planning.steps.pipeline_memory import PipelineMemory
+from distrain.tools.planning.workload import BlockProfile, at
 
 
 def predict(
@@ -181,41 +182,14 @@ class _Step:
     # --- memory ------------------------------------------------------------------------------------------------------
 
     def _memory(self, rank: int, actions: Sequence[Action]) -> Memory:
-        """Follows the passes and counts what each stage holds for its backward passes."""
+        """What a rank holds at the peak of its actions, and all the time."""
         workload = self._setting.workload
-        per_stage = [self._samples * self._saved_bytes(stage) for stage in range(len(self._stages))]
-        # Beyond what a stage saves, while one of its passes runs.
-        passing = [self._peak_bytes(stage) for stage in range(len(self._stages))]
-        saved = peak = 0.0
-        for action in actions:
-            before, after = saved, saved
-            if action.kind == "forward":
-                after += per_stage[action.stage]
-            elif action.kind in ("backward", "weight"):
-                after -= per_stage[action.stage]
-            peak = max(peak, min(before, after) + passing[action.stage])
-            saved = after
+        followed = PipelineMemory(self._stages, self._rank_of_stage, self._samples, rank, workload.input_bytes)
+        peak = followed.peak_bytes(actions)
         gradients = float(self._bytes_of(rank))
         state = workload.optimizer_bytes * gradients / max(workload.gradient_bytes, 1)
         own = [stage for stage, owner in enumerate(self._rank_of_stage) if owner == rank]
         held = float(sum(block.held_bytes for stage in own for block in self._stages[stage]))
-        # Each rank loads the whole share; what the first stage needs of it, its blocks have counted.
-        loaded = 0.0 if 0 in own else self._share * workload.input_bytes
+        # Each rank loads the whole share, and holds it until the step ends.
+        loaded = self._share * workload.input_bytes
         return Memory(held, gradients, state, max(peak, workload.update_bytes), loaded)
-
-    def _saved_bytes(self, stage: int) -> float:
-        """Bytes a sample that a stage keeps from its forward to its backward pass."""
-        return sum(block.memory_of("deferred").saved for block in self._stages[stage]) + self._border_bytes(stage)
-
-    def _peak_bytes(self, stage: int) -> float:
-        """Bytes that a stage needs while one of its passes runs."""
-        peak = peak_bytes(self._stages[stage], self._samples, "deferred")
-        return peak + self._samples * self._border_bytes(stage)
-
-    def _border_bytes(self, stage: int) -> float:
-        """Bytes a sample of what a stage receives and sends, as far as its own blocks have not counted them."""
-        before = self._stages[stage - 1][-1] if stage else None
-        received = before.output_bytes if before is not None and before.saves_output else 0.0
-        last = self._stages[stage][-1]
-        is_sent = stage < len(self._stages) - 1 and not last.saves_output
-        return received + (last.output_bytes if is_sent else 0.0)
