@@ -18,7 +18,6 @@ from distrain.data.base import DataSpec, Images, Split
 from distrain.data.batch import Targets
 from distrain.data.items import Items
 from distrain.data.reading import ItemReader
-from distrain.data.sample_formats import image_of
 from distrain.data.sampler import Blocks
 from distrain.data.workers import ItemWorkers
 from distrain.errors import ConfigError, described
@@ -90,14 +89,21 @@ def image_transform(config: TransformConfig) -> Callable[[Tensor], Tensor]:
         raise ConfigError(f"{_IMAGE}._target_", path, f"makes a {type(transform).__name__}, which can't be called")
     if any(base.__module__.startswith("albumentations") for base in type(transform).__mro__):
         return lambda image: _albumented(transform, image)
-    return lambda image: image_of(transform(image))
+    return lambda image: _as_image(transform(image))
 
 
 def _albumented(transform: Any, image: Tensor) -> Tensor:
     if hasattr(transform, "set_random_seed"):
         # It draws from a generator of its own.
         transform.set_random_seed(int(torch.randint(2**31, ())))
-    return image_of(transform(image=image.permute(1, 2, 0).numpy())["image"])
+    return _as_image(transform(image=image.permute(1, 2, 0).numpy())["image"])
+
+
+def _as_image(result: Any) -> Tensor:
+    # Imported only here, since it imports Pillow, which a run without such a transform may not need.
+    from distrain.data.sample_formats import image_of
+
+    return image_of(result)
 
 
 @dataclass
