@@ -13,7 +13,7 @@ from torch import nn
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from distrain.tools.planning import engine, measurement
+from distrain.tools.planning import engine, measurement, step_timer
 from distrain.tools.planning.engine import Options
 from distrain.tools.planning.plan import Plan
 from tests.runs import small
@@ -25,7 +25,7 @@ LINK = "{latency_us: 10, gbit_per_s: 10}"
 @pytest.fixture(autouse=True)
 def measured_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test of this file asks for a measured time, and a good one takes seconds."""
-    monkeypatch.setattr(measurement, "_STEP_SECONDS", 0.0)
+    monkeypatch.setattr(step_timer, "_STEP_SECONDS", 0.0)
     monkeypatch.setattr(measurement, "_BLOCK_SECONDS", 0.0)
 
 
