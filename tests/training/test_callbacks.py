@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from distrain.config.schema import EmaConfig, SwaConfig
 from distrain.training.callbacks import Callback, EpochLog, PlainProgress, Profiler, StatusValues, default_callbacks
 from tests.runs import small
 
@@ -33,7 +34,7 @@ def trainer(**progress: int) -> Any:
     made = SimpleNamespace(
         total_steps=20,
         progress=SimpleNamespace(**{"step": 0, "epoch": 0, **progress}),
-        config=SimpleNamespace(trainer=SimpleNamespace(epochs=2)),
+        config=SimpleNamespace(trainer=SimpleNamespace(epochs=2, ema=EmaConfig(), swa=SwaConfig())),
         task=SimpleNamespace(metrics=("accuracy",), validated=("accuracy",)),
         runtime=SimpleNamespace(world=SimpleNamespace(rank=0)),
         now=0.0,
