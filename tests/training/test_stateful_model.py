@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+import distrain
 from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
-from distrain.cli import app, export
+from distrain.cli import app
 from distrain.cli.run_folder import RunFolder
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
@@ -212,12 +213,7 @@ def test_commands_build_the_model_with_its_extra_state(trained: Path) -> None:
 
 def test_the_exported_file_holds_the_extra_state(trained: Path, tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
-    run = str(trained / "single_whole")
-    allow = ["tests.training.test_stateful_model"]
-    settings = export.ExportSettings(
-        run=run, checkpoint="newest", format="safetensors", output=str(target), allow=allow
-    )
-    export.run(settings, ALONE)
+    distrain.export(trained / "single_whole", target, allow=["tests.training.test_stateful_model"])
     with safe_open(target, "pt") as file:
         extra = json.loads(file.metadata()["extra_state"])
         assert file.get_tensor("scale._extra_state").dtype == torch.float64
