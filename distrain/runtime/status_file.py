@@ -59,8 +59,8 @@ class StatusFile:
         self._speeds: dict[int, deque[tuple[float, int]]] = {}
         self._number = 0
         self._started = time.time()
-        self._training: dict[str, int] = {}
-        self._training_began = now
+        #: When the training began and the fields that tell of it; one value, so that the thread never sees half of it.
+        self._training: tuple[float, Mapping[str, int]] | None = None
         self._values: Mapping[str, float] = {}
         self._epoch_values: Mapping[str, float] = {}
         self._latest_error = ""
@@ -70,13 +70,8 @@ class StatusFile:
 
     def begin_training(self, first_step: int, total_steps: int, epochs: int, *, compiles: bool) -> None:
         """Training begins, or goes on; for the meaning of the arguments see :class:`RunStatus`."""
-        self._training_began = time.monotonic()
-        self._training = {
-            "first_step": first_step,
-            "total_steps": total_steps,
-            "epochs": epochs,
-            "compiles": compiles,
-        }
+        fields = {"first_step": first_step, "total_steps": total_steps, "epochs": epochs, "compiles": compiles}
+        self._training = (time.monotonic(), fields)
 
     def note_step(self, values: Mapping[str, float]) -> None:
         """These values of steps were logged; the mapping must not be changed afterwards."""
@@ -127,7 +122,9 @@ class StatusFile:
         self._number += 1
         ranks = [self._rank(rank, *observed, now) for rank, observed in enumerate(self._observe())]
         step_limit, setup_limit = self._limits
-        training = dict(self._training)
+        # The training may begin after `now` was taken.
+        began, fields = self._training or (now, {})
+        training = dict(fields)
         return RunStatus(
             self._number,
             time.time(),
@@ -140,7 +137,7 @@ class StatusFile:
             setup_limit,
             epoch=max(activity.epoch, int(self._epoch_values.get("epoch", 0))),
             step=max(activity.step, *(each.step for each in ranks)),
-            training_seconds=now - self._training_began if training else 0.0,
+            training_seconds=max(now - began, 0.0),
             compiles=bool(training.pop("compiles", False)),
             values=_without_nonfinite(self._values),
             epoch_values=_without_nonfinite(self._epoch_values),

@@ -78,6 +78,14 @@ def test_it_follows_the_training_and_says_at_the_end_that_it_is_the_last(
     assert read(owner) == last
 
 
+def test_a_training_that_begins_while_the_file_is_written_has_lasted_no_time(status: StatusFile) -> None:
+    now = time.monotonic()
+    status.begin_training(5, 60, 3, compiles=False)
+    seen = status.status(now, running=True)
+    assert (seen.training_seconds, seen.first_step) == (0, 5)
+    assert RunStatus.from_json(json.loads(json.dumps(seen.to_json()))) == seen
+
+
 def test_every_rank_is_told_as_rank_0_knows_it(owner: RunOwner, activity: RankActivity) -> None:
     now = time.monotonic()
     seen = [
