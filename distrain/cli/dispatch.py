@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "compute the metrics of a run's checkpoint",
     "predict": "predict the classes of images by a run's model",
     "export": "write a run's model as a file that is readable without distrain",
+    "serve": "answer HTTP requests with a run's model",
     "verify": "certify that a training on several ranks is that of one process, or say where it parts",
     "plan": "predict what a step takes under each strategy, on these ranks or on a described cluster",
     "find": "find a learning rate by a short training in which it rises",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import warnings
@@ -16,27 +15,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from distrain.cli import output
 from distrain.cli.evaluate import EvaluateSettings, config_for_evaluation
 from distrain.cli.run_folder import RunFolder
+from distrain.cli.run_model import RunModel, check_takes_files, decoded_spec
 from distrain.cli.settings import RunSettings
 from distrain.config.schema import DEVICE_DOC, DEVICES
 from distrain.config.setting import setting
 from distrain.data.base import Images
 from distrain.data.decode import DecodeError, decode
-from distrain.data.image_files import DecodedImagesConfig, stored_spec
-from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.files.terminal import show
-from distrain.models.outputs import logits_of
-from distrain.models.tensors import convert
-from distrain.runtime.device import available_cores, choose_device
+from distrain.runtime.device import available_cores
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
-from distrain.strategies.precision import Precision
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
 from distrain.tools.predicting import result_files
@@ -44,12 +39,9 @@ from distrain.tools.predicting.images import find_images
 from distrain.tools.predicting.mask_files import MaskFiles
 from distrain.tools.predicting.parts import Parts
 from distrain.tools.predicting.result_files import ERROR, Prediction
-from distrain.training import auto_format
 
 log = logging.getLogger(__name__)
 
-#: Numbers of channels that image files are decoded to.
-_FILE_CHANNELS = (1, 3)
 ON_ERROR = ("record", "skip", "stop")
 
 
@@ -109,7 +101,7 @@ class _Request:
             raise ConfigError("output", settings.output, problem, result_files.SUFFIXES)
         if settings.masks is not None:
             _check_masks(task, settings.masks)
-        _check_images(folder)
+        check_takes_files(folder)
         return cls(settings, folder, task, target, find_images(settings.input))
 
 
@@ -261,15 +253,6 @@ def _drop_mask(prediction: Prediction) -> Prediction:
     return {name: value for name, value in prediction.items() if name != "mask"}
 
 
-def _check_images(folder: RunFolder) -> None:
-    """Refuses a run whose images files can't give."""
-    if folder.spec.channels not in _FILE_CHANNELS:
-        raise ConfigError("run", folder.path, f"its images have {folder.spec.channels} channels; files give 1 or 3")
-    if folder.spec.dtype != "uint8":
-        problem = "it was trained on floating-point arrays, and files give bytes; use distrain.predict(run, array)"
-        raise ConfigError("run", folder.path, problem)
-
-
 def check_top(task: Task, top: int) -> None:
     """Refuses a number of ranked answers that the task doesn't have.
 
@@ -288,7 +271,7 @@ def predict_files(folder: RunFolder, task: Task, settings: PredictSettings, worl
     Raises:
         ConfigError: The run or an image can't be used.
     """
-    _check_images(folder)
+    check_takes_files(folder)
     paths = find_images(settings.input)
     with contextlib.closing(Predictor(folder, task, settings, world)) as predictor:
         return list(predictor.predict(paths))
@@ -310,18 +293,11 @@ class Predictor:
     """
 
     def __init__(self, folder: RunFolder, task: Task, settings: PredictSettings, world: World) -> None:
-        config = folder.config
-        config.runtime.device = settings.device
-        self._folder, self._task, self._settings = folder, task, settings
-        self._device = choose_device(config, world)
-        self._precision = Precision(config.trainer.precision, self._device)
+        self._task, self._settings, self._decoded = task, settings, decoded_spec(folder)
         weights = folder.weights(settings.checkpoint, settings.weights)
         self._checkpoint = weights.path
-        model = folder.model(weights, settings.allow)
-        self._layout = auto_format.memory_format(config, self._device, model)
-        convert(model, self._precision.dtype, self._device)
+        self._model = RunModel(folder, task, weights, settings.device, settings.allow, world)
         self._pool = ThreadPoolExecutor(max(1, available_cores() // world.local_size))
-        self._model: nn.Module = model.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def identity(self) -> dict[str, Any]:
         """What the rows depend on besides the images, as plain data."""
@@ -332,7 +308,7 @@ class Predictor:
             "top": settings.top,
             "on_error": settings.on_error,
             "masks": settings.masks,
-            "device": self._device.type,
+            "device": self._model.device.type,
         }
 
     def close(self) -> None:
@@ -382,9 +358,7 @@ class Predictor:
             yield from self._predict(names, images.pick(places))
 
     def _decode(self, path: str) -> npt.NDArray[np.uint8] | DecodeError:
-        spec, data = self._folder.spec, self._folder.config.data
-        if isinstance(data, DecodedImagesConfig):
-            spec = stored_spec(data, spec)
+        spec = self._decoded
         try:
             return decode(path, spec.height, spec.width, spec.channels)
         except DecodeError as error:
@@ -396,9 +370,8 @@ class Predictor:
             raise ConfigError("input", path, problem) from error
         log.warning("left out %s", error)
 
-    @torch.inference_mode()
     def _predict(self, paths: Sequence[str], pixels: Tensor) -> Iterator[Prediction]:
-        outputs = self._outputs(pixels)
+        outputs = self._model.outputs(pixels)
         finite = outputs.flatten(1).isfinite().all(1).tolist()
         if not all(finite):
             problem = f"the model's output for {paths[finite.index(False)]} is not finite; did the training diverge?"
@@ -406,25 +379,3 @@ class Predictor:
         masks = self._task.masks(outputs)
         for index, entries in enumerate(self._task.predict(outputs, self._settings.top)):
             yield {"path": paths[index], **entries, **({} if masks is None else {"mask": masks[index].numpy()})}
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        return logits_of(self._model(inputs))
-
-    def _outputs(self, pixels: Tensor) -> Tensor:
-        """The model's outputs [n, …], as float64 on the CPU, for images [n, C, H, W]."""
-        loader = Loader(
-            Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)),
-            batch_size=len(pixels),
-            shard=(0, 1),
-            mean=self._folder.mean,
-            std=self._folder.std,
-            device=self._device,
-            dtype=self._precision.dtype,
-            memory_format=self._layout,
-            # There are no targets, and so no masks that would be resized too.
-            spec=dataclasses.replace(self._folder.spec, target="class"),
-            shown=self._folder.config.data.eval_crop,
-        )
-        with self._precision.autocast():
-            parts = [self._task.evaluate(self._logits, batch.inputs) for batch in loader.epoch(0)]
-        return torch.cat(parts).cpu().double()

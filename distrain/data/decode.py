@@ -69,6 +69,10 @@ class DecodeError(ValueError):
         super().__init__(f"{os.fspath(path)}: {self.reason}")
 
 
+class TooManyPixels(ValueError):
+    """An image has more pixels than are decoded."""
+
+
 def decode(path: str | os.PathLike[str], height: int, width: int, channels: int) -> npt.NDArray[np.uint8]:
     """Decodes an image file of one of :data:`FORMATS`, and resizes and crops the image.
 
@@ -124,7 +128,9 @@ def place(pieces: ByteRanges, index: int) -> str:
     return f"{pieces.paths[pieces.file[index]]}, image at byte {pieces.start[index]}"
 
 
-def decode_bytes(data: bytes, name: str, height: int, width: int, channels: int) -> npt.NDArray[np.uint8]:
+def decode_bytes(
+    data: bytes, name: str, height: int, width: int, channels: int, most_pixels: int = LARGEST_PIXELS
+) -> npt.NDArray[np.uint8]:
     """As :func:`decode`, for the content of a file.
 
     Args:
@@ -133,12 +139,13 @@ def decode_bytes(data: bytes, name: str, height: int, width: int, channels: int)
         height: Height of the result in pixels.
         width: Width of the result in pixels.
         channels: 3 for RGB, 1 for greyscale.
+        most_pixels: Images of more pixels are refused, at most ``LARGEST_PIXELS``.
 
     Raises:
-        DecodeError: As for :func:`decode`.
+        DecodeError: As for :func:`decode`; caused by :class:`TooManyPixels` if that is why.
     """
     try:
-        return _decode(io.BytesIO(data), height, width, channels)
+        return _decode(io.BytesIO(data), height, width, channels, most_pixels)
     except Exception as error:  # as above
         raise DecodeError(name, str(error) or type(error).__name__) from error
 
@@ -148,24 +155,28 @@ def _check_bytes(size: int) -> None:
         raise ValueError(f"has more than {LARGEST_FILE} bytes")
 
 
-def _open(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+def _open(source: str | os.PathLike[str] | IO[bytes], most_pixels: int = LARGEST_PIXELS) -> Image.Image:
     """Opens an image, and decodes nothing yet.
 
     Raises:
-        ValueError: It has too many pixels.
+        TooManyPixels: It has more pixels than may be.
     """
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
     opened = Image.open(source, formats=FORMATS)
-    if opened.width * opened.height > LARGEST_PIXELS:
+    if opened.width * opened.height > most_pixels:
         opened.close()
-        raise ValueError(f"{opened.width}x{opened.height} are more than {LARGEST_PIXELS} pixels")
+        raise TooManyPixels(f"{opened.width}x{opened.height} are more than {most_pixels} pixels")
     return opened
 
 
 def _decode(
-    source: str | os.PathLike[str] | IO[bytes], height: int, width: int, channels: int
+    source: str | os.PathLike[str] | IO[bytes],
+    height: int,
+    width: int,
+    channels: int,
+    most_pixels: int = LARGEST_PIXELS,
 ) -> npt.NDArray[np.uint8]:
-    with _open(source) as opened:
+    with _open(source, most_pixels) as opened:
         # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.
         opened.draft("RGB" if channels == 3 else "L", (2 * max(height, width),) * 2)
         opened.load()

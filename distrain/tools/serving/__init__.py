@@ -1,0 +1,1 @@
+"""A model over HTTP: requests in, batches through the model, answers out."""

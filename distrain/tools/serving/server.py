@@ -1,0 +1,132 @@
+"""One server process: accepts connections until it is asked to stop, then answers all requests that it has accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any, cast
+
+import uvicorn
+from fastapi import FastAPI
+from typing_extensions import override
+
+from distrain.tools.serving.limits import Limits
+from distrain.tools.serving.protocol import LimitedProtocol
+
+#: Seconds in which requests that are on their way on open connections still arrive after a request to stop.
+_LAST_REQUESTS_SECONDS = 1.0
+#: Seconds between two looks at what is left.
+_LOOK_SECONDS = 0.02
+#: Seconds that a connection without requests stays open.
+_KEEP_ALIVE_SECONDS = 30
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn's server, which also answers requests that are on their way when it is asked to stop.
+
+    Args:
+        config: uvicorn's.
+        on_start: Called when connections are accepted.
+        on_stop: Called when no more are.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start, self._on_stop = on_start, on_stop
+
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        # Lets the loop take the connections that the kernel has accepted.
+        await asyncio.sleep(_LOOK_SECONDS)
+        for server in self.servers:
+            server.close()
+        await self._answer_last_requests()
+        await super().shutdown(sockets)
+
+    async def _answer_last_requests(self) -> None:
+        """Lets each connection end with the next answer. A client that sees it end sooner can't tell what was done."""
+        state = self.server_state
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]
+        loop = asyncio.get_running_loop()
+        until = loop.time() + min(_LAST_REQUESTS_SECONDS, self.config.timeout_graceful_shutdown or 0)
+        while state.connections and loop.time() < until and not self.force_exit:
+            for connection in cast("set[LimitedProtocol]", state.connections):
+                if connection.is_busy:
+                    connection.shutdown()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+def serve(
+    app: FastAPI, listening: socket.socket, limits: Limits, stop_seconds: float, on_start: Callable[[], None]
+) -> None:
+    """Serves an application until SIGTERM or SIGINT; in the main thread.
+
+    Args:
+        app: The application.
+        listening: A bound socket.
+        limits: Those of connections.
+        stop_seconds: Time to answer accepted requests after a signal; what takes longer is cancelled.
+        on_start: Called when connections are accepted.
+    """
+    config = uvicorn.Config(
+        app,
+        http=cast("type[asyncio.Protocol]", functools.partial(LimitedProtocol, limits=limits)),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(stop_seconds)),
+    )
+
+    def on_stop() -> None:
+        app.state.is_stopping = True
+
+    server = GracefulServer(config, on_start, on_stop)
+    # uvicorn restores these handlers when it has stopped, and then raises the signals it has got once more.
+    before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run([listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(*_: Any) -> None:
+    """A handler of a signal that has been obeyed already."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; connections are refused until a server listens.
+
+    Raises:
+        OSError: The address is in use, or not of this machine.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def url(bound: socket.socket) -> str:
+    """How a browser on this machine reaches a socket."""
+    host, port = bound.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - the address of all interfaces
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
