@@ -18,6 +18,7 @@ from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
 from distrain.cli.evaluate import load_test_images
 from distrain.cli.run_folder import LAST, TRUSTED_PREFIXES, RunFolder, Weights
+from distrain.cli.run_model import decoded_spec
 from distrain.cli.settings import RunSettings, require_one_process
 from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error_from_line
@@ -122,6 +123,8 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
     ``task``             name of the task, which says what the outputs are: logits of classes, numbers …
     ``classes``          JSON: names of the classes, labels or numbers in the order of the outputs
     ``input_shape``      JSON: channels, height, width of an image
+    ``decoded_shape``    JSON: the same of an image file as it is decoded
+    ``eval_crop``        JSON: share of each side of it that the model sees, in its centre
     ``mean``, ``std``    JSON: one value per channel; the input is ``(pixel / 255 - mean) / std``
     ``step``             number of updates
     ``weights``          ``last``, or the average of the model: ``ema`` or ``swa``
@@ -268,13 +271,15 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 
 def _description(folder: RunFolder, weights: Weights) -> dict[str, Any]:
-    spec = folder.spec
+    spec, decoded = folder.spec, decoded_spec(folder)
     return {
         "model": folder.config.model.name,
         "model_config": dataclasses.asdict(folder.config.model),
         "task": folder.config.task.name,
         "classes": list(spec.classes),
         "input_shape": [spec.channels, spec.height, spec.width],
+        "decoded_shape": [decoded.channels, decoded.height, decoded.width],
+        "eval_crop": folder.config.data.eval_crop,
         "mean": list(folder.mean),
         "std": list(folder.std),
         "step": weights.step,

@@ -155,13 +155,9 @@ def work(settings: ServeSettings, listening: socket.socket, on_start: Callable[[
     metrics = Metrics()
     current = CurrentModel(source_of(settings), sorted({1, settings.max_batch_size}), metrics)
     about = current.model.about
-    server.serve(
-        app.build(current, options, metrics),
-        listening,
-        limits,
-        settings.stop_timeout,
-        lambda: on_start(f"{about.name} ({about.model}, {len(about.classes)} classes)"),
-    )
+    built = app.build(current, options, metrics)
+    name = f"{about.name} ({about.model}, {len(about.classes)} classes)"
+    server.run(server.make_server(built, limits, settings.stop_timeout, lambda: on_start(name)), listening)
 
 
 def source_of(settings: ServeSettings) -> Source:

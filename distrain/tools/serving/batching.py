@@ -63,6 +63,7 @@ class Batcher:
         now = loop.time()
         items = [_Waiting(model, pixels, top, now, loop.create_future()) for pixels in images]
         self._queue.extend(items)
+        self._metrics.waiting.set(len(self._queue))
         self._arrived.set()
         if len(self._queue) >= self._max_size:
             self._complete.set()

@@ -65,16 +65,13 @@ class GracefulServer(uvicorn.Server):
             await asyncio.sleep(_LOOK_SECONDS)
 
 
-def serve(
-    app: FastAPI, listening: socket.socket, limits: Limits, stop_seconds: float, on_start: Callable[[], None]
-) -> None:
-    """Serves an application until SIGTERM or SIGINT; in the main thread.
+def make_server(app: FastAPI, limits: Limits, stop_seconds: float, on_start: Callable[[], None]) -> GracefulServer:
+    """A server for an application.
 
     Args:
         app: The application.
-        listening: A bound socket.
         limits: Those of connections.
-        stop_seconds: Time to answer accepted requests after a signal; what takes longer is cancelled.
+        stop_seconds: Time to answer accepted requests when it is asked to stop; what takes longer is cancelled.
         on_start: Called when connections are accepted.
     """
     config = uvicorn.Config(
@@ -94,7 +91,11 @@ def serve(
     def on_stop() -> None:
         app.state.is_stopping = True
 
-    server = GracefulServer(config, on_start, on_stop)
+    return GracefulServer(config, on_start, on_stop)
+
+
+def run(server: GracefulServer, listening: socket.socket) -> None:
+    """Serves on a bound socket until SIGTERM or SIGINT; in the main thread."""
     # uvicorn restores these handlers when it has stopped, and then raises the signals it has got once more.
     before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

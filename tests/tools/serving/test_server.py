@@ -1,0 +1,160 @@
+"""What slow, endless and broken connections get, and how a server stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+
+import pytest
+
+from distrain.tools.serving import server
+from tests.harness import HANG_SECONDS
+from tests.tools.serving.helpers import LIMITS, closed_port, exchange, listening, png, until
+
+
+def post(body: bytes, *headers: str) -> bytes:
+    lines = ["POST /predict?top=1 HTTP/1.1", "host: x", "content-type: image/png", f"content-length: {len(body)}"]
+    return "\r\n".join([*lines, *headers, "", ""]).encode() + body
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split()[1])
+
+
+IMPATIENT = dataclasses.replace(LIMITS, receive_seconds=0.2)
+ANNOUNCED = post(b"").replace(b"length: 0", b"length: 9999999999")
+#: What is sent, and the status that it gets; the client waits until the server ends the connection.
+SENT = {
+    "nothing": ([b""], IMPATIENT, 408),
+    "empty lines": ([b"\r\n", b"\r\n"], IMPATIENT, 408),
+    "half a header": ([b"POST /predict HTTP/1.1\r\nhost:"], IMPATIENT, 408),
+    "half a body": ([post(png(1))[:-5]], IMPATIENT, 408),
+    "a header without end": ([b"GET / HTTP/1.1\r\n", b"a: b\r\n" * 12_000], LIMITS, 431),
+    "something else": ([b"\x16\x03\x01\x02\x00\x01\x00"], LIMITS, 400),
+    "too much, which is announced": ([ANNOUNCED, b"x" * 400_001], LIMITS, 413),
+    "a request to close": ([post(png(1), "connection: close")], LIMITS, 200),
+}
+
+
+@pytest.mark.parametrize("case", SENT)
+def test_a_connection_ends_with_a_reason(case: str) -> None:
+    pieces, limits, expected = SENT[case]
+
+    async def ask() -> bytes:
+        async with listening(limits) as (_, port, _):
+            answer = await exchange(port, *pieces)
+            assert status(await exchange(port, post(png(1), "connection: close"))) == 200
+            return answer
+
+    answer = asyncio.run(ask())
+    assert status(answer) == expected
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+    assert answer.endswith(b"}")
+
+
+def test_a_body_that_nobody_reads_ends_the_connection() -> None:
+    async def ask() -> bytes:
+        async with listening() as (_, port, _):
+            request = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            answer = await reader.readuntil(b"}")
+            writer.write(b"5\r\nhello\r\n" * 100)
+            rest = await asyncio.wait_for(reader.read(), HANG_SECONDS)
+            writer.close()
+            return answer + rest
+
+    assert status(asyncio.run(ask())) == 404
+
+
+def test_connections_beyond_the_limit_are_told_so() -> None:
+    async def ask() -> tuple[bytes, bytes]:
+        async with listening(dataclasses.replace(LIMITS, connections=1)) as (served, port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            await until(lambda: len(served.server_state.connections) == 1)
+            second = await exchange(port)
+            writer.write(post(png(1)))
+            first = await reader.readuntil(b"}")
+            writer.close()
+            return first, second
+
+    first, second = asyncio.run(ask())
+    assert (status(first), status(second)) == (200, 503)
+
+
+def test_a_client_that_does_not_read_is_let_go() -> None:
+    request = b"GET /page.css HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def ask() -> None:
+        async with listening(IMPATIENT) as (served, port, _):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                with contextlib.suppress(ConnectionError):
+                    # More answers than the buffers of both ends can hold; then the server ends the connection.
+                    for _ in range(100_000):
+                        await asyncio.wait_for(loop.sock_sendall(client, request), HANG_SECONDS)
+                    pytest.fail("the server went on")
+            await until(lambda: not served.server_state.connections)
+
+    asyncio.run(ask())
+
+
+def test_a_server_that_stops_answers_what_it_has_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that wait for the model, and one that arrives on an open connection after the request to stop."""
+    monkeypatch.setattr(server, "_LAST_REQUESTS_SECONDS", HANG_SECONDS)
+
+    async def ask() -> None:
+        async with listening() as (served, port, model):
+            model.may_go.clear()
+            waiting = [asyncio.create_task(exchange(port, post(png(51)))) for _ in range(3)]
+            await until(model.works.is_set)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            await until(lambda: len(served.server_state.connections) == 4)
+            served.should_exit = True
+            await until(lambda: served.config.app.state.is_stopping)
+            writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
+            ready = await reader.read()
+            assert (status(ready), b"connection: close" in ready) == (503, True)
+            writer.close()
+            await until_refused(port)
+            model.may_go.set()
+            assert [status(await task) for task in waiting] == [200, 200, 200]
+
+    asyncio.run(ask())
+
+
+async def until_refused(port: int) -> None:
+    """Waits until connections are refused."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except ConnectionError:
+            return
+        writer.close()
+        await asyncio.sleep(0.01)
+
+
+def test_what_takes_too_long_is_cancelled_when_a_server_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_LAST_REQUESTS_SECONDS", 0.0)
+
+    async def ask() -> bytes:
+        async with listening(stop_seconds=1) as (served, port, model):
+            model.may_go.clear()
+            task = asyncio.create_task(exchange(port, post(png(51))))
+            await until(model.works.is_set)
+            served.should_exit = True
+            return await asyncio.wait_for(task, HANG_SECONDS)
+
+    assert status(asyncio.run(ask())) == 500
+
+
+def test_an_address_in_use_cannot_be_bound() -> None:
+    with server.bind("127.0.0.1", 0) as first:
+        first.listen()
+        with pytest.raises(OSError, match="in use"):
+            server.bind("127.0.0.1", first.getsockname()[1])
+    with server.bind("0.0.0.0", port := closed_port()) as everywhere:
+        assert server.url(everywhere) == f"http://127.0.0.1:{port}"
