@@ -151,10 +151,10 @@ def main(
     except KeyboardInterrupt:
         # Outside a run, which saves first; see distrain.runtime.signals.
         last_line.print_last_line("distrain: interrupted")
-        _exit_now(EXIT_INTERRUPTED)
+        exit_now(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Such as help that is piped to `head`; a run has its own handling.
-        _exit_now(EXIT_OUTPUT_CLOSED)
+        exit_now(EXIT_OUTPUT_CLOSED)
     except Exception as error:  # Hydra and YAML raise many types for a user's mistakes
         if wants_traceback or not composing:
             last_line.tell_launcher(f"distrain: {type(error).__name__}: {error}")
@@ -190,11 +190,11 @@ def ended_as_command(*, wants_traceback: bool = False) -> Iterator[None]:
         # The launcher may send a signal to this rank because another one has just exited with the same code.
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        _exit_now(EXIT_STOPPED)
+        exit_now(EXIT_STOPPED)
     except Failed as failed:
         last_line.tell_launcher("distrain: failed, for the reason printed above")
         # Threads of the process group may still wait for a lost peer, so nothing is cleaned up.
-        _exit_now(failed.exit_code)
+        exit_now(failed.exit_code)
     except OSError as error:
         if wants_traceback:
             raise
@@ -210,7 +210,7 @@ def skip_destructors_after_communication() -> None:
     """
     runtime = sys.modules.get("distrain.runtime.runtime")
     if runtime is not None and runtime.joined_group:
-        atexit.register(_exit_now, 0)
+        atexit.register(exit_now, 0)
 
 
 @contextlib.contextmanager
@@ -247,7 +247,7 @@ def _start_ranks(launch: LaunchSettings, check: Check, composed: DictConfig) -> 
     if quiets_torch:
         del os.environ["TORCH_CPP_LOG_LEVEL"]
     restore_hydra_full_error()
-    _exit_now(elastic.run_ranks(launch, *elastic.own_command()).code)
+    exit_now(elastic.run_ranks(launch, *elastic.own_command()).code)
 
 
 def set_arguments(arguments: Sequence[str] | None) -> None:
@@ -292,7 +292,7 @@ def require_linux(command: str, reason: str) -> None:
         exit_refused(config_error(command, f"needs Linux, since it {reason}"))
 
 
-def _exit_now(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Ends the process at once, without destructors."""
     try:
         logging.shutdown()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import socket
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class ServeSettings(RunSettings):
         "Milliseconds that an image waits for others at most, while the model is idle.", at_least=0
     )
     max_queue: int = setting(
-        "Images that each worker receives, decodes and keeps waiting at most; further requests get status 503.",
+        "Images that each worker decodes or keeps waiting at most; further requests get status 503.",
         at_least=1,
     )
     max_connections: int = setting("Open connections of each worker at most.", at_least=1)
@@ -110,11 +110,14 @@ def run(settings: ServeSettings) -> int:
 
 def work_for_parent(settings: ServeSettings, listening: socket.socket, on_start: Callable[[], None]) -> None:
     """What a worker process does; it ends with an exit code of its own if it can't start."""
+    code = 0
     try:
         work(settings, listening, lambda _: on_start())
     except ConfigError as error:
         print_to_stderr(f"distrain: {error}")
-        sys.exit(EXIT_REFUSED)
+        code = EXIT_REFUSED
+    # A thread may still work on an answer that has been given up.
+    os._exit(code)
 
 
 def work(settings: ServeSettings, listening: socket.socket, on_start: Callable[[str], None]) -> None:

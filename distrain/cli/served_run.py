@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 
 import torch
 from typing_extensions import override
@@ -33,8 +34,7 @@ class RunSource(Source):
 
     @override
     def state(self) -> Hashable:
-        folder = self.open().path
-        checkpoints = checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(folder))
+        checkpoints = checkpoint_format.list_checkpoints(checkpoint_format.checkpoints_folder(Path(self._run)))
         return tuple((path.name, path.stat().st_mtime_ns) for path in checkpoints)
 
     @override

@@ -38,7 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LaunchSettings]:
         raise SystemExit(code)
 
     monkeypatch.setattr(elastic, "run_ranks", note)
-    monkeypatch.setattr("distrain.cli.hydra_entry._exit_now", leave)
+    monkeypatch.setattr("distrain.cli.hydra_entry.exit_now", leave)
     return settings
 
 

@@ -119,7 +119,7 @@ def test_the_loss_determines_how_logits_become_probabilities(
         content = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(content.replace("  label_smoothing: 0.0\n", ""))
     monkeypatch.setattr(
-        predict.Predictor, "_outputs", lambda self, pixels: torch.zeros(len(pixels), 4, dtype=torch.float64)
+        predict.RunModel, "outputs", lambda self, pixels: torch.zeros(len(pixels), 4, dtype=torch.float64)
     )
     (one,) = predicted(run, str(images[0] / "0000.png"), top=4)
     # Classes of equal probability keep their order, as with argmax.
@@ -246,7 +246,7 @@ def test_a_model_with_outputs_that_are_not_finite_is_refused(
             torch.arange(len(pixels))[:, None] == 2, torch.nan, torch.zeros(len(pixels), 4, dtype=torch.float64)
         )
 
-    monkeypatch.setattr(predict.Predictor, "_outputs", diverged)
+    monkeypatch.setattr(predict.RunModel, "outputs", diverged)
     assert f"the model's output for {images[0] / '0002.png'} is not finite" in refused(run, str(images[0]))
 
 

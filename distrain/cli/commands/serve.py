@@ -34,6 +34,5 @@ def _task(composed: DictConfig) -> None:
         # Imported here because it imports torch, which --help and most errors need not wait for.
         from distrain.cli import serve
 
-    code = serve.run(load_settings(_schema(), composed))
-    if code:
-        raise hydra_entry.ExitWithCode(code)
+    # A thread may still work on an answer that has been given up.
+    hydra_entry.exit_now(serve.run(load_settings(_schema(), composed)))

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
+
 from distrain.tools.serving import content
 from distrain.tools.serving.batching import Batcher
 from distrain.tools.serving.limits import Admission, Held, Limits, Refused, read_body
@@ -65,25 +67,34 @@ class Answering:
             for executor in (self._decoding, self._inference, self._loading):
                 executor.shutdown(wait=False, cancel_futures=True)
 
-    async def answer(self, body: AsyncIterator[bytes], headers: dict[str, str], top: int) -> dict[str, Any]:
+    async def answer(self, request: Request, top: int) -> dict[str, Any]:
         """The answer to a request, as plain data.
 
         Args:
-            body: Its body, as it arrives.
-            headers: Its header, names in lower case.
+            request: The request.
             top: How many ranked answers each image gets, if there are as many.
 
         Raises:
             Refused: The request can't be answered.
+            ClientDisconnect: Its client is gone, so its images have left the queue.
         """
         limits = self._options.limits
         with self._admission.request() as held:
-            parse = content.parser(headers.get("content-type"))
-            received = await read_body(body, headers.get("content-length"), held, limits)
+            parse = content.parser(request.headers.get("content-type"))
+            body = await read_body(request.stream(), request.headers.get("content-length"), held, limits)
+            held.take_images(1)
+            work = asyncio.ensure_future(self._predict(parse, body, held, top))
+            gone = asyncio.ensure_future(_disconnected(request))
             try:
-                return await asyncio.wait_for(self._predict(parse, received, held, top), limits.answer_seconds)
-            except asyncio.TimeoutError:
-                raise Refused(504, f"no answer within {limits.answer_seconds:g} seconds", retry_after=1) from None
+                await asyncio.wait({work, gone}, timeout=limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    return work.result()
+                if gone.done():
+                    raise ClientDisconnect
+                raise Refused(504, f"no answer within {limits.answer_seconds:g} seconds", retry_after=1)
+            finally:
+                work.cancel()
+                gone.cancel()
 
     async def _predict(self, parse: content.Parser, body: bytes, held: Held, top: int) -> dict[str, Any]:
         # Taken once: a newer model may come while the request waits.
@@ -105,3 +116,9 @@ class Answering:
                 raise Refused(500, f"the model's output for image {place} is not finite; did the training diverge?")
             predictions.append(answer)
         return {"model": {"name": about.name, "step": about.step}, "predictions": predictions}
+
+
+async def _disconnected(request: Request) -> None:
+    """Waits until the client of a request has gone; the request's body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -136,7 +136,7 @@ def build(current: CurrentModel, options: ServingOptions, metrics: Metrics) -> F
         """Predicts for images: base64 in JSON, files of a form, or one image as the body."""
         begin, status = time.perf_counter(), 500
         try:
-            answer = await answering.answer(request.stream(), dict(request.headers), top)
+            answer = await answering.answer(request, top)
             status = 200
             return JSONResponse(answer)
         except Refused as refused:

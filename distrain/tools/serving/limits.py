@@ -39,7 +39,7 @@ class Limits:
     Attributes:
         request_bytes: Largest body of a request.
         pixels: Most pixels of an image.
-        queue: Images that are received, decoded or wait for the model at a time.
+        queue: Images that are decoded or wait for their answer at a time.
         receive_seconds: Time in which a request must arrive: its header, and its body.
         answer_seconds: Time after which a request that has arrived is answered at the latest.
         connections: Open connections.
@@ -66,23 +66,24 @@ class Admission:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[Held]:
-        """Admits a request of at least one image.
+        """Admits a request. It takes a place in the queue when it has arrived, or slow clients could fill the queue.
 
         Raises:
             Refused: The queue is full.
         """
         held = Held(self)
+        if self._images >= self._limits.queue:
+            raise self._full(close=True)
         try:
-            held.take_images(1, unread=True)
             yield held
         finally:
             self._images -= held.images
             self._bytes -= held.bytes
 
-    def take_images(self, count: int, *, unread: bool) -> None:
+    def take_images(self, count: int) -> None:
         """Adds to the images of all requests; see :meth:`Held.take_images`."""
         if self._images + count > self._limits.queue:
-            raise Refused(503, "too many requests wait; try again later", retry_after=1, close=unread)
+            raise self._full()
         self._images += count
 
     def take_bytes(self, count: int) -> None:
@@ -90,6 +91,9 @@ class Admission:
         if self._bytes + count > _MOST_BODIES * self._limits.request_bytes:
             raise Refused(503, "too many large requests arrive; try again later", retry_after=1, close=True)
         self._bytes += count
+
+    def _full(self, *, close: bool = False) -> Refused:
+        return Refused(503, "too many requests wait; try again later", retry_after=1, close=close)
 
 
 class Held:
@@ -103,17 +107,13 @@ class Held:
         self._admission = admission
         self.images = self.bytes = 0
 
-    def take_images(self, count: int, *, unread: bool = False) -> None:
-        """Takes places for images.
-
-        Args:
-            count: How many.
-            unread: The request's body has not been read.
+    def take_images(self, count: int) -> None:
+        """Takes places in the queue.
 
         Raises:
-            Refused: The queue is full.
+            Refused: It is full.
         """
-        self._admission.take_images(count, unread=unread)
+        self._admission.take_images(count)
         self.images += count
 
     def take_bytes(self, count: int) -> None:
@@ -147,17 +147,22 @@ async def read_body(pieces: AsyncIterator[bytes], length: str | None, held: Held
 
 async def _read(pieces: AsyncIterator[bytes], length: str | None, held: Held, most: int) -> bytes:
     announced = int(length) if length is not None and length.isdecimal() else 0
-    content, dropped = bytearray(), 0
+    if announced > _DROPPED * most:
+        raise _too_large(most)
+    content, size = bytearray(), 0
     async for piece in pieces:
-        if announced > most or len(content) + len(piece) > most:
-            content.clear()
-            announced = most + 1
-            dropped += len(piece)
-            if dropped > _DROPPED * most:
-                break
-        else:
+        size += len(piece)
+        if max(size, announced) <= most:
             held.take_bytes(len(piece))
             content += piece
-    if announced > most:
-        raise Refused(413, f"the request has more than {most} bytes", close=True)
+        elif size > _DROPPED * most:
+            break
+        else:
+            content.clear()
+    if max(size, announced) > most:
+        raise _too_large(most)
     return bytes(content)
+
+
+def _too_large(most: int) -> Refused:
+    return Refused(413, f"the request has more than {most} bytes", close=True)

@@ -99,6 +99,7 @@ class OnnxModel(ServedModel):
         shown = resize_centre(torch.from_numpy(pixels), self._share, height, width).contiguous().numpy()
         results = dict(zip(self._outputs, self._session.run(self._outputs, {INPUT: shown}), strict=True))
         classes = self.about.classes
+        rows: list[Answer]
         if _NUMBERS in results:
             rows = [{_NUMBERS: dict(zip(classes, row, strict=True))} for row in results[_NUMBERS].tolist()]
             return _finite(results[_NUMBERS], rows)

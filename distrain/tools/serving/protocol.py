@@ -93,7 +93,8 @@ class LimitedProtocol(HttpToolsProtocol):
     @property
     def is_busy(self) -> bool:
         """Whether a request is being received or answered."""
-        return self.cycle is not None and not self.cycle.response_complete
+        # uvicorn says that there always is a cycle; before the first request there is none.
+        return not getattr(self.cycle, "response_complete", True)
 
     def _await_header(self) -> None:
         self._header_bytes = 0

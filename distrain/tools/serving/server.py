@@ -45,6 +45,7 @@ class GracefulServer(uvicorn.Server):
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()
+        self._announce_end()
         # Lets the loop take the connections that the kernel has accepted.
         await asyncio.sleep(_LOOK_SECONDS)
         for server in self.servers:
@@ -52,16 +53,19 @@ class GracefulServer(uvicorn.Server):
         await self._answer_last_requests()
         await super().shutdown(sockets)
 
-    async def _answer_last_requests(self) -> None:
+    def _announce_end(self) -> None:
         """Lets each connection end with the next answer. A client that sees it end sooner can't tell what was done."""
         state = self.server_state
         state.default_headers = [*state.default_headers, (b"connection", b"close")]
+        for connection in cast("set[LimitedProtocol]", state.connections):
+            if connection.is_busy:
+                connection.shutdown()
+
+    async def _answer_last_requests(self) -> None:
+        """Waits for requests that are on their way on open connections; those without one end a little later."""
         loop = asyncio.get_running_loop()
         until = loop.time() + min(_LAST_REQUESTS_SECONDS, self.config.timeout_graceful_shutdown or 0)
-        while state.connections and loop.time() < until and not self.force_exit:
-            for connection in cast("set[LimitedProtocol]", state.connections):
-                if connection.is_busy:
-                    connection.shutdown()
+        while self.server_state.connections and loop.time() < until and not self.force_exit:
             await asyncio.sleep(_LOOK_SECONDS)
 
 

@@ -105,7 +105,7 @@ class Workers:
                     continue
                 cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 print_to_stderr(f"distrain: worker {worker.process.pid} has ended ({cause}); another one starts")
-                multiprocess.mark_process_dead(worker.process.pid, folder)
+                multiprocess.mark_process_dead(worker.process.pid, folder)  # type: ignore[no-untyped-call]
                 # A worker that dies at once would otherwise be started without end.
                 self._stop.wait(_PAUSE_SECONDS)
                 self._workers[place] = self._start()
@@ -126,6 +126,8 @@ class Workers:
 
 def _run(work: Work, listening: socket.socket, ready: Event) -> None:
     """What a worker process runs."""
+    # Ctrl-C comes to all processes of a terminal; the parent stops its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_stop_with, args=(parent.sentinel,), daemon=True).start()

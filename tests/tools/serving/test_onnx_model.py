@@ -94,7 +94,7 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {
 def test_a_file_that_says_something_impossible_is_refused(case: str, tmp_path: Path) -> None:
     about, problem = BROKEN[case]
     with pytest.raises(ConfigError, match=problem) as raised:
-        OnnxModel(write(tmp_path / "m.onnx", **about), 1)
+        OnnxModel(write(tmp_path / "m.onnx", ("probabilities", "class"), **about), 1)
     assert "distrain export format=onnx" in str(raised.value)
 
 

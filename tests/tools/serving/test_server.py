@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+from typing import cast
 
 import pytest
+from fastapi import FastAPI
 
 from distrain.tools.serving import server
 from tests.harness import HANG_SECONDS
@@ -33,7 +35,8 @@ SENT = {
     "half a body": ([post(png(1))[:-5]], IMPATIENT, 408),
     "a header without end": ([b"GET / HTTP/1.1\r\n", b"a: b\r\n" * 12_000], LIMITS, 431),
     "something else": ([b"\x16\x03\x01\x02\x00\x01\x00"], LIMITS, 400),
-    "too much, which is announced": ([ANNOUNCED, b"x" * 400_001], LIMITS, 413),
+    "too much, which is announced": ([ANNOUNCED], LIMITS, 413),
+    "too much": ([post(b"x" * 390_000)], LIMITS, 413),
     "a request to close": ([post(png(1), "connection: close")], LIMITS, 200),
 }
 
@@ -102,6 +105,25 @@ def test_a_client_that_does_not_read_is_let_go() -> None:
     asyncio.run(ask())
 
 
+def test_requests_of_clients_that_are_gone_leave_the_queue() -> None:
+    async def ask() -> None:
+        async with listening() as (served, port, model):
+            model.may_go.clear()
+            first = asyncio.create_task(exchange(port, post(png(51), "connection: close")))
+            await until(model.works.is_set)
+            others = [asyncio.create_task(exchange(port, post(png(51)))) for _ in range(3)]
+            await until(lambda: len(served.server_state.tasks) == 4)
+            for other in others:
+                other.cancel()
+            await until(lambda: len(served.server_state.tasks) == 1)
+            model.may_go.set()
+            assert status(await first) == 200
+            assert status(await exchange(port, post(png(51), "connection: close"))) == 200
+            assert model.batches == [1, 1]
+
+    asyncio.run(ask())
+
+
 def test_a_server_that_stops_answers_what_it_has_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that wait for the model, and one that arrives on an open connection after the request to stop."""
     monkeypatch.setattr(server, "_LAST_REQUESTS_SECONDS", HANG_SECONDS)
@@ -114,7 +136,7 @@ def test_a_server_that_stops_answers_what_it_has_accepted(monkeypatch: pytest.Mo
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             await until(lambda: len(served.server_state.connections) == 4)
             served.should_exit = True
-            await until(lambda: served.config.app.state.is_stopping)
+            await until(lambda: cast(FastAPI, served.config.app).state.is_stopping)
             writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
             ready = await reader.read()
             assert (status(ready), b"connection: close" in ready) == (503, True)
