@@ -30,6 +30,7 @@ _PAGE = {
     "index.html": ("/", "text/html"),
     "page.js": ("/page.js", "text/javascript"),
     "page.css": ("/page.css", "text/css"),
+    "favicon.svg": ("/favicon.svg", "image/svg+xml"),
 }
 #: The page loads nothing from elsewhere, and no other page may show it in a frame.
 _PAGE_HEADERS = {

@@ -8,12 +8,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from python_multipart import FormParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import File, parse_options_header
 
-from distrain.data.decode import DecodeError, TooManyPixels, decode_bytes
+from distrain.data.decode import FORMATS, DecodeError, TooManyPixels, decode_bytes
 from distrain.tools.serving.limits import Refused
 from distrain.tools.serving.model import Pixels
 
@@ -103,6 +103,8 @@ def decode_all(encoded: list[bytes], shape: tuple[int, int, int], most_pixels: i
         try:
             decoded.append(decode_bytes(data, f"{FIELD}[{place}]", height, width, channels, most_pixels))
         except DecodeError as error:
+            if isinstance(error.__cause__, UnidentifiedImageError):
+                raise Refused(422, f"image {place} is neither {' nor '.join(FORMATS)}") from error
             large = isinstance(error.__cause__, TooManyPixels | Image.DecompressionBombError)
             raise Refused(413 if large else 422, f"image {place} can't be decoded: {error.reason}") from error
     return decoded
