@@ -13,11 +13,17 @@ from distrain.cli import hydra_entry
 from distrain.cli.evaluate import EvaluateSettings
 from distrain.cli.export import ExportSettings
 from distrain.cli.predict import PredictSettings
+from distrain.cli.serve import ServeSettings
 from distrain.config.load import load_settings
 from distrain.errors import ConfigError
 from tests.runs import CONF
 
-SCHEMAS = {"evaluate": EvaluateSettings, "export": ExportSettings, "predict": PredictSettings}
+SCHEMAS = {
+    "evaluate": EvaluateSettings,
+    "export": ExportSettings,
+    "predict": PredictSettings,
+    "serve": ServeSettings,
+}
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
