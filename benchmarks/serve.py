@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import contextlib
 import io
 import json
 import os
@@ -33,7 +34,6 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +111,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(command: list[str], port: int, *folders: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, env=environment(*folders), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(*folders), stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
@@ -131,8 +131,10 @@ def started(command: list[str], port: int, *folders: str) -> Iterator[subprocess
         process.terminate()
         try:
             process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        finally:
+            # LitServe leaves processes behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def ours(run: Path, port: int, threads: int, *keys: str) -> list[str]:
