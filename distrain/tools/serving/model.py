@@ -116,7 +116,7 @@ class CurrentModel:
         self._source, self._batch_sizes, self._metrics = source, batch_sizes, metrics
         # Before loading: what appears meanwhile is found at the next look.
         self._state, self._newest = source.state(), source.newest()
-        self._failed: Hashable = None
+        self._failed: str | None = None
         self.model = warm_up(source.load(), batch_sizes)
         metrics.model_step.set(self.model.about.step)
 
