@@ -16,6 +16,7 @@ import torch
 from distrain.cli import evaluate, hydra_entry, predict
 from distrain.cli.predict import PredictSettings
 from distrain.cli.run_folder import RunFolder
+from distrain.cli.run_model import RunModel
 from distrain.config.load import load_settings
 from distrain.data.base import Images, data_source
 from distrain.data.loader import Loader
@@ -118,9 +119,7 @@ def test_the_loss_determines_how_logits_become_probabilities(
     if loss != "cross_entropy":
         content = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(content.replace("  label_smoothing: 0.0\n", ""))
-    monkeypatch.setattr(
-        predict.RunModel, "outputs", lambda self, pixels: torch.zeros(len(pixels), 4, dtype=torch.float64)
-    )
+    monkeypatch.setattr(RunModel, "outputs", lambda self, pixels: torch.zeros(len(pixels), 4, dtype=torch.float64))
     (one,) = predicted(run, str(images[0] / "0000.png"), top=4)
     # Classes of equal probability keep their order, as with argmax.
     assert classes(one) == ["0", "1", "2", "3"]
@@ -246,7 +245,7 @@ def test_a_model_with_outputs_that_are_not_finite_is_refused(
             torch.arange(len(pixels))[:, None] == 2, torch.nan, torch.zeros(len(pixels), 4, dtype=torch.float64)
         )
 
-    monkeypatch.setattr(predict.RunModel, "outputs", diverged)
+    monkeypatch.setattr(RunModel, "outputs", diverged)
     assert f"the model's output for {images[0] / '0002.png'} is not finite" in refused(run, str(images[0]))
 
 

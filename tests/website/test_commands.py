@@ -28,6 +28,7 @@ from distrain.cli import (
     key_help,
     plan,
     predict,
+    serve,
     sweep,
     testnet,
     verify,
@@ -49,6 +50,7 @@ SETTINGS: dict[str, tuple[Path, type[Any]]] = {
     "evaluate": (CONF, evaluate.EvaluateSettings),
     "predict": (CONF, predict.PredictSettings),
     "export": (CONF, export.ExportSettings),
+    "serve": (CONF, serve.ServeSettings),
     "doctor": (CONF, doctor.DoctorSettings),
     "hosts": (CONF, hosts.HostsSettings),
     "chaos": (CONF, chaos.ChaosSettings),
@@ -65,7 +67,7 @@ REFUSED = "it is refused"
 FILES = (".csv", ".json", ".jsonl", ".png", ".safetensors", ".yaml", ".py", ".log")
 #: Programs that distrain has nothing to say about.
 FOREIGN = {
-    *("tensorboard", "wandb", "mktemp", "twine", "py-spy", "git", "apt-get"),
+    *("tensorboard", "wandb", "mktemp", "twine", "py-spy", "git", "apt-get", "curl"),
     *("ss", "dmesg", "grep", "timedatectl", "ethtool", "scontrol"),
 }
 

@@ -128,8 +128,7 @@ def _ranked(classes: tuple[str, ...], probabilities: npt.NDArray[np.float32], to
 
 
 def _finite(values: npt.NDArray[np.float32], rows: list[Answer]) -> list[Answer | None]:
-    finite = np.isfinite(values).all(axis=1).tolist()
-    return [row if is_finite else None for row, is_finite in zip(rows, finite, strict=True)]
+    return [row if np.isfinite(numbers).all() else None for row, numbers in zip(rows, values, strict=True)]
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
