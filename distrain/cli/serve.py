@@ -31,8 +31,8 @@ _MILLION = 1_000_000
 #: What ``distrain[serve]`` installs, as modules.
 _MODULES = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client")
 _ONNX, _BEST = ".onnx", "best"
-#: Seconds after which a thread must give the interpreter's lock to one that waits. The model's thread needs it after each
-#: operation, and with Python's 5 ms it would wait long for the threads of requests each time.
+#: Seconds after which a thread must give the interpreter's lock to one that waits. The model's thread needs it after
+#: each operation, and with Python's 5 ms it would wait long for the threads of requests each time.
 _SWITCH_SECONDS = 1e-4
 
 
