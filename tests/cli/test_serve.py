@@ -65,6 +65,7 @@ def assert_equal(found: list[Any], expected: list[dict[str, Any]]) -> None:
 
 
 def test_a_server_answers_as_predict_does_until_sigterm(run: Path, images: list[Path]) -> None:
+    pytest.importorskip("fastapi")
     command = [sys.executable, "-m", "distrain", "serve", f"run={run}", "checkpoint=newest", "port=0", "device=cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -143,6 +144,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(run: Path, tmp_path: Path)
     }.items():
         with pytest.raises(ConfigError, match=problem):
             serve.source_of(configured(*keys))
+    pytest.importorskip("fastapi")
     with socket.create_server(("127.0.0.1", 0)) as occupied, pytest.raises(ConfigError, match=r"port=.*in use"):
         serve.run(configured(f"run={run}", f"port={occupied.getsockname()[1]}"))
     task = tasks.build(RunFolder.open(str(run)).config, RunFolder.open(str(run)).spec)
