@@ -15,9 +15,9 @@ _CROP = 1
 #: Boxes that are tried for a sample before the largest centred one is taken, as in torchvision.
 _ATTEMPTS = 10
 #: Filters are multiples of 1 / 2**16. Weights are multiples of 1 / 2**16 too, and add up to 1 exactly; where some are
-#: negative, so that their absolute values may add up to 1.3, they are multiples of 1 / 2**15. So all products with pixels
-#: from 0 to 255, and all sums of them, are exact in float32: the result doesn't depend on the order of summation, and so
-#: not on the batch.
+#: negative, so that their absolute values may add up to 1.3, they are multiples of 1 / 2**15. So all products with
+#: pixels from 0 to 255, and all sums of them, are exact in float32: the result doesn't depend on the order of
+#: summation, and so not on the batch.
 _FILTER_STEPS, _WEIGHT_STEPS, _SIGNED_WEIGHT_STEPS = 2.0**16, 2.0**16, 2.0**15
 #: On a GPU that multiplies in TF32 (11 bits) weights are split at this bit into two parts of few bits.
 _SPLIT = 2.0**-8
@@ -210,8 +210,8 @@ def _bicubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
-#: Weights [n, m, size] from (start [n], length [n], size, result, order [n or 1, m]), for each interpolation: the pixels of
-#: a line of the result, in this order, from a part of a line of ``size`` pixels.
+#: Weights [n, m, size] from (start [n], length [n], size, result, order [n or 1, m]), for each interpolation. They give
+#: the m pixels ``order`` of a line of ``result`` pixels, from a part of a line of ``size`` pixels.
 _WEIGHTS: dict[str, Callable[[Tensor, Tensor, int, int, Tensor], Tensor]] = {
     "nearest": _nearest,
     "bilinear": _smooth(_bilinear, 1, _WEIGHT_STEPS),
