@@ -274,8 +274,12 @@ def compare_pixels(report: Comparison) -> None:
     for name, mode in (("bilinear", InterpolationMode.BILINEAR), ("bicubic", InterpolationMode.BICUBIC)):
         changed = resize.resize(images, boxes, 32, 32, name)
         pairs = list(zip(images, boxes.T.tolist(), strict=True))
-        across_first = [tensor(resized_in_turn(pil(image), box, Image.Resampling[name.upper()])) for image, box in pairs]
-        report.pixels(f"pixels: resized crop, {name} (Pillow, rows first)", changed, torch.stack(across_first), most=1, share=0.01)
+        across_first = [
+            tensor(resized_in_turn(pil(image), box, Image.Resampling[name.upper()])) for image, box in pairs
+        ]
+        report.pixels(
+            f"pixels: resized crop, {name} (Pillow, rows first)", changed, torch.stack(across_first), most=1, share=0.01
+        )
         # For some boxes, higher than wide, Pillow 13 resizes the columns first, and the pixels in between are rounded.
         expected = [tensor(functional.resized_crop(pil(image), *box, [32, 32], mode)) for image, box in pairs]
         report.pixels(f"pixels: resized crop, {name} (torchvision)", changed, torch.stack(expected), most=2, share=0.06)
