@@ -151,8 +151,7 @@ def test_boxes_are_resized_as_by_pillow(interpolation: str, size: tuple[int, int
         expected = pixels(lines.resize((size[1], size[0]), FILTERS[interpolation]))
         difference = (result.int() - expected.int()).abs()
         worst, differing = max(worst, int(difference.max())), differing + float((difference > 0).float().mean()) / COUNT
-    # Weights have 15 or 16 fractional bits here and 22 in Pillow. Where a nearest pixel is exactly between two, any will
-    # do.
+    # Weights have 15 or 16 bits here and 22 in Pillow. Where a nearest pixel is exactly between two, any will do.
     assert differing < (0.02 if interpolation == "nearest" else 0.01)
     assert worst <= 2 or interpolation == "nearest"
 
