@@ -29,7 +29,13 @@ SHORT = (
 )
 EXPERIMENTS = {
     "cifar10_resnet18": ("data.batch_size=20",),
-    "imagenet_resnet50": ("data.batch_size=12", "data.height=64", "data.width=64", "trainer.ema.every=1"),
+    "imagenet_resnet50": (
+        "data.batch_size=12",
+        "data.height=64",
+        "data.width=64",
+        "trainer.ema.every=1",
+        "scheduler.warmup_epochs=0.5",
+    ),
 }
 
 
