@@ -24,6 +24,7 @@ SHORT = (
     "trainer.progress=off",
     "trainer.deterministic=true",
     "checkpoint.every_steps=3",
+    "checkpoint.keep=9",
     "logger=none",
     "runtime.threads=1",
 )
