@@ -178,9 +178,10 @@ class Averages:
         for average in self._averages:
             if average.needs_measuring:
                 with self._in_place_of_model(average):
-                    batchnorm_statistics.measure(self._strategy, self._loader, why_stop)
-                    foreach_copy(list(average.tensors.values()), self._model.current())
-                average.measured, self.unsaved = average.updates, True
+                    if batchnorm_statistics.measure(self._strategy, self._loader, why_stop):
+                        foreach_copy(list(average.tensors.values()), self._model.current())
+                        self.unsaved = True
+                average.measured = average.updates
 
     @contextlib.contextmanager
     def _in_place_of_model(self, average: Average) -> Iterator[None]:

@@ -26,7 +26,7 @@ _EPOCH = 0
 
 
 @torch.no_grad()
-def measure(strategy: Strategy, loader: Loader, why_stop: Callable[[], str | None]) -> None:
+def measure(strategy: Strategy, loader: Loader, why_stop: Callable[[], str | None]) -> bool:
     """Gives the BatchNorm layers of the model the statistics of the training samples; all ranks call it together.
 
     Each batch is normalised by its own statistics, over all replicas. A layer gets the mean over the batches of their
@@ -38,6 +38,9 @@ def measure(strategy: Strategy, loader: Loader, why_stop: Callable[[], str | Non
         loader: Of the training samples.
         why_stop: Called after every batch; returns why all ranks stop there, the same on each of them.
 
+    Returns:
+        Whether the model has such layers, on any rank.
+
     Raises:
         EvaluationStopped: ``why_stop`` gave a reason; some layers have the statistics of a batch.
     """
@@ -45,7 +48,7 @@ def measure(strategy: Strategy, loader: Loader, why_stop: Callable[[], str | Non
     counted = torch.tensor([len(layers)], device=strategy.runtime.device)
     loader.shard = strategy.agree_on_shard()
     if not int(strategy.training_group.all_reduce(counted)):
-        return
+        return False
     measured = [_Measured(layer, strategy.replicas) for layer in layers]
     activity, batches = strategy.runtime.activity, len(loader)
     activity.batches = (0, batches)
@@ -67,6 +70,7 @@ def measure(strategy: Strategy, loader: Loader, why_stop: Callable[[], str | Non
                 raise EvaluationStopped(reason)
     for each in measured:
         each.finish()
+    return True
 
 
 def _layers(strategy: Strategy) -> list[nn.Module]:
