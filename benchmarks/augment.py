@@ -275,7 +275,9 @@ def compare_pixels(report: Comparison) -> None:
         changed = resize.resize(images, boxes, 32, 32, name)
         pairs = list(zip(images, boxes.T.tolist(), strict=True))
         rows_first = [tensor(rows_resized_first(pil(image), box, name)) for image, box in pairs]
-        report.pixels(f"pixels: crop, {name} (Pillow, rows first)", changed, torch.stack(rows_first), most=1, share=0.01)
+        report.pixels(
+            f"pixels: crop, {name} (Pillow, rows first)", changed, torch.stack(rows_first), most=1, share=0.01
+        )
         # For some boxes, higher than wide, Pillow 13 resizes the columns first, and the pixels in between are rounded.
         expected = [tensor(functional.resized_crop(pil(image), *box, [32, 32], mode)) for image, box in pairs]
         report.pixels(f"pixels: crop, {name} (torchvision)", changed, torch.stack(expected), most=2, share=0.06)
