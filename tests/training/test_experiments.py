@@ -36,6 +36,8 @@ EXPERIMENTS = {
         "data.width=64",
         "trainer.ema.every=1",
         "scheduler.warmup_epochs=0.5",
+        # The ranks of tests can't have children.
+        "data.workers=0",
     ),
 }
 
