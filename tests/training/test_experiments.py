@@ -35,6 +35,7 @@ EXPERIMENTS = {
         "data.height=64",
         "data.width=64",
         "trainer.ema.every=1",
+        "optimizer.lr=0.02",
         "scheduler.warmup_epochs=0.5",
         # The ranks of tests can't have children.
         "data.workers=0",
