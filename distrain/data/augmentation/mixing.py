@@ -140,7 +140,8 @@ def _boxes(drawn_pairs: Tensor, height: int, width: int) -> Tensor | None:
     top, bottom, left, right = drawn_pairs[1:].long().unsqueeze(2)
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    return in_rows.unsqueeze(2) & in_columns.unsqueeze(1)
+    hidden: Tensor = in_rows.unsqueeze(2) & in_columns.unsqueeze(1)
+    return hidden
 
 
 def mix_targets(kind: str, classes: int, targets: Targets, others: Targets, drawn_pairs: Tensor) -> Targets:
