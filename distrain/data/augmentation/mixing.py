@@ -125,7 +125,9 @@ def mix(images: Tensor, others: Tensor, drawn_pairs: Tensor) -> Tensor:
         # The images of boxes are still needed as they are.
         part = others.mul_(1 - shares) if hidden is None else others * (1 - shares)
         images.mul_(shares).add_(part)
-    return images if hidden is None else torch.where(hidden.unsqueeze(1).to(images.device), others, images)
+    if hidden is not None:
+        torch.where(hidden.unsqueeze(1).to(images.device), others, images, out=images)
+    return images
 
 
 def _is_cut(drawn_pairs: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ _ATTEMPTS = 10
 #: pixels from 0 to 255, and all sums of them, are exact in float32: the result doesn't depend on the order of
 #: summation, and so not on the batch.
 _FILTER_STEPS, _WEIGHT_STEPS, _SIGNED_WEIGHT_STEPS = 2.0**16, 2.0**16, 2.0**15
+#: Numbers of images that are resized together on a CPU.
+_PIXELS_TOGETHER = 1 << 19
 #: On a GPU that multiplies in TF32 (11 bits) weights are split at this bit into two parts of few bits.
 _SPLIT = 2.0**-8
 
@@ -117,6 +119,17 @@ def resize_centre(images: Tensor, share: float, height: int, width: int, interpo
 
 
 def _weighted(images: Tensor, rows: Tensor, columns: Tensor, *, overshoots: bool) -> Tensor:
+    """As :func:`_weighted_part`; on a CPU a few images at a time, whose intermediate results stay in its cache."""
+    count = len(images)
+    together = max(1, _PIXELS_TOGETHER // max(1, images[:1].numel()))
+    if images.device.type != "cpu" or count <= together:
+        return _weighted_part(images, rows, columns, overshoots=overshoots)
+    parts = (each.expand(count, -1, -1).split(together) for each in (rows, columns))
+    pieces = zip(images.split(together), *parts, strict=True)
+    return torch.cat([_weighted_part(*piece, overshoots=overshoots) for piece in pieces])
+
+
+def _weighted_part(images: Tensor, rows: Tensor, columns: Tensor, *, overshoots: bool) -> Tensor:
     """Weighted sums of an image's columns, and of the rows of these.
 
     Args:
