@@ -211,6 +211,7 @@ _SCALARS = _fields(
     },
     {
         "averages": _entries(_whole()),
+        "measured_averages": _entries(_whole()),
         "callbacks": _entries(_entries(_plain)),
         "copies": _whole(1, _MAX_RANKS),
         "local_sgd": _fields({"step": _whole(), "warmup_steps": _whole()}),

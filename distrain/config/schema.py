@@ -173,6 +173,12 @@ class SwaConfig:
         at_least=1,
         default=None,
     )
+    batchnorm: str = setting(
+        "Statistics of BatchNorm layers. measured: by a pass over the training data before the average is evaluated; "
+        "averaged: the mean of the models'.",
+        choices=("measured", "averaged"),
+        default="measured",
+    )
 
 
 @dataclass

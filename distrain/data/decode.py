@@ -299,8 +299,10 @@ def _resize_and_crop(
         return image
     # Scales and crops in one step; scaling first would make a large intermediate image of a long, thin one.
     scale = min(image.width / width, image.height / height)
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
+    # Rounding must not lead out of the image: 99 / 74 * 74 is more than 99.
+    shown_width, shown_height = min(scale * width, image.width), min(scale * height, image.height)
+    left, top = (image.width - shown_width) / 2, (image.height - shown_height) / 2
+    box = (left, top, min(left + shown_width, image.width), min(top + shown_height, image.height))
     return image.resize((width, height), resampling, box=box)
 
 

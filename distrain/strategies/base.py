@@ -77,6 +77,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         options: The strategy's own keys.
         mesh: Named dimensions of the ranks (data, pipeline, …); ``None`` for one rank.
         data_shard: ``(index, count)``: which share of each global batch this rank works on.
+        replicas: The ranks that hold the same part of the model as this one, each with a share of every batch.
         ledger: Bytes this rank has sent.
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: Made by :meth:`setup`; the trainer sets its learning rate.
@@ -109,6 +110,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         self.options = self.options_of(config)
         self.runtime = runtime
         self.ledger = Ledger()
+        self.replicas = Communicator(ledger=self.ledger)
         self.stopwatch = Stopwatch(runtime.device)
         self.compressor = compression.build(config.compression, config.seed)
         self._measured_from = 0

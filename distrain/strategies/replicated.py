@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
-from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
@@ -40,7 +39,6 @@ class Replicated(Strategy[OptionsT_co]):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        self.replicas = Communicator(ledger=self.ledger)
         self.precision = Precision(
             config.trainer.precision, runtime.device, check_gradients=config.trainer.on_nonfinite != "stop"
         )

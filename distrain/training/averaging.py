@@ -2,7 +2,8 @@
 
 Each rank averages the tensors that it holds, so updates need no communication, and a stage of a pipeline has the
 average of its own part. Buffers of floating point, such as BatchNorm's statistics, are averaged like parameters, as
-timm and ``torch.optim.swa_utils.AveragedModel(use_buffers=True)`` do.
+timm and ``torch.optim.swa_utils.AveragedModel(use_buffers=True)`` do. Those of stochastic weight averaging are measured
+anew before they are used; see :mod:`distrain.training.batchnorm_statistics`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from distrain.checkpoint.format import AVERAGES
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.config.schema import Config, TrainerConfig
+from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.strategies.base import Strategy
 from distrain.tasks.base import Evaluation, Task
 from distrain.torch_internals import foreach_copy, foreach_lerp
+from distrain.training import batchnorm_statistics
 
 
 def names(config: TrainerConfig) -> list[str]:
@@ -68,11 +71,13 @@ class Average:
         weight: The model's share in an update, from the number of updates before; the first one copies the model.
         is_due: Whether a step, after which a run is at a position, is followed by an update; the last argument is
             whether it ends an epoch.
+        measures: Whether BatchNorm's statistics are measured after updates.
 
     Attributes:
         name: As above.
         tensors: The average by name.
         updates: How many there were.
+        measured: How many there were when BatchNorm's statistics were measured.
     """
 
     def __init__(
@@ -81,11 +86,18 @@ class Average:
         tensors: Mapping[str, Tensor],
         weight: Callable[[int], float],
         is_due: Callable[[Progress, bool], bool],
+        *,
+        measures: bool = False,
     ) -> None:
-        self.name, self.updates = name, 0
+        self.name, self.updates, self.measured, self._measures = name, 0, 0, measures
         self.tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         self.is_due = is_due
         self._weight = weight
+
+    @property
+    def needs_measuring(self) -> bool:
+        """Whether BatchNorm's statistics are to be measured before the average is used."""
+        return self._measures and self.measured < self.updates
 
     def update(self, model: list[Tensor]) -> None:
         """Moves the average towards the model, whose tensors are in the same order."""
@@ -103,11 +115,14 @@ class Averages:
     Args:
         config: The keys of the section ``trainer``.
         strategy: Set up; holds the model.
-        samples: Training samples of an epoch.
+        loader: Of the training samples.
+
+    Attributes:
+        unsaved: Whether statistics were measured since :meth:`add_to` was called.
     """
 
-    def __init__(self, config: TrainerConfig, strategy: Strategy, samples: int) -> None:
-        self._strategy, self._samples = strategy, samples
+    def __init__(self, config: TrainerConfig, strategy: Strategy, loader: Loader) -> None:
+        self._strategy, self._loader, self.unsaved = strategy, loader, False
         kept = names(config)
         self._model = _ModelTensors(strategy.own_modules() if kept else [])
         makers = {"ema": _ema, "swa": _swa}
@@ -117,23 +132,28 @@ class Averages:
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Updates the averages that are due after a step."""
-        ends_epoch = progress.epoch_samples >= self._samples
+        ends_epoch = progress.epoch_samples >= self._loader.sampler.count
         due = [average for average in self._averages if average.is_due(progress, ends_epoch)]
         if due:
             model = self._model.current()
             for average in due:
                 average.update(model)
 
-    def evaluate(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
+    def evaluate(self, evaluate: Callable[[], Evaluation], why_stop: Callable[[], str | None]) -> Evaluation:
         """Evaluates the model, and each average in its place; one that has not begun is the model.
 
         Args:
             evaluate: Evaluates the model that the strategy holds.
+            why_stop: As for :func:`distrain.training.batchnorm_statistics.measure`.
 
         Returns:
             The model's evaluation; the loss and the metrics of averages are among its metrics, such as
             ``ema_accuracy``.
+
+        Raises:
+            EvaluationStopped: All ranks stop.
         """
+        self.measure_statistics(why_stop)
         found = evaluate()
         metrics = dict(found.metrics)
         for average in self._averages:
@@ -144,6 +164,24 @@ class Averages:
             numbers = {"loss": other.loss, **other.metrics}
             metrics |= {f"{average.name}_{name}": value for name, value in numbers.items()}
         return dataclasses.replace(found, metrics=metrics)
+
+    @torch.no_grad()
+    def measure_statistics(self, why_stop: Callable[[], str | None]) -> None:
+        """Measures the BatchNorm statistics of averages that were updated since; all ranks call it together.
+
+        Args:
+            why_stop: As for :func:`distrain.training.batchnorm_statistics.measure`.
+
+        Raises:
+            EvaluationStopped: All ranks stop.
+        """
+        for average in self._averages:
+            if average.needs_measuring:
+                with self._in_place_of_model(average):
+                    if batchnorm_statistics.measure(self._strategy, self._loader, why_stop):
+                        foreach_copy(list(average.tensors.values()), self._model.current())
+                        self.unsaved = True
+                average.measured = average.updates
 
     @contextlib.contextmanager
     def _in_place_of_model(self, average: Average) -> Iterator[None]:
@@ -171,6 +209,8 @@ class Averages:
                 saved |= {f"{average.name}/{key}": t for key, t in average.tensors.items() if key in state["model"]}
         state["average"] = saved
         state["scalars"]["averages"] = {each.name: each.updates for each in self._averages if each.updates}
+        state["scalars"]["measured_averages"] = {each.name: each.measured for each in self._averages if each.measured}
+        self.unsaved = False
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
@@ -180,9 +220,10 @@ class Averages:
             ValueError: A tensor is missing or has another shape.
         """
         updates: Mapping[str, int] = saved["scalars"].get("averages", {})
+        measured: Mapping[str, int] = saved["scalars"].get("measured_averages", {})
         parts = []
         for average in self._averages:
-            average.updates = updates.get(average.name, 0)
+            average.updates, average.measured = updates.get(average.name, 0), measured.get(average.name, 0)
             part = f"average {average.name}"
             if not average.updates:
                 parts.append(RestoredPart(part, "absent", "none was saved; it begins with this run's model"))
@@ -253,4 +294,4 @@ def _swa(config: TrainerConfig, tensors: Mapping[str, Tensor]) -> Average:
             return ends_epoch and progress.epoch + 1 >= first
         return begins or (progress.epoch >= first and progress.step % keys.every == 0)
 
-    return Average("swa", tensors, lambda updates: 1 / (updates + 1), is_due)
+    return Average("swa", tensors, lambda updates: 1 / (updates + 1), is_due, measures=keys.batchnorm == "measured")

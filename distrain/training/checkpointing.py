@@ -129,7 +129,9 @@ class Checkpointing:
         start = time.perf_counter()
         self.wait(progress)
         # A checkpoint of an epoch's last step lacks what the end of the epoch adds: the validation, and the best score.
-        if (self._saved_step, self._saved_epoch) == (progress.step, progress.epoch):
+        # An evaluation changes averages.
+        same = (self._saved_step, self._saved_epoch) == (progress.step, progress.epoch)
+        if same and not self._averages.unsaved:
             return
         self._keep_folder()
         self._report.collect(progress)
@@ -238,7 +240,7 @@ class Checkpointing:
         try:
             why_stop = control.why_stop_evaluation
             found = self._averages.evaluate(
-                lambda: evaluate_in_training(self._strategy, self._task, loader, (), why_stop)
+                lambda: evaluate_in_training(self._strategy, self._task, loader, (), why_stop), why_stop
             )
         except EvaluationStopped:
             self._put_last_back(progress)

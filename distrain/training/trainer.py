@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 from distrain.checkpoint.progress import Progress
@@ -77,7 +78,7 @@ class Trainer:
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
         self.report = Report(plan.config, runtime, strategy, plan.task, plan.monitor, self._guard, logger)
-        self.averages = Averages(plan.config.trainer, strategy, len(splits.train))
+        self.averages = Averages(plan.config.trainer, strategy, loaders["train"])
         self.checkpointing = Checkpointing(plan, runtime, strategy, self.averages, splits, self.report, self.callbacks)
         self._generators = StepGenerators(plan.config.seed, runtime.device)
         runtime.activity.find_samples = loaders["train"].sampler.share
@@ -204,7 +205,8 @@ class Trainer:
     def evaluate(self, split: str, watch: Sequence[int] = ()) -> Evaluation:
         """Evaluates a split, also by the averages of the model; all ranks call it together."""
         why_stop, loader = self._control.why_stop_evaluation, self.loaders[split]
-        return self.averages.evaluate(lambda: evaluate_in_training(self.strategy, self.task, loader, watch, why_stop))
+        evaluate = partial(evaluate_in_training, self.strategy, self.task, loader, watch, why_stop)
+        return self.averages.evaluate(evaluate, why_stop)
 
     def save(self) -> None:
         """Saves this step, if it is not saved yet; all ranks call it together."""

@@ -44,6 +44,11 @@ def test_other_sizes_are_scaled_and_centre_cropped(tmp_path: Path) -> None:
         decoded = decode(tmp_path / name, 10, 10, 3)
         assert decoded.shape == (3, 10, 10)
         assert decoded[:, 1:-1, 1:-1].min() == 255
+    # 99 / 74 * 74 is more than 99 in floating-point numbers.
+    write_image(tmp_path / "odd.png", pixels.repeat(5, axis=0)[:99].repeat(3, axis=1)[:, :166])
+    assert decode(tmp_path / "odd.png", 74, 74, 3).shape == (3, 74, 74)
+    write_image(tmp_path / "turned.png", pixels.repeat(5, axis=0)[:99].repeat(3, axis=1)[:, :166].transpose(1, 0, 2))
+    assert decode(tmp_path / "turned.png", 74, 74, 3).shape == (3, 74, 74)
 
 
 def test_a_large_jpeg_is_reduced_with_small_error(tmp_path: Path) -> None:

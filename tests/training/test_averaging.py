@@ -19,7 +19,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training.callbacks import Callback
 from tests.harness import run_ranks, soaked
-from tests.runs import check, relative_difference, small, trainer_for
+from tests.runs import NormNet, check, relative_difference, small, trainer_for
 
 #: An epoch is five steps, the last of seven images: 48 to train on.
 STEPS, SAVED = 20, 13
@@ -148,9 +148,32 @@ def test_averages_are_those_of_their_formulas(watched: tuple[Path, list[dict[str
     assert "average/ema/first.1.running_var" in found
     mean = {name: (models[9][name] + models[14][name] + models[19][name]) / 3 for name in models[0]}
     names = [name for name, tensor in models[0].items() if tensor.is_floating_point()]
+    measured = measured_by_torch(run_dir, mean)
+    assert not torch.allclose(measured["first.1.running_var"], mean["first.1.running_var"])
     for name in names:
         torch.testing.assert_close(found[f"average/ema/{name}"], expected[name], rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(found[f"average/swa/{name}"], mean[name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[f"average/swa/{name}"], measured[name], rtol=1e-12, atol=1e-14)
+
+
+def measured_by_torch(run_dir: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state whose BatchNorm statistics torch measures on the run's training data."""
+    with app.prepared(small(*SHARED, *RECIPES["averages"], f"run_dir={run_dir}/again")) as trainer:
+        batches = [batch.inputs for batch in trainer.loaders["train"].epoch(0)]
+    model = NormNet(batches[0].shape[1], len(state["head.2.bias"]), "batch").double()
+    model.load_state_dict(state)
+    # The last one is smaller.
+    torch.optim.swa_utils.update_bn(batches[:-1], model)
+    return model.state_dict()
+
+
+def test_statistics_of_an_average_may_be_averaged_too(tmp_path: Path) -> None:
+    callback = Models()
+    keys = ("trainer.swa.batchnorm=averaged", "trainer.max_steps=15", f"run_dir={tmp_path}")
+    with app.prepared(small(*SHARED, *RECIPES["averages"], *keys)) as trainer:
+        trainer.callbacks.append(callback)
+        trainer.fit()
+    mean = (callback.models[9]["first.1.running_var"] + callback.models[14]["first.1.running_var"]) / 2
+    torch.testing.assert_close(saved(tmp_path, 15)["average/swa/first.1.running_var"], mean)
 
 
 def test_an_average_is_evaluated_monitored_and_exported(

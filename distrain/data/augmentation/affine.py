@@ -6,6 +6,7 @@ Integers make the result the same on every device and in every batch, and equal 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: Fractional bits of a coordinate.
@@ -58,9 +59,11 @@ def move(images: Tensor, matrices: Tensor, outside: int) -> Tensor:
     fixed = (steps * 2**_BITS + 0.5).floor().to(torch.int32).to(images.device).view(6, count, 1, 1)
     columns = torch.arange(width, dtype=torch.int32, device=images.device)
     rows = torch.arange(height, dtype=torch.int32, device=images.device).view(-1, 1)
-    x = (fixed[2] + fixed[0] * columns + fixed[1] * rows) >> _BITS
-    y = (fixed[5] + fixed[3] * columns + fixed[4] * rows) >> _BITS
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    places = (x.clamp(0, width - 1) + y.clamp(0, height - 1) * width).flatten(1).long()
-    moved = images.flatten(2).gather(2, places.unsqueeze(1).expand(-1, channels, -1)).view_as(images)
-    return torch.where(inside.unsqueeze(1), moved, outside)
+    x = ((fixed[2] + fixed[0] * columns) + fixed[1] * rows).bitwise_right_shift_(_BITS)
+    y = ((fixed[5] + fixed[3] * columns) + fixed[4] * rows).bitwise_right_shift_(_BITS)
+    near_x, near_y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+    is_outside = (near_x != x).logical_or_(near_y != y)
+    # One more pixel takes the place of all that lie outside.
+    places = near_y.mul_(width).add_(near_x).masked_fill_(is_outside, height * width).flatten(1).long()
+    pixels = F.pad(images.flatten(2), (0, 1), value=outside)
+    return pixels.gather(2, places.unsqueeze(1).expand(-1, channels, -1)).view_as(images)

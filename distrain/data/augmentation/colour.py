@@ -10,17 +10,19 @@ _RED, _GREEN, _BLUE, _HALF, _GREY_BITS = 19595, 38470, 7471, 0x8000, 16
 
 
 def grey(images: Tensor) -> Tensor:
-    """Greyscale versions, int32 [n, 1, H, W], of uint8 images [n, 3, H, W] or [n, 1, H, W]."""
-    pixels = images.int()
+    """Greyscale versions, whole numbers as float32 [n, 1, H, W], of uint8 images [n, 3, H, W] or [n, 1, H, W]."""
+    pixels = images.float()
     if pixels.shape[1] == 1:
         return pixels
     red, green, blue = pixels[:, :1], pixels[:, 1:2], pixels[:, 2:]
-    return (red * _RED + green * _GREEN + blue * _BLUE + _HALF) >> _GREY_BITS
+    # All sums are below 2**24, and so exact.
+    return (red * _RED).add_(green * _GREEN).add_(blue * _BLUE).add_(_HALF).mul_(2.0**-_GREY_BITS).floor_()
 
 
 def mean_grey(images: Tensor) -> Tensor:
     """The mean of each image's greyscale version, rounded, float32 [n]."""
-    values = grey(images).flatten(1)
+    # Summed as integers: in another order than on another device, float32 would be rounded otherwise.
+    values = grey(images).flatten(1).int()
     return ((values.sum(1) * 2 + values.shape[1]) // (2 * values.shape[1])).float()
 
 
@@ -36,24 +38,25 @@ def blend(first: Tensor, second: Tensor, factor: Tensor) -> Tensor:
         uint8.
     """
     # Not torch.lerp, whose rounding is another.
-    return (first + factor * (second - first)).clamp_(0, 255).to(torch.uint8)
+    return (second - first).mul_(factor).add_(first).clamp_(0, 255).to(torch.uint8)
 
 
 def saturate(images: Tensor, factor: Tensor) -> Tensor:
     """Blends each image with its greyscale version; factors are float32 [n]."""
-    return blend(grey(images).float(), images.float(), factor.view(-1, 1, 1, 1))
+    return blend(grey(images), images.float(), factor.view(-1, 1, 1, 1))
 
 
 def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     """Blends each image with a smoothed version, whose border is the image's own; factors are float32 [n]."""
-    pixels = images.to(torch.int32)
+    pixels = images.float()
     smooth = pixels.clone()
     if min(images.shape[2:]) > 2:
-        rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
-        neighbours = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * pixels[:, :, 1:-1, 1:-1]
-        # The mean with weight 5 for the pixel itself and 1 for its neighbours, rounded.
-        smooth[:, :, 1:-1, 1:-1] = (2 * neighbours + 13) // 26
-    return blend(smooth.float(), pixels.float(), factor.view(-1, 1, 1, 1))
+        rows = (pixels[:, :, :-2] + pixels[:, :, 1:-1]).add_(pixels[:, :, 2:])
+        neighbours = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(pixels[:, :, 1:-1, 1:-1] * 4)
+        # The mean with weight 5 for the pixel itself and 1 for its neighbours, rounded. The sums are exact, and the
+        # quotient is at least 1/26 away from a number that would be rounded otherwise.
+        smooth[:, :, 1:-1, 1:-1] = neighbours.div_(13).add_(0.5).floor_()
+    return blend(smooth, pixels, factor.view(-1, 1, 1, 1))
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:

@@ -109,28 +109,41 @@ def mix(images: Tensor, others: Tensor, drawn_pairs: Tensor) -> Tensor:
     """Mixes images with those of their partners.
 
     Args:
-        images: Floating point [n, C, H, W].
+        images: Floating point [n, C, H, W]; changed in place.
         others: Those of the partners, in the same order; changed in place.
         drawn_pairs: Result of :func:`drawn` for each, on the CPU.
 
     Returns:
         The mixed images.
     """
-    shares = _shares(drawn_pairs, *images.shape[2:]).to(images.device, images.dtype)
-    return (images * shares).add_(others.mul_(1 - shares))
+    hidden = _boxes(drawn_pairs, *images.shape[2:])
+    shares = drawn_pairs[0].float()
+    if hidden is not None:
+        shares = torch.where(_is_cut(drawn_pairs), 1.0, shares)
+    if bool((shares < 1).any()):
+        shares = shares.view(-1, 1, 1, 1).to(images.device, images.dtype)
+        # The images of boxes are still needed as they are.
+        part = others.mul_(1 - shares) if hidden is None else others * (1 - shares)
+        images.mul_(shares).add_(part)
+    if hidden is not None:
+        torch.where(hidden.unsqueeze(1).to(images.device), others, images, out=images)
+    return images
 
 
-def _shares(drawn_pairs: Tensor, height: int, width: int) -> Tensor:
-    """The share of the images themselves, float32 [n, 1, 1, 1], or for each pixel [n, 1, height, width], on the CPU."""
-    share, boxes = drawn_pairs[0].float().view(-1, 1, 1, 1), drawn_pairs[1:].long()
-    cut = boxes[0] >= 0
-    if not bool(cut.any()):
-        return share
-    top, bottom, left, right = boxes.unsqueeze(2)
+def _is_cut(drawn_pairs: Tensor) -> Tensor:
+    """Which pairs have a box, bool [n]."""
+    return drawn_pairs[1] >= 0
+
+
+def _boxes(drawn_pairs: Tensor, height: int, width: int) -> Tensor | None:
+    """The pixels that are the partners', bool [n, height, width] on the CPU; ``None`` if there are no boxes."""
+    if not bool(_is_cut(drawn_pairs).any()):
+        return None
+    top, bottom, left, right = drawn_pairs[1:].long().unsqueeze(2)
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    outside = ~(in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1)
-    return torch.where(cut.view(-1, 1, 1, 1), outside.float(), share)
+    hidden: Tensor = in_rows.unsqueeze(2) & in_columns.unsqueeze(1)
+    return hidden
 
 
 def mix_targets(kind: str, classes: int, targets: Targets, others: Targets, drawn_pairs: Tensor) -> Targets:
@@ -148,8 +161,8 @@ def mix_targets(kind: str, classes: int, targets: Targets, others: Targets, draw
         masks, that of the image whose pixel is shown.
     """
     if kind == "mask":
-        own = _shares(drawn_pairs, *targets.shape[1:]).squeeze(1).to(targets.device) > 0
-        return torch.where(own, targets, others)
+        hidden = _boxes(drawn_pairs, *targets.shape[1:])
+        return targets if hidden is None else torch.where(hidden.to(targets.device), others, targets)
     share = drawn_pairs[0].float().to(targets.device).unsqueeze(1)
     if kind == "class":
         targets, others = (

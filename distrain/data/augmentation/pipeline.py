@@ -176,11 +176,11 @@ class Augmentation:
         Returns:
             The images of the model's size, and their masks.
         """
-        images = self._cut(images, plan, self._config.random_resized_crop.interpolation)
-        images = self.shifts.flip_and_crop(images, shifts)
+        images = self._cut(images, shifts, plan, self._config.random_resized_crop.interpolation)
+        images = self.shifts.flip_and_crop(images, shifts, flipped=plan.crops is not None)
         if masks is not None:
-            masks = self._cut(masks.unsqueeze(1), plan, "nearest").squeeze(1)
-            masks = self.shifts.move_masks(masks, shifts)
+            masks = self._cut(masks.unsqueeze(1), shifts, plan, "nearest").squeeze(1)
+            masks = self.shifts.move_masks(masks, shifts, flipped=plan.crops is not None)
         if plan.operations is not None and plan.magnitudes is not None:
             for operation, magnitude in zip(plan.operations, plan.magnitudes, strict=True):
                 images = operations.apply(images, operation, magnitude)
@@ -190,9 +190,11 @@ class Augmentation:
             images = self._transform(images, plan.seeds.to(images.device))
         return images, masks
 
-    def _cut(self, images: Tensor, plan: Plan, interpolation: str) -> Tensor:
+    def _cut(self, images: Tensor, shifts: Tensor, plan: Plan, interpolation: str) -> Tensor:
+        """The part of each image that is shown, of the model's size; a random part is mirrored at once if it is."""
         if plan.crops is not None:
-            return resize.resize(images, plan.crops.to(images.device), *self._size, interpolation)
+            mirrored = self.shifts.mirrored(shifts)
+            return resize.resize(images, plan.crops.to(images.device), *self._size, interpolation, mirrored)
         return resize.resize_centre(images, self._shown, *self._size, interpolation)
 
     def change_normalised(self, images: Tensor, shifts: Tensor, plan: Plan) -> Tensor:

@@ -63,19 +63,24 @@ class Shifts:
             values[0] = (first + epoch) % 2
         return torch.stack(values)
 
-    def flip_and_crop(self, images: Tensor, draws: Tensor) -> Tensor:
+    def mirrored(self, draws: Tensor) -> Tensor | None:
+        """Which images are flipped, bool [n], by the result of :meth:`draws`; ``None`` if none ever is."""
+        return draws[0].bool() if self._flip else None
+
+    def flip_and_crop(self, images: Tensor, draws: Tensor, *, flipped: bool = False) -> Tensor:
         """Flips and crops; pixels outside of the image are 0 (black before normalisation) or mirrored at its edge.
 
         Args:
             images: uint8 [n, C, H, W].
             draws: int64 [5, n] from :meth:`draws`, on the same device.
+            flipped: Whether those that are to be flipped are flipped already.
 
         Returns:
             uint8 [n, C, H, W].
         """
-        return self._moved(images, draws, outside=0)
+        return self._moved(images, draws, outside=0, flipped=flipped)
 
-    def move_masks(self, masks: Tensor, draws: Tensor) -> Tensor:
+    def move_masks(self, masks: Tensor, draws: Tensor, *, flipped: bool = False) -> Tensor:
         """Moves masks as :meth:`flip_and_crop` moves their images; a pixel outside of the image has no known class.
 
         Cutout leaves masks as they are: what is hidden is still there.
@@ -83,18 +88,19 @@ class Shifts:
         Args:
             masks: uint8 [n, H, W].
             draws: Those of the images.
+            flipped: As for :meth:`flip_and_crop`.
 
         Returns:
             uint8 [n, H, W].
         """
-        return self._moved(masks.unsqueeze(1), draws, outside=IGNORED).squeeze(1)
+        return self._moved(masks.unsqueeze(1), draws, outside=IGNORED, flipped=flipped).squeeze(1)
 
-    def _moved(self, images: Tensor, draws: Tensor, outside: int) -> Tensor:
+    def _moved(self, images: Tensor, draws: Tensor, outside: int, *, flipped: bool) -> Tensor:
         count = len(images)
         if count == 0:
             return images
         rows = torch.arange(count, device=images.device)
-        if self._flip:
+        if self._flip and not flipped:
             # Selecting from both versions is faster than torch.where on uint8, and needs no CUDA synchronisation.
             images = torch.cat((images, images.flip(3))).index_select(0, rows + draws[0] * count)
         if self._padding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from typing_extensions import override
@@ -15,14 +15,15 @@ from distrain.config.registry import register
 from distrain.files.appending import AppendedFile
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync
-from distrain.reporting.loggers.base import Logger, Scalars, is_kept
+from distrain.reporting.loggers.base import Scalars, is_kept
+from distrain.reporting.loggers.file_logger import FileLogger
 
 _NAME = "metrics.csv"
 _FIRST = ("kind", "step", "time")
 
 
 @register("logger", "csv", LoggerConfig)
-class CsvLogger(Logger):
+class CsvLogger(FileLogger):
     """Writes ``metrics.csv`` into the run's folder: a row for each logged step or epoch, a column for each number.
 
     A number that is first logged later in the run adds a column, for which the file is written anew. Cells of numbers
@@ -41,7 +42,6 @@ class CsvLogger(Logger):
         self._columns: list[str] = []
         #: Rows that are not in the file, and not held by it either.
         self._waiting: list[dict[str, object]] = []
-        self._rewind: tuple[int, bool] | None = None
 
     @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
@@ -49,16 +49,15 @@ class CsvLogger(Logger):
         self.flush()
 
     @override
-    def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        self._rewind = step, mid_epoch
-        self.flush()
+    def remove_after(self, step: int, *, mid_epoch: bool) -> None:
+        def stays(row: dict[str, str]) -> bool:
+            number = row.get("step", "")
+            return number.isdecimal() and is_kept(int(number), row.get("kind", ""), step, mid_epoch=mid_epoch)
+
+        self._rewrite(keep=stays)
 
     @override
-    def flush(self) -> None:
-        # What fails here is tried again at the next call, with the rows that wait.
-        if self._rewind is not None:
-            self._rewrite([])
-            self._rewind = None
+    def write_values(self) -> None:
         added = list(dict.fromkeys(name for row in self._waiting for name in row))
         if any(name not in self._columns for name in added):
             self._rewrite(added)
@@ -66,15 +65,19 @@ class CsvLogger(Logger):
         self._waiting = []
         self._file.flush()
 
-    def _rewrite(self, added: Sequence[str]) -> None:
-        """Writes the file anew, without the rows that a resumed run logs again, and with further columns."""
+    @override
+    def close_files(self) -> None:
+        self._file.close()
+
+    def _rewrite(self, added: Sequence[str] = (), keep: Callable[[dict[str, str]], bool] = lambda row: True) -> None:
+        """Writes the file anew, with further columns, and without the rows that are not to be kept."""
         self._file.close()
         old = self._read() if self._folder.exists(_NAME) else []
         if not old and not added:
             return
         names = old[0] if old else []
         columns = [*names, *(name for name in (*_FIRST, *added) if name not in names)]
-        rows = [row for row in old[1:] if len(row) == len(names) and self._is_kept(dict(zip(names, row, strict=True)))]
+        rows = [row for row in old[1:] if len(row) == len(names) and keep(dict(zip(names, row, strict=True)))]
         filler = [""] * (len(columns) - len(names))
         new_name = f".{_NAME}.new"
         with self._folder.create(new_name) as new:
@@ -89,20 +92,6 @@ class CsvLogger(Logger):
             content = file.read()
         complete = content[: content.rfind(b"\n") + 1].decode(errors="replace")
         return list(csv.reader(io.StringIO(complete, newline="")))
-
-    def _is_kept(self, row: dict[str, str]) -> bool:
-        if self._rewind is None:
-            return True
-        step, mid_epoch = self._rewind
-        number = row.get("step", "")
-        return number.isdecimal() and is_kept(int(number), row.get("kind", ""), step, mid_epoch=mid_epoch)
-
-    @override
-    def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            self._file.close()
 
 
 def _lines(rows: Sequence[Sequence[object]] | Iterator[Sequence[object]]) -> bytes:

@@ -16,12 +16,13 @@ from distrain.files.appending import AppendedFile
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.untrusted import UnreadableFile, open_regular
 from distrain.files.writing import flush_and_sync
-from distrain.reporting.loggers.base import Logger, Scalars, is_kept
+from distrain.reporting.loggers.base import Scalars, is_kept
+from distrain.reporting.loggers.file_logger import FileLogger
 
 log = logging.getLogger(__name__)
 
 
-class MetricsFile(Logger):
+class MetricsFile(FileLogger):
     """Writes ``metrics.jsonl``: one JSON object per logged step or epoch; NaN and infinities become ``null``.
 
     Args:
@@ -37,7 +38,6 @@ class MetricsFile(Logger):
         super().__init__()
         self._path, self._folder = path, ContainedFolder(path.parent)
         self._file = AppendedFile(self._folder, path.name, self.may_create)
-        self._rewind: tuple[int, bool] | None = None
 
     @override
     def scalars(self, step: int, values: Scalars, *, kind: str = "step") -> None:
@@ -48,19 +48,15 @@ class MetricsFile(Logger):
         self.flush()
 
     @override
-    def rewind(self, step: int, *, mid_epoch: bool) -> None:
-        self._rewind = step, mid_epoch
-        self.flush()
-
-    @override
-    def flush(self) -> None:
-        # Rows that are logged before the removal succeeds wait, so that no row is removed by mistake.
-        if self._rewind is not None:
-            self._remove_rows(*self._rewind)
-            self._rewind = None
+    def write_values(self) -> None:
         self._file.flush()
 
-    def _remove_rows(self, step: int, mid_epoch: bool) -> None:
+    @override
+    def close_files(self) -> None:
+        self._file.close()
+
+    @override
+    def remove_after(self, step: int, *, mid_epoch: bool) -> None:
         name, folder = self._path.name, self._folder
         if not folder.exists(name):
             return
@@ -82,13 +78,6 @@ class MetricsFile(Logger):
             folder.rename(new_name, name)
         if invalid:
             log.warning("removed %d lines from %s that are truncated or not valid rows", invalid, self._path)
-
-    @override
-    def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            self._file.close()
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

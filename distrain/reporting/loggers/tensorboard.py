@@ -15,7 +15,8 @@ from distrain.config.groups import LoggerConfig
 from distrain.config.registry import register
 from distrain.config.setting import setting
 from distrain.reporting import event_files
-from distrain.reporting.loggers.base import Logger, Scalars
+from distrain.reporting.loggers.base import Scalars
+from distrain.reporting.loggers.file_logger import FileLogger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ class TensorBoardConfig(LoggerConfig):
 
 
 @register("logger", "tensorboard", TensorBoardConfig)
-class TensorBoardLogger(Logger):
+class TensorBoardLogger(FileLogger):
     """Writes TensorBoard event files to ``run_dir/tensorboard``; only one rank may use it.
 
     Args:
@@ -53,7 +54,6 @@ class TensorBoardLogger(Logger):
         self._last_flush = -math.inf
         self._opened: EventWriter | None = None
         self._purge_step: int | None = None
-        self._rewind: tuple[int, bool] | None = None
 
     @property
     def _writer(self) -> EventWriter:
@@ -70,10 +70,10 @@ class TensorBoardLogger(Logger):
         self.close()
         # Set at the first start too: TensorBoard recognises a restart only from the second such event on.
         self._purge_step = step + 1 if step else 0
-        self._rewind = step, mid_epoch
-        self.flush()
+        super().rewind(step, mid_epoch=mid_epoch)
 
-    def _remove_events(self, step: int, mid_epoch: bool) -> None:
+    @override
+    def remove_after(self, step: int, *, mid_epoch: bool) -> None:
         # Events are removed from the files. The usual way, a purge step in a new file, leaves that to the reader, and
         # TensorBoard's fast loader goes by each curve's own steps.
         def is_valid(event_step: int, value: Any) -> bool:
@@ -132,15 +132,16 @@ class TensorBoardLogger(Logger):
     def flush(self) -> None:
         # Until this succeeds, every call tries again.
         self._last_flush = -math.inf
-        if self._rewind is not None:
-            self._remove_events(*self._rewind)
-            self._rewind = None
-        if self._opened is not None:
-            self._opened.flush()
+        super().flush()
         self._last_flush = time.monotonic()
 
     @override
-    def close(self) -> None:
+    def write_values(self) -> None:
+        if self._opened is not None:
+            self._opened.flush()
+
+    @override
+    def close_files(self) -> None:
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.close()

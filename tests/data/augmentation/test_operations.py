@@ -138,15 +138,21 @@ def test_boxes_are_resized_as_by_pillow(interpolation: str, size: tuple[int, int
     height, width = (torch.randint(1, limit + 1, (COUNT,), generator=generator) for limit in (HEIGHT, WIDTH))
     top = (torch.rand(COUNT, generator=generator) * (HEIGHT - height + 1)).long()
     left = (torch.rand(COUNT, generator=generator) * (WIDTH - width + 1)).long()
-    resized = resize.resize(images, torch.stack((top, left, height, width)), *size, interpolation)
+    boxes = torch.stack((top, left, height, width))
+    resized = resize.resize(images, boxes, *size, interpolation)
+    mirrored = torch.arange(COUNT) % 3 == 0
+    turned = resize.resize(images, boxes, *size, interpolation, mirrored)
+    assert turned.equal(torch.where(mirrored.view(-1, 1, 1, 1), resized.flip(3), resized))
     worst, differing = 0, 0.0
     for row, result in enumerate(resized):
         box = images[row, :, top[row] : top[row] + height[row], left[row] : left[row] + width[row]]
-        expected = pixels(picture(box).resize((size[1], size[0]), FILTERS[interpolation]))
+        # The rows first; for some shapes of boxes Pillow 13 begins with the columns.
+        lines = picture(box).resize((size[1], int(height[row])), FILTERS[interpolation])
+        expected = pixels(lines.resize((size[1], size[0]), FILTERS[interpolation]))
         difference = (result.int() - expected.int()).abs()
         worst, differing = max(worst, int(difference.max())), differing + float((difference > 0).float().mean()) / COUNT
-    # Weights have 15 fractional bits here and 22 in Pillow. Where a nearest pixel is exactly between two, any will do.
-    assert differing < 0.02
+    # Weights have 15 or 16 bits here and 22 in Pillow. Where a nearest pixel is exactly between two, any will do.
+    assert differing < (0.02 if interpolation == "nearest" else 0.01)
     assert worst <= 2 or interpolation == "nearest"
 
 
