@@ -130,7 +130,7 @@ class _Measurement:
         # Steps are measured in one piece.
         trainer = dataclasses.replace(plan.config.trainer, micro_batch_size=None)
         self._plan = plan.with_config(dataclasses.replace(plan.config, trainer=trainer))
-        self._micro_batch_size = plan.config.trainer.micro_batch_size
+        self._micro_batch_size = plan.config.trainer.largest_pass
         self._world, self._splits, self._runtime = world, splits, runtime
         self._everyone = runtime.communicator()
         self._device = runtime.device
