@@ -240,8 +240,8 @@ class _Trial:
             return ""
         world = self._runtime.world
         return (
-            f"rank {world.rank} on {world.host} needs {needed / MIB:,.0f} MiB for the fewest samples, and may take "
-            f"{self._limit / MIB:,.0f}; model.checkpoint_activations=all and strategy=fsdp need less"
+            f"rank {world.rank} on {world.host} needs {needed / MIB:,.1f} MiB for the fewest samples, and may take "
+            f"{self._limit / MIB:,.1f}; model.checkpoint_activations=all and strategy=fsdp need less"
         )
 
     def _peak(self, size: int) -> float:

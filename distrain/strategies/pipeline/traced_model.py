@@ -17,7 +17,7 @@ from distrain.strategies.pipeline.cuts import Cut, CutFinder
 from distrain.strategies.pipeline.layout import Line
 from distrain.strategies.pipeline.program import Segment
 from distrain.strategies.pipeline.tracing import record
-from distrain.strategies.pipeline.trial_copy import restored, trial_copy
+from distrain.strategies.trial_copy import restored, trial_copy
 from distrain.strategies.precision import Precision
 
 #: Numbers of samples of the two recorded passes, and of those that are compared with the model.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.runtime.device import RandomState
-from distrain.strategies.pipeline.calls import map_leaves, tensors_of
+from distrain.runtime.live_memory import tensors_in
 
 
 @dataclass
@@ -148,7 +148,7 @@ class _Recomputation:
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Computes the block."""
-        tensors = tensors_of((args, kwargs))
+        tensors = list(tensors_in((args, kwargs)))
         device = tensors[0].device if tensors else torch.device("cpu")
         self._keep_inputs(args, kwargs, tensors)
         before = _Draws(device)
@@ -172,16 +172,18 @@ class _Recomputation:
                 or torch_internals.write_count(buffer) != count
                 or not torch.equal(buffer, values)
             ]
-        self._written = [(module, name, values) for module, name, _, values in buffers if (module, name) in state.written]
+        self._written = [
+            (module, name, values) for module, name, _, values in buffers if (module, name) in state.written
+        ]
         return result
 
     def _keep_inputs(self, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         numbers = {id(tensor): index for index, tensor in enumerate(tensors)}
-        self._arguments = map_leaves(
-            (args, kwargs), lambda leaf: _Place(numbers[id(leaf)]) if isinstance(leaf, Tensor) else leaf
-        )
+        self._arguments = _mapped((args, kwargs), Tensor, lambda tensor: _Place(numbers[id(tensor)]))
         self._need_gradients = [tensor.requires_grad for tensor in tensors]
-        self._places = [(tensor.untyped_storage().data_ptr(), torch_internals.write_count(tensor)) for tensor in tensors]
+        self._places = [
+            (tensor.untyped_storage().data_ptr(), torch_internals.write_count(tensor)) for tensor in tensors
+        ]
         # Detached, so that the graph behind them is not kept alive for longer.
         anchor = torch.empty(0, requires_grad=True)
         self._kept: Any = _Inputs.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
@@ -209,9 +211,7 @@ class _Recomputation:
     def compute_again(self) -> None:
         """Computes the block again, and gives each slot that still lives its tensor."""
         tensors = self._inputs()
-        args, kwargs = map_leaves(
-            self._arguments, lambda leaf: tensors[leaf.number] if isinstance(leaf, _Place) else leaf
-        )
+        args, kwargs = _mapped(self._arguments, _Place, lambda place: tensors[place.number])
         if self._block.recomputation.before is not None:
             self._block.recomputation.before(self._block)
         self._index = 0
@@ -230,11 +230,18 @@ class _Recomputation:
 
     def _inputs(self) -> list[Tensor]:
         inputs = []
-        saved = self._kept.grad_fn.saved_tensors
+        written = f"{self._name} can't be computed again: its input was written to after its pass"
+        try:
+            saved = self._kept.grad_fn.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RuntimeError(written) from error
+        # Where hooks replace what is saved, torch doesn't look.
         for tensor, needs_gradient, (place, count) in zip(saved, self._need_gradients, self._places, strict=True):
             in_place = tensor.untyped_storage().data_ptr() == place
             if in_place and torch_internals.write_count(tensor) != count:
-                raise RuntimeError(f"{self._name} can't be computed again: its input was written to after its pass")
+                raise RuntimeError(written)
             inputs.append(tensor.detach().requires_grad_(needs_gradient))
         return inputs
 
@@ -287,6 +294,18 @@ class _Place:
     """A tensor among a block's arguments, by its number."""
 
     number: int
+
+
+def _mapped(value: Any, kind: type[Any], function: Callable[[Any], Any]) -> Any:
+    """A nest of tuples, lists and dictionaries with other values in place of those of a kind."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, list | tuple):
+        items = [_mapped(item, kind, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: _mapped(item, kind, function) for key, item in value.items()}
+    return value
 
 
 def _value_of(slot: _Slot) -> Tensor:

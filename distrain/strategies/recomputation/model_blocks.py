@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from distrain import torch_internals
+from distrain.models.base import is_sequence
 from distrain.models.layers import layer_modules
 from distrain.runtime.device import RandomState, synchronize
 from distrain.runtime.live_memory import LiveMemory, tensors_in
-from distrain.strategies.pipeline.blocks import is_sequence, named_blocks
-from distrain.strategies.pipeline.trial_copy import restored
+from distrain.strategies.trial_copy import restored
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -64,17 +63,9 @@ class Passage:
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks by name, in the model's order; one that the model uses twice is there once."""
-    if isinstance(model, nn.Sequential) and is_sequence(model):
-        found = dict(named_blocks(model))
-    else:
-        found = layer_modules(model)
-    first = {id(block): name for name, block in reversed(found.items())}
-    # A compiled module of TorchScript has no class of its own.
-    return {
-        name: block
-        for name, block in found.items()
-        if first[id(block)] == name and not isinstance(block, torch.jit.ScriptModule)
-    }
+    found = dict(model.named_children()) if is_sequence(model) else layer_modules(model)
+    # A module of TorchScript has no class of its own.
+    return {name: block for name, block in found.items() if not isinstance(block, torch.jit.ScriptModule)}
 
 
 def examine(model: nn.Module, inputs: Tensor, autocast: Autocast) -> list[Passage]:
@@ -293,7 +284,8 @@ def _forward_seconds(model: nn.Module, inputs: Tensor, autocast: Autocast) -> li
         runs.append([end - begin for begin, end in zip(begins, ends, strict=True)])
     seconds = [0.0]
     for of_call in zip(*runs, strict=True):
-        seconds += [statistics.median(of_call), 0.0]
+        # Other work on the machine makes single calls longer, and none shorter.
+        seconds += [min(of_call), 0.0]
     return seconds
 
 

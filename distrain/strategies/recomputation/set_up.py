@@ -143,8 +143,8 @@ def apply_measured(
     needed, problem = held + peak_of(measured.passages, chosen), ""
     if limit is not None and needed > limit:
         problem = (
-            f"rank {runtime.world.rank} on {runtime.world.host} needs {needed / MIB:,.0f} MiB even if all blocks are "
-            f"computed again, and may take {limit / MIB:,.0f}; a trainer.micro_batch_size below {measured.samples} "
+            f"rank {runtime.world.rank} on {runtime.world.host} needs {needed / MIB:,.1f} MiB even if all blocks are "
+            f"computed again, and may take {limit / MIB:,.1f}; a trainer.micro_batch_size below {measured.samples} "
             "needs less, and so does strategy=fsdp; or raise runtime.memory_limit_mb"
         )
     agreed = ranks.all_gather_json({"names": sorted(chosen), "problem": problem}, runtime.device)

@@ -18,7 +18,7 @@ from distrain.errors import ConfigError
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
-from distrain.strategies.pipeline.trial_copy import trial_copy
+from distrain.strategies.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
 from distrain.runtime.live_memory import LiveMemory, tensors_in
 from distrain.torch_internals import BatchNorm, storage_id
