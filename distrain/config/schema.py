@@ -194,8 +194,8 @@ class TrainerConfig:
     )
     micro_batch_size: int | str | None = setting(
         "Largest number of samples in one pass of a rank; gradients of several passes are accumulated. "
-        "null: a rank's whole share of the batch in one pass; auto: as few passes as runtime.memory_limit_mb allows, by "
-        "a trial at the start of the run.",
+        "null: a rank's whole share of the batch in one pass; auto: as few passes as runtime.memory_limit_mb allows, "
+        "by a trial at the start of the run.",
         words=("auto",),
         at_least=1,
     )
@@ -308,8 +308,8 @@ class RuntimeConfig:
     )
     memory_limit_mb: float | None = setting(
         "MiB that a rank may take for parameters, gradients, optimizer, activations and messages; what "
-        "model.checkpoint_activations=auto and trainer.micro_batch_size=auto go by. null: nine tenths of what is free at "
-        "the start of the run, divided among the ranks of a host.",
+        "model.checkpoint_activations=auto and trainer.micro_batch_size=auto go by. null: nine tenths of what is free "
+        "at the start of the run, divided among the ranks of a host.",
         above=0,
         default=None,
     )

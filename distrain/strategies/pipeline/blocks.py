@@ -14,8 +14,8 @@ from distrain import torch_internals
 from distrain.errors import ConfigError
 from distrain.strategies.pipeline.program import Segment, owned_names
 from distrain.strategies.pipeline.traced_model import TracedModel
-from distrain.strategies.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
+from distrain.strategies.trial_copy import trial_copy
 
 
 def named_blocks(model: nn.Sequential) -> list[tuple[str, nn.Module]]:

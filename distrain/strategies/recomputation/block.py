@@ -181,9 +181,8 @@ class _Recomputation:
         numbers = {id(tensor): index for index, tensor in enumerate(tensors)}
         self._arguments = _mapped((args, kwargs), Tensor, lambda tensor: _Place(numbers[id(tensor)]))
         self._need_gradients = [tensor.requires_grad for tensor in tensors]
-        self._places = [
-            (tensor.untyped_storage().data_ptr(), torch_internals.write_count(tensor)) for tensor in tensors
-        ]
+        counts = map(torch_internals.write_count, tensors)
+        self._places = [(tensor.data_ptr(), count) for tensor, count in zip(tensors, counts, strict=True)]
         # Detached, so that the graph behind them is not kept alive for longer.
         anchor = torch.empty(0, requires_grad=True)
         self._kept: Any = _Inputs.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
@@ -239,7 +238,7 @@ class _Recomputation:
             raise RuntimeError(written) from error
         # Where hooks replace what is saved, torch doesn't look.
         for tensor, needs_gradient, (place, count) in zip(saved, self._need_gradients, self._places, strict=True):
-            in_place = tensor.untyped_storage().data_ptr() == place
+            in_place = tensor.data_ptr() == place
             if in_place and torch_internals.write_count(tensor) != count:
                 raise RuntimeError(written)
             inputs.append(tensor.detach().requires_grad_(needs_gradient))

@@ -9,7 +9,7 @@ from distrain.models.base import BlockSequence
 
 def _block(channels_in: int, channels_out: int) -> nn.Sequential:
     convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True), nn.Dropout(0.2))
+    return nn.Sequential(convolution, nn.ReLU(inplace=True), nn.Dropout(0.2), nn.BatchNorm2d(channels_out))
 
 
 class DropoutNet(BlockSequence):

@@ -77,12 +77,10 @@ def test_auto_keeps_the_limit_and_says_what_it_chose(tmp_path: Path, capsys: pyt
     assert taken <= 0.7 * needed
     assert relative_difference(limited["model"], plain["model"]) == 0
     said = capsys.readouterr().err
-    assert "of 3 blocks are computed again" in said and "first" in said
+    assert "of 3 blocks are computed again" in said
     with pytest.raises(Failed):
         train("model.checkpoint_activations=auto", "runtime.memory_limit_mb=0.5", "seed=1")
-    line = (
-        r"ConfigError: model.checkpoint_activations=auto: rank 0 on \S+ needs .* even if all blocks are computed again"
-    )
+    line = r"ConfigError: model.checkpoint_activations=auto: rank 0 on \S+ needs .* even if all blocks are computed"
     assert re.search(line, capsys.readouterr().err)
 
 
