@@ -204,7 +204,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @classmethod
     def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
-        """The share that a rank has of the model's ``parameters``, ``gradients`` and ``optimizer`` state; 1 if absent."""
+        """The share that a rank has of all ``parameters``, ``gradients`` and ``optimizer`` state; 1 where it is absent."""
         return {}
 
     @classmethod

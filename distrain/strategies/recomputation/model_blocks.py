@@ -230,7 +230,7 @@ class _Peaks(_Watched):
             result = self.forward(autocast)
             roots = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
             self._move(len(self._peaks) - 1)
-            torch.stack([root.float().sum() for root in roots]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([root.float().sum() for root in roots]).sum().backward()
             self._move(0)
         share = len(self._inputs) / measured
         held = [share * size for size in sizes_held(passages, frozenset())]

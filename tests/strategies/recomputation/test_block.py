@@ -20,6 +20,8 @@ from distrain.strategies.recomputation.block import recompute, recomputed_blocks
 class Draws(nn.Module):
     """Draws from all generators, writes to a buffer and an attribute, and depends on the buffer."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
@@ -43,7 +45,8 @@ class Both(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         first, second = self.draws(inputs, scale=0.3)
-        return first + second["more"]
+        result: Tensor = first + second["more"]
+        return result
 
 
 def convolutional() -> nn.Sequential:
@@ -102,8 +105,8 @@ def test_the_same_bits_and_no_trace(name: str, autocast: bool) -> None:
     assert state.draws_equal(other_state)
     for (key, parameter), other in zip(plain.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad), key  # type: ignore[arg-type]
-    for (key, buffer), other in zip(plain.named_buffers(), again.buffers(), strict=True):
-        assert torch.equal(buffer, other), key
+    for (key, buffer), same in zip(plain.named_buffers(), again.buffers(), strict=True):
+        assert torch.equal(buffer, same), key
     if isinstance(again, Both):
         assert again.draws.count == 3
 
@@ -161,7 +164,8 @@ def test_a_backward_pass_in_two_halves_computes_a_block_again_once() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             nonlocal count
             count += 1
-            return self.linear(inputs).tanh()
+            result: Tensor = self.linear(inputs).tanh()
+            return result
 
     block = Counting()
     recompute("block", block)
