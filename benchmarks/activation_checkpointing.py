@@ -2,8 +2,8 @@
 
 One process trains the same model with the same batches, in float32, with SGD and momentum. First a step that keeps all
 activations is measured, with all that is held besides (parameters, gradients, optimizer). Then ``auto`` gets a share of
-that as its limit. The contenders take turns in the same process: some steps of each in every round. Prints the medians, the
-memory of all tensors of a step, and whether the parameters are the same bit for bit in the end.
+that as its limit. The contenders take turns in the same process: some steps of each in every round. Prints the medians,
+the memory of all tensors of a step, and whether the parameters are the same bit for bit in the end.
 
     python -m benchmarks.activation_checkpointing [--model resnet50] [--pixels 128] [--batch 64] [--share 0.5]
 """

@@ -204,7 +204,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @classmethod
     def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
-        """The share that a rank has of all ``parameters``, ``gradients`` and ``optimizer`` state; 1 where it is absent."""
+        """The share of ``parameters``, ``gradients`` and ``optimizer`` state that a rank has; 1 where it is absent."""
         return {}
 
     @classmethod
