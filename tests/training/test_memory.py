@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import Failed
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.strategies import held_memory
 from distrain.training.memory import MEMORY_KINDS, MIB, is_out_of_memory, memory_line
 from tests.harness import run_ranks
@@ -53,13 +54,10 @@ def test_kinds_add_up_to_what_is_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adam", "sgd optimizer.momentum=0.9", "sgd optimizer.momentum=0", "muon", "lion"]
+    "keys", [("adam",), ("sgd", "optimizer.momentum=0.9"), ("sgd",), ("muon",), ("lion",)], ids=str
 )
-def test_an_optimizers_state_is_known_before_it_has_one(optimizer: str) -> None:
-    from distrain.optim.optimizers.build import build_optimizer
-
-    keys = f"optimizer={optimizer}".split()
-    config = compose(*keys).optimizer
+def test_an_optimizers_state_is_known_before_it_has_one(keys: tuple[str, ...]) -> None:
+    config = compose(f"optimizer={keys[0]}", *keys[1:]).optimizer
     model = nn.Sequential(nn.Linear(40, 30), nn.Conv2d(5, 7, 3), nn.LayerNorm(9))
 
     def make(named: object) -> torch.optim.Optimizer:
