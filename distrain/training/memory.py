@@ -55,6 +55,7 @@ class MemoryWatch:
         #: Samples of the largest batch so far, and the bytes that the step which was followed made.
         self._largest_batch = 0
         self._step_bytes = _UNKNOWN
+        self._can_follow = self._has_plain_tensors() and runtime.device.type == "cpu" and not config.trainer.compile
 
     @contextlib.contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
@@ -68,25 +69,25 @@ class MemoryWatch:
         """
         repeats = 0 < self._largest_batch <= batch.global_count
         self._largest_batch = max(self._largest_batch, batch.global_count)
-        measured = repeats and self._step_bytes == _UNKNOWN and self._can_follow()
+        measured = self._can_follow and repeats and self._step_bytes == _UNKNOWN
         try:
             with LiveMemory() if measured else contextlib.nullcontext() as live:
                 yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(self._advice(error, len(batch))) from error
+            raise OutOfMemory(self._advice(error, batch.global_count)) from error
         if live is not None:
             self._step_bytes = float(live.peak)
 
-    def _can_follow(self) -> bool:
-        tensors = [parameter.data for module in self._strategy.own_modules() for parameter in module.parameters()]
-        plain = all(type(tensor) is Tensor for tensor in tensors)
-        return plain and self._runtime.device.type == "cpu" and not self._config.trainer.compile
+    def _has_plain_tensors(self) -> bool:
+        modules = self._strategy.own_modules()
+        return all(type(parameter.data) is Tensor for module in modules for parameter in module.parameters())
 
-    def _advice(self, error: Exception, share: int) -> str:
-        config = self._config
-        samples = min(share, config.trainer.largest_pass or share)
+    def _advice(self, error: Exception, count: int) -> str:
+        config, ranks = self._config, self._runtime.world.size
+        sizes = self._strategy.forward_sizes(config, ranks, count, training=True)
+        samples = max((size for of_rank in sizes for size in of_rank), default=count)
         held = held_memory.bytes_by_kind(self._strategy.held_tensors())
         listed = ", ".join(f"{kind} {size / MIB:,.0f}" for kind, size in held.items() if size)
         ways = [f"trainer.micro_batch_size={max(samples // 2, 1)}"] if samples > 1 else []
