@@ -61,7 +61,8 @@ def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
     if trainer.runtime.is_main:
         bars = [each for each in trainer.callbacks if isinstance(each, ProgressBar) and is_live(TERMINAL)]
         log.info("%s", closing_line(summary, trainer.task), extra=FILE_ONLY if bars else None)
-        log.info("memory in MiB: %s", memory_line(summary), extra=FILE_ONLY if bars else None)
+        if line := memory_line(summary):
+            log.info("memory in MiB: %s", line, extra=FILE_ONLY if bars else None)
         for bar in bars:
             bar.end(summary, trainer.runtime.run_dir)
         if line := expected.slower_than_planned(summary):
@@ -100,6 +101,7 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
         plan.check_sizes(splits, trial)
         data = data_manifest(splits)
         changed_data = resume.changed_data(config, data)
+        # It needs memory.
         trial.forget_model()
         if plan.world.size > 1:
             bar.say("waiting for all ranks")
