@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distrain.errors import ConfigError
 from distrain.files.escaping import Lines
-from distrain.strategies.recomputation.model_blocks import Passage, peak_of
+from distrain.strategies.recomputation.model_blocks import Passage, peak_of, sizes_held
 
 KEY = "model.checkpoint_activations"
 MIB = 2**20
@@ -52,7 +52,10 @@ def fewest(passages: list[Passage], budget: float) -> frozenset[str]:
     peak = peak_of(passages, chosen)
     while peak > budget and left:
         peaks = {name: peak_of(passages, chosen | {name}) for name in left}
-        best = max(left, key=lambda name: ((peak - peaks[name]) / max(seconds[name], 1e-9), -seconds[name], name))
+        # Two calls may need most, so that no block alone frees anything at the peak: then by what it frees at the end.
+        total = sizes_held(passages, chosen)[-1]
+        gains = {name: (peak - peaks[name], total - sizes_held(passages, chosen | {name})[-1]) for name in left}
+        best = max(left, key=lambda name: (*(gain / max(seconds[name], 1e-9) for gain in gains[name]), name))
         chosen, peak = chosen | {best}, peaks[best]
         left.remove(best)
     for name in sorted(chosen, key=lambda name: -seconds[name]):

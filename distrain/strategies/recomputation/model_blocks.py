@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain import torch_internals
+from distrain.errors import ConfigError
 from distrain.models.base import is_sequence
 from distrain.models.layers import layer_modules
-from distrain.runtime.device import RandomState, synchronize
+from distrain.runtime.device import RandomState, seed_everything, synchronize
 from distrain.runtime.live_memory import LiveMemory, tensors_in
 from distrain.strategies.trial_copy import restored
 
@@ -95,10 +96,19 @@ def examine_costs(model: nn.Module, few: Tensor, many: Tensor, autocast: Autocas
     """
     with _trial(model) as trial:
         passages = _Structure(trial, many).run(autocast)
-        for passage, seconds in zip(passages, _forward_seconds(trial, many, autocast), strict=True):
-            passage.seconds = seconds * samples / len(many)
-        extras = {len(inputs): _Peaks(trial, inputs).extras(passages, len(many), autocast) for inputs in (few, many)}
+        runs = [_Times(trial, many).seconds(autocast) for _ in range(_REPEATS)]
+        peaks = {len(inputs): _Peaks(trial, inputs).peaks(autocast) for inputs in (few, many)}
+    if any(len(each) != len(passages) for each in (*runs, *peaks.values())):
+        problem = "the model calls other blocks in one forward pass than in another, so their costs can't be measured"
+        raise ConfigError("model.checkpoint_activations", "auto", problem, ["none", "all", "a number N"])
+    held = sizes_held(passages, frozenset())
+    extras = {
+        size: [max(peak - size / len(many) * share, 0.0) for peak, share in zip(of_size, held, strict=True)]
+        for size, of_size in peaks.items()
+    }
     for index, passage in enumerate(passages):
+        # Other work on the machine makes single calls longer, and none shorter.
+        passage.seconds = min(seconds[index] for seconds in runs) * samples / len(many)
         passage.extra = _line({size: extra[index] for size, extra in extras.items()}, samples)
         for sizes in (passage.given, passage.kept):
             for storage, size in sizes.items():
@@ -151,6 +161,8 @@ class _Watched:
     def forward(self, autocast: Autocast) -> Any:
         """Runs the model on a copy of the inputs, into which it may write."""
         inputs = self._inputs.clone()
+        # A model that leaves out blocks by chance leaves out the same ones in each pass.
+        seed_everything(0)
         try:
             for name, block in blocks_of(self._model).items():
                 before = block.register_forward_pre_hook(
@@ -218,23 +230,15 @@ class _Peaks(_Watched):
         #: The call whose forward or backward pass is under way.
         self._current = 0
 
-    def extras(self, passages: list[Passage], measured: int, autocast: Autocast) -> list[float]:
-        """What is held beyond what calls keep and get.
-
-        Args:
-            passages: Of a pass over ``measured`` samples.
-            measured: See above.
-            autocast: Context of the forward pass.
-        """
+    def peaks(self, autocast: Autocast) -> list[int]:
+        """Bytes, by the number of the call."""
         with self._live:
             result = self.forward(autocast)
             roots = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
             self._move(len(self._peaks) - 1)
             torch.stack([root.float().sum() for root in roots]).sum().backward()
             self._move(0)
-        share = len(self._inputs) / measured
-        held = [share * size for size in sizes_held(passages, frozenset())]
-        return [max(peak - size, 0.0) for peak, size in zip(self._peaks, held, strict=True)]
+        return self._peaks
 
     def begin(self, name: str, given: list[Tensor]) -> None:
         self._open()
@@ -261,32 +265,22 @@ class _Times(_Watched):
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         super().__init__(model, inputs)
-        self.moments: list[float] = []
+        self._seconds = [0.0]
+
+    def seconds(self, autocast: Autocast) -> list[float]:
+        """Of each call's forward pass; 0 for what is between calls."""
+        self.forward(autocast)
+        return self._seconds
 
     def begin(self, name: str, given: list[Tensor]) -> None:
-        self._note()
+        self._begun = self._now()
 
     def end(self, returned: list[Tensor]) -> None:
-        self._note()
+        self._seconds += [self._now() - self._begun, 0.0]
 
-    def _note(self) -> None:
+    def _now(self) -> float:
         synchronize(self._inputs.device)
-        self.moments.append(time.perf_counter())
-
-
-def _forward_seconds(model: nn.Module, inputs: Tensor, autocast: Autocast) -> list[float]:
-    """Seconds of each call of a forward pass, by its index; 0 for what is between calls."""
-    runs = []
-    for _ in range(_REPEATS):
-        times = _Times(model, inputs)
-        times.forward(autocast)
-        begins, ends = times.moments[::2], times.moments[1::2]
-        runs.append([end - begin for begin, end in zip(begins, ends, strict=True)])
-    seconds = [0.0]
-    for of_call in zip(*runs, strict=True):
-        # Other work on the machine makes single calls longer, and none shorter.
-        seconds += [min(of_call), 0.0]
-    return seconds
+        return time.perf_counter()
 
 
 def sizes_held(passages: list[Passage], recomputed: frozenset[str]) -> list[int]:

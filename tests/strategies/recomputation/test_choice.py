@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.errors import ConfigError
 from distrain.runtime.live_memory import LiveMemory
@@ -52,3 +52,17 @@ def test_the_predicted_peak_is_the_measured_one(share: float) -> None:
     with LiveMemory() as live:
         nn.functional.cross_entropy(model(images), torch.zeros(12, dtype=torch.long)).backward()
     assert live.peak == pytest.approx(peak_of(passages, chosen), rel=0.1)
+
+
+class Changing(LayersNet):
+    """Leaves out a layer where it gets few samples."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the class does."""
+        return super().forward(images) if len(images) > 2 else self.head(self.stem(images).mean((2, 3)))
+
+
+def test_a_model_whose_passes_differ_is_refused() -> None:
+    images = torch.randn(4, 3, 8, 8)
+    with pytest.raises(ConfigError, match=r"checkpoint_activations=auto: the model calls other blocks"):
+        examine_costs(Changing(3, 4), images[:2], images, nullcontext, 8)
