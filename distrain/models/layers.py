@@ -52,7 +52,7 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            if isinstance(child, _CONTAINERS) or any(map(_is_row, child.modules())):
+            if _is_made_of_layers(child):
                 visit(child, path)
             else:
                 found[path] = child
@@ -68,10 +68,14 @@ def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, nn.Param
         yield own, True
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, _CONTAINERS) or any(map(_is_row, child.modules())):
+        if _is_made_of_layers(child):
             yield from _layers(child, path)
         elif parameters := dict(child.named_parameters(path)):
             yield parameters, False
+
+
+def _is_made_of_layers(module: nn.Module) -> bool:
+    return isinstance(module, _CONTAINERS) or any(map(_is_row, module.modules()))
 
 
 def _is_row(module: nn.Module) -> bool:
