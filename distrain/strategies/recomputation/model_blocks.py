@@ -98,7 +98,7 @@ def examine_costs(model: nn.Module, few: Tensor, many: Tensor, autocast: Autocas
         passages = _Structure(trial, many).run(autocast)
         runs = [_Times(trial, many).seconds(autocast) for _ in range(_REPEATS)]
         peaks = {len(inputs): _Peaks(trial, inputs).peaks(autocast) for inputs in (few, many)}
-    if any(len(each) != len(passages) for each in (*runs, *peaks.values())):
+    if {*map(len, runs), *map(len, peaks.values())} != {len(passages)}:
         problem = "the model calls other blocks in one forward pass than in another, so their costs can't be measured"
         raise ConfigError("model.checkpoint_activations", "auto", problem, ["none", "all", "a number N"])
     held = sizes_held(passages, frozenset())
