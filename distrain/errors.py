@@ -168,5 +168,9 @@ class Failed(Exception):
         return EXIT_INTERRUPTED if request is not None and request.request == "SIGINT" else EXIT_FAILED
 
 
+class OutOfMemory(RuntimeError):
+    """A step needs more memory than there is; the message says how much of what, and what to type."""
+
+
 class NonFinite(RuntimeError):
     """A loss, a gradient or a parameter is NaN or infinite, and the configuration does not let the run continue."""

@@ -19,8 +19,9 @@ from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tasks.base import Task
 from distrain.tools.planning import expected, plan_file
-from distrain.training import auto_format, averaging, resume
+from distrain.training import auto_format, averaging, micro_batch, resume
 from distrain.training.assembly import build_model, build_trainer
+from distrain.training.memory import memory_line
 from distrain.training.model_notices import model_notices
 from distrain.training.progress_bar import ProgressBar, shows_bar
 from distrain.training.run_plan import RunPlan
@@ -60,6 +61,8 @@ def log_end(trainer: Trainer, summary: dict[str, Any]) -> None:
     if trainer.runtime.is_main:
         bars = [each for each in trainer.callbacks if isinstance(each, ProgressBar) and is_live(TERMINAL)]
         log.info("%s", closing_line(summary, trainer.task), extra=FILE_ONLY if bars else None)
+        if line := memory_line(summary):
+            log.info("memory in MiB: %s", line, extra=FILE_ONLY if bars else None)
         for bar in bars:
             bar.end(summary, trainer.runtime.run_dir)
         if line := expected.slower_than_planned(summary):
@@ -98,9 +101,8 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
         plan.check_sizes(splits, trial)
         data = data_manifest(splits)
         changed_data = resume.changed_data(config, data)
-        notices = model_notices(config, plan.world.size, plan.strategy, plan.dtype, trial)
-        # The model of the trial needs memory.
-        del trial
+        # It needs memory.
+        trial.forget_model()
         if plan.world.size > 1:
             bar.say("waiting for all ranks")
         # Closed inside, so that what the runtime says of a failure stands on a line of its own.
@@ -109,6 +111,11 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
             bar.follow(runtime.activity)
             make_model = functools.partial(build_model, plan, splits)
             plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
+            plan = plan.with_config(
+                micro_batch.resolve(
+                    plan.config, runtime, splits, plan.task, make_model, plan.strategy, plan.memory_format
+                )
+            )
             if runtime.is_main and runtime.owner is not None:
                 runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
                 runtime.owner.write_kept(manifest.FILE, to_json(data))
@@ -121,7 +128,7 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
                     log.info("%s", choice.line)
                 if changed_data:
                     log.warning("%s", changed_data)
-                for notice in notices:
+                for notice in model_notices(plan.config, plan.world.size, plan.strategy, plan.dtype, trial):
                     log.warning("%s", notice)
             trainer = build_trainer(plan, runtime, splits)
             if bar.shown:

@@ -104,7 +104,11 @@ def _describe(kind: Any, metadata: Mapping[str, Any]) -> str:
     words, comma, null = describe_type(kind).partition(", or null")
     if metadata.get("path"):
         words = "a path" if kind is not Any else "a path, or a list of paths"
-    return " ".join([words, " and ".join(limits)]).strip() + comma + null
+    named = metadata.get("words", ())
+    # The words are the only text that is allowed.
+    words = words.removesuffix(" or text") if named else words
+    described = " ".join([words, " and ".join(limits)]).strip() + comma + null
+    return described + (f", or one of: {', '.join(named)}" if named else "")
 
 
 def _title(name: str, composed: DictConfig, choices: Mapping[str, Sequence[str]]) -> str:

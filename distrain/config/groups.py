@@ -32,6 +32,15 @@ class ModelConfig:
 
     name: str = setting("Name of the model; custom: any importable class, named by _target_.")
     _target_: str = setting("Dotted path of the nn.Module class to build.")
+    checkpoint_activations: int | str = setting(
+        "Blocks whose activations are not kept for the backward pass but computed again in it: less memory, longer "
+        "steps, the same training. none; all; a number N: every N-th block; auto: as few as runtime.memory_limit_mb "
+        "allows, chosen by the measured size and time of each block.",
+        words=("none", "all", "auto"),
+        at_least=1,
+        default="none",
+        affects=("execution",),
+    )
 
 
 @dataclass

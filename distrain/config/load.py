@@ -309,12 +309,15 @@ def _check_limits(prefix: str, value: Any) -> None:
                 raise ConfigError(key, element, "must be a finite number")
             if allowed and element not in allowed:
                 raise ConfigError(key, element, "unknown choice", allowed)
+            words = limits.get("words", ())
+            if words and isinstance(element, str) and element not in words:
+                raise ConfigError(key, element, "is neither a whole number nor one of the words", words)
             if isinstance(element, bool) or not isinstance(element, int | float):
                 continue
-            for name, (holds, words) in LIMITS.items():
+            for name, (holds, phrase) in LIMITS.items():
                 limit = limits.get(name)
                 if limit is not None and not holds(element, limit):
-                    raise ConfigError(key, item, f"must be {words} {limit}")
+                    raise ConfigError(key, item, f"must be {phrase} {limit}")
 
 
 def _join(prefix: str, name: str) -> str:

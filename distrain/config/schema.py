@@ -198,9 +198,11 @@ class TrainerConfig:
         "If a gradient is NaN or infinite: stop the run, skip the update, or rewind to the newest checkpoint.",
         choices=("stop", "skip", "rewind"),
     )
-    micro_batch_size: int | None = setting(
+    micro_batch_size: int | str | None = setting(
         "Largest number of samples in one pass of a rank; gradients of several passes are accumulated. "
-        "null: a rank's whole share of the batch in one pass.",
+        "null: a rank's whole share of the batch in one pass; auto: as few passes as runtime.memory_limit_mb allows, "
+        "by a trial at the start of the run.",
+        words=("auto",),
         at_least=1,
     )
     grad_clip_norm: float | None = setting(
@@ -264,6 +266,11 @@ class TrainerConfig:
     ema: EmaConfig = setting("An exponential moving average of the model.", default_factory=EmaConfig)
     swa: SwaConfig = setting("Stochastic weight averaging.", default_factory=SwaConfig)
 
+    @property
+    def largest_pass(self) -> int | None:
+        """Largest number of samples in a pass; ``None``: no limit, or one that a trial has still to find."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
+
 
 @dataclass
 class CheckpointConfig:
@@ -304,6 +311,13 @@ class RuntimeConfig:
         "CPU threads per rank; null: MKL_NUM_THREADS or OMP_NUM_THREADS if you set it, else the host's cores divided "
         "by its number of ranks.",
         at_least=1,
+    )
+    memory_limit_mb: float | None = setting(
+        "MiB that a rank may take for parameters, gradients, optimizer, activations and messages; what "
+        "model.checkpoint_activations=auto and trainer.micro_batch_size=auto go by. null: nine tenths of what is free "
+        "at the start of the run, divided among the ranks of a host.",
+        above=0,
+        default=None,
     )
     setup_timeout_seconds: float = setting(
         "The run fails if not all ranks have joined within this many seconds.", above=0

@@ -21,6 +21,7 @@ def setting(
     doc: str,
     *,
     choices: Iterable[Any] = (),
+    words: Iterable[str] = (),
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
@@ -36,6 +37,7 @@ def setting(
     Args:
         doc: What the key means, with its unit; shown to users.
         choices: The allowed values; empty if they can't be listed.
+        words: What may stand in place of a number.
         above: Exclusive lower limit.
         at_least: Inclusive lower limit.
         below: Exclusive upper limit.
@@ -49,6 +51,7 @@ def setting(
     metadata = {
         "doc": doc,
         "choices": tuple(choices),
+        "words": tuple(words),
         "above": above,
         "at_least": at_least,
         "below": below,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from distrain import torch_internals
+
 if TYPE_CHECKING:
     from distrain.data.base import Split
 
@@ -37,6 +39,15 @@ class BlockSequence(nn.Sequential):
         if isinstance(idx, slice):
             return BlockSequence(dict(list(self.named_children())[idx]))
         return super().__getitem__(idx)
+
+
+def is_sequence(model: nn.Module) -> bool:
+    """Whether a model does nothing but run its blocks, one after another, and holds no state itself."""
+    if not isinstance(model, nn.Sequential) or "forward" in vars(model):
+        return False
+    if type(model).forward not in (nn.Sequential.forward, BlockSequence.forward):
+        return False
+    return not any("." not in name for name in (*model.state_dict(), *torch_internals.registered_names(model)))
 
 
 @runtime_checkable

@@ -45,6 +45,22 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     return depths | dict.fromkeys(waiting, max(depth, 0))
 
 
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are layers in the sense of :func:`layer_depths`, by name, also those without parameters."""
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            if _is_made_of_layers(child):
+                visit(child, path)
+            else:
+                found[path] = child
+
+    visit(model, "")
+    return found
+
+
 def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, nn.Parameter], bool]]:
     """The parameters of each layer by name, and of what is beside layers, for which the second value is true."""
     own = dict(module.named_parameters(prefix, recurse=False))
@@ -52,10 +68,14 @@ def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, nn.Param
         yield own, True
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, _CONTAINERS) or any(map(_is_row, child.modules())):
+        if _is_made_of_layers(child):
             yield from _layers(child, path)
         elif parameters := dict(child.named_parameters(path)):
             yield parameters, False
+
+
+def _is_made_of_layers(module: nn.Module) -> bool:
+    return isinstance(module, _CONTAINERS) or any(map(_is_row, module.modules()))
 
 
 def _is_row(module: nn.Module) -> bool:

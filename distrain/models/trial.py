@@ -98,6 +98,10 @@ class ModelTrial:
         with self._surroundings():
             self._try()
 
+    def forget_model(self) -> None:
+        """Frees the model's memory; what was found out about the model stays."""
+        del self.model
+
     def problem_with(self, count: int, *, training: bool, batchnorm: bool = True) -> str:
         """Why the model can't run so many images at once; empty if it can.
 

@@ -70,7 +70,7 @@ def _rows(summary: Mapping[str, Any], run_dir: str) -> list[tuple[str, str]]:
             ),
         ),
         ("time", _shares(summary.get("time_share"))),
-        ("memory", number.text("peak_memory_mb", "{:,.0f} MB")),
+        ("memory", _memory(number)),
         (_FOLDER, escaped(run_dir)),
     ]
 
@@ -90,6 +90,12 @@ def _steps(number: _Numbers) -> str:
     if resumed_at:
         done += f", {(number.value('steps') or 0) - resumed_at:,.0f} of them since it was resumed"
     return _joined(done, number.text("epochs", "{:,.0f} epochs"), number.text("wall_seconds", "{:,.1f} s"))
+
+
+def _memory(number: _Numbers) -> str:
+    kinds = ("parameters", "gradients", "optimizer", "activations", "buckets")
+    parts = [number.text(f"memory_by_kind_mb.measured.{kind}", kind + " {:,.0f}") for kind in kinds]
+    return _joined(number.text("peak_memory_mb", "{:,.0f} MB"), *parts)
 
 
 def _shares(shares: object) -> str:

@@ -28,6 +28,8 @@ from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.runtime.device import float64_device
+from distrain.runtime.live_memory import tensors_in
+from distrain.strategies.held_memory import optimizer_tensors
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ class Strategy(ABC, Generic[OptionsT_co]):
             batch; ``optimizer.sam_rho`` and optimizers with modes need that.
         saves_in_background: Whether checkpoints may be written while training goes on, over a process group of their
             own.
+        knows_memory: Whether a rank's memory is known before it trains, as ``model.checkpoint_activations=auto`` and
+            ``trainer.micro_batch_size=auto`` need.
     """
 
     compressed_quantity: ClassVar[str] = "gradients"
@@ -99,6 +103,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     slices_parameters: ClassVar[bool] = False
     steps_alike: ClassVar[bool] = False
     saves_in_background: ClassVar[bool] = True
+    knows_memory: ClassVar[bool] = False
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer
@@ -200,6 +205,11 @@ class Strategy(ABC, Generic[OptionsT_co]):
         return cls.data_parallel_size(config, world_size)
 
     @classmethod
+    def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
+        """The share of ``parameters``, ``gradients`` and ``optimizer`` state that a rank has; 1 where it is absent."""
+        return {}
+
+    @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
         """Prepares a copy of the model for a timing trial: it computes as in a step, but without the other ranks.
 
@@ -263,6 +273,17 @@ class Strategy(ABC, Generic[OptionsT_co]):
         Only ``verify`` needs them, to find out which layer differs.
         """
         return []
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank holds between steps, by a kind of :data:`distrain.strategies.held_memory.KINDS`."""
+        modules = self.own_modules()
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        return {
+            "parameters": [*parameters, *(buffer for module in modules for buffer in module.buffers())],
+            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "optimizer": [*optimizer_tensors(self.optimizer)] if modules else [],
+            "buckets": [*tensors_in(self.compressor.state_dict())],
+        }
 
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:
@@ -458,7 +479,7 @@ def accumulated_pieces(config: Config, count: int, shards: int) -> int:
         count: Samples in the global batch.
         shards: How many ranks share it.
     """
-    size = config.trainer.micro_batch_size
+    size = config.trainer.largest_pass
     return 1 if size is None else math.ceil(math.ceil(count / shards) / size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import still_modules, train_only
 from distrain.models.outputs import logits_of
 from distrain.optim.optimizers import modes
+from distrain.runtime.memory_limit import memory_limit
+from distrain.strategies import held_memory
 from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
@@ -28,6 +31,7 @@ from distrain.tasks.training_loss import training_loss
 if TYPE_CHECKING:
     from distrain.data.batch import Batch, Targets
     from distrain.runtime.runtime import Runtime
+    from distrain.strategies.recomputation.set_up import Measured
 
 
 class Replicated(Strategy[OptionsT_co]):
@@ -36,6 +40,8 @@ class Replicated(Strategy[OptionsT_co]):
     The loss of a batch is a global sum over a global count, so uneven shares, a ragged last batch and accumulation
     change nothing but the order in which numbers are added.
     """
+
+    knows_memory = True
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
@@ -54,6 +60,8 @@ class Replicated(Strategy[OptionsT_co]):
         self.model = model
         self.task = task
         self._still: list[nn.Module] = []
+        # Before a strategy moves the parameters elsewhere.
+        measured = self._examine_blocks(example)
         self.gradients = self._make_gradients()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
@@ -69,6 +77,36 @@ class Replicated(Strategy[OptionsT_co]):
             model.compile(mode="max-autotune", dynamic=False)
         elif self.config.trainer.compile:
             model.compile()
+        if measured is not None:
+            self._choose_blocks(measured, make_optimizer, updated)
+
+    def _examine_blocks(self, example: Tensor) -> Measured | None:
+        """Sets up ``model.checkpoint_activations``, or returns what its choice depends on."""
+        if self.config.model.checkpoint_activations == "none":
+            return None
+        from distrain.strategies.recomputation import set_up
+
+        config = self.config
+        set_up.apply(config, self.model, example, self.precision.autocast)
+        share = math.ceil(config.data.batch_size / self.data_shard[1])
+        samples = math.ceil(share / accumulated_pieces(config, config.data.batch_size, self.data_shard[1]))
+        return set_up.measure(config, self.model, example, self.precision.autocast, samples)
+
+    def _choose_blocks(
+        self, measured: Measured, make_optimizer: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]
+    ) -> None:
+        """Chooses the blocks whose activations are computed again; all replicas call it together."""
+        from distrain.strategies.recomputation import set_up
+
+        runtime = self.runtime
+        present = sum(held_memory.bytes_by_kind(self.held_tensors()).values())
+        limit = memory_limit(self.config, runtime.world, runtime.device, present)
+        held = present + held_memory.expected_optimizer_bytes(make_optimizer, updated) + self._bytes_of_passes()
+        set_up.apply_measured(measured, self.model, held, limit, self.replicas, runtime)
+
+    def _bytes_of_passes(self) -> int:
+        """Bytes that a strategy holds during passes only, besides activations."""
+        return 0
 
     def _make_gradients(self) -> ReducedGradients:
         return Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch)

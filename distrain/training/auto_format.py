@@ -204,7 +204,7 @@ def _choose_by_trial(
     strategy.prepare_trial(config, world.size, model)
     share = math.ceil(config.data.batch_size / strategy.data_parallel_size(config, world.size))
     # BatchNorm needs at least two samples.
-    share = max(min(share, config.trainer.micro_batch_size or share), 2)
+    share = max(min(share, config.trainer.largest_pass or share), 2)
     images = splits.train.read(torch.arange(min(share, len(splits.train))))
     trial = Trial(config, model, task, images, splits, runtime.device) if world.rank < trial_ranks else None
     communicator = runtime.communicator()

@@ -97,8 +97,8 @@ def _where(split: _Split, purpose: str) -> str:
 
 def _other_ways(config: Config) -> str:
     ways = ["another number of images"]
-    if config.trainer.micro_batch_size is not None:
-        ways.append(f"another trainer.micro_batch_size than {config.trainer.micro_batch_size}")
+    if config.trainer.largest_pass is not None:
+        ways.append(f"another trainer.micro_batch_size than {config.trainer.largest_pass}")
     if hasattr(config.strategy, "microbatches"):
         ways.append(f"another strategy.microbatches than {config.strategy.microbatches}")
     return f"no other size is better; try {' or '.join(ways)}, or a model that runs one image (without BatchNorm)"

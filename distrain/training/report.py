@@ -27,6 +27,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import StepResult, Strategy
 from distrain.tasks.base import Evaluation, Task, class_rows
 from distrain.training import averaging
+from distrain.training.memory import MemoryWatch
 from distrain.training.monitor import Monitor
 from distrain.training.nonfinite import NonFiniteGuard
 
@@ -49,6 +50,7 @@ class Report:
     Attributes:
         clock: Times the loop over batches; from :meth:`begin` on.
         parameters: Number of values in the unsplit model's parameters: ``count`` and ``trainable``.
+        memory: Watches the memory of steps.
         predicted: What a plan predicts of this run, for the summary; empty if there is no plan.
     """
 
@@ -77,6 +79,7 @@ class Report:
         self._start_time = time.perf_counter()
         self.parameters: dict[str, int] = {}
         self.predicted: dict[str, Any] = {}
+        self.memory = MemoryWatch(config, runtime, strategy)
         self._origin = Origin(Path.cwd() if runtime.is_main else None)
 
     def begin(self, first_step: int, total_steps: int) -> None:
@@ -251,6 +254,7 @@ class Report:
             "bytes_sent_per_step_per_rank": round(sent_by_all / steps / world.size),
             "compression_ratio": uncompressed * steps / sent_by_all if sent_by_all else 1.0,
             "peak_memory_mb": round(float(memory), 1),
+            "memory_by_kind_mb": self.memory.summary(group, self.predicted),
             "wall_seconds": round(self.seconds(), 3),
             "checkpoint": checkpoint,
             **strategy.report(),

@@ -42,6 +42,7 @@ from distrain.training import (
     batch_sizes,
     chosen_callbacks,
     initial_weights,
+    micro_batch,
     normalisation,
     resume,
 )
@@ -141,6 +142,12 @@ class RunPlan:
         compression.compressor_class(config).check(config)
         check_lookahead(config)
         averaging.check(config)
+        micro_batch.check(config, self.strategy)
+        if config.model.checkpoint_activations != "none":
+            # Imports what else only a pipeline needs.
+            from distrain.strategies.recomputation import set_up
+
+            set_up.check(config, knows_memory=self.strategy.knows_memory)
         sharpness.check(config, steps_alike=self.strategy.steps_alike)
         if config.optimizer.has_modes and not self.strategy.steps_alike:
             problem = f"strategy={config.strategy.name} can't switch the parameters of all ranks to their averages"

@@ -149,7 +149,8 @@ class Trainer:
         share = self.schedule(self.progress.step) * self.progress.lr_factor
         self.strategy.set_learning_rate(self.config.optimizer.lr * share)
         sent_before = self.strategy.ledger.total()
-        result = self.strategy.train_step(batch)
+        with self.report.memory.step(batch):
+            result = self.strategy.train_step(batch)
         counts = self._guard.check_step(result, batch, self.progress.step + 1)
         self.report.add_step(result, self.strategy.ledger.total() - sent_before, counts=counts)
         self.progress.advance(batch.global_count)

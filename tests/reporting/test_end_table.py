@@ -19,6 +19,10 @@ WHOLE = {
     "best_test_loss": 0.55,
     "step_ms": {"mean": 10.0, "p50": 9.5, "p95": 15.0},
     "stopped_early": True,
+    # Activations that were not measured.
+    "memory_by_kind_mb": {
+        "measured": {"parameters": 10.0, "gradients": 20.0, "optimizer": 30.0, "activations": None, "buckets": 5.0}
+    },
 }
 
 
@@ -32,7 +36,7 @@ def test_the_table_says_what_the_run_came_to() -> None:
         "  steps             40, 30 of them since it was resumed, 2 epochs, 1.5 s",
         "  speed             1,000 images/s, 9.5 ms a step, 15 ms the slowest 5 %",
         "  time              compute 50%, communication 30%, data 10%, other 10%",
-        "  memory            100 MB",
+        "  memory            100 MB, parameters 10, gradients 20, optimizer 30, buckets 5",
         "  files             runs/first",
     ]
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.recomputation.block import recomputed_blocks
 
 
 class _SavedParameter:
@@ -61,6 +62,9 @@ class Gatherer:
         #: The next block of this forward pass, and the blocks that the backward pass has still to gather.
         self._next = len(blocks)
         self._backward: deque[int] = deque()
+        self._in_forward = False
+        #: Blocks whose values are needed in the backward pass by modules that are computed again.
+        self._recomputed: set[int] = set()
         #: What autograd has saved of each block and not yet asked for, and how many gradients are still missing.
         self._saved = [0] * len(blocks)
         self._missing = [0] * len(blocks)
@@ -102,6 +106,7 @@ class Gatherer:
         """A forward pass begins; the backward pass before it, if there was one, is over."""
         self.end_backward()
         self._next = 0
+        self._in_forward = True
         if torch.is_grad_enabled():
             self._saved = [0] * len(self._blocks)
             self._missing = [len(block.parameters) if block.is_trained else 0 for block in self._blocks]
@@ -119,6 +124,7 @@ class Gatherer:
             # Modules of a block may have been left out, so that it is still attached.
             if not grad or (self._reshards and index != last):
                 self._detach(index)
+        self._in_forward = False
         self._backward.clear()
         if grad:
             again = (index for index in range(last, self._first_trained - 1, -1))
@@ -131,6 +137,9 @@ class Gatherer:
         self.end_forward()
 
     def _use(self, first: int, last: int) -> None:
+        if not self._in_forward:
+            # A module that is computed again, whose parameters are there already.
+            return
         with self._stopwatch.communication():
             for index in range(first, last + 1):
                 while self._next <= index:
@@ -142,6 +151,8 @@ class Gatherer:
             self._next += 1
 
     def _leave(self, first: int, last: int) -> None:
+        if not self._in_forward:
+            return
         for index in range(first, last + 1):
             if torch.is_grad_enabled() and (not self._reshards or index == len(self._blocks) - 1):
                 # The backward pass needs the last one first.
@@ -173,6 +184,19 @@ class Gatherer:
         self.end_backward()
         self._detach_all()
 
+    def gather_for_recomputed(self, model: nn.Module) -> None:
+        """Gathers what the model's blocks need that are computed again in the backward pass."""
+        index_of = {id(parameter): index for index, block in enumerate(self._blocks) for parameter in block.parameters}
+
+        def gather(module: nn.Module) -> None:
+            # In the order of the backward pass.
+            for index in sorted({index_of[id(parameter)] for parameter in module.parameters()}, reverse=True):
+                self._need(index)
+
+        for module in recomputed_blocks(model):
+            module.recomputation.before = gather
+            self._recomputed |= {index_of[id(parameter)] for parameter in module.parameters()}
+
     def _need(self, index: int) -> None:
         """Attaches a block for the backward pass, and starts to gather the one before it."""
         if self._blocks[index].is_attached:
@@ -186,6 +210,9 @@ class Gatherer:
 
     def _release(self, index: int) -> None:
         """Detaches a block that the backward pass no longer needs."""
+        if index in self._recomputed and not self._blocks[index].is_trained:
+            # Nothing says when the last module that uses it was computed again.
+            return
         if self._reshards and not self._saved[index] and not self._missing[index]:
             self._detach(index)
 

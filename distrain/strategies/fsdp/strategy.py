@@ -29,7 +29,7 @@ from distrain.strategies.fsdp import module_blocks, sliced_state
 from distrain.strategies.fsdp.flat_block import FlatBlock
 from distrain.strategies.fsdp.gatherer import Gatherer
 from distrain.strategies.fsdp.module_blocks import ModuleBlock
-from distrain.strategies.fsdp.options import FULL, OPTIMIZER, FSDPConfig
+from distrain.strategies.fsdp.options import FULL, GRADIENTS, OPTIMIZER, FSDPConfig
 from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
 from distrain.tasks.base import Task
 
@@ -89,6 +89,18 @@ class FSDP(DDP):
     def check(cls, config: Config, world_size: int) -> None:
         cast(FSDPConfig, cls.options_of(config)).check(config, world_size)
 
+    @override
+    @classmethod
+    def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
+        sharding = cast(FSDPConfig, cls.options_of(config))
+        sharded = {OPTIMIZER: ("optimizer",), GRADIENTS: ("optimizer", "gradients")}
+        kinds = sharded.get(sharding.shard, ("optimizer", "gradients", "parameters"))
+        shares = dict.fromkeys(kinds, 1 / sharding.ranks_of_group(world_size))
+        if sharding.shard == FULL:
+            # The blocks that are gathered: the one in use and those before and after it, or all.
+            shares["parameters"] += min(3 * _BLOCK_PART, 1.0) if sharding.reshard_after_forward else 1.0
+        return shares
+
     # --- set-up ------------------------------------------------------------------------------------------------------
 
     @override
@@ -96,6 +108,8 @@ class FSDP(DDP):
         # Before ddp exchanges layers that communicate.
         self._module_blocks = self._choose_module_blocks(model, example) if self._shard == FULL else []
         super().setup(model, task, make_optimizer, example)
+        if self._gatherer is not None:
+            self._gatherer.gather_for_recomputed(model)
         # A sample for passes of an evaluation in which this rank has none.
         self._stand_in = example.new_zeros(1, *example.shape[1:])
 
@@ -200,6 +214,21 @@ class FSDP(DDP):
     @override
     def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._slices.items())
+
+    @override
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        held = super().held_tensors()
+        held["parameters"] += [block.part for block in self._blocks if block.part is not None]
+        held["gradients"] += [block.gradient for block in self._blocks if block.gradient is not None]
+        return held
+
+    @override
+    def _bytes_of_passes(self) -> int:
+        """Of gathered blocks: the one in use and the one that is gathered ahead, or all; of gradients: a whole one."""
+        if self._gatherer is None:
+            return 0
+        sizes = sorted((block.bytes for block in self._blocks), reverse=True)
+        return sum(sizes[:3]) if self._sharding.reshard_after_forward else sum(sizes) + sizes[0]
 
     @override
     def _rebuild_buckets(self) -> None:

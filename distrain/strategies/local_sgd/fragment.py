@@ -16,6 +16,7 @@ from distrain.config.groups import CompressionConfig
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.exchange import BucketExchanger
+from distrain.gradients.linear_partition import linear_partition
 from distrain.optim.uncompiled import without_compiler_hooks
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.device import float64_device
@@ -23,6 +24,14 @@ from distrain.runtime.device import float64_device
 _BUCKET_BYTES = 25 * MIB
 
 MakeOuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def split_by_bytes(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
+    """Splits parameters, in order, into parts such that the largest has as few bytes as possible."""
+    items = list(parameters.items())
+    sizes = [float(parameter.numel() * parameter.element_size()) for _, parameter in items]
+    starts = linear_partition(sizes, [0.0] * len(items), count, range(1, len(items)))
+    return [dict(items[start:stop]) for start, stop in zip(starts, [*starts[1:], len(items)], strict=True)]
 
 
 def outer_sgd(rate: float = 1.0, momentum: float = 0.0, *, nesterov: bool = False) -> MakeOuterOptimizer:

@@ -20,12 +20,11 @@ from distrain.config.schema import Config
 from distrain.data.sampler import shard_bounds
 from distrain.errors import ConfigError, config_error
 from distrain.gradients.buckets import Gradients
-from distrain.gradients.linear_partition import linear_partition
 from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.local_sgd.divergence_check import DivergenceCheck
-from distrain.strategies.local_sgd.fragment import Fragment, SampleCount, outer_sgd, weighted_mean
+from distrain.strategies.local_sgd.fragment import Fragment, SampleCount, outer_sgd, split_by_bytes, weighted_mean
 from distrain.strategies.local_sgd.options import LocalSGDConfig
 from distrain.strategies.named_buffers import NamedBuffers
 from distrain.strategies.replicated import Replicated
@@ -84,6 +83,7 @@ class LocalSGD(Replicated[LocalSGDConfig]):
         self._first_of_group = self.replicas.rank // self._group.size * self._group.size
         self._no_compression = NoCompression(CompressionConfig("none"))
         self._step = 0
+        self._fragments: list[Fragment] = []
         #: This rank's copy while the model holds the mean of all copies; ``None`` while the model holds the copy.
         self._set_aside: dict[str, Tensor] | None = None
         self._divergence_check = DivergenceCheck()
@@ -132,7 +132,7 @@ class LocalSGD(Replicated[LocalSGDConfig]):
         self._moment_names = _moment_names(make_optimizer)
         self._fragments = [
             Fragment(tensors, self._merge_group, self.compressor, self.stopwatch, make_outer_optimizer)
-            for tensors in _split_by_bytes(self._parameters, options.fragments)
+            for tensors in split_by_bytes(self._parameters, options.fragments)
         ]
         #: For each fragment, the step of every period at whose end its merge starts. Buffers are merged last.
         self._merge_steps = [(index + 1) * options.period // options.fragments for index in range(options.fragments)]
@@ -140,6 +140,17 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             fragment = Fragment(self._buffers, self._merge_group, self._no_compression, self.stopwatch, outer_sgd())
             self._fragments.append(fragment)
             self._merge_steps.append(options.period)
+
+    @override
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        held = super().held_tensors()
+        held["buckets"] += [anchor for fragment in self._fragments for anchor in fragment.anchors]
+        return held
+
+    @override
+    def _bytes_of_passes(self) -> int:
+        # The anchors and the differences that are merged, which are made later.
+        return 2 * sum(parameter.nbytes for parameter in self.model.parameters())
 
     @override
     def set_trained(self, names: frozenset[str]) -> None:
@@ -450,11 +461,8 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             tensors[name].copy_(tensor)
         precision = {name: value.item() for name, value in _with_prefix("precision", local).items()}
         why = "each rank's copy, its anchor and samples since the last merge"
-        of_this_rank = [
-            RestoredPart(named_state.LOCAL_STATE, "exact", why),
-            self.precision.load_state_dict(precision),
-        ]
-        replacements = {part.part: part for part in of_this_rank}
+        own_state = RestoredPart(named_state.LOCAL_STATE, "exact", why)
+        replacements = {part.part: part for part in (own_state, self.precision.load_state_dict(precision))}
         return [replacements.get(part.part, part) for part in restored]
 
     def _load_fragments(self, shared: Mapping[str, Tensor], local: Mapping[str, Tensor] | None) -> None:
@@ -472,14 +480,6 @@ class LocalSGD(Replicated[LocalSGDConfig]):
             if local is not None:
                 counts = local.get(f"seen/{index}", torch.zeros(4).long()).tolist()
                 fragment.count_step(SampleCount(*counts[:2]), SampleCount(*counts[2:]))
-
-
-def _split_by_bytes(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
-    """Splits parameters, in order, into parts such that the largest has as few bytes as possible."""
-    items = list(parameters.items())
-    sizes = [float(parameter.numel() * parameter.element_size()) for _, parameter in items]
-    starts = linear_partition(sizes, [0.0] * len(items), count, range(1, len(items)))
-    return [dict(items[start:stop]) for start, stop in zip(starts, [*starts[1:], len(items)], strict=True)]
 
 
 def _moment_names(make_optimizer: MakeOptimizer) -> list[str]:

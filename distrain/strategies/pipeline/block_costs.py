@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distrain.communication.collectives import Communicator
 from distrain.runtime.device import synchronize
 from distrain.strategies.pipeline.blocks import named_blocks
-from distrain.strategies.pipeline.trial_copy import trial_copy
+from distrain.strategies.trial_copy import trial_copy
 
 #: Sizes in bytes of the two messages from which latency and bandwidth are computed.
 _MESSAGE_BYTES = (4096, 4 * 2**20)

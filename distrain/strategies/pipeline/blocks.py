@@ -12,20 +12,10 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.errors import ConfigError
-from distrain.models.base import BlockSequence
 from distrain.strategies.pipeline.program import Segment, owned_names
 from distrain.strategies.pipeline.traced_model import TracedModel
-from distrain.strategies.pipeline.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
-
-
-def is_sequence(model: nn.Module) -> bool:
-    """Whether a model does nothing but run its blocks, one after another, and holds no state itself."""
-    if not isinstance(model, nn.Sequential) or "forward" in vars(model):
-        return False
-    if type(model).forward not in (nn.Sequential.forward, BlockSequence.forward):
-        return False
-    return not any("." not in name for name in (*model.state_dict(), *torch_internals.registered_names(model)))
+from distrain.strategies.trial_copy import trial_copy
 
 
 def named_blocks(model: nn.Sequential) -> list[tuple[str, nn.Module]]:

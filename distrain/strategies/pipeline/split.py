@@ -15,8 +15,9 @@ from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
 from distrain.gradients.linear_partition import linear_partition
+from distrain.models.base import is_sequence
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
-from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, is_sequence, named_blocks
+from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, named_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.traced_model import traced_model
 from distrain.strategies.precision import Precision

@@ -37,6 +37,7 @@ from distrain.strategies.pipeline.schedule import SCHEDULES, rank_of_stages
 from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.transfers import StageTransfers
 from distrain.strategies.precision import Precision
+from distrain.strategies.recomputation import set_up
 from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.update import clip_and_step
 from distrain.tasks.base import Task
@@ -144,6 +145,8 @@ class Pipeline(Strategy[PipelineConfig]):
         auxiliary = auxiliary_weight(self.config.model) > 0
         still = _ever_still(self.freezing, model)
         sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
+        # Before blocks are timed, since their backward passes take longer.
+        set_up.apply(self.config, model, example, self.precision.autocast)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
         traced = trace_blocks(sequence, example, self.precision)
         self._split = split.choose_split(
@@ -343,7 +346,7 @@ class Pipeline(Strategy[PipelineConfig]):
 
     @classmethod
     def _microbatch_count(cls, config: Config, share: int) -> int:
-        count, largest = cls.options_of(config).microbatches, config.trainer.micro_batch_size
+        count, largest = cls.options_of(config).microbatches, config.trainer.largest_pass
         if largest is not None:
             count = max(count, math.ceil(share / largest))
         return min(count, share)

@@ -17,8 +17,8 @@ from distrain.strategies.pipeline.cuts import Cut, CutFinder
 from distrain.strategies.pipeline.layout import Line
 from distrain.strategies.pipeline.program import Segment
 from distrain.strategies.pipeline.tracing import record
-from distrain.strategies.pipeline.trial_copy import restored, trial_copy
 from distrain.strategies.precision import Precision
+from distrain.strategies.trial_copy import restored, trial_copy
 
 #: Numbers of samples of the two recorded passes, and of those that are compared with the model.
 _RECORDED, _COMPARED, _ALONE = (2, 3), 5, 1

@@ -16,9 +16,12 @@ from distrain.strategies.base import strategy_class
 from distrain.tools.planning import plan_file
 from distrain.tools.planning.plan_file import FILE
 from distrain.tools.planning.plan_keys import choice_of, period_of
+from distrain.training.memory import MEMORY_KINDS
 
 log = logging.getLogger(__name__)
 
+#: What a plan calls some kinds of memory.
+_KINDS = {"buckets": "other"}
 #: A run is much slower than its plan if its steps take longer by more than this share.
 _MUCH_SLOWER = 0.25
 #: In fewer steps chance decides.
@@ -104,6 +107,9 @@ def _summary(content: Mapping[str, Any], prediction: Mapping[str, Any], config: 
         "images_per_second": float(prediction["images_per_second"]),
         "bytes_sent_per_step_per_rank": int(prediction["bytes_sent_per_rank"]),
         "memory_mb": round(prediction["memory_bytes"]["total"] / 2**20, 1),
+        "memory_by_kind_mb": {
+            kind: round(prediction["memory_bytes"][_KINDS.get(kind, kind)] / 2**20, 1) for kind in MEMORY_KINDS
+        },
         "trial_ms": min(trials) if trials else None,
         "period": period_of(prediction["keys"]),
     }

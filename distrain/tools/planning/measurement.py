@@ -21,6 +21,7 @@ from distrain.compression import base as compression
 from distrain.compression.autotune.compressor_cost import CompressorCost, measure_cost
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.config.groups import CompressionConfig
+from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error
@@ -123,14 +124,28 @@ def _ranks_of_hosts(runtime: Runtime, world: World) -> dict[str, int]:
     return dict(Counter(str(row["host"]) for row in rows))
 
 
+def _left_out(config: Config) -> list[str]:
+    """What depends on the memory of a run, which a plan predicts and doesn't limit."""
+    remarks = []
+    if config.model.checkpoint_activations == "auto":
+        remarks.append("model.checkpoint_activations=auto is planned as none: where memory is short, steps take longer")
+    if config.trainer.micro_batch_size == "auto":
+        remarks.append("trainer.micro_batch_size=auto is planned as one pass: where memory is short, there are more")
+    return remarks
+
+
 class _Measurement:
     """What one rank does."""
 
     def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime, hosts: int) -> None:
         # Steps are measured in one piece.
         trainer = dataclasses.replace(plan.config.trainer, micro_batch_size=None)
-        self._plan = plan.with_config(dataclasses.replace(plan.config, trainer=trainer))
-        self._micro_batch_size = plan.config.trainer.micro_batch_size
+        model = plan.config.model
+        if model.checkpoint_activations == "auto":
+            model = dataclasses.replace(model, checkpoint_activations="none")
+        self._plan = plan.with_config(dataclasses.replace(plan.config, trainer=trainer, model=model))
+        self._left_out = _left_out(plan.config)
+        self._micro_batch_size = plan.config.trainer.largest_pass
         self._world, self._splits, self._runtime = world, splits, runtime
         self._everyone = runtime.communicator()
         self._device = runtime.device
@@ -190,7 +205,7 @@ class _Measurement:
             deterministic=self._plan.config.trainer.deterministic,
             keeping_residuals=frozenset(name for name, one in compressors.items() if _keeps_residuals(one)),
         )
-        return Measured(workload, cluster, self._remarks)
+        return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
     def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
         """The two numbers of samples to measure, in ascending order; one if there are no more samples."""

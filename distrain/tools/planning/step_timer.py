@@ -13,9 +13,9 @@ from distrain.communication.collectives import Communicator
 from distrain.communication.types import Reduction
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.data.batch import Batch
+from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.single import Single
 from distrain.tools.planning.cluster import expected_maximum
-from distrain.tools.planning.live_memory import LiveMemory
 from distrain.tools.planning.robust_mean import median_of_means
 
 #: Seconds of steps of one size, and the fewest steps.

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from distrain.errors import ConfigError
+from distrain.runtime.live_memory import LiveMemory, tensors_in
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
-from distrain.strategies.pipeline.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
-from distrain.tools.planning.live_memory import LiveMemory, tensors_in
+from distrain.strategies.trial_copy import trial_copy
 from distrain.torch_internals import BatchNorm, storage_id
 
 

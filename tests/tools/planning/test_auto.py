@@ -218,6 +218,9 @@ def test_a_measured_choice_trains_what_the_strategy_trains_that_is_named(tmp_pat
         assert auto_run[name] == named[name]
     assert "predicted" not in named
     assert auto_run["predicted"]["step_ms"] > 0
+    memory = auto_run["memory_by_kind_mb"]
+    assert memory["predicted"].keys() == memory["measured"].keys()
+    assert memory["predicted"]["activations"] == pytest.approx(memory["measured"]["activations"], abs=0.2)
     assert sum(auto_run["predicted"]["time_share"].values()) == pytest.approx(1)
     chosen = read_json(tmp_path / "auto" / "plan.json", 1 << 24)["chosen"]
     assert chosen["keys"] == DDP

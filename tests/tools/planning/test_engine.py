@@ -66,9 +66,12 @@ def test_a_step_of_a_described_cluster_is_measured_on_one_share(
     assert (made.workload.batch_size, made.cluster.ranks) == (batch_size, 4)
 
 
-def test_a_batch_is_no_larger_than_the_data() -> None:
+def test_a_batch_is_no_larger_than_the_data_and_what_depends_on_memory_is_left_out() -> None:
+    by_memory = ("trainer.micro_batch_size=auto", "model.checkpoint_activations=2")
+    made = planned(Options(strategies=("single",)), "data.batch_size=1000", *by_memory)
     # Of 53 samples, 5 validate.
-    assert planned(Options(strategies=("single",)), "data.batch_size=1000").workload.batch_size == 48
+    assert made.workload.batch_size == 48
+    assert any(remark.startswith("trainer.micro_batch_size=auto is planned as one pass") for remark in made.remarks)
 
 
 def test_strategies_that_refuse_the_training_are_left_out_with_the_reason(tmp_path: Path) -> None:

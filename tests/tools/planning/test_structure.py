@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.precision import Precision
-from distrain.tools.planning.live_memory import LiveMemory
 from distrain.tools.planning.structure import possible_starts, structures
 
 FP32 = Precision("fp32", torch.device("cpu"))

@@ -47,9 +47,9 @@ class LiveMemory(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch instead of each operation."""
         kwargs = kwargs or {}
-        self._known.update(storage_id(tensor) for tensor in tensors_in((args, kwargs)))
+        self._known.update(storage_id(tensor) for tensor in _with_storage((args, kwargs)))
         result = func(*args, **kwargs)
-        for tensor in tensors_in(result):
+        for tensor in _with_storage(result):
             key = storage_id(tensor)
             if key not in self._known:
                 self._known.add(key)
@@ -84,6 +84,11 @@ def _reordered_bytes(output_gradient: Tensor, inputs: Tensor, weight: Tensor, we
         # In channels-last only the gradient of the weight is copied, twice.
         return 2 * weight_gradient.nbytes
     return weight_gradient.nbytes + inputs.nbytes + output_gradient.nbytes
+
+
+def _with_storage(value: Any) -> Iterator[Tensor]:
+    """The tensors in a nest that have memory of their own: sparse ones have none."""
+    return (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -1,0 +1,273 @@
+"""``trainer.micro_batch_size=auto``: the fewest passes of a batch with which a training fits into memory.
+
+A trial runs forward and backward passes of the run's own model, each rank by itself, with a few samples and then with
+more. What they hold grows along a line with the number of samples, which says how many fit; a pass with so many is then
+run. All ranks take as many passes as the rank that needs most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrain.config.schema import Config
+from distrain.data.base import Splits
+from distrain.data.batch import slice_targets
+from distrain.data.loader import Loader
+from distrain.errors import ConfigError
+from distrain.models.foreign import auxiliary_weight
+from distrain.models.layers import layer_depths
+from distrain.optim.optimizers.build import build_optimizer
+from distrain.runtime.device import seed_everything
+from distrain.runtime.live_memory import LiveMemory
+from distrain.runtime.memory_limit import MIB, memory_limit
+from distrain.runtime.runtime import Runtime
+from distrain.strategies import held_memory
+from distrain.strategies.base import Strategy
+from distrain.strategies.precision import Precision
+from distrain.tasks.base import Task
+from distrain.tasks.training_loss import training_loss
+from distrain.torch_internals import BatchNorm
+from distrain.training import resume
+from distrain.training.memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+AUTO, KEY = "auto", "trainer.micro_batch_size"
+#: Samples of the first two passes. BatchNorm needs two.
+_FIRST = (2, 4)
+#: Updates of a run that never ends within the trial, for schedules of an optimizer.
+_MANY_STEPS = 1000
+
+
+def check(config: Config, strategy: type[Strategy]) -> None:
+    """Refuses ``auto`` where no trial can tell.
+
+    Raises:
+        ConfigError: One line that names the key.
+    """
+    if config.trainer.micro_batch_size != AUTO:
+        return
+    if not strategy.knows_memory:
+        problem = f"strategy={config.strategy.name} doesn't know a rank's memory before it runs"
+        raise ConfigError(KEY, AUTO, problem, ["null", "a whole number"])
+    if config.trainer.compile:
+        problem = "trainer.compile changes what passes need in ways that a trial of the plain model doesn't show"
+        raise ConfigError(KEY, AUTO, problem, ["null", "a whole number"])
+
+
+def resolve(
+    config: Config,
+    runtime: Runtime,
+    splits: Splits,
+    task: Task,
+    make_model: Callable[[], nn.Module],
+    strategy: type[Strategy],
+    layout: Callable[[nn.Module], torch.memory_format],
+) -> Config:
+    """Resolves ``auto``; all ranks call it together. A resumed run keeps the size that it had.
+
+    Args:
+        config: The run's configuration, with number formats that are chosen.
+        runtime: This rank's surroundings; its generators are seeded again after a trial.
+        splits: The data; the trial uses training samples.
+        task: Computes the loss.
+        make_model: Builds the model on its device.
+        strategy: Divides batches and state among ranks.
+        layout: Memory layout of a model's inputs.
+
+    Returns:
+        The configuration with a number, or with ``null`` if a rank's whole share fits.
+
+    Raises:
+        ConfigError: On all ranks: not even the fewest samples fit on some rank.
+    """
+    if config.trainer.micro_batch_size != AUTO:
+        return config
+    saved = resume.saved_trainer_config(config, runtime)
+    size = saved.get("micro_batch_size", AUTO)
+    if not isinstance(size, int | None):
+        size = _by_trial(config, runtime, splits, task, make_model, strategy, layout)
+        seed_everything(config.seed)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, micro_batch_size=size))
+
+
+def _by_trial(
+    config: Config,
+    runtime: Runtime,
+    splits: Splits,
+    task: Task,
+    make_model: Callable[[], nn.Module],
+    strategy: type[Strategy],
+    layout: Callable[[nn.Module], torch.memory_format],
+) -> int | None:
+    """The number of samples of a pass; ``None`` for the whole share."""
+    world, everyone, device = runtime.world, runtime.communicator(), runtime.device
+    share = math.ceil(config.data.batch_size / strategy.data_parallel_size(config, world.size))
+    trains = world.rank < strategy.full_model_ranks(config, world.size)
+    trial = _Trial(config, runtime, splits, task, make_model(), strategy, layout, share) if trains else None
+
+    def most(number: int) -> int:
+        return int(everyone.all_reduce(torch.tensor(number, device=device), "max"))
+
+    most_pieces = most(trial.most_pieces if trial is not None else 1)
+    pieces = most(trial.pieces() if trial is not None else 1)
+    while pieces <= most_pieces and most(0 if trial is None or trial.fits(math.ceil(share / pieces)) else 1):
+        pieces += 1
+    problems: list[str] = []
+    if pieces > most_pieces:
+        needs = trial.problem() if trial is not None else ""
+        problems = [each["problem"] for each in everyone.all_gather_json({"problem": needs}, device)]
+    del trial
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for problem in filter(None, problems):
+        raise ConfigError(KEY, AUTO, problem)
+    size = math.ceil(share / pieces)
+    if runtime.is_main:
+        log.info("%s=auto: %d of the %d samples that a rank has of a batch fit into a pass", KEY, size, share)
+    return None if pieces == 1 else size
+
+
+class _Trial:
+    """Passes of this rank alone, and what they need.
+
+    Args:
+        config: The run's configuration.
+        runtime: This rank's surroundings.
+        splits: The data.
+        task: Computes the loss.
+        model: The model on its device; can't be trained afterwards.
+        strategy: Divides the state among ranks.
+        layout: Memory layout of a model's inputs.
+        share: Samples that a rank has of a batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        splits: Splits,
+        task: Task,
+        model: nn.Module,
+        strategy: type[Strategy],
+        layout: Callable[[nn.Module], torch.memory_format],
+        share: int,
+    ) -> None:
+        self._config, self._runtime, self._task, self._model = config, runtime, task, model
+        self._precision = Precision(config.trainer.precision, runtime.device)
+        self._share = share
+        has_batchnorm = any(isinstance(layer, BatchNorm) for layer in model.modules())
+        #: Most passes of a share; those of BatchNorm need two samples each.
+        self.most_pieces = max(share // 2, 1) if has_batchnorm else share
+        images = splits.train.read(torch.arange(min(share, len(splits.train))))
+        loader = Loader(
+            images,
+            batch_size=len(images),
+            shard=(0, 1),
+            mean=splits.mean,
+            std=splits.std,
+            device=runtime.device,
+            dtype=self._precision.dtype,
+            memory_format=layout(model),
+            spec=splits.spec,
+        )
+        self._batch = next(loader.epoch(0))
+        self._held = self._held_bytes(strategy)
+        strategy.prepare_trial(config, runtime.world.size, model)
+        if config.model.checkpoint_activations != "none":
+            # Imports what else only a pipeline needs.
+            from distrain.strategies.recomputation import set_up
+
+            set_up.apply(config, model, self._batch.inputs, self._precision.autocast)
+        model.train()
+        for parameter in model.parameters():
+            # As in a training, where gradients have their memory all the time.
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        present = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        self._limit = memory_limit(config, runtime.world, runtime.device, present)
+
+    def _held_bytes(self, strategy: type[Strategy]) -> float:
+        """What the rank will hold besides activations."""
+        config, model = self._config, self._model
+        named = list(model.named_parameters())
+        make = functools.partial(
+            build_optimizer,
+            config.optimizer,
+            steps_per_epoch=_MANY_STEPS,
+            total_steps=_MANY_STEPS,
+            depths=layer_depths(model),
+        )
+        sizes = {
+            "parameters": sum(parameter.nbytes for _, parameter in named),
+            "gradients": sum(parameter.nbytes for _, parameter in named if parameter.requires_grad),
+            "optimizer": held_memory.expected_optimizer_bytes(make, named),
+        }
+        shares = strategy.state_shares(config, self._runtime.world.size)
+        held = sum(size * shares.get(kind, 1.0) for kind, size in sizes.items())
+        return held + sum(buffer.nbytes for buffer in model.buffers())
+
+    def pieces(self) -> int:
+        """Fewest passes of the share that should fit, by the line through the peaks of two small passes."""
+        if self._limit is None:
+            return 1
+        low, high = (min(size, self._share) for size in _FIRST)
+        first = self._peak(low)
+        last = first if high == low else self._peak(high)
+        slope = (last - first) / (high - low) if high > low else first / low
+        left = self._limit - self._held - first
+        if not math.isfinite(left) or not math.isfinite(slope):
+            return self.most_pieces
+        most = low + math.floor(left / slope) if slope > 0 else self._share
+        return min(math.ceil(self._share / min(max(most, 1), self._share)), self.most_pieces)
+
+    def fits(self, size: int) -> bool:
+        """Whether a pass of so many samples stays within the limit."""
+        return self._limit is None or self._held + self._peak(min(size, self._share)) <= self._limit
+
+    def problem(self) -> str:
+        """Why not even the most passes make the share fit; empty if they do."""
+        needed = self._held + self._peak(math.ceil(self._share / self.most_pieces))
+        if self._limit is None or needed <= self._limit:
+            return ""
+        world = self._runtime.world
+        return (
+            f"rank {world.rank} on {world.host} needs {needed / MIB:,.1f} MiB for the fewest samples, and may take "
+            f"{self._limit / MIB:,.1f}; model.checkpoint_activations=all and strategy=fsdp need less"
+        )
+
+    def _peak(self, size: int) -> float:
+        """Most bytes that a forward and a backward pass hold; infinite if there is not enough memory for them."""
+        device = self._runtime.device
+        inputs = self._batch.inputs[:size].clone()
+        targets = slice_targets(self._batch.targets, 0, len(inputs))
+        live: Any = LiveMemory()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        try:
+            with live, self._precision.autocast():
+                outputs = self._model(inputs)
+                _, loss, count = training_loss(self._task, outputs, targets, auxiliary_weight(self._config.model))
+            del outputs
+            with live:
+                (loss / count).backward()
+        except Exception as error:
+            if is_out_of_memory(error):
+                return math.inf
+            raise
+        finally:
+            for parameter in self._model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        held = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else live.peak
+        # The samples that the loader has of a batch.
+        return float(held) + self._batch.inputs.nbytes * self._share / max(len(self._batch.inputs), 1)

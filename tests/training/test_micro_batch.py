@@ -1,0 +1,82 @@
+"""``trainer.micro_batch_size=auto`` finds the largest pass that fits, and the training stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from distrain.cli import app
+from distrain.config.schema import Config
+from distrain.errors import ConfigError, Failed
+from distrain.runtime.world import World
+from tests.harness import run_ranks
+from tests.runs import check, small
+
+PAIR = World(0, 2, 0, 2, "host")
+NET = ("model=custom", "model._target_=tests.runs.NormNet")
+RUN = ("data.height=32", "data.width=32", "data.batch_size=24", "trainer.epochs=9", "optimizer.eps=1e-3")
+
+
+def trained(configuration: Config) -> dict[str, Any]:
+    """What a rank of a run does, with all that comes before training."""
+    with app.prepared(configuration) as trainer:
+        summary = trainer.fit()
+        model = {name: tensor.clone() for name, tensor in trainer.strategy.model_state().items()}
+    return {"summary": summary, "model": model, "size": trainer.config.trainer.micro_batch_size}
+
+
+def in_turn(configurations: list[Config]) -> list[dict[str, Any]]:
+    return [trained(configuration) for configuration in configurations]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_size_is_found_that_fits_and_that_a_resumed_run_keeps(ranks: int, tmp_path: Path) -> None:
+    strategy = ("strategy=ddp",) if ranks > 1 else ()
+    common = (*RUN, *NET, "+model.kwargs.norm=group", *strategy)
+
+    def run(name: str, steps: int, *more: str) -> Config:
+        return small(*common, f"trainer.max_steps={steps}", f"run_dir={tmp_path / name}", *more)
+
+    auto, limit = "trainer.micro_batch_size=auto", 1.0 if ranks == 1 else 0.6
+    limited = (auto, f"runtime.memory_limit_mb={limit}")
+    plain, whole, found, longer = zip(
+        *run_ranks(
+            in_turn,
+            ranks,
+            [run("plain", 2), run("whole", 2, auto), run("found", 2, *limited), run("found", 3, auto)],
+        ),
+        strict=True,
+    )
+    assert {each["size"] for each in whole} == {None}
+    (size,) = {each["size"] for each in found}
+    assert 1 < size < 24 // ranks
+    assert {each["size"] for each in longer} == {size}
+    assert yaml.safe_load((tmp_path / "found" / "config.yaml").read_text())["trainer"]["micro_batch_size"] == size
+    needed = sum(found[0]["summary"]["memory_by_kind_mb"]["measured"].values())
+    assert needed <= limit < sum(plain[0]["summary"]["memory_by_kind_mb"]["measured"].values())
+    for name, tensor in found[0]["model"].items():
+        torch.testing.assert_close(tensor, plain[0]["model"][name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(whole[0]["model"][name], plain[0]["model"][name])
+
+
+def test_batchnorm_is_warned_of_and_too_little_memory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch_norm = (*RUN, *NET, "+model.kwargs.norm=batch", "trainer.micro_batch_size=auto", "trainer.max_steps=1")
+    run = trained(small(*batch_norm, "runtime.memory_limit_mb=1.0", f"run_dir={tmp_path / 'one'}"))
+    said = capsys.readouterr().err
+    assert f"trainer.micro_batch_size=auto: {run['size']} of the 24 samples that a rank has of a batch fit" in said
+    assert "BatchNorm takes statistics of the samples that run at once, and a batch is run in" in said
+    with pytest.raises(Failed):
+        trained(small(*batch_norm, "runtime.memory_limit_mb=0.01", f"run_dir={tmp_path / 'two'}"))
+    assert "ConfigError: trainer.micro_batch_size=auto: rank 0 on " in capsys.readouterr().err
+
+
+def test_a_pipeline_has_microbatches_instead() -> None:
+    for key in ("trainer.micro_batch_size=auto", "model.checkpoint_activations=auto"):
+        with pytest.raises(ConfigError, match=f"^{key}: strategy=pipeline doesn't know"):
+            check(small(key, "strategy=pipeline", "strategy.stages=2"), PAIR)
