@@ -103,9 +103,9 @@ class Int8Maker:
         runners = {name: program_files.onnx_runner(file, runtime) for name, file in files.items()}
         scores = {name: costs.score(self._task, runner, self._batches(test)) for name, runner in runners.items()}
         times = costs.latencies(runners, next(self._batches(test))[0])
-        found = [Cost(name, scores[name], file.stat().st_size, times[name]) for name, file in files.items()]
-        costs.check_drop(self._task, *found, max_drop)
-        return Int8Program(costs.rows(self._task.score, found), len(test), torch.get_num_threads())
+        before, after = (Cost(name, scores[name], file.stat().st_size, times[name]) for name, file in files.items())
+        costs.check_drop(self._task, before, after, max_drop)
+        return Int8Program(costs.rows(self._task.score, [before, after]), len(test), torch.get_num_threads())
 
     def _batches(self, split: Split) -> Iterator[tuple[Tensor, Targets]]:
         """Images as the programs take them, cut and sized as in an evaluation, and their targets."""

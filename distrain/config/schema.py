@@ -129,13 +129,13 @@ class PruneConfig:
         below=1,
         default=None,
     )
-    epochs: float | None = setting(
+    rise_epochs: float | None = setting(
         "In so many first epochs the share rises, fast at first; the rest of the run trains what is left. 0: all "
         "before the first step; null: in half of the run.",
         at_least=0,
         default=None,
     )
-    times: int = setting("In so many rounds, at equal distances, the share rises.", at_least=1, default=10)
+    rounds: int = setting("In so many rounds, at equal distances, the share rises.", at_least=1, default=10)
     exclude: list[str] = setting(
         "Shell patterns of the names of weights that are not pruned, such as conv1.*; head: those of the model's last "
         "layer.",

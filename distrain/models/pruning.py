@@ -7,7 +7,6 @@ optimizer do with the parameter, which keeps its name. Checkpoints hold both; wh
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -45,9 +44,9 @@ def add_masks(config: PruneConfig, lora: LoraConfig, model: nn.Module) -> None:
             key is set without ``prune.amount``.
     """
     if config.amount is None:
-        if config.epochs is not None:
+        if config.rise_epochs is not None:
             problem = "has no effect without prune.amount, such as prune.amount=0.5"
-            raise ConfigError("prune.epochs", config.epochs, problem)
+            raise ConfigError("prune.rise_epochs", config.rise_epochs, problem)
         return
     if lora.rank is not None:
         problem = "makes zeros, and the matrices of lora.rank fill them again when they are merged"
@@ -131,7 +130,7 @@ def _weight_of(mask: str) -> str:
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Convolutions and linear layers that have a weight of their own, which no other module uses, by its name."""
     holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get(_WEIGHT)
         if isinstance(module, _LAYERS) and weight is not None and holders[id(weight)] == 1:
@@ -139,7 +138,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-@functools.cache
 def _masked(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of layers that read their weight through the mask; it has the name of the original."""
 

@@ -30,23 +30,21 @@ def rounds(config: Config, steps_per_epoch: int, total_steps: int) -> dict[int, 
         total_steps: Updates of the run.
 
     Raises:
-        ConfigError: ``prune.epochs`` leaves no epoch to train what is left.
+        ConfigError: ``prune.rise_epochs`` leaves no epoch to train what is left.
     """
     keys = config.prune
     if keys.amount is None:
         return {}
     last = total_steps // 2
-    if keys.epochs is not None:
-        if keys.epochs >= config.trainer.epochs:
-            problem = (
-                f"is not less than trainer.epochs={config.trainer.epochs}, so no time is left to train what is left"
-            )
-            raise ConfigError("prune.epochs", keys.epochs, problem)
-        last = math.ceil(keys.epochs * steps_per_epoch)
+    if keys.rise_epochs is not None:
+        if keys.rise_epochs >= config.trainer.epochs:
+            problem = f"is not less than trainer.epochs={config.trainer.epochs}, so no epoch is left to train the remaining weights"
+            raise ConfigError("prune.rise_epochs", keys.rise_epochs, problem)
+        last = math.ceil(keys.rise_epochs * steps_per_epoch)
     found = {}
-    for number in range(1, keys.times + 1):
+    for number in range(1, keys.rounds + 1):
         # A later round before the same step takes the place of an earlier one.
-        found[math.ceil(last * number / keys.times)] = keys.amount * (1 - (1 - number / keys.times) ** 3)
+        found[math.ceil(last * number / keys.rounds)] = keys.amount * (1 - (1 - number / keys.rounds) ** 3)
     return found
 
 

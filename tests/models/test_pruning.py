@@ -124,7 +124,7 @@ def test_a_mask_that_does_not_fit_is_damage() -> None:
 @pytest.mark.parametrize(
     ("config", "lora", "line"),
     [
-        ({"amount": None, "epochs": 1}, None, "prune.epochs=1: has no effect without prune.amount"),
+        ({"amount": None, "rise_epochs": 1}, None, "prune.rise_epochs=1: has no effect without prune.amount"),
         ({"exclude": ["steam.*"]}, None, r"prune.exclude\[0\]=steam.\*: matches no weight of .*did you mean stem"),
         ({"exclude": ["*"]}, None, "prune.amount=0.5: the model has no convolution or linear layer outside of"),
         ({}, 2, "prune.amount=0.5: makes zeros, and the matrices of lora.rank fill them"),

@@ -55,7 +55,7 @@ MOMENTUM = ("optimizer.momentum=0.9", "optimizer.layer_decay=0.5", "trainer.grad
 LOSSY = ("optimizer=adamw", "compression.min_elements=30", *BATCH_NORM)
 
 #: Weights become zero in three rounds, and one of them is before a stop; what is frozen is pruned too.
-PRUNED = (*BATCH_NORM, *MOMENTUM, "prune.amount=0.7", "prune.times=3", "prune.epochs=2.2")
+PRUNED = (*BATCH_NORM, *MOMENTUM, "prune.amount=0.7", "prune.rounds=3", "prune.rise_epochs=2.2")
 #: Ways to train that equal one process: number of ranks, what one process has too, and the rest.
 EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "ddp": (

