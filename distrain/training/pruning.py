@@ -38,7 +38,7 @@ def rounds(config: Config, steps_per_epoch: int, total_steps: int) -> dict[int, 
     last = total_steps // 2
     if keys.rise_epochs is not None:
         if keys.rise_epochs >= config.trainer.epochs:
-            problem = f"is not less than trainer.epochs={config.trainer.epochs}, so no epoch is left to train the remaining weights"
+            problem = f"is not less than trainer.epochs={config.trainer.epochs}: no epoch is left to train what remains"
             raise ConfigError("prune.rise_epochs", keys.rise_epochs, problem)
         last = math.ceil(keys.rise_epochs * steps_per_epoch)
     found = {}

@@ -34,7 +34,7 @@ def test_the_share_rises_by_a_cubic_and_reaches_its_amount_at_the_end_of_its_epo
     assert found("prune.rounds=9", steps_per_epoch=1, total_steps=5)[2] == 0.8
     assert not found("prune.amount=null")
     with pytest.raises(
-        ConfigError, match=r"prune.rise_epochs=5.0: is not less than trainer.epochs=5, so no epoch is left"
+        ConfigError, match=r"prune.rise_epochs=5.0: is not less than trainer.epochs=5: no epoch is left"
     ):
         found("prune.rise_epochs=5")
 

@@ -121,7 +121,7 @@ def write_onnx(program: Program, description: Mapping[str, Any], opset: int, pat
 
 
 def onnx_runner(path: Path, runtime: Any) -> Runner:
-    """What runs an ONNX file by ONNX Runtime, on the CPU.
+    """What runs an ONNX file by ONNX Runtime, on the CPU and with as many threads as torch would use.
 
     Args:
         path: The file.
@@ -129,6 +129,7 @@ def onnx_runner(path: Path, runtime: Any) -> Runner:
     """
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     outputs = [output.name for output in session.get_outputs()]
 

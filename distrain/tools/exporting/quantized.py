@@ -39,6 +39,7 @@ def write_int8(source: Path, calibration: Iterable[Tensor], metadata: Mapping[st
 
     Raises:
         ConfigError: The program has no convolution and no linear layer, or ONNX Runtime can't quantise it.
+        OSError: A file can't be written.
     """
     import onnx
     from onnxruntime import quantization
@@ -77,6 +78,8 @@ def write_int8(source: Path, calibration: Iterable[Tensor], metadata: Mapping[st
             del model.metadata_props[:]
             onnx.helper.set_model_props(model, dict(metadata))
             onnx.save(model, path)
+    except (ConfigError, OSError):  # of the calibration images, or of the disk
+        raise
     except Exception as error:  # of onnx or onnxruntime
         problem = f"ONNX Runtime can't quantise this model ({type(error).__name__}: {first_line(error)})"
         raise ConfigError("quantize", "int8", problem, ["null"]) from error

@@ -15,11 +15,12 @@ FILE = "plan.json"
 #: A larger file is no plan.
 _MAX_BYTES = 1 << 26
 #: What a step's time depends on: whole sections of a training's configuration, and keys of others.
-_SECTIONS = ("model", "lora", "freeze", "prune")
+_SECTIONS = ("model", "lora", "freeze")
 _KEYS = {
     "data": ("name", "batch_size", "augment", "limit", "memory_limit_mb", "prefetch"),
     "task": ("name",),
     "loss": ("name",),
+    "prune": ("amount",),
     "optimizer": ("name",),
     "trainer": (
         "micro_batch_size",
