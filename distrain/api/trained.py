@@ -162,6 +162,9 @@ def export(
     preprocess: str = "auto",
     opset: int = 18,
     check: int = 256,
+    quantize: str | None = None,
+    calibration_images: int = 256,
+    max_drop: float = 0.01,
     data: Any = None,
     model: ModelObject | None = None,
     checkpoint: str | os.PathLike[str] = "newest",
@@ -181,7 +184,11 @@ def export(
             ``outside`` of it; ``auto``: inside.
         opset: Version of ONNX's operators.
         check: Images on which a program must give what the run's model gives; 0: random images.
-        data: Samples for ``check``, as for :func:`distrain.fit`; by default the run's test split.
+        quantize: ``int8``: convolutions and linear layers of ``onnx`` compute with 8-bit numbers; ``folder`` gets such
+            a file too.
+        calibration_images: Training images on which ``int8`` measures the ranges of numbers.
+        max_drop: How much worse than in float32 the test score of ``int8`` may be, such as 0.01 of an accuracy.
+        data: Samples for ``check`` and ``quantize``, as for :func:`distrain.fit`; by default the run's test split.
         model: As for :func:`evaluate`; ``safetensors`` needs none.
         checkpoint: As for :func:`evaluate`.
         weights: As for :func:`evaluate`.
@@ -196,7 +203,13 @@ def export(
         ConfigError: The run or the output can't be used, or a program would not give what the run's model gives.
     """
     require_one_process("export", World.from_environment())
-    for name, value, smallest in (("opset", opset, exporting.OLDEST_OPSET), ("check", check, 0)):
+    limits = (
+        ("opset", opset, exporting.OLDEST_OPSET),
+        ("check", check, 0),
+        ("calibration_images", calibration_images, 1),
+        ("max_drop", max_drop, 0),
+    )
+    for name, value, smallest in limits:
         if value < smallest:
             raise ConfigError(name, value, f"must be at least {smallest}")
     settings = exporting.ExportSettings(
@@ -208,6 +221,9 @@ def export(
         preprocess=_choice("preprocess", preprocess, exporting.PREPROCESS_CHOICES),
         opset=opset,
         check=check,
+        quantize=None if quantize is None else _choice("quantize", quantize, ("int8",)),
+        calibration_images=calibration_images,
+        max_drop=max_drop,
         data_root=None if data_root is None else os.fspath(data_root),
         license=license,
         push=None,

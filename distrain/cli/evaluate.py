@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,13 +194,13 @@ def load_data(config: Config, world: World, folder: RunFolder, allow: Sequence[s
     return plan, dataclasses.replace(splits, mean=folder.mean, std=folder.std, class_weights=weights)
 
 
-def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow: Sequence[str]) -> Tensor:
-    """Images of the run's test split, spread evenly over it, of the stored type and the model's size ``[n, C, H, W]``.
+@contextlib.contextmanager
+def loaded_splits(folder: RunFolder, data_root: str | None, allow: Sequence[str]) -> Iterator[Splits]:
+    """The run's data inside this block, for one process.
 
     Args:
         folder: The run.
         data_root: As in :class:`EvaluateSettings`.
-        count: How many at most.
         allow: As in :class:`EvaluateSettings`.
 
     Raises:
@@ -219,9 +219,29 @@ def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow
     world = World(0, 1, 0, 1, "")
     _, splits = load_data(config_for_evaluation(folder, settings, world), world, folder, allow)
     with contextlib.closing(splits):
-        size = len(splits.test)
-        images = splits.test.pick(torch.arange(min(count, size)) * size // min(count, size))
+        yield splits
+
+
+def load_test_images(folder: RunFolder, data_root: str | None, count: int, allow: Sequence[str]) -> Tensor:
+    """Images of the run's test split, spread evenly over it, of the stored type and the model's size ``[n, C, H, W]``.
+
+    Args:
+        folder: The run.
+        data_root: As in :class:`EvaluateSettings`.
+        count: How many at most.
+        allow: As in :class:`EvaluateSettings`.
+
+    Raises:
+        ConfigError: The data can't be read, or are not those of the run.
+    """
+    with loaded_splits(folder, data_root, allow) as splits:
+        images = splits.test.pick(spread_evenly(count, len(splits.test)))
     return resize_centre(images, folder.config.data.eval_crop, folder.spec.height, folder.spec.width)
+
+
+def spread_evenly(count: int, size: int) -> Tensor:
+    """At most ``count`` of the positions of a split of a size, in order and at equal distances, int64."""
+    return torch.arange(min(count, size)) * size // min(count, size)
 
 
 def _data_prefixes(allow: Sequence[str]) -> list[str]:

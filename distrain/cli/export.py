@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 import distrain
 from distrain.checkpoint.module_state import is_extra_state
 from distrain.cli import output
-from distrain.cli.evaluate import load_test_images
+from distrain.cli.evaluate import load_test_images, loaded_splits
+from distrain.cli.export_int8 import Int8Maker, Int8Program
 from distrain.cli.run_folder import LAST, TRUSTED_PREFIXES, RunFolder, Weights
 from distrain.cli.run_model import decoded_spec
 from distrain.cli.settings import RunSettings, require_one_process
@@ -27,7 +29,6 @@ from distrain.files.writing import to_json
 from distrain.models.tensors import convert
 from distrain.runtime.world import World
 from distrain.tasks import base as tasks
-from distrain.tasks.base import Task
 from distrain.tools.exporting import agreement, model_folder, program_files
 from distrain.tools.exporting.model_folder import ModelFolder
 from distrain.tools.exporting.own_model import OwnModel
@@ -42,6 +43,8 @@ PREPROCESS_CHOICES = ("auto", *PREPROCESS)
 _PROGRAMS = ("torch_export", "onnx")
 #: Random images that a program is compared on with ``check=0``.
 _RANDOM_IMAGES = 16
+#: The file in a folder of ``format=folder quantize=int8``.
+_INT8_FILE = "model_int8.onnx"
 
 
 @dataclass
@@ -67,8 +70,24 @@ class ExportSettings(RunSettings):
         "run's model gives; 0: random images instead, which need no data.",
         at_least=0,
     )
+    quantize: str | None = setting(
+        "int8: convolutions and linear layers of format=onnx compute with 8-bit numbers; format=folder gets such a "
+        "file too. Score, size and speed are measured beside float32. null: all in float32.",
+        choices=(None, "int8"),
+        default=None,
+    )
+    calibration_images: int = setting(
+        "quantize=int8: training images on which the ranges of numbers are measured.", at_least=1, default=256
+    )
+    max_drop: float = setting(
+        "quantize=int8: how much worse the test score may be than in float32, as 0.01: an accuracy of one point less, "
+        "or an error of one percent more. Beyond that no file is left.",
+        at_least=0,
+        default=0.01,
+    )
     data_root: str | None = setting(
-        "Folder that contains the run's data on this machine, for check; null: the run's data.root.", path=True
+        "Folder that contains the run's data on this machine, for check and quantize; null: the run's data.root.",
+        path=True,
     )
     license: str | None = setting("format=folder: licence of the weights for the model card, such as apache-2.0.")
     push: str | None = setting(
@@ -152,11 +171,20 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
             folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, weights.kind, allowed
         )
         metadata = _safetensors_metadata(folder, weights)
-        output.write(target, lambda path: described.write(path, tensors, metadata, settings.license))
-        if settings.push is None:
-            return Exported(target, weights)
-        address = model_folder.push(target, settings.push, private=settings.private)
-        return Exported(target, weights, (f"uploaded: {address}",))
+        exporter = None if settings.quantize is None else _ProgramExporter(folder, settings, weights)
+        lines: list[str] = []
+
+        def make_folder(path: Path) -> None:
+            described.write(path, tensors, metadata, settings.license)
+            if exporter is not None:
+                _, int8 = exporter.write_int8(path / _INT8_FILE)
+                model_folder.add_to_card(path, int8.section(_INT8_FILE))
+                lines.extend(int8.lines())
+
+        output.write(target, make_folder)
+        if settings.push is not None:
+            lines.append(f"uploaded: {model_folder.push(target, settings.push, private=settings.private)}")
+        return Exported(target, weights, tuple(lines))
 
     def make(path: Path) -> None:
         try:
@@ -182,6 +210,9 @@ def _check(settings: ExportSettings, target: Path) -> None:
     if settings.preprocess == INSIDE and settings.format not in _PROGRAMS:
         problem = f"format={settings.format} holds weights, and no program that could normalise images"
         raise ConfigError("preprocess", INSIDE, problem, ["auto", OUTSIDE])
+    if settings.quantize is not None and settings.format not in ("onnx", "folder"):
+        problem = "is for format=onnx, and for format=folder, which then holds such a file"
+        raise ConfigError("quantize", settings.quantize, problem)
     if settings.push is not None:
         model_folder.check_push(settings.push)
 
@@ -190,75 +221,107 @@ def _check(settings: ExportSettings, target: Path) -> None:
 
 
 def _export_program(folder: RunFolder, settings: ExportSettings, weights: Weights, target: Path) -> Exported:
-    task = tasks.build(folder.config, folder.spec)
-    model = convert(folder.model(weights, settings.allow), torch.float32)
-    program = Program(
-        model,
-        task,
-        folder.spec,
-        folder.mean,
-        folder.std,
-        INSIDE if settings.preprocess == "auto" else settings.preprocess,
-    )
-    program.eval().requires_grad_(False)
-    description = {**_description(folder, weights), **program.describe()}
-    if settings.check:
-        try:
-            images = load_test_images(folder, settings.data_root, settings.check, settings.allow)
-        except ConfigError as error:
-            raise config_error_from_line(f"{error}; check=0 compares on random images instead") from error
-    else:
-        images = random_images(folder.spec, _RANDOM_IMAGES)
+    exporter = _ProgramExporter(folder, settings, weights)
     lines: list[str] = []
-
-    def make(path: Path) -> None:
-        if settings.format == "onnx":
-            runner = program_files.write_onnx(program, description, settings.opset, path)
-        else:
-            runner = program_files.write_torch_export(program, description, path)
-        lines.extend(_compared(settings, folder, program, task, images, runner))
-
-    output.write(target, make)
-    if program.preprocess == OUTSIDE:
-        _write_description(target, description)
+    output.write(target, lambda path: lines.extend(exporter.write(path)))
+    if exporter.program.preprocess == OUTSIDE:
+        _write_description(target, exporter.description)
     return Exported(target, weights, tuple(lines))
 
 
-def _compared(
-    settings: ExportSettings, folder: RunFolder, program: Program, task: Task, images: Tensor, runner: Runner
-) -> list[str]:
-    """Compares a file with the run's model, and says in a line or two what that found.
+class _ProgramExporter:
+    """Writes the model of a run as a program, and compares the file with the run's model.
+
+    Args:
+        folder: The run.
+        settings: The command's keys.
+        weights: Those of the model.
 
     Raises:
-        ConfigError: They differ.
+        ConfigError: The model can't be built, or the test images can't be read.
     """
 
-    def own_model(precision: str) -> OwnModel:
-        return OwnModel(program.model, task, folder.mean, folder.std, precision)
+    def __init__(self, folder: RunFolder, settings: ExportSettings, weights: Weights) -> None:
+        self._folder, self._settings = folder, settings
+        self._task = tasks.build(folder.config, folder.spec)
+        self.program = Program(
+            convert(folder.model(weights, settings.allow), torch.float32),
+            self._task,
+            folder.spec,
+            folder.mean,
+            folder.std,
+            INSIDE if settings.preprocess == "auto" else settings.preprocess,
+        )
+        self.program.eval().requires_grad_(False)
+        self.description = {**_description(folder, weights), **self.program.describe()}
+        if settings.check:
+            try:
+                self._images = load_test_images(folder, settings.data_root, settings.check, settings.allow)
+            except ConfigError as error:
+                raise config_error_from_line(f"{error}; check=0 compares on random images instead") from error
+        else:
+            self._images = random_images(folder.spec, _RANDOM_IMAGES)
 
-    exact = own_model("fp32")
+    def write(self, path: Path) -> list[str]:
+        """Writes the file in the format and numbers that the keys name; returns what a user should know of it."""
+        if self._settings.format == "torch_export":
+            runner = program_files.write_torch_export(self.program, self.description, path)
+            return self._compared("torch_export", runner)
+        if self._settings.quantize is None:
+            return self._write_onnx(path)
+        lines, int8 = self.write_int8(path)
+        return [*lines, *int8.lines()]
 
-    def with_meaning(results: dict[str, Tensor]) -> dict[str, Tensor]:
-        outputs = results.get(task.output_name)
-        return results if outputs is None else {**task.named_results(outputs), **results}
+    def write_int8(self, path: Path) -> tuple[list[str], Int8Program]:
+        """Writes an ONNX file in int8, made of one in float32, of which the lines are."""
+        settings = self._settings
+        with tempfile.TemporaryDirectory(prefix=".distrain-", dir=path.parent) as folder:
+            plain = Path(folder, "fp32.onnx")
+            lines = self._write_onnx(plain)
+            with loaded_splits(self._folder, settings.data_root, settings.allow) as splits:
+                maker = Int8Maker(self._folder, self.program, self._task, splits)
+                maker.write(plain, settings.calibration_images, self.description, path)
+                return lines, maker.compare(plain, path, settings.max_drop)
 
-    def run_file(stored: Tensor) -> dict[str, Tensor]:
-        given = exact.normalised(stored) if program.preprocess == OUTSIDE else stored.to(program.input_dtype)
-        return with_meaning(runner(given))
+    def _write_onnx(self, path: Path) -> list[str]:
+        runner = program_files.write_onnx(self.program, self.description, self._settings.opset, path)
+        return self._compared("onnx", runner)
 
-    found = agreement.compare(
-        settings.format, images, lambda stored: with_meaning(program.results(exact.outputs(stored))), run_file
-    )
-    kind = "test" if settings.check else "random"
-    lines = [f"read again and compared with the run's model on {found.images:,} {kind} images: {found}"]
-    precision = folder.config.trainer.precision
-    if precision != "fp32":
-        own, decided = own_model(precision).decisions(images), exact.decisions(images)
-        line = f"the file computes in fp32, and the run in {precision}"
-        if own is not None and decided is not None:
-            line += f": both decide the same for {int((own == decided).sum()):,} of {own.numel():,}"
-        lines.append(line)
-    return lines
+    def _compared(self, name: str, runner: Runner) -> list[str]:
+        """Compares a file with the run's model, and says in a line or two what that found.
+
+        Raises:
+            ConfigError: They differ.
+        """
+        folder, program, task, images = self._folder, self.program, self._task, self._images
+
+        def own_model(precision: str) -> OwnModel:
+            return OwnModel(program.model, task, folder.mean, folder.std, precision)
+
+        exact = own_model("fp32")
+
+        def with_meaning(results: dict[str, Tensor]) -> dict[str, Tensor]:
+            outputs = results.get(task.output_name)
+            return results if outputs is None else {**task.named_results(outputs), **results}
+
+        def run_file(stored: Tensor) -> dict[str, Tensor]:
+            given = exact.normalised(stored) if program.preprocess == OUTSIDE else stored.to(program.input_dtype)
+            return with_meaning(runner(given))
+
+        found = agreement.compare(
+            name, images, lambda stored: with_meaning(program.results(exact.outputs(stored))), run_file
+        )
+        kind = "test" if self._settings.check else "random"
+        of = "float32: " if self._settings.quantize else ""
+        lines = [f"{of}read again and compared with the run's model on {found.images:,} {kind} images: {found}"]
+        precision = folder.config.trainer.precision
+        if precision != "fp32":
+            own, decided = own_model(precision).decisions(images), exact.decisions(images)
+            line = f"the file computes in fp32, and the run in {precision}"
+            if own is not None and decided is not None:
+                line += f": both decide the same for {int((own == decided).sum()):,} of {own.numel():,}"
+            lines.append(line)
+        return lines
 
 
 # --- descriptions ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from distrain.data.base import TARGETS, DataSpec
 from distrain.data.decode import LARGEST_PIXELS
 from distrain.errors import ConfigError
 from distrain.files.untrusted import UnreadableFile, read_json, read_yaml
-from distrain.models import lora
+from distrain.models import lora, pruning
 from distrain.models.build import instantiate_model
 from distrain.optim import custom_loss
 from distrain.optim.losses import CustomLossConfig
@@ -127,7 +127,7 @@ class RunFolder:
                 if kind != LAST and kind not in kept:
                     raise ConfigError("weights", kind, f"{path} holds no such average", [LAST, *kept])
                 tensors = checkpoint_reader.load_model(path, None if kind == LAST else kind)
-                tensors = lora.merged(self.config.lora, tensors)
+                tensors = lora.merged(self.config.lora, pruning.merged(tensors))
                 return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"), kind)
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):

@@ -26,6 +26,7 @@ from distrain.config.schema import (
     InitConfig,
     LoraConfig,
     MetricConfig,
+    PruneConfig,
     RuntimeConfig,
     TrainerConfig,
 )
@@ -146,10 +147,11 @@ _GROUP_DEFAULTS = {"task": OmegaConf.create({"name": "classification"})}
 _TOP_KEYS = [f.name for f in dataclasses.fields(_Top)]
 
 
-_SECTION_DEFAULTS = {"init": OmegaConf.create(), "lora": OmegaConf.create()}
+_SECTION_DEFAULTS = {"init": OmegaConf.create(), "lora": OmegaConf.create(), "prune": OmegaConf.create()}
 _SECTIONS = {
     "init": InitConfig,
     "lora": LoraConfig,
+    "prune": PruneConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
     "runtime": RuntimeConfig,

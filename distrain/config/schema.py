@@ -48,6 +48,7 @@ __all__ = [
     "MetricConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PruneConfig",
     "RuntimeConfig",
     "SchedulerConfig",
     "StrategyConfig",
@@ -113,6 +114,31 @@ class LoraConfig:
     also_train: list[str] = setting(
         "Shell patterns of the names of other parameters that are trained; head: those of the model's last layer. All "
         "others are frozen.",
+        default_factory=lambda: ["head"],
+    )
+
+
+@dataclass
+class PruneConfig:
+    """Pruning: the weights of smallest magnitude become zero during the training, and stay zero."""
+
+    amount: float | None = setting(
+        "Share of the weights of convolutions and linear layers that are zero in the end, the smallest of the whole "
+        "model, such as 0.8; null: none, the other keys of prune have no effect.",
+        above=0,
+        below=1,
+        default=None,
+    )
+    rise_epochs: float | None = setting(
+        "In so many first epochs the share rises, fast at first; the rest of the run trains what is left. 0: all "
+        "before the first step; null: in half of the run.",
+        at_least=0,
+        default=None,
+    )
+    rounds: int = setting("In so many rounds, at equal distances, the share rises.", at_least=1, default=10)
+    exclude: list[str] = setting(
+        "Shell patterns of the names of weights that are not pruned, such as conv1.*; head: those of the model's last "
+        "layer.",
         default_factory=lambda: ["head"],
     )
 
@@ -360,6 +386,7 @@ class Config:
     )
     init: InitConfig = field(default_factory=InitConfig, metadata=section_affects("start"))
     lora: LoraConfig = field(default_factory=LoraConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     freeze: list[FreezeConfig] = setting(
         "Parameters that keep their initial values, for ever or in the first epochs.", default_factory=list
     )

@@ -224,6 +224,10 @@ class Task(ABC):
         """
         return {self.output_name: outputs}
 
+    def outputs_of(self, results: Mapping[str, Tensor]) -> Tensor:
+        """Outputs for which :meth:`results` are those of a program that returned these :meth:`named_results`."""
+        return results[self.output_name]
+
     def largest_top(self) -> int:
         """The largest ``top`` that :meth:`predict` can give."""
         return 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from typing_extensions import override
 
 from distrain.data.base import Split
@@ -35,6 +37,13 @@ class CountsConfusions(Supervised):
     def named_results(self, outputs: Tensor) -> dict[str, Tensor]:
         """``probabilities`` with the shape of the outputs; ``class``, the number of the predicted one, int64."""
         return {"probabilities": self._loss.probabilities(outputs), "class": outputs.argmax(1)}
+
+    @override
+    def outputs_of(self, results: Mapping[str, Tensor]) -> Tensor:
+        if self.output_name in results:
+            return results[self.output_name]
+        # Of the class and not of the probabilities, of which two may round to the same number.
+        return functional.one_hot(results["class"], self.output_size).movedim(-1, 1)
 
     @override
     def figures(self, evaluation: Evaluation, split: Split) -> dict[str, Figure]:

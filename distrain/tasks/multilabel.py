@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,12 @@ class Multilabel(Supervised):
     def named_results(self, outputs: Tensor) -> dict[str, Tensor]:
         """``probabilities`` ``[n, labels]``; ``labels``, which of them are predicted, bool ``[n, labels]``."""
         return {"probabilities": self._loss.probabilities(outputs), "labels": self._decided(outputs)}
+
+    @override
+    def outputs_of(self, results: Mapping[str, Tensor]) -> Tensor:
+        if self.output_name in results:
+            return results[self.output_name]
+        return torch.where(results["labels"], torch.inf, -torch.inf)
 
     @override
     def predict(self, outputs: Tensor, top: int) -> list[dict[str, Any]]:

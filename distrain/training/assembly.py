@@ -16,6 +16,7 @@ from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
 from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
+from distrain.models.pruning import add_masks
 from distrain.models.tensors import convert
 from distrain.optim import schedulers
 from distrain.optim.optimizers.build import build_optimizer
@@ -27,6 +28,7 @@ from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
 from distrain.training import callbacks, chosen_callbacks, initial_weights, resume
 from distrain.training.callback_list import CallbackList
+from distrain.training.pruning import Pruning
 from distrain.training.run_plan import RunPlan, total_steps
 from distrain.training.trainer import Trainer
 
@@ -46,6 +48,7 @@ def build_model(plan: RunPlan, splits: Splits) -> nn.Module:
     if isinstance(model, DataDependentInit):
         model.initialise_from(splits.train, splits.mean, splits.std)
     lora.add(plan.config.lora, model, plan.config.seed)
+    add_masks(plan.config.prune, plan.config.lora, model)
     convert(model, plan.dtype, plan.device)
     return model.to(memory_format=plan.memory_format(model))  # type: ignore[call-overload,no-any-return]
 
@@ -131,6 +134,7 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
             callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
             chosen_callbacks.build(config, is_main=runtime.is_main),
         ),
+        Pruning(config, steps_per_epoch, steps, strategy),
     )
     trainer.report.parameters = {
         "count": sum(size for size, _ in sizes),

@@ -17,7 +17,7 @@ from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.communication.collectives import digest
 from distrain.config.schema import InitConfig
 from distrain.errors import ConfigError, described
-from distrain.models import lora
+from distrain.models import lora, pruning
 from distrain.runtime.runtime import Runtime
 from distrain.torch_internals import storage_id
 
@@ -124,6 +124,8 @@ def _match(config: InitConfig, source: str, model: nn.Module) -> Match:
     try:
         path = hub_weights.download(source) if source.startswith(hub_weights.PREFIX) else Path(source)
         saved = _without_wrappers(weight_files.read(path))
+        # Of a pruned run; its masks stay for a model that is pruned too.
+        saved |= pruning.merged(saved)
     except (DamagedCheckpoint, OSError) as error:
         raise _refused(config, str(error)) from error
     renamed: dict[str, Tensor] = {}
@@ -134,6 +136,7 @@ def _match(config: InitConfig, source: str, model: nn.Module) -> Match:
         renamed[new_name] = tensor
     lora.refuse_unmerged(renamed, model, source)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    own, renamed = pruning.without_other_masks(own, renamed), pruning.without_other_masks(renamed, own)
     for pattern in config.exclude:
         if not fnmatch.filter([*own, *renamed], pattern):
             raise ConfigError("init.exclude", pattern, f"matches no name; the model has {_listed(list(own))}")

@@ -261,7 +261,9 @@ def _is_incompatible(
         return False
     if key.startswith("data."):
         return key.split(".")[1] not in compatible_data_keys
-    return key.startswith(("model.", "lora.")) or key in ("optimizer.name", "optimizer._target_")
+    if key == "prune.amount":  # without one, layers have no masks
+        return "null" in change
+    return key.startswith(("model.", "lora.", "prune.exclude")) or key in ("optimizer.name", "optimizer._target_")
 
 
 def _format_changes(changes: Changes) -> str:

@@ -22,6 +22,7 @@ from distrain.errors import ConfigError, SampleError, config_error, config_error
 from distrain.models import lora
 from distrain.models.float64 import refuse_float64
 from distrain.models.freezing import check_counts, freeze_schedule, train_only
+from distrain.models.pruning import add_masks
 from distrain.models.trial import ModelTrial
 from distrain.optim import schedulers
 from distrain.optim.optimizers import trial as optimizer_trial
@@ -44,6 +45,7 @@ from distrain.training import (
     initial_weights,
     micro_batch,
     normalisation,
+    pruning,
     resume,
 )
 from distrain.training.monitor import Monitor
@@ -225,7 +227,9 @@ class RunPlan:
                 raise config_error("data", f"there is no image to {purpose} on")
         self.monitor.check_data(len(splits.val))
         steps_per_epoch = -(-len(splits.train) // self.config.data.batch_size)
-        schedulers.build(self.config.scheduler, steps_per_epoch, total_steps(self.config, steps_per_epoch))
+        steps = total_steps(self.config, steps_per_epoch)
+        schedulers.build(self.config.scheduler, steps_per_epoch, steps)
+        pruning.rounds(self.config, steps_per_epoch, steps)
         batch_sizes.check(self.config, self.world.size, self.strategy, splits, trial)
 
 
@@ -253,6 +257,7 @@ def _accepts(strategy: type[Strategy], config: Config, ranks: int) -> bool:
 
 def _prepare_and_check(config: Config, strategy: type[Strategy], model: nn.Module) -> None:
     lora.add(config.lora, model, config.seed)
+    add_masks(config.prune, config.lora, model)
     check_groups(config.optimizer, model)
     freezing = freeze_schedule(config, model)
     if freezing is not None and strategy.set_trained is Strategy.set_trained:

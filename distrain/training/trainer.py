@@ -25,6 +25,7 @@ from distrain.training.callback_list import CallbackList
 from distrain.training.checkpointing import Checkpointing
 from distrain.training.evaluation import EvaluationStopped, evaluate_in_training
 from distrain.training.nonfinite import NonFiniteGuard
+from distrain.training.pruning import Pruning
 from distrain.training.report import Report
 from distrain.training.run_plan import RunPlan, total_steps
 from distrain.training.stepwise import Steps, exhaust
@@ -47,6 +48,7 @@ class Trainer:
         schedule: Factor of the learning rate for a step.
         logger: Takes the metrics; the base class on ranks that don't write.
         callbacks: Called at fixed points, on this rank.
+        pruning: Prunes the model at some steps.
 
     Attributes:
         progress: How far the run has come.
@@ -67,13 +69,14 @@ class Trainer:
         schedule: Callable[[int], float],
         logger: Logger,
         callbacks: CallbackList,
+        pruning: Pruning,
     ) -> None:
         self.config, self.task, self.monitor = plan.config, plan.task, plan.monitor
         self.runtime, self.strategy = runtime, strategy
         self.splits = splits
         self.loaders = loaders
         self.schedule = schedule
-        self.callbacks = callbacks
+        self.callbacks, self._pruning = callbacks, pruning
         self.progress = Progress()
         self.total_steps = total_steps(plan.config, len(loaders["train"]))
         self._guard = NonFiniteGuard(plan.config, strategy, strategy.training_group)
@@ -148,6 +151,7 @@ class Trainer:
         self._generators.begin_step(self.progress.step, self.strategy.data_shard[0])
         share = self.schedule(self.progress.step) * self.progress.lr_factor
         self.strategy.set_learning_rate(self.config.optimizer.lr * share)
+        self._pruning.before_step(self.progress.step)
         sent_before = self.strategy.ledger.total()
         with self.report.memory.step(batch):
             result = self.strategy.train_step(batch)
@@ -235,6 +239,7 @@ class Trainer:
             test = self.evaluate("test", range(min(_WATCHED, len(self.splits.test))))
             self.checkpointing.save_with_retries(self.progress, self._control)
             summary = self.report.summary(self.progress, test, self.checkpointing.saver.report())
+            summary |= self._pruning.report()
             if finished_summary is None:
                 best = self.checkpointing.evaluate_best(self.progress, test, self.loaders["test"], self._control)
                 summary |= self.report.best_test(best)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,10 +28,11 @@ from distrain.cli import export, hydra_entry
 from distrain.cli.export import ExportSettings
 from distrain.cli.run_folder import RunFolder
 from distrain.config.load import load_settings
+from distrain.data.base import data_source
 from distrain.errors import ConfigError
 from distrain.models.cnn import SimpleCNN
 from distrain.runtime.world import World
-from distrain.tools.exporting import program_files
+from distrain.tools.exporting import costs, program_files
 from distrain.tools.exporting.program import Program
 from tests.harness import HANG_SECONDS
 from tests.runs import CONF
@@ -104,6 +106,8 @@ def test_the_model_is_not_built(run: Path, tmp_path: Path) -> None:
         (["output=m", "format=onnx", "push=me/mine"], "push=me/mine: is for format=folder"),
         (["output=.", "format=folder"], "output=.: is there already; name a folder that is new"),
         (["output=m", "format=folder", "push=mine"], "push=mine: is not of the form USER/NAME"),
+        (["output=m", "quantize=int8"], "quantize=int8: is for format=onnx, and for format=folder, which then holds"),
+        (["output=m", "format=onnx", "quantize=int4"], "quantize=int4: unknown choice; choices: null, int8"),
         (["output=nowhere/m"], "output=nowhere/m: there is no folder nowhere"),
         (["output=."], "output=.: is not a plain file"),
         ([], "output: "),
@@ -179,6 +183,65 @@ def test_a_program_that_differs_leaves_no_file(run: Path, tmp_path: Path, monkey
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"format=torch_export: the exported program differs .* no file is left"):
         export.run(configured(run, "format=torch_export", f"output={tmp_path}/out/m"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+#: Reads a file in int8 without distrain: which types its weights have, and its classes for the images of an array.
+INT8 = """
+import json, sys
+import numpy, onnx, onnxruntime
+model = onnx.load(sys.argv[1])
+sizes = {}
+for tensor in model.graph.initializer:
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    sizes[kind] = sizes.get(kind, 0) + int(numpy.prod(tensor.dims))
+session = onnxruntime.InferenceSession(sys.argv[1])
+about = session.get_modelmeta().custom_metadata_map
+chosen = session.run(["class"], {"images": numpy.load(sys.argv[2])})[0]
+assert "distrain" not in sys.modules
+print(json.dumps([sizes, about["quantized"], json.loads(about["classes"]), chosen.tolist()]))
+"""
+
+
+def test_int8_is_measured_beside_float32_and_computes_with_whole_numbers(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("format=folder", "quantize=int8", "calibration_images=20", "max_drop=0.1")
+    folder = export.run(configured(run, f"output={tmp_path}/made", *keys))
+    files = ["README.md", "config.json", "model.safetensors", "model_int8.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    _, measured, heading, *rows = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(r"on 31 test images, calls on \d+ CPU threads?:", measured)
+    assert re.split("  +", heading.strip()) == ["accuracy", "bytes", "ms for 1 image", "ms for 32 images"]
+    plain, int8 = (row.split() for row in rows)
+    accuracy = json.loads((run / "summary.json").read_text())["test_accuracy"]
+    assert (plain[:2], int8[0]) == (["fp32", f"{accuracy:.4f}"], "int8")
+    file = folder / "model_int8.onnx"
+    assert int8[2] == f"{file.stat().st_size:,}"
+    card = (folder / "README.md").read_text()
+    assert all(f"| {' | '.join(cells)} |" in card for cells in (plain, int8))
+    # The file itself, by ONNX Runtime alone.
+    test = data_source(RunFolder.open(str(run)).config.data).load().test
+    np.save(tmp_path / "images.npy", test.read(torch.arange(31)).images.numpy())
+    command = [sys.executable, "-I", "-W", "ignore", "-c", INT8, str(file), str(tmp_path / "images.npy")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=HANG_SECONDS)
+    sizes, quantized, classes, chosen = json.loads(done.stdout)
+    weights = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values() if tensor.dim() > 1)
+    assert sizes["INT8"] >= weights > 20 * sizes["FLOAT"]
+    assert (quantized, classes) == ("int8", ["0", "1", "2", "3"])
+    right = sum(found == int(label) for found, label in zip(chosen, test.class_numbers(), strict=True))
+    assert int8[1] == f"{right / 31:.4f}"
+
+
+def test_int8_that_is_much_worse_leaves_no_file(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    measured = iter([0.9, 0.88])
+    monkeypatch.setattr(costs, "score", lambda *_: next(measured))
+    problem = (
+        "max_drop=0.01: the test accuracy is 0.9000 in fp32 and 0.8800 in int8, worse by 0.0200; .* no file is left"
+    )
+    with pytest.raises(ConfigError, match=problem):
+        export.run(configured(run, "format=onnx", f"output={tmp_path}/out/m", "quantize=int8"))
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -54,6 +54,8 @@ CNN = ("model=simple_cnn", FREEZE.format(never="block1.*", later="dense.*"))
 MOMENTUM = ("optimizer.momentum=0.9", "optimizer.layer_decay=0.5", "trainer.grad_clip_norm=1")
 LOSSY = ("optimizer=adamw", "compression.min_elements=30", *BATCH_NORM)
 
+#: Weights become zero in three rounds, and one of them is before a stop; what is frozen is pruned too.
+PRUNED = (*BATCH_NORM, *MOMENTUM, "prune.amount=0.7", "prune.rounds=3", "prune.rise_epochs=2.2")
 #: Ways to train that equal one process: number of ranks, what one process has too, and the rest.
 EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "ddp": (
@@ -88,6 +90,16 @@ EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "LoRA, parameter_server": (3, (*LORA_GROUP_NORM, *MOMENTUM), ("strategy=parameter_server",)),
 }
+EQUAL |= {
+    "pruned, ddp": (2, PRUNED, ("strategy=ddp", "strategy.first_bucket_mb=0.0005")),
+    "pruned, fsdp": (2, PRUNED, ("strategy=fsdp", "strategy.block_mb=0.0005")),
+    "pruned, pipeline": (2, PRUNED, ("strategy=pipeline", "strategy.stages=2", "strategy.microbatches=1")),
+    "pruned, parameter_server": (
+        3,
+        (*GROUP_NORM, *PRUNED[len(BATCH_NORM) :]),
+        ("strategy=parameter_server", "strategy.servers=1"),
+    ),
+}
 #: In a stage of its own, the normalisation without parameters is not part of anything that is frozen as a whole.
 EQUAL["normalisation between stages"] = (
     2,
@@ -118,6 +130,17 @@ LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
         LOSSY,
         ("strategy=pipeline", "strategy.stages=2", "compression=qsgd"),
     ),
+    "pruned, local_sgd": (
+        2,
+        (*LOSSY, *PRUNED[-3:]),
+        (
+            "strategy=local_sgd",
+            "strategy.sync_every=4",
+            "strategy.overlap_steps=2",
+            "strategy.outer_optimizer=nesterov",
+            "compression=topk",
+        ),
+    ),
     # Where stages are cut decides in which order the squares of a norm are added up.
     "clipped stages": (2, (*GROUP_NORM, *MOMENTUM), ("strategy=pipeline", "strategy.stages=2")),
     "merges under way": (
@@ -141,6 +164,9 @@ LONG = (
     "frozen mode",
     "clipped stages",
     *(way for way in EQUAL if way.startswith("LoRA")),
+    "pruned, ddp",
+    "pruned, pipeline",
+    "pruned, parameter_server",
 )
 #: Where runs in parts stop: an epoch has five steps.
 STOPS = (5, 11)

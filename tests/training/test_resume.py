@@ -285,6 +285,7 @@ def saved_with(*overrides: str) -> dict[str, Any]:
         ("data.val_fraction=0.2", "data.val_fraction: 0.1 → 0.2"),
         ("data.split_seed=8", "data.split_seed: 0 → 8"),
         ("data.train_size=54", "data.train_size: 53 → 54"),
+        ("prune.amount=0.5", "prune.amount: null → 0.5"),
     ],
 )
 def test_an_incompatible_configuration_is_refused_with_the_difference(override: str, shown: str) -> None:

@@ -122,6 +122,12 @@ class ModelFolder:
         }
 
 
+def add_to_card(folder: Path, section: str) -> None:
+    """Adds a section, which begins with its heading, at the end of a folder's model card."""
+    with (folder / CARD).open("a", encoding="utf-8") as card_file:
+        card_file.write(f"\n{section}")
+
+
 def check_push(repository: str) -> None:
     """Refuses an upload that could not work, before anything is written.
 

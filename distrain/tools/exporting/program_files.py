@@ -40,7 +40,7 @@ def trace(program: Program, name: str) -> torch.export.ExportedProgram:
     """
     batch = torch.export.Dim(_BATCH, min=1)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet_libraries(), torch.no_grad():
             exported = torch.export.export(
                 program, (program.example(_TRACED_IMAGES),), dynamic_shapes={INPUT: {0: batch}}, strict=False
             )
@@ -62,7 +62,7 @@ def write_torch_export(program: Program, description: Mapping[str, Any], path: P
     exported = trace(program, "torch_export")
     # torch wants this ending, and names a folder in the archive after the file.
     archive = path.with_name("model.pt2")
-    with _quiet():
+    with quiet_libraries():
         torch.export.save(exported, archive, extra_files={DESCRIPTION: json.dumps(description)})
         module = torch.export.load(archive).module()
     archive.replace(path)
@@ -86,7 +86,7 @@ def write_onnx(program: Program, description: Mapping[str, Any], opset: int, pat
     Raises:
         ConfigError: A library is missing, the program can't be recorded or translated, or is too large for one file.
     """
-    runtime = _onnx_runtime()
+    runtime = onnx_runtime()
     size = sum(tensor.nbytes for tensor in program.state_dict().values())
     if size > _LARGEST_ONNX:
         raise ConfigError(
@@ -95,7 +95,7 @@ def write_onnx(program: Program, description: Mapping[str, Any], opset: int, pat
     exported = trace(program, "onnx")
     outputs = list(description["outputs"])
     try:
-        with _quiet():
+        with quiet_libraries():
             translated: Any = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -115,11 +115,23 @@ def write_onnx(program: Program, description: Mapping[str, Any], opset: int, pat
         )
     _tidy(translated.model)
     translated.model.metadata_props.update(as_text(description))
-    with _quiet():
+    with quiet_libraries():
         translated.save(path)
+    return onnx_runner(path, runtime)
+
+
+def onnx_runner(path: Path, runtime: Any) -> Runner:
+    """What runs an ONNX file by ONNX Runtime, on the CPU and with as many threads as torch would use.
+
+    Args:
+        path: The file.
+        runtime: The module ``onnxruntime``.
+    """
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
 
     def run(images: Tensor) -> dict[str, Tensor]:
         results = session.run(outputs, {INPUT: images.numpy()})
@@ -133,7 +145,28 @@ def as_text(description: Mapping[str, Any]) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in description.items()}
 
 
-def _onnx_runtime() -> Any:
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without what the libraries say to their developers while they record, translate and quantise."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def onnx_runtime() -> Any:
+    """The module ``onnxruntime``.
+
+    Raises:
+        ConfigError: It, or another library that ``format=onnx`` needs, is missing.
+    """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it and says so in many lines
@@ -153,19 +186,3 @@ def _tidy(model: Any) -> None:
         for place, size in enumerate(value.shape or ()):
             if size == batch:
                 value.shape[place] = _BATCH
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the libraries say to their developers while they record and translate."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -20,6 +20,7 @@ _KEYS = {
     "data": ("name", "batch_size", "augment", "limit", "memory_limit_mb", "prefetch"),
     "task": ("name",),
     "loss": ("name",),
+    "prune": ("amount",),
     "optimizer": ("name",),
     "trainer": (
         "micro_batch_size",

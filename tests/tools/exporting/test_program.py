@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import ConfigError
+from distrain.tasks.base import Task
 from distrain.tools.exporting import agreement, program_files
 from distrain.tools.exporting.own_model import OwnModel
 from distrain.tools.exporting.program import Program, random_images
 from tests.harness import soaked
 from tests.tasks.helpers import task_for
 
+_CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TASKS = {
     "class": ("task=classification", {"probabilities", "class"}),
@@ -47,6 +49,14 @@ def made(target: str, preprocess: str, *overrides: str) -> tuple[Program, OwnMod
     return Program(model, task, task.spec, MEAN, STD, preprocess).eval(), OwnModel(model, task, MEAN, STD)
 
 
+def metrics(task: Task, outputs: Tensor) -> dict[str, float]:
+    """Of outputs for five images, whose targets are what the last layer finds largest or positive in noise."""
+    noise, state = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)), task.metric_state(_CPU)
+    targets = {"class": noise.argmax(1), "labels": (noise > 0).to(torch.uint8), "mask": noise.argmax(1)}
+    task.update_state(state, outputs, targets.get(str(task.target), noise))
+    return {name: round(value, 6) for name, value in task.results(state, len(outputs)).items()}
+
+
 @pytest.mark.parametrize("target", TASKS)
 @pytest.mark.parametrize("views", ["plain", "flip"])
 def test_a_program_gives_the_results_of_its_task(target: str, views: str) -> None:
@@ -60,10 +70,12 @@ def test_a_program_gives_the_results_of_its_task(target: str, views: str) -> Non
         assert torch.allclose(results["probabilities"], expected, atol=1e-6)
     if "class" in results:
         assert results["class"].equal(outputs.argmax(1))
+    assert metrics(own._task, own._task.outputs_of(results)) == metrics(own._task, outputs)
     outside, _ = made(target, "outside", f"trainer.test_views={views}")
     (name,) = outside.describe()["outputs"]
     assert name == ("numbers" if target == "numbers" else "logits")
     assert torch.allclose(outside(own.normalised(images))[name], outputs, atol=1e-6)
+    assert own._task.outputs_of({name: outputs}) is outputs
 
 
 @pytest.mark.parametrize("target", soaked(TASKS, []))
