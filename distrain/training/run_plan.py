@@ -141,10 +141,7 @@ class RunPlan:
         compression.compressor_class(config).check(config)
         check_lookahead(config)
         averaging.check(config)
-        sharpness.check(config, steps_alike=self.strategy.steps_alike)
-        if config.optimizer.has_modes and not self.strategy.steps_alike:
-            problem = f"strategy={config.strategy.name} can't switch the parameters of all ranks to their averages"
-            raise ConfigError("optimizer", config.optimizer.name, problem)
+        check_steps(config, self.strategy)
         check_counts(config)
         if world.rank == 0:
             # The rank that writes; the others' hosts need not have a logger's package.
@@ -220,6 +217,18 @@ class RunPlan:
         steps_per_epoch = -(-len(splits.train) // self.config.data.batch_size)
         schedulers.build(self.config.scheduler, steps_per_epoch, total_steps(self.config, steps_per_epoch))
         batch_sizes.check(self.config, self.world.size, self.strategy, splits, trial)
+
+
+def check_steps(config: Config, strategy: type[Strategy]) -> None:
+    """Refuses an optimizer whose steps the strategy can't make.
+
+    Raises:
+        ConfigError: One line that names the key.
+    """
+    sharpness.check(config, steps_alike=strategy.steps_alike)
+    if config.optimizer.has_modes and not strategy.steps_alike:
+        problem = f"strategy={config.strategy.name} can't switch the parameters of all ranks to their averages"
+        raise ConfigError("optimizer", config.optimizer.name, problem)
 
 
 def _check_ranks(strategy: type[Strategy], config: Config, world: World) -> None:

@@ -20,7 +20,7 @@ _KEYS = {
     "data": ("name", "batch_size", "augment", "limit", "memory_limit_mb", "prefetch"),
     "task": ("name",),
     "loss": ("name",),
-    "optimizer": ("name",),
+    "optimizer": ("name", "sam_rho"),
     "trainer": (
         "micro_batch_size",
         "precision",

@@ -20,7 +20,8 @@ from distrain.runtime.world import World
 from distrain.strategies.single import Single
 from distrain.tools.planning import step_timer
 from distrain.tools.planning.batchnorm_cost import extra_seconds
-from distrain.tools.planning.measurement import measure, sample_of
+from distrain.tools.planning.compressor_measurement import sample_of
+from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.step_timer import StepTimer
 from distrain.training.run_plan import RunPlan
