@@ -158,8 +158,7 @@ class StepTimer:
         count = max(_FEWEST, int(_STEP_SECONDS / _TURNS / free))
         latenesses, unhindered = [], []
         for _ in range(_TURNS):
-            unhindered.append(self.agree(statistics.mean(sum(self._step(batches)) for _ in range(count))))
-            self._everyone.barrier()
+            before = self._mean_step(batches, -(-count // 2))
             steps, barriers = [], []
             for _ in range(count):
                 begin = synchronised_time(self._device)
@@ -169,9 +168,17 @@ class StepTimer:
                 self._everyone.barrier()
                 steps.append(middle - begin)
                 barriers.append(synchronised_time(self._device) - middle)
+            # Before and after, so that a steady change cancels out.
+            unhindered.append(self.agree((before + self._mean_step(batches, -(-count // 2))) / 2))
             latenesses.append(statistics.mean(steps) - statistics.median(barriers) - unhindered[-1])
         mean = self.agree(statistics.median(latenesses), "sum") / self._everyone.size
         return max(mean, 0.0) / statistics.median(unhindered) / expected_maximum(self._everyone.size)
+
+    def _mean_step(self, batches: Iterator[Batch], count: int) -> float:
+        """Mean seconds of so many steps, after which ranks wait for each other."""
+        mean = statistics.mean(sum(self._step(batches)) for _ in range(count))
+        self._everyone.barrier()
+        return mean
 
     def agree(self, value: float, reduction: Reduction = "max") -> float:
         """The largest value of all ranks, or their sum; all ranks call it together."""
