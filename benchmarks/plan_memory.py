@@ -57,6 +57,10 @@ CONFIGURATIONS = {
     1: ["strategy=single"],
     2: [
         "strategy=ddp",
+        "strategy=fsdp strategy.shard=optimizer",
+        "strategy=fsdp strategy.shard=gradients",
+        "strategy=fsdp strategy.shard=full",
+        "strategy=fsdp strategy.shard=full strategy.reshard_after_forward=false",
         "strategy=local_sgd strategy.sync_every=4",
         "strategy=pipeline strategy.stages=2 strategy.schedule=1f1b strategy.microbatches=4",
         "strategy=pipeline strategy.stages=2 strategy.schedule=gpipe strategy.microbatches=4",
@@ -112,7 +116,7 @@ def on_rank(keys: Sequence[str], folder: Path) -> None:
     """What each rank of a setting does; rank 0 writes ``memory.json``."""
     world = World.from_environment()
     config = compose_training(keys)
-    options = engine.Options(strategies=("single", "ddp", "pipeline", "local_sgd"), compressors=())
+    options = engine.Options(strategies=("single", "ddp", "fsdp", "pipeline", "local_sgd"), compressors=())
     run, _ = engine.check(config, world, options)
     rows: list[dict[str, Any]] = []
     with contextlib.closing(run.load()) as splits:

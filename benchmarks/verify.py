@@ -144,6 +144,8 @@ def ways(ranks: int, batchnorm: bool) -> Iterator[tuple[str, tuple[str, ...], st
     divided = DIFFERENT if batchnorm else EQUAL
     for name, keys in LOSSLESS.items():
         yield f"ddp{name}", ("strategy=ddp", *keys), EQUAL
+    for shard in ("optimizer", "full"):
+        yield f"fsdp {shard}", ("strategy=fsdp", f"strategy.shard={shard}"), EQUAL
     if batchnorm:
         yield "ddp local", ("strategy=ddp", "strategy.batchnorm=local"), DIFFERENT
     stages = 3 if ranks == 3 else 2

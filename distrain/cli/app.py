@@ -93,7 +93,7 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
     bar.say("choosing a strategy" if config.strategy.name == AUTO else "checking")
     choice = _strategy_choice(config, world)
     config = config if choice is None else choice.config
-    expected.check(config)
+    named_plan = expected.check(config)
     plan = RunPlan.resolve(config, world)
     trial = plan.check()
     bar.say("loading data")
@@ -134,7 +134,7 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
             if bar.shown:
                 trainer.callbacks.append(bar)
             if runtime.is_main:
-                trainer.report.predicted = expected.of_run(config, plan.world.size, runtime.run_dir)
+                trainer.report.predicted = expected.of_run(config, plan.world.size, runtime.run_dir, named_plan)
             yield trainer
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,10 @@ from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import show
 from distrain.files.writing import to_json
+from distrain.runtime.command_folder import agreed_folder, short_runs
 from distrain.runtime.world import World
 from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
-from distrain.tools.planning import engine
 from distrain.tools.rate_finder import sweep
 from distrain.tools.rate_finder.curve import Curve
 from distrain.training.run_plan import RunPlan
@@ -62,17 +59,12 @@ def run(settings: FindSettings, keys: Sequence[str]) -> Curve:
         ConfigError: A setting is wrong, or the training can't run.
         Failed: A rank failed.
     """
-    slurm.set_torchrun_variables(os.environ)
-    world = World.from_environment()
+    world = slurm.world_of_process()
     config = _training(keys)
-    name = settings.folder or f"outputs/find/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-    folder = engine.agreed_folder(config, world, Path(name))
-    runs = folder / engine.TRIALS
-    config = sweep.prepare(config, settings.steps, settings.lowest, runs)
-    curve = sweep.record(config, world, settings.steps, settings.lowest, settings.highest)
-    # Each host may have its own.
-    if world.local_rank == 0:
-        shutil.rmtree(runs, ignore_errors=True)
+    folder = agreed_folder(config, world, "find", settings.folder)
+    with short_runs(folder, world) as runs:
+        config = sweep.prepare(config, settings.steps, settings.lowest, runs)
+        curve = sweep.record(config, world, settings.steps, settings.lowest, settings.highest)
     if world.rank == 0:
         _report(curve, folder, keys, world)
     return curve

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +13,16 @@ from distrain.config.schema import Config
 from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import show
+from distrain.runtime.command_folder import agreed_folder, short_runs
 from distrain.runtime.world import World
 from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.tools.planning import engine, figure
 from distrain.tools.planning.cluster import Link
+from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan
 from distrain.tools.planning.plan_file import FILE
-from distrain.tools.planning.plan_keys import STRATEGIES
+from distrain.tools.planning.plan_keys import STRATEGIES, with_keys
 
 
 @dataclass
@@ -70,35 +69,39 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
         Failed: A rank failed.
         Stopped: A rank was asked to stop during a short run.
     """
-    slurm.set_torchrun_variables(os.environ)
-    world = World.from_environment()
-    name = settings.folder or f"outputs/plan/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-    config, options, config_of = _training(keys), settings.options(), functools.partial(_with, keys)
+    world = slurm.world_of_process()
+    config, options = _training(keys), settings.options()
+    # To compose each configuration from the command line would take a tenth of a second.
+    config_of = functools.partial(with_keys, config)
     checked = engine.check(config, world, options)
-    folder = engine.agreed_folder(config, world, Path(name))
-    runs = folder / engine.TRIALS
-    try:
-        made = _made(settings, checked, world, config_of, runs)
-    finally:
-        # Each host may have its own.
-        if world.local_rank == 0:
-            shutil.rmtree(runs, ignore_errors=True)
+    folder = agreed_folder(config, world, "plan", settings.folder)
+    clock = PhaseClock.since_start()
+    with short_runs(folder, world) as runs:
+        made = _made(settings, checked, world, config_of, runs, clock)
     if world.rank == 0:
-        drawn = _draw(made, settings, folder)
+        with clock.phase("pictures"):
+            drawn = _draw(made, settings, folder)
+        made = dataclasses.replace(made, planning_seconds=clock.seconds)
         show(f"plan: {made.write(folder)}{drawn}")
     return made
 
 
 def _made(
-    settings: PlanSettings, checked: engine.Checked, world: World, config_of: engine.ConfigOf, runs: Path
+    settings: PlanSettings,
+    checked: engine.Checked,
+    world: World,
+    config_of: engine.ConfigOf,
+    runs: Path,
+    clock: PhaseClock,
 ) -> Plan:
     """The plan with the short runs that are asked for; rank 0 prints it."""
-    made = engine.make_plan(checked, world, settings.options(), config_of, runs)
+    made = engine.make_plan(checked, world, settings.options(), config_of, runs, clock)
     if world.rank == 0:
         for line in made.lines(settings.rows):
             show(line)
     if settings.check:
-        made = engine.try_out(made, made.chosen_for_trial(settings.check), config_of, world, runs)
+        with clock.phase("trials"):
+            made = engine.try_out(made, made.chosen_for_trial(settings.check), config_of, world, runs)
         if world.rank == 0:
             for line in made.trial_lines():
                 show(line)
@@ -122,16 +125,6 @@ def _draw(made: Plan, settings: PlanSettings, folder: Path) -> str:
     path = folder / "plan.png"
     figure.draw(curves, made.workload.batch_size).savefig(path)
     return f"{said}; step times by number of hosts: {path}"
-
-
-def _with(keys: Sequence[str], chosen: Mapping[str, str]) -> Config:
-    """The training with the keys of a configuration in place of its own strategy and compressor."""
-    return _training([*_others(keys), *(f"{key}={value}" for key, value in chosen.items())])
-
-
-def _others(keys: Sequence[str]) -> list[str]:
-    """The keys of a training that choose neither strategy nor compressor."""
-    return [key for key in keys if not key.lstrip("+").startswith(("strategy", "compression"))]
 
 
 def _training(keys: Sequence[str]) -> Config:

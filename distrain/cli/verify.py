@@ -15,7 +15,6 @@ from distrain.config.setting import setting
 from distrain.errors import Failed, config_error, first_line
 from distrain.files.terminal import print_to_stderr, show
 from distrain.runtime import launcher, program
-from distrain.runtime.world import World
 from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.verification import engine
@@ -50,8 +49,7 @@ def run(settings: VerifySettings, keys: Sequence[str]) -> Certificate:
         ConfigError: A setting is wrong, or the training can't run.
         Failed: The training is not that of one process, or a run failed.
     """
-    slurm.set_torchrun_variables(os.environ)
-    world = World.from_environment()
+    world = slurm.world_of_process()
     options = engine.Options(
         settings.steps,
         settings.tolerance,

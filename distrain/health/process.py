@@ -112,6 +112,18 @@ class PlacedProcess:
         return (self.boot, self.namespace) == (here.boot, here.namespace)
 
 
+def seconds_since_start(pid: int) -> float | None:
+    """How long a process has run; ``None`` on systems without ``/proc``, or if there is no such process."""
+    started = _state_and_start(pid)[1]
+    if started is None:
+        return None
+    try:
+        since_boot = float(_PROC.joinpath("uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return max(since_boot - started / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
 def may_exist(pid: int) -> bool:
     """Whether there is a process with this ID; true where the system doesn't tell."""
     if not hasattr(signal, "SIGKILL"):

@@ -18,14 +18,18 @@ class LiveMemory(DispatchMode):
     On CPUs this agrees with what torch's allocator reports. What an operation needs only while it runs is not seen: it
     is much for convolutions alone, and counted for them.
 
+    Args:
+        device: Where the operations of a training run; here tensors may have no values.
+
     Attributes:
         held: Bytes that are held now.
         peak: Most bytes that were held since the last :meth:`restart_peak`.
         kept_peak: The same, as if the memory of :meth:`keep` were not freed meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device = device
         self.held = self.peak = self.kept_peak = 0
         #: Memory that counts as held after it is freed, and the bytes of it that were freed.
         self._keep: set[int] = set()
@@ -59,7 +63,7 @@ class LiveMemory(DispatchMode):
                 self._raise_peaks(self.held)
                 # Autograd may keep it for longer than any tensor of Python does.
                 weakref.finalize(storage, self._free, key, size)
-        if func is torch.ops.aten.convolution_backward.default:
+        if func is torch.ops.aten.convolution_backward.default and self._device.type == "cpu":
             output_gradient, inputs, weight = args[:3]
             self._raise_peaks(self.held + _reordered_bytes(output_gradient, inputs, weight, result[1]))
         return result
@@ -78,7 +82,7 @@ class LiveMemory(DispatchMode):
 
 def _reordered_bytes(output_gradient: Tensor, inputs: Tensor, weight: Tensor, weight_gradient: Tensor | None) -> int:
     """Bytes of the copies in layouts of its own that oneDNN, on CPUs, makes in a convolution's backward pass."""
-    if weight_gradient is None or weight.device.type != "cpu" or weight.shape[2:].numel() == 1:
+    if weight_gradient is None or weight.shape[2:].numel() == 1:
         return 0
     if weight.dim() == 4 and not weight.is_contiguous():
         # In channels-last only the gradient of the weight is copied, twice.

@@ -21,7 +21,9 @@ from distrain.strategies.base import Strategy
 class AutoConfig(StrategyConfig):
     """Keys of ``strategy=auto``."""
 
-    strategies: list[str] = setting("Strategies to choose from.", choices=("ddp", "pipeline", "parameter_server"))
+    strategies: list[str] = setting(
+        "Strategies to choose from.", choices=("ddp", "fsdp", "pipeline", "parameter_server")
+    )
     min_gain: float = setting(
         "Plain ddp is chosen unless another configuration shortens its step by at least this share.",
         at_least=0,

@@ -63,6 +63,8 @@ class Sharpness:
             if parameters:
                 step = foreach("mul", [p.grad for p in parameters if p.grad is not None], self._rho / (norm + 1e-12))
                 foreach("add_", [parameter.detach() for parameter in parameters], step)
+                # As large as the model, and the passes that follow need memory.
+                del step
             self._buffers.take()
         yield
         with torch.no_grad():

@@ -298,7 +298,10 @@ def format_timings(seconds: Mapping[Formats, float], best: Formats) -> Lines:
 
 
 def repeat_rounds(
-    time_round: Callable[[], list[float]], candidates: Sequence[Formats], default_layouts: Mapping[str, str]
+    time_round: Callable[[], list[float]],
+    candidates: Sequence[Formats],
+    default_layouts: Mapping[str, str],
+    before: Sequence[list[float]] = (),
 ) -> list[list[float]]:
     """Repeats a round of timings until they say clearly which formats are fastest, or take too long.
 
@@ -306,9 +309,10 @@ def repeat_rounds(
         time_round: Times one step in each format, in seconds.
         candidates: The formats, in the order of the timings.
         default_layouts: The default layout for each precision.
+        before: Rounds that were timed already.
     """
-    start, total = time.perf_counter(), 0.0
-    rounds: list[list[float]] = []
+    start, rounds = time.perf_counter(), list(before)
+    total = sum(seconds for each in rounds for seconds in each if math.isfinite(seconds))
     while len(rounds) < 2 or (
         len(rounds) < _MAX_ROUNDS_IF_UNCLEAR
         and total < 3 * _MAX_TRIAL_SECONDS
@@ -361,6 +365,8 @@ class Trial:
         )
         self._batch = next(loader.epoch(0))
         self._failed: set[Formats] = set()
+        #: The first steps, where they are long enough to count.
+        self._long_round: list[list[float]] = []
 
     def seconds_per_image(self, candidates: Sequence[Formats]) -> float:
         """A rough estimate in the fastest of the formats; infinite if all fail."""
@@ -368,6 +374,7 @@ class Trial:
         seconds = [self._step(formats, count) for formats in candidates]
         if min(seconds) > _MAX_STEP_SECONDS:
             # That kernels are loaded matters little, and more rounds would take long.
+            self._long_round = [seconds]
             return min(seconds) / count
         count = min(_FIRST_IMAGES, len(self._batch))
         # The first round is not counted, since it loads kernels.
@@ -383,7 +390,12 @@ class Trial:
             size: Images per step.
             default_layouts: The default layout for each precision.
         """
-        return repeat_rounds(lambda: [self._step(formats, size) for formats in candidates], candidates, default_layouts)
+
+        def time_round() -> list[float]:
+            return [self._step(formats, size) for formats in candidates]
+
+        before = self._long_round if size == _FEWEST_IMAGES else []
+        return repeat_rounds(time_round, candidates, default_layouts, before)
 
     def _step(self, formats: Formats, size: int) -> float:
         if formats in self._failed:

@@ -150,10 +150,7 @@ class RunPlan:
             from distrain.strategies.recomputation import set_up
 
             set_up.check(config, knows_memory=self.strategy.knows_memory)
-        sharpness.check(config, steps_alike=self.strategy.steps_alike)
-        if config.optimizer.has_modes and not self.strategy.steps_alike:
-            problem = f"strategy={config.strategy.name} can't switch the parameters of all ranks to their averages"
-            raise ConfigError("optimizer", config.optimizer.name, problem)
+        check_steps(config, self.strategy)
         check_counts(config)
         if world.rank == 0:
             # The rank that writes; the others' hosts need not have a logger's package.
@@ -231,6 +228,18 @@ class RunPlan:
         schedulers.build(self.config.scheduler, steps_per_epoch, steps)
         pruning.rounds(self.config, steps_per_epoch, steps)
         batch_sizes.check(self.config, self.world.size, self.strategy, splits, trial)
+
+
+def check_steps(config: Config, strategy: type[Strategy]) -> None:
+    """Refuses an optimizer whose steps the strategy can't make.
+
+    Raises:
+        ConfigError: One line that names the key.
+    """
+    sharpness.check(config, steps_alike=strategy.steps_alike)
+    if config.optimizer.has_modes and not strategy.steps_alike:
+        problem = f"strategy={config.strategy.name} can't switch the parameters of all ranks to their averages"
+        raise ConfigError("optimizer", config.optimizer.name, problem)
 
 
 def _check_ranks(strategy: type[Strategy], config: Config, world: World) -> None:

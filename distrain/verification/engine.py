@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +20,8 @@ from distrain.errors import ConfigError, Failed, Stopped, config_error
 from distrain.files.terminal import print_to_stderr
 from distrain.models.trial import ModelTrial
 from distrain.reporting.origin import Origin
+from distrain.runtime.command_folder import RUNS, agreed_folder
 from distrain.runtime.device import choose_device
-from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.training import auto_format
 from distrain.training.assembly import build_model
@@ -131,8 +129,8 @@ def verify(
     """
     plan, trial = check(config, world, options.example)
     with contextlib.closing(plan.load()) as splits:
-        folder = _agreed_folder(config, world, options.folder)
-        runs = short_runs.cut(plan, trial, splits, options.steps, folder / "runs")
+        folder = agreed_folder(config, world, "verify", options.folder)
+        runs = short_runs.cut(plan, trial, splits, options.steps, folder / RUNS)
         verification = _Verification(plan, options, runs)
         try:
             certificate = verification.certify()
@@ -148,27 +146,6 @@ def verify(
     # A launcher ends all ranks when one has ended because the certificate is a bad one.
     verification.meet()
     return certificate
-
-
-def _agreed_folder(config: Config, world: World, folder: Path | None) -> Path:
-    """The folder of the certificate, which rank 0 makes; if none is given, it names one by its clock.
-
-    Raises:
-        ConfigError: It holds the runs of another verification, or can't be made.
-    """
-    name = folder or Path(f"outputs/verify/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
-    if world.rank == 0:
-        if (name / "runs").exists():
-            remove = shlex.join(["rm", "-r", str(name / "runs")])
-            problem = "holds the runs of another verification; name another folder, or remove them if it has ended"
-            raise ConfigError("folder", name, f"{problem}: {remove}")
-        try:
-            name.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("folder", name, f"can't be made ({error.strerror or error})") from error
-    with Runtime(config, world, keep_logs=False) as runtime:
-        told = runtime.communicator().all_gather_json({"folder": str(name.resolve())}, runtime.device)
-    return Path(told[0]["folder"])
 
 
 class _Verification:

@@ -13,12 +13,10 @@ import pytest
 
 from distrain.cli.plan import PlanSettings, check
 from distrain.errors import ConfigError
-from distrain.runtime.world import World
 from distrain.tools.launching.launch_keys import LaunchSettings
-from distrain.tools.planning.engine import agreed_folder
 from distrain.tools.planning.plan_keys import STRATEGIES
 from tests.harness import HANG_SECONDS
-from tests.runs import SMALL, small
+from tests.runs import SMALL
 
 
 def settings(**keys: Any) -> PlanSettings:
@@ -42,16 +40,6 @@ def test_mistakes_are_refused_before_ranks_start(
 ) -> None:
     with pytest.raises(ConfigError, match=line):
         check(settings(**own), [*SMALL, *keys], LaunchSettings(**launch))
-
-
-def test_a_folder_whose_content_would_be_removed_is_refused(tmp_path: Path) -> None:
-    kept = tmp_path / "trials" / "mine.txt"
-    kept.parent.mkdir()
-    kept.touch()
-    alone = World(rank=0, size=1, local_rank=0, local_size=1, host="here")
-    with pytest.raises(ConfigError, match=r"holds trials, where short runs would be; name another folder"):
-        agreed_folder(small(), alone, tmp_path)
-    assert kept.exists()
 
 
 def test_a_described_cluster_needs_no_ranks(tmp_path: Path) -> None:

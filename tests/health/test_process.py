@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.health.process import Process, _state_and_start
+from distrain.health.process import Process, _state_and_start, seconds_since_start
 from tests.harness import HANG_SECONDS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -59,6 +59,16 @@ def test_a_process_is_not_taken_for_ended_because_proc_cannot_be_read(
     child.kill()
     child.wait()
     assert not process.is_alive
+
+
+def test_the_age_of_a_process(child: subprocess.Popen[bytes]) -> None:
+    mine, childs = seconds_since_start(os.getpid()), seconds_since_start(child.pid)
+    assert mine is not None
+    assert childs is not None
+    assert 0 <= childs < mine
+    child.kill()
+    child.wait()
+    assert seconds_since_start(child.pid) is None
 
 
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:

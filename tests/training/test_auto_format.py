@@ -212,12 +212,14 @@ def test_the_table_is_logged_and_not_shown(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("seconds", [0.0001, 0.1, 3.0])
-def test_a_trial_is_short_for_any_model(seconds: float, run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seconds", "most"), [(0.0001, 16), (0.1, 16), (3.0, 4)])
+def test_a_trial_is_short_for_any_model(
+    seconds: float, most: int, run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spent = use_clock({A: seconds, B: seconds}, monkeypatch)
     resolve(small(LAYOUT, "data.batch_size=48", run_dir))
     assert sum(spent) < max(4.0, 4 * seconds)
-    assert len(spent) <= 16
+    assert len(spent) <= most
 
 
 def test_a_trial_has_the_size_of_a_microbatch(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.errors import described
+from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.device import RandomState
+
+#: Unless it is configured, a block has this part of the model's parameters, and at least so many MiB.
+_BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
 
 
 @dataclass
@@ -52,6 +56,15 @@ class ModuleBlock:
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
+
+
+def usual_limit(model_bytes: float) -> float:
+    """Most bytes of a block, unless they are configured.
+
+    Args:
+        model_bytes: Size of all parameters.
+    """
+    return max(_LEAST_BLOCK_MB * MIB, _BLOCK_PART * model_bytes)
 
 
 def choose_blocks(root: Call, bytes_of: Mapping[str, int], limit: float) -> list[ModuleBlock]:

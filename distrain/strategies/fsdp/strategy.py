@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Unless it is configured, a block has this part of the model's parameters, and at least so many MiB.
-_BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
 #: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
 _OBSERVED_SAMPLES = 2
 
@@ -120,7 +118,7 @@ class FSDP(DDP):
         if problem:
             log.warning("the whole model is gathered at once, since a pass of it could not be observed: %s", problem)
         bytes_of = {name: each.numel() * each.element_size() for name, each in model.named_parameters()}
-        limit = max(_LEAST_BLOCK_MB * MIB, _BLOCK_PART * sum(bytes_of.values()))
+        limit = module_blocks.usual_limit(sum(bytes_of.values()))
         if self._sharding.block_mb is not None:
             limit = self._sharding.block_mb * MIB
         chosen = module_blocks.choose_blocks(root, bytes_of, limit)

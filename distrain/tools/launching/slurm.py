@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import MutableMapping
+
+from distrain.runtime.world import World
 
 #: First rendezvous port to choose from and how many; below the ports that systems use for outgoing connections.
 _FIRST_PORT, _PORTS = 20000, 10000
@@ -33,6 +36,12 @@ def set_torchrun_variables(environment: MutableMapping[str, str]) -> None:
         # Equal on all ranks of a step, and most likely different for another step.
         MASTER_PORT=str(_FIRST_PORT + (31 * job + step) % _PORTS),
     )
+
+
+def world_of_process() -> World:
+    """This rank's place, whoever started it: torchrun, SLURM, distrain's own launcher or nobody."""
+    set_torchrun_variables(os.environ)
+    return World.from_environment()
 
 
 def parse_tasks_per_node(text: str) -> list[int]:

@@ -24,6 +24,7 @@ from distrain.runtime.world import World
 from distrain.strategies.auto import AutoConfig
 from distrain.tools.planning import engine, plan_file
 from distrain.tools.planning.expected import shown_ms
+from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan, typed
 from distrain.tools.planning.plan_file import FILE
 from distrain.tools.planning.plan_keys import with_keys
@@ -254,8 +255,11 @@ def _planned(checked: engine.Checked, config: Config, world: World, folder: Path
     def config_of(keys: Mapping[str, str]) -> Config:
         return with_keys(config, keys)
 
-    made = engine.make_plan(checked, world, options_for(config, world.size), config_of, folder)
-    return engine.try_out(made, to_try(made, asked), config_of, world, folder, asked.trial_seconds)
+    clock = PhaseClock()
+    made = engine.make_plan(checked, world, options_for(config, world.size), config_of, folder, clock)
+    with clock.phase("trials"):
+        made = engine.try_out(made, to_try(made, asked), config_of, world, folder, asked.trial_seconds)
+    return dataclasses.replace(made, planning_seconds=clock.seconds)
 
 
 def to_try(made: Plan, asked: AutoConfig) -> list[Prediction]:

@@ -16,8 +16,8 @@ from distrain.communication.collectives import Communicator
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.torch_internals import BatchNorm
 
-#: Times that a layer's passes are timed, after one that is not counted.
-_REPEATS = 5
+#: Times that a layer's passes are timed, after one that is not counted, or fewer in so many seconds.
+_REPEATS, _SECONDS = 5, 0.1
 
 #: Changes the BatchNorm layers of a model in place.
 Change = Callable[[nn.Module, Communicator], int]
@@ -78,8 +78,8 @@ def _seconds(layer: BatchNorm, given: Tensor, change: Change | None) -> float:
     if change is not None:
         change(tried, Communicator())
     gradient = torch.ones_like(given)
-    times = []
-    for _ in range(1 + _REPEATS):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= _REPEATS and sum(times) < _SECONDS):
         inputs = given.clone().requires_grad_()
         begin = synchronised_time(given.device)
         tried(inputs).backward(gradient)

@@ -15,7 +15,7 @@ from typing import Any
 from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.errors import ConfigError
-from distrain.runtime.runtime import Runtime
+from distrain.runtime.first_rank import of_rank_0
 from distrain.runtime.world import World
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
@@ -109,18 +109,6 @@ class ShortRuns:
     def agreed(self, mine: Mapping[str, Any]) -> dict[str, Any]:
         """What rank 0 gives; all ranks call it together."""
         return of_rank_0(self.config_of({}), self.world, mine)
-
-
-def of_rank_0(config: Config, world: World, mine: Mapping[str, Any]) -> dict[str, Any]:
-    """What rank 0 has to tell; all ranks call it together.
-
-    Args:
-        config: A configuration that is the same on all ranks.
-        world: This rank's place.
-        mine: What this rank would tell; anything that JSON can hold.
-    """
-    with Runtime(config, world, keep_logs=False) as runtime:
-        return runtime.communicator().all_gather_json(mine, runtime.device)[0]
 
 
 @dataclass(frozen=True)

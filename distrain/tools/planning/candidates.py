@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distrain.strategies.fsdp.options import FULL, SHARDS
 from distrain.strategies.pipeline.schedule import SCHEDULES
 from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.steps import ddp, local_sgd, parameter_server, pipeline
+from distrain.tools.planning.steps import ddp, fsdp, local_sgd, parameter_server, pipeline
 from distrain.tools.planning.steps.common import Setting
 
 #: Steps between merges of ``local_sgd``.
@@ -68,6 +69,7 @@ def of_strategy(name: str, setting: Setting, compressors: Sequence[str] = ()) ->
     found: dict[str, Callable[[Setting, Sequence[str]], Iterator[Candidate]]] = {
         "single": _single,
         "ddp": _ddp,
+        "fsdp": _fsdp,
         "pipeline": _pipeline,
         "local_sgd": _local_sgd,
         "parameter_server": _parameter_server,
@@ -98,6 +100,21 @@ def _ddp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
         if layout not in layouts:
             layouts.add(layout)
             yield _candidate(ddp.predict, {**keys, **sizes}, sizes=(size, size, None))
+
+
+def _fsdp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
+    ranks, per_host = setting.cluster.ranks, setting.cluster.ranks_per_host
+    if ranks == 1 or setting.workload.batch_size < ranks:
+        return
+    keys = {"strategy": "fsdp"}
+    for shard in SHARDS:
+        yield _candidate(fsdp.predict, {**keys, "strategy.shard": shard}, shard=shard)
+    full = {**keys, "strategy.shard": FULL}
+    kept = {**full, "strategy.reshard_after_forward": "false"}
+    yield _candidate(fsdp.predict, kept, shard=FULL, reshards=False)
+    if 1 < per_host < ranks:
+        # Hosts are replicas of each other.
+        yield _candidate(fsdp.predict, {**full, "strategy.shard_size": str(per_host)}, shard=FULL, shard_size=per_host)
 
 
 def _local_sgd(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:

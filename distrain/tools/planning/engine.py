@@ -8,16 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from distrain.compression.base import compressor_class
 from distrain.config.groups import CompressionConfig
 from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.errors import ConfigError, config_error
 from distrain.models.trial import ModelTrial
+from distrain.optim.optimizers import trial as optimizer_trial
+from distrain.runtime.first_rank import of_rank_0
 from distrain.runtime.world import World
 from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
-from distrain.tools.planning.calibration import Calibrated, ShortRuns, calibrated, of_rank_0
+from distrain.tools.planning.calibration import Calibrated, ShortRuns, calibrated
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
@@ -28,7 +32,7 @@ from distrain.tools.planning.prediction import Prediction
 from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.workload import Workload
 from distrain.training import batch_sizes
-from distrain.training.run_plan import RunPlan
+from distrain.training.run_plan import RunPlan, check_steps
 from distrain.verification.short_runs import as_single
 
 
@@ -47,8 +51,6 @@ class Options:
     compressors: Sequence[str] = COMPRESSORS
 
 
-#: Folder of the short runs, which is removed after them.
-TRIALS = "trials"
 #: The training with the keys of a configuration in place of its own strategy and compressor.
 ConfigOf = Callable[[Mapping[str, str]], Config]
 #: The training as one process does it, and its trial.
@@ -73,23 +75,9 @@ def check(config: Config, world: World, options: Options) -> Checked:
     return plan, plan.check(warn=False)
 
 
-def agreed_folder(config: Config, world: World, folder: Path) -> Path:
-    """The folder that rank 0 names, which it makes; all ranks call it together.
-
-    Raises:
-        ConfigError: It can't be made, or what it holds would be removed with the short runs.
-    """
-    if world.rank == 0:
-        if (folder / TRIALS).exists():
-            raise ConfigError("folder", folder, f"holds {TRIALS}, where short runs would be; name another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("folder", folder, f"can't be made ({error.strerror or error})") from error
-    return Path(of_rank_0(config, world, {"folder": str(folder.resolve())})["folder"])
-
-
-def make_plan(checked: Checked, world: World, options: Options, config_of: ConfigOf, folder: Path) -> Plan:
+def make_plan(
+    checked: Checked, world: World, options: Options, config_of: ConfigOf, folder: Path, clock: PhaseClock
+) -> Plan:
     """Makes a plan; all ranks call it together.
 
     Args:
@@ -98,6 +86,7 @@ def make_plan(checked: Checked, world: World, options: Options, config_of: Confi
         options: What is asked.
         config_of: The training with the keys of a configuration.
         folder: For short runs.
+        clock: Times the phases.
 
     Returns:
         Rank 0 has the plan to show; on other ranks the times of blocks differ a little.
@@ -109,7 +98,6 @@ def make_plan(checked: Checked, world: World, options: Options, config_of: Confi
     run, trial = checked
     described = None if options.cluster is None else cluster_file.read(options.cluster)
     compressors, remarks = _compressors(world, options, config_of)
-    clock = PhaseClock()
     with clock.phase("data"):
         splits = run.load()
     with contextlib.closing(splits):
@@ -129,13 +117,13 @@ def make_plan(checked: Checked, world: World, options: Options, config_of: Confi
             workload = workload.on(cluster.accelerator)
     with clock.phase("predictions"):
         plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
-        plan = _without_refused(plan, config_of, sizes)
+        plan = _without_refused(plan, config_of, trial.model, sizes)
     return dataclasses.replace(
         plan,
         calibrated_on=short_runs.done,
         not_calibrated=short_runs.skipped,
         training=planned_part(run.config),
-        planning_seconds=clock.seconds,
+        planning_seconds=dict(clock.seconds),
     )
 
 
@@ -156,6 +144,7 @@ def _compressors(world: World, options: Options, config_of: ConfigOf) -> tuple[d
             try:
                 config = config_of({"strategy": "ddp", "compression": name})
                 compressor_class(config).check(config)
+                check_steps(config, strategy_class(config))
             except ConfigError as error:
                 remarks.append(f"no compression={name}: {error}")
             else:
@@ -179,26 +168,26 @@ class _SizeCheck:
         batch_sizes.check(config, ranks, strategy_class(config), self.splits, self.trial)
 
 
-def _without_refused(plan: Plan, config_of: ConfigOf, sizes: _SizeCheck | None) -> Plan:
+def _without_refused(plan: Plan, config_of: ConfigOf, model: nn.Module, sizes: _SizeCheck | None) -> Plan:
     """The plan without what the training's other keys, or a model that needs several samples, don't allow.
 
     Raises:
         ConfigError: Nothing is left.
     """
     ranks = plan.cluster.ranks
-    problems: dict[str, ConfigError | None] = {}
+    problems: dict[tuple[str, str], ConfigError | None] = {}
     left = []
     for prediction in plan.predictions:
-        name = prediction.keys["strategy"]
-        # To compose a configuration takes a while, and strategies refuse the training whatever their own keys are.
-        if name not in problems or sizes is not None:
-            problem = _problem(config_of, prediction.keys, ranks, sizes)
-            problems[name] = problems.get(name) or problem
+        kind = prediction.keys["strategy"], prediction.keys.get("strategy.shard", "")
+        # To compose a configuration takes a while, and strategies refuse the training whatever their other keys are.
+        if kind not in problems or sizes is not None:
+            problem = _problem(config_of, prediction.keys, ranks, model, sizes)
+            problems[kind] = problems.get(kind) or problem
         else:
-            problem = problems[name]
+            problem = problems[kind]
         if problem is None:
             left.append(prediction)
-    refused = {name: problem for name, problem in problems.items() if problem is not None}
+    refused = {name: problem for (name, _), problem in problems.items() if problem is not None}
     if not left:
         raise next(iter(refused.values()))
     possible = {prediction.keys["strategy"] for prediction in left}
@@ -206,11 +195,18 @@ def _without_refused(plan: Plan, config_of: ConfigOf, sizes: _SizeCheck | None) 
     return dataclasses.replace(plan, predictions=left, remarks=[*plan.remarks, *remarks])
 
 
-def _problem(config_of: ConfigOf, keys: Mapping[str, str], ranks: int, sizes: _SizeCheck | None) -> ConfigError | None:
+def _problem(
+    config_of: ConfigOf, keys: Mapping[str, str], ranks: int, model: nn.Module, sizes: _SizeCheck | None
+) -> ConfigError | None:
     """Why a configuration can't run on so many ranks; ``None`` if it can, as far as is known."""
     try:
         config = config_of(keys)
-        strategy_class(config).check(config, ranks)
+        strategy = strategy_class(config)
+        strategy.check(config, ranks)
+        check_steps(config, strategy)
+        optimizer_trial.check(
+            config.optimizer, model, divided=strategy.divides_model, sliced=strategy.slices_parameters
+        )
         if sizes is not None:
             sizes(config, ranks)
     except ConfigError as error:

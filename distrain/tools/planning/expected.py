@@ -30,14 +30,17 @@ _FEWEST_STEPS = 10
 _P95 = 1.645
 
 
-def check(config: Config) -> None:
-    """Refuses a key ``plan`` that names no plan.
+def check(config: Config) -> dict[str, Any] | None:
+    """Reads the plan that the key ``plan`` names.
+
+    Returns:
+        Its content; ``None`` if the key names none.
 
     Raises:
-        ConfigError: It says why.
+        ConfigError: It is no plan; the line says why.
     """
     if config.plan is None:
-        return
+        return None
     try:
         content = plan_file.read(Path(config.plan))
     except FileNotFoundError as error:
@@ -46,19 +49,21 @@ def check(config: Config) -> None:
         raise ConfigError("plan", config.plan, str(error)) from error
     if not {"predictions", "training", "cluster", "workload"} <= content.keys():
         raise ConfigError("plan", config.plan, f"is not the {FILE} of a plan")
+    return content
 
 
-def of_run(config: Config, ranks: int, run_dir: Path) -> dict[str, Any]:
+def of_run(config: Config, ranks: int, run_dir: Path, named: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a plan predicts of a run, for ``summary.json``; empty if there is no plan of it.
 
     Args:
         config: The run's configuration, as its user wrote it: before formats are chosen by a trial.
         ranks: Number of ranks.
-        run_dir: The run's folder.
+        run_dir: The run's folder, in which there may be a plan.
+        named: Content of the plan that the key ``plan`` names, as :func:`check` returns it.
     """
     path = run_dir / FILE if config.plan is None else Path(config.plan)
     try:
-        content = plan_file.read(path)
+        content = plan_file.read(path) if named is None else named
         found, problem = _find(content, config, ranks)
     except FileNotFoundError:
         return {}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,12 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Reduction
-from distrain.compression import base as compression
-from distrain.compression.autotune.compressor_cost import CompressorCost, measure_cost
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.config.groups import CompressionConfig
 from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error
-from distrain.gradients.bucket_sizes import MIB, AllReduceCost, choose_sizes, gradient_bytes_of
-from distrain.gradients.buckets import make_bucket, split_into_buckets
 from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
@@ -42,6 +37,7 @@ from distrain.strategies.single import Single
 from distrain.tools.planning.batchnorm_cost import Change, extra_seconds
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
+from distrain.tools.planning.compressor_measurement import measure_compressors
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.step_timer import StepTimer, StepTimes
 from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
@@ -56,12 +52,10 @@ _LONGEST_STEP = 1.0
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
-#: Most bytes of gradients on which compressors are timed.
-_MOST_COMPRESSED = 24 * MIB
 #: What ``ddp`` and pipelines make of BatchNorm layers.
 _BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
-#: Times that the gradients are copied.
-_COPIES = 5
+#: Times that the gradients are copied and hashed, or fewer in so many seconds.
+_COPIES, _COPY_SECONDS = 5, 0.3
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
 _PARTS = (8, 4, 2)
 
@@ -138,14 +132,17 @@ class _Measurement:
     """What one rank does."""
 
     def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime, hosts: int) -> None:
-        # Steps are measured in one piece.
+        # Steps are measured in one piece and with one gradient.
         trainer = dataclasses.replace(plan.config.trainer, micro_batch_size=None)
         model = plan.config.model
         if model.checkpoint_activations == "auto":
             model = dataclasses.replace(model, checkpoint_activations="none")
-        self._plan = plan.with_config(dataclasses.replace(plan.config, trainer=trainer, model=model))
+        optimizer = dataclasses.replace(plan.config.optimizer, sam_rho=None)
+        config = dataclasses.replace(plan.config, trainer=trainer, model=model, optimizer=optimizer)
+        self._plan = plan.with_config(config)
         self._left_out = _left_out(plan.config)
         self._micro_batch_size = plan.config.trainer.largest_pass
+        self._sharpness = plan.config.optimizer.sam_rho
         self._world, self._splits, self._runtime = world, splits, runtime
         self._everyone = runtime.communicator()
         self._device = runtime.device
@@ -164,28 +161,35 @@ class _Measurement:
             self._sequence_of_model = self._sequence(strategy)
         with clock.phase("steps"):
             update = self._agree(self._timer.update_seconds())
+            moving = 0.0 if self._sharpness is None else self._agree(self._timer.sharpness_seconds(self._sharpness))
             alone = self._alone(largest, update)
             steps = {size: self._timer.steps(size, update) for size in sizes}
         with clock.phase("blocks"):
             costs = {size: self._blocks(strategy, size, is_long=steps[size].is_long) for size in sizes}
             begins = self._possible_starts(strategy)
-            found = {size: self._structures(strategy, size) for size in self._sizes_of_structures(sizes)}
-            changed = self._changed(strategy, min(found), found[min(found)])
+            # What is only counted needs no values, which would take longer than all else.
+            look = functools.partial(self._structures, strategy, needs_values=not steps[largest].is_long)
+            found = {size: look(size) for size in self._sizes_of_structures(sizes)}
+            changed = self._changed(look, min(found), found[min(found)])
         one = steps[largest]
         with clock.phase("batchnorm"):
             factors = self._batchnorm_factors(strategy, largest, one.passes)
         with clock.phase("links"):
             copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
-            spread = self._timer.spread(largest, one.loading + one.passes + update) if ranks > 1 else 0.0
+            spread = one.spread if ranks > 1 else 0.0
+            if spread is None:
+                spread = self._timer.spread(largest, one.loading + one.passes + update)
             rank = Rank(self._runtime, self._world, self._hosts)
             cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
         with clock.phase("compressors"):
-            parts = self._bucket_parts(strategy.model, cluster.all_reduce_cost)
-            times = {name: self._compressor(parts, own) for name, own in compressors.items()} if ranks > 1 else {}
+            own_work = measure_compressors(
+                compressors, strategy.model, cluster.all_reduce_cost, self._everyone, self._plan.config.seed
+            )
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
         # What takes less time than a rank's turn on a processor was timed while no more ranks computed than there are
         # processors.
         briefly = cluster.slowdown_of(min(cluster.ranks_per_machine, processors()))
+        own_work = own_work.faster(briefly)
         workload = Workload(
             self._profiles(costs, steps, found, changed, begins, crowd),
             batch_size,
@@ -194,16 +198,18 @@ class _Measurement:
             float(_optimizer_bytes(strategy.optimizer)),
             self._micro_batch_size,
             factors[0],
-            {name: _divided(cost, briefly) for name, cost in times.items()},
+            own_work.costs,
             max(ranks, 2),
-            compressed_bytes=tuple(4 * _numel(part) for part in parts),
+            compressed_bytes=own_work.bucket_bytes,
             copy_seconds=copying / briefly,
             digest_seconds=hashing / briefly,
             deferred_factor=factors[1],
             input_bytes=self._batch(strategy, largest).inputs.nbytes / largest,
             update_bytes=float(self._timer.update_bytes()),
             deterministic=self._plan.config.trainer.deterministic,
-            keeping_residuals=frozenset(name for name, one in compressors.items() if _keeps_residuals(one)),
+            keeping_residuals=own_work.keeping_residuals,
+            rounds=1 if self._sharpness is None else 2,
+            sharpness_seconds=moving / briefly,
         )
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
@@ -278,8 +284,8 @@ class _Measurement:
         """Seconds of copying, and of hashing, as many bytes as all gradients have."""
         parameters = list(trainable_parameters(model).values())
         source, target = (torch.cat([one.detach().flatten() for one in parameters]) for _ in range(2))
-        times = []
-        for _ in range(_COPIES):
+        times: list[tuple[float, float]] = []
+        while len(times) < 2 or (len(times) < _COPIES and sum(map(sum, times)) < _COPY_SECONDS):
             begin = synchronised_time(self._device)
             target.copy_(source)
             middle = synchronised_time(self._device)
@@ -323,27 +329,32 @@ class _Measurement:
             self._remarks.append(f"no pipelines: {problem}")
         return begins
 
-    def _structures(self, strategy: Single, size: int, change: Change | None = None) -> list[BlockStructure]:
+    def _structures(
+        self, strategy: Single, size: int, change: Change | None = None, *, needs_values: bool
+    ) -> list[BlockStructure]:
         """What each block consists of, found on a number of samples.
 
         Args:
             strategy: The training.
             size: Number of samples.
             change: Changes BatchNorm layers.
+            needs_values: As for :func:`structures`.
         """
         inputs = self._batch(strategy, size).inputs
         own = None if change is None else (lambda model: change(model, Communicator()))
-        return structures(self._sequence_of_model, inputs, strategy.precision, own)
+        return structures(self._sequence_of_model, inputs, strategy.precision, own, needs_values=needs_values)
 
     def _sizes_of_structures(self, sizes: Sequence[int]) -> list[int]:
         """Two numbers of samples, since what passes hold doesn't grow with the samples alone."""
         return list(sizes) if len(sizes) > 1 else sorted({sizes[0], min(2 * sizes[0], len(self._splits.train))})
 
-    def _changed(self, strategy: Single, size: int, plain: Sequence[BlockStructure]) -> dict[str, list[BlockStructure]]:
+    def _changed(
+        self, look: Callable[..., list[BlockStructure]], size: int, plain: Sequence[BlockStructure]
+    ) -> dict[str, list[BlockStructure]]:
         """The blocks with other kinds of BatchNorm layers."""
         if self._world.size == 1 or not any(block.batchnorms for block in plain):
             return {}
-        return {kind: self._structures(strategy, size, change) for kind, change in _BATCHNORMS.items()}
+        return {kind: look(size, change) for kind, change in _BATCHNORMS.items()}
 
     def _profiles(
         self,
@@ -386,35 +397,6 @@ class _Measurement:
             )
         return tuple(profiles)
 
-    # --- compressors -------------------------------------------------------------------------------------------------
-
-    def _compressor(
-        self, parts: Sequence[Sequence[tuple[str, nn.Parameter]]], config: CompressionConfig
-    ) -> CompressorCost:
-        """A compressor's work on buckets of some parameters each."""
-        compressor = compression.build(config, self._plan.config.seed)
-        buckets = [make_bucket(list(part), compressor) for part in parts]
-        torch.manual_seed(0)
-        for bucket in buckets:
-            bucket.flat.normal_(std=1e-3)
-        for _ in range(compressor.warmup_steps):
-            compressor.begin_step()
-        return measure_cost(compressor, buckets, self._everyone)
-
-    def _bucket_parts(self, model: nn.Module, cost: AllReduceCost | None) -> list[list[tuple[str, nn.Parameter]]]:
-        """The parameters of buckets on which compressors are timed.
-
-        All of them, and two of the buckets that a run has; of a large model instead some of its parameters, and a
-        bucket that is much smaller.
-        """
-        parameters = list(trainable_parameters(model).items())
-        sizes = [size * MIB for size in choose_sizes(cost, gradient_bytes_of(model))] if cost is not None else []
-        parts = sorted(split_into_buckets(parameters[::-1], *sizes), key=_numel) if sizes else [parameters]
-        sample = sample_of(parameters)
-        if len(sample) < len(parameters):
-            return [sample, parts[0]] if 2 * _numel(parts[0]) <= _numel(sample) else [sample]
-        return [parameters] if len(parts) == 1 else [parameters, parts[-1], parts[0]]
-
     # --- agreement ---------------------------------------------------------------------------------------------------
 
     def _agree(self, value: float, reduction: Reduction = "max") -> float:
@@ -453,38 +435,3 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def sample_of(parameters: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Some of a large model's parameters, with as many of each kind of layer as chance has it; all of a smaller one's.
-
-    Args:
-        parameters: All of them, by name.
-
-    Returns:
-        In the same order; at least one, and else no more than compressors are timed on.
-    """
-    left = _MOST_COMPRESSED // 4
-    if _numel(parameters) <= left:
-        return list(parameters)
-    chosen: set[str] = set()
-    # The same on all ranks and in all plans.
-    for name, parameter in random.Random(0).sample(parameters, len(parameters)):
-        if parameter.numel() <= left:
-            chosen.add(name)
-            left -= parameter.numel()
-    smallest = min(parameters, key=lambda pair: pair[1].numel())
-    return [pair for pair in parameters if pair[0] in chosen] or [smallest]
-
-
-def _numel(parameters: Sequence[tuple[str, nn.Parameter]]) -> int:
-    return sum(parameter.numel() for _, parameter in parameters)
-
-
-def _keeps_residuals(config: CompressionConfig) -> bool:
-    return compression.build(config).residuals is not None
-
-
-def _divided(cost: CompressorCost, crowd: float) -> CompressorCost:
-    buckets = [dataclasses.replace(bucket, work=[work / crowd for work in bucket.work]) for bucket in cost.buckets]
-    return CompressorCost(buckets)

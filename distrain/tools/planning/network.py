@@ -144,6 +144,19 @@ class Network:
         idle = 0.0 if self._collectives == "flat" else rounds * link.latency
         return dataclasses.replace(self._with_tokens(found, _in_rounds(self._fast, sent, rounds)), idle_seconds=idle)
 
+    def reduce_scatter(self, size: float, group: Group) -> Duration:
+        """A reduce-scatter of ``size`` bytes, of whose sum each rank gets an equal part."""
+        sent = (group.size - 1) / group.size * size
+        if self._collectives == "flat" or group.hosts == 1:
+            return self.all_gather(size / group.size, group)
+        if group.per_host > 1:
+            # The hosts' leaders sum up everything, and each rank takes its part.
+            return dataclasses.replace(self.all_reduce(size, group), sent=sent)
+        # Each rank sends each other one its part, all at once.
+        link = self._between(group)
+        found = Duration(link.seconds(sent), link.processor_seconds(sent), sent)
+        return self._with_tokens(found, min(self._fast.seconds(sent), found.seconds))
+
     def message(self, size: float, source: int, target: int, tensors: int = 1) -> Duration:
         """Messages from one rank to another one.
 

@@ -21,7 +21,7 @@ _KEYS = {
     "task": ("name",),
     "loss": ("name",),
     "prune": ("amount",),
-    "optimizer": ("name",),
+    "optimizer": ("name", "sam_rho"),
     "trainer": (
         "micro_batch_size",
         "precision",

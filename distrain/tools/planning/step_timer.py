@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +14,19 @@ from distrain.communication.types import Reduction
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.data.batch import Batch
 from distrain.runtime.live_memory import LiveMemory
+from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.single import Single
 from distrain.tools.planning.cluster import expected_maximum
 from distrain.tools.planning.robust_mean import median_of_means
 
 #: Seconds of steps of one size, and the fewest steps.
 _STEP_SECONDS, _FEWEST = 1.5, 3
+#: Turns of steps with and without waiting for other ranks.
+_TURNS = 5
 #: Seconds of a step from which on fewer are timed, the first one among them: that it also allocates memory, and what
 #: else disturbs a step, is little of it.
 _LONG_STEP, _FEWEST_LONG = 0.5, 2
-#: Times that the optimizer is timed, after one that is not counted.
+#: Times that the optimizer, and what surrounds it, is timed, after one that is not counted.
 _UPDATES = 3
 
 
@@ -34,10 +37,12 @@ class StepTimes:
     Attributes:
         loading: Waiting for the next batch.
         passes: Forward and backward passes.
+        spread: As :meth:`StepTimer.spread`, of long steps of all ranks at the same time; ``None``: not known.
     """
 
     loading: float
     passes: float
+    spread: float | None = None
 
     @property
     def is_long(self) -> bool:
@@ -65,10 +70,13 @@ class StepTimer:
         self._strategy, self._batches, self._everyone, self._device = strategy, batches, everyone, device
 
     def first_steps(self, size: int) -> float:
-        """Seconds of the second of two steps, the first of which loads kernels; all ranks call it together."""
+        """Seconds of a step after the first one, which loads kernels; all ranks call it together.
+
+        Of a long step that is little, so that the first one counts.
+        """
         batches = self._batches(size)
-        self._step(batches)
-        return self.agree(sum(self._step(batches)))
+        seconds = self.agree(sum(self._step(batches)))
+        return seconds if seconds >= _LONG_STEP else self.agree(sum(self._step(batches)))
 
     def update_seconds(self) -> float:
         """Seconds of the optimizer, after some step has made gradients."""
@@ -79,9 +87,23 @@ class StepTimer:
             times.append(synchronised_time(self._device) - begin)
         return statistics.median(times[1:])
 
+    def sharpness_seconds(self, rho: float) -> float:
+        """Seconds in which sharpness-aware minimization moves the parameters and back, after some step.
+
+        Args:
+            rho: How far they are moved.
+        """
+        sharpness, times = Sharpness(rho, [self._strategy.model]), []
+        for _ in range(1 + _UPDATES):
+            begin = synchronised_time(self._device)
+            with sharpness.moved(self._strategy.gradients.norm()):
+                pass
+            times.append(synchronised_time(self._device) - begin)
+        return statistics.median(times[1:])
+
     def update_bytes(self) -> int:
         """Most bytes that the optimizer needs while it works."""
-        live = LiveMemory()
+        live = LiveMemory(self._device)
         with live:
             self._strategy.optimizer.step()
         return live.peak
@@ -110,32 +132,53 @@ class StepTimer:
         if together:
             # The slowest rank's, for which the others wait sooner or later.
             loading, passes = (self.agree(value) for value in (loading, passes))
-        return StepTimes(loading, passes)
+        spread = self._spread_of([sum(step) for step in times]) if together and is_long else None
+        return StepTimes(loading, passes, spread)
+
+    def _spread_of(self, steps: Sequence[float]) -> float:
+        """As :meth:`spread`, from steps of ranks that did not wait for each other, if they had."""
+        latest = statistics.mean(self.agree(seconds) for seconds in steps)
+        free = self.agree(statistics.mean(steps))
+        return max(latest - free, 0.0) / free / max(expected_maximum(self._everyone.size), 1e-9)
 
     def spread(self, size: int, free: float) -> float:
         """By how much ranks that wait for each other after each step are slower, as a standard deviation.
 
+        Steps with and without waiting take turns, since a machine becomes faster and slower by more than they differ.
+
         Args:
             size: Number of samples of a step.
-            free: Seconds of a step of ranks that don't wait.
+            free: Seconds of a step of ranks that don't wait, roughly.
 
         Returns:
             The standard deviation of a rank's step, relative to its mean, with which the slowest of these ranks would
             be as late as it is.
         """
         batches = self._batches(size)
-        steps, barriers = [], []
-        for _ in range(_FEWEST_LONG if free >= _LONG_STEP else max(_FEWEST, int(_STEP_SECONDS / free))):
-            begin = synchronised_time(self._device)
-            self._step(batches)
-            self._everyone.barrier()
-            middle = synchronised_time(self._device)
-            self._everyone.barrier()
-            steps.append(middle - begin)
-            barriers.append(synchronised_time(self._device) - middle)
-        lateness = median_of_means(steps) - statistics.median(barriers) - free
-        mean = self.agree(lateness, "sum") / self._everyone.size
-        return max(mean, 0.0) / free / expected_maximum(self._everyone.size)
+        count = max(_FEWEST, int(_STEP_SECONDS / _TURNS / free))
+        latenesses, unhindered = [], []
+        for _ in range(_TURNS):
+            before = self._mean_step(batches, -(-count // 2))
+            steps, barriers = [], []
+            for _ in range(count):
+                begin = synchronised_time(self._device)
+                self._step(batches)
+                self._everyone.barrier()
+                middle = synchronised_time(self._device)
+                self._everyone.barrier()
+                steps.append(middle - begin)
+                barriers.append(synchronised_time(self._device) - middle)
+            # Before and after, so that a steady change cancels out.
+            unhindered.append(self.agree((before + self._mean_step(batches, -(-count // 2))) / 2))
+            latenesses.append(statistics.mean(steps) - statistics.median(barriers) - unhindered[-1])
+        mean = self.agree(statistics.median(latenesses), "sum") / self._everyone.size
+        return max(mean, 0.0) / statistics.median(unhindered) / expected_maximum(self._everyone.size)
+
+    def _mean_step(self, batches: Iterator[Batch], count: int) -> float:
+        """Mean seconds of so many steps, after which ranks wait for each other."""
+        mean = statistics.mean(sum(self._step(batches)) for _ in range(count))
+        self._everyone.barrier()
+        return mean
 
     def agree(self, value: float, reduction: Reduction = "max") -> float:
         """The largest value of all ranks, or their sum; all ranks call it together."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, first_line
 from distrain.runtime.live_memory import LiveMemory, tensors_in
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
@@ -22,6 +24,8 @@ from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.precision import Precision
 from distrain.strategies.trial_copy import trial_copy
 from distrain.torch_internals import BatchNorm, storage_id
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,18 @@ class _KernelCounter(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
-        self.count += isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given
+        given = {storage_id(tensor) for tensor in args if isinstance(tensor, Tensor)}
+        self.count += isinstance(result, Tensor) and storage_id(result) not in given
         return result
 
 
 def structures(
-    sequence: nn.Sequential, inputs: Tensor, precision: Precision, change: Callable[[nn.Module], object] | None = None
+    sequence: nn.Sequential,
+    inputs: Tensor,
+    precision: Precision,
+    change: Callable[[nn.Module], object] | None = None,
+    *,
+    needs_values: bool = True,
 ) -> list[BlockStructure]:
     """Runs a forward and a backward pass of a copy of the model, and looks at each block.
 
@@ -78,28 +87,47 @@ def structures(
         inputs: The model's inputs, ``[N, …]``; blocks may write into them.
         precision: Of the forward pass.
         change: Changes the copy before.
+        needs_values: Whether tensors have values. Without them nothing is computed, which saves seconds where passes
+            are long; a model that then fails is given values.
     """
+    # Autocast goes by a tensor's device, and one without values has none.
+    if not needs_values and precision.name in ("fp32", "fp64"):
+        try:
+            # Not the model itself, whose values would be lost.
+            empty = copy.deepcopy(sequence).to("meta")
+            return _structures(empty.train(), inputs.to("meta"), precision, change, inputs.device)
+        except Exception as error:  # a user's model may depend on values anywhere
+            log.debug("the model is looked at with values: %s", first_line(error))
     with trial_copy(sequence) as trial:
-        if change is not None:
-            change(trial)
-        for parameter in trial.parameters():
-            # As in a training, where gradients have their memory all the time.
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        return _Passes(cast(nn.Sequential, trial), inputs, precision).structures()
+        return _structures(cast(nn.Sequential, trial), inputs, precision, change, inputs.device)
+
+
+def _structures(
+    trial: nn.Sequential,
+    inputs: Tensor,
+    precision: Precision,
+    change: Callable[[nn.Module], object] | None,
+    device: torch.device,
+) -> list[BlockStructure]:
+    """As :func:`structures`, of a model that may be changed; ``device`` is that of a training."""
+    if change is not None:
+        change(trial)
+    for parameter in trial.parameters():
+        # As in a training, where gradients have their memory all the time.
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    return _Passes(trial, inputs, precision, device).structures()
 
 
 class _Passes:
     """A forward and a backward pass, in which each block is looked at."""
 
-    def __init__(self, sequence: nn.Sequential, inputs: Tensor, precision: Precision) -> None:
+    def __init__(self, sequence: nn.Sequential, inputs: Tensor, precision: Precision, device: torch.device) -> None:
         self._blocks = [block for _, block in named_blocks(sequence)]
         self._inputs, self._precision = inputs, precision
-        #: Memory of parameters and buffers, and what autograd has saved so far. The graph keeps that alive, so no
-        #: address is used twice.
-        self._storages = {
-            tensor.untyped_storage().data_ptr() for tensor in (*sequence.parameters(), *sequence.buffers())
-        }
-        self._live = LiveMemory()
+        #: Memory of parameters and buffers, and what autograd has saved so far. The graph keeps that alive, so none is
+        #: taken for another.
+        self._storages = {storage_id(tensor) for tensor in (*sequence.parameters(), *sequence.buffers())}
+        self._live = LiveMemory(device)
         #: By block: what autograd saves, and the most memory that was held during its passes.
         self._saved = [0] * len(self._blocks)
         self._peaks = [0] * len(self._blocks)
@@ -119,14 +147,14 @@ class _Passes:
             own = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in seen}
             seen |= own.keys()
             kernels = _KernelCounter()
-            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(value)} - self._storages
+            given = {storage_id(tensor) for tensor in tensors_in(value)} - self._storages
             hooks = torch.autograd.graph.saved_tensors_hooks(
                 functools.partial(self._save, index), lambda tensor: tensor
             )
             with hooks, self._precision.autocast(), kernels, self._live, FlopCounterMode(display=False) as counter:
                 value = block(value)
             self._peaks[index] = self._peaks_at_end[index] = self._live.restart_peak()
-            saves_output = all(one.untyped_storage().data_ptr() in self._storages for one in tensors_in(value))
+            saves_output = all(storage_id(one) in self._storages for one in tensors_in(value))
             if saves_output:
                 self._outputs[index] = {storage_id(tensor) for tensor in tensors_in(value)}
             for tensor in tensors_in(value):
@@ -157,10 +185,10 @@ class _Passes:
         ]
 
     def _save(self, index: int, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._storages:
-            self._storages.add(storage.data_ptr())
-            self._saved[index] += storage.nbytes()
+        key = storage_id(tensor)
+        if key not in self._storages:
+            self._storages.add(key)
+            self._saved[index] += tensor.untyped_storage().nbytes()
         return tensor
 
     def _backward(self, value: Any) -> None:
@@ -189,8 +217,8 @@ class _Passes:
     def _extra(self, index: int, peak: int) -> int:
         """Bytes that are held during a block's passes, beyond what it and those before it save."""
         # The inputs were there before; they count for the block that saves them.
-        given = self._inputs.untyped_storage()
-        held = peak + (given.nbytes() if given.data_ptr() in self._storages else 0)
+        given = self._inputs.untyped_storage().nbytes() if storage_id(self._inputs) in self._storages else 0
+        held = peak + given
         return max(held - sum(self._saved[: index + 1]), 0)
 
 

@@ -54,7 +54,10 @@ def _seconds_after_rest(group: Communicator, device: torch.device, size: int) ->
     message = torch.zeros(size // 4, device=device)
     times = []
     for _ in range(_REPEATS):
-        time.sleep(_REST)
+        # A rank that slept would need milliseconds to wake up; one that trains is busy while its link rests.
+        end = time.perf_counter() + _REST
+        while time.perf_counter() < end:
+            pass
         group.barrier()
         begin = time.perf_counter()
         group.all_reduce(message)

@@ -136,6 +136,8 @@ class Workload:
         input_bytes: Size of the model's input of a sample.
         update_bytes: Most bytes that the optimizer needs while it works.
         deterministic: Bucket sizes that are not configured are the same everywhere, instead of chosen by measurement.
+        rounds: Times that a step computes the gradient of its batch; 2 with sharpness-aware minimization.
+        sharpness_seconds: Seconds between two of these rounds, in which the parameters are moved, and moved back later.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -158,6 +160,8 @@ class Workload:
     input_bytes: float = 0.0
     update_bytes: float = 0.0
     deterministic: bool = False
+    rounds: int = 1
+    sharpness_seconds: float = 0.0
 
     @property
     def held_bytes(self) -> int:
@@ -239,8 +243,9 @@ class Workload:
             samples: Of the step.
             seconds: That it takes.
         """
-        passes = self.forward_seconds(samples) + self.backward_seconds(samples)
-        more = seconds - passes - self.outside_seconds(samples) - self.update_seconds
+        passes = self.rounds * (self.forward_seconds(samples) + self.backward_seconds(samples))
+        around = self.outside_seconds(samples) + self.update_seconds + (self.rounds - 1) * self.sharpness_seconds
+        more = seconds - passes - around
         if more >= 0:
             return dataclasses.replace(self, outside={size: one + more for size, one in self.outside.items()})
         factor = max(1 + more / passes, 0.0)
@@ -264,6 +269,8 @@ class Workload:
             copy_seconds=accelerator.seconds(0.0, 2 * self.gradient_bytes),
             # Done by the host's processor, of which nothing is known.
             digest_seconds=0.0,
+            # Read: gradients and parameters; written: their copy, and twice the parameters.
+            sharpness_seconds=accelerator.seconds(0.0, 7 * self.gradient_bytes) if self.rounds > 1 else 0.0,
         )
 
     def to_plain(self) -> dict[str, Any]:

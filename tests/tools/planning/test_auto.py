@@ -114,8 +114,8 @@ def test_what_no_strategy_can_train_is_refused_before_ranks_meet(keys: tuple[str
 
 def test_two_ranks_both_train() -> None:
     config = small("strategy=auto")
-    assert auto.options_for(config, 3).strategies == ("ddp", "pipeline", "parameter_server")
-    assert auto.options_for(config, 2).strategies == ("ddp", "pipeline")
+    assert auto.options_for(config, 3).strategies == ("ddp", "fsdp", "pipeline", "parameter_server")
+    assert auto.options_for(config, 2).strategies == ("ddp", "fsdp", "pipeline")
     served = small("strategy=auto", "strategy.strategies=[parameter_server]")
     assert auto.options_for(served, 2).strategies == ("parameter_server",)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.tools.planning import engine, measurement, step_timer
 from distrain.tools.planning.engine import Options
+from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan
 from tests.runs import small
 
@@ -41,7 +41,7 @@ def planned(options: Options, *keys: str) -> Plan:
 
     with tempfile.TemporaryDirectory() as folder:
         checked = engine.check(small(*keys), ALONE, options)
-        return engine.make_plan(checked, ALONE, options, config_of, Path(folder))
+        return engine.make_plan(checked, ALONE, options, config_of, Path(folder), PhaseClock())
 
 
 def test_only_what_is_trained_is_sent() -> None:
@@ -74,13 +74,30 @@ def test_a_batch_is_no_larger_than_the_data_and_what_depends_on_memory_is_left_o
     assert any(remark.startswith("trainer.micro_batch_size=auto is planned as one pass") for remark in made.remarks)
 
 
-def test_strategies_that_refuse_the_training_are_left_out_with_the_reason(tmp_path: Path) -> None:
-    options = Options(described(tmp_path, 2), ("ddp", "local_sgd"))
-    made = planned(options, "optimizer.lookahead.every=5")
-    assert {prediction.keys["strategy"] for prediction in made.predictions} == {"ddp"}
-    assert any(remark.startswith("no local_sgd: optimizer.lookahead.every=5: ") for remark in made.remarks)
+@pytest.mark.parametrize(
+    ("key", "left", "remark"),
+    [
+        ("optimizer.lookahead.every=5", {"ddp", "fsdp"}, "no local_sgd: optimizer.lookahead.every=5: "),
+        ("optimizer.sam_rho=0.05", {"ddp"}, "no fsdp: optimizer.sam_rho=0.05: "),
+        ("optimizer=muon", {"ddp", "local_sgd"}, "no fsdp: optimizer.name=muon: "),
+        # Only one of three ways to divide what the model holds.
+        ("trainer.ema.decay=0.9", {"ddp", "fsdp", "local_sgd"}, "not all of fsdp: trainer.ema.decay=0.9: "),
+    ],
+)
+def test_strategies_that_refuse_the_training_are_left_out_with_the_reason(
+    tmp_path: Path, key: str, left: set[str], remark: str
+) -> None:
+    options = Options(described(tmp_path, 2), ("ddp", "fsdp", "local_sgd"))
+    made = planned(options, key)
+    assert {prediction.keys["strategy"] for prediction in made.predictions} == left
+    assert any(one.startswith(remark) for one in made.remarks), made.remarks
+    # A step of two rounds is measured in one.
+    assert (made.workload.rounds, made.workload.sharpness_seconds > 0) == ((2, True) if "sam" in key else (1, False))
+
+
+def test_a_training_that_no_strategy_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.lookahead\.every=5"):
-        planned(dataclasses.replace(options, strategies=("local_sgd",)), "optimizer.lookahead.every=5")
+        planned(Options(described(tmp_path, 2), ("local_sgd",)), "optimizer.lookahead.every=5")
 
 
 class VectorNormNet(nn.Sequential):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan of two ranks that share two processors, whose batches take 2 ms a sample to load."""
     training = dataclasses.replace(workload(batch_size=10), outside={1: 2e-3, 10: 20e-3})
     machines = dataclasses.replace(cluster(1, 2), slowdown=(1.0, 1.5))
-    found = candidates.predictions(setting_of(training, machines), ["ddp", "pipeline", "local_sgd"], [])
+    found = candidates.predictions(setting_of(training, machines), ["ddp", "fsdp", "pipeline", "local_sgd"], [])
     made = Plan(training, machines, list(found), [], training=planned_part(small()))
     path = tmp_path_factory.mktemp("plan")
     made.write(path)
@@ -34,15 +35,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("keys", "outside"),
     [
         (("strategy=ddp",), 1.5 * 5 * 2),
+        (("strategy=fsdp", "strategy.shard=gradients"), 1.5 * 5 * 2),
         (("strategy=local_sgd", "strategy.sync_every=4"), 1.5 * 5 * 2),
         # Each rank of a pipeline loads the whole batch.
         (("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=2"), 1.5 * 10 * 2),
     ],
 )
 def test_the_prediction_of_the_run_is_found_and_divided_as_a_measured_step(
-    folder: Path, keys: tuple[str, ...], outside: float
+    folder: Path, keys: tuple[str, ...], outside: float, tmp_path: Path
 ) -> None:
-    found = expected.of_run(small(f"plan={folder}", *keys), 2, Path("nowhere"))
+    copy = shutil.copy(folder / "plan.json", tmp_path)
+    config = small(f"plan={copy}", *keys)
+    content = expected.check(config)
+    # It is read once: a plan that is replaced during a run is not the one that was checked.
+    Path(copy).unlink()
+    found = expected.of_run(config, 2, Path("nowhere"), content)
     plan = json.loads((folder / "plan.json").read_text())
     named = dict(key.split("=") for key in keys)
     prediction = next(one for one in plan["predictions"] if named.items() <= one["keys"].items())
@@ -65,17 +72,18 @@ def test_the_prediction_of_the_run_is_found_and_divided_as_a_measured_step(
 def test_a_plan_of_something_else_predicts_nothing(
     folder: Path, keys: tuple[str, ...], ranks: int, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert expected.of_run(small(f"plan={folder}", *keys), ranks, Path("nowhere")) == {}
+    config = small(f"plan={folder}", *keys)
+    assert expected.of_run(config, ranks, Path("nowhere"), expected.check(config)) == {}
     assert why in caplog.text
 
 
 def test_a_run_without_a_plan_needs_none_and_a_damaged_one_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert expected.of_run(small("strategy=ddp"), 2, tmp_path) == {}
+    assert expected.of_run(small("strategy=ddp"), 2, tmp_path, None) == {}
     assert caplog.text == ""
     (tmp_path / "plan.json").write_text('{"training": 3}')
-    assert expected.of_run(small("strategy=ddp"), 2, tmp_path) == {}
+    assert expected.of_run(small("strategy=ddp"), 2, tmp_path, None) == {}
     assert "is not used: it is no plan" in caplog.text
 
 

@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 import torch
 from torch import nn
+from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.data.batch import Batch
@@ -18,9 +19,10 @@ from distrain.errors import ConfigError
 from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.world import World
 from distrain.strategies.single import Single
-from distrain.tools.planning import step_timer
+from distrain.tools.planning import step_timer, token_bucket
 from distrain.tools.planning.batchnorm_cost import extra_seconds
-from distrain.tools.planning.measurement import measure, sample_of
+from distrain.tools.planning.compressor_measurement import sample_of
+from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.step_timer import StepTimer
 from distrain.training.run_plan import RunPlan
@@ -68,6 +70,44 @@ def test_long_steps_are_few(seconds: float, taken: int, monkeypatch: pytest.Monk
     assert times.passes == pytest.approx(seconds)
     assert times.is_long == (seconds >= 0.5)
     assert slow.taken == pytest.approx(taken, abs=1)
+
+
+class TwoAlike(Communicator):
+    """A group of two ranks, of which the other one does what this one does at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+    @override
+    def barrier(self) -> None:
+        """Nobody is late."""
+
+    @override
+    def all_reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
+        return 2 * tensor if reduction == "sum" else tensor
+
+
+def test_a_machine_that_becomes_slower_is_not_taken_for_ranks_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowSteps(0.01)
+
+    def train_step(batch: object) -> None:
+        slow.now += 0.01 * (1 + 0.3 * slow.now)
+
+    monkeypatch.setattr(slow, "train_step", train_step)
+    monkeypatch.setattr(step_timer, "synchronised_time", lambda device: slow.now)
+    timer = StepTimer(cast(Single, slow), lambda size: itertools.repeat(cast(Batch, None)), TwoAlike(), CPU)
+    # After three seconds a step takes twice as long as at the beginning.
+    assert timer.spread(4, free=0.01) < 0.02
+
+
+def test_a_rank_is_busy_while_its_link_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError("a rank that slept needs milliseconds to wake up")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr(token_bucket, "_REST", 1e-3)
+    assert token_bucket._seconds_after_rest(TwoAlike(), CPU, 1024) < 60
 
 
 def test_compressors_are_timed_on_a_sample_of_a_large_model() -> None:

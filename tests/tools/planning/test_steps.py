@@ -341,7 +341,7 @@ def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
     training = workload(blocks=8)
     found = list(candidates.predictions(Setting(training, machines, Network(machines)), STRATEGIES, ()))
     strategies = {prediction.keys["strategy"] for prediction in found}
-    assert strategies == {"ddp", "pipeline", "local_sgd", "parameter_server"}
+    assert strategies == {"ddp", "fsdp", "pipeline", "local_sgd", "parameter_server"}
     for prediction in found:
         assert prediction.seconds > 0
         assert prediction.memory.total > 0

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from distrain.communication.collectives import Communicator
 from distrain.runtime.live_memory import LiveMemory
+from distrain.strategies.batchnorm import synchronise_batchnorm
 from distrain.strategies.precision import Precision
 from distrain.tools.planning.structure import possible_starts, structures
 
@@ -62,6 +64,32 @@ def test_memory_on_its_way_counts_beside_what_is_saved() -> None:
         assert torch.equal(parameter, old)
 
 
+class DependsOnValues(nn.Module):
+    """Fails without values."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value * 2 if value.mean().item() > 10 else value
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("middle", [nn.MaxPool2d(2), DependsOnValues()])
+def test_long_passes_are_looked_at_without_values(layout: torch.memory_format, middle: nn.Module) -> None:
+    first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), middle)
+    last = nn.Sequential(nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    model = nn.Sequential(first, last).to(memory_format=layout)  # type: ignore[call-overload]
+    images = torch.randn(4, 3, 16, 16).to(memory_format=layout)
+
+    def change(trial: nn.Module) -> object:
+        return synchronise_batchnorm(trial, Communicator())
+
+    weight = model[0][0].weight
+    before = weight.clone()
+    for own in (None, change):
+        assert structures(model, images, FP32, own, needs_values=False) == structures(model, images, FP32, own)
+    assert torch.equal(model[0][0].weight, before)
+    assert model[0][0].weight is weight
+
+
 def test_memory_of_a_block_whose_output_and_its_gradient_are_held() -> None:
     block = nn.Sequential(nn.Linear(10, 2000, bias=False), nn.GLU(), nn.ReLU())
     first, last = structures(nn.Sequential(block, nn.Linear(1000, 1)), torch.randn(100, 10), FP32)
@@ -73,7 +101,7 @@ def test_memory_of_a_block_whose_output_and_its_gradient_are_held() -> None:
 
 def test_memory_that_autograd_keeps_is_followed_until_it_is_freed() -> None:
     weight = torch.ones(100, requires_grad=True)
-    with LiveMemory() as live:
+    with LiveMemory(torch.device("cpu")) as live:
         total = (weight * 2).exp().sum()
         # The result of exp, which has no name in Python, is kept for the backward pass.
         assert live.held == 4 * 100 + 4
@@ -94,7 +122,7 @@ def test_the_peak_is_that_of_torchs_allocator(layout: torch.memory_format) -> No
         model(images).sum().backward()
 
     step()
-    with LiveMemory() as live:
+    with LiveMemory(torch.device("cpu")) as live:
         step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -16,6 +16,10 @@ from distrain.tools.planning.workload import Workload, at, bucket_layout
 
 #: Bytes of a small collective of a BatchNorm layer.
 BATCHNORM_BYTES = 1024
+#: Small collectives of each synchronised BatchNorm layer in a forward and in a backward pass.
+BATCHNORM_FORWARD, BATCHNORM_BACKWARD = 2, 1
+#: Channel of the collectives of ranks that train the same model.
+REPLICAS = "replicas"
 #: Bytes of the two all-reduces from which a run concludes the cost of all others.
 _SMALL_BYTES, _LARGE_BYTES = 1024, 4 * MIB
 
@@ -47,13 +51,16 @@ class Setting:
 
     def memory(self, activations: float, other: float = 0.0) -> Memory:
         """Memory of a rank that has the whole model."""
-        workload = self.workload
+        workload, gradients = self.workload, float(self.workload.gradient_bytes)
+        # Sharpness-aware minimization keeps the parameters from before the second round; while it moves them, there
+        # is another tensor of that size.
+        moved = (workload.rounds - 1) * gradients
         return Memory(
             float(workload.held_bytes),
-            float(workload.gradient_bytes),
+            gradients,
             workload.optimizer_bytes,
-            max(activations, workload.update_bytes),
-            other,
+            max(activations, workload.update_bytes, moved),
+            other + moved,
         )
 
     def representatives(self) -> list[int]:
@@ -135,6 +142,7 @@ def backward_with_exchange(
     members: int,
     compressor: str,
     factor: float = 1.0,
+    prefix: str = "",
 ) -> list[Operation]:
     """The last backward pass of a step, in which each complete bucket is sent, to the end of all exchanges.
 
@@ -146,6 +154,7 @@ def backward_with_exchange(
         members: Simulated ranks that take part in each transfer.
         compressor: Name of the compressor.
         factor: By which passes take longer.
+        prefix: Of the names of the transfers, which must be different if there are several such passes.
     """
     workload = setting.workload
     gradients = workload.gradient_sizes
@@ -157,7 +166,8 @@ def backward_with_exchange(
         # As distrain.gradients.exchange does it: before a bucket is started, all others begin their next collective.
         for exchange in under_way:
             operations += exchange.advance(members)
-        exchange = _exchange(setting, group, number, sum(gradients[index] for index in bucket), compressor)
+        name = f"{prefix}bucket {number}"
+        exchange = _exchange(setting, group, name, sum(gradients[index] for index in bucket), compressor)
         under_way.append(exchange)
         operations += exchange.advance(members)
     while any(exchange.phases_left for exchange in under_way):
@@ -168,17 +178,30 @@ def backward_with_exchange(
     return operations
 
 
+def batchnorm_collectives(setting: Setting, name: str, collectives: int, members: int) -> list[Operation]:
+    """The small collectives of all BatchNorm layers in a pass, as one, which ranks wait for.
+
+    Args:
+        setting: Where.
+        name: Of the transfer.
+        collectives: Number of them in each layer.
+        members: Simulated ranks that take part.
+    """
+    one = setting.network.all_reduce(BATCHNORM_BYTES, setting.network.group(setting.cluster.ranks))
+    return [Start(name, one.times(collectives * setting.workload.batchnorms), members, REPLICAS), Wait(name)]
+
+
 class _Exchange:
     """A bucket's collectives, one after the other, with a compressor's work before, between and after them.
 
     Args:
-        number: Of the bucket.
+        name: Of the bucket.
         work: Seconds of work, one more than phases.
         phases: The collectives that are started together, one after the other.
     """
 
-    def __init__(self, number: int, work: Sequence[float], phases: Sequence[Sequence[Duration]]) -> None:
-        self._number, self._work, self._phases = number, work, phases
+    def __init__(self, name: str, work: Sequence[float], phases: Sequence[Sequence[Duration]]) -> None:
+        self._name, self._work, self._phases = name, work, phases
         self._begun = 0
 
     @property
@@ -191,30 +214,30 @@ class _Exchange:
         if self.phases_left:
             yield from self.end()
             for index, duration in enumerate(self._phases[self._begun]):
-                yield Start(f"bucket {self._number}.{self._begun}.{index}", duration, members, "replicas")
+                yield Start(f"{self._name}.{self._begun}.{index}", duration, members, REPLICAS)
             self._begun += 1
 
     def end(self) -> Iterator[Operation]:
         """Waits for the phase under way, if there is one, and does the work after it."""
         if self._begun:
             for index in range(len(self._phases[self._begun - 1])):
-                yield Wait(f"bucket {self._number}.{self._begun - 1}.{index}")
+                yield Wait(f"{self._name}.{self._begun - 1}.{index}")
         if self._work[self._begun]:
             yield Compute("compression", self._work[self._begun])
 
 
-def _exchange(setting: Setting, group: Group, number: int, size: int, compressor: str) -> _Exchange:
+def _exchange(setting: Setting, group: Group, name: str, size: int, compressor: str) -> _Exchange:
     """The exchange of a bucket of so many bytes."""
     workload = setting.workload
     if compressor not in workload.compressors:
-        return _Exchange(number, [0.0, 0.0], [[setting.network.all_reduce(size, group)]])
+        return _Exchange(name, [0.0, 0.0], [[setting.network.all_reduce(size, group)]])
     bucket = workload.compressor_cost(compressor, size)
     work = work_seconds(bucket, workload.compressor_ranks, group.size)
     phases = [
         [_scaled(*one, workload.compressor_ranks, setting.network, group) for one in started]
         for started in bucket.collectives
     ]
-    return _Exchange(number, work, phases)
+    return _Exchange(name, work, phases)
 
 
 def work_seconds(bucket: BucketCost, measured_ranks: int, ranks: int) -> list[float]:

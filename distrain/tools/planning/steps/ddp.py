@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
+from distrain.tools.planning.simulation import Compute, Operation
 from distrain.tools.planning.steps.common import (
-    BATCHNORM_BYTES,
+    BATCHNORM_BACKWARD,
+    BATCHNORM_FORWARD,
     Setting,
     backward_with_exchange,
+    batchnorm_collectives,
     bucket_sizes,
     forward_pass,
     parts_of,
 )
 from distrain.tools.planning.workload import bucket_layout
-
-#: Small collectives of each synchronised BatchNorm layer in a forward and in a backward pass.
-_BATCHNORM_FORWARD, _BATCHNORM_BACKWARD = 2, 1
 
 
 def predict(
@@ -48,22 +47,29 @@ def predict(
     members = len(representatives)
 
     program: list[Operation] = [Compute("update", workload.outside_seconds(share))]
-    for number, samples in enumerate(pieces):
-        program += forward_pass(setting, samples, factor)
-        if together:
-            program += _batchnorm(setting, f"statistics {number}", _BATCHNORM_FORWARD, members)
-        if number < len(pieces) - 1:
-            program.append(Compute("backward", factor * workload.backward_seconds(samples)))
-        elif ranks == 1:
-            program.append(Compute("backward", workload.backward_seconds(samples)))
-        else:
-            program += backward_with_exchange(setting, samples, group, chosen, members, compressor, factor)
-        if together:
-            program += _batchnorm(setting, f"gradients of statistics {number}", _BATCHNORM_BACKWARD, members)
+    for round_ in range(workload.rounds):
+        if round_:
+            program.append(Compute("update", workload.sharpness_seconds))
+        for number, samples in enumerate(pieces):
+            name = f"{round_}.{number}"
+            program += forward_pass(setting, samples, factor)
+            if together:
+                program += batchnorm_collectives(setting, f"statistics {name}", BATCHNORM_FORWARD, members)
+            if number < len(pieces) - 1:
+                program.append(Compute("backward", factor * workload.backward_seconds(samples)))
+            elif ranks == 1:
+                program.append(Compute("backward", workload.backward_seconds(samples)))
+            else:
+                program += backward_with_exchange(
+                    setting, samples, group, chosen, members, compressor, factor, prefix=f"{round_} "
+                )
+            if together:
+                program += batchnorm_collectives(setting, f"gradients {name}", BATCHNORM_BACKWARD, members)
     program.append(Compute("update", workload.update_seconds))
     simulated = setting.simulate([program] * members, representatives)
     # Each layer whose statistics are shared waits for the slowest rank.
-    times = 1 + len(pieces) * (_BATCHNORM_FORWARD + _BATCHNORM_BACKWARD) * workload.batchnorms if together else 1
+    layers = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * workload.batchnorms if together else 0
+    times = workload.rounds * (1 + len(pieces) * layers)
     stragglers = setting.stragglers(max(sum(kinds.values()) for kinds in simulated.computed), ranks, 1 / times)
     residual = float(workload.gradient_bytes) if compressor in workload.keeping_residuals else 0.0
     return Prediction(
@@ -87,11 +93,3 @@ def layout(setting: Setting, sizes: Sequence[float | None]) -> tuple[tuple[int, 
     group = setting.network.group(setting.cluster.ranks)
     chosen = bucket_sizes(setting, group, sizes)
     return bucket_layout(workload.gradient_sizes, chosen)
-
-
-def _batchnorm(setting: Setting, name: str, collectives: int, members: int) -> list[Operation]:
-    """The small collectives of all BatchNorm layers in a pass, as one, which ranks wait for."""
-    group = setting.network.group(setting.cluster.ranks)
-    one = setting.network.all_reduce(BATCHNORM_BYTES, group)
-    duration = one.times(collectives * setting.workload.batchnorms)
-    return [Start(name, duration, members, "replicas"), Wait(name)]

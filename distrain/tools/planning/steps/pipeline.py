@@ -15,6 +15,9 @@ from distrain.tools.planning.steps.common import BATCHNORM_BYTES, Setting, parts
 from distrain.tools.planning.steps.pipeline_memory import PipelineMemory
 from distrain.tools.planning.workload import BlockProfile, at
 
+#: Bytes of a gradient's norm.
+_NORM_BYTES = 4
+
 
 def predict(
     setting: Setting,
@@ -120,15 +123,25 @@ class _Step:
         own = [stage for stage, owner in enumerate(self._rank_of_stage) if owner == rank]
         # Each rank loads the whole share, though only the first and the last stage need it.
         program: list[Operation] = [Compute("update", workload.outside_seconds(self._share))]
-        for action in actions:
-            program += self._pass(rank, action)
-        if self._replicas > 1:
-            for stage in own:
-                program += [*self._exchange(stage), *self._statistics(stage)]
+        for round_ in range(workload.rounds):
+            if round_:
+                program += self._move(rank)
+            for action in actions:
+                program += self._pass(rank, action, round_)
+            if self._replicas > 1:
+                for stage in own:
+                    program += [*self._exchange(stage, round_), *self._statistics(stage, round_)]
         program.append(Compute("update", self._update(rank)))
         return program
 
-    def _pass(self, rank: int, action: Action) -> list[Operation]:
+    def _move(self, rank: int) -> list[Operation]:
+        """What sharpness-aware minimization does between two rounds, once all ranks know the gradient's norm."""
+        network = self._setting.network
+        norm = network.all_reduce(_NORM_BYTES, network.group(self._ranks))
+        seconds = self._setting.workload.sharpness_seconds * self._part_of(rank)
+        return [Start("norm", norm, self._ranks, "norm"), Wait("norm"), Compute("update", seconds)]
+
+    def _pass(self, rank: int, action: Action, round_: int) -> list[Operation]:
         """A pass with the messages before and after it."""
         kind, stage, microbatch = action
         count, blocks = len(self._stages), self._stages[stage]
@@ -137,7 +150,7 @@ class _Step:
         before, after = (stage - 1, stage + 1) if forward else (stage + 1, stage - 1)
         direction = "activation" if forward else "gradient"
         if kind != "weight" and 0 <= before < count and self._rank_of_stage[before] != rank:
-            operations.append(Wait(f"{direction} {before} {microbatch}", stage, microbatch))
+            operations.append(Wait(f"{direction} {before} {microbatch} {round_}", stage, microbatch))
         operations.append(Compute("overhead", self._setting.workload.action_seconds))
         times = [at(block.forward if forward else block.backward, self._samples) for block in blocks]
         seconds = self._setting.workload.deferred_factor * sum(times)
@@ -147,20 +160,21 @@ class _Step:
             output = self._stages[stage if forward else after][-1]
             size = self._samples * output.output_bytes
             duration = self._setting.network.message(size, rank, target, output.output_tensors)
-            name = f"{direction} {stage} {microbatch}"
+            name = f"{direction} {stage} {microbatch} {round_}"
             operations.append(Start(name, duration, 1, f"{direction} {rank} {target}"))
         return operations
 
-    def _exchange(self, stage: int) -> list[Operation]:
+    def _exchange(self, stage: int, round_: int) -> list[Operation]:
         """The sum of a stage's gradients over the replicas, after all passes."""
         size = sum(block.gradient_bytes for block in self._stages[stage])
-        return self._among_replicas(f"gradients {stage}", stage, self._setting.network.all_reduce(size, self._group))
+        duration = self._setting.network.all_reduce(size, self._group)
+        return self._among_replicas(f"gradients {stage} {round_}", stage, duration)
 
-    def _statistics(self, stage: int) -> list[Operation]:
+    def _statistics(self, stage: int, round_: int) -> list[Operation]:
         """The sums over the replicas of what BatchNorm layers have counted, one after the other."""
         count = sum(block.batchnorms for block in self._stages[stage])
         one = self._setting.network.all_reduce(BATCHNORM_BYTES, self._group)
-        return self._among_replicas(f"statistics {stage}", stage, one.times(count)) if count else []
+        return self._among_replicas(f"statistics {stage} {round_}", stage, one.times(count)) if count else []
 
     def _among_replicas(self, name: str, stage: int, duration: Duration) -> list[Operation]:
         return [Start(name, duration, 1, f"replicas {self._rank_of_stage[stage]}"), Wait(name, stage)]
@@ -171,8 +185,11 @@ class _Step:
         return self._setting.network.group(self._replicas, self._ranks)
 
     def _update(self, rank: int) -> float:
-        workload = self._setting.workload
-        return workload.update_seconds * self._bytes_of(rank) / max(workload.gradient_bytes, 1)
+        return self._setting.workload.update_seconds * self._part_of(rank)
+
+    def _part_of(self, rank: int) -> float:
+        """The part of all gradients that a rank's stages have."""
+        return self._bytes_of(rank) / max(self._setting.workload.gradient_bytes, 1)
 
     def _bytes_of(self, rank: int) -> int:
         """Bytes of the gradients of a rank's stages."""
@@ -187,9 +204,10 @@ class _Step:
         followed = PipelineMemory(self._stages, self._rank_of_stage, self._samples, rank, workload.input_bytes)
         peak = followed.peak_bytes(actions)
         gradients = float(self._bytes_of(rank))
-        state = workload.optimizer_bytes * gradients / max(workload.gradient_bytes, 1)
+        state = workload.optimizer_bytes * self._part_of(rank)
         own = [stage for stage, owner in enumerate(self._rank_of_stage) if owner == rank]
         held = float(sum(block.held_bytes for stage in own for block in self._stages[stage]))
-        # Each rank loads the whole share, and holds it until the step ends.
-        loaded = self._share * workload.input_bytes
-        return Memory(held, gradients, state, max(peak, workload.update_bytes), loaded)
+        # Each rank loads the whole share, and holds it until the step ends. Sharpness-aware minimization keeps the
+        # parameters from before the second round.
+        other = self._share * workload.input_bytes + (workload.rounds - 1) * gradients
+        return Memory(held, gradients, state, max(peak, workload.update_bytes), other)
