@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import distrain
+from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint.module_state import is_extra_state
+from distrain.checkpoint.saved_tensors import ConvertedTensors
 from distrain.cli import output
 from distrain.cli.evaluate import load_test_images
 from distrain.cli.run_folder import LAST, TRUSTED_PREFIXES, RunFolder, Weights
@@ -142,26 +142,19 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
     weights = folder.weights(settings.checkpoint, settings.weights)
     if settings.format in _PROGRAMS:
         return _export_program(folder, settings, weights, target)
-    tensors = {name: _plain(name, tensor) for name, tensor in weights.tensors.items()}
+    tensors, metadata = ConvertedTensors(weights.tensors, _plain), _safetensors_metadata(folder, weights)
     if settings.format == "folder":
         allowed = [*TRUSTED_PREFIXES, *settings.allow]
         described = ModelFolder(
             folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, weights.kind, allowed
         )
-        metadata = _safetensors_metadata(folder, weights)
         output.write(target, lambda path: described.write(path, tensors, metadata, settings.license))
         if settings.push is None:
             return Exported(target, weights)
         address = model_folder.push(target, settings.push, private=settings.private)
         return Exported(target, weights, (f"uploaded: {address}",))
 
-    def make(path: Path) -> None:
-        try:
-            save_file(tensors, path, _safetensors_metadata(folder, weights))
-        except safetensors.SafetensorError as error:
-            raise ConfigError("output", target, f"can't be written ({error})") from error
-
-    output.write(target, make)
+    output.write(target, lambda path: safetensors_writer.write_alone(path, tensors, metadata))
     if settings.preprocess == OUTSIDE:
         _write_description(target, _description(folder, weights))
     return Exported(target, weights)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distrain.torch_internals import DispatchMode, storage_id
+from distrain.torch_internals import DispatchMode, storage_id, tensors_in
 
 
 class LiveMemory(DispatchMode):
@@ -84,15 +84,3 @@ def _reordered_bytes(output_gradient: Tensor, inputs: Tensor, weight: Tensor, we
         # In channels-last only the gradient of the weight is copied, twice.
         return 2 * weight_gradient.nbytes
     return weight_gradient.nbytes + inputs.nbytes + output_gradient.nbytes
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)

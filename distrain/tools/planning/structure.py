@@ -20,8 +20,8 @@ from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.trial_copy import trial_copy
 from distrain.strategies.precision import Precision
-from distrain.tools.planning.live_memory import LiveMemory, tensors_in
-from distrain.torch_internals import BatchNorm, storage_id
+from distrain.tools.planning.live_memory import LiveMemory
+from distrain.torch_internals import BatchNorm, storage_id, tensors_in
 
 
 @dataclass(frozen=True)

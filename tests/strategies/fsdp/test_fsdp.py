@@ -254,12 +254,6 @@ def test_each_rank_saves_its_part_and_continues_bit_for_bit(tmp_path: Path) -> N
             "choices: false",
         ),
         (
-            ("trainer.ema.decay=0.9",),
-            2,
-            "trainer.ema.decay=0.9: averages whole parameters, which strategy.shard=full doesn't keep; the other "
-            "shards do; choices: null",
-        ),
-        (
             ("optimizer=muon",),
             2,
             "optimizer.name=muon: updates a parameter as a whole, and this strategy divides it among ranks, element by "
