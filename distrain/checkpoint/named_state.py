@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,7 +88,20 @@ def load_optimizer(
     """
     parameters = {name: parameter for parameter, name in names.items()}
     check_shapes(parameters, {key: tensor.shape for key, tensor in described(tensors).items()})
-    for key, value in itertools.chain(tensors.items(), scalars.items()):
+    load_entries(optimizer, parameters, itertools.chain(tensors.items(), scalars.items()))
+
+
+def load_entries(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], entries: Iterable[tuple[str, Any]]
+) -> None:
+    """Loads what :func:`optimizer_state` returned, one entry after the other; shapes are not compared.
+
+    Args:
+        optimizer: Gets the state.
+        parameters: Those that it holds by name; the state of others is ignored.
+        entries: Tensors and other values with their keys.
+    """
+    for key, value in entries:
         name, _, state_name = key.rpartition("/")
         if name not in parameters:
             continue

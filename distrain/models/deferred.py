@@ -186,6 +186,8 @@ class DeferredTensors:
 
     def _draw(self, operation: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Tensor:
         """Draws what an operation draws, for nothing, and returns the generator's state before."""
+        if any(each.device.type != "cpu" for each in tensors_in((args, options))):
+            raise CannotDefer("random numbers for a large tensor are drawn on another device than the CPU")
         state: Tensor = (options.get("generator") or torch.default_generator).get_state()
         reads_nothing = torch_internals.operation_name(operation) in _FILLS
 

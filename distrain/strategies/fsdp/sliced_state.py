@@ -6,7 +6,7 @@ checkpoint, under any strategy, finds whole tensors by the parameters' names (:m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,11 @@ class Place(NamedTuple):
         """The slice of a tensor that has the parameter's shape."""
         ordered = self.block.in_memory_order(self.slice.parameter, whole)
         return ordered[self.slice.start : self.slice.start + self.slice.size]
+
+
+def shaped(shape: torch.Size) -> Tensor:
+    """A tensor that has a shape and nothing else."""
+    return torch.empty((), device="meta").expand(shape)
 
 
 def places(blocks: Sequence[FlatBlock]) -> dict[str, Place]:
@@ -108,14 +113,15 @@ def load_optimizer(
     Raises:
         ValueError: A tensor's shape differs from its parameter's.
     """
-    wholes = {name: torch.empty(place.shape, device="meta") for name, place in places.items()}
+    wholes = {name: shaped(place.shape) for name, place in places.items()}
     known = {key: entry for key, entry in described(tensors).items() if key.rpartition("/")[0] in places}
     named_state.check_shapes(wholes, {key: entry.shape for key, entry in known.items()})
-    sliced: dict[str, Tensor] = {}
-    for key, entry in known.items():
-        name, _, state_name = key.rpartition("/")
-        is_sliced = named_state.has_shape_of_parameter(state_name, entry.shape, wholes[name])
-        # A copy, since a view would keep the whole tensor in memory.
-        sliced[key] = places[name].of_whole(tensors[key]).clone() if is_sliced else tensors[key]
-    names: dict[Tensor, str] = {parameter: name for name, parameter in slices.items()}
-    named_state.load_optimizer(optimizer, names, sliced, scalars)
+
+    def entries() -> Iterator[tuple[str, Any]]:
+        for key, entry in known.items():
+            name, _, state_name = key.rpartition("/")
+            is_sliced = named_state.has_shape_of_parameter(state_name, entry.shape, wholes[name])
+            yield key, places[name].of_whole(tensors[key]) if is_sliced else tensors[key]
+        yield from scalars.items()
+
+    named_state.load_entries(optimizer, slices, entries())

@@ -416,7 +416,7 @@ class FSDP(DDP):
         """
         shapes = {name: block.shapes[index] for block in self._blocks for index, name in enumerate(block.names)}
         first_names = self._first_names()
-        own = {name: torch.empty(shapes[first], device="meta") for name, first in first_names.items()}
+        own = {name: sliced_state.shaped(shapes[first]) for name, first in first_names.items()}
         module_state.check_entries({**self.model.state_dict(), **own}, described(tensors))
         others = {name: tensors[name] for name in tensors if name not in first_names}
         module_state.load(self.model, others, plain, apart=first_names)
