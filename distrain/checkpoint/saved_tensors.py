@@ -6,11 +6,13 @@ saves its slice, so that nobody gathers it to save it: the header of its file sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeGuard
@@ -34,6 +36,8 @@ SLICES = "slices"
 _METADATA = "__metadata__"
 #: More elements and bytes than any tensor has.
 _MOST = 1 << 60
+#: Most files of a part that stay open; a process may have a thousand.
+_MOST_OPEN = 64
 
 
 class TensorSlice(NamedTuple):
@@ -55,16 +59,30 @@ Slices = Mapping[str, Mapping[str, TensorSlice]]
 
 
 class _File:
-    """A file that stays open, so that it can be read though a run in progress removes its checkpoint.
+    """A file that is read now and then.
 
     Args:
         path: The file.
+        stays_open: Keep it open, so that it can be read though a run in progress removes its checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, stays_open: bool) -> None:
         self.path = path
-        self.opened = untrusted.open_regular(path)
-        weakref.finalize(self, self.opened.close)
+        self._opened: IO[bytes] | None = None
+        if stays_open:
+            self._opened = untrusted.open_regular(path)
+            weakref.finalize(self, self._opened.close)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """The file, open in this block.
+
+        Raises:
+            UnreadableFile: It is not a regular file.
+            OSError: It can't be opened.
+        """
+        with untrusted.open_regular(self.path) if self._opened is None else nullcontext(self._opened) as file:
+            yield file
 
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fills a tensor with the bytes from ``offset`` on.
@@ -74,8 +92,9 @@ class _File:
         """
         view = target.view(torch.uint8).numpy().data
         try:
-            self.opened.seek(offset)
-            found = self.opened.readinto(view)  # type: ignore[attr-defined]
+            with self.open() as file:
+                file.seek(offset)
+                found = file.readinto(view)  # type: ignore[attr-defined]
         except OSError as error:
             raise unreadable(self.path, error) from error
         if found != len(view):
@@ -150,8 +169,9 @@ class SavedTensors(Mapping[str, Tensor]):
         sliced: dict[str, list[tuple[TensorSlice, torch.dtype, _Piece]]] = {}
         for path in paths:
             try:
-                file = _File(path)
-                header, data_begin = _read_header(file.opened)
+                file = _File(path, stays_open=len(paths) <= _MOST_OPEN)
+                with file.open() as opened:
+                    header, data_begin = _read_header(opened)
                 slices = _slices_of(header)
             except OSError as error:
                 raise unreadable(path, error) from error
