@@ -370,8 +370,9 @@ def _slices_of(header: _Header) -> dict[str, TensorSlice]:
 
 
 def slices_text(slices: Mapping[str, TensorSlice]) -> str:
-    """What the header of a file says of the slices in it."""
-    return json.dumps({name: [list(each.shape), list(each.strides), each.start] for name, each in slices.items()})
+    """What the header of a file says of the slices in it, the same text for the same slices."""
+    plain = {name: [list(each.shape), list(each.strides), each.start] for name, each in slices.items()}
+    return json.dumps(plain, sort_keys=True)
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:

@@ -58,6 +58,14 @@ def test_slices_are_joined_in_the_memory_order_of_their_tensor(tmp_path: Path) -
     assert torch.equal(saved["kernel"], WHOLE["kernel"])
 
 
+def test_the_same_slices_give_the_same_file_in_any_order(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    found = {name: slice_of(name, 0, WHOLE[name].numel()) for name in ("half", "kernel")}
+    for path, names in ((first, ["half", "kernel"]), (second, ["kernel", "half"])):
+        write(path, {name: found[name][0] for name in names}, {name: found[name][1] for name in names})
+    assert first.read_bytes() == second.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [

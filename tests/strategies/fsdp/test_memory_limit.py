@@ -34,10 +34,11 @@ class Large(nn.Sequential):
 class Measure(Callback):
     """Notes the size of this process's data while it trains."""
 
-    most = 0
+    def __init__(self) -> None:
+        self.most = 0
 
     def on_step_end(self, run: Any) -> None:
-        Measure.most = max(Measure.most, data_bytes())
+        self.most = max(self.most, data_bytes())
 
 
 def data_bytes() -> int:
@@ -49,11 +50,12 @@ def data_bytes() -> int:
 def train_within_limit(options: tuple[str, ...], folder: str) -> str:
     """Trains, with the limit, after a small model without it, and resumes; returns what the problem is."""
     shared = (*MODEL, "optimizer=adam", "checkpoint.background=false", "checkpoint.every_steps=1", *options)
-    seen = f"callbacks=[{{_target_: {__name__}.Measure}}]"
-    small_model = ("+model.kwargs.width=8", "trainer.max_steps=2", seen, f"run_dir={folder}/small")
-    app.train(small(*shared, *small_model))
+    measure = Measure()
+    with app.prepared(small(*shared, "+model.kwargs.width=8", "trainer.max_steps=2", f"run_dir={folder}/small")) as run:
+        run.callbacks.append(measure)
+        run.fit()
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (Measure.most + LIMIT, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (measure.most + LIMIT, before[1]))
     try:
         for steps in (2, 3):
             app.train(small(*shared, f"trainer.max_steps={steps}", f"run_dir={folder}/large"))
