@@ -316,27 +316,22 @@ class Strategy(ABC, Generic[OptionsT_co]):
         """
 
     def kept_parameters(self) -> dict[str, Tensor]:
-        """What this rank keeps of each parameter between steps, by the unsplit model's names: all of it, or a slice.
-
-        The tensors stay the same ones for the whole run.
-        """
-        return {
-            name: parameter.detach()
-            for module in self.own_modules()
-            for name, parameter in module.named_parameters(remove_duplicate=False)
-        }
+        """What this rank keeps of each parameter for the whole run, by the unsplit model's names: it, or a slice."""
+        modules = self.own_modules()
+        named = (pair for module in modules for pair in module.named_parameters(remove_duplicate=False))
+        return {name: parameter.detach() for name, parameter in named}
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """The part of a tensor that belongs to what this rank keeps of it, as :meth:`kept_parameters` has it.
-
-        Args:
-            name: Of a parameter or buffer in the unsplit model.
-            whole: A tensor of its shape.
+        """The part of a tensor of a parameter's or buffer's shape that fits what this rank keeps of it.
 
         Raises:
             ValueError: It has another shape.
         """
         return whole
+
+    def saved_part(self, name: str, kept: Tensor) -> Tensor:
+        """What this rank saves of a tensor that is what :meth:`kept_parameters` has, if it saves some of it."""
+        return kept
 
     def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
         """Makes an average of this rank's tensors that of all ranks, in place; all ranks call it together.

@@ -171,9 +171,11 @@ class Averages:
         of_model = state.get("slices", {}).get("model", {})
         for average in self._averages:
             self._strategy.agree_on_average(average.tensors)
-            if average.updates:
-                saved |= {f"{average.name}/{key}": t for key, t in average.tensors.items() if key in state["model"]}
-                slices |= {f"{average.name}/{key}": of_model[key] for key in average.tensors if key in of_model}
+            for key, tensor in average.tensors.items() if average.updates else ():
+                if key in state["model"]:
+                    saved[f"{average.name}/{key}"] = self._strategy.saved_part(key, tensor)
+                if key in of_model:
+                    slices[f"{average.name}/{key}"] = of_model[key]
         state["average"] = saved
         state["slices"] = {**state.get("slices", {}), "average": slices}
         state["scalars"]["averages"] = {each.name: each.updates for each in self._averages if each.updates}

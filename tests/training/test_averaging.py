@@ -49,6 +49,7 @@ LAYOUTS = {
     "ddp": (3, ("strategy=ddp",)),
     "pipeline": (2, ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")),
     "fsdp": (3, ("strategy=fsdp", "strategy.block_mb=1e-4")),
+    "fsdp of gradients": (3, ("strategy=fsdp", "strategy.shard=gradients")),
 }
 #: Those that update element by element and look at nothing else.
 RECIPES_OF_FSDP = ("averages", "lion")
@@ -83,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipes_of(*layouts: str | None) -> list[str]:
     """Names of the recipes that all of these layouts train."""
-    return list(RECIPES_OF_FSDP if "fsdp" in layouts else RECIPES)
+    return list(RECIPES_OF_FSDP if any("fsdp" in (layout or "") for layout in layouts) else RECIPES)
 
 
 def train_in(folder: Path, layout: str, source: str | None = None) -> None:
@@ -105,8 +106,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 #: Each layout resumed in itself, so also whole, and resumed from others.
-CASES = [*((layout, source) for layout in LAYOUTS for source in (layout, "single")), ("ddp", "fsdp")]
-ALWAYS = [("ddp", "ddp"), ("pipeline", "single"), ("fsdp", "fsdp")]
+ALWAYS = [("ddp", "ddp"), ("pipeline", "single"), ("fsdp", "fsdp of gradients")]
+CASES = [*((layout, source) for layout in LAYOUTS for source in (layout, "single")), ALWAYS[-1], ("ddp", "fsdp")]
 
 
 @pytest.mark.parametrize("case", soaked(CASES, ALWAYS), ids=str)

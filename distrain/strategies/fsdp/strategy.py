@@ -178,6 +178,10 @@ class FSDP(DDP):
             else:
                 block.keep_whole()
         self._places = sliced_state.places(self._blocks)
+        # For each name of a parameter the one under which a block has it; tied parameters have several.
+        first = {id(parameter): name for name, parameter in named.items()}
+        all_names = self.model.named_parameters(remove_duplicate=False)
+        self._first_names = {name: first[id(parameter)] for name, parameter in all_names}
         self._slices = self._make_slices()
         gradients: ReducedGradients
         if self._shard == OPTIMIZER:
@@ -337,23 +341,22 @@ class FSDP(DDP):
     def kept_parameters(self) -> dict[str, Tensor]:
         if self._gatherer is None:
             return super().kept_parameters()
-        first_names = self._first_names()
-        return {name: self._places[first].part for name, first in first_names.items() if first in self._places}
+        names = self._first_names.items()
+        return {name: self._places[first].part for name, first in names if first in self._places}
 
     @override
     def part_of(self, name: str, whole: Tensor) -> Tensor:
-        place = self._places.get(self._first_names().get(name, name))
+        place = self._places.get(self._first_names.get(name, name))
         if self._gatherer is None or place is None:
             return whole
         if whole.shape != place.shape:
             raise ValueError(f"{name} is {tuple(whole.shape)}, the model's {tuple(place.shape)}")
         return place.of_whole(whole)
 
-    def _first_names(self) -> dict[str, str]:
-        """For each name of a parameter the one under which a block has it; tied parameters have several."""
-        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name: first[id(parameter)] for name, parameter in named}
+    @override
+    def saved_part(self, name: str, kept: Tensor) -> Tensor:
+        place = self._places.get(self._first_names.get(name, name))
+        return kept if self._gatherer is not None or place is None else place.of_whole(kept)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -365,11 +368,10 @@ class FSDP(DDP):
         others, state["model"] = state["model"], {}
         state["slices"] = {"model": {}, "optimizer": {}}
         if self._saves:
-            first_names = self._first_names()
             # On the first rank all that is no parameter.
-            state["model"] = {name: tensor for name, tensor in others.items() if name not in first_names}
+            state["model"] = {name: tensor for name, tensor in others.items() if name not in self._first_names}
             for name in names:
-                if place := self._places.get(first_names.get(name, "")):
+                if place := self._places.get(self._first_names.get(name, "")):
                     state["model"][name] = place.part
                     state["slices"]["model"][name] = place.saved_as()
             state["optimizer"], state["slices"]["optimizer"], state["scalars"]["optimizer"] = (
@@ -415,10 +417,9 @@ class FSDP(DDP):
             ValueError: Names or shapes differ from the model's.
         """
         shapes = {name: block.shapes[index] for block in self._blocks for index, name in enumerate(block.names)}
-        first_names = self._first_names()
-        own = {name: sliced_state.shaped(shapes[first]) for name, first in first_names.items()}
+        own = {name: sliced_state.shaped(shapes[first]) for name, first in self._first_names.items()}
         module_state.check_entries({**self.model.state_dict(), **own}, described(tensors))
-        others = {name: tensors[name] for name in tensors if name not in first_names}
-        module_state.load(self.model, others, plain, apart=first_names)
+        others = {name: tensors[name] for name in tensors if name not in self._first_names}
+        module_state.load(self.model, others, plain, apart=self._first_names)
         for name, place in self._places.items():
             place.part.copy_(place.of_whole(tensors[name]))
