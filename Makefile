@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 # A half-made environment must not look like a whole one, and two pips must not write into one environment.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-core test-wheel test-net test-slurm test-soak test-docs test-image lint lint-deploy format docs bench chaos hooks dist dev clean
+.PHONY: help train test test-core test-wheel test-net test-slurm test-soak test-resume test-docs test-image lint lint-deploy format docs bench chaos hooks dist dev clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,9 @@ test-slurm: $(VENV)/.stamp-test ## Train under a SLURM cluster of two nodes on t
 
 test-soak: $(VENV)/.stamp-test ## Train hundreds of times, for faults that few runs show (an hour and a half on two cores)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+test-resume: $(VENV)/.stamp-test ## Resume each layout of ranks from the checkpoint of each other one (three minutes)
+	$(BIN)/python -m pytest -m soak tests/training/test_resume_matrix.py $(ARGS)
 
 test-docs: $(VENV)/.stamp-test ## Run the commands of the documentation as they stand there, with short settings
 	$(BIN)/python -m pytest -m docs tests/website $(ARGS)

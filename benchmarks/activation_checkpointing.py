@@ -65,9 +65,10 @@ def configuration(arguments: argparse.Namespace, folder: str, chosen: str, limit
 def memory_of_step(trainer: Trainer, step: int) -> float:
     """MiB of all tensors at the peak of a step, which is taken."""
     batch = batches_of(trainer)[step]
-    with LiveMemory() as live:
+    with LiveMemory(torch.device("cpu")) as live:
         trainer.strategy.train_step(batch)
-    return (sum(held_memory.bytes_by_kind(trainer.strategy.held_tensors()).values()) + live.peak) / MIB
+    held = sum(held_memory.bytes_by_kind(trainer.strategy.held_tensors()).values())
+    return float(held + live.peak) / MIB
 
 
 def batches_of(trainer: Trainer) -> list:  # type: ignore[type-arg]

@@ -129,7 +129,7 @@ def observe_operations(note: Callable[[Tensor], None]) -> AbstractContextManager
 
     class Observing(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for tensor in _tensors_in((args, kwargs)):
+            for tensor in tensors_in((args, kwargs)):
                 note(tensor)
             return func(*args, **(kwargs or {}))
 
@@ -137,14 +137,46 @@ def observe_operations(note: Callable[[Tensor], None]) -> AbstractContextManager
     return mode
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples and dictionaries, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
+        yield from tensors_in(list(value.values()))
+
+
+def operation_name(operation: Any) -> str:
+    """Name of what a :class:`DispatchMode` sees, without namespace and overload; fallback: its text."""
+    schema = getattr(operation, "_schema", None)
+    return str(operation) if schema is None else str(schema.name).partition("::")[2]
+
+
+def takes_device(operation: Any) -> bool:
+    """Whether what a :class:`DispatchMode` sees can be told a device; fallback: it can't."""
+    schema = getattr(operation, "_schema", None)
+    return schema is not None and any(argument.name == "device" for argument in schema.arguments)
+
+
+def returns_view(operation: Any) -> bool:
+    """Whether what a :class:`DispatchMode` sees gives other views of the memory of its arguments; fallback: no."""
+    schema = getattr(operation, "_schema", None)
+    aliases = [] if schema is None else [result.alias_info for result in schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def changed_tensors(operation: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that what a :class:`DispatchMode` sees writes to; fallback: all of them, as far as one knows."""
+    schema = getattr(operation, "_schema", None)
+    if schema is None:
+        return list(tensors_in((arguments, options)))
+    found: list[Tensor] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += tensors_in(arguments[position] if position < len(arguments) else options.get(argument.name))
+    return found
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ A checkpoint is a folder ``step_XXXXXXXX`` of safetensors files, keyed by the un
 ============================  ========================================================================================
 
 Where several ranks hold parts of the model, each rank writes its own files, such as ``model_XXXXX.safetensors`` and
-``optimizer_XXXXX.safetensors`` with the rank's number. Each tensor is in exactly one of them; nothing is gathered.
+``optimizer_XXXXX.safetensors`` with the rank's number. Nothing is gathered: a tensor is in one of them, or, where ranks
+share its elements, a slice of it in several; see :mod:`~distrain.checkpoint.saved_tensors`.
 
 A checkpoint is either complete or absent. :mod:`~distrain.checkpoint.writer` writes it into a hidden temporary folder
 beside the others and renames that folder when it is complete; :mod:`~distrain.checkpoint.reader` compares every file
@@ -29,7 +30,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-#: Parts of the unsplit state. Each tensor of them is saved by exactly one rank.
+#: Parts of the unsplit state. Each element of their tensors is saved by exactly one rank.
 PARTS = ("model", "optimizer", "average")
 #: Those that a checkpoint may lack.
 OPTIONAL_PARTS = ("average",)

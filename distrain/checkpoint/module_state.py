@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.checkpoint import safetensors_writer
+from distrain.checkpoint.saved_tensors import JoinedTensors, SavedTensor, described
 from distrain.communication.collectives import Communicator, digest
 from distrain.errors import config_error
 
@@ -101,40 +102,74 @@ def why_not_plain(value: object, place: str = "") -> str:
     return f"a {type(value).__name__}{place and ' at '}{place}"
 
 
-def load(module: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None = None) -> None:
+def load(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Any] | None = None,
+    *,
+    apart: Collection[str] = (),
+) -> None:
     """Gives a module the state that :func:`read` returned, through the module's own ``load_state_dict()``.
 
-    Parameters and buffers keep their memory.
+    Parameters and buffers keep their memory. Tensors that are read when they are asked for are not all held at once,
+    unless the module has load hooks of its own.
 
     Args:
         module: The module.
         tensors: :attr:`ModuleState.tensors`.
         plain: :meth:`ModuleState.to_plain`; ``None`` for a checkpoint that was saved without it.
+        apart: Names of the module that are loaded in another way, and so are neither in ``tensors`` nor missing.
 
     Raises:
         ValueError: A name is missing or is not in the module, or a shape differs; the first few are named. Nothing is
             changed then, unless the module has load hooks of its own. Or such a hook failed.
     """
     plain = plain or {}
-    entries: dict[str, Any] = dict(tensors)
-    entries |= {name: json.loads(text) for name, text in plain.get("extra_state", {}).items()}
-    own = module.state_dict()
+    extra = {name: json.loads(text) for name, text in plain.get("extra_state", {}).items()}
+    own = {name: value for name, value in module.state_dict().items() if name not in apart}
+    metadata = torch_internals.state_metadata(module.state_dict())
     if not torch_internals.loads_in_its_own_way(module):
-        _raise_if_any(_differences(own, entries))
-    state = OrderedDict(entries)
-    metadata = torch_internals.state_metadata(own)
+        _raise_if_any(_differences(own, {**described(tensors), **extra}))
     if "versions" in plain:
         for name, entry in metadata.items():
             entry["version"] = plain["versions"].get(name, 1)
-    torch_internals.set_state_metadata(state, metadata)
-    try:
-        found = module.load_state_dict(state, strict=False)
-    except Exception as error:  # a hook of the user's may raise anything
-        raise ValueError(f"{type(module).__name__} can't load its state ({type(error).__name__}: {error})") from error
-    # A load_state_dict of the user's own may return nothing.
-    problems = [f"{name} is missing" for name in getattr(found, "missing_keys", ())]
-    problems += [f"{name} is not in the model" for name in getattr(found, "unexpected_keys", ())]
-    _raise_if_any(problems)
+    missing: set[str] | None = None
+    for portion in _portions(module, tensors, extra):
+        state = OrderedDict(portion)
+        torch_internals.set_state_metadata(state, metadata)
+        try:
+            found = module.load_state_dict(state, strict=False)
+        except Exception as error:  # a hook of the user's may raise anything
+            problem = f"{type(module).__name__} can't load its state ({type(error).__name__}: {error})"
+            raise ValueError(problem) from error
+        # A load_state_dict of the user's own may return nothing.
+        absent = set(getattr(found, "missing_keys", ())).difference(apart)
+        missing = absent if missing is None else missing & absent
+        _raise_if_any([f"{name} is not in the model" for name in getattr(found, "unexpected_keys", ())])
+    _raise_if_any([f"{name} is missing" for name in sorted(missing or ())])
+
+
+def _portions(module: nn.Module, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The state in portions about as large as the largest tensor; in one if it isn't plain, or is in memory anyway."""
+    if isinstance(tensors, dict) or extra or not has_plain_state(module):
+        yield {**tensors, **extra}
+        return
+    sizes = {name: entry.shape.numel() * entry.dtype.itemsize for name, entry in described(tensors).items()}
+    limit = max(sizes.values(), default=0)
+    portion: dict[str, Any] = {}
+    held = 0
+    for name, size in sizes.items():
+        if held + size > limit and portion:
+            yield portion
+            portion, held = {}, 0
+        portion[name] = tensors[name]
+        held += size
+    yield portion
+
+
+def has_plain_state(module: nn.Module) -> bool:
+    """Whether the state of a module, and of those in it, is their parameters and buffers alone, under their names."""
+    return all(torch_internals.has_plain_state(each) for each in module.modules())
 
 
 def check_fits(module: nn.Module, shapes: Mapping[str, torch.Size], plain: Mapping[str, Any] | None) -> None:
@@ -155,6 +190,15 @@ def check_fits(module: nn.Module, shapes: Mapping[str, torch.Size], plain: Mappi
     _raise_if_any(_differences(module.state_dict(), saved))
 
 
+def check_entries(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compares a module's entries with saved ones by name and shape.
+
+    Raises:
+        ValueError: They differ; the first few are named.
+    """
+    _raise_if_any(_differences(own, saved))
+
+
 def _differences(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """How a module's entries and saved ones differ in names and shapes."""
     problems = [f"{name} is missing" for name in own if name not in saved]
@@ -166,7 +210,7 @@ def _differences(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
 
 
 def _shape(value: object) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else "plain data"
+    return tuple(value.shape) if isinstance(value, Tensor | SavedTensor) else "plain data"
 
 
 def _raise_if_any(problems: list[str]) -> None:
@@ -216,7 +260,7 @@ def merged_plain(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def part_of(
     names: Collection[str], tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """The arguments of :func:`load` for a part of a model, from those for the model.
 
     Args:
@@ -230,7 +274,7 @@ def part_of(
         return {name: value for name, value in entries.items() if not known.isdisjoint(_beginnings(name))}
 
     part = None if plain is None else {key: entries_of_part(entries) for key, entries in plain.items()}
-    return entries_of_part(tensors), part
+    return JoinedTensors(dict.fromkeys(entries_of_part(described(tensors)), tensors)), part
 
 
 def _beginnings(name: str) -> list[str]:
@@ -278,15 +322,19 @@ def own_state(module: nn.Module, state: ModuleState, replicas: Communicator, dev
 
 def with_own_state(
     tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None, own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """The arguments of :func:`load`, with what :func:`own_state` returned in place of the first replica's."""
-    merged, texts = dict(tensors), {}
+    replaced: dict[str, Tensor] = {}
+    texts = {}
     for key, tensor in own.items():
         kind, _, name = key.partition("/")
         if kind == _OWN:
-            merged[name] = tensor
+            replaced[name] = tensor
         elif kind == _OWN_TEXT:
             texts[name] = bytes(tensor.tolist()).decode()
+    merged = tensors
+    if replaced:
+        merged = JoinedTensors({**dict.fromkeys(tensors, tensors), **dict.fromkeys(replaced, replaced)})
     if not texts:
         return merged, None if plain is None else dict(plain)
     plain = plain or {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from distrain.checkpoint.module_state import is_extra_state
 from distrain.checkpoint.restore_report import RestoredPart
+from distrain.checkpoint.saved_tensors import described
 
 
 def optimizer_state(
@@ -85,8 +87,21 @@ def load_optimizer(
         ValueError: A tensor's shape differs from its parameter's.
     """
     parameters = {name: parameter for parameter, name in names.items()}
-    check_shapes(parameters, {key: tensor.shape for key, tensor in tensors.items()})
-    for key, value in {**tensors, **scalars}.items():
+    check_shapes(parameters, {key: tensor.shape for key, tensor in described(tensors).items()})
+    load_entries(optimizer, parameters, itertools.chain(tensors.items(), scalars.items()))
+
+
+def load_entries(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], entries: Iterable[tuple[str, Any]]
+) -> None:
+    """Loads what :func:`optimizer_state` returned, one entry after the other; shapes are not compared.
+
+    Args:
+        optimizer: Gets the state.
+        parameters: Those that it holds by name; the state of others is ignored.
+        entries: Tensors and other values with their keys.
+    """
+    for key, value in entries:
         name, _, state_name = key.rpartition("/")
         if name not in parameters:
             continue
@@ -113,8 +128,8 @@ def restored_parts(saved: Mapping[str, Any], dtype: torch.dtype) -> list[Restore
             were averaged into the saved one.
         dtype: Floating-point type of this run's parameters.
     """
-    tensors = [tensor for name, tensor in saved["model"].items() if not is_extra_state(name)]
-    formats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {dtype}
+    tensors = [tensor for name, tensor in described(saved["model"]).items() if not is_extra_state(name)]
+    formats = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point} - {dtype}
     copies = int(saved["scalars"].get("copies", 1))
     merged = RestoredPart("model", "redistributed", f"the mean of {copies} ranks' copies")
     moments = RestoredPart("optimizer", "redistributed", f"moments are the mean of {copies} ranks'")

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import safetensors.torch
+import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +26,7 @@ from distrain.checkpoint.format import (
     step_of,
     unreadable,
 )
+from distrain.checkpoint.saved_tensors import SavedTensors
 from distrain.checkpoint.state_schema import read_state
 from distrain.files import untrusted
 
@@ -76,8 +77,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a checkpoint after checking it against its manifest.
 
     Returns:
-        ``(state, progress)`` as given to :func:`distrain.checkpoint.writer.save`, with tensors on the CPU.
-        ``compressor`` and ``local`` are :class:`PerRankTensors`.
+        ``(state, progress)`` as given to :func:`distrain.checkpoint.writer.save`, with tensors on the CPU, which are
+        read when they are used: ``model``, ``optimizer`` and ``average`` are :class:`SavedTensors`, whole also where
+        ranks have saved slices; ``compressor`` and ``local`` are :class:`PerRankTensors`.
 
     Raises:
         DamagedCheckpoint: A file is missing, cut short, or changed.
@@ -87,14 +89,14 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # Old checkpoints were saved without configuration and data.
     state = {key: content.get(key) for key in ("scalars", "layout", "config", "data")}
     for part in PARTS:
-        state[part] = _load_part(path, part, files)
+        state[part] = _part(path, part, files)
     for part in PER_RANK_PARTS:
         state[part] = PerRankTensors(path, part, content["layout"]["world_size"], files)
     return state, content["progress"]
 
 
-def load_model(path: Path, average: str | None = None) -> dict[str, Tensor]:
-    """Reads the model's tensors only, after checking the whole checkpoint against its manifest.
+def load_model(path: Path, average: str | None = None) -> SavedTensors:
+    """The model's tensors only, each of them read when it is used; checks the whole checkpoint against its manifest.
 
     Args:
         path: The checkpoint's folder.
@@ -104,11 +106,11 @@ def load_model(path: Path, average: str | None = None) -> dict[str, Tensor]:
         DamagedCheckpoint: A file is missing, cut short, or changed.
     """
     files = verify(path)
-    tensors = _load_part(path, "model", files)
-    if average is not None:
-        averaged = _load_part(path, "average", files)
-        tensors |= {name: averaged.get(f"{average}/{name}", tensor) for name, tensor in tensors.items()}
-    return tensors
+    model = _part(path, "model", files)
+    if average is None:
+        return model
+    averaged = _part(path, "average", files).entries
+    return SavedTensors({name: averaged.get(f"{average}/{name}", entry) for name, entry in model.entries.items()})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -135,20 +137,16 @@ def shapes_of(path: Path, part: str) -> dict[str, torch.Size]:
     Raises:
         DamagedCheckpoint: A file can't be read, or is not a safetensors file.
     """
-    shapes: dict[str, torch.Size] = {}
     try:
-        for name in part_files(part, [each.name for each in path.iterdir()]):
+        names = part_files(part, [each.name for each in path.iterdir()])
+        for name in names:
             _check_link(path / name)
             _check_size(path / name)
-            with safetensors.safe_open(path / name, framework="pt") as file:
-                shapes |= {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise unreadable(path, error) from error
-    except safetensors.SafetensorError as error:
-        raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {error}") from error
     except untrusted.UnreadableFile as error:
         raise DamagedCheckpoint(f"{path}: {error}") from error
-    return shapes
+    return {name: entry.shape for name, entry in _part(path, part, names).entries.items()}
 
 
 def verify(path: Path) -> set[str]:
@@ -247,15 +245,9 @@ def newest_valid(folder: Path, before: Path | None = None) -> Path | None:
     return None
 
 
-def _load_part(path: Path, part: str, files: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of a part of the unsplit state, from one file or from the files of several ranks."""
-    merged: dict[str, Tensor] = {}
-    for name in part_files(part, files):
-        tensors = _load_tensors(path / name)
-        for duplicate in merged.keys() & tensors.keys():
-            raise DamagedCheckpoint(f"{path / name} holds {duplicate}, which another file holds too")
-        merged |= tensors
-    return merged
+def _part(path: Path, part: str, files: Iterable[str]) -> SavedTensors:
+    """The tensors of a part of the unsplit state, in one file or in the files of several ranks."""
+    return SavedTensors.of_files([path / name for name in part_files(part, files)])
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

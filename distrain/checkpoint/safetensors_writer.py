@@ -12,23 +12,20 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from distrain.checkpoint.saved_tensors import DTYPES
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync
 
 #: Part of a file's content. A memory view has one dimension and elements of one byte, so its length is in bytes.
 Chunk = bytes | memoryview
 
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def why_unsupported(tensor: Tensor) -> str:
@@ -54,25 +51,36 @@ class FileDigest(TypedDict):
     sha256: str
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Chunk]:
     """Yields the content of a safetensors file from begin to end: the header, then one chunk for each tensor.
 
     A contiguous tensor on the CPU is not copied: its chunk is a view of its memory. So it must not change until that
     chunk has been used.
 
+    Args:
+        tensors: By name. Each is looked up twice, and let go of between, so they may be read when they are.
+        metadata: Texts by name that the header says besides.
+
     Raises:
         TypeError: A tensor has a dtype for which this module has no safetensors name. Raised by the first ``next()``.
     """
-    # Larger elements first, and a header padded to a multiple of 8 bytes: so each tensor's offset in the file is a
-    # multiple of its element size, and a reader can map the file into memory.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
-    for name in names:
-        tensor = tensors[name]
+    entries: dict[str, dict[str, Any]] = {}
+    sizes, widths = {}, {}
+    for name, tensor in tensors.items():
         if problem := why_unsupported(tensor):
             raise TypeError(f"{name} is {problem}, which a checkpoint can't hold")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        sizes[name], widths[name] = tensor.numel() * tensor.element_size(), tensor.element_size()
+        del tensor
+    # Larger elements first, and a header padded to a multiple of 8 bytes: so each tensor's offset in the file is a
+    # multiple of its element size, and a reader can map the file into memory.
+    names = sorted(tensors, key=lambda name: (-widths[name], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        header[name] = entries[name]
+        begin, end = end, end + sizes[name]
+        entries[name]["data_offsets"] = [begin, end]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
@@ -80,6 +88,8 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[Chunk]:
         flat = tensors[name].detach().cpu().contiguous().flatten()
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
+        # Not two tensors at once.
+        del flat
 
 
 def write(folder: ContainedFolder, name: str, content: Iterable[Chunk]) -> FileDigest:
@@ -100,10 +110,28 @@ def write(folder: ContainedFolder, name: str, content: Iterable[Chunk]) -> FileD
                 file.write(chunk)
                 checksum.update(chunk)
                 size += len(chunk)
+                del chunk
             flush_and_sync(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder.path / name)) from error
     return {"bytes": size, "sha256": checksum.hexdigest()}
+
+
+def write_alone(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file of tensors that belongs to no checkpoint.
+
+    Args:
+        path: The file.
+        tensors: As for :func:`serialize`, like ``metadata``.
+        metadata: See there.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    with path.open("wb") as file:
+        for chunk in serialize(tensors, metadata):
+            file.write(chunk)
+            del chunk
 
 
 def digest_of(content: bytes) -> FileDigest:

@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Tensor]:
         OSError: It can't be read.
     """
     if path.is_dir():
-        tensors = reader.load_model(_checkpoint_in(path))
+        tensors = dict(reader.load_model(_checkpoint_in(path)))
     elif not path.exists():
         raise DamagedCheckpoint("there is no such file or folder; of the Hugging Face hub type hf://USER/NAME")
     elif path.is_file() and path.suffix == ".safetensors":

@@ -24,6 +24,7 @@ from distrain.checkpoint.format import (
     temporary_path,
 )
 from distrain.checkpoint.safetensors_writer import FileDigest
+from distrain.checkpoint.saved_tensors import SLICES, Slices, TensorSlice, slices_text
 from distrain.communication.collectives import Communicator
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import to_json
@@ -57,7 +58,8 @@ def save(
         state: A strategy's ``state_dict()``, its ``layout``, and as plain data the run's ``config`` and what is
             known of its ``data``. ``model``, ``optimizer`` and ``average``, which may be missing, hold this rank's
             tensors, ``compressor`` and ``local`` the state of this rank only; of ``scalars`` and ``layout`` those of
-            rank 0 are saved.
+            rank 0 are saved. ``slices``, which may be missing, says for each part which of this rank's tensors are
+            slices: see :class:`distrain.checkpoint.saved_tensors.TensorSlice`.
         progress: The trainer's position; ``step`` names the checkpoint.
         communicator: The ranks that save together; by default this rank alone.
         device: Device of the tensors that ``communicator`` exchanges.
@@ -158,28 +160,31 @@ class _ErrorExchange:
 
 def _files_of_rank(
     rank: int, state: Mapping[str, Any], holders: Mapping[str, Sequence[int]]
-) -> dict[str, dict[str, Tensor]]:
-    """The files that a rank writes: their tensors by file name.
+) -> dict[str, tuple[dict[str, Tensor], Mapping[str, TensorSlice]]]:
+    """The files that a rank writes: their tensors by file name, and which of these are slices.
 
     Args:
         rank: This rank.
         state: As given to :func:`save`.
         holders: The ranks that hold tensors of each part.
     """
-    files = {}
+    files: dict[str, tuple[dict[str, Tensor], Mapping[str, TensorSlice]]] = {}
+    slices: Slices = state.get("slices", {})
     for part in PARTS:
         writers = holders[part] or ([] if part in OPTIONAL_PARTS else [0])
         if rank in writers:
             name = f"{part}.safetensors" if len(writers) == 1 else f"{part}_{rank:05d}.safetensors"
-            files[name] = dict(state[part])
+            files[name] = dict(state[part]), slices.get(part, {})
     own = {f"{part}/{name}": tensor for part in PER_RANK_PARTS for name, tensor in state.get(part, {}).items()}
     if own:
-        files[per_rank_file(rank)] = own
+        files[per_rank_file(rank)] = own, {}
     return files
 
 
 def _write_rank_files(
-    temporary: Path, files: Mapping[str, Mapping[str, Tensor]], exchange: _ErrorExchange
+    temporary: Path,
+    files: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, TensorSlice]]],
+    exchange: _ErrorExchange,
 ) -> dict[str, FileDigest]:
     """Writes this rank's files, or sends them to rank 0 to be written; returns the digests of all ranks' files."""
     communicator, device = exchange.communicator, exchange.device
@@ -189,12 +194,12 @@ def _write_rank_files(
     with exchange.catching_errors():
         # Rank 0 made it; if it has been removed since, that is an error.
         sees_folder = communicator.rank == 0 or contained.is_folder(folder)
-        for name, tensors in files.items():
+        for name, (tensors, slices) in files.items():
+            content = safetensors_writer.serialize(tensors, {SLICES: slices_text(slices)} if slices else {})
             if sees_folder:
-                content = safetensors_writer.serialize(tensors)
                 digests[name] = safetensors_writer.write(contained, f"{folder}/{name}", content)
             else:
-                serialized[name] = b"".join(safetensors_writer.serialize(tensors))
+                serialized[name] = b"".join(content)
                 digests[name] = safetensors_writer.digest_of(serialized[name])
     ranks = exchange.all_gather({"digests": digests, "sends": list(serialized)})
     for rank, other in enumerate(ranks):

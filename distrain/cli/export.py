@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import distrain
+from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint.module_state import is_extra_state
+from distrain.checkpoint.saved_tensors import ConvertedTensors
 from distrain.cli import output
 from distrain.cli.evaluate import load_test_images, loaded_splits
 from distrain.cli.export_int8 import Int8Maker, Int8Program
@@ -164,13 +164,12 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
     weights = folder.weights(settings.checkpoint, settings.weights)
     if settings.format in _PROGRAMS:
         return _export_program(folder, settings, weights, target)
-    tensors = {name: _plain(name, tensor) for name, tensor in weights.tensors.items()}
+    tensors, metadata = ConvertedTensors(weights.tensors, _plain), _safetensors_metadata(folder, weights)
     if settings.format == "folder":
         allowed = [*TRUSTED_PREFIXES, *settings.allow]
         described = ModelFolder(
             folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, weights.kind, allowed
         )
-        metadata = _safetensors_metadata(folder, weights)
         exporter = None if settings.quantize is None else _ProgramExporter(folder, settings, weights)
         lines: list[str] = []
 
@@ -186,13 +185,7 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
             lines.append(f"uploaded: {model_folder.push(target, settings.push, private=settings.private)}")
         return Exported(target, weights, tuple(lines))
 
-    def make(path: Path) -> None:
-        try:
-            save_file(tensors, path, _safetensors_metadata(folder, weights))
-        except safetensors.SafetensorError as error:
-            raise ConfigError("output", target, f"can't be written ({error})") from error
-
-    output.write(target, make)
+    output.write(target, lambda path: safetensors_writer.write_alone(path, tensors, metadata))
     if settings.preprocess == OUTSIDE:
         _write_description(target, _description(folder, weights))
     return Exported(target, weights)

@@ -58,14 +58,14 @@ class Weights:
     Attributes:
         path: Folder of the checkpoint.
         step: Number of updates when it was saved.
-        tensors: Parameters and buffers by name in the unsplit model, on the CPU.
+        tensors: Parameters and buffers by name in the unsplit model, on the CPU; they may be read when they are used.
         plain: The rest of the model's state, for :func:`distrain.checkpoint.module_state.load`.
         kind: ``last``, or the average of the model: ``ema`` or ``swa``.
     """
 
     path: Path
     step: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     plain: dict[str, Any] | None
     kind: str = LAST
 
@@ -127,8 +127,8 @@ class RunFolder:
                 if kind != LAST and kind not in kept:
                     raise ConfigError("weights", kind, f"{path} holds no such average", [LAST, *kept])
                 tensors = checkpoint_reader.load_model(path, None if kind == LAST else kind)
-                tensors = lora.merged(self.config.lora, pruning.merged(tensors))
-                return Weights(path, state["progress"]["step"], tensors, state["scalars"].get("module"), kind)
+                merged = lora.merged(self.config.lora, pruning.merged(tensors))
+                return Weights(path, state["progress"]["step"], merged, state["scalars"].get("module"), kind)
             except (DamagedCheckpoint, OSError) as error:
                 if which not in (_NEWEST, _BEST) or (path is not None and path.is_dir()):
                     raise ConfigError("checkpoint", which, str(error)) from error

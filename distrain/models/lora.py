@@ -107,7 +107,7 @@ def describe(config: LoraConfig, model: nn.Module, trained: Collection[str]) -> 
     )
 
 
-def merged(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of the model without LoRA that computes the same.
 
     Args:
@@ -120,8 +120,10 @@ def merged(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     Raises:
         DamagedCheckpoint: A layer's matrices don't fit its weight.
     """
+    if config.rank is None:
+        return tensors
     result = dict(tensors)
-    for layer in _layers_in(tensors) if config.rank is not None else ():
+    for layer in _layers_in(tensors):
         a, b, weight = result.pop(f"{layer}.{_A}"), result.pop(f"{layer}.{_B}"), result.get(f"{layer}.weight")
         fits = weight is not None and a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
         if weight is None or not fits or weight.shape[:2] != (b.shape[0], a.shape[1]) or weight[:1, :1].numel() != 1:

@@ -95,7 +95,7 @@ def choose(state: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
 
 
-def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of the model without masks that computes the same.
 
     Args:
@@ -104,6 +104,9 @@ def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         DamagedCheckpoint: A mask doesn't fit its weight.
     """
+    if not any(_is_mask(name) for name in tensors):
+        # Maybe not read yet.
+        return tensors
     result = {name: tensor for name, tensor in tensors.items() if not _is_mask(name)}
     for name, mask in tensors.items():
         if _is_mask(name):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distrain import torch_internals
+from distrain.checkpoint.saved_tensors import is_dense
 from distrain.errors import ConfigError
 
 #: The complex format with the precision of each floating-point format that a run may have.
@@ -25,6 +26,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, each once, by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Size of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def lay_out_densely(target: str, model: nn.Module) -> None:
@@ -69,15 +75,7 @@ def _why_untrainable(tensor: Tensor) -> str:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a block of memory, each once, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        if size == 0:
-            return True
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return is_dense(tensor.shape, tensor.stride())
 
 
 def _refuse_overlaps(target: str, sharing: list[tuple[str, Tensor]]) -> None:

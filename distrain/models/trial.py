@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ class ModelTrial:
         dtype: Floating-point format of parameters and images.
         autocast: The context of forward passes.
         extra_check: Another check of the model, called before images run; it may add to the model what training adds.
+        most_bytes: A model with more bytes of parameters is not built on the CPU unless it fails on the meta device.
 
     Attributes:
         model: The model that was tried, for its structure: what training builds has other values.
@@ -81,11 +83,12 @@ class ModelTrial:
         dtype: torch.dtype = torch.float32,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         extra_check: Callable[[nn.Module], None] | None = None,
+        most_bytes: float = math.inf,
     ) -> None:
         self._config, self._num_classes, self._dtype, self._autocast = config, num_classes, dtype, autocast
         self._image_shape = (in_channels, *image_size)
         self._output_shape = (num_classes,) if output_shape is None else output_shape
-        self._allowed, self._extra_check = allowed, extra_check
+        self._allowed, self._extra_check, self._most_bytes = allowed, extra_check, most_bytes
         #: Whether the model is not one of distrain's own, of which all is known that can't be seen in shapes.
         self._is_foreign = isinstance(config, ForeignModelConfig) or not config._target_.startswith("distrain.models.")
         self.unused: list[str] = []
@@ -136,7 +139,7 @@ class ModelTrial:
     def _try(self) -> None:
         try:
             self._build("meta")
-            if not self._runs_fast():
+            if not self._runs_fast() or tensors.parameter_bytes(self.model) > self._most_bytes:
                 self._check_training()
                 return
         except ConfigError:

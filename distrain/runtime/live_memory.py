@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.torch_internals import DispatchMode, storage_id
+from distrain.torch_internals import DispatchMode, storage_id, tensors_in
 
 
 class LiveMemory(DispatchMode):
@@ -93,15 +93,3 @@ def _reordered_bytes(output_gradient: Tensor, inputs: Tensor, weight: Tensor, we
 def _with_storage(value: Any) -> Iterator[Tensor]:
     """The tensors in a nest that have memory of their own: sparse ones have none."""
     return (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)

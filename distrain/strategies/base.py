@@ -28,15 +28,16 @@ from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.runtime.device import float64_device
-from distrain.runtime.live_memory import tensors_in
 from distrain.strategies.held_memory import optimizer_tensors
 from distrain.tasks.base import Task
+from distrain.torch_internals import tensors_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed.device_mesh import DeviceMesh
 
     from distrain.data.batch import Batch
+    from distrain.models.deferred import DeferredTensors
     from distrain.runtime.runtime import Runtime
     from distrain.strategies.precision import Precision
 
@@ -109,6 +110,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     optimizer: torch.optim.Optimizer
     freezing: FreezeSchedule | None = None
     saved_layout: Mapping[str, Any] = MappingProxyType({})
+    initial_values: DeferredTensors | None = None
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
@@ -178,6 +180,14 @@ class Strategy(ABC, Generic[OptionsT_co]):
         return world_size
 
     @classmethod
+    def most_trial_bytes(cls, config: Config) -> float:
+        """Size of the largest model that each rank may hold whole before :meth:`setup`, for trials.
+
+        Where it is finite, :meth:`setup` is given a model with hollow tensors.
+        """
+        return math.inf
+
+    @classmethod
     def forward_sizes(cls, config: Config, world_size: int, count: int, *, training: bool) -> list[list[int]]:
         """How many samples each forward pass over a global batch has, for each rank that shares the batch.
 
@@ -226,7 +236,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         """Wraps or splits the model, then builds the optimizer over this rank's part.
 
         Args:
-            model: The whole model, on this rank's device, equal on all ranks.
+            model: The whole model, on this rank's device, equal on all ranks; see :attr:`initial_values`.
             task: Gives loss and metrics of the model's outputs.
             make_optimizer: Builds the optimizer from ``(name, parameter)`` pairs; names are the unsplit model's.
             example: This rank's inputs of a first batch, for a strategy that measures the model.
@@ -307,9 +317,10 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
         Returns:
             ``model`` and ``optimizer``: the tensors that this rank saves, by the unsplit model's names. Each tensor is
-            saved by one rank; a rank may have none. ``scalars``: plain data, of which those of rank 0 are saved.
-            ``compressor`` (its ``state_dict()``) and, where needed, ``local``: tensors that every rank saves for
-            itself, by ``<kind>/<parameter name>``. The tensors are not copies: training changes them.
+            saved by one rank; a rank may have none. ``slices``, where ranks share tensors: which of these are slices.
+            ``scalars``: plain data, of which those of rank 0 are saved. ``compressor`` (its ``state_dict()``) and,
+            where needed, ``local``: tensors that every rank saves for itself, by ``<kind>/<parameter name>``. The
+            tensors are not copies: training changes them.
         """
 
     @abstractmethod
@@ -326,6 +337,24 @@ class Strategy(ABC, Generic[OptionsT_co]):
         Raises:
             ValueError: Names or shapes differ from the model's.
         """
+
+    def kept_parameters(self) -> dict[str, Tensor]:
+        """What this rank keeps of each parameter for the whole run, by the unsplit model's names: it, or a slice."""
+        modules = self.own_modules()
+        named = (pair for module in modules for pair in module.named_parameters(remove_duplicate=False))
+        return {name: parameter.detach() for name, parameter in named}
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """The part of a tensor of a parameter's or buffer's shape that fits what this rank keeps of it.
+
+        Raises:
+            ValueError: It has another shape.
+        """
+        return whole
+
+    def saved_part(self, name: str, kept: Tensor) -> Tensor:
+        """What this rank saves of a tensor that is what :meth:`kept_parameters` has, if it saves some of it."""
+        return kept
 
     def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
         """Makes an average of this rank's tensors that of all ranks, in place; all ranks call it together.
@@ -382,7 +411,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
             tensors = communicator.merge_tensors(state.tensors, device)
             module_state.load(model, tensors, communicator.all_gather_json(state.to_plain(), device)[0])
 
-    def module_state_of(self, saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    def module_state_of(self, saved: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
         """The model's saved tensors and its other state, with this rank's own where the ranks are arranged as before.
 
         Args:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.runtime.device import RandomState
-from distrain.runtime.live_memory import tensors_in
+from distrain.torch_internals import tensors_in
 
 #: Kinds of what is held between steps; a tensor that is of several kinds counts for the first one.
 KINDS = ("parameters", "gradients", "optimizer", "buckets")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from distrain.data.augmentation import transforms
 from distrain.data.base import Split, Splits
 from distrain.data.loader import Loader, prefetch_depth
-from distrain.models import lora
+from distrain.models import deferred, lora
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
 from distrain.models.freezing import freeze_schedule, train_only
@@ -53,6 +54,22 @@ def build_model(plan: RunPlan, splits: Splits) -> nn.Module:
     return model.to(memory_format=plan.memory_format(model))  # type: ignore[call-overload,no-any-return]
 
 
+def _build_for(strategy: Strategy, plan: RunPlan, splits: Splits, *, whole: bool) -> nn.Module:
+    """The model as the strategy begins with it.
+
+    Args:
+        strategy: Gets what computes the values of hollow tensors.
+        plan: As for :func:`build_model`.
+        splits: Likewise.
+        whole: Build it whole in any case.
+    """
+    make = functools.partial(build_model, plan, splits)
+    if whole or strategy.most_trial_bytes(plan.config) == math.inf:
+        return make()
+    model, strategy.initial_values = deferred.build(make)
+    return model
+
+
 def build_loader(
     plan: RunPlan,
     strategy: Strategy,
@@ -92,13 +109,14 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     strategy = plan.strategy(config, runtime)
     if splits.class_weights is not None:
         plan.task.set_class_weights(splits.class_weights)
-    model = build_model(plan, splits)
+    starts_from_file = config.init.weights is not None and not resume.will_resume(config, runtime)
+    model = _build_for(strategy, plan, splits, whole=starts_from_file)
     strategy.freezing = freezing = freeze_schedule(config, model)
     if freezing is not None:
         train_only(model, freezing.ever_trained, freezing.parameters)
         if runtime.is_main and config.lora.rank is not None:
             log.info("%s", lora.describe(config.lora, model, freezing.ever_trained))
-    if not resume.will_resume(config, runtime):
+    if starts_from_file:
         initial_weights.load(config.init, runtime, model)
     layout = plan.memory_format(model)
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}

@@ -27,7 +27,9 @@ from distrain.data.batch import Targets, slice_targets
 from distrain.data.loader import Loader
 from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY
+from distrain.models import deferred
 from distrain.models.foreign import auxiliary_weight
+from distrain.models.tensors import named_tensors, parameter_bytes
 from distrain.runtime.device import float64_device, is_mps, seed_everything, synchronize
 from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
@@ -194,7 +196,9 @@ def _choose_by_trial(
     trial_ranks = strategy.full_model_ranks(config, world.size)
     if not trial_ranks:
         return None
-    model, device = make_model(), runtime.device
+    model, device = _small_model(make_model, strategy.most_trial_bytes(config)), runtime.device
+    if model is None:
+        return None
     candidates = [
         Formats(precision, layout) for precision in _precisions(config) for layout in _layouts(config, model, device)
     ]
@@ -232,6 +236,18 @@ def _choose_by_trial(
         if config.trainer.precision == "auto" and len(default_layouts) == 1:
             log.info("trainer.precision=auto stays fp32 unless trainer.lowest_precision=bf16 allows less")
     return best
+
+
+def _small_model(make_model: Callable[[], nn.Module], most_bytes: float) -> nn.Module | None:
+    """The model, unless it has more bytes of parameters than a rank may hold for a trial."""
+    if most_bytes == math.inf:
+        return make_model()
+    model, values = deferred.build(make_model)
+    if parameter_bytes(model) > most_bytes:
+        return None
+    if values is not None:
+        values.fill(dict(named_tensors(model)))
+    return model
 
 
 def clearly_fastest(

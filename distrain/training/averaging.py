@@ -1,16 +1,17 @@
 """Running averages of the model: an exponential one, and stochastic weight averaging.
 
-Each rank averages the tensors that it holds, so updates need no communication, and a stage of a pipeline has the
-average of its own part. Buffers of floating point, such as BatchNorm's statistics, are averaged like parameters, as
-timm and ``torch.optim.swa_utils.AveragedModel(use_buffers=True)`` do. Those of stochastic weight averaging are measured
-anew before they are used; see :mod:`distrain.training.batchnorm_statistics`.
+Each rank averages what it keeps of the model, so updates need no communication: a stage of a pipeline has the average
+of its own part, and a rank that keeps slices of parameters has those of the averages. Buffers of floating point, such
+as BatchNorm's statistics, are averaged like parameters, as timm and
+``torch.optim.swa_utils.AveragedModel(use_buffers=True)`` do. Those of stochastic weight averaging are measured anew
+before they are used; see :mod:`distrain.training.batchnorm_statistics`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from distrain.checkpoint import module_state
 from distrain.checkpoint.format import AVERAGES
 from distrain.checkpoint.progress import Progress
 from distrain.checkpoint.restore_report import RestoredPart
+from distrain.checkpoint.saved_tensors import TensorSlice
 from distrain.config.schema import Config, TrainerConfig
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
@@ -124,7 +126,7 @@ class Averages:
     def __init__(self, config: TrainerConfig, strategy: Strategy, loader: Loader) -> None:
         self._strategy, self._loader, self.unsaved = strategy, loader, False
         kept = names(config)
-        self._model = _ModelTensors(strategy.own_modules() if kept else [])
+        self._model = _ModelTensors(strategy if kept else None)
         makers = {"ema": _ema, "swa": _swa}
         tensors = dict(zip(self._model.names, self._model.current(), strict=True))
         self._averages = [makers[name](config, tensors) for name in kept]
@@ -203,11 +205,17 @@ class Averages:
         if not self._averages:
             return
         saved: dict[str, Tensor] = {}
+        slices: dict[str, TensorSlice] = {}
+        of_model = state.get("slices", {}).get("model", {})
         for average in self._averages:
             self._strategy.agree_on_average(average.tensors)
-            if average.updates:
-                saved |= {f"{average.name}/{key}": t for key, t in average.tensors.items() if key in state["model"]}
+            for key, tensor in average.tensors.items() if average.updates else ():
+                if key in state["model"]:
+                    saved[f"{average.name}/{key}"] = self._strategy.saved_part(key, tensor)
+                if key in of_model:
+                    slices[f"{average.name}/{key}"] = of_model[key]
         state["average"] = saved
+        state["slices"] = {**state.get("slices", {}), "average": slices}
         state["scalars"]["averages"] = {each.name: each.updates for each in self._averages if each.updates}
         state["scalars"]["measured_averages"] = {each.name: each.measured for each in self._averages if each.measured}
         self.unsaved = False
@@ -229,7 +237,8 @@ class Averages:
                 parts.append(RestoredPart(part, "absent", "none was saved; it begins with this run's model"))
                 continue
             for key, tensor in average.tensors.items():
-                found = saved["average"].get(f"{average.name}/{key}")
+                whole = saved["average"].get(f"{average.name}/{key}")
+                found = None if whole is None else self._strategy.part_of(key, whole)
                 if found is None or found.shape != tensor.shape:
                     raise ValueError(f"the saved average {average.name} is not of this model: {key} differs")
                 tensor.copy_(found)
@@ -242,22 +251,26 @@ class Averages:
 
 
 class _ModelTensors:
-    """The parameters and floating-point buffers that belong to the state of a rank's modules.
+    """What a rank keeps of the parameters and floating-point buffers that belong to the state of its modules.
 
     Args:
-        modules: With the unsplit model's names inside.
+        strategy: Holds the modules; ``None`` for no tensors.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, strategy: Strategy | None) -> None:
         self._parameters: dict[str, Tensor] = {}
         # A forward pass may replace a buffer by a new tensor, so its owner is kept.
         self._buffers: dict[str, tuple[nn.Module, str]] = {}
-        for module in modules:
+        if strategy is None:
+            return
+        kept = strategy.kept_parameters()
+        for module in strategy.own_modules():
             parameters = dict(module.named_parameters(remove_duplicate=False))
             for name, tensor in module_state.read(module).tensors.items():
                 owner, _, key = name.rpartition(".")
                 if name in parameters:
-                    self._parameters[name] = parameters[name].detach()
+                    # Of a parameter that ranks share this one may have nothing.
+                    self._parameters |= {name: kept[name]} if name in kept else {}
                 elif tensor.is_floating_point() and not module_state.is_extra_state(name):
                     self._buffers[name] = module.get_submodule(owner), key
 

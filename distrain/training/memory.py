@@ -71,7 +71,7 @@ class MemoryWatch:
         self._largest_batch = max(self._largest_batch, batch.global_count)
         measured = self._can_follow and repeats and self._step_bytes == _UNKNOWN
         try:
-            with LiveMemory() if measured else contextlib.nullcontext() as live:
+            with LiveMemory(self._runtime.device) if measured else contextlib.nullcontext() as live:
                 yield
         except Exception as error:
             if not is_out_of_memory(error):

@@ -249,7 +249,7 @@ class _Trial:
         device = self._runtime.device
         inputs = self._batch.inputs[:size].clone()
         targets = slice_targets(self._batch.targets, 0, len(inputs))
-        live: Any = LiveMemory()
+        live: Any = LiveMemory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -182,6 +182,7 @@ class RunPlan:
             dtype=self.dtype,
             autocast=precision.autocast,
             extra_check=functools.partial(_prepare_and_check, config, self.strategy),
+            most_bytes=self.strategy.most_trial_bytes(config),
         )
         trial.show(lambda model, images: self.strategy.check_passes(config, model, images, precision))
         if is_mps(self.device):

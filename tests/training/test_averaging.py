@@ -48,7 +48,11 @@ RECIPES = {
 LAYOUTS = {
     "ddp": (3, ("strategy=ddp",)),
     "pipeline": (2, ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")),
+    "fsdp": (3, ("strategy=fsdp", "strategy.block_mb=1e-4")),
+    "fsdp of gradients": (3, ("strategy=fsdp", "strategy.shard=gradients")),
 }
+#: Those that update element by element and look at nothing else.
+RECIPES_OF_FSDP = ("averages", "lion")
 #: Where the model is.
 ALLOW = ["tests.runs"]
 #: What computes on another number of ranks, and what adds up in another order.
@@ -78,11 +82,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def recipes_of(*layouts: str | None) -> list[str]:
+    """Names of the recipes that all of these layouts train."""
+    return list(RECIPES_OF_FSDP if any("fsdp" in (layout or "") for layout in layouts) else RECIPES)
+
+
 def train_in(folder: Path, layout: str, source: str | None = None) -> None:
-    """Trains all recipes in a layout; from the middle on where the checkpoints of another layout are given."""
+    """Trains the recipes in a layout; from the middle on where the checkpoints of another layout are given."""
     ranks, strategy = LAYOUTS[layout]
     runs = []
-    for name, options in RECIPES.items():
+    for name in recipes_of(layout, source):
+        options = RECIPES[name]
         middle = () if source is None else (f"resume={folder}/{source}/{name}/checkpoints/step_{SAVED:08d}",)
         target = layout if source is None else f"{layout} from {source}"
         runs.append((*SHARED, *options, *strategy, *middle, f"run_dir={folder}/{target}/{name}"))
@@ -95,19 +105,19 @@ def summary(folder: Path) -> dict[str, Any]:
     return {key: content.get(key) for key in ("test_correct", "test_count", "test_ema_correct", "test_swa_correct")}
 
 
-#: Each layout whole, resumed in itself, and resumed from another one.
-CASES = [(layout, source) for layout in LAYOUTS for source in (None, layout, "single")]
-ALWAYS = [("ddp", None), ("ddp", "ddp"), ("pipeline", "single")]
+#: Each layout resumed in itself, so also whole, and resumed from others.
+ALWAYS = [("ddp", "ddp"), ("pipeline", "single"), ("fsdp", "fsdp of gradients")]
+CASES = [*((layout, source) for layout in LAYOUTS for source in (layout, "single")), ALWAYS[-1], ("ddp", "fsdp")]
 
 
 @pytest.mark.parametrize("case", soaked(CASES, ALWAYS), ids=str)
-def test_recipes_are_the_same_on_ranks_and_after_a_resume(case: tuple[str, str | None], folder: Path) -> None:
+def test_recipes_are_the_same_on_ranks_and_after_a_resume(case: tuple[str, str], folder: Path) -> None:
     layout, source = case
-    target = layout if source is None else f"{layout} from {source}"
-    if source == layout and not (folder / layout).exists():
-        train_in(folder, layout)
+    target = f"{layout} from {source}"
+    if not (folder / source).exists():
+        train_in(folder, source)
     train_in(folder, layout, source)
-    for name in RECIPES:
+    for name in recipes_of(layout, source):
         run = folder / target / name
         assert relative_difference(saved(run), saved(folder / "single" / name)) <= BOUND, name
         assert summary(run) == summary(folder / "single" / name)

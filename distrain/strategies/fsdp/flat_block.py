@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ class FlatBlock:
     Attributes:
         names: The parameters' names.
         parameters: The parameters; see :meth:`attach`.
+        shapes: Their shapes.
+        strides: Their strides in the flat buffer.
         part_size: Elements of a rank's part.
         part: This rank's part, ``[part_size]``; ``None`` before :meth:`keep_whole` or :meth:`keep_part`.
         slices: This rank's slices of parameters.
@@ -53,7 +55,7 @@ class FlatBlock:
         self.parameters = [parameter for _, parameter in named]
         self._group = group
         # A parameter that is a view with gaps gets the strides of a copy, since a flat buffer has no gaps.
-        self._strides = [torch.empty_like(parameter, device="meta").stride() for parameter in self.parameters]
+        self.strides = [torch.empty_like(parameter, device="meta").stride() for parameter in self.parameters]
         self.shapes = [parameter.shape for parameter in self.parameters]
         self._offsets = [0]
         for parameter in self.parameters:
@@ -106,12 +108,14 @@ class FlatBlock:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parameters in a flat buffer."""
-        layouts = zip(self.shapes, self._strides, self._offsets, strict=False)
+        layouts = zip(self.shapes, self.strides, self._offsets, strict=False)
         return [flat.as_strided(shape, strides, offset) for shape, strides, offset in layouts]
 
     def in_memory_order(self, index: int, tensor: Tensor) -> Tensor:
         """The elements of a tensor of a parameter's shape, ``[numel]``, in the parameter's memory order."""
-        shape, strides = self.shapes[index], self._strides[index]
+        shape, strides = self.shapes[index], self.strides[index]
+        if tensor.stride() == strides:
+            return tensor.detach().as_strided((tensor.numel(),), (1,))
         copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         return copy.as_strided((tensor.numel(),), (1,))
 
@@ -120,22 +124,25 @@ class FlatBlock:
     @torch.no_grad()
     def keep_whole(self) -> None:
         """Moves the parameters into a flat buffer that stays; this rank's part is a view of it."""
-        self._flat = flat = self._copied()
+        self._flat = flat = self.new_flat()
+        for view, parameter in zip(self.views(flat), self.parameters, strict=True):
+            view.copy_(parameter)
         self._set_data(self.views(flat))
         self.part = self._own_part(flat)
         self.is_attached = True
 
     @torch.no_grad()
-    def keep_part(self) -> None:
-        """Keeps a copy of this rank's part, and lets go of the parameters' values."""
-        self.part = self._own_part(self._copied()).clone()
-        self._make_empty()
+    def keep_part(self, value_of: Callable[[Tensor], Tensor] = torch.detach) -> None:
+        """Keeps a copy of this rank's part, and lets go of the parameters' values.
 
-    def _copied(self) -> Tensor:
-        flat = self.new_flat()
-        for view, parameter in zip(self.views(flat), self.parameters, strict=True):
-            view.copy_(parameter)
-        return flat
+        Args:
+            value_of: Gives the value of a parameter, one after the other.
+        """
+        self.part = self._like.new_zeros(self.part_size)
+        for each in self.slices:
+            whole = self.in_memory_order(each.parameter, value_of(self.parameters[each.parameter]))
+            self.part[each.offset : each.offset + each.size] = whole[each.start : each.start + each.size]
+        self._make_empty()
 
     def _own_part(self, flat: Tensor) -> Tensor:
         return flat[self._group.rank * self.part_size : (self._group.rank + 1) * self.part_size]
@@ -200,16 +207,6 @@ class FlatBlock:
     def _set_data(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
-
-    def gathered(self, part: Tensor) -> list[Tensor]:
-        """Tensors of the parameters' shapes out of all ranks' parts of them; all ranks of the group call it.
-
-        Args:
-            part: This rank's, ``[part_size]``, of any dtype.
-        """
-        flat = part.new_empty(self.part_size * self._group.size)
-        self._group.start_all_gather_into(flat, part).wait()
-        return self.views(flat)
 
     @property
     def storage(self) -> Tensor | None:

@@ -22,7 +22,7 @@ from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.device import RandomState
 
 #: Unless it is configured, a block has this part of the model's parameters, and at least so many MiB.
-_BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
+BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
 
 
 @dataclass
@@ -64,7 +64,7 @@ def usual_limit(model_bytes: float) -> float:
     Args:
         model_bytes: Size of all parameters.
     """
-    return max(_LEAST_BLOCK_MB * MIB, _BLOCK_PART * model_bytes)
+    return max(_LEAST_BLOCK_MB * MIB, BLOCK_PART * model_bytes)
 
 
 def choose_blocks(root: Call, bytes_of: Mapping[str, int], limit: float) -> list[ModuleBlock]:
@@ -116,7 +116,7 @@ def choose_blocks(root: Call, bytes_of: Mapping[str, int], limit: float) -> list
     return blocks
 
 
-def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
+def observe(model: nn.Module, inputs: Tensor, *, shapes_only: bool = False) -> tuple[Call, str]:
     """Runs a copy of the model, in training and in evaluation mode, and notes which call uses which parameter.
 
     A parameter that is not used, because a pass depends on the data, belongs to the call of the model.
@@ -124,6 +124,7 @@ def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
     Args:
         model: Its buffers and the generators of random numbers stay as they are.
         inputs: What the model is called with.
+        shapes_only: Run the copy on the meta device, since the model has no values.
 
     Returns:
         The call of the model; and why it could not be observed, in which case all parameters belong to it.
@@ -132,7 +133,11 @@ def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
     random_state = RandomState.now()
     try:
         # The copy has buffers of its own and the model's own parameters.
-        observed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        shared: dict[int, Tensor] = {id(parameter): parameter for parameter in model.parameters()}
+        if shapes_only:
+            shared = {id(each): _without_values(each) for each in (*model.parameters(), *model.buffers())}
+            inputs = inputs.to("meta")
+        observed = copy.deepcopy(model, shared)
         observer = _Observer(observed)
         with torch.no_grad(), torch_internals.observe_operations(observer.note):
             for training in (True, False):
@@ -143,6 +148,12 @@ def observe(model: nn.Module, inputs: Tensor) -> tuple[Call, str]:
         return Call("", parameters=names), described(error)
     finally:
         random_state.restore()
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """A tensor on the meta device instead of another one."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 class _Observer:

@@ -52,11 +52,6 @@ class FSDPConfig(DDPConfig):
         if self.shard != OPTIMIZER and config.compression.name != "none":
             problem = f"compresses all-reduces, and strategy.shard={self.shard} has none; strategy.shard=optimizer has"
             raise ConfigError("compression", config.compression.name, problem, ["none"])
-        averages = {"ema.decay": config.trainer.ema.decay, "swa.from_epoch": config.trainer.swa.from_epoch}
-        for key, value in averages.items():
-            if self.shard == FULL and value is not None:
-                problem = "averages whole parameters, which strategy.shard=full doesn't keep; the other shards do"
-                raise ConfigError(f"trainer.{key}", value, problem, ["null"])
         if self.shard == FULL and config.trainer.compile:
             problem = "is not possible under strategy.shard=full, whose parameters come and go"
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])

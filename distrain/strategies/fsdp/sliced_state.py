@@ -1,87 +1,102 @@
-"""Optimizer state of slices of parameters: saved as whole tensors, and restored from whole tensors.
+"""State of slices of parameters: saved as what each rank holds, and restored from whole tensors.
 
-So a checkpoint is the same whichever strategy has written it. Each rank of a shard group saves some of the model's
-tensors. A block's tensors are gathered together, so no rank holds more than a block beyond what it saves.
+Each rank of a shard group saves its slices as they are, so nothing is gathered and nothing copied. Whoever reads the
+checkpoint, under any strategy, finds whole tensors by the parameters' names (:mod:`distrain.checkpoint.saved_tensors`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import named_state
+from distrain.checkpoint.saved_tensors import TensorSlice, described
 from distrain.communication.collectives import Communicator
-from distrain.communication.types import DTYPES
-from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.fsdp.flat_block import FlatBlock, Slice
 
 
-def owners(blocks: Sequence[FlatBlock], ranks: int) -> dict[str, int]:
-    """Which rank of a shard group saves each parameter and its state, so that all save about as much."""
-    sizes = [(shape.numel(), name) for block in blocks for name, shape in zip(block.names, block.shapes, strict=True)]
-    load, found = [0] * ranks, {}
-    for size, name in sorted(sizes, reverse=True):
-        found[name] = load.index(min(load))
-        load[found[name]] += size
-    return found
+class Place(NamedTuple):
+    """Where this rank's slice of a parameter is.
+
+    Attributes:
+        block: The block.
+        slice: The slice in it.
+    """
+
+    block: FlatBlock
+    slice: Slice
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole parameter."""
+        return self.block.shapes[self.slice.parameter]
+
+    @property
+    def part(self) -> Tensor:
+        """The slice, ``[size]``, as a view of this rank's part of the block."""
+        assert self.block.part is not None
+        return self.block.part[self.slice.offset : self.slice.offset + self.slice.size]
+
+    def saved_as(self) -> TensorSlice:
+        """What a checkpoint says of the slice."""
+        strides = self.block.strides[self.slice.parameter]
+        return TensorSlice(tuple(self.shape), tuple(strides), self.slice.start)
+
+    def of_whole(self, whole: Tensor) -> Tensor:
+        """The slice of a tensor that has the parameter's shape."""
+        ordered = self.block.in_memory_order(self.slice.parameter, whole)
+        return ordered[self.slice.start : self.slice.start + self.slice.size]
+
+
+def shaped(shape: torch.Size) -> Tensor:
+    """A tensor that has a shape and nothing else."""
+    return torch.empty((), device="meta").expand(shape)
+
+
+def places(blocks: Sequence[FlatBlock]) -> dict[str, Place]:
+    """Where this rank's slice of each parameter is, for those that it has one of."""
+    return {block.names[each.parameter]: Place(block, each) for block in blocks for each in block.slices}
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer,
-    blocks: Sequence[FlatBlock],
+    places: Mapping[str, Place],
     slices: Mapping[str, nn.Parameter],
     group: Communicator,
     device: torch.device,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The whole tensors of an optimizer's state that this rank saves, by name; all ranks of the group call it together.
+) -> tuple[dict[str, Tensor], dict[str, TensorSlice], dict[str, Any]]:
+    """This rank's part of an optimizer's state; all ranks of the group call it together.
 
     Args:
         optimizer: Of this rank's slices.
-        blocks: All blocks.
+        places: Where they are.
         slices: This rank's slice of each parameter that it has one of.
         group: The ranks that share the blocks.
         device: On which they communicate.
 
     Returns:
-        Tensors and other values, as :func:`distrain.checkpoint.named_state.optimizer_state` returns them; the other
-        values are those of all ranks.
+        Tensors by name, as :func:`distrain.checkpoint.named_state.optimizer_state` returns them; which of them are
+        slices; and the other values, those of all ranks.
     """
-    owner = owners(blocks, group.size)
     tensors, scalars = named_state.optimizer_state(optimizer, {parameter: name for name, parameter in slices.items()})
-    dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items() if tensor.dim()}
-    numbers = {key: tensor.item() for key, tensor in tensors.items() if not tensor.dim()}
-    number_dtypes = {key: str(tensors[key].dtype).removeprefix("torch.") for key in numbers}
-    offered = group.all_gather_json(
-        {"dtypes": dtypes, "numbers": numbers, "number_dtypes": number_dtypes, "scalars": scalars}, device
-    )
-    merged: dict[str, dict[str, Any]] = {
-        part: {key: value for each in reversed(offered) for key, value in each[part].items()} for part in offered[0]
-    }
-    saved: dict[str, Tensor] = {}
-    for key, number in merged["numbers"].items():
-        if owner[key.rpartition("/")[0]] == group.rank:
-            saved[key] = torch.tensor(number, dtype=DTYPES[merged["number_dtypes"][key]])
-    for block in blocks:
-        names = set(block.names)
-        keys = [key for key in merged["dtypes"] if key.rpartition("/")[0] in names]
-        for state_name, dtype in sorted({(key.rpartition("/")[2], merged["dtypes"][key]) for key in keys}):
-            part = torch.zeros(block.part_size, dtype=DTYPES[dtype], device=device)
-            for each in block.slices:
-                tensor = tensors.get(f"{block.names[each.parameter]}/{state_name}")
-                if tensor is not None:
-                    part[each.offset : each.offset + each.size] = tensor
-            for name, whole in zip(block.names, block.gathered(part), strict=True):
-                key = f"{name}/{state_name}"
-                if owner[name] == group.rank and key in merged["dtypes"]:
-                    saved[key] = whole.clone()
-    return saved, merged["scalars"]
+    saved, sliced = {}, {}
+    for key, tensor in tensors.items():
+        place = places[key.rpartition("/")[0]]
+        if tensor.dim():
+            sliced[key] = place.saved_as()
+        # A single number, such as a step count, is the same for all slices of a parameter.
+        if tensor.dim() or place.slice.start == 0:
+            saved[key] = tensor
+    ranks = group.all_gather_json(scalars, device)
+    return saved, sliced, {key: value for each in reversed(ranks) for key, value in each.items()}
 
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    blocks: Sequence[FlatBlock],
+    places: Mapping[str, Place],
     slices: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
@@ -90,27 +105,23 @@ def load_optimizer(
 
     Args:
         optimizer: As for :func:`optimizer_state`.
-        blocks: Likewise.
+        places: Likewise.
         slices: Likewise.
-        tensors: Whole tensors of all parameters.
+        tensors: Whole tensors of all parameters; those of which this rank has no slice are not looked at.
         scalars: Other values.
 
     Raises:
         ValueError: A tensor's shape differs from its parameter's.
     """
-    places = {block.names[each.parameter]: (block, each) for block in blocks for each in block.slices}
-    shapes = {name: block.shapes[each.parameter] for name, (block, each) in places.items()}
-    wholes = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    named_state.check_shapes(wholes, {key: tensor.shape for key, tensor in tensors.items()})
-    sliced: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name, _, state_name = key.rpartition("/")
-        if name not in places:
-            continue
-        if not named_state.has_shape_of_parameter(state_name, tensor.shape, wholes[name]):
-            sliced[key] = tensor
-            continue
-        block, each = places[name]
-        sliced[key] = block.in_memory_order(each.parameter, tensor)[each.start : each.start + each.size]
-    names: dict[Tensor, str] = {parameter: name for name, parameter in slices.items()}
-    named_state.load_optimizer(optimizer, names, sliced, scalars)
+    wholes = {name: shaped(place.shape) for name, place in places.items()}
+    known = {key: entry for key, entry in described(tensors).items() if key.rpartition("/")[0] in places}
+    named_state.check_shapes(wholes, {key: entry.shape for key, entry in known.items()})
+
+    def entries() -> Iterator[tuple[str, Any]]:
+        for key, entry in known.items():
+            name, _, state_name = key.rpartition("/")
+            is_sliced = named_state.has_shape_of_parameter(state_name, entry.shape, wholes[name])
+            yield key, places[name].of_whole(tensors[key]) if is_sliced else tensors[key]
+        yield from scalars.items()
+
+    named_state.load_entries(optimizer, slices, entries())

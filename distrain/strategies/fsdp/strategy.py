@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain import torch_internals
 from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
-from distrain.communication.collectives import Communicator
+from distrain.checkpoint.saved_tensors import described
+from distrain.communication.collectives import Communicator, digest
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
 from distrain.models.outputs import logits_of
+from distrain.models.tensors import named_tensors
 from distrain.strategies.base import MakeOptimizer, StepResult, accumulated_pieces
 from distrain.strategies.ddp import DDP
 from distrain.strategies.fsdp import module_blocks, sliced_state
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: With shard=full, a larger model is held whole by no rank, not even for a trial.
+_MOST_TRIAL_MB = 64
 #: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
 _OBSERVED_SAMPLES = 2
 
@@ -96,27 +99,52 @@ class FSDP(DDP):
         shares = dict.fromkeys(kinds, 1 / sharding.ranks_of_group(world_size))
         if sharding.shard == FULL:
             # The blocks that are gathered: the one in use and those before and after it, or all.
-            shares["parameters"] += min(3 * _BLOCK_PART, 1.0) if sharding.reshard_after_forward else 1.0
+            shares["parameters"] += min(3 * module_blocks.BLOCK_PART, 1.0) if sharding.reshard_after_forward else 1.0
         return shares
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
     @override
+    @classmethod
+    def most_trial_bytes(cls, config: Config) -> float:
+        is_full = cast(FSDPConfig, cls.options_of(config)).shard == FULL
+        return _MOST_TRIAL_MB * MIB if is_full else super().most_trial_bytes(config)
+
+    @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        if self.initial_values is not None:
+            self.initial_values.fill(dict(model.named_buffers()))
         # Before ddp exchanges layers that communicate.
         self._module_blocks = self._choose_module_blocks(model, example) if self._shard == FULL else []
         super().setup(model, task, make_optimizer, example)
+        self.initial_values = None
         if self._gatherer is not None:
             self._gatherer.gather_for_recomputed(model)
         # A sample for passes of an evaluation in which this rank has none.
         self._stand_in = example.new_zeros(1, *example.shape[1:])
 
+    @override
+    def sync_initial_state(self, model: nn.Module, communicator: Communicator) -> None:
+        # Ranks that compute values part by part have compared what they compute them from.
+        if self.initial_values is None:
+            super().sync_initial_state(model, communicator)
+
     def _choose_module_blocks(self, model: nn.Module, example: Tensor) -> list[ModuleBlock]:
-        with self.precision.autocast():
-            inputs = example.new_zeros(_OBSERVED_SAMPLES, *example.shape[1:])
-            root, problem = module_blocks.observe(model, inputs)
-        if problem:
-            log.warning("the whole model is gathered at once, since a pass of it could not be observed: %s", problem)
+        inputs = example.new_zeros(_OBSERVED_SAMPLES, *example.shape[1:])
+        if self.initial_values is not None:
+            with self.precision.autocast():
+                root, problem = module_blocks.observe(model, inputs, shapes_only=True)
+            if problem := self._why_not_part_by_part(model, problem):
+                log.warning("each rank begins with the whole model: %s", problem)
+                self.initial_values.fill(dict(model.named_parameters()))
+                self.initial_values = None
+        if self.initial_values is None:
+            with self.precision.autocast():
+                root, problem = module_blocks.observe(model, inputs)
+            if problem:
+                log.warning(
+                    "the whole model is gathered at once, since a pass of it could not be observed: %s", problem
+                )
         bytes_of = {name: each.numel() * each.element_size() for name, each in model.named_parameters()}
         limit = module_blocks.usual_limit(sum(bytes_of.values()))
         if self._sharding.block_mb is not None:
@@ -126,6 +154,23 @@ class FSDP(DDP):
         plain = {"blocks": [[block.modules, block.parameters] for block in chosen]}
         agreed = self.replicas.all_gather_json(plain, self.runtime.device)[0]["blocks"]
         return [ModuleBlock(tuple(modules), tuple(parameters)) for modules, parameters in agreed]
+
+    def _why_not_part_by_part(self, model: nn.Module, problem: str) -> str:
+        """Why not all ranks can compute the initial values of their parts alone; all ranks call it together.
+
+        Args:
+            model: Has hollow tensors.
+            problem: Why this rank could not observe it; empty if it could.
+        """
+        values = self.initial_values
+        assert values is not None
+        known = [tensor for _, tensor in named_tensors(model) if not values.is_hollow(tensor)]
+        own = {"problem": problem, "drawn": int(digest([values.summary(), *known]))}
+        ranks = self.replicas.all_gather_json(own, self.runtime.device)
+        problems = [str(each["problem"]) for each in ranks if each["problem"]]
+        if not problems and any(each["drawn"] != ranks[0]["drawn"] for each in ranks):
+            problems = ["its initial parameters depend on the rank"]
+        return "".join(problems[:1])
 
     @override
     def _make_gradients(self) -> ReducedGradients:
@@ -141,9 +186,14 @@ class FSDP(DDP):
         self._blocks = [block for blocks in blocks_of_parts for block in blocks]
         for block in self._blocks:
             if self._shard == FULL:
-                block.keep_part()
+                block.keep_part(torch.detach if self.initial_values is None else self.initial_values.value)
             else:
                 block.keep_whole()
+        self._places = sliced_state.places(self._blocks)
+        # For each name of a parameter the one under which a block has it; tied parameters have several.
+        first = {id(parameter): name for name, parameter in named.items()}
+        all_names = self.model.named_parameters(remove_duplicate=False)
+        self._first_names = {name: first[id(parameter)] for name, parameter in all_names}
         self._slices = self._make_slices()
         gradients: ReducedGradients
         if self._shard == OPTIMIZER:
@@ -175,15 +225,11 @@ class FSDP(DDP):
 
     def _make_slices(self) -> dict[str, nn.Parameter]:
         """This rank's slices as parameters of their own, which share the memory of the blocks' parts."""
-        found = {}
-        for block in self._blocks:
-            assert block.part is not None
-            for each in block.slices:
-                data = block.part[each.offset : each.offset + each.size]
-                needs_grad = block.parameters[each.parameter].requires_grad
-                found[block.names[each.parameter]] = nn.Parameter(data, requires_grad=needs_grad)
-        order = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
-        return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+        return {
+            name: nn.Parameter(self._places[name].part, requires_grad=parameter.requires_grad)
+            for name, parameter in self.model.named_parameters()
+            if name in self._places
+        }
 
     def _make_gatherer(self, blocks_of_parts: Sequence[Sequence[FlatBlock]]) -> Gatherer:
         uses, first = [], 0
@@ -319,16 +365,46 @@ class FSDP(DDP):
             return {name: tensor.clone() for name, tensor in state.items()} if self._gatherer else state
 
     @override
+    def kept_parameters(self) -> dict[str, Tensor]:
+        if self._gatherer is None:
+            return super().kept_parameters()
+        names = self._first_names.items()
+        return {name: self._places[first].part for name, first in names if first in self._places}
+
+    @override
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        place = self._places.get(self._first_names.get(name, name))
+        if self._gatherer is None or place is None:
+            return whole
+        if whole.shape != place.shape:
+            raise ValueError(f"{name} is {tuple(whole.shape)}, the model's {tuple(place.shape)}")
+        return place.of_whole(whole)
+
+    @override
+    def saved_part(self, name: str, kept: Tensor) -> Tensor:
+        place = self._places.get(self._first_names.get(name, name))
+        return kept if self._gatherer is not None or place is None else place.of_whole(kept)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
         # A module that saves its state in its own way needs all its parameters for that.
-        is_plain = all(torch_internals.has_plain_state(module) for module in self.model.modules())
-        with nullcontext() if is_plain else self._whole_model():
+        with nullcontext() if module_state.has_plain_state(self.model) else self._whole_model():
             state = self._saved({}, {})
-            state["model"] = self._saved_model() if self._saves else {}
+            names = list(module_state.read(self.model).tensors)
+        others, state["model"] = state["model"], {}
+        state["slices"] = {"model": {}, "optimizer": {}}
         if self._saves:
-            state["optimizer"], state["scalars"]["optimizer"] = sliced_state.optimizer_state(
-                self.optimizer, self._blocks, self._slices, self.shard_group, self.runtime.device
+            # On the first rank all that is no parameter.
+            state["model"] = {name: tensor for name, tensor in others.items() if name not in self._first_names}
+            for name in names:
+                if place := self._places.get(self._first_names.get(name, "")):
+                    state["model"][name] = place.part
+                    state["slices"]["model"][name] = place.saved_as()
+            state["optimizer"], state["slices"]["optimizer"], state["scalars"]["optimizer"] = (
+                sliced_state.optimizer_state(
+                    self.optimizer, self._places, self._slices, self.shard_group, self.runtime.device
+                )
             )
         if self._shard == OPTIMIZER:
             state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
@@ -339,36 +415,19 @@ class FSDP(DDP):
         """Whether this rank's shard group saves."""
         return self._shard_replicas.rank == 0
 
-    def _saved_model(self) -> dict[str, Tensor]:
-        """The model's tensors that this rank saves: its parameters, and on the first rank all that is no parameter."""
-        owner = sliced_state.owners(self._blocks, self.shard_group.size)
-        tensors = module_state.read(self.model).tensors
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        owned: dict[int, Tensor] = {}
-        for block in self._blocks:
-            was_attached = block.is_attached
-            block.attach()
-            for name, parameter in zip(block.names, block.parameters, strict=True):
-                if owner[name] == self.shard_group.rank:
-                    owned[id(parameter)] = parameter.detach() if self._gatherer is None else parameter.detach().clone()
-            if not was_attached:
-                block.detach()
-        # Tied parameters have several names, and a state of a module's own may have others.
-        saved = {name: owned[id(parameters[name])] for name in tensors if id(parameters.get(name)) in owned}
-        if self.shard_group.rank == 0:
-            saved |= {name: tensor for name, tensor in tensors.items() if name not in parameters}
-        return saved
-
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         if self._shard == OPTIMIZER and self.is_arranged_as(saved["layout"]):
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
             self._rebuild_buckets()
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
-        with self._whole_model(writes=True):
-            module_state.load(self.model, *self.module_state_of(saved))
+        if self._gatherer is not None and module_state.has_plain_state(self.model):
+            self._load_parts(*self.module_state_of(saved))
+        else:
+            with self._whole_model(writes=True):
+                module_state.load(self.model, *self.module_state_of(saved))
         sliced_state.load_optimizer(
-            self.optimizer, self._blocks, self._slices, saved["optimizer"], saved["scalars"]["optimizer"]
+            self.optimizer, self._places, self._slices, saved["optimizer"], saved["scalars"]["optimizer"]
         )
         names = [name for name, _ in self.model.named_parameters()]
         return [
@@ -376,3 +435,18 @@ class FSDP(DDP):
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, names, self.replicas.size),
         ]
+
+    @torch.no_grad()
+    def _load_parts(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None) -> None:
+        """Loads a saved model without ever having more of it than this rank's slices and one tensor.
+
+        Raises:
+            ValueError: Names or shapes differ from the model's.
+        """
+        shapes = {name: block.shapes[index] for block in self._blocks for index, name in enumerate(block.names)}
+        own = {name: sliced_state.shaped(shapes[first]) for name, first in self._first_names.items()}
+        module_state.check_entries({**self.model.state_dict(), **own}, described(tensors))
+        others = {name: tensors[name] for name in tensors if name not in self._first_names}
+        module_state.load(self.model, others, plain, apart=self._first_names)
+        for name, place in self._places.items():
+            place.part.copy_(place.of_whole(tensors[name]))

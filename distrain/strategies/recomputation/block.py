@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.runtime.device import RandomState
-from distrain.runtime.live_memory import tensors_in
+from distrain.torch_internals import tensors_in
 
 
 @dataclass

@@ -22,8 +22,9 @@ from distrain.errors import ConfigError
 from distrain.models.base import is_sequence
 from distrain.models.layers import layer_modules
 from distrain.runtime.device import RandomState, seed_everything, synchronize
-from distrain.runtime.live_memory import LiveMemory, tensors_in
+from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.trial_copy import restored
+from distrain.torch_internals import tensors_in
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -225,7 +226,7 @@ class _Peaks(_Watched):
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         super().__init__(model, inputs)
-        self._live = LiveMemory()
+        self._live = LiveMemory(inputs.device)
         self._peaks = [0]
         #: The call whose forward or backward pass is under way.
         self._current = 0

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 import distrain
+from distrain.checkpoint import safetensors_writer
 from distrain.config.schema import Config
 from distrain.data.base import DataSpec
 from distrain.errors import ConfigError, first_line
@@ -70,10 +70,8 @@ class ModelFolder:
         shape = DataShape(self.spec.channels, len(self.spec.classes), (self.spec.height, self.spec.width))
         arguments = model_arguments(self.config.model, shape, self.allowed)
         folder.mkdir()
-        save_file(dict(tensors), folder / WEIGHTS, dict(metadata))
+        safetensors_writer.write_alone(folder / WEIGHTS, tensors, metadata)
         (folder / CONFIG).write_text(json.dumps(self._config(arguments), indent=2) + "\n", encoding="utf-8")
-        # The library makes a file that only its owner can read.
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
         text = card.text(self.run, self.config, self.spec, self.step, self.kind, arguments, self._described(), licence)
         (folder / CARD).write_text(text, encoding="utf-8")
 

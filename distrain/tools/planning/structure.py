@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from distrain.errors import ConfigError, first_line
-from distrain.runtime.live_memory import LiveMemory, tensors_in
+from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.precision import Precision
 from distrain.strategies.trial_copy import trial_copy
-from distrain.torch_internals import BatchNorm, storage_id
+from distrain.torch_internals import BatchNorm, storage_id, tensors_in
 
 log = logging.getLogger(__name__)
 

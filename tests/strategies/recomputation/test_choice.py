@@ -49,7 +49,7 @@ def test_the_predicted_peak_is_the_measured_one(share: float) -> None:
         recompute(name, model.get_submodule(name))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with LiveMemory() as live:
+    with LiveMemory(torch.device("cpu")) as live:
         nn.functional.cross_entropy(model(images), torch.zeros(12, dtype=torch.long)).backward()
     assert live.peak == pytest.approx(peak_of(passages, chosen), rel=0.1)
 
