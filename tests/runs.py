@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def train_on_rank(configuration: Config) -> dict[str, Any]:
     return {"summary": summary, "model": model, "run_dir": str(runtime.run_dir)}
 
 
-def relative_difference(model: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+def relative_difference(model: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
     """‖difference‖ / ‖reference‖ over all floating-point tensors of the model as one vector, in double precision."""
     assert model.keys() == reference.keys()
     floating = [name for name, tensor in reference.items() if tensor.is_floating_point()]

@@ -42,7 +42,7 @@ def fit(model: Any = None, train: Any = None, **changes: Any) -> distrain.Run:
 
 
 def saved(run: distrain.Run) -> dict[str, Tensor]:
-    return RunFolder.open(str(run.run_dir)).weights("newest").tensors
+    return dict(RunFolder.open(str(run.run_dir)).weights("newest").tensors)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

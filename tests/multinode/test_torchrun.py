@@ -54,7 +54,7 @@ def torchrun(script: str, *keys: str, nodes: int, ranks: int = 1) -> list[str]:
 
 def weights(run: Path) -> dict[str, Tensor]:
     """The model of a run's newest checkpoint."""
-    return RunFolder.open(str(run)).weights("newest").tensors
+    return dict(RunFolder.open(str(run)).weights("newest").tensors)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def stopped_file(folder: Path) -> dict[str, Any] | None:
 
 
 def saved_model(folder: Path, step: int) -> dict[str, Tensor]:
-    return checkpoint_reader.load_model(folder / "checkpoints" / f"step_{step:08d}")
+    return dict(checkpoint_reader.load_model(folder / "checkpoints" / f"step_{step:08d}"))
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------

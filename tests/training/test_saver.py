@@ -452,7 +452,7 @@ def test_a_new_run_removes_the_temporary_files_of_a_dead_one(tmp_path: Path) -> 
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    return checkpoint_reader.load_model(path)
+    return dict(checkpoint_reader.load_model(path))
 
 
 def test_pipeline_stages_save_their_own_files_and_saverstrategy_reads_them(tmp_path: Path) -> None:
