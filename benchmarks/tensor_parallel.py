@@ -3,7 +3,7 @@
 Two ranks on this host train the same vision transformer with the same batches, in float32, with Adam and one thread per
 rank. The contenders take turns in the same processes: some steps of each in every round. Prints the medians and the
 ratio. For ``parallelize_module``, queries, keys and values have a layer each, since it can't cut one layer between
-heads, and their input is gathered once.
+heads; the gradient of their common input is summed over the ranks once.
 
     python -m benchmarks.tensor_parallel [--rounds 9] [--steps 8] [--batch 16] [--width 192] [--depth 6]
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,8 +87,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps tokens to tokens of the same shape."""
         x = x + self.attn(self.norm1(x))
-        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x
+        output: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return output
 
 
 class ViT(nn.Module):
@@ -162,7 +163,8 @@ def parallelized(arguments: argparse.Namespace) -> Callable[[Batch], None]:
         parallelize_module(block, mesh, plan)
     divided = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
-    optimizer = torch.optim.Adam([{"params": divided}, {"params": whole}], lr=1e-3, fused=True)
+    groups: list[dict[str, Any]] = [{"params": divided}, {"params": whole}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)
 
     def step(batch: Batch) -> None:
         assert isinstance(batch.targets, Tensor)

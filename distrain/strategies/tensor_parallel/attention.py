@@ -39,8 +39,8 @@ class DividedAttention(nn.Module):
         self.training, self.ranks = module.training, group
         self.all_heads = int(module.num_heads)  # type: ignore[arg-type]
         self._heads = heads_of(self.all_heads, group)
-        for name in _PARTS:
-            setattr(self, name, getattr(module, name, None) or nn.Identity())
+        parts = {name: getattr(module, name, None) or nn.Identity() for name in _PARTS}
+        self.qkv, self.q_norm, self.k_norm, self.attn_drop, self.proj, self.proj_drop = parts.values()
 
     @override
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -68,7 +68,7 @@ class DividedMultiheadAttention(nn.MultiheadAttention):
     ranks: LayerGroup
 
     @override
-    def forward(  # type: ignore[override]
+    def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, need_weights: bool = True, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Maps tokens ``[N, T, C]`` (or ``[T, N, C]``, as the module says) to tokens of the same shape.
@@ -85,7 +85,8 @@ class DividedMultiheadAttention(nn.MultiheadAttention):
         joined = F.linear(self.ranks.enter(x), self.in_proj_weight, self.in_proj_bias)
         joined = joined.reshape(samples, tokens, 3, heads.stop - heads.start, self.head_dim)
         rate = self.dropout if self.training else 0.0
-        attended = attend(*joined.permute(2, 0, 3, 1, 4).unbind(0), rate, self.num_heads, heads)
+        own_query, own_key, own_value = joined.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = attend(own_query, own_key, own_value, rate, self.num_heads, heads)
         summand = F.linear(attended.transpose(1, 2).reshape(samples, tokens, -1), self.out_proj.weight)
         output = self.ranks.leave(summand)
         if self.out_proj.bias is not None:
@@ -134,15 +135,17 @@ def attend(
     weights = scores.softmax(-1)
     # Draws for all heads, as one process has them.
     ones = weights.new_ones(len(weights), all_heads, tokens, tokens)
-    return (weights * F.dropout(ones, rate)[:, heads]) @ value
+    attended: Tensor = (weights * F.dropout(ones, rate)[:, heads]) @ value
+    return attended
 
 
 def why_no_attention(module: nn.Module) -> str:
     """Why a module is no attention that can be divided; empty if it is one."""
     kind = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
-        plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
-        plain = plain and type(module) is nn.MultiheadAttention and not torch_internals.has_hooks(module)
+        joined, more = getattr(module, "in_proj_weight", None), module.bias_k is not None or module.add_zero_attn
+        plain = joined is not None and not more and not torch_internals.has_hooks(module)
+        plain = plain and type(module) is nn.MultiheadAttention
         return "" if plain else f"is a {kind} with more than one weight for queries, keys and values, or with hooks"
     qkv, projection, heads = (getattr(module, name, None) for name in ("qkv", "proj", "num_heads"))
     if type(qkv) is not nn.Linear or type(projection) is not nn.Linear or type(heads) is not int:
@@ -169,12 +172,13 @@ def _computes_attention(module: nn.Module) -> bool:
         tokens = torch.randn(*_TRIAL, module.qkv.in_features, generator=generator, dtype=torch.float64)  # type: ignore[union-attr,arg-type]
         divided = DividedAttention(trial, LayerGroup(Communicator()))
         for mode in (True, False):
-            results: list[Any] = []
+            results: list[Tensor] = []
             for each in (trial, divided):
                 with torch.random.fork_rng(devices=[]), torch.no_grad():
                     torch.manual_seed(0)
                     results.append(each.train(mode)(tokens))
-            if results[0].shape != results[1].shape or not torch.allclose(*results, rtol=_ROUNDING, atol=_ROUNDING):
+            own, other = results
+            if own.shape != other.shape or not torch.allclose(own, other, rtol=_ROUNDING, atol=_ROUNDING):
                 return False
     except Exception:  # a user's module may raise anything
         return False

@@ -224,7 +224,7 @@ class _Flow:
         if kind in _ELEMENTWISE or (kind in _POOLS and channels.dim == 1):
             self._give(region, call, channels)
         elif kind is nn.Flatten:
-            start, end = int(module.start_dim), int(module.end_dim)  # type: ignore[arg-type]
+            start, end = int(module.start_dim), int(module.end_dim)
             self._give(region, call, _flattened(channels, shape, start, end))
         elif kind in DROPOUTS and name in self._called_once:
             region.add(name, Division("channels", channels.count, channels.dim - len(shape), channels.count))
@@ -235,7 +235,7 @@ class _Flow:
             if channels.dim != 1:
                 raise _Mixed
             region.add(name, Division("channels", blocks_of(module, "channels")))
-            count = int(module.out_channels) if kind in CONVOLUTIONS else channels.count  # type: ignore[arg-type]
+            count = int(module.out_channels) if kind in CONVOLUTIONS else channels.count
             self._give(region, call, _Channels(1, count))
         elif kind in WEIGHT_LAYERS and not why_not(module, "row"):
             if channels.dim != (len(shape) - 1 if kind is nn.Linear else 1):

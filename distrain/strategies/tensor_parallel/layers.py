@@ -50,7 +50,7 @@ class _Column(nn.Module):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(self.ranks.enter(input))  # type: ignore[misc]
+        output: Tensor = super().forward(self.ranks.enter(input))
         return output
 
 
@@ -77,7 +77,8 @@ class _RowLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         output = self.ranks.leave(F.linear(input, self.weight))
         # Once, and not on each rank; not in place, since under autocast the sum may have fewer bits than the bias.
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        bias: Tensor | None = self.bias
+        return output if bias is None else output + bias.to(output.dtype)
 
 
 class _RowConv(nn.modules.conv._ConvNd):
@@ -85,7 +86,7 @@ class _RowConv(nn.modules.conv._ConvNd):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output = self.ranks.leave(self._conv_forward(input, self.weight, None))  # type: ignore[operator]
+        output = self.ranks.leave(self._conv_forward(input, self.weight, None))
         if self.bias is None:
             return output
         return output + self.bias.to(output.dtype).view(-1, *[1] * len(self.kernel_size))
@@ -241,7 +242,7 @@ def _divide_layer(module: nn.Module, division: Division, group: LayerGroup) -> d
         # All tensors of such a layer have the channels first.
         tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         cuts = {name: Cut.even(tensor, 0, blocks, group.size) for name, tensor in tensors.items() if tensor.dim()}
-        names = ("num_features", "num_channels", "num_groups", "in_channels", "out_channels", "groups")
+        names: tuple[str, ...] = ("num_features", "num_channels", "num_groups", "in_channels", "out_channels", "groups")
     else:
         _become(module, (_COLUMN if role == "column" else _ROW)[kind], group)
         names = ("out_features", "out_channels") if role == "column" else ("in_features", "in_channels")

@@ -20,14 +20,14 @@ WAYS: dict[str, tuple[str, ...]] = {
     "ViT": (*VIT, *ADAM, "trainer.precision=fp64", "trainer.grad_clip_norm=0.5"),
     "grouped": (*GROUPED, *ADAM, "trainer.precision=fp64", "trainer.micro_batch_size=4"),
     "float32": (*VIT, *ADAM, "trainer.micro_batch_size=4", "trainer.grad_clip_norm=0.5", "optimizer.sam_rho=0.05"),
-    "ResNet-18": (
+    "ResNet-18 batch norm": (
         "model=resnet18",
         "model.norm=batch",
         "optimizer=sgd",
         "optimizer.lr=0.001",
         "trainer.precision=fp64",
     ),
-    "ResNet-18, group norm": ("model=resnet18", "model.norm=group", "optimizer=sgd", "optimizer.lr=0.001"),
+    "ResNet-18 group norm": ("model=resnet18", "model.norm=group", "optimizer=sgd", "optimizer.lr=0.001"),
     "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", *ADAM, "trainer.precision=fp64"),
 }
 #: What each number of ranks trains.
