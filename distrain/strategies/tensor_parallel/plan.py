@@ -102,9 +102,8 @@ def _planned(model: nn.Module, named: Mapping[str, tuple[str, str]], ranks: int)
             raise ConfigError(f"strategy.plan.{pattern}", role, f"{name} is dropout, whose channels are not known")
         blocks = blocks_of(module, cast(Role, role))
         if blocks < ranks:
-            raise ConfigError(
-                f"strategy.plan.{pattern}", role, f"{name} has {blocks} channels, fewer than {ranks} ranks"
-            )
+            problem = f"{name} can be divided into {blocks}, not among {ranks} ranks"
+            raise ConfigError(f"strategy.plan.{pattern}", role, problem)
         found[name] = Division(cast(Role, role), blocks)
     return found
 

@@ -140,7 +140,7 @@ class TensorParallel(Replicated[TensorParallelConfig]):
         if any(bool(other != hashes[0]) for other in hashes):
             log.warning("the ranks' processors round differently: all take the parameters that are whole from rank 0")
             for tensor in wholes.values():
-                self.tensor_group.broadcast(tensor)
+                tensor.copy_(self.tensor_group.broadcast(tensor.contiguous()))
 
     @override
     def train_step(self, batch: Batch) -> StepResult:

@@ -71,6 +71,23 @@ class ViT(nn.Module):
         return logits
 
 
+class Encoder(nn.Module):
+    """torch's own attention, with dropout of several kinds; tokens come first in one layer, samples in the other."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4 * in_channels, 12)
+        self.first = nn.TransformerEncoderLayer(12, 3, 11, dropout=0.2, batch_first=True)
+        self.second = nn.TransformerEncoderLayer(12, 4, 10, dropout=0.2, norm_first=True)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images ``[N, C, 8, 8]`` to logits ``[N, num_classes]``."""
+        tokens = self.first(self.embed(F.unfold(images, 2, stride=2).transpose(1, 2)))
+        logits: Tensor = self.head(self.second(tokens.transpose(0, 1)).mean(0))
+        return logits
+
+
 class GroupedNet(nn.Module):
     """Inverted residuals: depthwise, squeezed and grouped convolutions between pointwise ones, and dropout."""
 
