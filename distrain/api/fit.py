@@ -16,13 +16,14 @@ from distrain.api.ranks import run_on_ranks
 from distrain.api.result import Result
 from distrain.api.run import Run
 from distrain.api.settings import build_config, merge
-from distrain.api.surroundings import name_refusal_at_exit, release_process_groups, restored_surroundings
+from distrain.api.surroundings import name_refusal_at_exit, restored_surroundings
 from distrain.api.training import Training
 from distrain.checkpoint.format import checkpoints_folder
 from distrain.data.python_object import PythonObjectDataConfig
 from distrain.errors import ConfigError, config_error
 from distrain.models.python_object import ModelObject
 from distrain.runtime import program
+from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.runtime.world import World
 from distrain.tasks.base import target_of
 from distrain.tools.launching import slurm
@@ -97,7 +98,7 @@ def fit(
         else:
             training.check(ranks.first_world())
             result = Result(Path(run_on_ranks(training, ranks)["run_dir"]))
-        release_process_groups()
+        free_finished_trainings()
         return training.finish(result)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import logging
 import os
 import sys
@@ -15,7 +14,6 @@ import torch
 
 from distrain.errors import ConfigError
 from distrain.health import last_line
-from distrain.runtime import runtime
 from distrain.runtime.device import RandomState
 
 
@@ -46,15 +44,6 @@ def restored_surroundings() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-
-
-def release_process_groups() -> None:
-    """Lets go of process groups that a finished training holds in reference cycles, and so ends their threads.
-
-    A thread of torch's that still runs when Python ends may abort the process ("terminate called").
-    """
-    if runtime.joined_group:
-        gc.collect()
 
 
 @functools.cache

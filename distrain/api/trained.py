@@ -12,7 +12,7 @@ from torch import nn
 
 from distrain.api.arrays import one_part
 from distrain.api.run import Run, check_images
-from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.api.surroundings import restored_surroundings
 from distrain.checkpoint.format import AVERAGES
 from distrain.cli import evaluate as evaluation
 from distrain.cli import export as exporting
@@ -24,6 +24,7 @@ from distrain.config.schema import DEVICES
 from distrain.data.python_object import DataObject, PythonObjectDataConfig, offered_data
 from distrain.errors import ConfigError, config_error
 from distrain.models.python_object import ModelObject, offered_model
+from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.runtime.world import World
 from distrain.tasks import base as tasks
 
@@ -83,7 +84,7 @@ def evaluate(
         folder, samples = _with_samples(folder, data)
     with restored_surroundings(), offered_model(_model(run, model)), offered_data(samples):
         result = evaluation.evaluate_run(folder, settings, World.from_environment())[0]
-    release_process_groups()
+    free_finished_trainings()
     return result
 
 

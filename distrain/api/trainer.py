@@ -11,13 +11,14 @@ from typing import Any
 from distrain.api.fit import prepare
 from distrain.api.run import Run
 from distrain.api.settings import merge
-from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.api.surroundings import restored_surroundings
 from distrain.checkpoint.progress import Progress
 from distrain.cli import app
 from distrain.config.registry import choice
 from distrain.errors import ConfigError, Stopped, config_error
 from distrain.models.python_object import ModelObject
 from distrain.runtime import program
+from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.strategies.auto import AutoConfig
 from distrain.strategies.base import Strategy, strategy_class
 from distrain.tools.launching import slurm
@@ -132,7 +133,7 @@ class Trainer:
         # Nothing here must keep the process group, which has ended.
         self._progress, self._inner, self._steps = trainer.progress, None, None
         del trainer
-        release_process_groups()
+        free_finished_trainings()
         if result is not None:
             self._run = self._training.finish(result)
 

@@ -16,13 +16,14 @@ from omegaconf import DictConfig
 from distrain.api.fit import prepare
 from distrain.api.ranks import run_on_ranks
 from distrain.api.settings import merge
-from distrain.api.surroundings import release_process_groups, restored_surroundings
+from distrain.api.surroundings import restored_surroundings
 from distrain.api.training import Training
 from distrain.cli.verify import VerifySettings
 from distrain.config.load import load_settings
 from distrain.errors import config_error
 from distrain.files.writing import to_json
 from distrain.runtime import launcher, program
+from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.runtime.world import World
 from distrain.tools.launching import slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
@@ -110,7 +111,7 @@ def verify(
                 found = verify_on_rank(training, options)
             else:
                 found = _verify_on_ranks(training, options, nproc)
-            release_process_groups()
+            free_finished_trainings()
             return found
 
 

@@ -12,7 +12,7 @@ from distrain.data.batch import Batch
 from distrain.data.loader import Loader
 from distrain.health.activity import in_phase
 from distrain.reporting.loggers.base import Logger
-from distrain.runtime import consensus, gc_freeze
+from distrain.runtime import consensus, garbage_collection
 from distrain.runtime.consensus import Request, RunControl
 from distrain.runtime.device import StepGenerators
 from distrain.runtime.runtime import Runtime
@@ -93,7 +93,7 @@ class Trainer:
 
     def steps(self) -> Steps:
         """Trains as :meth:`fit`, and yields the number of updates after each; a text sent to it says why to stop."""
-        with self.callbacks.ending(self) as end, gc_freeze.frozen_gc():
+        with self.callbacks.ending(self) as end, garbage_collection.frozen_gc():
             try:
                 end.summary = yield from self._fit()
             finally:

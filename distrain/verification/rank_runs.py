@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distrain.config.schema import Config
+from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.base import strategy_class
@@ -54,6 +55,7 @@ class RankRuns:
     @contextlib.contextmanager
     def set_up(self, config: Config, world: World) -> Iterator[Trainer]:
         """A run that is set up; inside the block it can train, once."""
+        free_finished_trainings()
         plan = self.plan_of(config, world)
         with quiet(), Runtime(config, world) as runtime:
             # The runtime has set the level.

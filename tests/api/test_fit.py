@@ -27,6 +27,7 @@ import distrain
 from distrain.api.surroundings import restored_surroundings
 from distrain.cli import app
 from distrain.cli.run_folder import RunFolder
+from distrain.training.trainer import Trainer
 from tests.api.models import SETTINGS, Skip, samples, skip_net
 from tests.runs import LAUNCH, small
 
@@ -218,7 +219,9 @@ def test_the_process_is_afterwards_as_it_was() -> None:
     torch.manual_seed(6)
     torch.set_num_threads(2)
     before = state()
+    gc.collect()
     fit(first, seed=3)
+    assert not any(type(living) is Trainer for living in gc.get_objects())
     with pytest.raises(distrain.Failed):
         fit(second)
     with pytest.raises(distrain.ConfigError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 from distrain.runtime.world import World
+from distrain.training.trainer import Trainer
 from distrain.verification import engine
 from distrain.verification.engine import Options
 from tests.harness import run_ranks
@@ -19,6 +21,8 @@ def verified_on_rank(overrides: tuple[str, ...], folder: Path, options: dict[str
     shared = [key for key in SMALL if not (other_data and key.startswith("data"))]
     config = compose(*shared, *overrides)
     certificate = engine.verify(config, World.from_environment(), Options(folder=folder, **options))
+    # Each run has freed those before it.
+    assert sum(type(living) is Trainer for living in gc.get_objects()) <= 1
     return certificate.to_plain(), "\n".join(certificate.lines())
 
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 from distrain.data.base import Splits
 from distrain.errors import Stopped
 from distrain.runtime.device import synchronize
+from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.runtime.runtime import Runtime
 from distrain.tools.planning.robust_mean import median_of_means
 from distrain.training import auto_format
@@ -68,6 +69,7 @@ def step_seconds(
         Failed: A rank failed.
         Stopped: A rank was asked to stop.
     """
+    free_finished_trainings()
     warm_up, periods = steps_of_trial(expected, period, timed_seconds)
     steps = warm_up + periods * period
     plan = plan.with_config(dataclasses.replace(shortened(plan.config, steps), run_dir=str(folder)))

@@ -1,10 +1,20 @@
-"""Excludes long-lived objects from Python's garbage collection during training."""
+"""When Python collects garbage: rarely during a training, and always after it."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Iterator
+
+
+def free_finished_trainings() -> None:
+    """Frees the tensors and process groups of trainings in this process that have ended.
+
+    A trainer and its parts refer to each other, so only a garbage collection frees them. Python starts one by the
+    number of objects, not by their size: after several trainings of ResNet-18 a process held 13 GB instead of 3. A
+    thread of a process group that still runs when Python ends may abort the process ("terminate called").
+    """
+    gc.collect()
 
 
 @contextlib.contextmanager

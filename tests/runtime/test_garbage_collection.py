@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from distrain.runtime.gc_freeze import frozen_gc
+from distrain.runtime.garbage_collection import frozen_gc
 
 
 class Node:
