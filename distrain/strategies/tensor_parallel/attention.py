@@ -58,6 +58,8 @@ class DividedAttention(nn.Module):
     def _normalised(self, norm: nn.Module, of_heads: Tensor) -> Tensor:
         """All heads share the norm's parameters, so their gradients are summed over the ranks."""
         parameters = {name: self.ranks.enter(parameter) for name, parameter in norm.named_parameters()}
+        if not parameters:
+            return norm(of_heads)  # type: ignore[no-any-return]
         found: Tensor = torch.func.functional_call(norm, parameters, (of_heads,))
         return found
 

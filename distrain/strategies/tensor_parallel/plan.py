@@ -16,7 +16,7 @@ from distrain.strategies.pipeline.calls import Untraceable
 from distrain.strategies.pipeline.traced_model import recorded_passes
 from distrain.strategies.precision import Precision
 from distrain.strategies.tensor_parallel.flow import divisible
-from distrain.strategies.tensor_parallel.layers import DROPOUTS, WEIGHT_LAYERS, Division, Role, blocks_of, why_not
+from distrain.strategies.tensor_parallel.layers import WEIGHT_LAYERS, Division, Role, blocks_of, why_not
 from distrain.strategies.tensor_parallel.options import REPLICATED, TensorParallelConfig
 
 #: Most names of layers in a line of the log.
@@ -37,8 +37,7 @@ def check_patterns(options: TensorParallelConfig, model: nn.Module) -> None:
             raise unmatched("strategy.plan", pattern, "fits no layer", names)
         for name in names:
             module = model.get_submodule(name)
-            is_dropout = role == "channels" and type(module) in DROPOUTS
-            if role != REPLICATED and not is_dropout and (problem := why_not(module, cast(Role, role))):
+            if role != REPLICATED and (problem := why_not(module, cast(Role, role))):
                 raise ConfigError(f"strategy.plan.{pattern}", role, f"{name} {problem}")
 
 
@@ -77,7 +76,10 @@ def find_divisions(
     named = _named(options, model)
     if not options.is_automatic:
         return _planned(model, named, ranks)
-    kept = frozenset(named)
+    # What is replicated is so with all that it contains.
+    kept = frozenset(
+        name for name, _ in model.named_modules() if any(f"{name}.".startswith(f"{each}.") for each in named)
+    )
     try:
         with whole_encoder_layers():
             traces = recorded_passes(model, example, precision, auxiliary=auxiliary)
@@ -93,13 +95,12 @@ def find_divisions(
 
 
 def _planned(model: nn.Module, named: Mapping[str, tuple[str, str]], ranks: int) -> dict[str, Division]:
+    """The layers that a plan names."""
     found: dict[str, Division] = {}
     for name, (pattern, role) in named.items():
         module = model.get_submodule(name)
         if role == REPLICATED:
             continue
-        if type(module) in DROPOUTS:
-            raise ConfigError(f"strategy.plan.{pattern}", role, f"{name} is dropout, whose channels are not known")
         blocks = blocks_of(module, cast(Role, role))
         if blocks < ranks:
             problem = f"{name} can be divided into {blocks}, not among {ranks} ranks"

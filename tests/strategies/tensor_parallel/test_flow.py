@@ -64,7 +64,7 @@ def test_attention_mlp_grouped_convolutions_and_dropout_are_divided() -> None:
     assert roles(found(models.Encoder(3, 4)))["second.self_attn"] == "attention"
     # More ranks than heads: the MLP alone.
     assert "blocks.0.attn" not in found(models.ViT(3, 4), ranks=6)
-    assert list(found(models.ViT(3, 4), **{"blocks.0*": "replicated", "*.attn": "replicated"})) == [
+    assert list(found(models.ViT(3, 4), **{"blocks.0": "replicated", "*.attn": "replicated"})) == [
         "blocks.1.mlp.fc1",
         "blocks.1.mlp.drop1",
         "blocks.1.mlp.fc2",
