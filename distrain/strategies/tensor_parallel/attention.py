@@ -89,11 +89,12 @@ class DividedMultiheadAttention(nn.MultiheadAttention):
         rate = self.dropout if self.training else 0.0
         own_query, own_key, own_value = joined.permute(2, 0, 3, 1, 4).unbind(0)
         attended = attend(own_query, own_key, own_value, rate, self.num_heads, heads)
-        summand = F.linear(attended.transpose(1, 2).reshape(samples, tokens, -1), self.out_proj.weight)
-        output = self.ranks.leave(summand)
+        # Laid out with tokens first, as torch's is: dropout draws in the order of memory.
+        tokens_first = attended.permute(2, 0, 1, 3).reshape(tokens, samples, -1)
+        output = self.ranks.leave(F.linear(tokens_first, self.out_proj.weight))
         if self.out_proj.bias is not None:
             output = output + self.out_proj.bias.to(output.dtype)
-        return output if self.batch_first else output.transpose(0, 1), None
+        return output.transpose(0, 1) if self.batch_first else output, None
 
 
 def heads_of(heads: int, group: LayerGroup) -> slice:

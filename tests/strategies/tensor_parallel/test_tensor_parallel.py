@@ -112,15 +112,20 @@ def examined(folder: str) -> dict[str, Any]:
             norm.add_(1e-3 * runtime.world.rank)
         strategy.begin_epoch(1)
         found["norm"] = norm.detach().clone()
-        # Layers that don't belong together, and a layer of which each rank would have nothing.
-        for name, plan in (("alone", "{blocks.0.mlp.fc1: column}"), ("few", "{blocks.*.attn: attention}")):
-            more = () if name == "alone" else ("+model.kwargs.heads=1",)
-            wrong = small(*options, *VIT, *more, f"strategy.plan={plan}", f"run_dir={folder}/examined")
+        # Layers that don't belong together, dropout between divided layers that would draw for a part of them, and a
+        # layer of which a rank would have nothing.
+        for name, plan, kwargs in (
+            ("alone", "strategy.plan={blocks.0.mlp.fc1: column}", "rate=0"),
+            ("draws", PLANNED, "rate=0.2"),
+            ("few", PLANNED, "heads=1"),
+        ):
+            wrong = small(*options, *VIT, f"+model.kwargs.{kwargs}", plan, f"run_dir={folder}/examined")
             try:
                 trainer_for(wrong, runtime)
             except ConfigError as error:
                 found[name] = str(error)
-        planned = strategy_of(small(*options, *VIT, PLANNED, f"run_dir={folder}/examined"), runtime)
+        fitting = small(*options, *VIT, "+model.kwargs.rate=0", PLANNED, f"run_dir={folder}/examined")
+        planned = strategy_of(fitting, runtime)
         found["planned"] = {name: list(parameter.shape) for name, parameter in planned.model.named_parameters()}
     return found
 
@@ -160,6 +165,7 @@ def test_two_ranks_hold_send_save_and_resume_what_they_should(tmp_path: Path) ->
         assert max(sizes) < 1.7 * min(sizes)
     assert torch.equal(first["norm"], second["norm"])
     assert "strategy.plan: the divided model fails (RuntimeError" in first["alone"]
+    assert "strategy.plan: the divided model gives other outputs in training" in first["draws"]
     assert (
         first["few"] == "strategy.plan.blocks.*.attn=attention: blocks.0.attn can be divided into 1, not among 2 ranks"
     )
