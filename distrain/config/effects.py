@@ -8,10 +8,11 @@ from typing import Any
 from distrain.config.schema import Config
 from distrain.config.setting import Effect
 
-#: Keys of mappings whose keys are no choices of distrain: arguments of what ``_target_`` names.
+#: Keys of mappings whose keys are no choices of distrain: arguments of what ``_target_`` names, or layers of a model.
 ARGUMENTS = (
     *(f"{group}.kwargs" for group in ("model", "data", "loss", "optimizer", "scheduler", "logger")),
     "model.arguments",
+    "strategy.plan",
     *(f"data.{part}" for part in ("train", "val", "test", "held_out")),
 )
 

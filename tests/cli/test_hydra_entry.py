@@ -449,7 +449,10 @@ def test_multirun_stops_at_the_first_refused_value(
             "strategy=",
             {
                 f"strategy={name}"
-                for name in ("auto", "ddp", "fsdp", "local_sgd", "parameter_server", "pipeline", "single")
+                for name in (
+                    *("auto", "ddp", "fsdp", "local_sgd"),
+                    *("parameter_server", "pipeline", "single", "tensor_parallel"),
+                )
             },
         ),
         ("strategy=d", {"strategy=ddp"}),

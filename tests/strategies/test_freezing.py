@@ -71,6 +71,7 @@ EQUAL: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "local_sgd": (3, (*GROUP_NORM, "optimizer.momentum=0"), ("strategy=local_sgd", "strategy.sync_every=1")),
     "parameter_server": (4, (*GROUP_NORM, *MOMENTUM), ("strategy=parameter_server", "strategy.servers=2")),
     "fsdp": (3, (*BATCH_NORM, *MOMENTUM), ("strategy=fsdp", "strategy.block_mb=0.0005")),
+    "tensor_parallel": (2, (*CNN, *MOMENTUM), ("strategy=tensor_parallel",)),
     "LoRA, fsdp": (2, (*LORA_BATCH_NORM, *MOMENTUM), ("strategy=fsdp", "strategy.shard=gradients")),
     "LoRA, ddp": (3, (*LORA_BATCH_NORM, *MOMENTUM), ("strategy=ddp", "strategy.first_bucket_mb=0.0005")),
     "LoRA, pipeline": (
@@ -159,6 +160,7 @@ LOSING: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
 #: Ways that are tried by make test-soak alone.
 LONG = (
     "local_sgd",
+    "tensor_parallel",
     "replicated stages",
     "normalisation between stages",
     "frozen mode",

@@ -30,6 +30,7 @@ TASKS = {
 STRATEGIES = {
     "ddp": ("strategy=ddp", "trainer.micro_batch_size=2"),
     "fsdp": ("strategy=fsdp", "trainer.micro_batch_size=2", "strategy.block_mb=1e-3"),
+    "tensor_parallel": ("strategy=tensor_parallel", "trainer.micro_batch_size=4"),
     "pipeline": ("strategy=pipeline", "strategy.stages=3", "strategy.microbatches=3"),
     "local_sgd": ("strategy=local_sgd", "strategy.sync_every=1", "strategy.warmup_steps=0"),
     "parameter_server": ("strategy=parameter_server",),
@@ -64,7 +65,7 @@ ALWAYS = [
 ]
 
 
-CASES = dict.fromkeys([*itertools.product(TASKS, ("ddp", "fsdp", "pipeline")), *ALWAYS])
+CASES = dict.fromkeys([*itertools.product(TASKS, ("ddp", "fsdp", "pipeline", "tensor_parallel")), *ALWAYS])
 
 
 @pytest.mark.parametrize("case", soaked(CASES, ALWAYS), ids="-".join)

@@ -109,7 +109,8 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
     pipeline = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")
     for end, ranks, strategy in (
         (7, 4, ("strategy=fsdp", "strategy.shard_size=2", "strategy.block_mb=1e-3")),
-        (14, 2, pipeline),
+        (10, 2, pipeline),
+        (14, 2, ("strategy=tensor_parallel",)),
         (21, 3, ("strategy=fsdp", "strategy.shard=gradients")),
         (29, 1, ()),
         (40, 3, ("strategy=ddp",)),
@@ -134,7 +135,7 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
         assert hows["model"] == hows["optimizer"] == hows["data position"] == "exact"
         assert hows["schedule"] == "changed"
         assert hows["random draws"] == "redistributed"
-    assert "changed: strategy.name: fsdp → pipeline" in log_of(tmp_path / "parts")
+    assert "changed: strategy.name: pipeline → tensor_parallel" in log_of(tmp_path / "parts")
     assert not {"trainer.progress", "runtime.timeout_seconds"} & changed_keys(log_of(tmp_path / "parts"))
 
 

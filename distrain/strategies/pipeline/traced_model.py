@@ -152,6 +152,22 @@ def traced_model(
     return TracedModel(model, Line(model, training), Line(model, evaluation), cuts, modes)
 
 
+def recorded_passes(model: nn.Module, example: Tensor, precision: Precision, *, auxiliary: bool) -> tuple[Trace, Trace]:
+    """Records the model's forward pass in training and in evaluation mode; the model stays as it was.
+
+    Args:
+        model: The model.
+        example: As for :func:`traced_model`.
+        precision: Of forward passes.
+        auxiliary: As for :func:`traced_model`.
+
+    Raises:
+        Untraceable: The model's own ``forward`` can't be recorded.
+    """
+    with _surroundings(example, precision), trial_copy(model) as trial:
+        return _record_both(trial, example, auxiliary, frozenset())
+
+
 @contextlib.contextmanager
 def _surroundings(example: Tensor, precision: Precision) -> Iterator[None]:
     """Those of a forward pass; the generators stay as they are."""
@@ -161,7 +177,7 @@ def _surroundings(example: Tensor, precision: Precision) -> Iterator[None]:
         yield
 
 
-def _images(example: Tensor, count: int) -> Tensor:
+def images_like(example: Tensor, count: int) -> Tensor:
     """Inputs like the example: normal noise, or some of its own values if they are integers."""
     shape = (count, *example.shape[1:])
     if not example.is_floating_point():
@@ -175,7 +191,7 @@ def _images(example: Tensor, count: int) -> Tensor:
 
 def _record_both(trial: nn.Module, example: Tensor, auxiliary: bool, still: Set[str]) -> tuple[Trace, Trace]:
     """Records in training and in evaluation mode; the same modules are opened in both."""
-    images = (_images(example, _RECORDED[0]), _images(example, _RECORDED[1]))
+    images = (images_like(example, _RECORDED[0]), images_like(example, _RECORDED[1]))
     closed: dict[str, str] = {}
     for mode in (True, False):
         # A first pass may make what later ones keep.
@@ -202,7 +218,7 @@ def _run(model: nn.Module, images: Tensor) -> Any:
 def _difference(trial: nn.Module, traced: TracedModel, example: Tensor, auxiliary: bool) -> str:
     """How the segments' results differ from the model's; empty if they don't."""
     for mode, count in ((True, _COMPARED), (False, _COMPARED), (False, _ALONE)):
-        images = _images(example, count)
+        images = images_like(example, count)
         results = []
         for model in (trial, traced):
             with restored(trial), torch.set_grad_enabled(mode):

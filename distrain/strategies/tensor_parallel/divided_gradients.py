@@ -1,0 +1,58 @@
+"""Gradients of a model of which each rank has a part of some parameters, and the others whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distrain.communication.collectives import Communicator
+from distrain.compression.base import Compressor
+from distrain.gradients.buckets import Gradients
+from distrain.reporting.metrics import Stopwatch
+from distrain.torch_internals import foreach
+
+
+class DividedGradients(Gradients):
+    """As :class:`~distrain.gradients.buckets.Gradients`; each parameter of the unsplit model counts once in the norm.
+
+    Args:
+        parameters: This rank's, by name.
+        divided: Names of those that are a part of a parameter.
+        group: The ranks that have the parts.
+        replicas: The ranks over which gradients are summed.
+        compressor: Of their exchange.
+        stopwatch: Records exposed communication.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        divided: Collection[str],
+        group: Communicator,
+        replicas: Communicator,
+        compressor: Compressor,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self._divided, self._group = frozenset(divided), group
+        super().__init__(parameters, replicas, compressor, stopwatch)
+
+    @override
+    def norm(self) -> Tensor:
+        """Euclidean norm over the gradients of the unsplit model, a scalar; all ranks of the group call it together."""
+        if not self.buckets:
+            return torch.zeros(())
+        gradients = {name: tensor for bucket in self.buckets for name, tensor in bucket.tensors.items()}
+        parts = [tensor for name, tensor in gradients.items() if name in self._divided]
+        wholes = [tensor for name, tensor in gradients.items() if name not in self._divided]
+        like = self.buckets[0].flat
+        squares = self._group.all_reduce(_sum_of_squares(parts, like))
+        return (squares + _sum_of_squares(wholes, like)).sqrt()
+
+
+def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
+    if not tensors:
+        return like.new_zeros(())
+    return torch.stack(foreach("norm", tensors)).square().sum()

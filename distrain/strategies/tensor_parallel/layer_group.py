@@ -1,0 +1,101 @@
+"""The two operations between whole and divided activations, with their gradients.
+
+They are *f* and *g* of Shoeybi et al. 2019, "Megatron-LM" (arXiv 1909.08053), §3. Where a whole activation enters
+divided layers nothing is sent, and its gradient is the sum of the ranks'. Where the results of divided layers leave
+them, they are summed, and the gradient is that of the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distrain.communication.collectives import Communicator
+
+
+class LayerGroup:
+    """The ranks among which layers are divided.
+
+    Args:
+        communicator: Of these ranks.
+        waiting: Makes a context that is entered while this rank communicates in a pass.
+        layout: Memory format of images' activations, the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.communicator, self._waiting, self._layout = communicator, waiting, layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
+        """A copy of a layer communicates with the same ranks."""
+        return self
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among them."""
+        return self.communicator.rank
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.communicator.size
+
+    def layout_of(self, dims: int) -> torch.memory_format:
+        """Memory format of whole activations with so many dimensions."""
+        return self._layout if dims == 4 else torch.contiguous_format
+
+    def enter(self, whole: Tensor) -> Tensor:
+        """A whole activation as the input of divided layers: its gradient will be summed over the ranks."""
+        if self.size == 1 or not (whole.requires_grad and torch.is_grad_enabled()):
+            return whole
+        return cast(Tensor, _Enter.apply(whole, self))  # type: ignore[no-untyped-call]
+
+    def leave(self, summand: Tensor) -> Tensor:
+        """The sum of all ranks' results; ``summand`` must not be used afterwards."""
+        if self.size == 1:
+            return summand
+        return cast(Tensor, _Leave.apply(summand, self))  # type: ignore[no-untyped-call]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place where the tensor is laid out as agreed."""
+        layout = self.layout_of(tensor.dim())
+        # The ranks' tensors may be laid out in different ways: one with a single channel is both.
+        tensor = tensor.contiguous(memory_format=layout)
+        # The same memory as a contiguous tensor, which is sent without a copy.
+        flat = tensor.permute(0, 2, 3, 1) if layout == torch.channels_last else tensor
+        with self._waiting():
+            self.communicator.all_reduce(flat)
+        return tensor
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: LayerGroup) -> Tensor:
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # A copy: autograd may use the tensor that it gives elsewhere too.
+        return ctx.group.sum(gradients[0].clone(memory_format=torch.preserve_format)), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, summand: Tensor, group: LayerGroup) -> Tensor:
+        total = group.sum(summand)
+        if total is summand:
+            ctx.mark_dirty(summand)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

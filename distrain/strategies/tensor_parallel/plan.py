@@ -1,0 +1,136 @@
+"""Which layers of a model are divided, and how: by patterns of names, or found by running the model."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from distrain.errors import ConfigError, config_error
+from distrain.models.layers import unmatched
+from distrain.strategies.pipeline.calls import Untraceable
+from distrain.strategies.pipeline.traced_model import recorded_passes
+from distrain.strategies.precision import Precision
+from distrain.strategies.tensor_parallel.flow import divisible
+from distrain.strategies.tensor_parallel.layers import WEIGHT_LAYERS, Division, Role, blocks_of, why_not
+from distrain.strategies.tensor_parallel.options import REPLICATED, TensorParallelConfig
+
+#: Most names of layers in a line of the log.
+_SHOWN_NAMES = 4
+
+
+def check_patterns(options: TensorParallelConfig, model: nn.Module) -> None:
+    """Refuses a plan that doesn't fit the model, as far as that is known without running it.
+
+    Raises:
+        ConfigError: A pattern fits no module, or one that can't be divided so.
+    """
+    named = _named(options, model)
+    for pattern, role in options.plan.items():
+        names = [name for name, (first, _) in named.items() if first == pattern]
+        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in model.named_modules()):
+            names = [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+            raise unmatched("strategy.plan", pattern, "fits no layer", names)
+        for name in names:
+            module = model.get_submodule(name)
+            if role != REPLICATED and (problem := why_not(module, cast(Role, role))):
+                raise ConfigError(f"strategy.plan.{pattern}", role, f"{name} {problem}")
+
+
+def _named(options: TensorParallelConfig, model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The first pattern that fits each module, and its role, by the module's name."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, _ in model.named_modules():
+        for pattern, role in options.plan.items():
+            if name and fnmatch.fnmatchcase(name, pattern):
+                found.setdefault(name, (pattern, role))
+    return found
+
+
+def find_divisions(
+    model: nn.Module,
+    example: Tensor,
+    precision: Precision,
+    options: TensorParallelConfig,
+    ranks: int,
+    *,
+    auxiliary: bool,
+) -> dict[str, Division]:
+    """How each divided module is divided, by its name; the same on all ranks.
+
+    Args:
+        model: The whole model.
+        example: Inputs ``[N, …]``.
+        precision: Of forward passes.
+        options: The strategy's keys.
+        ranks: Among which layers are divided.
+        auxiliary: Whether the loss depends on auxiliary heads.
+
+    Raises:
+        ConfigError: No layer can be divided, or one that the plan names can't be among so many ranks.
+    """
+    named = _named(options, model)
+    if not options.is_automatic:
+        return _planned(model, named, ranks)
+    # What is replicated is so with all that it contains.
+    kept = frozenset(
+        name for name, _ in model.named_modules() if any(f"{name}.".startswith(f"{each}.") for each in named)
+    )
+    try:
+        with whole_encoder_layers():
+            traces = recorded_passes(model, example, precision, auxiliary=auxiliary)
+    except Untraceable as error:
+        place = error.place and f" at {error.place}"
+        problem = f"{type(model).__name__} can't be traced: {error.problem}{place}; name the layers to divide"
+        raise config_error("strategy.plan", problem) from error
+    divisions = divisible(model, list(traces), kept, ranks)
+    if not divisions:
+        problem = f"no layer of {type(model).__name__} was found that {max(ranks, 2)} ranks can divide"
+        raise config_error("strategy.plan", f"{problem}; name layers, or use another strategy")
+    return divisions
+
+
+def _planned(model: nn.Module, named: Mapping[str, tuple[str, str]], ranks: int) -> dict[str, Division]:
+    """The layers that a plan names."""
+    found: dict[str, Division] = {}
+    for name, (pattern, role) in named.items():
+        module = model.get_submodule(name)
+        if role == REPLICATED:
+            continue
+        blocks = blocks_of(module, cast(Role, role))
+        if blocks < ranks:
+            problem = f"{name} can be divided into {blocks}, not among {ranks} ranks"
+            raise ConfigError(f"strategy.plan.{pattern}", role, problem)
+        found[name] = Division(cast(Role, role), blocks)
+    return found
+
+
+@contextlib.contextmanager
+def whole_encoder_layers() -> Iterator[None]:
+    """In this block torch's encoder layers call their submodules in evaluation too, and don't read their weights."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def describe(model: nn.Module, divisions: Mapping[str, Division], ranks: int) -> str:
+    """What is divided and what stays whole, in a line; called before the model is divided."""
+    layers = {
+        name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+    }
+    inside = tuple(f"{name}." for name, division in divisions.items() if division.role == "attention")
+    whole = [name for name in layers if name not in divisions and not name.startswith(inside)]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    kept = sum(parameter.numel() for name in whole for parameter in layers[name].parameters(recurse=False))
+    share = f"{len(layers) - len(whole)} of {len(layers)} layers, with {1 - kept / size:.0%} of the parameters"
+    # The model's own parameters have no layer.
+    named = [name or type(model).__name__ for name in whole[:_SHOWN_NAMES]] or ["nothing"]
+    more = f" and {len(whole) - _SHOWN_NAMES} more" if len(whole) > _SHOWN_NAMES else ""
+    return f"{ranks} ranks divide {share}, and run the same batches; whole on each rank: {', '.join(named)}{more}"
