@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,7 @@ def run(
     )
 
 
-def train(lab: Path, name: str, *overrides: str, ranks: int = 1) -> dict[str, Tensor]:
+def train(lab: Path, name: str, *overrides: str, ranks: int = 1) -> Mapping[str, Tensor]:
     """Trains two epochs with the package's data, model and task; returns the last checkpoint's model."""
     mine = ("data=mine", "model=mine", "task=mine", f"run_dir={lab / name}", "--config-dir", str(lab / "conf"))
     fixed = ("trainer.epochs=2", "logger=none", "trainer.progress=off", "trainer.memory_format=contiguous")

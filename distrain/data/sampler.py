@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +144,17 @@ def part_sizes(count: int, parts: int) -> list[int]:
     """Sizes of the parts into which :func:`shard_bounds` and ``Tensor.tensor_split`` divide ``count`` samples."""
     size, larger = divmod(count, parts)
     return [size + (index < larger) for index in range(parts)]
+
+
+def accumulated_pieces(largest: int | None, count: int, shards: int) -> int:
+    """Passes that the largest share of a batch needs; replicas don't differ in it.
+
+    Args:
+        largest: Most samples of a pass; ``None``: no limit.
+        count: Samples in the global batch.
+        shards: How many ranks share it.
+    """
+    return 1 if largest is None else math.ceil(math.ceil(count / shards) / largest)
 
 
 def shard_bounds(count: int, index: int, shards: int) -> tuple[int, int]:

@@ -12,6 +12,9 @@ from distrain.errors import ConfigError, config_error
 from distrain.models import lora
 from distrain.models.layers import layer_depths, matches, unmatched
 
+#: Most names of frozen parameters in a line of the log.
+_SHOWN_NAMES = 4
+
 
 def freeze_schedule(config: Config, model: nn.Module) -> FreezeSchedule | None:
     """When each parameter is trained, by ``freeze`` and ``lora``; ``None`` if all always are.
@@ -73,6 +76,14 @@ class FreezeSchedule:
     def epochs(self) -> list[int]:
         """The epochs that train more than the one before, in order; the first is 0."""
         return sorted({int(epoch) for epoch in self._first_epoch.values() if epoch < math.inf} | {0})
+
+    def described(self, epoch: int) -> str:
+        """How many parameter tensors are trained in an epoch, and the names of some that are not."""
+        trained = self.trained(epoch)
+        frozen = [name for name in self.parameters if name not in trained]
+        shown = ", ".join(frozen[:_SHOWN_NAMES]) + (" …" if len(frozen) > _SHOWN_NAMES else "")
+        of_all = f"{len(trained)} of {len(self.parameters)} parameter tensors are trained"
+        return f"{of_all}, frozen: {shown}" if frozen else of_all
 
     @property
     def ever_trained(self) -> frozenset[str]:

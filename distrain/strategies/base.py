@@ -23,7 +23,7 @@ from distrain.compression import resharding
 from distrain.config.groups import StrategyConfig
 from distrain.config.registry import choice
 from distrain.config.schema import Config
-from distrain.data.sampler import part_sizes
+from distrain.data.sampler import accumulated_pieces, part_sizes
 from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 OptionsT_co = TypeVar("OptionsT_co", bound=StrategyConfig, default=StrategyConfig, covariant=True)
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
-#: Most names of frozen parameters in a line of the log.
-_SHOWN_NAMES = 4
 _COMPRESSOR_PARTS = (resharding.RESIDUALS, resharding.FACTORS)
 
 
@@ -201,7 +199,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
             One list a rank; passes without samples have the size 0.
         """
         shards = cls.data_parallel_size(config, world_size)
-        pieces = accumulated_pieces(config, count, shards) if training else 1
+        pieces = accumulated_pieces(config.trainer.largest_pass, count, shards) if training else 1
         return [part_sizes(share, pieces) for share in part_sizes(count, shards)]
 
     @classmethod
@@ -256,16 +254,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         self._trained = trained
         self.set_trained(trained)
         if self.runtime.is_main and epoch < self.config.trainer.epochs:
-            frozen = [name for name in self.freezing.parameters if name not in trained]
-            shown = ", ".join(frozen[:_SHOWN_NAMES]) + (" …" if len(frozen) > _SHOWN_NAMES else "")
-            count = len(self.freezing.parameters)
-            log.info(
-                "from epoch %d on: %d of %d parameter tensors are trained%s",
-                epoch + 1,
-                len(trained),
-                count,
-                f", frozen: {shown}" if frozen else "",
-            )
+            log.info("from epoch %d on: %s", epoch + 1, self.freezing.described(epoch))
 
     def set_trained(self, names: frozenset[str]) -> None:
         """Trains these parameters from the next step on, and keeps the others, and their optimizer's state, still.
@@ -498,18 +487,6 @@ class Strategy(ABC, Generic[OptionsT_co]):
         By default that is ``fit``. A rank with other work (a server) does that instead and returns an empty summary.
         """
         return fit()
-
-
-def accumulated_pieces(config: Config, count: int, shards: int) -> int:
-    """Pieces of ``trainer.micro_batch_size`` that the largest share of a batch needs; replicas don't differ in it.
-
-    Args:
-        config: The run's configuration.
-        count: Samples in the global batch.
-        shards: How many ranks share it.
-    """
-    size = config.trainer.largest_pass
-    return 1 if size is None else math.ceil(math.ceil(count / shards) / size)
 
 
 def strategy_class(config: Config) -> type[Strategy]:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.config.schema import Config
+from distrain.data.sampler import accumulated_pieces
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import still_modules, train_only
@@ -20,7 +21,7 @@ from distrain.models.outputs import logits_of
 from distrain.optim.optimizers import modes
 from distrain.runtime.memory_limit import memory_limit
 from distrain.strategies import held_memory
-from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy, accumulated_pieces
+from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.precision import Precision
 from distrain.strategies.sharpness import Sharpness
@@ -89,7 +90,8 @@ class Replicated(Strategy[OptionsT_co]):
         config = self.config
         set_up.apply(config, self.model, example, self.precision.autocast)
         share = math.ceil(config.data.batch_size / self.data_shard[1])
-        samples = math.ceil(share / accumulated_pieces(config, config.data.batch_size, self.data_shard[1]))
+        pieces = accumulated_pieces(config.trainer.largest_pass, config.data.batch_size, self.data_shard[1])
+        samples = math.ceil(share / pieces)
         return set_up.measure(config, self.model, example, self.precision.autocast, samples)
 
     def _choose_blocks(
@@ -201,7 +203,7 @@ class Replicated(Strategy[OptionsT_co]):
 
     def _pieces(self, batch: Batch) -> list[tuple[Tensor, Targets]]:
         """The share in pieces of near-equal size, as many as the largest share needs, so that replicas don't differ."""
-        count = accumulated_pieces(self.config, batch.global_count, self.data_shard[1])
+        count = accumulated_pieces(self.config.trainer.largest_pass, batch.global_count, self.data_shard[1])
         pieces = [(batch.inputs, batch.targets)] if count == 1 else batch.split(count)
         return pieces if self._needs_every_piece else [piece for piece in pieces if len(piece[0])]
 

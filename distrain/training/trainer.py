@@ -73,9 +73,7 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.monitor = plan.config, plan.task, plan.monitor
         self.runtime, self.strategy = runtime, strategy
-        self.splits = splits
-        self.loaders = loaders
-        self.schedule = schedule
+        self.splits, self.loaders, self.schedule = splits, loaders, schedule
         self.callbacks, self._pruning = callbacks, pruning
         self.progress = Progress()
         self.total_steps = total_steps(plan.config, len(loaders["train"]))

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from distrain import rng
 from distrain.data.batch import Batch, Targets, map_targets, pick_targets
-from distrain.data.sampler import part_sizes
-from distrain.strategies.base import StepResult, accumulated_pieces
+from distrain.data.sampler import accumulated_pieces, part_sizes
+from distrain.strategies.base import StepResult
 from distrain.tasks.base import Evaluation
 from distrain.training.callbacks import Callback, RunView
 from distrain.training.trainer import Trainer
@@ -155,7 +155,7 @@ class Recorder(Callback):
         """The batch with its samples in another order within each forward pass, if this run reorders them."""
         if not self._reorders:
             return batch
-        pieces = accumulated_pieces(self._trainer.config, batch.global_count, 1)
+        pieces = accumulated_pieces(self._trainer.config.trainer.largest_pass, batch.global_count, 1)
         order, start = [], 0
         for size in part_sizes(len(batch), pieces):
             within = torch.arange(size).flip(0)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -219,7 +219,7 @@ def tensor_files(run: Path) -> dict[str, str]:
 
 
 @functools.cache
-def alone(folder: Path, overrides: tuple[str, ...]) -> dict[str, Tensor]:
+def alone(folder: Path, overrides: tuple[str, ...]) -> Mapping[str, Tensor]:
     run = folder / str(abs(hash(overrides)))
     train([(*overrides, f"run_dir={run}")])
     return checkpoint_reader.load_model(last_checkpoint(run))

@@ -20,11 +20,12 @@ from distrain.checkpoint.saved_tensors import described
 from distrain.communication.collectives import Communicator, digest
 from distrain.config.registry import register
 from distrain.config.schema import Config
+from distrain.data.sampler import accumulated_pieces
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
 from distrain.models.outputs import logits_of
 from distrain.models.tensors import named_tensors
-from distrain.strategies.base import MakeOptimizer, StepResult, accumulated_pieces
+from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.ddp import DDP
 from distrain.strategies.fsdp import module_blocks, sliced_state
 from distrain.strategies.fsdp.flat_block import FlatBlock
@@ -301,7 +302,7 @@ class FSDP(DDP):
     def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
         if self._gatherer is not None:
             # First, so that the last pieces, after which gradients are sent, coincide.
-            pieces = accumulated_pieces(self.config, batch.global_count, self.data_shard[1])
+            pieces = accumulated_pieces(self.config.trainer.largest_pass, batch.global_count, self.data_shard[1])
             for _ in range(pieces - len(self._pieces(batch))):
                 self._gatherer.pass_without_samples()
         return super()._accumulate(batch, count, sends=sends)

@@ -44,6 +44,9 @@ class TensorParallelConfig(StrategyConfig):
         if config.trainer.compile:
             problem = "is not possible under strategy=tensor_parallel, whose layers communicate"
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
+        if config.prune.amount is not None:
+            problem = "compares weights of the whole model, of which strategy=tensor_parallel holds parts"
+            raise ConfigError("prune.amount", config.prune.amount, problem, ["null"])
         averages = {"ema.decay": config.trainer.ema.decay, "swa.from_epoch": config.trainer.swa.from_epoch}
         for key, value in averages.items():
             if value is not None:

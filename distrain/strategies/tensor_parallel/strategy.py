@@ -51,6 +51,8 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     steps_alike = True
     slices_parameters = True
     divides_model = True
+    # Activations are divided too, and only a step says how far.
+    knows_memory = False
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)

@@ -16,10 +16,10 @@ from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
 from distrain.errors import ConfigError
+from distrain.runtime.live_memory import LiveMemory
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.fsdp.strategy import FSDP
-from distrain.tools.planning.live_memory import LiveMemory
 from tests.checkpoint.helpers import progress
 from tests.harness import run_ranks
 from tests.runs import check, compose, relative_difference, small, train_on_rank, trainer_for
@@ -180,12 +180,12 @@ def measured(shards: list[str], folder: str) -> dict[str, dict[str, Any]]:
 
 def memory_of_checkpoints(strategy: FSDP, folder: Path) -> dict[str, int]:
     """The most bytes that a rank has, besides what it keeps, while it saves, loads and exports a model."""
-    with LiveMemory() as saving:
+    with LiveMemory(torch.device("cpu")) as saving:
         state = {**strategy.state_dict(), "layout": strategy.layout}
         path = checkpoint_writer.save(folder / "checkpoints", state, progress(2), strategy.runtime.communicator())
-    with LiveMemory() as loading:
+    with LiveMemory(torch.device("cpu")) as loading:
         strategy.load_state_dict(checkpoint_reader.load(path)[0])
-    with LiveMemory() as exporting:
+    with LiveMemory(torch.device("cpu")) as exporting:
         name = folder / f"exported by {strategy.runtime.world.rank}"
         safetensors_writer.write_alone(name, checkpoint_reader.load_model(path), {})
     moments = sum(value.nbytes for each in strategy.optimizer.state.values() for value in each.values())
