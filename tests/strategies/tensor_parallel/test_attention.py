@@ -20,7 +20,7 @@ def test_torchs_attention_keeps_its_results_its_draws_and_its_layout(batch_first
     whole = nn.MultiheadAttention(12, 3, dropout=0.5, batch_first=batch_first)
     divided = copy.deepcopy(whole)
     divided.__class__ = DividedMultiheadAttention
-    divided.ranks = LayerGroup(Communicator())
+    divided.ranks = LayerGroup(Communicator())  # type: ignore[assignment]
     tokens = torch.randn(4, 5, 12)
     results = []
     for module in (whole, divided):

@@ -17,8 +17,8 @@ from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 from tests.strategies.tensor_parallel import models
 
 
-def found(model: nn.Module, ranks: int = 2, side: int = 8, **options: str) -> dict[str, Division]:
-    keys = TensorParallelConfig(name="tensor_parallel", plan=options)
+def found(model: nn.Module, ranks: int = 2, side: int = 8, named: dict[str, str] | None = None) -> dict[str, Division]:
+    keys = TensorParallelConfig(name="tensor_parallel", plan=named or {})
     precision = Precision("fp32", torch.device("cpu"))
     return plan.find_divisions(model, torch.randn(2, 3, side, side), precision, keys, ranks, auxiliary=False)
 
@@ -64,7 +64,7 @@ def test_attention_mlp_grouped_convolutions_and_dropout_are_divided() -> None:
     assert roles(found(models.Encoder(3, 4)))["second.self_attn"] == "attention"
     # More ranks than heads: the MLP alone.
     assert "blocks.0.attn" not in found(models.ViT(3, 4), ranks=6)
-    assert list(found(models.ViT(3, 4), **{"blocks.0": "replicated", "*.attn": "replicated"})) == [
+    assert list(found(models.ViT(3, 4), named={"blocks.0": "replicated", "*.attn": "replicated"})) == [
         "blocks.1.mlp.fc1",
         "blocks.1.mlp.drop1",
         "blocks.1.mlp.fc2",
@@ -125,9 +125,8 @@ def test_what_mixes_channels_keeps_layers_whole(what: str) -> None:
 def test_layers_that_are_used_elsewhere_too_stay_whole() -> None:
     tied, hooked, twice = (Between(nn.ReLU()) for _ in range(3))
     tied.add_module("third", nn.Linear(4, 8))
-    tied.third.weight = nn.Parameter(torch.randn(8, 4))
     tied.add_module("fourth", nn.Linear(8, 4))
-    tied.fourth.weight = tied.get_parameter("second.weight")
+    tied.get_submodule("fourth").register_parameter("weight", tied.get_parameter("second.weight"))
     hooked.get_submodule("second").register_forward_hook(lambda *_: None)
     twice.get_submodule("between").add_module("again", nn.Identity())
     twice.add_module("last", nn.Sequential(nn.Linear(4, 8), twice.get_submodule("second")))

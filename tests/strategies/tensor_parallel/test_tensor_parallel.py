@@ -132,7 +132,7 @@ def examined(folder: str) -> dict[str, Any]:
 
 def tried_on_two_ranks(folder: str) -> dict[str, Any]:
     """Trains at once and in two parts, and examines."""
-    options = (*VIT, *ADAM, "strategy=tensor_parallel", "trainer.epochs=9", "trainer.grad_clip_norm=0.5")
+    options = (*VIT, *ADAM, "strategy=tensor_parallel", "scheduler=constant", "trainer.grad_clip_norm=0.5")
     whole = train_on_rank(small(*options, f"run_dir={folder}/whole", "trainer.max_steps=7"))
     parts = [
         train_on_rank(small(*options, f"run_dir={folder}/parts", f"trainer.max_steps={steps}")) for steps in (3, 7)
@@ -140,6 +140,7 @@ def tried_on_two_ranks(folder: str) -> dict[str, Any]:
     return {"whole": whole["model"], "parts": parts[-1]["model"], "examined": examined(folder)}
 
 
+@pytest.mark.soak
 def test_two_ranks_hold_send_save_and_resume_what_they_should(tmp_path: Path) -> None:
     ranks = run_ranks(tried_on_two_ranks, 2, str(tmp_path))
     for rank in ranks:
