@@ -262,7 +262,7 @@ def train(lab: Path, name: str, *overrides: str, ranks: int = 1) -> Mapping[str,
 
 
 @pytest.fixture(scope="module")
-def serial(lab: Path) -> dict[str, Tensor]:
+def serial(lab: Path) -> Mapping[str, Tensor]:
     return train(lab, "serial", "optimizer=sgd", "optimizer.lr=0.05")
 
 
