@@ -71,7 +71,7 @@ class _File:
         self._opened: IO[bytes] | None = None
         if stays_open:
             self._opened = untrusted.open_regular(path)
-            weakref.finalize(self, self._opened.close)
+            weakref.finalize(self, _close, self._opened)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -99,6 +99,12 @@ class _File:
             raise unreadable(self.path, error) from error
         if found != len(view):
             raise DamagedCheckpoint(f"{self.path} became shorter while it was read")
+
+
+def _close(file: IO[bytes]) -> None:
+    """Closes a file that was only read, which nothing depends on."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 class _Piece(NamedTuple):
