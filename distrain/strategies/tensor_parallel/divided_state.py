@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint import named_state
+from distrain.checkpoint.saved_tensors import described
 from distrain.communication.collectives import Communicator
 from distrain.strategies.tensor_parallel.cut import Cut
 
@@ -61,10 +62,11 @@ def gathered_optimizer(
     """
     owner, found = owners(cuts, group.size), {}
     for key, tensor in tensors.items():
-        name, _, state_name = key.rpartition("/")
+        name = key.rpartition("/")[0]
         cut = cuts.get(name)
         whole = tensor
-        if cut is not None and named_state.has_shape_of_parameter(state_name, tensor.shape, tensor):
+        # A single number, such as a step count, is the same on all ranks.
+        if cut is not None and tensor.dim():
             whole = cut.gather(tensor, group)
         if owner.get(name, 0) == group.rank:
             found[key] = whole
@@ -77,9 +79,9 @@ def parts_of_model(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], rank:
     Raises:
         ValueError: A tensor hasn't the shape of the model's.
     """
-    for name, tensor in tensors.items():
-        if name in cuts and tensor.shape != cuts[name].shape:
-            shapes = f"{name} is {tuple(tensor.shape)}, the model's {tuple(cuts[name].shape)}"
+    for name, entry in described(tensors).items():
+        if name in cuts and entry.shape != cuts[name].shape:
+            shapes = f"{name} is {tuple(entry.shape)}, the model's {tuple(cuts[name].shape)}"
             raise ValueError(f"the saved model is not this model: {shapes}")
     return {name: cuts[name].part(tensor, rank) if name in cuts else tensor for name, tensor in tensors.items()}
 
@@ -91,7 +93,7 @@ def parts_of_optimizer(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], r
         ValueError: A tensor hasn't the shape of its parameter.
     """
     wholes = {name: torch.empty(cut.shape, device="meta") for name, cut in cuts.items()}
-    named_state.check_shapes(wholes, {key: tensor.shape for key, tensor in tensors.items()})
+    named_state.check_shapes(wholes, {key: entry.shape for key, entry in described(tensors).items()})
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, _, state_name = key.rpartition("/")
