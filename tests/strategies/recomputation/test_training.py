@@ -38,6 +38,7 @@ WAYS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
         ((*SEQUENCE, *PIPELINE, "strategy.schedule=1f1b", *TWO_STAGES), ("all",)),
         ((*LAYERS, *PIPELINE, "strategy.schedule=zbv_zero_bubble", *FOUR_STAGES), ("all",)),
         ((*SEQUENCE, "strategy=local_sgd", "strategy.sync_every=2"), ("all",)),
+        ((*SEQUENCE, "strategy=tensor_parallel", "trainer.micro_batch_size=7"), ("all",)),
     ],
     3: [
         ((*SEQUENCE, "strategy=ddp", "strategy.bucket_mb=1e-3"), ("all",)),
