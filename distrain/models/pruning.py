@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.config.schema import LoraConfig, PruneConfig
 from distrain.errors import ConfigError
