@@ -66,7 +66,13 @@ def _build_for(strategy: Strategy, plan: RunPlan, splits: Splits, *, whole: bool
     make = functools.partial(build_model, plan, splits)
     if whole or strategy.most_trial_bytes(plan.config) == math.inf:
         return make()
-    model, strategy.initial_values = deferred.build(make)
+    model, values = deferred.build(make)
+    # A rank on which that failed has the whole model, and all must set it up by the same steps.
+    parted = torch.tensor(float(values is not None), device=plan.device)
+    everyone = strategy.runtime.communicator()
+    if everyone.all_reduce(parted) < everyone.size and values is not None:
+        model, values = make(), None
+    strategy.initial_values = values
     return model
 
 

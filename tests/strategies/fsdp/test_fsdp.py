@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
 from distrain.errors import ConfigError
+from distrain.models.deferred import CannotDefer, DeferredTensors
 from distrain.runtime.live_memory import LiveMemory
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
@@ -234,6 +237,21 @@ def skipping(folder: str) -> dict[str, Any]:
 def test_a_rank_that_leaves_layers_out_trains_with_the_others(tmp_path: Path) -> None:
     for found in run_ranks(skipping, 2, str(tmp_path)):
         assert relative_difference(found["fsdp"], found["ddp"]) <= 1e-11
+
+
+def unable_to_defer(folder: str) -> dict[str, Tensor]:
+    """Trains a model that rank 1 can't build without its large tensors."""
+    unable = World.from_environment().rank == 1
+    fails = mock.patch.object(DeferredTensors, "check", side_effect=CannotDefer("for a test"))
+    with fails if unable else nullcontext():
+        options = ("strategy=fsdp", "strategy.shard=full", "runtime.setup_timeout_seconds=60")
+        return train_on_rank(small(*COMMON, *TRANSFORMER, *options, f"run_dir={folder}"))["model"]  # type: ignore[no-any-return]
+
+
+def test_all_ranks_begin_with_the_whole_model_if_one_has_to(tmp_path: Path) -> None:
+    usual = run_ranks(train_on_rank, 1, small(*COMMON, *TRANSFORMER, f"run_dir={tmp_path / 'one'}"))[0]
+    for found in run_ranks(unable_to_defer, 2, str(tmp_path / "two")):
+        assert relative_difference(found, usual["model"]) <= 1e-5
 
 
 def test_each_rank_saves_its_part_and_continues_bit_for_bit(tmp_path: Path) -> None:
