@@ -61,11 +61,9 @@ def gathered_optimizer(
     """
     owner, found = owners(cuts, group.size), {}
     for key, tensor in tensors.items():
-        name, _, state_name = key.rpartition("/")
-        cut = cuts.get(name)
-        whole = tensor
-        if cut is not None and named_state.has_shape_of_parameter(state_name, tensor.shape, tensor):
-            whole = cut.gather(tensor, group)
+        name = key.rpartition("/")[0]
+        # Single numbers, such as a count of steps, are the same on all ranks.
+        whole = cuts[name].gather(tensor, group) if name in cuts and tensor.dim() else tensor
         if owner.get(name, 0) == group.rank:
             found[key] = whole
     return found
@@ -94,7 +92,6 @@ def parts_of_optimizer(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], r
     named_state.check_shapes(wholes, {key: tensor.shape for key, tensor in tensors.items()})
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name, _, state_name = key.rpartition("/")
-        is_divided = name in cuts and named_state.has_shape_of_parameter(state_name, tensor.shape, wholes[name])
-        found[key] = cuts[name].part(tensor, rank) if is_divided else tensor
+        name = key.rpartition("/")[0]
+        found[key] = cuts[name].part(tensor, rank) if name in cuts and tensor.dim() else tensor
     return found
