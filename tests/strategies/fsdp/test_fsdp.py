@@ -70,7 +70,7 @@ EVERYTHING = {
 }
 
 
-def _not_ready(_: Operation) -> bool:
+def _not_ready(self: Operation) -> bool:
     return False
 
 
