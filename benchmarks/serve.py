@@ -173,9 +173,11 @@ def under_load(name: str, command: list[str], port: int, seconds: int, folder: P
 
         sampler = threading.Thread(target=sample)
         sampler.start()
-        found = load(port, seconds, folder)
-        ended.set()
-        sampler.join()
+        try:
+            found = load(port, seconds, folder)
+        finally:
+            ended.set()
+            sampler.join()
     tenth = max(1, len(samples) // 10)
     print(
         f"{name:18} {found['rate']:8.1f} requests/s, p50 {found['p50']:6.1f} ms, p99 {found['p99']:6.1f} ms, "
@@ -320,6 +322,8 @@ def main() -> int:
     parser.add_argument("--litserve", metavar="FOLDER")
     parser.add_argument("--parts", nargs="+", choices=("load", "hostile", "stop"), default=["load", "hostile", "stop"])
     options = parser.parse_args()
+    # As an error, so that the servers are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     holds = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

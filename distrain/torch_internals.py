@@ -18,14 +18,20 @@ from typing_extensions import override
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.conv import _ConvNd
     from torch.nn.modules.dropout import _DropoutNd
+    from torch.nn.modules.instancenorm import _InstanceNorm
 
     BatchNorm: TypeAlias = _BatchNorm
+    Convolution: TypeAlias = _ConvNd
     Dropout: TypeAlias = _DropoutNd
+    InstanceNorm: TypeAlias = _InstanceNorm
 else:
-    # The base classes of all batch normalisations and of all dropouts.
+    # The base classes of all batch normalisations, of all convolutions, and so on.
     BatchNorm = nn.BatchNorm1d.__mro__[1]
+    Convolution = nn.Conv1d.__mro__[1]
     Dropout = nn.Dropout.__mro__[1]
+    InstanceNorm = nn.InstanceNorm1d.__mro__[1]
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,6 +186,13 @@ def changed_tensors(operation: Any, arguments: Sequence[Any], options: Mapping[s
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter of a module, also where its class has a property of that name; fallback: found in a new list."""
+    known = getattr(module, "_parameters", None)
+    parameter: nn.Parameter = (known or dict(module.named_parameters(recurse=False)))[name]
+    return parameter
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:

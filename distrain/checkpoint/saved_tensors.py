@@ -36,6 +36,8 @@ SLICES = "slices"
 _METADATA = "__metadata__"
 #: More elements and bytes than any tensor has.
 _MOST = 1 << 60
+#: More dimensions than torch can compute with.
+_MOST_DIMENSIONS = 64
 #: Most files of a part that stay open; a process may have a thousand.
 _MOST_OPEN = 64
 
@@ -71,7 +73,7 @@ class _File:
         self._opened: IO[bytes] | None = None
         if stays_open:
             self._opened = untrusted.open_regular(path)
-            weakref.finalize(self, self._opened.close)
+            weakref.finalize(self, _close, self._opened)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -99,6 +101,12 @@ class _File:
             raise unreadable(self.path, error) from error
         if found != len(view):
             raise DamagedCheckpoint(f"{self.path} became shorter while it was read")
+
+
+def _close(file: IO[bytes]) -> None:
+    """Closes a file that was only read, which nothing depends on."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 class _Piece(NamedTuple):
@@ -360,7 +368,7 @@ def _slices_of(header: _Header) -> dict[str, TensorSlice]:
         if name not in header.tensors or not isinstance(entry, list) or len(entry) != 3:
             raise ValueError(f"it has no slice {name}")
         shape, strides, start = entry
-        if not (_are_sizes(shape) and _are_sizes(strides) and _is_size(start) and is_dense(shape, strides)):
+        if not (_are_sizes(shape) and _are_numbers(strides) and _is_size(start) and is_dense(shape, strides)):
             raise ValueError(f"its slice {name} is not of a dense tensor")
         (count,) = header.tensors[name][1] if len(header.tensors[name][1]) == 1 else (-1,)
         if not 0 < count <= math.prod(shape) - start:
@@ -377,7 +385,12 @@ def slices_text(slices: Mapping[str, TensorSlice]) -> str:
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
     """Whether these are whole numbers whose product torch can count with."""
-    return isinstance(value, list) and all(map(_is_size, value)) and _product(value) < _MOST
+    return _are_numbers(value) and _product(value) < _MOST
+
+
+def _are_numbers(value: object) -> TypeGuard[list[int]]:
+    """Whether these are a whole number for each dimension of a tensor."""
+    return isinstance(value, list) and len(value) <= _MOST_DIMENSIONS and all(map(_is_size, value))
 
 
 def _is_size(value: object) -> bool:

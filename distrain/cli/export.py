@@ -328,9 +328,12 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 def _description(folder: RunFolder, weights: Weights) -> dict[str, Any]:
     spec, decoded = folder.spec, decoded_spec(folder)
+    model = dataclasses.asdict(folder.config.model)
+    # It says how the model was trained, not what it computes.
+    del model["checkpoint_activations"]
     return {
         "model": folder.config.model.name,
-        "model_config": dataclasses.asdict(folder.config.model),
+        "model_config": model,
         "task": folder.config.task.name,
         "classes": list(spec.classes),
         "input_shape": [spec.channels, spec.height, spec.width],

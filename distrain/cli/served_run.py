@@ -91,8 +91,11 @@ class ServedRun(ServedModel):
     def answer(self, pixels: Pixels, top: int) -> list[Answer | None]:
         outputs = self._model.outputs(torch.from_numpy(pixels))
         finite = outputs.flatten(1).isfinite().all(1)
-        rows = iter(self._task.predict(outputs[finite], top))
-        return [next(rows) if is_finite else None for is_finite in finite.tolist()]
+        answers: list[Answer | None] = [None] * len(outputs)
+        places = finite.nonzero().flatten().tolist()
+        for place, row in zip(places, self._task.predict(outputs[finite], top), strict=True):
+            answers[place] = row
+        return answers
 
 
 def check_task(task: tasks.Task) -> None:

@@ -129,7 +129,7 @@ def place(pieces: ByteRanges, index: int) -> str:
 
 
 def decode_bytes(
-    data: bytes, name: str, height: int, width: int, channels: int, most_pixels: int = LARGEST_PIXELS
+    data: bytes, name: str, height: int, width: int, channels: int, most_pixels: int | None = None
 ) -> npt.NDArray[np.uint8]:
     """As :func:`decode`, for the content of a file.
 
@@ -139,7 +139,7 @@ def decode_bytes(
         height: Height of the result in pixels.
         width: Width of the result in pixels.
         channels: 3 for RGB, 1 for greyscale.
-        most_pixels: Images of more pixels are refused, at most ``LARGEST_PIXELS``.
+        most_pixels: Images of more pixels are refused; ``None``: those of more than ``LARGEST_PIXELS``.
 
     Raises:
         DecodeError: As for :func:`decode`; caused by :class:`TooManyPixels` if that is why.
@@ -155,7 +155,7 @@ def _check_bytes(size: int) -> None:
         raise ValueError(f"has more than {LARGEST_FILE} bytes")
 
 
-def _open(source: str | os.PathLike[str] | IO[bytes], most_pixels: int = LARGEST_PIXELS) -> Image.Image:
+def _open(source: str | os.PathLike[str] | IO[bytes], most_pixels: int | None = None) -> Image.Image:
     """Opens an image, and decodes nothing yet.
 
     Raises:
@@ -163,6 +163,7 @@ def _open(source: str | os.PathLike[str] | IO[bytes], most_pixels: int = LARGEST
     """
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _LARGEST_TEXT
     opened = Image.open(source, formats=FORMATS)
+    most_pixels = LARGEST_PIXELS if most_pixels is None else most_pixels
     if opened.width * opened.height > most_pixels:
         opened.close()
         raise TooManyPixels(f"{opened.width}x{opened.height} are more than {most_pixels} pixels")
@@ -174,7 +175,7 @@ def _decode(
     height: int,
     width: int,
     channels: int,
-    most_pixels: int = LARGEST_PIXELS,
+    most_pixels: int | None = None,
 ) -> npt.NDArray[np.uint8]:
     with _open(source, most_pixels) as opened:
         # Decodes a much larger JPEG at a reduced size, which is at least twice the target size. This is faster.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain import torch_internals
 from distrain.checkpoint.format import DamagedCheckpoint
 from distrain.config.schema import LoraConfig, PruneConfig
 from distrain.errors import ConfigError
@@ -145,7 +146,7 @@ def _masked(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of layers that read their weight through the mask; it has the name of the original."""
 
     def weight(layer: Any) -> Tensor:
-        masked: Tensor = layer._parameters[_WEIGHT] * layer._buffers[_MASK]
+        masked: Tensor = torch_internals.own_parameter(layer, _WEIGHT) * getattr(layer, _MASK)
         return masked
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import torch_internals
+from distrain.config.schema import Config
 from distrain.runtime.device import RandomState
 from distrain.torch_internals import tensors_in
 
@@ -39,6 +40,12 @@ def bytes_by_kind(tensors: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """The tensors of an optimizer's state."""
     return tensors_in([*optimizer.state.values()])
+
+
+def copies_of_parameters(config: Config) -> int:
+    """How often a run holds its parameters besides: as averages, and as what a sharpness-aware step comes back to."""
+    keys = (config.trainer.ema.decay, config.trainer.swa.from_epoch, config.optimizer.sam_rho)
+    return sum(key is not None for key in keys)
 
 
 def expected_optimizer_bytes(

@@ -181,7 +181,8 @@ class _Trial:
             spec=splits.spec,
         )
         self._batch = next(loader.epoch(0))
-        self._held = self._held_bytes(strategy)
+        self._strategy, self._sizes = strategy, self._sizes_of_state()
+        self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         strategy.prepare_trial(config, runtime.world.size, model)
         if config.model.checkpoint_activations != "none":
             # Imports what else only a pipeline needs.
@@ -195,8 +196,8 @@ class _Trial:
         present = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         self._limit = memory_limit(config, runtime.world, runtime.device, present)
 
-    def _held_bytes(self, strategy: type[Strategy]) -> float:
-        """What the rank will hold besides activations."""
+    def _sizes_of_state(self) -> dict[str, int]:
+        """Bytes of the whole model's state, of each kind."""
         config, model = self._config, self._model
         named = list(model.named_parameters())
         make = functools.partial(
@@ -206,14 +207,20 @@ class _Trial:
             total_steps=_MANY_STEPS,
             depths=layer_depths(model),
         )
-        sizes = {
-            "parameters": sum(parameter.nbytes for _, parameter in named),
+        parameters = sum(parameter.nbytes for _, parameter in named)
+        return {
+            "parameters": parameters * (1 + held_memory.copies_of_parameters(config)),
             "gradients": sum(parameter.nbytes for _, parameter in named if parameter.requires_grad),
             "optimizer": held_memory.expected_optimizer_bytes(make, named),
         }
-        shares = strategy.state_shares(config, self._runtime.world.size)
-        held = sum(size * shares.get(kind, 1.0) for kind, size in sizes.items())
-        return held + sum(buffer.nbytes for buffer in model.buffers())
+
+    def _held(self, samples: int) -> float:
+        """What the rank will hold besides activations, if a pass has so many samples."""
+        size = samples if samples < self._share else None
+        trainer = dataclasses.replace(self._config.trainer, micro_batch_size=size)
+        config = dataclasses.replace(self._config, trainer=trainer)
+        shares = self._strategy.state_shares(config, self._runtime.world.size)
+        return self._buffer_bytes + sum(whole * shares.get(kind, 1.0) for kind, whole in self._sizes.items())
 
     def pieces(self) -> int:
         """Fewest passes of the share that should fit, by the line through the peaks of two small passes."""
@@ -223,7 +230,7 @@ class _Trial:
         first = self._peak(low)
         last = first if high == low else self._peak(high)
         slope = (last - first) / (high - low) if high > low else first / low
-        left = self._limit - self._held - first
+        left = self._limit - self._held(self._share) - first
         if not math.isfinite(left) or not math.isfinite(slope):
             return self.most_pieces
         most = low + math.floor(left / slope) if slope > 0 else self._share
@@ -231,11 +238,12 @@ class _Trial:
 
     def fits(self, size: int) -> bool:
         """Whether a pass of so many samples stays within the limit."""
-        return self._limit is None or self._held + self._peak(min(size, self._share)) <= self._limit
+        return self._limit is None or self._held(size) + self._peak(min(size, self._share)) <= self._limit
 
     def problem(self) -> str:
         """Why not even the most passes make the share fit; empty if they do."""
-        needed = self._held + self._peak(math.ceil(self._share / self.most_pieces))
+        size = math.ceil(self._share / self.most_pieces)
+        needed = self._held(size) + self._peak(size)
         if self._limit is None or needed <= self._limit:
             return ""
         world = self._runtime.world

@@ -20,6 +20,8 @@ WHOLE = {
     "kernel": torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
     "half": torch.randn(7).bfloat16(),
     "number": torch.tensor(5.0),
+    # The product of its strides has more bits than a number of elements may have.
+    "dimensions": torch.randn(1, 2, 2, 8, 8, 16, 16, 1),
 }
 
 
@@ -45,7 +47,11 @@ def files(folder: Path, *parts: dict[str, tuple[int, int]]) -> list[Path]:
 
 
 def test_slices_are_joined_in_the_memory_order_of_their_tensor(tmp_path: Path) -> None:
-    paths = files(tmp_path, {"kernel": (20, 48), "number": (0, 1)}, {"kernel": (0, 20), "half": (0, 7)})
+    paths = files(
+        tmp_path,
+        {"kernel": (20, 48), "number": (0, 1), "dimensions": (9, 65536)},
+        {"kernel": (0, 20), "half": (0, 7), "dimensions": (0, 9)},
+    )
     saved = SavedTensors.of_files(paths)
     assert set(saved) == {*WHOLE, "own 0", "own 1"}
     for name, tensor in WHOLE.items():

@@ -13,6 +13,7 @@ from distrain.cli import app
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed
 from distrain.runtime.world import World
+from distrain.strategies.fsdp.strategy import FSDP
 from tests.harness import run_ranks
 from tests.runs import check, small
 
@@ -36,12 +37,13 @@ def in_turn(configurations: list[Config]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_size_is_found_that_fits_and_that_a_resumed_run_keeps(ranks: int, tmp_path: Path) -> None:
     strategy = ("strategy=ddp",) if ranks > 1 else ()
-    common = (*RUN, *NET, "+model.kwargs.norm=group", *strategy)
+    # The formats need different memory, and a trial would choose one by its time.
+    common = (*RUN, *NET, "+model.kwargs.norm=group", "trainer.memory_format=contiguous", *strategy)
 
     def run(name: str, steps: int, *more: str) -> Config:
         return small(*common, f"trainer.max_steps={steps}", f"run_dir={tmp_path / name}", *more)
 
-    auto, limit = "trainer.micro_batch_size=auto", 1.0 if ranks == 1 else 0.6
+    auto, limit = "trainer.micro_batch_size=auto", 0.7 if ranks == 1 else 0.4
     limited = (auto, f"runtime.memory_limit_mb={limit}")
     plain, whole, found, longer = zip(
         *run_ranks(
@@ -76,7 +78,33 @@ def test_batchnorm_is_warned_of_and_too_little_memory_is_refused(
     assert "ConfigError: trainer.micro_batch_size=auto: rank 0 on " in capsys.readouterr().err
 
 
-def test_a_pipeline_has_microbatches_instead() -> None:
+def test_it_is_refused_where_memory_is_not_known() -> None:
     for key in ("trainer.micro_batch_size=auto", "model.checkpoint_activations=auto"):
-        with pytest.raises(ConfigError, match=f"^{key}: strategy=pipeline doesn't know"):
-            check(small(key, "strategy=pipeline", "strategy.stages=2"), PAIR)
+        for strategy in ("pipeline", "tensor_parallel"):
+            with pytest.raises(ConfigError, match=f"^{key}: strategy={strategy} doesn't know a rank's memory"):
+                check(small(key, f"strategy={strategy}"), PAIR)
+
+
+WIDE = ("model=custom", "model._target_=tests.strategies.fsdp.test_fsdp.Wide", "trainer.max_steps=1")
+
+
+@pytest.mark.parametrize("key", ["trainer.micro_batch_size", "model.checkpoint_activations"])
+def test_copies_of_the_parameters_count(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Parameters, gradients and the optimizer's state take 4.5 MiB, and a copy of the parameters 1.1.
+    options = (*WIDE, f"{key}=auto", "runtime.memory_limit_mb=5.3")
+    trained(small(*options, f"run_dir={tmp_path / 'plain'}"))
+    with pytest.raises(Failed):
+        trained(small(*options, "trainer.ema.decay=0.9", f"run_dir={tmp_path / 'averaged'}"))
+    assert f"ConfigError: {key}=auto: rank 0 on " in capsys.readouterr().err
+
+
+def test_ranks_that_share_gradients_hold_all_of_them_between_passes() -> None:
+    for shard, one, several in (("optimizer", 1.0, 1.0), ("gradients", 0.5, 1.5), ("full", 0.5, 1.5)):
+        for size, share in (("null", one), (12, one), (6, several)):
+            keys = (
+                "strategy=fsdp",
+                f"strategy.shard={shard}",
+                f"trainer.micro_batch_size={size}",
+                "data.batch_size=24",
+            )
+            assert FSDP.state_shares(small(*keys), 2).get("gradients", 1.0) == share, keys

@@ -99,9 +99,18 @@ class FSDP(DDP):
         kinds = sharded.get(sharding.shard, ("optimizer", "gradients", "parameters"))
         shares = dict.fromkeys(kinds, 1 / sharding.ranks_of_group(world_size))
         if sharding.shard == FULL:
-            # The blocks that are gathered: the one in use and those before and after it, or all.
-            shares["parameters"] += min(3 * module_blocks.BLOCK_PART, 1.0) if sharding.reshard_after_forward else 1.0
+            # Two blocks that are gathered, or all, and the gradients of a whole one.
+            shares["parameters"] += 3 * module_blocks.BLOCK_PART if sharding.reshard_after_forward else 1.0
+        if cls._adds_up_whole_gradients(config, world_size):
+            shares["gradients"] += 1.0
         return shares
+
+    @classmethod
+    def _adds_up_whole_gradients(cls, config: Config, world_size: int) -> bool:
+        """Whether a rank holds all gradients until the last pass of a step, and its part of their sum besides."""
+        sharding, shards = cast(FSDPConfig, cls.options_of(config)), cls.data_parallel_size(config, world_size)
+        pieces = accumulated_pieces(config.trainer.largest_pass, config.data.batch_size, shards)
+        return sharding.shard != OPTIMIZER and pieces > 1
 
     # --- set-up ------------------------------------------------------------------------------------------------------
 
@@ -269,11 +278,14 @@ class FSDP(DDP):
 
     @override
     def _bytes_of_passes(self) -> int:
-        """Of gathered blocks: the one in use and the one that is gathered ahead, or all; of gradients: a whole one."""
-        if self._gatherer is None:
+        """Of parameters two blocks (one is gathered ahead) or all; of gradients those of a block or all."""
+        if self._shard == OPTIMIZER:
             return 0
         sizes = sorted((block.bytes for block in self._blocks), reverse=True)
-        return sum(sizes[:3]) if self._sharding.reshard_after_forward else sum(sizes) + sizes[0]
+        gathered = sizes[:2] if self._sharding.reshard_after_forward else sizes
+        whole = self._adds_up_whole_gradients(self.config, self.runtime.world.size)
+        unsent = [block.bytes for block in self._blocks if block.is_trained] if whole else sizes[:1]
+        return sum(unsent) + (0 if self._gatherer is None else sum(gathered))
 
     @override
     def _rebuild_buckets(self) -> None:

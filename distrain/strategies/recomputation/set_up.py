@@ -51,7 +51,7 @@ def check(config: Config, *, knows_memory: bool) -> None:
     if chosen != AUTO:
         return
     if not knows_memory:
-        problem = f"strategy={config.strategy.name} doesn't know a stage's memory before it runs"
+        problem = f"strategy={config.strategy.name} doesn't know a rank's memory before it runs"
         raise ConfigError(KEY, AUTO, problem, ["none", "all", "a number N: every N-th block"])
     if config.trainer.micro_batch_size == AUTO:
         problem = "trainer.micro_batch_size=auto is chosen by the same memory; set one of the two"

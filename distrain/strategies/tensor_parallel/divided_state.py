@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint import named_state
+from distrain.checkpoint.saved_tensors import described
 from distrain.communication.collectives import Communicator
 from distrain.strategies.tensor_parallel.cut import Cut
 
@@ -75,9 +76,9 @@ def parts_of_model(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], rank:
     Raises:
         ValueError: A tensor hasn't the shape of the model's.
     """
-    for name, tensor in tensors.items():
-        if name in cuts and tensor.shape != cuts[name].shape:
-            shapes = f"{name} is {tuple(tensor.shape)}, the model's {tuple(cuts[name].shape)}"
+    for name, entry in described(tensors).items():
+        if name in cuts and entry.shape != cuts[name].shape:
+            shapes = f"{name} is {tuple(entry.shape)}, the model's {tuple(cuts[name].shape)}"
             raise ValueError(f"the saved model is not this model: {shapes}")
     return {name: cuts[name].part(tensor, rank) if name in cuts else tensor for name, tensor in tensors.items()}
 
@@ -89,7 +90,7 @@ def parts_of_optimizer(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], r
         ValueError: A tensor hasn't the shape of its parameter.
     """
     wholes = {name: torch.empty(cut.shape, device="meta") for name, cut in cuts.items()}
-    named_state.check_shapes(wholes, {key: tensor.shape for key, tensor in tensors.items()})
+    named_state.check_shapes(wholes, {key: entry.shape for key, entry in described(tensors).items()})
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.rpartition("/")[0]

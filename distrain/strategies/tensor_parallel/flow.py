@@ -113,7 +113,11 @@ class _Flow:
         self._output = values_in(trace.output)
         counts = Counter(call.target for call in self._calls if isinstance(call.target, str))
         self._called_once = {name for name, count in counts.items() if count == 1}
-        tensors = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+        tensors = Counter(
+            id(each)
+            for module in model.modules()
+            for _, each in module.named_parameters(recurse=False, remove_duplicate=False)
+        )
         self._tied = {each for each, count in tensors.items() if count > 1}
         #: Parameters that are used without their module.
         self._used = {name for call in self._calls for name in states_in(call.arguments)}

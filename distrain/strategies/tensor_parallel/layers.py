@@ -14,14 +14,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import override
 
 from distrain.strategies.tensor_parallel.attention import DividedAttention, DividedMultiheadAttention, why_no_attention
 from distrain.strategies.tensor_parallel.cut import Cut, channel_sizes
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
-from distrain.torch_internals import BatchNorm
+from distrain.torch_internals import BatchNorm, Convolution, Dropout, InstanceNorm
 
 Role = Literal["column", "row", "channels", "attention"]
 
@@ -81,7 +79,7 @@ class _RowLinear(nn.Linear):
         return output if bias is None else output + bias.to(output.dtype)
 
 
-class _RowConv(nn.modules.conv._ConvNd):
+class _RowConv(Convolution):
     ranks: LayerGroup
 
     @override
@@ -104,7 +102,7 @@ class _RowConv3d(_RowConv, nn.Conv3d):
     pass
 
 
-class _DividedDropout(_DropoutNd):
+class _DividedDropout(Dropout):
     """Draws for all channels, as one process does, and uses the draws of this rank's."""
 
     ranks: LayerGroup
@@ -176,7 +174,7 @@ def blocks_of(module: nn.Module, role: Role) -> int:
         return int(module.num_heads)  # type: ignore[arg-type]
     if isinstance(module, nn.GroupNorm):
         return module.num_groups
-    if isinstance(module, BatchNorm | _InstanceNorm):
+    if isinstance(module, BatchNorm | InstanceNorm):
         return int(module.num_features)
     assert isinstance(module, WEIGHT_LAYERS), "the role was checked"
     if role == "channels":

@@ -111,6 +111,8 @@ class Batcher:
         begin = time.perf_counter()
         try:
             answers = await loop.run_in_executor(self._executor, model.answer, pixels, top)
+            if len(answers) != len(batch):
+                raise ValueError(f"the model gave {len(answers)} answers for {len(batch)} images")
         except Exception as error:  # of the model; those who wait for it handle it
             for item in batch:
                 if not item.answer.done():

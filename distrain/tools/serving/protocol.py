@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from distrain.tools.serving.limits import Limits
 
-#: Largest header of a request, in bytes.
+#: Largest header of a request, and most bytes between two pieces of a body, in bytes.
 _HEADER_BYTES = 1 << 16
 
 
@@ -53,11 +53,10 @@ class LimitedProtocol(HttpToolsProtocol):
         # Between two requests there is no alarm; and empty lines begin no request.
         if self._header_alarm is None and not self.is_busy:
             self._await_header()
-        if self._header_alarm is not None:
-            self._header_bytes += len(data)
+        # Also while another request waits for its answer, and behind a body, since uvicorn keeps all headers.
+        self._header_bytes += len(data)
         super().data_received(data)
-        # What came with the end of a header belongs to its body.
-        if self._header_alarm is not None and self._header_bytes > _HEADER_BYTES:
+        if self._header_bytes > _HEADER_BYTES:
             self._end(431, f"the header has more than {_HEADER_BYTES} bytes")
 
     @override
@@ -65,14 +64,22 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._header_alarm is not None:
             self._header_alarm.cancel()
             self._header_alarm = None
+        # What came with the end of a header belongs to its body.
+        self._header_bytes = 0
         super().on_headers_complete()
 
     @override
     def on_body(self, body: bytes) -> None:
+        self._header_bytes = 0
         if self.cycle.response_complete:
             # The request was answered without its body, which nobody reads; it may have no end.
             self.transport.close()
         super().on_body(body)
+
+    @override
+    def on_message_complete(self) -> None:
+        self._header_bytes = 0
+        super().on_message_complete()
 
     @override
     def pause_writing(self) -> None:

@@ -16,6 +16,7 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from typing import Any
 
+from distrain.errors import EXIT_FAILED
 from distrain.files.terminal import print_to_stderr
 from distrain.tools.serving.metrics import SHARED_FOLDER
 
@@ -47,7 +48,8 @@ class Workers:
     def __init__(self, count: int, work: Work, listening: socket.socket, stop_seconds: float) -> None:
         self._count, self._work, self._listening, self._stop_seconds = count, work, listening, stop_seconds
         self._context = multiprocessing.get_context("spawn")
-        self._stop = threading.Event()
+        # No event: its lock may be held by the very thread that a signal's handler interrupts.
+        self._is_stopping = False
         self._workers: list[_Worker] = []
 
     def run(self, on_start: Callable[[], None]) -> int:
@@ -57,7 +59,7 @@ class Workers:
             on_start: Called when all workers accept connections for the first time.
 
         Returns:
-            0, or the exit code of a worker that could not start.
+            0, or the exit code of a worker that could not start; 1 if a signal ended it.
         """
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         with tempfile.TemporaryDirectory(prefix="distrain-serve-") as folder:
@@ -65,7 +67,7 @@ class Workers:
             try:
                 self._workers = [self._start() for _ in range(self._count)]
                 code = self._await_start()
-                if code == 0 and not self._stop.is_set():
+                if code == 0 and not self._is_stopping:
                     on_start()
                     self._watch(folder)
                 return code
@@ -76,7 +78,7 @@ class Workers:
                     signal.signal(number, handler)
 
     def _ask(self, *_: Any) -> None:
-        self._stop.set()
+        self._is_stopping = True
 
     def _start(self) -> _Worker:
         ready = self._context.Event()
@@ -86,29 +88,35 @@ class Workers:
 
     def _await_start(self) -> int:
         """Waits until all accept connections; returns the exit code of one that has ended instead."""
-        while not self._stop.is_set() and not all(worker.ready.is_set() for worker in self._workers):
+        while not self._is_stopping and not all(worker.ready.is_set() for worker in self._workers):
             for worker in self._workers:
-                if worker.process.exitcode is not None:
-                    return worker.process.exitcode or 1
-            self._stop.wait(_LOOK_SECONDS)
+                code = worker.process.exitcode
+                if code is not None and code < 0:
+                    print_to_stderr(
+                        f"distrain: worker {worker.process.pid} has ended ({_cause(code)}) while it started"
+                    )
+                    return EXIT_FAILED
+                if code is not None:
+                    return code or EXIT_FAILED
+            time.sleep(_LOOK_SECONDS)
         return 0
 
     def _watch(self, folder: str) -> None:
         """Replaces workers that have died, until the server is asked to stop."""
         from prometheus_client import multiprocess
 
-        while not self._stop.is_set():
+        while not self._is_stopping:
             wait([worker.process.sentinel for worker in self._workers], timeout=_LOOK_SECONDS)
             for place, worker in enumerate(self._workers):
                 code = worker.process.exitcode
-                if code is None or self._stop.is_set():
+                if code is None or self._is_stopping:
                     continue
-                cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                print_to_stderr(f"distrain: worker {worker.process.pid} has ended ({cause}); another one starts")
+                print_to_stderr(f"distrain: worker {worker.process.pid} has ended ({_cause(code)}); another one starts")
                 multiprocess.mark_process_dead(worker.process.pid, folder)  # type: ignore[no-untyped-call]
                 # A worker that dies at once would otherwise be started without end.
-                self._stop.wait(_PAUSE_SECONDS)
-                self._workers[place] = self._start()
+                time.sleep(_PAUSE_SECONDS)
+                if not self._is_stopping:
+                    self._workers[place] = self._start()
 
     def _end(self) -> None:
         # Connections that no worker has taken would wait as long as this socket is open.
@@ -122,6 +130,11 @@ class Workers:
                 print_to_stderr(f"distrain: worker {worker.process.pid} did not stop in time, and is killed")
                 worker.process.kill()
                 worker.process.join()
+
+
+def _cause(code: int) -> str:
+    """Why a process has ended, by its exit code as :mod:`multiprocessing` gives it."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _run(work: Work, listening: socket.socket, ready: Event) -> None:

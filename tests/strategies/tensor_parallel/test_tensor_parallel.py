@@ -24,12 +24,19 @@ GROUPED = ("model=custom", f"model._target_={MODELS}.GroupedNet")
 ENCODER = ("model=custom", f"model._target_={MODELS}.Encoder")
 COMMON = ("trainer.max_steps=10", "trainer.epochs=9", "resume=never")
 ADAM = ("optimizer=adam", "optimizer.eps=1e-3")
+#: Keeps a single number for each parameter that is not named ``step``.
+NADAM = (
+    "optimizer=custom",
+    "optimizer._target_=torch.optim.NAdam",
+    "+optimizer.kwargs.eps=1e-3",
+    "optimizer.fused=false",
+)
 PLANNED = "strategy.plan={blocks.*.attn: attention, blocks.0.mlp.fc1: column, blocks.0.mlp.fc2: row}"
 #: Ways of training; a batch has 10 samples, the last one of an epoch 7.
 WAYS: dict[str, tuple[str, ...]] = {
     "ViT": (*VIT, *ADAM, "trainer.precision=fp64", "trainer.grad_clip_norm=0.5"),
     "grouped": (*GROUPED, *ADAM, "trainer.precision=fp64", "trainer.micro_batch_size=4"),
-    "encoder": (*ENCODER, *ADAM, "trainer.precision=fp64", "trainer.grad_clip_norm=0.5"),
+    "encoder": (*ENCODER, *NADAM, "trainer.precision=fp64", "trainer.grad_clip_norm=0.5"),
     "float32": (*VIT, *ADAM, "trainer.micro_batch_size=4", "trainer.grad_clip_norm=0.5", "optimizer.sam_rho=0.05"),
     "ResNet-18 batch norm": (
         *("model=resnet18", "model.norm=batch", "optimizer=sgd", "optimizer.lr=0.001", "trainer.precision=fp64"),

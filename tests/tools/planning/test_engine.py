@@ -80,8 +80,6 @@ def test_a_batch_is_no_larger_than_the_data_and_what_depends_on_memory_is_left_o
         ("optimizer.lookahead.every=5", {"ddp", "fsdp"}, "no local_sgd: optimizer.lookahead.every=5: "),
         ("optimizer.sam_rho=0.05", {"ddp"}, "no fsdp: optimizer.sam_rho=0.05: "),
         ("optimizer=muon", {"ddp", "local_sgd"}, "no fsdp: optimizer.name=muon: "),
-        # Only one of three ways to divide what the model holds.
-        ("trainer.ema.decay=0.9", {"ddp", "fsdp", "local_sgd"}, "not all of fsdp: trainer.ema.decay=0.9: "),
     ],
 )
 def test_strategies_that_refuse_the_training_are_left_out_with_the_reason(

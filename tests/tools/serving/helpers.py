@@ -41,6 +41,8 @@ class GreyModel(ServedModel):
         self.about = About(name, 7, "grey", "classification", ("dark", "bright"), (1, 4, 4), 2)
         self.batches: list[int] = []
         self.error: Exception | None = None
+        #: Answers that it leaves out.
+        self.forgets = 0
         self.may_go = threading.Event()
         self.may_go.set()
         self.works = threading.Event()
@@ -51,7 +53,7 @@ class GreyModel(ServedModel):
         assert self.may_go.wait(HANG_SECONDS)
         if self.error is not None:
             raise self.error
-        return [self._row(float(image.mean()) / 255, top) for image in pixels]
+        return [self._row(float(image.mean()) / 255, top) for image in pixels][self.forgets :]
 
     def _row(self, bright: float, top: int) -> Answer | None:
         if bright == 1:

@@ -27,6 +27,11 @@ def say_pid(folder: str, bound: socket.socket, on_start: Callable[[], None]) -> 
     Path(folder, str(os.getpid())).touch()
 
 
+def die(bound: socket.socket, on_start: Callable[[], None]) -> None:
+    """Is killed before it has accepted anything."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def fail(bound: socket.socket, on_start: Callable[[], None]) -> None:
     """Ends without having accepted anything."""
     sys.exit(7)

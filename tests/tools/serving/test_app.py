@@ -177,6 +177,10 @@ def test_a_model_that_fails_is_the_servers_error_and_its_details_stay_there(capl
             served.model.error = RuntimeError("secret")
             failed = await served.post(1)
             served.model.error = None
+            served.model.forgets = 1
+            short = await served.post(1)
+            assert short.status_code == 500
+            served.model.forgets = 0
             return not_finite, failed, await served.post(1)
 
     with caplog.at_level(logging.ERROR):

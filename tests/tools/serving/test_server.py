@@ -24,6 +24,8 @@ def status(answer: bytes) -> int:
     return int(answer.split()[1])
 
 
+#: One byte more than is accepted: what a server leaves unread can break the connection before its answer is read.
+HEADER = [b"GET / HTTP/1.1\r\n", b"a: ".ljust((1 << 16) - 15, b"b")]
 IMPATIENT = dataclasses.replace(LIMITS, receive_seconds=0.2)
 ANNOUNCED = post(b"").replace(b"length: 0", b"length: 9999999999")
 #: What is sent, and the status that it gets; the client waits until the server ends the connection.
@@ -32,7 +34,7 @@ SENT = {
     "empty lines": ([b"\r\n", b"\r\n"], IMPATIENT, 408),
     "half a header": ([b"POST /predict HTTP/1.1\r\nhost:"], IMPATIENT, 408),
     "half a body": ([post(png(1))[:-5]], IMPATIENT, 408),
-    "a header without end": ([b"GET / HTTP/1.1\r\n", b"a: b\r\n" * 12_000], LIMITS, 431),
+    "a header without end": (HEADER, LIMITS, 431),
     "something else": ([b"\x16\x03\x01\x02\x00\x01\x00"], LIMITS, 400),
     "too much, which is announced": ([ANNOUNCED], LIMITS, 413),
     "too much": ([post(b"x" * 390_000)], LIMITS, 413),
@@ -70,6 +72,30 @@ def test_a_body_that_nobody_reads_ends_the_connection() -> None:
             return answer + rest
 
     assert status(asyncio.run(ask())) == 404
+
+
+@pytest.mark.parametrize("behind", ["a request that waits", "the last piece of a body"])
+def test_a_header_without_end_is_noticed_behind(behind: str) -> None:
+    request, pieces = post(png(51)), HEADER
+    if behind == "the last piece of a body":
+        request = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
+        request += b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"
+        pieces = HEADER[1:] + HEADER[:1]
+
+    async def ask() -> bytes:
+        async with listening() as (served, port, model):
+            model.may_go.clear()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            # The request has arrived as a whole, and what follows is read by itself.
+            await until(lambda: len(served.server_state.tasks) == 1)
+            for piece in pieces:
+                writer.write(piece)
+            answer = await asyncio.wait_for(reader.read(), HANG_SECONDS)
+            writer.close()
+            return answer
+
+    assert status(asyncio.run(ask())) == 431
 
 
 def test_connections_beyond_the_limit_are_told_so() -> None:
@@ -180,5 +206,7 @@ def test_an_address_in_use_cannot_be_bound() -> None:
         first.listen()
         with pytest.raises(OSError, match="in use"):
             server.bind("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(OSError, match="no name of a host"):
+        server.bind("a" * 100, 0)
     with server.bind("0.0.0.0", port := closed_port()) as everywhere:
         assert server.url(everywhere) == f"http://127.0.0.1:{port}"

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from distrain.tools.serving import server
-from distrain.tools.serving.workers import Workers
+from distrain.tools.serving.workers import Work, Workers
 from tests.harness import HANG_SECONDS
-from tests.tools.serving.little_worker import fail, say_pid
+from tests.tools.serving.little_worker import die, fail, say_pid
 
 
 def ask(port: int) -> int:
@@ -52,7 +52,11 @@ def test_a_worker_that_dies_is_replaced_and_all_stop_together(
     assert "(SIGKILL); another one starts" in capfd.readouterr().err
 
 
-def test_a_worker_that_cannot_start_ends_the_server_with_its_exit_code() -> None:
+@pytest.mark.parametrize(("work", "code", "said"), [(fail, 7, ""), (die, 1, "has ended (SIGKILL) while it started")])
+def test_a_worker_that_cannot_start_ends_the_server_with_an_exit_code(
+    work: Work, code: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     started: list[bool] = []
-    assert Workers(1, fail, server.bind("127.0.0.1", 0), 1).run(lambda: started.append(True)) == 7
+    assert Workers(1, work, server.bind("127.0.0.1", 0), 1).run(lambda: started.append(True)) == code
     assert not started
+    assert said in capfd.readouterr().err
