@@ -24,6 +24,8 @@ from distrain.strategies.fsdp.flat_block import FlatBlock
 class ScatteredGradients:
     """The gradients of blocks: accumulated by the parameters, reduced into each rank's part, measured and clipped.
 
+    All ranks make it together.
+
     Args:
         blocks: In the order in which their gradients are sent.
         group: The ranks that share each block; used for nothing else meanwhile.
@@ -48,6 +50,10 @@ class ScatteredGradients:
         self._under_way: list[tuple[FlatBlock, Pollable]] = []
         self._sums: list[Pending] = []
         self._sending = False
+        # A group's first collective connects its ranks. In a backward pass, where ranks come to it at different moments
+        # and may wait for each other in another group meanwhile, they would wait for ever.
+        for each in (group, replicas):
+            each.barrier()
         self.rebuild()
 
     def rebuild(self) -> None:

@@ -17,6 +17,7 @@ from distrain.checkpoint import reader as checkpoint_reader
 from distrain.checkpoint import safetensors_writer
 from distrain.checkpoint import writer as checkpoint_writer
 from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
+from distrain.communication.shared_memory.channel import Operation
 from distrain.errors import ConfigError
 from distrain.models.deferred import CannotDefer, DeferredTensors
 from distrain.runtime.live_memory import LiveMemory
@@ -72,8 +73,17 @@ EVERYTHING = {
 }
 
 
+def _not_ready(self: Operation) -> bool:
+    return False
+
+
 def train_each(way_of_each: list[tuple[str, tuple[str, ...]]], folder: str) -> list[dict[str, Any]]:
-    """Trains each in turn in the same processes, because processes are slow to start."""
+    """Trains each in turn in the same processes, because processes are slow to start.
+
+    The third and the fourth rank never find anything done before they wait for it, as happens on a busy machine.
+    """
+    if World.from_environment().rank >= 2:
+        Operation.ready = _not_ready  # type: ignore[method-assign]
     return [
         train_on_rank(small(*COMMON, *WAYS[way], *more, f"run_dir={folder}/{index}"))
         for index, (way, more) in enumerate(way_of_each)
