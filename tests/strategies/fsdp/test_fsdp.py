@@ -33,6 +33,8 @@ SHARDS = ("optimizer", "gradients", "full")
 #: Many small blocks and buckets.
 SMALL_BLOCKS = ("strategy.block_mb=1e-4", "strategy.first_bucket_mb=1e-3", "strategy.bucket_mb=1e-2")
 TRANSFORMER = ("model=custom", "model._target_=tests.strategies.fsdp.models.Transformer")
+#: With tensors that are large enough to be made later.
+LARGE = ("model=cifar_cnn", "data.height=32", "data.width=32", "trainer.max_steps=2", "resume=never")
 COMMON = ("optimizer=adam", "optimizer.eps=1e-3", "trainer.max_steps=10", "trainer.epochs=9", "resume=never")
 #: Ways of training; the sizes of batches (10, 7 and 23, 1) don't divide by the numbers of ranks.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -255,11 +257,11 @@ def unable_to_defer(folder: str) -> dict[str, Tensor]:
     fails = mock.patch.object(DeferredTensors, "check", side_effect=CannotDefer("for a test"))
     with fails if unable else nullcontext():
         options = ("strategy=fsdp", "strategy.shard=full", "runtime.setup_timeout_seconds=60")
-        return train_on_rank(small(*COMMON, *TRANSFORMER, *options, f"run_dir={folder}"))["model"]  # type: ignore[no-any-return]
+        return train_on_rank(small(*LARGE, *options, f"run_dir={folder}"))["model"]  # type: ignore[no-any-return]
 
 
 def test_all_ranks_begin_with_the_whole_model_if_one_has_to(tmp_path: Path) -> None:
-    usual = run_ranks(train_on_rank, 1, small(*COMMON, *TRANSFORMER, f"run_dir={tmp_path / 'one'}"))[0]
+    usual = run_ranks(train_on_rank, 1, small(*LARGE, f"run_dir={tmp_path / 'one'}"))[0]
     for found in run_ranks(unable_to_defer, 2, str(tmp_path / "two")):
         assert relative_difference(found, usual["model"]) <= 1e-5
 
