@@ -83,6 +83,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
         stopwatch: Time this rank's steps took, and how much of it was exposed communication.
         optimizer: Made by :meth:`setup`; the trainer sets its learning rate.
         freezing: When each parameter is trained; set before :meth:`setup` if some are not always trained.
+        initial_values: Computes the values of the model's hollow tensors, if :meth:`setup` is given a model with some.
         saved_layout: The :attr:`layout` of the run that will be resumed, as its checkpoint says, which may come from
             anywhere; set before :meth:`setup`. Empty if none will.
         compressor: Compresses what is reduced among replicas.
