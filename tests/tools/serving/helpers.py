@@ -7,7 +7,6 @@ import base64
 import contextlib
 import dataclasses
 import io
-import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any
@@ -172,10 +171,3 @@ async def exchange(port: int, *pieces: bytes) -> bytes:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
-
-
-def closed_port() -> int:
-    """A port at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
