@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +13,8 @@ from distrain.runtime.world import World
 #: Share of what is free that a training may take: libraries allocate some that nobody counts.
 _SHARE = 0.9
 MIB = 2**20
+#: The limits of a process, by what ``/proc/self/status`` calls that which they limit.
+_LIMITS = {"VmSize": "RLIMIT_AS", "VmData": "RLIMIT_DATA"}
 
 
 def memory_limit(config: Config, world: World, device: torch.device, held: int) -> float | None:
@@ -34,22 +36,23 @@ def memory_limit(config: Config, world: World, device: torch.device, held: int) 
         free, _ = torch.cuda.mem_get_info(device)
         # What torch has reserved and not allocated is free too.
         return held + _SHARE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    free_of_host = free_memory()
-    return None if free_of_host is None else held + _SHARE * free_of_host / world.local_size
+    left = free_memory(world.local_size)
+    return None if left is None else held + _SHARE * left
 
 
-def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that processes like this one may still allocate: what the system, its cgroup and its limit leave.
+def free_memory(ranks: int, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Bytes that this process may still allocate if others like it take as much.
 
     Args:
+        ranks: Processes that share what the system and its cgroups leave. Limits of a process are its own.
         proc: Where Linux tells about memory.
         cgroups: Where it tells about cgroups.
 
     Returns:
         ``None`` where the system doesn't tell.
     """
-    found = [*_available(proc / "meminfo"), *_left_in_cgroups(proc, cgroups), *_left_in_address_space(proc)]
-    return min(found, default=None)
+    shared = [*_available(proc / "meminfo"), *_left_in_cgroups(proc, cgroups)]
+    return min([*(size / ranks for size in shared), *_left_by_limits(proc)], default=None)
 
 
 def _available(path: Path) -> list[int]:
@@ -57,30 +60,71 @@ def _available(path: Path) -> list[int]:
     return [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
 
 
+class _CgroupFiles(NamedTuple):
+    """What a version of cgroups calls the files of a group's memory.
+
+    Attributes:
+        limit: Most bytes of the group.
+        used: Its bytes now, with those of the groups in it.
+        cached: The entry of ``memory.stat`` that counts what the system has kept of files and hasn't used lately.
+    """
+
+    limit: str
+    used: str
+    cached: str
+
+    def left(self, folder: Path) -> list[int]:
+        """Bytes that a cgroup leaves; none if it has no limit."""
+        limit, used, statistics = folder / self.limit, folder / self.used, folder / "memory.stat"
+        if not limit.exists() or not used.exists() or not (text := limit.read_text().strip()).isdecimal():
+            return []
+        entries = dict(line.split() for line in statistics.read_text().splitlines()) if statistics.exists() else {}
+        # The system frees these pages before it refuses memory; of files that were read, a group is often full.
+        taken = int(used.read_text()) - int(entries.get(self.cached, 0))
+        return [max(int(text) - taken, 0)]
+
+
+_FIRST = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_SECOND = _CgroupFiles("memory.max", "memory.current", "inactive_file")
+
+
 def _left_in_cgroups(proc: Path, cgroups: Path) -> list[int]:
-    """What the cgroup of this process, and each one around it, leaves; of cgroups of version 2."""
+    """What the cgroup of this process, and each one around it, leaves; of cgroups of both versions.
+
+    A container may see its own cgroup as the root of the tree and yet be told its path in the host's tree. Folders that
+    are not there are passed over, so that the root is read in any case.
+    """
     own = proc / "self" / "cgroup"
-    lines = own.read_text().splitlines() if own.exists() else []
-    names = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
     left = []
-    for name in names:
-        folder = cgroups / name.lstrip("/")
-        for each in (folder, *folder.parents):
-            limit, current = each / "memory.max", each / "memory.current"
-            if limit.exists() and current.exists() and (text := limit.read_text().strip()).isdecimal():
-                left.append(max(int(text) - int(current.read_text()), 0))
-            if each == cgroups:
-                break
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            # Where both versions are in use, the second one has a folder of its own.
+            roots, version = (cgroups, cgroups / "unified"), _SECOND
+        elif "memory" in controllers.split(","):
+            roots, version = (cgroups / "memory",), _FIRST
+        else:
+            continue
+        for root in roots:
+            folder = root / name.lstrip("/")
+            for each in (folder, *folder.parents):
+                left += version.left(each)
+                if each == root:
+                    break
     return left
 
 
-def _left_in_address_space(proc: Path) -> list[int]:
+def _left_by_limits(proc: Path) -> list[int]:
+    """What this process's own limits leave: of its addresses, and of its data."""
     try:
         import resource
     except ImportError:
         return []
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    statm = proc / "self" / "statm"
-    if limit == resource.RLIM_INFINITY or not statm.exists():
-        return []
-    return [max(limit - int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"), 0)]
+    status = proc / "self" / "status"
+    entries = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
+    left = []
+    for name, limit in _LIMITS.items():
+        most, _ = resource.getrlimit(getattr(resource, limit))
+        if name in entries and most != resource.RLIM_INFINITY:
+            left.append(max(most - 1024 * int(entries[name].split()[0]), 0))
+    return left
