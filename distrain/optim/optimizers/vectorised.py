@@ -8,6 +8,7 @@ they are written here, in a few lines each.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from distrain.torch_internals import foreach
 
 _COUNT = "step"
+#: An update makes tensors as large as the parameters that it is given, so it is given no more bytes than these at once.
+_MOST_BYTES = 1 << 25
 
 
 class VectorisedOptimizer(torch.optim.Optimizer):
@@ -31,13 +34,12 @@ class VectorisedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError(f"{type(self).__name__} takes no closure")
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
+            for parameters in _parts([each for each in group["params"] if each.grad is not None]):
                 self._update(parameters, [parameter.grad for parameter in parameters], group)
 
     @abstractmethod
     def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Updates the parameters of a group that have gradients."""
+        """Updates some parameters of a group, which have gradients; each as if it were the only one."""
 
     def _moments(self, parameters: list[nn.Parameter], name: str) -> list[Tensor]:
         """A tensor of the state of each parameter, which begins as zeros."""
@@ -51,6 +53,20 @@ class VectorisedOptimizer(torch.optim.Optimizer):
         for parameter in parameters:
             self.state[parameter][_COUNT] = self.state[parameter].get(_COUNT, 0) + 1
         return [self.state[parameter][_COUNT] for parameter in parameters]
+
+
+def _parts(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters, in parts that are small or have a single one."""
+    part: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if part and size + parameter.nbytes > _MOST_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(parameter)
+        size += parameter.nbytes
+    if part:
+        yield part
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import ConfigError
-from distrain.optim.optimizers import modes
+from distrain.optim.optimizers import modes, vectorised
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.runtime.live_memory import LiveMemory
 from tests.runs import small
 
 SHAPES = {"conv.weight": (4, 3, 3, 3), "norm.weight": (4,), "head.weight": (5, 4), "head.bias": (5,)}
@@ -95,6 +96,20 @@ def test_ten_updates_are_those_of_the_formulas(name: str) -> None:
         steps = zip((gradient[key] for gradient in gradients[first:]), RATES[first:], strict=True)
         *_, expected = reference(starts[key], iter(steps))
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_update_needs_memory_for_some_parameters_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectorised, "_MOST_BYTES", 2 * 400)
+    parameters = [nn.Parameter(torch.ones(size)) for size in (100, 100, 10, 90, 100, 500, *[100] * 20)]
+    optimizer = build_optimizer(small(f"optimizer={name}").optimizer, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with LiveMemory(torch.device("cpu")) as live:
+        optimizer.step()
+    # At most four tensors at a time are made for each parameter, the largest of which has 2,000 bytes.
+    assert live.peak <= 4 * 2000 + 1000
 
 
 @pytest.mark.parametrize(("name", "plain"), [("lamb", "adam"), ("lars", "sgd")])
