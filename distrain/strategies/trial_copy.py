@@ -26,9 +26,20 @@ def trial_copy(block: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
+def restored_attributes(block: nn.Module) -> Iterator[None]:
+    """Afterwards the block and the modules in it have the attributes that they had before."""
+    attributes = [(module, dict(vars(module))) for module in block.modules()]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+
+
+@contextlib.contextmanager
 def restored(block: nn.Module) -> Iterator[None]:
     """Afterwards the block has its attributes and buffers as they were before, and its gradients."""
-    attributes = [(module, dict(vars(module))) for module in block.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in block.modules()
@@ -38,11 +49,9 @@ def restored(block: nn.Module) -> Iterator[None]:
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with restored_attributes(block):
+            yield
     finally:
-        for module, before in attributes:
-            vars(module).clear()
-            vars(module).update(before)
         with torch.no_grad():
             for module, name, buffer, values in buffers:
                 setattr(module, name, buffer.copy_(values))

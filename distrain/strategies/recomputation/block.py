@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from distrain import torch_internals
 from distrain.runtime.device import RandomState
+from distrain.strategies.trial_copy import restored_attributes
 from distrain.torch_internals import tensors_in
 
 
@@ -270,18 +271,15 @@ class _Recomputation:
     def _state_of_then(self) -> Iterator[None]:
         """Inside, generators and buffers are as they were in the first computation; afterwards all is as it is now."""
         now = None if self._draws is None else _Draws(self._draws.device)
-        attributes = [(module, dict(vars(module))) for module in self._block.modules()]
         present = [(module, name, getattr(module, name)) for module, name, _ in self._written]
-        for module, name, values in self._written:
-            setattr(module, name, values)
-        if self._draws is not None:
-            self._draws.restore()
         try:
-            yield
+            with restored_attributes(self._block):
+                for module, name, values in self._written:
+                    setattr(module, name, values)
+                if self._draws is not None:
+                    self._draws.restore()
+                yield
         finally:
-            for module, before in attributes:
-                vars(module).clear()
-                vars(module).update(before)
             for module, name, buffer in present:
                 setattr(module, name, buffer)
             if now is not None:
