@@ -111,11 +111,10 @@ def _prepared(config: Config, world: World, bar: ProgressBar) -> Iterator[Traine
             bar.follow(runtime.activity)
             make_model = functools.partial(build_model, plan, splits)
             plan = plan.with_config(auto_format.resolve_auto(config, runtime, splits, plan.task, make_model))
-            plan = plan.with_config(
-                micro_batch.resolve(
-                    plan.config, runtime, splits, plan.task, make_model, plan.strategy, plan.memory_format
-                )
+            tried = micro_batch.Tried(
+                plan.config, runtime, splits, plan.task, make_model, plan.strategy, plan.memory_format
             )
+            plan = plan.with_config(micro_batch.resolve(tried))
             if runtime.is_main and runtime.owner is not None:
                 runtime.owner.write_kept("config.yaml", to_yaml(to_container(plan.config)))
                 runtime.owner.write_kept(manifest.FILE, to_json(data))

@@ -96,6 +96,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
             own.
         knows_memory: Whether a rank's memory is known before it trains, as ``model.checkpoint_activations=auto`` and
             ``trainer.micro_batch_size=auto`` need.
+        trainers_update: Whether ranks that run the model also run its optimizer, and so have the optimizer's state.
     """
 
     compressed_quantity: ClassVar[str] = "gradients"
@@ -104,6 +105,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     steps_alike: ClassVar[bool] = False
     saves_in_background: ClassVar[bool] = True
     knows_memory: ClassVar[bool] = False
+    trainers_update: ClassVar[bool] = True
     mesh: DeviceMesh | None = None
     data_shard: tuple[int, int] = (0, 1)
     optimizer: torch.optim.Optimizer

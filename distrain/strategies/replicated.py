@@ -104,7 +104,9 @@ class Replicated(Strategy[OptionsT_co]):
         present = sum(held_memory.bytes_by_kind(self.held_tensors()).values())
         limit = memory_limit(self.config, runtime.world, runtime.device, present)
         kept = sum(tensor.nbytes for tensor in self.kept_parameters().values())
-        held = present + held_memory.expected_optimizer_bytes(make_optimizer, updated) + self._bytes_of_passes()
+        held = present + self._bytes_of_passes()
+        if self.trainers_update:
+            held += held_memory.expected_optimizer_bytes(make_optimizer, updated)
         held += held_memory.copies_of_parameters(self.config) * kept
         set_up.apply_measured(measured, self.model, held, limit, self.replicas, runtime)
 

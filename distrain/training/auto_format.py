@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config.schema import Config
-from distrain.data.base import Images, Splits
+from distrain.data.base import Splits
 from distrain.data.batch import Targets, slice_targets
-from distrain.data.loader import Loader
 from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY
 from distrain.models import deferred
@@ -37,6 +36,7 @@ from distrain.strategies.precision import Precision
 from distrain.tasks.base import Task
 from distrain.tasks.training_loss import training_loss
 from distrain.training import resume
+from distrain.training.trial_batch import trial_batch
 
 log = logging.getLogger(__name__)
 
@@ -209,8 +209,8 @@ def _choose_by_trial(
     share = math.ceil(config.data.batch_size / strategy.data_parallel_size(config, world.size))
     # BatchNorm needs at least two samples.
     share = max(min(share, config.trainer.largest_pass or share), 2)
-    images = splits.train.read(torch.arange(min(share, len(splits.train))))
-    trial = Trial(config, model, task, images, splits, runtime.device) if world.rank < trial_ranks else None
+    samples = min(share, len(splits.train))
+    trial = Trial(config, model, task, samples, splits, runtime.device) if world.rank < trial_ranks else None
     communicator = runtime.communicator()
 
     def max_over_ranks(numbers: Sequence[float]) -> list[float]:
@@ -220,7 +220,7 @@ def _choose_by_trial(
 
     # This collective also makes all ranks start the trial at the same time.
     (per_image,) = max_over_ranks([trial.seconds_per_image(candidates) if trial is not None else 0.0])
-    size = min(len(images), max(_FEWEST_IMAGES, int(_MAX_STEP_SECONDS / per_image)))
+    size = min(samples, max(_FEWEST_IMAGES, int(_MAX_STEP_SECONDS / per_image)))
     rounds = trial.rounds(candidates, size, default_layouts) if trial is not None else [[0.0] * len(candidates)]
     shortest = dict(zip(candidates, max_over_ranks(_shortest(rounds)), strict=True))
     typical = dict(zip(candidates, max_over_ranks(_typical(rounds)), strict=True))
@@ -357,29 +357,19 @@ class Trial:
         model: The model on its device, prepared as the strategy would run it. The trial changes its buffers and layout,
             so it can't be trained afterwards.
         task: Computes the loss.
-        images: Training images of one forward and backward pass of a rank.
-        splits: The data; the channel statistics are used.
+        samples: How many training samples a rank has in a forward and backward pass.
+        splits: The data.
         device: The model's device.
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, task: Task, images: Images, splits: Splits, device: torch.device
+        self, config: Config, model: nn.Module, task: Task, samples: int, splits: Splits, device: torch.device
     ) -> None:
         self._model, self._task, self._device = model, task, device
         self._auxiliary_weight = auxiliary_weight(config.model)
         model.train()
-        loader = Loader(
-            images,
-            batch_size=len(images),
-            shard=(0, 1),
-            mean=splits.mean,
-            std=splits.std,
-            device=device,
-            dtype=Precision(config.trainer.precision, device).dtype,
-            memory_format=torch.contiguous_format,
-            spec=splits.spec,
-        )
-        self._batch = next(loader.epoch(0))
+        dtype = Precision(config.trainer.precision, device).dtype
+        self._batch = trial_batch(splits, samples, device, dtype, torch.contiguous_format)
         self._failed: set[Formats] = set()
         #: The first steps, where they are long enough to count.
         self._long_round: list[list[float]] = []

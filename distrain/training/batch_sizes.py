@@ -58,6 +58,26 @@ class _Split:
         return next((size for size in sizes if not self.leaves_one(size)), None)
 
 
+def leaves_one(config: Config, world_size: int, strategy: type[Strategy], count: int) -> bool:
+    """Whether BatchNorm takes statistics of a single image somewhere in a training.
+
+    Args:
+        config: The run's configuration.
+        world_size: Number of ranks.
+        strategy: Divides the batches.
+        count: Training images.
+    """
+    split = _Split(config, world_size, strategy, _trained(config, count), training=True)
+    together = strategy.normalises_together(config, world_size)
+    return split.leaves_one_of_all(config.data.batch_size) if together else split.leaves_one(config.data.batch_size)
+
+
+def _trained(config: Config, count: int) -> int:
+    """How many of so many training images are trained on: a short run may end before the last batch of an epoch."""
+    steps = config.trainer.max_steps
+    return count if steps is None else min(count, steps * config.data.batch_size)
+
+
 def check(config: Config, world_size: int, strategy: type[Strategy], splits: Splits, trial: ModelTrial) -> None:
     """Refuses sizes that leave an image alone if the model can't run a single image.
 
@@ -73,9 +93,7 @@ def check(config: Config, world_size: int, strategy: type[Strategy], splits: Spl
     Raises:
         ConfigError: The message says which size to type.
     """
-    data, max_steps = config.data, config.trainer.max_steps
-    # A short run may end before the last batch of an epoch.
-    trained = len(splits.train) if max_steps is None else min(len(splits.train), max_steps * data.batch_size)
+    data, trained = config.data, _trained(config, len(splits.train))
     for name, count in (("train", trained), ("validate", len(splits.val)), ("test", len(splits.test))):
         training = name == "train"
         split = _Split(config, world_size, strategy, count, training)

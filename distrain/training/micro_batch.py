@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import nn
 from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.batch import slice_targets
-from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.layers import layer_depths
@@ -35,8 +35,9 @@ from distrain.strategies.precision import Precision
 from distrain.tasks.base import Task
 from distrain.tasks.training_loss import training_loss
 from distrain.torch_internals import BatchNorm
-from distrain.training import resume
+from distrain.training import batch_sizes, resume
 from distrain.training.memory import is_out_of_memory
+from distrain.training.trial_batch import trial_batch
 
 log = logging.getLogger(__name__)
 
@@ -63,18 +64,11 @@ def check(config: Config, strategy: type[Strategy]) -> None:
         raise ConfigError(KEY, AUTO, problem, ["null", "a whole number"])
 
 
-def resolve(
-    config: Config,
-    runtime: Runtime,
-    splits: Splits,
-    task: Task,
-    make_model: Callable[[], nn.Module],
-    strategy: type[Strategy],
-    layout: Callable[[nn.Module], torch.memory_format],
-) -> Config:
-    """Resolves ``auto``; all ranks call it together. A resumed run keeps the size that it had.
+@dataclass(frozen=True)
+class Tried:
+    """A training whose passes are tried.
 
-    Args:
+    Attributes:
         config: The run's configuration, with number formats that are chosen.
         runtime: This rank's surroundings; its generators are seeded again after a trial.
         splits: The data; the trial uses training samples.
@@ -82,6 +76,30 @@ def resolve(
         make_model: Builds the model on its device.
         strategy: Divides batches and state among ranks.
         layout: Memory layout of a model's inputs.
+    """
+
+    config: Config
+    runtime: Runtime
+    splits: Splits
+    task: Task
+    make_model: Callable[[], nn.Module]
+    strategy: type[Strategy]
+    layout: Callable[[nn.Module], torch.memory_format]
+
+    @property
+    def share(self) -> int:
+        """Samples that a rank has of a batch, at most."""
+        return math.ceil(
+            self.config.data.batch_size / self.strategy.data_parallel_size(self.config, self.runtime.world.size)
+        )
+
+    def with_size(self, size: int | None) -> Config:
+        """The configuration with so many samples a pass; ``None`` for a whole share."""
+        return dataclasses.replace(self.config, trainer=dataclasses.replace(self.config.trainer, micro_batch_size=size))
+
+
+def resolve(tried: Tried) -> Config:
+    """Resolves ``auto``; all ranks call it together. A resumed run keeps the size that it had.
 
     Returns:
         The configuration with a number, or with ``null`` if a rank's whole share fits.
@@ -89,30 +107,23 @@ def resolve(
     Raises:
         ConfigError: On all ranks: not even the fewest samples fit on some rank.
     """
+    config = tried.config
     if config.trainer.micro_batch_size != AUTO:
         return config
-    saved = resume.saved_trainer_config(config, runtime)
+    saved = resume.saved_trainer_config(config, tried.runtime)
     size = saved.get("micro_batch_size", AUTO)
     if not isinstance(size, int | None):
-        size = _by_trial(config, runtime, splits, task, make_model, strategy, layout)
+        size = _by_trial(tried)
         seed_everything(config.seed)
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, micro_batch_size=size))
+    return tried.with_size(size)
 
 
-def _by_trial(
-    config: Config,
-    runtime: Runtime,
-    splits: Splits,
-    task: Task,
-    make_model: Callable[[], nn.Module],
-    strategy: type[Strategy],
-    layout: Callable[[nn.Module], torch.memory_format],
-) -> int | None:
+def _by_trial(tried: Tried) -> int | None:
     """The number of samples of a pass; ``None`` for the whole share."""
+    runtime, share = tried.runtime, tried.share
     world, everyone, device = runtime.world, runtime.communicator(), runtime.device
-    share = math.ceil(config.data.batch_size / strategy.data_parallel_size(config, world.size))
-    trains = world.rank < strategy.full_model_ranks(config, world.size)
-    trial = _Trial(config, runtime, splits, task, make_model(), strategy, layout, share) if trains else None
+    trains = world.rank < tried.strategy.full_model_ranks(tried.config, world.size)
+    trial = _Trial(tried) if trains else None
 
     def most(number: int) -> int:
         return int(everyone.all_reduce(torch.tensor(number, device=device), "max"))
@@ -141,49 +152,26 @@ class _Trial:
     """Passes of this rank alone, and what they need.
 
     Args:
-        config: The run's configuration.
-        runtime: This rank's surroundings.
-        splits: The data.
-        task: Computes the loss.
-        model: The model on its device; can't be trained afterwards.
-        strategy: Divides the state among ranks.
-        layout: Memory layout of a model's inputs.
-        share: Samples that a rank has of a batch.
+        tried: The training.
+
+    Attributes:
+        most_pieces: Most passes of a share.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        splits: Splits,
-        task: Task,
-        model: nn.Module,
-        strategy: type[Strategy],
-        layout: Callable[[nn.Module], torch.memory_format],
-        share: int,
-    ) -> None:
-        self._config, self._runtime, self._task, self._model = config, runtime, task, model
+    def __init__(self, tried: Tried) -> None:
+        self._tried, self._share, self._model = tried, tried.share, tried.make_model()
+        config, runtime, model = tried.config, tried.runtime, self._model
         self._precision = Precision(config.trainer.precision, runtime.device)
-        self._share = share
         has_batchnorm = any(isinstance(layer, BatchNorm) for layer in model.modules())
-        #: Most passes of a share; those of BatchNorm need two samples each.
-        self.most_pieces = max(share // 2, 1) if has_batchnorm else share
-        images = splits.train.read(torch.arange(min(share, len(splits.train))))
-        loader = Loader(
-            images,
-            batch_size=len(images),
-            shard=(0, 1),
-            mean=splits.mean,
-            std=splits.std,
-            device=runtime.device,
-            dtype=self._precision.dtype,
-            memory_format=layout(model),
-            spec=splits.spec,
-        )
-        self._batch = next(loader.epoch(0))
-        self._strategy, self._sizes = strategy, self._sizes_of_state()
+        # If whole shares leave a sample alone, the model can run it.
+        self._needs_two = has_batchnorm and not self._leaves_one(None)
+        numbers = range(self._share // (2 if has_batchnorm else 1), 1, -1)
+        sizes = ((pieces, math.ceil(self._share / pieces)) for pieces in numbers)
+        self.most_pieces = next((pieces for pieces, size in sizes if self._is_possible(size)), 1)
+        self._batch = trial_batch(tried.splits, self._share, runtime.device, self._precision.dtype, tried.layout(model))
+        self._sizes = self._sizes_of_state()
         self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
-        strategy.prepare_trial(config, runtime.world.size, model)
+        tried.strategy.prepare_trial(config, runtime.world.size, model)
         if config.model.checkpoint_activations != "none":
             # Imports what else only a pipeline needs.
             from distrain.strategies.recomputation import set_up
@@ -196,9 +184,18 @@ class _Trial:
         present = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         self._limit = memory_limit(config, runtime.world, runtime.device, present)
 
+    def _leaves_one(self, size: int | None) -> bool:
+        """Whether passes of at most so many samples leave a sample alone, of which BatchNorm has no statistics."""
+        tried = self._tried
+        ranks, images = tried.runtime.world.size, len(tried.splits.train)
+        return batch_sizes.leaves_one(tried.with_size(size), ranks, tried.strategy, images)
+
+    def _is_possible(self, size: int) -> bool:
+        return not (self._needs_two and self._leaves_one(size))
+
     def _sizes_of_state(self) -> dict[str, int]:
         """Bytes of the whole model's state, of each kind."""
-        config, model = self._config, self._model
+        config, model, strategy = self._tried.config, self._model, self._tried.strategy
         named = list(model.named_parameters())
         make = functools.partial(
             build_optimizer,
@@ -211,15 +208,13 @@ class _Trial:
         return {
             "parameters": parameters * (1 + held_memory.copies_of_parameters(config)),
             "gradients": sum(parameter.nbytes for _, parameter in named if parameter.requires_grad),
-            "optimizer": held_memory.expected_optimizer_bytes(make, named),
+            "optimizer": held_memory.expected_optimizer_bytes(make, named) if strategy.trainers_update else 0,
         }
 
     def _held(self, samples: int) -> float:
         """What the rank will hold besides activations, if a pass has so many samples."""
-        size = samples if samples < self._share else None
-        trainer = dataclasses.replace(self._config.trainer, micro_batch_size=size)
-        config = dataclasses.replace(self._config, trainer=trainer)
-        shares = self._strategy.state_shares(config, self._runtime.world.size)
+        config = self._tried.with_size(samples if samples < self._share else None)
+        shares = self._tried.strategy.state_shares(config, self._tried.runtime.world.size)
         return self._buffer_bytes + sum(whole * shares.get(kind, 1.0) for kind, whole in self._sizes.items())
 
     def pieces(self) -> int:
@@ -237,7 +232,9 @@ class _Trial:
         return min(math.ceil(self._share / min(max(most, 1), self._share)), self.most_pieces)
 
     def fits(self, size: int) -> bool:
-        """Whether a pass of so many samples stays within the limit."""
+        """Whether passes of at most so many samples are possible, and stay within the limit."""
+        if not self._is_possible(size):
+            return False
         return self._limit is None or self._held(size) + self._peak(min(size, self._share)) <= self._limit
 
     def problem(self) -> str:
@@ -246,7 +243,7 @@ class _Trial:
         needed = self._held(size) + self._peak(size)
         if self._limit is None or needed <= self._limit:
             return ""
-        world = self._runtime.world
+        world = self._tried.runtime.world
         return (
             f"rank {world.rank} on {world.host} needs {needed / MIB:,.1f} MiB for the fewest samples, and may take "
             f"{self._limit / MIB:,.1f}; model.checkpoint_activations=all and strategy=fsdp need less"
@@ -254,7 +251,7 @@ class _Trial:
 
     def _peak(self, size: int) -> float:
         """Most bytes that a forward and a backward pass hold; infinite if there is not enough memory for them."""
-        device = self._runtime.device
+        device, task = self._tried.runtime.device, self._tried.task
         inputs = self._batch.inputs[:size].clone()
         targets = slice_targets(self._batch.targets, 0, len(inputs))
         live: Any = LiveMemory(device)
@@ -264,7 +261,7 @@ class _Trial:
         try:
             with live, self._precision.autocast():
                 outputs = self._model(inputs)
-                _, loss, count = training_loss(self._task, outputs, targets, auxiliary_weight(self._config.model))
+                _, loss, count = training_loss(task, outputs, targets, auxiliary_weight(self._tried.config.model))
             del outputs
             with live:
                 (loss / count).backward()

@@ -98,6 +98,18 @@ def test_copies_of_the_parameters_count(key: str, tmp_path: Path, capsys: pytest
     assert f"ConfigError: {key}=auto: rank 0 on " in capsys.readouterr().err
 
 
+def train_in_turn(configurations: list[Config]) -> None:
+    for configuration in configurations:
+        app.train(configuration)
+
+
+def test_a_worker_holds_no_state_of_an_optimizer(tmp_path: Path) -> None:
+    # Parameters and gradients take 2.3 MiB, and the state, which the server has, would take as much again.
+    options = (*WIDE, "strategy=parameter_server", "runtime.memory_limit_mb=3.3")
+    keys = ("trainer.micro_batch_size", "model.checkpoint_activations")
+    run_ranks(train_in_turn, 2, [small(*options, f"{key}=auto", f"run_dir={tmp_path / key}") for key in keys])
+
+
 def test_ranks_that_share_gradients_hold_all_of_them_between_passes() -> None:
     for shard, one, several in (("optimizer", 1.0, 1.0), ("gradients", 0.5, 1.5), ("full", 0.5, 1.5)):
         for size, share in (("null", one), (12, one), (6, several)):

@@ -102,6 +102,7 @@ class ParameterServer(Replicated[ParameterServerConfig]):
 
     compressor: MessageCompressor
     divides_model = True
+    trainers_update = False
     saves_in_background = False  # a process group fails with the first rank that is lost, and workers may be lost
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
