@@ -66,7 +66,7 @@ class Replicated(Strategy[OptionsT_co]):
         self.gradients = self._make_gradients()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
-        self.optimizer = make_optimizer(updated)
+        self.optimizer = self._make_optimizer(make_optimizer, updated)
         self._forward: nn.Module = model
         model.train()
         self._snapshot = BufferSnapshot([model]) if self.config.trainer.on_nonfinite != "stop" else None
@@ -104,9 +104,13 @@ class Replicated(Strategy[OptionsT_co]):
         present = sum(held_memory.bytes_by_kind(self.held_tensors()).values())
         limit = memory_limit(self.config, runtime.world, runtime.device, present)
         kept = sum(tensor.nbytes for tensor in self.kept_parameters().values())
-        held = present + held_memory.expected_optimizer_bytes(make_optimizer, updated) + self._bytes_of_passes()
+        held = present + self._expected_optimizer_bytes(make_optimizer, updated) + self._bytes_of_passes()
         held += held_memory.copies_of_parameters(self.config) * kept
         set_up.apply_measured(measured, self.model, held, limit, self.replicas, runtime)
+
+    def _expected_optimizer_bytes(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> int:
+        """Bytes that the optimizer's state of this rank will take."""
+        return held_memory.expected_optimizer_bytes(make, updated)
 
     def _bytes_of_passes(self) -> int:
         """Bytes that a strategy holds during passes only, besides activations."""
@@ -118,6 +122,10 @@ class Replicated(Strategy[OptionsT_co]):
     def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What this rank's optimizer updates, by the model's names; called after :meth:`_make_gradients`."""
         return list(self.model.named_parameters())
+
+    def _make_optimizer(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The optimizer of what :meth:`_updated_parameters` returned."""
+        return make(updated)
 
     @override
     def set_trained(self, names: frozenset[str]) -> None:

@@ -182,6 +182,7 @@ class _Trial:
         )
         self._batch = next(loader.epoch(0))
         self._strategy, self._sizes = strategy, self._sizes_of_state()
+        self._parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         strategy.prepare_trial(config, runtime.world.size, model)
         if config.model.checkpoint_activations != "none":
@@ -220,7 +221,8 @@ class _Trial:
         trainer = dataclasses.replace(self._config.trainer, micro_batch_size=size)
         config = dataclasses.replace(self._config, trainer=trainer)
         shares = self._strategy.state_shares(config, self._runtime.world.size)
-        return self._buffer_bytes + sum(whole * shares.get(kind, 1.0) for kind, whole in self._sizes.items())
+        state = sum(whole * shares.get(kind, 1.0) for kind, whole in self._sizes.items())
+        return self._buffer_bytes + state + self._strategy.gathered_bytes(config, self._parameter_bytes)
 
     def pieces(self) -> int:
         """Fewest passes of the share that should fit, by the line through the peaks of two small passes."""

@@ -17,6 +17,7 @@ from distrain.gradients.buckets import ReducedGradients
 from distrain.models.freezing import FreezeSchedule
 from distrain.strategies.fsdp import sliced_state
 from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.fsdp.offload import Offload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,12 +86,14 @@ class ShardedUpdate:
         freezing: Says in which epochs parameters are trained; ``None``: in all.
         value_of: Gives the value of a parameter, of which a rank keeps its slice alone. ``None``: every rank keeps
             whole parameters.
+        offload: Says where slices and the optimizer's state of them lie; by default on the device.
 
     Attributes:
         blocks: In the order of ``parts``.
         blocks_of_parts: The same, for each part that isn't empty.
         places: Where this rank's slice of each parameter is, for those that it has one of.
-        slices: These slices as parameters of their own, which share the memory of the blocks' parts.
+        slices: These slices as parameters of their own, which share the memory of the blocks' parts, unless ``offload``
+            says otherwise.
         first_names: For each name of a parameter the one under which a block has it; tied parameters have several.
     """
 
@@ -101,8 +104,9 @@ class ShardedUpdate:
         shards: Communicator,
         freezing: FreezeSchedule | None,
         value_of: Callable[[Tensor], Tensor] | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        self._shards = shards
+        self._shards, self._offload = shards, offload or Offload()
         self.blocks_of_parts = [
             [FlatBlock(kind, shards) for kind in _split_by_kind(part, freezing)] for part in parts if part
         ]
@@ -111,13 +115,13 @@ class ShardedUpdate:
             if value_of is None:
                 block.keep_whole()
             else:
-                block.keep_part(value_of)
+                block.keep_part(value_of, self._offload.new_part)
         self.places = sliced_state.places(self.blocks)
         names = [pair for module in modules for pair in module.named_parameters(remove_duplicate=False)]
         first = {id(parameter): name for name, parameter in reversed(names)}
         self.first_names = {name: first[id(parameter)] for name, parameter in names}
         self.slices = {
-            name: nn.Parameter(self.places[name].part, requires_grad=parameter.requires_grad)
+            name: self._offload.new_slice(self.places[name].part, is_trained=parameter.requires_grad)
             for name, parameter in names
             if name in self.places
         }
@@ -137,7 +141,13 @@ class ShardedUpdate:
             elif name in reduced:
                 whole = reduced[name]
                 gradient = whole.as_strided((place.size,), (1,), whole.storage_offset() + place.start)
-            self.slices[name].grad = gradient
+            self._offload.assign_gradient(self.slices[name], gradient)
+
+    @property
+    def slices_of_blocks(self) -> list[dict[str, nn.Parameter]]:
+        """This rank's slices of each block of which it has some."""
+        found = [[block.names[each.parameter] for each in block.slices] for block in self.blocks]
+        return [{name: self.slices[name] for name in names} for names in found if names]
 
     def gather_updated(self) -> None:
         """Gathers what the ranks have updated, where every rank keeps whole parameters; all ranks call it together."""
@@ -208,7 +218,10 @@ class ShardedUpdate:
         self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
     ) -> None:
         """As :func:`distrain.strategies.fsdp.sliced_state.load_optimizer`."""
-        sliced_state.load_optimizer(optimizer, self.places, self.slices, tensors, scalars)
+        for slices in self.slices_of_blocks if self._offload.goes_by_blocks else [self.slices]:
+            places = {name: self.places[name] for name in slices}
+            sliced_state.load_optimizer(optimizer, places, slices, tensors, scalars)
+            self._offload.settle(optimizer, slices)
 
 
 def _split_by_kind(named: Part, freezing: FreezeSchedule | None) -> list[Part]:

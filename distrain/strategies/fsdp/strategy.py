@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,18 +21,21 @@ from distrain.communication.collectives import Communicator, digest
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.data.sampler import accumulated_pieces
+from distrain.files import mapped_memory
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
 from distrain.models.outputs import logits_of
 from distrain.models.tensors import named_tensors
+from distrain.runtime.device import float64_device
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.ddp import DDP
-from distrain.strategies.fsdp import module_blocks, options, sliced_state
+from distrain.strategies.fsdp import module_blocks, offload, options, sliced_state
 from distrain.strategies.fsdp.gatherer import Gatherer
 from distrain.strategies.fsdp.module_blocks import ModuleBlock
-from distrain.strategies.fsdp.options import FULL, OPTIMIZER, FSDPConfig
+from distrain.strategies.fsdp.options import FILE, FULL, KEPT, OPTIMIZER, FSDPConfig
 from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
 from distrain.strategies.fsdp.sharded_update import ShardedUpdate, ShardGroups, divide_replicas
+from distrain.strategies.held_memory import bytes_by_kind, copies_of_parameters
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -70,6 +73,8 @@ class FSDP(DDP):
         self.mesh = divide_replicas(self.mesh, self._sharding.ranks_of_group(runtime.world.size), runtime)
         self._groups = ShardGroups.of_mesh(self.mesh, runtime, self.ledger)
         self._gatherer: Gatherer | None = None
+        # A copy of what lies in a file would take the memory that the file saves.
+        self.saves_in_background = self._sharding.offload != FILE
 
     @property
     def _sharding(self) -> FSDPConfig:
@@ -90,12 +95,26 @@ class FSDP(DDP):
     def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
         sharding = cast(FSDPConfig, cls.options_of(config))
         shares = options.shares(sharding.shard, sharding.ranks_of_group(world_size))
-        if sharding.shard == FULL:
-            # Two blocks that are gathered, or all, and the gradients of a whole one.
-            shares["parameters"] += 3 * module_blocks.BLOCK_PART if sharding.reshard_after_forward else 1.0
+        if sharding.offload != KEPT:
+            # Of the optimizer's state that of the block that is updated, which is small.
+            shares["optimizer"] = 0.0
+        if sharding.offload != KEPT and sharding.shard == FULL:
+            # Averages stay.
+            copies = copies_of_parameters(config)
+            shares["parameters"] *= copies / (1 + copies)
         if cls._adds_up_whole_gradients(config, world_size):
             shares["gradients"] += 1.0
         return shares
+
+    @override
+    @classmethod
+    def gathered_bytes(cls, config: Config, parameter_bytes: int) -> float:
+        sharding = cast(FSDPConfig, cls.options_of(config))
+        if sharding.shard != FULL:
+            return 0.0
+        block = min(module_blocks.block_limit(sharding.block_mb, parameter_bytes), parameter_bytes)
+        # Two blocks of parameters, since one is gathered ahead, or all; and the gradients of a block.
+        return block + (min(2 * block, parameter_bytes) if sharding.reshard_after_forward else parameter_bytes)
 
     @classmethod
     def _adds_up_whole_gradients(cls, config: Config, world_size: int) -> bool:
@@ -148,9 +167,7 @@ class FSDP(DDP):
                     "the whole model is gathered at once, since a pass of it could not be observed: %s", problem
                 )
         bytes_of = {name: each.numel() * each.element_size() for name, each in model.named_parameters()}
-        limit = module_blocks.usual_limit(sum(bytes_of.values()))
-        if self._sharding.block_mb is not None:
-            limit = self._sharding.block_mb * MIB
+        limit = module_blocks.block_limit(self._sharding.block_mb, sum(bytes_of.values()))
         chosen = module_blocks.choose_blocks(root, bytes_of, limit)
         # The model may have run in another way on another rank.
         plain = {"blocks": [[block.modules, block.parameters] for block in chosen]}
@@ -185,7 +202,11 @@ class FSDP(DDP):
         value_of = None
         if self._shard == FULL:
             value_of = torch.detach if self.initial_values is None else self.initial_values.value
-        self._sharded = ShardedUpdate([self.model], parts, self._groups.shards, self.freezing, value_of)
+        with self._room_on_all_ranks():
+            self._offload = offload.choose(self._sharding, self.runtime.device)
+            self._sharded = ShardedUpdate(
+                [self.model], parts, self._groups.shards, self.freezing, value_of, self._offload
+            )
         blocks = self._sharded.blocks
         gradients: ReducedGradients
         if self._shard == OPTIMIZER:
@@ -214,10 +235,40 @@ class FSDP(DDP):
         return [*self._sharded.slices.items()]
 
     @override
+    def _make_optimizer(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        with self._room_on_all_ranks():
+            return self._offload.make_optimizer(make, self._sharded.slices_of_blocks)
+
+    @override
+    def _expected_optimizer_bytes(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> int:
+        return self._offload.expected_bytes(make, self._sharded.slices_of_blocks)
+
+    def _room_on_all_ranks(self) -> AbstractContextManager[None]:
+        return offload.room_on_all_ranks(self._sharding, self.replicas, self.runtime.device)
+
+    @override
     def held_tensors(self) -> dict[str, list[Tensor]]:
-        held = super().held_tensors()
-        self._sharded.add_held(held)
-        return held
+        found = self._kept_tensors()
+        return {kind: [each for each in tensors if self._offload.holds(each)] for kind, tensors in found.items()}
+
+    def _kept_tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps between steps, wherever that is."""
+        kept = super().held_tensors()
+        self._sharded.add_held(kept)
+        return kept
+
+    @override
+    def report(self) -> dict[str, Any]:
+        found = super().report()
+        if self._sharding.offload != KEPT:
+            tensors = self._kept_tensors()
+            elsewhere = {kind: [each for each in of if not self._offload.holds(each)] for kind, of in tensors.items()}
+            sizes = bytes_by_kind(elsewhere)
+            total = torch.tensor([*sizes.values()], dtype=torch.float64, device=float64_device(self.runtime.device))
+            largest = self.replicas.all_reduce(total, "max").tolist()
+            megabytes = {kind: round(size / MIB, 1) for kind, size in zip(sizes, largest, strict=True) if size}
+            found["offloaded"] = {"to": self._sharding.offload, "mb": megabytes}
+        return found
 
     @override
     def _bytes_of_passes(self) -> int:
@@ -244,12 +295,13 @@ class FSDP(DDP):
         blocks = self._sharded.blocks
         largest = max((block.bytes for block in blocks), default=0)
         log.info(
-            "shard=%s: parameters in blocks (%d) of up to %.2g MiB, each divided among %d of %d ranks",
+            "shard=%s: parameters in blocks (%d) of up to %.2g MiB, each divided among %d of %d ranks%s",
             self._shard,
             len(blocks),
             largest / MIB,
             self._groups.shards.size,
             self.runtime.world.size,
+            self._sharding.offload_line(),
         )
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -383,3 +435,4 @@ class FSDP(DDP):
         module_state.load(self.model, others, plain, apart=sharded.first_names)
         for name, place in sharded.places.items():
             place.part.copy_(place.of_whole(tensors[name]))
+            mapped_memory.release(place.part)
