@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distrain.checkpoint.saved_tensors import DTYPES
+from distrain.files import mapped_memory
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import flush_and_sync
 
@@ -85,11 +86,13 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        flat = tensors[name].detach().cpu().contiguous().flatten()
+        tensor = tensors[name].detach()
+        flat = tensor.cpu().contiguous().flatten()
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
         # Not two tensors at once.
-        del flat
+        mapped_memory.release(tensor)
+        del tensor, flat
 
 
 def write(folder: ContainedFolder, name: str, content: Iterable[Chunk]) -> FileDigest:

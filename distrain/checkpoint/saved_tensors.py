@@ -11,7 +11,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,30 @@ class SavedTensor:
         return whole
 
 
-class SavedTensors(Mapping[str, Tensor]):
+class _TensorsOnDemand(Mapping[str, Tensor]):
+    """Tensors by name, of which only those are made that are asked for.
+
+    Args:
+        names: Has the names.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    @override
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class SavedTensors(_TensorsOnDemand):
     """Tensors by name; each is read anew whenever it is asked for.
 
     Args:
@@ -163,6 +186,7 @@ class SavedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, entries: Mapping[str, SavedTensor]) -> None:
+        super().__init__(entries)
         self.entries = entries
 
     @classmethod
@@ -206,20 +230,8 @@ class SavedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
 
-    @override
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
 
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    @override
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
-class JoinedTensors(Mapping[str, Tensor]):
+class JoinedTensors(_TensorsOnDemand):
     """Tensors of several mappings.
 
     Args:
@@ -227,6 +239,7 @@ class JoinedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, sources: Mapping[str, Mapping[str, Tensor]]) -> None:
+        super().__init__(sources)
         self._sources = sources
         self.entries = {name: described(source)[name] for name, source in sources.items()}
 
@@ -234,20 +247,8 @@ class JoinedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._sources[name][name]
 
-    @override
-    def __contains__(self, name: object) -> bool:
-        return name in self._sources
 
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._sources)
-
-
-class ConvertedTensors(Mapping[str, Tensor]):
+class ConvertedTensors(_TensorsOnDemand):
     """Tensors, each converted when it is asked for.
 
     Args:
@@ -256,19 +257,12 @@ class ConvertedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], convert: Callable[[str, Tensor], Tensor]) -> None:
+        super().__init__(tensors)
         self._tensors, self._convert = tensors, convert
 
     @override
     def __getitem__(self, name: str) -> Tensor:
         return self._convert(name, self._tensors[name])
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | SavedTensor]:

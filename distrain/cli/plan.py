@@ -15,6 +15,7 @@ from distrain.errors import ConfigError, config_error
 from distrain.files.terminal import show
 from distrain.runtime.command_folder import agreed_folder, short_runs
 from distrain.runtime.world import World
+from distrain.strategies.fsdp.options import FSDPConfig
 from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.tools.planning import engine, figure
@@ -52,9 +53,11 @@ class PlanSettings:
         if self.check and self.cluster is not None:
             raise ConfigError("check", self.check, "runs what is planned, and the ranks of cluster=… aren't here", [0])
 
-    def options(self) -> engine.Options:
-        """What is asked of a plan."""
-        return engine.Options(Path(self.cluster) if self.cluster else None, tuple(self.strategies))
+    def options(self, config: Config) -> engine.Options:
+        """What is asked of a plan of a training."""
+        block_mb = config.strategy.block_mb if isinstance(config.strategy, FSDPConfig) else None
+        cluster = Path(self.cluster) if self.cluster else None
+        return engine.Options(cluster, tuple(self.strategies), block_mb=block_mb)
 
 
 def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
@@ -70,14 +73,15 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
         Stopped: A rank was asked to stop during a short run.
     """
     world = slurm.world_of_process()
-    config, options = _training(keys), settings.options()
+    config = _training(keys)
+    options = settings.options(config)
     # To compose each configuration from the command line would take a tenth of a second.
     config_of = functools.partial(with_keys, config)
     checked = engine.check(config, world, options)
     folder = agreed_folder(config, world, "plan", settings.folder)
     clock = PhaseClock.since_start()
     with short_runs(folder, world) as runs:
-        made = _made(settings, checked, world, config_of, runs, clock)
+        made = _made(settings, options, checked, world, config_of, runs, clock)
     if world.rank == 0:
         with clock.phase("pictures"):
             drawn = _draw(made, settings, folder)
@@ -88,6 +92,7 @@ def run(settings: PlanSettings, keys: Sequence[str]) -> Plan:
 
 def _made(
     settings: PlanSettings,
+    options: engine.Options,
     checked: engine.Checked,
     world: World,
     config_of: engine.ConfigOf,
@@ -95,7 +100,7 @@ def _made(
     clock: PhaseClock,
 ) -> Plan:
     """The plan with the short runs that are asked for; rank 0 prints it."""
-    made = engine.make_plan(checked, world, settings.options(), config_of, runs, clock)
+    made = engine.make_plan(checked, world, options, config_of, runs, clock)
     if world.rank == 0:
         for line in made.lines(settings.rows):
             show(line)
@@ -149,4 +154,5 @@ def check(settings: PlanSettings, keys: Sequence[str], launch: LaunchSettings) -
     """
     if launch.max_restarts or launch.nodes[0] != launch.nodes[1]:
         raise config_error("plan", "measures ranks that stay; leave max_restarts and nnodes=MIN:MAX out")
-    engine.check(_training(keys), launch.first_world(), settings.options())
+    config = _training(keys)
+    engine.check(config, launch.first_world(), settings.options(config))

@@ -103,7 +103,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
     divides_model: ClassVar[bool] = False
     slices_parameters: ClassVar[bool] = False
     steps_alike: ClassVar[bool] = False
-    saves_in_background: ClassVar[bool] = True
+    saves_in_background: bool = True
     knows_memory: ClassVar[bool] = False
     trainers_update: ClassVar[bool] = True
     mesh: DeviceMesh | None = None
@@ -219,6 +219,16 @@ class Strategy(ABC, Generic[OptionsT_co]):
     def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
         """The share of ``parameters``, ``gradients`` and ``optimizer`` state that a rank has; 1 where it is absent."""
         return {}
+
+    @classmethod
+    def gathered_bytes(cls, config: Config, parameter_bytes: int) -> float:
+        """Bytes of other ranks' parameters, and of gradients for them, that a rank needs in a pass.
+
+        Args:
+            config: The run's configuration.
+            parameter_bytes: Size of the model's parameters.
+        """
+        return 0.0
 
     @classmethod
     def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:

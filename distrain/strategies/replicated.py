@@ -66,7 +66,7 @@ class Replicated(Strategy[OptionsT_co]):
         self.gradients = self._make_gradients()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
-        self.optimizer = make_optimizer(updated)
+        self.optimizer = self._make_optimizer(make_optimizer, updated)
         self._forward: nn.Module = model
         model.train()
         self._snapshot = BufferSnapshot([model]) if self.config.trainer.on_nonfinite != "stop" else None
@@ -106,9 +106,13 @@ class Replicated(Strategy[OptionsT_co]):
         kept = sum(tensor.nbytes for tensor in self.kept_parameters().values())
         held = present + self._bytes_of_passes()
         if self.trainers_update:
-            held += held_memory.expected_optimizer_bytes(make_optimizer, updated)
+            held += self._expected_optimizer_bytes(make_optimizer, updated)
         held += held_memory.copies_of_parameters(self.config) * kept
         set_up.apply_measured(measured, self.model, held, limit, self.replicas, runtime)
+
+    def _expected_optimizer_bytes(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> int:
+        """Bytes that the optimizer's state of this rank will take."""
+        return held_memory.expected_optimizer_bytes(make, updated)
 
     def _bytes_of_passes(self) -> int:
         """Bytes that a strategy holds during passes only, besides activations."""
@@ -120,6 +124,10 @@ class Replicated(Strategy[OptionsT_co]):
     def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What this rank's optimizer updates, by the model's names; called after :meth:`_make_gradients`."""
         return list(self.model.named_parameters())
+
+    def _make_optimizer(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The optimizer of what :meth:`_updated_parameters` returned."""
+        return make(updated)
 
     @override
     def set_trained(self, names: frozenset[str]) -> None:
@@ -282,9 +290,14 @@ class Replicated(Strategy[OptionsT_co]):
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         module_state.load(self.model, *self.module_state_of(saved))
-        named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        self._load_optimizer(saved["optimizer"], saved["scalars"]["optimizer"])
+        names = [name for name, _ in self.model.named_parameters()]
         return [
             *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
-            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+            *self.restore_compressor(saved, names, self.replicas.size),
         ]
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Loads an optimizer's saved state, by the model's names."""
+        named_state.load_optimizer(self.optimizer, self._names, tensors, scalars)

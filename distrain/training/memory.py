@@ -28,6 +28,8 @@ MIB = 2**20
 #: What torch says if the C library has no memory left.
 _CPU_MESSAGE = "can't allocate memory"
 _UNKNOWN = -1.0
+#: Where what is offloaded lies, by ``strategy.offload``.
+_PLACES = {"file": "in files", "host": "in the host's memory"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -133,7 +135,14 @@ def memory_line(summary: Mapping[str, Any]) -> str:
     for name, title in (("measured", ""), ("predicted", "predicted ")):
         sizes = found.get(name)
         if isinstance(sizes, Mapping):
-            numbers = {kind: finite_number(sizes.get(kind)) for kind in MEMORY_KINDS}
-            listed = [f"{kind} {size:,.1f}" for kind, size in numbers.items() if size is not None]
-            parts.append(title + ", ".join(listed))
+            parts.append(title + _listed(sizes))
+    offloaded = summary.get("offloaded")
+    if isinstance(offloaded, Mapping) and isinstance(offloaded.get("mb"), Mapping):
+        where = _PLACES.get(str(offloaded.get("to")), "elsewhere")
+        parts.append(f"{where} {_listed(offloaded['mb'])}")
     return "; ".join(parts)
+
+
+def _listed(sizes: Mapping[str, Any]) -> str:
+    numbers = {kind: finite_number(sizes.get(kind)) for kind in MEMORY_KINDS}
+    return ", ".join(f"{kind} {size:,.1f}" for kind, size in numbers.items() if size is not None)

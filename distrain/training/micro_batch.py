@@ -170,6 +170,7 @@ class _Trial:
         self.most_pieces = next((pieces for pieces, size in sizes if self._is_possible(size)), 1)
         self._batch = trial_batch(tried.splits, self._share, runtime.device, self._precision.dtype, tried.layout(model))
         self._sizes = self._sizes_of_state()
+        self._parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         tried.strategy.prepare_trial(config, runtime.world.size, model)
         if config.model.checkpoint_activations != "none":
@@ -214,8 +215,10 @@ class _Trial:
     def _held(self, samples: int) -> float:
         """What the rank will hold besides activations, if a pass has so many samples."""
         config = self._tried.with_size(samples if samples < self._share else None)
-        shares = self._tried.strategy.state_shares(config, self._tried.runtime.world.size)
-        return self._buffer_bytes + sum(whole * shares.get(kind, 1.0) for kind, whole in self._sizes.items())
+        strategy = self._tried.strategy
+        shares = strategy.state_shares(config, self._tried.runtime.world.size)
+        state = sum(whole * shares.get(kind, 1.0) for kind, whole in self._sizes.items())
+        return self._buffer_bytes + state + strategy.gathered_bytes(config, self._parameter_bytes)
 
     def pieces(self) -> int:
         """Fewest passes of the share that should fit, by the line through the peaks of two small passes."""

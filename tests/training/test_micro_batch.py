@@ -120,3 +120,26 @@ def test_ranks_that_share_gradients_hold_all_of_them_between_passes() -> None:
                 "data.batch_size=24",
             )
             assert FSDP.state_shares(small(*keys), 2).get("gradients", 1.0) == share, keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "mb", "gathered"),
+    [
+        # Two blocks of a sixteenth, and the gradients of one.
+        ((), 64, 3 * 4),
+        (("strategy.block_mb=8",), 64, 3 * 8),
+        (("strategy.block_mb=8", "strategy.reshard_after_forward=false"), 64, 64 + 8),
+        # A block has at least 1 MiB, and no more than the model.
+        ((), 8, 3 * 1),
+        ((), 0.5, 2 * 0.5),
+        (("strategy.shard=gradients",), 64, 0),
+    ],
+)
+def test_what_fsdp_gathers_depends_on_the_size_of_its_blocks(keys: tuple[str, ...], mb: float, gathered: float) -> None:
+    assert FSDP.gathered_bytes(small("strategy=fsdp", *keys), int(mb * 2**20)) == gathered * 2**20
+
+
+def test_what_is_offloaded_takes_no_memory() -> None:
+    keys = ("strategy=fsdp", "strategy.offload=file", "trainer.ema.decay=0.9")
+    assert FSDP.state_shares(small(*keys), 2) == {"optimizer": 0.0, "gradients": 0.5, "parameters": 0.25}
+    assert FSDP.state_shares(small(*keys, "strategy.shard=optimizer"), 2) == {"optimizer": 0.0}

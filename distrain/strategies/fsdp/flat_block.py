@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Pending
+from distrain.files import mapped_memory
 
 
 class Slice(NamedTuple):
@@ -66,6 +67,7 @@ class FlatBlock:
         self.part: Tensor | None = None
         self._flat: Tensor | None = None
         self._pending: Pending | None = None
+        self._sent: Tensor | None = None
         self.is_attached = False
         first = self.parameters[0].detach()
         self._like = first.new_empty(0)
@@ -119,6 +121,10 @@ class FlatBlock:
         copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         return copy.as_strided((tensor.numel(),), (1,))
 
+    def in_shape(self, index: int, elements: Tensor) -> Tensor:
+        """The tensor of a parameter's shape whose elements, in the parameter's memory order, are given."""
+        return elements.as_strided(self.shapes[index], self.strides[index])
+
     # --- what this rank keeps ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -132,16 +138,18 @@ class FlatBlock:
         self.is_attached = True
 
     @torch.no_grad()
-    def keep_part(self, value_of: Callable[[Tensor], Tensor] = torch.detach) -> None:
+    def keep_part(self, value_of: Callable[[Tensor], Tensor], new_part: Callable[[int, Tensor], Tensor]) -> None:
         """Keeps a copy of this rank's part, and lets go of the parameters' values.
 
         Args:
             value_of: Gives the value of a parameter, one after the other.
+            new_part: See :meth:`distrain.strategies.fsdp.offload.Offload.new_part`.
         """
-        self.part = self._like.new_zeros(self.part_size)
+        self.part = new_part(self.part_size, self._like)
         for each in self.slices:
             whole = self.in_memory_order(each.parameter, value_of(self.parameters[each.parameter]))
             self.part[each.offset : each.offset + each.size] = whole[each.start : each.start + each.size]
+        mapped_memory.release(self.part)
         self._make_empty()
 
     def _own_part(self, flat: Tensor) -> Tensor:
@@ -152,6 +160,7 @@ class FlatBlock:
         """Copies this rank's part out of the attached parameters, which were written to."""
         assert self._flat is not None and self.part is not None
         self.part.copy_(self._own_part(self._flat))
+        mapped_memory.release(self.part)
 
     # --- gathering ---------------------------------------------------------------------------------------------------
 
@@ -165,7 +174,9 @@ class FlatBlock:
         if self._flat is None:
             assert self.part is not None
             self._flat = self.new_flat()
-            self._pending = self._group.start_all_gather_into(self._flat, self.part)
+            # A part that is not on the device is copied there, and the copy lives until it is sent.
+            self._sent = self.part.to(self._like.device, non_blocking=True)
+            self._pending = self._group.start_all_gather_into(self._flat, self._sent)
 
     @torch.no_grad()
     def refresh(self) -> Pending:
@@ -202,7 +213,9 @@ class FlatBlock:
     def _wait(self) -> None:
         if self._pending is not None:
             self._pending.wait()
-            self._pending = None
+            self._pending = self._sent = None
+            if self.part is not None:
+                mapped_memory.release(self.part)
 
     def _set_data(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):

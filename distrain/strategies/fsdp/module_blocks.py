@@ -22,7 +22,7 @@ from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.device import RandomState
 
 #: Unless it is configured, a block has this part of the model's parameters, and at least so many MiB.
-BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
+_BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
 
 
 @dataclass
@@ -58,13 +58,14 @@ class ModuleBlock:
     parameters: tuple[str, ...]
 
 
-def usual_limit(model_bytes: float) -> float:
-    """Most bytes of a block, unless they are configured.
+def block_limit(block_mb: float | None, model_bytes: float) -> float:
+    """Most bytes of a block.
 
     Args:
+        block_mb: As ``strategy.block_mb``.
         model_bytes: Size of all parameters.
     """
-    return max(_LEAST_BLOCK_MB * MIB, BLOCK_PART * model_bytes)
+    return max(_LEAST_BLOCK_MB * MIB, _BLOCK_PART * model_bytes) if block_mb is None else block_mb * MIB
 
 
 def choose_blocks(root: Call, bytes_of: Mapping[str, int], limit: float) -> list[ModuleBlock]:

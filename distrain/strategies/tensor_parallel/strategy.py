@@ -175,13 +175,18 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
-        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
+        tensors, scalars = self._saved_optimizer()
         model = module_state.read(self.model).tensors
         return {
             **self._saved({}, scalars),
             "model": divided_state.gathered_model(model, self._cuts, self.tensor_group, everywhere=False),
-            "optimizer": divided_state.gathered_optimizer(tensors, self._cuts, self.tensor_group),
+            "optimizer": tensors,
         }
+
+    def _saved_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What this rank saves of the optimizer's tensors, whole, and its other values; all ranks call it together."""
+        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
+        return dict(divided_state.gathered_optimizer(tensors.items(), self._cuts, self.tensor_group)), scalars
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:

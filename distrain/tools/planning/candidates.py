@@ -107,9 +107,10 @@ def _fsdp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     if ranks == 1 or setting.workload.batch_size < ranks:
         return
     keys = {"strategy": "fsdp"}
+    block_mb = setting.workload.block_mb
+    full = {**keys, "strategy.shard": FULL, **({} if block_mb is None else {"strategy.block_mb": str(block_mb)})}
     for shard in SHARDS:
-        yield _candidate(fsdp.predict, {**keys, "strategy.shard": shard}, shard=shard)
-    full = {**keys, "strategy.shard": FULL}
+        yield _candidate(fsdp.predict, full if shard == FULL else {**keys, "strategy.shard": shard}, shard=shard)
     kept = {**full, "strategy.reshard_after_forward": "false"}
     yield _candidate(fsdp.predict, kept, shard=FULL, reshards=False)
     if 1 < per_host < ranks:

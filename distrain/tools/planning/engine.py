@@ -44,11 +44,13 @@ class Options:
         cluster: Description of a cluster that isn't here; ``None``: these ranks.
         strategies: Names of the strategies to look at.
         compressors: Names of the compressors to time.
+        block_mb: As ``strategy.block_mb`` of ``fsdp``.
     """
 
     cluster: Path | None = None
     strategies: Sequence[str] = STRATEGIES
     compressors: Sequence[str] = COMPRESSORS
+    block_mb: float | None = None
 
 
 #: The training with the keys of a configuration in place of its own strategy and compressor.
@@ -105,11 +107,12 @@ def make_plan(
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
         most = _most_samples(run.config.data.batch_size, described)
         measured = measure(run, world, splits, compressors, clock, most)
-        short_runs = Calibrated(measured.workload, [], [])
+        workload = dataclasses.replace(measured.workload, block_mb=options.block_mb)
+        short_runs = Calibrated(workload, [], [])
         if described is None or described.accelerator is None:
             runs = ShortRuns(world, splits, config_of, folder)
             with clock.phase("short runs"):
-                short_runs = calibrated(measured.workload, measured.cluster, options.strategies, runs)
+                short_runs = calibrated(workload, measured.cluster, options.strategies, runs)
     workload, cluster = short_runs.workload, measured.cluster
     if described is not None:
         cluster = described

@@ -138,6 +138,7 @@ class Workload:
         deterministic: Bucket sizes that are not configured are the same everywhere, instead of chosen by measurement.
         rounds: Times that a step computes the gradient of its batch; 2 with sharpness-aware minimization.
         sharpness_seconds: Seconds between two of these rounds, in which the parameters are moved, and moved back later.
+        block_mb: As ``strategy.block_mb`` of ``fsdp``.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -162,6 +163,7 @@ class Workload:
     deterministic: bool = False
     rounds: int = 1
     sharpness_seconds: float = 0.0
+    block_mb: float | None = None
 
     @property
     def held_bytes(self) -> int:

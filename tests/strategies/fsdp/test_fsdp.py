@@ -312,6 +312,16 @@ def test_each_rank_saves_its_part_and_continues_bit_for_bit(tmp_path: Path) -> N
             "optimizer.name=muon: updates a parameter as a whole, and this strategy divides it among ranks, element by "
             "element; strategy=ddp keeps it whole",
         ),
+        (
+            ("strategy.offload=host", "runtime.device=cpu"),
+            2,
+            "strategy.offload=host: this run computes on CPUs, whose memory is the host's; choices: none, file",
+        ),
+        (
+            ("strategy.offload=file", "strategy.offload_folder=/nowhere"),
+            2,
+            "strategy.offload_folder=/nowhere: no file can be made in /nowhere (No such file or directory)",
+        ),
     ],
 )
 def test_what_is_not_possible_is_refused_in_one_line(overrides: tuple[str, ...], ranks: int, line: str) -> None:

@@ -108,17 +108,24 @@ def test_memory_by_hand(shard: str, options: dict[str, Any], held: tuple[float, 
 
 
 def test_blocks_are_small_and_whole_where_that_is_possible() -> None:
-    def sizes(*gradients: tuple[float, ...]) -> list[tuple[tuple[tuple[int, float], ...], tuple[int, ...]]]:
+    def sizes(
+        *gradients: tuple[float, ...], block_mb: float | None = None
+    ) -> list[tuple[tuple[tuple[int, float], ...], tuple[int, ...]]]:
         plain = workload(blocks=len(gradients))
         pairs = zip(plain.blocks, gradients, strict=True)
         blocks = [dataclasses.replace(one, gradients=tuple(int(size * MIB) for size in own)) for one, own in pairs]
-        found = gathered_blocks(dataclasses.replace(plain, blocks=tuple(blocks)))
+        found = gathered_blocks(dataclasses.replace(plain, blocks=tuple(blocks), block_mb=block_mb))
         return [(block.passes, block.gradients) for block in found]
 
     # Of 6 MiB a block has at most 1.
     assert sizes((0.4, 0.1), (0.4,), (0.6,), (4.5,)) == [
         (((0, 1.0), (1, 1.0)), (0, 1, 2)),
         (((2, 1.0),), (3,)),
+        (((3, 1.0),), (4,)),
+    ]
+    # As many as were asked for.
+    assert sizes((0.4, 0.1), (0.4,), (0.6,), (4.5,), block_mb=2.0) == [
+        (((0, 1.0), (1, 1.0), (2, 1.0)), (0, 1, 2, 3)),
         (((3, 1.0),), (4,)),
     ]
     # What is too large is divided, with its passes; what has no parameters goes with what is before, or with the first.
@@ -147,6 +154,8 @@ def test_candidates_divide_within_hosts_where_these_have_several_ranks() -> None
     assert keys(setting(4, 1)) == keys(setting(1, 4)) == everywhere
     assert keys(setting(2, 2)) == [*everywhere, ("full", "2")]
     assert keys(setting(1, 1)) == []
+    # The size of blocks that a training names is planned in place of the usual one.
+    assert keys(setting(block_mb=0.5)) == [*everywhere[:2], ("full", "0.5"), ("full", "0.5", "false")]
 
 
 def test_sharpness_aware_steps_have_two_rounds() -> None:

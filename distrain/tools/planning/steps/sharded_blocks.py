@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distrain.strategies.fsdp.module_blocks import usual_limit
+from distrain.strategies.fsdp.module_blocks import block_limit
 from distrain.tools.planning.workload import Workload, at
 
 
@@ -58,7 +58,7 @@ def gathered_blocks(workload: Workload) -> list[ShardedBlock]:
         workload: The training.
     """
     parameters = _parameters(workload)
-    groups = _grouped(parameters, usual_limit(workload.held_bytes)) or [[]]
+    groups = _grouped(parameters, block_limit(workload.block_mb, workload.held_bytes)) or [[]]
     with_parameters = {index for index, own in enumerate(parameters) if own}
     counts = [max(len(own), 1) for own in parameters]
     found = []
