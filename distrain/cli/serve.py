@@ -76,7 +76,8 @@ class ServeSettings(RunSettings):
         "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
     )
     trust_file: bool = setting(
-        "true: whoever wrote the .pt2 file may run code here, which torch does if there is any in such a file."
+        "A .pt2 file is read only if this is true, since torch runs code that such a file contains: say so if you "
+        "trust whoever wrote it."
     )
 
 
