@@ -68,7 +68,7 @@ test-resume: $(VENV)/.stamp-test ## Resume each layout of ranks from the checkpo
 test-docs: $(VENV)/.stamp-test ## Run the commands of the documentation as they stand there, with short settings
 	$(BIN)/python -m pytest -m docs tests/website $(ARGS)
 
-test-image: ## Build the image without a daemon and train in it (needs root, buildah and debootstrap)
+test-image: ## Build both images without a daemon, train in one and serve by the other (needs root, buildah and debootstrap)
 	docker/try_image.sh
 
 lint: $(VENV)/.stamp-lint ## Check style, format and types

@@ -3,14 +3,16 @@
 Makes a ResNet-18 for 32x32 images (two steps of training: speed does not depend on the weights), and
 
 1. sends requests on 200 connections by wrk, which is a process of its own: to a server with batching, to one without
-   (``max_batch_size=1``), and, with ``--litserve FOLDER``, to LitServe with the same model, decoder, threads and batch
-   size. Samples the memory of the first one.
+   (``max_batch_size=1``), to the latter also on so few connections that its p99 is not above that of the first, and,
+   with ``--litserve FOLDER``, to LitServe with the same model, decoder, threads and batch size. Samples the memory.
+   ``--format onnx`` or ``torch_export`` serves the exported file instead of the run.
 2. sends 200 hostile requests at once, slow ones among them: each must get a 4xx status, and the server must go on.
 3. stops a server by SIGTERM while 50 clients use it: each request that was sent must be answered, and the exit code 0.
 
     apt-get install wrk
     pip install --target LITSERVE --no-deps litserve pyzmq        # beside the packages of distrain[serve]
     python benchmarks/serve.py [--seconds 60] [--litserve LITSERVE] [--stem imagenet|cifar] [--threads 1]
+        [--format onnx|torch_export]
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import base64
 import collections
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -91,11 +94,22 @@ def environment(*folders: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *folders])}
 
 
+def distrain(command: str, *keys: str) -> list[str]:
+    return [sys.executable, "-m", "distrain", command, *keys]
+
+
 def make_run(folder: Path, stem: str) -> Path:
     keys = ["data=synthetic", "model=resnet18", f"model.stem={stem}", "trainer.max_steps=2"]
-    command = [sys.executable, "-m", "distrain", "train", *keys, "logger=none", f"run_dir={folder / 'run'}"]
+    command = distrain("train", *keys, "logger=none", f"run_dir={folder / 'run'}")
     subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     return folder / "run"
+
+
+def exported(run: Path, kind: str) -> Path:
+    file = run.parent / {"onnx": "model.onnx", "torch_export": "model.pt2"}[kind]
+    command = distrain("export", f"run={run}", f"format={kind}", f"output={file}", "check=0")
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
+    return file
 
 
 def photo() -> bytes:
@@ -137,9 +151,10 @@ def started(command: list[str], port: int, *folders: str) -> Iterator[subprocess
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def ours(run: Path, port: int, threads: int, *keys: str) -> list[str]:
-    fixed = [f"run={run}", "checkpoint=newest", f"port={port}", f"threads={threads}", f"batch_timeout_ms={WAIT_MS}"]
-    return [sys.executable, "-m", "distrain", "serve", *fixed, *keys]
+def ours(model: Path, port: int, threads: int, *keys: str) -> list[str]:
+    fixed = [f"run={model}", f"port={port}", f"threads={threads}", f"batch_timeout_ms={WAIT_MS}"]
+    which = ["checkpoint=newest"] if model.is_dir() else ["trust_file=true"] if model.suffix == ".pt2" else []
+    return distrain("serve", *fixed, *which, *keys)
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
@@ -150,20 +165,28 @@ def memory_mb(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def load(port: int, seconds: int, folder: Path) -> dict[str, float]:
+def load(port: int, seconds: int, folder: Path, connections: int) -> dict[str, float]:
     (folder / "body.json").write_text(json.dumps({"images": [base64.b64encode(photo()).decode()]}))
     (folder / "post.lua").write_text(SENT_BY_WRK % (folder / "body.json"))
     address = f"http://127.0.0.1:{port}/predict"
-    options = ["-t1", f"-c{CONNECTIONS}", f"-d{seconds}", "--timeout", "30s", "-s", str(folder / "post.lua")]
+    options = ["-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "30s", "-s", str(folder / "post.lua")]
     printed = subprocess.run(["wrk", *options, address], check=True, capture_output=True, text=True).stdout
     found: dict[str, float] = json.loads(printed.splitlines()[-1])
     found["rate"] = found["requests"] / found["seconds"]
     return found
 
 
-def under_load(name: str, command: list[str], port: int, seconds: int, folder: Path, *folders: str) -> float:
+def under_load(
+    name: str,
+    command: list[str],
+    port: int,
+    seconds: int,
+    folder: Path,
+    *folders: str,
+    connections: int = CONNECTIONS,
+) -> dict[str, float]:
     with started(command, port, *folders) as process:
-        load(port, 3, folder)
+        load(port, 3, folder, connections)
         samples: list[float] = []
         ended = threading.Event()
 
@@ -174,7 +197,7 @@ def under_load(name: str, command: list[str], port: int, seconds: int, folder: P
         sampler = threading.Thread(target=sample)
         sampler.start()
         try:
-            found = load(port, seconds, folder)
+            found = load(port, seconds, folder, connections)
         finally:
             ended.set()
             sampler.join()
@@ -185,7 +208,32 @@ def under_load(name: str, command: list[str], port: int, seconds: int, folder: P
         f"{np.mean(samples[:tenth]):.0f} -> {np.mean(samples[-tenth:]):.0f} MB",
         flush=True,
     )
-    return found["rate"]
+    return found
+
+
+def compare_under_load(run: Path, options: argparse.Namespace, folder: Path) -> None:
+    threads, seconds = options.threads, options.seconds
+    model = run if options.format is None else exported(run, options.format)
+    port = free_port()
+    batched = under_load("batching", ours(model, port, threads), port, seconds, folder)
+    port = free_port()
+    unbatched = ours(model, port, threads, "max_batch_size=1")
+    single = under_load("no batching", unbatched, port, seconds // 3, folder)
+    # Requests of a full queue wait as long as there are connections.
+    fewer = max(2, int(0.9 * CONNECTIONS * batched["p99"] / single["p99"]))
+    name = f"no batching, {fewer}"
+    limited = under_load(name, unbatched, port, seconds // 3, folder, connections=min(fewer, CONNECTIONS))
+    print(
+        f"batching: {batched['rate'] / single['rate']:.2f} x the throughput on {CONNECTIONS} connections, "
+        f"{batched['rate'] / limited['rate']:.2f} x with the same limit of p99"
+    )
+    if options.litserve is not None:
+        port = free_port()
+        (folder / "litserve_server.py").write_text(LITSERVE)
+        values = [str(run), str(port), str(threads), str(BATCH), str(WAIT_MS / 1000)]
+        command = [sys.executable, str(folder / "litserve_server.py"), *values]
+        peer = under_load("LitServe", command, port, seconds // 2, folder, options.litserve)
+        print(f"distrain: {batched['rate'] / peer['rate']:.2f} x LitServe")
 
 
 # --- hostile clients -------------------------------------------------------------------------------------------------
@@ -218,11 +266,13 @@ def hostile_requests() -> dict[str, bytes]:
         "wrong type": post(sound, "application/x-shockwave-flash"),
         "broken JSON": post(b'{"images": [', "application/json"),
         "deep JSON": post(b"[" * 500_000, "application/json"),
+        "JSON of many lists": post(b"[" + b"[]," * 3_000_000 + b"1]", "application/json"),
         "no base64": post(b'{"images": ["%%%"]}', "application/json"),
         "JSON of another shape": post(b'{"images": {"a": 1}}', "application/json"),
         "many images": post(many, "application/json"),
         "truncated form": post(form, "multipart/form-data; boundary=x"),
         "form without boundary": post(form, "multipart/form-data"),
+        "form of many parts": post((form + b"\r\n") * 5000, "multipart/form-data; boundary=x"),
         "body too large": post(bytes(11_000_000), "image/png"),
         "announced too large": post(b"x", "image/png", 10**12),
         "body that stops": post(b"x" * 100, "image/png", 5000),
@@ -251,7 +301,7 @@ async def status_of(port: int, request: bytes) -> int:
 def hostile(run: Path, threads: int) -> bool:
     port = free_port()
     requests = hostile_requests()
-    names = list(requests) * (HOSTILE // len(requests))
+    names = list(itertools.islice(itertools.cycle(requests), HOSTILE))
 
     async def send() -> list[int]:
         return await asyncio.gather(*(status_of(port, requests[name]) for name in names))
@@ -319,6 +369,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--format", choices=("onnx", "torch_export"))
     parser.add_argument("--litserve", metavar="FOLDER")
     parser.add_argument("--parts", nargs="+", choices=("load", "hostile", "stop"), default=["load", "hostile", "stop"])
     options = parser.parse_args()
@@ -329,18 +380,7 @@ def main() -> int:
         folder = Path(name)
         run = make_run(folder, options.stem)
         if "load" in options.parts:
-            port, threads, seconds = free_port(), options.threads, options.seconds
-            batched = under_load("batching", ours(run, port, threads), port, seconds, folder)
-            port = free_port()
-            single = under_load("no batching", ours(run, port, threads, "max_batch_size=1"), port, seconds // 3, folder)
-            print(f"batching: {batched / single:.2f} x the throughput")
-            if options.litserve is not None:
-                port = free_port()
-                (folder / "litserve_server.py").write_text(LITSERVE)
-                values = [str(run), str(port), str(threads), str(BATCH), str(WAIT_MS / 1000)]
-                command = [sys.executable, str(folder / "litserve_server.py"), *values]
-                peer = under_load("LitServe", command, port, seconds // 2, folder, options.litserve)
-                print(f"distrain: {batched / peer:.2f} x LitServe")
+            compare_under_load(run, options, folder)
         if "hostile" in options.parts:
             holds &= hostile(run, options.threads)
         if "stop" in options.parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from distrain.config.setting import setting
 from distrain.errors import ConfigError, config_error_from_line
 from distrain.files.terminal import show
 from distrain.files.writing import to_json
+from distrain.models.arguments import DataShape
+from distrain.models.build import model_arguments
 from distrain.models.tensors import convert
 from distrain.runtime.world import World
 from distrain.tasks import base as tasks
 from distrain.tools.exporting import agreement, model_folder, program_files
-from distrain.tools.exporting.model_folder import ModelFolder
+from distrain.tools.exporting.described_model import DescribedModel
 from distrain.tools.exporting.own_model import OwnModel
 from distrain.tools.exporting.program import INSIDE, OUTSIDE, PREPROCESS, Program, random_images
 from distrain.tools.exporting.program_files import Runner
@@ -166,15 +169,12 @@ def export_run(folder: RunFolder, settings: ExportSettings) -> Exported:
         return _export_program(folder, settings, weights, target)
     tensors, metadata = ConvertedTensors(weights.tensors, _plain), _safetensors_metadata(folder, weights)
     if settings.format == "folder":
-        allowed = [*TRUSTED_PREFIXES, *settings.allow]
-        described = ModelFolder(
-            folder.path, folder.config, folder.spec, folder.mean, folder.std, weights.step, weights.kind, allowed
-        )
+        described = _described_model(folder, weights, settings.allow)
         exporter = None if settings.quantize is None else _ProgramExporter(folder, settings, weights)
         lines: list[str] = []
 
         def make_folder(path: Path) -> None:
-            described.write(path, tensors, metadata, settings.license)
+            model_folder.write(path, described, tensors, metadata, settings.license)
             if exporter is not None:
                 _, int8 = exporter.write_int8(path / _INT8_FILE)
                 model_folder.add_to_card(path, int8.section(_INT8_FILE))
@@ -345,6 +345,15 @@ def _description(folder: RunFolder, weights: Weights) -> dict[str, Any]:
         "weights": weights.kind,
         "distrain_version": distrain.__version__,
     }
+
+
+def _described_model(folder: RunFolder, weights: Weights, allow: Sequence[str]) -> DescribedModel:
+    spec = folder.spec
+    shape = DataShape(spec.channels, len(spec.classes), (spec.height, spec.width))
+    arguments = model_arguments(folder.config.model, shape, [*TRUSTED_PREFIXES, *allow])
+    return DescribedModel(
+        folder.path, folder.config, arguments, spec, folder.mean, folder.std, weights.step, weights.kind
+    )
 
 
 def _safetensors_metadata(folder: RunFolder, weights: Weights) -> dict[str, str]:

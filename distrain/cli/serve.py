@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MILLION = 1_000_000
 #: What ``distrain[serve]`` installs, as modules.
 _MODULES = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client")
-_ONNX, _BEST = ".onnx", "best"
+_ONNX, _TORCH_EXPORT, _BEST = ".onnx", ".pt2", "best"
 #: Seconds after which a thread must give the interpreter's lock to one that waits. The model's thread needs it after
 #: each operation, and with Python's 5 ms it would wait long for the threads of requests each time.
 _SWITCH_SECONDS = 1e-4
@@ -40,7 +40,7 @@ _SWITCH_SECONDS = 1e-4
 class ServeSettings(RunSettings):
     """Keys of ``distrain serve``."""
 
-    run: str = setting("Folder of the run, or an .onnx file of distrain export format=onnx.", path=True)
+    run: str = setting("Folder of the run, or an .onnx or .pt2 file of distrain export.", path=True)
     checkpoint: str = setting("best (by validation score), newest, or the folder of a checkpoint.", path=True)
     host: str = setting("Address that requests are accepted at; 0.0.0.0: at all addresses of this machine.")
     port: int = setting("TCP port; 0: one that is free.", at_least=0, at_most=65535)
@@ -74,6 +74,10 @@ class ServeSettings(RunSettings):
     )
     allow: list[str] = setting(
         "Dotted prefixes, besides distrain's, from which the run's model and choices may be imported; their code runs."
+    )
+    trust_file: bool = setting(
+        "A .pt2 file is read only if this is true, since torch runs code that such a file contains: say so if you "
+        "trust whoever wrote it."
     )
 
 
@@ -175,23 +179,32 @@ def source_of(settings: ServeSettings) -> Source:
         ConfigError: There is no such run or file.
     """
     path = Path(settings.run)
+    kind = "" if path.is_dir() else path.suffix.lower()
+    if settings.trust_file and kind != _TORCH_EXPORT:
+        raise ConfigError("trust_file", True, f"is for a {_TORCH_EXPORT} file")
     if path.is_dir():
         from distrain.cli.served_run import RunSource
 
         return RunSource(settings.run, settings.checkpoint, settings.weights, settings.device, settings.allow)
     if not path.is_file():
         raise ConfigError("run", settings.run, "is neither a run's folder nor a file")
-    if path.suffix.lower() != _ONNX:
-        problem = f"serve reads a run's folder or an {_ONNX} file of: distrain export format=onnx"
-        raise ConfigError("run", settings.run, problem)
+    if kind not in (_ONNX, _TORCH_EXPORT):
+        problem = f"serve reads a run's folder, or an {_ONNX} or {_TORCH_EXPORT} file of: distrain export format=onnx"
+        raise ConfigError("run", settings.run, f"{problem} (or torch_export)")
     for key, default in (("checkpoint", _BEST), ("weights", LAST)):
         if getattr(settings, key) != default:
             raise ConfigError(key, getattr(settings, key), f"is for a run's folder; {settings.run} holds one model")
     if settings.device not in ("auto", "cpu"):
-        raise ConfigError("device", settings.device, f"{_ONNX} files run on the CPU", ["auto", "cpu"])
-    from distrain.tools.serving.onnx_model import OnnxFile
+        raise ConfigError("device", settings.device, f"{kind} files run on the CPU", ["auto", "cpu"])
+    from distrain.tools.serving import onnx_program, torch_program
+    from distrain.tools.serving.program_model import ProgramFile
 
-    return OnnxFile(path, threads_of(settings))
+    if kind == _ONNX:
+        return ProgramFile(path, functools.partial(onnx_program.load, threads=threads_of(settings)))
+    if not settings.trust_file:
+        problem = "torch runs code that such a file contains; trust_file=true if you trust whoever wrote it"
+        raise ConfigError("run", settings.run, f"{problem}, or serve a file of: distrain export format=onnx")
+    return ProgramFile(path, torch_program.load)
 
 
 def threads_of(settings: ServeSettings) -> int:

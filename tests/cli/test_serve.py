@@ -29,7 +29,6 @@ from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.tasks import base as tasks
 from distrain.tasks.base import Task
-from distrain.tools.serving.onnx_model import OnnxModel
 from tests.harness import HANG_SECONDS
 from tests.runs import CONF
 from tests.trained import replace_section, save_test_images
@@ -87,20 +86,22 @@ def test_a_server_answers_as_predict_does_until_sigterm(run: Path, images: list[
     assert_equal(found, predicted(run, images, 4)[:8])
 
 
-def test_run_and_onnx_file_answer_as_predict_does_also_with_a_crop(
+def test_run_and_exported_files_answer_as_predict_does_also_with_a_crop(
     run: Path, images: list[Path], tmp_path: Path
 ) -> None:
     data = "data=image_folder", f"data.root={images[0].parent}", "data.height=8", "data.width=8"
     replace_section(run, "data", *data, "data.cache_scale=1.5", "data.eval_crop=0.75")
     served = RunSource(str(run), "newest", "last", "cpu", []).load()
-    keys = [f"run={run}", "format=onnx", f"output={tmp_path}/m.onnx", "check=0"]
-    export.run(load_settings(ExportSettings, hydra_entry.compose(CONF, "export", keys)))
-    file = OnnxModel(tmp_path / "m.onnx", 1)
-    assert served.about.shape == file.about.shape == (3, 12, 12)
+    models = [served]
+    for name, kind, *trusted in (("m.onnx", "onnx"), ("m.pt2", "torch_export", "trust_file=true")):
+        keys = [f"run={run}", f"format={kind}", f"output={tmp_path / name}", "check=0"]
+        export.run(load_settings(ExportSettings, hydra_entry.compose(CONF, "export", keys)))
+        models.append(serve.source_of(configured(f"run={tmp_path / name}", *trusted)).load())
     pixels = np.stack([decode(path, 12, 12, 3) for path in images])
     expected = predicted(run, images, 3)
-    assert_equal(served.answer(pixels, 3), expected)
-    assert_equal(file.answer(pixels, 3), expected)
+    for model in models:
+        assert model.about.shape == (3, 12, 12)
+        assert_equal(model.answer(pixels, 3), expected)
 
 
 def test_an_output_that_is_not_finite_is_no_answer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +136,19 @@ def test_a_newer_checkpoint_is_noticed(run: Path) -> None:
 def test_what_cannot_be_served_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "model.pt2").touch()
     (tmp_path / "model.onnx").touch()
+    (tmp_path / "model.json").touch()
     for keys, problem in {
         ("run=nowhere",): "is neither a run's folder nor a file",
-        (f"run={tmp_path}/model.pt2",): "distrain export format=onnx",
+        (f"run={tmp_path}/model.pt2",): "trust_file=true if you trust .* export format=onnx",
+        (f"run={tmp_path}/model.pt2", "trust_file=true"): "torch can't read it",
+        (f"run={tmp_path}/model.onnx", "trust_file=true"): "trust_file=true: is for a .pt2 file",
+        (f"run={tmp_path}/model.json",): "serve reads a run's folder, or an .onnx or .pt2 file",
         (f"run={tmp_path}/model.onnx", "weights=ema"): "weights=ema: is for a run's folder",
         (f"run={tmp_path}/model.onnx", "checkpoint=newest"): "checkpoint=newest: is for a run's folder",
         (f"run={tmp_path}/model.onnx", "device=cuda"): "run on the CPU",
     }.items():
         with pytest.raises(ConfigError, match=problem):
-            serve.source_of(configured(*keys))
+            serve.source_of(configured(*keys)).load()
     pytest.importorskip("fastapi")
     with socket.create_server(("127.0.0.1", 0)) as occupied, pytest.raises(ConfigError, match=r"port=.*in use"):
         serve.run(configured(f"run={run}", f"port={occupied.getsockname()[1]}"))

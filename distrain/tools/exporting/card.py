@@ -17,6 +17,7 @@ from distrain.files.untrusted import UnreadableFile, read_json
 from distrain.files.writing import to_yaml
 from distrain.models.python_object import PythonObjectModelConfig
 from distrain.models.timm import TimmConfig
+from distrain.tools.exporting.described_model import DescribedModel
 from distrain.verification import certificate
 
 #: What the Hub calls the tasks that it has a page for.
@@ -31,40 +32,26 @@ _SHOWN_CLASSES = 100
 _AVERAGES = {"ema": ", an exponential moving average of the model", "swa": ", the mean of models of the last epochs"}
 
 
-def text(
-    run: Path,
-    config: Config,
-    spec: DataSpec,
-    step: int,
-    kind: str,
-    arguments: Mapping[str, Any],
-    described: Mapping[str, Any],
-    licence: str | None,
-) -> str:
+def text(model: DescribedModel, licence: str | None) -> str:
     """The card.
 
     Args:
-        run: The run's folder; its ``summary.json`` and ``certificate.json`` are used if there are such.
-        config: The run's configuration.
-        spec: Of the images.
-        step: Number of updates of the exported checkpoint.
-        kind: ``last``, or the average of the model that is exported: ``ema`` or ``swa``.
-        arguments: Those of the model.
-        described: What ``config.json`` says below ``distrain``.
+        model: What is known of the model.
         licence: Name of the licence; ``None``: none is named.
     """
-    summary = _read(run / "summary.json")
-    metrics = _test_metrics(summary, step, kind)
-    name = run.resolve().name
+    config = model.config
+    summary = _read(model.run / "summary.json")
+    metrics = _test_metrics(summary, model.step, model.kind)
+    name = model.run.resolve().name
     parts = [
         f"---\n{to_yaml(_front_matter(name, config, metrics, licence))}---",
         f"# {_plain(name)}",
         f"`{_model_name(config)}` for {config.task.name} of images, exported by distrain {distrain.__version__}; the "
-        f"weights after {step:,} updates{_AVERAGES.get(kind, '')}.",
-        _usage(config, described, arguments),
-        _data(config, spec),
+        f"weights after {model.step:,} updates{_AVERAGES.get(model.kind, '')}.",
+        _usage(model),
+        _data(config, model.spec),
         _metrics(metrics),
-        _certificate(_read(run / certificate.FILE)),
+        _certificate(_read(model.run / certificate.FILE)),
         _configuration(config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -87,7 +74,8 @@ def _front_matter(name: str, config: Config, metrics: Mapping[str, float], licen
     }
 
 
-def _usage(config: Config, described: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+def _usage(model: DescribedModel) -> str:
+    config, spec = model.config, model.spec
     if isinstance(config.model, TimmConfig):
         code = (
             "import timm\n\n"
@@ -103,20 +91,20 @@ def _usage(config: Config, described: Mapping[str, Any], arguments: Mapping[str,
         )
     else:
         module, _, target = config.model._target_.rpartition(".")
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        given = ", ".join(f"{key}={value!r}" for key, value in model.arguments.items())
         code = (
             "from safetensors.torch import load_file\n\n"
             f"from {module} import {target}\n\n"
             f"model = {target}({given}).eval()\n"
             'model.load_state_dict(load_file("model.safetensors"))'
         )
-    mean, std = (", ".join(f"{value:.6g}" for value in described[key]) for key in ("mean", "std"))
-    channels, height, width = described["input_shape"]
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (model.mean, model.std))
     return (
         f"## Use\n\n```python\n{code}\n```\n\n"
-        f"It takes images [N, {channels}, {height}, {width}], scaled until they just cover {height}x{width} pixels and "
-        f"cropped in the middle, as `(x - mean) / std` with x from 0 to 1, mean = ({mean}), std = ({std}); for arrays "
-        "of floating point x is the number itself. `config.json` has the full numbers and the names of the outputs."
+        f"It takes images [N, {spec.channels}, {spec.height}, {spec.width}], scaled until they just cover "
+        f"{spec.height}x{spec.width} pixels and cropped in the middle, as `(x - mean) / std` with x from 0 to 1, mean "
+        f"= ({mean}), std = ({std}); for arrays of floating point x is the number itself. `config.json` has the full "
+        "numbers and the names of the outputs."
     )
 
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-import distrain
 from distrain.checkpoint import safetensors_writer
-from distrain.config.schema import Config
-from distrain.data.base import DataSpec
 from distrain.errors import ConfigError, first_line
 from distrain.models import timm
-from distrain.models.arguments import DataShape
-from distrain.models.build import model_arguments
 from distrain.tools.exporting import card
+from distrain.tools.exporting.described_model import DescribedModel
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,96 +23,58 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKEN = "HF_TOKEN"  # noqa: S105 - a variable's name
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """What the folder says of a model.
+def write(
+    folder: Path,
+    model: DescribedModel,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    licence: str | None,
+) -> None:
+    """Makes the folder.
 
-    Attributes:
-        run: The run's folder.
-        config: The run's configuration.
-        spec: Of the images.
-        mean: Channel means with which images are normalised.
-        std: Channel standard deviations with which images are normalised.
-        step: Number of updates of the checkpoint.
-        kind: ``last``, or the average of the model: ``ema`` or ``swa``.
-        allowed: Dotted prefixes that the model's class may have.
+    Args:
+        folder: Must not exist.
+        model: What the folder says of the model.
+        tensors: The ``state_dict``.
+        metadata: For the header of the weights.
+        licence: Name of the licence for the model card; ``None``: it names none.
+
+    Raises:
+        OSError: A file can't be written.
     """
+    folder.mkdir()
+    safetensors_writer.write_alone(folder / WEIGHTS, tensors, metadata)
+    (folder / CONFIG).write_text(json.dumps(_config(model), indent=2) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card.text(model, licence), encoding="utf-8")
 
-    run: Path
-    config: Config
-    spec: DataSpec
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    step: int
-    kind: str
-    allowed: Sequence[str]
 
-    def write(
-        self, folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], licence: str | None
-    ) -> None:
-        """Makes the folder.
+def _config(described: DescribedModel) -> dict[str, Any]:
+    """The content of ``config.json``.
 
-        Args:
-            folder: Must not exist.
-            tensors: The ``state_dict``.
-            metadata: For the header of the weights.
-            licence: Name of the licence for the model card; ``None``: it names none.
-
-        Raises:
-            ConfigError: The model's class can't be imported or is not allowed.
-            OSError: A file can't be written.
-        """
-        shape = DataShape(self.spec.channels, len(self.spec.classes), (self.spec.height, self.spec.width))
-        arguments = model_arguments(self.config.model, shape, self.allowed)
-        folder.mkdir()
-        safetensors_writer.write_alone(folder / WEIGHTS, tensors, metadata)
-        (folder / CONFIG).write_text(json.dumps(self._config(arguments), indent=2) + "\n", encoding="utf-8")
-        text = card.text(self.run, self.config, self.spec, self.step, self.kind, arguments, self._described(), licence)
-        (folder / CARD).write_text(text, encoding="utf-8")
-
-    def _described(self) -> dict[str, Any]:
-        """What is needed to use the model, whatever loads it."""
-        return {
-            "model": self.config.model.name,
-            "task": self.config.task.name,
-            "classes": list(self.spec.classes),
-            "input_shape": [self.spec.channels, self.spec.height, self.spec.width],
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "step": self.step,
-            "weights": self.kind,
-            "version": distrain.__version__,
-        }
-
-    def _config(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of ``config.json``.
-
-        The arguments of the model stand at the top, where ``PyTorchModelHubMixin`` looks for them; for an architecture
-        of timm, what timm's loader looks for.
-        """
-        model = self.config.model
-        if not isinstance(model, timm.TimmConfig):
-            return {"architecture": model._target_, "distrain": self._described(), **arguments}
-        size = [self.spec.channels, self.spec.height, self.spec.width]
-        weights = {
-            "num_classes": len(self.spec.classes),
-            "input_size": size,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "label_names": list(self.spec.classes),
-        }
-        return {
-            "architecture": model.arch.partition(".")[0],
-            "num_classes": len(self.spec.classes),
-            "model_args": {
-                name: value for name, value in timm.architecture_arguments(**arguments).items() if name != "num_classes"
-            },
-            "pretrained_cfg": weights,
-            "distrain": self._described(),
-        }
+    The arguments of the model stand at the top, where ``PyTorchModelHubMixin`` looks for them; for an architecture of
+    timm, what timm's loader looks for.
+    """
+    model, spec = described.config.model, described.spec
+    if not isinstance(model, timm.TimmConfig):
+        return {"architecture": model._target_, "distrain": described.needed_to_use(), **described.arguments}
+    weights = {
+        "num_classes": len(spec.classes),
+        "input_size": [spec.channels, spec.height, spec.width],
+        "mean": list(described.mean),
+        "std": list(described.std),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "label_names": list(spec.classes),
+    }
+    arguments = timm.architecture_arguments(**described.arguments)
+    return {
+        "architecture": model.arch.partition(".")[0],
+        "num_classes": len(spec.classes),
+        "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},
+        "pretrained_cfg": weights,
+        "distrain": described.needed_to_use(),
+    }
 
 
 def add_to_card(folder: Path, section: str) -> None:
@@ -147,7 +104,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     """Uploads a folder to the Hugging Face Hub; returns its address there.
 
     Args:
-        folder: Result of :meth:`ModelFolder.write`.
+        folder: Result of :func:`write`.
         repository: USER/NAME; made if there is no such.
         private: Whether a repository that is made here is private.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Answering:
         """
         limits = self._options.limits
         with self._admission.request() as held:
-            parse = content.parser(request.headers.get("content-type"))
+            parse = content.parser(request.headers.get("content-type"), limits.queue)
             body = await read_body(request.stream(), request.headers.get("content-length"), held, limits)
             held.take_images(1)
             work = asyncio.ensure_future(self._predict(parse, body, held, top))
@@ -105,7 +106,9 @@ class Answering:
             encoded = parse(body)
             if len(encoded) > limits.queue:
                 raise Refused(413, f"{len(encoded)} images in one request; there is room for {limits.queue}")
-            return content.decode_all(encoded, about.shape, limits.pixels)
+            images = content.decoded(encoded, about.shape, limits.pixels)
+            # A thread can't be cancelled: it would decode all images of a client that is gone.
+            return list(itertools.takewhile(lambda _: not held.is_over, images))
 
         images = await asyncio.get_running_loop().run_in_executor(self._decoding, decode)
         held.take_images(len(images) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -22,30 +22,46 @@ FIELD = "images"
 JSON, FORM = "application/json", "multipart/form-data"
 #: Finds the encoded images in a body.
 Parser = Callable[[bytes], list[bytes]]
+#: JSON values, or parts of a form, that a body may have besides the images.
+_OTHER_PARTS = 1000
+#: Before each value in JSON stands one of these, but for the first. Base64 has none of them.
+_BEFORE_VALUES = b"[{,:"
 
 
-def parser(content_type: str | None) -> Parser:
+def parser(content_type: str | None, most_images: int) -> Parser:
     """What finds the encoded images, at least one, in a body of this type.
+
+    Args:
+        content_type: What the request's header says.
+        most_images: A body of many more parts is refused before it is parsed, since empty lists in JSON, say, take more
+            than 20 times the memory of their text.
 
     Raises:
         Refused: No such bodies are read; also raised by the function that is returned.
     """
     kind, options = parse_options_header(content_type)
     name = kind.decode("latin-1").lower()
+    most_parts = most_images + _OTHER_PARTS
     if name == JSON:
-        return _in_json
+        return lambda body: _in_json(body, most_parts)
     if name == FORM:
         boundary = options.get(b"boundary")
         if not boundary:
             raise Refused(400, f"{FORM} needs a boundary", close=True)
-        return lambda body: _in_form(body, boundary)
+        return lambda body: _in_form(body, boundary, most_parts)
     if name.startswith("image/"):
         return lambda body: [body]
     problem = f"the content type must be {JSON}, {FORM} or image/…, not {name[:100] or 'absent'}"
     raise Refused(415, problem, close=True)
 
 
-def _in_json(body: bytes) -> list[bytes]:
+def _check_parts(count: int, most: int) -> None:
+    if count > most:
+        raise Refused(413, f"the body has more than {most} parts; one for each image is enough")
+
+
+def _in_json(body: bytes, most_parts: int) -> list[bytes]:
+    _check_parts(sum(map(body.count, _BEFORE_VALUES)), most_parts)
     try:
         content: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -65,7 +81,8 @@ def _from_base64(place: int, text: object) -> bytes:
         raise Refused(422, f"{FIELD}[{place}] is not base64 ({error})") from error
 
 
-def _in_form(body: bytes, boundary: bytes) -> list[bytes]:
+def _in_form(body: bytes, boundary: bytes, most_parts: int) -> list[bytes]:
+    _check_parts(body.count(b"--" + boundary), most_parts)
     found: list[bytes] = []
 
     def keep(file: File) -> None:
@@ -86,8 +103,8 @@ def _in_form(body: bytes, boundary: bytes) -> list[bytes]:
     return found
 
 
-def decode_all(encoded: list[bytes], shape: tuple[int, int, int], most_pixels: int) -> list[Pixels]:
-    """Decodes images as those of an image folder are decoded for an evaluation.
+def decoded(encoded: list[bytes], shape: tuple[int, int, int], most_pixels: int) -> Iterator[Pixels]:
+    """Decodes images, one after the other, as those of an image folder are decoded for an evaluation.
 
     Args:
         encoded: The images.
@@ -98,13 +115,11 @@ def decode_all(encoded: list[bytes], shape: tuple[int, int, int], most_pixels: i
         Refused: One can't be decoded, or has too many pixels.
     """
     channels, height, width = shape
-    decoded = []
     for place, data in enumerate(encoded):
         try:
-            decoded.append(decode_bytes(data, f"{FIELD}[{place}]", height, width, channels, most_pixels))
+            yield decode_bytes(data, f"{FIELD}[{place}]", height, width, channels, most_pixels)
         except DecodeError as error:
             if isinstance(error.__cause__, UnidentifiedImageError):
                 raise Refused(422, f"image {place} is neither {' nor '.join(FORMATS)}") from error
             large = isinstance(error.__cause__, TooManyPixels | Image.DecompressionBombError)
             raise Refused(413 if large else 422, f"image {place} can't be decoded: {error.reason}") from error
-    return decoded

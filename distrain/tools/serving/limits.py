@@ -77,6 +77,7 @@ class Admission:
         try:
             yield held
         finally:
+            held.is_over = True
             self._images -= held.images
             self._bytes -= held.bytes
 
@@ -101,11 +102,17 @@ class Held:
 
     Args:
         admission: Of all requests.
+
+    Attributes:
+        images: Places in the queue.
+        bytes: Of its body.
+        is_over: Whether it has been answered or given up, so that nobody needs a result any more.
     """
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self.images = self.bytes = 0
+        self.is_over = False
 
     def take_images(self, count: int) -> None:
         """Takes places in the queue.

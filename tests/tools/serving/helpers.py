@@ -30,7 +30,7 @@ LIMITS = Limits(
     answer_seconds=HANG_SECONDS,
     connections=50,
 )
-OPTIONS = ServingOptions(LIMITS, max_batch_size=4, batch_timeout=0.0, reload_seconds=0.0, decoders=2)
+OPTIONS = ServingOptions(LIMITS, max_batch_size=4, batch_timeout=0.0, reload_seconds=0.0, decoders=1)
 
 
 class GreyModel(ServedModel):

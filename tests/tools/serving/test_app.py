@@ -74,7 +74,9 @@ JSON, FORM = "application/json", "multipart/form-data; boundary=x"
 PART = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
 REFUSED = {
     "no JSON": (JSON, b"{", 400, "is not JSON"),
-    "deep JSON": (JSON, b"[" * 90_000, 400, "is not JSON"),
+    "deep JSON": (JSON, b"[" * 1000, 400, "is not JSON"),
+    "JSON of many lists": (JSON, b'{"images": [' + b"[]," * 30_000 + b"1]}", 413, "more than 1008 parts"),
+    "JSON of many keys": (JSON, b"{" + b'"a":1,' * 15_000 + b'"images": 1}', 413, "more than 1008 parts"),
     "JSON of another shape": (JSON, b'["a"]', 422, "must be"),
     "JSON without an image": (JSON, b'{"images": []}', 422, "at least one"),
     "an image that is a number": (JSON, b'{"images": [1]}', 422, "images[0] is no text"),
@@ -88,6 +90,7 @@ REFUSED = {
         422,
         "no file named",
     ),
+    "a form of many parts": (FORM, (PART + b"\r\n") * 1010 + b"--x--\r\n", 413, "more than 1008 parts"),
     "a form that is cut off": (FORM, PART + png(1), 422, "no file named images"),
     "no form": (FORM, b"hello", 400, "form can't be read"),
     "an image that is cut off": ("image/png", png(1, (90, 90))[:-30], 422, "image 0 can't be decoded"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import socket
-from typing import cast
+import threading
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
 
+from distrain.data.decode import decode_bytes
 from distrain.tools.serving import server
 from tests.harness import HANG_SECONDS
-from tests.tools.serving.helpers import LIMITS, exchange, listening, png, until
+from tests.tools.serving.helpers import LIMITS, encoded, exchange, listening, png, until
 
 
 def post(body: bytes, *headers: str) -> bytes:
@@ -150,6 +153,32 @@ def test_requests_of_clients_that_are_gone_leave_the_queue() -> None:
             assert model.batches == [1, 1]
 
     asyncio.run(ask())
+
+
+def test_images_of_a_client_that_is_gone_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_go, places = threading.Event(), threading.Event(), list[str]()
+
+    def held(data: bytes, name: str, *rest: Any) -> Any:
+        places.append(name)
+        begun.set()
+        assert may_go.wait(HANG_SECONDS)
+        return decode_bytes(data, name, *rest)
+
+    monkeypatch.setattr("distrain.tools.serving.content.decode_bytes", held)
+    three = json.dumps({"images": [encoded(51)] * 3}).encode()
+
+    async def ask() -> None:
+        async with listening() as (served, port, _):
+            client = asyncio.create_task(exchange(port, post(three).replace(b"image/png", b"application/json")))
+            await until(begun.is_set)
+            client.cancel()
+            await until(lambda: not served.server_state.tasks)
+            may_go.set()
+            # It waits for the same thread.
+            assert status(await exchange(port, post(png(51), "connection: close"))) == 200
+
+    asyncio.run(ask())
+    assert places == ["images[0]", "images[0]"]
 
 
 def test_a_server_that_stops_answers_what_it_has_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

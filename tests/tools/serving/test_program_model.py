@@ -1,17 +1,21 @@
-"""What is refused of ONNX files, which may come from anywhere."""
+"""What served files answer, and what is refused of ONNX files, which may come from anywhere."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from distrain.errors import ConfigError
-from distrain.tools.serving.onnx_model import OnnxFile, OnnxModel
+from distrain.tools.serving import onnx_program, torch_program
+from distrain.tools.serving.model import ServedModel
+from distrain.tools.serving.program_model import ProgramFile
 
 ABOUT = {
     "preprocess": "inside",
@@ -49,8 +53,16 @@ def write(path: Path, outputs: tuple[str, ...] = ("probabilities", "class"), **a
     return path
 
 
+def source(path: Path) -> ProgramFile:
+    return ProgramFile(path, functools.partial(onnx_program.load, threads=1))
+
+
+def loaded(path: Path) -> ServedModel:
+    return source(path).load()
+
+
 def test_classes_are_ranked(tmp_path: Path) -> None:
-    model = OnnxModel(write(tmp_path / "m.onnx"), 1)
+    model = loaded(write(tmp_path / "m.onnx"))
     assert (model.about.step, model.about.largest_top, model.about.shape) == (5, 2, (1, 2, 2))
     images = np.array([[[[0, 0], [0, 102]]], [[[255, 255], [255, 255]]]], np.uint8)
     dark, _ = model.answer(images, 2)
@@ -64,14 +76,14 @@ def test_classes_are_ranked(tmp_path: Path) -> None:
 
 def test_labels_and_numbers_have_names(tmp_path: Path) -> None:
     images = np.zeros((1, 1, 2, 2), np.uint8)
-    labels = OnnxModel(write(tmp_path / "l.onnx", ("probabilities", "labels")), 1)
+    labels = loaded(write(tmp_path / "l.onnx", ("probabilities", "labels")))
     assert labels.answer(images, 1) == [{"labels": ["dark"], "probabilities": {"dark": 1.0, "bright": 0.0}}]
-    numbers = OnnxModel(write(tmp_path / "n.onnx", ("numbers",)), 1)
+    numbers = loaded(write(tmp_path / "n.onnx", ("numbers",)))
     assert numbers.answer(images, 1) == [{"numbers": {"dark": 1.0, "bright": 0.0}}]
 
 
 def test_a_larger_image_is_resized_to_what_the_model_sees(tmp_path: Path) -> None:
-    model = OnnxModel(write(tmp_path / "m.onnx", decoded_shape="[1, 4, 4]", eval_crop="0.5"), 1)
+    model = loaded(write(tmp_path / "m.onnx", decoded_shape="[1, 4, 4]", eval_crop="0.5"))
     assert model.about.shape == (1, 4, 4)
     image = np.zeros((1, 1, 4, 4), np.uint8)
     image[..., 1:3, 1:3] = 255
@@ -94,7 +106,7 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {
 def test_a_file_that_says_something_impossible_is_refused(case: str, tmp_path: Path) -> None:
     about, problem = BROKEN[case]
     with pytest.raises(ConfigError, match=problem) as raised:
-        OnnxModel(write(tmp_path / "m.onnx", ("probabilities", "class"), **about), 1)
+        loaded(write(tmp_path / "m.onnx", ("probabilities", "class"), **about))
     assert "distrain export format=onnx" in str(raised.value)
 
 
@@ -111,21 +123,29 @@ def test_a_file_cannot_have_other_files_read(tmp_path: Path) -> None:
         entry.key, entry.value = key, value
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ConfigError, match="ONNX Runtime can't read it"):
-        OnnxModel(path, 1)
+        loaded(path)
 
 
 def test_noise_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"noise")
     with pytest.raises(ConfigError, match="can't read it"):
-        OnnxFile(tmp_path / "m.onnx", 1).load()
+        loaded(tmp_path / "m.onnx")
     with pytest.raises(ConfigError, match="not a regular file"):
-        OnnxFile(tmp_path, 1).load()
+        loaded(tmp_path)
+
+
+def test_what_is_no_file_of_torch_export_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "noise.pt2").write_bytes(b"noise")
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), tmp_path / "other.pt2")
+    for name in ("noise.pt2", "other.pt2"):
+        with pytest.raises(ConfigError, match="torch can't read it, or it does not describe itself"):
+            torch_program.load(tmp_path / name)
 
 
 def test_a_file_that_is_replaced_is_noticed(tmp_path: Path) -> None:
-    source = OnnxFile(write(tmp_path / "m.onnx"), 1)
-    before = source.state()
-    assert source.state() == source.newest() == before
+    found = source(write(tmp_path / "m.onnx"))
+    before = found.state()
+    assert found.state() == found.newest() == before
     write(tmp_path / "new.onnx", step="6").replace(tmp_path / "m.onnx")
-    assert source.state() != before
-    assert source.load().about.step == 6
+    assert found.state() != before
+    assert found.load().about.step == 6

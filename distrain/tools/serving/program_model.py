@@ -1,9 +1,10 @@
-"""Models in ONNX files, run by ONNX Runtime. Such a file holds numbers and known operators, and no code."""
+"""Models in files of ``distrain export``, whichever library runs them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typing_extensions import override
 
 from distrain.data.augmentation.resize import resize_centre
 from distrain.data.decode import LARGEST_PIXELS
-from distrain.errors import ConfigError, first_line
+from distrain.errors import ConfigError
 from distrain.files.untrusted import UnreadableFile, open_regular
 from distrain.tools.exporting.program import INPUT, INSIDE
 from distrain.tools.serving.model import About, Answer, Pixels, ServedModel, Source
@@ -23,19 +24,37 @@ from distrain.tools.serving.model import About, Answer, Pixels, ServedModel, Sou
 _MOST_BYTES = 1 << 31
 #: Results that are understood, of those that :meth:`distrain.tasks.base.Task.named_results` gives.
 _PROBABILITIES, _CLASS, _LABELS, _NUMBERS = "probabilities", "class", "labels", "numbers"
-_FROM = "serve needs a file of: distrain export format=onnx"
+#: What is read, for messages.
+FROM = "serve needs a file of: distrain export format=onnx (or torch_export)"
 
 
-class OnnxFile(Source):
-    """An ONNX file of ``distrain export format=onnx``.
+@dataclass(frozen=True)
+class Program:
+    """What a file holds, ready to run.
+
+    Attributes:
+        description: What the file says of itself, by name: text, or other values as JSON.
+        inputs: Name, type and sizes without the batch of each input.
+        outputs: Sizes of each result without the batch, by name.
+        run: Gives the results by name for images uint8 [n, C, H, W].
+    """
+
+    description: Mapping[str, str]
+    inputs: Sequence[tuple[str, str, list[Any]]]
+    outputs: Mapping[str, list[Any]]
+    run: Callable[[Pixels], Mapping[str, npt.NDArray[Any]]]
+
+
+class ProgramFile(Source):
+    """A file of ``distrain export``.
 
     Args:
         path: The file.
-        threads: CPU threads of the runtime.
+        load: Reads a program from the content of the file at a path; raises :class:`ConfigError` if it can't.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: Path, load: Callable[[Path], Program]) -> None:
+        self._path, self._load = path, load
 
     @override
     def state(self) -> Hashable:
@@ -48,48 +67,45 @@ class OnnxFile(Source):
 
     @override
     def load(self) -> ServedModel:
-        return OnnxModel(self._path, self._threads)
+        return ProgramModel(self._path, self._load(self._path))
 
 
-class OnnxModel(ServedModel):
-    """The model in an ONNX file.
+class ProgramModel(ServedModel):
+    """The model that a program computes.
 
     Args:
-        path: The file.
-        threads: CPU threads of the runtime.
+        path: Its file.
+        program: What the file holds.
 
     Raises:
-        ConfigError: ONNX Runtime is missing, or the file can't be used.
+        ConfigError: The program is no model of images, or what it says of itself can't be.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self._session = _open(path, threads)
+    def __init__(self, path: Path, program: Program) -> None:
+        self._program = program
         try:
             self.about, self._share = self._describe(path.name)
         except (KeyError, TypeError, ValueError) as error:
-            problem = f"does not say how it is used ({type(error).__name__}: {error}); {_FROM}"
+            problem = f"does not say how it is used ({type(error).__name__}: {error}); {FROM}"
             raise ConfigError("run", path, problem) from error
-        self._outputs = [output.name for output in self._session.get_outputs()]
 
     def _describe(self, name: str) -> tuple[About, float]:
         """What the file says of itself, checked; and the share of each side of an image that the model sees."""
-        about: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        about, outputs = self._program.description, self._program.outputs
         if about["preprocess"] != INSIDE:
             raise ValueError(f"preprocess={about['preprocess']}; it must be {INSIDE}")
         classes = [str(entry) for entry in json.loads(about["classes"])]
         channels, height, width = self._shape = _sizes(about["input_shape"])
         decoded = _sizes(about["decoded_shape"]) if "decoded_shape" in about else self._shape
         share = float(json.loads(about.get("eval_crop", "1")))
-        (entry,) = self._session.get_inputs()
-        if (entry.name, entry.type, entry.shape[1:]) != (INPUT, "tensor(uint8)", [channels, height, width]):
-            raise ValueError(f"takes {entry.name}, {entry.type} {entry.shape}; it must be uint8 of input_shape")
+        (entry,) = self._program.inputs
+        if entry != (INPUT, "uint8", [channels, height, width]):
+            raise ValueError(f"takes {entry}; it must be uint8 of input_shape")
         if decoded[0] != channels or channels not in (1, 3) or not 0 < share <= 1:
             raise ValueError(f"decoded_shape {decoded}, eval_crop {share}")
-        self._decoded = {output.name: output.shape[1:] for output in self._session.get_outputs()}
-        main = self._decoded.get(_PROBABILITIES, self._decoded.get(_NUMBERS))
-        if main != [len(classes)]:
-            raise ValueError(f"returns {self._decoded}; it must be a probability or number for each of {len(classes)}")
-        largest = len(classes) if _CLASS in self._decoded else 1
+        if outputs.get(_PROBABILITIES, outputs.get(_NUMBERS)) != [len(classes)]:
+            raise ValueError(f"returns {outputs}; it must be a probability or number for each of {len(classes)}")
+        largest = len(classes) if _CLASS in outputs else 1
         step = int(about["step"])
         return About(name, step, about["model"], about["task"], tuple(classes), decoded, largest), share
 
@@ -97,7 +113,7 @@ class OnnxModel(ServedModel):
     def answer(self, pixels: Pixels, top: int) -> list[Answer | None]:
         _, height, width = self._shape
         shown = resize_centre(torch.from_numpy(pixels), self._share, height, width).contiguous().numpy()
-        results = dict(zip(self._outputs, self._session.run(self._outputs, {INPUT: shown}), strict=True))
+        results = self._program.run(shown)
         classes = self.about.classes
         rows: list[Answer]
         if _NUMBERS in results:
@@ -114,6 +130,22 @@ class OnnxModel(ServedModel):
             for flags, values in zip(results[_LABELS].tolist(), probabilities.tolist(), strict=True)
         ]
         return _finite(probabilities, rows)
+
+
+def read(path: Path) -> bytes:
+    """The content of a program's file.
+
+    Raises:
+        ConfigError: It can't be read, or is too large.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(_MOST_BYTES + 1)
+    except (OSError, UnreadableFile) as error:
+        raise ConfigError("run", path, f"can't be read ({error})") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError("run", path, f"has more than {_MOST_BYTES} bytes")
+    return content
 
 
 def _ranked(classes: tuple[str, ...], probabilities: npt.NDArray[np.float32], top: int) -> list[Answer]:
@@ -139,30 +171,3 @@ def _sizes(text: str) -> tuple[int, int, int]:
     if channels * height * width > 3 * LARGEST_PIXELS:
         raise ValueError(f"{text[:100]} are too many pixels")
     return channels, height, width
-
-
-def _open(path: Path, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        problem = "needs ONNX Runtime; run pip install 'distrain[serve,onnx]'"
-        raise ConfigError("run", path, problem) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Threads that wait for work by computing would take the cores from those that decode images.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        with open_regular(path) as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ConfigError("run", path, f"has more than {_MOST_BYTES} bytes")
-        # From memory, so that a file which names others for its weights can't have them read.
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except (OSError, UnreadableFile) as error:
-        raise ConfigError("run", path, f"can't be read ({error})") from error
-    except ConfigError:
-        raise
-    except Exception as error:  # ONNX Runtime has types of its own for each of its errors
-        raise ConfigError("run", path, f"ONNX Runtime can't read it ({first_line(error)}); {_FROM}") from error
