@@ -355,7 +355,10 @@ class Strategy(ABC, Generic[OptionsT_co]):
         return whole
 
     def saved_part(self, name: str, kept: Tensor) -> Tensor:
-        """What this rank saves of a tensor that is what :meth:`kept_parameters` has, if it saves some of it."""
+        """What this rank saves of a tensor that is what it keeps of a parameter or buffer, if it saves some of it.
+
+        All ranks that keep some of it call this together.
+        """
         return kept
 
     def agree_on_average(self, average: Mapping[str, Tensor]) -> None:

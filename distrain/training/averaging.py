@@ -210,8 +210,10 @@ class Averages:
         for average in self._averages:
             self._strategy.agree_on_average(average.tensors)
             for key, tensor in average.tensors.items() if average.updates else ():
+                # Also where another rank saves it: ranks may put it together of their parts.
+                part = self._strategy.saved_part(key, tensor)
                 if key in state["model"]:
-                    saved[f"{average.name}/{key}"] = self._strategy.saved_part(key, tensor)
+                    saved[f"{average.name}/{key}"] = part
                 if key in of_model:
                     slices[f"{average.name}/{key}"] = of_model[key]
         state["average"] = saved

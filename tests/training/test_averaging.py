@@ -50,9 +50,15 @@ LAYOUTS = {
     "pipeline": (2, ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")),
     "fsdp": (3, ("strategy=fsdp", "strategy.block_mb=1e-4")),
     "fsdp of gradients": (3, ("strategy=fsdp", "strategy.shard=gradients")),
+    "tensor_parallel": (3, ("strategy=tensor_parallel",)),
 }
-#: Those that update element by element and look at nothing else.
-RECIPES_OF_FSDP = ("averages", "lion")
+#: Where not all recipes can be trained: those that update element by element and look at nothing else, and of these the
+#: one with a model that three ranks can divide.
+SOME_RECIPES = {
+    "fsdp": ("averages", "lion"),
+    "fsdp of gradients": ("averages", "lion"),
+    "tensor_parallel": ("averages",),
+}
 #: Where the model is.
 ALLOW = ["tests.runs"]
 #: What computes on another number of ranks, and what adds up in another order.
@@ -84,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipes_of(*layouts: str | None) -> list[str]:
     """Names of the recipes that all of these layouts train."""
-    return list(RECIPES_OF_FSDP if any("fsdp" in (layout or "") for layout in layouts) else RECIPES)
+    return [name for name in RECIPES if all(name in SOME_RECIPES.get(layout or "", RECIPES) for layout in layouts)]
 
 
 def train_in(folder: Path, layout: str, source: str | None = None) -> None:
@@ -106,8 +112,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 #: Each layout resumed in itself, so also whole, and resumed from others.
-ALWAYS = [("ddp", "ddp"), ("pipeline", "single"), ("fsdp", "fsdp of gradients")]
-CASES = [*((layout, source) for layout in LAYOUTS for source in (layout, "single")), ALWAYS[-1], ("ddp", "fsdp")]
+ALWAYS = [("ddp", "ddp"), ("pipeline", "single"), ("fsdp", "fsdp of gradients"), ("tensor_parallel", "single")]
+CASES = [*((layout, source) for layout in LAYOUTS for source in (layout, "single")), ALWAYS[2], ("ddp", "fsdp")]
 
 
 @pytest.mark.parametrize("case", soaked(CASES, ALWAYS), ids=str)

@@ -103,7 +103,7 @@ def changed_keys(text: str) -> set[str]:
 
 def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_path: Path) -> None:
     # Without repeats each sample occurs once in an epoch.
-    augmented = (*CHAIN, *ALL_AUGMENTATIONS, "data.augment.repeats=1")
+    augmented = (*CHAIN, *ALL_AUGMENTATIONS, "data.augment.repeats=1", "trainer.ema.decay=0.9")
     whole = [train(*augmented, f"run_dir={tmp_path}/whole", "trainer.max_steps=40")]
     steps = []
     pipeline = ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")
@@ -129,10 +129,11 @@ def test_the_number_of_ranks_and_the_strategy_may_change_at_every_resume(tmp_pat
         assert sorted(samples) == list(range(127))
     for key in ("epochs", "samples", "test_count"):
         assert last[0]["summary"][key] == whole[0]["summary"][key]
-    assert last[0]["summary"]["train_loss"] == pytest.approx(whole[0]["summary"]["train_loss"], rel=1e-5)
+    for key in ("train_loss", "test_ema_loss"):
+        assert last[0]["summary"][key] == pytest.approx(whole[0]["summary"][key], rel=1e-5)
     for table in tables(tmp_path / "parts"):
         hows = {part: how for part, (how, _) in table.items()}
-        assert hows["model"] == hows["optimizer"] == hows["data position"] == "exact"
+        assert hows["model"] == hows["optimizer"] == hows["average ema"] == hows["data position"] == "exact"
         assert hows["schedule"] == "changed"
         assert hows["random draws"] == "redistributed"
     assert "changed: strategy.name: pipeline → tensor_parallel" in log_of(tmp_path / "parts")

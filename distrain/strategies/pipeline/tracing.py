@@ -119,13 +119,13 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._model, self._closed, self._still = model, closed, still
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._states: dict[int, str] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._states[id(tensor)] = name
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._states = {id(tensor): name for name, tensor in named}
         self._fixed = _attribute_tensors(model)
         saved = model.state_dict()
         self._constants = {*self._fixed, *(id(buffer) for name, buffer in model.named_buffers() if name not in saved)}
-        # All tensors are kept, so that no other one gets their ids.
+        # All tensors are kept, so that no other one gets their ids; a forward pass may replace a buffer.
+        self._states_kept = [tensor for _, tensor in named]
         self._kept: list[Tensor] = []
         self._numbers: dict[int, int] = {}
         self._infos: list[ValueInfo] = []

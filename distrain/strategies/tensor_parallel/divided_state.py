@@ -79,10 +79,20 @@ def parts_of_model(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], rank:
         ValueError: A tensor hasn't the shape of the model's.
     """
     for name, entry in described(tensors).items():
-        if name in cuts and entry.shape != cuts[name].shape:
-            shapes = f"{name} is {tuple(entry.shape)}, the model's {tuple(cuts[name].shape)}"
-            raise ValueError(f"the saved model is not this model: {shapes}")
+        if name in cuts:
+            check_shape(name, entry.shape, cuts[name])
     return {name: cuts[name].part(tensor, rank) if name in cuts else tensor for name, tensor in tensors.items()}
+
+
+def check_shape(name: str, shape: torch.Size, cut: Cut) -> None:
+    """Refuses a saved tensor that isn't of the model.
+
+    Raises:
+        ValueError: It hasn't the shape of the whole tensor.
+    """
+    if shape != cut.shape:
+        shapes = f"{name} is {tuple(shape)}, the model's {tuple(cut.shape)}"
+        raise ValueError(f"the saved model is not this model: {shapes}")
 
 
 def parts_of_optimizer(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], rank: int) -> dict[str, Tensor]:

@@ -19,15 +19,26 @@ import torch
 from torch import nn
 
 from distrain import torch_internals
-from distrain.strategies.pipeline.calls import Call, Trace, Value, function_name, states_in, values_in
+from distrain.strategies.pipeline.calls import (
+    Call,
+    Fixed,
+    Trace,
+    Value,
+    function_name,
+    leaves_of,
+    states_in,
+    values_in,
+)
 from distrain.strategies.tensor_parallel.layers import (
     CONVOLUTIONS,
     DROPOUTS,
     WEIGHT_LAYERS,
     Division,
     blocks_of,
+    is_channel_norm,
     why_not,
 )
+from distrain.strategies.tensor_parallel.separation import keeps_channels_apart
 
 #: Layers and functions of one tensor that compute each element from itself alone.
 _ELEMENTWISE = (
@@ -109,6 +120,8 @@ class _Flow:
         self._modules = dict(model.named_modules())
         self._trace = trace
         self._attention = {name for name, module in self._modules.items() if not why_not(module, "attention")}
+        # Divided as a whole, whatever their classes do inside.
+        self._closed = self._attention | {name for name, module in self._modules.items() if is_channel_norm(module)}
         self._calls = list(self._leaves(trace.root))
         self._output = values_in(trace.output)
         counts = Counter(call.target for call in self._calls if isinstance(call.target, str))
@@ -124,7 +137,7 @@ class _Flow:
 
     def _leaves(self, call: Call) -> Iterator[Call]:
         for each in call.calls or ():
-            if each.calls is None or each.target in self._attention:
+            if each.calls is None or each.target in self._closed:
                 yield each
             else:
                 yield from self._leaves(each)
@@ -144,7 +157,8 @@ class _Flow:
         module = self._modules[name]
         own = [id(parameter) for parameter in module.parameters()]
         used = any(each == name or each.startswith(f"{name}.") for each in self._used)
-        return name in self._called_once and not used and not self._tied.intersection(own)
+        alone = name in self._called_once and not used and not self._tied.intersection(own)
+        return alone and not torch_internals.has_hooks(module)
 
     def region(self, start: str) -> dict[str, Division] | None:
         """All that is divided with a first layer; ``None`` if it must stay whole."""
@@ -204,7 +218,8 @@ class _Flow:
             return
         name = function_name(call.target).removesuffix("_")
         others = values_in(call.arguments) - region.values.keys()
-        if others or states_in(call.arguments) or "out" in kwargs:
+        is_fixed = any(isinstance(leaf, Fixed) for leaf in leaves_of(call.arguments))
+        if others or is_fixed or states_in(call.arguments) or "out" in kwargs:
             raise _Mixed
         if name in _BINARY_FUNCTIONS and all(each == inputs[0] for each in inputs):
             ranks = {len(self._shape(number)) for number in used}
@@ -225,13 +240,15 @@ class _Flow:
         module, kind = self._modules[name], type(self._modules[name])
         if torch_internals.has_hooks(module):
             raise _Mixed
-        if kind in _ELEMENTWISE or (kind in _POOLS and channels.dim == 1):
+        if kind in _ELEMENTWISE or (kind in _POOLS and _pools_apart(kind.__name__, channels, shape)):
             self._give(region, call, channels)
         elif kind is nn.Flatten:
             start, end = int(module.start_dim), int(module.end_dim)
             self._give(region, call, _flattened(channels, shape, start, end))
         elif kind in DROPOUTS and name in self._called_once:
             region.add(name, Division("channels", channels.count, channels.dim - len(shape), channels.count))
+            self._give(region, call, channels)
+        elif keeps_channels_apart(module, len(shape), channels.dim):
             self._give(region, call, channels)
         elif not self._is_free(name):
             raise _Mixed
@@ -266,7 +283,7 @@ def _after_function(
     """
     if name in _ELEMENTWISE_FUNCTIONS or name in _BINARY_FUNCTIONS:
         return channels
-    if name in _POOL_FUNCTIONS and channels.dim == 1:
+    if name in _POOL_FUNCTIONS and _pools_apart(name, channels, shape):
         return channels
     if name == "flatten":
         start = kwargs.get("start_dim", args[1] if len(args) > 1 else 0)
@@ -288,6 +305,12 @@ def _after_function(
                 before = 0 if is_kept else sum(dim < channels.dim for dim in reduced)
                 return _Channels(channels.dim - before, channels.count)
     raise _Mixed
+
+
+def _pools_apart(name: str, channels: _Channels, shape: torch.Size) -> bool:
+    """Whether a pooling, by its name, keeps channels apart: one without a dimension of samples would pool over them."""
+    dims = int(name[-2]) if name[-1] == "d" else len(shape) - 2
+    return channels.dim == 1 and len(shape) == dims + 2
 
 
 def _flattened(channels: _Channels, shape: torch.Size, start: int, end: int) -> _Channels:

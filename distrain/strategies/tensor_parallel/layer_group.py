@@ -7,14 +7,15 @@ them, they are summed, and the gradient is that of the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from distrain.communication.collectives import Communicator
+from distrain.strategies.tensor_parallel.agreement import WatchedRun
 
 
 class LayerGroup:
@@ -33,6 +34,7 @@ class LayerGroup:
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.communicator, self._waiting, self._layout = communicator, waiting, layout
+        self._watched: WatchedRun | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         """A copy of a layer communicates with the same ranks."""
@@ -64,8 +66,19 @@ class LayerGroup:
             return summand
         return cast(Tensor, _Leave.apply(summand, self))  # type: ignore[no-untyped-call]
 
+    @contextmanager
+    def watched(self, run: WatchedRun) -> Iterator[WatchedRun]:
+        """In this block ranks compare what they sum before they do it."""
+        self._watched = run
+        try:
+            yield run
+        finally:
+            self._watched = None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place where the tensor is laid out as agreed."""
+        if self._watched is not None:
+            self._watched.before_sum(tensor)
         layout = self.layout_of(tensor.dim())
         # The ranks' tensors may be laid out in different ways: one with a single channel is both.
         tensor = tensor.contiguous(memory_format=layout)

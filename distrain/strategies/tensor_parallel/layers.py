@@ -7,7 +7,8 @@ divided.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distrain import torch_internals
 from distrain.strategies.tensor_parallel.attention import DividedAttention, DividedMultiheadAttention, why_no_attention
 from distrain.strategies.tensor_parallel.cut import Cut, channel_sizes
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
+from distrain.strategies.tensor_parallel.separation import parts_compute_the_whole
 from distrain.torch_internals import BatchNorm, Convolution, Dropout, InstanceNorm
 
 Role = Literal["column", "row", "channels", "attention"]
@@ -162,10 +165,11 @@ DROPOUTS: dict[type[nn.Module], type[nn.Module]] = {
 #: Layers with weights that can be divided by output or by input channels.
 WEIGHT_LAYERS = tuple(_COLUMN)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Normalisations whose channels don't depend on each other.
-CHANNEL_NORMS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-)  # fmt: skip
+#: Normalisations whose channels, or groups of them, don't depend on each other, and the dimensions of their images.
+_CHANNEL_NORMS = {
+    nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3,
+    nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3, nn.GroupNorm: 2,
+}  # fmt: skip
 
 
 def blocks_of(module: nn.Module, role: Role) -> int:
@@ -193,7 +197,7 @@ def why_not(module: nn.Module, role: Role) -> str:
         return f"is a parametrised {kind}, whose weight is computed from other tensors"
     if role == "channels":
         grouped = type(module) in CONVOLUTIONS and module.groups != 1
-        fits = grouped or type(module) in (*CHANNEL_NORMS, nn.GroupNorm)
+        fits = grouped or is_channel_norm(module)
         return "" if fits else f"is a {kind}; BatchNorm, InstanceNorm, GroupNorm and grouped convolutions fit"
     if type(module) not in WEIGHT_LAYERS:
         return f"is a {kind}; Linear, Conv1d, Conv2d and Conv3d fit"
@@ -201,6 +205,47 @@ def why_not(module: nn.Module, role: Role) -> str:
         return "is a grouped convolution, whose groups are divided by channels"
     own = {name for name, _ in module.named_parameters(recurse=False)}
     return "" if "weight" in own else f"is a {kind} whose weight is computed from other tensors"
+
+
+def is_channel_norm(module: nn.Module) -> bool:
+    """Whether a module normalises, and can be divided channel by channel.
+
+    A class that is derived from torch's may do more, such as timm's with an activation function: whether each part
+    computes what the whole module computes for its channels is tried.
+    """
+    if type(module) in _CHANNEL_NORMS:
+        return True
+    dims = next((dims for kind, dims in _CHANNEL_NORMS.items() if isinstance(module, kind)), 0)
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    plain = len(own) == len([*module.parameters(), *module.buffers()]) and torch_internals.has_plain_state(module)
+    if not dims or not plain or torch_internals.has_hooks(module) or any(tensor.dim() > 1 for tensor in own):
+        return False
+    return blocks_of(module, "channels") > 1 and _is_that_of_parts(module, dims)
+
+
+def _is_that_of_parts(module: nn.Module, dims: int) -> bool:
+    """Whether two halves of a normalisation give what it gives.
+
+    Args:
+        module: The normalisation; the trial runs copies of it.
+        dims: Number of dimensions of the images that it normalises.
+    """
+    generator = torch.Generator().manual_seed(0)
+    blocks = blocks_of(module, "channels")
+    try:
+        whole = copy.deepcopy(module).to_empty(device="cpu").double()
+        with torch.no_grad():
+            for tensor in (*whole.parameters(), *whole.buffers()):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+        channels = int(getattr(whole, "num_features", 0) or whole.num_channels)  # type: ignore[arg-type]
+        images = torch.randn(2, channels, *[3] * dims, generator=generator, dtype=torch.float64)
+        parts = [copy.deepcopy(whole) for _ in range(2)]
+        for rank, part in enumerate(parts):
+            for name, cut in _divide_channels(part, blocks, rank, len(parts)).items():
+                _keep_part(part, name, cut, rank)
+        return parts_compute_the_whole(whole, parts, images.split(channel_sizes(channels, blocks, len(parts)), 1), 1)
+    except Exception:  # a user's module may raise anything
+        return False
 
 
 def divide(model: nn.Module, divisions: Mapping[str, Division], group: LayerGroup) -> dict[str, Cut]:
@@ -237,21 +282,28 @@ def _divide_layer(module: nn.Module, division: Division, group: LayerGroup) -> d
         return {}
     role = division.role
     if role == "channels":
-        # All tensors of such a layer have the channels first.
-        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        cuts = {name: Cut.even(tensor, 0, blocks, group.size) for name, tensor in tensors.items() if tensor.dim()}
-        names: tuple[str, ...] = ("num_features", "num_channels", "num_groups", "in_channels", "out_channels", "groups")
-    else:
-        _become(module, (_COLUMN if role == "column" else _ROW)[kind], group)
-        names = ("out_features", "out_channels") if role == "column" else ("in_features", "in_channels")
-        cut_tensors = ("weight", "bias") if role == "column" else ("weight",)
-        dim = int(role == "row")
-        tensors = {name: getattr(module, name) for name in cut_tensors if getattr(module, name) is not None}
-        cuts = {name: Cut.even(tensor, dim, blocks, group.size) for name, tensor in tensors.items()}
+        return _divide_channels(module, blocks, group.rank, group.size)
+    _become(module, (_COLUMN if role == "column" else _ROW)[kind], group)
+    cut_tensors = ("weight", "bias") if role == "column" else ("weight",)
+    tensors = {name: getattr(module, name) for name in cut_tensors if getattr(module, name) is not None}
+    names = ("out_features", "out_channels") if role == "column" else ("in_features", "in_channels")
+    _keep_numbers(module, names, blocks, group.rank, group.size)
+    return {name: Cut.even(tensor, int(role == "row"), blocks, group.size) for name, tensor in tensors.items()}
+
+
+def _divide_channels(module: nn.Module, blocks: int, rank: int, ranks: int) -> dict[str, Cut]:
+    """As :func:`_divide_layer`, for a layer of which all tensors have the channels first."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    names = ("num_features", "num_channels", "num_groups", "in_channels", "out_channels", "groups")
+    _keep_numbers(module, names, blocks, rank, ranks)
+    return {name: Cut.even(tensor, 0, blocks, ranks) for name, tensor in tensors.items() if tensor.dim()}
+
+
+def _keep_numbers(module: nn.Module, names: Sequence[str], blocks: int, rank: int, ranks: int) -> None:
+    """Makes a layer's numbers of channels those that a rank has."""
     for name in names:
         if hasattr(module, name):
-            setattr(module, name, channel_sizes(getattr(module, name), blocks, group.size)[group.rank])
-    return cuts
+            setattr(module, name, channel_sizes(getattr(module, name), blocks, ranks)[rank])
 
 
 def _divide_attention(module: nn.Module, division: Division, group: LayerGroup) -> dict[str, Cut]:

@@ -47,8 +47,3 @@ class TensorParallelConfig(StrategyConfig):
         if config.prune.amount is not None:
             problem = "compares weights of the whole model, of which strategy=tensor_parallel holds parts"
             raise ConfigError("prune.amount", config.prune.amount, problem, ["null"])
-        averages = {"ema.decay": config.trainer.ema.decay, "swa.from_epoch": config.trainer.swa.from_epoch}
-        for key, value in averages.items():
-            if value is not None:
-                problem = "averages whole parameters, which strategy=tensor_parallel doesn't keep"
-                raise ConfigError(f"trainer.{key}", value, problem, ["null"])

@@ -35,10 +35,20 @@ def check_patterns(options: TensorParallelConfig, model: nn.Module) -> None:
         if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in model.named_modules()):
             names = [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
             raise unmatched("strategy.plan", pattern, "fits no layer", names)
-        for name in names:
+        for name in names if role != REPLICATED else ():
             module = model.get_submodule(name)
-            if role != REPLICATED and (problem := why_not(module, cast(Role, role))):
+            if problem := why_not(module, cast(Role, role)) or _shared(model, name):
                 raise ConfigError(f"strategy.plan.{pattern}", role, f"{name} {problem}")
+
+
+def _shared(model: nn.Module, name: str) -> str:
+    """Why a module's parameters are not its own; empty if they are."""
+    owners: dict[int, list[str]] = {}
+    for each, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(each)
+    shared = [names for names in owners.values() if len(names) > 1]
+    own = [names for names in shared if any(each.startswith(f"{name}.") for each in names)]
+    return f"shares a parameter: {' and '.join(own[0])} are one" if own else ""
 
 
 def _named(options: TensorParallelConfig, model: nn.Module) -> dict[str, tuple[str, str]]:

@@ -5,6 +5,7 @@ Shoeybi et al. 2019, "Megatron-LM" (arXiv 1909.08053), §3.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.precision import Precision
 from distrain.strategies.replicated import Replicated
 from distrain.strategies.tensor_parallel import divided_state, plan
+from distrain.strategies.tensor_parallel.agreement import agreed
 from distrain.strategies.tensor_parallel.cut import Cut, memory_format
 from distrain.strategies.tensor_parallel.divided_gradients import DividedGradients
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
@@ -93,11 +95,13 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         self.sync_initial_state(model, self.tensor_group)
+        everyone, device = self.training_group, self.runtime.device
         if self.tensor_group.size > 1:
-            self._divide(model, example)
-        super().setup(model, task, make_optimizer, example)
+            group, trial = agreed(everyone, device, lambda: self._divide(model, example))
+            agreed(everyone, device, lambda: self._compare(trial, model, group))
+        agreed(everyone, device, functools.partial(super().setup, model, task, make_optimizer, example))
 
-    def _divide(self, model: nn.Module, example: Tensor) -> None:
+    def _divide(self, model: nn.Module, example: Tensor) -> tuple[LayerGroup, Trial]:
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
         divisions = plan.find_divisions(model, example, self.precision, self.options, ranks, auxiliary=auxiliary)
         log.info("%s", plan.describe(model, divisions, ranks))
@@ -109,7 +113,10 @@ class TensorParallel(Replicated[TensorParallelConfig]):
         trial = Trial(model, example)
         group = LayerGroup(self.tensor_group, self.stopwatch.communication, layout)
         self._cuts = divide(model, divisions, group)
-        if problem := trial.difference(model):
+        return group, trial
+
+    def _compare(self, trial: Trial, model: nn.Module, group: LayerGroup) -> None:
+        if problem := trial.difference(model, self._cuts, group):
             raise config_error("strategy.plan", f"{problem}; leave layers out by strategy.plan={{NAME: replicated}}")
 
     @override
@@ -128,16 +135,18 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        self._compare_wholes()
+        self._compare_wholes(module_state.read(self.model).tensors)
 
     @torch.no_grad()
-    def _compare_wholes(self) -> None:
+    def _compare_wholes(self, tensors: Mapping[str, Tensor]) -> None:
         """Gives all ranks the first one's values of what is whole, if they have come apart.
 
         They compute the same numbers, but processors of different kinds may round in different ways.
+
+        Args:
+            tensors: This rank's, by the unsplit model's names.
         """
-        state = module_state.read(self.model).tensors
-        wholes = {name: tensor for name, tensor in state.items() if name not in self._cuts}
+        wholes = {name: tensor for name, tensor in tensors.items() if name not in self._cuts}
         hashes = self.tensor_group.all_gather(digest(wholes.values()).to(self.runtime.device))
         if any(bool(other != hashes[0]) for other in hashes):
             log.warning("the ranks' processors round differently: all take the parameters that are whole from rank 0")
@@ -171,6 +180,23 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     def model_state(self) -> dict[str, Tensor]:
         return divided_state.gathered_model(super().model_state(), self._cuts, self.tensor_group, everywhere=True)
+
+    @override
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        cut = self._cuts.get(name)
+        if cut is None:
+            return whole
+        divided_state.check_shape(name, whole.shape, cut)
+        return cut.part(whole, self.tensor_group.rank)
+
+    @override
+    def saved_part(self, name: str, kept: Tensor) -> Tensor:
+        return self._cuts[name].gather(kept, self.tensor_group) if name in self._cuts else kept
+
+    @override
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        super().agree_on_average(average)
+        self._compare_wholes(average)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -196,7 +196,6 @@ def _of_adam(parameters: Mapping[str, list[int]]) -> dict[str, list[int]]:
         ("trainer.compile=true", "trainer.compile=true: is not possible"),
         ("prune.amount=0.5", "prune.amount=0.5: compares weights of the whole model"),
         ("trainer.micro_batch_size=auto", "trainer.micro_batch_size=auto"),
-        ("trainer.ema.decay=0.9", "trainer.ema.decay=0.9: averages whole parameters"),
         (
             "strategy.plan={blocks.*: colum}",
             "strategy.plan.blocks.*=colum: is no way to divide a layer; choices: column,",
