@@ -119,7 +119,7 @@ class MeshTensorConfig(TensorParallelConfig, DDPConfig):
     tensor: int = setting("Ranks that divide layers among themselves.", at_least=1)
 
     @override
-    def ranks_of_group(self, world_size: int) -> int:
+    def ranks_of_replica(self, world_size: int) -> int:
         return self.tensor
 
 
@@ -134,5 +134,5 @@ class MeshPipelineConfig(PipelineConfig, TensorParallelConfig):
     tensor: int = setting("Ranks that divide the layers of a stage among themselves.", at_least=1)
 
     @override
-    def ranks_of_group(self, world_size: int) -> int:
-        return self.tensor
+    def ranks_of_replica(self, world_size: int) -> int:
+        return self.ranks * self.tensor

@@ -22,6 +22,7 @@ from distrain.strategies.base import OptionsT_co, Strategy
 from distrain.strategies.ddp import DDP, DDPConfig
 from distrain.strategies.fsdp.options import FSDPConfig
 from distrain.strategies.fsdp.strategy import FSDP
+from distrain.strategies.mesh.divided_pipeline import DividedPipeline
 from distrain.strategies.mesh.options import MeshConfig, MeshPipelineConfig, MeshTensorConfig
 from distrain.strategies.pipeline.strategy import Pipeline
 from distrain.strategies.precision import Precision
@@ -37,7 +38,7 @@ class Mesh(Strategy[MeshConfig]):
     def chosen(cls, config: Config) -> type[Strategy]:
         shape = cls.options_of(config).mesh
         if shape.pipeline > 1:
-            return MeshPipeline
+            return MeshPipeline if shape.tensor == 1 else MeshDividedPipeline
         if shape.tensor > 1:
             return MeshTensorParallel
         return MeshFSDP if shape.shard > 1 else MeshDDP
@@ -105,8 +106,6 @@ class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
     def check(cls, config: Config, world_size: int) -> None:
         with _named_by_mesh(config):
             super().check(config, world_size)
-        if cls.options_of(config).tensor > 1:
-            raise ConfigError("strategy.mesh.tensor", cls.options_of(config).tensor, "has no stages yet", [1])
 
     @override
     @classmethod
@@ -119,6 +118,10 @@ class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
     def check_passes(cls, config: Config, model: nn.Module, images: Tensor, precision: Precision) -> None:
         with _named_by_mesh(config):
             super().check_passes(config, model, images, precision)
+
+
+class MeshDividedPipeline(MeshPipeline, DividedPipeline):
+    """A mesh whose replicas are pipelines, and whose stages are groups of ranks that divide layers."""
 
 
 @contextlib.contextmanager

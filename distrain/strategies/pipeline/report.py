@@ -34,6 +34,15 @@ def predicted_bubble_of_split(options: PipelineConfig, rows: Sequence[Mapping[st
     return predicted_bubble(options, [row["forward_ms"] for row in rows], [row["backward_ms"] for row in rows])
 
 
+def described(options: PipelineConfig, replicas: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The schedule, its sizes and its predicted bubble, in a line."""
+    bubble = 100 * predicted_bubble_of_split(options, rows)
+    sizes = (
+        f"{options.stages} stages on {options.ranks} ranks, {replicas} replicas, {options.microbatches} microbatches"
+    )
+    return f"{options.schedule}: {sizes}, predicted bubble {bubble:.0f} %"
+
+
 def summary(
     options: PipelineConfig,
     split_rows: Sequence[dict[str, Any]],

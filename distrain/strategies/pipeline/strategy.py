@@ -21,10 +21,10 @@ from distrain.config.schema import Config
 from distrain.data.sampler import part_sizes
 from distrain.errors import ConfigError
 from distrain.files.writing import losing_on_disk_errors
-from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
+from distrain.gradients.bucket_sizes import BucketSizes, BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
-from distrain.models.freezing import FreezeSchedule, freeze_schedule, still_modules, train_only
+from distrain.models.freezing import ever_still, freeze_schedule, still_modules, train_only
 from distrain.optim.optimizers import modes
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
@@ -65,7 +65,7 @@ class Pipeline(Strategy[PipelineConfig]):
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         ranks = self.options.ranks
-        self.mesh = runtime.mesh({"data": runtime.world.size // ranks, "pipeline": ranks})
+        self.mesh = runtime.mesh(self._mesh_shape())
         assert self.mesh is not None, "a pipeline of one rank was refused"
         self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
         # Activations and gradients travel in opposite directions. On a backend with one queue per pair of ranks (NCCL)
@@ -83,6 +83,10 @@ class Pipeline(Strategy[PipelineConfig]):
         self._recorder = timeline.SpanRecorder(runtime.device)
         self._figures: dict[str, Figure] = {}
 
+    def _mesh_shape(self) -> dict[str, int]:
+        """Number of ranks along each dimension, the outermost first."""
+        return {"data": self.runtime.world.size // self.options.ranks, "pipeline": self.options.ranks}
+
     @property
     @override
     def layout(self) -> dict[str, Any]:
@@ -98,7 +102,7 @@ class Pipeline(Strategy[PipelineConfig]):
     def check(cls, config: Config, world_size: int) -> None:
         cls.options_of(config).check_world_size(world_size)
         if config.trainer.compile:
-            problem = "is not possible under strategy=pipeline"
+            problem = f"is not possible under strategy={config.strategy.name}"
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
 
     @override
@@ -130,7 +134,7 @@ class Pipeline(Strategy[PipelineConfig]):
         """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
         options = cls.options_of(config)
         auxiliary = auxiliary_weight(config.model) > 0
-        still = _ever_still(freeze_schedule(config, model), model)
+        still = ever_still(freeze_schedule(config, model), model)
         sequence = split.as_sequence(model, images, precision, options, still, auxiliary=auxiliary)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
@@ -143,10 +147,9 @@ class Pipeline(Strategy[PipelineConfig]):
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
         auxiliary = auxiliary_weight(self.config.model) > 0
-        still = _ever_still(self.freezing, model)
+        still = ever_still(self.freezing, model)
         sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
-        # Before blocks are timed, since their backward passes take longer.
-        set_up.apply(self.config, model, example, self.precision.autocast)
+        self._recompute(model, example)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
         traced = trace_blocks(sequence, example, self.precision)
         self._split = split.choose_split(
@@ -160,6 +163,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self.precision.autocast,
             self.saved_layout.get("boundaries"),
         )
+        self._bounds = [*self._split.starts, len(traced)]
         self._outputs = self._hand_overs(traced)
         self._epochs = self._trace_epochs(model, sequence, example)
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
@@ -188,7 +192,11 @@ class Pipeline(Strategy[PipelineConfig]):
             self._recorder,
             self.runtime.device,
         )
-        self._log_setup()
+        log.info("%s\n%s", report.described(self.options, self.replicas.size, self._split.rows), self._split.table())
+
+    def _recompute(self, model: nn.Module, example: Tensor) -> None:
+        """Sets up ``model.checkpoint_activations``, before blocks are timed: their backward passes take longer."""
+        set_up.apply(self.config, model, example, self.precision.autocast)
 
     def _hand_overs(self, traced: list[TracedBlock]) -> list[HandOver]:
         """What each stage but the last hands over to the next one."""
@@ -223,7 +231,7 @@ class Pipeline(Strategy[PipelineConfig]):
         for index, stage in self.stages.items():
             train_only(stage.module, names, self.freezing.ever_trained)
             stage.expect(self._outputs[index - 1] if index else None)
-            self.gradients[index].rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(stage.module)))
+            self.gradients[index].rebuild_buckets(*self._bucket_sizes(gradient_bytes_of(stage.module)))
         self._set_training_mode()
 
     def _set_training_mode(self) -> None:
@@ -233,10 +241,8 @@ class Pipeline(Strategy[PipelineConfig]):
             module.training = False
 
     def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
-        options = self.options
-        requested = (options.first_bucket_mb, options.bucket_mb, None if options.bucket_mb is None else 0)
         return BucketSizing(
-            requested,
+            self.options.bucket_sizes,
             self.replicas,
             self.runtime.communicator(),
             self.runtime.device,
@@ -245,8 +251,7 @@ class Pipeline(Strategy[PipelineConfig]):
         )
 
     def _add_stage(self, index: int, model: nn.Sequential, traced: list[TracedBlock]) -> None:
-        boundaries = [*self._split.starts, len(traced)]
-        module = part_of(model, boundaries[index], boundaries[index + 1])
+        module = self._part(index, model)
         if self.options.batchnorm == "deferred":
             batchnorm.defer_running_statistics(module, self.replicas)
         is_last = index == len(self._rank_of_stage) - 1
@@ -258,14 +263,22 @@ class Pipeline(Strategy[PipelineConfig]):
             self.task,
             self.precision,
             self._outputs[index - 1] if index else None,
-            changes_input=traced[boundaries[index]].changes_input,
+            changes_input=traced[self._bounds[index]].changes_input,
             splits_backward=splits_backward,
             auxiliary_weight=auxiliary_weight(self.config.model),
         )
-        sizes = self._bucket_sizing.sizes(gradient_bytes_of(module))
-        self.gradients[index] = Gradients(
-            module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes
-        )
+        self.gradients[index] = self._make_gradients(module, self._bucket_sizes(gradient_bytes_of(module)))
+
+    def _part(self, index: int, model: nn.Sequential) -> nn.Module:
+        """What a stage of this rank holds."""
+        return part_of(model, self._bounds[index], self._bounds[index + 1])
+
+    def _bucket_sizes(self, gradient_bytes: int) -> BucketSizes:
+        """Sizes of a stage's buckets; all ranks of the stage call it together."""
+        return self._bucket_sizing.sizes(gradient_bytes)
+
+    def _make_gradients(self, module: nn.Module, sizes: BucketSizes) -> Gradients:
+        return Gradients(module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
 
     def _make_transfers(self, sizes: list[int]) -> StageTransfers:
         return StageTransfers(
@@ -277,19 +290,6 @@ class Pipeline(Strategy[PipelineConfig]):
             self.runtime.device,
             self._recorder,
             self.stopwatch,
-        )
-
-    def _log_setup(self) -> None:
-        options = self.options
-        log.info(
-            "%s: %d stages on %d ranks, %d replicas, %d microbatches, predicted bubble %.0f %%\n%s",
-            options.schedule,
-            options.stages,
-            options.ranks,
-            self.replicas.size,
-            options.microbatches,
-            100 * report.predicted_bubble_of_split(options, self._split.rows),
-            self._split.table(),
         )
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ class Pipeline(Strategy[PipelineConfig]):
         if self.is_arranged_as(saved["layout"]):
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
             for gradients in self.gradients.values():
-                gradients.rebuild_buckets(*self._bucket_sizing.sizes(gradients.bytes))
+                gradients.rebuild_buckets(*self._bucket_sizes(gradients.bytes))
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         self._load_model(*self.module_state_of(saved))
         named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
@@ -484,17 +484,15 @@ class Pipeline(Strategy[PipelineConfig]):
         try:
             module_state.check_blocks(self._blocks, tensors)
             for module in self._modules:
-                module_state.load(module, *module_state.part_of(state_names(module), tensors, plain))
+                module_state.load(module, *self._state_for(module, tensors, plain))
         except ValueError as error:
             problem = str(error)
         for rank in self.pipeline_group.all_gather_json({"problem": problem}, self.runtime.device):
             if rank["problem"]:
                 raise ValueError(rank["problem"])
 
-
-def _ever_still(freezing: FreezeSchedule | None, model: nn.Module) -> frozenset[str]:
-    """Names of the modules that keep still in some epoch."""
-    if freezing is None:
-        return frozenset()
-    frozen = [freezing.parameters - freezing.trained(epoch) for epoch in freezing.epochs]
-    return frozenset(name for names in frozen for name in still_modules(model, names))
+    def _state_for(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None
+    ) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+        """What a stage's module is given of the model's state."""
+        return module_state.part_of(state_names(module), tensors, plain)

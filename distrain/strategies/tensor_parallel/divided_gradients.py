@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.compression.base import Compressor
-from distrain.gradients.buckets import Gradients
+from distrain.gradients.bucket_sizes import BucketSizes
+from distrain.gradients.buckets import Gradients, split_into_buckets
 from distrain.reporting.metrics import Stopwatch
 from distrain.torch_internals import foreach
 
@@ -25,6 +26,7 @@ class DividedGradients(Gradients):
         replicas: The ranks over which gradients are summed.
         compressor: Of their exchange.
         stopwatch: Records exposed communication.
+        sizes: Limits of buckets; the same on all ranks of the group.
     """
 
     def __init__(
@@ -35,9 +37,24 @@ class DividedGradients(Gradients):
         replicas: Communicator,
         compressor: Compressor,
         stopwatch: Stopwatch,
+        sizes: BucketSizes,
     ) -> None:
         self._divided, self._group = frozenset(divided), group
-        super().__init__(parameters, replicas, compressor, stopwatch)
+        super().__init__(parameters, replicas, compressor, stopwatch, *sizes)
+
+    @override
+    def _split(
+        self, parameters: list[tuple[str, nn.Parameter]], first_bytes: float, other_bytes: float, last_bytes: float
+    ) -> list[list[tuple[str, nn.Parameter]]]:
+        """Parts of parameters and whole ones are in buckets of their own.
+
+        So the sums of what is whole are rounded, and compressed, alike on all ranks of the group, whose parts may
+        differ in size.
+        """
+        kinds = [[pair for pair in parameters if (pair[0] in self._divided) is divided] for divided in (True, False)]
+        parts = [part for kind in kinds for part in split_into_buckets(kind, first_bytes, other_bytes, last_bytes)]
+        ready = {name: position for position, (name, _) in enumerate(parameters)}
+        return sorted(parts, key=lambda part: ready[part[-1][0]])
 
     @override
     def norm(self) -> Tensor:
