@@ -22,8 +22,8 @@ from distrain.errors import config_error
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.data_parallel import DataParallel
 from distrain.strategies.precision import Precision
-from distrain.strategies.replicated import Replicated
 from distrain.strategies.tensor_parallel import divided_state, plan
 from distrain.strategies.tensor_parallel.cut import Cut, memory_format
 from distrain.strategies.tensor_parallel.divided_gradients import DividedGradients
@@ -41,11 +41,12 @@ log = logging.getLogger(__name__)
 
 
 @register("strategy", "tensor_parallel", TensorParallelConfig)
-class TensorParallel(Replicated[TensorParallelConfig]):
+class TensorParallel(DataParallel[TensorParallelConfig]):
     """Each rank holds a part of the channels of most layers, and everything else whole.
 
-    All ranks run the same samples with the same random draws. Where divided layers begin and end, activations and their
-    gradients are whole and equal on all ranks, so what is whole is trained alike on each of them without an exchange.
+    The ranks of a replica, which are neighbours, run the same samples with the same random draws. Where divided layers
+    begin and end, activations and their gradients are whole and equal on all of them, so what is whole is trained alike
+    on each of them. Replicas share each batch, and sum their gradients as ddp's ranks do.
     """
 
     steps_alike = True
@@ -56,8 +57,14 @@ class TensorParallel(Replicated[TensorParallelConfig]):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        self.mesh = runtime.mesh({"tensor": runtime.world.size})
+        size = runtime.world.size
+        ranks = self.options.ranks_of_group(size)
+        self.mesh = runtime.mesh({"data": size // ranks, "tensor": ranks} if ranks < size else {"tensor": ranks})
         self.tensor_group = Communicator(self.mesh.get_group("tensor") if self.mesh else None, self.ledger)
+        if ranks < size:
+            assert self.mesh is not None
+            self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
+        self.data_shard = (self.replicas.rank, self.replicas.size)
         self._bytes_of_step = 0
         self._cuts: dict[str, Cut] = {}
 
@@ -80,7 +87,7 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     @classmethod
     def data_parallel_size(cls, config: Config, world_size: int) -> int:
-        return 1
+        return world_size // cls.options_of(config).ranks_of_group(world_size)
 
     @override
     @classmethod
@@ -92,7 +99,7 @@ class TensorParallel(Replicated[TensorParallelConfig]):
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        self.sync_initial_state(model, self.tensor_group)
+        self.sync_initial_state(model, self.runtime.communicator())
         if self.tensor_group.size > 1:
             self._divide(model, example)
         super().setup(model, task, make_optimizer, example)

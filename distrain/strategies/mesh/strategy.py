@@ -1,0 +1,135 @@
+"""strategy=mesh: the ranks along several dimensions, each of which divides the work in another way.
+
+A mesh is trained by the strategy of its dimensions: a pipeline if it has stages, else by one that divides layers, else
+by fsdp if ranks share what replicas copy, else by ddp. Each of these has replicas, and the first one also divides the
+layers of its stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distrain.config.registry import register
+from distrain.config.schema import Config
+from distrain.errors import ConfigError, config_error_from_line
+from distrain.strategies.base import OptionsT_co, Strategy
+from distrain.strategies.ddp import DDP, DDPConfig
+from distrain.strategies.fsdp.options import FSDPConfig
+from distrain.strategies.fsdp.strategy import FSDP
+from distrain.strategies.mesh.options import MeshConfig, MeshPipelineConfig, MeshTensorConfig
+from distrain.strategies.pipeline.strategy import Pipeline
+from distrain.strategies.precision import Precision
+from distrain.strategies.tensor_parallel.strategy import TensorParallel
+
+
+@register("strategy", "mesh", MeshConfig)
+class Mesh(Strategy[MeshConfig]):
+    """Stands for the strategy of its dimensions."""
+
+    @override
+    @classmethod
+    def chosen(cls, config: Config) -> type[Strategy]:
+        shape = cls.options_of(config).mesh
+        if shape.pipeline > 1:
+            return MeshPipeline
+        if shape.tensor > 1:
+            return MeshTensorParallel
+        return MeshFSDP if shape.shard > 1 else MeshDDP
+
+
+class MeshStrategy(Strategy[OptionsT_co]):
+    """A strategy whose options are made of those of a mesh."""
+
+    @override
+    @classmethod
+    def options_of(cls, config: Config) -> OptionsT_co:
+        return cls.options_in(cast(MeshConfig, config.strategy))
+
+    @classmethod
+    @abstractmethod
+    def options_in(cls, keys: MeshConfig) -> OptionsT_co:
+        """The strategy's options."""
+
+    @override
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        cast(MeshConfig, config.strategy).check(world_size)
+        super().check(config, world_size)
+
+
+class MeshDDP(MeshStrategy[DDPConfig], DDP):
+    """A mesh of replicas alone."""
+
+    @override
+    @classmethod
+    def options_in(cls, keys: MeshConfig) -> DDPConfig:
+        return keys.options(DDPConfig)
+
+
+class MeshFSDP(MeshStrategy[DDPConfig], FSDP):
+    """A mesh whose replicas are groups of ranks that share what is sharded."""
+
+    @override
+    @classmethod
+    def options_in(cls, keys: MeshConfig) -> FSDPConfig:
+        return keys.options(FSDPConfig, shard_size=keys.mesh.shard)
+
+
+class MeshTensorParallel(MeshStrategy[MeshTensorConfig], TensorParallel):
+    """A mesh whose replicas are groups of ranks that divide layers."""
+
+    @override
+    @classmethod
+    def options_in(cls, keys: MeshConfig) -> MeshTensorConfig:
+        return keys.options(MeshTensorConfig, tensor=keys.mesh.tensor)
+
+
+class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
+    """A mesh whose replicas are pipelines."""
+
+    @override
+    @classmethod
+    def options_in(cls, keys: MeshConfig) -> MeshPipelineConfig:
+        options = keys.options(MeshPipelineConfig, stages=keys.mesh.pipeline, tensor=keys.mesh.tensor)
+        options.stages *= options.stages_per_rank
+        return options
+
+    @override
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        with _named_by_mesh(config):
+            super().check(config, world_size)
+        if cls.options_of(config).tensor > 1:
+            raise ConfigError("strategy.mesh.tensor", cls.options_of(config).tensor, "has no stages yet", [1])
+
+    @override
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        with _named_by_mesh(config):
+            super().check_model(config, model)
+
+    @override
+    @classmethod
+    def check_passes(cls, config: Config, model: nn.Module, images: Tensor, precision: Precision) -> None:
+        with _named_by_mesh(config):
+            super().check_passes(config, model, images, precision)
+
+
+@contextlib.contextmanager
+def _named_by_mesh(config: Config) -> Iterator[None]:
+    """An error in this block that names the number of stages names the key that it comes from."""
+    shape = cast(MeshConfig, config.strategy).mesh
+    try:
+        yield
+    except ConfigError as error:
+        key, equals, rest = str(error).partition("=")
+        if key != "strategy.stages" or not equals:
+            raise
+        problem = rest.partition(": ")[2]
+        raise config_error_from_line(f"strategy.mesh.pipeline={shape.pipeline}: {problem}") from error
