@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.compression.base import Compressor
+from distrain.gradients.bucket_sizes import BucketSizes
 from distrain.gradients.buckets import Gradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.torch_internals import foreach
@@ -25,6 +26,7 @@ class DividedGradients(Gradients):
         replicas: The ranks over which gradients are summed.
         compressor: Of their exchange.
         stopwatch: Records exposed communication.
+        sizes: Those of buckets.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class DividedGradients(Gradients):
         replicas: Communicator,
         compressor: Compressor,
         stopwatch: Stopwatch,
+        sizes: BucketSizes,
     ) -> None:
         self._divided, self._group = frozenset(divided), group
-        super().__init__(parameters, replicas, compressor, stopwatch)
+        super().__init__(parameters, replicas, compressor, stopwatch, *sizes)
 
     @override
     def norm(self) -> Tensor:

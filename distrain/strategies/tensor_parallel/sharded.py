@@ -51,15 +51,15 @@ class ScatteredDividedGradients(ScatteredGradients):
         """Euclidean norm over the gradients of the unsplit model, a scalar; all ranks of a replica call it together."""
         if not self._blocks:
             return torch.zeros(())
-        gradients = [(block.names[0] in self._divided, block.gradient) for block in self._blocks]
-        first = self._blocks[0].part
+        first = self._blocks[0].gradient
         assert first is not None
-        squares = first.new_zeros(2)
-        for is_divided, gradient in gradients:
-            assert gradient is not None
-            squares[int(is_divided)] += torch.linalg.vector_norm(gradient).square()
-        whole, divided = self._group.all_reduce(squares)
-        return (whole + self._tensor_group.all_reduce(divided.clone())).sqrt()
+        whole, divided = first.new_zeros(()), first.new_zeros(())
+        for block in self._blocks:
+            assert block.gradient is not None
+            squares = torch.linalg.vector_norm(block.gradient).square()
+            (divided if block.names[0] in self._divided else whole).add_(squares)
+        sums = self._group.all_reduce(torch.stack([whole, divided]))
+        return (sums[0] + self._tensor_group.all_reduce(sums[1].clone())).sqrt()
 
 
 class ShardedTensorParallel(ShardedStrategy[TensorParallelConfig], TensorParallel):

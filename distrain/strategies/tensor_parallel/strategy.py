@@ -121,6 +121,7 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
 
     @override
     def _make_gradients(self) -> ReducedGradients:
+        sizes = self._choose_bucket_sizes()
         return DividedGradients(
             self.model.named_parameters(),
             self._cuts.keys(),
@@ -128,6 +129,7 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
             self.replicas,
             self.compressor,
             self.stopwatch,
+            sizes,
         )
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -184,8 +186,10 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
         self._prepare_model_state()
         tensors, scalars = self._saved_optimizer()
         model = module_state.read(self.model).tensors
+        saved = self._saved({}, scalars)
+        saved["scalars"]["buckets"] = self._bucket_sizing.state_dict()
         return {
-            **self._saved({}, scalars),
+            **saved,
             "model": divided_state.gathered_model(model, self._cuts, self.tensor_group, everywhere=False),
             "optimizer": tensors,
         }
