@@ -60,7 +60,7 @@ ALWAYS = [
     ("ViT", LAYERS, GRADIENTS),
     ("float32", LAYERS, OPTIMIZER),
 ]
-EVERYTHING = [*itertools.product(WAYS, (STAGES, LAYERS), (OPTIMIZER, GRADIENTS))]
+EVERYTHING = {mesh: [*itertools.product(WAYS, (mesh,), (OPTIMIZER, GRADIENTS))] for mesh in (STAGES, LAYERS)}
 
 
 def train(*options: str) -> dict[str, Any]:
@@ -86,7 +86,11 @@ def train_each(runs: list[tuple[str, ...]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "cases", [pytest.param(ALWAYS, id="some"), pytest.param(EVERYTHING, id="everything", marks=pytest.mark.soak)]
+    "cases",
+    [
+        pytest.param(ALWAYS, id="some"),
+        *(pytest.param(cases, id=mesh[1], marks=pytest.mark.soak) for mesh, cases in EVERYTHING.items()),
+    ],
 )
 def test_shards_of_stages_and_of_divided_layers_train_as_one_process(
     cases: list[tuple[str, tuple[str, ...], str]], tmp_path: Path
