@@ -244,7 +244,11 @@ class Replicated(Strategy[OptionsT_co]):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
-        return self._saved(*named_state.optimizer_state(self.optimizer, self._names))
+        return self._saved(*self._optimizer_state())
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimizer's tensors that this replica saves if it is the first one, and its other values."""
+        return named_state.optimizer_state(self.optimizer, self._names)
 
     def _prepare_model_state(self) -> None:
         """Makes the model hold what is evaluated and saved; all ranks call it together."""
@@ -280,9 +284,14 @@ class Replicated(Strategy[OptionsT_co]):
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         module_state.load(self.model, *self.module_state_of(saved))
-        named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        self._load_optimizer(saved["optimizer"], saved["scalars"]["optimizer"])
+        names = [name for name, _ in self.model.named_parameters()]
         return [
             *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
-            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+            *self.restore_compressor(saved, names, self.replicas.size),
         ]
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Loads an optimizer's saved state, by the model's names."""
+        named_state.load_optimizer(self.optimizer, self._names, tensors, scalars)

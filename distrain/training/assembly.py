@@ -139,6 +139,7 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         steps_per_epoch=steps_per_epoch,
         total_steps=steps,
         depths=layer_depths(model),
+        dimensions={name: each.dim() for name, each in model.named_parameters(remove_duplicate=False)},
     )
     if runtime.is_main and config.optimizer.layer_decay is not None:
         log.info("learning rates by layer:\n%s", describe_rates(config.optimizer, model))

@@ -43,6 +43,7 @@ def build_optimizer(
     steps_per_epoch: int = 1,
     total_steps: int = 1,
     depths: Mapping[str, int] = MappingProxyType({}),
+    dimensions: Mapping[str, int] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """Builds the configured optimizer.
 
@@ -55,6 +56,8 @@ def build_optimizer(
             its slow copy.
         depths: The layer of each parameter of the whole model, by name. Only ``layer_decay`` and groups of the head
             need it; a parameter that is not in it has the rate of the last layer.
+        dimensions: How many dimensions each parameter of the whole model has, by name. Only ``no_decay`` needs it, and
+            only where ``params`` are slices, which are vectors.
 
     Returns:
         The optimizer. An optimizer of torch uses its fused kernel if ``config.fused`` is set and every parameter is a
@@ -64,7 +67,7 @@ def build_optimizer(
     """
     parameters = cast(Parameters, list(params))
     fused = config.fused and all(_has_fused(item[1] if isinstance(item, tuple) else item) for item in parameters)
-    groups = ParameterGroups(config, parameters, steps_per_epoch, depths)
+    groups = ParameterGroups(config, parameters, steps_per_epoch, depths, dimensions)
     # fused=False would also exclude torch's foreach kernels; None lets torch choose.
     optimizer: torch.optim.Optimizer = choice("optimizer", config.name).target(config, groups.groups, fused or None)
     groups.attach(optimizer)

@@ -33,6 +33,8 @@ class ParameterGroups:
         parameters: Pairs of name and parameter; without names if there are no groups, ``layer_decay`` or ``no_decay``.
         steps_per_epoch: Updates per epoch.
         depths: The layer of each parameter of the whole model; see :func:`distrain.models.layers.layer_depths`.
+        dimensions: How many dimensions each parameter of the whole model has, by name; ``no_decay`` asks for it, and a
+            slice has one. A parameter that is not in it is not sliced.
 
     Attributes:
         groups: Parameter groups as ``torch.optim.Optimizer`` takes them.
@@ -42,7 +44,12 @@ class ParameterGroups:
     """
 
     def __init__(
-        self, config: OptimizerConfig, parameters: Parameters, steps_per_epoch: int, depths: Mapping[str, int]
+        self,
+        config: OptimizerConfig,
+        parameters: Parameters,
+        steps_per_epoch: int,
+        depths: Mapping[str, int],
+        dimensions: Mapping[str, int],
     ) -> None:
         self._freeze_after = [
             None if group.epochs is None else round(group.epochs * steps_per_epoch) for group in config.groups
@@ -57,7 +64,8 @@ class ParameterGroups:
                 raise TypeError("optimizer groups need named parameters")
             name, parameter = item
             index, factor = _group_index(config.groups, name, depths), depth_factor(config, name, depths)
-            members.setdefault((index, factor, _decays(config, name, parameter)), []).append(item)
+            decays = _decays(config, name, dimensions.get(name, parameter.dim()))
+            members.setdefault((index, factor, decays), []).append(item)
         self.groups = [self._options(config, *key, members[key]) for key in sorted(members, key=_order)]
 
     def _options(
@@ -142,7 +150,7 @@ def describe_rates(config: OptimizerConfig, model: nn.Module) -> Lines:
     depths = layer_depths(model)
     rows: dict[tuple[int, int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        key = (depths[name], _group_index(config.groups, name, depths), _decays(config, name, parameter))
+        key = (depths[name], _group_index(config.groups, name, depths), _decays(config, name, parameter.dim()))
         rows.setdefault(key, []).append((name, parameter))
     lines = [f"{'layer':>5}  {'learning rate':>13}  {'weight decay':>12}  {'values':>11}  parameters"]
     for (depth, index, decays), members in sorted(rows.items()):
@@ -162,10 +170,10 @@ def _order(key: _Key) -> tuple[int, float, bool]:
     return index, -factor, not decays
 
 
-def _decays(config: OptimizerConfig, name: str, parameter: nn.Parameter) -> bool:
+def _decays(config: OptimizerConfig, name: str, dimensions: int) -> bool:
     """Whether ``no_decay`` leaves a parameter its weight decay."""
     is_bias = name.rpartition(".")[2] == "bias"
-    return ("bias" if is_bias else "norm") not in config.no_decay or (not is_bias and parameter.dim() > 1)
+    return ("bias" if is_bias else "norm") not in config.no_decay or (not is_bias and dimensions > 1)
 
 
 def _group_index(config: Sequence[GroupConfig], name: str, depths: Mapping[str, int]) -> int:

@@ -76,6 +76,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 class _Trial:
     def __init__(self, config: OptimizerConfig, shapes: dict[str, list[int]], depths: dict[str, int]) -> None:
         self._config, self._depths = config, depths
+        self._dimensions = {name: len(shape) for name, shape in shapes.items()}
         generator = torch.Generator().manual_seed(0)
         self._values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         self._gradients = [
@@ -95,6 +96,7 @@ class _Trial:
             steps_per_epoch=_MANY,
             total_steps=_MANY * _MANY,
             depths=self._depths,
+            dimensions=self._dimensions,
         )
         return optimizer, parameters
 

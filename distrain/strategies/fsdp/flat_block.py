@@ -119,6 +119,10 @@ class FlatBlock:
         copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         return copy.as_strided((tensor.numel(),), (1,))
 
+    def in_shape(self, index: int, elements: Tensor) -> Tensor:
+        """The tensor of a parameter's shape whose elements, in the parameter's memory order, are given."""
+        return elements.as_strided(self.shapes[index], self.strides[index])
+
     # --- what this rank keeps ----------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from distrain import torch_internals
-from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.communication.collectives import ring_all_reduce_bytes
 from distrain.communication.types import Pending, Pollable
 from distrain.compression.bucket import Bucket
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.fsdp.sharded_update import ShardGroups
 
 
 class ScatteredGradients:
@@ -28,8 +29,7 @@ class ScatteredGradients:
 
     Args:
         blocks: In the order in which their gradients are sent.
-        group: The ranks that share each block; used for nothing else meanwhile.
-        replicas: The ranks that hold the same part, one of each shard group.
+        groups: The ranks that share each block.
         stopwatch: Records exposed communication.
         pass_over: Called with a block that is sent after the backward pass, which this rank may not have run.
     """
@@ -37,13 +37,12 @@ class ScatteredGradients:
     def __init__(
         self,
         blocks: Sequence[FlatBlock],
-        group: Communicator,
-        replicas: Communicator,
+        groups: ShardGroups,
         stopwatch: Stopwatch,
         pass_over: Callable[[FlatBlock], None] = lambda _: None,
     ) -> None:
         self._all_blocks = blocks
-        self._group, self._replicas, self._stopwatch = group, replicas, stopwatch
+        self._group, self._replicas, self._stopwatch = groups.gradients, groups.replicas, stopwatch
         self._pass_over = pass_over
         self._hooks: list[RemovableHandle] = []
         #: Blocks being sent, with what must be waited for first.
@@ -52,7 +51,7 @@ class ScatteredGradients:
         self._sending = False
         # A group's first collective connects its ranks. In a backward pass, where ranks come to it at different moments
         # and may wait for each other in another group meanwhile, they would wait for ever.
-        for each in (group, replicas):
+        for each in (self._group, self._replicas):
             each.barrier()
         self.rebuild()
 

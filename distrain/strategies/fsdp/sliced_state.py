@@ -6,7 +6,7 @@ checkpoint, under any strategy, finds whole tensors by the parameters' names (:m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +92,39 @@ def optimizer_state(
             saved[key] = tensor
     ranks = group.all_gather_json(scalars, device)
     return saved, sliced, {key: value for each in reversed(ranks) for key, value in each.items()}
+
+
+def whole_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[str],
+    blocks: Sequence[FlatBlock],
+    slices: Mapping[str, nn.Parameter],
+    group: Communicator,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an optimizer's state, gathered one parameter after the other.
+
+    Args:
+        optimizer: Of this rank's slices.
+        names: Those of the parameters, in the order in which their state is gathered.
+        blocks: Have them.
+        slices: This rank's slice of each parameter that it has one of.
+        group: The ranks that share the blocks; all go through the tensors together.
+        device: On which they communicate.
+
+    Yields:
+        Each tensor with its key, as :func:`distrain.checkpoint.named_state.optimizer_state` returns them.
+    """
+    indices = {name: (block, index) for block in blocks for index, name in enumerate(block.names)}
+    for name in names:
+        block, index = indices[name]
+        state = {} if name not in slices else optimizer.state.get(slices[name], {})
+        own = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        ranks = group.all_gather_tensors(own, device)
+        for key in dict.fromkeys(key for rank in ranks for key in rank):
+            parts = [rank[key] for rank in ranks if key in rank]
+            # The slices follow each other in the order of ranks. A single number is the same for all of them.
+            yield f"{name}/{key}", block.in_shape(index, torch.cat(parts)) if parts[0].dim() else parts[0]
 
 
 def load_optimizer(

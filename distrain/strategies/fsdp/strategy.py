@@ -6,7 +6,7 @@ Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054); Zhao et al. 2023, "PyTorch F
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,12 +27,12 @@ from distrain.models.outputs import logits_of
 from distrain.models.tensors import named_tensors
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.ddp import DDP
-from distrain.strategies.fsdp import module_blocks, sliced_state
-from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.fsdp import module_blocks, options, sliced_state
 from distrain.strategies.fsdp.gatherer import Gatherer
 from distrain.strategies.fsdp.module_blocks import ModuleBlock
-from distrain.strategies.fsdp.options import FULL, GRADIENTS, OPTIMIZER, FSDPConfig
+from distrain.strategies.fsdp.options import FULL, OPTIMIZER, FSDPConfig
 from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
+from distrain.strategies.fsdp.sharded_update import ShardedUpdate, ShardGroups, divide_replicas
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -66,15 +66,9 @@ class FSDP(DDP):
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         self._shard = self._sharding.shard
-        ranks, size = self._sharding.ranks_of_group(runtime.world.size), runtime.world.size
         # The mesh of ddp, which super() has made, has one dimension; its group is that of all ranks.
-        self.mesh = runtime.mesh({"data": size // ranks, "shard": ranks})
-        group = self.mesh.get_group("shard") if self.mesh else None
-        self.shard_group = Communicator(group, self.ledger)
-        # Gradients travel while parameters are gathered, in an order that may differ between ranks.
-        again = runtime.duplicate_group(self.mesh, "shard") if self.mesh else None
-        self._gradient_group = Communicator(again, self.ledger)
-        self._shard_replicas = Communicator(self.mesh.get_group("data") if self.mesh else None, self.ledger)
+        self.mesh = divide_replicas(self.mesh, self._sharding.ranks_of_group(runtime.world.size), runtime)
+        self._groups = ShardGroups.of_mesh(self.mesh, runtime, self.ledger)
         self._gatherer: Gatherer | None = None
 
     @property
@@ -95,9 +89,7 @@ class FSDP(DDP):
     @classmethod
     def state_shares(cls, config: Config, world_size: int) -> dict[str, float]:
         sharding = cast(FSDPConfig, cls.options_of(config))
-        sharded = {OPTIMIZER: ("optimizer",), GRADIENTS: ("optimizer", "gradients")}
-        kinds = sharded.get(sharding.shard, ("optimizer", "gradients", "parameters"))
-        shares = dict.fromkeys(kinds, 1 / sharding.ranks_of_group(world_size))
+        shares = options.shares(sharding.shard, sharding.ranks_of_group(world_size))
         if sharding.shard == FULL:
             # Two blocks that are gathered, or all, and the gradients of a whole one.
             shares["parameters"] += 3 * module_blocks.BLOCK_PART if sharding.reshard_after_forward else 1.0
@@ -190,90 +182,41 @@ class FSDP(DDP):
         else:
             sizes = self._choose_bucket_sizes()
             parts = split_into_buckets(list(named.items())[::-1], *(size * MIB for size in sizes))
-        blocks_of_parts = [
-            [FlatBlock(each, self.shard_group) for each in self._split_by_kind(part)] for part in parts if part
-        ]
-        self._blocks = [block for blocks in blocks_of_parts for block in blocks]
-        for block in self._blocks:
-            if self._shard == FULL:
-                block.keep_part(torch.detach if self.initial_values is None else self.initial_values.value)
-            else:
-                block.keep_whole()
-        self._places = sliced_state.places(self._blocks)
-        # For each name of a parameter the one under which a block has it; tied parameters have several.
-        first = {id(parameter): name for name, parameter in named.items()}
-        all_names = self.model.named_parameters(remove_duplicate=False)
-        self._first_names = {name: first[id(parameter)] for name, parameter in all_names}
-        self._slices = self._make_slices()
+        value_of = None
+        if self._shard == FULL:
+            value_of = torch.detach if self.initial_values is None else self.initial_values.value
+        self._sharded = ShardedUpdate([self.model], parts, self._groups.shards, self.freezing, value_of)
+        blocks = self._sharded.blocks
         gradients: ReducedGradients
         if self._shard == OPTIMIZER:
             gradients = Gradients(named.items(), self.replicas, self.compressor, self.stopwatch, *sizes)
         elif self._shard == FULL:
-            self._gatherer = self._make_gatherer(blocks_of_parts)
-            gradients = ScatteredGradients(
-                self._blocks[::-1],
-                self._gradient_group,
-                self._shard_replicas,
-                self.stopwatch,
-                self._gatherer.pass_over,
-            )
+            self._gatherer = self._make_gatherer()
+            gradients = ScatteredGradients(blocks[::-1], self._groups, self.stopwatch, self._gatherer.pass_over)
         else:
-            gradients = ScatteredGradients(self._blocks, self._gradient_group, self._shard_replicas, self.stopwatch)
-        self._assign_gradients(gradients)
+            gradients = ScatteredGradients(blocks, self._groups, self.stopwatch)
+        self._sharded.assign_gradients([gradients])
         self._log_setup()
         return gradients
 
-    def _split_by_kind(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-        """Parameters of one type and device that are trained in the same epochs."""
-        kinds: dict[Any, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in named:
-            freezing = self.freezing
-            epochs = [] if freezing is None else [name in freezing.trained(epoch) for epoch in freezing.epochs]
-            kind = (parameter.dtype, parameter.device, parameter.requires_grad, tuple(epochs))
-            kinds.setdefault(kind, []).append((name, parameter))
-        return list(kinds.values())
-
-    def _make_slices(self) -> dict[str, nn.Parameter]:
-        """This rank's slices as parameters of their own, which share the memory of the blocks' parts."""
-        return {
-            name: nn.Parameter(self._places[name].part, requires_grad=parameter.requires_grad)
-            for name, parameter in self.model.named_parameters()
-            if name in self._places
-        }
-
-    def _make_gatherer(self, blocks_of_parts: Sequence[Sequence[FlatBlock]]) -> Gatherer:
+    def _make_gatherer(self) -> Gatherer:
         uses, first = [], 0
         with_parameters = [block for block in self._module_blocks if block.parameters]
-        for module_block, blocks in zip(with_parameters, blocks_of_parts, strict=True):
+        for module_block, blocks in zip(with_parameters, self._sharded.blocks_of_parts, strict=True):
             modules = [self.model.get_submodule(name) for name in module_block.modules]
             uses.append((modules, first, first + len(blocks) - 1))
             first += len(blocks)
         reshards = self._sharding.reshard_after_forward
-        return Gatherer(self.model, self._blocks, uses, self.stopwatch, reshard_after_forward=reshards)
-
-    def _assign_gradients(self, gradients: ReducedGradients) -> None:
-        """Makes each slice's gradient a view of what the ranks have reduced."""
-        reduced = {name: tensor for bucket in gradients.buckets for name, tensor in bucket.tensors.items()}
-        for block in self._blocks:
-            for each in block.slices:
-                name, start, stop = block.names[each.parameter], each.offset, each.offset + each.size
-                gradient = None
-                if block.gradient is not None:
-                    gradient = block.gradient[start:stop]
-                elif name in reduced:
-                    whole = reduced[name]
-                    gradient = whole.as_strided((each.size,), (1,), whole.storage_offset() + each.start)
-                self._slices[name].grad = gradient
+        return Gatherer(self.model, self._sharded.blocks, uses, self.stopwatch, reshard_after_forward=reshards)
 
     @override
     def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._slices.items())
+        return [*self._sharded.slices.items()]
 
     @override
     def held_tensors(self) -> dict[str, list[Tensor]]:
         held = super().held_tensors()
-        held["parameters"] += [block.part for block in self._blocks if block.part is not None]
-        held["gradients"] += [block.gradient for block in self._blocks if block.gradient is not None]
+        self._sharded.add_held(held)
         return held
 
     @override
@@ -281,11 +224,11 @@ class FSDP(DDP):
         """Of parameters two blocks (one is gathered ahead) or all; of gradients those of a block or all."""
         if self._shard == OPTIMIZER:
             return 0
-        sizes = sorted((block.bytes for block in self._blocks), reverse=True)
+        sizes = sorted((block.bytes for block in self._sharded.blocks), reverse=True)
         gathered = sizes[:2] if self._sharding.reshard_after_forward else sizes
         whole = self._adds_up_whole_gradients(self.config, self.runtime.world.size)
-        unsent = [block.bytes for block in self._blocks if block.is_trained] if whole else sizes[:1]
-        return sum(unsent) + (0 if self._gatherer is None else sum(gathered))
+        unsent = self._sharded.trained_bytes if whole else sum(sizes[:1])
+        return unsent + (0 if self._gatherer is None else sum(gathered))
 
     @override
     def _rebuild_buckets(self) -> None:
@@ -295,16 +238,17 @@ class FSDP(DDP):
                 self._gatherer.rebuild()
         else:
             super()._rebuild_buckets()
-        self._assign_gradients(self.gradients)
+        self._sharded.assign_gradients([self.gradients])
 
     def _log_setup(self) -> None:
-        largest = max((block.bytes for block in self._blocks), default=0)
+        blocks = self._sharded.blocks
+        largest = max((block.bytes for block in blocks), default=0)
         log.info(
             "shard=%s: parameters in blocks (%d) of up to %.2g MiB, each divided among %d of %d ranks",
             self._shard,
-            len(self._blocks),
+            len(blocks),
             largest / MIB,
-            self.shard_group.size,
+            self._groups.shards.size,
             self.runtime.world.size,
         )
 
@@ -326,8 +270,7 @@ class FSDP(DDP):
         skipped = super()._update()
         if self._gatherer is None and not skipped:
             with self.stopwatch.communication():
-                for pending in [block.refresh() for block in self._blocks if block.is_trained]:
-                    pending.wait()
+                self._sharded.gather_updated()
         return skipped
 
     @override
@@ -343,11 +286,8 @@ class FSDP(DDP):
 
     @override
     def uncompressed_bytes_per_step(self) -> int:
-        gathered = sum(block.bytes for block in self._blocks if block.is_trained)
-        if self._gatherer is not None:
-            gathered = sum(self._gatherer.bytes_per_pass)
-        ranks = self.shard_group.size
-        return self.gradients.bytes_per_step + gathered // ranks * (ranks - 1)
+        gathered = self._sharded.trained_bytes if self._gatherer is None else sum(self._gatherer.bytes_per_pass)
+        return self.gradients.bytes_per_step + self._sharded.bytes_to_gather(gathered)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -359,16 +299,16 @@ class FSDP(DDP):
             writes: The parameters are written to, to the same values on all ranks.
         """
         if self._gatherer is not None:
-            for block in self._blocks:
+            for block in self._sharded.blocks:
                 block.attach()
         try:
             yield
             if writes and self._gatherer is not None:
-                for block in self._blocks:
+                for block in self._sharded.blocks:
                     block.take_part_again()
         finally:
             if self._gatherer is not None:
-                for block in self._blocks:
+                for block in self._sharded.blocks:
                     block.detach()
 
     @override
@@ -381,12 +321,11 @@ class FSDP(DDP):
     def kept_parameters(self) -> dict[str, Tensor]:
         if self._gatherer is None:
             return super().kept_parameters()
-        names = self._first_names.items()
-        return {name: self._places[first].part for name, first in names if first in self._places}
+        return self._sharded.model_slices(self._sharded.first_names)
 
     @override
     def part_of(self, name: str, whole: Tensor) -> Tensor:
-        place = self._places.get(self._first_names.get(name, name))
+        place = self._sharded.place_of(name)
         if self._gatherer is None or place is None:
             return whole
         if whole.shape != place.shape:
@@ -395,7 +334,7 @@ class FSDP(DDP):
 
     @override
     def saved_part(self, name: str, kept: Tensor) -> Tensor:
-        place = self._places.get(self._first_names.get(name, name))
+        place = self._sharded.place_of(name)
         return kept if self._gatherer is not None or place is None else place.of_whole(kept)
 
     @override
@@ -405,28 +344,10 @@ class FSDP(DDP):
         with nullcontext() if module_state.has_plain_state(self.model) else self._whole_model():
             state = self._saved({}, {})
             names = list(module_state.read(self.model).tensors)
-        others, state["model"] = state["model"], {}
-        state["slices"] = {"model": {}, "optimizer": {}}
-        if self._saves:
-            # On the first rank all that is no parameter.
-            state["model"] = {name: tensor for name, tensor in others.items() if name not in self._first_names}
-            for name in names:
-                if place := self._places.get(self._first_names.get(name, "")):
-                    state["model"][name] = place.part
-                    state["slices"]["model"][name] = place.saved_as()
-            state["optimizer"], state["slices"]["optimizer"], state["scalars"]["optimizer"] = (
-                sliced_state.optimizer_state(
-                    self.optimizer, self._places, self._slices, self.shard_group, self.runtime.device
-                )
-            )
+        self._sharded.add_to(state, names, self.optimizer, self.runtime.device, saves=self._groups.replicas.rank == 0)
         if self._shard == OPTIMIZER:
             state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
         return state
-
-    @property
-    def _saves(self) -> bool:
-        """Whether this rank's shard group saves."""
-        return self._shard_replicas.rank == 0
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
@@ -439,9 +360,7 @@ class FSDP(DDP):
         else:
             with self._whole_model(writes=True):
                 module_state.load(self.model, *self.module_state_of(saved))
-        sliced_state.load_optimizer(
-            self.optimizer, self._places, self._slices, saved["optimizer"], saved["scalars"]["optimizer"]
-        )
+        self._sharded.load_optimizer(self.optimizer, saved["optimizer"], saved["scalars"]["optimizer"])
         names = [name for name, _ in self.model.named_parameters()]
         return [
             *named_state.restored_parts(saved, self.precision.dtype),
@@ -456,10 +375,11 @@ class FSDP(DDP):
         Raises:
             ValueError: Names or shapes differ from the model's.
         """
-        shapes = {name: block.shapes[index] for block in self._blocks for index, name in enumerate(block.names)}
-        own = {name: sliced_state.shaped(shapes[first]) for name, first in self._first_names.items()}
+        sharded = self._sharded
+        shapes = {name: block.shapes[index] for block in sharded.blocks for index, name in enumerate(block.names)}
+        own = {name: sliced_state.shaped(shapes[first]) for name, first in sharded.first_names.items()}
         module_state.check_entries({**self.model.state_dict(), **own}, described(tensors))
-        others = {name: tensors[name] for name in tensors if name not in self._first_names}
-        module_state.load(self.model, others, plain, apart=self._first_names)
-        for name, place in self._places.items():
+        others = {name: tensors[name] for name in tensors if name not in sharded.first_names}
+        module_state.load(self.model, others, plain, apart=sharded.first_names)
+        for name, place in sharded.places.items():
             place.part.copy_(place.of_whole(tensors[name]))

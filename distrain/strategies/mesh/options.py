@@ -12,7 +12,7 @@ from distrain.config.groups import StrategyConfig
 from distrain.config.setting import setting, setting_of
 from distrain.errors import ConfigError
 from distrain.strategies.ddp import DDPConfig
-from distrain.strategies.fsdp.options import FSDPConfig
+from distrain.strategies.fsdp.options import FSDPConfig, ShardedUpdateConfig
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 
@@ -86,8 +86,8 @@ class MeshConfig(StrategyConfig):
         """
         shape = self.mesh
         shape.check(world_size)
-        if shape.shard > 1 and shape.pipeline * shape.tensor > 1:
-            problem = "can't be combined with strategy.mesh.pipeline or strategy.mesh.tensor"
+        if min(shape.shard, shape.pipeline, shape.tensor) > 1:
+            problem = "is possible beside one of strategy.mesh.pipeline and strategy.mesh.tensor"
             raise ConfigError("strategy.mesh.shard", shape.shard, problem, [1])
         has_stages = shape.pipeline > 1
         if self.batchnorm == ("sync" if has_stages else "deferred"):
@@ -136,3 +136,13 @@ class MeshPipelineConfig(PipelineConfig, TensorParallelConfig):
     @override
     def ranks_of_replica(self, world_size: int) -> int:
         return self.ranks * self.tensor
+
+
+@dataclass
+class MeshShardedTensorConfig(MeshTensorConfig, ShardedUpdateConfig):
+    """Options of divided layers, of which several ranks share what updates each part."""
+
+
+@dataclass
+class MeshShardedPipelineConfig(MeshPipelineConfig, ShardedUpdateConfig):
+    """Options of stages, of which several ranks share what updates each."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -23,9 +23,17 @@ from distrain.strategies.ddp import DDP, DDPConfig
 from distrain.strategies.fsdp.options import FSDPConfig
 from distrain.strategies.fsdp.strategy import FSDP
 from distrain.strategies.mesh.divided_pipeline import DividedPipeline
-from distrain.strategies.mesh.options import MeshConfig, MeshPipelineConfig, MeshTensorConfig
+from distrain.strategies.mesh.options import (
+    MeshConfig,
+    MeshPipelineConfig,
+    MeshShardedPipelineConfig,
+    MeshShardedTensorConfig,
+    MeshTensorConfig,
+)
+from distrain.strategies.pipeline.sharded import ShardedPipeline
 from distrain.strategies.pipeline.strategy import Pipeline
 from distrain.strategies.precision import Precision
+from distrain.strategies.tensor_parallel.sharded import ShardedTensorParallel
 from distrain.strategies.tensor_parallel.strategy import TensorParallel
 
 
@@ -38,9 +46,11 @@ class Mesh(Strategy[MeshConfig]):
     def chosen(cls, config: Config) -> type[Strategy]:
         shape = cls.options_of(config).mesh
         if shape.pipeline > 1:
-            return MeshPipeline if shape.tensor == 1 else MeshDividedPipeline
+            if shape.tensor > 1:
+                return MeshDividedPipeline
+            return MeshPipeline if shape.shard == 1 else MeshShardedPipeline
         if shape.tensor > 1:
-            return MeshTensorParallel
+            return MeshTensorParallel if shape.shard == 1 else MeshShardedTensorParallel
         return MeshFSDP if shape.shard > 1 else MeshDDP
 
 
@@ -85,19 +95,30 @@ class MeshFSDP(MeshStrategy[DDPConfig], FSDP):
 class MeshTensorParallel(MeshStrategy[MeshTensorConfig], TensorParallel):
     """A mesh whose replicas are groups of ranks that divide layers."""
 
+    kind: ClassVar[type[MeshTensorConfig]] = MeshTensorConfig
+
     @override
     @classmethod
     def options_in(cls, keys: MeshConfig) -> MeshTensorConfig:
-        return keys.options(MeshTensorConfig, tensor=keys.mesh.tensor)
+        return keys.options(cls.kind, tensor=keys.mesh.tensor, shard_size=keys.mesh.shard)
+
+
+class MeshShardedTensorParallel(MeshTensorParallel, ShardedTensorParallel):
+    """The same; of replicas, some neighbours share what updates them."""
+
+    kind = MeshShardedTensorConfig
 
 
 class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
     """A mesh whose replicas are pipelines."""
 
+    kind: ClassVar[type[MeshPipelineConfig]] = MeshPipelineConfig
+
     @override
     @classmethod
     def options_in(cls, keys: MeshConfig) -> MeshPipelineConfig:
-        options = keys.options(MeshPipelineConfig, stages=keys.mesh.pipeline, tensor=keys.mesh.tensor)
+        shape = keys.mesh
+        options = keys.options(cls.kind, stages=shape.pipeline, tensor=shape.tensor, shard_size=shape.shard)
         options.stages *= options.stages_per_rank
         return options
 
@@ -121,7 +142,13 @@ class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
 
 
 class MeshDividedPipeline(MeshPipeline, DividedPipeline):
-    """A mesh whose replicas are pipelines, and whose stages are groups of ranks that divide layers."""
+    """The same; stages are groups of ranks that divide layers."""
+
+
+class MeshShardedPipeline(MeshPipeline, ShardedPipeline):
+    """The same; of replicas, some neighbours share what updates them."""
+
+    kind = MeshShardedPipelineConfig
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distrain.data.batch import Targets
-from distrain.gradients.buckets import Gradients
+from distrain.gradients.buckets import ReducedGradients
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.schedule import SCHEDULES, Action, actions_of_ranks
 from distrain.strategies.pipeline.stage import Stage
@@ -41,7 +41,7 @@ class ScheduleExecutor:
         options: PipelineConfig,
         rank: int,
         stages: Mapping[int, Stage],
-        gradients: Mapping[int, Gradients],
+        gradients: Mapping[int, ReducedGradients],
         task: Task,
         precision: Precision,
         make_transfers: Callable[[list[int]], StageTransfers],

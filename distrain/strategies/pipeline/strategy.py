@@ -22,15 +22,15 @@ from distrain.data.sampler import part_sizes
 from distrain.errors import ConfigError
 from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizes, BucketSizing, gradient_bytes_of
-from distrain.gradients.buckets import Gradients
+from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
-from distrain.models.freezing import ever_still, freeze_schedule, still_modules, train_only
+from distrain.models.freezing import freeze_schedule, train_only
 from distrain.optim.optimizers import modes
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
-from distrain.strategies.pipeline import report, split, timeline
-from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, part_of, state_names, trace_blocks
+from distrain.strategies.pipeline import hand_overs, report, split, timeline
+from distrain.strategies.pipeline.blocks import TracedBlock, part_of, state_names, trace_blocks
 from distrain.strategies.pipeline.executor import ScheduleExecutor
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.schedule import SCHEDULES, rank_of_stages
@@ -134,7 +134,7 @@ class Pipeline(Strategy[PipelineConfig]):
         """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
         options = cls.options_of(config)
         auxiliary = auxiliary_weight(config.model) > 0
-        still = ever_still(freeze_schedule(config, model), model)
+        still = hand_overs.ever_still(freeze_schedule(config, model), model)
         sequence = split.as_sequence(model, images, precision, options, still, auxiliary=auxiliary)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
@@ -147,7 +147,7 @@ class Pipeline(Strategy[PipelineConfig]):
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
         auxiliary = auxiliary_weight(self.config.model) > 0
-        still = ever_still(self.freezing, model)
+        still = hand_overs.ever_still(self.freezing, model)
         sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
         self._recompute(model, example)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
@@ -163,20 +163,26 @@ class Pipeline(Strategy[PipelineConfig]):
             self.precision.autocast,
             self.saved_layout.get("boundaries"),
         )
-        self._bounds = [*self._split.starts, len(traced)]
-        self._outputs = self._hand_overs(traced)
-        self._epochs = self._trace_epochs(model, sequence, example)
-        self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
+        starts = self._split.starts
+        self._bounds = [*starts, len(traced)]
+        self._outputs = hand_overs.between_stages(traced, starts)
+        self._epochs = hand_overs.in_epochs(self.freezing, model, sequence, example, self.precision, starts)
+        self._bucket_sizing = BucketSizing(
+            self.options.bucket_sizes,
+            self.replicas,
+            self.runtime.communicator(),
+            self.runtime.device,
+            gradient_bytes_of(model),
+            deterministic=self.config.trainer.deterministic,
+        )
         self.stages: dict[int, Stage] = {}
-        self.gradients: dict[int, Gradients] = {}
         for index, rank in enumerate(self._rank_of_stage):
             if rank == self.pipeline_group.rank:
                 self._add_stage(index, sequence, traced)
-        buckets = [bucket for gradients in self.gradients.values() for bucket in gradients.buckets]
-        self._bucket_sizing.log_choice([bucket.bytes for bucket in buckets])
-        named = [pair for module in self._modules for pair in module.named_parameters()]
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
-        self.optimizer = make_optimizer(named)
+        self.gradients = self._make_gradients()
+        updated = self._updated_parameters()
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
+        self.optimizer = make_optimizer(updated)
         self._set_training_mode()
         self._snapshot = BufferSnapshot(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
         rho = self.config.optimizer.sam_rho
@@ -198,29 +204,6 @@ class Pipeline(Strategy[PipelineConfig]):
         """Sets up ``model.checkpoint_activations``, before blocks are timed: their backward passes take longer."""
         set_up.apply(self.config, model, example, self.precision.autocast)
 
-    def _hand_overs(self, traced: list[TracedBlock]) -> list[HandOver]:
-        """What each stage but the last hands over to the next one."""
-        return [output for start in self._split.starts[1:] if (output := traced[start - 1].output) is not None]
-
-    def _trace_epochs(
-        self, model: nn.Module, sequence: nn.Sequential, example: Tensor
-    ) -> dict[frozenset[str], tuple[list[HandOver], list[str]]]:
-        """What stages hand over while some parameters are frozen, and the names of the modules that keep still then.
-
-        No gradient is sent back to a stage before which nothing is trained. The keys are the names of the parameters
-        that are trained.
-        """
-        freezing, found = self.freezing, {}
-        if freezing is None:
-            return {}
-        for epoch in freezing.epochs:
-            trained = freezing.trained(epoch)
-            train_only(model, trained, freezing.ever_trained)
-            outputs = self._hand_overs(trace_blocks(sequence, example, self.precision))
-            found[trained] = outputs, still_modules(model, freezing.parameters - trained)
-        train_only(model, freezing.ever_trained, freezing.ever_trained)
-        return found
-
     @override
     def set_trained(self, names: frozenset[str]) -> None:
         assert self.freezing is not None
@@ -231,7 +214,7 @@ class Pipeline(Strategy[PipelineConfig]):
         for index, stage in self.stages.items():
             train_only(stage.module, names, self.freezing.ever_trained)
             stage.expect(self._outputs[index - 1] if index else None)
-            self.gradients[index].rebuild_buckets(*self._bucket_sizes(gradient_bytes_of(stage.module)))
+        self._rebuild_buckets()
         self._set_training_mode()
 
     def _set_training_mode(self) -> None:
@@ -239,16 +222,6 @@ class Pipeline(Strategy[PipelineConfig]):
             stage_module.train()
         for module in self._still:
             module.training = False
-
-    def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
-        return BucketSizing(
-            self.options.bucket_sizes,
-            self.replicas,
-            self.runtime.communicator(),
-            self.runtime.device,
-            model_bytes,
-            deterministic=self.config.trainer.deterministic,
-        )
 
     def _add_stage(self, index: int, model: nn.Sequential, traced: list[TracedBlock]) -> None:
         module = self._part(index, model)
@@ -267,18 +240,34 @@ class Pipeline(Strategy[PipelineConfig]):
             splits_backward=splits_backward,
             auxiliary_weight=auxiliary_weight(self.config.model),
         )
-        self.gradients[index] = self._make_gradients(module, self._bucket_sizes(gradient_bytes_of(module)))
 
     def _part(self, index: int, model: nn.Sequential) -> nn.Module:
         """What a stage of this rank holds."""
         return part_of(model, self._bounds[index], self._bounds[index + 1])
 
-    def _bucket_sizes(self, gradient_bytes: int) -> BucketSizes:
-        """Sizes of a stage's buckets; all ranks of the stage call it together."""
-        return self._bucket_sizing.sizes(gradient_bytes)
+    def _make_gradients(self) -> dict[int, ReducedGradients]:
+        """The gradients of each stage."""
+        found = {index: self._gradients_of(stage) for index, stage in self.stages.items()}
+        self._bucket_sizing.log_choice([bucket.bytes for gradients in found.values() for bucket in gradients.buckets])
+        return {**found}
 
-    def _make_gradients(self, module: nn.Module, sizes: BucketSizes) -> Gradients:
-        return Gradients(module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
+    def _gradients_of(self, stage: Stage) -> Gradients:
+        named, sizes = stage.module.named_parameters(), self._sizes_of(stage)
+        return Gradients(named, self.replicas, self.compressor, self.stopwatch, *sizes)
+
+    def _sizes_of(self, stage: Stage) -> BucketSizes:
+        """Sizes of a stage's buckets; all ranks of the stage call it together."""
+        return self._bucket_sizing.sizes(gradient_bytes_of(stage.module))
+
+    def _rebuild_buckets(self) -> None:
+        """Lays out the gradients' buckets for the parameters that are trained now."""
+        for index, gradients in self.gradients.items():
+            assert isinstance(gradients, Gradients)
+            gradients.rebuild_buckets(*self._sizes_of(self.stages[index]))
+
+    def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What this rank's optimizer updates, by the model's names; called after :meth:`_make_gradients`."""
+        return [pair for module in self._modules for pair in module.named_parameters()]
 
     def _make_transfers(self, sizes: list[int]) -> StageTransfers:
         return StageTransfers(
@@ -427,52 +416,65 @@ class Pipeline(Strategy[PipelineConfig]):
     def model_state(self) -> dict[str, Tensor]:
         """The unsplit model's parameters and buffers; all ranks call it together."""
         modes.for_evaluation(self.optimizer)
-        tensors = self.pipeline_group.merge_tensors(self._own_model_state(), self.runtime.device)
+        tensors = self.pipeline_group.merge_tensors(self._own_wholes(), self.runtime.device)
         return {name: tensors[name] for name in self._all_names}
 
     def _own_model_state(self) -> dict[str, Tensor]:
         return {name: tensor for module in self._modules for name, tensor in module_state.read(module).tensors.items()}
 
+    def _own_wholes(self) -> dict[str, Tensor]:
+        """The unsplit model's tensors that this rank's stages have; all ranks call it together."""
+        return self._own_model_state()
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The state of this rank's stages, which ranks of the first replica save."""
+        """The state of this rank's stages."""
         modes.for_evaluation(self.optimizer)
-        device, saves = self.runtime.device, self.replicas.rank == 0
-        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
+        device = self.runtime.device
         states = [module_state.read(module) for module in self._modules]
         local: dict[str, Tensor] = {}
         for module, state in zip(self._modules, states, strict=True):
             local |= module_state.own_state(module, state, self.replicas, device)
-        plain = {"optimizer": scalars, "modules": [state.to_plain() for state in states]}
+        saved = self._saved_tensors()
+        plain = {**saved["scalars"], "modules": [state.to_plain() for state in states]}
         ranks = self.pipeline_group.all_gather_json(plain, device)
+        saved["scalars"] = {
+            "optimizer_name": self.config.optimizer.name,
+            "optimizer": {name: value for rank in ranks for name, value in rank["optimizer"].items()},
+            "precision": self.precision.state_dict(),
+            "buckets": self._bucket_sizing.state_dict(),
+            "module": module_state.merged_plain(plain for rank in ranks for plain in rank["modules"]),
+        }
+        return {**saved, "compressor": self.compressor.state_dict(), "local": local}
+
+    def _saved_tensors(self) -> dict[str, Any]:
+        """What ranks of the first replica save of model and optimizer, with the optimizer's other values."""
+        saves = self.replicas.rank == 0
+        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         return {
-            "model": {name: tensor for state in states for name, tensor in state.tensors.items()} if saves else {},
+            "model": self._own_model_state() if saves else {},
             "optimizer": tensors if saves else {},
-            "compressor": self.compressor.state_dict(),
-            "local": local,
-            "scalars": {
-                "optimizer_name": self.config.optimizer.name,
-                "optimizer": {name: value for rank in ranks for name, value in rank["optimizer"].items()},
-                "precision": self.precision.state_dict(),
-                "buckets": self._bucket_sizing.state_dict(),
-                "module": module_state.merged_plain(plain for rank in ranks for plain in rank["modules"]),
-            },
+            "scalars": {"optimizer": scalars},
         }
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         if self.is_arranged_as(saved["layout"]):
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
-            for gradients in self.gradients.values():
-                gradients.rebuild_buckets(*self._bucket_sizes(gradients.bytes))
+            self._rebuild_buckets()
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
         self._load_model(*self.module_state_of(saved))
-        named_state.load_optimizer(self.optimizer, self._names, saved["optimizer"], saved["scalars"]["optimizer"])
+        self._load_optimizer(saved["optimizer"], saved["scalars"]["optimizer"])
+        names = [name for module in self._modules for name, _ in module.named_parameters()]
         return [
             *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
-            *self.restore_compressor(saved, self._names.values(), self.replicas.size),
+            *self.restore_compressor(saved, names, self.replicas.size),
         ]
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Loads what belongs to this rank's stages of an optimizer's saved state."""
+        named_state.load_optimizer(self.optimizer, self._names, tensors, scalars)
 
     def _load_model(self, tensors: Mapping[str, Tensor], plain: dict[str, Any] | None) -> None:
         """Loads the model's state into this rank's stages.

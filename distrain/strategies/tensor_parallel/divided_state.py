@@ -6,7 +6,7 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def gathered(state: Mapping[str, Any], cuts: Mapping[str, Cut], group: Communica
     return {
         **state,
         "model": gathered_model(state["model"], cuts, group, everywhere=False),
-        "optimizer": gathered_optimizer(state["optimizer"], cuts, group),
+        "optimizer": dict(gathered_optimizer(state["optimizer"].items(), cuts, group)),
         "compressor": gathered_compressor(state["compressor"], cuts, group),
     }
 
@@ -72,23 +72,25 @@ def gathered_model(
 
 
 def gathered_optimizer(
-    tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], group: Communicator
-) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state that this rank saves, whole; all ranks call it together.
+    tensors: Iterable[tuple[str, Tensor]], cuts: Mapping[str, Cut], group: Communicator
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an optimizer's state that this rank saves, whole; all ranks go through them together.
 
     Args:
-        tensors: This rank's, as :func:`distrain.checkpoint.named_state.optimizer_state` returns them.
+        tensors: This rank's with their keys, as :func:`distrain.checkpoint.named_state.optimizer_state` returns them.
         cuts: How parameters were cut.
         group: The ranks.
+
+    Yields:
+        Each tensor with its key.
     """
-    owner, found = owners(cuts, group.size), {}
-    for key, tensor in tensors.items():
+    owner = owners(cuts, group.size)
+    for key, tensor in tensors:
         name = key.rpartition("/")[0]
         # Single numbers, such as a count of steps, are the same on all ranks.
         whole = cuts[name].gather(tensor, group) if name in cuts and tensor.dim() else tensor
         if owner.get(name, 0) == group.rank:
-            found[key] = whole
-    return found
+            yield key, whole
 
 
 def parts_of_model(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], rank: int) -> Mapping[str, Tensor]:

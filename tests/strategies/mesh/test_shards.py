@@ -1,0 +1,212 @@
+"""strategy=mesh whose ranks share what updates a stage, or parts of divided layers, trains as one process does."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distrain.checkpoint import reader as checkpoint_reader
+from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
+from distrain.data.base import data_source
+from distrain.errors import ConfigError
+from distrain.runtime.runtime import Runtime
+from distrain.runtime.world import World
+from distrain.strategies import held_memory
+from tests.harness import run_ranks
+from tests.runs import check, relative_difference, small, trainer_for
+
+COMMON = ("trainer.max_steps=10", "trainer.epochs=9", "resume=never")
+ADAM = ("optimizer=adam", "optimizer.eps=1e-3")
+SGD = ("optimizer=sgd", "optimizer.lr=0.001")
+#: Without dropout, whose draws depend on how a batch is divided.
+VIT = ("model=custom", "model._target_=tests.strategies.tensor_parallel.models.ViT", "+model.kwargs.rate=0")
+GROUP_NORM = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
+FP64 = "trainer.precision=fp64"
+BATCH_NORM = "ResNet-18 batch norm"
+#: Stages and shards, divided layers and shards: two ranks each, and four ranks altogether.
+STAGES = ("strategy=mesh", "strategy.mesh.pipeline=2", "strategy.mesh.shard=2")
+LAYERS = ("strategy=mesh", "strategy.mesh.tensor=2", "strategy.mesh.shard=2")
+#: The same without shards.
+REPLICAS = {
+    STAGES: ("strategy=mesh", "strategy.mesh.pipeline=2"),
+    LAYERS: ("strategy=mesh", "strategy.mesh.tensor=2"),
+}
+OPTIMIZER, GRADIENTS = "strategy.shard=optimizer", "strategy.shard=gradients"
+#: Many small blocks.
+SMALL_BLOCKS = ("strategy.first_bucket_mb=1e-3", "strategy.bucket_mb=1e-3")
+#: Ways of training; a batch has 10 samples, the last one of an epoch 7.
+WAYS: dict[str, tuple[str, ...]] = {
+    "group norm": (
+        *(*GROUP_NORM, *ADAM, FP64, "trainer.grad_clip_norm=0.1", "trainer.micro_batch_size=2"),
+        *("optimizer.weight_decay=0.1", "optimizer.no_decay=[norm]"),
+    ),
+    "ViT": (*VIT, *ADAM, FP64, "trainer.grad_clip_norm=0.5", "trainer.micro_batch_size=4"),
+    "few samples": (*GROUP_NORM, *ADAM, FP64, "data.batch_size=23"),
+    "frozen": (*GROUP_NORM, *SGD, FP64, "data.train_size=25", "freeze=[{match: 'first.*', epochs: 1}]"),
+    "float32": (*VIT, *ADAM, "trainer.grad_clip_norm=0.5"),
+    "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", *ADAM, FP64),
+    "ResNet-18 group norm": ("model=resnet18", "model.norm=group", *SGD, FP64, "trainer.memory_format=channels_last"),
+    BATCH_NORM: ("model=resnet18", "model.norm=batch", *SGD, FP64),
+}
+#: What every run of the tests trains.
+ALWAYS = [
+    ("group norm", STAGES, GRADIENTS),
+    ("float32", STAGES, OPTIMIZER),
+    ("frozen", STAGES, GRADIENTS),
+    ("ViT", LAYERS, GRADIENTS),
+    ("float32", LAYERS, OPTIMIZER),
+]
+EVERYTHING = {mesh: [*itertools.product(WAYS, (mesh,), (OPTIMIZER, GRADIENTS))] for mesh in (STAGES, LAYERS)}
+
+
+def train(*options: str) -> dict[str, Any]:
+    """Trains in this process; returns the model, counts, and the bytes that the rank holds of each kind."""
+    config, world = small(*options), World.from_environment()
+    check(config, world)
+    splits = data_source(config.data).load()
+    with Runtime(config, world) as runtime:
+        trainer = trainer_for(config, runtime, splits)
+        summary = trainer.fit()
+        strategy = trainer.strategy
+        return {
+            "model": {name: tensor.detach().clone() for name, tensor in strategy.model_state().items()},
+            "counts": {count: summary[count] for count in ("test_correct", "test_count", "samples", "steps")},
+            "held": held_memory.bytes_by_kind(strategy.held_tensors()),
+            "sent": summary["bytes_sent_per_step"],
+        }
+
+
+def train_each(runs: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Trains each in turn in the same processes, because processes are slow to start."""
+    return [train(*options) for options in runs]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(ALWAYS, id="some"),
+        *(pytest.param(cases, id=mesh[1], marks=pytest.mark.soak) for mesh, cases in EVERYTHING.items()),
+    ],
+)
+def test_shards_of_stages_and_of_divided_layers_train_as_one_process(
+    cases: list[tuple[str, tuple[str, ...], str]], tmp_path: Path
+) -> None:
+    ways = list(dict.fromkeys(way for way, _, _ in cases))
+    alone = run_ranks(train_each, 1, _placed([(*COMMON, *WAYS[way]) for way in ways], tmp_path / "one"))[0]
+    expected = dict(zip(ways, alone, strict=True))
+    runs = [(*COMMON, *WAYS[way], *SMALL_BLOCKS, *mesh, shard) for way, mesh, shard in cases]
+    # BatchNorm of a pipeline sees a microbatch at a time, so it is compared with the same pipeline without shards.
+    replicas = [(*COMMON, *WAYS[way], *REPLICAS[STAGES]) for way in ways if way == BATCH_NORM]
+    several = run_ranks(train_each, 4, _placed([*runs, *replicas], tmp_path / "many"), timeout=550)
+    for (way, mesh, shard), *ranks in zip(cases, *(each[: len(runs)] for each in several), strict=True):
+        usual = several[0][-1] if (way, mesh) == (BATCH_NORM, STAGES) else expected[way]
+        bound = 1e-11 if FP64 in WAYS[way] else 1e-5
+        for rank in ranks:
+            assert relative_difference(rank["model"], usual["model"]) <= bound, (way, mesh, shard)
+            assert rank["counts"] == usual["counts"], (way, mesh, shard)
+
+
+def _placed(runs: list[tuple[str, ...]], folder: Path) -> list[tuple[str, ...]]:
+    return [(*options, f"run_dir={folder}/{index}") for index, options in enumerate(runs)]
+
+
+# --- several runs of one model ---------------------------------------------------------------------------------------
+
+#: A chain of runs: each goes on where the one before ended.
+CHAIN: list[tuple[int, tuple[str, ...]]] = [
+    (4, (*STAGES, GRADIENTS)),
+    (6, (*LAYERS, GRADIENTS)),
+    (8, ("strategy=ddp",)),
+    (10, (*LAYERS, OPTIMIZER)),
+    (12, (*STAGES, OPTIMIZER)),
+]
+SHARED = (
+    *(*GROUP_NORM, FP64, *ADAM, "scheduler=constant"),
+    *("trainer.epochs=100", "trainer.ema.decay=0.9", "trainer.deterministic=true"),
+)
+TOPK = ("compression=topk", "compression.min_elements=1", "trainer.max_steps=6", "resume=never")
+
+
+def shared_runs(folder: str) -> dict[str, Any]:
+    """What four ranks train one after the other: a chain, the same twice, and with compression."""
+    found: dict[str, Any] = {"chain": []}
+    for steps, mesh in CHAIN:
+        found["chain"].append(train(*_of_mesh(mesh), f"trainer.max_steps={steps}", f"run_dir={folder}/chain"))
+    for name, mesh in (("stages", STAGES), ("layers", LAYERS)):
+        saved = ("checkpoint.every_steps=3", "checkpoint.keep=9", "trainer.max_steps=6")
+        options = (*_of_mesh(mesh), GRADIENTS, *saved)
+        whole = train(*options, f"run_dir={folder}/{name}")
+        start = checkpoint_path(checkpoints_folder(Path(folder, name)), 3)
+        again = train(*options, f"run_dir={folder}/{name} again", f"resume={start}")
+        usual = train(*_of_mesh(REPLICAS[mesh]), *TOPK, f"run_dir={folder}/{name} replicas")
+        compressed = train(*_of_mesh(mesh), OPTIMIZER, *TOPK, f"run_dir={folder}/{name} compressed")
+        found[name] = {"whole": whole, "again": again, "usual": usual, "compressed": compressed}
+    return found
+
+
+def _of_mesh(mesh: tuple[str, ...]) -> tuple[str, ...]:
+    # Averages are of whole parameters, which ranks that divide layers don't have.
+    return (*SHARED, *mesh, *(("trainer.ema.decay=null",) if "strategy.mesh.tensor=2" in mesh else ()))
+
+
+def test_shards_resume_compress_and_hold_what_they_should(tmp_path: Path) -> None:
+    serial = [
+        (f"trainer.max_steps={steps}", f"run_dir={tmp_path}/{name}") for steps, name in ((12, "one"), (2, "chain"))
+    ]
+    expected = run_ranks(train_each, 1, [(*SHARED, *options) for options in serial])[0][0]
+    ranks = run_ranks(shared_runs, 4, str(tmp_path))
+    for rank in ranks:
+        assert relative_difference(rank["chain"][-1]["model"], expected["model"]) <= 1e-11
+        assert rank["chain"][-1]["counts"] == expected["counts"]
+        for name in ("stages", "layers"):
+            runs = rank[name]
+            assert all(
+                torch.equal(tensor, runs["again"]["model"][key]) for key, tensor in runs["whole"]["model"].items()
+            )
+            assert relative_difference(runs["compressed"]["model"], runs["usual"]["model"]) <= 1e-11
+    for name in ("stages", "layers"):
+        checkpoint = checkpoint_path(checkpoints_folder(tmp_path / name), 6)
+        state = checkpoint_reader.load(checkpoint)[0]
+        assert set(state["model"]) == set(expected["model"])
+        names = {f"{key}/{moment}" for key in state["model"] for moment in ("exp_avg", "exp_avg_sq", "step")}
+        assert set(state["optimizer"]) == names
+        assert all(state["optimizer"][f"{key}/exp_avg"].shape == each.shape for key, each in expected["model"].items())
+        writers = {path.name for path in checkpoint.glob("optimizer_*.safetensors")}
+        assert len(writers) == 4
+        # Of all ranks together, so that it doesn't depend on where the model was cut.
+        whole, usual = (
+            {kind: sum(rank[name][run]["held"][kind] for rank in ranks) for kind in ("gradients", "optimizer")}
+            for run in ("whole", "usual")
+        )
+        assert whole["optimizer"] == pytest.approx(usual["optimizer"] / 2, rel=0.05)
+        assert whole["gradients"] == pytest.approx(usual["gradients"] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            (*STAGES, "strategy.shard=full"),
+            "strategy.shard=full: is possible beside replicas only: stages and divided layers keep all of their "
+            "parameters; choices: optimizer, gradients",
+        ),
+        (
+            (*LAYERS, GRADIENTS, "compression=topk"),
+            "compression=topk: compresses all-reduces, and strategy.shard=gradients has none; strategy.shard=optimizer "
+            "has; choices: none",
+        ),
+        (
+            (*STAGES, OPTIMIZER, "optimizer.sam_rho=0.1"),
+            "optimizer.sam_rho=0.1: strategy=mesh can't make a step of two",
+        ),
+        ((*STAGES, OPTIMIZER, "optimizer=muon"), "optimizer.name=muon: updates a parameter as a whole"),
+    ],
+)
+def test_what_is_not_possible_is_refused_in_one_line(overrides: tuple[str, ...], line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(small(*GROUP_NORM, *overrides), World(0, 4, 0, 4, "here"))
+    assert str(refused.value).startswith(line)
