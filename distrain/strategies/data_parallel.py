@@ -129,17 +129,21 @@ class DataParallel(Replicated[OptionsT_co]):
         return gradients
 
     def _choose_bucket_sizes(self) -> BucketSizes:
-        size = gradient_bytes_of(self.model)
+        size = self._gradient_bytes()
         all_ranks, device = self.runtime.communicator(), self.runtime.device
         self._bucket_sizing = BucketSizing(
             self.options.sizes, self.replicas, all_ranks, device, size, deterministic=self.config.trainer.deterministic
         )
         return self._bucket_sizing.sizes(size)
 
+    def _gradient_bytes(self) -> int:
+        """Size of all gradients of a rank, by which buckets are sized; all ranks call it together."""
+        return gradient_bytes_of(self.model)
+
     @override
     def _rebuild_buckets(self) -> None:
         assert isinstance(self.gradients, Gradients)
-        self.gradients.rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(self.model)))
+        self.gradients.rebuild_buckets(*self._bucket_sizing.sizes(self._gradient_bytes()))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -86,9 +86,6 @@ class MeshConfig(StrategyConfig):
         """
         shape = self.mesh
         shape.check(world_size)
-        if min(shape.shard, shape.pipeline, shape.tensor) > 1:
-            problem = "is possible beside one of strategy.mesh.pipeline and strategy.mesh.tensor"
-            raise ConfigError("strategy.mesh.shard", shape.shard, problem, [1])
         has_stages = shape.pipeline > 1
         if self.batchnorm == ("sync" if has_stages else "deferred"):
             problem = f"is not possible {'in' if has_stages else 'without'} a pipeline"
@@ -119,7 +116,7 @@ class MeshTensorConfig(TensorParallelConfig, DDPConfig):
     tensor: int = setting("Ranks that divide layers among themselves.", at_least=1)
 
     @override
-    def ranks_of_group(self, world_size: int) -> int:
+    def ranks_of_replica(self, world_size: int) -> int:
         return self.tensor
 
 
@@ -134,8 +131,8 @@ class MeshPipelineConfig(PipelineConfig, TensorParallelConfig):
     tensor: int = setting("Ranks that divide the layers of a stage among themselves.", at_least=1)
 
     @override
-    def ranks_of_group(self, world_size: int) -> int:
-        return self.tensor
+    def ranks_of_replica(self, world_size: int) -> int:
+        return self.ranks * self.tensor
 
 
 @dataclass

@@ -22,6 +22,7 @@ from distrain.strategies.base import OptionsT_co, Strategy
 from distrain.strategies.ddp import DDP, DDPConfig
 from distrain.strategies.fsdp.options import FSDPConfig
 from distrain.strategies.fsdp.strategy import FSDP
+from distrain.strategies.mesh.divided_pipeline import DividedPipeline
 from distrain.strategies.mesh.options import (
     MeshConfig,
     MeshPipelineConfig,
@@ -29,6 +30,7 @@ from distrain.strategies.mesh.options import (
     MeshShardedTensorConfig,
     MeshTensorConfig,
 )
+from distrain.strategies.mesh.sharded_divided_pipeline import ShardedDividedPipeline
 from distrain.strategies.pipeline.sharded import ShardedPipeline
 from distrain.strategies.pipeline.strategy import Pipeline
 from distrain.strategies.precision import Precision
@@ -45,6 +47,8 @@ class Mesh(Strategy[MeshConfig]):
     def chosen(cls, config: Config) -> type[Strategy]:
         shape = cls.options_of(config).mesh
         if shape.pipeline > 1:
+            if shape.tensor > 1:
+                return MeshDividedPipeline if shape.shard == 1 else MeshShardedDividedPipeline
             return MeshPipeline if shape.shard == 1 else MeshShardedPipeline
         if shape.tensor > 1:
             return MeshTensorParallel if shape.shard == 1 else MeshShardedTensorParallel
@@ -124,8 +128,6 @@ class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
     def check(cls, config: Config, world_size: int) -> None:
         with _named_by_mesh(config):
             super().check(config, world_size)
-        if cls.options_of(config).tensor > 1:
-            raise ConfigError("strategy.mesh.tensor", cls.options_of(config).tensor, "has no stages yet", [1])
 
     @override
     @classmethod
@@ -141,6 +143,16 @@ class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
 
 
 class MeshShardedPipeline(MeshPipeline, ShardedPipeline):
+    """The same; of replicas, some neighbours share what updates them."""
+
+    kind = MeshShardedPipelineConfig
+
+
+class MeshDividedPipeline(MeshPipeline, DividedPipeline):
+    """A mesh whose replicas are pipelines, and whose stages are groups of ranks that divide layers."""
+
+
+class MeshShardedDividedPipeline(MeshPipeline, ShardedDividedPipeline):
     """The same; of replicas, some neighbours share what updates them."""
 
     kind = MeshShardedPipelineConfig

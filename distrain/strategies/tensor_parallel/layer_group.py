@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrain.communication.collectives import Communicator
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
+from distrain.strategies.tensor_parallel.cut import memory_format
 
 
 class LayerGroup:
@@ -24,6 +25,10 @@ class LayerGroup:
         communicator: Of these ranks.
         waiting: Makes a context that is entered while this rank communicates in a pass.
         layout: Memory format of images' activations, the same on all ranks.
+
+    Attributes:
+        communicator: As given.
+        bytes_sent: What this rank has sent in passes so far.
     """
 
     def __init__(
@@ -33,6 +38,16 @@ class LayerGroup:
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.communicator, self._waiting, self._layout = communicator, waiting, layout
+        self.bytes_sent = 0
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, communicator: Communicator, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> LayerGroup:
+        """The group for a model that all of its ranks have, whose weights are laid out as its activations are."""
+        formats = {memory_format(parameter) for parameter in model.parameters()}
+        layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+        return cls(communicator, waiting, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         """A copy of a layer communicates with the same ranks."""
@@ -71,6 +86,7 @@ class LayerGroup:
         tensor = tensor.contiguous(memory_format=layout)
         # The same memory as a contiguous tensor, which is sent without a copy.
         flat = tensor.permute(0, 2, 3, 1) if layout == torch.channels_last else tensor
+        self.bytes_sent += ring_all_reduce_bytes(flat.nbytes, self.size)
         with self._waiting():
             self.communicator.all_reduce(flat)
         return tensor

@@ -29,8 +29,8 @@ class TensorParallelConfig(DataParallelConfig):
         """Whether layers are divided that the plan doesn't name."""
         return all(role == REPLICATED for role in self.plan.values())
 
-    def ranks_of_group(self, world_size: int) -> int:
-        """Ranks among which layers are divided; groups of so many are replicas of each other."""
+    def ranks_of_replica(self, world_size: int) -> int:
+        """Ranks that hold one copy of the model; groups of so many are replicas of each other."""
         return world_size
 
     def check(self, config: Config, world_size: int) -> None:
@@ -43,9 +43,12 @@ class TensorParallelConfig(DataParallelConfig):
             if role not in ROLES:
                 raise ConfigError(f"strategy.plan.{pattern}", role, "is no way to divide a layer", ROLES)
         strategy = f"strategy={config.strategy.name}"
-        if config.compression.name != "none" and world_size == self.ranks_of_group(world_size):
+        if config.compression.name != "none" and world_size == self.ranks_of_replica(world_size):
             problem = f"compresses gradients that replicas exchange, and {strategy} has one replica here"
             raise ConfigError("compression", config.compression.name, problem, ["none"])
+        if config.compression.name == "auto":
+            problem = "each rank chooses by what it measures, and ranks that hold the same whole layer may differ"
+            raise ConfigError("compression", "auto", problem)
         if config.trainer.compile:
             problem = f"is not possible under {strategy}, whose layers communicate"
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])

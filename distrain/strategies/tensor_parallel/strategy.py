@@ -13,24 +13,26 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint import module_state, named_state
+from distrain.checkpoint import module_state
 from distrain.checkpoint.restore_report import RestoredPart
-from distrain.communication.collectives import Communicator, digest
+from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.errors import config_error
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.foreign import auxiliary_weight
+from distrain.models.outputs import logits_of
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.data_parallel import DataParallel
+from distrain.strategies.pipeline.traced_model import images_like
 from distrain.strategies.precision import Precision
 from distrain.strategies.tensor_parallel import divided_state, plan
-from distrain.strategies.tensor_parallel.cut import Cut, memory_format
+from distrain.strategies.tensor_parallel.cut import Cut
 from distrain.strategies.tensor_parallel.divided_gradients import DividedGradients
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
 from distrain.strategies.tensor_parallel.layers import divide
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
-from distrain.strategies.tensor_parallel.trial import Trial
+from distrain.strategies.tensor_parallel.trial import SAMPLES, Trial
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -58,14 +60,15 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         size = runtime.world.size
-        ranks = self.options.ranks_of_group(size)
+        ranks = self.options.ranks_of_replica(size)
         self.mesh = runtime.mesh({"data": size // ranks, "tensor": ranks} if ranks < size else {"tensor": ranks})
         self.tensor_group = Communicator(self.mesh.get_group("tensor") if self.mesh else None, self.ledger)
         if ranks < size:
             assert self.mesh is not None
             self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
         self.data_shard = (self.replicas.rank, self.replicas.size)
-        self._bytes_of_step = 0
+        self._layers = LayerGroup(self.tensor_group)
+        self._bytes_of_layers = 0
         self._cuts: dict[str, Cut] = {}
 
     @override
@@ -87,7 +90,7 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
     @override
     @classmethod
     def data_parallel_size(cls, config: Config, world_size: int) -> int:
-        return world_size // cls.options_of(config).ranks_of_group(world_size)
+        return world_size // cls.options_of(config).ranks_of_replica(world_size)
 
     @override
     @classmethod
@@ -108,21 +111,17 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
         divisions = plan.find_divisions(model, example, self.precision, self.options, ranks, auxiliary=auxiliary)
         log.info("%s", plan.describe(model, divisions, ranks))
-        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-            # In evaluation its own code reads its weights, which it has a part of only.
-            torch.backends.mha.set_fastpath_enabled(False)
-        formats = {memory_format(parameter) for parameter in model.parameters()}
-        layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-        trial = Trial(model, example)
-        group = LayerGroup(self.tensor_group, self.stopwatch.communication, layout)
-        self._cuts = divide(model, divisions, group)
+        images = images_like(example, SAMPLES)
+        trial = Trial(model, lambda model: [logits_of(model(images.clone()))])
+        self._layers = LayerGroup.for_model(model, self.tensor_group, self.stopwatch.communication)
+        self._cuts = divide(model, divisions, self._layers)
         if problem := trial.difference(model):
             raise config_error("strategy.plan", f"{problem}; leave layers out by strategy.plan={{NAME: replicated}}")
 
     @override
     def _make_gradients(self) -> ReducedGradients:
         sizes = self._choose_bucket_sizes()
-        return DividedGradients(
+        gradients = DividedGradients(
             self.model.named_parameters(),
             self._cuts.keys(),
             self.tensor_group,
@@ -131,49 +130,36 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
             self.stopwatch,
             sizes,
         )
+        self._bucket_sizing.log_choice([bucket.bytes for bucket in gradients.buckets])
+        return gradients
+
+    @override
+    def _gradient_bytes(self) -> int:
+        return largest(super()._gradient_bytes(), self.tensor_group, self.runtime.device)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @override
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        self._compare_wholes()
-
-    @torch.no_grad()
-    def _compare_wholes(self) -> None:
-        """Gives all ranks the first one's values of what is whole, if they have come apart.
-
-        They compute the same numbers, but processors of different kinds may round in different ways.
-        """
         state = module_state.read(self.model).tensors
-        wholes = {name: tensor for name, tensor in state.items() if name not in self._cuts}
-        hashes = self.tensor_group.all_gather(digest(wholes.values()).to(self.runtime.device))
-        if any(bool(other != hashes[0]) for other in hashes):
+        if divided_state.share_wholes(state, self._cuts, self.tensor_group, self.runtime.device):
             log.warning("the ranks' processors round differently: all take the parameters that are whole from rank 0")
-            for tensor in wholes.values():
-                tensor.copy_(self.tensor_group.broadcast(tensor.contiguous()))
 
     @override
     def train_step(self, batch: Batch) -> StepResult:
-        before = self.ledger.total()
+        before = self._layers.bytes_sent
         result = super().train_step(batch)
-        self._bytes_of_step = self.ledger.total() - before
-        return self._counted_once(result)
+        self._bytes_of_layers = self._layers.bytes_sent - before
+        return counted_once(result, self.tensor_group)
 
     @override
     def eval_step(self, batch: Batch) -> StepResult:
-        return self._counted_once(super().eval_step(batch))
-
-    def _counted_once(self, result: StepResult) -> StepResult:
-        """Results that are equal on all ranks, on the first rank alone: sums over the ranks must count them once."""
-        if self.tensor_group.rank == 0:
-            return result
-        sums = torch.zeros_like(result.loss_sum), torch.zeros_like(result.metric_sums)
-        return StepResult(*sums, 0, skipped=result.skipped)
+        return counted_once(super().eval_step(batch), self.tensor_group)
 
     @override
     def uncompressed_bytes_per_step(self) -> int:
-        return self._bytes_of_step
+        return super().uncompressed_bytes_per_step() + self._bytes_of_layers
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -184,24 +170,28 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
-        tensors, scalars = self._saved_optimizer()
-        model = module_state.read(self.model).tensors
-        saved = self._saved({}, scalars)
-        saved["scalars"]["buckets"] = self._bucket_sizing.state_dict()
-        return {
-            **saved,
-            "model": divided_state.gathered_model(model, self._cuts, self.tensor_group, everywhere=False),
-            "optimizer": tensors,
-        }
-
-    def _saved_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What this rank saves of the optimizer's tensors, whole, and its other values; all ranks call it together."""
-        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
-        return dict(divided_state.gathered_optimizer(tensors.items(), self._cuts, self.tensor_group)), scalars
+        return divided_state.gathered(super().state_dict(), self._cuts, self.tensor_group)
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         rank = self.tensor_group.rank
-        model = divided_state.parts_of_model(saved["model"], self._cuts, rank)
-        optimizer = divided_state.parts_of_optimizer(saved["optimizer"], self._cuts, rank)
-        return super().load_state_dict({**saved, "model": model, "optimizer": optimizer})
+        own = self.runtime.world.rank if self.is_arranged_as(saved["layout"]) else None
+        parts = {
+            "model": divided_state.parts_of_model(saved["model"], self._cuts, rank),
+            "optimizer": divided_state.parts_of_optimizer(saved["optimizer"], self._cuts, rank),
+            "compressor": divided_state.parts_of_compressors(saved["compressor"], self._cuts, self.tensor_group, own),
+        }
+        return super().load_state_dict({**saved, **parts})
+
+
+def counted_once(result: StepResult, group: Communicator) -> StepResult:
+    """A result that is equal on all ranks of a group, on the first one alone: sums over ranks must count it once."""
+    if group.rank == 0:
+        return result
+    sums = torch.zeros_like(result.loss_sum), torch.zeros_like(result.metric_sums)
+    return StepResult(*sums, 0, skipped=result.skipped)
+
+
+def largest(size: int, group: Communicator, device: torch.device) -> int:
+    """The largest of the ranks' numbers; all ranks of the group call it together."""
+    return int(group.all_reduce(torch.tensor(size, device=device), "max"))
