@@ -18,14 +18,13 @@ from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.errors import config_error
-from distrain.gradients.bucket_sizes import BucketSizes, gradient_bytes_of
+from distrain.gradients.bucket_sizes import BucketSizes
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import logits_of
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.mesh.options import MeshPipelineConfig
 from distrain.strategies.pipeline.blocks import ActivationSpec, flatten, part_of
-from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.strategy import Pipeline
 from distrain.strategies.pipeline.traced_model import images_like
 from distrain.strategies.precision import Precision
@@ -182,20 +181,19 @@ class DividedPipeline(Pipeline):
         return drawn.contiguous(memory_format=torch.channels_last) if spec.channels_last else drawn
 
     @override
-    def _sizes_of(self, stage: Stage) -> BucketSizes:
-        size = largest(gradient_bytes_of(stage.module), self.tensor_group, self.runtime.device)
-        return self._bucket_sizing.sizes(size)
+    def _bucket_sizes(self, gradient_bytes: int) -> BucketSizes:
+        return super()._bucket_sizes(largest(gradient_bytes, self.tensor_group, self.runtime.device))
 
     @override
-    def _gradients_of(self, stage: Stage) -> Gradients:
+    def _make_gradients(self, module: nn.Module, sizes: BucketSizes) -> Gradients:
         return DividedGradients(
-            stage.module.named_parameters(),
+            module.named_parameters(),
             self._cuts.keys(),
             self.tensor_group,
             self.replicas,
             self.compressor,
             self.stopwatch,
-            self._sizes_of(stage),
+            sizes,
         )
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -203,7 +201,7 @@ class DividedPipeline(Pipeline):
     @override
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        state = self._own_model_state()
+        state = super()._own_model_state()
         if divided_state.share_wholes(state, self._cuts, self.tensor_group, self.runtime.device):
             log.warning(
                 "the processors of a stage's ranks round differently: all take what is whole from the first one"
@@ -227,8 +225,8 @@ class DividedPipeline(Pipeline):
     # --- state -------------------------------------------------------------------------------------------------------
 
     @override
-    def _own_wholes(self) -> dict[str, Tensor]:
-        tensors = self._own_model_state()
+    def _own_model_state(self) -> dict[str, Tensor]:
+        tensors = super()._own_model_state()
         return divided_state.gathered_model(tensors, self._cuts, self.tensor_group, everywhere=True)
 
     @override

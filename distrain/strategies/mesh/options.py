@@ -86,9 +86,6 @@ class MeshConfig(StrategyConfig):
         """
         shape = self.mesh
         shape.check(world_size)
-        if min(shape.shard, shape.pipeline, shape.tensor) > 1:
-            problem = "is possible beside one of strategy.mesh.pipeline and strategy.mesh.tensor"
-            raise ConfigError("strategy.mesh.shard", shape.shard, problem, [1])
         has_stages = shape.pipeline > 1
         if self.batchnorm == ("sync" if has_stages else "deferred"):
             problem = f"is not possible {'in' if has_stages else 'without'} a pipeline"

@@ -30,6 +30,7 @@ from distrain.strategies.mesh.options import (
     MeshShardedTensorConfig,
     MeshTensorConfig,
 )
+from distrain.strategies.mesh.sharded_divided_pipeline import ShardedDividedPipeline
 from distrain.strategies.pipeline.sharded import ShardedPipeline
 from distrain.strategies.pipeline.strategy import Pipeline
 from distrain.strategies.precision import Precision
@@ -47,7 +48,7 @@ class Mesh(Strategy[MeshConfig]):
         shape = cls.options_of(config).mesh
         if shape.pipeline > 1:
             if shape.tensor > 1:
-                return MeshDividedPipeline
+                return MeshDividedPipeline if shape.shard == 1 else MeshShardedDividedPipeline
             return MeshPipeline if shape.shard == 1 else MeshShardedPipeline
         if shape.tensor > 1:
             return MeshTensorParallel if shape.shard == 1 else MeshShardedTensorParallel
@@ -141,11 +142,17 @@ class MeshPipeline(MeshStrategy[MeshPipelineConfig], Pipeline):
             super().check_passes(config, model, images, precision)
 
 
-class MeshDividedPipeline(MeshPipeline, DividedPipeline):
-    """The same; stages are groups of ranks that divide layers."""
-
-
 class MeshShardedPipeline(MeshPipeline, ShardedPipeline):
+    """The same; of replicas, some neighbours share what updates them."""
+
+    kind = MeshShardedPipelineConfig
+
+
+class MeshDividedPipeline(MeshPipeline, DividedPipeline):
+    """A mesh whose replicas are pipelines, and whose stages are groups of ranks that divide layers."""
+
+
+class MeshShardedDividedPipeline(MeshPipeline, ShardedDividedPipeline):
     """The same; of replicas, some neighbours share what updates them."""
 
     kind = MeshShardedPipelineConfig

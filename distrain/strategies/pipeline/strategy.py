@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distrain.checkpoint import module_state, named_state
+from distrain.checkpoint.module_state import ModuleState
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
@@ -24,7 +23,7 @@ from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizes, BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
-from distrain.models.freezing import freeze_schedule, train_only
+from distrain.models.freezing import ever_still, freeze_schedule, train_only
 from distrain.optim.optimizers import modes
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
@@ -134,7 +133,7 @@ class Pipeline(Strategy[PipelineConfig]):
         """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
         options = cls.options_of(config)
         auxiliary = auxiliary_weight(config.model) > 0
-        still = hand_overs.ever_still(freeze_schedule(config, model), model)
+        still = ever_still(freeze_schedule(config, model), model)
         sequence = split.as_sequence(model, images, precision, options, still, auxiliary=auxiliary)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
@@ -147,7 +146,7 @@ class Pipeline(Strategy[PipelineConfig]):
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
         auxiliary = auxiliary_weight(self.config.model) > 0
-        still = hand_overs.ever_still(self.freezing, model)
+        still = ever_still(self.freezing, model)
         sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
         self._recompute(model, example)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
@@ -167,19 +166,12 @@ class Pipeline(Strategy[PipelineConfig]):
         self._bounds = [*starts, len(traced)]
         self._outputs = hand_overs.between_stages(traced, starts)
         self._epochs = hand_overs.in_epochs(self.freezing, model, sequence, example, self.precision, starts)
-        self._bucket_sizing = BucketSizing(
-            self.options.bucket_sizes,
-            self.replicas,
-            self.runtime.communicator(),
-            self.runtime.device,
-            gradient_bytes_of(model),
-            deterministic=self.config.trainer.deterministic,
-        )
+        self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
         self.stages: dict[int, Stage] = {}
         for index, rank in enumerate(self._rank_of_stage):
             if rank == self.pipeline_group.rank:
                 self._add_stage(index, sequence, traced)
-        self.gradients = self._make_gradients()
+        self.gradients = self._gradients_of_stages()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
         self.optimizer = make_optimizer(updated)
@@ -223,6 +215,16 @@ class Pipeline(Strategy[PipelineConfig]):
         for module in self._still:
             module.training = False
 
+    def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
+        return BucketSizing(
+            self.options.bucket_sizes,
+            self.replicas,
+            self.runtime.communicator(),
+            self.runtime.device,
+            model_bytes,
+            deterministic=self.config.trainer.deterministic,
+        )
+
     def _add_stage(self, index: int, model: nn.Sequential, traced: list[TracedBlock]) -> None:
         module = self._part(index, model)
         if self.options.batchnorm == "deferred":
@@ -245,19 +247,22 @@ class Pipeline(Strategy[PipelineConfig]):
         """What a stage of this rank holds."""
         return part_of(model, self._bounds[index], self._bounds[index + 1])
 
-    def _make_gradients(self) -> dict[int, ReducedGradients]:
-        """The gradients of each stage."""
-        found = {index: self._gradients_of(stage) for index, stage in self.stages.items()}
+    def _gradients_of_stages(self) -> dict[int, ReducedGradients]:
+        found = {
+            index: self._make_gradients(stage.module, self._sizes_of(stage)) for index, stage in self.stages.items()
+        }
         self._bucket_sizing.log_choice([bucket.bytes for gradients in found.values() for bucket in gradients.buckets])
         return {**found}
 
-    def _gradients_of(self, stage: Stage) -> Gradients:
-        named, sizes = stage.module.named_parameters(), self._sizes_of(stage)
-        return Gradients(named, self.replicas, self.compressor, self.stopwatch, *sizes)
-
     def _sizes_of(self, stage: Stage) -> BucketSizes:
+        return self._bucket_sizes(gradient_bytes_of(stage.module))
+
+    def _bucket_sizes(self, gradient_bytes: int) -> BucketSizes:
         """Sizes of a stage's buckets; all ranks of the stage call it together."""
-        return self._bucket_sizing.sizes(gradient_bytes_of(stage.module))
+        return self._bucket_sizing.sizes(gradient_bytes)
+
+    def _make_gradients(self, module: nn.Module, sizes: BucketSizes) -> Gradients:
+        return Gradients(module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
 
     def _rebuild_buckets(self) -> None:
         """Lays out the gradients' buckets for the parameters that are trained now."""
@@ -266,7 +271,7 @@ class Pipeline(Strategy[PipelineConfig]):
             gradients.rebuild_buckets(*self._sizes_of(self.stages[index]))
 
     def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What this rank's optimizer updates, by the model's names; called after :meth:`_make_gradients`."""
+        """What this rank's optimizer updates, by the model's names; called after :meth:`_gradients_of_stages`."""
         return [pair for module in self._modules for pair in module.named_parameters()]
 
     def _make_transfers(self, sizes: list[int]) -> StageTransfers:
@@ -388,11 +393,8 @@ class Pipeline(Strategy[PipelineConfig]):
     @override
     def report(self) -> dict[str, Any]:
         """Bubble, memory and the split; also writes the split and the timeline of one step to ``run_dir/pipeline``."""
-        steps = [[asdict(span) for span in step] for step in self._recorder.steps()]
         peaks = {str(index): stage.peak_activation_bytes for index, stage in self.stages.items()}
-        self.runtime.communicator().barrier()
-        recorded = {"clock": time.perf_counter(), "host": self.runtime.world.host, "steps": steps, "peaks": peaks}
-        ranks = self.pipeline_group.all_gather_json(recorded, self.runtime.device)
+        ranks = report.of_all_ranks(self._recorder, peaks, self.pipeline_group, self.runtime)
         aligned_steps = timeline.align_clocks(ranks)
         summary = report.summary(self.options, self._split.rows, ranks, aligned_steps)
         if self.runtime.is_main:
@@ -416,15 +418,11 @@ class Pipeline(Strategy[PipelineConfig]):
     def model_state(self) -> dict[str, Tensor]:
         """The unsplit model's parameters and buffers; all ranks call it together."""
         modes.for_evaluation(self.optimizer)
-        tensors = self.pipeline_group.merge_tensors(self._own_wholes(), self.runtime.device)
+        tensors = self.pipeline_group.merge_tensors(self._own_model_state(), self.runtime.device)
         return {name: tensors[name] for name in self._all_names}
 
     def _own_model_state(self) -> dict[str, Tensor]:
         return {name: tensor for module in self._modules for name, tensor in module_state.read(module).tensors.items()}
-
-    def _own_wholes(self) -> dict[str, Tensor]:
-        """The unsplit model's tensors that this rank's stages have; all ranks call it together."""
-        return self._own_model_state()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -435,7 +433,7 @@ class Pipeline(Strategy[PipelineConfig]):
         local: dict[str, Tensor] = {}
         for module, state in zip(self._modules, states, strict=True):
             local |= module_state.own_state(module, state, self.replicas, device)
-        saved = self._saved_tensors()
+        saved = self._saved_tensors(states)
         plain = {**saved["scalars"], "modules": [state.to_plain() for state in states]}
         ranks = self.pipeline_group.all_gather_json(plain, device)
         saved["scalars"] = {
@@ -447,12 +445,12 @@ class Pipeline(Strategy[PipelineConfig]):
         }
         return {**saved, "compressor": self.compressor.state_dict(), "local": local}
 
-    def _saved_tensors(self) -> dict[str, Any]:
+    def _saved_tensors(self, states: Sequence[ModuleState]) -> dict[str, Any]:
         """What ranks of the first replica save of model and optimizer, with the optimizer's other values."""
         saves = self.replicas.rank == 0
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         return {
-            "model": self._own_model_state() if saves else {},
+            "model": {name: each for state in states for name, each in state.tensors.items()} if saves else {},
             "optimizer": tensors if saves else {},
             "scalars": {"optimizer": scalars},
         }

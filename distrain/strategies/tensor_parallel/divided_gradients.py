@@ -46,15 +46,7 @@ class DividedGradients(Gradients):
     def _split(
         self, parameters: list[tuple[str, nn.Parameter]], first_bytes: float, other_bytes: float, last_bytes: float
     ) -> list[list[tuple[str, nn.Parameter]]]:
-        """Parts of parameters and whole ones are in buckets of their own.
-
-        So the sums of what is whole are rounded, and compressed, alike on all ranks of the group, whose parts may
-        differ in size.
-        """
-        kinds = [[pair for pair in parameters if (pair[0] in self._divided) is divided] for divided in (True, False)]
-        parts = [part for kind in kinds for part in split_into_buckets(kind, first_bytes, other_bytes, last_bytes)]
-        ready = {name: position for position, (name, _) in enumerate(parameters)}
-        return sorted(parts, key=lambda part: ready[part[-1][0]])
+        return split_by_division(parameters, self._divided, first_bytes, other_bytes, last_bytes)
 
     @override
     def norm(self) -> Tensor:
@@ -67,6 +59,25 @@ class DividedGradients(Gradients):
         like = self.buckets[0].flat
         squares = self._group.all_reduce(_sum_of_squares(parts, like))
         return (squares + _sum_of_squares(wholes, like)).sqrt()
+
+
+def split_by_division(
+    parameters: list[tuple[str, nn.Parameter]], divided: Collection[str], *limits: float
+) -> list[list[tuple[str, nn.Parameter]]]:
+    """As :func:`~distrain.gradients.buckets.split_into_buckets`; parts of parameters and whole ones are by themselves.
+
+    So the sums of what is whole are rounded, and compressed, alike on all ranks of the group, whose parts may differ in
+    size.
+
+    Args:
+        parameters: In the order in which their gradients are sent.
+        divided: Names of those that are a part of a parameter.
+        *limits: Sizes in bytes.
+    """
+    kinds = [[pair for pair in parameters if (pair[0] in divided) is kind] for kind in (True, False)]
+    parts = [part for kind in kinds for part in split_into_buckets(kind, *limits)]
+    ready = {name: position for position, (name, _) in enumerate(parameters)}
+    return sorted(parts, key=lambda part: ready[part[-1][0]])
 
 
 def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint import module_state, named_state
+from distrain.checkpoint import module_state
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
@@ -170,22 +170,7 @@ class TensorParallel(DataParallel[TensorParallelConfig]):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
-        tensors, scalars = self._saved_optimizer()
-        saved = self._saved({}, scalars)
-        saved["scalars"]["buckets"] = self._bucket_sizing.state_dict()
-        return {
-            **saved,
-            "model": divided_state.gathered_model(saved["model"], self._cuts, self.tensor_group, everywhere=False),
-            "optimizer": tensors,
-            "compressor": divided_state.gathered_compressor(saved["compressor"], self._cuts, self.tensor_group),
-        }
-
-    def _saved_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What this rank saves of the optimizer's tensors, whole, and its other values; all ranks call it together."""
-        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
-        if self.replicas.rank > 0:
-            return {}, scalars
-        return dict(divided_state.gathered_optimizer(tensors.items(), self._cuts, self.tensor_group)), scalars
+        return divided_state.gathered(super().state_dict(), self._cuts, self.tensor_group)
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
