@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 #: Kinds of state of which only the sum over the ranks matters; all others are equal on all ranks that hold the
 #: parameter.
-_SUMMED = ("residual", "velocity")
+SUMMED = ("residual", "velocity")
 #: Kinds of state that were measured on the saving ranks and do not apply to others.
 _MEASURED = ("choice",)
 #: The parts that :func:`restore` reports on.
@@ -63,7 +63,7 @@ def _redistributed(saved: Sequence[Mapping[str, Tensor]], names: set[str], repli
         kind, _, name = key.partition("/")
         if kind == "step":
             state[key] = torch.maximum(state[key], tensor) if key in state else tensor
-        elif name in names and kind in _SUMMED:
+        elif name in names and kind in SUMMED:
             state[key] = state[key].add_(tensor / replicas) if key in state else tensor / replicas
         elif name in names and key not in state:
             state[key] = tensor
@@ -80,7 +80,7 @@ def _residuals_report(
         state: What was loaded.
         redistributed: Number of saving ranks and of replicas now; ``None`` in the same layout.
     """
-    if not any(key.startswith(_SUMMED) for key in state):
+    if not any(key.startswith(SUMMED) for key in state):
         return RestoredPart(RESIDUALS, "absent", "none were saved")
     if compressor.residuals is None:
         name = compressor.config.name
@@ -96,7 +96,7 @@ def _residuals_report(
 
 def _factors_report(compressor: Compressor, state: Mapping[str, Tensor], *, same_layout: bool) -> RestoredPart:
     """How everything but residuals and the step was restored."""
-    saved = {key for key in state if key != "step" and not key.startswith(_SUMMED)}
+    saved = {key for key in state if key != "step" and not key.startswith(SUMMED)}
     if not saved:
         return RestoredPart(FACTORS, "absent", "none were saved")
     if not saved <= compressor.state_dict().keys():

@@ -68,3 +68,16 @@ def setting(
 def section_affects(effect: Effect) -> dict[str, frozenset[Effect]]:
     """Metadata of a field of :class:`Config` for a section or group: all its keys have this effect."""
     return {"affects": frozenset((effect,))}
+
+
+def setting_of(schema: type[Any], key: str) -> Any:
+    """Returns a dataclass field with the meaning, limits and default of a key of another schema.
+
+    Args:
+        schema: The dataclass that has the key.
+        key: Its name.
+    """
+    found = next(spec for spec in dataclasses.fields(schema) if spec.name == key)
+    if found.default_factory is not dataclasses.MISSING:
+        return field(metadata=found.metadata, default_factory=found.default_factory)
+    return field(metadata=found.metadata, default=found.default)

@@ -123,7 +123,7 @@ class Gradients:
             # An optimizer leaves a parameter without a gradient as it is, with its state.
             parameter.grad = None
         trained = [(name, parameter) for name, parameter in self._parameters if parameter.requires_grad]
-        parts = split_into_buckets(trained[::-1], first_bucket_mb * MIB, bucket_mb * MIB, last_bucket_mb * MIB)
+        parts = self._split(trained[::-1], first_bucket_mb * MIB, bucket_mb * MIB, last_bucket_mb * MIB)
         self.buckets = [make_bucket(part, self._compressor) for part in parts]
         self._missing = [0] * len(parts)
         self._hooks = []
@@ -134,6 +134,12 @@ class Gradients:
                 parameter.grad = bucket.tensors[name]
                 if overlaps:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._ready_hook(index)))
+
+    def _split(
+        self, parameters: list[tuple[str, nn.Parameter]], first_bytes: float, other_bytes: float, last_bytes: float
+    ) -> list[list[tuple[str, nn.Parameter]]]:
+        """As :func:`split_into_buckets`."""
+        return split_into_buckets(parameters, first_bytes, other_bytes, last_bytes)
 
     @property
     def bytes(self) -> int:

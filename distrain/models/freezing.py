@@ -126,6 +126,14 @@ def train_only(model: nn.Module, trained: Collection[str], among: Collection[str
             parameter.requires_grad_(name in trained)
 
 
+def ever_still(freezing: FreezeSchedule | None, model: nn.Module) -> frozenset[str]:
+    """Names of the modules that keep still in some epoch; see :func:`still_modules`."""
+    if freezing is None:
+        return frozenset()
+    frozen = [freezing.parameters - freezing.trained(epoch) for epoch in freezing.epochs]
+    return frozenset(name for names in frozen for name in still_modules(model, names))
+
+
 def still_modules(model: nn.Module, frozen: Collection[str]) -> list[str]:
     """Names of the modules with parameters or buffers that keep still: all their own parameters are frozen.
 

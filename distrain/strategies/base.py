@@ -130,6 +130,11 @@ class Strategy(ABC, Generic[OptionsT_co]):
         """The strategy's own keys; the schema that it is registered with has checked them."""
         return cast(OptionsT_co, config.strategy)
 
+    @classmethod
+    def chosen(cls, config: Config) -> type[Strategy]:
+        """The class that trains this configuration: another one if this one stands for several."""
+        return cls
+
     @property
     def layout(self) -> dict[str, Any]:
         """How the ranks are arranged. State that each rank saves for itself can only be restored in the same layout."""
@@ -342,8 +347,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     def kept_parameters(self) -> dict[str, Tensor]:
         """What this rank keeps of each parameter for the whole run, by the unsplit model's names: it, or a slice."""
-        modules = self.own_modules()
-        named = (pair for module in modules for pair in module.named_parameters(remove_duplicate=False))
+        named = (pair for module in self.own_modules() for pair in module.named_parameters(remove_duplicate=False))
         return {name: parameter.detach() for name, parameter in named}
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
@@ -506,5 +510,6 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
 
 def strategy_class(config: Config) -> type[Strategy]:
-    """The class of the strategy that the configuration names."""
-    return cast(type[Strategy], choice("strategy", config.strategy.name).target)
+    """The class that trains as the configuration says."""
+    named = cast(type[Strategy], choice("strategy", config.strategy.name).target)
+    return named.chosen(config)

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
-from distrain.config.groups import StrategyConfig
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.config.setting import setting
-from distrain.gradients.bucket_sizes import BucketSizes, BucketSizing, gradient_bytes_of
-from distrain.gradients.buckets import Gradients, ReducedGradients
-from distrain.strategies import batchnorm
-from distrain.strategies.base import MakeOptimizer, StepResult
-from distrain.strategies.named_buffers import NamedBuffers
-from distrain.strategies.replicated import Replicated
+from distrain.strategies.base import MakeOptimizer
+from distrain.strategies.data_parallel import DataParallel, DataParallelConfig
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
-class DDPConfig(StrategyConfig):
+class DDPConfig(DataParallelConfig):
     """Keys of ``strategy=ddp``."""
 
     batchnorm: str = setting("Statistics of BatchNorm layers.", choices=("sync", "local"))
@@ -44,13 +32,18 @@ class DDPConfig(StrategyConfig):
     )
 
     @property
+    @override
+    def synchronises_batchnorm(self) -> bool:
+        return self.batchnorm == "sync"
+
+    @property
+    @override
     def sizes(self) -> tuple[float | None, float | None, float | None]:
-        """Configured sizes in MiB of the first bucket, the others and the last; ``None``: by measurement."""
         return self.first_bucket_mb, self.bucket_mb, self.last_bucket_mb
 
 
 @register("strategy", "ddp", DDPConfig)
-class DDP(Replicated[DDPConfig]):
+class DDP(DataParallel[DDPConfig]):
     """Every rank holds the model and trains on its share; gradients are summed during the backward pass.
 
     Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704). Unlike torch's DistributedDataParallel the mean is over
@@ -66,106 +59,6 @@ class DDP(Replicated[DDPConfig]):
         self.data_shard = (self.replicas.rank, self.replicas.size)
 
     @override
-    @classmethod
-    def normalises_together(cls, config: Config, world_size: int) -> bool:
-        return cls.options_of(config).batchnorm == "sync" and world_size > 1
-
-    @override
-    @classmethod
-    def prepare_trial(cls, config: Config, world_size: int, model: nn.Module) -> None:
-        # Synchronised BatchNorm doesn't use torch's kernel, so it takes another time.
-        if cls.normalises_together(config, world_size):
-            batchnorm.synchronise_batchnorm(model, Communicator())
-
-    @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         self.sync_initial_state(model, self.replicas)
-        if self.options.batchnorm == "sync" and self.replicas.size > 1:
-            layers = batchnorm.synchronise_batchnorm(model, self.replicas)
-            self._needs_every_piece = layers > 0
-            self._evaluates_together = any(
-                isinstance(layer, batchnorm.SyncBatchNorm) and layer.running_mean is None for layer in model.modules()
-            )
-            if layers:
-                log.info(
-                    "%d BatchNorm layers take their statistics over all ranks (%d small collectives a step); "
-                    "strategy.batchnorm=local is faster but not what one process computes",
-                    layers,
-                    3 * layers,
-                )
-                if self.config.trainer.compile:
-                    log.warning(
-                        "trainer.compile: the graph breaks at each synchronised BatchNorm layer, which costs more than "
-                        "it gains; strategy.batchnorm=local and %s compile whole",
-                        batchnorm.replacement(self.config.model),
-                    )
-                    batchnorm.exclude_from_compilation()
         super().setup(model, task, make_optimizer, example)
-        #: Buffers that each rank updates from its own share, as BatchNorm does with ``batchnorm=local``.
-        self._local_buffers = NamedBuffers(model, floating=True, not_in=(batchnorm.SyncBatchNorm,))
-        self._buffers_are_averaged = True
-
-    @override
-    def train_step(self, batch: Batch) -> StepResult:
-        self._buffers_are_averaged = False
-        return super().train_step(batch)
-
-    @override
-    def eval_step(self, batch: Batch) -> StepResult:
-        self._prepare_model_state()
-        return super().eval_step(batch)
-
-    @override
-    @torch.no_grad()
-    def _prepare_model_state(self) -> None:
-        """Averages the buffers that each rank updates by itself."""
-        super()._prepare_model_state()
-        if not self._buffers_are_averaged:
-            self._average(self._local_buffers.values())
-        self._buffers_are_averaged = True
-
-    @override
-    @torch.no_grad()
-    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
-        super().agree_on_average(average)
-        self._average(tensor for name, tensor in average.items() if name in self._local_buffers)
-
-    def _average(self, tensors: Iterable[Tensor]) -> None:
-        """Gives each tensor its mean over the ranks."""
-        if self.replicas.size > 1:
-            for tensor in tensors:
-                # In float64, so that a buffer that is equal on all ranks (a constant) keeps its value.
-                tensor.copy_(self.replicas.all_reduce(tensor.double()).div_(self.replicas.size))
-
-    @override
-    def _make_gradients(self) -> ReducedGradients:
-        sizes = self._choose_bucket_sizes()
-        gradients = Gradients(self.model.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
-        self._bucket_sizing.log_choice([bucket.bytes for bucket in gradients.buckets])
-        return gradients
-
-    def _choose_bucket_sizes(self) -> BucketSizes:
-        size = gradient_bytes_of(self.model)
-        all_ranks, device = self.runtime.communicator(), self.runtime.device
-        self._bucket_sizing = BucketSizing(
-            self.options.sizes, self.replicas, all_ranks, device, size, deterministic=self.config.trainer.deterministic
-        )
-        return self._bucket_sizing.sizes(size)
-
-    @override
-    def _rebuild_buckets(self) -> None:
-        assert isinstance(self.gradients, Gradients)
-        self.gradients.rebuild_buckets(*self._bucket_sizing.sizes(gradient_bytes_of(self.model)))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
-        return state
-
-    @override
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
-        if self.is_arranged_as(saved["layout"]):
-            self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
-            self._rebuild_buckets()
-        return super().load_state_dict(saved)

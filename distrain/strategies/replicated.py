@@ -254,7 +254,11 @@ class Replicated(Strategy[OptionsT_co]):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
-        return self._saved(*named_state.optimizer_state(self.optimizer, self._names))
+        return self._saved(*self._optimizer_state())
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimizer's tensors that this replica saves if it is the first one, and its other values."""
+        return named_state.optimizer_state(self.optimizer, self._names)
 
     def _prepare_model_state(self) -> None:
         """Makes the model hold what is evaluated and saved; all ranks call it together."""

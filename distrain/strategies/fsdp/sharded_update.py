@@ -214,6 +214,11 @@ class ShardedUpdate:
         names = dict.fromkeys(self.first_names.values())
         return sliced_state.whole_optimizer_state(optimizer, names, self.blocks, self.slices, self._shards, device)
 
+    def of_all_ranks(self, scalars: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """What an optimizer's state has besides tensors, of all ranks, which call it together."""
+        ranks = self._shards.all_gather_json(scalars, device)
+        return {key: value for each in reversed(ranks) for key, value in each.items()}
+
     def load_optimizer(
         self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
     ) -> None:

@@ -52,11 +52,3 @@ def in_epochs(
         found[trained] = outputs, still_modules(model, freezing.parameters - trained)
     train_only(model, freezing.ever_trained, freezing.ever_trained)
     return found
-
-
-def ever_still(freezing: FreezeSchedule | None, model: nn.Module) -> frozenset[str]:
-    """Names of the modules that keep still in some epoch."""
-    if freezing is None:
-        return frozenset()
-    frozen = [freezing.parameters - freezing.trained(epoch) for epoch in freezing.epochs]
-    return frozenset(name for names in frozen for name in still_modules(model, names))

@@ -33,6 +33,11 @@ class PipelineConfig(StrategyConfig):
         """Ranks of one pipeline."""
         return self.stages // self.stages_per_rank
 
+    @property
+    def bucket_sizes(self) -> tuple[float | None, float | None, float | None]:
+        """Configured sizes in MiB of the first bucket, the others and the last; ``None``: by measurement."""
+        return self.first_bucket_mb, self.bucket_mb, None if self.bucket_mb is None else 0
+
     def check_world_size(self, world_size: int) -> None:
         """Refuses numbers of stages and ranks that don't fit together.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distrain.communication.collectives import Communicator
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import to_json
 from distrain.strategies.pipeline import timeline
@@ -14,6 +17,8 @@ from distrain.strategies.pipeline.schedule import SCHEDULES, actions_of_ranks, b
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from distrain.runtime.runtime import Runtime
 
 
 def predicted_bubble(options: PipelineConfig, forward: Sequence[float], backward: Sequence[float]) -> float:
@@ -32,6 +37,33 @@ def predicted_bubble(options: PipelineConfig, forward: Sequence[float], backward
 def predicted_bubble_of_split(options: PipelineConfig, rows: Sequence[Mapping[str, Any]]) -> float:
     """The bubble of the configured schedule with the measured times of a split's rows."""
     return predicted_bubble(options, [row["forward_ms"] for row in rows], [row["backward_ms"] for row in rows])
+
+
+def described(options: PipelineConfig, replicas: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The schedule, its sizes and its predicted bubble, in a line."""
+    bubble = 100 * predicted_bubble_of_split(options, rows)
+    sizes = (
+        f"{options.stages} stages on {options.ranks} ranks, {replicas} replicas, {options.microbatches} microbatches"
+    )
+    return f"{options.schedule}: {sizes}, predicted bubble {bubble:.0f} %"
+
+
+def of_all_ranks(
+    recorder: timeline.SpanRecorder, peaks: Mapping[str, int], group: Communicator, runtime: Runtime
+) -> list[dict[str, Any]]:
+    """What each rank of a pipeline has recorded; all ranks of the run call it together.
+
+    Args:
+        recorder: Of this rank.
+        peaks: Bytes of its activations by stage.
+        group: The ranks of the pipeline.
+        runtime: This rank's surroundings.
+    """
+    steps = [[asdict(span) for span in step] for step in recorder.steps()]
+    # After it all clocks are read at the same moment.
+    runtime.communicator().barrier()
+    recorded = {"clock": time.perf_counter(), "host": runtime.world.host, "steps": steps, "peaks": dict(peaks)}
+    return group.all_gather_json(recorded, runtime.device)
 
 
 def summary(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
+from distrain.checkpoint.module_state import ModuleState
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import ReducedGradients, split_into_buckets
+from distrain.strategies.fsdp.flat_block import FlatBlock
 from distrain.strategies.fsdp.options import OPTIMIZER
 from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
 from distrain.strategies.fsdp.sharded_strategy import ShardedStrategy
 from distrain.strategies.fsdp.sharded_update import ShardedUpdate
 from distrain.strategies.pipeline.options import PipelineConfig
+from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.strategy import Pipeline
 
 
@@ -25,25 +28,29 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
     """
 
     @override
-    def _make_gradients(self) -> dict[int, ReducedGradients]:
-        parts = [
-            part
-            for stage in self.stages.values()
-            for part in split_into_buckets(
-                [*stage.module.named_parameters()][::-1], *(size * MIB for size in self._sizes_of(stage))
-            )
-        ]
+    def _gradients_of_stages(self) -> dict[int, ReducedGradients]:
+        parts = [part for stage in self.stages.values() for part in self._parts_of(stage)]
         self._sharded = ShardedUpdate(self._modules, parts, self._groups.shards, self.freezing)
         gradients: dict[int, ReducedGradients] = {}
         if self._sharding.shard == OPTIMIZER:
-            gradients = super()._make_gradients()
+            gradients = super()._gradients_of_stages()
         else:
             for index, stage in self.stages.items():
                 names = {name for name, _ in stage.module.named_parameters()}
-                blocks = [block for block in self._sharded.blocks if block.names[0] in names]
-                gradients[index] = ScatteredGradients(blocks, self._groups, self.stopwatch)
+                gradients[index] = self._scatter([block for block in self._sharded.blocks if block.names[0] in names])
         self._sharded.assign_gradients(gradients.values())
         return gradients
+
+    def _parts_of(self, stage: Stage) -> list[list[tuple[str, nn.Parameter]]]:
+        """The parameters of each block of a stage, in the order in which their gradients are sent."""
+        return split_into_buckets([*stage.module.named_parameters()][::-1], *self._limits_of(stage))
+
+    def _limits_of(self, stage: Stage) -> tuple[float, float, float]:
+        first, others, last = self._sizes_of(stage)
+        return first * MIB, others * MIB, last * MIB
+
+    def _scatter(self, blocks: Sequence[FlatBlock]) -> ScatteredGradients:
+        return ScatteredGradients(blocks, self._groups, self.stopwatch)
 
     @override
     def _rebuild_buckets(self) -> None:
@@ -68,9 +75,9 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
         return kept if place is None else place.of_whole(kept)
 
     @override
-    def _saved_tensors(self) -> dict[str, Any]:
-        saved = super()._saved_tensors()
-        names, saves = self._own_model_state(), self._groups.replicas.rank == 0
+    def _saved_tensors(self, states: Sequence[ModuleState]) -> dict[str, Any]:
+        saved = super()._saved_tensors(states)
+        names, saves = [name for state in states for name in state.tensors], self._groups.replicas.rank == 0
         self._sharded.add_to(saved, names, self.optimizer, self.runtime.device, saves=saves)
         return saved
 

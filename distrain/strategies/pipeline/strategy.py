@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distrain.checkpoint import module_state, named_state
+from distrain.checkpoint.module_state import ModuleState
 from distrain.checkpoint.restore_report import RestoredPart
 from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
@@ -24,7 +23,7 @@ from distrain.files.writing import losing_on_disk_errors
 from distrain.gradients.bucket_sizes import BucketSizes, BucketSizing, gradient_bytes_of
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
-from distrain.models.freezing import freeze_schedule, train_only
+from distrain.models.freezing import ever_still, freeze_schedule, train_only
 from distrain.optim.optimizers import modes
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
@@ -65,7 +64,7 @@ class Pipeline(Strategy[PipelineConfig]):
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
         ranks = self.options.ranks
-        self.mesh = runtime.mesh({"data": runtime.world.size // ranks, "pipeline": ranks})
+        self.mesh = runtime.mesh(self._mesh_shape())
         assert self.mesh is not None, "a pipeline of one rank was refused"
         self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
         # Activations and gradients travel in opposite directions. On a backend with one queue per pair of ranks (NCCL)
@@ -83,6 +82,10 @@ class Pipeline(Strategy[PipelineConfig]):
         self._recorder = timeline.SpanRecorder(runtime.device)
         self._figures: dict[str, Figure] = {}
 
+    def _mesh_shape(self) -> dict[str, int]:
+        """Number of ranks along each dimension, the outermost first."""
+        return {"data": self.runtime.world.size // self.options.ranks, "pipeline": self.options.ranks}
+
     @property
     @override
     def layout(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class Pipeline(Strategy[PipelineConfig]):
     def check(cls, config: Config, world_size: int) -> None:
         cls.options_of(config).check_world_size(world_size)
         if config.trainer.compile:
-            problem = "is not possible under strategy=pipeline"
+            problem = f"is not possible under strategy={config.strategy.name}"
             raise ConfigError("trainer.compile", config.trainer.compile, problem, [False])
 
     @override
@@ -130,7 +133,7 @@ class Pipeline(Strategy[PipelineConfig]):
         """Refuses what can't be traced, blocks that fail alone, and boundaries where what crosses can't be sent."""
         options = cls.options_of(config)
         auxiliary = auxiliary_weight(config.model) > 0
-        still = hand_overs.ever_still(freeze_schedule(config, model), model)
+        still = ever_still(freeze_schedule(config, model), model)
         sequence = split.as_sequence(model, images, precision, options, still, auxiliary=auxiliary)
         split.possible_cuts(sequence, trace_blocks(sequence, images, precision), options)
 
@@ -143,10 +146,9 @@ class Pipeline(Strategy[PipelineConfig]):
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
         auxiliary = auxiliary_weight(self.config.model) > 0
-        still = hand_overs.ever_still(self.freezing, model)
+        still = ever_still(self.freezing, model)
         sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
-        # Before blocks are timed, since their backward passes take longer.
-        set_up.apply(self.config, model, example, self.precision.autocast)
+        self._recompute(model, example)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
         traced = trace_blocks(sequence, example, self.precision)
         self._split = split.choose_split(
@@ -161,6 +163,7 @@ class Pipeline(Strategy[PipelineConfig]):
             self.saved_layout.get("boundaries"),
         )
         starts = self._split.starts
+        self._bounds = [*starts, len(traced)]
         self._outputs = hand_overs.between_stages(traced, starts)
         self._epochs = hand_overs.in_epochs(self.freezing, model, sequence, example, self.precision, starts)
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
@@ -168,7 +171,7 @@ class Pipeline(Strategy[PipelineConfig]):
         for index, rank in enumerate(self._rank_of_stage):
             if rank == self.pipeline_group.rank:
                 self._add_stage(index, sequence, traced)
-        self.gradients = self._make_gradients()
+        self.gradients = self._gradients_of_stages()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
         self.optimizer = make_optimizer(updated)
@@ -187,7 +190,11 @@ class Pipeline(Strategy[PipelineConfig]):
             self._recorder,
             self.runtime.device,
         )
-        self._log_setup()
+        log.info("%s\n%s", report.described(self.options, self.replicas.size, self._split.rows), self._split.table())
+
+    def _recompute(self, model: nn.Module, example: Tensor) -> None:
+        """Sets up ``model.checkpoint_activations``, before blocks are timed: their backward passes take longer."""
+        set_up.apply(self.config, model, example, self.precision.autocast)
 
     @override
     def set_trained(self, names: frozenset[str]) -> None:
@@ -209,10 +216,8 @@ class Pipeline(Strategy[PipelineConfig]):
             module.training = False
 
     def _make_bucket_sizing(self, model_bytes: int) -> BucketSizing:
-        options = self.options
-        requested = (options.first_bucket_mb, options.bucket_mb, None if options.bucket_mb is None else 0)
         return BucketSizing(
-            requested,
+            self.options.bucket_sizes,
             self.replicas,
             self.runtime.communicator(),
             self.runtime.device,
@@ -221,8 +226,7 @@ class Pipeline(Strategy[PipelineConfig]):
         )
 
     def _add_stage(self, index: int, model: nn.Sequential, traced: list[TracedBlock]) -> None:
-        boundaries = [*self._split.starts, len(traced)]
-        module = part_of(model, boundaries[index], boundaries[index + 1])
+        module = self._part(index, model)
         if self.options.batchnorm == "deferred":
             batchnorm.defer_running_statistics(module, self.replicas)
         is_last = index == len(self._rank_of_stage) - 1
@@ -234,24 +238,31 @@ class Pipeline(Strategy[PipelineConfig]):
             self.task,
             self.precision,
             self._outputs[index - 1] if index else None,
-            changes_input=traced[boundaries[index]].changes_input,
+            changes_input=traced[self._bounds[index]].changes_input,
             splits_backward=splits_backward,
             auxiliary_weight=auxiliary_weight(self.config.model),
         )
 
-    def _make_gradients(self) -> dict[int, ReducedGradients]:
-        """The gradients of each stage."""
+    def _part(self, index: int, model: nn.Sequential) -> nn.Module:
+        """What a stage of this rank holds."""
+        return part_of(model, self._bounds[index], self._bounds[index + 1])
+
+    def _gradients_of_stages(self) -> dict[int, ReducedGradients]:
         found = {
-            index: Gradients(
-                stage.module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *self._sizes_of(stage)
-            )
-            for index, stage in self.stages.items()
+            index: self._make_gradients(stage.module, self._sizes_of(stage)) for index, stage in self.stages.items()
         }
         self._bucket_sizing.log_choice([bucket.bytes for gradients in found.values() for bucket in gradients.buckets])
         return {**found}
 
     def _sizes_of(self, stage: Stage) -> BucketSizes:
-        return self._bucket_sizing.sizes(gradient_bytes_of(stage.module))
+        return self._bucket_sizes(gradient_bytes_of(stage.module))
+
+    def _bucket_sizes(self, gradient_bytes: int) -> BucketSizes:
+        """Sizes of a stage's buckets; all ranks of the stage call it together."""
+        return self._bucket_sizing.sizes(gradient_bytes)
+
+    def _make_gradients(self, module: nn.Module, sizes: BucketSizes) -> Gradients:
+        return Gradients(module.named_parameters(), self.replicas, self.compressor, self.stopwatch, *sizes)
 
     def _rebuild_buckets(self) -> None:
         """Lays out the gradients' buckets for the parameters that are trained now."""
@@ -260,7 +271,7 @@ class Pipeline(Strategy[PipelineConfig]):
             gradients.rebuild_buckets(*self._sizes_of(self.stages[index]))
 
     def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What this rank's optimizer updates, by the model's names; called after :meth:`_make_gradients`."""
+        """What this rank's optimizer updates, by the model's names; called after :meth:`_gradients_of_stages`."""
         return [pair for module in self._modules for pair in module.named_parameters()]
 
     def _make_transfers(self, sizes: list[int]) -> StageTransfers:
@@ -273,19 +284,6 @@ class Pipeline(Strategy[PipelineConfig]):
             self.runtime.device,
             self._recorder,
             self.stopwatch,
-        )
-
-    def _log_setup(self) -> None:
-        options = self.options
-        log.info(
-            "%s: %d stages on %d ranks, %d replicas, %d microbatches, predicted bubble %.0f %%\n%s",
-            options.schedule,
-            options.stages,
-            options.ranks,
-            self.replicas.size,
-            options.microbatches,
-            100 * report.predicted_bubble_of_split(options, self._split.rows),
-            self._split.table(),
         )
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -395,11 +393,8 @@ class Pipeline(Strategy[PipelineConfig]):
     @override
     def report(self) -> dict[str, Any]:
         """Bubble, memory and the split; also writes the split and the timeline of one step to ``run_dir/pipeline``."""
-        steps = [[asdict(span) for span in step] for step in self._recorder.steps()]
         peaks = {str(index): stage.peak_activation_bytes for index, stage in self.stages.items()}
-        self.runtime.communicator().barrier()
-        recorded = {"clock": time.perf_counter(), "host": self.runtime.world.host, "steps": steps, "peaks": peaks}
-        ranks = self.pipeline_group.all_gather_json(recorded, self.runtime.device)
+        ranks = report.of_all_ranks(self._recorder, peaks, self.pipeline_group, self.runtime)
         aligned_steps = timeline.align_clocks(ranks)
         summary = report.summary(self.options, self._split.rows, ranks, aligned_steps)
         if self.runtime.is_main:
@@ -438,7 +433,7 @@ class Pipeline(Strategy[PipelineConfig]):
         local: dict[str, Tensor] = {}
         for module, state in zip(self._modules, states, strict=True):
             local |= module_state.own_state(module, state, self.replicas, device)
-        saved = self._saved_tensors()
+        saved = self._saved_tensors(states)
         plain = {**saved["scalars"], "modules": [state.to_plain() for state in states]}
         ranks = self.pipeline_group.all_gather_json(plain, device)
         saved["scalars"] = {
@@ -450,12 +445,12 @@ class Pipeline(Strategy[PipelineConfig]):
         }
         return {**saved, "compressor": self.compressor.state_dict(), "local": local}
 
-    def _saved_tensors(self) -> dict[str, Any]:
+    def _saved_tensors(self, states: Sequence[ModuleState]) -> dict[str, Any]:
         """What ranks of the first replica save of model and optimizer, with the optimizer's other values."""
         saves = self.replicas.rank == 0
         tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
         return {
-            "model": self._own_model_state() if saves else {},
+            "model": {name: each for state in states for name, each in state.tensors.items()} if saves else {},
             "optimizer": tensors if saves else {},
             "scalars": {"optimizer": scalars},
         }
@@ -489,9 +484,15 @@ class Pipeline(Strategy[PipelineConfig]):
         try:
             module_state.check_blocks(self._blocks, tensors)
             for module in self._modules:
-                module_state.load(module, *module_state.part_of(state_names(module), tensors, plain))
+                module_state.load(module, *self._state_for(module, tensors, plain))
         except ValueError as error:
             problem = str(error)
         for rank in self.pipeline_group.all_gather_json({"problem": problem}, self.runtime.device):
             if rank["problem"]:
                 raise ValueError(rank["problem"])
+
+    def _state_for(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None
+    ) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+        """What a stage's module is given of the model's state."""
+        return module_state.part_of(state_names(module), tensors, plain)

@@ -70,13 +70,18 @@ def apply(config: Config, model: nn.Module, example: Tensor, autocast: Autocast)
     Raises:
         ConfigError: No block is worth it, or fewer than every N-th needs.
     """
+    _apply(model, chosen_blocks(config, model, example, autocast))
+
+
+def chosen_blocks(config: Config, model: nn.Module, example: Tensor, autocast: Autocast) -> list[str]:
+    """Names of the blocks that :func:`apply` makes computed again; the model stays as it is."""
     chosen = config.model.checkpoint_activations
     if chosen in ("none", AUTO):
-        return
+        return []
     passages = examine(model, _repeated(example, _FEW), autocast)
     names = choice.every_nth(passages, chosen if isinstance(chosen, int) else 1)
-    _apply(model, names)
     log.info("activations of %d of %d blocks are computed again", len(names), len(blocks_of(model)))
+    return names
 
 
 def _repeated(example: Tensor, count: int) -> Tensor:

@@ -59,6 +59,12 @@ class Cut:
         of_each = [_ranges(sizes, index * length) for index in range(repeats)]
         return cls(tensor.shape, dim, tuple(tuple(ranges) for ranges in zip(*of_each, strict=True)))
 
+    def part_shape(self, rank: int) -> torch.Size:
+        """Shape of a rank's part."""
+        sizes = list(self.shape)
+        sizes[self.dim] = sum(stop - start for start, stop in self.ranges[rank])
+        return torch.Size(sizes)
+
     def part(self, whole: Tensor, rank: int) -> Tensor:
         """A copy of a rank's part; a channels-last tensor remains one."""
         pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges[rank]]
@@ -66,7 +72,7 @@ class Cut:
 
     def gather(self, part: Tensor, group: Communicator) -> Tensor:
         """The whole tensor of the ranks' parts; all ranks call it together, and all get it."""
-        lengths = [sum(stop - start for start, stop in ranges) for ranges in self.ranges]
+        lengths = [self.part_shape(rank)[self.dim] for rank in range(group.size)]
         padded_shape = list(part.shape)
         padded_shape[self.dim] = max(lengths)
         padded = part.new_zeros(padded_shape)

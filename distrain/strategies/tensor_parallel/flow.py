@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,13 @@ class _Region:
         self.blocks = math.gcd(self.blocks, division.blocks)
 
 
-def divisible(model: nn.Module, traces: list[Trace], kept: frozenset[str], ranks: int) -> dict[str, Division]:
+def divisible(
+    model: nn.Module,
+    traces: list[Trace],
+    kept: frozenset[str],
+    ranks: int,
+    together: Callable[[Collection[str]], bool] = lambda names: True,
+) -> dict[str, Division]:
     """The layers that can be divided, by name, in the order in which they run.
 
     Args:
@@ -97,6 +103,7 @@ def divisible(model: nn.Module, traces: list[Trace], kept: frozenset[str], ranks
         traces: Of its forward pass in training and in evaluation mode; what holds for one only is not divided.
         kept: Names of modules that are to stay whole.
         ranks: Number of ranks; a layer with fewer blocks is not divided.
+        together: Whether layers of these names may be divided together.
     """
     flows = [_Flow(model, trace) for trace in traces]
     found: dict[str, Division] = {}
@@ -108,7 +115,7 @@ def divisible(model: nn.Module, traces: list[Trace], kept: frozenset[str], ranks
             continue
         layers = regions[0] or {}
         fits = all(division.blocks >= ranks for division in layers.values())
-        if fits and not any(each in found or each in kept for each in layers):
+        if fits and together(layers) and not any(each in found or each in kept for each in layers):
             found |= layers
     return found
 

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrain.communication.collectives import Communicator
+from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.strategies.tensor_parallel.agreement import WatchedRun
+from distrain.strategies.tensor_parallel.cut import memory_format
 
 
 class LayerGroup:
@@ -25,6 +26,10 @@ class LayerGroup:
         communicator: Of these ranks.
         waiting: Makes a context that is entered while this rank communicates in a pass.
         layout: Memory format of images' activations, the same on all ranks.
+
+    Attributes:
+        communicator: As given.
+        bytes_sent: What this rank has sent in passes so far.
     """
 
     def __init__(
@@ -35,6 +40,16 @@ class LayerGroup:
     ) -> None:
         self.communicator, self._waiting, self._layout = communicator, waiting, layout
         self._watched: WatchedRun | None = None
+        self.bytes_sent = 0
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, communicator: Communicator, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> LayerGroup:
+        """The group for a model that all of its ranks have, whose weights are laid out as its activations are."""
+        formats = {memory_format(parameter) for parameter in model.parameters()}
+        layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+        return cls(communicator, waiting, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         """A copy of a layer communicates with the same ranks."""
@@ -84,6 +99,7 @@ class LayerGroup:
         tensor = tensor.contiguous(memory_format=layout)
         # The same memory as a contiguous tensor, which is sent without a copy.
         flat = tensor.permute(0, 2, 3, 1) if layout == torch.channels_last else tensor
+        self.bytes_sent += ring_all_reduce_bytes(flat.nbytes, self.size)
         with self._waiting():
             self.communicator.all_reduce(flat)
         return tensor

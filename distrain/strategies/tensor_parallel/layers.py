@@ -260,6 +260,9 @@ def divide(model: nn.Module, divisions: Mapping[str, Division], group: LayerGrou
     Returns:
         How parameters and buffers were cut, by name.
     """
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        # In evaluation its own code reads its weights, which it has a part of only.
+        torch.backends.mha.set_fastpath_enabled(False)
     cuts: dict[str, Cut] = {}
     for name, division in divisions.items():
         module = model.get_submodule(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -69,6 +69,7 @@ def find_divisions(
     ranks: int,
     *,
     auxiliary: bool,
+    together: Callable[[Collection[str]], bool] = lambda names: True,
 ) -> dict[str, Division]:
     """How each divided module is divided, by its name; the same on all ranks.
 
@@ -79,6 +80,8 @@ def find_divisions(
         options: The strategy's keys.
         ranks: Among which layers are divided.
         auxiliary: Whether the loss depends on auxiliary heads.
+        together: Whether layers of these names may be divided together, so that what flows between them is divided;
+            not asked about layers that the plan names.
 
     Raises:
         ConfigError: No layer can be divided, or one that the plan names can't be among so many ranks.
@@ -97,7 +100,7 @@ def find_divisions(
         place = error.place and f" at {error.place}"
         problem = f"{type(model).__name__} can't be traced: {error.problem}{place}; name the layers to divide"
         raise config_error("strategy.plan", problem) from error
-    divisions = divisible(model, list(traces), kept, ranks)
+    divisions = divisible(model, list(traces), kept, ranks, together)
     if not divisions:
         problem = f"no layer of {type(model).__name__} was found that {max(ranks, 2)} ranks can divide"
         raise config_error("strategy.plan", f"{problem}; name layers, or use another strategy")

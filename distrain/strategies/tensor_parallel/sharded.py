@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distrain.checkpoint import named_state
 from distrain.communication.collectives import Communicator
-from distrain.gradients.bucket_sizes import MIB, gradient_bytes_of
-from distrain.gradients.buckets import ReducedGradients, split_into_buckets
+from distrain.gradients.bucket_sizes import MIB
+from distrain.gradients.buckets import ReducedGradients
 from distrain.reporting.metrics import Stopwatch
 from distrain.strategies.fsdp.flat_block import FlatBlock
 from distrain.strategies.fsdp.options import OPTIMIZER
@@ -20,6 +19,8 @@ from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
 from distrain.strategies.fsdp.sharded_strategy import ShardedStrategy
 from distrain.strategies.fsdp.sharded_update import ShardedUpdate, ShardGroups
 from distrain.strategies.tensor_parallel import divided_state
+from distrain.strategies.tensor_parallel.cut import Cut
+from distrain.strategies.tensor_parallel.divided_gradients import split_by_division
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 from distrain.strategies.tensor_parallel.strategy import TensorParallel
 
@@ -51,15 +52,15 @@ class ScatteredDividedGradients(ScatteredGradients):
         """Euclidean norm over the gradients of the unsplit model, a scalar; all ranks of a replica call it together."""
         if not self._blocks:
             return torch.zeros(())
-        gradients = [(block.names[0] in self._divided, block.gradient) for block in self._blocks]
-        first = self._blocks[0].part
+        first = self._blocks[0].gradient
         assert first is not None
-        squares = first.new_zeros(2)
-        for is_divided, gradient in gradients:
-            assert gradient is not None
-            squares[int(is_divided)] += torch.linalg.vector_norm(gradient).square()
-        whole, divided = self._group.all_reduce(squares)
-        return (whole + self._tensor_group.all_reduce(divided.clone())).sqrt()
+        whole, divided = first.new_zeros(()), first.new_zeros(())
+        for block in self._blocks:
+            assert block.gradient is not None
+            squares = torch.linalg.vector_norm(block.gradient).square()
+            (divided if block.names[0] in self._divided else whole).add_(squares)
+        sums = self._group.all_reduce(torch.stack([whole, divided]))
+        return (sums[0] + self._tensor_group.all_reduce(sums[1].clone())).sqrt()
 
 
 class ShardedTensorParallel(ShardedStrategy[TensorParallelConfig], TensorParallel):
@@ -72,13 +73,8 @@ class ShardedTensorParallel(ShardedStrategy[TensorParallelConfig], TensorParalle
             gradients = super()._make_gradients()
         else:
             self._choose_bucket_sizes()
-        sizes = [size * MIB for size in self._bucket_sizing.sizes(gradient_bytes_of(self.model))]
-        named = [*self.model.named_parameters()][::-1]
-        parts = [
-            part
-            for is_divided in (True, False)
-            for part in split_into_buckets([pair for pair in named if (pair[0] in self._cuts) == is_divided], *sizes)
-        ]
+        sizes = [size * MIB for size in self._bucket_sizing.sizes(self._gradient_bytes())]
+        parts = split_by_division([*self.model.named_parameters()][::-1], self._cuts, *sizes)
         self._sharded = ShardedUpdate([self.model], parts, self._groups.shards, self.freezing)
         if gradients is None:
             gradients = ScatteredDividedGradients(
@@ -100,21 +96,48 @@ class ShardedTensorParallel(ShardedStrategy[TensorParallelConfig], TensorParalle
         return self._gather_unless(super()._update())
 
     @override
-    def _saved_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if self._groups.replicas.rank:
-            return {}, {}
-        sharded, device = self._sharded, self.runtime.device
-        parts = sharded.whole_optimizer_state(self.optimizer, device)
-        found = {}
-        for key, tensor in divided_state.gathered_optimizer(parts, self._cuts, self.tensor_group):
-            place = sharded.place_of(key.rpartition("/")[0])
-            # Of the ranks that have gathered the same tensor, that with its first slice saves it.
-            if place is not None and place.slice.start == 0:
-                found[key] = tensor
-        _, scalars = named_state.optimizer_state(self.optimizer, self._names)
-        ranks = self._groups.shards.all_gather_json(scalars, device)
-        return found, {key: value for each in ranks for key, value in each.items()}
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        _, scalars = super()._optimizer_state()
+        # The tensors follow in `state_dict`.
+        return {}, self._sharded.of_all_ranks(scalars, self.runtime.device)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._groups.replicas.rank == 0:
+            state["optimizer"] = saved_optimizer(
+                self._sharded, self.optimizer, self._cuts, self.tensor_group, self.runtime.device
+            )
+        return state
 
     @override
     def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         self._sharded.load_optimizer(self.optimizer, tensors, scalars)
+
+
+def saved_optimizer(
+    sharded: ShardedUpdate,
+    optimizer: torch.optim.Optimizer,
+    cuts: Mapping[str, Cut],
+    tensor_group: Communicator,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What this rank saves of an optimizer's tensors, each whole.
+
+    They are gathered one by one, so that no rank has more than it saves and one tensor.
+
+    Args:
+        sharded: What the shard group shares.
+        optimizer: Of this rank's slices.
+        cuts: How parameters were cut.
+        tensor_group: The ranks that have the parts; they and their shard groups call it together.
+        device: On which ranks communicate.
+    """
+    found = {}
+    parts = sharded.whole_optimizer_state(optimizer, device)
+    for key, tensor in divided_state.gathered_optimizer(parts, cuts, tensor_group):
+        place = sharded.place_of(key.rpartition("/")[0])
+        # Of the ranks that have gathered the same tensor, that with its first slice saves it.
+        if place is not None and place.slice.start == 0:
+            found[key] = tensor
+    return found

@@ -14,25 +14,28 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checkpoint import module_state, named_state
+from distrain.checkpoint import module_state
 from distrain.checkpoint.restore_report import RestoredPart
-from distrain.communication.collectives import Communicator, digest
+from distrain.communication.collectives import Communicator
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.errors import config_error
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.foreign import auxiliary_weight
+from distrain.models.outputs import logits_of
 from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.data_parallel import DataParallel
+from distrain.strategies.pipeline.traced_model import images_like
 from distrain.strategies.precision import Precision
-from distrain.strategies.replicated import Replicated
 from distrain.strategies.tensor_parallel import divided_state, plan
 from distrain.strategies.tensor_parallel.agreement import agreed
-from distrain.strategies.tensor_parallel.cut import Cut, memory_format
+from distrain.strategies.tensor_parallel.cut import Cut
 from distrain.strategies.tensor_parallel.divided_gradients import DividedGradients
+from distrain.strategies.tensor_parallel.divided_strategy import DividedStrategy
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
 from distrain.strategies.tensor_parallel.layers import divide
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
-from distrain.strategies.tensor_parallel.trial import Trial
+from distrain.strategies.tensor_parallel.trial import SAMPLES, Trial
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -43,11 +46,12 @@ log = logging.getLogger(__name__)
 
 
 @register("strategy", "tensor_parallel", TensorParallelConfig)
-class TensorParallel(Replicated[TensorParallelConfig]):
+class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorParallelConfig]):
     """Each rank holds a part of the channels of most layers, and everything else whole.
 
-    All ranks run the same samples with the same random draws. Where divided layers begin and end, activations and their
-    gradients are whole and equal on all ranks, so what is whole is trained alike on each of them without an exchange.
+    The ranks of a replica, which are neighbours, run the same samples with the same random draws. Where divided layers
+    begin and end, activations and their gradients are whole and equal on all of them, so what is whole is trained alike
+    on each of them. Replicas share each batch, and sum their gradients as ddp's ranks do.
     """
 
     steps_alike = True
@@ -58,9 +62,16 @@ class TensorParallel(Replicated[TensorParallelConfig]):
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         super().__init__(config, runtime)
-        self.mesh = runtime.mesh({"tensor": runtime.world.size})
+        size = runtime.world.size
+        ranks = self.options.ranks_of_replica(size)
+        self.mesh = runtime.mesh({"data": size // ranks, "tensor": ranks} if ranks < size else {"tensor": ranks})
         self.tensor_group = Communicator(self.mesh.get_group("tensor") if self.mesh else None, self.ledger)
-        self._bytes_of_step = 0
+        if ranks < size:
+            assert self.mesh is not None
+            self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
+        self.data_shard = (self.replicas.rank, self.replicas.size)
+        self._layers = LayerGroup(self.tensor_group)
+        self._bytes_of_layers = 0
         self._cuts: dict[str, Cut] = {}
 
     @override
@@ -82,7 +93,7 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     @classmethod
     def data_parallel_size(cls, config: Config, world_size: int) -> int:
-        return 1
+        return world_size // cls.options_of(config).ranks_of_replica(world_size)
 
     @override
     @classmethod
@@ -94,86 +105,67 @@ class TensorParallel(Replicated[TensorParallelConfig]):
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        self.sync_initial_state(model, self.tensor_group)
+        self.sync_initial_state(model, self.runtime.communicator())
         everyone, device = self.training_group, self.runtime.device
         if self.tensor_group.size > 1:
-            group, trial = agreed(everyone, device, lambda: self._divide(model, example))
-            agreed(everyone, device, lambda: self._compare(trial, model, group))
+            trial = agreed(everyone, device, lambda: self._divide(model, example))
+            agreed(everyone, device, lambda: self._compare(trial, model))
         agreed(everyone, device, functools.partial(super().setup, model, task, make_optimizer, example))
 
-    def _divide(self, model: nn.Module, example: Tensor) -> tuple[LayerGroup, Trial]:
+    def _divide(self, model: nn.Module, example: Tensor) -> Trial:
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
         divisions = plan.find_divisions(model, example, self.precision, self.options, ranks, auxiliary=auxiliary)
         log.info("%s", plan.describe(model, divisions, ranks))
-        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-            # In evaluation its own code reads its weights, which it has a part of only.
-            torch.backends.mha.set_fastpath_enabled(False)
-        formats = {memory_format(parameter) for parameter in model.parameters()}
-        layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-        trial = Trial(model, example)
-        group = LayerGroup(self.tensor_group, self.stopwatch.communication, layout)
-        self._cuts = divide(model, divisions, group)
-        return group, trial
+        images = images_like(example, SAMPLES)
+        trial = Trial(model, lambda model: [logits_of(model(images.clone()))])
+        self._layers = LayerGroup.for_model(model, self.tensor_group, self.stopwatch.communication)
+        self._cuts = divide(model, divisions, self._layers)
+        return trial
 
-    def _compare(self, trial: Trial, model: nn.Module, group: LayerGroup) -> None:
-        if problem := trial.difference(model, self._cuts, group):
+    def _compare(self, trial: Trial, model: nn.Module) -> None:
+        if problem := trial.difference(model, self._cuts, self._layers, self.runtime.device):
             raise config_error("strategy.plan", f"{problem}; leave layers out by strategy.plan={{NAME: replicated}}")
 
     @override
     def _make_gradients(self) -> ReducedGradients:
-        return DividedGradients(
+        sizes = self._choose_bucket_sizes()
+        gradients = DividedGradients(
             self.model.named_parameters(),
             self._cuts.keys(),
             self.tensor_group,
             self.replicas,
             self.compressor,
             self.stopwatch,
+            sizes,
         )
+        self._bucket_sizing.log_choice([bucket.bytes for bucket in gradients.buckets])
+        return gradients
+
+    @override
+    def _gradient_bytes(self) -> int:
+        return largest(super()._gradient_bytes(), self.tensor_group, self.runtime.device)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @override
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        self._compare_wholes(module_state.read(self.model).tensors)
-
-    @torch.no_grad()
-    def _compare_wholes(self, tensors: Mapping[str, Tensor]) -> None:
-        """Gives all ranks the first one's values of what is whole, if they have come apart.
-
-        They compute the same numbers, but processors of different kinds may round in different ways.
-
-        Args:
-            tensors: This rank's, by the unsplit model's names.
-        """
-        wholes = {name: tensor for name, tensor in tensors.items() if name not in self._cuts}
-        hashes = self.tensor_group.all_gather(digest(wholes.values()).to(self.runtime.device))
-        if any(bool(other != hashes[0]) for other in hashes):
-            log.warning("the ranks' processors round differently: all take the parameters that are whole from rank 0")
-            for tensor in wholes.values():
-                tensor.copy_(self.tensor_group.broadcast(tensor.contiguous()))
+        self._share_wholes(module_state.read(self.model).tensors)
 
     @override
     def train_step(self, batch: Batch) -> StepResult:
-        before = self.ledger.total()
+        before = self._layers.bytes_sent
         result = super().train_step(batch)
-        self._bytes_of_step = self.ledger.total() - before
-        return self._counted_once(result)
+        self._bytes_of_layers = self._layers.bytes_sent - before
+        return counted_once(result, self.tensor_group)
 
     @override
     def eval_step(self, batch: Batch) -> StepResult:
-        return self._counted_once(super().eval_step(batch))
-
-    def _counted_once(self, result: StepResult) -> StepResult:
-        """Results that are equal on all ranks, on the first rank alone: sums over the ranks must count them once."""
-        if self.tensor_group.rank == 0:
-            return result
-        sums = torch.zeros_like(result.loss_sum), torch.zeros_like(result.metric_sums)
-        return StepResult(*sums, 0, skipped=result.skipped)
+        return counted_once(super().eval_step(batch), self.tensor_group)
 
     @override
     def uncompressed_bytes_per_step(self) -> int:
-        return self._bytes_of_step
+        return super().uncompressed_bytes_per_step() + self._bytes_of_layers
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -182,41 +174,30 @@ class TensorParallel(Replicated[TensorParallelConfig]):
         return divided_state.gathered_model(super().model_state(), self._cuts, self.tensor_group, everywhere=True)
 
     @override
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        cut = self._cuts.get(name)
-        if cut is None:
-            return whole
-        divided_state.check_shape(name, whole.shape, cut)
-        return cut.part(whole, self.tensor_group.rank)
-
-    @override
-    def saved_part(self, name: str, kept: Tensor) -> Tensor:
-        return self._cuts[name].gather(kept, self.tensor_group) if name in self._cuts else kept
-
-    @override
-    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
-        super().agree_on_average(average)
-        self._compare_wholes(average)
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         self._prepare_model_state()
-        tensors, scalars = self._saved_optimizer()
-        model = module_state.read(self.model).tensors
-        return {
-            **self._saved({}, scalars),
-            "model": divided_state.gathered_model(model, self._cuts, self.tensor_group, everywhere=False),
-            "optimizer": tensors,
-        }
-
-    def _saved_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What this rank saves of the optimizer's tensors, whole, and its other values; all ranks call it together."""
-        tensors, scalars = named_state.optimizer_state(self.optimizer, self._names)
-        return dict(divided_state.gathered_optimizer(tensors.items(), self._cuts, self.tensor_group)), scalars
+        return divided_state.gathered(super().state_dict(), self._cuts, self.tensor_group)
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         rank = self.tensor_group.rank
-        model = divided_state.parts_of_model(saved["model"], self._cuts, rank)
-        optimizer = divided_state.parts_of_optimizer(saved["optimizer"], self._cuts, rank)
-        return super().load_state_dict({**saved, "model": model, "optimizer": optimizer})
+        own = self.runtime.world.rank if self.is_arranged_as(saved["layout"]) else None
+        parts = {
+            "model": divided_state.parts_of_model(saved["model"], self._cuts, rank),
+            "optimizer": divided_state.parts_of_optimizer(saved["optimizer"], self._cuts, rank),
+            "compressor": divided_state.parts_of_compressors(saved["compressor"], self._cuts, self.tensor_group, own),
+        }
+        return super().load_state_dict({**saved, **parts})
+
+
+def counted_once(result: StepResult, group: Communicator) -> StepResult:
+    """A result that is equal on all ranks of a group, on the first one alone: sums over ranks must count it once."""
+    if group.rank == 0:
+        return result
+    sums = torch.zeros_like(result.loss_sum), torch.zeros_like(result.metric_sums)
+    return StepResult(*sums, 0, skipped=result.skipped)
+
+
+def largest(size: int, group: Communicator, device: torch.device) -> int:
+    """The largest of the ranks' numbers; all ranks of the group call it together."""
+    return int(group.all_reduce(torch.tensor(size, device=device), "max"))

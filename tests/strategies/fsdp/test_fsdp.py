@@ -44,7 +44,11 @@ WAYS: dict[str, tuple[str, ...]] = {
         *("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch"),
         *("trainer.precision=fp64", "data.batch_size=23"),
     ),
-    "float32": ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group"),
+    # A slice is a vector, as the weight of a norm layer is.
+    "float32": (
+        *("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group"),
+        *("optimizer.weight_decay=0.1", "optimizer.no_decay=[norm]"),
+    ),
     "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32"),
     "ResNet-18": ("model=resnet18", "trainer.precision=fp64", "trainer.max_steps=3", "optimizer.lr=0.001"),
 }

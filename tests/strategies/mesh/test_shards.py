@@ -19,11 +19,14 @@ from distrain.strategies import held_memory
 from tests.harness import run_ranks
 from tests.runs import check, relative_difference, small, trainer_for
 
-COMMON = ("trainer.max_steps=10", "trainer.epochs=9", "resume=never", "optimizer=adam", "optimizer.eps=1e-3")
+COMMON = ("trainer.max_steps=10", "trainer.epochs=9", "resume=never")
+ADAM = ("optimizer=adam", "optimizer.eps=1e-3")
+SGD = ("optimizer=sgd", "optimizer.lr=0.001")
 #: Without dropout, whose draws depend on how a batch is divided.
 VIT = ("model=custom", "model._target_=tests.strategies.tensor_parallel.models.ViT", "+model.kwargs.rate=0")
-NORM_NET = ("model=custom", "model._target_=tests.runs.NormNet")
+GROUP_NORM = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=group")
 FP64 = "trainer.precision=fp64"
+BATCH_NORM = "ResNet-18 batch norm"
 #: Stages and shards, divided layers and shards: two ranks each, and four ranks altogether.
 STAGES = ("strategy=mesh", "strategy.mesh.pipeline=2", "strategy.mesh.shard=2")
 LAYERS = ("strategy=mesh", "strategy.mesh.tensor=2", "strategy.mesh.shard=2")
@@ -38,22 +41,16 @@ SMALL_BLOCKS = ("strategy.first_bucket_mb=1e-3", "strategy.bucket_mb=1e-3")
 #: Ways of training; a batch has 10 samples, the last one of an epoch 7.
 WAYS: dict[str, tuple[str, ...]] = {
     "group norm": (
-        *(*NORM_NET, "+model.kwargs.norm=group", FP64, "trainer.grad_clip_norm=0.1", "trainer.micro_batch_size=2"),
+        *(*GROUP_NORM, *ADAM, FP64, "trainer.grad_clip_norm=0.1", "trainer.micro_batch_size=2"),
         *("optimizer.weight_decay=0.1", "optimizer.no_decay=[norm]"),
     ),
-    "ViT": (*VIT, FP64, "trainer.grad_clip_norm=0.5", "trainer.micro_batch_size=4"),
-    "few samples": (*NORM_NET, "+model.kwargs.norm=group", FP64, "data.batch_size=23"),
-    "frozen": (
-        *(*NORM_NET, "+model.kwargs.norm=group", FP64, "data.train_size=25", "optimizer=sgd"),
-        "freeze=[{match:'first.*', epochs:1}]",
-    ),
-    "float32": (*VIT, "trainer.grad_clip_norm=0.5"),
-    "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", FP64),
-    "ResNet-18 group norm": (
-        *("model=resnet18", "model.norm=group", FP64, "optimizer=sgd", "optimizer.lr=0.001"),
-        "trainer.memory_format=channels_last",
-    ),
-    "ResNet-18 batch norm": ("model=resnet18", "model.norm=batch", FP64, "optimizer=sgd", "optimizer.lr=0.001"),
+    "ViT": (*VIT, *ADAM, FP64, "trainer.grad_clip_norm=0.5", "trainer.micro_batch_size=4"),
+    "few samples": (*GROUP_NORM, *ADAM, FP64, "data.batch_size=23"),
+    "frozen": (*GROUP_NORM, *SGD, FP64, "data.train_size=25", "freeze=[{match: 'first.*', epochs: 1}]"),
+    "float32": (*VIT, *ADAM, "trainer.grad_clip_norm=0.5"),
+    "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", *ADAM, FP64),
+    "ResNet-18 group norm": ("model=resnet18", "model.norm=group", *SGD, FP64, "trainer.memory_format=channels_last"),
+    BATCH_NORM: ("model=resnet18", "model.norm=batch", *SGD, FP64),
 }
 #: What every run of the tests trains.
 ALWAYS = [
@@ -63,7 +60,7 @@ ALWAYS = [
     ("ViT", LAYERS, GRADIENTS),
     ("float32", LAYERS, OPTIMIZER),
 ]
-EVERYTHING = [*itertools.product(WAYS, (STAGES, LAYERS), (OPTIMIZER, GRADIENTS))]
+EVERYTHING = {mesh: [*itertools.product(WAYS, (mesh,), (OPTIMIZER, GRADIENTS))] for mesh in (STAGES, LAYERS)}
 
 
 def train(*options: str) -> dict[str, Any]:
@@ -89,28 +86,24 @@ def train_each(runs: list[tuple[str, ...]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "cases", [pytest.param(ALWAYS, id="some"), pytest.param(EVERYTHING, id="everything", marks=pytest.mark.soak)]
+    "cases",
+    [
+        pytest.param(ALWAYS, id="some"),
+        *(pytest.param(cases, id=mesh[1], marks=pytest.mark.soak) for mesh, cases in EVERYTHING.items()),
+    ],
 )
 def test_shards_of_stages_and_of_divided_layers_train_as_one_process(
     cases: list[tuple[str, tuple[str, ...], str]], tmp_path: Path
 ) -> None:
-    # BatchNorm of a pipeline sees a microbatch at a time: its reference is the same pipeline without shards.
-    alone = {(way, ()): way for way, _, _ in cases}
-    alone |= {(way, mesh): way for way, mesh, _ in cases if way == "ResNet-18 batch norm" and mesh == STAGES}
+    ways = list(dict.fromkeys(way for way, _, _ in cases))
+    alone = run_ranks(train_each, 1, _placed([(*COMMON, *WAYS[way]) for way in ways], tmp_path / "one"))[0]
+    expected = dict(zip(ways, alone, strict=True))
     runs = [(*COMMON, *WAYS[way], *SMALL_BLOCKS, *mesh, shard) for way, mesh, shard in cases]
-    replicas = [(*COMMON, *WAYS[way], *REPLICAS[mesh]) for way, mesh in alone if mesh]
-    on_one = [(*COMMON, *WAYS[way]) for way, mesh in alone if not mesh]
-    expected = dict(
-        zip(
-            [key for key in alone if not key[1]],
-            run_ranks(train_each, 1, _placed(on_one, tmp_path / "one"))[0],
-            strict=True,
-        )
-    )
+    # BatchNorm of a pipeline sees a microbatch at a time, so it is compared with the same pipeline without shards.
+    replicas = [(*COMMON, *WAYS[way], *REPLICAS[STAGES]) for way in ways if way == BATCH_NORM]
     several = run_ranks(train_each, 4, _placed([*runs, *replicas], tmp_path / "many"), timeout=550)
-    expected |= dict(zip([key for key in alone if key[1]], several[0][len(runs) :], strict=True))
     for (way, mesh, shard), *ranks in zip(cases, *(each[: len(runs)] for each in several), strict=True):
-        usual = expected.get((way, mesh), expected[way, ()])
+        usual = several[0][-1] if (way, mesh) == (BATCH_NORM, STAGES) else expected[way]
         bound = 1e-11 if FP64 in WAYS[way] else 1e-5
         for rank in ranks:
             assert relative_difference(rank["model"], usual["model"]) <= bound, (way, mesh, shard)
@@ -132,7 +125,7 @@ CHAIN: list[tuple[int, tuple[str, ...]]] = [
     (12, (*STAGES, OPTIMIZER)),
 ]
 SHARED = (
-    *(*NORM_NET, "+model.kwargs.norm=group", FP64, "optimizer=adam", "optimizer.eps=1e-3", "scheduler=constant"),
+    *(*GROUP_NORM, FP64, *ADAM, "scheduler=constant"),
     *("trainer.epochs=100", "trainer.ema.decay=0.9", "trainer.deterministic=true"),
 )
 TOPK = ("compression=topk", "compression.min_elements=1", "trainer.max_steps=6", "resume=never")
@@ -215,5 +208,5 @@ def test_shards_resume_compress_and_hold_what_they_should(tmp_path: Path) -> Non
 )
 def test_what_is_not_possible_is_refused_in_one_line(overrides: tuple[str, ...], line: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        check(small(*NORM_NET, "+model.kwargs.norm=group", *overrides), World(0, 4, 0, 4, "here"))
+        check(small(*GROUP_NORM, *overrides), World(0, 4, 0, 4, "here"))
     assert str(refused.value).startswith(line)

@@ -1,0 +1,53 @@
+"""What strategies have in common whose ranks hold parts of layers: averages are parts too, the rest is equal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+from typing_extensions import override
+
+from distrain.communication.collectives import Communicator
+from distrain.strategies.base import OptionsT_co, Strategy
+from distrain.strategies.tensor_parallel import divided_state
+from distrain.strategies.tensor_parallel.cut import Cut
+
+log = logging.getLogger(__name__)
+
+
+class DividedStrategy(Strategy[OptionsT_co]):
+    """The first base class of a strategy that divides layers.
+
+    Attributes:
+        tensor_group: The ranks that hold the parts of the same layers.
+    """
+
+    tensor_group: Communicator
+    _cuts: dict[str, Cut]
+
+    def _share_wholes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Gives all ranks of the group the first one's values of what is whole, if they have come apart.
+
+        Args:
+            tensors: This rank's, by the unsplit model's names.
+        """
+        if divided_state.share_wholes(tensors, self._cuts, self.tensor_group, self.runtime.device):
+            log.warning("the ranks' processors round differently: all take what is whole from the first of their group")
+
+    @override
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        cut = self._cuts.get(name)
+        if cut is None:
+            return whole
+        divided_state.check_shape(name, whole.shape, cut)
+        return cut.part(whole, self.tensor_group.rank)
+
+    @override
+    def saved_part(self, name: str, kept: Tensor) -> Tensor:
+        return self._cuts[name].gather(kept, self.tensor_group) if name in self._cuts else kept
+
+    @override
+    def agree_on_average(self, average: Mapping[str, Tensor]) -> None:
+        super().agree_on_average(average)
+        self._share_wholes(average)
