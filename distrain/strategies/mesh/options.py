@@ -12,7 +12,7 @@ from distrain.config.groups import StrategyConfig
 from distrain.config.setting import setting, setting_of
 from distrain.errors import ConfigError
 from distrain.strategies.ddp import DDPConfig
-from distrain.strategies.fsdp.options import FSDPConfig, ShardedUpdateConfig
+from distrain.strategies.fsdp.options import KEPT, FSDPConfig, ShardedUpdateConfig
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 
@@ -67,6 +67,8 @@ class MeshConfig(StrategyConfig):
     shard: str = setting_of(FSDPConfig, "shard")
     reshard_after_forward: bool = setting_of(FSDPConfig, "reshard_after_forward")
     block_mb: float | None = setting_of(FSDPConfig, "block_mb")
+    offload: str = setting_of(FSDPConfig, "offload")
+    offload_folder: str | None = setting_of(FSDPConfig, "offload_folder")
     schedule: str = setting_of(PipelineConfig, "schedule")
     microbatches: int = setting_of(PipelineConfig, "microbatches")
     virtual_stages: int | None = setting_of(PipelineConfig, "virtual_stages")
@@ -92,6 +94,10 @@ class MeshConfig(StrategyConfig):
             raise ConfigError(
                 "strategy.batchnorm", self.batchnorm, problem, ["null", "deferred" if has_stages else "sync", "local"]
             )
+
+        if self.offload != KEPT and (has_stages or shape.tensor > 1 or shape.shard == 1):
+            problem = "needs ranks that share what replicas copy (strategy.mesh.shard), without stages or divided layers"
+            raise ConfigError("strategy.offload", self.offload, problem, [KEPT])
 
     def options(self, kind: type[T], **more: Any) -> T:
         """The options of a strategy along the dimensions.
