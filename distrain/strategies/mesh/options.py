@@ -96,7 +96,7 @@ class MeshConfig(StrategyConfig):
             )
 
         if self.offload != KEPT and (has_stages or shape.tensor > 1 or shape.shard == 1):
-            problem = "needs ranks that share what replicas copy (strategy.mesh.shard), without stages or divided layers"
+            problem = "needs strategy.mesh.shard above 1, and neither stages nor divided layers"
             raise ConfigError("strategy.offload", self.offload, problem, [KEPT])
 
     def options(self, kind: type[T], **more: Any) -> T:
