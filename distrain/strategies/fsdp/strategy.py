@@ -24,7 +24,8 @@ from distrain.data.sampler import accumulated_pieces
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
 from distrain.models.outputs import logits_of
-from distrain.models.tensors import named_tensors
+from distrain.models.tensors import named_tensors, parameter_bytes
+from distrain.runtime.malloc import return_large_blocks
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.ddp import DDP
 from distrain.strategies.fsdp import module_blocks, sliced_state
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: With shard=full, a larger model is held whole by no rank, not even for a trial.
+#: With shard=full, a larger model is held whole by no rank, not even for a trial, and freed memory is not kept.
 _MOST_TRIAL_MB = 64
 #: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
 _OBSERVED_SAMPLES = 2
@@ -122,6 +123,8 @@ class FSDP(DDP):
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        if self._shard == FULL and parameter_bytes(model) > _MOST_TRIAL_MB * MIB and self.runtime.device.type == "cpu":
+            return_large_blocks()
         if self.initial_values is not None:
             self.initial_values.fill(dict(model.named_buffers()))
         # Before ddp exchanges layers that communicate.
