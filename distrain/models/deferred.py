@@ -104,6 +104,8 @@ class DeferredTensors:
         #: Indices of the operations that write each hollow tensor's storage, and the bytes that it should have.
         self._writers: dict[int, list[int]] = defaultdict(list)
         self._bytes: dict[int, int] = {}
+        #: Where numbers are drawn for nothing, inside of :meth:`building`.
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def is_hollow(self, tensor: Tensor) -> bool:
         """Whether a tensor, or what it is a view of, is one of these."""
@@ -112,8 +114,11 @@ class DeferredTensors:
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
         """Inside this block large tensors that are made become hollow."""
-        with _Readers(self), _Operations(self):
-            yield
+        try:
+            with _Readers(self), _Operations(self):
+                yield
+        finally:
+            self._scratch = torch.empty(0, dtype=torch.uint8)
 
     # --- writing down ------------------------------------------------------------------------------------------------
 
@@ -194,8 +199,15 @@ class DeferredTensors:
         def scratch(tensor: Tensor) -> Tensor:
             if not self.is_hollow(tensor):
                 return tensor
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            return made if reads_nothing else made.zero_()
+            if not reads_nothing:
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).zero_()
+            # The same memory for all: small objects would else take the place of what is freed, and more be needed.
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if self._scratch.nbytes < (last + 1) * tensor.element_size():
+                self._scratch = torch.empty((last + 1) * tensor.element_size(), dtype=torch.uint8)
+            return torch.empty(0, dtype=tensor.dtype).set_(
+                self._scratch.untyped_storage(), 0, tensor.shape, tensor.stride()
+            )
 
         real_args, real_options = _mapped(scratch, args, options)
         operation(*real_args, **real_options)

@@ -100,9 +100,9 @@ def _left_in_cgroups(proc: Path, cgroups: Path) -> list[int]:
         _, controllers, name = line.split(":", 2)
         if not controllers:
             # Where both versions are in use, the second one has a folder of its own.
-            roots, version = (cgroups, cgroups / "unified"), _SECOND
+            roots, version = [cgroups, cgroups / "unified"], _SECOND
         elif "memory" in controllers.split(","):
-            roots, version = (cgroups / "memory",), _FIRST
+            roots, version = [cgroups / "memory"], _FIRST
         else:
             continue
         for root in roots:

@@ -9,11 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from distrain.runtime.malloc import retain_freed_memory
+from distrain.runtime.malloc import retain_freed_memory, return_large_blocks
 from tests.harness import run_ranks
 
 MB = 1024 * 1024
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+
+
+def large_blocks_again() -> bool:
+    return retain_freed_memory() and return_large_blocks()
 
 
 def page_faults(prepare: Callable[[], bool]) -> tuple[bool, int]:
@@ -43,8 +47,12 @@ def test_a_step_reuses_the_memory_of_the_last_one() -> None:
     assert without >= 10 * 40 / 2
     assert retains
     assert with_retention < without / 5
+    ((returns, with_return),) = run_ranks(page_faults, 1, large_blocks_again)
+    assert returns
+    assert with_return >= 10 * 45 / 2
 
 
 def test_settings_in_the_environment_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     assert not retain_freed_memory()
+    assert not return_large_blocks()

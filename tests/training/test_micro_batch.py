@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distrain.config.schema import Config
 from distrain.errors import ConfigError, Failed
 from distrain.runtime.world import World
 from distrain.strategies.fsdp.strategy import FSDP
+from distrain.training import micro_batch
 from tests.harness import run_ranks
 from tests.runs import check, small
 
@@ -96,6 +98,13 @@ def test_copies_of_the_parameters_count(key: str, tmp_path: Path, capsys: pytest
     with pytest.raises(Failed):
         trained(small(*options, "trainer.ema.decay=0.9", f"run_dir={tmp_path / 'averaged'}"))
     assert f"ConfigError: {key}=auto: rank 0 on " in capsys.readouterr().err
+
+
+def test_no_sample_is_left_alone_if_batchnorm_needs_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The memory is enough for three samples. The second batch has 23, of which passes of two would leave one.
+    monkeypatch.setattr(micro_batch._Trial, "_peak", lambda _, size: 0.0 if size <= 3 else math.inf)
+    keys = (*RUN, *NET, "+model.kwargs.norm=batch", "trainer.micro_batch_size=auto", "data.train_size=52")
+    assert trained(small(*keys, "trainer.max_steps=2", f"run_dir={tmp_path}"))["size"] == 3
 
 
 def train_in_turn(configurations: list[Config]) -> None:

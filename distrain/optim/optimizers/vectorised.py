@@ -35,7 +35,8 @@ class VectorisedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__} takes no closure")
         for group in self.param_groups:
             for parameters in _parts([each for each in group["params"] if each.grad is not None]):
-                self._update(parameters, [parameter.grad for parameter in parameters], group)
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                self._update(parameters, gradients, group)
 
     @abstractmethod
     def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], group: dict[str, Any]) -> None:

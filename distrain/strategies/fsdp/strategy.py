@@ -25,8 +25,9 @@ from distrain.files import mapped_memory
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
 from distrain.models.outputs import logits_of
-from distrain.models.tensors import named_tensors
+from distrain.models.tensors import named_tensors, parameter_bytes
 from distrain.runtime.device import float64_device
+from distrain.runtime.malloc import return_large_blocks
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.ddp import DDP
 from distrain.strategies.fsdp import module_blocks, offload, options, sliced_state
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: With shard=full, a larger model is held whole by no rank, not even for a trial.
+#: With shard=full, a larger model is held whole by no rank, not even for a trial, and freed memory is not kept.
 _MOST_TRIAL_MB = 64
 #: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
 _OBSERVED_SAMPLES = 2
@@ -133,6 +134,8 @@ class FSDP(DDP):
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        if self._shard == FULL and parameter_bytes(model) > _MOST_TRIAL_MB * MIB and self.runtime.device.type == "cpu":
+            return_large_blocks()
         if self.initial_values is not None:
             self.initial_values.fill(dict(model.named_buffers()))
         # Before ddp exchanges layers that communicate.
