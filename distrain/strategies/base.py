@@ -227,12 +227,7 @@ class Strategy(ABC, Generic[OptionsT_co]):
 
     @classmethod
     def gathered_bytes(cls, config: Config, parameter_bytes: int) -> float:
-        """Bytes of other ranks' parameters, and of gradients for them, that a rank needs in a pass.
-
-        Args:
-            config: The run's configuration.
-            parameter_bytes: Size of the model's parameters.
-        """
+        """Bytes of others' parameters, and of their gradients, that a pass needs of a model of so many bytes."""
         return 0.0
 
     @classmethod

@@ -173,24 +173,7 @@ class _JoinedState(MutableMapping[Tensor, Any]):
         return sum(map(len, self._states))
 
 
-class _BlockByBlock(Offload):
-    """Keeps what is offloaded elsewhere, except that of the block that is updated."""
-
-    goes_by_blocks = True
-
-    @override
-    def make_optimizer(self, make: MakeOptimizer, blocks: Sequence[BlockSlices]) -> torch.optim.Optimizer:
-        # A rank may have no slice at all, and then an optimizer of nothing.
-        optimizers = [make(block.items()) for block in blocks] or [make([])]
-        return without_compiler_hooks(_OptimizerOfBlocks)(optimizers, self._lent)
-
-    @contextlib.contextmanager
-    def _lent(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside of this context the optimizer of a block has all that it updates."""
-        yield
-
-
-class HostOffload(_BlockByBlock):
+class HostOffload(Offload):
     """Keeps parts in the host's memory, where they are also updated; gradients are copied there for the update.
 
     Args:
@@ -198,6 +181,8 @@ class HostOffload(_BlockByBlock):
             the optimizer updates copies of this rank's slices.
         copies: Whether the device has a memory of its own.
     """
+
+    goes_by_blocks = True
 
     def __init__(self, *, keeps_parts: bool, copies: bool = True) -> None:
         self._keeps_parts, self._copies = keeps_parts, copies
@@ -226,6 +211,12 @@ class HostOffload(_BlockByBlock):
         super().assign_gradient(piece, gradient)
 
     @override
+    def make_optimizer(self, make: MakeOptimizer, blocks: Sequence[BlockSlices]) -> torch.optim.Optimizer:
+        # A rank may have no slice at all, and then an optimizer of nothing.
+        optimizers = [make(block.items()) for block in blocks] or [make([])]
+        return without_compiler_hooks(_OptimizerOfBlocks)(optimizers, self._lent)
+
+    @override
     def expected_bytes(self, make: MakeOptimizer, blocks: Sequence[BlockSlices]) -> int:
         return 0
 
@@ -234,8 +225,8 @@ class HostOffload(_BlockByBlock):
         return not self._copies or tensor.device.type != "cpu"
 
     @contextlib.contextmanager
-    @override
     def _lent(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Inside of this context the optimizer of a block has all that it updates."""
         pieces = [piece for piece in _parameters(optimizer) if piece in self._gradients]
         for piece in pieces:
             assert piece.grad is not None
