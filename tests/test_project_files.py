@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import distrain
 
@@ -72,3 +75,26 @@ def test_the_checklist_for_releases_names_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make ([a-z-]+)", (ROOT / "docs" / "releasing.md").read_text()))
     assert named <= targets
+
+
+def test_the_tested_versions_agree_with_each_other() -> None:
+    # Else pip refuses to install them together. Looked at is what is installed here, at the version of constraints.txt:
+    # more than usual where extras are installed that the tests can do without, such as mlflow.
+    tested = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pinned = Requirement(line)
+            if pinned.marker is None or pinned.marker.evaluate():
+                tested[canonicalize_name(pinned.name)] = str(pinned.specifier).removeprefix("==")
+    wrong = []
+    for package in metadata.distributions():
+        name = canonicalize_name(package.metadata["Name"] or "")
+        # torch's CPU build is 2.13.0+cpu.
+        if package.version.partition("+")[0] != tested.get(name):
+            continue
+        for asked in map(Requirement, package.requires or ()):
+            version = tested.get(canonicalize_name(asked.name))
+            is_needed = asked.marker is None or asked.marker.evaluate({"extra": ""})
+            if version and is_needed and not asked.specifier.contains(version, prereleases=True):
+                wrong.append(f"{name} {package.version} asks for {asked}, and constraints.txt has {version}")
+    assert wrong == []
