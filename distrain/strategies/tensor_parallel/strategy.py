@@ -22,7 +22,9 @@ from distrain.config.schema import Config
 from distrain.errors import config_error
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.foreign import auxiliary_weight
+from distrain.models.outputs import logits_of
 from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.pipeline.traced_model import images_like
 from distrain.strategies.precision import Precision
 from distrain.strategies.replicated import Replicated
 from distrain.strategies.tensor_parallel import divided_state, plan
@@ -32,7 +34,7 @@ from distrain.strategies.tensor_parallel.divided_gradients import DividedGradien
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
 from distrain.strategies.tensor_parallel.layers import divide
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
-from distrain.strategies.tensor_parallel.trial import Trial
+from distrain.strategies.tensor_parallel.trial import SAMPLES, Trial
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class TensorParallel(Replicated[TensorParallelConfig]):
         self.tensor_group = Communicator(self.mesh.get_group("tensor") if self.mesh else None, self.ledger)
         self._bytes_of_step = 0
         self._cuts: dict[str, Cut] = {}
+        self._division: dict[str, Any] = {}
 
     @override
     @classmethod
@@ -105,12 +108,16 @@ class TensorParallel(Replicated[TensorParallelConfig]):
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
         divisions = plan.find_divisions(model, example, self.precision, self.options, ranks, auxiliary=auxiliary)
         log.info("%s", plan.describe(model, divisions, ranks))
+        roles = {name: division.role for name, division in divisions.items()}
+        self._division = {"divided": roles, "whole": list(plan.whole_layers(model, divisions))}
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
             # In evaluation its own code reads its weights, which it has a part of only.
             torch.backends.mha.set_fastpath_enabled(False)
         formats = {memory_format(parameter) for parameter in model.parameters()}
         layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-        trial = Trial(model, example)
+        images = images_like(example, SAMPLES)
+        # A copy: a model may write into its input.
+        trial = Trial(model, lambda model: [logits_of(model(images.clone()))])
         group = LayerGroup(self.tensor_group, self.stopwatch.communication, layout)
         self._cuts = divide(model, divisions, group)
         return group, trial
@@ -174,6 +181,10 @@ class TensorParallel(Replicated[TensorParallelConfig]):
     @override
     def uncompressed_bytes_per_step(self) -> int:
         return self._bytes_of_step
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {**super().report(), "tensor_parallel": self._division}
 
     # --- state -------------------------------------------------------------------------------------------------------
 
