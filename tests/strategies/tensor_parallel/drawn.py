@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.strategies.drawn import ChangesItsInput
 from tests.strategies.tensor_parallel.models import Attention, Mlp
 
 
@@ -218,4 +219,6 @@ def model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
     if draw.random() < 0.5:
         for module in [each for each in network.modules() if isinstance(each, Does)]:
             module.add_module("inner", nn.Identity())
+    if seed % 8 == 0:
+        network.insert(0, ChangesItsInput())
     return network
