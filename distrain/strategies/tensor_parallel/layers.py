@@ -216,9 +216,10 @@ def is_channel_norm(module: nn.Module) -> bool:
     if type(module) in _CHANNEL_NORMS:
         return True
     dims = next((dims for kind, dims in _CHANNEL_NORMS.items() if isinstance(module, kind)), 0)
+    if not dims or torch_internals.has_hooks(module) or not torch_internals.has_plain_state(module):
+        return False
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    plain = len(own) == len([*module.parameters(), *module.buffers()]) and torch_internals.has_plain_state(module)
-    if not dims or not plain or torch_internals.has_hooks(module) or any(tensor.dim() > 1 for tensor in own):
+    if len(own) < len([*module.parameters(), *module.buffers()]) or any(tensor.dim() > 1 for tensor in own):
         return False
     return blocks_of(module, "channels") > 1 and _is_that_of_parts(module, dims)
 

@@ -133,17 +133,32 @@ def whole_encoder_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def whole_layers(model: nn.Module, divisions: Mapping[str, Division]) -> dict[str, int]:
+    """The modules whose own parameters stay whole on each rank, and how many numbers those are.
+
+    Called before the model is divided. The model's own parameters, which have no module, are named after its class.
+    """
+    inside = tuple(f"{name}." for name, division in divisions.items() if division.role == "attention")
+    whole = {name: size for name, size in _layers(model).items() if name not in divisions}
+    return {name or type(model).__name__: size for name, size in whole.items() if not name.startswith(inside)}
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """Each module with parameters of its own by name, and how many numbers they have."""
+    sizes = {
+        name: [each.numel() for each in module.parameters(recurse=False)] for name, module in model.named_modules()
+    }
+    return {name: sum(found) for name, found in sizes.items() if found}
+
+
 def describe(model: nn.Module, divisions: Mapping[str, Division], ranks: int) -> str:
     """What is divided and what stays whole, in a line; called before the model is divided."""
-    layers = {
-        name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
-    }
-    inside = tuple(f"{name}." for name, division in divisions.items() if division.role == "attention")
-    whole = [name for name in layers if name not in divisions and not name.startswith(inside)]
+    layers, whole = _layers(model), whole_layers(model, divisions)
     size = sum(parameter.numel() for parameter in model.parameters())
-    kept = sum(parameter.numel() for name in whole for parameter in layers[name].parameters(recurse=False))
-    share = f"{len(layers) - len(whole)} of {len(layers)} layers, with {1 - kept / size:.0%} of the parameters"
-    # The model's own parameters have no layer.
-    named = [name or type(model).__name__ for name in whole[:_SHOWN_NAMES]] or ["nothing"]
+    share = f"{len(layers) - len(whole)} of {len(layers)} layers, with {1 - sum(whole.values()) / size:.0%}"
+    named = list(whole)[:_SHOWN_NAMES] or ["nothing"]
     more = f" and {len(whole) - _SHOWN_NAMES} more" if len(whole) > _SHOWN_NAMES else ""
-    return f"{ranks} ranks divide {share}, and run the same batches; whole on each rank: {', '.join(named)}{more}"
+    return (
+        f"{ranks} ranks divide {share} of the parameters, and run the same batches; "
+        f"whole on each rank: {', '.join(named)}{more}"
+    )

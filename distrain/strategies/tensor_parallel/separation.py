@@ -34,7 +34,7 @@ def parts_compute_the_whole(whole: nn.Module, parts: Sequence[nn.Module], pieces
         results, states = [], []
         for module, given in [(whole, torch.cat(list(pieces), dim)), *zip(parts, pieces, strict=True)]:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 results.append(module.train(mode)(given.clone()))
                 states.append(torch.random.get_rng_state())
         expected, *found = results
@@ -54,7 +54,8 @@ def keeps_channels_apart(module: nn.Module, dims: int, dim: int) -> bool:
         dims: Number of dimensions of its input.
         dim: The dimension of the channels.
     """
-    if module.state_dict() or [*module.parameters(), *module.buffers()] or torch_internals.has_hooks(module):
+    has_state = bool([*module.parameters(), *module.buffers()]) or not torch_internals.has_plain_state(module)
+    if has_state or torch_internals.has_hooks(module):
         return False
     shape = [_SIZE] * dims
     shape[dim] = _CHANNELS
@@ -62,7 +63,8 @@ def keeps_channels_apart(module: nn.Module, dims: int, dim: int) -> bool:
     pieces = inputs.split(_CHANNELS // 2, dim)
     try:
         trial = copy.deepcopy(module)
-        same_shape = all(trial.train(mode)(inputs.clone()).shape == inputs.shape for mode in (True, False))
+        with torch.random.fork_rng(devices=[]):
+            same_shape = all(trial.train(mode)(inputs.clone()).shape == inputs.shape for mode in (True, False))
         return same_shape and parts_compute_the_whole(trial, [trial, trial], pieces, dim)
     except Exception:  # a user's module may raise anything
         return False

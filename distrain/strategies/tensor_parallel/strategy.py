@@ -73,6 +73,7 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
         self._layers = LayerGroup(self.tensor_group)
         self._bytes_of_layers = 0
         self._cuts: dict[str, Cut] = {}
+        self._division: dict[str, Any] = {}
 
     @override
     @classmethod
@@ -116,7 +117,10 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
         divisions = plan.find_divisions(model, example, self.precision, self.options, ranks, auxiliary=auxiliary)
         log.info("%s", plan.describe(model, divisions, ranks))
+        roles = {name: division.role for name, division in divisions.items()}
+        self._division = {"divided": roles, "whole": list(plan.whole_layers(model, divisions))}
         images = images_like(example, SAMPLES)
+        # A copy: a model may write into its input.
         trial = Trial(model, lambda model: [logits_of(model(images.clone()))])
         self._layers = LayerGroup.for_model(model, self.tensor_group, self.stopwatch.communication)
         self._cuts = divide(model, divisions, self._layers)
@@ -166,6 +170,10 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
     @override
     def uncompressed_bytes_per_step(self) -> int:
         return super().uncompressed_bytes_per_step() + self._bytes_of_layers
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {**super().report(), "tensor_parallel": self._division}
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from distrain.communication.collectives import Communicator
 from distrain.runtime.device import RandomState, float64_device, seed_everything
 from distrain.strategies.buffer_snapshot import BufferSnapshot
 from distrain.strategies.tensor_parallel.agreement import Apart, WatchedRun
@@ -28,7 +29,7 @@ class _Results(NamedTuple):
     """What a model computes.
 
     Attributes:
-        outputs: In training and in evaluation mode.
+        outputs: The tensors that matter, in training and in evaluation mode.
         squares: Of each trained parameter the sum of the squared elements of its gradient, by name.
     """
 
@@ -51,7 +52,7 @@ class Trial:
         self._before = self._run(model)
 
     def difference(self, model: nn.Module, divided: Collection[str], group: LayerGroup, device: torch.device) -> str:
-        """What the divided model does differently; empty if nothing. All ranks of the group call it together.
+        """What the divided model does differently; empty if nothing. All ranks call it together.
 
         Args:
             model: The divided model.
@@ -61,18 +62,15 @@ class Trial:
         """
         try:
             with group.watched(WatchedRun(group.communicator, device)) as watched:
-                results = watched.run(lambda: self._run(model))
+                after = watched.run(lambda: self._run(model))
         except Apart as problem:
             return f"the divided model fails {problem}"
-        for mode, before, after in zip(("training", "evaluation"), self._before.outputs, results.outputs, strict=True):
-            if len(before) != len(after) or not all(map(_nearly_equal, before, after)):
+        # Before anything is returned: results that are not whole may differ on one rank only.
+        squares = _summed(after.squares, divided, group.communicator, device)
+        for mode, own, other in zip(("training", "evaluation"), self._before.outputs, after.outputs, strict=True):
+            if len(own) != len(other) or not all(map(_nearly_equal, own, other)):
                 return f"the divided model gives other outputs in {mode}"
-        parts = [name for name in results.squares if name in divided]
-        sums = torch.tensor(
-            [results.squares[name] for name in parts], dtype=torch.float64, device=float64_device(device)
-        )
-        summed = dict(zip(parts, group.communicator.all_reduce(sums).tolist(), strict=True))
-        return self._difference_of_gradients({**results.squares, **summed})
+        return self._difference_of_gradients(squares)
 
     def _difference_of_gradients(self, squares: dict[str, float]) -> str:
         norms = {name: math.sqrt(square) for name, square in self._before.squares.items()}
@@ -106,6 +104,17 @@ class Trial:
         return results
 
 
+def _summed(
+    squares: Mapping[str, float], divided: Collection[str], group: Communicator, device: torch.device
+) -> dict[str, float]:
+    """The same of whole parameters, from those of the parts of which ranks have one each."""
+    parts = {name: square for name, square in squares.items() if name in divided}
+    if not parts:
+        return dict(squares)
+    sums = torch.tensor(list(parts.values()), dtype=torch.float64, device=float64_device(device))
+    return {**squares, **dict(zip(parts, group.all_reduce(sums).tolist(), strict=True))}
+
+
 def _nearly_equal(before: Tensor, after: Tensor) -> bool:
     if before.shape != after.shape or not before.is_floating_point():
         return torch.equal(before, after)
@@ -116,12 +125,12 @@ def _nearly_equal(before: Tensor, after: Tensor) -> bool:
 def _squared_gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, float]:
     """For a sum of the outputs that are weighted differently, or their gradients might cancel each other."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    generator = torch.Generator().manual_seed(0)
-    drawn = [(output, torch.randn(output.shape, generator=generator).to(output)) for output in outputs]
-    sums = [(output * weights).sum() for output, weights in drawn if output.requires_grad]
-    if not (trained and sums):
+    roots = [tensor for tensor in outputs if tensor.requires_grad]
+    if not (trained and roots):
         return {}
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(sums, list(trained.values()), allow_unused=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(root.shape, generator=generator).to(root) for root in roots]
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(roots, list(trained.values()), weights, allow_unused=True)
     return {
         name: 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient.abs().float())) ** 2
         for name, gradient in zip(trained, found, strict=True)

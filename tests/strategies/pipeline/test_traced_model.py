@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
+from distrain.strategies.pipeline.traced_model import recorded_passes
 from distrain.strategies.precision import Precision
 from tests.runs import check, small
 from tests.strategies.pipeline import traced_models
@@ -95,6 +97,27 @@ def test_what_cant_be_traced_is_refused_with_the_line_of_the_users_code(kind: st
     assert problem in said
     assert line_of(code) in said or kind == "samples"
     assert "\n" not in said
+
+
+class Counting(nn.Module):
+    """Replaces a buffer; what it computes next gets the place of the old one in memory."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        calls = self.calls + 1
+        self.calls = calls
+        return x.relu()
+
+
+def test_a_tensor_is_not_taken_for_a_buffer_that_was_replaced() -> None:
+    model = nn.Sequential(*(Counting() for _ in range(8)))
+    for trace in recorded_passes(model, torch.zeros(2, 3), Precision("fp32", torch.device("cpu")), auxiliary=False):
+        assert [call.results for call in trace.root.calls or ()] == [[number] for number in range(1, 9)]
 
 
 def test_a_model_that_cant_be_traced_is_refused_before_ranks_meet() -> None:

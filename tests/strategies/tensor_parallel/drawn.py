@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.strategies.drawn import ChangesItsInput
 from tests.strategies.tensor_parallel.models import Attention, Mlp
 
 
@@ -44,7 +46,7 @@ class Mixing(nn.BatchNorm2d):
 
 
 class Fixed(nn.Module):
-    """Multiplies by a tensor that is neither a parameter nor a buffer; a part of one channel fits any number of them."""
+    """Multiplies by a tensor that is neither a parameter nor a buffer; a part of one channel fits any number."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -212,9 +214,11 @@ def model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
     hidden = draw.choice([0, 5])
     pool = nn.AdaptiveAvgPool2d(2)
     sizes = [4 * width, *([hidden] if hidden else []), num_classes]
-    linear = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
+    linear = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
     network = nn.Sequential(*parts, pool, nn.Flatten(), *linear)
     if draw.random() < 0.5:
         for module in [each for each in network.modules() if isinstance(each, Does)]:
             module.add_module("inner", nn.Identity())
+    if seed % 8 == 0:
+        network.insert(0, ChangesItsInput())
     return network

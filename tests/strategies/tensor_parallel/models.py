@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,4 +112,24 @@ class GroupedNet(nn.Module):
         x = F.max_pool2d(x + self.project(y), 2)
         x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(F.pad(x, (0, 0, 0, 0, 0, 3)))))).mean((1, 2, 3), True)
         logits: Tensor = self.head(torch.relu(self.hidden(x.view(len(x), -1))))
+        return logits
+
+
+class Units(nn.Module):
+    """Two layers with an activation function between them, whose one parameter all units share."""
+
+    def __init__(self, in_channels: int, num_classes: int, fails: bool = False) -> None:
+        super().__init__()
+        self.first, self.act = nn.Linear(64 * in_channels, 8), nn.PReLU()
+        self.second, self.fails = nn.Linear(8, num_classes), fails
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images ``[N, C, 8, 8]`` to logits ``[N, num_classes]``.
+
+        Raises:
+            RuntimeError: The second rank has fewer than all units, if that is wanted.
+        """
+        if self.fails and self.first.out_features < 8 and os.environ.get("RANK") == "1":
+            raise RuntimeError("too few units")
+        logits: Tensor = self.second(self.act(self.first(images.flatten(1))))
         return logits

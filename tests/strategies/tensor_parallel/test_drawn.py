@@ -20,7 +20,8 @@ def problem_of(single: Outcome, ranks: list[Outcome]) -> str:
     """What is wrong with a network; empty if nothing is."""
     refusals = {rank.get("refused", "") for rank in ranks}
     if refusals != {""}:
-        return "" if len(refusals) == 1 and not any("\n" in line for line in refusals) else f"{sorted(refusals)}"
+        expected = "refused" in single or all("no layer of " in line for line in refusals)
+        return "" if expected and len(refusals) == 1 and "\n" not in "".join(refusals) else f"{sorted(refusals)}"
     if "refused" in single:
         return f"trains, but single is refused: {single['refused']}"
     first, *others = (rank["model"] for rank in ranks)

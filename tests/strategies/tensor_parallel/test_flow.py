@@ -89,7 +89,7 @@ class Does(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what, self.scale = what, nn.Parameter(torch.ones(8))
-        self.inner = nn.Identity()
+        self.inner, self.fixed = nn.Identity(), torch.ones(8)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[N, 8]`` to ``[N, 8]``."""
@@ -97,6 +97,7 @@ class Does(nn.Module):
         whats = {
             "residual": lambda: x + torch.ones_like(x[:, :1]) * x.sum(1, keepdim=True),
             "parameter": lambda: x * self.scale,
+            "fixed": lambda: x * self.fixed,
             "dropout": lambda: F.dropout(x, 0.5, self.training),
             "softmax": lambda: x.softmax(1),
             "sizes": lambda: x.reshape(-1, 8),
@@ -109,7 +110,7 @@ class Does(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "what", ["residual", "parameter", "dropout", "softmax", "sizes", "part", "training", "nothing"]
+    "what", ["residual", "parameter", "fixed", "dropout", "softmax", "sizes", "part", "training", "nothing"]
 )
 def test_what_mixes_channels_keeps_layers_whole(what: str) -> None:
     model = Between(Does(what))
@@ -122,15 +123,63 @@ def test_what_mixes_channels_keeps_layers_whole(what: str) -> None:
         plan.find_divisions(model, images, precision, keys, 2, auxiliary=False)
 
 
+class Swish(nn.Module):
+    """An activation function of a class of its own."""
+
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[N, 8]`` to ``[N, 8]``; with a dimension, numbers along it depend on each other."""
+        return x * (x.sigmoid() if self.dim is None else x.softmax(self.dim))
+
+
+class Normalised(nn.BatchNorm1d):
+    """A norm of a class of its own, with more behind it."""
+
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__(8)
+        self.act = Swish(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[N, 8]`` to ``[N, 8]``."""
+        y: Tensor = self.act(super().forward(x))
+        return y
+
+
+@pytest.mark.parametrize("kind", [Swish, Normalised])
+def test_modules_of_other_classes_are_tried(kind: type[Swish] | type[Normalised]) -> None:
+    apart = roles(found(Between(kind())))
+    assert (apart["first"], apart.get("between"), apart["second"]) == (
+        "column",
+        "channels" if kind is Normalised else None,
+        "row",
+    )
+    with pytest.raises(ValueError, match="no layer"):
+        found(Between(kind(1)))
+
+
+def test_a_plan_names_no_layers_that_share_a_parameter() -> None:
+    model = Between(nn.Linear(8, 8))
+    model.get_submodule("between").register_parameter("bias", model.get_parameter("first.bias"))
+    keys = TensorParallelConfig(name="tensor_parallel", plan={"first": "column"})
+    with pytest.raises(
+        ValueError, match=r"plan\.first=column: first shares a parameter: first\.bias and between\.bias"
+    ):
+        plan.check_patterns(keys, model)
+
+
 def test_layers_that_are_used_elsewhere_too_stay_whole() -> None:
-    tied, hooked, twice = (Between(nn.ReLU()) for _ in range(3))
+    tied, hooked, first_hooked, twice = (Between(nn.ReLU()) for _ in range(4))
+    first_hooked.get_submodule("first").register_forward_hook(lambda *_: None)
     tied.add_module("third", nn.Linear(4, 8))
     tied.add_module("fourth", nn.Linear(8, 4))
     tied.get_submodule("fourth").register_parameter("weight", tied.get_parameter("second.weight"))
     hooked.get_submodule("second").register_forward_hook(lambda *_: None)
     twice.get_submodule("between").add_module("again", nn.Identity())
     twice.add_module("last", nn.Sequential(nn.Linear(4, 8), twice.get_submodule("second")))
-    for model in (tied, hooked, twice):
+    for model in (tied, hooked, first_hooked, twice):
         with pytest.raises(ValueError, match="no layer"):
             found(model)
 

@@ -6,14 +6,16 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from distrain.config.schema import Config
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, config_error
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.strategies.tensor_parallel import plan
 from distrain.strategies.tensor_parallel.strategy import TensorParallel
 from tests.harness import run_ranks
 from tests.runs import check, relative_difference, small, train_on_rank, trainer_for
@@ -21,6 +23,7 @@ from tests.runs import check, relative_difference, small, train_on_rank, trainer
 MODELS = "tests.strategies.tensor_parallel.models"
 VIT = ("model=custom", f"model._target_={MODELS}.ViT")
 GROUPED = ("model=custom", f"model._target_={MODELS}.GroupedNet")
+UNITS = ("model=custom", f"model._target_={MODELS}.Units")
 ENCODER = ("model=custom", f"model._target_={MODELS}.Encoder")
 COMMON = ("trainer.max_steps=10", "trainer.epochs=9", "resume=never")
 ADAM = ("optimizer=adam", "optimizer.eps=1e-3")
@@ -31,7 +34,7 @@ NADAM = (
     "+optimizer.kwargs.eps=1e-3",
     "optimizer.fused=false",
 )
-PLANNED = "strategy.plan={blocks.*.attn: attention, blocks.0.mlp.fc1: column, blocks.0.mlp.fc2: row}"
+PLANNED = "{blocks.*.attn: attention, blocks.0.mlp.fc1: column, blocks.0.mlp.fc2: row}"
 #: Ways of training; a batch has 10 samples, the last one of an epoch 7.
 WAYS: dict[str, tuple[str, ...]] = {
     "ViT": (*VIT, *ADAM, "trainer.precision=fp64", "trainer.grad_clip_norm=0.5"),
@@ -48,6 +51,9 @@ WAYS: dict[str, tuple[str, ...]] = {
 }
 #: What every run of the tests trains on three ranks.
 ALWAYS = ["ViT", "grouped", "encoder"]
+#: What becomes of the layers of a :class:`~tests.strategies.tensor_parallel.models.ViT`.
+_OF_BLOCK = {"attn": "attention", "mlp.fc1": "column", "mlp.drop1": "channels", "mlp.fc2": "row"}
+ROLES_OF_VIT = {f"blocks.{index}.{name}": role for index in range(2) for name, role in _OF_BLOCK.items()}
 BOUNDS = {"trainer.precision=fp64": 1e-11, "trainer.precision=bf16": 2e-2}
 
 
@@ -95,6 +101,17 @@ def strategy_of(config: Config, runtime: Runtime) -> TensorParallel:
     return strategy
 
 
+def refused_by_one(config: Config, runtime: Runtime) -> str:
+    """What each rank says if the second one finds no layer to divide."""
+    with pytest.MonkeyPatch.context() as patched:
+        if runtime.world.rank == 1:
+            refusal = config_error("strategy.plan", "nothing can be divided here")
+            patched.setattr(plan, "find_divisions", Mock(side_effect=refusal))
+        with pytest.raises(ConfigError) as refused:
+            trainer_for(config, runtime)
+    return str(refused.value)
+
+
 def examined(folder: str) -> dict[str, Any]:
     """What two ranks say of several things, in one process group."""
     found: dict[str, Any] = {}
@@ -120,20 +137,24 @@ def examined(folder: str) -> dict[str, Any]:
         strategy.begin_epoch(1)
         found["norm"] = norm.detach().clone()
         # Layers that don't belong together, dropout between divided layers that would draw for a part of them, and a
-        # layer of which a rank would have nothing.
-        for name, plan, kwargs in (
-            ("alone", "strategy.plan={blocks.0.mlp.fc1: column}", "rate=0"),
-            ("draws", PLANNED, "rate=0.2"),
-            ("few", PLANNED, "heads=1"),
+        # layer of which a rank would have nothing; a parameter that all channels share, and a rank that fails alone.
+        for name, model, planned in (
+            ("alone", (*VIT, "+model.kwargs.rate=0"), "{blocks.0.mlp.fc1: column}"),
+            ("draws", (*VIT, "+model.kwargs.rate=0.2"), PLANNED),
+            ("few", (*VIT, "+model.kwargs.heads=1"), PLANNED),
+            ("shared", UNITS, "{first: column, second: row}"),
+            ("fails", (*UNITS, "+model.kwargs.fails=true"), "{first: column, second: row}"),
         ):
-            wrong = small(*options, *VIT, f"+model.kwargs.{kwargs}", plan, f"run_dir={folder}/examined")
-            try:
+            wrong = small(*options, *model, f"strategy.plan={planned}", f"run_dir={folder}/examined")
+            with pytest.raises(ConfigError) as refused:
                 trainer_for(wrong, runtime)
-            except ConfigError as error:
-                found[name] = str(error)
-        fitting = small(*options, *VIT, "+model.kwargs.rate=0", PLANNED, f"run_dir={folder}/examined")
-        planned = strategy_of(fitting, runtime)
-        found["planned"] = {name: list(parameter.shape) for name, parameter in planned.model.named_parameters()}
+            found[name] = str(refused.value)
+        found["refused by one"] = refused_by_one(config, runtime)
+        fitting = small(
+            *options, *VIT, "+model.kwargs.rate=0", f"strategy.plan={PLANNED}", f"run_dir={folder}/examined"
+        )
+        fitted = strategy_of(fitting, runtime)
+        found["planned"] = {name: list(parameter.shape) for name, parameter in fitted.model.named_parameters()}
     return found
 
 
@@ -144,12 +165,15 @@ def tried_on_two_ranks(folder: str) -> dict[str, Any]:
     parts = [
         train_on_rank(small(*options, f"run_dir={folder}/parts", f"trainer.max_steps={steps}")) for steps in (3, 7)
     ]
-    return {"whole": whole["model"], "parts": parts[-1]["model"], "examined": examined(folder)}
+    layers = whole["summary"]["tensor_parallel"]
+    return {"layers": layers, "whole": whole["model"], "parts": parts[-1]["model"], "examined": examined(folder)}
 
 
 def test_two_ranks_hold_send_save_and_resume_what_they_should(tmp_path: Path) -> None:
     ranks = run_ranks(tried_on_two_ranks, 2, str(tmp_path))
     for rank in ranks:
+        assert rank["layers"]["divided"] == ROLES_OF_VIT
+        assert rank["layers"]["whole"][:4] == ["ViT", "patch_embed", "blocks.0.norm1", "blocks.0.norm2"]
         # Bit for bit, dropout included.
         assert all(torch.equal(tensor, rank["parts"][name]) for name, tensor in rank["whole"].items())
     first, second = (rank["examined"] for rank in ranks)
@@ -171,7 +195,12 @@ def test_two_ranks_hold_send_save_and_resume_what_they_should(tmp_path: Path) ->
         sizes = [sum(torch.Size(shape).numel() for shape in each.values()) for each in saved]
         assert max(sizes) < 1.7 * min(sizes)
     assert torch.equal(first["norm"], second["norm"])
+    for name in ("alone", "draws", "few", "shared", "fails", "refused by one"):
+        assert first[name] == second[name]
     assert "strategy.plan: the divided model fails (RuntimeError" in first["alone"]
+    assert "strategy.plan: the divided model gives another gradient of act.weight" in first["shared"]
+    assert "strategy.plan: the divided model fails (RuntimeError: too few units) at " in first["fails"]
+    assert first["refused by one"] == "strategy.plan: nothing can be divided here"
     assert "strategy.plan: the divided model gives other outputs in training" in first["draws"]
     assert (
         first["few"] == "strategy.plan.blocks.*.attn=attention: blocks.0.attn can be divided into 1, not among 2 ranks"
