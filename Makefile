@@ -93,12 +93,13 @@ format: $(VENV)/.stamp-lint ## Format the code and fix what can be fixed by itse
 bench: $(VENV)/.stamp-bench ## Measure distrain against a bare loop and its peers
 	$(BIN)/python benchmarks/step.py --no-phases $(ARGS)
 
-# A fifth of the faults each.
-chaos: $(VENV)/.stamp-digits ## Hurt five kinds of trainings 100 times and compare them with undisturbed ones
+# A sixth of the faults each.
+chaos: $(VENV)/.stamp-digits ## Hurt six kinds of trainings 100 times and compare them with undisturbed ones
 	$(BIN)/python launch/chaos.py faults=100 $(ARGS) \
 		-- experiment=chaos strategy=ddp \
 		-- experiment=chaos strategy=pipeline \
 		-- experiment=chaos strategy=fsdp \
+		-- experiment=chaos strategy=mesh strategy.mesh.tensor=2 \
 		-- experiment=chaos strategy=ddp compression=powersgd \
 		-- experiment=chaos strategy=local_sgd strategy.sync_every=7
 

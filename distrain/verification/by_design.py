@@ -54,8 +54,8 @@ def _of_compression(config: Config, world_size: int) -> list[str]:
     compression = config.compression
     loses = loss_of(compression)
     replicas = strategy_class(config).data_parallel_size(config, world_size)
-    # A pipeline without replicas exchanges no gradients.
-    if not loses or (config.strategy.name == "pipeline" and replicas == 1):
+    # Stages without replicas exchange no gradients.
+    if not loses or (config.strategy.name in ("pipeline", "mesh") and replicas == 1):
         return []
     text = f"compression={compression.name}: {loses}"
     if isinstance(compression, LossyConfig) and compression.error_feedback:

@@ -450,7 +450,7 @@ def test_multirun_stops_at_the_first_refused_value(
             {
                 f"strategy={name}"
                 for name in (
-                    *("auto", "ddp", "fsdp", "local_sgd"),
+                    *("auto", "ddp", "fsdp", "local_sgd", "mesh"),
                     *("parameter_server", "pipeline", "single", "tensor_parallel"),
                 )
             },

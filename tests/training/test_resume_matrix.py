@@ -15,6 +15,8 @@ from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
 from tests.harness import run_ranks
 from tests.runs import ALL_AUGMENTATIONS, relative_difference, small, train_on_rank
 
+#: Two stages, each of them divided among two ranks.
+MESH = ("strategy.mesh.tensor=2", "strategy.mesh.pipeline=2", "strategy.schedule=gpipe", "strategy.microbatches=1")
 #: Number of ranks, and how they divide the work. A line more is a layout more.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
@@ -22,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pipeline": (2, ("strategy=pipeline", "strategy.schedule=gpipe", "strategy.microbatches=1")),
     "fsdp": (4, ("strategy=fsdp", "strategy.block_mb=1e-3")),
     # Averages are of whole parameters, which its ranks don't have.
+    "mesh": (4, ("strategy=mesh", *MESH, "trainer.ema.decay=null")),
     "tensor_parallel": (2, ("strategy=tensor_parallel", "trainer.ema.decay=null")),
 }
 #: An epoch is 13 steps, the last of seven images.
