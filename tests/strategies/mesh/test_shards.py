@@ -50,7 +50,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "float32": (*VIT, *ADAM, "trainer.grad_clip_norm=0.5"),
     "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", *ADAM, FP64),
     "ResNet-18 group norm": ("model=resnet18", "model.norm=group", *SGD, FP64, "trainer.memory_format=channels_last"),
-    BATCH_NORM: ("model=resnet18", "model.norm=batch", *SGD, FP64),
+    # Large enough for a microbatch of one sample.
+    BATCH_NORM: ("model=resnet18", "model.norm=batch", "data.height=16", "data.width=16", *SGD, FP64),
 }
 #: What every run of the tests trains.
 ALWAYS = [
@@ -184,6 +185,24 @@ def test_shards_resume_compress_and_hold_what_they_should(tmp_path: Path) -> Non
         )
         assert whole["optimizer"] == pytest.approx(usual["optimizer"] / 2, rel=0.05)
         assert whole["gradients"] == pytest.approx(usual["gradients"] / 2, rel=0.05)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("shard", [OPTIMIZER, GRADIENTS])
+def test_shards_of_divided_stages_train_and_resume_as_one_process(shard: str, tmp_path: Path) -> None:
+    options = (*VIT, *ADAM, FP64, "scheduler=constant", "trainer.epochs=100", "trainer.grad_clip_norm=0.5")
+    options += ("trainer.deterministic=true", "checkpoint.every_steps=3", "checkpoint.keep=9", "trainer.max_steps=6")
+    everything = (*options, *STAGES, "strategy.mesh.tensor=2", shard, *SMALL_BLOCKS)
+    start = f"resume={checkpoint_path(checkpoints_folder(tmp_path / 'several'), 3)}"
+    several = [(*everything, f"run_dir={tmp_path}/several"), (*everything, f"run_dir={tmp_path}/again", start)]
+    ranks = run_ranks(train_each, 8, several, timeout=550)
+    alone = [(*options, f"run_dir={tmp_path}/one"), (*options, f"run_dir={tmp_path}/moved", start)]
+    expected, moved = run_ranks(train_each, 1, alone)[0]
+    assert relative_difference(moved["model"], expected["model"]) <= 1e-11
+    for whole, again in ranks:
+        assert relative_difference(whole["model"], expected["model"]) <= 1e-11
+        assert whole["counts"] == expected["counts"]
+        assert all(torch.equal(tensor, again["model"][name]) for name, tensor in whole["model"].items())
 
 
 @pytest.mark.parametrize(
