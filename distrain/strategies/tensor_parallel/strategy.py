@@ -25,7 +25,7 @@ from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.precision import Precision
 from distrain.strategies.replicated import Replicated
 from distrain.strategies.tensor_parallel import divided_state, plan
-from distrain.strategies.tensor_parallel.cut import Cut, memory_format
+from distrain.strategies.tensor_parallel.cut import Cut, model_format
 from distrain.strategies.tensor_parallel.divided_gradients import DividedGradients
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
 from distrain.strategies.tensor_parallel.layers import divide
@@ -104,10 +104,8 @@ class TensorParallel(Replicated[TensorParallelConfig]):
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
             # In evaluation its own code reads its weights, which it has a part of only.
             torch.backends.mha.set_fastpath_enabled(False)
-        formats = {memory_format(parameter) for parameter in model.parameters()}
-        layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
         trial = Trial(model, example)
-        group = LayerGroup(self.tensor_group, self.stopwatch.communication, layout)
+        group = LayerGroup(self.tensor_group, self.stopwatch.communication, model_format(model))
         self._cuts = divide(model, divisions, group)
         if problem := trial.difference(model):
             raise config_error("strategy.plan", f"{problem}; leave layers out by strategy.plan={{NAME: replicated}}")
