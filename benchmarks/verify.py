@@ -146,6 +146,8 @@ def ways(ranks: int, batchnorm: bool) -> Iterator[tuple[str, tuple[str, ...], st
         yield f"ddp{name}", ("strategy=ddp", *keys), EQUAL
     for shard in ("optimizer", "full"):
         yield f"fsdp {shard}", ("strategy=fsdp", f"strategy.shard={shard}"), EQUAL
+    # Each rank has the whole batch.
+    yield "tensor_parallel", ("strategy=tensor_parallel",), EQUAL
     if batchnorm:
         yield "ddp local", ("strategy=ddp", "strategy.batchnorm=local"), DIFFERENT
     stages = 3 if ranks == 3 else 2

@@ -106,7 +106,7 @@ def _made(
             show(line)
     if settings.check:
         with clock.phase("trials"):
-            made = engine.try_out(made, made.chosen_for_trial(settings.check), config_of, world, runs)
+            made = engine.try_twice(made, made.chosen_for_trial(settings.check), config_of, world, runs)
         if world.rank == 0:
             for line in made.trial_lines():
                 show(line)

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.data.sampler import part_sizes
@@ -92,3 +92,9 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     is_channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
     is_channels_last = is_channels_last and tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def model_format(model: nn.Module) -> torch.memory_format:
+    """How whole images' activations of a model are stored on all ranks."""
+    formats = {memory_format(parameter) for parameter in model.parameters()}
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator, ring_all_reduce_bytes
 from distrain.strategies.tensor_parallel.agreement import WatchedRun
-from distrain.strategies.tensor_parallel.cut import memory_format
+from distrain.strategies.tensor_parallel.cut import model_format
 
 
 class LayerGroup:
@@ -47,9 +47,7 @@ class LayerGroup:
         cls, model: nn.Module, communicator: Communicator, waiting: Callable[[], AbstractContextManager[None]]
     ) -> LayerGroup:
         """The group for a model that all of its ranks have, whose weights are laid out as its activations are."""
-        formats = {memory_format(parameter) for parameter in model.parameters()}
-        layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-        return cls(communicator, waiting, layout)
+        return cls(communicator, waiting, model_format(model))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         """A copy of a layer communicates with the same ranks."""

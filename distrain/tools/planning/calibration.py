@@ -20,6 +20,7 @@ from distrain.runtime.world import World
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.plan_keys import period_of
+from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.trial_run import step_seconds
 from distrain.tools.planning.workload import Workload
@@ -27,6 +28,8 @@ from distrain.training.run_plan import RunPlan
 
 #: Seconds of a step above which what is around it doesn't matter.
 _LONG_STEP = 0.3
+#: The same for a pipeline, in whose step there are many passes, each of which a rank may be late for.
+_LONG_PIPELINE = 0.6
 #: The result is so many halvings more precise than the measured step.
 _BISECTIONS = 14
 
@@ -39,11 +42,13 @@ class _Unknown:
         strategy: Its name.
         usual: Which of the strategy's configurations is run: the one with the smallest result.
         set: The training with a value in seconds for what is not known.
+        longest: Seconds of a step up to which it matters.
     """
 
     strategy: str
     usual: Callable[[Mapping[str, str]], float]
     set: Callable[[Workload, float], Workload]
+    longest: float = _LONG_STEP
 
 
 def _of_step(workload: Workload, seconds: float) -> Workload:
@@ -67,7 +72,7 @@ def _usual_pipeline(keys: Mapping[str, str]) -> float:
 _UNKNOWNS = (
     _Unknown("single", lambda keys: 0.0, _of_step),
     _Unknown("local_sgd", lambda keys: abs(int(keys["strategy.sync_every"]) - 16), _of_step),
-    _Unknown("pipeline", _usual_pipeline, _of_action),
+    _Unknown("pipeline", _usual_pipeline, _of_action, _LONG_PIPELINE),
     _Unknown("parameter_server", lambda keys: int(keys["strategy.servers"]), _of_server),
 )
 
@@ -138,20 +143,36 @@ def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], 
     # Rank 0 decides for all, since ranks have measured their blocks by themselves.
     chosen = {unknown.strategy: _chosen(unknown, workload, cluster, strategies) for unknown in _UNKNOWNS}
     chosen = runs.agreed(chosen)
-    done: list[dict[str, str]] = []
+    measured = _measured(chosen, runs)
     for unknown in _UNKNOWNS:
-        one = chosen[unknown.strategy]
-        if not one["seconds"]:
+        if times := measured.get(unknown.strategy):
+            keys = chosen[unknown.strategy]["keys"]
+            workload = _with_measured(workload, cluster, unknown, keys, undisturbed(times))
+    skipped = [name for name, one in chosen.items() if one["too_long"]]
+    return Calibrated(workload, [chosen[name]["keys"] for name in measured], skipped)
+
+
+def _measured(chosen: Mapping[str, dict[str, Any]], runs: ShortRuns) -> dict[str, list[float]]:
+    """Seconds of a step of the chosen configurations, by strategy.
+
+    What surrounds a step is part of every prediction. So it is measured once more after the others: a machine is seldom
+    disturbed both times.
+    """
+    names = [unknown.strategy for unknown in _UNKNOWNS if chosen[unknown.strategy]["seconds"]]
+    again = [unknown.strategy for unknown in _UNKNOWNS if unknown.set is _of_step and unknown.strategy in names]
+    found: dict[str, list[float]] = {}
+    refused: set[str] = set()
+    for name in [*names, *again]:
+        one = chosen[name]
+        if name in refused:
             continue
         try:
-            measured = runs.seconds(one["keys"], one["seconds"], f"with_{unknown.strategy}")
+            seconds = runs.seconds(one["keys"], one["seconds"], f"with_{name}_{len(found.get(name, ()))}")
+            found.setdefault(name, []).append(seconds)
         except ConfigError:
             # The plan says why there is no such configuration.
-            continue
-        workload = _with_measured(workload, cluster, unknown, one["keys"], measured)
-        done.append(one["keys"])
-    skipped = [name for name, one in chosen.items() if one["too_long"]]
-    return Calibrated(workload, done, skipped)
+            refused.add(name)
+    return found
 
 
 def _chosen(unknown: _Unknown, workload: Workload, cluster: Cluster, strategies: Sequence[str]) -> dict[str, Any]:
@@ -163,7 +184,7 @@ def _chosen(unknown: _Unknown, workload: Workload, cluster: Cluster, strategies:
     possible = sorted(candidates.of_strategy(unknown.strategy, setting), key=lambda one: unknown.usual(one.keys))
     for candidate in possible:
         seconds = candidate.predict(setting).seconds
-        if seconds < _LONG_STEP:
+        if seconds < unknown.longest:
             return {"keys": candidate.keys, "seconds": seconds, "too_long": False}
     return {"keys": {}, "seconds": 0.0, "too_long": bool(possible)}
 

@@ -10,7 +10,7 @@ from typing import Any
 from distrain.strategies.fsdp.options import FULL, SHARDS
 from distrain.strategies.pipeline.schedule import SCHEDULES
 from distrain.tools.planning.prediction import Prediction
-from distrain.tools.planning.steps import ddp, fsdp, local_sgd, parameter_server, pipeline
+from distrain.tools.planning.steps import ddp, fsdp, local_sgd, parameter_server, pipeline, tensor_parallel
 from distrain.tools.planning.steps.common import Setting
 
 #: Steps between merges of ``local_sgd``.
@@ -70,6 +70,7 @@ def of_strategy(name: str, setting: Setting, compressors: Sequence[str] = ()) ->
         "single": _single,
         "ddp": _ddp,
         "fsdp": _fsdp,
+        "tensor_parallel": _tensor_parallel,
         "pipeline": _pipeline,
         "local_sgd": _local_sgd,
         "parameter_server": _parameter_server,
@@ -116,6 +117,13 @@ def _fsdp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     if 1 < per_host < ranks:
         # Hosts are replicas of each other.
         yield _candidate(fsdp.predict, {**full, "strategy.shard_size": str(per_host)}, shard=FULL, shard_size=per_host)
+
+
+def _tensor_parallel(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
+    divided = setting.workload.divided
+    # Among other ranks, layers would be divided in other ways.
+    if divided is not None and divided.ranks == setting.cluster.ranks:
+        yield _candidate(tensor_parallel.predict, {"strategy": "tensor_parallel"})
 
 
 def _local_sgd(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:

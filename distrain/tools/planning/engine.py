@@ -23,17 +23,22 @@ from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
 from distrain.tools.planning.calibration import Calibrated, ShortRuns, calibrated
 from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.divided_model import Division
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan, Trial
 from distrain.tools.planning.plan_file import planned_part
 from distrain.tools.planning.plan_keys import COMPRESSORS, STRATEGIES
 from distrain.tools.planning.prediction import Prediction
+from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.workload import Workload
 from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan, check_steps
 from distrain.verification.short_runs import as_single
+
+#: Seconds of timed steps in each of two runs of a configuration.
+_SECONDS_OF_TRIAL = 2.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,9 @@ def make_plan(
         run.check_sizes(splits, trial)
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
         most = _most_samples(run.config.data.batch_size, described)
-        measured = measure(run, world, splits, compressors, clock, most)
+        ranks = world.size if described is None else described.ranks
+        division, refusal = _division(ranks, options, config_of)
+        measured = measure(run, world, splits, compressors, clock, most, division)
         workload = dataclasses.replace(measured.workload, block_mb=options.block_mb)
         short_runs = Calibrated(workload, [], [])
         if described is None or described.accelerator is None:
@@ -119,7 +126,7 @@ def make_plan(
         if cluster.accelerator is not None:
             workload = workload.on(cluster.accelerator)
     with clock.phase("predictions"):
-        plan = predict(workload, cluster, options, [*measured.remarks, *remarks])
+        plan = predict(workload, cluster, options, [*measured.remarks, *remarks, *refusal])
         plan = _without_refused(plan, config_of, trial.model, sizes)
     return dataclasses.replace(
         plan,
@@ -153,6 +160,20 @@ def _compressors(world: World, options: Options, config_of: ConfigOf) -> tuple[d
             else:
                 found[name] = config.compression
     return found, remarks
+
+
+def _division(ranks: int, options: Options, config_of: ConfigOf) -> tuple[Division | None, list[str]]:
+    """The training with divided layers, if it is asked for and allowed; and why it isn't allowed."""
+    keys = {"strategy": "tensor_parallel"}
+    if ranks == 1 or keys["strategy"] not in options.strategies:
+        return None, []
+    try:
+        config = config_of(keys)
+        strategy_class(config).check(config, ranks)
+        check_steps(config, strategy_class(config))
+    except ConfigError as error:
+        return None, [f"no tensor_parallel: {error}"]
+    return Division(config, ranks), []
 
 
 @dataclass(frozen=True)
@@ -263,6 +284,19 @@ def try_out(
             if prediction := predictions.get(tuple(keys.items())):
                 trials.append(Trial(prediction, seconds))
     return dataclasses.replace(plan, trials=trials, remarks=remarks)
+
+
+def try_twice(plan: Plan, asked: Sequence[Prediction], config_of: ConfigOf, world: World, folder: Path) -> Plan:
+    """As :func:`try_out`, each configuration twice: in this order, and in the reverse one.
+
+    So a machine that becomes faster or slower meanwhile does it to all of them.
+    """
+    tried = try_out(plan, [*asked, *asked[::-1]], config_of, world, folder, _SECONDS_OF_TRIAL)
+    times: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
+    for trial in tried.trials:
+        times.setdefault(tuple(trial.prediction.keys.items()), []).append(trial)
+    trials = [Trial(same[0].prediction, undisturbed([one.seconds for one in same])) for same in times.values()]
+    return dataclasses.replace(tried, trials=trials, remarks=list(dict.fromkeys(tried.remarks)))
 
 
 def predict(workload: Workload, cluster: Cluster, options: Options, remarks: Sequence[str] = ()) -> Plan:

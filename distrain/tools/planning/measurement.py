@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Reduction
@@ -38,10 +38,12 @@ from distrain.tools.planning.batchnorm_cost import Change, extra_seconds
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
 from distrain.tools.planning.compressor_measurement import measure_compressors
+from distrain.tools.planning.divided_model import CountingGroup, Division, divide_model, measure_divided
 from distrain.tools.planning.phases import PhaseClock
+from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.step_timer import StepTimer, StepTimes
 from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
-from distrain.tools.planning.workload import BlockMemory, BlockProfile, Workload
+from distrain.tools.planning.workload import BlockMemory, BlockProfile, DividedModel, Workload
 from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
@@ -50,6 +52,8 @@ from distrain.training.run_plan import RunPlan
 _LONGEST_STEP = 1.0
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
+#: Seconds of passes from which on there may be no short run that corrects what is measured of them.
+_NO_SHORT_RUN = 0.2
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
 #: What ``ddp`` and pipelines make of BatchNorm layers.
@@ -82,6 +86,7 @@ def measure(
     compressors: Mapping[str, CompressionConfig],
     clock: PhaseClock,
     most_samples: int | None = None,
+    division: Division | None = None,
 ) -> Measured:
     """Measures; all ranks call it together.
 
@@ -92,6 +97,7 @@ def measure(
         compressors: Configurations of the compressors to time.
         clock: Times the phases.
         most_samples: Most samples of a measured step; ``None``: a rank's share of a batch.
+        division: The training with divided layers, to measure it too; ``None``: it isn't asked for.
 
     Returns:
         What this rank measured; what ranks measure together is the same on all of them.
@@ -107,7 +113,7 @@ def measure(
             with clock.phase("formats"):
                 plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
             measurement = _Measurement(plan, world, splits, runtime, len(hosts))
-            return measurement.measure(compressors, most_samples, clock)
+            return measurement.measure(compressors, most_samples, clock, division)
     # Not inside, where an error means that this rank alone has failed.
     raise config_error("plan", f"hosts have different numbers of ranks: {hosts}; a plan needs the same number on each")
 
@@ -150,7 +156,11 @@ class _Measurement:
         self._remarks: list[str] = []
 
     def measure(
-        self, compressors: Mapping[str, CompressionConfig], most_samples: int | None, clock: PhaseClock
+        self,
+        compressors: Mapping[str, CompressionConfig],
+        most_samples: int | None,
+        clock: PhaseClock,
+        division: Division | None,
     ) -> Measured:
         ranks, batch_size = self._world.size, min(self._plan.config.data.batch_size, len(self._splits.train))
         with clock.phase("model"):
@@ -171,6 +181,12 @@ class _Measurement:
             look = functools.partial(self._structures, strategy, needs_values=not steps[largest].is_long)
             found = {size: look(size) for size in self._sizes_of_structures(sizes)}
             changed = self._changed(look, min(found), found[min(found)])
+        if steps[largest].passes >= _NO_SHORT_RUN and not steps[largest].is_long:
+            with clock.phase("steps again"):
+                # A machine is seldom disturbed both times.
+                again = self._timer.steps(largest, update)
+                passes = undisturbed([steps[largest].passes, again.passes])
+                steps[largest] = dataclasses.replace(again, passes=passes)
         one = steps[largest]
         with clock.phase("batchnorm"):
             factors = self._batchnorm_factors(strategy, largest, one.passes)
@@ -185,6 +201,8 @@ class _Measurement:
             own_work = measure_compressors(
                 compressors, strategy.model, cluster.all_reduce_cost, self._everyone, self._plan.config.seed
             )
+        with clock.phase("divided layers"):
+            divided = None if division is None else self._divided(division, largest)
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
         # What takes less time than a rank's turn on a processor was timed while no more ranks computed than there are
         # processors.
@@ -195,7 +213,7 @@ class _Measurement:
             batch_size,
             {size: steps[size].loading / crowd for size in sizes},
             update / briefly,
-            float(_optimizer_bytes(strategy.optimizer)),
+            float(self._timer.optimizer_bytes()),
             self._micro_batch_size,
             factors[0],
             own_work.costs,
@@ -210,6 +228,7 @@ class _Measurement:
             keeping_residuals=own_work.keeping_residuals,
             rounds=1 if self._sharpness is None else 2,
             sharpness_seconds=moving / briefly,
+            divided=divided and divided.faster(crowd, briefly),
         )
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
@@ -233,8 +252,15 @@ class _Measurement:
 
     # --- the training ------------------------------------------------------------------------------------------------
 
-    def _strategy(self) -> Single:
-        """One process's training, in this rank."""
+    def _strategy(self, change: Callable[[Single, nn.Module], None] | None = None) -> Single:
+        """One process's training, in this rank.
+
+        Args:
+            change: Changes the model before.
+
+        Raises:
+            ConfigError: Of ``change``.
+        """
         plan = self._plan
         strategy = Single(plan.config, self._runtime)
         if self._splits.class_weights is not None:
@@ -244,6 +270,8 @@ class _Measurement:
         if freezing is not None:
             train_only(model, freezing.ever_trained, freezing.parameters)
         self._layout = plan.memory_format(model)
+        if change is not None:
+            change(strategy, model)
         make_optimizer = functools.partial(
             build_optimizer, plan.config.optimizer, steps_per_epoch=100, total_steps=1000, depths=layer_depths(model)
         )
@@ -293,6 +321,29 @@ class _Measurement:
             times.append((middle - begin, synchronised_time(self._device) - middle))
         copying, hashing = (statistics.median(column) for column in zip(*times[1:], strict=True))
         return copying, hashing
+
+    def _divided(self, division: Division, largest: int) -> DividedModel | None:
+        """Measures the model with divided layers; ``None`` if it can't be divided.
+
+        Args:
+            division: Among how many ranks, and how.
+            largest: Samples of the largest step of the whole model that was measured.
+        """
+        group: list[CountingGroup] = []
+
+        def divide(strategy: Single, model: nn.Module) -> None:
+            group.append(divide_model(division, strategy, model, self._batch(strategy, 2).inputs))
+
+        try:
+            strategy = self._strategy(divide)
+        except ConfigError as error:
+            self._remarks.append(f"no tensor_parallel: {error}")
+            return None
+        # About as much as a rank computes in a step of the whole model.
+        whole = self._micro_batch_size or self._plan.config.data.batch_size
+        size = min(division.ranks * largest, whole, len(self._splits.train))
+        timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+        return measure_divided(division, strategy, group[0], timer, self._batch(strategy, size))
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 
@@ -393,6 +444,7 @@ class _Measurement:
                     structure.saves_output,
                     structure.saves_input,
                     _memory_of(index, found, changed),
+                    structure.batchnorm_gradients,
                 )
             )
         return tuple(profiles)
@@ -429,9 +481,3 @@ def _with_more(held: Mapping[int, float], more: float) -> dict[int, float]:
     """Bytes by number of samples, with more at the smallest one, and in proportion to the samples at the others."""
     smallest = min(held)
     return {size: value + more * size / smallest for size, value in held.items()}
-
-
-def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

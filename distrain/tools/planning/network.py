@@ -40,7 +40,7 @@ class Duration:
     between: float = 0.0
     idle_seconds: float = 0.0
 
-    def times(self, count: int) -> Duration:
+    def times(self, count: float) -> Duration:
         """So many of them, one after the other."""
         fast = None if self.fast_seconds is None else count * self.fast_seconds
         # One after the other, so that what others may use is that of one.

@@ -15,7 +15,7 @@ from distrain.config.schema import Config
 from distrain.errors import ConfigError
 
 #: Strategies that a plan looks at.
-STRATEGIES = ("single", "ddp", "fsdp", "pipeline", "local_sgd", "parameter_server")
+STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "pipeline", "local_sgd", "parameter_server")
 #: Compressors that a plan times; the others send about as much as one of them.
 COMPRESSORS = ("bf16", "qsgd", "powersgd", "topk", "signsgd")
 #: What a configuration that names no choice of a group has, and what it may name.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distrain.communication.collectives import Communicator
 from distrain.communication.types import Reduction
@@ -107,6 +108,11 @@ class StepTimer:
         with live:
             self._strategy.optimizer.step()
         return live.peak
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        states = self._strategy.optimizer.state.values()
+        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def steps(self, size: int, update: float, *, together: bool = True) -> StepTimes:
         """Times steps on batches of a number of samples.

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,6 +45,7 @@ class BlockStructure:
         saves_output: Whether its output is among what it saves, and not among what the next block does.
         saves_input: Whether its input is among what it saves, and not among what blocks before do.
         extra_bytes_at_end: As ``extra_bytes``, if its output and its gradient are held during its whole backward pass.
+        batchnorm_gradients: For each trained BatchNorm layer, which of ``gradients`` is its first one.
     """
 
     gradients: tuple[int, ...]
@@ -57,6 +58,7 @@ class BlockStructure:
     saves_output: bool = False
     saves_input: bool = False
     extra_bytes_at_end: int = 0
+    batchnorm_gradients: tuple[int, ...] = ()
 
 
 class _KernelCounter(TorchFunctionMode):
@@ -170,6 +172,7 @@ class _Passes:
                     self._saved[index] / len(self._inputs),
                     sum(isinstance(layer, BatchNorm) for layer in block.modules()),
                     kernels.count,
+                    batchnorm_gradients=_first_of_batchnorms(block, trained),
                     saves_output=saves_output,
                     saves_input=bool(given) and given <= self._storages,
                 )
@@ -238,6 +241,14 @@ def possible_starts(sequence: nn.Sequential, inputs: Tensor, precision: Precisio
         return set(split.possible_cuts(sequence, traced, pipeline_options(2))), ""
     except ConfigError as error:
         return set(), str(error)
+
+
+def _first_of_batchnorms(block: nn.Module, trained: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each BatchNorm layer that has trained parameters, the index of the first of them."""
+    place = {id(parameter): index for index, parameter in enumerate(trained)}
+    layers = [layer for layer in block.modules() if isinstance(layer, BatchNorm)]
+    own = [[place[id(one)] for one in layer.parameters() if id(one) in place] for layer in layers]
+    return tuple(sorted(min(indices) for indices in own if indices))
 
 
 def pipeline_options(stages: int) -> PipelineConfig:

@@ -26,7 +26,7 @@ from distrain.verification.rank_runs import quiet
 from distrain.verification.short_runs import first_samples, shortened
 
 #: Seconds of timed steps, and the fewest steps and most periods that are timed.
-_SECONDS, _FEWEST, _MOST = 3.0, 5, 400
+_SECONDS, _FEWEST, _MOST = 3.0, 5, 1000
 #: Steps before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
 

@@ -55,6 +55,7 @@ class BlockProfile:
         saves_input: Whether its input is among what it saves, and not among what blocks before do.
         memory: What it holds in its passes, by the kind of its BatchNorm layers: ``plain``, ``synchronised`` or
             ``deferred``. Without an entry: what autograd saves.
+        batchnorm_gradients: For each trained BatchNorm layer, which of ``gradients`` is its first one.
     """
 
     name: str
@@ -72,6 +73,7 @@ class BlockProfile:
     saves_output: bool = False
     saves_input: bool = False
     memory: Mapping[str, BlockMemory] = dataclasses.field(default_factory=dict)
+    batchnorm_gradients: tuple[int, ...] = ()
 
     @property
     def held_bytes(self) -> int:
@@ -109,6 +111,37 @@ class BlockProfile:
 
 
 @dataclass(frozen=True)
+class DividedModel:
+    """What the first of some ranks has, and computes, of a model whose layers are divided among them.
+
+    Attributes:
+        ranks: Number of ranks.
+        block: Its part of the model as one block, whose times include the loss.
+        sums: Bytes for each sample of each tensor that the ranks add up in a forward and a backward pass.
+        update_seconds: Seconds of the optimizer for its part of the parameters.
+        optimizer_bytes: Bytes of the optimizer's state for them.
+        update_bytes: Most bytes that the optimizer needs while it works.
+    """
+
+    ranks: int
+    block: BlockProfile
+    sums: tuple[float, ...]
+    update_seconds: float
+    optimizer_bytes: float
+    update_bytes: float = 0.0
+
+    def faster(self, passes: float, update: float) -> DividedModel:
+        """The same with times that are shorter by these factors."""
+        block = self.block.times(1 / passes)
+        return dataclasses.replace(self, block=block, update_seconds=self.update_seconds / update)
+
+    def on(self, accelerator: Accelerator, sizes: Sequence[int]) -> DividedModel:
+        """The same on a device that isn't here."""
+        update = _update_seconds(accelerator, self.block.gradient_bytes, self.optimizer_bytes)
+        return dataclasses.replace(self, block=self.block.on(accelerator, sizes), update_seconds=update)
+
+
+@dataclass(frozen=True)
 class Workload:
     """A training.
 
@@ -139,6 +172,7 @@ class Workload:
         rounds: Times that a step computes the gradient of its batch; 2 with sharpness-aware minimization.
         sharpness_seconds: Seconds between two of these rounds, in which the parameters are moved, and moved back later.
         block_mb: As ``strategy.block_mb`` of ``fsdp``.
+        divided: The model with its layers divided among ranks; ``None``: it can't be divided, or nobody has asked.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -164,6 +198,7 @@ class Workload:
     rounds: int = 1
     sharpness_seconds: float = 0.0
     block_mb: float | None = None
+    divided: DividedModel | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -251,19 +286,18 @@ class Workload:
         if more >= 0:
             return dataclasses.replace(self, outside={size: one + more for size, one in self.outside.items()})
         factor = max(1 + more / passes, 0.0)
-        return dataclasses.replace(self, blocks=tuple(block.times(factor) for block in self.blocks))
+        divided = self.divided and dataclasses.replace(self.divided, block=self.divided.block.times(factor))
+        return dataclasses.replace(self, blocks=tuple(block.times(factor) for block in self.blocks), divided=divided)
 
     def on(self, accelerator: Accelerator) -> Workload:
         """The same training on a device that isn't here."""
         sizes = sorted({1, self.batch_size})
         blocks = tuple(block.on(accelerator, sizes) for block in self.blocks)
-        # Parameter, gradient and state are read, parameter and state are written.
-        moved = 3 * self.gradient_bytes + 2 * self.optimizer_bytes
         return dataclasses.replace(
             self,
             blocks=blocks,
             outside={1: 0.0, self.batch_size: 0.0},
-            update_seconds=accelerator.seconds(0.0, moved),
+            update_seconds=_update_seconds(accelerator, self.gradient_bytes, self.optimizer_bytes),
             synchronised_factor=1.0,
             deferred_factor=1.0,
             compressors={},
@@ -273,6 +307,7 @@ class Workload:
             digest_seconds=0.0,
             # Read: gradients and parameters; written: their copy, and twice the parameters.
             sharpness_seconds=accelerator.seconds(0.0, 7 * self.gradient_bytes) if self.rounds > 1 else 0.0,
+            divided=self.divided and self.divided.on(accelerator, sizes),
         )
 
     def to_plain(self) -> dict[str, Any]:
@@ -297,6 +332,11 @@ def peak_bytes(blocks: Sequence[BlockProfile], samples: float, batchnorm: str = 
         saved += samples * memory.saved
         peak = max(peak, saved + at(memory.extra, samples))
     return peak
+
+
+def _update_seconds(accelerator: Accelerator, gradient_bytes: float, optimizer_bytes: float) -> float:
+    """Of an optimizer: parameter, gradient and state are read, parameter and state are written."""
+    return accelerator.seconds(0.0, 3 * gradient_bytes + 2 * optimizer_bytes)
 
 
 def _weighted(bucket: BucketCost, work: float, sent: float) -> BucketCost:

@@ -12,7 +12,7 @@ from distrain.errors import ConfigError
 from distrain.tools.planning import candidates
 from distrain.tools.planning.calibration import ShortRuns, calibrated
 from distrain.tools.planning.network import Network
-from distrain.tools.planning.robust_mean import median_of_means
+from distrain.tools.planning.robust_mean import median_of_means, undisturbed
 from distrain.tools.planning.steps.common import Setting
 from distrain.tools.planning.workload import Workload
 from tests.tools.planning.workloads import cluster, workload
@@ -26,6 +26,7 @@ class PlantedRuns:
 
     true: Workload
     refused: str = ""
+    disturbed: str = ""
     names: list[str] = field(default_factory=list)
 
     def agreed(self, mine: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,7 @@ class PlantedRuns:
         self.names.append(name)
         if keys["strategy"] == self.refused:
             raise ConfigError("strategy", self.refused, "can't run")
-        return seconds_of(self.true, keys)
+        return seconds_of(self.true, keys) * (1.3 if name == self.disturbed else 1)
 
 
 def seconds_of(training: Workload, keys: Mapping[str, str]) -> float:
@@ -44,20 +45,21 @@ def seconds_of(training: Workload, keys: Mapping[str, str]) -> float:
     return next(one.seconds for one in found if one.keys == keys)
 
 
-def planted(refused: str = "") -> tuple[Workload, PlantedRuns, list[dict[str, str]]]:
+def planted(refused: str = "", disturbed: str = "") -> tuple[Workload, PlantedRuns, list[dict[str, str]]]:
     """The training after short runs of one that takes longer, these runs, and the configurations that were run."""
     training = workload(batch_size=8, blocks=4)
     longer = training.with_step(4, 0.05)
     true = Workload(**{**longer.__dict__, "action_seconds": 0.003, "server_seconds": 0.002})
-    runs = PlantedRuns(true, refused)
+    runs = PlantedRuns(true, refused, disturbed)
     strategies = ["ddp", "pipeline", "local_sgd", "parameter_server"]
     found = calibrated(training, MACHINES, strategies, cast(ShortRuns, runs))
     assert not found.skipped
     return found.workload, runs, found.done
 
 
-def test_what_surrounds_steps_and_passes_and_messages_is_found() -> None:
-    found, runs, done = planted()
+@pytest.mark.parametrize("disturbed", ["", "with_local_sgd_0", "with_local_sgd_1"])
+def test_what_surrounds_steps_and_passes_and_messages_is_found(disturbed: str) -> None:
+    found, runs, done = planted(disturbed=disturbed)
     assert [keys["strategy"] for keys in done] == ["local_sgd", "pipeline", "parameter_server"]
     assert found.action_seconds == pytest.approx(0.003, rel=0.01)
     assert found.server_seconds == pytest.approx(0.002, rel=0.01)
@@ -78,7 +80,7 @@ def test_what_surrounds_steps_and_passes_and_messages_is_found() -> None:
 def test_a_strategy_that_cannot_run_is_left_as_it_is() -> None:
     found, runs, done = planted(refused="pipeline")
     assert [keys["strategy"] for keys in done] == ["local_sgd", "parameter_server"]
-    assert runs.names == ["with_local_sgd", "with_pipeline", "with_parameter_server"]
+    assert runs.names == ["with_local_sgd_0", "with_pipeline_0", "with_parameter_server_0", "with_local_sgd_1"]
     assert found.action_seconds == 0
 
 
@@ -92,3 +94,5 @@ def test_long_steps_are_not_run() -> None:
 def test_one_disturbance_does_not_change_the_mean_but_turns_on_a_processor_do() -> None:
     assert median_of_means([1.0] * 9 + [100.0]) == 1
     assert median_of_means([1.0, 3.0] * 10) == 2
+    assert undisturbed([1.3, 1.0]) == 1
+    assert undisturbed([1.0, 1.08]) == 1.04

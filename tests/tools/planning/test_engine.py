@@ -12,7 +12,7 @@ from torch import nn
 from distrain.config.schema import Config
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
-from distrain.tools.planning import engine, measurement, step_timer
+from distrain.tools.planning import engine, measurement, step_timer, trial_run
 from distrain.tools.planning.engine import Options
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan
@@ -27,6 +27,7 @@ def measured_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test of this file asks for a measured time, and a good one takes seconds."""
     monkeypatch.setattr(step_timer, "_STEP_SECONDS", 0.0)
     monkeypatch.setattr(measurement, "_BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(trial_run, "_SECONDS", 0.0)
 
 
 def described(folder: Path, hosts: int, more: str = "") -> Path:
@@ -112,6 +113,29 @@ def test_what_leaves_a_sample_alone_is_left_out_if_the_model_needs_several(tmp_p
     assert [prediction.keys for prediction in made.predictions if "strategy.batchnorm" in prediction.keys] == []
     assert {prediction.keys["strategy"] for prediction in made.predictions} == {"ddp"}
     assert sorted(remark.partition(": ")[0] for remark in made.remarks) == ["no local_sgd", "not all of ddp"]
+
+
+class Indivisible(nn.Sequential):
+    """Its only layer makes the outputs, which every rank must have whole."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+
+def test_layers_are_divided_to_see_what_a_rank_has_of_them(tmp_path: Path) -> None:
+    options = Options(described(tmp_path, 2), ("ddp", "tensor_parallel"))
+    workload = planned(options).workload
+    divided = workload.divided
+    assert divided is not None
+    # The largest layers are divided, and their optimizer's state with them.
+    assert 0.5 * workload.held_bytes < divided.block.held_bytes < 0.6 * workload.held_bytes
+    assert 0.5 * workload.optimizer_bytes < divided.optimizer_bytes < 0.6 * workload.optimizer_bytes
+    assert divided.block.flops < 0.9 * sum(block.flops for block in workload.blocks)
+    assert len(divided.sums) > 0
+    refused = planned(options, "model=custom", f"model._target_={__name__}.Indivisible")
+    assert refused.workload.divided is None
+    problem = "no tensor_parallel: strategy.plan: no layer of Indivisible was found that 2 ranks can divide"
+    assert any(remark.startswith(problem) for remark in refused.remarks), refused.remarks
 
 
 def test_a_described_device_has_times_by_its_operations(tmp_path: Path) -> None:

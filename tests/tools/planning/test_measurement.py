@@ -21,6 +21,7 @@ from distrain.runtime.world import World
 from distrain.strategies.single import Single
 from distrain.tools.planning import step_timer, token_bucket
 from distrain.tools.planning.batchnorm_cost import extra_seconds
+from distrain.tools.planning.cluster import Link, LinkPoint
 from distrain.tools.planning.compressor_measurement import sample_of
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
@@ -107,7 +108,51 @@ def test_a_rank_is_busy_while_its_link_rests(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("time.sleep", sleep)
     monkeypatch.setattr(token_bucket, "_REST", 1e-3)
-    assert token_bucket._seconds_after_rest(TwoAlike(), CPU, 1024) < 60
+    assert token_bucket._after_rest(TwoAlike(), CPU, [1024])[0] < 60
+
+
+@pytest.mark.parametrize("burst", [0, 256 * 1024])
+@pytest.mark.parametrize("bytes_per_second", [12.5e6, 125e6])
+def test_a_token_bucket_is_found_though_some_messages_are_disturbed(
+    burst: int, bytes_per_second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, tokens, sent = [0.0], [float(burst)], [0]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+        tokens[0] = min(tokens[0] + seconds * bytes_per_second, burst)
+
+    class Shaped(TwoAlike):
+        """Sends a ring's bytes over a link with a token bucket; one message of five is late by milliseconds."""
+
+        @override
+        def all_reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
+            if reduction == "sum":
+                passes = min(tokens[0], tensor.nbytes)
+                tokens[0] -= passes
+                late = 0.003 if sent[0] % 5 == 1 else 0.0
+                # Tokens that arrive while the link is busy are used at once.
+                now[0] += (tensor.nbytes - passes) / bytes_per_second
+                wait(1e-5 + late)
+                sent[0] += 1
+            return tensor
+
+    def clock() -> float:
+        wait(1e-5)
+        return now[0]
+
+    monkeypatch.setattr("time.perf_counter", clock)
+    monkeypatch.setattr(token_bucket, "_REST", 0.03)
+    points = (
+        LinkPoint(1024, 5e-4),
+        LinkPoint(2**18, 2**18 / bytes_per_second),
+        LinkPoint(2**20, 2**20 / bytes_per_second),
+    )
+    found = token_bucket.measure_token_bucket(Shaped(), CPU, Link(points))
+    assert (found is not None) == (burst > 0)
+    if found is not None:
+        assert found.bytes_per_second == pytest.approx(bytes_per_second)
+        assert found.burst_bytes == pytest.approx(burst, rel=0.05)
 
 
 def test_compressors_are_timed_on_a_sample_of_a_large_model() -> None:

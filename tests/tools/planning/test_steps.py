@@ -136,12 +136,37 @@ def test_what_a_step_takes_beyond_its_parts_is_around_them() -> None:
     assert shorter.forward_seconds(samples) == pytest.approx(training.forward_seconds(samples) / 2)
 
 
+def test_layers_that_communicate_wait_for_the_buckets_before_them() -> None:
+    def predicted(sizes: tuple[float, float, float], **options: Any) -> float:
+        # Four gradients a block of 2.5 MB, each after 8 ms. A layer communicates after the third one.
+        sequence = [
+            dataclasses.replace(block, gradients=(MB * 5 // 2,) * 4, batchnorms=1, batchnorm_gradients=(1,))
+            for block in workload().blocks
+        ]
+        machines = cluster(4, bytes_per_second=187.5 * MB)
+        training = dataclasses.replace(workload(), blocks=tuple(sequence))
+        where = Setting(training, machines, Network(machines))
+        return ddp.predict(where, {}, sizes=sizes, **options).seconds
+
+    # In one bucket, which is sent after the last layer, or in buckets of two gradients, which take 40 ms.
+    whole, pairs = (1000.0, 1000.0, 0.0), (5.0, 5.0, 0.0)
+    assert predicted(whole) == pytest.approx(predicted(whole, synchronised=False), rel=1e-3)
+    # The link is busy from the first two gradients on.
+    assert predicted(pairs, synchronised=False) == pytest.approx(0.064 + 0.016 + 8 * 0.04)
+    # In each block it has nothing to do after the layer has waited for it, until the fourth gradient is there.
+    assert predicted(pairs) == pytest.approx(0.064 + 0.016 + 8 * 0.04 + 4 * 0.008, rel=1e-2)
+
+
 def test_local_sgd_pays_for_a_merge_every_few_steps() -> None:
     predicted = local_sgd.predict(setting(), {}, sync_every=10)
     assert predicted.seconds == pytest.approx(0.192 + 0.6 / 10)
     assert predicted.bytes_sent == pytest.approx(6 * MB)
     hidden = local_sgd.predict(setting(), {}, sync_every=10, overlap_steps=4)
     assert hidden.seconds == pytest.approx(0.192)
+    # A merge has 6 rounds of a ring; the hashes of its result have 3, which are never hidden.
+    slow = setting(latency=0.01)
+    assert local_sgd.predict(slow, {}, sync_every=10).seconds == pytest.approx(0.192 + (0.6 + 0.09) / 10)
+    assert local_sgd.predict(slow, {}, sync_every=10, overlap_steps=4).seconds == pytest.approx(0.192 + 0.03 / 10)
 
 
 def test_late_merges_are_candidates_where_they_hide_a_wait() -> None:
@@ -341,6 +366,7 @@ def test_all_candidates_of_a_world_are_predicted(ranks: int) -> None:
     training = workload(blocks=8)
     found = list(candidates.predictions(Setting(training, machines, Network(machines)), STRATEGIES, ()))
     strategies = {prediction.keys["strategy"] for prediction in found}
+    # Layers were not divided.
     assert strategies == {"ddp", "fsdp", "pipeline", "local_sgd", "parameter_server"}
     for prediction in found:
         assert prediction.seconds > 0

@@ -18,7 +18,7 @@ from tests.runs import small
 @pytest.mark.parametrize(
     ("expected", "period", "warm_up", "periods"),
     [
-        (0.001, 1, 3, 400),
+        (0.001, 1, 3, 1000),
         (0.1, 1, 3, 30),
         (10.0, 1, 3, 5),
         (0.1, 4, 4, 7),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -143,8 +144,13 @@ def backward_with_exchange(
     compressor: str,
     factor: float = 1.0,
     prefix: str = "",
+    *,
+    synchronised: bool = False,
 ) -> list[Operation]:
     """The last backward pass of a step, in which each complete bucket is sent, to the end of all exchanges.
+
+    Collectives take place in the order in which ranks start them. So a BatchNorm layer whose backward pass communicates
+    waits until the buckets before it have arrived, and they are less hidden.
 
     Args:
         setting: Where.
@@ -155,14 +161,23 @@ def backward_with_exchange(
         compressor: Name of the compressor.
         factor: By which passes take longer.
         prefix: Of the names of the transfers, which must be different if there are several such passes.
+        synchronised: BatchNorm layers take their statistics over all ranks.
     """
     workload = setting.workload
     gradients = workload.gradient_sizes
     pieces = backward_pieces(workload, samples)
+    layers = batchnorms_by_gradient(workload) if synchronised else {}
     operations: list[Operation] = []
     under_way: list[_Exchange] = []
     for number, bucket in enumerate(bucket_layout(gradients, sizes)):
-        operations.append(Compute("backward", factor * sum(pieces[index] for index in bucket)))
+        seconds = 0.0
+        for index in bucket:
+            seconds += factor * pieces[index]
+            if index in layers:
+                operations.append(Compute("backward", seconds))
+                seconds, name = 0.0, f"{prefix}statistics {index}"
+                operations += batchnorm_collectives(setting, name, BATCHNORM_BACKWARD * layers[index], members)
+        operations.append(Compute("backward", seconds))
         # As distrain.gradients.exchange does it: before a bucket is started, all others begin their next collective.
         for exchange in under_way:
             operations += exchange.advance(members)
@@ -178,17 +193,33 @@ def backward_with_exchange(
     return operations
 
 
-def batchnorm_collectives(setting: Setting, name: str, collectives: int, members: int) -> list[Operation]:
-    """The small collectives of all BatchNorm layers in a pass, as one, which ranks wait for.
+def batchnorms_by_gradient(workload: Workload) -> dict[int, int]:
+    """Number of BatchNorm layers that communicate in a backward pass just after a gradient, by its index."""
+    found: dict[int, int] = defaultdict(int)
+    first, carried = len(workload.gradient_sizes), 0
+    for block in reversed(workload.blocks):
+        first -= len(block.gradients)
+        for index in block.batchnorm_gradients:
+            found[first + index] += 1
+        # Layers without trained parameters, wherever they are.
+        carried += block.batchnorms - len(block.batchnorm_gradients)
+        if block.gradients and carried:
+            found[first] += carried
+            carried = 0
+    return found
+
+
+def batchnorm_collectives(setting: Setting, name: str, collectives: float, members: int) -> list[Operation]:
+    """Some small collectives of BatchNorm layers, as one, which ranks wait for.
 
     Args:
         setting: Where.
         name: Of the transfer.
-        collectives: Number of them in each layer.
+        collectives: Number of them.
         members: Simulated ranks that take part.
     """
     one = setting.network.all_reduce(BATCHNORM_BYTES, setting.network.group(setting.cluster.ranks))
-    return [Start(name, one.times(collectives * setting.workload.batchnorms), members, REPLICAS), Wait(name)]
+    return [Start(name, one.times(collectives), members, REPLICAS), Wait(name)]
 
 
 class _Exchange:

@@ -54,17 +54,18 @@ def predict(
             name = f"{round_}.{number}"
             program += forward_pass(setting, samples, factor)
             if together:
-                program += batchnorm_collectives(setting, f"statistics {name}", BATCHNORM_FORWARD, members)
-            if number < len(pieces) - 1:
-                program.append(Compute("backward", factor * workload.backward_seconds(samples)))
-            elif ranks == 1:
-                program.append(Compute("backward", workload.backward_seconds(samples)))
-            else:
+                forward = BATCHNORM_FORWARD * workload.batchnorms
+                program += batchnorm_collectives(setting, f"statistics {name}", forward, members)
+            if number == len(pieces) - 1 and ranks > 1:
+                prefix = f"{round_} "
                 program += backward_with_exchange(
-                    setting, samples, group, chosen, members, compressor, factor, prefix=f"{round_} "
+                    setting, samples, group, chosen, members, compressor, factor, prefix, synchronised=together
                 )
+                continue
+            program.append(Compute("backward", factor * workload.backward_seconds(samples)))
             if together:
-                program += batchnorm_collectives(setting, f"gradients {name}", BATCHNORM_BACKWARD, members)
+                backward = BATCHNORM_BACKWARD * workload.batchnorms
+                program += batchnorm_collectives(setting, f"gradients {name}", backward, members)
     program.append(Compute("update", workload.update_seconds))
     simulated = setting.simulate([program] * members, representatives)
     # Each layer whose statistics are shared waits for the slowest rank.

@@ -15,6 +15,7 @@ from distrain.tools.planning.steps.common import (
     backward_pieces,
     backward_with_exchange,
     batchnorm_collectives,
+    batchnorms_by_gradient,
     bucket_sizes,
     forward_pass,
     parts_of,
@@ -97,9 +98,7 @@ class _Step:
         for number, samples in enumerate(self._pieces):
             is_last = number == len(self._pieces) - 1
             yield from self._forward(number, samples)
-            yield from self._statistics(f"statistics {number}", BATCHNORM_FORWARD)
             yield from self._backward(number, samples, sends=is_last)
-            yield from self._statistics(f"gradients of statistics {number}", BATCHNORM_BACKWARD)
         if self._shard != OPTIMIZER:
             yield from self._end_of_scattering()
         yield Compute("update", workload.update_seconds / self._parts)
@@ -110,14 +109,27 @@ class _Step:
             for index in range(len(self._blocks)):
                 yield Wait(f"updated {index}")
 
-    def _statistics(self, name: str, collectives: int) -> list[Operation]:
-        if not self._together:
+    def _statistics(self, name: str, collectives: float) -> list[Operation]:
+        """Collectives of BatchNorm layers, which take place after those that were started before."""
+        if not self._together or not collectives:
             return []
         return batchnorm_collectives(self._setting, name, collectives, len(self._representatives))
+
+    def _passes_of(self, block: ShardedBlock, samples: int, kind: str, name: str) -> Iterator[Operation]:
+        """What is computed with a block of ``shard=full``, and the collectives of its BatchNorm layers."""
+        profiles, forward = self._workload.blocks, kind == "forward"
+        shares = [(share, profiles[own]) for own, share in block.passes]
+        seconds = sum(share * at(one.forward if forward else one.backward, samples) for share, one in shares)
+        yield Compute(kind, self._factor * seconds)
+        layers = sum(share * one.batchnorms for share, one in shares)
+        yield from self._statistics(
+            f"statistics {name}", (BATCHNORM_FORWARD if forward else BATCHNORM_BACKWARD) * layers
+        )
 
     def _forward(self, piece: int, samples: int) -> Iterator[Operation]:
         if self._shard != FULL or (piece and not self._reshards):
             yield from forward_pass(self._setting, samples, self._factor)
+            yield from self._statistics(f"statistics {piece}", BATCHNORM_FORWARD * self._workload.batchnorms)
             return
         for index, block in enumerate(self._blocks):
             if not index:
@@ -125,24 +137,32 @@ class _Step:
             yield Wait(f"forward {piece} {index}")
             if index + 1 < len(self._blocks):
                 yield self._gather(f"forward {piece} {index + 1}", self._blocks[index + 1])
-            profiles = self._workload.blocks
-            seconds = sum(share * at(profiles[own].forward, samples) for own, share in block.passes)
-            yield Compute("forward", self._factor * seconds)
+            yield from self._passes_of(block, samples, "forward", f"forward {piece} {index}")
 
     def _backward(self, piece: int, samples: int, *, sends: bool) -> Iterator[Operation]:
         if self._shard != FULL and not sends:
             yield Compute("backward", self._factor * self._workload.backward_seconds(samples))
+            yield from self._statistics(f"gradients {piece}", BATCHNORM_BACKWARD * self._workload.batchnorms)
         elif self._shard == OPTIMIZER:
             members = len(self._representatives)
             yield from backward_with_exchange(
-                self._setting, samples, self._everyone, self._sizes, members, "none", self._factor
+                self._setting,
+                samples,
+                self._everyone,
+                self._sizes,
+                members,
+                "none",
+                self._factor,
+                synchronised=self._together,
             )
         elif self._shard == FULL:
             yield from self._backward_of_full(piece, samples, sends=sends)
         else:
-            pieces = backward_pieces(self._workload, samples)
+            pieces, layers = backward_pieces(self._workload, samples), batchnorms_by_gradient(self._workload)
             for index, block in reversed(list(enumerate(self._blocks))):
                 yield Compute("backward", self._factor * sum(pieces[gradient] for gradient in block.gradients))
+                collectives = BATCHNORM_BACKWARD * sum(layers.get(gradient, 0) for gradient in block.gradients)
+                yield from self._statistics(f"gradients {piece} {index}", collectives)
                 yield from self._scatter(index, block)
 
     def _backward_of_full(self, piece: int, samples: int, *, sends: bool) -> Iterator[Operation]:
@@ -157,9 +177,7 @@ class _Step:
                 yield Wait(f"backward {piece} {index}")
                 if index - 1 in again:
                     yield self._gather(f"backward {piece} {index - 1}", self._blocks[index - 1])
-            profiles = self._workload.blocks
-            seconds = sum(share * at(profiles[own].backward, samples) for own, share in block.passes)
-            yield Compute("backward", self._factor * seconds)
+            yield from self._passes_of(block, samples, "backward", f"backward {piece} {index}")
             if sends and block.gradient_bytes:
                 yield from self._scatter(index, block)
 

@@ -15,6 +15,8 @@ from distrain.tools.planning.steps.common import Setting, forward_pass, parts_of
 _COPIES = 13.0
 #: Bytes of a part of the parameters that is merged at once.
 _PART_BYTES = 25 * MIB
+#: Bytes of a hash of the merged parameters.
+_HASH_BYTES = 8
 
 
 def predict(
@@ -45,6 +47,9 @@ def predict(
     program: list[Operation] = [Start("merge", merge, len(representatives), "replicas")]
     program += _repeated(each, overlap_steps)
     program += [Wait("merge"), Compute("update", _COPIES * workload.copy_seconds + workload.digest_seconds)]
+    # Each rank's hash goes to all others, who wait for it in the next step.
+    hashes = setting.network.all_gather(_HASH_BYTES, setting.network.group(ranks))
+    program += [Start("hashes", hashes, len(representatives), "replicas"), Wait("hashes")]
     program += _repeated(each, sync_every - overlap_steps)
     simulated = setting.simulate([program] * len(representatives), representatives)
     computed = max(sum(kinds.values()) for kinds in simulated.computed)
