@@ -88,7 +88,7 @@ tool run --isolation chroot -v "$runs:/mnt/runs:ro" "$container" -- sh -eu -c '
 import io, json, time, urllib.request
 from PIL import Image
 address = \"http://127.0.0.1:8000\"
-for attempt in range(60):
+for attempt in range(240):
     try:
         assert json.load(urllib.request.urlopen(address + \"/health\")) == {\"status\": \"ok\"}
         break
