@@ -152,13 +152,24 @@ def quiet_libraries() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    # ONNX Runtime's quantization uses the root logger, which gets a handler at its first message if it has none. This
+    # filter is for what is logged there itself, and not for what comes from other loggers.
+    root, silent = logging.getLogger(), logging.NullHandler()
+    root.addHandler(silent)
+    root.addFilter(_drop)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        root.removeFilter(_drop)
+        root.removeHandler(silent)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
 
 
 def onnx_runtime() -> Any:
