@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import signal
 import socket
@@ -46,10 +47,7 @@ class GracefulServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()
         self._announce_end()
-        # Lets the loop take the connections that the kernel has accepted.
-        await asyncio.sleep(_LOOK_SECONDS)
-        for server in self.servers:
-            server.close()
+        await self._stop_accepting(sockets or [])
         await self._answer_last_requests()
         await super().shutdown(sockets)
 
@@ -61,12 +59,46 @@ class GracefulServer(uvicorn.Server):
             if connection.is_busy:
                 connection.shutdown()
 
+    async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
+        """Closes the sockets that listen, but first takes the connections that the kernel has accepted.
+
+        The loop may be busy for long before it closes a socket, and what has arrived until then would be reset. So a
+        copy of the socket keeps it open until nothing waits there.
+        """
+        copies = [listening.dup() for listening in sockets]
+        for server in self.servers:
+            server.close()
+        connections = [connection for copy in copies for connection in _take_all(copy)]
+        loop = asyncio.get_running_loop()
+        # One whose client is gone already may fail.
+        await asyncio.gather(
+            *(loop.connect_accepted_socket(self._protocol, connection) for connection in connections),
+            return_exceptions=True,
+        )
+
+    def _protocol(self) -> asyncio.Protocol:
+        """For a connection that the loop has not accepted itself; as uvicorn makes them."""
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
     async def _answer_last_requests(self) -> None:
         """Waits for requests that are on their way on open connections; those without one end a little later."""
         loop = asyncio.get_running_loop()
         until = loop.time() + min(_LAST_REQUESTS_SECONDS, self.config.timeout_graceful_shutdown or 0)
         while self.server_state.connections and loop.time() < until and not self.force_exit:
             await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _take_all(listening: socket.socket) -> list[socket.socket]:
+    """Accepts the connections that wait at a socket, and closes it."""
+    connections: list[socket.socket] = []
+    with listening, contextlib.suppress(BlockingIOError, ConnectionError):
+        listening.setblocking(False)
+        while True:
+            connection, _ = listening.accept()
+            connection.setblocking(False)
+            connections.append(connection)
+    return connections
 
 
 def make_server(app: FastAPI, limits: Limits, stop_seconds: float, on_start: Callable[[], None]) -> GracefulServer:

@@ -205,6 +205,33 @@ def test_a_server_that_stops_answers_what_it_has_accepted(monkeypatch: pytest.Mo
     asyncio.run(ask())
 
 
+def test_a_connection_that_arrives_before_the_last_moment_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel accepts it, and the event loop sees nothing of it before the server no longer listens."""
+    late: list[socket.socket] = []
+
+    async def ask() -> bytes:
+        async with listening() as (served, port, _):
+            close = served.servers[0].close
+
+            def close_later() -> None:
+                if not late:
+                    late.append(socket.create_connection(("127.0.0.1", port), HANG_SECONDS))
+                    late[0].sendall(post(png(51)))
+                close()
+
+            monkeypatch.setattr(served.servers[0], "close", close_later)
+            served.should_exit = True
+            await until(lambda: bool(late))
+            late[0].setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=late[0])
+            answer = await asyncio.wait_for(reader.read(), HANG_SECONDS)
+            writer.close()
+            return answer
+
+    answer = asyncio.run(ask())
+    assert (status(answer), b"connection: close" in answer) == (200, True)
+
+
 async def until_refused(port: int) -> None:
     """Waits until connections are refused."""
     while True:
