@@ -218,8 +218,7 @@ def _epoch_line(run: RunView, values: Mapping[str, float]) -> str:
         of_averages = [f"{average}_{run.task.score}" for average in averaging.names(run.config.trainer)]
         metrics = listed_metrics([*run.task.validated, *of_averages], values, "epoch/val_", 4)
         parts.append(f"| validation: loss {values['epoch/val_loss']:.4f}, {metrics}")
-    # A first epoch that is all warm-up has no speed yet.
-    if speed := values["epoch/images_per_second"]:
+    if speed := values.get("epoch/images_per_second"):
         parts.append(f"| {speed:,.0f} images/s")
     return " ".join(parts)
 

@@ -183,8 +183,10 @@ class Report:
             "epoch": float(ended.epoch),
             "epoch/train_loss": train_loss,
             **{f"epoch/train_{name}": value for name, value in metrics.items()},
-            "epoch/images_per_second": self.clock.epoch.samples_per_second,
         }
+        # There is no speed of an epoch that is all warm-up, or that a resumed run has only to evaluate.
+        if self.clock.epoch.steps:
+            values["epoch/images_per_second"] = self.clock.epoch.samples_per_second
         self.clock.epoch = TimedSteps()
         return ended, values
 

@@ -84,8 +84,9 @@ def test_one_line_per_epoch_is_logged(on_terminal: bool, caplog: pytest.LogCaptu
 
 
 def test_an_epoch_in_which_no_step_was_timed_tells_no_speed(caplog: pytest.LogCaptureFixture) -> None:
+    values = {name: value for name, value in VALIDATED.items() if name != "epoch/images_per_second"}
     with caplog.at_level(logging.INFO, logger="distrain"):
-        EpochLog(on_terminal=True).on_epoch_end(trainer(epoch=1), {**VALIDATED, "epoch/images_per_second": 0.0})
+        EpochLog(on_terminal=True).on_epoch_end(trainer(epoch=1), values)
     assert caplog.messages[0].endswith("accuracy 0.7901")
 
 

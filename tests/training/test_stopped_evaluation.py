@@ -77,6 +77,8 @@ def summary(folder: Path) -> dict[str, Any]:
 def epoch_rows(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("time", "epoch/images_per_second")
+    # An epoch that a resumed run has only to evaluate has no speed; 0 would be a gap in its curve.
+    assert all(row.get("epoch/images_per_second") != 0 for row in rows)
     return [{key: row[key] for key in row if key not in timed} for row in rows if row["kind"] == "epoch"]
 
 

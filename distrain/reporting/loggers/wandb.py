@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class WandbService(Service):
             self._known["sent"] = {name: step for name, step in sent.items() if type(step) is int}
         else:
             self._known = {"run_id": uuid.uuid4().hex[:12], "sent": {}}
+        self._wait_for_a_new_folder(run_dir)
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -103,6 +105,11 @@ class WandbService(Service):
         where = run_dir / "wandb" if config.mode == "offline" else self._run.url
         log.info("W&B: run %s of project %s: %s", self._run.id, config.project, where)
         return dict(self._known["sent"])
+
+    def _wait_for_a_new_folder(self, run_dir: Path) -> None:
+        """Waits up to a second: W&B names folders by the second, and two starts in one second would write into one."""
+        while any((run_dir / "wandb").glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{self._known['run_id']}")):
+            time.sleep(0.05)
 
     @override
     def send(self, rows: Sequence[Row]) -> None:
