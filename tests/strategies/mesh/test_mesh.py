@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from distrain.checkpoint.format import checkpoint_path, checkpoints_folder
 from distrain.errors import ConfigError
 from distrain.runtime.world import World
 from tests.harness import run_ranks
@@ -38,16 +40,18 @@ Case = tuple[str, tuple[str, ...]]
 ALWAYS: list[Case] = [
     ("ViT", DATA_TENSOR),
     ("ViT", (*TENSOR_PIPELINE, *ZERO_BUBBLE)),
-    ("CIFAR-10 CNN", DATA_PIPELINE),
-    ("ViT, accumulated", TENSOR_PIPELINE),
+    ("ViT, accumulated", (*TENSOR_PIPELINE, "model.checkpoint_activations=all")),
 ]
 FOUR: list[Case] = [
     *((way, DATA_TENSOR) for way in WAYS),
     *((way, DATA_PIPELINE) for way in WAYS if "batch" not in way),
     *((way, (*TENSOR_PIPELINE, *(WHOLE if "batch" in way else ()))) for way in WAYS),
     ("CIFAR-10 CNN", (*TENSOR_PIPELINE, *ZERO_BUBBLE)),
+    ("ViT", (*TENSOR_PIPELINE, *ZERO_BUBBLE)),
     ("ViT", (*DATA_TENSOR, "model.checkpoint_activations=all")),
-    ("ViT", (*TENSOR_PIPELINE, "model.checkpoint_activations=all")),
+    ("ViT, accumulated", (*TENSOR_PIPELINE, "model.checkpoint_activations=all")),
+    # Everything is sent, but as a compressor does it.
+    ("ViT", (*DATA_TENSOR, "compression=topk", "compression.density=1")),
     ("ViT", (*DATA_TENSOR, "optimizer.sam_rho=0.05")),
 ]
 EIGHT: list[Case] = [(way, ALL_THREE) for way in WAYS if "batch" not in way]
@@ -97,6 +101,51 @@ def test_a_mesh_is_the_serial_run(ranks: int, cases: list[Case], serial: dict[Ca
             assert run["summary"]["bytes_sent_per_step"] > 0
         for run in runs[1:]:
             assert relative_difference(run["model"], runs[0]["model"]) == 0, (way, more)
+
+
+RESUMED = (*VIT, *ADAM, FP64, "+model.kwargs.rate=0", "scheduler=constant", "trainer.grad_clip_norm=0.5")
+#: Saved in the middle of an epoch of five steps.
+SAVED, STEPS = 3, 7
+#: What each part of a mesh sends to its replicas is compressed; what is left out is saved and restored.
+COMPRESSED = ("compression=powersgd", "compression.min_elements=100", "trainer.deterministic=true")
+
+
+def resumed(folder: str) -> dict[str, Any]:
+    """Trains at once, in two parts, and from a checkpoint of one process, all in one group of ranks."""
+    found: dict[str, Any] = {}
+    for name, mesh in (("layers", (*DATA_TENSOR, *COMPRESSED)), ("stages", TENSOR_PIPELINE)):
+        options = (*RESUMED, "strategy=mesh", *mesh, f"checkpoint.every_steps={SAVED}", "checkpoint.keep=9")
+        for run, steps in (("whole", (STEPS,)), ("parts", (SAVED, STEPS))):
+            for last in steps:
+                trained = train_on_rank(small(*options, f"run_dir={folder}/{name} {run}", f"trainer.max_steps={last}"))
+            found[f"{name} {run}"] = trained["model"]
+    taken_over = (*RESUMED, "strategy=mesh", *TENSOR_PIPELINE, f"trainer.max_steps={STEPS}")
+    checkpoint = checkpoint_path(checkpoints_folder(Path(folder) / "alone"), SAVED)
+    trained = train_on_rank(small(*taken_over, f"run_dir={folder}/taken over", f"resume={checkpoint}"))
+    return {**found, "taken over": trained["model"]}
+
+
+def alone_until(folder: str, last: int, checkpoint: str) -> dict[str, Any]:
+    options = (
+        *RESUMED,
+        f"run_dir={folder}",
+        f"trainer.max_steps={last}",
+        f"checkpoint.every_steps={SAVED}",
+        "checkpoint.keep=9",
+    )
+    model: dict[str, Any] = train_on_rank(small(*options, f"resume={checkpoint}"))["model"]
+    return model
+
+
+def test_a_mesh_goes_on_bit_for_bit_and_from_one_process_and_to_one(tmp_path: Path) -> None:
+    expected = run_ranks(alone_until, 1, str(tmp_path / "alone"), STEPS, "never")[0]
+    for rank in run_ranks(resumed, 4, str(tmp_path)):
+        for name in ("layers", "stages"):
+            assert all(torch.equal(tensor, rank[f"{name} parts"][key]) for key, tensor in rank[f"{name} whole"].items())
+        assert relative_difference(rank["taken over"], expected) <= 1e-11
+    saved = checkpoint_path(checkpoints_folder(tmp_path / "stages whole"), SAVED)
+    found = run_ranks(alone_until, 1, str(tmp_path / "back"), STEPS, str(saved))[0]
+    assert relative_difference(found, expected) <= 1e-11
 
 
 @pytest.mark.parametrize(
