@@ -126,7 +126,13 @@ def resumed(folder: str) -> dict[str, Any]:
 
 
 def alone_until(folder: str, last: int, checkpoint: str) -> dict[str, Any]:
-    options = (*RESUMED, f"run_dir={folder}", f"trainer.max_steps={last}", f"checkpoint.every_steps={SAVED}")
+    options = (
+        *RESUMED,
+        f"run_dir={folder}",
+        f"trainer.max_steps={last}",
+        f"checkpoint.every_steps={SAVED}",
+        "checkpoint.keep=9",
+    )
     model: dict[str, Any] = train_on_rank(small(*options, f"resume={checkpoint}"))["model"]
     return model
 
