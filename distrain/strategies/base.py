@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ from typing_extensions import TypeVar
 
 from distrain.checkpoint import module_state
 from distrain.checkpoint.restore_report import RestoredPart
-from distrain.communication.collectives import Communicator, Ledger, digest
+from distrain.communication.collectives import Communicator, Ledger
 from distrain.compression import base as compression
 from distrain.compression import resharding
 from distrain.config.groups import StrategyConfig
@@ -28,6 +27,7 @@ from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
 from distrain.runtime.device import float64_device
+from distrain.strategies import initial_state
 from distrain.strategies.held_memory import optimizer_tensors
 from distrain.tasks.base import Task
 from distrain.torch_internals import tensors_in
@@ -401,19 +401,9 @@ class Strategy(ABC, Generic[OptionsT_co]):
         """
         return self.training_group.all_reduce(counted)
 
-    @torch.no_grad()
     def sync_initial_state(self, model: nn.Module, communicator: Communicator) -> None:
-        """Compares the initial parameters and buffers by hash; if a rank's differ, all ranks take those of rank 0."""
-        device = self.runtime.device
-        state = module_state.read(model)
-        plain = torch.frombuffer(bytearray(json.dumps(state.to_plain()).encode()), dtype=torch.uint8)
-        mine = digest([*state.tensors.values(), plain]).to(device)
-        hashes = [int(each) for each in communicator.all_gather(mine)]
-        strays = [rank for rank, each in enumerate(hashes) if each != hashes[0]]
-        if strays:
-            log.warning("the initial parameters of ranks %s differ from those of rank 0, which all ranks use", strays)
-            tensors = communicator.merge_tensors(state.tensors, device)
-            module_state.load(model, tensors, communicator.all_gather_json(state.to_plain(), device)[0])
+        """Makes all ranks begin with the same parameters and buffers; they call it together."""
+        initial_state.synchronise(model, communicator, self.runtime.device)
 
     def module_state_of(self, saved: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
         """The model's saved tensors and its other state, with this rank's own where the ranks are arranged as before.
