@@ -114,8 +114,8 @@ def resumed(folder: str) -> dict[str, Any]:
     """Trains at once, again from a checkpoint of that, and from one of one process, all in one group of ranks."""
     found: dict[str, Any] = {}
     for name, mesh in (("layers", (*DATA_TENSOR, *COMPRESSED)), ("stages", TENSOR_PIPELINE)):
-        options = (*RESUMED, "strategy=mesh", *mesh, f"checkpoint.every_steps={SAVED}", "checkpoint.keep=9")
-        options = (*options, f"trainer.max_steps={STEPS}")
+        saved = (f"checkpoint.every_steps={SAVED}", "checkpoint.keep=9", f"trainer.max_steps={STEPS}")
+        options = (*RESUMED, "strategy=mesh", *mesh, *saved)
         found[f"{name} whole"] = train_on_rank(small(*options, f"run_dir={folder}/{name} whole"))["model"]
         # It keeps the split into stages, which is chosen by measured times.
         start = checkpoint_path(checkpoints_folder(Path(folder) / f"{name} whole"), SAVED)
