@@ -63,7 +63,7 @@ WRONG_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "learning_rate=1": ("learning_rate: no such key", "did you mean optimizer.lr=1?"),
     "+lr=0.1": ("lr: no such key", "did you mean optimizer.lr?"),
     "trainer.lr=0.1": ("trainer.lr: no such key", "did you mean optimizer.lr=0.1?"),
-    "microbatches=4": ("microbatches: no such key", "strategy.microbatches=4 with strategy=pipeline?"),
+    "microbatches=4": ("microbatches: no such key", "strategy.microbatches=4 with strategy=mesh or strategy=pipeline?"),
     # choices
     "strategy=dpp": ("strategy=dpp: no such choice", "did you mean ddp?"),
     "strategy=DDP": ("strategy=DDP: no such choice", "did you mean ddp?"),
