@@ -27,6 +27,8 @@ class DividedGradients(Gradients):
         compressor: Of their exchange.
         stopwatch: Records exposed communication.
         sizes: Limits of buckets; the same on all ranks of the group.
+
+    All ranks of a replica and all replicas make it together.
     """
 
     def __init__(
@@ -41,6 +43,9 @@ class DividedGradients(Gradients):
     ) -> None:
         self._divided, self._group = frozenset(divided), group
         super().__init__(parameters, replicas, compressor, stopwatch, *sizes)
+        # A group's first collective connects its ranks. In a backward pass ranks may come to it while others wait for
+        # them in a layer of another group.
+        replicas.barrier()
 
     @override
     def _split(
