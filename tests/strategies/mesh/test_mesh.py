@@ -164,6 +164,11 @@ def test_a_mesh_goes_on_bit_for_bit_and_from_one_process_and_to_one(tmp_path: Pa
             2,
             "strategy.virtual_stages=2: is not the number of stages per rank of 1f1b",
         ),
+        (
+            ("strategy.mesh.pipeline=2", "strategy.schedule=interleaved_1f1b", "strategy.virtual_stages=4"),
+            2,
+            "strategy.mesh.pipeline=2: makes 8 stages, and the model has only 4 blocks",
+        ),
         (("strategy.mesh.pipeline=2", "strategy.batchnorm=sync"), 2, "strategy.batchnorm=sync: is not possible in"),
         (
             ("strategy.mesh.pipeline=2", "strategy.last_bucket_mb=1"),
