@@ -94,7 +94,9 @@ class MeshConfig(StrategyConfig):
             raise ConfigError(
                 "strategy.batchnorm", self.batchnorm, problem, ["null", "deferred" if has_stages else "sync", "local"]
             )
-
+        if has_stages and self.last_bucket_mb is not None:
+            problem = "is not possible in a pipeline, whose stages have buckets of bucket_mb up to the last one"
+            raise ConfigError("strategy.last_bucket_mb", self.last_bucket_mb, problem, ["null"])
         if self.offload != KEPT and (has_stages or shape.tensor > 1 or shape.shard == 1):
             problem = "needs strategy.mesh.shard above 1, and neither stages nor divided layers"
             raise ConfigError("strategy.offload", self.offload, problem, [KEPT])

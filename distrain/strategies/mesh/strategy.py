@@ -168,5 +168,6 @@ def _named_by_mesh(config: Config) -> Iterator[None]:
         key, equals, rest = str(error).partition("=")
         if key != "strategy.stages" or not equals:
             raise
-        problem = rest.partition(": ")[2]
-        raise config_error_from_line(f"strategy.mesh.pipeline={shape.pipeline}: {problem}") from error
+        stages, _, problem = rest.partition(": ")
+        made = "" if stages == str(shape.pipeline) else f"makes {stages} stages, and "
+        raise config_error_from_line(f"strategy.mesh.pipeline={shape.pipeline}: {made}{problem}") from error

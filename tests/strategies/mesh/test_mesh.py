@@ -166,7 +166,17 @@ def test_a_mesh_goes_on_bit_for_bit_and_from_one_process_and_to_one(tmp_path: Pa
             2,
             "strategy.virtual_stages=2: is not the number of stages per rank of 1f1b",
         ),
+        (
+            ("strategy.mesh.pipeline=2", "strategy.schedule=interleaved_1f1b", "strategy.virtual_stages=4"),
+            2,
+            "strategy.mesh.pipeline=2: makes 8 stages, and the model has only 4 blocks",
+        ),
         (("strategy.mesh.pipeline=2", "strategy.batchnorm=sync"), 2, "strategy.batchnorm=sync: is not possible in"),
+        (
+            ("strategy.mesh.pipeline=2", "strategy.last_bucket_mb=1"),
+            4,
+            "strategy.last_bucket_mb=1.0: is not possible in a pipeline",
+        ),
         (("strategy.batchnorm=deferred",), 2, "strategy.batchnorm=deferred: is not possible without"),
         (("strategy.mesh.shard=2", "compression=topk"), 2, "compression=topk: compresses all-reduces"),
         (("strategy.mesh.tensor=2", "compression=topk"), 2, "compression=topk: compresses gradients that replicas"),
