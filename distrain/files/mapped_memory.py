@@ -77,14 +77,18 @@ class MappedFile:
             dtypes: Type of each.
 
         Raises:
-            OSError: As :meth:`reserve`.
+            OSError: As :meth:`reserve`; or the process may have no more addresses or open files.
         """
         offsets = [0]
         for size, dtype in zip(sizes, dtypes, strict=True):
             offsets.append(offsets[-1] + bytes_in_map(size * dtype.itemsize))
         length = _whole_pages(offsets[-1])
         self.reserve(length)
-        memory = mmap.mmap(self._file.fileno(), length, offset=self._used)
+        try:
+            memory = mmap.mmap(self._file.fileno(), length, offset=self._used)
+        except OSError as error:
+            problem = f"{error.strerror} (to map {length / _MIB:,.1f} MiB)"
+            raise OSError(error.errno, problem, str(self._folder)) from error
         self._used += length
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         _MAPS[_address(whole)] = memory

@@ -136,6 +136,8 @@ def _by_trial(tried: Tried) -> int | None:
     if pieces > most_pieces:
         needs = trial.problem() if trial is not None else ""
         problems = [each["problem"] for each in everyone.all_gather_json({"problem": needs}, device)]
+        # If the same passes need less now, they are taken; more passes may be impossible.
+        pieces = most_pieces
     del trial
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 from unittest import mock
@@ -56,6 +57,13 @@ def test_a_full_disk_is_noticed_when_space_is_taken_and_never_when_it_is_used(tm
             file.allocate([MIB], [torch.uint8])
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path))
     assert tensor.all()
+    # A map takes addresses and a file descriptor, which may be limited too.
+    with (
+        mock.patch.object(mmap, "mmap", side_effect=OSError(errno.EMFILE, "Too many open files")),
+        pytest.raises(OSError, match=r"Too many open files \(to map 1\.0 MiB\)") as limited,
+    ):
+        MappedFile(tmp_path).allocate([MIB], [torch.uint8])
+    assert (limited.value.errno, limited.value.filename) == (errno.EMFILE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="missing"):
         MappedFile(tmp_path / "missing")
 

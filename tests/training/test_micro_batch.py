@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,12 @@ def test_no_sample_is_left_alone_if_batchnorm_needs_two(tmp_path: Path, monkeypa
     # The memory is enough for three samples. The second batch has 23, of which passes of two would leave one.
     monkeypatch.setattr(micro_batch._Trial, "_peak", lambda _, size: 0.0 if size <= 3 else math.inf)
     keys = (*RUN, *NET, "+model.kwargs.norm=batch", "trainer.micro_batch_size=auto", "data.train_size=52")
-    assert trained(small(*keys, "trainer.max_steps=2", f"run_dir={tmp_path}"))["size"] == 3
+    assert trained(small(*keys, "trainer.max_steps=2", f"run_dir={tmp_path / 'three'}"))["size"] == 3
+    # Of a batch of two no smaller passes are possible. The first trial of them needs too much, the second doesn't.
+    needs = itertools.chain([0.0, math.inf], itertools.repeat(0.0))
+    monkeypatch.setattr(micro_batch._Trial, "_peak", lambda _, size: next(needs))
+    keys = (*keys, "data.batch_size=2")
+    assert trained(small(*keys, "trainer.max_steps=1", f"run_dir={tmp_path / 'two'}"))["size"] is None
 
 
 def train_in_turn(configurations: list[Config]) -> None:

@@ -22,6 +22,7 @@ from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError
 from distrain.files import mapped_memory
 from distrain.files.mapped_memory import MappedFile
+from distrain.optim.optimizers import updates
 from distrain.optim.uncompiled import without_compiler_hooks
 from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.fsdp.options import FILE, FULL, HOST, FSDPConfig
@@ -133,6 +134,7 @@ class _OptimizerOfBlocks(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("an optimizer of blocks takes no closure")
+        updates.share(self.optimizers, updates.completed(self))
         for each in self.optimizers:
             with self._lent(each):
                 each.step()

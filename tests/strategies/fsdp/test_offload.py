@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import itertools
 import json
@@ -18,8 +19,10 @@ from torch import nn
 
 from distrain.errors import Failed
 from distrain.files.mapped_memory import MappedFile
+from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
+from distrain.strategies.fsdp.offload import HostOffload, Offload
 from distrain.strategies.fsdp.options import FSDPConfig
 from distrain.training.memory import memory_line
 from tests.harness import run_ranks, soaked
@@ -71,6 +74,22 @@ def test_the_training_is_the_same_bit_for_bit(ways: list[tuple[str, str]], tmp_p
     # The files have no name, so none can be left behind.
     runs = {f"{shard}_{offload}" for shard, offload in found if offload != "resumed"}
     assert {path.name for path in tmp_path.iterdir()} == {*runs, "again"}
+
+
+def test_a_block_that_was_frozen_counts_the_updates_of_the_others() -> None:
+    config = small("optimizer.lookahead.every=2", "optimizer.lr=0.1").optimizer
+    make = functools.partial(build_optimizer, config, total_steps=5)
+    found = []
+    for place in (Offload(), HostOffload(keeps_parts=True, copies=False)):
+        slices = {name: nn.Parameter(torch.ones(3)) for name in ("head", "body")}
+        optimizer = place.make_optimizer(make, [{name: piece} for name, piece in slices.items()])
+        for step in range(5):
+            slices["head"].grad = torch.full((3,), 1.0 + step)
+            # Trained from the second update on.
+            slices["body"].grad = torch.full((3,), 2.0 + step) if step else None
+            optimizer.step()
+        found.append(slices)
+    assert all(torch.equal(found[0][name], piece) for name, piece in found[1].items())
 
 
 def full_disk(folder: str) -> str:
