@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import signal
 import socket
@@ -92,13 +91,19 @@ class GracefulServer(uvicorn.Server):
 def _take_all(listening: socket.socket) -> list[socket.socket]:
     """Accepts the connections that wait at a socket, and closes it."""
     connections: list[socket.socket] = []
-    with listening, contextlib.suppress(BlockingIOError, ConnectionError):
+    with listening:
         listening.setblocking(False)
         while True:
-            connection, _ = listening.accept()
+            try:
+                connection, _ = listening.accept()
+            except ConnectionError:
+                # This client is gone already; others may wait behind it.
+                continue
+            except OSError:
+                # None waits any more, or this process may open no more files.
+                return connections
             connection.setblocking(False)
             connections.append(connection)
-    return connections
 
 
 def make_server(app: FastAPI, limits: Limits, stop_seconds: float, on_start: Callable[[], None]) -> GracefulServer:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import json
+import select
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
+import uvloop
 from fastapi import FastAPI
 
 from distrain.data.decode import decode_bytes
@@ -205,21 +210,25 @@ def test_a_server_that_stops_answers_what_it_has_accepted(monkeypatch: pytest.Mo
     asyncio.run(ask())
 
 
-def test_a_connection_that_arrives_before_the_last_moment_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_that_arrives_before_the_last_moment_is_answered(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel accepts it, and the event loop sees nothing of it before the server no longer listens."""
     late: list[socket.socket] = []
 
     async def ask() -> bytes:
         async with listening() as (served, port, _):
-            close = served.servers[0].close
+            stop_accepting = served._stop_accepting
 
-            def close_later() -> None:
-                if not late:
-                    late.append(socket.create_connection(("127.0.0.1", port), HANG_SECONDS))
-                    late[0].sendall(post(png(51)))
-                close()
+            async def stop_later(sockets: list[socket.socket]) -> None:
+                late.append(socket.create_connection(("127.0.0.1", port), HANG_SECONDS))
+                late[0].sendall(post(png(51)))
+                # A busy kernel may tell the client first that they are connected.
+                assert select.select(sockets, [], [], HANG_SECONDS)[0]
+                await stop_accepting(sockets)
 
-            monkeypatch.setattr(served.servers[0], "close", close_later)
+            monkeypatch.setattr(served, "_stop_accepting", stop_later)
             served.should_exit = True
             await until(lambda: bool(late))
             late[0].setblocking(False)
@@ -228,8 +237,24 @@ def test_a_connection_that_arrives_before_the_last_moment_is_answered(monkeypatc
             writer.close()
             return answer
 
-    answer = asyncio.run(ask())
+    with contextlib.closing(new_loop()) as loop:
+        answer = loop.run_until_complete(ask())
     assert (status(answer), b"connection: close" in answer) == (200, True)
+
+
+def test_connections_are_taken_in_spite_of_clients_that_are_gone_and_too_many_open_files() -> None:
+    ours, theirs = socket.socketpair()
+    waiting = iter([ConnectionAbortedError(), (ours, None), OSError(errno.EMFILE, "too many open files")])
+
+    class Listening(socket.socket):
+        def accept(self) -> Any:
+            result = next(waiting)
+            if isinstance(result, OSError):
+                raise result
+            return result
+
+    with ours, theirs:
+        assert server._take_all(Listening()) == [ours]
 
 
 async def until_refused(port: int) -> None:
