@@ -136,22 +136,17 @@ def shared_runs(folder: str) -> dict[str, Any]:
     """What four ranks train one after the other: a chain, the same twice, and with compression."""
     found: dict[str, Any] = {"chain": []}
     for steps, mesh in CHAIN:
-        found["chain"].append(train(*_of_mesh(mesh), f"trainer.max_steps={steps}", f"run_dir={folder}/chain"))
+        found["chain"].append(train(*SHARED, *mesh, f"trainer.max_steps={steps}", f"run_dir={folder}/chain"))
     for name, mesh in (("stages", STAGES), ("layers", LAYERS)):
         saved = ("checkpoint.every_steps=3", "checkpoint.keep=9", "trainer.max_steps=6")
-        options = (*_of_mesh(mesh), GRADIENTS, *saved)
+        options = (*SHARED, *mesh, GRADIENTS, *saved)
         whole = train(*options, f"run_dir={folder}/{name}")
         start = checkpoint_path(checkpoints_folder(Path(folder, name)), 3)
         again = train(*options, f"run_dir={folder}/{name} again", f"resume={start}")
-        usual = train(*_of_mesh(REPLICAS[mesh]), *TOPK, f"run_dir={folder}/{name} replicas")
-        compressed = train(*_of_mesh(mesh), OPTIMIZER, *TOPK, f"run_dir={folder}/{name} compressed")
+        usual = train(*SHARED, *REPLICAS[mesh], *TOPK, f"run_dir={folder}/{name} replicas")
+        compressed = train(*SHARED, *mesh, OPTIMIZER, *TOPK, f"run_dir={folder}/{name} compressed")
         found[name] = {"whole": whole, "again": again, "usual": usual, "compressed": compressed}
     return found
-
-
-def _of_mesh(mesh: tuple[str, ...]) -> tuple[str, ...]:
-    # Averages are of whole parameters, which ranks that divide layers don't have.
-    return (*SHARED, *mesh, *(("trainer.ema.decay=null",) if "strategy.mesh.tensor=2" in mesh else ()))
 
 
 def test_shards_resume_compress_and_hold_what_they_should(tmp_path: Path) -> None:
