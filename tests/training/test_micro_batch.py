@@ -109,8 +109,8 @@ def test_no_sample_is_left_alone_if_batchnorm_needs_two(tmp_path: Path, monkeypa
     # Of a batch of two no smaller passes are possible. The first trial of them needs too much, the second doesn't.
     needs = itertools.chain([0.0, math.inf], itertools.repeat(0.0))
     monkeypatch.setattr(micro_batch._Trial, "_peak", lambda _, size: next(needs))
-    keys = (*keys, "data.batch_size=2")
-    assert trained(small(*keys, "trainer.max_steps=1", f"run_dir={tmp_path / 'two'}"))["size"] is None
+    two = small(*keys, "data.batch_size=2", "trainer.max_steps=1", f"run_dir={tmp_path / 'two'}")
+    assert trained(two)["size"] is None
 
 
 def train_in_turn(configurations: list[Config]) -> None:
