@@ -14,6 +14,7 @@ from distrain.data.image_files import DecodedImagesConfig, stored_spec
 from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.models.outputs import logits_of
+from distrain.models.recorded import record
 from distrain.models.tensors import convert
 from distrain.runtime.device import choose_device
 from distrain.runtime.world import World
@@ -75,6 +76,14 @@ class RunModel:
         with self._precision.autocast():
             parts = [self._task.evaluate(self._logits, batch.inputs) for batch in loader.epoch(0)]
         return torch.cat(parts).cpu().double()
+
+    def record(self) -> None:
+        """Runs the model as a :mod:`program <distrain.models.recorded>` from now on, where that computes the same."""
+        if self.device.type != "cpu" or self._precision.is_mixed:
+            return
+        spec = self._folder.spec
+        example = torch.zeros(2, spec.channels, spec.height, spec.width, dtype=self._precision.dtype)
+        self._model = record(self._model.eval(), example.contiguous(memory_format=self._layout))
 
     def _logits(self, inputs: Tensor) -> Tensor:
         return logits_of(self._model(inputs))

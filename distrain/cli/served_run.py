@@ -76,6 +76,8 @@ class ServedRun(ServedModel):
         check_task(self._task)
         read = folder.weights(checkpoint, weights)
         self._model = RunModel(folder, self._task, read, device, allow, World(0, 1, 0, 1, ""))
+        # Other threads decode and answer meanwhile.
+        self._model.record()
         spec = decoded_spec(folder)
         self.about = About(
             name=read.path.name,

@@ -48,9 +48,14 @@ class Precision:
         self._scale = 2.0**16 if name == "fp16" else 1.0
         self._good_steps = 0
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether heavy operations are in another format than parameters."""
+        return self.name in _MIXED
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that forward passes run in."""
-        if self.name in _MIXED:
+        if self.is_mixed:
             return torch.autocast(self._device, _MIXED[self.name])
         return nullcontext()
 
