@@ -48,7 +48,7 @@ def record(model: nn.Module, example: Tensor) -> nn.Module:
             traced = torch.jit.trace(_Logits(model).eval(), example, check_trace=False)
             # Without changes of the numbers, such as merging BatchNorm into convolutions.
             program: nn.Module = torch.jit.freeze(traced, optimize_numerics=False)
-        problem = next((str(each.message) for each in caught if issubclass(each.category, torch.jit.TracerWarning)), "")
+        problem = next((str(each.message) for each in caught if each.category.__name__ == "TracerWarning"), "")
         if not problem and not all(_agree(model, program, example, size) for size in _SIZES):
             problem = "it computes something else"
     except Exception as error:  # whatever a model's forward pass does that can't be recorded

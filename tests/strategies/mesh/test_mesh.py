@@ -139,6 +139,7 @@ def alone_until(folder: str, last: int, checkpoint: str) -> dict[str, Any]:
     return model
 
 
+@pytest.mark.soak
 def test_a_mesh_goes_on_bit_for_bit_and_from_one_process_and_to_one(tmp_path: Path) -> None:
     expected = run_ranks(alone_until, 1, str(tmp_path / "alone"), STEPS, "never")[0]
     for rank in run_ranks(resumed, 4, str(tmp_path)):
