@@ -57,6 +57,9 @@ class Lookahead:
         if not is_merge and not is_last:
             return
         parameters = _with_gradient(optimizer)
+        if not parameters:
+            # Of a part of the model that is frozen, or of a rank without a slice.
+            return
         slow = [optimizer.state[parameter][_KEY] for parameter in parameters]
         if is_merge:
             keep = self._keep * min(1.0, self._update / self._total) ** self._power
