@@ -22,7 +22,7 @@ from distrain.gradients.bucket_sizes import BucketSizes
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import logits_of
-from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.mesh.options import MeshPipelineConfig
 from distrain.strategies.pipeline.blocks import ActivationSpec, flatten, part_of
 from distrain.strategies.pipeline.options import PipelineConfig
@@ -37,12 +37,11 @@ from distrain.strategies.tensor_parallel.divided_gradients import DividedGradien
 from distrain.strategies.tensor_parallel.divided_strategy import DividedStrategy
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
 from distrain.strategies.tensor_parallel.layers import Division, divide
-from distrain.strategies.tensor_parallel.strategy import counted_once, largest
+from distrain.strategies.tensor_parallel.strategy import largest
 from distrain.strategies.tensor_parallel.trial import SAMPLES, Trial
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,6 @@ class DividedPipeline(DividedStrategy[PipelineConfig], Pipeline):
         super().__init__(config, runtime)
         assert self.mesh is not None
         self.tensor_group = Communicator(self.mesh.get_group("tensor"), self.ledger)
-        self._bytes_of_layers = 0
         self._cuts: dict[str, Cut] = {}
 
     @classmethod
@@ -204,21 +202,6 @@ class DividedPipeline(DividedStrategy[PipelineConfig], Pipeline):
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
         self._share_wholes(super()._own_model_state())
-
-    @override
-    def train_step(self, batch: Batch) -> StepResult:
-        before = self._layers.bytes_sent
-        result = super().train_step(batch)
-        self._bytes_of_layers = self._layers.bytes_sent - before
-        return counted_once(result, self.tensor_group)
-
-    @override
-    def eval_step(self, batch: Batch) -> StepResult:
-        return counted_once(super().eval_step(batch), self.tensor_group)
-
-    @override
-    def uncompressed_bytes_per_step(self) -> int:
-        return super().uncompressed_bytes_per_step() + self._bytes_of_layers
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -1,17 +1,23 @@
-"""What strategies have in common whose ranks hold parts of layers: averages are parts too, the rest is equal."""
+"""What strategies have in common whose ranks hold parts of layers: results count once, averages are parts too."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
-from distrain.strategies.base import OptionsT_co, Strategy
+from distrain.strategies.base import OptionsT_co, StepResult, Strategy
 from distrain.strategies.tensor_parallel import divided_state
 from distrain.strategies.tensor_parallel.cut import Cut
+from distrain.strategies.tensor_parallel.layer_group import LayerGroup
+
+if TYPE_CHECKING:
+    from distrain.data.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +31,31 @@ class DividedStrategy(Strategy[OptionsT_co]):
 
     tensor_group: Communicator
     _cuts: dict[str, Cut]
+    _layers: LayerGroup
+    _bytes_of_layers = 0
+
+    @override
+    def train_step(self, batch: Batch) -> StepResult:
+        before = self._layers.bytes_sent
+        # The second base class has it.
+        result = super().train_step(batch)  # type: ignore[safe-super]
+        self._bytes_of_layers = self._layers.bytes_sent - before
+        return self._counted_once(result)
+
+    @override
+    def eval_step(self, batch: Batch) -> StepResult:
+        return self._counted_once(super().eval_step(batch))  # type: ignore[safe-super]
+
+    @override
+    def uncompressed_bytes_per_step(self) -> int:
+        return super().uncompressed_bytes_per_step() + self._bytes_of_layers
+
+    def _counted_once(self, result: StepResult) -> StepResult:
+        """A result that is equal on all ranks of the group, on the first alone: sums over ranks must count it once."""
+        if self.tensor_group.rank == 0:
+            return result
+        sums = torch.zeros_like(result.loss_sum), torch.zeros_like(result.metric_sums)
+        return StepResult(*sums, 0, skipped=result.skipped)
 
     def _share_wholes(self, tensors: Mapping[str, Tensor]) -> None:
         """Gives all ranks of the group the first one's values of what is whole, if they have come apart.

@@ -23,7 +23,7 @@ from distrain.errors import config_error
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import logits_of
-from distrain.strategies.base import MakeOptimizer, StepResult
+from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.data_parallel import DataParallel
 from distrain.strategies.pipeline.traced_model import images_like
 from distrain.strategies.precision import Precision
@@ -39,7 +39,6 @@ from distrain.strategies.tensor_parallel.trial import SAMPLES, Trial
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,6 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
             self.replicas = Communicator(self.mesh.get_group("data"), self.ledger)
         self.data_shard = (self.replicas.rank, self.replicas.size)
         self._layers = LayerGroup(self.tensor_group)
-        self._bytes_of_layers = 0
         self._cuts: dict[str, Cut] = {}
         self._division: dict[str, Any] = {}
 
@@ -157,21 +155,6 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
         self._share_wholes(module_state.read(self.model).tensors)
 
     @override
-    def train_step(self, batch: Batch) -> StepResult:
-        before = self._layers.bytes_sent
-        result = super().train_step(batch)
-        self._bytes_of_layers = self._layers.bytes_sent - before
-        return counted_once(result, self.tensor_group)
-
-    @override
-    def eval_step(self, batch: Batch) -> StepResult:
-        return counted_once(super().eval_step(batch), self.tensor_group)
-
-    @override
-    def uncompressed_bytes_per_step(self) -> int:
-        return super().uncompressed_bytes_per_step() + self._bytes_of_layers
-
-    @override
     def report(self) -> dict[str, Any]:
         return {**super().report(), "tensor_parallel": self._division}
 
@@ -196,14 +179,6 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
             "compressor": divided_state.parts_of_compressors(saved["compressor"], self._cuts, self.tensor_group, own),
         }
         return super().load_state_dict({**saved, **parts})
-
-
-def counted_once(result: StepResult, group: Communicator) -> StepResult:
-    """A result that is equal on all ranks of a group, on the first one alone: sums over ranks must count it once."""
-    if group.rank == 0:
-        return result
-    sums = torch.zeros_like(result.loss_sum), torch.zeros_like(result.metric_sums)
-    return StepResult(*sums, 0, skipped=result.skipped)
 
 
 def largest(size: int, group: Communicator, device: torch.device) -> int:
