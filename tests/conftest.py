@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests import garbage
 from tests.side_by_side import (  # noqa: F401 - hooks of pytest
     pytest_cmdline_main,
     pytest_collection_modifyitems,
     pytest_report_to_serializable,
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays to the end."""
+    garbage.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

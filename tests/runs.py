@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.cli import hydra_entry
 from distrain.config.load import load_config
 from distrain.config.schema import Config
 from distrain.data.base import Splits, data_source
@@ -23,8 +22,9 @@ from distrain.runtime.world import World
 from distrain.training.assembly import build_trainer
 from distrain.training.run_plan import RunPlan
 from distrain.training.trainer import Trainer
+from tests import composing
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = composing.CONF
 LAUNCH = Path(__file__).parent.parent / "launch"
 
 
@@ -83,7 +83,7 @@ def dimmed(images: Tensor, seeds: Tensor) -> Tensor:
 
 def compose(*overrides: str) -> Config:
     """The checked configuration of a command line."""
-    return load_config(hydra_entry.compose(CONF, "config", list(overrides)))
+    return load_config(composing.compose(overrides))
 
 
 def small(*overrides: str) -> Config:

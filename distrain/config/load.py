@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -189,7 +190,7 @@ def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
     _check_keys(key, schema, node)
     _check_lists_of_mappings(key, schema, node)
     try:
-        instance: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+        instance: Any = OmegaConf.to_object(OmegaConf.merge(_as_omegaconf(schema), node))
     except ValidationError as error:
         raise _wrong_type(error, key, schema, node) from error
     except OmegaConfBaseException as error:
@@ -208,6 +209,18 @@ def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
                     group, _join(_join(key, spec.name), str(name)), node[spec.name][name]
                 )
     return instance
+
+
+@functools.cache
+def _as_omegaconf(schema: type[Any]) -> Any:
+    """The schema with its defaults, only to be merged from: what is merged is a copy."""
+    return OmegaConf.structured(schema)
+
+
+@functools.cache
+def _types(schema: type[Any]) -> dict[str, Any]:
+    """The type of each key."""
+    return typing.get_type_hints(schema)
 
 
 def _expand_home(key: str, value: Any) -> Any:
@@ -237,7 +250,7 @@ def _load_nested_choice(group: str, key: str, node: Any) -> Any:
 def _check_keys(key: str, schema: type[Any], node: Any) -> None:
     if not isinstance(node, DictConfig):
         raise ConfigError(key, node, "must be a mapping of keys to values")
-    types = typing.get_type_hints(schema)
+    types = _types(schema)
     for name in map(str, node):
         if name not in types:
             raise config_error(_join(key, name), "no such key", types)
@@ -248,7 +261,7 @@ def _check_keys(key: str, schema: type[Any], node: Any) -> None:
 def _check_lists_of_mappings(key: str, schema: type[Any], node: DictConfig) -> None:
     """Checks each element of a list by itself, since OmegaConf's errors would not say which element is wrong."""
     values = cast(dict[str, Any], OmegaConf.to_container(node))
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in _types(schema).items():
         element = next(iter(typing.get_args(hint)), None)
         items = values.get(name) if dataclasses.is_dataclass(element) else None
         for position, item in enumerate(items if isinstance(items, list) else []):
@@ -262,7 +275,7 @@ def _wrong_type(error: ValidationError, prefix: str, schema: type[Any], node: Di
     key = str(error.full_key or "").partition("[")[0]
     expected: Any = schema
     for name in key.split("."):
-        expected = typing.get_type_hints(expected).get(name) if dataclasses.is_dataclass(expected) else None
+        expected = _types(expected).get(name) if dataclasses.is_dataclass(expected) else None
     if expected is None:
         return config_error_from_omegaconf(error, prefix=prefix, schema=schema)
     return ConfigError(_join(prefix, key), OmegaConf.select(node, key), f"must be {describe_type(expected)}")
