@@ -113,6 +113,24 @@ def test_no_sample_is_left_alone_if_batchnorm_needs_two(tmp_path: Path, monkeypa
     assert trained(two)["size"] is None
 
 
+def test_passes_that_run_out_of_memory_are_not_said_to_need_an_infinite_amount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(micro_batch._Trial, "_peak", lambda *_: math.inf)
+    options = (
+        *RUN,
+        *NET,
+        "+model.kwargs.norm=group",
+        "trainer.micro_batch_size=auto",
+        "runtime.memory_limit_mb=5",
+        f"run_dir={tmp_path}",
+    )
+    with pytest.raises(Failed):
+        trained(small(*options))
+    said = "runs out of memory with the fewest samples that a pass may have (1), and may take 5.0 MiB; "
+    assert said in capsys.readouterr().err
+
+
 def train_in_turn(configurations: list[Config]) -> None:
     for configuration in configurations:
         app.train(configuration)
