@@ -31,7 +31,7 @@ def agreed(ranks: Communicator, runtime: Runtime, part: Callable[[], T]) -> T:
 
     Raises:
         ConfigError: On all ranks, if ``part`` raised it on one of them, and nothing else on another one.
-        PeerLost: ``part`` raised anything else on another rank, where that error goes on.
+        PeerLost: ``part`` raised anything else on another rank. That rank raises the error itself.
     """
     try:
         result = part()

@@ -223,6 +223,7 @@ class FSDP(DDP):
         return gradients
 
     def _divide_update(self, parts: Sequence[Sequence[tuple[str, nn.Parameter]]]) -> ShardedUpdate:
+        """Makes blocks of parameters, and memory for this rank's parts of them."""
         value_of = None
         if self._shard == FULL:
             value_of = torch.detach if self.initial_values is None else self.initial_values.value
