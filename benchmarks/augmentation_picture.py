@@ -122,11 +122,11 @@ def rows() -> dict[str, tuple[AugmentConfig, Reference]]:
             lambda images: torch.stack([erasing(image) for image in images]),
         ),
         "mixup": (
-            AugmentConfig(**whole, mixing=MixingConfig(mixup_alpha=1.0)),
+            AugmentConfig(**whole, mixing=MixingConfig(mixup_alpha=1.0, mode="pair")),
             mixed(v2.MixUp(alpha=1.0, num_classes=2)),
         ),
         "CutMix": (
-            AugmentConfig(**whole, mixing=MixingConfig(cutmix_alpha=1.0)),
+            AugmentConfig(**whole, mixing=MixingConfig(cutmix_alpha=1.0, mode="pair")),
             mixed(v2.CutMix(alpha=1.0, num_classes=2)),
         ),
     }
@@ -165,8 +165,7 @@ def picture(path: Path, image: Path | None) -> None:
     for text, left in (("distrain", 0), ("torchvision", half)):
         pen.text((left + COLUMNS * step // 2, 4), text, fill="black", anchor="ma", font_size=14)
     for line, (name, (config, reference)) in enumerate(wanted.items()):
-        mixes = config.mixing.mixup_alpha + config.mixing.cutmix_alpha > 0
-        shown = [house, boat if mixes else house] * (COLUMNS // 2)
+        shown = [house, boat if config.mixing.active else house] * (COLUMNS // 2)
         images = torch.stack([functional.pil_to_tensor(each) for each in shown])
         top = line * (step + TITLE) + 2 * TITLE
         pen.text((0, top - TITLE + 5), name, fill="black", font_size=13)

@@ -137,8 +137,7 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         }
         return loaders, next(loaders["train"].epoch(0))
 
-    everyone = runtime.communicator()
-    loaders, first = agreed(everyone, runtime, start_loaders)
+    loaders, first = agreed(runtime.communicator(), runtime, start_loaders)
     steps_per_epoch = len(loaders["train"])
     steps = total_steps(config, steps_per_epoch)
     make_optimizer = functools.partial(
@@ -161,7 +160,8 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         default = callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main)
         return logger, CallbackList(default, chosen_callbacks.build(config, is_main=runtime.is_main))
 
-    logger, called = agreed(everyone, runtime, start_observers)
+    # Servers have no part in it: they must serve, since workers may need them during set-up already.
+    logger, called = agreed(strategy.training_group, runtime, start_observers)
     trainer = Trainer(
         plan,
         runtime,

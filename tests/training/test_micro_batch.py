@@ -136,11 +136,11 @@ def train_in_turn(configurations: list[Config]) -> None:
         app.train(configuration)
 
 
-def test_a_worker_holds_no_state_of_an_optimizer(tmp_path: Path) -> None:
+def test_workers_hold_no_state_of_an_optimizer(tmp_path: Path) -> None:
     # Parameters and gradients take 2.3 MiB, and the state, which the server has, would take as much again.
     options = (*WIDE, "strategy=parameter_server", "runtime.memory_limit_mb=3.3")
     keys = ("trainer.micro_batch_size", "model.checkpoint_activations")
-    run_ranks(train_in_turn, 2, [small(*options, f"{key}=auto", f"run_dir={tmp_path / key}") for key in keys])
+    run_ranks(train_in_turn, 3, [small(*options, f"{key}=auto", f"run_dir={tmp_path / key}") for key in keys])
 
 
 def test_ranks_that_share_gradients_hold_all_of_them_between_passes() -> None:
