@@ -40,7 +40,7 @@ CORE := tests/test_torch_internals.py tests/runtime/test_runtime.py tests/runtim
 	tests/communication/test_collectives.py tests/gradients tests/compression tests/optim tests/models/test_tensors.py \
 	tests/strategies/test_single.py tests/strategies/test_ddp.py tests/strategies/test_batchnorm.py \
 	tests/strategies/test_precision.py tests/strategies/pipeline/test_strategy.py tests/strategies/local_sgd \
-	tests/checkpoint tests/training/test_resume.py tests/training/test_trainer.py
+	tests/checkpoint tests/training/test_resume.py tests/training/test_resume_compatibility.py tests/training/test_trainer.py
 
 test-core: $(VENV)/.stamp-test ## Run the tests of what depends on torch most (minutes), with TORCH=2.6.0 for example
 	$(BIN)/python -m pytest $(CORE) $(ARGS)

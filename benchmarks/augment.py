@@ -3,12 +3,11 @@
 Needs torchvision (``pip install torchvision``)::
 
     python benchmarks/augment.py compare              # draws and pixels
-    python benchmarks/augment.py picture docs/augmentation.png
     python benchmarks/augment.py cost                 # images per second of both in turn; on an idle machine
 
 ``compare`` draws 10,000 times from both and prints, for each augmentation, the range of what was drawn, or how often it
 was drawn, and how probable so large a difference is (a test of Kolmogorov and Smirnov, or chi-square). It ends with
-exit code 1 if one of them is improbable.
+exit code 1 if one of them is improbable. ``benchmarks/augmentation_picture.py`` draws what both make of an image.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -40,7 +38,6 @@ from distrain.config.augment import (
 from distrain.data.augmentation import erasing, mixing, operations, policies, resize
 from distrain.data.augmentation.draws import Draws
 from distrain.data.augmentation.operations import Operation
-from distrain.data.augmentation.pipeline import Augmentation
 from distrain.data.base import DataSpec, Images
 from distrain.data.loader import Loader
 
@@ -408,80 +405,6 @@ def cost(count: int, batch_size: int, rounds: int) -> int:
     return int(lowest < 3)
 
 
-def scene(side: int) -> Image.Image:
-    """A drawn house with a tree and the sun, so that what happens to it can be seen."""
-    large = 4 * side
-    drawn = Image.new("RGB", (large, large), (135, 190, 235))
-    pen = ImageDraw.Draw(drawn)
-    for name, shape, colour in (
-        ("ellipse", (0.68, 0.06, 0.9, 0.28), (250, 205, 70)),
-        ("rectangle", (0, 0.7, 1, 1), (95, 150, 70)),
-        ("rectangle", (0.12, 0.45, 0.55, 0.82), (190, 110, 85)),
-        ("polygon", (0.06, 0.46, 0.335, 0.18, 0.61, 0.46), (110, 60, 60)),
-        ("rectangle", (0.2, 0.54, 0.32, 0.66), (240, 235, 200)),
-        ("rectangle", (0.38, 0.58, 0.49, 0.82), (80, 55, 45)),
-        ("rectangle", (0.76, 0.55, 0.81, 0.8), (100, 70, 45)),
-        ("ellipse", (0.64, 0.32, 0.93, 0.62), (45, 110, 60)),
-    ):
-        getattr(pen, name)([large * place for place in shape], fill=colour)
-    return drawn.resize((side, side), Image.Resampling.LANCZOS)
-
-
-def picture(path: Path, image: Path | None) -> int:
-    """Draws augmented images of distrain and of torchvision in rows, side by side."""
-    from torchvision import transforms
-    from torchvision.transforms import autoaugment
-
-    side, columns = 96, 6
-    source = tensor(Image.open(image).convert("RGB").resize((side, side)) if image else scene(side))
-    whole: dict[str, Any] = {"flip": False, "crop_padding": 0, "cutout": 0}
-    rows: dict[str, tuple[AugmentConfig, Callable[[Image.Image], Any]]] = {
-        "random-resized crop": (
-            AugmentConfig(**whole, random_resized_crop=RandomResizedCropConfig([0.2, 1.0])),
-            transforms.RandomResizedCrop(side, (0.2, 1.0)),
-        ),
-        "colour jitter": (
-            AugmentConfig(**whole, color_jitter=ColorJitterConfig(0.4, 0.4, 0.4, 0.1)),
-            transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
-        ),
-        "RandAugment": (
-            AugmentConfig(**whole, auto_augment=AutoAugmentConfig("randaugment")),
-            autoaugment.RandAugment(),
-        ),
-        "TrivialAugment": (
-            AugmentConfig(**whole, auto_augment=AutoAugmentConfig("trivialaugment")),
-            autoaugment.TrivialAugmentWide(),
-        ),
-        "AutoAugment, CIFAR-10": (
-            AugmentConfig(**whole, auto_augment=AutoAugmentConfig("autoaugment_cifar10")),
-            autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy.CIFAR10),
-        ),
-        "AutoAugment, ImageNet": (
-            AugmentConfig(**whole, auto_augment=AutoAugmentConfig("autoaugment_imagenet")),
-            autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy.IMAGENET),
-        ),
-    }
-    torch.manual_seed(0)
-    step, title = side + 6, 22
-    sheet = Image.new("RGB", (2 * columns * step + 30, len(rows) * (step + title) + title), "white")
-    pen = ImageDraw.Draw(sheet)
-    for text, left in (("distrain", 0), ("torchvision", columns * step + 30)):
-        pen.text((left + columns * step // 2, 4), text, fill="black", anchor="ma", font_size=14)
-    for line, (name, (config, reference)) in enumerate(rows.items()):
-        augmentation = Augmentation(config, DataSpec(3, side, side), (side, side), 1.0, seed=1)
-        counters = torch.arange(columns)
-        plan = augmentation.plans(0, counters, [augmentation.span(0, columns, 0, columns)])[0]
-        images = source.unsqueeze(0).repeat(columns, 1, 1, 1)
-        ours, _ = augmentation.change_pixels(images, augmentation.shifts.draws(0, counters), plan, None)
-        theirs = [tensor(reference(pil(source))) for _ in range(columns)]
-        top = line * (step + title) + 2 * title
-        pen.text((0, top - title + 5), name, fill="black", font_size=13)
-        for place, shown in enumerate([*ours, *theirs]):
-            sheet.paste(pil(shown), (place * step + (30 if place >= columns else 0), top))
-    sheet.save(path, optimize=True)
-    return 0
-
-
 def main() -> int:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -491,15 +414,10 @@ def main() -> int:
     costs.add_argument("--count", type=int, default=5120)
     costs.add_argument("--batch-size", type=int, default=128)
     costs.add_argument("--rounds", type=int, default=5)
-    pictures = commands.add_parser("picture")
-    pictures.add_argument("path", type=Path)
-    pictures.add_argument("--image", type=Path, help="picture to augment; by default a drawn one")
     options = parser.parse_args()
     if options.command == "compare":
         return compare()
-    if options.command == "cost":
-        return cost(options.count, options.batch_size, options.rounds)
-    return picture(options.path, options.image)
+    return cost(options.count, options.batch_size, options.rounds)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: What was mapped and is still used, by the address where its memory begins.
-_MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+#: Maps that are still used, by the address of each allocation in them.
+_MAPS: weakref.WeakValueDictionary[int, _Map] = weakref.WeakValueDictionary()
 #: Tensors in one map begin at multiples of this many bytes.
 _ALIGNMENT = 64
 _IN_MEMORY = ("tmpfs", "ramfs")
 _MIB = 2**20
+
+
+class _Map(mmap.mmap):
+    """A part of a file in the process's memory.
+
+    Attributes:
+        address: Where it begins there.
+        used: Bytes of it that are allocated.
+    """
+
+    address: int
+    used: int
 
 
 class MappedFile:
@@ -29,6 +41,9 @@ class MappedFile:
 
     Space is taken from the disk when it is allocated. On a full disk, writing to a map without that would end the
     process by a signal.
+
+    Each map keeps a file descriptor open, of which a process may have few. So a new map is at least as large as all
+    that is allocated already: twenty maps hold a million times as much as the first one.
 
     Args:
         folder: Where the file lies.
@@ -43,7 +58,9 @@ class MappedFile:
             self._file = tempfile.TemporaryFile(prefix="distrain_", dir=folder)  # noqa: SIM115, open as long as this
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder)) from error
-        self._used = self._reserved = 0
+        #: Bytes from the file's beginning that are allocated, taken from the disk, and part of maps.
+        self._used = self._reserved = self._mapped = 0
+        self._map: _Map | None = None
 
     def reserve(self, size: int) -> None:
         """Takes space from the disk for what will be allocated next.
@@ -61,16 +78,17 @@ class MappedFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), self._reserved, more)
             else:
-                self._file.truncate(self._reserved + more)
+                self._file.truncate(max(self._reserved + more, self._mapped))
         except OSError as error:
-            # What was taken before the error is given back.
+            # What was taken before the error is given back; the rest of the map stays, without space on the disk.
             self._file.truncate(self._reserved)
+            self._file.truncate(max(self._reserved, self._mapped))
             problem = f"{error.strerror} ({more / _MIB:,.1f} MiB are needed)"
             raise OSError(error.errno or errno.EIO, problem, str(self._folder)) from error
         self._reserved += more
 
     def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """One-dimensional tensors of zeros, in one map.
+        """One-dimensional tensors of zeros, whose memory is let go together.
 
         Args:
             sizes: Elements of each.
@@ -84,18 +102,34 @@ class MappedFile:
             offsets.append(offsets[-1] + bytes_in_map(size * dtype.itemsize))
         length = _whole_pages(offsets[-1])
         self.reserve(length)
-        try:
-            memory = mmap.mmap(self._file.fileno(), length, offset=self._used)
-        except OSError as error:
-            problem = f"{error.strerror} (to map {length / _MIB:,.1f} MiB)"
-            raise OSError(error.errno, problem, str(self._folder)) from error
+        memory = self._map
+        if memory is None or memory.used + length > len(memory):
+            memory = self._map = self._new_map(length)
+        whole = torch.frombuffer(memory, dtype=torch.uint8, offset=memory.used, count=length)
+        _MAPS[memory.address + memory.used] = memory
+        memory.used += length
         self._used += length
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        _MAPS[_address(whole)] = memory
         return [
             whole[offset : offset + size * dtype.itemsize].view(dtype)
             for offset, size, dtype in zip(offsets, sizes, dtypes, strict=False)
         ]
+
+    def _new_map(self, length: int) -> _Map:
+        """Maps what is not allocated yet: at least so many bytes, and more if the system permits that."""
+        for size in (max(length, self._used), length):
+            end = max(self._used + size, self._mapped, self._reserved)
+            try:
+                # No map may be longer than the file. What is not reserved takes no space on the disk.
+                self._file.truncate(end)
+                memory = _Map(self._file.fileno(), size, offset=self._used)
+            except OSError as error:
+                refused = error
+                continue
+            self._mapped = max(self._used + size, self._mapped)
+            memory.address, memory.used = _address(torch.frombuffer(memory, dtype=torch.uint8)), 0
+            return memory
+        problem = f"{refused.strerror} (to map {length / _MIB:,.1f} MiB)"
+        raise OSError(refused.errno, problem, str(self._folder)) from refused
 
 
 def bytes_in_map(size: int) -> int:
@@ -115,16 +149,17 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def release(tensor: Tensor) -> None:
-    """Lets the system take back the memory of all tensors of a map until they are used again; their values stay.
+    """Lets the system take back the memory of a tensor, and of those that were allocated with it; values stay.
 
     What was written is still to be written to the disk: the system does that when it needs the memory.
 
     Args:
-        tensor: One of them; with another tensor nothing is done.
+        tensor: One that was allocated; with another tensor nothing is done.
     """
-    memory = _MAPS.get(_address(tensor))
+    address = _address(tensor)
+    memory = _MAPS.get(address)
     if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
-        memory.madvise(mmap.MADV_DONTNEED)
+        memory.madvise(mmap.MADV_DONTNEED, address - memory.address, tensor.untyped_storage().nbytes())
 
 
 def _address(tensor: Tensor) -> int:

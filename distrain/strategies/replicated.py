@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
+from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.data.sampler import accumulated_pieces
 from distrain.gradients.buckets import Gradients, ReducedGradients
@@ -19,6 +20,7 @@ from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import still_modules, train_only
 from distrain.models.outputs import logits_of
 from distrain.optim.optimizers import modes
+from distrain.runtime.agreement import agreed
 from distrain.runtime.memory_limit import memory_limit
 from distrain.strategies import held_memory
 from distrain.strategies.base import MakeOptimizer, OptionsT_co, StepResult, Strategy
@@ -61,12 +63,14 @@ class Replicated(Strategy[OptionsT_co]):
         self.model = model
         self.task = task
         self._still: list[nn.Module] = []
-        # Before a strategy moves the parameters elsewhere.
-        measured = self._examine_blocks(example)
+        # Before a strategy moves the parameters elsewhere. A rank that fails in passes in which ranks communicate ends,
+        # and the watch tells the others.
+        alone = Communicator() if self._passes_communicate else self._setup_ranks
+        measured = agreed(alone, self.runtime, lambda: self._examine_blocks(example))
         self.gradients = self._make_gradients()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
-        self.optimizer = self._make_optimizer(make_optimizer, updated)
+        self.optimizer = agreed(self._setup_ranks, self.runtime, lambda: self._make_optimizer(make_optimizer, updated))
         self._forward: nn.Module = model
         model.train()
         self._snapshot = BufferSnapshot([model]) if self.config.trainer.on_nonfinite != "stop" else None
@@ -80,6 +84,16 @@ class Replicated(Strategy[OptionsT_co]):
             model.compile()
         if measured is not None:
             self._choose_blocks(measured, make_optimizer, updated)
+
+    @property
+    def _setup_ranks(self) -> Communicator:
+        """The ranks that do each part of set-up together."""
+        return self.replicas
+
+    @property
+    def _passes_communicate(self) -> bool:
+        """Whether ranks communicate while the model runs, before the first step too."""
+        return self._needs_every_piece
 
     def _examine_blocks(self, example: Tensor) -> Measured | None:
         """Sets up ``model.checkpoint_activations``, or returns what its choice depends on."""

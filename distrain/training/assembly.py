@@ -11,6 +11,7 @@ from torch import nn
 
 from distrain.data.augmentation import transforms
 from distrain.data.base import Split, Splits
+from distrain.data.batch import Batch
 from distrain.data.loader import Loader, prefetch_depth
 from distrain.models import deferred, lora
 from distrain.models.base import DataDependentInit
@@ -24,6 +25,7 @@ from distrain.optim.optimizers.build import build_optimizer
 from distrain.optim.optimizers.groups import describe_rates
 from distrain.reporting.loggers import base as loggers
 from distrain.reporting.loggers import several
+from distrain.runtime.agreement import agreed
 from distrain.runtime.device import seed_everything
 from distrain.runtime.runtime import Runtime
 from distrain.strategies.base import Strategy
@@ -64,14 +66,15 @@ def _build_for(strategy: Strategy, plan: RunPlan, splits: Splits, *, whole: bool
         whole: Build it whole in any case.
     """
     make = functools.partial(build_model, plan, splits)
+    everyone = strategy.runtime.communicator()
     if whole or strategy.most_trial_bytes(plan.config) == math.inf:
-        return make()
-    model, values = deferred.build(make)
+        return agreed(everyone, strategy.runtime, make)
+    model, values = agreed(everyone, strategy.runtime, lambda: deferred.build(make))
     # A rank on which that failed has the whole model, and all must set it up by the same steps.
     parted = torch.tensor(float(values is not None), device=plan.device)
-    everyone = strategy.runtime.communicator()
-    if everyone.all_reduce(parted) < everyone.size and values is not None:
-        model, values = make(), None
+    if everyone.all_reduce(parted) < everyone.size:
+        model = agreed(everyone, strategy.runtime, lambda: model if values is None else make())
+        values = None
     strategy.initial_values = values
     return model
 
@@ -125,12 +128,16 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     if starts_from_file:
         initial_weights.load(config.init, runtime, model)
     layout = plan.memory_format(model)
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    loaders = {
-        name: build_loader(plan, strategy, splits, images, layout, training=name == "train")
-        for name, images in parts.items()
-    }
-    first = next(loaders["train"].epoch(0))
+
+    def start_loaders() -> tuple[dict[str, Loader], Batch]:
+        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+        loaders = {
+            name: build_loader(plan, strategy, splits, images, layout, training=name == "train")
+            for name, images in parts.items()
+        }
+        return loaders, next(loaders["train"].epoch(0))
+
+    loaders, first = agreed(runtime.communicator(), runtime, start_loaders)
     steps_per_epoch = len(loaders["train"])
     steps = total_steps(config, steps_per_epoch)
     make_optimizer = functools.partial(
@@ -147,6 +154,14 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     # Counted before a strategy splits the model.
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     strategy.setup(model, plan.task, make_optimizer, first.inputs)
+
+    def start_observers() -> tuple[loggers.Logger, CallbackList]:
+        logger = several.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger()
+        default = callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main)
+        return logger, CallbackList(default, chosen_callbacks.build(config, is_main=runtime.is_main))
+
+    # Servers have no part in it: they must serve, since workers may need them during set-up already.
+    logger, called = agreed(strategy.training_group, runtime, start_observers)
     trainer = Trainer(
         plan,
         runtime,
@@ -154,11 +169,8 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
         splits,
         loaders,
         schedulers.build(config.scheduler, steps_per_epoch, steps),
-        several.build(config, runtime.run_dir, runtime.owner) if runtime.is_main else loggers.Logger(),
-        CallbackList(
-            callbacks.default_callbacks(config.trainer, runtime.run_dir, is_main=runtime.is_main),
-            chosen_callbacks.build(config, is_main=runtime.is_main),
-        ),
+        logger,
+        called,
         Pruning(config, steps_per_epoch, steps, strategy),
     )
     trainer.report.parameters = {

@@ -29,6 +29,7 @@ from distrain.files.terminal import FILE_ONLY
 from distrain.models import deferred
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.tensors import named_tensors, parameter_bytes
+from distrain.runtime.agreement import agreed
 from distrain.runtime.device import float64_device, is_mps, seed_everything, synchronize
 from distrain.runtime.runtime import Runtime
 from distrain.strategies import base as strategy_base
@@ -196,7 +197,8 @@ def _choose_by_trial(
     trial_ranks = strategy.full_model_ranks(config, world.size)
     if not trial_ranks:
         return None
-    model, device = _small_model(make_model, strategy.most_trial_bytes(config)), runtime.device
+    everyone, device = runtime.communicator(), runtime.device
+    model = agreed(everyone, runtime, lambda: _small_model(make_model, strategy.most_trial_bytes(config)))
     if model is None:
         return None
     candidates = [
@@ -210,12 +212,15 @@ def _choose_by_trial(
     # BatchNorm needs at least two samples.
     share = max(min(share, config.trainer.largest_pass or share), 2)
     samples = min(share, len(splits.train))
-    trial = Trial(config, model, task, samples, splits, runtime.device) if world.rank < trial_ranks else None
-    communicator = runtime.communicator()
+    trial = agreed(
+        everyone,
+        runtime,
+        lambda: Trial(config, model, task, samples, splits, device) if world.rank < trial_ranks else None,
+    )
 
     def max_over_ranks(numbers: Sequence[float]) -> list[float]:
         own = torch.tensor(numbers, dtype=torch.float64, device=float64_device(device))
-        largest: list[float] = communicator.all_reduce(own, "max").tolist()
+        largest: list[float] = everyone.all_reduce(own, "max").tolist()
         return largest
 
     # This collective also makes all ranks start the trial at the same time.

@@ -25,6 +25,7 @@ from distrain.errors import ConfigError
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.layers import layer_depths
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.runtime.agreement import agreed
 from distrain.runtime.device import seed_everything
 from distrain.runtime.live_memory import LiveMemory
 from distrain.runtime.memory_limit import MIB, memory_limit
@@ -121,33 +122,41 @@ def resolve(tried: Tried) -> Config:
 def _by_trial(tried: Tried) -> int | None:
     """The number of samples of a pass; ``None`` for the whole share."""
     runtime, share = tried.runtime, tried.share
-    world, everyone, device = runtime.world, runtime.communicator(), runtime.device
-    trains = world.rank < tried.strategy.full_model_ranks(tried.config, world.size)
-    trial = _Trial(tried) if trains else None
-
-    def most(number: int) -> int:
-        return int(everyone.all_reduce(torch.tensor(number, device=device), "max"))
-
-    most_pieces = most(trial.most_pieces if trial is not None else 1)
-    pieces = most(trial.pieces() if trial is not None else 1)
-    while pieces <= most_pieces and most(0 if trial is None or trial.fits(math.ceil(share / pieces)) else 1):
-        pieces += 1
-    problems: list[str] = []
-    if pieces > most_pieces:
-        needs = trial.problem() if trial is not None else ""
-        problems = [each["problem"] for each in everyone.all_gather_json({"problem": needs}, device)]
-        # If the same passes need less now, they are taken; more passes may be impossible.
-        pieces = most_pieces
-    del trial
-    if device.type == "cuda":
+    pieces, problems = _fewest_pieces(tried)
+    if runtime.device.type == "cuda":
+        # The trial's model is gone by now.
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(runtime.device)
     for problem in filter(None, problems):
         raise ConfigError(KEY, AUTO, problem)
     size = math.ceil(share / pieces)
     if runtime.is_main:
         log.info("%s=auto: %d of the %d samples that a rank has of a batch fit into a pass", KEY, size, share)
     return None if pieces == 1 else size
+
+
+def _fewest_pieces(tried: Tried) -> tuple[int, list[str]]:
+    """The fewest passes of a share that fit on all ranks, and for each rank why not even the most passes do."""
+    runtime, share = tried.runtime, tried.share
+    world, everyone, device = runtime.world, runtime.communicator(), runtime.device
+    trains = world.rank < tried.strategy.full_model_ranks(tried.config, world.size)
+    trial = agreed(everyone, runtime, lambda: _Trial(tried) if trains else None)
+
+    def most(number: Callable[[], int]) -> int:
+        return int(everyone.all_reduce(torch.tensor(agreed(everyone, runtime, number), device=device), "max"))
+
+    def too_large() -> int:
+        return int(trial is not None and not trial.fits(math.ceil(share / pieces)))
+
+    most_pieces = most(lambda: trial.most_pieces if trial is not None else 1)
+    pieces = most(lambda: trial.pieces() if trial is not None else 1)
+    while pieces <= most_pieces and most(too_large):
+        pieces += 1
+    if pieces <= most_pieces:
+        return pieces, []
+    needs = agreed(everyone, runtime, lambda: trial.problem() if trial is not None else "")
+    # If the same passes need less now, they are taken; more passes may be impossible.
+    return most_pieces, [each["problem"] for each in everyone.all_gather_json({"problem": needs}, device)]
 
 
 class _Trial:
@@ -248,10 +257,12 @@ class _Trial:
         needed = self._held(size) + self._peak(size)
         if self._limit is None or needed <= self._limit:
             return ""
-        world = self._tried.runtime.world
+        world, limit = self._tried.runtime.world, f"{self._limit / MIB:,.1f} MiB"
+        # Nobody knows how much a pass needs that ran out of memory.
+        needs = f"needs {needed / MIB:,.1f} MiB for" if math.isfinite(needed) else "runs out of memory with"
         return (
-            f"rank {world.rank} on {world.host} needs {needed / MIB:,.1f} MiB for the fewest samples, and may take "
-            f"{self._limit / MIB:,.1f}; model.checkpoint_activations=all and strategy=fsdp need less"
+            f"rank {world.rank} on {world.host} {needs} the fewest samples that a pass may have ({size}), and may take "
+            f"{limit}; model.checkpoint_activations=all and strategy=fsdp need less"
         )
 
     def _peak(self, size: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +16,7 @@ from distrain.files import mapped_memory
 from distrain.files.mapped_memory import MappedFile
 
 MIB = 2**20
-STATUS = Path("/proc/self/status")
+STATUS, DESCRIPTORS = Path("/proc/self/status"), Path("/proc/self/fd")
 
 
 def resident() -> int:
@@ -59,13 +60,33 @@ def test_a_full_disk_is_noticed_when_space_is_taken_and_never_when_it_is_used(tm
     assert tensor.all()
     # A map takes addresses and a file descriptor, which may be limited too.
     with (
-        mock.patch.object(mmap, "mmap", side_effect=OSError(errno.EMFILE, "Too many open files")),
+        mock.patch.object(mapped_memory, "_Map", side_effect=OSError(errno.EMFILE, "Too many open files")),
         pytest.raises(OSError, match=r"Too many open files \(to map 1\.0 MiB\)") as limited,
     ):
         MappedFile(tmp_path).allocate([MIB], [torch.uint8])
     assert (limited.value.errno, limited.value.filename) == (errno.EMFILE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="missing"):
         MappedFile(tmp_path / "missing")
+
+
+def test_many_tensors_take_few_descriptors_and_let_their_memory_go_one_by_one(tmp_path: Path) -> None:
+    file = MappedFile(tmp_path)
+    # More than a process may have open files, often.
+    tensors = [file.allocate([3], [torch.float32])[0] for _ in range(1200)]
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    mapped_memory.release(tensors[5])
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    assert len({tensor.data_ptr() for tensor in tensors}) == 1200
+    if DESCRIPTORS.exists():
+        names = [str(path.readlink()) for path in DESCRIPTORS.iterdir() if path.is_symlink()]
+        assert sum(name.startswith(str(tmp_path)) for name in names) < 15
+    # Space is taken from the disk for what is used alone.
+    assert os.fstat(file._file.fileno()).st_blocks * 512 < 1.1 * 1200 * mmap.ALLOCATIONGRANULARITY
+    assert file._map is not None
+    last = weakref.ref(file._map)
+    del tensors, tensor, file
+    assert last() is None
 
 
 def test_a_folder_in_memory_is_recognised(tmp_path: Path) -> None:

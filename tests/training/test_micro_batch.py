@@ -113,16 +113,34 @@ def test_no_sample_is_left_alone_if_batchnorm_needs_two(tmp_path: Path, monkeypa
     assert trained(two)["size"] is None
 
 
+def test_passes_that_run_out_of_memory_are_not_said_to_need_an_infinite_amount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(micro_batch._Trial, "_peak", lambda *_: math.inf)
+    options = (
+        *RUN,
+        *NET,
+        "+model.kwargs.norm=group",
+        "trainer.micro_batch_size=auto",
+        "runtime.memory_limit_mb=5",
+        f"run_dir={tmp_path}",
+    )
+    with pytest.raises(Failed):
+        trained(small(*options))
+    said = "runs out of memory with the fewest samples that a pass may have (1), and may take 5.0 MiB; "
+    assert said in capsys.readouterr().err
+
+
 def train_in_turn(configurations: list[Config]) -> None:
     for configuration in configurations:
         app.train(configuration)
 
 
-def test_a_worker_holds_no_state_of_an_optimizer(tmp_path: Path) -> None:
+def test_workers_hold_no_state_of_an_optimizer(tmp_path: Path) -> None:
     # Parameters and gradients take 2.3 MiB, and the state, which the server has, would take as much again.
     options = (*WIDE, "strategy=parameter_server", "runtime.memory_limit_mb=3.3")
     keys = ("trainer.micro_batch_size", "model.checkpoint_activations")
-    run_ranks(train_in_turn, 2, [small(*options, f"{key}=auto", f"run_dir={tmp_path / key}") for key in keys])
+    run_ranks(train_in_turn, 3, [small(*options, f"{key}=auto", f"run_dir={tmp_path / key}") for key in keys])
 
 
 def test_ranks_that_share_gradients_hold_all_of_them_between_passes() -> None:

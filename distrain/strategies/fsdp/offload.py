@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError
 from distrain.files import mapped_memory
 from distrain.files.mapped_memory import MappedFile
@@ -349,28 +347,22 @@ def choose(options: FSDPConfig, device: torch.device) -> Offload:
 
 
 @contextlib.contextmanager
-def room_on_all_ranks(options: FSDPConfig, ranks: Communicator, device: torch.device) -> Iterator[None]:
-    """Inside this block files may be made and enlarged; if a rank can't do that, all raise the same error.
+def room(options: FSDPConfig) -> Iterator[None]:
+    """Inside this block files may be made and enlarged.
 
     Args:
         options: The strategy's keys.
-        ranks: They enter the block together, and don't communicate inside of it.
-        device: On which they communicate.
 
     Raises:
-        ConfigError: A rank can't.
+        ConfigError: That is not possible.
     """
-    if options.offload != FILE:
-        yield
-        return
-    problem = ""
     try:
         yield
     except OSError as error:
-        problem = f"{error.filename} on {socket.gethostname()}: {error.strerror}"
-    found = {str(each["problem"]) for each in ranks.all_gather_json({"problem": problem}, device)} - {""}
-    if found:
-        raise ConfigError("strategy.offload_folder", options.offload_folder, "; ".join(sorted(found)))
+        if options.offload != FILE:
+            raise
+        problem = f"{error.filename}: {error.strerror}"
+        raise ConfigError("strategy.offload_folder", options.offload_folder, problem) from error
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

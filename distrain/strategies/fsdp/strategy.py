@@ -6,8 +6,8 @@ Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054); Zhao et al. 2023, "PyTorch F
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
 from distrain.models.outputs import logits_of
 from distrain.models.tensors import named_tensors, parameter_bytes
+from distrain.runtime.agreement import agreed
 from distrain.runtime.device import float64_device
 from distrain.runtime.malloc import return_large_blocks
 from distrain.strategies.base import MakeOptimizer, StepResult
@@ -136,8 +137,7 @@ class FSDP(DDP):
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
         if self._shard == FULL and parameter_bytes(model) > _MOST_TRIAL_MB * MIB and self.runtime.device.type == "cpu":
             return_large_blocks()
-        if self.initial_values is not None:
-            self.initial_values.fill(dict(model.named_buffers()))
+        self._fill(model.named_buffers())
         # Before ddp exchanges layers that communicate.
         self._module_blocks = self._choose_module_blocks(model, example) if self._shard == FULL else []
         super().setup(model, task, make_optimizer, example)
@@ -153,6 +153,12 @@ class FSDP(DDP):
         if self.initial_values is None:
             super().sync_initial_state(model, communicator)
 
+    def _fill(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Computes the values of hollow tensors on each rank; what initialises a model may raise anything."""
+        values = self.initial_values
+        if values is not None:
+            agreed(self._setup_ranks, self.runtime, lambda: values.fill(dict(named)))
+
     def _choose_module_blocks(self, model: nn.Module, example: Tensor) -> list[ModuleBlock]:
         inputs = example.new_zeros(_OBSERVED_SAMPLES, *example.shape[1:])
         if self.initial_values is not None:
@@ -160,7 +166,7 @@ class FSDP(DDP):
                 root, problem = module_blocks.observe(model, inputs, shapes_only=True)
             if problem := self._why_not_part_by_part(model, problem):
                 log.warning("each rank begins with the whole model: %s", problem)
-                self.initial_values.fill(dict(model.named_parameters()))
+                self._fill(model.named_parameters())
                 self.initial_values = None
         if self.initial_values is None:
             with self.precision.autocast():
@@ -202,14 +208,7 @@ class FSDP(DDP):
         else:
             sizes = self._choose_bucket_sizes()
             parts = split_into_buckets(list(named.items())[::-1], *(size * MIB for size in sizes))
-        value_of = None
-        if self._shard == FULL:
-            value_of = torch.detach if self.initial_values is None else self.initial_values.value
-        with self._room_on_all_ranks():
-            self._offload = offload.choose(self._sharding, self.runtime.device)
-            self._sharded = ShardedUpdate(
-                [self.model], parts, self._groups.shards, self.freezing, value_of, self._offload
-            )
+        self._sharded = agreed(self._setup_ranks, self.runtime, lambda: self._divide_update(parts))
         blocks = self._sharded.blocks
         gradients: ReducedGradients
         if self._shard == OPTIMIZER:
@@ -222,6 +221,15 @@ class FSDP(DDP):
         self._sharded.assign_gradients([gradients])
         self._log_setup()
         return gradients
+
+    def _divide_update(self, parts: Sequence[Sequence[tuple[str, nn.Parameter]]]) -> ShardedUpdate:
+        """Makes blocks of parameters, and memory for this rank's parts of them."""
+        value_of = None
+        if self._shard == FULL:
+            value_of = torch.detach if self.initial_values is None else self.initial_values.value
+        with offload.room(self._sharding):
+            self._offload = offload.choose(self._sharding, self.runtime.device)
+            return ShardedUpdate([self.model], parts, self._groups.shards, self.freezing, value_of, self._offload)
 
     def _make_gatherer(self) -> Gatherer:
         uses, first = [], 0
@@ -239,15 +247,12 @@ class FSDP(DDP):
 
     @override
     def _make_optimizer(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        with self._room_on_all_ranks():
+        with offload.room(self._sharding):
             return self._offload.make_optimizer(make, self._sharded.slices_of_blocks)
 
     @override
     def _expected_optimizer_bytes(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> int:
         return self._offload.expected_bytes(make, self._sharded.slices_of_blocks)
-
-    def _room_on_all_ranks(self) -> AbstractContextManager[None]:
-        return offload.room_on_all_ranks(self._sharding, self.replicas, self.runtime.device)
 
     @override
     def held_tensors(self) -> dict[str, list[Tensor]]:

@@ -22,6 +22,7 @@ from distrain.gradients.bucket_sizes import BucketSizes
 from distrain.gradients.buckets import Gradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import logits_of
+from distrain.runtime.agreement import agreed
 from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.mesh.options import MeshPipelineConfig
 from distrain.strategies.pipeline.blocks import ActivationSpec, flatten, part_of
@@ -113,24 +114,30 @@ class DividedPipeline(DividedStrategy[PipelineConfig], Pipeline):
 
     @override
     def _part(self, index: int, model: nn.Sequential) -> nn.Module:
-        if self._divisions is None:
-            self._divisions = self._find_divisions(model)
-        part = super()._part(index, model)
+        part, everyone = super()._part(index, model), self.runtime.communicator()
         own = self._modules_of(part)
-        trial = Trial(part, lambda module: self._try_stage(index, module))
-        self._cuts |= divide(
-            part, {name: self._divisions[name] for name in self._divisions if name in own}, self._layers
-        )
+        trial = agreed(everyone, self.runtime, lambda: self._divide(index, model, part, own))
         problem = trial.difference(part, self._cuts, self._layers, self.runtime.device)
-        # A stage may fail alone, and all ranks must end.
-        for other in self.runtime.communicator().all_gather_json({"problem": problem}, self.runtime.device):
-            if other["problem"]:
-                advice = "leave layers out by strategy.plan={NAME: replicated}, or choose other strategy.boundaries"
-                raise config_error("strategy.plan", f"in a stage {other['problem']}; {advice}")
+        # A stage may fail alone.
+        agreed(everyone, self.runtime, lambda: self._refuse(problem))
         for name in self._recomputed:
             if name in own:
                 recompute(name, part.get_submodule(name))
         return part
+
+    def _divide(self, index: int, model: nn.Sequential, part: nn.Module, own: Collection[str]) -> Trial:
+        """Divides the layers of a stage, those among its own modules; returns what it computed before."""
+        if self._divisions is None:
+            self._divisions = self._find_divisions(model)
+        trial = Trial(part, lambda module: self._try_stage(index, module))
+        divisions = {name: division for name, division in self._divisions.items() if name in own}
+        self._cuts |= divide(part, divisions, self._layers)
+        return trial
+
+    def _refuse(self, problem: str) -> None:
+        if problem:
+            advice = "leave layers out by strategy.plan={NAME: replicated}, or choose other strategy.boundaries"
+            raise config_error("strategy.plan", f"in a stage {problem}; {advice}")
 
     def _modules_of(self, part: nn.Module) -> frozenset[str]:
         """Names of the model's modules that a part of it has as they are; others it may have made of their pieces."""

@@ -100,6 +100,22 @@ class MeshConfig(StrategyConfig):
         if self.offload != KEPT and (has_stages or shape.tensor > 1 or shape.shard == 1):
             problem = "needs strategy.mesh.shard above 1, and neither stages nor divided layers"
             raise ConfigError("strategy.offload", self.offload, problem, [KEPT])
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Refuses what was typed for a dimension of one rank, since it would change nothing.
+
+        Raises:
+            ConfigError: The message names the key.
+        """
+        for dimension, key, unset in (
+            ("pipeline", "virtual_stages", "null"),
+            ("pipeline", "boundaries", "[]"),
+            ("tensor", "plan", "{}"),
+        ):
+            value = getattr(self, key)
+            if value and getattr(self.mesh, dimension) == 1:
+                raise ConfigError(f"strategy.{key}", value, f"needs strategy.mesh.{dimension} above 1", [unset])
 
     def options(self, kind: type[T], **more: Any) -> T:
         """The options of a strategy along the dimensions.

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distrain.config.schema import TrainerConfig
+from distrain.gradients.bucket_sizes import MIB
+from distrain.strategies.parameter_server.options import ParameterServerConfig
+
+#: Bytes that a worker may send in one collective, besides a few copies of the model.
+_MAX_COUNT_BYTES = 64 * MIB
+
 
 @dataclass(frozen=True)
 class ServerPolicy:
@@ -29,6 +36,29 @@ class ServerPolicy:
     timeout_seconds: float
     heartbeat_timeout_seconds: float
     max_collective_bytes: int
+
+    @classmethod
+    def of(
+        cls, options: ParameterServerConfig, trainer: TrainerConfig, timeout_seconds: float, size: int
+    ) -> ServerPolicy:
+        """What is configured.
+
+        Args:
+            options: The strategy's keys.
+            trainer: Those of the training.
+            timeout_seconds: How long other workers wait for a worker.
+            size: Bytes of the model's parameters.
+        """
+        return cls(
+            mode=options.mode,
+            staleness=options.staleness_bound,
+            in_flight=int(options.may_overlap),
+            max_gradient_norm=trainer.grad_clip_norm if options.mode == "sync" else None,
+            on_nonfinite=trainer.on_nonfinite,
+            timeout_seconds=timeout_seconds,
+            heartbeat_timeout_seconds=options.worker_timeout_seconds,
+            max_collective_bytes=_MAX_COUNT_BYTES + 4 * size,
+        )
 
     @property
     def needs_global_norm(self) -> bool:

@@ -20,11 +20,11 @@ from distrain.compression.base import MessageCompressor
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, NonFinite, Stopped
-from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.gradients.clip import clip_gradient_norm
 from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.reporting import figures as pictures
+from distrain.runtime.agreement import agreed
 from distrain.runtime.consensus import Consensus, request_from_signal
 from distrain.strategies.base import MakeOptimizer, StepResult
 from distrain.strategies.named_buffers import NamedBuffers
@@ -54,8 +54,6 @@ log = logging.getLogger(__name__)
 
 #: Steps are overlapped with answers only if steps might then be so many times faster.
 _MIN_SPEEDUP = 1.5
-#: Bytes that a worker may send in one collective, besides a few copies of the model.
-_MAX_COUNT_BYTES = 64 * MIB
 
 
 @register("strategy", "parameter_server", ParameterServerConfig)
@@ -161,12 +159,14 @@ class ParameterServer(Replicated[ParameterServerConfig]):
         hosts = [str(info["host"]) for info in all_ranks.all_gather_json({"host": world.host}, self.runtime.device)]
         peers = [RankName(rank, host) for rank, host in enumerate(hosts)]
         workers, servers = peers[: self._worker_count], peers[self._worker_count :]
-        if self.is_server:
+        held = shards[world.rank - self._worker_count] if self.is_server else {}
+        own_shard = agreed(all_ranks, self.runtime, lambda: self._make_shard(held, make_optimizer))
+        if own_shard is not None:
             address = listen_address(hosts)
             listener = Listener(address)
             own_endpoint = {"address": address.advertise, "port": listener.port, "token": listener.token}
             all_ranks.all_gather_json(own_endpoint, self.runtime.device)
-            self._serve(shards[world.rank - self._worker_count], make_optimizer, workers, listener, sum(sizes))
+            self._serve(own_shard, workers, listener, sum(sizes))
             return
         endpoints = all_ranks.all_gather_json({}, self.runtime.device)[self._worker_count :]
         seconds = self.config.runtime.setup_timeout_seconds
@@ -199,29 +199,17 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             ", ".join(f"{client.bytes / 1e6:.2f}" for client in clients),
         )
 
-    def _serve(
-        self,
-        named: dict[str, nn.Parameter],
-        make_optimizer: MakeOptimizer,
-        workers: list[RankName],
-        listener: Listener,
-        size: int,
-    ) -> None:
-        options, trainer = self.options, self.config.trainer
+    def _make_shard(self, named: dict[str, nn.Parameter], make_optimizer: MakeOptimizer) -> ServerShard | None:
+        """What this rank serves; ``None`` on a worker."""
+        if not self.is_server:
+            return None
         self.optimizer = make_optimizer(named.items())
         self._shard_parameters = named
         gradients = self._make_shard_gradients(named, None)
-        shard = ServerShard(named, gradients, self.optimizer, self.compressor, options.bucket_mb)
-        policy = ServerPolicy(
-            mode=options.mode,
-            staleness=options.staleness_bound,
-            in_flight=int(options.may_overlap),
-            max_gradient_norm=trainer.grad_clip_norm if options.mode == "sync" else None,
-            timeout_seconds=self.runtime.collective_timeout_seconds,
-            on_nonfinite=trainer.on_nonfinite,
-            heartbeat_timeout_seconds=options.worker_timeout_seconds,
-            max_collective_bytes=_MAX_COUNT_BYTES + 4 * size,
-        )
+        return ServerShard(named, gradients, self.optimizer, self.compressor, self.options.bucket_mb)
+
+    def _serve(self, shard: ServerShard, workers: list[RankName], listener: Listener, size: int) -> None:
+        policy = ServerPolicy.of(self.options, self.config.trainer, self.runtime.collective_timeout_seconds, size)
         connections = listener.accept_workers(workers, self.config.runtime.setup_timeout_seconds)
         own_name = RankName(self.runtime.world.rank, self.runtime.world.host)
         self._server = Server(
@@ -234,7 +222,14 @@ class ParameterServer(Replicated[ParameterServerConfig]):
             lambda: int(request_from_signal(self.runtime.stop_requested)),
             self.runtime.activity.reach,
         )
+        named = self._shard_parameters
         log.info("holds %d tensors: %s", len(named), ", ".join(named))
+
+    @property
+    @override
+    def _setup_ranks(self) -> Communicator:
+        # Workers communicate by way of a server, which begins to serve after set-up.
+        return Communicator()
 
     def _make_gradients(self) -> ReducedGradients:
         shards = [self._make_shard_gradients(client.parameters, client) for client in self._clients.clients]

@@ -16,6 +16,7 @@ from distrain.errors import ConfigError, config_error
 from distrain.files.escaping import Lines
 from distrain.gradients.linear_partition import linear_partition
 from distrain.models.base import is_sequence
+from distrain.runtime.agreement import agreed
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks, measure_point_to_point
 from distrain.strategies.pipeline.blocks import HandOver, TracedBlock, named_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
@@ -82,8 +83,10 @@ def as_sequence(
 def check_blocks(model: nn.Sequential, stages: int, boundaries: Sequence[str]) -> None:
     """As :func:`check`, for a sequence of blocks."""
     names = [name for name, _ in named_blocks(model)]
+    cuts = allowed_cuts(model)
+    possible = f"so at most {len(cuts) + 1} stages are possible"
     if stages > len(names):
-        raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks", names)
+        raise ConfigError("strategy.stages", stages, f"the model has only {len(names)} blocks, {possible}")
     for name in boundaries:
         if name not in names[1:]:
             raise ConfigError("strategy.boundaries", name, "is no block that a stage could begin with", names[1:])
@@ -92,9 +95,8 @@ def check_blocks(model: nn.Sequential, stages: int, boundaries: Sequence[str]) -
     if boundaries and len(boundaries) != stages - 1:
         problem = f"{stages} stages have {stages - 1} boundaries, not {len(boundaries)}"
         raise ConfigError("strategy.boundaries", list(boundaries), problem)
-    cuts = allowed_cuts(model)
     if len(cuts) < stages - 1:
-        problem = f"blocks that share parameters must be in one stage, which leaves {len(cuts)} possible boundaries"
+        problem = f"blocks that share parameters must be in one stage, {possible}"
         raise ConfigError("strategy.stages", stages, problem)
     for name in boundaries:
         if names.index(name) not in cuts:
@@ -198,16 +200,17 @@ def choose_split(
         ConfigError: A stage would begin after a block whose output can't be sent.
     """
     names = [name for name, _ in named_blocks(model)]
-    cuts = possible_cuts(model, traced, options)
+    everyone = runtime.communicator()
+    cuts = agreed(everyone, runtime, lambda: possible_cuts(model, traced, options))
     kept = None if options.boundaries or saved is None else starts_of(saved, names, cuts, options.stages)
-    costs: list[BlockCost] = []
-    if runtime.is_main:
-        # As large as the schedule's microbatches, and at least two samples, which BatchNorm needs.
-        size = max(2, len(example) // options.microbatches)
-        costs = measure_blocks(model, example[:size], autocast)
+    # As large as the schedule's microbatches, and at least two samples, which BatchNorm needs.
+    size = max(2, len(example) // options.microbatches)
+    costs: list[BlockCost] = agreed(
+        everyone, runtime, lambda: measure_blocks(model, example[:size], autocast) if runtime.is_main else []
+    )
     link = measure_point_to_point(pipeline_group, runtime.device)
     measured = {"costs": [asdict(cost) for cost in costs], "link": link}
-    of_rank_0 = runtime.communicator().all_gather_json(measured, runtime.device)[0]
+    of_rank_0 = everyone.all_gather_json(measured, runtime.device)[0]
     costs = [BlockCost(**cost) for cost in of_rank_0["costs"]]
     latency_ms, ms_per_byte = of_rank_0["link"]
     if options.boundaries:

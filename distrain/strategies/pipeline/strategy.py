@@ -25,6 +25,7 @@ from distrain.gradients.buckets import Gradients, ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import ever_still, freeze_schedule, train_only
 from distrain.optim.optimizers import modes
+from distrain.runtime.agreement import agreed
 from distrain.strategies import batchnorm
 from distrain.strategies.base import MakeOptimizer, StepResult, Strategy
 from distrain.strategies.buffer_snapshot import BufferSnapshot
@@ -141,23 +142,20 @@ class Pipeline(Strategy[PipelineConfig]):
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        self.sync_initial_state(model, self.runtime.communicator())
+        everyone, runtime = self.runtime.communicator(), self.runtime
+        self.sync_initial_state(model, everyone)
         self.task = task
         self._still: list[nn.Module] = []
         self._all_names = list(module_state.read(model).tensors)
-        auxiliary = auxiliary_weight(self.config.model) > 0
-        still = ever_still(self.freezing, model)
-        sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
-        self._recompute(model, example)
         self._blocks = {name.partition(".")[0] for name in self._all_names}
-        traced = trace_blocks(sequence, example, self.precision)
+        sequence, traced = agreed(everyone, runtime, lambda: self._trace(model, example))
         self._split = split.choose_split(
             sequence,
             example,
             traced,
             self.options,
             self._rank_of_stage,
-            self.runtime,
+            runtime,
             self.pipeline_group,
             self.precision.autocast,
             self.saved_layout.get("boundaries"),
@@ -165,7 +163,8 @@ class Pipeline(Strategy[PipelineConfig]):
         starts = self._split.starts
         self._bounds = [*starts, len(traced)]
         self._outputs = hand_overs.between_stages(traced, starts)
-        self._epochs = hand_overs.in_epochs(self.freezing, model, sequence, example, self.precision, starts)
+        parts = self.freezing, model, sequence, example, self.precision, starts
+        self._epochs = agreed(everyone, runtime, lambda: hand_overs.in_epochs(*parts))
         self._bucket_sizing = self._make_bucket_sizing(gradient_bytes_of(model))
         self.stages: dict[int, Stage] = {}
         for index, rank in enumerate(self._rank_of_stage):
@@ -174,7 +173,7 @@ class Pipeline(Strategy[PipelineConfig]):
         self.gradients = self._gradients_of_stages()
         updated = self._updated_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in updated}
-        self.optimizer = make_optimizer(updated)
+        self.optimizer = agreed(everyone, runtime, lambda: make_optimizer(updated))
         self._set_training_mode()
         self._snapshot = BufferSnapshot(self._modules) if self.config.trainer.on_nonfinite != "stop" else None
         rho = self.config.optimizer.sam_rho
@@ -191,6 +190,13 @@ class Pipeline(Strategy[PipelineConfig]):
             self.runtime.device,
         )
         log.info("%s\n%s", report.described(self.options, self.replicas.size, self._split.rows), self._split.table())
+
+    def _trace(self, model: nn.Module, example: Tensor) -> tuple[nn.Sequential, list[TracedBlock]]:
+        """The model as a sequence of blocks, and what each of them hands over."""
+        auxiliary, still = auxiliary_weight(self.config.model) > 0, ever_still(self.freezing, model)
+        sequence = split.as_sequence(model, example, self.precision, self.options, still, auxiliary=auxiliary)
+        self._recompute(model, example)
+        return sequence, trace_blocks(sequence, example, self.precision)
 
     def _recompute(self, model: nn.Module, example: Tensor) -> None:
         """Sets up ``model.checkpoint_activations``, before blocks are timed: their backward passes take longer."""
@@ -229,17 +235,15 @@ class Pipeline(Strategy[PipelineConfig]):
         module = self._part(index, model)
         if self.options.batchnorm == "deferred":
             batchnorm.defer_running_statistics(module, self.replicas)
-        is_last = index == len(self._rank_of_stage) - 1
-        splits_backward = self._schedule.splits_backward
         self.stages[index] = Stage(
             index,
             module,
-            is_last,
+            index == len(self._rank_of_stage) - 1,
             self.task,
             self.precision,
             self._outputs[index - 1] if index else None,
             changes_input=traced[self._bounds[index]].changes_input,
-            splits_backward=splits_backward,
+            splits_backward=self._schedule.splits_backward,
             auxiliary_weight=auxiliary_weight(self.config.model),
         )
 
@@ -358,9 +362,8 @@ class Pipeline(Strategy[PipelineConfig]):
 
     def norm(self) -> Tensor:
         """Norm of the whole model's gradient; all ranks of the pipeline call it together."""
-        norms = [gradients.norm() for gradients in self.gradients.values()]
         # A stage without trained parameters doesn't know their type and device.
-        norms = [norm.to(self.runtime.device, self.precision.dtype) for norm in norms]
+        norms = [each.norm().to(self.runtime.device, self.precision.dtype) for each in self.gradients.values()]
         squares = torch.stack([norm.square() for norm in norms]).sum()
         return self.pipeline_group.all_reduce(squares).sqrt()
 
@@ -428,14 +431,13 @@ class Pipeline(Strategy[PipelineConfig]):
     def state_dict(self) -> dict[str, Any]:
         """The state of this rank's stages."""
         modes.for_evaluation(self.optimizer)
-        device = self.runtime.device
         states = [module_state.read(module) for module in self._modules]
         local: dict[str, Tensor] = {}
         for module, state in zip(self._modules, states, strict=True):
-            local |= module_state.own_state(module, state, self.replicas, device)
+            local |= module_state.own_state(module, state, self.replicas, self.runtime.device)
         saved = self._saved_tensors(states)
         plain = {**saved["scalars"], "modules": [state.to_plain() for state in states]}
-        ranks = self.pipeline_group.all_gather_json(plain, device)
+        ranks = self.pipeline_group.all_gather_json(plain, self.runtime.device)
         saved["scalars"] = {
             "optimizer_name": self.config.optimizer.name,
             "optimizer": {name: value for rank in ranks for name, value in rank["optimizer"].items()},

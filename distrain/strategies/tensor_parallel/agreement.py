@@ -9,31 +9,9 @@ import torch
 from torch import Tensor
 
 from distrain.communication.collectives import Communicator
-from distrain.errors import ConfigError, config_error_from_line, described
+from distrain.errors import described
 
 T = TypeVar("T")
-
-
-def agreed(group: Communicator, device: torch.device, part: Callable[[], T]) -> T:
-    """Runs a part of set-up on all ranks; what one of them refuses, all refuse.
-
-    Args:
-        group: The ranks.
-        device: On which they communicate.
-        part: Ranks don't communicate in it, or come to the same result.
-
-    Raises:
-        ConfigError: ``part`` raised it on a rank.
-    """
-    refusal, result = "", None
-    try:
-        result = part()
-    except ConfigError as error:
-        refusal = str(error)
-    for rank in group.all_gather_json({"refusal": refusal}, device):
-        if rank["refusal"]:
-            raise config_error_from_line(rank["refusal"])
-    return cast(T, result)
 
 
 class Apart(Exception):

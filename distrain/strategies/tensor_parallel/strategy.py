@@ -5,7 +5,6 @@ Shoeybi et al. 2019, "Megatron-LM" (arXiv 1909.08053), §3.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,12 @@ from distrain.errors import config_error
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.outputs import logits_of
+from distrain.runtime.agreement import agreed
 from distrain.strategies.base import MakeOptimizer
 from distrain.strategies.data_parallel import DataParallel
 from distrain.strategies.pipeline.traced_model import images_like
 from distrain.strategies.precision import Precision
 from distrain.strategies.tensor_parallel import divided_state, plan
-from distrain.strategies.tensor_parallel.agreement import agreed
 from distrain.strategies.tensor_parallel.cut import Cut
 from distrain.strategies.tensor_parallel.divided_gradients import DividedGradients
 from distrain.strategies.tensor_parallel.divided_strategy import DividedStrategy
@@ -104,12 +103,24 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
 
     @override
     def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
-        self.sync_initial_state(model, self.runtime.communicator())
-        everyone, device = self.training_group, self.runtime.device
+        everyone = self._setup_ranks
+        self.sync_initial_state(model, everyone)
         if self.tensor_group.size > 1:
-            trial = agreed(everyone, device, lambda: self._divide(model, example))
-            agreed(everyone, device, lambda: self._compare(trial, model))
-        agreed(everyone, device, functools.partial(super().setup, model, task, make_optimizer, example))
+            trial = agreed(everyone, self.runtime, lambda: self._divide(model, example))
+            problem = trial.difference(model, self._cuts, self._layers, self.runtime.device)
+            # Groups whose ranks have different processors may find different things.
+            agreed(everyone, self.runtime, lambda: self._refuse(problem))
+        super().setup(model, task, make_optimizer, example)
+
+    @property
+    @override
+    def _setup_ranks(self) -> Communicator:
+        return self.runtime.communicator()
+
+    @property
+    @override
+    def _passes_communicate(self) -> bool:
+        return self.tensor_group.size > 1
 
     def _divide(self, model: nn.Module, example: Tensor) -> Trial:
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
@@ -124,8 +135,8 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
         self._cuts = divide(model, divisions, self._layers)
         return trial
 
-    def _compare(self, trial: Trial, model: nn.Module) -> None:
-        if problem := trial.difference(model, self._cuts, self._layers, self.runtime.device):
+    def _refuse(self, problem: str) -> None:
+        if problem:
             raise config_error("strategy.plan", f"{problem}; leave layers out by strategy.plan={{NAME: replicated}}")
 
     @override

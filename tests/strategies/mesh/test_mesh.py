@@ -179,6 +179,8 @@ def test_a_mesh_goes_on_bit_for_bit_and_from_one_process_and_to_one(tmp_path: Pa
             "strategy.last_bucket_mb=1.0: is not possible in a pipeline",
         ),
         (("strategy.batchnorm=deferred",), 2, "strategy.batchnorm=deferred: is not possible without"),
+        (("strategy.virtual_stages=2",), 2, "strategy.virtual_stages=2: needs strategy.mesh.pipeline above 1"),
+        (("strategy.plan={head: column}",), 2, "strategy.plan={'head': 'column'}: needs strategy.mesh.tensor above 1"),
         (("strategy.mesh.shard=2", "compression=topk"), 2, "compression=topk: compresses all-reduces"),
         (("strategy.mesh.tensor=2", "compression=topk"), 2, "compression=topk: compresses gradients that replicas"),
         (("strategy.mesh.tensor=2", "compression=auto"), 4, "compression=auto: each rank chooses by what it measures"),

@@ -39,7 +39,7 @@ def test_blocks_that_share_a_parameter_stay_in_one_stage() -> None:
     model = linear(4)
     model[2].weight = model[0].weight
     assert split.allowed_cuts(model) == [3]
-    with pytest.raises(ConfigError, match=r"strategy.stages=3: .*leaves 1 possible boundaries"):
+    with pytest.raises(ConfigError, match=r"strategy.stages=3: .*so at most 2 stages are possible"):
         split.check(model, 3, [])
     with pytest.raises(ConfigError, match=r"strategy.boundaries=block1: lies between blocks that share"):
         split.check(model, 2, ["block1"])
@@ -48,7 +48,7 @@ def test_blocks_that_share_a_parameter_stay_in_one_stage() -> None:
 @pytest.mark.parametrize(
     ("model", "stages", "boundaries", "message"),
     [
-        (linear(2), 3, [], "strategy.stages=3: the model has only 2 blocks"),
+        (linear(2), 3, [], "strategy.stages=3: the model has only 2 blocks, so at most 2 stages are possible"),
         (linear(3), 2, ["nothing"], "strategy.boundaries=nothing: is no block"),
         (linear(3), 2, ["block0"], "strategy.boundaries=block0: is no block that a stage could begin with"),
         (linear(4), 3, ["block2", "block1"], "must be in the model's order"),
