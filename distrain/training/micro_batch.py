@@ -249,9 +249,11 @@ class _Trial:
         if self._limit is None or needed <= self._limit:
             return ""
         world = self._tried.runtime.world
+        keys = self._tried.config.strategy.keys_for_less_memory(world.size)
+        ways = " and ".join(filter(None, ["model.checkpoint_activations=all", keys]))
         return (
             f"rank {world.rank} on {world.host} needs {needed / MIB:,.1f} MiB for the fewest samples, and may take "
-            f"{self._limit / MIB:,.1f}; model.checkpoint_activations=all and strategy=fsdp need less"
+            f"{self._limit / MIB:,.1f}; to need less, type {ways}"
         )
 
     def _peak(self, size: int) -> float:
