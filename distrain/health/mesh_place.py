@@ -25,7 +25,7 @@ def place_in(sizes: Mapping[str, int], rank: int) -> dict[str, int]:
         Numbers by dimension; empty if there are not two such dimensions, where the rank's own number says it all.
     """
     place = {}
-    for name in reversed(sizes):
+    for name in reversed([*sizes]):
         rank, place[name] = divmod(rank, sizes[name])
     several = _with_several(sizes)
     return {name: place[name] for name in several} if len(several) > 1 else {}

@@ -32,7 +32,7 @@ pytestmark = [
 FIRST, LAST = 4, 20
 #: Whole batches of images, since a smaller one would send fewer activations.
 KEYS = (
-    *("data=synthetic", "data.channels=3", "data.height=16", "data.width=16", "data.train_size=800"),
+    *("data=synthetic", "data.channels=3", "data.height=20", "data.width=20", "data.train_size=800"),
     *("data.test_size=16", "data.batch_size=16", "model=cifar_cnn", "optimizer=sgd", "optimizer.lr=0.01"),
     *(f"trainer.max_steps={LAST + 1}", "logger=none", "trainer.progress=off", "runtime.threads=1"),
 )
