@@ -78,8 +78,7 @@ def test_a_stage_that_holds_only_some_modules_is_compared_in_those() -> None:
 def test_outputs_that_are_not_laid_out_by_samples_are_left_out() -> None:
     assert rows_of(torch.zeros(7, 2), 5) == []
     assert rows_of(torch.zeros(()), 5) == []
-    assert (
-        rows_of({"logits": torch.zeros(5, 2), "classes": torch.zeros(5, dtype=torch.int64)}, 5) == [[0.0, 0.0, 2.0]] * 5
-    )
+    given = {"logits": torch.zeros(5, 2), "classes": torch.zeros(5, dtype=torch.int64)}
+    assert rows_of(given, 5) == [[0.0, 0.0, 2.0]] * 5
     # Windows of images: several rows a sample.
     assert len(rows_of(torch.zeros(20, 2), 5)) == 5
